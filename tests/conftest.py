@@ -1,0 +1,30 @@
+"""What every test runs under: eight fake CPU devices, and the marks `slow` and `judges`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take a minute or more")
+    parser.addoption("--judges", action="store_true", help="also run the comparisons with torch, transformers and peft")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--judges"):
+        why = "compares with torch, transformers or peft; run: bash launch/test.sh --judges"
+        for item in items:
+            if item.get_closest_marker("judges"):
+                item.add_marker(pytest.mark.skip(reason=why))
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]

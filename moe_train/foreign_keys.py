@@ -1,0 +1,173 @@
+"""What other trainers call our settings: read when a config holds a key that is not ours.
+
+Names are those of axolotl, Hugging Face's Trainer, TRL and model configs, PEFT, MaxText, mistral-finetune,
+Megatron-LM and torchtitan. `RENAMED` maps our key to theirs; `REMARKS` says what else differs, or why there is none.
+"""
+
+from __future__ import annotations
+
+RENAMED = {
+    "name": "run_name experiment_name",
+    "run_dir": "output_dir base_output_directory save save_dir dump_folder checkpoint_dir",
+    "seed": "random_seed data_seed data_shuffle_seed",
+    "init_from": (
+        "base_model base_model_config model_name_or_path pretrained_model_name_or_path model_id_or_path model_id model_path "
+        "hf_model_path initial_load_path load_parameters_path load pretrained_checkpoint"
+    ),
+    "model.family": "model_type architectures flavor",
+    "model.vocab_size": "padded_vocab_size n_vocab",
+    "model.model_dim": "hidden_size base_emb_dim emb_dim n_embd d_model dim",
+    "model.num_layers": "num_hidden_layers base_num_decoder_layers num_decoder_layers n_layers n_layer",
+    "model.attention.num_heads": "num_attention_heads base_num_query_heads num_query_heads n_heads n_head",
+    "model.attention.num_kv_heads": "num_key_value_heads base_num_kv_heads num_query_groups n_kv_heads",
+    "model.attention.head_dim": "kv_channels",
+    "model.attention.windows": "sliding_window sliding_window_size window_size layer_types",
+    "model.ffn": "moe",
+    "model.ffn.ffn_dim": (
+        "intermediate_size moe_intermediate_size ffn_hidden_size moe_ffn_hidden_size base_mlp_dim base_moe_mlp_dim mlp_dim "
+        "hidden_dim"
+    ),
+    "model.ffn.num_experts": "num_local_experts n_routed_experts num_moe_experts moe_num_experts",
+    "model.ffn.experts_per_token": "num_experts_per_tok num_experts_per_token moe_router_topk moe_top_k top_k",
+    "model.rope": "rope_scaling rope_parameters",
+    "model.rope.theta": "rope_theta rotary_base rope_max_timescale",
+    "model.norm_eps": "rms_norm_eps layer_norm_eps layernorm_epsilon norm_epsilon normalization_layer_epsilon",
+    "model.tie_embeddings": "tie_word_embeddings tied_embeddings logits_via_embedding",
+    "model.max_seq_len": "max_position_embeddings",
+    "model.init_stddev": "initializer_range init_method_std init_std",
+    "lora.targets.0.modules": "target_modules lora_target_modules lora_target_linear target_parameters lora_target",
+    "lora.targets.0.rank": "lora_r r lora_rank",
+    "lora.targets.0.alpha": "lora_alpha scaling",
+    "data.tokenizer.path": "tokenizer_path tokenizer_name_or_path tokenizer_config tokenizer_model tokenizer_file hf_assets_path",
+    "data.train": "datasets dataset_mixer train_file train_files train_data instruct_data",
+    "data.train.0.dataset": "dataset_name hf_path",
+    "data.train.0.files": "dataset_path data_path data_files data_dir grain_train_files hf_train_files",
+    "data.train.0.record": "dataset_text_field text_column_name train_data_columns field_messages",
+    "data.train.0.weight": "train_weights interleave_probs",
+    "data.eval": (
+        "test_datasets eval_dataset eval_instruct_data eval_file validation_file valid_data_path grain_eval_files hf_eval_files "
+        "val_set_size"
+    ),
+    "data.cache_dir": "dataset_prepared_path data_cache_path",
+    "data.num_proc": (
+        "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers num_workers grain_worker_count"
+    ),
+    "data.prefetch": "dataloader_prefetch_factor prefetch_factor grain_per_worker_buffer_size",
+    "optimizer.name": "optim opt_type",
+    "optimizer.learning_rate": "lr",
+    "optimizer.schedule": "lr_scheduler lr_scheduler_type lr_decay_style lr_schedule_type",
+    "optimizer.schedule.warmup_steps": "warmup_ratio warmup_steps_fraction lr_warmup_iters lr_warmup_fraction pct_start",
+    "optimizer.schedule.decay_steps": "lr_wsd_decay_iters wsd_decay_steps_fraction decay_ratio",
+    "optimizer.schedule.final_fraction": (
+        "min_lr min_lr_ratio min_lr_factor cosine_min_lr_ratio cosine_learning_rate_final_fraction learning_rate_final_fraction"
+    ),
+    "optimizer.weight_decay": "adam_weight_decay",
+    "optimizer.b1": "adam_beta1 adam_b1 beta1",
+    "optimizer.b2": "adam_beta2 adam_b2 beta2",
+    "optimizer.eps": "adam_epsilon adam_eps",
+    "optimizer.max_grad_norm": "gradient_clipping gradient_clipping_threshold clip_grad max_norm",
+    "train.steps": "max_steps num_train_steps train_iters",
+    "train.epochs": "num_train_epochs num_epochs",
+    "train.batch_size": (
+        "micro_batch_size per_device_train_batch_size per_device_batch_size local_batch_size global_batch_size train_batch_size"
+    ),
+    "train.microbatches": "gradient_accumulation_steps num_microbatches",
+    "train.seq_len": (
+        "max_seq_length max_length sequence_len seq_length max_target_length cutoff_len model_max_length block_size train_seq_len"
+    ),
+    "loss.load_balance_loss_coef": "router_aux_loss_coef moe_aux_loss_coeff load_balance_loss_weight aux_loss_alpha lbl_coef",
+    "loss.router_z_loss_coef": "moe_z_loss_coeff rzl_coef",
+    "compute.dtype": "bf16 fp16 mixed_precision mixed_precision_param torch_dtype",
+    "compute.param_dtype": "weight_dtype params_dtype",
+    "compute.remat": (
+        "gradient_checkpointing remat_policy activation_checkpoint enable_activation_checkpointing recompute_granularity "
+        "use_gradient_checkpointing"
+    ),
+    "compute.attention": "attn_implementation attention_backend flash_attention sdp_attention use_flash_attn",
+    "compute.grouped_matmul": "experts_implementation moe_grouped_gemm megablox sparse_matmul use_grouped_mm",
+    "mesh.data": "dcn_data_parallelism ici_data_parallelism data_parallel_replicate_degree",
+    "mesh.fsdp": (
+        "ici_fsdp_parallelism dcn_fsdp_parallelism data_parallel_shard_degree fsdp_config fsdp_version zero_stage deepspeed"
+    ),
+    "mesh.expert": "ici_expert_parallelism dcn_expert_parallelism expert_model_parallel_size expert_parallel_degree",
+    "mesh.context": "ici_context_parallelism ici_sequence_parallelism context_parallel_size context_parallel_degree",
+    "mesh.tensor": (
+        "ici_tensor_parallelism dcn_tensor_parallelism tensor_model_parallel_size tensor_parallel_degree tensor_parallel_size"
+    ),
+    "evaluation.every_steps": "eval_steps eval_freq eval_interval evals_per_epoch eval_strategy evaluation_strategy",
+    "evaluation.batches": "eval_iters max_eval_batches",
+    "checkpoint.every_steps": "save_steps save_interval save_strategy saves_per_epoch ckpt_freq checkpoint_period",
+    "checkpoint.keep_last": "save_total_limit num_ckpt_keep keep_latest_k max_num_checkpoints_to_keep",
+    "checkpoint.keep_best": "load_best_model_at_end",
+    "metrics.every_steps": "logging_steps log_freq log_period log_interval",
+    "metrics.tensorboard": "report_to enable_tensorboard use_tensorboard tensorboard_dir logging_dir",
+}
+
+_WHOLE_STEP = "the sequences of a whole optimizer step over all devices; train.microbatches splits it"
+_IN_STEPS = "a number of optimizer steps"
+_ROUTER = "the balance loss is per layer; transformers averages over the layers"
+
+REMARKS = {
+    "micro_batch_size": f"{_WHOLE_STEP}: micro_batch_size x gradient_accumulation_steps x devices",
+    "per_device_train_batch_size": f"{_WHOLE_STEP}: per_device_train_batch_size x gradient_accumulation_steps x devices",
+    "per_device_batch_size": f"{_WHOLE_STEP}: per_device_batch_size x devices",
+    "local_batch_size": f"{_WHOLE_STEP}: local_batch_size x data-parallel devices",
+    "gradient_accumulation_steps": "train.batch_size counts all of them",
+    "warmup_ratio": _IN_STEPS,
+    "warmup_steps_fraction": _IN_STEPS,
+    "lr_warmup_fraction": _IN_STEPS,
+    "pct_start": _IN_STEPS,
+    "decay_ratio": _IN_STEPS,
+    "min_lr": "a fraction of optimizer.learning_rate",
+    "fp16": "float32 or bfloat16",
+    "bf16": "bfloat16",
+    "gradient_checkpointing": "none, dots or full",
+    "router_aux_loss_coef": _ROUTER,
+    "moe_aux_loss_coeff": _ROUTER,
+    "scaling": "alpha = scaling x rank",
+    "lora_target_linear": 'modules: ["*"] is all of them',
+    "target_parameters": "modules such as moe.*_proj; routed experts get an adapter each",
+    "val_set_size": "a source of its own",
+    "eval_strategy": _IN_STEPS,
+    "evaluation_strategy": _IN_STEPS,
+    "save_strategy": _IN_STEPS,
+    "evals_per_epoch": _IN_STEPS,
+    "saves_per_epoch": _IN_STEPS,
+    "wsd_decay_steps_fraction": _IN_STEPS,
+    "deepspeed": "parameters, gradients and optimizer are sharded over the mesh; there is no other switch",
+    "fsdp_config": "parameters, gradients and optimizer are sharded over the mesh; there is no other switch",
+    "zero_stage": "parameters, gradients and optimizer are sharded over the mesh; there is no other switch",
+    "ici_fsdp_transpose_parallelism": "the mesh has the axes data, fsdp, expert, context and tensor",
+    "pipeline_model_parallel_size": "there is no pipeline; the mesh has the axes data, fsdp, expert, context and tensor",
+    "pipeline_parallel_degree": "there is no pipeline; the mesh has the axes data, fsdp, expert, context and tensor",
+    "ici_pipeline_parallelism": "there is no pipeline; the mesh has the axes data, fsdp, expert, context and tensor",
+    "model_name": "an architecture is stated under model; a checkpoint to start from is init_from",
+    "hidden_dim": "params.json's word for the FFN's width",
+    "capacity_factor": "leave it out: routing drops no token",
+    "moe_expert_capacity_factor": "leave it out: routing drops no token",
+    "sample_packing": "leave it out: sequences are always packed, and never see each other",
+    "packing": "leave it out: sequences are always packed, and never see each other",
+    "pad_to_sequence_len": "leave it out: every batch is train.batch_size x train.seq_len",
+    "train_on_inputs": "leave it out: of a conversation the assistant's tokens bear the loss",
+    "completion_only_loss": "leave it out: of a conversation the assistant's tokens bear the loss",
+    "assistant_only_loss": "leave it out: of a conversation the assistant's tokens bear the loss",
+    "adapter": "leave it out: a lora section makes adapters, none trains every weight",
+    "use_peft": "leave it out: a lora section makes adapters, none trains every weight",
+    "lora_dropout": "leave it out: adapters have no dropout",
+    "load_in_4bit": "leave it out: base weights are float32 or bfloat16",
+    "load_in_8bit": "leave it out: base weights are float32 or bfloat16",
+    "resume_from_checkpoint": "leave it out: a run continues from the last checkpoint in run_dir by itself",
+    "auto_resume_from_checkpoints": "leave it out: a run continues from the last checkpoint in run_dir by itself",
+    "scan_layers": "leave it out: layers are always scanned",
+    "trust_remote_code": "leave it out: no code is taken from a model's folder",
+    "special_tokens": "leave it out: they come with the tokenizer",
+}
+
+
+def remark(key: str) -> str | None:
+    """What to write instead of another tool's `key`, or None where no tool in the tables calls a setting so."""
+    ours = next((path for path, theirs in RENAMED.items() if key in theirs.split()), None)
+    note = REMARKS.get(key)
+    if ours is None:
+        return note
+    return f"here it is {ours}" + (f" ({note})" if note else "")

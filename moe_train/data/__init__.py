@@ -1,0 +1,1 @@
+"""Records to batches: sources -> chat -> store -> packing -> loader. Numpy only."""

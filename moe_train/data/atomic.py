@@ -1,0 +1,52 @@
+"""A directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; when the block ends well, sync its files and rename it to `path`.
+
+    Raises FileExistsError where `path` is there already (an empty directory is replaced): nothing is overwritten.
+    """
+    path = Path(path)
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
+    try:
+        yield beside
+        for entry in sorted(beside.rglob("*")):
+            _sync(entry)
+        _sync(beside)
+        beside.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        refuse_existing(path)
+        os.rename(beside, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already; remove it or choose another directory")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,308 @@
+"""Tokenizers from files: Hugging Face's `tokenizer.json` (library `tokenizers`) and Mistral's own (mistral-common).
+
+Plain text never becomes control tokens: "</s>" inside a document is five characters, not the end of a sequence.
+Only a chat template (see `chat`) writes control tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import tokenizers
+
+from moe_train import config
+from moe_train.data.atomic import new_directory, refuse_existing
+
+if TYPE_CHECKING:  # half a second that only its users pay
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+log = logging.getLogger(__name__)
+
+# What travels with an export, where it exists. The order is that of the identity.
+_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    files: what an export has to carry. identity: sha256 over those files. vocab_size: the largest id plus one.
+    """
+
+    files: tuple[Path, ...]
+    identity: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    chat_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without any control token."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str: ...
+
+
+def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
+    """The tokenizer that a config section names. Reads local files alone, never the network.
+
+    Raises FileNotFoundError where the files are missing, ValueError where they cannot be used.
+    """
+    match section:
+        case config.HuggingFaceTokenizer():
+            return HuggingFace(section.path)
+        case config.MistralTokenizer():
+            return Mistral(section.path)
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise ValueError where the tokenizer has ids that the model's embedding (vocab_size rows) has not."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.files[0]} has {tokenizer.vocab_size} ids, the model's vocab_size is {vocab_size}; "
+            f"use the model's own tokenizer or a model.vocab_size of at least {tokenizer.vocab_size}"
+        )
+
+
+class HuggingFace:
+    """A `tokenizer.json` with the files beside it, read by the `tokenizers` library."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        directory = path.parent if path.is_file() else path
+        main = path if path.is_file() else path / "tokenizer.json"
+        if not main.is_file():
+            raise FileNotFoundError(f"no tokenizer at {main}; give a directory with tokenizer.json, or that file")
+        self.path = path
+        beside = (directory / name for name in _HUGGING_FACE_FILES[1:])
+        self.files = (main, *(file for file in beside if file.is_file()))
+        self.identity = _identity(self.files)
+        try:
+            self._plain = tokenizers.Tokenizer.from_file(str(main))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{main} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads: {error}") from error
+        # A file may carry the padding and truncation of whoever saved it.
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._plain.encode_special_tokens = True
+        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+
+        settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
+        named = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self.named_tokens = {key: text for key, text in named.items() if text is not None}
+        if "eos_token" not in self.named_tokens:
+            raise ValueError(f"{directory / 'tokenizer_config.json'} names no eos_token; a model could not learn to stop")
+        self.bos_id = self._id("bos_token") if "bos_token" in self.named_tokens else None
+        self.eos_id = self._id("eos_token")
+        self.special_tokens = tuple(token.content for token in self._plain.get_added_tokens_decoder().values() if token.special)
+        self.chat_template = _chat_template(directory, settings)
+
+    def _id(self, name: str) -> int:
+        found = self._plain.token_to_id(self.named_tokens[name])
+        if found is None:
+            raise ValueError(f"the {name} {self.named_tokens[name]!r} of tokenizer_config.json is not in {self.files[0]}")
+        return found
+
+    @functools.cached_property
+    def _control(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, seeing control tokens in text; without the post-processor, which would trim offsets."""
+        control = tokenizers.Tokenizer.from_str(self._plain.to_str())
+        control.encode_special_tokens = False
+        control.post_processor = None
+        return control
+
+    def encode(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_control(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a template's output, control tokens recognised, and the (start, end) characters of each."""
+        encoding = self._control.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        return self._plain.decode(list(ids), skip_special_tokens=not keep_special)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFace, (self.path,)
+
+
+class Mistral:
+    """A `tekken.json` or `tokenizer.model.v*`; text, chat format and validation are mistral-common's."""
+
+    chat_template = None
+
+    def __init__(self, path: str | Path) -> None:
+        from mistral_common.exceptions import MistralCommonException
+        from mistral_common.protocol.instruct.validator import ValidationMode
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+        from mistral_common.tokens.tokenizers.sentencepiece import is_sentencepiece
+        from mistral_common.tokens.tokenizers.tekken import is_tekken
+
+        self.path = Path(path)
+        file = self.path
+        if file.is_dir():
+            found = sorted(entry for entry in file.iterdir() if is_tekken(entry) or is_sentencepiece(entry))
+            if len(found) != 1:
+                names = ", ".join(entry.name for entry in found) or "none"
+                raise FileNotFoundError(f"{file} should hold one tekken.json or tokenizer.model.v*; found: {names}")
+            file = found[0]
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer at {file}; give a tekken.json or a tokenizer.model.v*")
+        self.files = (file,)
+        self.identity = _identity(self.files)
+        try:
+            self.finetuning = MistralTokenizer.from_file(file, mode=ValidationMode.finetuning)
+        except ImportError as error:
+            raise ValueError(f"{file} is a sentencepiece model; install sentencepiece, or use tekken.json") from error
+        except (MistralCommonException, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a tokenizer that mistral-common reads: {error}") from error
+        self._text = self.finetuning.instruct_tokenizer.tokenizer
+        self.vocab_size, self.bos_id, self.eos_id = self._text.n_words, self._text.bos_id, self._text.eos_id
+
+    @functools.cached_property
+    def prompting(self) -> MistralTokenizer:
+        """For conversations that end with the user, which the fine-tuning validator refuses."""
+        from mistral_common.protocol.instruct.validator import ValidationMode
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        return MistralTokenizer.from_file(self.files[0], mode=ValidationMode.test)
+
+    def encode(self, text: str) -> list[int]:
+        return self._text.encode(text, bos=False, eos=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+        policy = SpecialTokenPolicy.KEEP if keep_special else SpecialTokenPolicy.IGNORE
+        return self._text.decode(list(ids), special_token_policy=policy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mistral, (self.path,)
+
+
+def _identity(files: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+    """`chat_template.jinja` first, as transformers has it; else the entry of tokenizer_config.json."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+PAD, BOS, EOS, BEGIN_USER, END_USER = "<pad>", "<s>", "</s>", "[INST]", "[/INST]"
+
+# Mistral's instruct format (v3 tekken: no spaces around the markers); the system text goes before the first user turn.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system, turns = messages[0]['content'] + '\\n\\n', messages[1:] %}
+{%- else %}
+    {%- set system, turns = '', messages %}
+{%- endif %}
+{%- for message in turns %}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
+        {{- raise_exception('after an optional system message, roles alternate user, assistant, user, …') }}
+    {%- endif %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST]' + (system if loop.first else '') + message['content'] + '[/INST]' }}
+    {%- else %}
+        {{- message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, out_dir: str | Path, *, min_frequency: int = 2, progress: bool = False
+) -> HuggingFace:
+    """Train a byte-level BPE with Mistral's chat format on `texts`, write it to `out_dir` and return it, loaded.
+
+    Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers' AutoTokenizer reads too.
+    The same texts in the same order give the same files. Little text gives fewer than `vocab_size` ids (a warning).
+    Raises FileExistsError where `out_dir` holds something, ValueError for a vocab_size without room or no text.
+    """
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    specials = [PAD, BOS, EOS, BEGIN_USER, END_USER]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(specials) + len(alphabet):
+        raise ValueError(f"vocab_size {vocab_size} is less than the {len(alphabet)} bytes and {len(specials)} control tokens")
+    refuse_existing(Path(out_dir))  # before the work, not after it
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    seen = 0
+
+    def counted() -> Iterable[str]:
+        nonlocal seen
+        for text in texts:
+            seen += len(text)
+            yield text
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=specials,
+        initial_alphabet=alphabet,
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise ValueError("no text to train a tokenizer on")
+    if tokenizer.get_vocab_size() < vocab_size:
+        log.warning("%d characters of text gave %d ids, not %d", seen, tokenizer.get_vocab_size(), vocab_size)
+    # Other tools put BOS before plain text by this rule.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    with new_directory(out_dir) as directory:
+        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return HuggingFace(out_dir)

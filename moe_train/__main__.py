@@ -1,0 +1,5 @@
+"""`python -m moe_train` is `moe-train`."""
+
+from moe_train.cli import main
+
+main()

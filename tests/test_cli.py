@@ -1,0 +1,213 @@
+"""The command line: what it imports, what it hands on, what it prints, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from moe_train import cli
+from moe_train.config import Config
+
+RUN = """\
+name: tiny
+run_dir: runs/tiny
+init_from: models/tiny
+train: {steps: 10, batch_size: 8, seq_len: 32}
+optimizer: {name: adamw, learning_rate: 1e-4}
+"""
+COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "bench", "tokenizer", "schema", "quickstart"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    return str(path)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch):
+    """Replaces a module by one function that a command calls."""
+
+    def put(module: str, **functions: Any) -> None:
+        fake = ModuleType(module)
+        vars(fake).update(functions)
+        monkeypatch.setitem(sys.modules, module, fake)
+        package, _, name = module.rpartition(".")
+        monkeypatch.setattr(sys.modules[package] if package in sys.modules else __import__(package), name, fake, raising=False)
+
+    return put
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["tokenizer", "train"]], ids=" ".join)
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom moe_train.cli import main\ntry:\n    main([*sys.argv[1:], '--help'])\nfinally:\n"
+        "    heavy = {'jax', 'numpy', 'flax', 'orbax', 'datasets', 'tokenizers', 'moe_train.config'} & set(sys.modules)\n"
+        "    print('heavy:', *sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert "Usage: moe-train" in done.stdout
+    assert done.stdout.splitlines()[-1].strip() == "heavy:"
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_train_hands_on_the_config_and_its_exit_code(stand_in, config: str, code: int) -> None:
+    given: list[Config] = []
+
+    def train(resolved: Config) -> int:
+        given.append(resolved)
+        return code
+
+    stand_in("moe_train.train.loop", train=train)
+    assert run("train", config, "train.steps=3", "name=other") == code
+    assert (given[0].train.steps, given[0].name) == (3, "other")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("mesh.expert 3 does not divide num_experts 8"), 2, "moe-train: mesh.expert 3 does not divide num_experts 8\n"),
+        (FileNotFoundError("a.jsonl: no such file"), 2, "moe-train: a.jsonl: no such file\n"),
+        (FileExistsError("out exists"), 2, "moe-train: out exists\n"),
+        (OSError(28, "No space left on device", "step_5"), 1, "moe-train: [Errno 28] No space left on device: 'step_5'\n"),
+        (RuntimeError("4 steps in a row were not finite"), 1, "moe-train: 4 steps in a row were not finite\n"),
+    ],
+)
+def test_an_error_is_one_line(stand_in, config: str, capsys, error: Exception, code: int, said: str) -> None:
+    def train(resolved: Config) -> int:
+        raise error
+
+    stand_in("moe_train.train.loop", train=train)
+    assert run("train", config) == code
+    assert capsys.readouterr() == ("", said)
+    assert run("train", config, "--debug") == code
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_an_unforeseen_error_shows_its_traceback(stand_in, config: str, capsys) -> None:
+    def train(resolved: Config) -> int:
+        return {}["no such key"]
+
+    stand_in("moe_train.train.loop", train=train)
+    assert run("train", config) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.endswith("moe-train: KeyError: 'no such key'\n")
+
+
+def test_bad_configs_end_with_2_and_their_lines(config: str, tmp_path: Path, capsys) -> None:
+    assert run("train", str(tmp_path / "none.yaml")) == 2
+    assert capsys.readouterr().err == f"moe-train: {tmp_path}/none.yaml: no such config file\n"
+    assert run("train", config, "train.step=3", "seed=x") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        'moe-train: override seed=x: seed: has to be a whole number (value "x")',
+        "override train.step=3: train.step: unknown key; did you mean steps? (value 3)",
+    ]
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moe_train", "bench", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"moe-train: {tmp_path}: is a folder, not a config file\n"
+
+
+def test_usage_errors_end_with_2(config: str, capsys) -> None:
+    assert run("train") == 2
+    assert run("generate", "runs/tiny") == 2
+    assert run("export", "runs/tiny", "out", "--format", "onnx") == 2
+    assert run("fly") == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_inspect_json_holds_the_config_and_the_parameters(stand_in, config: str, capsys) -> None:
+    report = {"parameters": [{"path": "norm", "shape": [16], "bytes_per_device": 64}], "total_parameters": 16}
+    stand_in("moe_train.inspect", inspect=lambda resolved: dict(report))
+    assert run("inspect", config, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["config"]["train"]["steps"] == 10
+    assert {key: answer[key] for key in report} == report
+    assert run("inspect", config) == 0
+    shown = capsys.readouterr().out
+    assert "name: tiny" in shown and "norm" in shown and "total parameters" in shown
+
+
+def test_evaluate(stand_in, capsys) -> None:
+    given: list[Any] = []
+
+    def evaluate_dir(directory: Path, files: list[Path]) -> dict[str, float]:
+        given.append((directory, files))
+        return {"loss": 2.5, "tokens": 1000}
+
+    stand_in("moe_train.train.evaluate", evaluate_dir=evaluate_dir)
+    assert run("evaluate", "runs/tiny", "--data", "a.jsonl", "--data", "b.jsonl", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"loss": 2.5, "tokens": 1000}
+    assert given == [(Path("runs/tiny"), [Path("a.jsonl"), Path("b.jsonl")])]
+    assert run("evaluate", "runs/tiny", "--data", "a.jsonl") == 0
+    assert capsys.readouterr().out.split() == ["loss", "2.5", "tokens", "1,000"]
+
+
+def test_generate(stand_in, capsys) -> None:
+    def generate_dir(directory: Path, prompts: list[str], max_tokens: int, temperature: float, seed: int) -> list[str]:
+        return [f" {max_tokens} {temperature} {seed}" for _ in prompts]
+
+    stand_in("moe_train.generate", generate_dir=generate_dir)
+    options = ["--max-tokens", "3", "--temperature", "0.5", "--seed", "7"]
+    assert run("generate", "runs/tiny", "--prompt", "a", "--prompt", "b", *options, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"prompt": "a", "completion": " 3 0.5 7"},
+        {"prompt": "b", "completion": " 3 0.5 7"},
+    ]
+    assert run("generate", "runs/tiny", "--prompt", "a") == 0
+    assert capsys.readouterr().out == "a 64 0.0 0\n"
+
+
+def test_export_and_tokenizer(stand_in, capsys) -> None:
+    given: list[Any] = []
+
+    def export(run_dir: Path, out_dir: Path, layout: str, merge: bool) -> dict[str, Any]:
+        given.append((run_dir, out_dir, layout, merge))
+        return {"files": ["model.safetensors"]}
+
+    def train_bpe(files: list[Path], vocab_size: int, out_dir: Path) -> dict[str, Any]:
+        given.append((files, vocab_size, out_dir))
+        return {"vocab_size": vocab_size}
+
+    stand_in("moe_train.weights", export=export)
+    stand_in("moe_train.data.tokenizer", train_bpe=train_bpe)
+    assert run("export", "runs/tiny", "out", "--format", "peft", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"files": ["model.safetensors"]}
+    assert run("export", "runs/tiny", "out", "--merge") == 0
+    assert run("tokenizer", "train", "a.txt", "b.txt", "--vocab-size", "300", "--out", "tok") == 0
+    assert given == [
+        (Path("runs/tiny"), Path("out"), "peft", False),
+        (Path("runs/tiny"), Path("out"), "hf", True),
+        ([Path("a.txt"), Path("b.txt")], 300, Path("tok")),
+    ]
+
+
+def test_bench_and_quickstart(stand_in, config: str, capsys) -> None:
+    stand_in("moe_train.bench", bench=lambda resolved: {"median_step_seconds": 0.5, "batch_size": resolved.train.batch_size})
+    assert run("bench", config, "train.batch_size=4", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"median_step_seconds": 0.5, "batch_size": 4}
+    stand_in("moe_train.quickstart", quickstart=lambda work_dir: 75 if work_dir == Path("runs/quickstart") else 0)
+    assert run("quickstart") == 75
+    assert run("quickstart", "--work-dir", "elsewhere") == 0
+
+
+def test_schema_is_json(capsys) -> None:
+    assert run("schema") == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "Config"

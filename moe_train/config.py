@@ -1,0 +1,491 @@
+"""Every section of a run's configuration, and every check that needs no hardware.
+
+One YAML file holds one complete run. A choice between kinds is a tagged union (`optimizer: {name: adamw, …}`);
+a default is written once, here. Nothing in this file imports jax, so that `--help` and editors are quick.
+`config_file` turns YAML and `key.path=value` overrides into a `Config`, and its errors into one line each.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _integral(value: object) -> object:
+    """`1e9` is a float to YAML; where a whole number is asked for, a float without a fraction is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
+NonNegative = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# --- model -----------------------------------------------------------------------------------------------------
+
+
+class DefaultRope(Section):
+    """Rotary positions, arXiv:2104.09864: angle = position * theta ** (-2i / head_dim), half-split order."""
+
+    name: Literal["default"]
+    theta: PositiveFloat = 1e6
+
+
+class YarnRope(Section):
+    """YaRN, arXiv:2309.00071: low frequencies interpolated by `factor`, high ones kept, a ramp between."""
+
+    name: Literal["yarn"]
+    theta: PositiveFloat = 1e6
+    factor: PositiveFloat
+    original_max_seq_len: Positive
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: NonNegativeFloat = 1.0
+    mscale_all_dim: NonNegativeFloat = 1.0
+
+
+Rope = Annotated[DefaultRope | YarnRope, Field(discriminator="name")]
+
+
+class QueryScaling(Section):
+    """Llama-4 query scaling: q *= 1 + beta * log(1 + floor(position / original_max_seq_len))."""
+
+    beta: PositiveFloat
+    original_max_seq_len: Positive
+
+
+class Attention(Section):
+    """Grouped-query attention. `windows` is one period of layers: null sees everything before it, a number W
+    sees the last W positions (itself included); layer i takes entry i modulo the period."""
+
+    name: Literal["gqa"] = "gqa"
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    windows: Annotated[tuple[Positive | None, ...], Field(min_length=1)] = (None,)
+    query_scaling: QueryScaling | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs; use an even head_dim")
+        return self
+
+
+class DenseFfn(Section):
+    """SwiGLU: down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+
+    name: Literal["dense"]
+    ffn_dim: Positive
+
+
+class MoeFfn(Section):
+    """Sparse SwiGLU experts behind a softmax top-k router (Mixtral, arXiv:2401.04088). Dropless."""
+
+    name: Literal["moe"]
+    ffn_dim: Positive
+    num_experts: Positive
+    experts_per_token: Positive
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}")
+        return self
+
+
+Ffn = Annotated[DenseFfn | MoeFfn, Field(discriminator="name")]
+
+
+class Model(Section):
+    """A transformer's architecture. Sizes have the names of DESIGN's legend: model_dim D, ffn_dim F, head_dim H."""
+
+    family: Literal["mistral", "mixtral", "ministral", "ministral3", "llama"]
+    vocab_size: Positive
+    model_dim: Positive
+    num_layers: Positive
+    attention: Attention
+    ffn: Ffn
+    rope: Rope = DefaultRope(name="default")
+    norm_eps: PositiveFloat = 1e-5
+    tie_embeddings: bool = False
+    max_seq_len: Positive = 32768
+    init_stddev: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        period = len(self.attention.windows)
+        if self.num_layers % period:
+            raise ValueError(f"num_layers {self.num_layers} is not a multiple of the {period} attention.windows")
+        if (self.family == "mixtral") != isinstance(self.ffn, MoeFfn):
+            raise ValueError(f"family {self.family} does not have a {self.ffn.name} ffn; only mixtral has, and needs, moe")
+        wants_yarn = self.family == "ministral3"
+        if isinstance(self.rope, YarnRope) and not wants_yarn:
+            raise ValueError(f"family {self.family} has no yarn rope; only ministral3 has")
+        if self.attention.query_scaling and not wants_yarn:
+            raise ValueError(f"family {self.family} has no attention.query_scaling; only ministral3 has")
+        if len(set(self.attention.windows)) > 1 and self.family != "ministral":
+            raise ValueError(f"family {self.family} has one window for all layers; interleaved windows are ministral's")
+        if self.family == "llama" and self.attention.windows != (None,):
+            raise ValueError("family llama has no attention window; leave attention.windows out")
+        return self
+
+
+# --- adapters --------------------------------------------------------------------------------------------------
+
+
+class LoraTarget(Section):
+    """Modules that get an adapter. `modules` are patterns over module paths inside a layer (`attention.*`,
+    `ffn.gate_proj`, `*.down_proj`); the update is alpha / rank * B·A (arXiv:2106.09685)."""
+
+    modules: Annotated[tuple[str, ...], Field(min_length=1)]
+    rank: Positive
+    alpha: PositiveFloat
+
+
+class Lora(Section):
+    """Low-rank adapters; everything else is frozen."""
+
+    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)]
+
+
+# --- data ------------------------------------------------------------------------------------------------------
+
+
+class HuggingFaceTokenizer(Section):
+    """A directory with `tokenizer.json` (and `tokenizer_config.json`, `chat_template.jinja`), or that file."""
+
+    name: Literal["huggingface"]
+    path: str
+
+
+class MistralTokenizer(Section):
+    """A `tekken.json` or a sentencepiece `tokenizer.model.v*`, read by mistral-common."""
+
+    name: Literal["mistral"]
+    path: str
+
+
+Tokenizer = Annotated[HuggingFaceTokenizer | MistralTokenizer, Field(discriminator="name")]
+
+
+class TextRecord(Section):
+    """Plain text; every token bears loss. A record longer than the sequence is split, dropped or an error."""
+
+    name: Literal["text"]
+    column: str = "text"
+    too_long: Literal["split", "drop", "error"] = "split"
+
+
+class ChatRecord(Section):
+    """A list of messages (`role`, `content`) rendered by the chat template; the assistant's tokens bear loss."""
+
+    name: Literal["chat"]
+    column: str = "messages"
+    too_long: Literal["truncate", "drop", "error"] = "error"
+
+
+class CompletionRecord(Section):
+    """A prompt and its completion, rendered as one user and one assistant turn of the chat template."""
+
+    name: Literal["completion"]
+    prompt: str = "prompt"
+    completion: str = "completion"
+    too_long: Literal["truncate", "drop", "error"] = "error"
+
+
+Record = Annotated[TextRecord | ChatRecord | CompletionRecord, Field(discriminator="name")]
+
+
+class FileSource(Section):
+    """Local files: paths, folders or globs, relative to the working directory."""
+
+    name: Literal["files"]
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    format: Literal["auto", "text", "json", "parquet", "arrow"] = "auto"
+    record: Record
+    weight: PositiveFloat = 1.0
+
+
+class HubSource(Section):
+    """A data set of the Hugging Face hub; the only setting that lets training data come over the network."""
+
+    name: Literal["hub"]
+    dataset: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str
+    record: Record
+    weight: PositiveFloat = 1.0
+
+
+Source = Annotated[FileSource | HubSource, Field(discriminator="name")]
+
+
+class Data(Section):
+    """What is trained on and evaluated on. `tokenizer` may be left out where `init_from` carries one."""
+
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    eval: tuple[Source, ...] = ()
+    cache_dir: str = "runs/cache"
+    num_proc: Positive = 1
+    prefetch: Positive = 2
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------
+
+
+class ConstantSchedule(Section):
+    name: Literal["constant"]
+    warmup_steps: NonNegative = 0
+
+
+class CosineSchedule(Section):
+    """Linear warm-up, then half a cosine down to `final_fraction` of the peak at the last step."""
+
+    name: Literal["cosine"]
+    warmup_steps: NonNegative = 0
+    final_fraction: Fraction = 0.1
+
+
+class LinearSchedule(Section):
+    """Linear warm-up, then a line down to `final_fraction` of the peak at the last step."""
+
+    name: Literal["linear"]
+    warmup_steps: NonNegative = 0
+    final_fraction: Fraction = 0.0
+
+
+class WsdSchedule(Section):
+    """Warm-up, stable, decay (arXiv:2404.06395): the last `decay_steps` fall on a line to `final_fraction`."""
+
+    name: Literal["wsd"]
+    warmup_steps: NonNegative = 0
+    decay_steps: Positive
+    final_fraction: Fraction = 0.0
+
+
+Schedule = Annotated[ConstantSchedule | CosineSchedule | LinearSchedule | WsdSchedule, Field(discriminator="name")]
+
+
+class _OptimizerBase(Section):
+    learning_rate: PositiveFloat
+    schedule: Schedule = ConstantSchedule(name="constant")
+    weight_decay: NonNegativeFloat = 0.0
+    no_decay: tuple[Literal["norms", "biases", "router", "embeddings"], ...] = ("norms", "biases")
+    max_grad_norm: PositiveFloat | None = 1.0
+
+
+class AdamW(_OptimizerBase):
+    """Adam with decoupled weight decay, arXiv:1711.05101."""
+
+    name: Literal["adamw"]
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: PositiveFloat = 1e-8
+
+
+class Lion(_OptimizerBase):
+    """Sign of an interpolated momentum, arXiv:2302.06675."""
+
+    name: Literal["lion"]
+    b1: Decay = 0.9
+    b2: Decay = 0.99
+
+
+class Adafactor(_OptimizerBase):
+    """Factored second moments, arXiv:1804.04235."""
+
+    name: Literal["adafactor"]
+    decay_rate: Decay = 0.8
+    min_dim_size_to_factor: Positive = 128
+
+
+class Muon(_OptimizerBase):
+    """Orthogonalised momentum for the matrices of attention and (expert) FFN, chosen by name; AdamW for
+    embeddings, head, router and norms with `adamw_learning_rate` (https://kellerjordan.github.io/posts/muon)."""
+
+    name: Literal["muon"]
+    momentum: Decay = 0.95
+    ns_steps: Positive = 5
+    nesterov: bool = True
+    adamw_learning_rate: PositiveFloat
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: PositiveFloat = 1e-8
+
+
+Optimizer = Annotated[AdamW | Lion | Adafactor | Muon, Field(discriminator="name")]
+
+
+class Loss(Section):
+    """Coefficients of the router's two losses, per layer; full training of a sparse model must state them."""
+
+    load_balance_loss_coef: NonNegativeFloat | None = None
+    router_z_loss_coef: NonNegativeFloat | None = None
+
+
+class Train(Section):
+    """Length and shape of the optimisation. Exactly one of `steps`, `epochs`, `tokens` sets the length.
+
+    batch_size is the number of sequences in an optimizer step over all devices; microbatches splits it.
+    """
+
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    tokens: Positive | None = None
+    batch_size: Positive
+    seq_len: Positive
+    microbatches: Positive = 1
+    max_skipped_steps: NonNegative = 3
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [k for k in ("steps", "epochs", "tokens") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"the length of a run is exactly one of steps, epochs, tokens; here: {', '.join(given) or 'none'}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of microbatches {self.microbatches}")
+        if self.tokens is not None and self.tokens < self.batch_size * self.seq_len:
+            raise ValueError(f"tokens {self.tokens} is less than one step of {self.batch_size * self.seq_len}")
+        return self
+
+
+# --- the machine -----------------------------------------------------------------------------------------------
+
+
+class Compute(Section):
+    """Number formats, rematerialisation and kernels; `auto` takes the fast path of the platform and logs which."""
+
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
+    grouped_matmul: Literal["auto", "reference", "blocked", "megablox", "ragged_dot"] = "auto"
+
+
+AxisSize = Annotated[int, BeforeValidator(_integral)]
+
+
+class Mesh(Section):
+    """Devices along each axis; one axis may be -1: the devices that the others leave."""
+
+    data: AxisSize = 1
+    fsdp: AxisSize = 1
+    expert: AxisSize = 1
+    context: Literal[1] = 1
+    tensor: AxisSize = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes = {k: getattr(self, k) for k in type(self).model_fields}
+        for axis, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"mesh.{axis} is {size}; use a positive number, or -1 for the rest of the devices")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError("only one mesh axis can be -1 (the rest of the devices)")
+        return self
+
+
+# --- the run ---------------------------------------------------------------------------------------------------
+
+
+class Evaluation(Section):
+    """Held-out loss on `data.eval`: every `every_steps` and at the end, on `batches` batches (null: all)."""
+
+    every_steps: Positive = 100
+    batches: Positive | None = None
+
+
+class Checkpoint(Section):
+    """When the run's state is saved, and how many saves stay: the last `keep_last`, plus the best held-out loss."""
+
+    every_steps: Positive = 100
+    every_minutes: PositiveFloat | None = 30.0
+    keep_last: Positive = 2
+    keep_best: bool = True
+
+
+class Metrics(Section):
+    """Where figures go besides the terminal and `metrics.jsonl`."""
+
+    every_steps: Positive = 1
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """One complete run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    run_dir: str
+    seed: NonNegative = 0
+    init_from: str | None = None
+    model: Model | None = None
+    lora: Lora | None = None
+    data: Data | None = None
+    train: Train
+    optimizer: Optimizer
+    loss: Loss = Loss()
+    compute: Compute = Compute()
+    mesh: Mesh = Mesh()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model is None and self.init_from is None:
+            raise ValueError("state model (an architecture, trained from random weights) or init_from (a checkpoint)")
+        if self.model is not None:
+            check_model(self, self.model)
+        mesh, train = self.mesh, self.train
+        replicas = mesh.data * mesh.fsdp * mesh.expert
+        per_microbatch = train.batch_size // train.microbatches
+        if replicas > 0 and per_microbatch % replicas:
+            raise ValueError(
+                f"batch_size {train.batch_size} / microbatches {train.microbatches} = {per_microbatch} sequences do not divide "
+                f"over mesh data x fsdp x expert = {replicas}; use a multiple of {replicas * train.microbatches}"
+            )
+        return self
+
+
+def check_model(config: Config, model: Model) -> None:
+    """Raise ValueError where `model` (stated, or read from `init_from`) does not go with the rest of `config`."""
+    mesh, loss, attention = config.mesh, config.loss, model.attention
+    _divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
+    _divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
+    _divides(mesh.tensor, "tensor", model.ffn.ffn_dim, "ffn_dim")
+    _divides(mesh.tensor, "tensor", model.vocab_size, "vocab_size")
+    if config.train.seq_len > model.max_seq_len:
+        raise ValueError(f"train.seq_len {config.train.seq_len} exceeds the model's max_seq_len {model.max_seq_len}")
+    coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
+    if isinstance(model.ffn, MoeFfn):
+        _divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
+        if config.lora is None and None in coefs.values():
+            missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
+            raise ValueError(f"state {missing} for a model with routed experts (0.01 and 0.001 are usual; 0 is off)")
+    else:
+        if mesh.expert != 1:
+            raise ValueError(f"mesh.expert is {mesh.expert}, but a {model.family} model has no experts; use fsdp or data")
+        if any(coefs.values()):
+            raise ValueError("loss has router coefficients, but the model has no router; leave them out")
+
+
+def _divides(size: int, axis: str, dim: int, name: str) -> None:
+    if size > 0 and dim % size:
+        raise ValueError(f"mesh.{axis} {size} does not divide {name} {dim}")

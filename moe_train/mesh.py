@@ -1,0 +1,64 @@
+"""The device mesh: five named axes that always exist, and the way from a host's batch to global arrays.
+
+| axis    | what it splits                                        |
+|---------|-------------------------------------------------------|
+| data    | batch; replicas of all weights, over the slow network |
+| fsdp    | batch; weights on D, gathered just before use         |
+| expert  | batch; expert weights on E                            |
+| context | sequence                                              |
+| tensor  | heads, F and V                                        |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_train import config
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+BATCH = ("data", "fsdp", "expert")
+"""The only spec of a batch dim."""
+
+
+def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lay `devices` (default: all) out along the five axes, explicit axis types throughout.
+
+    Raises ValueError where the sizes do not multiply to the number of devices.
+    """
+    chosen = list(jax.devices() if devices is None else devices)
+    shape = [getattr(sizes, axis) for axis in AXES]
+    stated = math.prod(size for size in shape if size != -1)
+    if -1 in shape:
+        if len(chosen) % stated:
+            raise ValueError(f"mesh axes of {stated} devices do not divide the {len(chosen)} devices that are here")
+        shape[shape.index(-1)] = len(chosen) // stated
+    elif stated != len(chosen):
+        axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True) if size > 1) or "one device"
+        raise ValueError(f"mesh ({axes}) needs {stated} devices, but {len(chosen)} are here; set one axis to -1 for the rest")
+    types = (AxisType.Explicit,) * len(AXES)
+    if devices is None:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=types)
+    return Mesh(np.array(chosen).reshape(shape), AXES, axis_types=types)
+
+
+def axis_size(axis: str) -> int:
+    """Size of a mesh axis inside a traced function or under `jax.set_mesh`."""
+    return jax.sharding.get_abstract_mesh().shape[axis]
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A process's rows of a batch (a pytree of (b, T) numpy arrays) -> global (B, T) arrays on the mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH, "context"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def platform() -> str:
+    """Platform of the devices that the mesh in force is made of ("cpu", "tpu", "gpu"); they need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None and device.platform else jax.default_backend()

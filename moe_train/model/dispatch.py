@@ -1,0 +1,145 @@
+"""From tokens to their experts and back, inside `shard_map`: local view, all collectives of the MoE layer.
+
+An assignment is a (token, expert) pair. Lower-case letters are this device's part of a dim.
+Transport `all_gather`: every device of the `expert` axis sees all tokens of that axis, computes its own experts'
+assignments, and the sums are scattered back. Nothing is dropped; `computed` counts what was done, so that
+nobody has to believe it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from moe_train.mesh import BATCH
+from moe_train.model.fsdp import spec_of, vary_with_spec
+from moe_train.model.grouped_matmul import grouped_matmul
+
+
+class ExpertMatrix(NamedTuple):
+    """One linear map of every expert: weight (E, in, out), and the adapter beside it where there is one."""
+
+    weight: jax.Array
+    lora_a: jax.Array | None
+    lora_b: jax.Array | None
+    lora_scale: float | jax.Array
+
+
+class ExpertWeights(NamedTuple):
+    """SwiGLU experts."""
+
+    gate: ExpertMatrix
+    up: ExpertMatrix
+    down: ExpertMatrix
+
+
+def run_experts(
+    x_BTD: jax.Array,
+    expert_ids_BTA: jax.Array,
+    expert_weights_BTA: jax.Array,
+    valid_BT: jax.Array,
+    experts: ExpertWeights,
+    kernel: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of each token's experts (B, T, D), and the number of assignments computed (int32).
+
+    Tokens that are not `valid` (padding) go to no expert and come back as zeros.
+    """
+    tokens = P(BATCH, "context")
+    specs = jax.tree.map(lambda w: spec_of(w) if isinstance(w, jax.Array) else P(), experts)
+
+    def local(x_btD, ids_btA, weights_btA, valid_bt, experts):
+        b, t, D = x_btD.shape
+        A = ids_btA.shape[-1]
+        gather = lambda x: jax.lax.all_gather(x, "expert", axis=0, tiled=True)  # noqa: E731
+        x_mD, ids_mA, weights_mA, valid_m = (
+            gather(x.reshape(b * t, *x.shape[2:])) for x in (x_btD, ids_btA, weights_btA, valid_bt)
+        )
+        e = experts.gate.weight.shape[0]
+        own_mA = ids_mA - jax.lax.axis_index("expert") * e
+        own_mA = jnp.where((own_mA >= 0) & (own_mA < e) & valid_m[:, None], own_mA, e)  # e: not ours
+        order_R = jnp.argsort(own_mA.reshape(-1), stable=True)
+        inverse_mA = jnp.argsort(order_R).reshape(-1, A)
+        group_sizes_e = jnp.sum(own_mA.reshape(-1, 1) == jnp.arange(e), axis=0, dtype=jnp.int32)
+
+        experts = jax.tree.map(lambda w, spec: _whole(w, spec, x_btD.dtype), experts, specs)
+        # on each device of `tensor` a part of F: gradients of x and of the weights are summed over it
+        x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(own_mA < e, weights_mA, 0)))
+        y_RD = _swiglu(dispatch(x_mD, order_R, inverse_mA), experts, group_sizes_e, kernel)
+        y_mD = combine(y_RD, weights_mA, order_R, inverse_mA)
+        y_mD = jax.lax.psum_scatter(jax.lax.psum(y_mD, "tensor"), "expert", scatter_dimension=0, tiled=True)
+        computed = jax.lax.psum(jnp.sum(group_sizes_e), (*BATCH, "context"))
+        return y_mD.reshape(b, t, D).astype(x_btD.dtype), computed
+
+    return jax.shard_map(local, in_specs=(tokens, tokens, tokens, tokens, specs), out_specs=(tokens, P()))(
+        x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts
+    )
+
+
+def _whole(w: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
+    """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
+    if not spec:  # a scale
+        return w
+    w = w.astype(dtype)
+    for dim, axis in enumerate(spec):
+        if axis == "fsdp":
+            w = jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True)
+    return vary_with_spec(w, spec)
+
+
+def _swiglu(x_RD: jax.Array, experts: ExpertWeights, group_sizes_e: jax.Array, kernel: str) -> jax.Array:
+    """down(silu(gate(x)) * up(x)) of each row's expert; partial over `tensor` (F is split)."""
+
+    def matmul(x: jax.Array, m: ExpertMatrix) -> jax.Array:
+        y = grouped_matmul(x, m.weight, group_sizes_e, kernel)
+        if m.lora_a is not None and m.lora_b is not None:
+            low = grouped_matmul(x, m.lora_a, group_sizes_e, kernel)
+            y += m.lora_scale * grouped_matmul(low, m.lora_b, group_sizes_e, kernel)
+        return y
+
+    return matmul(jax.nn.silu(matmul(x_RD, experts.gate)) * matmul(x_RD, experts.up), experts.down)
+
+
+# Both ways are gathers, and so are their gradients: a scatter-add is serial on CPU and unordered on GPU.
+
+
+@jax.custom_vjp
+def dispatch(x_mD: jax.Array, order_R: jax.Array, inverse_mA: jax.Array) -> jax.Array:
+    """Rows of the assignments in the order of their experts: x[order // A]."""
+    return x_mD[order_R // inverse_mA.shape[1]]
+
+
+def _dispatch_forward(x_mD, order_R, inverse_mA):
+    return dispatch(x_mD, order_R, inverse_mA), inverse_mA
+
+
+def _dispatch_backward(inverse_mA, dy_RD):
+    return sum(dy_RD[inverse_mA[:, a]] for a in range(inverse_mA.shape[1])), None, None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def combine(y_RD: jax.Array, weights_mA: jax.Array, order_R: jax.Array, inverse_mA: jax.Array) -> jax.Array:
+    """sum over a of weights[m, a] * y[row of assignment (m, a)], in float32."""
+    A = weights_mA.shape[1]
+    return sum(weights_mA[:, a, None] * y_RD[inverse_mA[:, a]].astype(jnp.float32) for a in range(A))
+
+
+def _combine_forward(y_RD, weights_mA, order_R, inverse_mA):
+    return combine(y_RD, weights_mA, order_R, inverse_mA), (y_RD, weights_mA, order_R, inverse_mA)
+
+
+def _combine_backward(saved, d_mD):
+    y_RD, weights_mA, order_R, inverse_mA = saved
+    A = weights_mA.shape[1]
+    dy_RD = (weights_mA.reshape(-1)[order_R, None] * d_mD[order_R // A]).astype(y_RD.dtype)
+    dots = [jnp.sum(d_mD * y_RD[inverse_mA[:, a]].astype(jnp.float32), axis=-1) for a in range(A)]
+    return dy_RD, jnp.stack(dots, axis=1).astype(weights_mA.dtype), None, None
+
+
+combine.defvjp(_combine_forward, _combine_backward)

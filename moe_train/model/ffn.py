@@ -1,0 +1,25 @@
+"""The dense feed-forward layer: SwiGLU (arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from moe_train import config
+from moe_train.model.layers import Linear
+
+
+class DenseFfn(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
+        D, F, std, dtype = model.model_dim, model.ffn.ffn_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
+        self.gate_proj = Linear(rngs, "BTD,DF->BTF", (D, F), P("fsdp", "tensor"), std, dtype)
+        self.up_proj = Linear(rngs, "BTD,DF->BTF", (D, F), P("fsdp", "tensor"), std, dtype)
+        self.down_proj = Linear(rngs, "BTF,FD->BTD", (F, D), P("tensor", "fsdp"), std, dtype)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -1,0 +1,88 @@
+"""Weights live split over `fsdp`; here they are gathered, just before use, and their gradients scattered back.
+
+A plain reshard of the weight would make its gradient an all-reduce of the whole weight. Here the gradient is
+formed with the weight's own spec, which lowers to a reduce-scatter.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moe_train.mesh import AXES, BATCH
+
+ACTIVATION = {"B": BATCH, "T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+"""The mesh axes of an activation's dims, by their letter; dims not listed are whole on each device."""
+
+
+def spec_of(x: jax.Array) -> P:
+    """The partition spec that an array carries in its type."""
+    return jax.typeof(x).sharding.spec
+
+
+def activation_spec(letters: str) -> P:
+    """`"BTNH"` -> the spec of such an activation."""
+    return P(*(ACTIVATION.get(letter) for letter in letters))
+
+
+def without_fsdp(spec: P) -> P:
+    """The spec of a gathered weight."""
+    return P(*(None if entry == "fsdp" else entry for entry in spec))
+
+
+def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`einsum(equation, x, w)` for an activation and a weight split over `fsdp`; the result has x's dtype.
+
+    equation: two operands, e.g. `"BTD,DNH->BTNH"`; the letters say how the result is split (`ACTIVATION`).
+    """
+    return _project(equation, x, w.astype(x.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, _gather(w), out_sharding=activation_spec(equation.split("->")[1]))
+
+
+def _gather(w: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(w, without_fsdp(spec_of(w)))
+
+
+def _project_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _project(equation, x, w), (x, w)
+
+
+def _project_backward(equation: str, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    operands, y_letters = equation.split("->")
+    x_letters, w_letters = operands.split(",")
+    dx = jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, _gather(w), out_sharding=activation_spec(x_letters))
+    dw = jnp.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy, out_sharding=spec_of(w))
+    return dx, dw
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    """Rows of an embedding table split over `tensor` (V) and `fsdp` (D)."""
+
+    def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+        table_vD = jax.lax.all_gather(table_vd.astype(dtype), "fsdp", axis=1, tiled=True)
+        row = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
+        here = (row >= 0) & (row < table_vD.shape[0])
+        return jax.lax.psum(jnp.where(here[..., None], table_vD[jnp.where(here, row, 0)], 0), "tensor")
+
+    return jax.shard_map(local, in_specs=(spec_of(table_VD), P(BATCH, "context")), out_specs=P(BATCH, "context", None))(
+        table_VD, tokens_BT
+    )
+
+
+def vary_with_spec(w: jax.Array, spec: P) -> jax.Array:
+    """Inside `shard_map`: let a weight differ along the axes that `spec` does not split it over, as the activations
+    that it meets do; its gradient is then summed over them."""
+    split = {axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))}
+    return jax.lax.pcast(w, tuple(axis for axis in AXES if axis not in split), to="varying")

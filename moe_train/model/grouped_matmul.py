@@ -1,0 +1,153 @@
+"""Rows of several experts times each expert's matrix: one function, one backend per platform, one reference.
+
+Contract of every backend: x_RD holds the rows of expert 0, then of expert 1, …; `group_sizes_E` says how many
+each has, their sum at most R; rows past the sum belong to nobody and their results and gradients are zero.
+The cost follows the rows that exist, not R.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_train.mesh import platform
+
+
+def grouped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], kernel: str = "auto"
+) -> Float[Array, "R F"]:
+    """y[r] = x[r] @ w[expert of r]; `kernel` as in `config.Compute.grouped_matmul`."""
+    match choose_kernel(kernel):
+        case "reference":
+            return reference(x_RD, w_EDF, group_sizes_E)
+        case "blocked":
+            return blocked(x_RD, w_EDF, group_sizes_E)
+        case "megablox":
+            return _megablox(x_RD, w_EDF, group_sizes_E)
+        case "ragged_dot":
+            return _zero_tail(jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E), group_sizes_E)
+    raise AssertionError(kernel)
+
+
+def choose_kernel(kernel: str) -> str:
+    """`auto` -> the fast path of the platform that the mesh is made of."""
+    return {"cpu": "blocked", "tpu": "megablox", "gpu": "ragged_dot", "cuda": "ragged_dot"}[platform()] if kernel == "auto" else kernel
+
+
+def reference(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Every row times every matrix, all but its own masked: E times the work, and plainly right."""
+    expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_RD.shape[0]), side="right")
+    mine_RE = expert_R[:, None] == jnp.arange(w_EDF.shape[0])[None, :]
+    return jnp.einsum("RD,EDF,RE->RF", x_RD, w_EDF, mine_RE.astype(x_RD.dtype))
+
+
+def _zero_tail(y_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    return jnp.where(jnp.arange(y_RF.shape[0])[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
+
+
+# --- CPU: blocks of rows ------------------------------------------------------------------------------------------
+
+ROW_BLOCKS = (256, 32)
+SUM_BLOCKS = (1024, 256, 64)
+"""Rows of one product, largest first: as many of the large as fit into a group, then the last size, whose last
+block may be partly empty. Weight gradients write a whole matrix a block, so theirs are larger."""
+
+
+@jax.custom_vjp
+def blocked(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """A loop over experts and blocks of their rows. XLA:CPU's own ragged_dot computes all E products for each row."""
+    return _rows(x_RD, w_EDF, group_sizes_E, "RD,DF->RF")
+
+
+def _rows(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, equation: str) -> jax.Array:
+    """Each row times its expert's matrix, or its transpose."""
+    F = w_EDF.shape[2] if equation == "RD,DF->RF" else w_EDF.shape[1]
+    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+
+    def expert(e: jax.Array, y_RF: jax.Array) -> jax.Array:
+        w_DF = w_EDF[e]
+
+        def block(rows: int, start: jax.Array, mine: jax.Array | None, y_RF: jax.Array) -> jax.Array:
+            y = jnp.einsum(equation, jax.lax.dynamic_slice_in_dim(x_RD, start, rows), w_DF)
+            if mine is not None:
+                y = jnp.where(mine, y, jax.lax.dynamic_slice_in_dim(y_RF, start, rows))
+            return jax.lax.dynamic_update_slice_in_dim(y_RF, y, start, 0)
+
+        return _over_blocks(starts_E[e], group_sizes_E[e], x_RD.shape[0], ROW_BLOCKS, block, y_RF)
+
+    return jax.lax.fori_loop(0, w_EDF.shape[0], expert, _zeros_like(x_RD, (x_RD.shape[0], F), x_RD.dtype))
+
+
+def _zeros_like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Zeros that vary along the mesh axes that x varies along, as a loop's carry must from the start."""
+    return jax.lax.full_like(x, 0, dtype, shape)
+
+
+def _over_blocks(start: jax.Array, size: jax.Array, R: int, sizes: tuple[int, ...], block, carry):
+    """Fold `block(rows, start, mine, carry)` over one group; `rows` is static, one of `sizes`.
+
+    Blocks of the last size are kept inside the R rows and may hold rows of other groups: `mine` (rows, 1) says
+    which are the group's own and not done yet; it is None where all are.
+    """
+    sizes = [b for b in sizes if b <= R] or [R]
+    end = start + size
+    for rows in sizes[:-1]:
+        count = (end - start) // rows
+        carry = jax.lax.fori_loop(0, count, lambda i, c, n=rows, at=start: block(n, at + i * n, None, c), carry)
+        start += count * rows
+
+    def last(i: jax.Array, carry):
+        rows, wanted = sizes[-1], start + i * sizes[-1]
+        begin = jnp.minimum(wanted, R - rows)
+        row = begin + jnp.arange(rows)[:, None]
+        return block(rows, begin, (row >= wanted) & (row < end), carry)
+
+    return jax.lax.fori_loop(0, -(-(end - start) // sizes[-1]), last, carry)
+
+
+def _weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """dw[e] = sum of outer products of e's rows, accumulated in float32."""
+    E, (R, D), F = group_sizes_E.shape[0], x_RD.shape, dy_RF.shape[1]
+    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+
+    def block(rows: int, start: jax.Array, mine: jax.Array | None, dw_DF: jax.Array) -> jax.Array:
+        x = jax.lax.dynamic_slice_in_dim(x_RD, start, rows)
+        x = x if mine is None else jnp.where(mine, x, 0)
+        dy = jax.lax.dynamic_slice_in_dim(dy_RF, start, rows)
+        return dw_DF + jnp.einsum("RD,RF->DF", x, dy, preferred_element_type=jnp.float32)
+
+    def expert(e: jax.Array, dw_EDF: jax.Array) -> jax.Array:
+        dw_DF = _over_blocks(starts_E[e], group_sizes_E[e], R, SUM_BLOCKS, block, _zeros_like(x_RD, (D, F), jnp.float32))
+        return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF.astype(dtype), e, 0)
+
+    return jax.lax.fori_loop(0, E, expert, _zeros_like(x_RD, (E, D, F), dtype))
+
+
+def _blocked_forward(x_RD, w_EDF, group_sizes_E):
+    return blocked(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+
+
+def _blocked_backward(saved, dy_RF):
+    x_RD, w_EDF, group_sizes_E = saved
+    dx_RD = _rows(dy_RF, w_EDF, group_sizes_E, "RF,DF->RD")
+    return dx_RD, _weight_gradient(x_RD, dy_RF, group_sizes_E, w_EDF.dtype), None
+
+
+blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+# --- TPU: Pallas megablox ------------------------------------------------------------------------------------------
+
+
+def _megablox(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.megablox import ops
+
+    rows = x_RD.shape[0]
+    tile = 512 if rows % 512 == 0 else 128
+    x_RD = jnp.pad(x_RD, ((0, -rows % tile), (0, 0)))
+    tiling = (tile, min(1024, x_RD.shape[1]), min(1024, w_EDF.shape[2]))
+    y_RF = ops.gmm(x_RD, w_EDF, group_sizes_E, x_RD.dtype, tiling, interpret=platform() == "cpu")
+    return _zero_tail(y_RF[:rows], group_sizes_E)

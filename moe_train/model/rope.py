@@ -1,0 +1,51 @@
+"""Rotary positions: half-split order, absolute positions that restart in each segment."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moe_train import config
+
+
+def frequencies(rope: config.DefaultRope | config.YarnRope, head_dim: int) -> tuple[np.ndarray, float]:
+    """Angular frequencies (head_dim / 2,) in radians per position, and the factor on cos and sin.
+
+    YaRN (arXiv:2309.00071, section 3.2): frequencies that turn more than `beta_fast` times in the original
+    length are kept, those under `beta_slow` are divided by `factor`, a linear ramp lies between.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    plain = rope.theta**-exponents
+    if isinstance(rope, config.DefaultRope):
+        return plain, 1.0
+
+    def dim_of(turns: float) -> float:
+        return head_dim * math.log(rope.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dim_of(rope.beta_fast)), 0)
+    high = min(math.ceil(dim_of(rope.beta_slow)), head_dim - 1)
+    width = high - low if high > low else 0.001
+    ramp = np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
+    return plain / rope.factor * ramp + plain * (1 - ramp), _attention_factor(rope)
+
+
+def _attention_factor(rope: config.YarnRope) -> float:
+    def mscale(m: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * m * math.log(rope.factor) + 1.0
+
+    return mscale(rope.mscale) / mscale(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else mscale(1.0)
+
+
+def rotate(
+    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], rope: config.DefaultRope | config.YarnRope
+) -> Float[Array, "B T N H"]:
+    """Turn the pairs (x[i], x[i + H/2]) by position * frequency, in float32."""
+    freqs, factor = frequencies(rope, x_BTNH.shape[-1])
+    angles_BTH = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
+    cos = (jnp.cos(angles_BTH) * factor)[:, :, None, :]
+    sin = (jnp.sin(angles_BTH) * factor)[:, :, None, :]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

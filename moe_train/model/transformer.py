@@ -1,0 +1,185 @@
+"""The transformer: embedding, stacks of layers, final norm, head.
+
+A model is a list of *stacks*. A stack is one period of layers (an interleaved window is a period of several),
+its weights stacked on a leading dim of repeats and run by `jax.lax.scan`, so that compile time does not grow
+with depth. `hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
+
+A model travels as a flat dict {path: array} (`parameters`, `combine`); paths name weights everywhere: in
+checkpoints, in masks, in the tables of foreign layouts. Layer i * period + j is entry i of `stacks.0.layers.j.…`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moe_train import config
+from moe_train.mesh import BATCH
+from moe_train.model import fsdp
+from moe_train.model.attention import Attention, Cache
+from moe_train.model.ffn import DenseFfn
+from moe_train.model.layers import Embedding, RMSNorm, normal
+from moe_train.model.lora import add_lora
+from moe_train.model.moe import MoE, RouterStats
+
+Parameters = dict[str, jax.Array]
+
+
+class Layer(nnx.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None):
+        dtype = jnp.dtype(compute.param_dtype)
+        self.attention_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
+        self.attention = Attention(rngs, model, compute, window)
+        self.ffn_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
+        self.ffn = MoE(rngs, model, compute) if isinstance(model.ffn, config.MoeFfn) else DenseFfn(rngs, model, compute)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache)
+        x_BTD += y_BTD
+        h_BTD, stats = self.ffn_norm(x_BTD), None
+        if isinstance(self.ffn, MoE):
+            y_BTD, stats = self.ffn(h_BTD, segment_ids_BT)
+        else:
+            y_BTD = self.ffn(h_BTD)
+        return x_BTD + y_BTD, cache, stats
+
+
+class Stack(nnx.Module):
+    """One period of layers, repeated; every weight has a leading dim of repeats."""
+
+    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
+        windows = model.attention.windows
+        keys = jax.random.split(rngs.params(), (len(windows), model.num_layers // len(windows)))
+
+        def repeated(window: int | None, keys: jax.Array) -> Layer:
+            return jax.vmap(lambda key: Layer(nnx.Rngs(key), model, compute, window))(keys)
+
+        self.layers = nnx.List([repeated(window, k) for window, k in zip(windows, keys, strict=True)])
+        self.remat = compute.remat
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+        def period(x_BTD: jax.Array, layers: nnx.List) -> tuple[jax.Array, list[RouterStats | None]]:
+            stats = []
+            for layer in layers:
+                x_BTD, _, s = layer(x_BTD, positions_BT, segment_ids_BT)
+                stats.append(s)
+            return x_BTD, stats
+
+        x_BTD, stats = jax.lax.scan(_rematerialised(period, self.remat), x_BTD, self.layers)
+        return x_BTD, _in_order_of_layers(stats)
+
+    def decode(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+        def period(x_BTD: jax.Array, layers_and_caches: Any) -> tuple[jax.Array, list[Cache]]:
+            new = []
+            for layer, cache in zip(*layers_and_caches, strict=True):
+                x_BTD, cache, _ = layer(x_BTD, positions_BT, segment_ids_BT, cache)
+                new.append(cache)
+            return x_BTD, new
+
+        return jax.lax.scan(period, x_BTD, (self.layers, caches))
+
+
+def _rematerialised(body: Any, policy: str) -> Any:
+    match policy:
+        case "none":
+            return body
+        case "dots":
+            return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case "full":
+            return jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable)
+    raise AssertionError(policy)
+
+
+def _in_order_of_layers(stats: list[RouterStats | None]) -> RouterStats | None:
+    """Statistics of each layer of a period, (repeats, …) each -> (L, …) in the order of the layers."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *stats)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer of the Mistral family."""
+
+    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
+        dtype, std = jnp.dtype(compute.param_dtype), model.init_stddev
+        self.embed = Embedding(rngs, model.vocab_size, model.model_dim, std, dtype)
+        self.stacks = nnx.List([Stack(rngs, model, compute)])
+        self.final_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
+        head_shape, head_spec = (model.vocab_size, model.model_dim), P("tensor", "fsdp")
+        self.head = None if model.tie_embeddings else normal(rngs, head_shape, head_spec, std, dtype)
+        self.dtype = jnp.dtype(compute.dtype)
+
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """Hidden states after the final norm, and the routers' statistics (L, …); None for a dense model."""
+        x_BTD = self.embed(tokens_BT, self.dtype)
+        (stack,) = self.stacks
+        x_BTD, stats = stack(x_BTD, positions_BT, segment_ids_BT)
+        return self.final_norm(x_BTD), stats
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The output matrix; with tied embeddings the embedding's own table."""
+        return self.embed.weight[...] if self.head is None else self.head[...]
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of all positions at once: for generation and tests; training goes chunk by chunk."""
+        return fsdp.project("BTD,VD->BTV", hidden_BTD, self.head_weight()).astype(jnp.float32)
+
+    def decode(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Any
+    ) -> tuple[Float[Array, "B T V"], Any]:
+        """Logits of T further tokens of each sequence, and the extended caches; padding has position -1."""
+        x_BTD = self.embed(tokens_BT, self.dtype)
+        segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
+        new = []
+        for stack, cache in zip(self.stacks, caches, strict=True):
+            x_BTD, extended = stack.decode(x_BTD, positions_BT, segment_ids_BT, cache)
+            new.append(extended)
+        return self.logits(self.final_norm(x_BTD)), new
+
+
+def init_model(seed: int, model: config.Model, compute: config.Compute, lora: config.Lora | None = None) -> Transformer:
+    """A model of random weights, adapters included; under a mesh, each weight is born with its sharding."""
+    rngs = nnx.Rngs(params=jax.random.key(seed))
+    transformer = Transformer(rngs, model, compute)
+    if lora is not None:
+        add_lora(transformer, lora, rngs)
+    return transformer
+
+
+def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> Any:
+    """Caches for `batch_size` sequences of at most `max_len` tokens, as `Transformer.decode` takes them."""
+    a, period = model.attention, len(model.attention.windows)
+    shape = (model.num_layers // period, batch_size, max_len, a.num_kv_heads, a.head_dim)
+    zeros = lambda: jnp.zeros(shape, dtype, out_sharding=P(None, BATCH, None, "tensor", None))  # noqa: E731
+    return [[Cache(zeros(), zeros()) for _ in range(period)]]
+
+
+# --- a model as a flat dict of arrays ------------------------------------------------------------------------------
+
+
+def parameters(model: Transformer) -> tuple[Any, Parameters]:
+    """(structure, {path: array}); `combine(structure, …)` is the way back. Works on abstract models too."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    return structure, {_path(keys): leaf for keys, leaf in leaves}
+
+
+def combine(structure: Any, *parts: Parameters) -> Transformer:
+    """A model from its structure and its parameters, which may be split over several dicts (trainable, frozen)."""
+    merged = {path: array for part in parts for path, array in part.items()}
+    paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))[0]]
+    return structure.unflatten([merged[path] for path in paths])
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    """Key path of the pytree -> `stacks.0.layers.0.attention.q_proj.weight`; a Param's own `.value` is left out."""
+    names = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in keys]
+    return ".".join(names[:-1] if names[-1] == "value" else names)

@@ -183,7 +183,7 @@ def _print_answers(answers: Mapping[str, Any], as_json: bool = False) -> None:
     if as_json:
         _print_json(answers)
     else:
-        _print_table([{"": key.replace("_", " "), " ": value} for key, value in answers.items()])
+        _print_table([{"": key.replace("_", " "), " ": _text(value, key)} for key, value in answers.items()])
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -194,11 +194,13 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     for key, value in rows[0].items():
         table.add_column(key.replace("_", " "), justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(_text(value, str(key)) for key, value in row.items()))
     Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, key: str = "") -> str:
+    if key.startswith("bytes") and isinstance(value, int):
+        return f"{value / 2**20:,.2f} MiB"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -1,0 +1,84 @@
+"""Every file of configs/ loads, says what it is for, and fits together: sizes, mesh, shapes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_train import config
+from moe_train.config_file import dump, load
+from moe_train.inspect import abstract_parameters, inspect
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+# The published sizes of what the fine-tuning recipes start from: (model, parameters in all, of them active).
+MIXTRAL = config.Model.model_validate_json(
+    """{"family": "mixtral", "vocab_size": 32000, "model_dim": 4096, "num_layers": 32, "rope": {"name": "default", "theta": 1e6},
+    "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
+    "ffn": {"name": "moe", "ffn_dim": 14336, "num_experts": 8, "experts_per_token": 2}}"""
+)
+MISTRAL = config.Model.model_validate_json(
+    """{"family": "mistral", "vocab_size": 32768, "model_dim": 4096, "num_layers": 32, "rope": {"name": "default", "theta": 1e6},
+    "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}, "ffn": {"name": "dense", "ffn_dim": 14336}}"""
+)
+PUBLISHED = {"mixtral_8x7b": (MIXTRAL, 46.70e9, 12.88e9), "mistral_7b": (MISTRAL, 7.248e9, 7.248e9)}
+
+
+def model_of(path: Path, run: config.Config) -> config.Model:
+    if run.model is not None:
+        return run.model
+    if path.stem == "quickstart_lora":
+        pretrained = load(path.with_name("quickstart_pretrain.yaml")).model
+        assert pretrained is not None
+        return pretrained
+    return PUBLISHED["_".join(path.stem.split("_")[:2])][0]
+
+
+def test_there_are_recipes() -> None:
+    stems = {path.stem for path in CONFIGS}
+    assert {"quickstart_pretrain", "quickstart_lora"} <= stems
+    for size in PUBLISHED:
+        for kind in ("pretrain_v5p", "lora_h100x8", "lora_v5e", "full_finetune"):
+            assert any(stem.startswith(f"{size}_{kind}") for stem in stems), (size, kind)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_header_says_what_it_is_for(path: Path) -> None:
+    header = re.match(r"(?:#.*\n)+\n", path.read_text())
+    assert header is not None
+    for line in ("# Hardware: ", "# Time: ", "# Command: "):
+        assert line in header[0]
+    assert f"configs/{path.name}" in header[0] or "launch/quickstart.sh" in header[0]
+    assert load(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_fits_together(path: Path, tmp_path: Path) -> None:
+    run = load(path)
+    model = model_of(path, run)
+    config.check_model(run, model)
+    shapes = abstract_parameters(run, model)
+    adapters = [name for name in shapes if ".lora_" in name]
+    assert bool(adapters) == (run.lora is not None)
+    for name, x in shapes.items():
+        x.sharding.shard_shape(x.shape)  # raises where a dim does not divide over its axes
+        assert str(x.dtype) == run.compute.param_dtype, name
+    (tmp_path / "resolved.yaml").write_text(dump(run))
+    assert load(tmp_path / "resolved.yaml") == run
+
+
+@pytest.mark.parametrize("stem", [path.stem for path in CONFIGS if "quickstart" not in path.stem])
+def test_sizes_are_the_published_ones(stem: str) -> None:
+    path = next(path for path in CONFIGS if path.stem == stem)
+    run = load(path)
+    model, total, active = PUBLISHED["_".join(stem.split("_")[:2])]
+    report = inspect(run.model_copy(update={"model": model_of(path, run), "lora": None}))
+    assert model_of(path, run) == model
+    assert report["total_parameters"] == pytest.approx(total, rel=1e-3)
+    assert report["active_parameters"] == pytest.approx(active, rel=1e-3)
+    devices = 1
+    for size in run.mesh.model_dump().values():
+        devices *= size
+    assert re.search(rf"\b{devices} (H100|chips)", path.read_text())

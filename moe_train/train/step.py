@@ -1,0 +1,89 @@
+"""One optimizer step: microbatches, gradients, a finite check, the update."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from moe_train import config
+from moe_train.data.batch import Batch
+from moe_train.mesh import BATCH
+from moe_train.model.moe import RouterStats
+from moe_train.model.transformer import Parameters, combine
+from moe_train.train.loss import LossParts, microbatch_loss
+from moe_train.train.state import TrainState
+
+
+class StepMetrics(NamedTuple):
+    """Figures of one step, on the device until somebody reads them."""
+
+    loss: Array
+    """What was minimised: cross-entropy + the routers' losses."""
+    cross_entropy: Array
+    """Mean over the loss-bearing tokens of the step, in nats."""
+    loss_tokens: Array
+    grad_norm: Array
+    """Global norm before clipping."""
+    finite: Array
+    """False: loss or gradient were not finite, and the update was skipped."""
+    routers: RouterStats | None
+    """(L, …), averaged over microbatches (dropped: summed); None for a dense model."""
+
+
+def train_step(
+    state: TrainState, batch: Batch, structure: Any, optimizer: optax.GradientTransformation, loss: config.Loss, microbatches: int = 1
+) -> tuple[TrainState, StepMetrics]:
+    """`structure` is the model's (see `transformer.parameters`); batch holds global (B, T) arrays."""
+    loss_tokens = jnp.sum(batch.loss_mask)
+
+    def objective(trainable: Parameters, part: Batch) -> tuple[Array, LossParts]:
+        return microbatch_loss(combine(structure, trainable, state.frozen), part, loss_tokens, microbatches, loss)
+
+    (value, parts), grads = _accumulate(jax.value_and_grad(objective, has_aux=True), state.trainable, batch, microbatches)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    state = TrainState(
+        step=state.step + 1,
+        trainable=jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable),
+        frozen=state.frozen,
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+    )
+    cross_entropy = parts.cross_entropy_sum / jnp.maximum(parts.loss_tokens, 1)
+    return state, StepMetrics(value, cross_entropy, parts.loss_tokens, grad_norm, finite, parts.routers)
+
+
+def _accumulate(value_and_grad: Any, trainable: Parameters, batch: Batch, microbatches: int) -> Any:
+    """Sum of ((loss, parts), gradients) over microbatches; gradients accumulate in the parameters' dtype."""
+    if microbatches == 1:
+        return value_and_grad(trainable, batch)
+
+    def without_routers(result: Any) -> Any:
+        (value, parts), grads = result
+        return (value, parts._replace(routers=None)), grads
+
+    def one(total: Any, part: Batch) -> tuple[Any, RouterStats | None]:
+        result = value_and_grad(trainable, part)
+        return jax.tree.map(jnp.add, total, without_routers(result)), result[0][1].routers
+
+    # Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
+    parts = jax.tree.map(lambda x: _split_rows(x, microbatches), batch)
+    shapes = without_routers(jax.eval_shape(value_and_grad, trainable, jax.tree.map(lambda x: x[0], parts)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+    ((value, sums), grads), routers = jax.lax.scan(one, zeros, parts)
+    if routers is not None:
+        dropped = jnp.sum(routers.dropped, axis=0)
+        routers = jax.tree.map(lambda x: jnp.mean(x, axis=0), routers)._replace(dropped=dropped)
+    return (value, sums._replace(routers=routers)), grads
+
+
+def _split_rows(x: Array, microbatches: int) -> Array:
+    spec = jax.sharding.PartitionSpec(BATCH, None, "context")
+    split = jax.lax.reshape(x, (x.shape[0] // microbatches, microbatches, *x.shape[1:]), out_sharding=spec)
+    return jnp.moveaxis(split, 1, 0)

@@ -132,17 +132,30 @@ def bench(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
 
 @tokenizer.command("train")
 def train_tokenizer(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Text files, or JSONL with a text column.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", help="Text, JSON lines, Parquet or Arrow; paths or globs.")],
     vocab_size: Annotated[int, typer.Option(min=1, help="Tokens of the vocabulary, special ones included.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where tokenizer.json is written.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
+    column: Annotated[str, typer.Option(help="Where records have several columns, the one with text.")] = "text",
     as_json: AsJson = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer."""
+    """Train a byte-level BPE tokenizer with Mistral's chat format."""
     from moe_train.data.tokenizer import train_bpe
 
     with _waiting("training the tokenizer"):
-        answer = train_bpe(files, vocab_size, out)
-    _print_answers(answer, as_json)
+        trained = train_bpe(_texts(files, column), vocab_size, out)
+    _print_answers({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
+
+
+def _texts(files: Sequence[str], column: str) -> Iterator[str]:
+    from moe_train import config
+    from moe_train.data.sources import open_source
+
+    record = config.TextRecord(name="text", column=column)
+    records = open_source(config.FileSource(name="files", files=tuple(files), record=record))
+    for origin, fields in records:
+        if not isinstance(fields.get(column), str):
+            raise ValueError(f"{records.where(origin)}: no text in column {column!r}; name the column with --column")
+        yield fields[column]
 
 
 @app.command()

@@ -175,28 +175,32 @@ def test_generate(stand_in, capsys) -> None:
     assert capsys.readouterr().out == "a 64 0.0 0\n"
 
 
-def test_export_and_tokenizer(stand_in, capsys) -> None:
+def test_export(stand_in, capsys) -> None:
     given: list[Any] = []
 
     def export(run_dir: Path, out_dir: Path, layout: str, merge: bool) -> dict[str, Any]:
         given.append((run_dir, out_dir, layout, merge))
         return {"files": ["model.safetensors"]}
 
-    def train_bpe(files: list[Path], vocab_size: int, out_dir: Path) -> dict[str, Any]:
-        given.append((files, vocab_size, out_dir))
-        return {"vocab_size": vocab_size}
-
     stand_in("moe_train.weights", export=export)
-    stand_in("moe_train.data.tokenizer", train_bpe=train_bpe)
     assert run("export", "runs/tiny", "out", "--format", "peft", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"files": ["model.safetensors"]}
     assert run("export", "runs/tiny", "out", "--merge") == 0
-    assert run("tokenizer", "train", "a.txt", "b.txt", "--vocab-size", "300", "--out", "tok") == 0
-    assert given == [
-        (Path("runs/tiny"), Path("out"), "peft", False),
-        (Path("runs/tiny"), Path("out"), "hf", True),
-        ([Path("a.txt"), Path("b.txt")], 300, Path("tok")),
-    ]
+    assert given == [(Path("runs/tiny"), Path("out"), "peft", False), (Path("runs/tiny"), Path("out"), "hf", True)]
+
+
+def test_tokenizer_train(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("to be or not to be " * 50)
+    (tmp_path / "b.jsonl").write_text('{"text": "that is the question"}\n{"story": "no text"}\n')
+    out = str(tmp_path / "tokenizer")
+    assert run("tokenizer", "train", str(tmp_path / "a.txt"), "--vocab-size", "270", "--out", out, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert 261 < answer["vocab_size"] <= 270
+    assert f"{out}/tokenizer.json" in answer["files"] and Path(out, "tokenizer.json").is_file()
+    assert run("tokenizer", "train", str(tmp_path / "*"), "--vocab-size", "270", "--out", str(tmp_path / "new")) == 2
+    assert capsys.readouterr().err.endswith(
+        f"moe-train: {tmp_path}/b.jsonl:2: no text in column 'text'; name the column with --column\n"
+    )
 
 
 def test_bench_and_quickstart(stand_in, config: str, capsys) -> None:

@@ -8,6 +8,7 @@ With a Mistral tokenizer mistral-common renders and validates, and no template i
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import re
@@ -103,15 +104,25 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
             )
         if message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f"message {i} has role {_brief(message.get('role'))}; roles are system, user, assistant")
-        content = message.get("content")
-        if not isinstance(content, str):
-            raise ValueError(f"message {i} should have text as content, not {_brief(content)}")
-        if any(mark in content for mark in _PLAIN + _GENERATION):
+        checked_text(message.get("content"), f"the content of message {i}")
+        if any(mark in value for mark in _PLAIN + _GENERATION for value in message.values() if isinstance(value, str)):
             raise ValueError(f"message {i} contains a Unicode noncharacter (U+FDD0 to U+FDD3); remove it")
         if message.get("weight", 1) not in (0, 1):
             raise ValueError(f"message {i} has weight {_brief(message['weight'])}; a weight is 0 (no loss) or 1")
         checked.append({key: value for key, value in message.items() if key != "tool_calls"})
     return checked
+
+
+def checked_text(value: object, what: str) -> str:
+    """`value`, where it is text that has a UTF-8 form."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} should be text, not {_brief(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{what} has half a surrogate pair at character {error.start}; remove it") from error
+    return value
 
 
 def _brief(value: object) -> str:
@@ -165,14 +176,15 @@ def _compile(template: str) -> jinja2.Template:
 def _template_text(messages: list[Message], template: str, tokenizer: HuggingFace, *, add_generation_prompt: bool) -> str:
     """The template's output, with both kinds of marks in it."""
     looks_special = _special_pattern(tokenizer.special_tokens)
-    marked = [
-        {key: looks_special.sub(rf"{_PLAIN[0]}\g<0>{_PLAIN[1]}", value) if key == "content" else value
-         for key, value in message.items() if key != "weight"}
-        for message in messages
-    ]  # fmt: skip
+
+    def marked(key: str, value: Any) -> Any:
+        plain = key != "role" and isinstance(value, str)
+        return looks_special.sub(rf"{_PLAIN[0]}\g<0>{_PLAIN[1]}", value) if plain else value
+
+    turns = [{key: marked(key, value) for key, value in message.items() if key != "weight"} for message in messages]
     try:
         return _compile(template).render(
-            messages=marked, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokenizer.named_tokens
+            messages=turns, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokenizer.named_tokens
         )
     except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"the chat template refuses the record: {str(error) or type(error).__name__}") from error
@@ -245,10 +257,15 @@ def _encode_template(text: str, spans: list[tuple[int, int]], tokenizer: Hugging
             offsets = [(0, len(piece))] * len(ids)
         else:
             ids, offsets = tokenizer.encode_control(piece)
+        bears_loss = [False] * len(ids)
+        for start, end in spans:
+            # From the first token that ends after the span's start (one without characters of its own counts as one
+            # character long) to the first that starts at its end or later.
+            first = bisect.bisect_right(offsets, start - position, key=lambda offset: max(offset[1], offset[0] + 1))
+            last = bisect.bisect_left(offsets, end - position, key=lambda offset: offset[0])
+            bears_loss[first:last] = [True] * (last - first)
         tokens += ids
-        for start, end in offsets:
-            start, end = start + position, max(end, start + 1) + position  # some tokens have no characters of their own
-            mask.append(any(start < span_end and end > span_start for span_start, span_end in spans))
+        mask += bears_loss
         position += len(piece) + 1  # the mark
     return Rendered(tokens, mask)
 

@@ -24,6 +24,8 @@ _FORMATS = {
     ".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
+# What `datasets` writes beside its Arrow files (save_to_disk), and is no data.
+_BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}
 
 
 class Origin(NamedTuple):
@@ -117,7 +119,7 @@ def _resolve(source: config.FileSource) -> list[tuple[Path, str]]:
     for pattern in source.files:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
             files = [file for file in inside if source.format != "auto" or _suffix(file) in _FORMATS]
         elif path.is_file():
             files = [path]
@@ -136,8 +138,8 @@ def _resolve(source: config.FileSource) -> list[tuple[Path, str]]:
     return list(found.items())
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _left_out(path: Path) -> bool:
+    return path.name in _BOOKKEEPING or any(part.startswith(".") for part in path.parts)
 
 
 def _suffix(file: Path) -> str:
@@ -180,9 +182,10 @@ def _is_array(file: Path) -> bool:
 def _parsed(text: str, file: Path, line: int) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        at = line + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else line
-        raise ValueError(f"{file}:{at}: not JSON ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file}:{line}: not JSON: nested too deeply") from error
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -190,7 +193,7 @@ def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            record = _parsed(_decode(line, file, number), file, number)
+            record = _parsed(_decode(line, file, number).strip(), file, number)
             if not isinstance(record, dict):
                 raise ValueError(f"{file}:{number}: a record should be an object {{…}}, not {type(record).__name__}")
             yield number, record
@@ -216,7 +219,7 @@ def _read_columns(file: Path, kind: str, wanted: tuple[str, ...]) -> Iterator[tu
         for number, row in enumerate(rows, start=1):
             yield number, dict(row)
     except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-        raise ValueError(f"{file}: not a {kind} file that can be read ({error})") from error
+        raise ValueError(f"{file}: cannot be read as {kind} ({error})") from error
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------

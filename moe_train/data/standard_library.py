@@ -103,10 +103,11 @@ def _capped(records: list[tuple[str, str]], max_bytes: int) -> Iterator[tuple[st
 
 
 def _topics(path: Path) -> list[tuple[str, str]]:
-    """The dict `topics` of pydoc_data/topics.py: name -> reference text."""
+    """The dict `topics` of pydoc_data/topics.py: name -> reference text, each text under its first name."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "topics" for t in node.targets):
-            return sorted(ast.literal_eval(node.value).items())
+            by_text = {text: name for name, text in sorted(ast.literal_eval(node.value).items(), reverse=True)}
+            return sorted((name, text) for text, name in by_text.items())
     raise ValueError(f"{path} does not define topics; Python {sys.version.split()[0]} keeps its reference text elsewhere")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -11,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -77,6 +79,8 @@ def open_store(
         with directory.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not directory.exists():
+                for abandoned in directory.parent.glob(f".{directory.name}.unfinished-*"):  # by a process that was killed
+                    shutil.rmtree(abandoned)
                 with new_directory(directory) as unfinished:
                     _write(unfinished, records, record, tokenizer, template, num_proc)
     return _read(directory)
@@ -105,30 +109,32 @@ def _write(
     directory: Path, records: Records, record: config.Record, tokenizer: Tokenizer, template: str | None, num_proc: int
 ) -> None:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    offsets, origins, num_empty = [0], [], 0
+    num_records = num_tokens = num_empty = 0
     start = shown = time.monotonic()
     log.info("tokenising %s", ", ".join(records.places[:3]) + (", …" if len(records.places) > 3 else ""))
-    with (directory / "tokens").open("wb") as tokens, (directory / "loss_mask").open("wb") as loss_mask:
+    with contextlib.ExitStack() as stack:
+        names = ("tokens", "loss_mask", "offsets", "origins")
+        tokens, loss_mask, offsets, origins = (stack.enter_context((directory / name).open("wb")) for name in names)
+        offsets.write(np.int64(0).tobytes())
         for chunk, encoded in _encoded_chunks(records, record, tokenizer, template, num_proc):
             for origin, item in zip(chunk, encoded, strict=True):
                 if item is None:
                     num_empty += 1
                     continue
                 ids, mask = item
-                np.asarray(ids, dtype).tofile(tokens)
-                if mask is not None:
-                    np.asarray(mask, bool).tofile(loss_mask)
-                offsets.append(offsets[-1] + len(ids))
-                origins.append(origin)
+                num_records += 1
+                num_tokens += len(ids)
+                tokens.write(np.asarray(ids, dtype).tobytes())
+                loss_mask.write(b"" if mask is None else np.asarray(mask, bool).tobytes())
+                offsets.write(np.int64(num_tokens).tobytes())
+                origins.write(np.asarray(origin, np.int64).tobytes())
             if time.monotonic() - shown > 10:
                 shown = time.monotonic()
-                log.info("tokenised %d records, %.1fM tokens, %.0f s", len(origins), offsets[-1] / 1e6, shown - start)
-    if not origins:
+                log.info("tokenised %d records, %.1fM tokens, %.0f s", num_records, num_tokens / 1e6, shown - start)
+    if not num_records:
         raise ValueError(f"{', '.join(records.places)}: no record with any text")
     if record.name == "text":
         (directory / "loss_mask").unlink()
-    np.asarray(offsets, np.int64).tofile(directory / "offsets")
-    np.asarray(origins, np.int64).tofile(directory / "origins")
     files = sorted(directory.iterdir())
     digest = hashlib.sha256(dtype.encode())
     for file in files:
@@ -228,15 +234,7 @@ def _field(fields: dict[str, Any], column: str) -> Any:
 
 
 def _text(fields: dict[str, Any], column: str) -> str:
-    text = _field(fields, column)
-    if not isinstance(text, str):
-        raise ValueError(f"column {column!r} should be text, not {type(text).__name__}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"column {column!r} has half a surrogate pair at character {error.start}; remove it") from error
-    return text
+    return chat.checked_text(_field(fields, column), f"column {column!r}")
 
 
 def _messages(fields: dict[str, Any], record: config.ChatRecord | config.CompletionRecord) -> Any:

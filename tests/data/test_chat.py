@@ -1,0 +1,239 @@
+"""Chat rendering: the loss mask covers what the assistant wrote and nothing else; transformers renders the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mistral_common
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+from moe_train.data import chat
+from moe_train.data.chat import load_template, render, render_prompt
+from moe_train.data.tokenizer import HuggingFace, Mistral
+
+TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+
+CHATML = """\
+{%- for message in messages %}
+{{- '<s>' + message['role'] + '\n' + message['content'] + '</s>' + '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<s>assistant\n' }}
+{%- endif %}
+"""
+GENERATION = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{- message['content'] + eos_token }}{%- endgeneration %}
+    {%- else %}
+        {{- '[INST]' + message['content'] + '[/INST]' }}
+    {%- endif %}
+{%- endfor %}
+"""
+LAST_USER = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- ('(last)' if loop.last else '') + '[INST]' + message['content'] + '[/INST]' }}
+    {%- else %}
+        {{- message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+SINGLE = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
+SEVERAL = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "The quick brown fox?"},
+    {"role": "assistant", "content": "jumps over\n\nthe lazy dog"},
+    {"role": "user", "content": "It is 5."},
+    {"role": "assistant", "content": "naïve café 東京 "},
+]
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Mistral:
+    return Mistral(TEKKEN)
+
+
+def spans(rendered: chat.Rendered, tokenizer: HuggingFace | Mistral, bears_loss: bool) -> list[str]:
+    """The decoded stretches of tokens that do, or do not, bear loss."""
+    stretches: list[list[int]] = []
+    before = not bears_loss
+    for token, mask in zip(rendered.tokens, rendered.loss_mask, strict=True):
+        if mask == bears_loss:
+            if before != bears_loss:
+                stretches.append([])
+            stretches[-1].append(token)
+        before = mask
+    return [tokenizer.decode(stretch, keep_special=True) for stretch in stretches]
+
+
+@pytest.mark.parametrize("template", [None, GENERATION])
+def test_the_mask_is_the_assistants_turns_to_their_end_token(tokenizer: HuggingFace, template: str | None) -> None:
+    rendered = render(SEVERAL[1:], template or tokenizer.chat_template, tokenizer)
+    assert spans(rendered, tokenizer, True) == ["jumps over\n\nthe lazy dog</s>", "naïve café 東京 </s>"]
+
+
+@pytest.mark.parametrize("template", [None, GENERATION])
+def test_what_the_user_said_bears_no_loss(tokenizer: HuggingFace, template: str | None) -> None:
+    rendered = render(SEVERAL[1:], template or tokenizer.chat_template, tokenizer)
+    assert spans(rendered, tokenizer, False) == ["<s>[INST]The quick brown fox?[/INST]", "[INST]It is 5.[/INST]"]
+
+
+def test_the_system_message_goes_before_the_first_user_turn(tokenizer: HuggingFace) -> None:
+    rendered = render(SEVERAL, tokenizer.chat_template, tokenizer)
+    assert spans(rendered, tokenizer, False)[0] == "<s>[INST]Be brief.\n\nThe quick brown fox?[/INST]"
+    assert rendered.tokens[0] == tokenizer.bos_id and rendered.tokens[-1] == tokenizer.eos_id
+
+
+def test_neither_the_generation_prompt_nor_the_newline_after_a_turn_bears_loss(tokenizer: HuggingFace) -> None:
+    rendered = render(SEVERAL, CHATML, tokenizer)
+    assert spans(rendered, tokenizer, True) == ["jumps over\n\nthe lazy dog</s>", "naïve café 東京 </s>"]
+
+
+@pytest.mark.parametrize("template", [None, GENERATION])
+def test_a_turn_of_weight_0_bears_no_loss(tokenizer: HuggingFace, template: str | None) -> None:
+    messages = [m | {"weight": 0} if i == 1 else m for i, m in enumerate(SEVERAL[1:])]
+    rendered = render(messages, template or tokenizer.chat_template, tokenizer)
+    assert spans(rendered, tokenizer, True) == ["naïve café 東京 </s>"]
+    assert rendered.tokens == render(SEVERAL[1:], template or tokenizer.chat_template, tokenizer).tokens
+
+
+@pytest.mark.parametrize("template", [None, GENERATION, CHATML])
+@given(
+    question=st.text(st.characters(exclude_categories=["Cs", "Cn"])),
+    answer=st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1),
+)
+def test_any_text_is_masked_as_it_stands(tokenizer: HuggingFace, template: str | None, question: str, answer: str) -> None:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    rendered = render(messages, template or tokenizer.chat_template, tokenizer)
+    ids = [token for token, mask in zip(rendered.tokens, rendered.loss_mask, strict=True) if mask]
+    # The template's newline joins the tokens of a text that begins with spaces: compare from the first whole token on.
+    assert tokenizer.decode(ids, keep_special=True).lstrip() == (answer + "</s>").lstrip()
+
+
+@pytest.mark.parametrize("template", [None, GENERATION])
+def test_control_tokens_in_a_message_are_text(tokenizer: HuggingFace, template: str | None) -> None:
+    messages = [{"role": "user", "content": "Is <s> a tag[/INST]yes</s>[INST]?"}, {"role": "assistant", "content": "a</s>b <s> c"}]
+    rendered = render(messages, template or tokenizer.chat_template, tokenizer)
+    assert spans(rendered, tokenizer, True) == ["a</s>b <s> c</s>"]
+    assert spans(rendered, tokenizer, False) == ["<s>[INST]Is <s> a tag[/INST]yes</s>[INST]?[/INST]"]
+    assert [rendered.tokens.count(i) for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
+
+
+def test_a_prompt_is_what_comes_before_the_answer(tokenizer: HuggingFace, mistral: Mistral) -> None:
+    for either, template in ((tokenizer, tokenizer.chat_template), (tokenizer, CHATML), (mistral, None)):
+        rendered = render(SINGLE, template, either)
+        prompt = render_prompt(SINGLE[:1], template, either)
+        assert prompt == rendered.tokens[: rendered.loss_mask.index(True)]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: HuggingFace) -> None:
+    with pytest.raises(ValueError, match=r"before message 1 differently .* put \{% generation %\}"):
+        render(SINGLE, LAST_USER, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "at least one message"),
+        ("hello", "should be a list"),
+        (["hello"], "message 0 should be an object"),
+        ([{"role": "bot", "content": "a"}], "role 'bot'; roles are system, user, assistant"),
+        ([{"content": "a"}], "role None"),
+        ([{"role": "user"}], "the content of message 0 should be text, not None"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "should be text"),
+        ([{"role": "user", "content": "\ufdd0"}], "noncharacter"),
+        ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0.5}], "weight 0.5"),
+        ([*SINGLE[:1], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "message 1 uses tools"),
+        ([*SINGLE, {"role": "tool", "content": "a"}], "message 2 uses tools"),
+        (SINGLE[:1], "no token would bear loss"),
+        ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0}], "no token would bear loss"),
+        ([SINGLE[0], SINGLE[0], SINGLE[1]], "the chat template refuses the record: .*roles alternate"),
+    ],
+)
+def test_messages_out_of_form(tokenizer: HuggingFace, messages: list, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        render(messages, tokenizer.chat_template, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_nulls_that_columnar_files_fill_in_are_ignored(tokenizer: HuggingFace) -> None:
+    filled = [message | {"tool_calls": None, "tool_call_id": None, "weight": None} for message in SINGLE]
+    assert render(filled, tokenizer.chat_template, tokenizer) == render(SINGLE, tokenizer.chat_template, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "has no chat template; set data.chat_template"),
+        ("{% for", "cannot be read"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
+        ("{{ messages[7]['content'] }}", "refuses the record"),
+        ("{{ bos_token }}", "no token would bear loss"),
+    ],
+)
+def test_templates_that_cannot_be_used(tokenizer: HuggingFace, template: str | None, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        render(SINGLE, template, tokenizer)
+
+
+def test_where_the_template_comes_from(tokenizer: HuggingFace, mistral: Mistral, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(CHATML)
+    assert load_template(None, tokenizer) == tokenizer.chat_template
+    assert load_template(str(tmp_path / "own.jinja"), tokenizer) == CHATML
+    assert load_template(CHATML, tokenizer) == CHATML
+    with pytest.raises(FileNotFoundError, match=r"no file nothing\.jinja"):
+        load_template("nothing.jinja", tokenizer)
+    with pytest.raises(ValueError, match="no effect with a mistral tokenizer"):
+        load_template(CHATML, mistral)
+
+
+def test_mistral_masks_the_assistants_turns_to_their_end_token(mistral: Mistral) -> None:
+    rendered = render(SEVERAL, None, mistral)
+    assert spans(rendered, mistral, True) == ["jumps over\n\nthe lazy dog</s>", "naïve café 東京</s>"]
+    # Version 3 puts the system text before the last user turn.
+    assert spans(rendered, mistral, False) == ["<s>[INST]The quick brown fox?[/INST]", "[INST]Be brief.\n\nIt is 5.[/INST]"]
+    prompt = mistral.prompting.encode_chat_completion(ChatCompletionRequest.model_validate({"messages": SEVERAL[:-1]}))
+    assert rendered.tokens[: len(prompt.tokens)] == prompt.tokens
+
+
+def test_mistral_weights_and_refusals(mistral: Mistral) -> None:
+    messages = [m | {"weight": 0} if i == 1 else m for i, m in enumerate(SEVERAL[1:])]
+    assert spans(render(messages, None, mistral), mistral, True) == ["naïve café 東京</s>"]
+    for messages, reason in (
+        ([*SINGLE, SINGLE[0]], "mistral-common refuses the record"),
+        ([SINGLE[0], SINGLE[1], SINGLE[1]], "consecutive assistant messages|refuses the record"),
+        ([SINGLE[0], {"role": "assistant", "content": ""}], "mistral-common refuses the record"),
+        ([*SINGLE, {"role": "tool", "content": "a"}], "uses tools"),
+    ):
+        with pytest.raises(ValueError, match=reason) as caught:
+            render(messages, None, mistral)
+        assert "\n" not in str(caught.value)
+    text = [{"role": "user", "content": "</s>[INST]"}, {"role": "assistant", "content": "</s>"}]
+    assert spans(render(text, None, mistral), mistral, True) == ["</s></s>"]
+
+
+@pytest.mark.judges
+@pytest.mark.parametrize("template", [None, GENERATION, CHATML])
+@pytest.mark.parametrize("messages", [SINGLE, SEVERAL[1:]])
+def test_transformers_renders_the_same(tokenizer: HuggingFace, template: str | None, messages: list[dict]) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers' apply_chat_template")
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer.files[0].parent)
+    template = template or tokenizer.chat_template
+    assert template is not None
+    rendered = render(messages, template, tokenizer)
+    expected = theirs.apply_chat_template(
+        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=template == GENERATION
+    )
+    assert rendered.tokens == expected["input_ids"]
+    if template == GENERATION:
+        assert [int(mask) for mask in rendered.loss_mask] == expected["assistant_masks"]
+    prompt = theirs.apply_chat_template(messages[:1], chat_template=template, add_generation_prompt=True, return_dict=True)
+    assert render_prompt(messages[:1], template, tokenizer) == prompt["input_ids"]

@@ -1,0 +1,209 @@
+"""The global order: a batch is a function of (seed, step) alone, whoever asks, whenever, and in how many processes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_train import config
+from moe_train.data.batch import Batch
+from moe_train.data.loader import Loader
+from moe_train.data.tokenizer import HuggingFace
+
+GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
+TEXT = config.TextRecord(name="text")
+
+
+def digest(*batches: Batch) -> str:
+    total = hashlib.sha256()
+    for name in Batch._fields:
+        total.update(np.concatenate([getattr(batch, name) for batch in batches]).tobytes())
+    return total.hexdigest()
+
+
+@pytest.fixture
+def make(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., Loader]:
+    """A loader over files of JSON lines, each (path, weight) a source."""
+
+    def make(*files: tuple[Path, float], sources: Any = "train", record: config.Record = TEXT, **settings: Any) -> Loader:
+        chosen = tuple(config.FileSource(name="files", files=(str(file),), record=record, weight=weight) for file, weight in files)
+        data = config.Data(train=chosen, eval=chosen if sources == "eval" else (), cache_dir=str(tmp_path / "cache"))
+        return Loader(data, sources, tokenizer, **{"batch_size": 4, "seq_len": 32, "seed": 0} | settings)
+
+    return make
+
+
+@pytest.fixture
+def two_files(write_lines: Callable[..., Path]) -> list[tuple[Path, float]]:
+    random = np.random.default_rng(0)
+    words = "the quick brown fox jumps over lazy dog json 東京 3.14".split()
+    records = [{"text": " ".join(random.choice(words, random.integers(1, 60)))} for _ in range(60)]
+    return [(write_lines("a.jsonl", records[:40]), 3.0), (write_lines("b.jsonl", records[40:]), 1.0)]
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("sources", ["train", "eval"])
+def test_the_number_of_processes_changes_nothing(make: Any, two_files: Any, process_count: int, sources: str) -> None:
+    alone = make(*two_files, sources=sources)
+    parts = [make(*two_files, sources=sources, process_index=i, process_count=process_count) for i in range(process_count)]
+    assert {part.identity for part in parts} == {alone.identity}
+    for step in (0, 1, 2, alone.steps_per_epoch - 1):
+        batches = [part.batch(step) for part in parts]
+        assert [batch.tokens.shape for batch in batches] == [(4 // process_count, 32)] * process_count
+        assert digest(*batches) == digest(alone.batch(step))
+
+
+def test_a_restart_at_any_step_continues_with_the_same_batches(make: Any, two_files: Any) -> None:
+    first = make(*two_files)
+    count = first.steps_per_epoch + 3
+    expected = [digest(batch) for batch in itertools.islice(first.iterate(), count)]
+    assert len(set(expected)) == count
+    for start in (0, 1, 5, count - 1):
+        again = make(*two_files)
+        assert [digest(batch) for batch in itertools.islice(again.iterate(start), count - start)] == expected[start:]
+        assert digest(again.batch(start)) == expected[start]
+
+
+def test_the_seed_changes_the_order_and_nothing_else(make: Any, two_files: Any) -> None:
+    zero, one = make(*two_files), make(*two_files, seed=1)
+    assert zero.identity == one.identity
+    assert digest(zero.batch(0)) != digest(one.batch(0))
+    neighbour = make(*two_files[:1], seed=1)  # the next seed's first epoch is not this seed's second
+    rows = make(*two_files[:1], batch_size=1)
+    assert digest(rows.batch(rows.num_rows)) != digest(neighbour.batch(0))
+
+
+def rows_of(loader: Loader, steps: range) -> list[str]:
+    """One hash per row, in order."""
+    return [digest(Batch(*(a[i : i + 1] for a in loader.batch(s)))) for s in steps for i in range(len(loader.batch(s).tokens))]
+
+
+def test_each_epoch_has_every_row_once_in_a_new_order(make: Any, two_files: Any) -> None:
+    loader = make(*two_files[:1], batch_size=1)
+    n = loader.num_rows
+    assert loader.steps_per_epoch == n
+    epochs = [rows_of(loader, range(e * n, (e + 1) * n)) for e in range(3)]
+    assert all(len(set(epoch)) == n and sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_sources_are_mixed_by_weight_and_an_epoch_sees_every_row(make: Any, two_files: Any) -> None:
+    mixed = make(*two_files, batch_size=1)
+    a, b = (
+        set(rows_of(loader, range(loader.num_rows)))
+        for loader in (make(two_files[0], batch_size=1), make(two_files[1], batch_size=1))
+    )
+    epoch = rows_of(mixed, range(mixed.steps_per_epoch))
+    assert set(epoch) == a | b
+    assert set(rows_of(mixed, range(mixed.steps_per_epoch - 1))) < a | b, "not a step more than is needed"
+    share = sum(row in a for row in epoch) / len(epoch)
+    assert abs(share - 0.75) < 0.02
+    assert Counter(row in a for row in epoch[:8]) == {True: 6, False: 2}
+
+
+def test_evaluation_is_each_row_once_in_order_filled_up_with_padding(make: Any, two_files: Any, tokenizer: HuggingFace) -> None:
+    loader = make(*two_files, sources="eval", batch_size=7)
+    batches = list(loader.iterate())
+    assert len(batches) == loader.batches == -(-loader.num_rows // 7) and loader.num_rows % 7
+    assert all(batch.tokens.shape == (7, 32) for batch in batches)
+    joined = Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
+    assert (joined.segment_ids.max(axis=1) > 0).tolist() == [i < loader.num_rows for i in range(7 * len(batches))]
+    assert not any(array[loader.num_rows :].any() for array in joined)
+    assert int(joined.loss_mask.sum()) == loader.num_tokens
+    texts = [json.loads(line)["text"] for path, _ in two_files for line in path.open()]
+    expected = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]]
+    assert sorted(joined.targets[joined.loss_mask].tolist()) == sorted(expected)
+    with pytest.raises(IndexError):
+        loader.batch(loader.batches)
+
+
+def test_the_last_target_of_a_record_is_its_end(make: Any, write_lines: Any, tokenizer: HuggingFace) -> None:
+    batch = make((write_lines("a.jsonl", [{"text": "fox"}]), 1.0), batch_size=1).batch(5)
+    n = len(tokenizer.encode("fox")) + 1
+    assert batch.targets[0, : n + 1].tolist() == [*tokenizer.encode("fox"), 2, 0]
+    assert batch.tokens[0, : n + 1].tolist() == [1, *tokenizer.encode("fox"), 0]
+    assert batch.loss_mask[0].tolist() == [True] * n + [False] * (32 - n)
+
+
+def test_data_tokenizer_and_rules_are_in_the_identity(make: Any, two_files: Any, write_lines: Any) -> None:
+    loaders = [
+        make(*two_files),
+        make(*two_files, seq_len=33),
+        make(*two_files[:1]),
+        make(two_files[0], (two_files[1][0], 2.0)),
+        make(*two_files, record=config.TextRecord(name="text", too_long="drop")),
+        make((write_lines("c.jsonl", [{"text": "other"}]), 3.0), two_files[1]),
+    ]
+    assert len({loader.identity for loader in loaders}) == len(loaders)
+
+
+@pytest.fixture
+def conversations(write_lines: Callable[..., Path]) -> tuple[Path, float]:
+    def messages(question: str, answer: str) -> dict:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    records = [messages("fox?", "dog"), messages("fox?", "dog " * 40), messages("fox? " * 40, "dog")]
+    return write_lines("chat.jsonl", records), 1.0
+
+
+def test_too_long_conversations_follow_the_rule(make: Any, conversations: Any) -> None:
+    def chat(rule: Any) -> config.ChatRecord:
+        return config.ChatRecord(name="chat", too_long=rule)
+
+    dropped = make(conversations, record=chat("drop"))
+    assert (dropped.num_records, dropped.num_dropped, dropped.num_truncated) == (1, 2, 0)
+    cut = make(conversations, record=chat("truncate"))
+    assert (cut.num_records, cut.num_dropped) == (2, 1), "a prompt without its answer teaches nothing"
+    assert all(cut.batch(step).loss_mask.any(axis=1).all() for step in range(4))
+    with pytest.raises(
+        ValueError, match=r"chat\.jsonl:3: the record has \d+ tokens, train\.seq_len is 32 \(2 of 3 records"
+    ) as caught:
+        make(conversations, record=chat("error"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"all 3 records are too long for train\.seq_len 4"):
+        make(conversations, record=chat("drop"), seq_len=4)
+    assert make(conversations, record=chat("error"), seq_len=512).num_dropped == 0
+
+
+def test_long_texts_are_split_and_counted(make: Any, two_files: Any) -> None:
+    split = make(*two_files)
+    kept = make(*two_files, record=config.TextRecord(name="text", too_long="drop"))
+    assert split.num_split == kept.num_dropped > 0
+    assert split.num_records == 60 and kept.num_records == 60 - kept.num_dropped
+    assert kept.num_tokens < split.num_tokens <= split.num_rows * 32
+
+
+def test_what_cannot_be_loaded(make: Any, two_files: Any) -> None:
+    with pytest.raises(ValueError, match="batch_size 4 is not a multiple of the 3 processes"):
+        make(*two_files, process_count=3)
+    loader = make(*two_files)
+    with pytest.raises(IndexError):
+        loader.batch(-1)
+    data = config.Data(train=(config.FileSource(name="files", files=("x.jsonl",), record=TEXT),))
+    with pytest.raises(ValueError, match=r"data\.eval names no source"):
+        Loader(data, "eval", None, batch_size=1, seq_len=8, seed=0)  # type: ignore[arg-type]
+
+
+def test_gsm8k(make: Any, tokenizer: HuggingFace) -> None:
+    if not GSM8K.is_file():
+        pytest.skip(f"the gsm8k records are not at {GSM8K}")
+    record = config.CompletionRecord(name="completion", prompt="question", completion="answer", too_long="drop")
+    loader = make((GSM8K, 1.0), sources="eval", record=record, seq_len=1024, batch_size=8)
+    assert loader.num_records + loader.num_dropped == 7473
+    assert loader.num_tokens / (loader.num_rows * 1024) > 0.97
+    rows = [json.loads(line) for line in GSM8K.open()]
+    answers = Counter(row["answer"] for row in rows)
+    for batch in itertools.islice(loader.iterate(), 3):
+        for row in range(8):
+            for segment in range(1, batch.segment_ids[row].max() + 1):
+                here = batch.segment_ids[row] == segment
+                learned = tokenizer.decode(batch.targets[row][here & batch.loss_mask[row]], keep_special=True)
+                assert learned.endswith("</s>") and answers[learned.removesuffix("</s>")]

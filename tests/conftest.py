@@ -1,4 +1,4 @@
-"""What every test runs under: eight fake CPU devices, and the marks `slow` and `judges`."""
+"""What every test runs under: eight fake CPU devices, shapes checked against annotations, the marks `slow` and `judges`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
+install_import_hook("moe_train.model", "beartype.beartype")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -120,7 +120,7 @@ def _weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array
         return dw_DF + jnp.einsum("RD,RF->DF", x, dy, preferred_element_type=jnp.float32)
 
     def expert(e: jax.Array, dw_EDF: jax.Array) -> jax.Array:
-        dw_DF = _over_blocks(starts_E[e], group_sizes_E[e], R, SUM_BLOCKS, block, _zeros_like(x_RD, (D, F), jnp.float32))
+        dw_DF = _over_blocks(starts_E[e], group_sizes_E[e], R, SUM_BLOCKS, block, _zeros_like(x_RD, (D, F), jnp.dtype("float32")))
         return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF.astype(dtype), e, 0)
 
     return jax.lax.fori_loop(0, E, expert, _zeros_like(x_RD, (E, D, F), dtype))

@@ -166,7 +166,7 @@ def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.
 # --- a model as a flat dict of arrays ------------------------------------------------------------------------------
 
 
-def parameters(model: Transformer) -> tuple[Any, Parameters]:
+def parameters(model: Transformer) -> tuple[Any, dict[str, Any]]:
     """(structure, {path: array}); `combine(structure, …)` is the way back. Works on abstract models too."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     return structure, {_path(keys): leaf for keys, leaf in leaves}

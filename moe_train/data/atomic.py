@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -29,6 +30,10 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         refuse_existing(path)
         os.rename(beside, path)
         _sync(path.parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, f"No space left on device; {path} was not written") from error
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -22,6 +22,7 @@ import jinja2.nodes
 import jinja2.sandbox
 from pydantic import ValidationError
 
+from moe_train.data.fields import brief, checked_text
 from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
 
 Message = dict[str, Any]
@@ -92,42 +93,25 @@ def _needed(template: str | None) -> str:
 
 def _checked(messages: Sequence[Message]) -> list[Message]:
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"messages should be a list with at least one message, not {_brief(messages)}")
+        raise ValueError(f"messages should be a list with at least one message, not {brief(messages)}")
     checked = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise ValueError(f"message {i} should be an object with role and content, not {_brief(message)}")
+            raise ValueError(f"message {i} should be an object with role and content, not {brief(message)}")
         message = {key: value for key, value in message.items() if value is not None}  # columnar files fill in nulls
         if message.get("role") == "tool" or message.get("tool_calls") or message.get("tool_call_id"):
             raise ValueError(
                 f"message {i} uses tools, which are not trained on yet: their turns have no loss mask; drop such records"
             )
         if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"message {i} has role {_brief(message.get('role'))}; roles are system, user, assistant")
+            raise ValueError(f"message {i} has role {brief(message.get('role'))}; roles are system, user, assistant")
         checked_text(message.get("content"), f"the content of message {i}")
         if any(mark in value for mark in _PLAIN + _GENERATION for value in message.values() if isinstance(value, str)):
             raise ValueError(f"message {i} contains a Unicode noncharacter (U+FDD0 to U+FDD3); remove it")
         if message.get("weight", 1) not in (0, 1):
-            raise ValueError(f"message {i} has weight {_brief(message['weight'])}; a weight is 0 (no loss) or 1")
+            raise ValueError(f"message {i} has weight {brief(message['weight'])}; a weight is 0 (no loss) or 1")
         checked.append({key: value for key, value in message.items() if key != "tool_calls"})
     return checked
-
-
-def checked_text(value: object, what: str) -> str:
-    """`value`, where it is text that has a UTF-8 form."""
-    if not isinstance(value, str):
-        raise ValueError(f"{what} should be text, not {_brief(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{what} has half a surrogate pair at character {error.start}; remove it") from error
-    return value
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _bears_loss(message: Message) -> bool:
@@ -303,7 +287,7 @@ def _render_mistral(messages: list[Message], tokenizer: Mistral) -> Rendered:
     for end, message in zip(ends, turns, strict=True):
         own = encoder.encode_assistant_message(AssistantMessage(content=message["content"]), False)
         if tokens[end - len(own) : end] != own:
-            raise ValueError(f"the assistant's tokens are not where mistral-common put its turn ({_brief(message['content'])})")
+            raise ValueError(f"the assistant's tokens are not where mistral-common put its turn ({brief(message['content'])})")
         if _bears_loss(message):
             mask[end - len(own) : end] = [True] * len(own)
     return Rendered(tokens, mask)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from moe_train import config
+from moe_train.data.fields import located, text_field
 
 _FORMATS = {
     ".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
@@ -69,6 +70,15 @@ def open_source(source: config.Source) -> Records:
             return _open_files(source)
         case config.HubSource():
             return _open_hub(source)
+
+
+def texts(source: config.Source) -> Iterator[str]:
+    """The text of every text record of a source, as for training a tokenizer."""
+    if not isinstance(source.record, config.TextRecord):
+        raise ValueError(f"plain text is needed, not {source.record.name} records; use record: {{name: text}}")
+    records = open_source(source)
+    for origin, fields in records:
+        yield located(records.where(origin), text_field, fields, source.record.column)
 
 
 def columns(record: config.Record) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data import chat
 from moe_train.data.atomic import new_directory
+from moe_train.data.fields import field, located, text_field
 from moe_train.data.sources import Origin, Records
 from moe_train.data.tokenizer import Tokenizer
 
@@ -191,13 +192,13 @@ class _Encoder:
     def __call__(self, chunk: list[tuple[str, dict[str, Any]]]) -> list[Encoded | None]:
         match self.record:
             case config.TextRecord(column=column):
-                texts = [_located(where, _text, fields, column) for where, fields in chunk]
+                texts = [located(where, text_field, fields, column) for where, fields in chunk]
                 begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
                 end = [self.tokenizer.eos_id]
                 encoded = self.tokenizer.encode_batch(texts)
                 return [([*begin, *ids, *end], None) if ids else None for ids in encoded]
             case config.ChatRecord() | config.CompletionRecord():
-                return [_located(where, self._chat, fields, self.record) for where, fields in chunk]
+                return [located(where, self._chat, fields, self.record) for where, fields in chunk]
 
     def _chat(self, fields: dict[str, Any], record: config.ChatRecord | config.CompletionRecord) -> Encoded:
         rendered = chat.render(_messages(fields, record), self.template, self.tokenizer)
@@ -218,33 +219,14 @@ def _encode(chunk: list[tuple[str, dict[str, Any]]]) -> list[Encoded | None]:
     return _encoder(chunk)
 
 
-def _located(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _field(fields: dict[str, Any], column: str) -> Any:
-    if column not in fields:
-        raise ValueError(
-            f"no column {column!r}; the record has {', '.join(map(repr, fields)) or 'none'}: set it in the record section"
-        )
-    return fields[column]
-
-
-def _text(fields: dict[str, Any], column: str) -> str:
-    return chat.checked_text(_field(fields, column), f"column {column!r}")
-
-
 def _messages(fields: dict[str, Any], record: config.ChatRecord | config.CompletionRecord) -> Any:
     match record:
         case config.CompletionRecord(prompt=prompt, completion=completion):
             return [
-                {"role": "user", "content": _text(fields, prompt)},
-                {"role": "assistant", "content": _text(fields, completion)},
+                {"role": "user", "content": text_field(fields, prompt)},
+                {"role": "assistant", "content": text_field(fields, completion)},
             ]
         case config.ChatRecord(column=column):
             if fields.get("tools") or fields.get("available_tools"):
                 raise ValueError("the record has tools, which are not trained on yet: tool turns have no loss mask; drop it")
-            return _field(fields, column)
+            return field(fields, column)

@@ -16,6 +16,7 @@ import pytest
 
 from moe_train import config
 from moe_train.data.sources import Records, open_source
+from moe_train.data.sources import texts as text_of
 
 ROWS = [{"text": "one"}, {"text": "zwei, ü"}, {"text": "三"}]
 TEXT = config.TextRecord(name="text")
@@ -171,3 +172,13 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(("nobody/nothing", "en"), {"split": "test", "revision": "0" * 40})]
     assert wheres(records)[2] == f"hub:nobody/nothing@{'0' * 40}/en/test: row 3"
     assert records.identity != hub(split="test").identity
+
+
+def test_the_texts_of_a_source(write_lines: Callable[..., Path]) -> None:
+    section = config.FileSource(name="files", files=(str(write_lines("a.jsonl", [*ROWS, {"text": 1}])),), record=TEXT)
+    found = text_of(section)
+    assert [next(found) for _ in ROWS] == [row["text"] for row in ROWS]
+    with pytest.raises(ValueError, match=r"a\.jsonl:4: column 'text' should be text, not 1"):
+        next(found)
+    with pytest.raises(ValueError, match="not chat records"):
+        next(text_of(section.model_copy(update={"record": config.ChatRecord(name="chat")})))

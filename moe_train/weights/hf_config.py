@@ -1,0 +1,273 @@
+"""A Hugging Face `config.json` -> `config.Model`, and back.
+
+Whatever would change the mathematics and is not built is an error; library defaults changed between versions, so
+what a file does not state is derived only where every version agrees.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moe_train import config
+
+log = logging.getLogger(__name__)
+
+_FAMILIES = {
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "MinistralForCausalLM": "ministral",
+    "Ministral3ForCausalLM": "ministral3",
+    "LlamaForCausalLM": "llama",
+}
+_ARCHITECTURES = {family: name for name, family in _FAMILIES.items()}
+_WRAPPERS = ("Mistral3ForConditionalGeneration",)
+"""Vision models, of which the text model is read."""
+
+# The only values that mean what is built here.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "router_jitter_noise": (0,),
+    "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "quantization_config": (None,),
+}
+_READ = (
+    *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "rms_norm_eps", "layer_types"),
+    *("rope_theta", "rope_parameters", "rope_scaling", "sliding_window", "tie_word_embeddings", "max_position_embeddings"),
+    "initializer_range",
+)
+# No part of the mathematics: bookkeeping, generation, training losses.
+_IGNORED = (
+    *("_name_or_path", "bos_token_id", "dtype", "eos_token_id", "is_llama_config", "output_router_logits", "pad_token_id"),
+    *("pretraining_tp", "router_aux_loss_coef", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache"),
+    *("max_window_layers", "moe_train"),
+)
+_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def read_model_config(directory: str | Path) -> config.Model:
+    """The architecture that a model's directory (or its `config.json`) describes.
+
+    Raises FileNotFoundError without the file, ValueError for what is not built here, naming the field.
+    """
+    file = Path(directory)
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; give a directory with a Hugging Face model's config.json")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    try:
+        return _model(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}".replace("Value error, ", "")) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _model(fields: dict[str, Any]) -> config.Model:
+    names = fields.get("architectures") or []
+    if len(names) == 1 and names[0] in _WRAPPERS:
+        tied = {"tie_word_embeddings": fields["tie_word_embeddings"]} if "tie_word_embeddings" in fields else {}
+        fields = {**tied, **fields["text_config"], "architectures": ["Ministral3ForCausalLM"]}
+        if fields.get("model_type") != "ministral3":
+            raise ValueError(f"text_config.model_type is {fields.get('model_type')!r}; of vision models, ministral3's text is read")
+    elif len(names) != 1 or names[0] not in _FAMILIES:
+        raise ValueError(f"architectures is {names}; read are {', '.join((*_FAMILIES, *_WRAPPERS))}")
+    family = _FAMILIES[fields["architectures"][0]]
+    for key, allowed in _ONLY.items():
+        if fields.get(key, allowed[0]) not in (*allowed, None):
+            raise ValueError(f"{key} is {fields[key]!r}, which is not built here; it has to be {allowed[0]!r}")
+    if unknown := sorted(set(fields) - set(_READ) - set(_ONLY) - set(_IGNORED)):
+        log.warning(
+            "config.json has fields that are not read here: %s; make sure that they leave the model alone", ", ".join(unknown)
+        )
+
+    def stated(key: str) -> Any:
+        if fields.get(key) is None:
+            raise ValueError(f"{key} is not stated, and its default differs between versions of the library; add it")
+        return fields[key]
+
+    heads = stated("num_attention_heads")
+    rope, query_scaling = _rope(family, fields)
+    attention = {
+        "name": "gqa",
+        "num_heads": heads,
+        "num_kv_heads": fields.get("num_key_value_heads") or (heads if family == "llama" else stated("num_key_value_heads")),
+        "head_dim": fields.get("head_dim") or stated("hidden_size") // heads,
+        "windows": _windows(family, fields),
+        "query_scaling": query_scaling,
+    }
+    ffn: dict[str, Any] = {"name": "dense", "ffn_dim": stated("intermediate_size")}
+    if family == "mixtral":
+        experts = {"num_experts": stated("num_local_experts"), "experts_per_token": stated("num_experts_per_tok")}
+        ffn = {**ffn, **experts, "name": "moe"}
+    return config.Model.model_validate(
+        {
+            "family": family,
+            "vocab_size": stated("vocab_size"),
+            "model_dim": stated("hidden_size"),
+            "num_layers": stated("num_hidden_layers"),
+            "attention": attention,
+            "ffn": ffn,
+            "rope": rope,
+            "norm_eps": stated("rms_norm_eps"),
+            "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
+            "max_seq_len": stated("max_position_embeddings"),
+            "init_stddev": fields.get("initializer_range") or 0.02,
+        }
+    )
+
+
+def _windows(family: str, fields: dict[str, Any]) -> tuple[int | None, ...]:
+    """One period of windows; layer_types tell which layers of a ministral have one."""
+    if family == "llama":
+        return (None,)
+    if "sliding_window" not in fields and family != "mixtral":
+        raise ValueError(
+            "sliding_window is not stated, and its default differs between versions of the library; add it (null: none)"
+        )
+    window, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
+    kinds = fields.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * layers
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types has {sorted(unknown)[0]!r}; built are full_attention and sliding_attention")
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {layers}")
+    if "sliding_attention" in kinds and window is None:
+        raise ValueError("layer_types has sliding_attention, but sliding_window is null")
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    period = next(n for n in range(1, layers + 1) if layers % n == 0 and windows[:n] * (layers // n) == windows)
+    return windows[:period]
+
+
+def _rope(family: str, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Rotary positions and query scaling, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    given = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    kind = given.get("rope_type", given.get("type", "default"))
+    theta = given.get("rope_theta", fields.get("rope_theta", 10000.0 if family == "llama" else None))
+    if theta is None:
+        raise ValueError("rope_theta is stated neither on its own nor in rope_parameters; add it")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"}
+    known |= {"original_max_position_embeddings"} | (set(_YARN) if kind == "yarn" else set())
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"rope_parameters.{unknown[0]} is not built here; understood are {', '.join(sorted(known))}")
+    if given.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"rope_parameters.partial_rotary_factor is {given['partial_rotary_factor']}, which is not built here")
+    original = given.get("original_max_position_embeddings")
+    scaling = None
+    if beta := given.get("llama_4_scaling_beta"):
+        scaling = {"beta": float(beta), "original_max_seq_len": original}
+    if kind == "default":
+        return {"name": "default", "theta": float(theta)}, scaling
+    if kind != "yarn":
+        raise ValueError(f"rope_type is {kind!r}; built are default and yarn")
+    if missing := [key for key in _YARN[:2] if key not in given]:
+        raise ValueError(f"rope_parameters.{missing[0]} is missing, which yarn needs")
+    yarn = {key: float(given[key]) for key in _YARN if key in given and key != "original_max_position_embeddings"}
+    # without both, transformers takes 0.1 * log(factor) + 1, which mscale 1 over mscale_all_dim 0 gives too
+    if not (given.get("mscale") and given.get("mscale_all_dim")):
+        yarn |= {"mscale": 0.0, "mscale_all_dim": 0.0}
+    return {"name": "yarn", "theta": float(theta), **yarn, "original_max_seq_len": original}, scaling
+
+
+def write_model_config(
+    model: config.Model,
+    *,
+    dtype: config.Dtype,
+    bos_token_id: int | None,
+    eos_token_id: int | None,
+    pad_token_id: int | None = None,
+    router_aux_loss_coef: float = 0.0,
+) -> dict[str, Any]:
+    """The `config.json` of an export: old and new spellings side by side, and every default stated."""
+    a = model.attention
+    fields: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[model.family]],
+        "model_type": model.family,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.model_dim,
+        "intermediate_size": model.ffn.ffn_dim,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": a.num_kv_heads,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "rms_norm_eps": model.norm_eps,
+        "initializer_range": model.init_stddev,
+        "max_position_embeddings": model.max_seq_len,
+        "rope_theta": model.rope.theta,
+        "rope_parameters": _rope_parameters(model),
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+    if model.family == "llama":
+        fields |= {"attention_bias": False, "mlp_bias": False}
+    else:
+        fields["sliding_window"] = next((window for window in a.windows if window is not None), None)
+    if model.family == "ministral":
+        kinds = ["full_attention" if window is None else "sliding_attention" for window in a.windows]
+        fields["layer_types"] = kinds * (model.num_layers // len(kinds))
+    if isinstance(model.ffn, config.MoeFfn):
+        fields |= {
+            "num_local_experts": model.ffn.num_experts,
+            "num_experts_per_tok": model.ffn.experts_per_token,
+            "router_aux_loss_coef": router_aux_loss_coef,
+            "router_jitter_noise": 0.0,
+            "output_router_logits": False,
+        }
+    check_expressible(model)
+    return fields
+
+
+def check_expressible(model: config.Model) -> None:
+    """Raise ValueError where a Hugging Face `config.json` has no words for `model`."""
+    windows = {window for window in model.attention.windows if window is not None}
+    if len(windows) > 1:
+        raise ValueError(f"attention.windows has {sorted(windows)}; a config.json has one size of window")
+    scaling, rope = model.attention.query_scaling, model.rope
+    if scaling and isinstance(rope, config.YarnRope) and scaling.original_max_seq_len != rope.original_max_seq_len:
+        raise ValueError(
+            f"attention.query_scaling.original_max_seq_len {scaling.original_max_seq_len} differs from rope's "
+            f"{rope.original_max_seq_len}; a config.json has one for both"
+        )
+    if model.family == "llama" and model.model_dim % model.attention.num_heads:
+        raise ValueError(
+            f"model_dim {model.model_dim} is not a multiple of num_heads {model.attention.num_heads}, which transformers wants of a llama"
+        )
+
+
+def _rope_parameters(model: config.Model) -> dict[str, Any]:
+    rope, scaling = model.rope, model.attention.query_scaling
+    given: dict[str, Any] = {"rope_type": rope.name, "rope_theta": float(rope.theta)}
+    if isinstance(rope, config.YarnRope):
+        given |= {
+            "factor": float(rope.factor),
+            "original_max_position_embeddings": rope.original_max_seq_len,
+            "beta_fast": float(rope.beta_fast),
+            "beta_slow": float(rope.beta_slow),
+            "mscale": float(rope.mscale),
+            "mscale_all_dim": float(rope.mscale_all_dim),
+        }
+    if model.family == "ministral3":  # transformers multiplies by it in any case
+        original = scaling.original_max_seq_len if scaling else model.max_seq_len
+        given = {"original_max_position_embeddings": original, **given, "llama_4_scaling_beta": scaling.beta if scaling else 0.0}
+    return given

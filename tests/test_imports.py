@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "weights": ("config", "mesh", "model", "weights", "data.tokenizer", "data.chat"),
     "train": (),  # the package itself; its modules stand below
     **dict.fromkeys(STEP, LEFT_OF_STEP),
-    "checkpoint": (*LEFT_OF_STEP, "config_file"),
+    "checkpoint": (*LEFT_OF_STEP, "config_file", "weights"),
     "plan": (*LEFT_OF_STEP, "config_file", "plan"),
     "train.evaluate": LEFT_OF_LOOP,
     "train.loop": (*LEFT_OF_LOOP, "train.evaluate"),

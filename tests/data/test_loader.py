@@ -76,9 +76,9 @@ def test_the_seed_changes_the_order_and_nothing_else(make: Any, two_files: Any) 
     zero, one = make(*two_files), make(*two_files, seed=1)
     assert zero.identity == one.identity
     assert digest(zero.batch(0)) != digest(one.batch(0))
-    neighbour = make(*two_files[:1], seed=1)  # the next seed's first epoch is not this seed's second
-    rows = make(*two_files[:1], batch_size=1)
-    assert digest(rows.batch(rows.num_rows)) != digest(neighbour.batch(0))
+    one_by_one = [make(*two_files[:1], batch_size=1, seed=seed) for seed in (0, 1)]
+    n = one_by_one[0].num_rows
+    assert rows_of(one_by_one[0], range(n, 2 * n)) != rows_of(one_by_one[1], range(n)), "seed 0's second epoch, seed 1's first"
 
 
 def rows_of(loader: Loader, steps: range) -> list[str]:

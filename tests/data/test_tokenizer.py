@@ -93,7 +93,7 @@ def _copied(tokenizer: HuggingFace, directory: Path, **changes: object) -> Path:
     return directory
 
 
-def test_padding_and_truncation_saved_in_the_file_have_no_effect(tokenizer: HuggingFace, tmp_path: Path) -> None:
+def test_padding_truncation_and_trimmed_offsets_saved_in_the_file_have_no_effect(tokenizer: HuggingFace, tmp_path: Path) -> None:
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     padding = {
         "strategy": {"Fixed": 64},
@@ -103,8 +103,10 @@ def test_padding_and_truncation_saved_in_the_file_have_no_effect(tokenizer: Hugg
         "pad_type_id": 0,
         "pad_token": "<pad>",
     }
-    changed = HuggingFace(_copied(tokenizer, tmp_path / "t", truncation=truncation, padding=padding))
-    text = "a text of more than four tokens"
+    trimming = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    directory = _copied(tokenizer, tmp_path / "t", truncation=truncation, padding=padding, post_processor=trimming)
+    changed = HuggingFace(directory)
+    text = "a text of more than four tokens   </s>  "
     assert changed.encode(text) == tokenizer.encode(text)
     assert changed.encode_control(text) == tokenizer.encode_control(text)
     assert changed.identity != tokenizer.identity

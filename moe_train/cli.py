@@ -139,23 +139,14 @@ def train_tokenizer(
     as_json: AsJson = False,
 ) -> None:
     """Train a byte-level BPE tokenizer with Mistral's chat format."""
+    from moe_train import config
+    from moe_train.data.sources import texts
     from moe_train.data.tokenizer import train_bpe
 
+    source = config.FileSource(name="files", files=tuple(files), record=config.TextRecord(name="text", column=column))
     with _waiting("training the tokenizer"):
-        trained = train_bpe(_texts(files, column), vocab_size, out)
+        trained = train_bpe(texts(source), vocab_size, out)
     _print_answers({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
-
-
-def _texts(files: Sequence[str], column: str) -> Iterator[str]:
-    from moe_train import config
-    from moe_train.data.sources import open_source
-
-    record = config.TextRecord(name="text", column=column)
-    records = open_source(config.FileSource(name="files", files=tuple(files), record=record))
-    for origin, fields in records:
-        if not isinstance(fields.get(column), str):
-            raise ValueError(f"{records.where(origin)}: no text in column {column!r}; name the column with --column")
-        yield fields[column]
 
 
 @app.command()

@@ -121,7 +121,7 @@ REMARKS = {
     "min_lr": "a fraction of optimizer.learning_rate",
     "fp16": "float32 or bfloat16",
     "bf16": "bfloat16",
-    "gradient_checkpointing": "none, dots or full",
+    "gradient_checkpointing": "minimal or full",
     "router_aux_loss_coef": _ROUTER,
     "moe_aux_loss_coeff": _ROUTER,
     "scaling": "alpha = scaling x rank",

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "metrics": ("config", "mesh", "model"),
     "model": ("config", "mesh", "model"),
     "data": ("config", "data"),
-    "weights": ("config", "mesh", "model", "weights", "data.tokenizer", "data.chat"),
+    "weights": ("config", "mesh", "model", "weights", "data.tokenizer", "data.chat", "data.atomic"),
     "train": (),  # the package itself; its modules stand below
     **dict.fromkeys(STEP, LEFT_OF_STEP),
     "checkpoint": (*LEFT_OF_STEP, "config_file", "weights"),

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
+import errno
+import json
+import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
-from moe_train.weights import names, safetensors_io
-from moe_train.weights.hf_config import read_model_config
+from moe_train import config
+from moe_train.data.atomic import new_directory
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.model.lora import is_lora
+from moe_train.weights import merge as merging
+from moe_train.weights import names, proof, safetensors_io
+from moe_train.weights.arrays import Abstract, Parameters, fill
+from moe_train.weights.hf_config import read_model_config, write_model_config
 
-Parameters = dict[str, jax.Array]
-Ranges = tuple[tuple[int, int], ...]
 
-
-def load_parameters(directory: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> Parameters:
+def load_parameters(directory: str | Path, abstract: Abstract) -> Parameters:
     """The weights of a model's directory as arrays of the shapes, dtypes and shardings of `abstract` ({path: …}).
 
-    Adapters are in no such directory: leave their paths out of `abstract`. Each device's part of each array is read
-    on its own; the host holds one such part at a time. Raises ValueError unless every tensor is used and every
-    array filled.
+    Adapters are in no such directory: leave their paths out of `abstract`. The host holds one device's part of one
+    array at a time. Raises ValueError unless every tensor is used and every array filled.
     """
     tensors = open_tensors(directory)
     table = names.pieces_of(read_model_config(directory), tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names.check(directory, table, shapes, {path: a.shape for path, a in abstract.items()})
-    by_path: dict[str, dict[tuple[int, ...], names.Piece]] = {}
-    for piece in table:
-        by_path.setdefault(piece.path, {})[piece.lead] = piece
-    with ThreadPoolExecutor() as pool:
-        return {path: _array(like, by_path[path], tensors, pool) for path, like in abstract.items()}
+    names.check(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
+    return fill(abstract, table, tensors)
 
 
 def open_tensors(directory: str | Path) -> dict[str, safetensors_io.Tensor]:
@@ -47,31 +45,76 @@ def hashes(directory: str | Path) -> dict[str, str]:
     return safetensors_io.hashes(open_tensors(directory))
 
 
-def _array(
-    like: jax.ShapeDtypeStruct,
-    pieces: Mapping[tuple[int, ...], names.Piece],
-    tensors: Mapping[str, safetensors_io.Tensor],
-    pool: ThreadPoolExecutor,
-) -> jax.Array:
-    sharding = like.sharding
-    assert isinstance(sharding, NamedSharding)
-    sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)  # an abstract mesh has no devices
-    lead_dims = len(next(iter(pieces)))
-    parts: dict[jax.Device, jax.Array] = {}
-    by_index: dict[Ranges, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(like.shape).items():
-        ranges = tuple(cut.indices(size)[:2] for cut, size in zip(index, like.shape, strict=True))
-        by_index.setdefault(ranges, []).append(device)
-    for ranges, devices in by_index.items():
-        part = np.empty([stop - start for start, stop in ranges], like.dtype)
-        lead, rest = ranges[:lead_dims], ranges[lead_dims:]
+def export(
+    parameters: Parameters,
+    model: config.Model,
+    out_dir: str | Path,
+    *,
+    dtype: config.Dtype,
+    lora: config.Lora | None = None,
+    merge: bool = False,
+    tokenizer: Tokenizer | None = None,
+    chat_template: str | None = None,
+    resolved_config: str | None = None,
+    router_aux_loss_coef: float = 0.001,
+    max_shard_bytes: int = safetensors_io.MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a model's directory that transformers, vLLM and llama.cpp load; read it back and compare.
 
-        def fill(at: tuple[int, ...], part: np.ndarray = part, lead: Ranges = lead, rest: Ranges = rest) -> None:
-            piece = pieces[at]
-            part[tuple(i - start for i, (start, _) in zip(at, lead, strict=True))] = piece.from_file(tensors[piece.name].read, rest)
+    merge: add the adapters in `parameters` (of the section `lora`) to the weights; without it there must be none.
+    chat_template: replaces the tokenizer's. resolved_config: kept as `moe_train.yaml`.
+    Streamed: one tensor in memory. `out_dir` appears whole, or not at all. Returns the figures of `proof.check`.
+    Raises FileExistsError where out_dir is taken, ValueError for what cannot be said in this layout, OSError for a
+    full disk.
+    """
+    adapters = [path for path in parameters if is_lora(path)]
+    if adapters and not merge:
+        raise ValueError(
+            f"the model has adapters ({len(adapters)} arrays): merge them (--merge), or export them alone (--format peft)"
+        )
+    if merge and not adapters:
+        raise ValueError("there is nothing to merge: the model has no adapters")
+    table = names.pieces(model)
+    filetype = np.dtype(dtype)
+    specs = [safetensors_io.Spec(piece.name, piece.shape, filetype) for piece in table]
+    pieces = {piece.name: piece for piece in table}
+    settings = write_model_config(
+        model,
+        dtype=dtype,
+        bos_token_id=tokenizer.bos_id if tokenizer else None,
+        eos_token_id=tokenizer.eos_id if tokenizer else None,
+        router_aux_loss_coef=router_aux_loss_coef,
+    )
+    generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
-        list(pool.map(fill, itertools.product(*(range(start, stop) for start, stop in lead))))
-        for device in devices:
-            parts[device] = jax.device_put(part, device)
-        jax.block_until_ready([parts[device] for device in devices])
-    return jax.make_array_from_single_device_arrays(like.shape, sharding, [parts[d] for d in sharding.addressable_devices])
+    def tensor(spec: safetensors_io.Spec) -> np.ndarray:
+        return pieces[spec.name].to_file(merging.merged(parameters, lora, pieces[spec.name], filetype))
+
+    with new_directory(out_dir) as directory:
+        check_space(directory, sum(safetensors_io.nbytes(spec.shape, spec.dtype) for spec in specs), Path(out_dir))
+        safetensors_io.write_model(directory, specs, tensor, max_shard_bytes)
+        write_json(directory / "config.json", settings)
+        write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
+        copy_texts(directory, tokenizer, chat_template, resolved_config)
+        return proof.check(directory, parameters, model, lora if merge else None, filetype)
+
+
+def check_space(directory: Path, needed: int, out_dir: Path) -> None:
+    """Raise OSError before anything is written where the disk has not the room."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{out_dir} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk")
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_texts(directory: Path, tokenizer: Tokenizer | None, chat_template: str | None, resolved_config: str | None) -> None:
+    """The tokenizer's files, byte for byte, the chat template and the run's config."""
+    for file in tokenizer.files if tokenizer else ():
+        shutil.copyfile(file, directory / file.name)
+    if chat_template is not None:
+        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    if resolved_config is not None:
+        (directory / "moe_train.yaml").write_text(resolved_config, encoding="utf-8")

@@ -251,7 +251,7 @@ def check_expressible(model: config.Model) -> None:
         )
     if model.family == "llama" and model.model_dim % model.attention.num_heads:
         raise ValueError(
-            f"model_dim {model.model_dim} is not a multiple of num_heads {model.attention.num_heads}, which transformers wants of a llama"
+            f"model_dim {model.model_dim} is not a multiple of num_heads {model.attention.num_heads}, as transformers wants"
         )
 
 

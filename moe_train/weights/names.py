@@ -47,6 +47,7 @@ _FUSED_GATE_UP, _FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj
 
 PREFIXES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
 """Before the names of the body, and before `lm_head`; the first is written."""
+ADAPTER_PREFIX = "base_model.model.model."
 IGNORED = (".rotary_emb.inv_freq", "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
 """Parts of names in files that hold no weight of the text model."""
 
@@ -97,10 +98,10 @@ class Piece:
             rows.append((start * inner, stop * inner))
             dims += [stop - start, *group[1:]]
             axis += len(group)
-        experts = [at for at in self.part if isinstance(at, int)]
+        where: list[int | slice] = [at for at in self.part if isinstance(at, int)]
         offsets = [at[0] for at in self.part if not isinstance(at, int)] + [0] * len(rows)
-        where = (*experts, *(slice(start + o, stop + o) for (start, stop), o in zip(rows, offsets, strict=False)))
-        return read(where).reshape(dims).transpose(self.axes)
+        where += [slice(start + o, stop + o) for (start, stop), o in zip(rows, offsets, strict=False)]
+        return read(tuple(where)).reshape(dims).transpose(self.axes)
 
 
 def pieces(model: config.Model, prefix: tuple[str, str] = PREFIXES[0], fused: bool = False) -> list[Piece]:
@@ -126,27 +127,32 @@ def pieces_of(model: config.Model, names: Collection[str]) -> list[Piece]:
     return pieces(model, prefix, fused=any(name.endswith(_FUSED_GATE_UP) for name in names))
 
 
+def linear_rows(model: config.Model) -> list[Row]:
+    """Rows of the linear maps of a layer that can have an adapter; `{e}` in the name of an expert's."""
+    ffn = _DENSE if isinstance(model.ffn, config.DenseFfn) else _EXPERT
+    return [row for row in (*_LAYER, *ffn) if " " in row[1]]
+
+
 def adapter_pieces(model: config.Model, ranks: Mapping[str, int]) -> list[Piece]:
-    """The same for adapters, named as PEFT names them; `ranks`: of each of our modules (`stacks.0.layers.0.ffn.up_proj`).
+    """Adapters, named as PEFT names them; `ranks`: of each of our modules (`stacks.0.layers.0.ffn.up_proj`).
 
     lora_A is (J, in) in the file and (in dims…, J) here, lora_B (out, J) and (J, out dims…).
     """
-    sizes, found = _sizes(model), []
+    found = []
     for layer, path, repeat in _layers(model):
-        dense = isinstance(model.ffn, config.DenseFfn)
-        rows = [(row, (repeat,)) for row in _LAYER + (_DENSE if dense else ())]
-        if isinstance(model.ffn, config.MoeFfn):
-            rows += [(row, (repeat, e)) for e in range(model.ffn.num_experts) for row in _EXPERT]
-        for (name, dims, ours, letters), lead in rows:
+        for name, dims, ours, letters in linear_rows(model):
             module = (path + ours).removesuffix(".weight")
-            if module in ranks:
-                out, into = dims.split()
-                stem, J = name.removesuffix(".weight"), {"J": ranks[module]}
-                inputs = "".join(letter for letter in letters if letter in into)
-                outputs = "".join(letter for letter in letters if letter in out)
-                a: Row = (f"{stem}.lora_A.weight", f"J {into}", ours.removesuffix(".weight") + ".lora_a", f"{inputs}J")
-                b: Row = (f"{stem}.lora_B.weight", f"{out} J", ours.removesuffix(".weight") + ".lora_b", f"J{outputs}")
-                found += [_piece(sizes | J, row, f"base_model.model.model.layers.{layer}.", path, lead) for row in (a, b)]
+            if module not in ranks:
+                continue
+            out, into = dims.split()
+            inputs, outputs = ("".join(letter for letter in letters if letter in group) for group in (into, out))
+            stem = name.removesuffix(".weight")
+            a: Row = (f"{stem}.lora_A.weight", f"J {into}", f"{module}.lora_a", f"{inputs}J")
+            b: Row = (f"{stem}.lora_B.weight", f"{out} J", f"{module}.lora_b", f"J{outputs}")
+            sizes = _sizes(model) | {"J": ranks[module]}
+            leads = [(repeat, e) for e in range(sizes["E"])] if "{e}" in name else [(repeat,)]
+            prefix = f"{ADAPTER_PREFIX}layers.{layer}."
+            found += [_piece(sizes, row, prefix, "", lead) for lead in leads for row in (a, b)]
     return found
 
 

@@ -62,9 +62,7 @@ def open_model(directory: str | Path) -> dict[str, Tensor]:
         found = open_file(directory / file)
         listed = {name for name, at in weight_map.items() if at == file}
         if different := sorted(listed ^ set(found)):
-            raise ValueError(
-                f"{index} and {file} disagree about {different[0]} ({len(different)} tensors in all): fetch both again"
-            )
+            raise ValueError(f"{index} and {file} disagree about {different[0]} ({len(different)} tensors in all); fetch both")
         tensors |= found
     return tensors
 
@@ -75,7 +73,7 @@ def open_file(file: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{file} is missing")
     try:
         handle = safetensors.safe_open(str(file), framework="numpy")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118: no mapping
+        slices = {name: handle.get_slice(name) for name in list(handle.keys())}
         headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error
@@ -97,13 +95,14 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's bytes, by name; several at a time, each read in parts of 64 MB."""
+    """sha256 of each tensor's dtype, shape and bytes, by name; several at a time, each in parts of 64 MB."""
 
     def digest(tensor: Tensor) -> str:
         total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
-        rows = max(1, 2**26 * (tensor.shape[0] if tensor.shape else 1) // max(1, nbytes(tensor.shape, tensor.dtype)))
-        for start in range(0, tensor.shape[0] if tensor.shape else 1, rows):
-            total.update(np.ascontiguousarray(tensor.read((slice(start, start + rows),))).view(np.uint8).data)
+        (length, *row) = tensor.shape or (0,)
+        step = max(1, 2**26 // max(1, nbytes(row, tensor.dtype)))
+        for start in range(0, length, step):
+            total.update(np.ascontiguousarray(tensor.read((slice(start, start + step),))).view(np.uint8).data)
         return total.hexdigest()
 
     with ThreadPoolExecutor() as pool:

@@ -13,7 +13,7 @@ import pytest
 from moe_train import config
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model import transformer
-from moe_train.weights import hf, names
+from moe_train.weights import hf, names, peft
 
 pytestmark = pytest.mark.judges
 
@@ -52,13 +52,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 SEGMENTS = np.stack([np.repeat([1, 2, 0], [13, 15, 4]), np.ones(32, int)])
 
 
-def random_model(family: str) -> Any:
+def settings_of(family: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+
+
+def random_judge(family: str) -> Any:
     """A transformers model of normal weights, large enough that positions, windows and experts matter."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    settings = transformers.AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+    settings = settings_of(family)
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
@@ -97,7 +102,7 @@ def mesh() -> jax.sharding.Mesh:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_equal_transformers(family: str, mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
-    judge = random_model(family)
+    judge = random_judge(family)
     judge.save_pretrained(tmp_path / "model")
     with jax.set_mesh(mesh):
         model, structure, parameters = load(tmp_path / "model")
@@ -130,3 +135,86 @@ def test_logits_and_gradients_equal_transformers(family: str, mesh: jax.sharding
         ours = piece.to_file(gradients[piece.path][piece.lead])
         theirs = state[piece.name].grad.numpy()[tuple(at if isinstance(at, int) else slice(*at) for at in piece.part)]
         assert distance(ours, theirs) < 1e-3, (piece.name, piece.part)
+
+
+def random_parameters(model: config.Model, lora: config.Lora | None = None) -> tuple[Any, dict[str, jax.Array]]:
+    """Structure and normal weights, the adapters' B included."""
+    structure, parameters = transformer.parameters(transformer.init_model(0, model, config.Compute(), lora))
+    draw = np.random.default_rng(1).normal
+    return structure, {path: jax.device_put(draw(0, 0.2, x.shape).astype(np.float32), x.sharding) for path, x in parameters.items()}
+
+
+def our_logits(structure: Any, parameters: dict[str, jax.Array], arrays: Any) -> np.ndarray:
+    @jax.jit
+    def run(parameters: dict[str, jax.Array]) -> jax.Array:
+        module = transformer.combine(structure, parameters)
+        return module.logits(module(*arrays)[0])
+
+    return np.asarray(run(parameters))
+
+
+def assert_same_logits(judge: Any, ours: np.ndarray, tokens: np.ndarray) -> None:
+    torch = pytest.importorskip("torch")
+    for row, columns in documents():
+        with torch.no_grad():
+            theirs = judge(torch.tensor(tokens[row, columns])[None]).logits[0]
+        assert distance(ours[row, columns], theirs) < 1e-4
+
+
+def read_by_transformers(directory: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    judge, found = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, dtype="float32", attn_implementation="eager"
+    )
+    assert not any(found.values()), found
+    return judge.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_an_export(family: str, mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+    settings = settings_of(family)
+    settings.architectures = [f"{settings.model_type.capitalize()}ForCausalLM"]
+    settings.save_pretrained(tmp_path)
+    model = hf.read_model_config(tmp_path)
+    with jax.set_mesh(mesh):
+        structure, parameters = random_parameters(model)
+        tokens, arrays = batch(mesh)
+        ours = our_logits(structure, parameters, arrays)
+        hf.export(parameters, model, tmp_path / "export", dtype="float32", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "export").glob("model-*.safetensors"))) > 2
+    assert_same_logits(read_by_transformers(tmp_path / "export"), ours, tokens)
+
+
+LORAS = {
+    "everything": [("attention.*", 4, 8.0), ("ffn.*", 4, 8.0)],
+    "ranks that differ": [
+        ("attention.[qk]_proj", 6, 9.0),
+        ("attention.o_proj", 2, 4.0),
+        ("ffn.[gu]*", 4, 8.0),
+        ("ffn.down_proj", 2, 7.5),
+    ],
+    "gate without up": [("ffn.gate_proj", 4, 8.0), ("attention.q_proj", 2, 3.0)],
+    "gate and up that differ": [("ffn.gate_proj", 4, 8.0), ("ffn.up_proj", 2, 3.0)],
+    "down alone": [("ffn.down_proj", 4, 8.0)],
+    "attention alone": [("attention.v_proj", 4, 8.0)],
+}
+
+
+@pytest.mark.parametrize(("family", "targets"), [*(("mixtral", name) for name in LORAS), ("ministral", "ranks that differ")])
+def test_peft_and_transformers_read_an_adapter(family: str, targets: str, mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+    PeftModel = pytest.importorskip("peft").PeftModel
+    random_judge(family).save_pretrained(tmp_path / "base")
+    lora = config.Lora(targets=tuple(config.LoraTarget(modules=(m,), rank=r, alpha=alpha) for m, r, alpha in LORAS[targets]))
+    with jax.set_mesh(mesh):
+        model, plain, base = load(tmp_path / "base")
+        structure, adapters = random_parameters(model, lora)
+        parameters = adapters | base
+        tokens, arrays = batch(mesh)
+        ours = our_logits(structure, parameters, arrays)
+        assert distance(our_logits(plain, base, arrays), ours) > 0.05  # the adapter matters
+        hf.export(parameters, model, tmp_path / "merged", dtype="float32", lora=lora, merge=True)
+        peft.export_adapter(parameters, model, lora, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    assert_same_logits(read_by_transformers(tmp_path / "merged"), ours, tokens)
+    judge = PeftModel.from_pretrained(read_by_transformers(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert_same_logits(judge, ours, tokens)
+    assert_same_logits(judge.merge_and_unload(), ours, tokens)

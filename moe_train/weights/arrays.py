@@ -1,0 +1,82 @@
+"""Between tensors of files and sharded arrays: one device's part at a time in, one matrix at a time out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from moe_train.weights.names import Piece
+from moe_train.weights.safetensors_io import Tensor
+
+Parameters = dict[str, jax.Array]
+Abstract = Mapping[str, jax.ShapeDtypeStruct]
+Ranges = tuple[tuple[int, int], ...]
+
+
+def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> Parameters:
+    """Arrays with the shapes, dtypes and shardings of `abstract`, read from `tensors` as `table` says.
+
+    Each device's part is read on its own (no more of the file than that) and sent before the next is read.
+    `names.check` has found the three to fit. The mesh in force is the one of the shardings.
+    """
+    by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
+    for piece in table:
+        by_path.setdefault(piece.path, {})[piece.lead] = piece
+    with ThreadPoolExecutor() as pool:
+        return {path: _array(like, by_path[path], tensors, pool) for path, like in abstract.items()}
+
+
+def _array(
+    like: jax.ShapeDtypeStruct, pieces: Mapping[tuple[int, ...], Piece], tensors: Mapping[str, Tensor], pool: ThreadPoolExecutor
+) -> jax.Array:
+    assert isinstance(like.sharding, NamedSharding), like
+    sharding = NamedSharding(jax.sharding.get_mesh(), like.sharding.spec)  # that of `like` may be of an abstract mesh
+    replicas: dict[Ranges, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(like.shape).items():
+        assert index is not None
+        ranges = tuple(cut.indices(size)[:2] for cut, size in zip(index, like.shape, strict=True))
+        replicas.setdefault(ranges, []).append(device)
+    parts = []
+    for ranges, devices in replicas.items():
+        part = _part(ranges, like.dtype, pieces, tensors, pool)
+        parts += [jax.device_put(part, device) for device in devices]
+        jax.block_until_ready(parts)  # the host's copy goes before the next one comes
+    return jax.make_array_from_single_device_arrays(like.shape, sharding, parts)
+
+
+def _part(
+    ranges: Ranges,
+    dtype: np.dtype,
+    pieces: Mapping[tuple[int, ...], Piece],
+    tensors: Mapping[str, Tensor],
+    pool: ThreadPoolExecutor,
+) -> np.ndarray:
+    """The entries `ranges` of a stacked array."""
+    part = np.empty([stop - start for start, stop in ranges], dtype)
+    stacked = len(next(iter(pieces)))
+
+    def read(lead: tuple[int, ...]) -> None:
+        piece = pieces[lead]
+        here = tuple(i - start for i, (start, _) in zip(lead, ranges, strict=False))
+        part[here] = piece.from_file(tensors[piece.name].read, ranges[stacked:])
+
+    list(pool.map(read, itertools.product(*(range(*r) for r in ranges[:stacked]))))
+    return part
+
+
+def fetch(array: jax.Array, lead: tuple[int, ...] = ()) -> np.ndarray:
+    """Entry `lead` of a stacked array, on the host, from the devices that hold it."""
+    if not array.is_fully_addressable:
+        raise ValueError("weights are spread over several processes; export from a checkpoint in one process")
+    whole = np.empty(array.shape[len(lead) :], array.dtype)
+    for shard in array.addressable_shards:
+        cuts = [cut.indices(size)[:2] for cut, size in zip(shard.index, array.shape, strict=True)]
+        if shard.replica_id == 0 and all(start <= i < stop for i, (start, stop) in zip(lead, cuts, strict=False)):
+            here = tuple(i - start for i, (start, _) in zip(lead, cuts, strict=False))
+            whole[shard.index[len(lead) :]] = np.asarray(shard.data[here])
+    return whole

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import mistral_common
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from tokenizers import models, normalizers, trainers
 
 from moe_train.data import chat
 from moe_train.data.chat import load_template, render, render_prompt
@@ -237,3 +240,30 @@ def test_transformers_renders_the_same(tokenizer: HuggingFace, template: str | N
         assert [int(mask) for mask in rendered.loss_mask] == expected["assistant_masks"]
     prompt = theirs.apply_chat_template(messages[:1], chat_template=template, add_generation_prompt=True, return_dict=True)
     assert render_prompt(messages[:1], template, tokenizer) == prompt["input_ids"]
+
+
+@pytest.mark.judges
+def test_a_tokenizer_of_sentencepieces_kind_is_masked_as_transformers_does(tmp_path: Path) -> None:
+    """Mixtral's `tokenizer.json`: a normalizer puts spaces in front, so ids and characters do not line up simply."""
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers' apply_chat_template")
+    pieces = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    pieces.train_from_iterator(["the quick brown fox jumps over the lazy dog", "What is 2 + 3? It is 5."] * 4, trainer)
+    content = json.loads(pieces.to_str())
+    for byte in range(256):
+        content["model"]["vocab"][f"<0x{byte:02X}>"] = len(content["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names))
+
+    template = (
+        GENERATION.replace("'[INST]'", "' [INST] '").replace("'[/INST]'", "' [/INST]'").replace("{{- message", "{{- ' ' + message")
+    )
+    rendered = render(SEVERAL[1:], template, HuggingFace(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(SEVERAL[1:], chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
+    assert rendered.tokens == expected["input_ids"]
+    assert [int(mask) for mask in rendered.loss_mask] == expected["assistant_masks"]
+    unmarked = template.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    assert render(SEVERAL[1:], unmarked, HuggingFace(tmp_path)) == rendered

@@ -18,6 +18,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     Raises FileExistsError where `path` is there already (an empty directory is replaced): nothing is overwritten.
     """
     path = Path(path)
+    refuse_existing(path)  # before the work, not after it
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
     try:

@@ -1,0 +1,242 @@
+"""What a run tells its people: figures of each step, on the terminal, in `metrics.jsonl` and as TensorBoard events.
+
+Model FLOPs are those of the model's mathematics, whatever the program does: no rematerialisation, no masked half.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_train import config
+
+# --- FLOPs ---------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, Any] | None = None) -> float:
+    """Model FLOPs of one token of a training step on rows of `seq_len`.
+
+    Weights: 2 per weight that the token passes through in the forward pass, and twice that backward (gradients of
+    input and weight); routed experts count `experts_per_token` times, the head once, the embedding's lookup not.
+    Attention's scores and values: 2 * 2 * N * H per pair of query and visible key, three times as well; a query sees
+    T / 2 keys on average (W - W^2 / 2T with a window W), as if each row were one sequence.
+    With `adapters` ({path: array}, stacked on layers) the base's weights are frozen: forward and gradient of the
+    input are 4 per weight, adapters are 6.
+    """
+    a, D = model.attention, model.model_dim
+    attention = 2 * D * a.num_heads * a.head_dim + 2 * D * a.num_kv_heads * a.head_dim
+    ffn, share = 3 * D * model.ffn.ffn_dim, 1.0
+    if isinstance(model.ffn, config.MoeFfn):
+        share = model.ffn.experts_per_token / model.ffn.num_experts
+        ffn = ffn * model.ffn.experts_per_token + D * model.ffn.num_experts
+    base = model.num_layers * (attention + ffn) + model.vocab_size * D
+    keys = [seq_len / 2 if w is None or w >= seq_len else w - w * w / (2 * seq_len) for w in a.windows]
+    pairs = 3 * model.num_layers * 4 * a.num_heads * a.head_dim * sum(keys) / len(keys)
+    if not adapters:
+        return 6 * base + pairs
+    beside = sum(x.size * (share if ".ffn." in path else 1) for path, x in adapters.items())
+    return 4 * base + 6 * beside + pairs
+
+
+PEAK_FLOPS = {
+    # dense bfloat16 FLOP/s of a chip by the words of jax's device_kind, the first that match
+    "v5p": 459e12,  # cloud.google.com/tpu/docs/v5p
+    "v5 lite": 197e12,  # cloud.google.com/tpu/docs/v5e
+    "v5e": 197e12,
+    "v5": 459e12,  # jax calls a v5p "TPU v5"
+    "v6 lite": 918e12,  # cloud.google.com/tpu/docs/v6e
+    "v6e": 918e12,
+    "tpu7x": 2307e12,  # cloud.google.com/tpu/docs/tpu7x
+    "v4": 275e12,  # cloud.google.com/tpu/docs/v4
+    "h200": 989e12,  # nvidia.com H200 data sheet, without sparsity
+    "h100 pcie": 756e12,  # nvidia.com H100 data sheet, without sparsity
+    "h100": 989e12,
+    "b200": 2250e12,  # nvidia.com HGX B200 data sheet, without sparsity
+    "a100": 312e12,  # nvidia.com A100 data sheet
+    "l40s": 362e12,  # nvidia.com L40S data sheet, without sparsity
+}
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
+    """(FLOP/s that all `devices` could reach, where the figure is from).
+
+    Chips: the table's bfloat16 figure for each. CPUs: a float32 product measured here, once for each process, since a
+    process's devices share its cores. (None, why) for a chip that is not in the table.
+    """
+    device = devices[0]
+    if device.platform == "cpu":
+        processes = len({d.process_index for d in devices})
+        return processes * measured_matmul_flops(), "a float32 product of 1024^3, measured"
+    kind = device.device_kind.lower()
+    for words, flops in PEAK_FLOPS.items():
+        if words in kind:
+            return len(devices) * flops, f"{len(devices)} x {flops / 1e12:g} TFLOP/s (bfloat16, {device.device_kind})"
+    return None, f"no figure for {device.device_kind}"
+
+
+def measured_matmul_flops(size: int = 1024) -> float:
+    """FLOP/s of the best of three float32 products on the first device of this process."""
+    with jax.default_device(jax.local_devices()[0]):
+        x = jnp.asarray(np.ones((size, size), np.float32))
+        product = jax.jit(jnp.matmul)
+        jax.block_until_ready(product(x, x))
+        best = math.inf
+        for _ in range(3):
+            begun = time.perf_counter()
+            jax.block_until_ready(product(x, x))
+            best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
+
+
+# --- figures of a step ---------------------------------------------------------------------------------------------
+
+
+def router_figures(routers: Any) -> dict[str, Any]:
+    """Figures of a step's `RouterStats` (arrays of (L, …)), each kept per layer: a mean would hide a dead one.
+
+    load[l][e]: share of layer l's assignments that expert e got; balance: E * largest share, worst layer (1 is even).
+    dead_experts[l]: share of experts that got less than 1% of an even share.
+    """
+    load_LE = np.asarray(routers.load_E, np.float64)
+    E = load_LE.shape[1]
+    return {
+        "load_balance_loss": _rounded(routers.load_balance_loss),
+        "router_z_loss": _rounded(routers.router_z_loss),
+        "router_entropy": _rounded(routers.entropy),
+        "dead_experts": _rounded(np.mean(load_LE < 0.01 / E, axis=1)),
+        "balance": float(E * load_LE.max()),
+        "dropped": int(np.sum(routers.dropped)),
+        "load": [_rounded(row) for row in load_LE],
+    }
+
+
+def _rounded(xs: Any) -> list[float]:
+    return [float(f"{x:.6g}") for x in np.asarray(xs, np.float64)]
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Figures of a run to all of its places; on processes but the first, to none.
+
+    `metrics.jsonl` has one object a line with `step` (steps tried so far) and `kind` ("train" or "eval"). Lines past
+    `start_step`, left by a process that died after its last checkpoint, are removed: these steps are done again.
+    """
+
+    def __init__(self, run_dir: Path, settings: config.Metrics, *, start_step: int, total_steps: int, write: bool = True):
+        self._write = write
+        if not write:
+            return
+        self._file = _open_lines(run_dir / "metrics.jsonl", start_step)
+        self._events: Any = None
+        if settings.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+        self._console = Console(stderr=True, highlight=False)
+        self._total = total_steps
+        self._first: tuple[float, int] | None = None  # when and after which step the first figures came
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            left = TimeRemainingColumn(elapsed_when_finished=True)
+            self._progress = Progress(
+                MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), left, console=self._console
+            )
+            self._task = self._progress.add_task("first step: compiling", total=total_steps, completed=start_step)
+            self._progress.start()
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress line."""
+        if self._write:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def train(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Figures of a training step."""
+        if not self._write:
+            return
+        self._record("train", step, figures)
+        line = _line(figures)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=line)
+        else:
+            now = time.monotonic()
+            since, after = self._first = self._first or (now, step)
+            left = f"  {_duration((now - since) / (step - after) * (self._total - step))} left" if step > after else ""
+            self.say(f"step {step}/{self._total}  {line}{left}")
+
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Figures of an evaluation after a step."""
+        if self._write:
+            self._record("eval", step, figures)
+            self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f} over {figures['loss_tokens']:,} tokens")
+
+    def _record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **figures}, allow_nan=True) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in _scalars(figures):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        if not self._write:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        if self._events is not None:
+            self._events.close()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _open_lines(path: Path, start_step: int) -> TextIO:
+    """Open for appending, without the lines past `start_step` and without a half-written last one."""
+    kept: list[str] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= start_step:
+                kept.append(line)
+    beside = path.with_name(f".{path.name}.unfinished")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _scalars(figures: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    """(name, number), lists spelled out: `load/layer_3/expert_0`."""
+    for name, value in figures.items():
+        if isinstance(value, int | float):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, list):
+            for i, entry in enumerate(value):
+                row = entry if isinstance(entry, list) else [entry]
+                for e, x in enumerate(row):
+                    yield f"{prefix}{name}/layer_{i}" + (f"/expert_{e}" if isinstance(entry, list) else ""), x
+
+
+def _line(figures: Mapping[str, Any]) -> str:
+    parts = [f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
+    if figures.get("mfu") is not None:
+        parts.append(f"MFU {figures['mfu']:.1%}")
+    if "balance" in figures:
+        parts.append(f"balance {figures['balance']:.2f}")
+    if figures.get("skipped"):
+        parts.append(f"{figures['skipped']} skipped")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

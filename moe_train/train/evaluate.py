@@ -1,0 +1,108 @@
+"""Loss on held-out data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_train import checkpoint, config
+from moe_train.data.loader import Loader
+from moe_train.data.tokenizer import check_vocab, load_tokenizer
+from moe_train.mesh import make_mesh, put_batch
+from moe_train.model.transformer import Parameters, combine, init_model, parameters
+from moe_train.train.loss import cross_entropy_sum
+
+
+def batch_sums(params: Parameters, frozen: Parameters, batch: Any, structure: Any) -> tuple[jax.Array, jax.Array]:
+    """(sum of the cross-entropy, loss-bearing tokens) of a batch."""
+    model = combine(structure, params, frozen)
+    hidden_BTD, _ = model(batch.tokens, batch.positions, batch.segment_ids)
+    total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask)
+    return total, jnp.sum(batch.loss_mask)
+
+
+def make_batch_sums(structure: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`batch_sums` of a model's structure, compiled once for all evaluations of a run."""
+    return jax.jit(partial(batch_sums, structure=structure))
+
+
+def evaluate(
+    sums: Callable[..., Any], params: Parameters, frozen: Parameters, loader: Loader, mesh: Mesh, batches: int | None = None
+) -> dict[str, Any]:
+    """{loss: mean cross-entropy in nats over loss_tokens tokens} of the first `batches` batches (None: all).
+
+    sums: what `make_batch_sums` made.
+    """
+    loss, tokens, before = 0.0, 0, None
+    for batch in itertools.islice(loader.iterate(), batches):
+        now = sums(params, frozen, put_batch(batch, mesh))
+        if before is not None:  # one batch late, so that the device does not wait
+            loss, tokens = loss + float(before[0]), tokens + int(before[1])
+        before = now
+    if before is not None:
+        loss, tokens = loss + float(before[0]), tokens + int(before[1])
+    return {"loss": loss / tokens if tokens else math.nan, "loss_tokens": tokens}
+
+
+def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
+
+    Rows are as long as the run's; of a model that is no run, at most 2048.
+    """
+    run = checkpoint.run_config(directory) if checkpoint.is_run(directory) else None
+    model = run.model if run else checkpoint.read_model(directory)
+    assert model is not None
+    lora = run.lora if run else None
+    compute = run.compute if run else checkpoint.compute_here()
+    mesh = make_mesh(checkpoint.mesh_here(run, model))
+    seq_len = run.train.seq_len if run else min(model.max_seq_len, 2048)
+    replicas = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
+    batch_size += -batch_size % replicas
+    tokenizer = load_tokenizer(checkpoint.find_tokenizer(directory))
+    check_vocab(tokenizer, model.vocab_size)
+    template = run.data.chat_template if run and run.data else None
+    sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file)) for file in files)
+    with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
+        data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
+        loader = Loader(data, "eval", tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
+        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
+        params = checkpoint.load_parameters(directory, shapes)
+        found = evaluate(make_batch_sums(structure), params, {}, loader, mesh)
+    return {
+        **found,
+        "perplexity": math.exp(min(found["loss"], 700)),
+        "records": loader.num_records,
+        "records_truncated": loader.num_truncated,
+        "seq_len": seq_len,
+    }
+
+
+def _record(file: Path) -> config.Record:
+    """What the records of a file are: by its suffix, and for JSON by the first record's keys."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file to evaluate on")
+    if file.suffix in (".jsonl", ".json"):
+        with file.open(encoding="utf-8") as lines:
+            first = next((line for line in lines if line.strip()), "{}")
+        try:
+            keys = set(json.loads(first))
+        except ValueError as error:
+            raise ValueError(f"{file}:1: not JSON: {error}") from error
+        if "messages" in keys:
+            return config.ChatRecord(name="chat", too_long="truncate")
+        if {"prompt", "completion"} <= keys:
+            return config.CompletionRecord(name="completion", too_long="truncate")
+        if "text" not in keys:
+            raise ValueError(f"{file}:1: has {', '.join(sorted(keys))}; needs messages, prompt and completion, or text")
+    return config.TextRecord(name="text")

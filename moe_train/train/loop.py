@@ -1,0 +1,351 @@
+"""A training run, from its config to its last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train import checkpoint, config, config_file, metrics
+from moe_train.checkpoint import About, Base
+from moe_train.data.loader import Loader
+from moe_train.data.tokenizer import check_vocab, load_tokenizer
+from moe_train.mesh import AXES, make_mesh, put_batch
+from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.train.evaluate import evaluate, make_batch_sums
+from moe_train.train.optimizer import make_optimizer, make_schedule
+from moe_train.train.record import surroundings, write_event, write_text
+from moe_train.train.self_test import check_grouped_matmul
+from moe_train.train.state import TrainState, create_state, partition
+from moe_train.train.step import StepMetrics, train_step
+
+FINISHED, UNFINISHED = 0, 75
+"""Exit codes: done; stopped before the end with the state saved (EX_TEMPFAIL of sysexits.h: start me again)."""
+
+
+def train(run: config.Config) -> int:
+    """Train as `run` says, from its newest checkpoint where it has one; FINISHED or UNFINISHED.
+
+    Raises ValueError or FileNotFoundError for what cannot be done as asked, RuntimeError for a fault while running;
+    the checkpoints that exist stay in both cases.
+    """
+    run = checkpoint.resolve(run)
+    assert run.model is not None
+    mesh = make_mesh(run.mesh)
+    with jax.set_mesh(mesh), _signals() as asked, contextlib.ExitStack() as leaving:
+        # What it learns from, and for how long.
+        loader, held_out = _loaders(run)
+        total_steps = _total_steps(run.train, loader)
+
+        # What is trained. Shapes first, so that no more than one copy of the weights is ever made.
+        model = partial(init_model, run.seed, run.model, run.compute, run.lora)
+        structure, shapes = parameters(jax.eval_shape(model))
+        trainable, frozen = partition(shapes)
+        optimizer = make_optimizer(run.optimizer, total_steps)
+
+        # From the newest checkpoint, or from the weights of init_from, or from random ones.
+        run_dir = Path(run.run_dir)
+        checkpoints = leaving.enter_context(checkpoint.opened(run_dir, run.checkpoint))
+        last = checkpoint.newest(checkpoints)
+        changed = {} if last is None else _changes(run, last, loader)
+        base = _base(run, last, bool(frozen))
+        restored = checkpoint.restore(checkpoints, jax.eval_shape(lambda: create_state(trainable, optimizer)))
+        if restored is not None:
+            state = restored.state
+        elif base is not None and not frozen:
+            state = _new_state(checkpoint.load_parameters(base.source, trainable, base.step), optimizer)
+        else:
+            state = _new_state(jax.jit(lambda: partition(parameters(model())[1])[0])(), optimizer)
+        if base is not None and frozen:
+            state = state._replace(frozen=checkpoint.load_parameters(base.source, frozen, base.step))
+        start = int(state.step)
+        if start >= total_steps:
+            print(f"{run.name}: all {total_steps} steps are done; raise train.steps, epochs or tokens to go on")
+            return FINISHED
+
+        # From here on there is something to write down.
+        first_process = jax.process_index() == 0
+        if first_process:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run_dir / "config.yaml", config_file.dump(run))
+        writer = metrics.Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
+        leaving.callback(writer.close)
+        damaged = {} if restored is None else restored.damaged
+        story = {"changed": changed, "damaged": damaged, "base": base and base._asdict()}
+        stopped = leaving.enter_context(_diary(run, run_dir, start, restored is not None, **story))
+        sizes = sum(x.size for x in shapes.values()), sum(x.size for x in trainable.values())
+        _introduce(run, writer.say, loader, sizes, restored)
+        for key, (then, now) in changed.items():
+            writer.say(f"changed since the checkpoint: {key} {then} -> {now}")
+
+        # A kernel that is wrong on this device stops the run before it spoils anything.
+        if isinstance(run.model.ffn, config.MoeFfn):
+            writer.say(f"self-test of grouped_matmul: largest relative error {check_grouped_matmul(run.compute):.1e}")
+
+        batches: Any = leaving.enter_context(contextlib.closing(loader.iterate(start)))  # type: ignore[type-var]
+        batch = put_batch(next(batches), mesh)
+        step_of = partial(train_step, structure=structure, optimizer=optimizer, loss=run.loss, microbatches=run.train.microbatches)
+        begun = time.perf_counter()
+        run_step = jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
+        writer.say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
+
+        held_out_sums = make_batch_sums(structure)
+        best = checkpoint.best_loss(checkpoints)
+        figures = _Figures(run, mesh, trainable, total_steps, int(state.skipped))
+        saved_at, late, votes = time.monotonic(), None, _Votes(False, False)
+        for step in range(start + 1, total_steps + 1):
+            state, now = run_step(state, batch)
+            every = run.checkpoint.every_minutes
+            wishes = asked.reason is not None, every is not None and time.monotonic() - saved_at > 60 * every
+            voted = _vote(wishes, mesh)
+            if step < total_steps:
+                batch = put_batch(next(batches), mesh)
+            # Figures and votes are read one step late: the device never waits for somebody to read them.
+            if late is not None:
+                votes = figures.read(*late, writer)
+            late = step, now, voted
+            stopped.step = step
+
+            evaluates = step % run.evaluation.every_steps == 0 or step == total_steps
+            saves = step % run.checkpoint.every_steps == 0 or step == total_steps or votes.stop or votes.save
+            if not (saves or (evaluates and held_out)):
+                checkpoint.check_saving(checkpoints)
+                continue
+            figures.read(*late, writer)
+            late, held_out_loss = None, None
+            if evaluates and held_out:
+                found = evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches)
+                writer.evaluation(step, found)
+                held_out_loss = found["loss"]
+                if run.checkpoint.keep_best and held_out_loss < best:
+                    best, saves = held_out_loss, True
+            if saves:
+                about = About(run.model_dump(mode="json"), step * run.train.batch_size, loader.identity, base)
+                checkpoint.save(checkpoints, step, state, about, held_out_loss)
+                saved_at = time.monotonic()
+            figures.go_on()
+            if votes.stop and step < total_steps:
+                checkpoint.finish_saving(checkpoints)
+                stopped.reason = asked.reason or "another process was asked to stop"
+                writer.say(f"stopped after step {step} of {total_steps} ({stopped.reason}) and saved; start again to continue")
+                return UNFINISHED
+            votes = _Votes(False, False)
+
+        checkpoint.finish_saving(checkpoints)
+        writer.say(f"finished {total_steps} steps; the checkpoints are in {run_dir / checkpoint.FOLDER}")
+        return FINISHED
+
+
+# --- before the first step -----------------------------------------------------------------------------------------
+
+
+def _loaders(run: config.Config) -> tuple[Loader, Loader | None]:
+    """(training data, held-out data where the config names some)."""
+    if run.data is None or run.data.tokenizer is None:
+        raise ValueError("training needs data.train and data.tokenizer; state them")
+    assert run.model is not None
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    check_vocab(tokenizer, run.model.vocab_size)
+    both = partial(
+        Loader,
+        run.data,
+        tokenizer=tokenizer,
+        seq_len=run.train.seq_len,
+        seed=run.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    microbatch = run.train.batch_size // run.train.microbatches
+    return both("train", batch_size=run.train.batch_size), both("eval", batch_size=microbatch) if run.data.eval else None
+
+
+def _total_steps(length: config.Train, loader: Loader) -> int:
+    if length.steps is not None:
+        return length.steps
+    if length.epochs is not None:
+        return length.epochs * loader.steps_per_epoch
+    assert length.tokens is not None
+    return math.ceil(length.tokens / (length.batch_size * length.seq_len))
+
+
+_DECIDED_AT_START = ("seed", "model", "lora", "train.batch_size", "train.seq_len", "compute.param_dtype", "optimizer.name")
+"""Settings that a run cannot change: its checkpoint would not fit, or its batches would be others."""
+
+
+def _changes(run: config.Config, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from the checkpoint's, {key: (then, now)}. Raises ValueError where one must not."""
+    then, now = checkpoint.flat(last.config), checkpoint.flat(run.model_dump(mode="json"))
+    changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
+    for key, (old, new) in changed.items():
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
+            raise ValueError(f"{key} is {new}, but {run.run_dir} was started with {old}; set it back, or choose another run_dir")
+    if (last.base is None) != (run.init_from is None):
+        theirs = last.config["init_from"]
+        raise ValueError(f"init_from is {run.init_from}, but {run.run_dir} was started with {theirs}; set it back")
+    if last.data != loader.identity:
+        raise ValueError(
+            f"the training data of {run.run_dir} are not those that it was started with, so its position in them (row {last.row}) "
+            "means nothing; bring the old files, tokenizer and weights of sources back, or choose another run_dir"
+        )
+    return changed
+
+
+def _base(run: config.Config, last: About | None, frozen: bool) -> Base | None:
+    """The identity of the weights of `init_from`; at a resume that loads them again, checked against the checkpoint."""
+    if run.init_from is None:
+        if frozen:
+            raise ValueError("lora needs init_from: adapters belong to weights that can be loaded again")
+        return None
+    if last is None:
+        return checkpoint.base_of(run.init_from)
+    assert last.base is not None
+    base = last.base._replace(source=run.init_from)
+    if frozen:
+        checkpoint.check_base(base)
+    return base
+
+
+def _new_state(trainable: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+    return jax.jit(lambda params: create_state(params, optimizer))(trainable)
+
+
+def _introduce(
+    run: config.Config, say: Callable[[str], None], loader: Loader, sizes: tuple[int, int], restored: checkpoint.Restored | None
+) -> None:
+    """What a person should know before the first step; sizes: (all, trained) parameters."""
+    axes = ", ".join(f"{axis} {n}" for axis, n in jax.sharding.get_mesh().shape.items() if n > 1) or "one device"
+    say(f"{run.name}: {sizes[0]:,} parameters, {sizes[1]:,} trained, on {axes}")
+    said = f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"
+    left_out = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
+    say("; ".join([said, *(f"{count:,} {what}" for what, count in left_out.items() if count)]))
+    if restored is not None:
+        for step, why in restored.damaged.items():
+            say(f"WARNING: the checkpoint of step {step} is damaged, and was renamed to damaged-{step}: {why}")
+        say(f"continuing after step {int(restored.state.step)}")
+
+
+# --- beside the steps ----------------------------------------------------------------------------------------------
+
+
+class _Votes(NamedTuple):
+    """What some process wants, agreed by all."""
+
+    stop: bool
+    save: bool
+
+
+def _vote(wishes: tuple[bool, bool], mesh: Mesh) -> jax.Array:
+    """(2,) int32 on the device: what any process wishes. All processes read the same, at the same step."""
+    mine = np.tile(np.array(wishes, np.int32), (len(mesh.local_devices), 1))
+    return _any(jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine))
+
+
+@jax.jit
+def _any(wishes: jax.Array) -> jax.Array:
+    return jnp.max(wishes, axis=0)
+
+
+class _Figures:
+    """Reads the figures of steps, counts the skipped ones, and knows how fast it goes."""
+
+    def __init__(self, run: config.Config, mesh: Mesh, trainable: Parameters, total_steps: int, skipped: int):
+        assert run.model is not None
+        self._run, self._skipped = run, skipped
+        self._tokens = run.train.batch_size * run.train.seq_len
+        self._flops = self._tokens * metrics.flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
+        self._peak, self.peak_source = metrics.peak_flops(list(mesh.devices.flat))
+        self._rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
+        self._steps, self._since = 0, time.perf_counter()
+
+    def read(self, step: int, now: StepMetrics, voted: jax.Array, writer: metrics.Writer) -> _Votes:
+        """Wait for a step's figures and write them; what the processes voted at that step.
+
+        Raises RuntimeError where too many steps were not finite.
+        """
+        now, voted = jax.device_get((now, voted))
+        self._steps += 1
+        limit = self._run.train.max_skipped_steps
+        if not now.finite:
+            self._skipped += 1
+            writer.say(f"step {step}: loss {now.loss} or gradient {now.grad_norm} is not finite; skipped, {self._skipped} so far")
+        if not now.finite or step % self._run.metrics.every_steps == 0:
+            writer.train(step, self._figures(step, now))
+        if self._skipped > limit:
+            raise RuntimeError(
+                f"{self._skipped} steps had a loss or gradient that is not finite, the last was step {step}; train.max_skipped_steps "
+                f"is {limit}. The checkpoints are intact: look at the data, or lower optimizer.learning_rate"
+            )
+        return _Votes(*(bool(vote) for vote in voted))
+
+    def go_on(self) -> None:
+        """After a pause, which the speed is not to count."""
+        self._steps, self._since = 0, time.perf_counter()
+
+    def _figures(self, step: int, now: StepMetrics) -> dict[str, Any]:
+        seconds = (time.perf_counter() - self._since) / self._steps
+        figures = {
+            "loss": float(now.loss),
+            "cross_entropy": float(now.cross_entropy),
+            "loss_tokens": int(now.loss_tokens),
+            "grad_norm": float(now.grad_norm),
+            "learning_rate": float(self._rate(step - 1 - self._skipped)),
+            "skipped": self._skipped,
+            "seconds": seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "mfu": None if self._peak is None else self._flops / seconds / self._peak,
+            **({} if now.routers is None else metrics.router_figures(now.routers)),
+        }
+        self.go_on()
+        return figures
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[SimpleNamespace]:
+    """`reason` names the first SIGTERM or SIGINT; the second one has its usual effect. The handlers are the main thread's."""
+    asked = SimpleNamespace(reason=None)
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, _: FrameType | None) -> None:
+        asked.reason = signal.Signals(number).name
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _diary(run: config.Config, run_dir: Path, start: int, resumed: bool, **more: Any) -> Iterator[SimpleNamespace]:
+    """Write down in `run.json` how the run starts, and how it stops."""
+    digest = hashlib.sha256(config_file.dump(run).encode()).hexdigest()
+    write_event(run_dir, "resume" if resumed else "start", start, **surroundings(), config_sha256=digest, **more)
+    stopped = SimpleNamespace(step=start, reason="finished")
+    try:
+        yield stopped
+    except BaseException as error:
+        stopped.reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        write_event(run_dir, "stop", stopped.step, reason=stopped.reason)

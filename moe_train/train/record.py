@@ -1,0 +1,61 @@
+"""`run.json`: the diary of a run, one entry for each start, resume and stop."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:
+    """Append an event to `run.json`; on processes but the first, do nothing. The file is replaced whole."""
+    if jax.process_index():
+        return
+    path = run_dir / "run.json"
+    events = json.loads(path.read_text(encoding="utf-8"))["events"] if path.exists() else []
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    events.append({"event": event, "time": now, "step": step, **more})
+    write_text(path, json.dumps({"events": events}, indent=1, ensure_ascii=False) + "\n")
+
+
+def surroundings() -> dict[str, Any]:
+    """The command, the versions and the hardware of this process."""
+    device = jax.devices()[0]
+    return {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "hardware": {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "host": platform.node(),
+            "host_cpus": os.cpu_count(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole: written beside, synced, renamed."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

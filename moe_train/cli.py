@@ -60,11 +60,11 @@ def inspect(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     with _waiting("working out shapes"):
         report = inspection.inspect(resolved)
     if as_json:
-        _print_json({"config": resolved.model_dump(mode="json"), **report})
+        _print_json({"config": report.config.model_dump(mode="json"), "parameters": report.parameters, **report.totals})
     else:
-        print(config_file.dump(resolved))
-        _print_table(report.pop("parameters"))
-        _print_answers(report)
+        print(config_file.dump(report.config))
+        _print_table(report.parameters)
+        _print_answers(report.totals)
 
 
 @app.command()

@@ -6,22 +6,28 @@ Nothing is allocated, and the devices of the mesh need not be here.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from moe_train import config
+from moe_train import checkpoint, config
 from moe_train.mesh import AXES, make_mesh
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train.state import partition
 
 
-def inspect(run: config.Config) -> dict[str, Any]:
-    """Rows (path, shape, dtype, spec, bytes_per_device, trainable) under `parameters`, then the totals.
+class Report(NamedTuple):
+    config: config.Config
+    """Resolved: every default, and the architecture and tokenizer of `init_from`."""
+    parameters: list[dict[str, Any]]
+    """path, shape, dtype, spec (the mesh axis of each dim), bytes_per_device, trainable."""
+    totals: dict[str, int]
 
-    Raises ValueError where the mesh leaves an axis open (-1) that the devices here do not fill.
-    """
+
+def inspect(run: config.Config) -> Report:
+    """Raises ValueError or FileNotFoundError where config, mesh and checkpoint do not go together."""
+    run = checkpoint.resolve(run)
     assert run.model is not None
     shapes = abstract_parameters(run, run.model)
     trainable, _ = partition(shapes)
@@ -36,22 +42,22 @@ def inspect(run: config.Config) -> dict[str, Any]:
         }
         for path, x in shapes.items()
     ]
-    return {
-        "parameters": rows,
+    totals = {
         "total_parameters": sum(x.size for x in shapes.values()),
         "active_parameters": active_parameters(shapes, run.model),
         "trainable_parameters": sum(x.size for x in trainable.values()),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
     }
+    return Report(run, rows, totals)
 
 
 def abstract_parameters(run: config.Config, model: config.Model) -> dict[str, Any]:
     """{path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
-    with jax.sharding.use_abstract_mesh(abstract_mesh(run.mesh)):
+    with jax.sharding.use_abstract_mesh(_abstract_mesh(run.mesh)):
         return parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, run.lora)))[1]
 
 
-def abstract_mesh(sizes: config.Mesh) -> AbstractMesh:
+def _abstract_mesh(sizes: config.Mesh) -> AbstractMesh:
     """The mesh without devices; an axis of -1 takes the devices that are here."""
     shape = tuple(getattr(sizes, axis) for axis in AXES)
     if -1 in shape:
@@ -63,9 +69,9 @@ def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
     """Parameters that one token passes through: of the experts, the chosen ones."""
     if not isinstance(model.ffn, config.MoeFfn):
         return sum(x.size for x in shapes.values())
-    share = model.ffn.experts_per_token / model.ffn.num_experts
-    of_experts = {path for path in shapes if ".ffn." in path and ".router." not in path}
-    return round(sum(x.size * (share if path in of_experts else 1) for path, x in shapes.items()))
+    of_experts = sum(x.size for path, x in shapes.items() if ".ffn." in path and ".router." not in path)
+    idle = model.ffn.num_experts - model.ffn.experts_per_token
+    return sum(x.size for x in shapes.values()) - of_experts * idle // model.ffn.num_experts
 
 
 def _shown(spec: Any, ndim: int) -> str:

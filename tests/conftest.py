@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -18,6 +19,12 @@ install_import_hook("moe_train.model", "beartype.beartype")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take a minute or more")
     parser.addoption("--judges", action="store_true", help="also run the comparisons with torch, transformers and peft")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
+    if config.getoption("--judges") and missing:
+        raise pytest.UsageError(f"--judges needs {', '.join(missing)}; run: bash launch/test.sh --judges")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ init_from: models/tiny
 train: {steps: 10, batch_size: 8, seq_len: 32}
 optimizer: {name: adamw, learning_rate: 1e-4}
 """
+ROOT = Path(__file__).parents[1]
 COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "bench", "tokenizer", "schema", "quickstart"]
 
 
@@ -133,16 +134,21 @@ def test_usage_errors_end_with_2(config: str, capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_inspect_json_holds_the_config_and_the_parameters(stand_in, config: str, capsys) -> None:
-    report = {"parameters": [{"path": "norm", "shape": [16], "bytes_per_device": 64}], "total_parameters": 16}
-    stand_in("moe_train.inspect", inspect=lambda resolved: dict(report))
-    assert run("inspect", config, "--json") == 0
+def test_inspect(tmp_path: Path, capsys) -> None:
+    path = str(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml")
+    assert run("inspect", path, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["config"]["train"]["steps"] == 10
-    assert {key: answer[key] for key in report} == report
-    assert run("inspect", config) == 0
+    assert answer["config"]["optimizer"]["eps"] == 1e-8
+    (gate,) = (row for row in answer["parameters"] if row["path"].endswith("gate_proj.weight"))
+    assert gate["shape"] == [32, 8, 4096, 14336]
+    assert gate["spec"] == "- expert fsdp tensor"
+    assert gate["bytes_per_device"] == 32 * 4096 * 14336 * 8 * 4 // 64
+    assert answer["total_parameters"] == 46_702_792_704  # as transformers counts MixtralForCausalLM of these sizes
+    assert run("inspect", path, "mesh.expert=4") == 0
     shown = capsys.readouterr().out
-    assert "name: tiny" in shown and "norm" in shown and "total parameters" in shown
+    assert "num_experts: 8" in shown and "1,792.00 MiB" in shown and "46,702,792,704" in shown
+    assert run("inspect", path, "init_from=models/none", "model=null") == 2
+    assert "models/none: no such folder" in capsys.readouterr().err
 
 
 def test_evaluate(stand_in, capsys) -> None:

@@ -243,7 +243,7 @@ words = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12) | s
 positive_floats = st.floats(min_value=0, exclude_min=True, max_value=1e300)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(run_dir=words, path=words, files=st.lists(words, min_size=1), rate=positive_floats, eps=positive_floats)
 def test_dump_loads_back(
     tmp_path_factory: pytest.TempPathFactory, run_dir: str, path: str, files: list[str], rate: float, eps: float

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moe_train"
 STEP = ("train.state", "train.loss", "train.optimizer", "train.step")
 LEFT_OF_STEP = ("config", "mesh", "model", "data.batch", *STEP)
-LEFT_OF_LOOP = (*LEFT_OF_STEP, "config_file", "data", "weights", "checkpoint", "metrics", "plan")
+LEFT_OF_LOOP = (*LEFT_OF_STEP, "train.record", "train.self_test", "config_file", "data", "weights", "checkpoint", "metrics", "plan")
 COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect")
 
 # What each module may import of ours; a name stands for everything below it. The longest key that fits a module counts.
@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "weights": ("config", "mesh", "model", "weights", "data.tokenizer", "data.chat", "data.atomic"),
     "train": (),  # the package itself; its modules stand below
     **dict.fromkeys(STEP, LEFT_OF_STEP),
+    "train.record": ("config",),
+    "train.self_test": ("config", "mesh", "model"),
     "checkpoint": (*LEFT_OF_STEP, "config_file", "weights"),
     "plan": (*LEFT_OF_STEP, "config_file", "plan"),
     "train.evaluate": LEFT_OF_LOOP,

@@ -370,11 +370,16 @@ class Train(Section):
 
 
 class Compute(Section):
-    """Number formats, rematerialisation and kernels; `auto` takes the fast path of the platform and logs which."""
+    """Number formats, rematerialisation and kernels; `auto` takes the fast path of the platform.
+
+    remat says what a layer keeps for its backward pass: `minimal` recomputes only what is cheap (norms, rotary
+    positions, activations, gathered weights) and keeps the outputs of matrix products; `full` keeps the layer's
+    input alone.
+    """
 
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["minimal", "full"] = "minimal"
     attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
     grouped_matmul: Literal["auto", "reference", "blocked", "megablox", "ragged_dot"] = "auto"
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -174,7 +175,7 @@ def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT
 
 def _spans(T: int, window: int | None) -> list[tuple[int, int, int]]:
     """(first query, end of queries, first key) of each block; at most 16 blocks, so that compiling stays quick."""
-    block = max(64, -(-T // 16))
+    block = max(128, -(-T // 16))
     return [(t, min(t + block, T), 0 if window is None else max(0, t - window + 1)) for t in range(0, T, block)]
 
 
@@ -211,7 +212,8 @@ def _blocked_forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
         return jnp.concatenate(ys, axis=2), jnp.concatenate(lses, axis=2)
 
     y, lse = jax.lax.map(sequence, (q, k, v, segments_BT))
-    y_BTNH = y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    lse = checkpoint_name(lse, "attention")
+    y_BTNH = checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), "attention")
     return y_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, y_BTNH, lse)
 
 

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from moe_train.mesh import BATCH
-from moe_train.model.fsdp import spec_of, vary_with_spec
+from moe_train.mesh import BATCH, axis_size
+from moe_train.model.fsdp import gather, spec_of, vary_with_spec
 from moe_train.model.grouped_matmul import grouped_matmul
 
 
@@ -54,15 +55,14 @@ def run_experts(
     def local(x_btD, ids_btA, weights_btA, valid_bt, experts):
         b, t, D = x_btD.shape
         A = ids_btA.shape[-1]
-        gather = lambda x: jax.lax.all_gather(x, "expert", axis=0, tiled=True)  # noqa: E731
         x_mD, ids_mA, weights_mA, valid_m = (
-            gather(x.reshape(b * t, *x.shape[2:])) for x in (x_btD, ids_btA, weights_btA, valid_bt)
+            gather(x.reshape(b * t, *x.shape[2:]), "expert", 0) for x in (x_btD, ids_btA, weights_btA, valid_bt)
         )
         e = experts.gate.weight.shape[0]
         own_mA = ids_mA - jax.lax.axis_index("expert") * e
         own_mA = jnp.where((own_mA >= 0) & (own_mA < e) & valid_m[:, None], own_mA, e)  # e: not ours
-        order_R = jnp.argsort(own_mA.reshape(-1), stable=True)
-        inverse_mA = jnp.argsort(order_R).reshape(-1, A)
+        order_R = checkpoint_name(jnp.argsort(own_mA.reshape(-1), stable=True), "routing")
+        inverse_mA = checkpoint_name(jnp.argsort(order_R).reshape(-1, A), "routing")
         group_sizes_e = jnp.sum(own_mA.reshape(-1, 1) == jnp.arange(e), axis=0, dtype=jnp.int32)
 
         experts = jax.tree.map(lambda w, spec: _whole(w, spec, x_btD.dtype), experts, specs)
@@ -70,7 +70,9 @@ def run_experts(
         x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(own_mA < e, weights_mA, 0)))
         y_RD = _swiglu(dispatch(x_mD, order_R, inverse_mA), experts, group_sizes_e, kernel)
         y_mD = combine(y_RD, weights_mA, order_R, inverse_mA)
-        y_mD = jax.lax.psum_scatter(jax.lax.psum(y_mD, "tensor"), "expert", scatter_dimension=0, tiled=True)
+        y_mD = jax.lax.psum(y_mD, "tensor")
+        if axis_size("expert") > 1:
+            y_mD = jax.lax.psum_scatter(y_mD, "expert", scatter_dimension=0, tiled=True)
         computed = jax.lax.psum(jnp.sum(group_sizes_e), (*BATCH, "context"))
         return y_mD.reshape(b, t, D).astype(x_btD.dtype), computed
 
@@ -86,7 +88,7 @@ def _whole(w: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
     w = w.astype(dtype)
     for dim, axis in enumerate(spec):
         if axis == "fsdp":
-            w = jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True)
+            w = gather(w, "fsdp", dim)
     return vary_with_spec(w, spec)
 
 
@@ -98,7 +100,7 @@ def _swiglu(x_RD: jax.Array, experts: ExpertWeights, group_sizes_e: jax.Array, k
         if m.lora_a is not None and m.lora_b is not None:
             low = grouped_matmul(x, m.lora_a, group_sizes_e, kernel)
             y += m.lora_scale * grouped_matmul(low, m.lora_b, group_sizes_e, kernel)
-        return y
+        return checkpoint_name(y, "experts")
 
     return matmul(jax.nn.silu(matmul(x_RD, experts.gate)) * matmul(x_RD, experts.up), experts.down)
 

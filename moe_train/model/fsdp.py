@@ -10,10 +10,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from moe_train.mesh import AXES, BATCH
+from moe_train.mesh import AXES, BATCH, axis_size
 
 ACTIVATION = {"B": BATCH, "T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 """The mesh axes of an activation's dims, by their letter; dims not listed are whole on each device."""
@@ -39,7 +40,7 @@ def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Fl
 
     equation: two operands, e.g. `"BTD,DNH->BTNH"`; the letters say how the result is split (`ACTIVATION`).
     """
-    return _project(equation, x, w.astype(x.dtype))
+    return checkpoint_name(_project(equation, x, w.astype(x.dtype)), "projection")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,7 +72,7 @@ def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: j
     """Rows of an embedding table split over `tensor` (V) and `fsdp` (D)."""
 
     def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-        table_vD = jax.lax.all_gather(table_vd.astype(dtype), "fsdp", axis=1, tiled=True)
+        table_vD = gather(table_vd.astype(dtype), "fsdp", 1)
         row = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
         here = (row >= 0) & (row < table_vD.shape[0])
         return jax.lax.psum(jnp.where(here[..., None], table_vD[jnp.where(here, row, 0)], 0), "tensor")
@@ -79,6 +80,14 @@ def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: j
     return jax.shard_map(local, in_specs=(spec_of(table_VD), P(BATCH, "context")), out_specs=P(BATCH, "context", None))(
         table_VD, tokens_BT
     )
+
+
+def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Inside `shard_map`: x's parts along a mesh axis, concatenated on `dim`; the gradient is scattered back.
+
+    An axis of one device is passed over: XLA would keep the collective, and lay the weight out for it.
+    """
+    return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if axis_size(axis) > 1 else x
 
 
 def vary_with_spec(w: jax.Array, spec: P) -> jax.Array:

@@ -50,8 +50,8 @@ def _zero_tail(y_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
 
 # --- CPU: blocks of rows ------------------------------------------------------------------------------------------
 
-ROW_BLOCKS = (256, 32)
-SUM_BLOCKS = (1024, 256, 64)
+ROW_BLOCKS = (512, 128, 32)
+SUM_BLOCKS = (512, 128, 32)
 """Rows of one product, largest first: as many of the large as fit into a group, then the last size, whose last
 block may be partly empty. Weight gradients write a whole matrix a block, so theirs are larger."""
 

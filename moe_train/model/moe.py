@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -77,8 +78,8 @@ class MoE(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         valid_BT = segment_ids_BT != 0
-        logits_BTE = self.router(x_BTD)
-        chosen_BTA, ids_BTA = jax.lax.top_k(logits_BTE, self.experts_per_token)
+        logits_BTE = checkpoint_name(self.router(x_BTD), "routing")
+        chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in jax.lax.top_k(logits_BTE, self.experts_per_token))
         weights_BTA = jax.nn.softmax(chosen_BTA, axis=-1)
         experts = ExpertWeights(self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix())
         y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, self.kernel)

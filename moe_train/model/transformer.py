@@ -29,6 +29,9 @@ from moe_train.model.moe import MoE, RouterStats
 
 Parameters = dict[str, jax.Array]
 
+SAVED = ("projection", "attention", "routing", "experts")
+"""Names (`jax.ad_checkpoint.checkpoint_name`) of the values that are worth their memory in the backward pass."""
+
 
 class Layer(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
@@ -89,14 +92,10 @@ class Stack(nnx.Module):
 
 
 def _rematerialised(body: Any, policy: str) -> Any:
-    match policy:
-        case "none":
-            return body
-        case "dots":
-            return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        case "full":
-            return jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable)
-    raise AssertionError(policy)
+    """`jax.checkpoint` around a period of layers; what `minimal` keeps is named where it is made (SAVED)."""
+    policies = jax.checkpoint_policies
+    keep = {"minimal": policies.save_only_these_names(*SAVED), "full": policies.nothing_saveable}[policy]
+    return jax.checkpoint(body, policy=keep)
 
 
 def _in_order_of_layers(stats: list[RouterStats | None]) -> RouterStats | None:

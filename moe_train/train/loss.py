@@ -16,12 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
 from moe_train.mesh import BATCH
-from moe_train.model.fsdp import spec_of, vary_with_spec
+from moe_train.model.fsdp import gather, spec_of, vary_with_spec
 from moe_train.model.moe import RouterStats
 from moe_train.model.transformer import Transformer
 
-CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk (64 MiB in float32)."""
+CHUNK_ELEMENTS = 2**23
+"""Logits of one chunk (32 MiB in float32)."""
 
 
 class LossParts(NamedTuple):
@@ -56,7 +56,7 @@ def cross_entropy_sum(
     tokens, spec = P(BATCH, "context"), spec_of(head_VD)
 
     def local(x_btD: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        head_vD = jax.lax.all_gather(head_vd.astype(x_btD.dtype), "fsdp", axis=1, tiled=True)
+        head_vD = gather(head_vd.astype(x_btD.dtype), "fsdp", 1)
         head_vD = vary_with_spec(head_vD, spec)
         x_mD = jax.lax.pcast(x_btD.reshape(-1, x_btD.shape[-1]), "tensor", to="varying")
         total = _chunked(x_mD, head_vD, targets_bt.reshape(-1), mask_bt.reshape(-1))

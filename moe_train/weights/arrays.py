@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_train.weights.names import Piece
 from moe_train.weights.safetensors_io import Tensor
@@ -78,5 +79,9 @@ def fetch(array: jax.Array, lead: tuple[int, ...] = ()) -> np.ndarray:
         cuts = [cut.indices(size)[:2] for cut, size in zip(shard.index, array.shape, strict=True)]
         if shard.replica_id == 0 and all(start <= i < stop for i, (start, stop) in zip(lead, cuts, strict=False)):
             here = tuple(i - start for i, (start, _) in zip(lead, cuts, strict=False))
-            whole[shard.index[len(lead) :]] = np.asarray(shard.data[here])
+            # cut on the device, as an array of a mesh of this device alone; the one in force has others
+            mesh = Mesh(np.array([shard.device]), ("here",))
+            with jax.set_mesh(mesh):
+                part = jax.make_array_from_single_device_arrays(shard.data.shape, NamedSharding(mesh, P()), [shard.data])
+                whole[shard.index[len(lead) :]] = np.asarray(part[here])
     return whole

@@ -24,8 +24,8 @@ from moe_train.weights.hf_config import read_model_config, write_model_config
 def load_parameters(directory: str | Path, abstract: Abstract) -> Parameters:
     """The weights of a model's directory as arrays of the shapes, dtypes and shardings of `abstract` ({path: …}).
 
-    Adapters are in no such directory: leave their paths out of `abstract`. The host holds one device's part of one
-    array at a time. Raises ValueError unless every tensor is used and every array filled.
+    `abstract` may name some of the weights; adapters are in no such directory. The host holds one device's part of
+    one array at a time. Raises ValueError unless the tensors are those of config.json and fill every array.
     """
     tensors = open_tensors(directory)
     table = names.pieces_of(read_model_config(directory), tensors)
@@ -90,8 +90,8 @@ def export(
     def tensor(spec: safetensors_io.Spec) -> np.ndarray:
         return pieces[spec.name].to_file(merging.merged(parameters, lora, pieces[spec.name], filetype))
 
+    check_space(out_dir, sum(safetensors_io.nbytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
-        check_space(directory, sum(safetensors_io.nbytes(spec.shape, spec.dtype) for spec in specs), Path(out_dir))
         safetensors_io.write_model(directory, specs, tensor, max_shard_bytes)
         write_json(directory / "config.json", settings)
         write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
@@ -99,11 +99,12 @@ def export(
         return proof.check(directory, parameters, model, lora if merge else None, filetype)
 
 
-def check_space(directory: Path, needed: int, out_dir: Path) -> None:
+def check_space(out_dir: str | Path, needed: int) -> None:
     """Raise OSError before anything is written where the disk has not the room."""
-    free = shutil.disk_usage(directory).free
+    there = next(path for path in Path(out_dir).absolute().parents if path.exists())
+    free = shutil.disk_usage(there).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{out_dir} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk")
+        raise OSError(errno.ENOSPC, f"{out_dir} needs {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

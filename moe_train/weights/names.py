@@ -159,7 +159,7 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int]) -> list[Piece]
 def check(
     where: object, table: Collection[Piece], tensors: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise ValueError unless every tensor of the file is used, every parameter is filled, once, and the shapes fit.
+    """Raise ValueError unless the file has the table's tensors and no others, fills each parameter once, and shapes fit.
 
     where: for the message. tensors: shapes by name in the file. parameters: shapes by our path.
     """
@@ -180,9 +180,9 @@ def check(
         leads.add(piece.lead)
     if unfilled := sorted(set(parameters) - set(filled)):
         raise ValueError(f"{where} has no tensors for {_some(unfilled)}; take these from elsewhere")
-    if unasked := sorted(set(filled) - set(parameters)):
-        raise ValueError(f"{where} has tensors for {_some(unasked)}, which the model to fill has not")
     for piece in table:
+        if piece.path not in parameters:
+            continue
         shape, lead = tuple(parameters[piece.path]), len(piece.lead)
         if shape[lead:] != piece.ours_shape or math.prod(shape[:lead]) != len(filled[piece.path]):
             raise ValueError(f"{where}: {piece.name} gives {len(filled[piece.path])} x {piece.ours_shape}, {piece.path} is {shape}")

@@ -67,8 +67,8 @@ def export_adapter(
     dtype = np.dtype(next(a.dtype for path, a in parameters.items() if path.endswith(".lora_a")))
     pieces = {piece.name: piece for piece in table}
     specs = [safetensors_io.Spec(piece.name, piece.shape, dtype) for piece in table]
+    hf.check_space(out_dir, sum(safetensors_io.nbytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
-        hf.check_space(directory, sum(safetensors_io.nbytes(spec.shape, spec.dtype) for spec in specs), Path(out_dir))
         safetensors_io.write_file(directory / WEIGHTS, specs, lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name])))
         hf.write_json(directory / CONFIG, settings)
         hf.copy_texts(directory, tokenizer, chat_template, resolved_config)
@@ -81,7 +81,10 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     file = directory / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a PEFT adapter")
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     only = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False}
     only |= dict.fromkeys(("modules_to_save", "target_parameters", "layers_to_transform", "trainable_token_indices"))
     for key, value in only.items():

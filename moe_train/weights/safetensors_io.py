@@ -102,7 +102,7 @@ def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         (length, *row) = tensor.shape or (0,)
         step = max(1, 2**26 // max(1, nbytes(row, tensor.dtype)))
         for start in range(0, length, step):
-            total.update(np.ascontiguousarray(tensor.read((slice(start, start + step),))).view(np.uint8).data)
+            total.update(np.ascontiguousarray(tensor.read((slice(start, min(start + step, length)),))).view(np.uint8).data)
         return total.hexdigest()
 
     with ThreadPoolExecutor() as pool:
@@ -155,9 +155,13 @@ def write_file(file: Path, specs: Iterable[Spec], tensor: Callable[[Spec], np.nd
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligned, as the format asks
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for spec in specs:
-            array = tensor(spec)
-            assert array.shape == spec.shape and array.dtype == spec.dtype, (spec, array.shape, array.dtype)
-            out.write(np.ascontiguousarray(array).view(np.uint8).data)
+    try:
+        with file.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for spec in specs:
+                array = tensor(spec)
+                assert array.shape == spec.shape and array.dtype == spec.dtype, (spec, array.shape, array.dtype)
+                out.write(np.ascontiguousarray(array).view(np.uint8).data)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # a failed write does not know its file
+        raise

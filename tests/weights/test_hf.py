@@ -1,0 +1,273 @@
+"""Export and load, torch-free: bits, meshes, merging, the proof and what it catches, and failures that leave nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import NamedSharding
+
+from moe_train import config
+from moe_train.mesh import make_mesh
+from moe_train.model import transformer
+from moe_train.model.lora import is_lora
+from moe_train.weights import hf, names, safetensors_io
+
+ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)
+SIZES: dict[str, Any] = {"vocab_size": 24, "model_dim": 8, "num_layers": 4, "max_seq_len": 32}
+MOE = config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2)
+MIXTRAL = config.Model(family="mixtral", attention=ATTENTION, ffn=MOE, **SIZES)
+DENSE = config.DenseFfn(name="dense", ffn_dim=12)
+INTERLEAVED = ATTENTION.model_copy(update={"windows": (None, 4)})
+MINISTRAL = config.Model(family="ministral", attention=INTERLEAVED, ffn=DENSE, tie_embeddings=True, **SIZES)
+LORA = config.Lora(
+    targets=(
+        config.LoraTarget(modules=("attention.q_proj", "attention.o_proj"), rank=2, alpha=3.0),
+        config.LoraTarget(modules=("ffn.*_proj",), rank=3, alpha=6.0),
+    )
+)
+ONE = make_mesh(config.Mesh(), jax.devices()[:1])
+EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
+
+
+def abstract(model: config.Model, dtype: str = "float32", lora: config.Lora | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    compute = config.Compute(param_dtype=dtype)
+    return transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute, lora)))[1]
+
+
+def random_parameters(model: config.Model, dtype: str = "float32", lora: config.Lora | None = None) -> dict[str, jax.Array]:
+    """Normal weights, the adapters' B included, on the mesh in force."""
+    mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
+    return {
+        path: jax.device_put(draw(0, 0.1, like.shape).astype(like.dtype), NamedSharding(mesh, like.sharding.spec))
+        for path, like in abstract(model, dtype, lora).items()
+    }
+
+
+def assert_equal(ours: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> None:
+    assert set(ours) == set(theirs)
+    for path, array in ours.items():
+        assert array.dtype == theirs[path].dtype
+        assert np.array_equal(np.asarray(array), np.asarray(theirs[path])), path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [MIXTRAL, MINISTRAL], ids=["mixtral", "ministral"])
+def test_an_export_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dtype: Any, tmp_path: Path) -> None:
+    with jax.set_mesh(EIGHT):
+        sharded = random_parameters(model, dtype)
+        report = hf.export(sharded, model, tmp_path / "out", dtype=dtype, max_shard_bytes=2000)
+        assert_equal(hf.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
+        for path, array in hf.load_parameters(tmp_path / "out", abstract(model, dtype)).items():
+            assert array.sharding == sharded[path].sharding
+    assert hf.read_model_config(tmp_path / "out") == model
+    assert report["parameters"] == sum(array.size for array in sharded.values())
+    assert report["bytes"] == report["parameters"] * np.dtype(dtype).itemsize
+    with jax.set_mesh(ONE):
+        assert_equal(hf.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
+
+
+def test_the_files_of_an_export(tmp_path: Path) -> None:
+    with jax.set_mesh(ONE):
+        hf.export(
+            random_parameters(MIXTRAL),
+            MIXTRAL,
+            tmp_path / "out",
+            dtype="bfloat16",
+            chat_template="{{ x }}",
+            resolved_config="a: 1\n",
+        )
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "moe_train.yaml",
+    ]
+    assert set(json.loads((tmp_path / "out/generation_config.json").read_text())) >= {"bos_token_id", "eos_token_id"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    with jax.set_mesh(ONE), pytest.raises(FileExistsError, match="exists already"):
+        hf.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="bfloat16")
+
+
+def test_the_fused_layout_and_the_prefix_of_a_wrapper_are_read(tmp_path: Path) -> None:
+    with jax.set_mesh(EIGHT):
+        parameters = random_parameters(MIXTRAL)
+        hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+        fused: dict[str, np.ndarray] = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+        for piece in names.pieces(MIXTRAL, names.PREFIXES[1], fused=True):
+            tensor = fused.setdefault(piece.name, np.zeros(piece.shape, np.float32))
+            part = tuple(at if isinstance(at, int) else slice(*at) for at in piece.part)
+            tensor[part] = piece.to_file(np.asarray(parameters[piece.path])[piece.lead])
+        for file in (tmp_path / "out").glob("model*"):
+            file.unlink()
+        safetensors.numpy.save_file(fused, tmp_path / "out/model.safetensors")
+        assert_equal(hf.load_parameters(tmp_path / "out", abstract(MIXTRAL)), parameters)
+
+
+def plain_merge(parameters: dict[str, jax.Array], path: str) -> np.ndarray:
+    """base + alpha / rank * A·B for the whole stack; equations written out by hand."""
+    base = np.asarray(parameters[path], np.float64)
+    module = path.removesuffix(".weight")
+    if f"{module}.lora_a" not in parameters:
+        return base
+    a, b = (np.asarray(parameters[f"{module}.lora_{x}"], np.float64) for x in "ab")
+    equation = {
+        "q_proj": "rdj,rjnh->rdnh",
+        "o_proj": "rnhj,rjd->rnhd",
+        "gate_proj": "redj,rejf->redf",
+        "up_proj": "redj,rejf->redf",
+        "down_proj": "refj,rejd->refd",
+    }[module.split(".")[-1]]
+    return base + (1.5 if "attention" in path else 2.0) * np.einsum(equation, a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_weights_are_base_plus_delta_rounded_once(dtype: Any, tmp_path: Path) -> None:
+    with jax.set_mesh(EIGHT):
+        parameters = random_parameters(MIXTRAL, lora=LORA)
+        report = hf.export(parameters, MIXTRAL, tmp_path / "out", dtype=dtype, lora=LORA, merge=True)
+        loaded = hf.load_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
+    for path, array in loaded.items():
+        assert np.array_equal(np.asarray(array), plain_merge(parameters, path).astype(dtype)), path
+    assert report["merged"] == 4 * (2 + 3 * 4) and report["deltas_of_zero"] == 0
+    assert 0.99 < report["delta_kept"] < 1.01
+
+
+def test_the_report_tells_of_deltas_that_the_dtype_swallows(tmp_path: Path) -> None:
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MIXTRAL, lora=LORA)
+        small = {path: x * 1e-5 if path.endswith("lora_b") else x for path, x in parameters.items()}
+        kept = hf.export(small, MIXTRAL, tmp_path / "low", dtype="bfloat16", lora=LORA, merge=True)["delta_kept"]
+        assert kept < 0.9
+        none = {path: x * 0 if path.endswith("lora_b") else x for path, x in parameters.items()}
+        report = hf.export(none, MIXTRAL, tmp_path / "none", dtype="float32", lora=LORA, merge=True)
+    assert report["deltas_of_zero"] == report["merged"] == 56
+
+
+def test_weights_without_adapter_keep_their_bytes_through_a_lora_export(tmp_path: Path) -> None:
+    with jax.set_mesh(EIGHT):
+        hf.export(random_parameters(MIXTRAL, "bfloat16"), MIXTRAL, tmp_path / "base", dtype="bfloat16")
+        before = hf.hashes(tmp_path / "base")
+        base = hf.load_parameters(tmp_path / "base", abstract(MIXTRAL))  # float32 in memory
+        parameters = random_parameters(MIXTRAL, lora=LORA) | base
+        hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="bfloat16", lora=LORA, merge=True)
+        after = hf.hashes(tmp_path / "out")
+    adapted = ("q_proj", "o_proj", ".w1.", ".w2.", ".w3.")
+    assert {name for name in before if before[name] != after[name]} == {n for n in before if any(part in n for part in adapted)}
+
+
+# --- faults planted between memory and disk ----------------------------------------------------------------------
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, alter: Callable[[str, Callable[[str], np.ndarray]], np.ndarray]) -> None:
+    """Let the writer get `alter(name, tensor)` instead of `tensor(name)`."""
+    write = safetensors_io.write_file
+
+    def faulty(file: Path, specs: list[safetensors_io.Spec], tensor: Callable[[safetensors_io.Spec], np.ndarray]) -> None:
+        by_name = {spec.name: spec for spec in specs}
+        write(file, specs, lambda spec: alter(spec.name, lambda name: tensor(by_name[name])))
+
+    monkeypatch.setattr(safetensors_io, "write_file", faulty)
+
+
+def swap_experts(name: str, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
+    one, other = "layers.2.block_sparse_moe.experts.1.w3.weight", "layers.2.block_sparse_moe.experts.3.w3.weight"
+    return tensor(name.replace(one, other) if one in name else name.replace(other, one))
+
+
+def one_value(name: str, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
+    array = tensor(name).copy()
+    if name == "model.layers.3.self_attn.k_proj.weight":
+        array[5, 1] = np.nextafter(array[5, 1], np.float32(9))
+    return array
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"), [(swap_experts, r"layers\.2\..*experts\.1\.w3"), (one_value, r"layers\.3\.self_attn\.k_proj")]
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_proof_finds_a_wrong_tensor_and_removes_the_export(
+    alter: Any, message: str, merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, alter)
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MIXTRAL, lora=LORA if merge else None)
+        with pytest.raises(RuntimeError, match=message):
+            hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA if merge else None, merge=merge)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_the_proof_finds_an_expert_whose_delta_was_dropped(factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MIXTRAL, lora=LORA)
+        victim = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+        base = np.asarray(parameters["stacks.0.layers.0.ffn.down_proj.weight"])[1, 2].T
+
+        def drop(name: str, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
+            return base + np.float32(factor) * (tensor(name) - base) if name == victim else tensor(name)
+
+        plant(monkeypatch, drop)
+        with pytest.raises(RuntimeError, match=victim):
+            hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
+    assert not list(tmp_path.iterdir())
+
+
+# --- what a user can do wrong ------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MIXTRAL)
+
+        def full(name: str, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
+            if "layers.2" in name:
+                raise OSError(28, "No space left on device")
+            return tensor(name)
+
+        with monkeypatch.context() as patch:
+            plant(patch, full)
+            with pytest.raises(OSError, match="No space left on device"):
+                hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+        assert not list(tmp_path.iterdir())
+        monkeypatch.setattr(hf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        with pytest.raises(OSError, match=r"needs 3e-05 GB, but its disk has 1e-06 GB free"):
+            hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_are_neither_dropped_nor_imagined(tmp_path: Path) -> None:
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MIXTRAL, lora=LORA)
+        with pytest.raises(ValueError, match=r"merge them \(--merge\)"):
+            hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+        plain = {path: array for path, array in parameters.items() if not is_lora(path)}
+        with pytest.raises(ValueError, match="nothing to merge"):
+            hf.export(plain, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
+    with jax.set_mesh(ONE):
+        hf.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="float32")
+        file = tmp_path / "out/config.json"
+        settings = json.loads(file.read_text())
+        for change, message in (
+            ({"intermediate_size": 10}, "of shape"),
+            ({"num_hidden_layers": 3}, "which this architecture has not"),
+        ):
+            file.write_text(json.dumps(settings | change))
+            with pytest.raises(ValueError, match=message):
+                hf.load_parameters(tmp_path / "out", abstract(MIXTRAL))
+        file.write_text(json.dumps(settings))
+        wider = MIXTRAL.model_copy(update={"model_dim": 16})
+        with pytest.raises(ValueError, match=r"gives .*\(24, 8\)"):
+            hf.load_parameters(tmp_path / "out", abstract(wider))

@@ -1,0 +1,147 @@
+"""The table of names is a bijection for every family, at the sizes that people have."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from moe_train import config
+from moe_train.mesh import make_mesh
+from moe_train.model import transformer
+from moe_train.weights import names
+
+
+def attention(heads: int = 32, kv_heads: int = 8, head_dim: int = 128, **more: Any) -> config.Attention:
+    return config.Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **more)
+
+
+def dense(size: int) -> config.DenseFfn:
+    return config.DenseFfn(name="dense", ffn_dim=size)
+
+
+def moe(size: int, experts: int = 8) -> config.MoeFfn:
+    return config.MoeFfn(name="moe", ffn_dim=size, num_experts=experts, experts_per_token=2)
+
+
+def model(family: Any, vocab: int, dim: int, layers: int, a: config.Attention, ffn: config.Ffn, **more: Any) -> config.Model:
+    return config.Model(family=family, vocab_size=vocab, model_dim=dim, num_layers=layers, attention=a, ffn=ffn, **more)
+
+
+YARN = config.YarnRope(name="yarn", factor=16.0, original_max_seq_len=16384)
+# model, tensors in its published files, parameters
+PUBLISHED = {
+    "Mixtral 8x7B": (model("mixtral", 32000, 4096, 32, attention(), moe(14336)), 995, 46_702_792_704),
+    "Mixtral 8x22B": (model("mixtral", 32768, 6144, 56, attention(48), moe(16384)), 1739, 140_630_071_296),
+    "Mistral 7B v0.3": (model("mistral", 32768, 4096, 32, attention(), dense(14336)), 291, 7_248_023_552),
+    "Mistral Nemo": (model("mistral", 131072, 5120, 40, attention(), dense(14336)), 363, 12_247_782_400),
+    "Ministral 8B": (
+        model("ministral", 131072, 4096, 36, attention(windows=(None, 32768, 32768, 32768)), dense(12288)),
+        327,
+        8_019_808_256,
+    ),
+    "Ministral 3 3B": (
+        model("ministral3", 131072, 3072, 26, attention(), dense(9216), rope=YARN, tie_embeddings=True),
+        236,
+        3_429_006_336,
+    ),
+    "SmolLM2 135M": (model("llama", 49152, 576, 30, attention(9, 3, 64), dense(1536), tie_embeddings=True), 272, 134_515_008),
+}
+
+
+def shapes_of(m: config.Model) -> dict[str, tuple[int, ...]]:
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        abstract = jax.eval_shape(lambda: transformer.init_model(0, m, config.Compute()))
+    return {path: array.shape for path, array in transformer.parameters(abstract)[1].items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_tensor_is_used_and_every_parameter_filled_once(name: str) -> None:
+    m, tensors, parameters = PUBLISHED[name]
+    shapes = shapes_of(m)
+    for prefix in names.PREFIXES:
+        for fused in (False, True) if isinstance(m.ffn, config.MoeFfn) else (False,):
+            table = names.pieces(m, prefix, fused)
+            in_file = {piece.name: piece.shape for piece in table}
+            assert fused or len(table) == len(in_file) == tensors
+            assert len({(piece.path, piece.lead) for piece in table}) == len(table)
+            total = sum(math.prod(shape) for shape in in_file.values())
+            assert (
+                total == sum(math.prod(piece.ours_shape) for piece in table) == sum(map(math.prod, shapes.values())) == parameters
+            )
+            names.check("here", names.pieces_of(m, in_file), in_file, shapes)
+
+
+SMALL = model("mixtral", 16, 6, 2, attention(4, 2, 2), moe(10, experts=3))
+
+
+def small_files() -> dict[str, tuple[int, ...]]:
+    return {piece.name: piece.shape for piece in names.pieces(SMALL)}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_there_and_back_is_the_same_matrix_and_parts_are_parts(fused: bool) -> None:
+    draw = np.random.default_rng(0).normal
+    for piece in names.pieces(SMALL, fused=fused):
+        ours = draw(size=piece.ours_shape)
+        tensor = np.full(piece.shape, np.nan)
+        tensor[tuple(at if isinstance(at, int) else slice(*at) for at in piece.part)] = piece.to_file(ours)
+        assert np.array_equal(piece.from_file(tensor.__getitem__), ours)
+        for dim, size in enumerate(ours.shape):
+            if (piece.path.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and dim == 2) or "o_proj" in piece.path:
+                continue  # head_dim is never cut
+            for cut in ((0, size // 2), (size // 2, size)):
+                ranges = [cut if d == dim else (0, n) for d, n in enumerate(ours.shape)]
+                assert np.array_equal(piece.from_file(tensor.__getitem__, ranges), ours[tuple(slice(*r) for r in ranges)])
+
+
+def test_a_head_is_contiguous_in_the_file() -> None:
+    """The second head's rows of q_proj are rows H..2H of the file, as attention of transformers splits them."""
+    (piece,) = (p for p in names.pieces(SMALL) if p.name == "model.layers.0.self_attn.q_proj.weight")
+    file = np.arange(8 * 6).reshape(8, 6)
+    assert np.array_equal(piece.from_file(file.__getitem__)[:, 1, :], file[2:4].T)
+    assert np.array_equal(piece.from_file(file.__getitem__, [(0, 6), (1, 3), (0, 2)])[:, 0, :], file[2:4].T)
+
+
+def test_missing_extra_and_wrong_tensors_are_named_in_one_line() -> None:
+    files, shapes, table = small_files(), shapes_of(SMALL), names.pieces(SMALL)
+    bad = dict(files)
+    del bad["lm_head.weight"]
+    bad["model.layers.0.self_attn.q_norm.weight"] = (2,)
+    bad["model.norm.weight"] = (7,)
+    with pytest.raises(ValueError) as caught:
+        names.check("here", table, bad, shapes)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "lacks lm_head.weight" in message
+    assert "self_attn.q_norm.weight, which" in message
+    assert "model.norm.weight of shape (7,) instead of (6,)" in message
+
+
+def test_parameters_that_no_tensor_fills_are_named() -> None:
+    shapes = shapes_of(SMALL)
+    with pytest.raises(ValueError, match=r"has no tensors for stacks\.0\.layers\.0\.ffn\.up_proj\.lora_a"):
+        names.check("here", names.pieces(SMALL), small_files(), shapes | {"stacks.0.layers.0.ffn.up_proj.lora_a": (2, 3, 6, 4)})
+    names.check("here", names.pieces(SMALL), small_files(), {p: s for p, s in shapes.items() if p != "head"})  # some are enough
+    with pytest.raises(ValueError, match=r"embed\.weight is \(17, 6\)"):
+        names.check("here", names.pieces(SMALL), small_files(), shapes | {"embed.weight": (17, 6)})
+
+
+def test_adapters_have_the_dims_of_their_layers() -> None:
+    modules = ("attention.q_proj", "attention.o_proj", "ffn.gate_proj", "ffn.down_proj")
+    ranks = {f"stacks.0.layers.0.{module}": 3 for module in modules}
+    lora = config.Lora(targets=(config.LoraTarget(modules=modules, rank=3, alpha=3.0),))
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        abstract = jax.eval_shape(lambda: transformer.init_model(0, SMALL, config.Compute(), lora))
+    shapes = {path: a.shape for path, a in transformer.parameters(abstract)[1].items() if ".lora_" in path}
+    table = names.adapter_pieces(SMALL, ranks)
+    in_file = {piece.name: piece.shape for piece in table}
+    names.check("here", table, in_file, shapes)
+    body = "base_model.model.model.layers.1."
+    assert in_file[f"{body}self_attn.o_proj.lora_A.weight"] == (3, 8)
+    assert in_file[f"{body}self_attn.o_proj.lora_B.weight"] == (6, 3)
+    assert in_file[f"{body}block_sparse_moe.experts.2.w2.lora_A.weight"] == (3, 10)
+    assert in_file[f"{body}block_sparse_moe.experts.2.w2.lora_B.weight"] == (6, 3)

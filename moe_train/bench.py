@@ -1,0 +1,103 @@
+"""How fast a config trains on this hardware: its own step, on synthetic tokens."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_train import checkpoint, config, metrics
+from moe_train.data.batch import Batch
+from moe_train.mesh import make_mesh, put_batch
+from moe_train.model.transformer import init_model, parameters
+from moe_train.train.optimizer import make_optimizer
+from moe_train.train.state import create_state, partition
+from moe_train.train.step import train_step
+
+WARM_UP, TIMED = 2, 7
+
+
+def bench(run: config.Config) -> dict[str, Any]:
+    """Time the training step of `run`: weights are random, every sequence is full, tokens are uniform.
+
+    Seconds: `first_step_seconds` holds tracing, compilation and one step; `median_step_seconds` is of the steps
+    after two more. `share_of_attainable` is model FLOP/s over what the devices could do (see `attainable`).
+    """
+    run = checkpoint.resolve(run)
+    assert run.model is not None
+    mesh = make_mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        state, structure, optimizer = _random_state(run)
+        batch = put_batch(_synthetic_batch(run), mesh)
+        step_of = partial(train_step, structure=structure, optimizer=optimizer, loss=run.loss, microbatches=run.train.microbatches)
+
+        begun = time.perf_counter()
+        step = jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
+        compiled = time.perf_counter() - begun
+        seconds, cpu_seconds, losses = [], [], []
+        for _ in range(1 + WARM_UP + TIMED):
+            wall, cpu = time.perf_counter(), time.process_time()
+            state, figures = step(state, batch)
+            losses.append(float(figures.loss))
+            seconds.append(time.perf_counter() - wall)
+            cpu_seconds.append(time.process_time() - cpu)
+
+        median = statistics.median(seconds[-TIMED:])
+        tokens = run.train.batch_size * run.train.seq_len
+        adapters = state.trainable if run.lora else None
+        flops = tokens * metrics.flops_per_token(run.model, run.train.seq_len, adapters) / median
+        peak, source = metrics.peak_flops(list(mesh.devices.flat))
+        return {
+            "compile_seconds": compiled,
+            "first_step_seconds": compiled + seconds[0],
+            "median_step_seconds": median,
+            "cpu_seconds_per_step": statistics.median(cpu_seconds[-TIMED:]),
+            "tokens_per_second": tokens / median,
+            "model_flops_per_second": flops,
+            "share_of_attainable": None if peak is None else flops / peak,
+            "attainable": source,
+            "bytes_of_program_per_device": _program_bytes(step),
+            "bytes_at_peak": _peak_bytes(mesh),
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+        }
+
+
+def _random_state(run: config.Config) -> tuple[Any, Any, Any]:
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora)
+    structure, _ = parameters(jax.eval_shape(model))
+    optimizer = make_optimizer(run.optimizer, run.train.steps or 1000)
+    trainable, frozen = partition(jax.jit(lambda: parameters(model())[1])())
+    state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0)(trainable)
+    return state._replace(frozen=frozen), structure, optimizer
+
+
+def _synthetic_batch(run: config.Config) -> Batch:
+    """This process's share of a batch of uniform tokens, one segment a sequence."""
+    assert run.model is not None
+    rows, T = run.train.batch_size // jax.process_count(), run.train.seq_len
+    tokens = np.random.default_rng(run.seed).integers(0, run.model.vocab_size, (rows, T), dtype=np.int32)
+    ones = np.ones((rows, T), np.int32)
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (rows, T)).copy()
+    return Batch(tokens, np.roll(tokens, -1, axis=1), np.ones((rows, T), bool), ones, positions)
+
+
+def _program_bytes(step: Any) -> int | None:
+    """Arguments and temporaries of the compiled step on one device, as the compiler states them."""
+    memory = step.memory_analysis()
+    return None if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _peak_bytes(mesh: jax.sharding.Mesh) -> int:
+    """Most memory in use so far: of one device; on CPU of the process."""
+    device = mesh.local_devices[0]
+    if device.platform != "cpu":
+        return device.memory_stats()["peak_bytes_in_use"]
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

@@ -75,13 +75,12 @@ def _query_scale(scaling: config.QueryScaling, positions_BT: jax.Array) -> jax.A
 
 def _extend(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> Cache:
     def write(slots: jax.Array, new: jax.Array) -> jax.Array:
-        rows = jnp.arange(slots.shape[0])[:, None]
-
         def local(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-            return slots.at[rows[: slots.shape[0]], positions].set(new.astype(slots.dtype), mode="drop")
+            at = jnp.where(positions < 0, slots.shape[1], positions)  # a negative index would count from the end
+            return slots.at[jnp.arange(slots.shape[0])[:, None], at].set(new.astype(slots.dtype), mode="drop")
 
-        spec = P(BATCH, None, "tensor", None)
-        return jax.shard_map(local, in_specs=(spec, spec, P(BATCH, None)), out_specs=spec)(slots, new, positions_BT)
+        spec = P(BATCH, "context", "tensor", None)
+        return jax.shard_map(local, in_specs=(spec, spec, P(BATCH, "context")), out_specs=spec)(slots, new, positions_BT)
 
     return Cache(write(cache.k_BSKH, k_BTKH), write(cache.v_BSKH, v_BTKH))
 
@@ -91,8 +90,8 @@ def _attend_cache(q_BTNH: jax.Array, cache: Cache, positions_BT: jax.Array, wind
         slots = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
         return reference(q, k, v, visible(positions_q, slots, None, None, window))
 
-    spec = P(BATCH, None, "tensor", None)
-    return jax.shard_map(local, in_specs=(spec, spec, spec, P(BATCH, None)), out_specs=spec)(q_BTNH, *cache, positions_BT)
+    spec = P(BATCH, "context", "tensor", None)
+    return jax.shard_map(local, in_specs=(spec, spec, spec, P(BATCH, "context")), out_specs=spec)(q_BTNH, *cache, positions_BT)
 
 
 def attend(

@@ -158,7 +158,7 @@ def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.
     """Caches for `batch_size` sequences of at most `max_len` tokens, as `Transformer.decode` takes them."""
     a, period = model.attention, len(model.attention.windows)
     shape = (model.num_layers // period, batch_size, max_len, a.num_kv_heads, a.head_dim)
-    zeros = lambda: jnp.zeros(shape, dtype, out_sharding=P(None, BATCH, None, "tensor", None))  # noqa: E731
+    zeros = lambda: jnp.zeros(shape, dtype, out_sharding=P(None, BATCH, "context", "tensor", None))  # noqa: E731
     return [[Cache(zeros(), zeros()) for _ in range(period)]]
 
 

@@ -88,17 +88,18 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws where the temperature is above 0.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="A prompt is a user's turn, not text to continue.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue each prompt with a run's or a model's weights."""
     from moe_train.generate import generate_dir
 
     with _waiting("generating"):
-        completions = generate_dir(directory, prompt, max_tokens, temperature, seed)
+        completions = generate_dir(directory, prompt, max_tokens, temperature, seed, chat=chat)
     if as_json:
         _print_json([{"prompt": p, "completion": c} for p, c in zip(prompt, completions, strict=True)])
     else:
-        print("\n\n".join(p + c for p, c in zip(prompt, completions, strict=True)))
+        print("\n\n".join(f"{p}\n{c}" if chat else p + c for p, c in zip(prompt, completions, strict=True)))
 
 
 @app.command()
@@ -158,13 +159,11 @@ def schema() -> None:
 
 
 @app.command()
-def quickstart(
-    work_dir: Annotated[Path, typer.Option(help="Where the text, the runs and the exports go.")] = Path("runs/quickstart"),
-) -> None:
+def quickstart() -> None:
     """Text of this machine -> tokenizer -> a small Mixtral -> LoRA -> files that other tools load, in minutes."""
     from moe_train.quickstart import quickstart as run
 
-    raise typer.Exit(run(work_dir))
+    raise typer.Exit(run())
 
 
 # --- what a command says ---------------------------------------------------------------------------------------

@@ -167,18 +167,22 @@ def test_evaluate(stand_in, capsys) -> None:
 
 
 def test_generate(stand_in, capsys) -> None:
-    def generate_dir(directory: Path, prompts: list[str], max_tokens: int, temperature: float, seed: int) -> list[str]:
-        return [f" {max_tokens} {temperature} {seed}" for _ in prompts]
+    def generate_dir(
+        directory: Path, prompts: list[str], max_tokens: int, temperature: float, seed: int, *, chat: bool
+    ) -> list[str]:
+        return [f" {max_tokens} {temperature} {seed} {chat}" for _ in prompts]
 
     stand_in("moe_train.generate", generate_dir=generate_dir)
     options = ["--max-tokens", "3", "--temperature", "0.5", "--seed", "7"]
     assert run("generate", "runs/tiny", "--prompt", "a", "--prompt", "b", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == [
-        {"prompt": "a", "completion": " 3 0.5 7"},
-        {"prompt": "b", "completion": " 3 0.5 7"},
+        {"prompt": "a", "completion": " 3 0.5 7 False"},
+        {"prompt": "b", "completion": " 3 0.5 7 False"},
     ]
     assert run("generate", "runs/tiny", "--prompt", "a") == 0
-    assert capsys.readouterr().out == "a 64 0.0 0\n"
+    assert capsys.readouterr().out == "a 64 0.0 0 False\n"
+    assert run("generate", "runs/tiny", "--prompt", "a", "--chat") == 0
+    assert capsys.readouterr().out == "a\n 64 0.0 0 True\n"
 
 
 def test_export(stand_in, capsys) -> None:
@@ -211,9 +215,8 @@ def test_bench_and_quickstart(stand_in, config: str, capsys) -> None:
     stand_in("moe_train.bench", bench=lambda resolved: {"median_step_seconds": 0.5, "batch_size": resolved.train.batch_size})
     assert run("bench", config, "train.batch_size=4", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"median_step_seconds": 0.5, "batch_size": 4}
-    stand_in("moe_train.quickstart", quickstart=lambda work_dir: 75 if work_dir == Path("runs/quickstart") else 0)
+    stand_in("moe_train.quickstart", quickstart=lambda: 75)
     assert run("quickstart") == 75
-    assert run("quickstart", "--work-dir", "elsewhere") == 0
 
 
 def test_schema_is_json(capsys) -> None:

@@ -111,10 +111,10 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's weights as files that other tools load, read them back and compare."""
-    from moe_train import weights
+    from moe_train.export import export as write
 
     with _waiting("exporting"):
-        answer = weights.export(run_dir, out_dir, layout, merge)
+        answer = write(run_dir, out_dir, layout, merge)
     _print_answers(answer, as_json)
 
 

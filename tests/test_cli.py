@@ -192,7 +192,7 @@ def test_export(stand_in, capsys) -> None:
         given.append((run_dir, out_dir, layout, merge))
         return {"files": ["model.safetensors"]}
 
-    stand_in("moe_train.weights", export=export)
+    stand_in("moe_train.export", export=export)
     assert run("export", "runs/tiny", "out", "--format", "peft", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"files": ["model.safetensors"]}
     assert run("export", "runs/tiny", "out", "--merge") == 0

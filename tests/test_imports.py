@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "moe_train"
 STEP = ("train.state", "train.loss", "train.optimizer", "train.step")
 LEFT_OF_STEP = ("config", "mesh", "model", "data.batch", *STEP)
 LEFT_OF_LOOP = (*LEFT_OF_STEP, "train.record", "train.self_test", "config_file", "data", "weights", "checkpoint", "metrics", "plan")
-COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect")
+COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect", "export")
 
 # What each module may import of ours; a name stands for everything below it. The longest key that fits a module counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -38,9 +38,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plan": (*LEFT_OF_STEP, "config_file", "plan"),
     "train.evaluate": LEFT_OF_LOOP,
     "train.loop": (*LEFT_OF_LOOP, "train.evaluate"),
-    **dict.fromkeys(("generate", "bench", "inspect"), LEFT_OF_LOOP),
+    **dict.fromkeys(("generate", "bench", "inspect", "export"), LEFT_OF_LOOP),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
-    "cli": ("config", "config_file", "weights", "data", *COMMANDS, "quickstart"),
+    "cli": ("config", "config_file", "data", *COMMANDS, "quickstart"),
     "__main__": ("cli",),
 }
 

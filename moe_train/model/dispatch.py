@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.mesh import BATCH, axis_size
 from moe_train.model.fsdp import gather, spec_of, vary_with_spec
-from moe_train.model.grouped_matmul import grouped_matmul
+from moe_train.model.grouped_matmul import choose_kernel, grouped_matmul
 
 
 class ExpertMatrix(NamedTuple):
@@ -76,9 +76,14 @@ def run_experts(
         computed = jax.lax.psum(jnp.sum(group_sizes_e), (*BATCH, "context"))
         return y_mD.reshape(b, t, D).astype(x_btD.dtype), computed
 
-    return jax.shard_map(local, in_specs=(tokens, tokens, tokens, tokens, specs), out_specs=(tokens, P()))(
-        x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts
+    # a Pallas call does not say along which axes its result varies
+    run = jax.shard_map(
+        local,
+        in_specs=(tokens, tokens, tokens, tokens, specs),
+        out_specs=(tokens, P()),
+        check_vma=choose_kernel(kernel) != "megablox",
     )
+    return run(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts)
 
 
 def _whole(w: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:

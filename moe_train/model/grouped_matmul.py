@@ -140,14 +140,55 @@ blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 # --- TPU: Pallas megablox ------------------------------------------------------------------------------------------
+# Pallas calls do not say along which mesh axes their results vary: `shard_map` around them needs check_vma=False.
 
 
+@jax.custom_vjp
 def _megablox(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.megablox import ops
+    """Megablox's kernels with gradients of our own: its own leave rows past the sum uninitialised in dx, and tile the
+    products of the backward pass as if they had the forward's shape."""
+    return _gmm(x_RD, w_EDF, group_sizes_E, transpose=False)
 
-    rows = x_RD.shape[0]
-    tile = 512 if rows % 512 == 0 else 128
-    x_RD = jnp.pad(x_RD, ((0, -rows % tile), (0, 0)))
-    tiling = (tile, min(1024, x_RD.shape[1]), min(1024, w_EDF.shape[2]))
-    y_RF = ops.gmm(x_RD, w_EDF, group_sizes_E, x_RD.dtype, tiling, interpret=platform() == "cpu")
-    return _zero_tail(y_RF[:rows], group_sizes_E)
+
+def _gmm(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, transpose: bool) -> jax.Array:
+    """Each row times its expert's matrix, or its transpose; tiles of rows past the sum are not visited."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    rows, out = x_RD.shape[0], w_EDF.shape[1 if transpose else 2]
+    x_RD = _pad_rows(x_RD)
+    tiling = (_row_tile(rows), _tile(x_RD.shape[1], x_RD.dtype), _tile(out, x_RD.dtype))
+    kwargs = {"transpose_rhs": transpose, "interpret": platform() == "cpu"}
+    y = gmm(x_RD, w_EDF, group_sizes_E, x_RD.dtype, tiling, **kwargs)
+    return _zero_tail(y[:rows], group_sizes_E)
+
+
+def _row_tile(rows: int) -> int:
+    return 512 if rows >= 512 else 128
+
+
+def _pad_rows(x_RD: jax.Array) -> jax.Array:
+    return jnp.pad(x_RD, ((0, -x_RD.shape[0] % _row_tile(x_RD.shape[0])), (0, 0)))
+
+
+def _tile(dim: int, dtype: jnp.dtype) -> int:
+    """The largest tile that divides `dim` without being small; two buffers of each operand have to fit into VMEM."""
+    limit = 2048 // dtype.itemsize
+    return dim if dim <= limit else next((t for t in range(limit, limit // 2, -128) if dim % t == 0), limit)
+
+
+def _megablox_forward(x_RD, w_EDF, group_sizes_E):
+    return _megablox(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+
+
+def _megablox_backward(saved, dy_RF):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    x_RD, w_EDF, group_sizes_E = saved
+    dx_RD = _gmm(dy_RF, w_EDF, group_sizes_E, transpose=True)
+    tiling = (_row_tile(x_RD.shape[0]), _tile(x_RD.shape[1], x_RD.dtype), _tile(dy_RF.shape[1], x_RD.dtype))
+    x_DR, dy_RF = _pad_rows(x_RD).swapaxes(0, 1), _pad_rows(dy_RF)
+    dw_EDF = tgmm(x_DR, dy_RF, group_sizes_E, w_EDF.dtype, tiling, interpret=platform() == "cpu")
+    return dx_RD, dw_EDF, None
+
+
+_megablox.defvjp(_megablox_forward, _megablox_backward)

@@ -7,8 +7,6 @@ The cost follows the rows that exist, not R.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,7 +15,7 @@ from moe_train.mesh import platform
 
 
 def grouped_matmul(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], kernel: str = "auto"
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"], kernel: str = "auto"
 ) -> Float[Array, "R F"]:
     """y[r] = x[r] @ w[expert of r]; `kernel` as in `config.Compute.grouped_matmul`."""
     match choose_kernel(kernel):
@@ -34,7 +32,8 @@ def grouped_matmul(
 
 def choose_kernel(kernel: str) -> str:
     """`auto` -> the fast path of the platform that the mesh is made of."""
-    return {"cpu": "blocked", "tpu": "megablox", "gpu": "ragged_dot", "cuda": "ragged_dot"}[platform()] if kernel == "auto" else kernel
+    fast = {"cpu": "blocked", "tpu": "megablox", "gpu": "ragged_dot", "cuda": "ragged_dot"}
+    return fast[platform()] if kernel == "auto" else kernel
 
 
 def reference(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:

@@ -198,7 +198,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(key.replace("_", " "), justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_text(value, str(key)) for key, value in row.items()))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table, markup=False)
+    Console(width=None if sys.stdout.isatty() else 200).print(table, markup=False)
 
 
 def _text(value: Any, key: str = "") -> str:

@@ -129,7 +129,7 @@ def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> 
     mesh = mesh_of(ONE)
     with jax.set_mesh(mesh):
         structure, weights = random_model(MIXTRAL)
-        hf.export(weights, MIXTRAL, tmp_path / "model", dtype="float32", tokenizer=tokenizer)
+        hf.export(weights, MIXTRAL, tmp_path / "model", dtype="float32", texts=hf.Texts(tokenizer))
         ids = [tokenizer.bos_id, *tokenizer.encode("the quick")]
         (new,) = generate(structure, weights, MIXTRAL, mesh, [ids], 6, eos_id=tokenizer.eos_id)
     (completion, other) = generate_dir(tmp_path / "model", ["the quick", "a dog"], 6)

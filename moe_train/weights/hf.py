@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,20 @@ from moe_train.weights import merge as merging
 from moe_train.weights import names, proof, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fill
 from moe_train.weights.hf_config import read_model_config, write_model_config
+
+
+class Texts(NamedTuple):
+    """What an export holds besides weights."""
+
+    tokenizer: Tokenizer | None = None
+    """Its files are copied byte for byte."""
+    chat_template: str | None = None
+    """Replaces the tokenizer's own."""
+    config: str | None = None
+    """The resolved config of the run, kept as `moe_train.yaml`."""
+
+
+NO_TEXTS = Texts()
 
 
 def load_parameters(directory: str | Path, abstract: Abstract) -> Parameters:
@@ -53,16 +67,12 @@ def export(
     dtype: config.Dtype,
     lora: config.Lora | None = None,
     merge: bool = False,
-    tokenizer: Tokenizer | None = None,
-    chat_template: str | None = None,
-    resolved_config: str | None = None,
-    router_aux_loss_coef: float = 0.001,
+    texts: Texts = NO_TEXTS,
     max_shard_bytes: int = safetensors_io.MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write a model's directory that transformers, vLLM and llama.cpp load; read it back and compare.
 
     merge: add the adapters in `parameters` (of the section `lora`) to the weights; without it there must be none.
-    chat_template: replaces the tokenizer's. resolved_config: kept as `moe_train.yaml`.
     Streamed: one tensor in memory. `out_dir` appears whole, or not at all. Returns the figures of `proof.check`.
     Raises FileExistsError where out_dir is taken, ValueError for what cannot be said in this layout, OSError for a
     full disk.
@@ -81,9 +91,8 @@ def export(
     settings = write_model_config(
         model,
         dtype=dtype,
-        bos_token_id=tokenizer.bos_id if tokenizer else None,
-        eos_token_id=tokenizer.eos_id if tokenizer else None,
-        router_aux_loss_coef=router_aux_loss_coef,
+        bos_token_id=texts.tokenizer.bos_id if texts.tokenizer else None,
+        eos_token_id=texts.tokenizer.eos_id if texts.tokenizer else None,
     )
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
@@ -95,7 +104,7 @@ def export(
         safetensors_io.write_model(directory, specs, tensor, max_shard_bytes)
         write_json(directory / "config.json", settings)
         write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
-        copy_texts(directory, tokenizer, chat_template, resolved_config)
+        write_texts(directory, texts)
         return proof.check(directory, parameters, model, lora if merge else None, filetype)
 
 
@@ -111,11 +120,10 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_texts(directory: Path, tokenizer: Tokenizer | None, chat_template: str | None, resolved_config: str | None) -> None:
-    """The tokenizer's files, byte for byte, the chat template and the run's config."""
-    for file in tokenizer.files if tokenizer else ():
+def write_texts(directory: Path, texts: Texts) -> None:
+    for file in texts.tokenizer.files if texts.tokenizer else ():
         shutil.copyfile(file, directory / file.name)
-    if chat_template is not None:
-        (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    if resolved_config is not None:
-        (directory / "moe_train.yaml").write_text(resolved_config, encoding="utf-8")
+    if texts.chat_template is not None:
+        (directory / "chat_template.jinja").write_text(texts.chat_template, encoding="utf-8")
+    if texts.config is not None:
+        (directory / "moe_train.yaml").write_text(texts.config, encoding="utf-8")

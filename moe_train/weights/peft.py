@@ -21,7 +21,6 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.atomic import new_directory
-from moe_train.data.tokenizer import Tokenizer
 from moe_train.weights import hf, names, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
 from moe_train.weights.merge import scale_of, target_of
@@ -37,9 +36,7 @@ def export_adapter(
     out_dir: str | Path,
     *,
     base_model: str,
-    tokenizer: Tokenizer | None = None,
-    chat_template: str | None = None,
-    resolved_config: str | None = None,
+    texts: hf.Texts = hf.NO_TEXTS,
 ) -> dict[str, Any]:
     """Write the adapters of `parameters` as a PEFT directory; read it back and compare the deltas.
 
@@ -71,7 +68,7 @@ def export_adapter(
     with new_directory(out_dir) as directory:
         safetensors_io.write_file(directory / WEIGHTS, specs, lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name])))
         hf.write_json(directory / CONFIG, settings)
-        hf.copy_texts(directory, tokenizer, chat_template, resolved_config)
+        hf.write_texts(directory, texts)
         return _prove(directory, parameters, model, lora)
 
 

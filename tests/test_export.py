@@ -1,0 +1,120 @@
+"""From a run's checkpoint to files: the same as from the weights in memory."""
+
+from __future__ import annotations
+
+import filecmp
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+from moe_train import checkpoint, config
+from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train.export import export
+from moe_train.mesh import make_mesh
+from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.train.state import create_state
+from moe_train.weights import hf, peft
+
+MODEL = config.Model(
+    family="mixtral",
+    vocab_size=300,
+    model_dim=16,
+    num_layers=2,
+    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=6),
+    ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
+)
+LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*"), rank=2, alpha=3.0),))
+MESH = config.Mesh(fsdp=2, expert=2, tensor=2)
+
+
+def random_parameters(lora: config.Lora | None) -> Parameters:
+    shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora)))[1]
+    mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
+    return {
+        path: jax.device_put(draw(0, 0.1, like.shape).astype(np.float32), NamedSharding(mesh, like.sharding.spec))
+        for path, like in shapes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
+    return train_bpe(["some text to learn from"] * 5, 270, tmp_path_factory.mktemp("tokenizer") / "t")
+
+
+def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **more: Any) -> config.Config:
+    """A run with one checkpoint, as training leaves it behind."""
+    source = config.FileSource(name="files", files=("data.txt",), record=config.TextRecord(name="text"))
+    named = config.HuggingFaceTokenizer(name="huggingface", path=str(tokenizer.path))
+    run = config.Config(
+        name="run",
+        run_dir=str(directory),
+        model=MODEL,
+        mesh=MESH,
+        data=config.Data(tokenizer=named, train=(source,)),
+        train=config.Train(steps=1, batch_size=4, seq_len=16),
+        optimizer=config.AdamW(name="adamw", learning_rate=1e-3),
+        loss=config.Loss(load_balance_loss_coef=0.02, router_z_loss_coef=0.0),
+        **more,
+    )
+    base = checkpoint.Base(run.init_from, None, hf.hashes(run.init_from)) if run.init_from else None
+    about = checkpoint.About(config=run.model_dump(mode="json"), row=0, data="", base=base)
+    with checkpoint.opened(directory, run.checkpoint) as checkpoints:
+        checkpoint.save(checkpoints, 1, create_state(weights, optax.sgd(0.1)), about)
+    return run
+
+
+def same_files(one: Path, other: Path, *but: str) -> None:
+    names = {file.name for file in one.iterdir()}
+    assert names == {file.name for file in other.iterdir()}
+    assert filecmp.cmpfiles(one, other, names - set(but), shallow=False)[1:] == ([], [])
+
+
+def test_a_lora_run_becomes_a_merged_model_and_an_adapter(tokenizer: HuggingFace, tmp_path: Path) -> None:
+    with jax.set_mesh(make_mesh(MESH)):
+        weights = random_parameters(LORA)
+        plain = {path: x for path, x in weights.items() if ".lora_" not in path}
+        hf.export(plain, MODEL, tmp_path / "base", dtype="bfloat16")
+        weights |= hf.load_parameters(tmp_path / "base", plain_shapes(plain))
+        save_run(tmp_path / "run", weights, tokenizer, init_from=str(tmp_path / "base"), lora=LORA)
+        texts = hf.Texts(tokenizer, tokenizer.chat_template, "")
+        hf.export(weights, MODEL, tmp_path / "merged", dtype="bfloat16", lora=LORA, merge=True, texts=texts)
+        peft.export_adapter(weights, MODEL, LORA, tmp_path / "adapter", base_model=str(tmp_path / "base"), texts=texts)
+    report = export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
+    assert report["merged"] == 2 * (4 + 3 * 4)
+    same_files(tmp_path / "hf", tmp_path / "merged", "moe_train.yaml")
+    export(tmp_path / "run", tmp_path / "peft", "peft")
+    same_files(tmp_path / "peft", tmp_path / "adapter", "moe_train.yaml")
+    assert "rank: 2" in (tmp_path / "hf/moe_train.yaml").read_text()
+    assert (tmp_path / "hf/tokenizer.json").read_bytes() == tokenizer.files[0].read_bytes()
+    with pytest.raises(ValueError, match="--merge"):
+        export(tmp_path / "run", tmp_path / "other", "hf")
+    with pytest.raises(ValueError, match="--format hf"):
+        export(tmp_path / "run", tmp_path / "other", "peft", merge=True)
+    with pytest.raises(FileExistsError, match="exists already"):
+        export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
+    assert not (tmp_path / "other").exists()
+
+
+def plain_shapes(weights: Parameters) -> dict[str, jax.ShapeDtypeStruct]:
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in weights.items()}
+
+
+def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_path: Path) -> None:
+    with jax.set_mesh(make_mesh(MESH)):
+        weights = random_parameters(None)
+        save_run(tmp_path / "run", weights, tokenizer)
+        export(tmp_path / "run", tmp_path / "hf")
+        loaded = hf.load_parameters(tmp_path / "hf", plain_shapes(weights))
+    assert all(np.array_equal(np.asarray(loaded[path]), np.asarray(x)) for path, x in weights.items())
+    with pytest.raises(ValueError, match="nothing to merge"):
+        export(tmp_path / "run", tmp_path / "other", merge=True)
+    with pytest.raises(ValueError, match="trained in full"):
+        export(tmp_path / "run", tmp_path / "other", "peft")
+    with pytest.raises(ValueError, match="is no run"):
+        export(tmp_path / "hf", tmp_path / "other")
+    assert not (tmp_path / "other").exists()

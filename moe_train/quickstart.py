@@ -1,0 +1,84 @@
+"""The main job, end to end, on what every machine has: text -> tokenizer -> Mixtral -> LoRA -> files -> completions.
+
+Works in `runs/quickstart` of the current folder, with the two quickstart files of configs/. Each part that is done
+is left alone, so that an interrupted quickstart continues.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from moe_train import config, config_file
+from moe_train.data.sources import texts
+from moe_train.data.standard_library import gather
+from moe_train.data.tokenizer import train_bpe
+from moe_train.export import export
+from moe_train.generate import generate_dir
+from moe_train.train.loop import FINISHED, train
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+WORK = Path("runs/quickstart")
+QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?", "What is a list?")
+
+
+def quickstart() -> int:
+    """Run every part that is not done yet and end with a table; FINISHED, or the exit code of the part that stopped."""
+    pretrain, lora = (_load(name) for name in ("quickstart_pretrain.yaml", "quickstart_lora.yaml"))
+    assert pretrain.model is not None
+    console = Console(stderr=True, highlight=False)
+    jax.config.update("jax_compilation_cache_dir", str(WORK.absolute() / "jax_cache"))
+
+    text, tokenizer = WORK / "text", WORK / "tokenizer"
+    if not text.exists():
+        console.rule("gathering the standard library's own text")
+        counts = gather(text)
+        console.print(", ".join(f"{count:,} in {name}" for name, count in counts.items()))
+    if not tokenizer.exists():
+        console.rule(f"training a tokenizer of {pretrain.model.vocab_size} tokens")
+        assert pretrain.data is not None
+        train_bpe((t for source in pretrain.data.train for t in texts(source)), pretrain.model.vocab_size, tokenizer)
+    for what, run in (("pretraining a small Mixtral", pretrain), ("fine-tuning it with LoRA", lora)):
+        console.rule(f"{what}: moe-train train {CONFIGS.name}/{run.name}.yaml")
+        code = train(run)
+        if code != FINISHED:
+            return code
+
+    merged, adapter = WORK / "export_hf", WORK / "export_peft"
+    layout: Literal["hf", "peft"]
+    for directory, layout, options in ((merged, "hf", " --merge"), (adapter, "peft", "")):
+        if not directory.exists():
+            console.rule(f"exporting: moe-train export {lora.run_dir} {directory} --format {layout}{options}")
+            console.print_json(data=export(lora.run_dir, directory, layout, merge=bool(options)))
+
+    console.rule(f"generating from the exported files: moe-train generate {merged} --prompt …")
+    for question, answer in zip(QUESTIONS, generate_dir(merged, QUESTIONS, max_tokens=40, chat=True), strict=True):
+        console.print(f"[bold]{question}[/bold]", answer.strip(), sep="\n", markup=True)
+    _summary(console, [pretrain, lora], [merged, adapter])
+    return FINISHED
+
+
+def _load(name: str) -> config.Config:
+    if not (CONFIGS / name).is_file():
+        raise FileNotFoundError(f"{CONFIGS / name} is missing: the quickstart runs from a checkout (pip install --editable .)")
+    return config_file.load(CONFIGS / name)
+
+
+def _summary(console: Console, runs: list[config.Config], exports: list[Path]) -> None:
+    table = Table("run", "held-out loss before", "after", "steps", "tokens/s", title="what was trained")
+    for run in runs:
+        lines = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+        held_out = [line["loss"] for line in lines if line["kind"] == "eval"]
+        speeds = sorted(line["tokens_per_second"] for line in lines if line["kind"] == "train")
+        row = run.name, f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}", str(lines[-1]["step"]), f"{speeds[len(speeds) // 2]:,.0f}"
+        table.add_row(*row)
+    console.print(table)
+    files = Table("file", "MB", title="what other tools load")
+    for file in sorted(f for directory in exports for f in directory.iterdir()):
+        files.add_row(str(file), f"{file.stat().st_size / 1e6:,.2f}")
+    console.print(files)

@@ -70,6 +70,7 @@ def bench(run: config.Config) -> dict[str, Any]:
 
 
 def _random_state(run: config.Config) -> tuple[Any, Any, Any]:
+    assert run.model is not None
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
     structure, _ = parameters(jax.eval_shape(model))
     optimizer = make_optimizer(run.optimizer, run.train.steps or 1000)

@@ -71,7 +71,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-class HuggingFace:
+class HuggingFace(Tokenizer):
     """A `tokenizer.json` with the files beside it, read by the `tokenizers` library."""
 
     def __init__(self, path: str | Path) -> None:
@@ -136,7 +136,7 @@ class HuggingFace:
         return HuggingFace, (self.path,)
 
 
-class Mistral:
+class Mistral(Tokenizer):
     """A `tekken.json` or `tokenizer.model.v*`; text, chat format and validation are mistral-common's."""
 
     chat_template = None

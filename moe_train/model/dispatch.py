@@ -134,7 +134,8 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 def combine(y_RD: jax.Array, weights_mA: jax.Array, order_R: jax.Array, inverse_mA: jax.Array) -> jax.Array:
     """sum over a of weights[m, a] * y[row of assignment (m, a)], in float32."""
     A = weights_mA.shape[1]
-    return sum(weights_mA[:, a, None] * y_RD[inverse_mA[:, a]].astype(jnp.float32) for a in range(A))
+    first, *others = (weights_mA[:, a, None] * y_RD[inverse_mA[:, a]].astype(jnp.float32) for a in range(A))
+    return sum(others, start=first)
 
 
 def _combine_forward(y_RD, weights_mA, order_R, inverse_mA):

@@ -91,7 +91,7 @@ def _over_blocks(start: jax.Array, size: jax.Array, R: int, sizes: tuple[int, ..
     Blocks of the last size are kept inside the R rows and may hold rows of other groups: `mine` (rows, 1) says
     which are the group's own and not done yet; it is None where all are.
     """
-    sizes = [b for b in sizes if b <= R] or [R]
+    sizes = tuple(b for b in sizes if b <= R) or (R,)
     end = start + size
     for rows in sizes[:-1]:
         count = (end - start) // rows

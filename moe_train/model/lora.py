@@ -79,7 +79,8 @@ def _attach(module: Linear | ExpertLinear, target: config.LoraTarget, rngs: nnx.
     for size in ins:
         fan_in *= size
     bound = fan_in**-0.5
-    a = jax.random.uniform(rngs.params(), (*lead, *ins, J), weight.dtype, -bound, bound, out_sharding=a_spec)
+    # float32 whatever the base's dtype: an update of 1e-4 to a bfloat16 adapter would mostly be rounded away
+    a = jax.random.uniform(rngs.params(), (*lead, *ins, J), jnp.float32, -bound, bound, out_sharding=a_spec)
     module.lora_a = nnx.Param(a)
-    module.lora_b = nnx.Param(jnp.zeros((*lead, J, *outs), weight.dtype, out_sharding=b_spec))
+    module.lora_b = nnx.Param(jnp.zeros((*lead, J, *outs), jnp.float32, out_sharding=b_spec))
     module.lora_scale = target.alpha / J

@@ -105,6 +105,8 @@ def train(run: config.Config) -> int:
         writer.say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
 
         held_out_sums = make_batch_sums(structure)
+        if held_out and start == 0:
+            writer.evaluation(0, evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches))
         best = checkpoint.best_loss(checkpoints)
         figures = _Figures(run, mesh, trainable, total_steps, int(state.skipped))
         saved_at, late, votes = time.monotonic(), None, _Votes(False, False)
@@ -269,7 +271,9 @@ class _Figures:
         self._tokens = run.train.batch_size * run.train.seq_len
         self._flops = self._tokens * metrics.flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
         self._peak, self.peak_source = metrics.peak_flops(list(mesh.devices.flat))
-        self._rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
+        # A table, since a schedule's own arithmetic would queue behind the steps on the device.
+        rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
+        self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
         self._steps, self._since = 0, time.perf_counter()
 
     def read(self, step: int, now: StepMetrics, voted: jax.Array, writer: metrics.Writer) -> _Votes:
@@ -287,7 +291,7 @@ class _Figures:
             writer.train(step, self._figures(step, now))
         if self._skipped > limit:
             raise RuntimeError(
-                f"{self._skipped} steps had a loss or gradient that is not finite, the last was step {step}; train.max_skipped_steps "
+                f"{self._skipped} steps had a loss or gradient that is not finite, the last step {step}; train.max_skipped_steps "
                 f"is {limit}. The checkpoints are intact: look at the data, or lower optimizer.learning_rate"
             )
         return _Votes(*(bool(vote) for vote in voted))
@@ -297,21 +301,25 @@ class _Figures:
         self._steps, self._since = 0, time.perf_counter()
 
     def _figures(self, step: int, now: StepMetrics) -> dict[str, Any]:
-        seconds = (time.perf_counter() - self._since) / self._steps
-        figures = {
+        seconds = self._pace()
+        return {
             "loss": float(now.loss),
             "cross_entropy": float(now.cross_entropy),
             "loss_tokens": int(now.loss_tokens),
             "grad_norm": float(now.grad_norm),
-            "learning_rate": float(self._rate(step - 1 - self._skipped)),
+            "learning_rate": float(self._rates[step - 1 - self._skipped]),
             "skipped": self._skipped,
             "seconds": seconds,
             "tokens_per_second": self._tokens / seconds,
             "mfu": None if self._peak is None else self._flops / seconds / self._peak,
             **({} if now.routers is None else metrics.router_figures(now.routers)),
         }
+
+    def _pace(self) -> float:
+        """Seconds a step, since the last time this was asked or a pause ended."""
+        seconds = (time.perf_counter() - self._since) / self._steps
         self.go_on()
-        return figures
+        return seconds
 
 
 @contextlib.contextmanager

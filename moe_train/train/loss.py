@@ -6,7 +6,6 @@ a time, and never in the backward pass: the gradient of a chunk is formed where 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +31,9 @@ class LossParts(NamedTuple):
     routers: RouterStats | None
 
 
-def microbatch_loss(model: Transformer, batch: Any, loss_tokens: Array, microbatches: int, coefs: config.Loss) -> tuple[Array, LossParts]:
+def microbatch_loss(
+    model: Transformer, batch: Any, loss_tokens: Array, microbatches: int, coefs: config.Loss
+) -> tuple[Array, LossParts]:
     """This microbatch's share of the step's loss.
 
     batch: the five (B, T) arrays of a `Batch`; loss_tokens: the number of loss-bearing tokens in the whole

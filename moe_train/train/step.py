@@ -35,7 +35,12 @@ class StepMetrics(NamedTuple):
 
 
 def train_step(
-    state: TrainState, batch: Batch, structure: Any, optimizer: optax.GradientTransformation, loss: config.Loss, microbatches: int = 1
+    state: TrainState,
+    batch: Batch,
+    structure: Any,
+    optimizer: optax.GradientTransformation,
+    loss: config.Loss,
+    microbatches: int = 1,
 ) -> tuple[TrainState, StepMetrics]:
     """`structure` is the model's (see `transformer.parameters`); batch holds global (B, T) arrays."""
     loss_tokens = jnp.sum(batch.loss_mask)
@@ -44,7 +49,7 @@ def train_step(
         return microbatch_loss(combine(structure, trainable, state.frozen), part, loss_tokens, microbatches, loss)
 
     (value, parts), grads = _accumulate(jax.value_and_grad(objective, has_aux=True), state.trainable, batch, microbatches)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731

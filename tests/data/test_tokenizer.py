@@ -15,7 +15,6 @@ from moe_train import config
 from moe_train.data.tokenizer import HuggingFace, Mistral, check_vocab, load_tokenizer, train_bpe
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
-SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
 TEXTS = ["some words to learn from, again and again"] * 20
 
 
@@ -167,14 +166,11 @@ def test_mistral(mistral: Mistral, tmp_path: Path) -> None:
         Mistral(tmp_path / "tekken2.json")
 
 
-def test_sentencepiece_asks_for_its_library() -> None:
-    try:
-        import sentencepiece  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match="install sentencepiece"):
-            Mistral(SENTENCEPIECE)
-    else:
-        assert Mistral(SENTENCEPIECE).vocab_size == 32768
+@pytest.mark.parametrize("file", sorted(file.name for file in TEKKEN.parent.glob("*.model.v*") if "m1" not in file.name))
+def test_every_sentencepiece_version(file: str) -> None:
+    tokenizer = Mistral(TEKKEN.parent / file)
+    assert tokenizer.vocab_size == (32000 if file.endswith("v1") else 32768)
+    assert tokenizer.decode(tokenizer.encode("Grüße, 東京")) == "Grüße, 東京"
 
 
 @pytest.mark.judges

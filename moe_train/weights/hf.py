@@ -41,11 +41,22 @@ def load_parameters(directory: str | Path, abstract: Abstract) -> Parameters:
     `abstract` may name some of the weights; adapters are in no such directory. The host holds one device's part of
     one array at a time. Raises ValueError unless the tensors are those of config.json and fill every array.
     """
-    tensors = open_tensors(directory)
-    table = names.pieces_of(read_model_config(directory), tensors)
+    model, tensors = read_model_config(directory), open_tensors(directory)
+    table = names.pieces_of(model, tensors)
+    if model.tie_embeddings:
+        _drop_copied_head(directory, tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names.check(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, tensors)
+
+
+def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_io.Tensor]) -> None:
+    """Some tools write a tied head out. Raise ValueError where it is not the embedding."""
+    for head in [name for name in tensors if name.endswith("lm_head.weight")]:
+        embedding = next((t for name, t in tensors.items() if name.endswith("embed_tokens.weight")), None)
+        if embedding is None or len({*safetensors_io.hashes({"head": tensors[head], "embed": embedding}).values()}) > 1:
+            raise ValueError(f"{directory} has a {head} of its own, but tie_word_embeddings is true in its config.json")
+        del tensors[head]
 
 
 def open_tensors(directory: str | Path) -> dict[str, safetensors_io.Tensor]:

@@ -80,8 +80,7 @@ def test_the_files_of_an_export(tmp_path: Path) -> None:
             MIXTRAL,
             tmp_path / "out",
             dtype="bfloat16",
-            chat_template="{{ x }}",
-            resolved_config="a: 1\n",
+            texts=hf.Texts(chat_template="{{ x }}", config="a: 1\n"),
         )
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",
@@ -271,3 +270,18 @@ def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None
         wider = MIXTRAL.model_copy(update={"model_dim": 16})
         with pytest.raises(ValueError, match=r"gives .*\(24, 8\)"):
             hf.load_parameters(tmp_path / "out", abstract(wider))
+
+
+def test_a_tied_head_that_was_written_out_is_dropped_where_it_is_the_embedding(tmp_path: Path) -> None:
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MINISTRAL)
+        hf.export(parameters, MINISTRAL, tmp_path / "out", dtype="float32")
+        (shard,) = (tmp_path / "out").glob("model-*")
+        (tmp_path / "out" / safetensors_io.INDEX).unlink()
+        found = safetensors.numpy.load_file(shard)
+        single = tmp_path / "out/model.safetensors"
+        safetensors.numpy.save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"]}, single)
+        assert_equal(hf.load_parameters(tmp_path / "out", abstract(MINISTRAL)), parameters)
+        safetensors.numpy.save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"] + 1}, single)
+        with pytest.raises(ValueError, match=r"lm_head\.weight of its own"):
+            hf.load_parameters(tmp_path / "out", abstract(MINISTRAL))

@@ -26,13 +26,13 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 24,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
     "pad_token_id": None,  # torch gives a padding token's embedding no gradient
 }
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
-    "factor": 8.0,
+    "factor": 16.0,
     "original_max_position_embeddings": 8,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
@@ -48,8 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {"rope_parameters": YARN, "tie_word_embeddings": True},
     "llama": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
 }
-# Two packed documents and padding; a full row
-SEGMENTS = np.stack([np.repeat([1, 2, 0], [13, 15, 4]), np.ones(32, int)])
+# Two packed documents and padding; a full row. Longer than a block of the CPU's attention (64)
+SEGMENTS = np.stack([np.repeat([1, 2, 0], [43, 27, 10]), np.ones(80, int)])
 
 
 def settings_of(family: str) -> Any:
@@ -206,15 +206,17 @@ def test_peft_and_transformers_read_an_adapter(family: str, targets: str, mesh: 
     random_judge(family).save_pretrained(tmp_path / "base")
     lora = config.Lora(targets=tuple(config.LoraTarget(modules=(m,), rank=r, alpha=alpha) for m, r, alpha in LORAS[targets]))
     with jax.set_mesh(mesh):
-        model, plain, base = load(tmp_path / "base")
+        model, _, base = load(tmp_path / "base")
         structure, adapters = random_parameters(model, lora)
         parameters = adapters | base
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
-        assert distance(our_logits(plain, base, arrays), ours) > 0.05  # the adapter matters
         hf.export(parameters, model, tmp_path / "merged", dtype="float32", lora=lora, merge=True)
         peft.export_adapter(parameters, model, lora, tmp_path / "adapter", base_model=str(tmp_path / "base"))
     assert_same_logits(read_by_transformers(tmp_path / "merged"), ours, tokens)
-    judge = PeftModel.from_pretrained(read_by_transformers(tmp_path / "base"), tmp_path / "adapter").eval()
+    judge = read_by_transformers(tmp_path / "base")
+    with pytest.raises(AssertionError):
+        assert_same_logits(judge, ours, tokens)  # the adapter matters
+    judge = PeftModel.from_pretrained(judge, tmp_path / "adapter").eval()
     assert_same_logits(judge, ours, tokens)
     assert_same_logits(judge.merge_and_unload(), ours, tokens)

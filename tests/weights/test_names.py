@@ -106,6 +106,18 @@ def test_a_head_is_contiguous_in_the_file() -> None:
     assert np.array_equal(piece.from_file(file.__getitem__, [(0, 6), (1, 3), (0, 2)])[:, 0, :], file[2:4].T)
 
 
+def test_the_names_of_the_experts_matrices() -> None:
+    """w1 is the gate (silu), w3 goes up, w2 goes down, as Mixtral's paper and files have it."""
+    body = "model.layers.1.block_sparse_moe"
+    found = {piece.name: (piece.path, piece.lead) for piece in names.pieces(SMALL) if piece.name.startswith(body)}
+    assert found[f"{body}.gate.weight"] == ("stacks.0.layers.0.ffn.router.weight", (1,))
+    for file, ours in {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.items():
+        assert found[f"{body}.experts.2.{file}.weight"] == (f"stacks.0.layers.0.ffn.{ours}.weight", (1, 2))
+    interleaved = SMALL.model_copy(update={"attention": attention(4, 2, 2, windows=(None, 4)), "num_layers": 4})
+    (piece,) = (p for p in names.pieces(interleaved) if p.name == "model.layers.3.input_layernorm.weight")
+    assert (piece.path, piece.lead) == ("stacks.0.layers.1.attention_norm.scale", (1,))
+
+
 def test_missing_extra_and_wrong_tensors_are_named_in_one_line() -> None:
     files, shapes, table = small_files(), shapes_of(SMALL), names.pieces(SMALL)
     bad = dict(files)

@@ -201,9 +201,9 @@ class Writer:
 
 
 def _open_lines(path: Path, start_step: int) -> TextIO:
-    """Open for appending, without the lines past `start_step` and without a half-written last one."""
+    """Open for appending, without the lines past `start_step` (of a new start: without any) and without a half line."""
     kept: list[str] = []
-    if path.exists():
+    if start_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= start_step:
                 kept.append(line)

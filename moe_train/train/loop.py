@@ -105,11 +105,11 @@ def train(run: config.Config) -> int:
         writer.say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
 
         held_out_sums = make_batch_sums(structure)
-        if held_out and start == 0:
+        if held_out is not None and start == 0:
             writer.evaluation(0, evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches))
         best = checkpoint.best_loss(checkpoints)
-        figures = _Figures(run, mesh, trainable, total_steps, int(state.skipped))
-        saved_at, late, votes = time.monotonic(), None, _Votes(False, False)
+        figures = _Figures(run, mesh, trainable, total_steps, start, int(state.skipped))
+        saved_at, late = time.monotonic(), None
         for step in range(start + 1, total_steps + 1):
             state, now = run_step(state, batch)
             every = run.checkpoint.every_minutes
@@ -118,19 +118,19 @@ def train(run: config.Config) -> int:
             if step < total_steps:
                 batch = put_batch(next(batches), mesh)
             # Figures and votes are read one step late: the device never waits for somebody to read them.
-            if late is not None:
-                votes = figures.read(*late, writer)
+            votes = _Votes() if late is None else figures.read(*late, now, writer)
             late = step, now, voted
             stopped.step = step
 
-            evaluates = step % run.evaluation.every_steps == 0 or step == total_steps
-            saves = step % run.checkpoint.every_steps == 0 or step == total_steps or votes.stop or votes.save
-            if not (saves or (evaluates and held_out)):
+            evaluates = held_out is not None and (step % run.evaluation.every_steps == 0 or step == total_steps)
+            saves = step % run.checkpoint.every_steps == 0 or step == total_steps
+            if not (evaluates or saves or votes.stop or votes.save):
                 checkpoint.check_saving(checkpoints)
                 continue
-            figures.read(*late, writer)
+            votes = figures.read(*late, now, writer).joined(votes)
             late, held_out_loss = None, None
-            if evaluates and held_out:
+            saves |= votes.stop or votes.save
+            if evaluates and held_out is not None:
                 found = evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches)
                 writer.evaluation(step, found)
                 held_out_loss = found["loss"]
@@ -140,13 +140,12 @@ def train(run: config.Config) -> int:
                 about = About(run.model_dump(mode="json"), step * run.train.batch_size, loader.identity, base)
                 checkpoint.save(checkpoints, step, state, about, held_out_loss)
                 saved_at = time.monotonic()
-            figures.go_on()
+            figures.go_on(step)
             if votes.stop and step < total_steps:
                 checkpoint.finish_saving(checkpoints)
                 stopped.reason = asked.reason or "another process was asked to stop"
                 writer.say(f"stopped after step {step} of {total_steps} ({stopped.reason}) and saved; start again to continue")
                 return UNFINISHED
-            votes = _Votes(False, False)
 
         checkpoint.finish_saving(checkpoints)
         writer.say(f"finished {total_steps} steps; the checkpoints are in {run_dir / checkpoint.FOLDER}")
@@ -247,8 +246,11 @@ def _introduce(
 class _Votes(NamedTuple):
     """What some process wants, agreed by all."""
 
-    stop: bool
-    save: bool
+    stop: bool = False
+    save: bool = False
+
+    def joined(self, other: _Votes) -> _Votes:
+        return _Votes(self.stop or other.stop, self.save or other.save)
 
 
 def _vote(wishes: tuple[bool, bool], mesh: Mesh) -> jax.Array:
@@ -265,7 +267,7 @@ def _any(wishes: jax.Array) -> jax.Array:
 class _Figures:
     """Reads the figures of steps, counts the skipped ones, and knows how fast it goes."""
 
-    def __init__(self, run: config.Config, mesh: Mesh, trainable: Parameters, total_steps: int, skipped: int):
+    def __init__(self, run: config.Config, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
         assert run.model is not None
         self._run, self._skipped = run, skipped
         self._tokens = run.train.batch_size * run.train.seq_len
@@ -274,15 +276,22 @@ class _Figures:
         # A table, since a schedule's own arithmetic would queue behind the steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
         self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
-        self._steps, self._since = 0, time.perf_counter()
+        self._seconds = math.nan
+        self.go_on(start)
 
-    def read(self, step: int, now: StepMetrics, voted: jax.Array, writer: metrics.Writer) -> _Votes:
+    def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: metrics.Writer) -> _Votes:
         """Wait for a step's figures and write them; what the processes voted at that step.
 
+        newest: the figures of the last step that was started, this one or the next.
         Raises RuntimeError where too many steps were not finite.
         """
+        is_next = newest is not now
         now, voted = jax.device_get((now, voted))
-        self._steps += 1
+        ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]  # a device may have been that quick
+        done = step + ahead
+        if done > self._done and step % self._run.metrics.every_steps == 0:
+            self._seconds = (time.perf_counter() - self._since) / (done - self._done)
+            self.go_on(done)
         limit = self._run.train.max_skipped_steps
         if not now.finite:
             self._skipped += 1
@@ -296,12 +305,11 @@ class _Figures:
             )
         return _Votes(*(bool(vote) for vote in voted))
 
-    def go_on(self) -> None:
-        """After a pause, which the speed is not to count."""
-        self._steps, self._since = 0, time.perf_counter()
+    def go_on(self, step: int) -> None:
+        """Time the steps after `step` from now on; a pause before is not to count."""
+        self._done, self._since = step, time.perf_counter()
 
     def _figures(self, step: int, now: StepMetrics) -> dict[str, Any]:
-        seconds = self._pace()
         return {
             "loss": float(now.loss),
             "cross_entropy": float(now.cross_entropy),
@@ -309,17 +317,11 @@ class _Figures:
             "grad_norm": float(now.grad_norm),
             "learning_rate": float(self._rates[step - 1 - self._skipped]),
             "skipped": self._skipped,
-            "seconds": seconds,
-            "tokens_per_second": self._tokens / seconds,
-            "mfu": None if self._peak is None else self._flops / seconds / self._peak,
+            "seconds": self._seconds,
+            "tokens_per_second": self._tokens / self._seconds,
+            "mfu": None if self._peak is None else self._flops / self._seconds / self._peak,
             **({} if now.routers is None else metrics.router_figures(now.routers)),
         }
-
-    def _pace(self) -> float:
-        """Seconds a step, since the last time this was asked or a pause ended."""
-        seconds = (time.perf_counter() - self._since) / self._steps
-        self.go_on()
-        return seconds
 
 
 @contextlib.contextmanager

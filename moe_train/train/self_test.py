@@ -7,9 +7,12 @@ cannot hide behind a large one's.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.mesh import make_mesh
@@ -43,16 +46,19 @@ def check_grouped_matmul(compute: config.Compute) -> float:
         )
 
         @jax.jit
-        def both(sizes: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-            y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, kernel), x_RD, w_EDF)
+        @partial(jax.shard_map, in_specs=P(), out_specs=P())  # local view, as where the model calls it
+        def both(
+            x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array
+        ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+            y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, kernel), x, w)
             with jax.default_matmul_precision("highest"):
-                exact = [a.astype(jnp.float32) for a in (x_RD, w_EDF, dy_RF)]
+                exact = [a.astype(jnp.float32) for a in (x, w, dy)]
                 y_exact, vjp_exact = jax.vjp(lambda x, w: gm.reference(x, w, sizes), *exact[:2])
-                return (y, *vjp(dy_RF)), (y_exact, *vjp_exact(exact[2]))
+                return (y, *vjp(dy)), (y_exact, *vjp_exact(exact[2]))
 
         worst = 0.0
         for case, sizes in CASES.items():
-            found, wanted = jax.device_get(both(jnp.asarray(sizes, jnp.int32)))
+            found, wanted = jax.device_get(both(x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32)))
             for what, a, b in zip(("result", "gradient of x", "gradient of w"), found, wanted, strict=True):
                 error = _worst_part(a, b, sizes if what != "gradient of w" else None)
                 if not error <= tolerance:

@@ -1,0 +1,257 @@
+"""Saving and restoring a small state: what stays, what is damaged, what another mesh sees."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_train import checkpoint, config
+from moe_train.checkpoint import About, Base
+from moe_train.mesh import make_mesh
+from moe_train.train.state import TrainState, create_state
+
+# of the threads of Orbax that a failure cuts short
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+OPTIMIZER = optax.adamw(1e-2)
+SETTINGS = config.Checkpoint(keep_last=2)
+ABOUT = About({"name": "test"}, 16, "an identity", None)
+MESHES = {"one": config.Mesh(fsdp=8), "other": config.Mesh(data=2, fsdp=2, tensor=2)}
+
+
+def new_state() -> TrainState:
+    """Random numbers in three weights of different specs and dtypes."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    return create_state(
+        {
+            "head": jax.random.normal(keys[0], (16, 64), jnp.float32, out_sharding=P("tensor", "fsdp")),
+            "gate": jax.random.normal(keys[1], (4, 64, 32), jnp.bfloat16, out_sharding=P("expert", "fsdp", "tensor")),
+            "scale": jax.random.normal(keys[2], (64,), jnp.float32, out_sharding=P(None)),
+        },
+        OPTIMIZER,
+    )
+
+
+@jax.jit
+def changed(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: (x * 2 + 1).astype(x.dtype), state)
+
+
+def numpy_of(state: TrainState) -> TrainState:
+    return jax.tree.map(np.array, state)
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(numpy_of(a)), jax.tree.leaves(b), strict=True))
+
+
+def save_steps(run_dir: Path, losses: dict[int, float | None]) -> dict[int, TrainState]:
+    """A checkpoint for each step, of another state each; the states as numpy."""
+    saved = {}
+    with checkpoint.opened(run_dir, SETTINGS) as checkpoints:
+        state = jax.jit(new_state)()
+        for step, loss in losses.items():
+            saved[step] = numpy_of(state)
+            checkpoint.save(checkpoints, step, state, ABOUT, loss)
+            state = changed(state)
+    return saved
+
+
+def restored(run_dir: Path) -> checkpoint.Restored | None:
+    with checkpoint.opened(run_dir, SETTINGS) as checkpoints:
+        return checkpoint.restore(checkpoints, jax.eval_shape(new_state))
+
+
+def steps_in(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def mesh():
+    with jax.set_mesh(make_mesh(MESHES["one"])):
+        yield
+
+
+def test_what_is_saved_comes_back(tmp_path, mesh):
+    saved = save_steps(tmp_path, {1: None, 2: None})
+    found = restored(tmp_path)
+    assert same(found.state, saved[2]) and found.about == ABOUT and not found.damaged
+    assert found.state.trainable["gate"].dtype == jnp.bfloat16
+
+
+def test_frozen_weights_are_not_in_it(tmp_path, mesh):
+    base = Base("models/base", None, {"a": "0" * 64})
+    with checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
+        state = jax.jit(new_state)()._replace(frozen={"large": jnp.ones((1000, 1000))})
+        checkpoint.save(checkpoints, 1, state, ABOUT._replace(base=base))
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 200_000
+    found = restored(tmp_path)
+    assert found.state.frozen == {} and found.about.base == base
+
+
+def test_another_mesh_gets_the_same_numbers(tmp_path):
+    with jax.set_mesh(make_mesh(MESHES["one"])):
+        saved = save_steps(tmp_path, {1: None})
+    with jax.set_mesh(make_mesh(MESHES["other"])):
+        found = restored(tmp_path).state
+    assert same(found, saved[1])
+    for tree in (found.trainable, found.opt_state[0].mu):
+        assert tree["gate"].sharding.spec == P("expert", "fsdp", "tensor")
+        assert tree["gate"].sharding.mesh.shape["tensor"] == 2
+        assert tree["gate"].addressable_shards[0].data.shape == (4, 32, 16)
+
+
+def test_a_donated_state_does_not_change_what_is_being_saved(tmp_path, mesh):
+    donating = jax.jit(lambda state: changed(state), donate_argnums=0)
+    with checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
+        state = jax.jit(new_state)()
+        wanted = numpy_of(state)
+        checkpoint.save(checkpoints, 1, state, ABOUT)
+        for _ in range(5):
+            state = donating(state)
+    assert same(restored(tmp_path).state, wanted)
+
+
+def test_the_last_and_the_best_stay(tmp_path, mesh):
+    save_steps(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: None, 6: 4.0})
+    assert steps_in(tmp_path) == ["2", "5", "6"]
+    with checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
+        assert checkpoint.best_loss(checkpoints) == 1.0
+        checkpoint.save(checkpoints, 7, jax.jit(new_state)(), ABOUT, 0.5)
+    assert steps_in(tmp_path) == ["6", "7"]
+
+
+def test_without_the_best(tmp_path, mesh):
+    settings = config.Checkpoint(keep_last=1, keep_best=False)
+    with checkpoint.opened(tmp_path, settings) as checkpoints:
+        for step, loss in ((1, 1.0), (2, 2.0)):
+            checkpoint.save(checkpoints, step, jax.jit(new_state)(), ABOUT, loss)
+    assert steps_in(tmp_path) == ["2"]
+
+
+def test_nothing_is_made_before_the_first_save(tmp_path, mesh):
+    assert restored(tmp_path / "run") is None
+    assert not (tmp_path / "run").exists()
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def damage(folder: Path, how: str) -> None:
+    """To all files that hold arrays."""
+    for file in folder.rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        match how:
+            case "truncated":
+                file.write_bytes(content[: len(content) // 2])
+            case "zeros":
+                file.write_bytes(bytes(len(content)))
+            case "flipped bits":
+                content[len(content) // 2] ^= 4
+                file.write_bytes(content)
+            case "files gone":
+                file.unlink()
+    if how == "empty":
+        shutil.rmtree(folder)
+
+
+def test_one_flipped_bit_is_damage(tmp_path, mesh):
+    """Where the file's own checks do not look: in the array's bytes."""
+    saved = save_steps(tmp_path, {1: None, 2: None})
+    file = max((tmp_path / "checkpoints" / "2" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    found = restored(tmp_path)
+    assert same(found.state, saved[1]) and list(found.damaged) == [2]
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+@pytest.mark.parametrize("how", ["truncated", "zeros", "flipped bits", "files gone", "empty"])
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, mesh, how, item):
+    saved = save_steps(tmp_path, {1: None, 2: None})
+    damage(tmp_path / "checkpoints" / "2" / item, how)
+    found = restored(tmp_path)
+    assert same(found.state, saved[1])
+    assert list(found.damaged) == [2] and len(found.damaged[2]) < 250 and "\n" not in found.damaged[2]
+    assert steps_in(tmp_path) == ["1", "damaged-2"]
+    assert save_steps(tmp_path, {2: None})  # the step is done again, and there is room for it
+    assert not restored(tmp_path).damaged
+
+
+def test_a_damaged_description_is_damage_too(tmp_path, mesh):
+    saved = save_steps(tmp_path, {1: None, 2: None})
+    for file in (tmp_path / "checkpoints" / "2" / "about").rglob("metadata"):
+        file.write_text("{")
+    with checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
+        assert checkpoint.newest(checkpoints) == ABOUT
+    assert same(restored(tmp_path).state, saved[1])
+
+
+def test_where_all_are_damaged_nothing_is_touched(tmp_path, mesh):
+    save_steps(tmp_path, {1: None, 2: None})
+    for step in ("1", "2"):
+        damage(tmp_path / "checkpoints" / step / "params", "truncated")
+    with pytest.raises(RuntimeError, match=r"no checkpoint in .* can be read; the newest, of step 2"):
+        restored(tmp_path)
+    assert steps_in(tmp_path) == ["1", "2"]
+
+
+def test_what_a_killed_save_left_is_cleared_away(tmp_path, mesh):
+    saved = save_steps(tmp_path, {1: None})
+    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
+    assert same(restored(tmp_path).state, saved[1])
+    save_steps(tmp_path, {2: None})
+    assert steps_in(tmp_path) == ["1", "2"]
+
+
+@contextmanager
+def full_disk(limit: int = 2000):
+    """No file grows past `limit` bytes: writing fails as it does on a full disk, in all threads."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
+    saved = save_steps(tmp_path, {1: None})
+    with pytest.raises(RuntimeError) as caught, checkpoint.opened(tmp_path, SETTINGS) as checkpoints, full_disk():
+        checkpoint.save(checkpoints, 2, changed(jax.jit(new_state)()), ABOUT)
+        checkpoint.finish_saving(checkpoints)
+    said = str(caught.value)
+    assert said.startswith(f"could not save a checkpoint in {tmp_path}") and said.endswith("the one of step 1 is intact")
+    assert "\n" not in said and len(said) < 500
+    assert steps_in(tmp_path) == ["1"]
+    assert same(restored(tmp_path).state, saved[1])
+
+
+# --- what the weights of another run are -------------------------------------------------------------------------------
+
+
+def test_a_changed_base_is_refused(tmp_path, mesh):
+    save_steps(tmp_path, {1: None, 2: None})
+    base = checkpoint.base_of(tmp_path)
+    assert base.source == str(tmp_path) and base.step == 2 and all(len(digest) == 64 for digest in base.hashes.values())
+    checkpoint.check_base(base)
+    damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
+    with pytest.raises(
+        ValueError, match=r"base weights in .* have changed since this run started \([0-9]+ tensors or files, the first"
+    ):
+        checkpoint.check_base(base)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    with pytest.raises(FileNotFoundError, match="is gone, and holds the weights that this run's adapters belong to"):
+        checkpoint.check_base(base)

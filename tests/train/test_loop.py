@@ -1,0 +1,320 @@
+"""Whole runs of a tiny dense model on 8 devices: what they write, refuse, survive and say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_train import checkpoint, config, config_file, metrics
+from moe_train.data.loader import Loader
+from moe_train.data.tokenizer import load_tokenizer
+from moe_train.mesh import make_mesh
+from moe_train.model.transformer import init_model, parameters
+from moe_train.train import loop, step
+from moe_train.train.evaluate import evaluate_dir
+
+LORA = {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 4.0}]}
+
+
+def lines(run_dir: Path, kind: str = "train") -> list[dict]:
+    read = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in read if line["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in lines(run_dir)]
+
+
+def events(run_dir: Path) -> list[dict]:
+    return json.loads((run_dir / "run.json").read_text())["events"]
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def weights(run: config.Config, run_dir: Path) -> dict[str, np.ndarray]:
+    with jax.set_mesh(make_mesh(run.mesh)):
+        shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, run.lora)))[1]
+        return {path: np.asarray(x) for path, x in checkpoint.load_parameters(run_dir, shapes).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(small_run: Callable[..., config.Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 6 steps that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("run")
+    assert loop.train(small_run(run_dir)) == loop.FINISHED
+    return run_dir
+
+
+@pytest.fixture
+def after_two(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that run as it was after step 2."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    for done in (3, 4, 6):
+        shutil.rmtree(run_dir / "checkpoints" / str(done))
+    return run_dir
+
+
+def test_what_a_run_leaves(finished, small_run):
+    run = small_run(finished)
+    assert [line["step"] for line in lines(finished)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(finished, "eval")] == [0, 3, 6]
+    first, last = lines(finished)[0], lines(finished)[-1]
+    assert first["cross_entropy"] == pytest.approx(math.log(288), rel=0.02) and last["loss"] < first["loss"] - 0.3
+    assert last["tokens_per_second"] == pytest.approx(8 * 32 / last["seconds"]) and 0 < last["mfu"] < 1
+    assert steps_in(finished) == [2, 3, 4, 6]  # 3 because it was the best so far
+    assert config_file.load(finished / "config.yaml") == run
+    start, stop = events(finished)
+    assert (start["event"], stop["event"], stop["step"], stop["reason"]) == ("start", "stop", 6, "finished")
+    assert start["versions"]["jax"] == jax.__version__ and start["hardware"]["devices"] == 8 and len(start["config_sha256"]) == 64
+
+
+def test_a_finished_run_is_left_alone(finished, small_run, capsys):
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
+    assert loop.train(small_run(finished)) == loop.FINISHED
+    assert "all 6 steps are done; raise train.steps, epochs or tokens to go on" in capsys.readouterr().out
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
+
+
+def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text):
+    """Against log-softmax of all logits at once, and against the command's function."""
+    run = small_run(finished)
+    loader = Loader(run.data, "eval", load_tokenizer(run.data.tokenizer), batch_size=8, seq_len=32, seed=0)
+    total = count = 0.0
+    with jax.set_mesh(make_mesh(run.mesh)):
+        shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))
+        model = shapes[0].unflatten([checkpoint.load_parameters(finished, shapes[1])[path] for path in shapes[1]])
+        logits_of = jax.jit(lambda batch: model.logits(model(batch.tokens, batch.positions, batch.segment_ids)[0]))
+        for batch in loader.iterate():
+            log_probs = jax.nn.log_softmax(np.asarray(logits_of(loop.put_batch(batch, make_mesh(run.mesh))), np.float64))
+            chosen = np.take_along_axis(np.asarray(log_probs), batch.targets[..., None], axis=-1)[..., 0]
+            total, count = total - float(np.sum(chosen * batch.loss_mask)), count + batch.loss_mask.sum()
+    said = lines(finished, "eval")[-1]
+    assert said["loss_tokens"] == count and said["loss"] == pytest.approx(total / count, rel=1e-5)
+    answer = evaluate_dir(finished, [text / "eval.jsonl"])
+    assert answer["loss"] == pytest.approx(said["loss"], rel=1e-5) and answer["loss_tokens"] == count
+    assert answer["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_interrupted_and_started_again(tmp_path, finished, small_run, monkeypatch, capsys):
+    """Ctrl-C during step 3, in this process; the handlers are as before afterwards."""
+    write, before = metrics.Writer.train, signal.getsignal(signal.SIGINT)
+
+    def interrupt(writer: metrics.Writer, step: int, figures: dict) -> None:
+        write(writer, step, figures)
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(metrics.Writer, "train", interrupt)
+    run = small_run(tmp_path)
+    assert loop.train(run) == loop.UNFINISHED
+    assert signal.getsignal(signal.SIGINT) is before
+    assert events(tmp_path)[-1]["reason"] == "SIGINT" and steps_in(tmp_path)[-1] == events(tmp_path)[-1]["step"] == 4
+    assert loop.train(run) == loop.FINISHED
+    assert losses(tmp_path) == losses(finished)
+    assert "continuing after step 4" in capsys.readouterr().err
+
+
+def test_saves_every_so_many_minutes(tmp_path, small_run):
+    run = small_run(
+        tmp_path, checkpoint={"every_steps": 1000, "every_minutes": 1e-6, "keep_last": 100, "keep_best": False}, data__eval=[]
+    )
+    assert loop.train(run) == loop.FINISHED
+    assert steps_in(tmp_path) == [2, 4, 6]  # agreed one step late, then the clock starts again
+    assert not lines(tmp_path, "eval")
+
+
+# --- steps that are not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> Callable[..., None]:
+    """`poison(3, 4)`: the loss of the batches of steps 3 and 4 is no number."""
+
+    def spoil(*steps: int) -> None:
+        run = small_run(tmp_path)
+        loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), batch_size=8, seq_len=32, seed=0)
+        marks = np.stack([loader.batch(s - 1).tokens[0] for s in steps])
+        plain = step.microbatch_loss
+
+        def microbatch_loss(model, batch, *rest):
+            loss, parts = plain(model, batch, *rest)
+            first = jax.sharding.reshard(batch.tokens, jax.sharding.PartitionSpec())[0]
+            return jnp.where(jnp.any(jnp.all(first == marks, axis=1)), jnp.nan, loss), parts
+
+        monkeypatch.setattr(step, "microbatch_loss", microbatch_loss)
+
+    return spoil
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, small_run, poison, capsys):
+    poison(3, 5)
+    run = small_run(tmp_path, checkpoint={"every_steps": 1, "keep_last": 10})
+    assert loop.train(run) == loop.FINISHED
+    assert [math.isnan(loss) for loss in losses(tmp_path)] == [False, False, True, False, True, False]
+    assert [line["skipped"] for line in lines(tmp_path)] == [0, 0, 1, 1, 2, 2]
+    assert "step 3: loss nan" in capsys.readouterr().err
+    with jax.set_mesh(make_mesh(run.mesh)):
+        shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))[1]
+        at = {s: checkpoint.load_parameters(tmp_path, shapes, s) for s in (2, 3, 4)}
+    same = {s: all(np.array_equal(at[2][path], at[s][path]) for path in shapes) for s in (3, 4)}
+    assert same == {3: True, 4: False}
+
+
+def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
+    poison(2, 4)
+    run = small_run(tmp_path, train__max_skipped_steps=1)
+    with pytest.raises(
+        RuntimeError, match=r"2 steps had a loss or gradient that is not finite, the last step 4; train.max_skipped_steps is 1"
+    ):
+        loop.train(run)
+    assert steps_in(tmp_path) == [2, 3]
+    assert events(tmp_path)[-1]["reason"].startswith("RuntimeError: 2 steps")
+    with pytest.raises(RuntimeError, match="2 steps had"):  # the count is in the checkpoint
+        loop.train(run)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "seed is 1, but {run_dir} was started with 0; set it back, or choose another run_dir"),
+        ({"model__model_dim": 64}, "model.model_dim is 64, but {run_dir} was started with 32"),
+        ({"train__batch_size": 16}, "train.batch_size is 16, but"),
+        ({"train__seq_len": 16}, "train.seq_len is 16, but"),
+        ({"optimizer": {"name": "lion", "learning_rate": 1e-3}}, "optimizer.name is lion, but"),
+        ({"compute": {"param_dtype": "bfloat16"}}, "compute.param_dtype is bfloat16, but"),
+        ({"data__train__sources": "fewer"}, "the training data of {run_dir} are not those that it was started with"),
+    ],
+    ids=str,
+)
+def test_a_config_that_contradicts_the_checkpoint(finished, small_run, text, tmp_path, changes, said):
+    if "data__train__sources" in changes:
+        fewer = tmp_path / "fewer.jsonl"
+        fewer.write_text("".join((text / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
+        changes = {"data__train": [{"name": "files", "files": [str(fewer)], "record": {"name": "text"}}]}
+    before = events(finished)
+    with pytest.raises(ValueError, match=re.escape(said.format(run_dir=finished))) as caught:
+        loop.train(small_run(finished, train__steps=8, **changes))
+    assert "\n" not in str(caught.value)
+    assert events(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"mesh": {"data": 3}}, ValueError, "needs 3 devices, but 8 are here"),
+        ({"data": None}, ValueError, "training needs data.train and data.tokenizer"),
+        ({"model__vocab_size": 256}, ValueError, "vocab_size is 256"),
+        ({"init_from": "nowhere", "model": None}, FileNotFoundError, "nowhere: no such folder"),
+        ({"lora": LORA}, ValueError, "lora needs init_from"),
+        ({"optimizer__schedule": {"name": "linear", "warmup_steps": 7}}, ValueError, "warmup_steps 7 exceed the 6 steps"),
+    ],
+    ids=str,
+)
+def test_refused_before_anything_is_written(tmp_path, small_run, changes, error, said):
+    if "mesh" in changes:
+        changes["train__batch_size"] = 9
+    with pytest.raises(error, match=said):
+        loop.train(small_run(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+# --- what changes, and what is damaged ---------------------------------------------------------------------------------
+
+
+def test_other_settings_may_change_and_are_written_down(after_two, small_run, capsys):
+    run = small_run(after_two, optimizer__learning_rate=1e-9, train__steps=3)
+    before = weights(run, after_two)
+    assert loop.train(run) == loop.FINISHED
+    assert "changed since the checkpoint: optimizer.learning_rate 0.01 -> 1e-09" in capsys.readouterr().err
+    assert events(after_two)[-2]["changed"]["optimizer.learning_rate"] == [0.01, 1e-9]
+    assert all(np.allclose(before[path], x, atol=1e-7) for path, x in weights(run, after_two).items())
+    assert [line["step"] for line in lines(after_two)] == [1, 2, 3]
+
+
+def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, small_run, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    for file in (run_dir / "checkpoints" / "6" / "optimizer").rglob("d/*"):
+        file.write_bytes(b"")
+    assert loop.train(small_run(run_dir)) == loop.FINISHED
+    assert "WARNING: the checkpoint of step 6 is damaged, and was renamed to damaged-6" in capsys.readouterr().err
+    assert events(run_dir)[-2]["event"] == "resume" and events(run_dir)[-2]["step"] == 4 and "6" in events(run_dir)[-2]["damaged"]
+    assert losses(run_dir) == losses(finished)
+
+
+def test_length_in_epochs_and_tokens(small_run, tmp_path):
+    run = small_run(tmp_path, train={"epochs": 2, "batch_size": 8, "seq_len": 32})
+    loader, _ = loop._loaders(run)
+    assert loop._total_steps(run.train, loader) == 2 * -(-loader.num_rows // 8)
+    tokens = config.Train(tokens=8 * 32 * 5 + 1, batch_size=8, seq_len=32)
+    assert loop._total_steps(tokens, loader) == 6
+
+
+# --- adapters on a base ------------------------------------------------------------------------------------------------
+
+
+def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, text):
+    base, run_dir = tmp_path / "base", tmp_path / "lora"
+    shutil.copytree(finished, base)
+    run = small_run(run_dir, init_from=str(base), model=None, lora=LORA, train__steps=4, data__tokenizer=None)
+    write = metrics.Writer.train
+
+    def interrupt(writer: metrics.Writer, step: int, figures: dict) -> None:
+        write(writer, step, figures)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Writer, "train", interrupt)
+        assert loop.train(run) == loop.UNFINISHED
+    assert loop.train(run) == loop.FINISHED
+
+    said = checkpoint.run_config(run_dir)
+    assert said.model == small_run(base).model and said.data.tokenizer == small_run(base).data.tokenizer
+    full, adapted = weights(small_run(base), base), weights(said, run_dir)
+    assert all(np.array_equal(full[path], adapted[path]) for path in full)  # the base's bytes
+    assert {path for path in adapted if path not in full} == {path for path in adapted if path.endswith(("lora_a", "lora_b"))}
+    assert all(np.any(x != 0) for path, x in adapted.items() if path.endswith("lora_b"))
+    assert lines(run_dir, "eval")[0]["loss"] == pytest.approx(lines(base, "eval")[-1]["loss"], rel=1e-6)
+    assert lines(run_dir, "eval")[-1]["loss"] < lines(run_dir, "eval")[0]["loss"] - 0.01
+    assert evaluate_dir(run_dir, [text / "eval.jsonl"])["loss"] == pytest.approx(lines(run_dir, "eval")[-1]["loss"], rel=1e-5)
+    assert [event["base"]["step"] for event in events(run_dir) if "base" in event] == [6, 6]
+    held = {path.name for path in (run_dir / "checkpoints" / "4" / "params").rglob("*")}
+    assert held and not any("embed" in name for name in held)
+
+    # The base goes on training: its newest checkpoint is another one, and the adapters stay with theirs.
+    assert loop.train(small_run(base, train__steps=7)) == loop.FINISHED
+    longer = run.model_copy(update={"train": run.train.model_copy(update={"steps": 5})})
+    assert loop.train(longer) == loop.FINISHED
+
+    for file in (base / "checkpoints" / "6" / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-1])
+    longer = run.model_copy(update={"train": run.train.model_copy(update={"steps": 6})})
+    with pytest.raises(ValueError, match=r"the base weights in .* have changed since this run started"):
+        loop.train(longer)
+    with pytest.raises(ValueError, match="is a run with adapters; export it with --merge"):
+        loop.train(small_run(tmp_path / "next", init_from=str(run_dir), model=None, data__tokenizer=None))
+
+
+def test_all_weights_of_another_run(finished, tmp_path, small_run):
+    run = small_run(tmp_path, init_from=str(finished), model=None, train__steps=2)
+    assert loop.train(run) == loop.FINISHED
+    assert lines(tmp_path, "eval")[0]["loss"] == pytest.approx(lines(finished, "eval")[-1]["loss"], rel=1e-6)
+    with pytest.raises(ValueError, match=r"model.norm_eps is 0.001, but 1e-05 in .*; leave model out where init_from is given"):
+        loop.train(small_run(tmp_path, init_from=str(finished), model__norm_eps=1e-3))

@@ -37,9 +37,8 @@ def lora_of(*targets: tuple[str, int, float]) -> config.Lora:
 
 
 def abstract(lora: config.Lora, dtype: str = "float32") -> dict[str, jax.ShapeDtypeStruct]:
-    compute = config.Compute(param_dtype=dtype)
-    _, shapes = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, compute, lora)))
-    return {path: like for path, like in shapes.items() if is_lora(path)}
+    _, shapes = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
+    return {p: jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding) for p, like in shapes.items() if is_lora(p)}
 
 
 def adapters(lora: config.Lora, dtype: str = "float32") -> dict[str, jax.Array]:

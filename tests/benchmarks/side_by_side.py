@@ -1,6 +1,6 @@
 """Ours and transformers' training step, in turn, each in a process of its own, with the ratio pair by pair.
 
-    python tests/benchmarks/side_by_side.py [--workload S|M] [--lora RANK] [--experts grouped_mm|eager] [--cores 0 | 0,1] [--pairs 3]
+    python tests/benchmarks/side_by_side.py [--workload S|M] [--lora RANK] [--experts grouped_mm|eager] [--cores 0,1]
 
 Ratios above 1 are in our favour. Needs the extra `judges`, and a machine that does nothing else.
 """

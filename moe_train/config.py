@@ -139,6 +139,12 @@ class Model(Section):
             raise ValueError(f"family {self.family} has no attention.query_scaling; only ministral3 has")
         if len(set(self.attention.windows)) > 1 and self.family != "ministral":
             raise ValueError(f"family {self.family} has one window for all layers; interleaved windows are ministral's")
+        if len({w for w in self.attention.windows if w is not None}) > 1:
+            raise ValueError(f"attention.windows {list(self.attention.windows)} has several sizes; the family's layers share one")
+        if isinstance(self.rope, YarnRope) and self.attention.query_scaling is not None:
+            lengths = self.rope.original_max_seq_len, self.attention.query_scaling.original_max_seq_len
+            if lengths[0] != lengths[1]:
+                raise ValueError(f"rope has original_max_seq_len {lengths[0]}, attention.query_scaling {lengths[1]}; they are one figure")
         if self.family == "llama" and self.attention.windows != (None,):
             raise ValueError("family llama has no attention window; leave attention.windows out")
         return self
@@ -458,15 +464,20 @@ class Config(Section):
             raise ValueError("state model (an architecture, trained from random weights) or init_from (a checkpoint)")
         if self.model is not None:
             check_model(self, self.model)
-        mesh, train = self.mesh, self.train
-        replicas = mesh.data * mesh.fsdp * mesh.expert
-        per_microbatch = train.batch_size // train.microbatches
-        if replicas > 0 and per_microbatch % replicas:
-            raise ValueError(
-                f"batch_size {train.batch_size} / microbatches {train.microbatches} = {per_microbatch} sequences do not divide "
-                f"over mesh data x fsdp x expert = {replicas}; use a multiple of {replicas * train.microbatches}"
-            )
+        check_batch(self)
         return self
+
+
+def check_batch(config: Config) -> None:
+    """Raise ValueError where a microbatch does not divide over the mesh."""
+    mesh, train = config.mesh, config.train
+    replicas = mesh.data * mesh.fsdp * mesh.expert
+    per_microbatch = train.batch_size // train.microbatches
+    if replicas > 0 and per_microbatch % replicas:
+        raise ValueError(
+            f"batch_size {train.batch_size} / microbatches {train.microbatches} = {per_microbatch} sequences do not divide "
+            f"over mesh data x fsdp x expert = {replicas}; use a multiple of {replicas * train.microbatches}"
+        )
 
 
 def check_model(config: Config, model: Model) -> None:

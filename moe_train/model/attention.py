@@ -69,8 +69,8 @@ class Attention(nnx.Module):
 
 def _query_scale(scaling: config.QueryScaling, positions_BT: jax.Array) -> jax.Array:
     """(B, T, 1, 1) factor on the queries: 1 + beta * log(1 + floor(position / original_max_seq_len))."""
-    blocks = jnp.floor(positions_BT.astype(jnp.float32) / scaling.original_max_seq_len)
-    return (1 + scaling.beta * jnp.log1p(blocks))[:, :, None, None]
+    blocks = jnp.maximum(positions_BT, 0) // scaling.original_max_seq_len  # padding may be at -1
+    return (1 + scaling.beta * jnp.log1p(blocks.astype(jnp.float32)))[:, :, None, None]
 
 
 def _extend(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> Cache:

@@ -367,8 +367,11 @@ def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: in
     trainable, frozen = partition(dict(abstract))
     with _reading(directory) as checkpoints:
         step = _step(checkpoints, directory, step)
-        about = _about(checkpoints, step)
-        params: Parameters = dict(_arrays(checkpoints, step, params=trainable).params)
+        try:
+            about = _about(checkpoints, step)
+            params: Parameters = dict(_arrays(checkpoints, step, params=trainable).params)
+        except Exception as error:
+            raise RuntimeError(f"the checkpoint of step {step} in {directory} cannot be read: {_brief(error)}") from error
     if frozen:
         assert about.base is not None
         check_base(about.base)

@@ -144,7 +144,7 @@ class Model(Section):
         if isinstance(self.rope, YarnRope) and self.attention.query_scaling is not None:
             lengths = self.rope.original_max_seq_len, self.attention.query_scaling.original_max_seq_len
             if lengths[0] != lengths[1]:
-                raise ValueError(f"rope has original_max_seq_len {lengths[0]}, attention.query_scaling {lengths[1]}; they are one figure")
+                raise ValueError(f"original_max_seq_len is {lengths[0]} in rope, {lengths[1]} in query_scaling; they are the same")
         if self.family == "llama" and self.attention.windows != (None,):
             raise ValueError("family llama has no attention window; leave attention.windows out")
         return self

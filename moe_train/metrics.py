@@ -5,6 +5,7 @@ Model FLOPs are those of the model's mathematics, whatever the program does: no 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -125,6 +126,10 @@ def _rounded(xs: Any) -> list[float]:
     return [float(f"{x:.6g}") for x in np.asarray(xs, np.float64)]
 
 
+LINE_SECONDS = 5.0
+"""Where there is no terminal: time between two lines of figures."""
+
+
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +153,7 @@ class Writer:
         self._console = Console(stderr=True, highlight=False)
         self._total = total_steps
         self._first: tuple[float, int] | None = None  # when and after which step the first figures came
+        self._said = 0.0
         self._progress: Progress | None = None
         if self._console.is_terminal:
             left = TimeRemainingColumn(elapsed_when_finished=True)
@@ -173,6 +179,9 @@ class Writer:
         else:
             now = time.monotonic()
             since, after = self._first = self._first or (now, step)
+            if step not in (after, self._total) and now - self._said < LINE_SECONDS:
+                return
+            self._said = now
             left = f"  {_duration((now - since) / (step - after) * (self._total - step))} left" if step > after else ""
             self.say(f"step {step}/{self._total}  {line}{left}")
 
@@ -189,7 +198,15 @@ class Writer:
             for name, value in _scalars(figures):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one to show
+            self.close()
+
     def close(self) -> None:
+        """Finish the files; on a terminal, leave the progress line as it is."""
         if not self._write:
             return
         if self._progress is not None:

@@ -105,7 +105,8 @@ def lines(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_lines_files_and_events(tmp_path, capsys):
+def test_lines_files_and_events(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "LINE_SECONDS", 0)
     writer = metrics.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4)
     for step in (1, 2):
         writer.train(step, FIGURES)
@@ -151,6 +152,14 @@ def test_steps_that_are_done_again_are_written_once(tmp_path):
     writer.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_log_gets_a_line_now_and_then(tmp_path, capsys):
+    with metrics.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=50) as writer:
+        for step in range(1, 51):
+            writer.train(step, FIGURES)
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/50", "50/50"]
+    assert len(lines(tmp_path)) == 50
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import tempfile
@@ -43,14 +42,15 @@ def evaluate(
 
     sums: what `make_batch_sums` made.
     """
-    loss, tokens, before = 0.0, 0, None
-    for batch in itertools.islice(loader.iterate(), batches):
-        now = sums(params, frozen, put_batch(batch, mesh))
-        if before is not None:  # one batch late, so that the device does not wait
-            loss, tokens = loss + float(before[0]), tokens + int(before[1])
-        before = now
-    if before is not None:
-        loss, tokens = loss + float(before[0]), tokens + int(before[1])
+    assert loader.batches is not None  # held-out data end
+    loss, tokens, late = 0.0, 0, None
+    for i in range(loader.batches if batches is None else min(batches, loader.batches)):
+        now = sums(params, frozen, put_batch(loader.batch(i), mesh))
+        if late is not None:  # read one batch late, so that the device does not wait
+            loss, tokens = loss + float(late[0]), tokens + int(late[1])
+        late = now
+    if late is not None:
+        loss, tokens = loss + float(late[0]), tokens + int(late[1])
     return {"loss": loss / tokens if tokens else math.nan, "loss_tokens": tokens}
 
 

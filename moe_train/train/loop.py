@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,8 +46,9 @@ def train(run: config.Config) -> int:
     the checkpoints that exist stay in both cases.
     """
     run = checkpoint.resolve(run)
-    assert run.model is not None
     mesh = make_mesh(run.mesh)
+    run = _with_mesh(run, mesh)
+    assert run.model is not None
     with jax.set_mesh(mesh), _signals() as asked, contextlib.ExitStack() as leaving:
         # What it learns from, and for how long.
         loader, held_out = _loaders(run)
@@ -64,9 +66,13 @@ def train(run: config.Config) -> int:
         last = checkpoint.newest(checkpoints)
         changed = {} if last is None else _changes(run, last, loader)
         base = _base(run, last, bool(frozen))
-        restored = checkpoint.restore(checkpoints, jax.eval_shape(lambda: create_state(trainable, optimizer)))
+        restored = checkpoint.restore(checkpoints, jax.eval_shape(lambda params: create_state(params, optimizer), trainable))
         if restored is not None:
             state = restored.state
+            for step, why in restored.damaged.items():
+                print(
+                    f"WARNING: the checkpoint of step {step} is damaged, and was renamed to damaged-{step}: {why}", file=sys.stderr
+                )
         elif base is not None and not frozen:
             state = _new_state(checkpoint.load_parameters(base.source, trainable, base.step), optimizer)
         else:
@@ -84,12 +90,14 @@ def train(run: config.Config) -> int:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_text(run_dir / "config.yaml", config_file.dump(run))
         writer = metrics.Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
-        leaving.callback(writer.close)
+        leaving.enter_context(writer)
         damaged = {} if restored is None else restored.damaged
         story = {"changed": changed, "damaged": damaged, "base": base and base._asdict()}
         stopped = leaving.enter_context(_diary(run, run_dir, start, restored is not None, **story))
         sizes = sum(x.size for x in shapes.values()), sum(x.size for x in trainable.values())
-        _introduce(run, writer.say, loader, sizes, restored)
+        _introduce(run, writer.say, loader, sizes)
+        if restored is not None:
+            writer.say(f"continuing after step {start}")
         for key, (then, now) in changed.items():
             writer.say(f"changed since the checkpoint: {key} {then} -> {now}")
 
@@ -109,6 +117,7 @@ def train(run: config.Config) -> int:
             writer.evaluation(0, evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches))
         best = checkpoint.best_loss(checkpoints)
         figures = _Figures(run, mesh, trainable, total_steps, start, int(state.skipped))
+        writer.say(f"MFU is the share of {figures.peak_source}")
         saved_at, late = time.monotonic(), None
         for step in range(start + 1, total_steps + 1):
             state, now = run_step(state, batch)
@@ -155,6 +164,15 @@ def train(run: config.Config) -> int:
 # --- before the first step -----------------------------------------------------------------------------------------
 
 
+def _with_mesh(run: config.Config, mesh: Mesh) -> config.Config:
+    """The config with the sizes of the mesh that is here, checked: an axis of -1 could not be before."""
+    assert run.model is not None
+    here = run.model_copy(update={"mesh": config.Mesh.model_validate({axis: mesh.shape[axis] for axis in AXES})})
+    config.check_model(here, run.model)
+    config.check_batch(here)
+    return here
+
+
 def _loaders(run: config.Config) -> tuple[Loader, Loader | None]:
     """(training data, held-out data where the config names some)."""
     if run.data is None or run.data.tokenizer is None:
@@ -184,7 +202,10 @@ def _total_steps(length: config.Train, loader: Loader) -> int:
     return math.ceil(length.tokens / (length.batch_size * length.seq_len))
 
 
-_DECIDED_AT_START = ("seed", "model", "lora", "train.batch_size", "train.seq_len", "compute.param_dtype", "optimizer.name")
+_DECIDED_AT_START = (
+    *("seed", "model", "lora", "train.batch_size", "train.seq_len", "compute.param_dtype"),
+    *("optimizer.name", "optimizer.min_dim_size_to_factor"),
+)
 """Settings that a run cannot change: its checkpoint would not fit, or its batches would be others."""
 
 
@@ -225,19 +246,13 @@ def _new_state(trainable: Parameters, optimizer: optax.GradientTransformation) -
     return jax.jit(lambda params: create_state(params, optimizer))(trainable)
 
 
-def _introduce(
-    run: config.Config, say: Callable[[str], None], loader: Loader, sizes: tuple[int, int], restored: checkpoint.Restored | None
-) -> None:
+def _introduce(run: config.Config, say: Callable[[str], None], loader: Loader, sizes: tuple[int, int]) -> None:
     """What a person should know before the first step; sizes: (all, trained) parameters."""
     axes = ", ".join(f"{axis} {n}" for axis, n in jax.sharding.get_mesh().shape.items() if n > 1) or "one device"
     say(f"{run.name}: {sizes[0]:,} parameters, {sizes[1]:,} trained, on {axes}")
     said = f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"
     left_out = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
     say("; ".join([said, *(f"{count:,} {what}" for what, count in left_out.items() if count)]))
-    if restored is not None:
-        for step, why in restored.damaged.items():
-            say(f"WARNING: the checkpoint of step {step} is damaged, and was renamed to damaged-{step}: {why}")
-        say(f"continuing after step {int(restored.state.step)}")
 
 
 # --- beside the steps ----------------------------------------------------------------------------------------------
@@ -355,7 +370,7 @@ def _diary(run: config.Config, run_dir: Path, start: int, resumed: bool, **more:
     try:
         yield stopped
     except BaseException as error:
-        stopped.reason = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # the disk may be full: the error that stopped the run is the one to show
+            write_event(run_dir, "stop", stopped.step, reason=f"{type(error).__name__}: {error}")
         raise
-    finally:
-        write_event(run_dir, "stop", stopped.step, reason=stopped.reason)
+    write_event(run_dir, "stop", stopped.step, reason=stopped.reason)

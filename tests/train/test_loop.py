@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -217,7 +218,9 @@ def test_a_config_that_contradicts_the_checkpoint(finished, small_run, text, tmp
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"mesh": {"data": 3}}, ValueError, "needs 3 devices, but 8 are here"),
+        ({"mesh": {"data": 4}}, ValueError, "needs 4 devices, but 8 are here"),
+        ({"mesh": {"fsdp": -1}, "train__batch_size": 4}, ValueError, "do not divide over mesh data x fsdp x expert = 8"),
+        ({"mesh": {"tensor": -1}}, ValueError, "mesh.tensor 8 does not divide num_kv_heads 2"),
         ({"data": None}, ValueError, "training needs data.train and data.tokenizer"),
         ({"model__vocab_size": 256}, ValueError, "vocab_size is 256"),
         ({"init_from": "nowhere", "model": None}, FileNotFoundError, "nowhere: no such folder"),
@@ -227,8 +230,6 @@ def test_a_config_that_contradicts_the_checkpoint(finished, small_run, text, tmp
     ids=str,
 )
 def test_refused_before_anything_is_written(tmp_path, small_run, changes, error, said):
-    if "mesh" in changes:
-        changes["train__batch_size"] = 9
     with pytest.raises(error, match=said):
         loop.train(small_run(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
@@ -256,6 +257,39 @@ def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, s
     assert "WARNING: the checkpoint of step 6 is damaged, and was renamed to damaged-6" in capsys.readouterr().err
     assert events(run_dir)[-2]["event"] == "resume" and events(run_dir)[-2]["step"] == 4 and "6" in events(run_dir)[-2]["damaged"]
     assert losses(run_dir) == losses(finished)
+
+
+def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, monkeypatch):
+    found, restore = [], checkpoint.restore
+    monkeypatch.setattr(checkpoint, "restore", lambda *args: found.append(restore(*args)) or found[-1])
+    assert loop.train(small_run(after_two, train__steps=2)) == loop.FINISHED
+    state = found[0].state
+    (adam,) = (part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
+    for path, x in state.trainable.items():
+        assert x.sharding == adam.mu[path].sharding == adam.nu[path].sharding, path
+    assert any(x.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor") for x in adam.mu.values())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads, cut short
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, small_run, monkeypatch):
+    """Files cannot grow past 4 kB from the figures of step 3 on: neither the checkpoint nor metrics.jsonl fit."""
+    write, limits = metrics.Writer.train, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(writer: metrics.Writer, step: int, figures: dict) -> None:
+        write(writer, step, figures)
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    monkeypatch.setattr(metrics.Writer, "train", fill_the_disk)
+    run = small_run(after_two, data__eval=[])
+    try:
+        with pytest.raises(RuntimeError, match=r"could not save a checkpoint in .*; the one of step 2 is intact$"):
+            loop.train(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (after_two / "checkpoints").iterdir()] == ["2"]
+    monkeypatch.undo()
+    assert loop.train(run) == loop.FINISHED
 
 
 def test_length_in_epochs_and_tokens(small_run, tmp_path):

@@ -1,0 +1,70 @@
+"""The main job, shrunk to seconds; at its own size with --slow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_train import config_file, quickstart
+from moe_train.data.standard_library import gather
+
+SMALLER = (
+    "model.vocab_size=512",
+    "model.model_dim=32",
+    "model.num_layers=2",
+    "model.ffn={name: moe, ffn_dim: 32, num_experts: 4, experts_per_token: 2}",
+)
+SHORTER = (
+    "mesh.fsdp=-1",
+    "train={steps: 6, batch_size: 8, seq_len: 128}",
+    "optimizer={name: adamw, learning_rate: 1e-3}",
+    "evaluation.batches=2",
+)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory; the compilation cache that the quickstart turns on is turned back after."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def held_out(run: str) -> list[float]:
+    lines = (quickstart.WORK / run / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if line["kind"] == "eval"]
+
+
+def test_every_part_runs_and_what_is_done_is_left_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = quickstart.CONFIGS
+    (here / "configs").mkdir()
+    for name, overrides in (("quickstart_pretrain.yaml", SMALLER + SHORTER), ("quickstart_lora.yaml", SHORTER)):
+        (here / "configs" / name).write_text(config_file.dump(config_file.load(theirs / name, overrides)))
+    monkeypatch.setattr(quickstart, "CONFIGS", here / "configs")
+    monkeypatch.setattr(quickstart, "gather", partial(gather, max_bytes=400_000))
+
+    assert quickstart.quickstart() == 0
+    files = {file.name for folder in ("export_hf", "export_peft") for file in (quickstart.WORK / folder).iterdir()}
+    assert {"model.safetensors.index.json", "generation_config.json", "tokenizer.json", "adapter_model.safetensors"} <= files
+    assert len(held_out("pretrain")) == len(held_out("lora")) == 2  # before the first step and after the last
+
+    stamps = {file: file.stat().st_mtime_ns for file in quickstart.WORK.rglob("*.safetensors")}
+    assert stamps
+    assert quickstart.quickstart() == 0
+    assert {file: file.stat().st_mtime_ns for file in quickstart.WORK.rglob("*.safetensors")} == stamps
+
+
+@pytest.mark.slow
+def test_held_out_loss_falls_in_both_phases(here: Path) -> None:
+    subprocess.run([sys.executable, "-m", "moe_train", "quickstart"], check=True)  # on one device, as people run it
+    for run, fall in (("pretrain", 3.0), ("lora", 0.4)):
+        losses = held_out(run)
+        assert losses[-1] < losses[0] - fall, (run, losses)

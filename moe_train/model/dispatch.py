@@ -69,12 +69,12 @@ def run_experts(
         # on each device of `tensor` a part of F: gradients of x and of the weights are summed over it
         x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(own_mA < e, weights_mA, 0)))
         y_RD = _swiglu(dispatch(x_mD, order_R, inverse_mA), experts, group_sizes_e, kernel)
-        y_mD = combine(y_RD, weights_mA, order_R, inverse_mA)
+        y_mD = combine(y_RD, weights_mA, order_R, inverse_mA).astype(x_btD.dtype)
         y_mD = jax.lax.psum(y_mD, "tensor")
         if axis_size("expert") > 1:
             y_mD = jax.lax.psum_scatter(y_mD, "expert", scatter_dimension=0, tiled=True)
         computed = jax.lax.psum(jnp.sum(group_sizes_e), (*BATCH, "context"))
-        return y_mD.reshape(b, t, D).astype(x_btD.dtype), computed
+        return y_mD.reshape(b, t, D), computed
 
     # a Pallas call does not say along which axes its result varies
     run = jax.shard_map(
@@ -90,11 +90,11 @@ def _whole(w: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
     """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
     if not spec:  # a scale
         return w
-    w = w.astype(dtype)
+    w = vary_with_spec(w.astype(dtype), spec)
     for dim, axis in enumerate(spec):
         if axis == "fsdp":
             w = gather(w, "fsdp", dim)
-    return vary_with_spec(w, spec)
+    return w
 
 
 def _swiglu(x_RD: jax.Array, experts: ExpertWeights, group_sizes_e: jax.Array, kernel: str) -> jax.Array:

@@ -70,16 +70,16 @@ _project.defvjp(_project_forward, _project_backward)
 
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
     """Rows of an embedding table split over `tensor` (V) and `fsdp` (D)."""
+    spec = spec_of(table_VD)
 
     def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-        table_vD = gather(table_vd.astype(dtype), "fsdp", 1)
+        table_vD = gather(vary_with_spec(table_vd.astype(dtype), spec), "fsdp", 1)
         row = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
         here = (row >= 0) & (row < table_vD.shape[0])
         return jax.lax.psum(jnp.where(here[..., None], table_vD[jnp.where(here, row, 0)], 0), "tensor")
 
-    return jax.shard_map(local, in_specs=(spec_of(table_VD), P(BATCH, "context")), out_specs=P(BATCH, "context", None))(
-        table_VD, tokens_BT
-    )
+    run = jax.shard_map(local, in_specs=(spec, P(BATCH, "context")), out_specs=P(BATCH, "context", None))
+    return run(table_VD, tokens_BT)
 
 
 def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
@@ -87,11 +87,15 @@ def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
 
     An axis of one device is passed over: XLA would keep the collective, and lay the weight out for it.
     """
-    return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if axis_size(axis) > 1 else x
+    if axis_size(axis) == 1:
+        return x
+    if x.shape[0] == 1 and dim > 0:  # one expert a device: with that dim, XLA:TPU would all-reduce the whole gradient
+        return gather(x[0], axis, dim - 1)[None]
+    return jax.lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
 def vary_with_spec(w: jax.Array, spec: P) -> jax.Array:
     """Inside `shard_map`: let a weight differ along the axes that `spec` does not split it over, as the activations
-    that it meets do; its gradient is then summed over them."""
+    that it meets do; its gradient is then summed over them. Before the gather, so that a part is summed, not the whole."""
     split = {axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))}
     return jax.lax.pcast(w, tuple(axis for axis in AXES if axis not in split), to="varying")

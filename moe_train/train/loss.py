@@ -57,8 +57,7 @@ def cross_entropy_sum(
     tokens, spec = P(BATCH, "context"), spec_of(head_VD)
 
     def local(x_btD: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        head_vD = gather(head_vd.astype(x_btD.dtype), "fsdp", 1)
-        head_vD = vary_with_spec(head_vD, spec)
+        head_vD = gather(vary_with_spec(head_vd.astype(x_btD.dtype), spec), "fsdp", 1)
         x_mD = jax.lax.pcast(x_btD.reshape(-1, x_btD.shape[-1]), "tensor", to="varying")
         total = _chunked(x_mD, head_vD, targets_bt.reshape(-1), mask_bt.reshape(-1))
         return jax.lax.psum(total, (*BATCH, "context", "tensor"))

@@ -19,6 +19,7 @@ import pytest
 from moe_train import checkpoint, config, config_file, metrics
 from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import load_tokenizer
+from moe_train.export import export
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train import loop, step
@@ -142,7 +143,7 @@ def test_saves_every_so_many_minutes(tmp_path, small_run):
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> Callable[..., None]:
-    """`poison(3, 4)`: the loss of the batches of steps 3 and 4 is no number."""
+    """`poison(2, 4)`: the loss of the batches of steps 2 and 4 is no number."""
 
     def spoil(*steps: int) -> None:
         run = small_run(tmp_path)
@@ -161,17 +162,17 @@ def poison(monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> Callab
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, small_run, poison, capsys):
-    poison(3, 5)
+    poison(2, 4)
     run = small_run(tmp_path, checkpoint={"every_steps": 1, "keep_last": 10})
     assert loop.train(run) == loop.FINISHED
-    assert [math.isnan(loss) for loss in losses(tmp_path)] == [False, False, True, False, True, False]
-    assert [line["skipped"] for line in lines(tmp_path)] == [0, 0, 1, 1, 2, 2]
-    assert "step 3: loss nan" in capsys.readouterr().err
+    assert [math.isnan(loss) for loss in losses(tmp_path)] == [False, True, False, True, False, False]
+    assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 1, 2, 2, 2]
+    assert "step 2: loss nan" in capsys.readouterr().err
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))[1]
-        at = {s: checkpoint.load_parameters(tmp_path, shapes, s) for s in (2, 3, 4)}
-    same = {s: all(np.array_equal(at[2][path], at[s][path]) for path in shapes) for s in (3, 4)}
-    assert same == {3: True, 4: False}
+        at = {s: checkpoint.load_parameters(tmp_path, shapes, s) for s in (1, 2, 3)}
+    same = {s: all(np.array_equal(at[1][path], at[s][path]) for path in shapes) for s in (2, 3)}
+    assert same == {2: True, 3: False}
 
 
 def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
@@ -239,13 +240,12 @@ def test_refused_before_anything_is_written(tmp_path, small_run, changes, error,
 
 
 def test_other_settings_may_change_and_are_written_down(after_two, small_run, capsys):
-    run = small_run(after_two, optimizer__learning_rate=1e-9, train__steps=3)
-    before = weights(run, after_two)
+    run = small_run(after_two, evaluation__batches=1, train__steps=3)
     assert loop.train(run) == loop.FINISHED
-    assert "changed since the checkpoint: optimizer.learning_rate 0.01 -> 1e-09" in capsys.readouterr().err
-    assert events(after_two)[-2]["changed"]["optimizer.learning_rate"] == [0.01, 1e-9]
-    assert all(np.allclose(before[path], x, atol=1e-7) for path, x in weights(run, after_two).items())
+    assert "changed since the checkpoint: evaluation.batches None -> 1" in capsys.readouterr().err
+    assert events(after_two)[-2]["changed"].keys() == {"evaluation.batches", "train.steps", "run_dir"}  # it was copied
     assert [line["step"] for line in lines(after_two)] == [1, 2, 3]
+    assert lines(after_two, "eval")[-1]["loss_tokens"] < lines(after_two, "eval")[0]["loss_tokens"]
 
 
 def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, small_run, capsys):
@@ -344,6 +344,30 @@ def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, tex
         loop.train(longer)
     with pytest.raises(ValueError, match="is a run with adapters; export it with --merge"):
         loop.train(small_run(tmp_path / "next", init_from=str(run_dir), model=None, data__tokenizer=None))
+
+
+def test_adapters_on_files(finished, tmp_path, small_run, text):
+    """From an export: resumed on the same bytes, refused on others."""
+    export(finished, tmp_path / "model")
+    run = small_run(
+        tmp_path / "lora", init_from=str(tmp_path / "model"), model=None, lora=LORA, train__steps=2, data__tokenizer=None
+    )
+    assert loop.train(run) == loop.FINISHED
+    base = events(tmp_path / "lora")[0]["base"]
+    assert base["step"] is None and base["hashes"].keys() >= {"lm_head.weight", "model.norm.weight"}
+    start = lines(tmp_path / "lora", "eval")[0]["loss"]
+    assert start == pytest.approx(lines(finished, "eval")[-1]["loss"], rel=1e-6)
+    assert evaluate_dir(tmp_path / "model", [text / "eval.jsonl"])["loss"] == pytest.approx(start, rel=0.1)  # other rows
+
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    longer = run.model_copy(update={"train": run.train.model_copy(update={"steps": 3})})
+    with pytest.raises(
+        ValueError, match=r"the base weights in .*model have changed since this run started \(1 tensors or files, the first"
+    ):
+        loop.train(longer)
 
 
 def test_all_weights_of_another_run(finished, tmp_path, small_run):

@@ -73,7 +73,8 @@ def _random_state(run: config.Config) -> tuple[Any, Any, Any]:
     assert run.model is not None
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
     structure, _ = parameters(jax.eval_shape(model))
-    optimizer = make_optimizer(run.optimizer, run.train.steps or 1000)
+    constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
+    optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
     trainable, frozen = partition(jax.jit(lambda: parameters(model())[1])())
     state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0)(trainable)
     return state._replace(frozen=frozen), structure, optimizer

@@ -82,7 +82,7 @@ def _model(fields: dict[str, Any]) -> config.Model:
     names = fields.get("architectures") or []
     if len(names) == 1 and names[0] in _WRAPPERS:
         tied = {"tie_word_embeddings": fields["tie_word_embeddings"]} if "tie_word_embeddings" in fields else {}
-        fields = {**tied, **fields["text_config"], "architectures": ["Ministral3ForCausalLM"]}
+        fields = {**tied, **(fields.get("text_config") or {}), "architectures": ["Ministral3ForCausalLM"]}
         if fields.get("model_type") != "ministral3":
             raise ValueError(f"text_config.model_type is {fields.get('model_type')!r}; of vision models, ministral3's text is read")
     elif len(names) != 1 or names[0] not in _FAMILIES:
@@ -101,14 +101,14 @@ def _model(fields: dict[str, Any]) -> config.Model:
             raise ValueError(f"{key} is not stated, and its default differs between versions of the library; add it")
         return fields[key]
 
-    heads = stated("num_attention_heads")
+    heads, layers = stated("num_attention_heads"), stated("num_hidden_layers")
     rope, query_scaling = _rope(family, fields)
     attention = {
         "name": "gqa",
         "num_heads": heads,
         "num_kv_heads": fields.get("num_key_value_heads") or (heads if family == "llama" else stated("num_key_value_heads")),
         "head_dim": fields.get("head_dim") or stated("hidden_size") // heads,
-        "windows": _windows(family, fields),
+        "windows": _windows(family, fields, layers),
         "query_scaling": query_scaling,
     }
     ffn: dict[str, Any] = {"name": "dense", "ffn_dim": stated("intermediate_size")}
@@ -120,7 +120,7 @@ def _model(fields: dict[str, Any]) -> config.Model:
             "family": family,
             "vocab_size": stated("vocab_size"),
             "model_dim": stated("hidden_size"),
-            "num_layers": stated("num_hidden_layers"),
+            "num_layers": layers,
             "attention": attention,
             "ffn": ffn,
             "rope": rope,
@@ -132,7 +132,7 @@ def _model(fields: dict[str, Any]) -> config.Model:
     )
 
 
-def _windows(family: str, fields: dict[str, Any]) -> tuple[int | None, ...]:
+def _windows(family: str, fields: dict[str, Any], layers: int) -> tuple[int | None, ...]:
     """One period of windows; layer_types tell which layers of a ministral have one."""
     if family == "llama":
         return (None,)
@@ -140,7 +140,7 @@ def _windows(family: str, fields: dict[str, Any]) -> tuple[int | None, ...]:
         raise ValueError(
             "sliding_window is not stated, and its default differs between versions of the library; add it (null: none)"
         )
-    window, layers = fields.get("sliding_window"), fields["num_hidden_layers"]
+    window = fields.get("sliding_window")
     kinds = fields.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * layers
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layer_types has {sorted(unknown)[0]!r}; built are full_attention and sliding_attention")

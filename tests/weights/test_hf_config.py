@@ -151,6 +151,8 @@ REFUSED = [
     (MIXTRAL, {"quantization_config": {"bits": 4}}, "quantization_config is"),
     (MIXTRAL, {"num_experts_per_tok": 9}, "experts_per_token 9 exceeds num_experts 8"),
     (MIXTRAL, {"num_local_experts": None}, "num_local_experts is not stated"),
+    (MIXTRAL, {"num_hidden_layers": ...}, "num_hidden_layers is not stated"),
+    (MISTRAL, {"architectures": ["Mistral3ForConditionalGeneration"]}, "text_config.model_type is None"),
     (MIXTRAL, {"hidden_size": "4096"}, "config.json"),
     (MIXTRAL, {"rope_theta": None}, "rope_theta is stated neither"),
     (MISTRAL, {"sliding_window": ...}, "sliding_window is not stated"),

@@ -255,7 +255,9 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
 def _set_aside(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
     if damaged and jax.process_index() == 0:
         for step in damaged:
-            (checkpoints.directory / str(step)).rename(checkpoints.directory / f"damaged-{step}")
+            aside = checkpoints.directory / f"damaged-{step}"
+            shutil.rmtree(aside, ignore_errors=True)  # an older one of the same step
+            (checkpoints.directory / str(step)).rename(aside)
     if damaged:
         checkpoints.reload()
 

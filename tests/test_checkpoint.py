@@ -187,6 +187,9 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, mesh, how, item):
     assert steps_in(tmp_path) == ["1", "damaged-2"]
     assert save_steps(tmp_path, {2: None})  # the step is done again, and there is room for it
     assert not restored(tmp_path).damaged
+    damage(tmp_path / "checkpoints" / "2" / item, how)
+    assert list(restored(tmp_path).damaged) == [2]
+    assert steps_in(tmp_path) == ["1", "damaged-2"]
 
 
 def test_a_damaged_description_is_damage_too(tmp_path, mesh):

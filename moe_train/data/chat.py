@@ -170,7 +170,7 @@ def _template_text(messages: list[Message], template: str, tokenizer: HuggingFac
         return _compile(template).render(
             messages=turns, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokenizer.named_tokens
         )
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:  # a template is a program: it can fail in any way
         raise ValueError(f"the chat template refuses the record: {str(error) or type(error).__name__}") from error
 
 

@@ -179,6 +179,8 @@ def test_nulls_that_columnar_files_fill_in_are_ignored(tokenizer: HuggingFace) -
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
         ("{{ messages[7]['content'] }}", "refuses the record"),
+        ("{{ 1 / 0 }}", "refuses the record: division by zero"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses the record: Range too big"),
         ("{{ bos_token }}", "no token would bear loss"),
     ],
 )

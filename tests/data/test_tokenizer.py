@@ -130,9 +130,13 @@ def test_files_that_cannot_be_used(tokenizer: HuggingFace, tmp_path: Path) -> No
     (directory / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
     with pytest.raises(ValueError, match=r"eos_token '<end>' .* is not in"):
         HuggingFace(directory)
-    (directory / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+    (directory / "tokenizer_config.json").write_text('{"eos_token": {"id": 2}}')
+    with pytest.raises(ValueError, match="names no eos_token"):
         HuggingFace(directory)
+    for text, reason in (("{", "is not JSON"), ("[1]", "is not a JSON object")):
+        (directory / "tokenizer_config.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"tokenizer_config\.json {reason}"):
+            HuggingFace(directory)
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         HuggingFace(directory)

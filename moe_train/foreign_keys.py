@@ -126,7 +126,7 @@ REMARKS = {
     "moe_aux_loss_coeff": _ROUTER,
     "scaling": "alpha = scaling x rank",
     "lora_target_linear": 'modules: ["*"] is all of them',
-    "target_parameters": "modules such as moe.*_proj; routed experts get an adapter each",
+    "target_parameters": "modules such as ffn.*_proj; routed experts get an adapter each",
     "val_set_size": "a source of its own",
     "eval_strategy": _IN_STEPS,
     "evaluation_strategy": _IN_STEPS,

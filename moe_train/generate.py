@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from moe_train import checkpoint, config
 from moe_train.data.chat import load_template, render_prompt
+from moe_train.data.fields import checked_text
 from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from moe_train.mesh import BATCH, make_mesh, put_batch
 from moe_train.model.transformer import Parameters, combine, empty_caches, init_model, parameters
@@ -53,7 +54,7 @@ def generate_dir(
 def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool) -> list[int]:
     if chat:
         return render_prompt([{"role": "user", "content": prompt}], template, tokenizer)
-    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(checked_text(prompt, "the prompt"))
 
 
 def _text_after(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:

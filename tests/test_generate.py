@@ -136,3 +136,5 @@ def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> 
     assert completion == tokenizer.decode(ids + new)[len("the quick") :]
     (answer,) = generate_dir(tmp_path / "model", ["the quick"], 6, chat=True)
     assert answer != completion and other != completion
+    with pytest.raises(ValueError, match="the prompt has half a surrogate pair"):  # a byte that is no UTF-8, from a shell
+        generate_dir(tmp_path / "model", ["\udcff"], 6)

@@ -172,3 +172,32 @@ def test_a_run_is_not_continued_as_another(capsys: pytest.CaptureFixture) -> Non
     write_records(CHAT)
     refused("run.yaml", "train.steps=3", said="the training data of run are not those", capsys=capsys)
     assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("list.json", '[{"prompt": "one"}]', "list.json: row 1: has prompt; needs messages, prompt and completion, or text"),
+        ("number.jsonl", "3\n", "number.jsonl:1: a record should be an object"),
+        ("broken.jsonl", '\n{"text"\n', "broken.jsonl:2: not JSON"),
+        ("empty.jsonl", "", "empty.jsonl: no record with any text"),
+        ("binary.jsonl", "\udcff", "binary.jsonl:1: not UTF-8"),
+        ("run.toml", "", "run.toml: no format goes with its name"),
+    ],
+)
+def test_evaluation_is_refused(name: str, text: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    for file in Path("tokenizer").iterdir():
+        Path("model", file.name).write_bytes(file.read_bytes())
+    Path(name).write_text(text, errors="surrogateescape")
+    assert run("evaluate", "model", "--data", name) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("moe-train: ") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("wrap", ["{}", "[{}]"])
+def test_the_first_record_says_how_a_file_is_evaluated(wrap: str, capsys: pytest.CaptureFixture) -> None:
+    for file in Path("tokenizer").iterdir():
+        Path("model", file.name).write_bytes(file.read_bytes())
+    Path("chat.json").write_text(wrap.replace("{}", json.dumps(CHAT)))
+    assert run("evaluate", "model", "--data", "chat.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["loss_tokens"] < 10  # the assistant's alone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 
 from moe_train import checkpoint, config
 from moe_train.data.loader import Loader
+from moe_train.data.sources import open_source
 from moe_train.data.tokenizer import check_vocab, load_tokenizer
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import Parameters, combine, init_model, parameters
@@ -89,20 +89,17 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _record(file: Path) -> config.Record:
-    """What the records of a file are: by its suffix, and for JSON by the first record's keys."""
+    """What the records of a file are, by the first one's columns."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file to evaluate on")
-    if file.suffix in (".jsonl", ".json"):
-        with file.open(encoding="utf-8") as lines:
-            first = next((line for line in lines if line.strip()), "{}")
-        try:
-            keys = set(json.loads(first))
-        except ValueError as error:
-            raise ValueError(f"{file}:1: not JSON: {error}") from error
-        if "messages" in keys:
-            return config.ChatRecord(name="chat", too_long="truncate")
-        if {"prompt", "completion"} <= keys:
-            return config.CompletionRecord(name="completion", too_long="truncate")
-        if "text" not in keys:
-            raise ValueError(f"{file}:1: has {', '.join(sorted(keys))}; needs messages, prompt and completion, or text")
-    return config.TextRecord(name="text")
+    text = config.TextRecord(name="text")
+    records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
+    origin, columns = next(iter(records), (None, {"text": ""}))  # without any, the loader says so
+    if "messages" in columns:
+        return config.ChatRecord(name="chat", too_long="truncate")
+    if {"prompt", "completion"} <= set(columns):
+        return config.CompletionRecord(name="completion", too_long="truncate")
+    if "text" not in columns:
+        where = str(file) if origin is None else records.where(origin)
+        raise ValueError(f"{where}: has {', '.join(columns) or 'nothing'}; needs messages, prompt and completion, or text")
+    return text

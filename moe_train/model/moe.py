@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
-from moe_train.model.dispatch import ExpertMatrix, ExpertWeights, run_experts
+from moe_train.model.dispatch import ExpertMatrix, ExpertWeights, run_experts, top_k
 from moe_train.model.fsdp import activation_spec
 from moe_train.model.layers import normal
 
@@ -79,7 +79,7 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         valid_BT = segment_ids_BT != 0
         logits_BTE = checkpoint_name(self.router(x_BTD), "routing")
-        chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in jax.lax.top_k(logits_BTE, self.experts_per_token))
+        chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in top_k(logits_BTE, self.experts_per_token))
         weights_BTA = jax.nn.softmax(chosen_BTA, axis=-1)
         experts = ExpertWeights(self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix())
         y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, self.kernel)

@@ -1,0 +1,173 @@
+"""Gathered weights: the same products and gradients as without a mesh, and no collective carries more than it has to."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config
+from moe_train.data.batch import Batch
+from moe_train.mesh import BATCH, make_mesh, put_batch
+from moe_train.model import fsdp
+from moe_train.model.transformer import combine, init_model, parameters
+from moe_train.train.loss import microbatch_loss
+
+MESHES = {
+    "fsdp, tensor": make_mesh(config.Mesh(fsdp=4, tensor=2)),
+    "data, fsdp, expert": make_mesh(config.Mesh(data=2, fsdp=2, expert=2)),
+    "expert, tensor": make_mesh(config.Mesh(expert=4, tensor=2)),
+}
+EQUATIONS = {  # equation: shape of the weight, and its spec
+    "BTD,DNH->BTNH": ((16, 4, 6), P("fsdp", "tensor", None)),
+    "BTNH,NHD->BTD": ((4, 6, 16), P("tensor", None, "fsdp")),
+    "BTD,DF->BTF": ((16, 10), P("fsdp", "tensor")),
+    "BTF,FD->BTD": ((10, 16), P("tensor", "fsdp")),
+    "BTD,VD->BTV": ((12, 16), P("tensor", "fsdp")),
+}
+SIZES = {"B": 8, "T": 3, "D": 16, "N": 4, "H": 6, "F": 10, "V": 12}
+
+
+def put(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+def close(found: Any, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(jax.device_get(found), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_project_is_einsum(equation: str, mesh: Mesh) -> None:
+    rng, (shape, spec) = np.random.default_rng(0), EQUATIONS[equation]
+    x_letters, y_letters = equation.split(",")[0], equation.split("->")[1]
+    x, dy = (rng.normal(size=[SIZES[letter] for letter in letters]).astype(np.float32) for letters in (x_letters, y_letters))
+    w = rng.normal(size=shape).astype(np.float32)
+
+    @jax.jit
+    def run(x: jax.Array, w: jax.Array, dy: jax.Array) -> Any:
+        y, vjp = jax.vjp(lambda x, w: fsdp.project(equation, x, w), x, w)
+        return y, *vjp(dy)
+
+    with jax.set_mesh(mesh):
+        x_spec, y_spec = (fsdp.activation_spec(letters) for letters in (x_letters, y_letters))
+        y, dx, dw = run(put(mesh, x, x_spec), put(mesh, w, spec), put(mesh, dy, y_spec))
+        assert (y.sharding.spec, dx.sharding.spec, dw.sharding.spec) == (y_spec, x_spec, spec)
+    close(y, np.einsum(equation, x, w))
+    w_letters = equation.split("->")[0].split(",")[1]
+    close(dx, np.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, w))
+    close(dw, np.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy))
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_lookup_is_indexing(mesh: Mesh) -> None:
+    rng = np.random.default_rng(0)
+    table, tokens = rng.normal(size=(12, 16)).astype(np.float32), rng.integers(0, 12, (8, 3)).astype(np.int32)
+    dy = rng.normal(size=(8, 3, 16)).astype(np.float32)
+
+    @jax.jit
+    def run(table: jax.Array, tokens: jax.Array, dy: jax.Array) -> Any:
+        y, vjp = jax.vjp(lambda table: fsdp.lookup(table, tokens, jnp.dtype("float32")), table)
+        return y, *vjp(dy)
+
+    with jax.set_mesh(mesh):
+        spec = P(BATCH, "context", None)
+        y, dtable = run(put(mesh, table, P("tensor", "fsdp")), put(mesh, tokens, P(BATCH, "context")), put(mesh, dy, spec))
+    np.testing.assert_array_equal(jax.device_get(y), table[tokens])
+    wanted = np.zeros_like(table)
+    np.add.at(wanted, tokens, dy)
+    close(dtable, wanted)
+
+
+def collectives(hlo: str) -> list[tuple[str, int, list[tuple[int, ...]]]]:
+    """(kind, devices in a group, shapes of the results) of each collective of a compiled program."""
+    found = []
+    for line in hlo.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) (all-reduce|reduce-scatter|all-gather)(?:-start)?\(", line)
+        if match:
+            shapes = [tuple(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w\d+\[([\d,]*)\]", match[1])]
+            found.append((match[2], group_size(line), shapes))
+    return found
+
+
+def group_size(line: str) -> int:
+    """XLA writes groups as lists, as a reshaped iota, or as axes of a mesh."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(iota[1])
+    axes = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line)
+    assert axes, line
+    sizes = dict(re.findall(r"('\w+')=(\d+)", axes[1]))
+    return int(np.prod([int(sizes[name]) for name in re.findall(r"'\w+'", axes[2])]))
+
+
+def test_group_size_reads_every_notation() -> None:
+    assert group_size("replica_groups={{0,4},{1,5}}, use") == 2
+    assert group_size("replica_groups=[2,4]<=[8]") == 4
+    assert group_size("replica_groups=mesh['a'=4,'b'=1,'c'=2] {'a','c'}, use") == 8
+
+
+MODEL = config.Model(
+    family="mixtral",
+    vocab_size=48,
+    model_dim=40,
+    num_layers=2,
+    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=6),
+    ffn=config.MoeFfn(name="moe", ffn_dim=56, num_experts=4, experts_per_token=2),
+)
+
+
+@pytest.fixture(scope="module")
+def program() -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], list[tuple[str, int, list[tuple[int, ...]]]]]:
+    """Loss and gradients on a mesh: ({path: its shape on a device gathered over fsdp, and as stored}, collectives)."""
+    mesh = MESHES["data, fsdp, expert"]
+    with jax.set_mesh(mesh):
+        structure, like = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute())))
+        params = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)) for p, x in like.items()}
+        batch = put_batch(Batch(*(np.ones((8, 24), dtype) for dtype in (np.int32, np.int32, bool, np.int32, np.int32))), mesh)
+        coefs = config.Loss(load_balance_loss_coef=0.01, router_z_loss_coef=0.001)
+        loss = lambda p, b: microbatch_loss(combine(structure, p), b, jnp.sum(b.loss_mask), 1, coefs)  # noqa: E731
+        compiled = (
+            jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch).compile({"xla_backend_optimization_level": 0})
+        )
+    shapes = {}
+    for path, x in params.items():
+        stored = x.sharding.shard_shape(x.shape)
+        gathered = tuple(2 * n if axis == "fsdp" else n for n, axis in zip(stored, x.sharding.spec, strict=False))
+        layer = slice(1 if path.startswith("stacks") else 0, None)
+        if "fsdp" in x.sharding.spec:
+            shapes[path] = (gathered[layer], stored[layer])
+    return shapes, collectives(compiled.as_text())
+
+
+def test_gathered_weights_have_their_gradient_scattered(program: Any) -> None:
+    """Experts, embedding and head; the products in global view are left to XLA, and XLA:CPU knows no reduce-scatter
+    there: see test_tpu.py."""
+    shapes, found = program
+    scattered = [shape for kind, size, group in found if kind == "reduce-scatter" and size == 2 for shape in group]
+    summed = [shape for kind, size, group in found if kind == "all-reduce" and size > 1 for shape in group]
+    explicit = [path for path in shapes if "ffn" in path or path in ("embed.weight", "head")]
+    assert len(explicit) == 5
+    for path in explicit:
+        gathered, stored = shapes[path]
+        assert gathered not in summed, f"{path}: the whole gradient {gathered} is summed over devices"
+        assert stored in scattered, f"{path}: no reduce-scatter to {stored}"
+        assert stored in summed, f"{path}: scattered over fsdp, {stored} is summed over data"
+
+
+def test_only_weights_and_tokens_are_gathered(program: Any) -> None:
+    """What `all-gather` makes is a weight gathered over fsdp, or tokens gathered over expert."""
+    shapes, found = program
+    gathered = {sizes for sizes, _ in shapes.values()}
+    tokens = 2 * 24
+    for kind, size, group in found:
+        if kind == "all-gather" and size > 1:
+            for shape in group:
+                assert shape in gathered or shape[0] == tokens, f"all-gather to {shape}"

@@ -32,6 +32,8 @@ def bench(run: config.Config) -> dict[str, Any]:
     run = checkpoint.resolve(run)
     assert run.model is not None
     mesh = make_mesh(run.mesh)
+    run = checkpoint.with_mesh(run, mesh)
+    assert run.model is not None
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)
         batch = put_batch(_synthetic_batch(run), mesh)

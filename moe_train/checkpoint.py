@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from moe_train import config
+from moe_train.mesh import AXES
 from moe_train.model.transformer import Parameters
 from moe_train.train.state import TrainState, partition
 from moe_train.weights import hf
@@ -331,6 +332,15 @@ def resolve(run: config.Config) -> config.Config:
     if run.data is not None and run.data.tokenizer is None:
         changes["data"] = run.data.model_copy(update={"tokenizer": find_tokenizer(run.init_from)})
     return run.model_copy(update=changes)
+
+
+def with_mesh(run: config.Config, mesh: Mesh) -> config.Config:
+    """The config with the sizes of the mesh that is here, checked: an axis of -1 could not be before."""
+    assert run.model is not None
+    here = run.model_copy(update={"mesh": config.Mesh.model_validate({axis: mesh.shape[axis] for axis in AXES})})
+    config.check_model(here, run.model)
+    config.check_batch(here)
+    return here
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -352,7 +352,7 @@ class Train(Section):
     batch_size is the number of sequences in an optimizer step over all devices; microbatches splits it.
     """
 
-    steps: Positive | None = None
+    steps: Annotated[Positive, Field(le=100_000_000)] | None = None
     epochs: Positive | None = None
     tokens: Positive | None = None
     batch_size: Positive

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,16 @@ from moe_train import config
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH = ("data", "fsdp", "expert")
 """The only spec of a batch dim."""
+
+
+def join_processes() -> None:
+    """Join the other processes of this job, where the environment says that there are some: Cloud TPU, Slurm, or
+    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID. To be called before anything touches a device."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, index = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -55,7 +66,13 @@ def axis_size(axis: str) -> int:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """A process's rows of a batch (a pytree of (b, T) numpy arrays) -> global (B, T) arrays on the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH, "context"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def put(x: Any) -> jax.Array:
+        # Stated, not inferred: where `tensor` spans processes their rows would silently be taken for the same ones.
+        whole = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, whole)
+
+    return jax.tree.map(put, batch)
 
 
 def platform() -> str:

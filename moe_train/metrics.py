@@ -192,7 +192,7 @@ class Writer:
             self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f} over {figures['loss_tokens']:,} tokens")
 
     def _record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **figures}, allow_nan=True) + "\n")
+        self._file.write(json.dumps({"kind": kind, "step": step, **_strict(figures)}, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in _scalars(figures):
@@ -215,6 +215,15 @@ class Writer:
             self._events.close()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _strict(figures: Any) -> Any:
+    """Figures with null where JSON has no word: NaN and the infinities."""
+    if isinstance(figures, Mapping):
+        return {key: _strict(value) for key, value in figures.items()}
+    if isinstance(figures, list):
+        return [_strict(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
 def _open_lines(path: Path, start_step: int) -> TextIO:

@@ -26,11 +26,11 @@ from moe_train import checkpoint, config, config_file, metrics
 from moe_train.checkpoint import About, Base
 from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import check_vocab, load_tokenizer
-from moe_train.mesh import AXES, make_mesh, put_batch
+from moe_train.mesh import AXES, join_processes, make_mesh, put_batch
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.evaluate import evaluate, make_batch_sums
 from moe_train.train.optimizer import make_optimizer, make_schedule
-from moe_train.train.record import surroundings, write_event, write_text
+from moe_train.train.record import only_one, surroundings, write_event, write_text
 from moe_train.train.self_test import check_grouped_matmul
 from moe_train.train.state import TrainState, create_state, partition
 from moe_train.train.step import StepMetrics, train_step
@@ -45,9 +45,10 @@ def train(run: config.Config) -> int:
     Raises ValueError or FileNotFoundError for what cannot be done as asked, RuntimeError for a fault while running;
     the checkpoints that exist stay in both cases.
     """
+    join_processes()
     run = checkpoint.resolve(run)
     mesh = make_mesh(run.mesh)
-    run = _with_mesh(run, mesh)
+    run = checkpoint.with_mesh(run, mesh)
     assert run.model is not None
     with jax.set_mesh(mesh), _signals() as asked, contextlib.ExitStack() as leaving:
         # What it learns from, and for how long.
@@ -61,7 +62,12 @@ def train(run: config.Config) -> int:
         optimizer = make_optimizer(run.optimizer, total_steps)
 
         # From the newest checkpoint, or from the weights of init_from, or from random ones.
-        run_dir = Path(run.run_dir)
+        run_dir, first_process = Path(run.run_dir), jax.process_index() == 0
+        is_new = not run_dir.exists()
+        if not is_new and not run_dir.is_dir():
+            raise ValueError(f"run_dir {run_dir} is a file; name a folder")
+        if first_process and not is_new:
+            leaving.enter_context(only_one(run_dir))
         checkpoints = leaving.enter_context(checkpoint.opened(run_dir, run.checkpoint))
         last = checkpoint.newest(checkpoints)
         changed = {} if last is None else _changes(run, last, loader)
@@ -85,9 +91,10 @@ def train(run: config.Config) -> int:
             return FINISHED
 
         # From here on there is something to write down.
-        first_process = jax.process_index() == 0
         if first_process:
             run_dir.mkdir(parents=True, exist_ok=True)
+            if is_new:
+                leaving.enter_context(only_one(run_dir))
             write_text(run_dir / "config.yaml", config_file.dump(run))
         writer = metrics.Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
         leaving.enter_context(writer)
@@ -145,7 +152,8 @@ def train(run: config.Config) -> int:
                 held_out_loss = found["loss"]
                 if run.checkpoint.keep_best and held_out_loss < best:
                     best, saves = held_out_loss, True
-            if saves:
+            # After a step that was not finite the weights may be past help: the last good checkpoint is not rotated away.
+            if saves and (figures.finite or votes.stop or step == total_steps):
                 about = About(run.model_dump(mode="json"), step * run.train.batch_size, loader.identity, base)
                 checkpoint.save(checkpoints, step, state, about, held_out_loss)
                 saved_at = time.monotonic()
@@ -162,15 +170,6 @@ def train(run: config.Config) -> int:
 
 
 # --- before the first step -----------------------------------------------------------------------------------------
-
-
-def _with_mesh(run: config.Config, mesh: Mesh) -> config.Config:
-    """The config with the sizes of the mesh that is here, checked: an axis of -1 could not be before."""
-    assert run.model is not None
-    here = run.model_copy(update={"mesh": config.Mesh.model_validate({axis: mesh.shape[axis] for axis in AXES})})
-    config.check_model(here, run.model)
-    config.check_batch(here)
-    return here
 
 
 def _loaders(run: config.Config) -> tuple[Loader, Loader | None]:
@@ -291,7 +290,7 @@ class _Figures:
         # A table, since a schedule's own arithmetic would queue behind the steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
         self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
-        self._seconds = math.nan
+        self._seconds, self.finite = math.nan, True
         self.go_on(start)
 
     def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: metrics.Writer) -> _Votes:
@@ -307,7 +306,7 @@ class _Figures:
         if done > self._done and step % self._run.metrics.every_steps == 0:
             self._seconds = (time.perf_counter() - self._since) / (done - self._done)
             self.go_on(done)
-        limit = self._run.train.max_skipped_steps
+        limit, self.finite = self._run.train.max_skipped_steps, bool(now.finite)
         if not now.finite:
             self._skipped += 1
             writer.say(f"step {step}: loss {now.loss} or gradient {now.grad_norm} is not finite; skipped, {self._skipped} so far")
@@ -316,7 +315,7 @@ class _Figures:
         if self._skipped > limit:
             raise RuntimeError(
                 f"{self._skipped} steps had a loss or gradient that is not finite, the last step {step}; train.max_skipped_steps "
-                f"is {limit}. The checkpoints are intact: look at the data, or lower optimizer.learning_rate"
+                f"is {limit}. The checkpoints from before are kept: look at the data, or lower optimizer.learning_rate"
             )
         return _Votes(*(bool(vote) for vote in voted))
 

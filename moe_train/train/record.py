@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@contextlib.contextmanager
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Keep a second job from the same machine out of `run_dir`, which exists, until this one has left it.
+
+    Raises ValueError where another one is in there. The lock dies with its process, however that ends.
+    """
+    with (run_dir / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {run_dir}; wait for it, or choose another run_dir") from None
+        yield
 
 
 def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:

@@ -65,7 +65,7 @@ def train_step(
 
 
 def _accumulate(value_and_grad: Any, trainable: Parameters, batch: Batch, microbatches: int) -> Any:
-    """Sum of ((loss, parts), gradients) over microbatches; gradients accumulate in the parameters' dtype."""
+    """Sum of ((loss, parts), gradients) over microbatches, in float32; the gradients have the parameters' dtype."""
     if microbatches == 1:
         return value_and_grad(trainable, batch)
 
@@ -75,16 +75,18 @@ def _accumulate(value_and_grad: Any, trainable: Parameters, batch: Batch, microb
 
     def one(total: Any, part: Batch) -> tuple[Any, RouterStats | None]:
         result = value_and_grad(trainable, part)
-        return jax.tree.map(jnp.add, total, without_routers(result)), result[0][1].routers
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, without_routers(result)), result[0][1].routers
 
     # Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
     parts = jax.tree.map(lambda x: _split_rows(x, microbatches), batch)
     shapes = without_routers(jax.eval_shape(value_and_grad, trainable, jax.tree.map(lambda x: x[0], parts)))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+    wide = lambda dtype: jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype  # noqa: E731
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype), out_sharding=s.sharding), shapes)
     ((value, sums), grads), routers = jax.lax.scan(one, zeros, parts)
     if routers is not None:
         dropped = jnp.sum(routers.dropped, axis=0)
         routers = jax.tree.map(lambda x: jnp.mean(x, axis=0), routers)._replace(dropped=dropped)
+    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, trainable)
     return (value, sums._replace(routers=routers)), grads
 
 

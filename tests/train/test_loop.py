@@ -162,17 +162,18 @@ def poison(monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> Callab
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, small_run, poison, capsys):
-    poison(2, 4)
+    poison(2, 6)
     run = small_run(tmp_path, checkpoint={"every_steps": 1, "keep_last": 10})
     assert loop.train(run) == loop.FINISHED
-    assert [math.isnan(loss) for loss in losses(tmp_path)] == [False, True, False, True, False, False]
-    assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 1, 2, 2, 2]
+    assert [loss is None for loss in losses(tmp_path)] == [False, True, False, False, False, True]
+    assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 1, 1, 1, 2]
+    assert steps_in(tmp_path) == [1, 3, 4, 5, 6]  # a skipped step rotates no good checkpoint away; the last is always saved
     assert "step 2: loss nan" in capsys.readouterr().err
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))[1]
-        at = {s: checkpoint.load_parameters(tmp_path, shapes, s) for s in (1, 2, 3)}
-    same = {s: all(np.array_equal(at[1][path], at[s][path]) for path in shapes) for s in (2, 3)}
-    assert same == {2: True, 3: False}
+        at = {s: checkpoint.load_parameters(tmp_path, shapes, s) for s in (4, 5, 6)}
+    same = {s: all(np.array_equal(at[5][path], at[s][path]) for path in shapes) for s in (4, 6)}
+    assert same == {4: False, 6: True}
 
 
 def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
@@ -182,7 +183,7 @@ def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
         RuntimeError, match=r"2 steps had a loss or gradient that is not finite, the last step 4; train.max_skipped_steps is 1"
     ):
         loop.train(run)
-    assert steps_in(tmp_path) == [2, 3]
+    assert steps_in(tmp_path) == [3]
     assert events(tmp_path)[-1]["reason"].startswith("RuntimeError: 2 steps")
     with pytest.raises(RuntimeError, match="2 steps had"):  # the count is in the checkpoint
         loop.train(run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def attend(
     kernel: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Causal self-attention of packed sequences; `kernel` as in `config.Compute.attention`."""
-    kernel = choose_kernel(kernel)
+    kernel = choose_kernel(kernel, q_BTNH.shape[1], q_BTNH.dtype)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         match kernel:
@@ -127,9 +127,17 @@ def attend(
     return run(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
 
 
-def choose_kernel(kernel: str) -> str:
-    """`auto` -> the fast path of the platform that the mesh is made of."""
-    return {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}[platform()] if kernel == "auto" else kernel
+def choose_kernel(kernel: str, seq_len: int, dtype: jnp.dtype) -> str:
+    """`auto` -> the fast path of the platform that the mesh is made of, or `blocked` where that path cannot take these
+    sequences: splash wants multiples of 128, cuDNN 16-bit numbers."""
+    if kernel != "auto":
+        return kernel
+    match platform():
+        case "tpu" if seq_len % 128 == 0:
+            return "splash"
+        case "gpu" | "cuda" if jnp.dtype(dtype).itemsize == 2:
+            return "cudnn"
+    return "blocked"
 
 
 def visible(
@@ -263,7 +271,15 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    run = kernel.make_splash_mqa_single_device(masks.MultiHeadMask([mask] * (N // K)), interpret=platform() == "cpu")
+    side = next(b for b in (512, 256, 128) if T % b == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": side for name in names}
+    run = kernel.make_splash_mqa_single_device(
+        masks.MultiHeadMask([mask] * (N // K)),
+        block_sizes=kernel.BlockSizes(**blocks),
+        residual_checkpoint_name="attention",
+        interpret=platform() == "cpu",
+    )
     q = _heads_first(q_BTNH, K) * jnp.asarray(1 / math.sqrt(H), q_BTNH.dtype)
     k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     of_group = jax.vmap(run, in_axes=(0, 0, 0, None))  # over kv heads

@@ -40,7 +40,11 @@ class ExpertWeights(NamedTuple):
 def top_k(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest of each token and their indices, where the token is: left alone, XLA:CPU gathers the whole batch."""
     tokens = P(BATCH, "context")
-    local = lambda logits_btE: tuple(jax.lax.top_k(logits_btE, k))  # noqa: E731
+
+    def local(logits_btE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, ids = jax.lax.top_k(logits_btE, k)
+        return values, ids
+
     return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(logits_BTE)
 
 

@@ -7,6 +7,7 @@ asked for cannot be done as asked, with one clear line; 1 a fault while running;
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,6 +212,18 @@ def _text(value: Any, key: str = "") -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the package logs (tokenising takes a while; a field was ignored), as plain lines for people."""
+    log, handler = logging.getLogger("moe_train"), logging.StreamHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -219,7 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     try:
-        app(["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments, prog_name="moe-train")
+        with _log_on_stderr():
+            app(["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments, prog_name="moe-train")
     except Exception as error:
         expected = isinstance(error, (*USER_ERRORS, OSError)) or type(error) is RuntimeError
         if debug or not expected:

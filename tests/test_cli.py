@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +223,14 @@ def test_bench_and_quickstart(stand_in, config: str, capsys) -> None:
 def test_schema_is_json(capsys) -> None:
     assert run("schema") == 0
     assert json.loads(capsys.readouterr().out)["title"] == "Config"
+
+
+def test_what_takes_a_while_says_what_it_does(monkeypatch, capsys):
+    log = logging.getLogger("moe_train.data.store")
+    monkeypatch.setattr("moe_train.config_file.json_schema", lambda: log.info("tokenising %s", "a.jsonl") or {})
+    with pytest.raises(SystemExit):
+        cli.main(["schema"])
+    shown = capsys.readouterr()
+    assert shown.err == "tokenising a.jsonl\n" and json.loads(shown.out) == {}
+    log.info("after the command, the library is quiet again")
+    assert capsys.readouterr().err == ""

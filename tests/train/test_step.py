@@ -1,0 +1,158 @@
+"""One optimizer step: the loss it minimises, microbatches, what a step that is not finite changes, adapters."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from moe_train import config
+from moe_train.data.batch import Batch
+from moe_train.mesh import make_mesh, put_batch
+from moe_train.model.lora import is_lora
+from moe_train.model.transformer import combine, init_model, parameters
+from moe_train.train.state import TrainState, create_state
+from moe_train.train.step import StepMetrics, train_step
+
+B, T, V = 8, 10, 24
+MIXTRAL = config.Model(
+    family="mixtral",
+    vocab_size=V,
+    model_dim=8,
+    num_layers=2,
+    attention=config.Attention(num_heads=2, num_kv_heads=2, head_dim=4),
+    ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
+)
+LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.q_proj", "ffn.up_proj"), rank=2, alpha=4.0),))
+LOSS = config.Loss(load_balance_loss_coef=0.5, router_z_loss_coef=0.1)
+ONE = make_mesh(config.Mesh(), jax.devices()[:1])
+FOUR = make_mesh(config.Mesh(fsdp=2, expert=2), jax.devices()[:4])
+OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
+POISON = V - 1
+"""A token whose embedding is not a number; no batch has it unless asked for."""
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def batch(*, poisoned: bool = False, loss: bool = True) -> Batch:
+    """Row r has loss on about r of its tokens, so that microbatches differ; row 0 on none."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, POISON, (B, T)).astype(np.int32)
+    if poisoned:
+        tokens[3, 4] = POISON
+    mask = (np.arange(T) < np.arange(B)[:, None]) & loss
+    segments = np.ones((B, T), np.int32)
+    segments[:, T - 2 :] = 0
+    return Batch(tokens, np.roll(tokens, -1, 1), mask & (segments > 0), segments, np.tile(np.arange(T, dtype=np.int32), (B, 1)))
+
+
+@cache
+def started(mesh: Mesh, lora: config.Lora | None = None) -> tuple[Any, TrainState]:
+    with jax.set_mesh(mesh):
+        structure, like = parameters(
+            jax.eval_shape(lambda: init_model(0, MIXTRAL, config.Compute(grouped_matmul="reference"), lora))
+        )
+        rng, params = np.random.default_rng(1), {}
+        for path, x in like.items():
+            values = rng.normal(path.endswith(".scale"), 0.3, x.shape).astype(x.dtype)
+            if path == "embed.weight":
+                values[POISON] = np.nan
+            params[path] = jax.device_put(values, NamedSharding(mesh, x.sharding.spec))
+        return structure, quick_jit(lambda p: create_state(p, OPTIMIZER))(params)
+
+
+@cache
+def compiled(mesh: Mesh, microbatches: int, lora: config.Lora | None = None) -> Any:
+    structure, _ = started(mesh, lora)
+    return quick_jit(lambda state, batch: train_step(state, batch, structure, OPTIMIZER, LOSS, microbatches))
+
+
+def step(batch: Batch, mesh: Mesh = ONE, microbatches: int = 1, lora: config.Lora | None = None) -> tuple[TrainState, StepMetrics]:
+    with jax.set_mesh(mesh):
+        return jax.device_get(compiled(mesh, microbatches, lora)(started(mesh, lora)[1], put_batch(batch, mesh)))
+
+
+def close(a: Any, b: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), a, b)
+
+
+def test_the_loss_is_that_of_the_whole_step() -> None:
+    """Cross-entropy over all loss-bearing tokens; the routers' losses of each microbatch, averaged; AdamW on the gradient."""
+    microbatches, whole = 2, batch()
+    structure, state = started(ONE)
+
+    @quick_jit
+    def expected(params: Any, batch: Batch) -> Any:
+        def loss(params: Any) -> Any:
+            shares = []
+            for j in range(microbatches):  # rows j, j + 2, …
+                part = Batch(*(x[j::microbatches] for x in batch))
+                hidden, routers = combine(structure, params)(part.tokens, part.positions, part.segment_ids)
+                log_probs = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, params["head"]))
+                at_target = jnp.sum(log_probs * (part.targets[..., None] == jnp.arange(V)), axis=-1)
+                routers_loss = 0.5 * jnp.sum(routers.load_balance_loss) + 0.1 * jnp.sum(routers.router_z_loss)
+                shares.append(-jnp.sum(at_target * part.loss_mask) / jnp.sum(batch.loss_mask) + routers_loss / microbatches)
+            return sum(shares)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, _ = OPTIMIZER.update(grads, state.opt_state, params)
+        return value, optax.tree.norm(grads), optax.apply_updates(params, updates)
+
+    with jax.set_mesh(ONE):
+        value, norm, params = jax.device_get(expected(state.trainable, put_batch(whole, ONE)))
+    after, metrics = step(whole, ONE, microbatches)
+    assert metrics.loss == pytest.approx(value, rel=1e-5)
+    assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert metrics.loss_tokens == whole.loss_mask.sum() and metrics.finite and after.step == 1 and after.skipped == 0
+    close(after.trainable, params)
+
+
+def test_cross_entropy_does_not_depend_on_the_split() -> None:
+    """Microbatches of unlike numbers of loss-bearing tokens weigh what they hold."""
+    assert batch().loss_mask[::2].sum() != batch().loss_mask[1::2].sum()
+    (_, whole), (_, split) = step(batch(), ONE, 1), step(batch(), ONE, 2)
+    assert split.cross_entropy == pytest.approx(whole.cross_entropy, rel=1e-5)
+    assert split.routers.dropped.shape == (2,) and not split.routers.dropped.any()
+    close(split.routers.load_E, whole.routers.load_E)  # as many tokens in each part, so their mean is the whole's
+
+
+def test_a_mesh_takes_the_same_step() -> None:
+    (after, metrics), (wanted, wanted_metrics) = (step(batch(), mesh, 2) for mesh in (FOUR, ONE))
+    close(metrics, wanted_metrics)
+    finite = lambda state: {**state.trainable, "embed.weight": state.trainable["embed.weight"][:POISON]}  # noqa: E731
+    close(finite(after), finite(wanted))
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), [(ONE, 1), (ONE, 2), (FOUR, 2)], ids=["one device", "microbatches", "mesh"])
+def test_a_step_that_is_not_finite_changes_nothing(mesh: Mesh, microbatches: int) -> None:
+    _, before = started(mesh)
+    after, metrics = step(batch(poisoned=True), mesh, microbatches)
+    assert not metrics.finite and np.isnan(metrics.loss)
+    assert (after.step, after.skipped) == (1, 1)
+    for what in ("trainable", "frozen", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, what), jax.device_get(getattr(before, what)))
+    moved, metrics = step(batch(), mesh, microbatches)
+    assert metrics.finite and (moved.step, moved.skipped) == (1, 0)
+    assert all((x != np.asarray(before.trainable[path])).any() for path, x in moved.trainable.items())
+
+
+def test_a_step_without_any_loss_is_finite() -> None:
+    after, metrics = step(batch(loss=False))
+    assert metrics.finite and metrics.loss_tokens == 0 and metrics.cross_entropy == 0
+    assert metrics.loss > 0  # the routers' losses
+    assert after.skipped == 0
+
+
+def test_adapters_alone_are_trained() -> None:
+    _, before = started(FOUR, LORA)
+    after, metrics = step(batch(), FOUR, 1, LORA)
+    assert metrics.finite
+    assert after.trainable and all(map(is_lora, after.trainable)) and not any(map(is_lora, after.frozen))
+    assert len(after.trainable) + len(after.frozen) == len(started(ONE)[1].trainable) + 4
+    jax.tree.map(np.testing.assert_array_equal, after.frozen, jax.device_get(before.frozen))
+    assert all((x != np.asarray(before.trainable[path])).any() for path, x in after.trainable.items())

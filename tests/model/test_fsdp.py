@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
@@ -85,33 +84,27 @@ def test_lookup_is_indexing(mesh: Mesh) -> None:
     close(dtable, wanted)
 
 
-def collectives(hlo: str) -> list[tuple[str, int, list[tuple[int, ...]]]]:
-    """(kind, devices in a group, shapes of the results) of each collective of a compiled program."""
-    found = []
-    for line in hlo.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) (all-reduce|reduce-scatter|all-gather)(?:-start)?\(", line)
-        if match:
-            shapes = [tuple(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w\d+\[([\d,]*)\]", match[1])]
-            found.append((match[2], group_size(line), shapes))
-    return found
+NOTATIONS = """
+  %all-reduce.1 = (f32[4,8]{1,0}, bf16[]{:T(128)}) all-reduce(%a, %b), channel_id=1, replica_groups={{0,4},{1,5}}, use
+  ROOT %x = s32[7]{0} all-gather-start(%a), replica_groups=[2,4]<=[8]T(1,0), dimensions={0}
+  %y = pred[1,2]{1,0} all-gather(%a), replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([8]) {'a','c'}, dimensions={0}
+  %alone = f32[9]{0} all-reduce(%a), replica_groups={{0},{1}}, to_apply=%add
+%all-reduce-scatter.1 (input: bf16[8,3]) -> bf16[2,3] {
+  %all-reduce.2 = bf16[8,3]{1,0} all-reduce(%input), replica_groups=[2,4]<=[8]
+}
+%next (input: bf16[8,3]) -> bf16[2,3] {
+  %all-reduce.3 = bf16[8,3]{1,0} all-reduce(%input), replica_groups=[2,4]<=[8]
+"""
 
 
-def group_size(line: str) -> int:
-    """XLA writes groups as lists, as a reshaped iota, or as axes of a mesh."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return listed[1].count(",") + 1
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(iota[1])
-    axes = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line)
-    assert axes, line
-    sizes = dict(re.findall(r"('\w+')=(\d+)", axes[1]))
-    return int(np.prod([int(sizes[name]) for name in re.findall(r"'\w+'", axes[2])]))
-
-
-def test_group_size_reads_every_notation() -> None:
-    assert group_size("replica_groups={{0,4},{1,5}}, use") == 2
-    assert group_size("replica_groups=[2,4]<=[8]") == 4
-    assert group_size("replica_groups=mesh['a'=4,'b'=1,'c'=2] {'a','c'}, use") == 8
+def test_collectives_are_read_in_every_notation(collectives: Any) -> None:
+    assert collectives(NOTATIONS) == [
+        ("all-reduce", 2, [(4, 8), ()]),
+        ("all-gather", 4, [(7,)]),
+        ("all-gather", 8, [(1, 2)]),
+        ("reduce-scatter", 4, [(2, 3)]),
+        ("all-reduce", 4, [(8, 3)]),
+    ]
 
 
 MODEL = config.Model(
@@ -125,7 +118,7 @@ MODEL = config.Model(
 
 
 @pytest.fixture(scope="module")
-def program() -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], list[tuple[str, int, list[tuple[int, ...]]]]]:
+def program(collectives: Any) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], list[Any]]:
     """Loss and gradients on a mesh: ({path: its shape on a device gathered over fsdp, and as stored}, collectives)."""
     mesh = MESHES["data, fsdp, expert"]
     with jax.set_mesh(mesh):
@@ -152,7 +145,7 @@ def test_gathered_weights_have_their_gradient_scattered(program: Any) -> None:
     there: see test_tpu.py."""
     shapes, found = program
     scattered = [shape for kind, size, group in found if kind == "reduce-scatter" and size == 2 for shape in group]
-    summed = [shape for kind, size, group in found if kind == "all-reduce" and size > 1 for shape in group]
+    summed = [shape for kind, _, group in found if kind == "all-reduce" for shape in group]
     explicit = [path for path in shapes if "ffn" in path or path in ("embed.weight", "head")]
     assert len(explicit) == 5
     for path in explicit:
@@ -167,7 +160,7 @@ def test_only_weights_and_tokens_are_gathered(program: Any) -> None:
     shapes, found = program
     gathered = {sizes for sizes, _ in shapes.values()}
     tokens = 2 * 24
-    for kind, size, group in found:
-        if kind == "all-gather" and size > 1:
+    for kind, _, group in found:
+        if kind == "all-gather":
             for shape in group:
                 assert shape in gathered or shape[0] == tokens, f"all-gather to {shape}"

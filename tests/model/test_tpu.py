@@ -1,0 +1,101 @@
+"""The train step compiled for a TPU slice that is not here: kernels, collectives, memory. Needs libtpu."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config_file
+from moe_train.data.batch import Batch
+from moe_train.mesh import BATCH, make_mesh
+from moe_train.model.transformer import init_model, parameters
+from moe_train.train.optimizer import make_optimizer
+from moe_train.train.state import create_state
+from moe_train.train.step import train_step
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here; run: pip install 'moe-train[tpu]'"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tpu_to_ask() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+        patch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
+        yield
+
+
+def compiled(topology: str, *overrides: str) -> tuple[Any, dict[str, Any]]:
+    """The recipe's step, and {path: abstract weight}."""
+    run = config_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides)
+    assert run.model is not None
+    mesh = make_mesh(run.mesh, topologies.get_topology_desc(f"v5p:{topology}", platform="tpu").devices)
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        spec = P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(run.optimizer, 1000)
+        structure, params = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))
+        params = jax.tree.map(placed, params)
+        state = jax.tree.map(placed, jax.eval_shape(lambda params: create_state(params, optimizer), params))
+        shape, sharding = (run.train.batch_size, run.train.seq_len), NamedSharding(mesh, P(BATCH, "context"))
+        dtypes = (jnp.int32, jnp.int32, jnp.bool, jnp.int32, jnp.int32)
+        batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
+        step = jax.jit(lambda s, b: train_step(s, b, structure, optimizer, run.loss, run.train.microbatches), donate_argnums=0)
+        return step.lower(state, batch).compile(), params
+
+
+def check(program: Any, params: dict[str, Any], collectives: Any) -> None:
+    text = program.as_text()
+    for kernel, calls in (("gmm", 9), ("tgmm", 3), ("splash_mqa_fwd", 2), ("splash_mqa_dq", 1), ("splash_mqa_dkv", 1)):
+        # full rematerialisation: three products forward, again, and backward for x; three for the weights
+        assert sum(line.lstrip().startswith(f"%{kernel}") and "tpu_custom_call" in line for line in text.splitlines()) == calls, (
+            kernel
+        )
+    found = collectives(text)
+    summed = [tuple(n for n in shape if n > 1) for kind, _, group in found if kind == "all-reduce" for shape in group]
+    scattered = [tuple(n for n in shape if n > 1) for kind, _, group in found if kind == "reduce-scatter" for shape in group]
+    for path, x in params.items():
+        spec = tuple(x.sharding.spec)
+        if "fsdp" in spec:
+            layer = slice(1 if path.startswith("stacks") else 0, None)
+            stored = x.sharding.shard_shape(x.shape)
+            whole = tuple(n * x.sharding.mesh.shape["fsdp"] if axis == "fsdp" else n for n, axis in zip(stored, spec, strict=False))
+            whole, stored = (tuple(n for n in shape[layer] if n > 1) for shape in (whole, stored))
+            assert whole not in summed, f"{path}: its whole gradient {whole} is summed over devices"
+            assert stored in scattered, f"{path}: no reduce-scatter to {stored}"
+
+
+TINY = ("model.num_layers=2", "model.model_dim=1024", "model.ffn.ffn_dim=2048", "model.vocab_size=1024", "train.seq_len=1024")
+TINY += ("model.attention.num_heads=8", "model.attention.num_kv_heads=2", "train.batch_size=8", "train.microbatches=1")
+
+
+@pytest.mark.parametrize("experts", [2, 8], ids=["one expert a device", "four experts a device"])
+def test_small_step(experts: int, collectives: Any) -> None:
+    program, params = compiled("2x2x2", *TINY, f"model.ffn.num_experts={experts}", "mesh.fsdp=4", "mesh.expert=2")
+    check(program, params, collectives)
+
+
+def test_mixtral_8x7b(collectives: Any) -> None:
+    """64 chips, one sequence of 4096 tokens each."""
+    program, params = compiled("4x4x4", "train.batch_size=64", "train.microbatches=1")
+    check(program, params, collectives)
+    memory = program.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 32 * GIB  # 95 GiB a chip

@@ -109,6 +109,14 @@ def test_any_group_sizes(kernel: str, sizes: tuple[int, ...], seed: int) -> None
     check(kernel, 160, sizes, seed=seed)
 
 
+@pytest.mark.parametrize("size", [0, 1, 31, 33, 500, 1000, 4096])
+def test_the_cost_follows_the_rows_that_exist(size: int) -> None:
+    """Rows that `blocked` multiplies for a group, whatever the number of rows there are."""
+    count = lambda rows, start, mine, total: total + rows  # noqa: E731
+    done = gm._over_blocks(jnp.int32(0), jnp.int32(size), 4096, gm.ROW_BLOCKS, count, jnp.int32(0))
+    assert size <= done < size + min(gm.ROW_BLOCKS)
+
+
 def test_check_finds_a_misplaced_row() -> None:
     """The comparison itself: one row given to the neighbour is more than the tolerance."""
     x, w, dy = operands(320, (64,) * E, np.float32)

@@ -16,6 +16,8 @@ from moe_train import config
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model import attention
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Arrays are tiny here: what takes time is compiling."""
 B, N, K, H = 2, 4, 2, 6
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 
@@ -39,7 +41,7 @@ def operands(T: int, dtype: Any = np.float32, heads: tuple[int, int, int] = (N, 
 
 @cache
 def compiled(kernel: str, window: int | None, mesh: Mesh = ONE) -> Any:
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @partial(jax.jit, compiler_options=QUICK)
     def run(q: Any, k: Any, v: Any, dy: Any, segments: Any, positions: Any) -> Any:
         y, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, positions, segments, window, kernel), q, k, v)
         return y, *vjp(dy)
@@ -79,7 +81,7 @@ def test_reference_equals_numpy(window: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("T", "window"),
-    [(300, None), (300, 2), (300, 200), (300, 1000), (128, None), (20, 7), (2100, 300)],
+    [(300, None), (300, 2), (300, 200), (128, 1000), (20, 7), (2100, 300)],
 )
 def test_blocked_equals_the_reference(T: int, window: int | None) -> None:
     check("blocked", window, operands(T), 1e-5)

@@ -17,6 +17,9 @@ from moe_train.mesh import BATCH, make_mesh
 from moe_train.model import dispatch
 from moe_train.model.dispatch import ExpertMatrix, ExpertWeights
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Arrays are tiny here: what takes time is compiling."""
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 B, T, D, F, J, E, A = 8, 5, 8, 12, 3, 8, 2
 SCALE = 1.5
 MESHES = {
@@ -68,7 +71,7 @@ def expected(case: str) -> tuple[Any, Any]:
         return jax.device_get(exact(primals, (ids, valid), dy))
 
 
-@jax.jit
+@quick_jit
 def exact(primals: Any, fixed: Any, dy: Any) -> Any:
     y, vjp = jax.vjp(lambda *p: loop(*p, *fixed), *primals)
     return y, vjp(dy)
@@ -83,7 +86,7 @@ def specs() -> tuple[Any, ...]:
 
 @cache
 def compiled(kernel: str, mesh: Mesh) -> Any:
-    @jax.jit
+    @quick_jit
     def run(primals: Any, fixed: Any, dy: Any) -> Any:
         ids, valid = fixed
 
@@ -137,7 +140,7 @@ def test_dispatch_and_combine_differentiate_as_indexing_does() -> None:
     order = jnp.asarray(rng.permutation(R))
     inverse = jnp.argsort(order).reshape(m, A)
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(quick_jit, static_argnums=0)
     def pull(f: Any, primals: Any, d: Any) -> Any:
         y, vjp = jax.vjp(f, *primals)
         return y, *vjp(d)

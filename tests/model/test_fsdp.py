@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ from moe_train.model import fsdp
 from moe_train.model.transformer import combine, init_model, parameters
 from moe_train.train.loss import microbatch_loss
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Arrays are tiny here: what takes time is compiling."""
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 MESHES = {
     "fsdp, tensor": make_mesh(config.Mesh(fsdp=4, tensor=2)),
     "data, fsdp, expert": make_mesh(config.Mesh(data=2, fsdp=2, expert=2)),
@@ -49,7 +53,7 @@ def test_project_is_einsum(equation: str, mesh: Mesh) -> None:
     x, dy = (rng.normal(size=[SIZES[letter] for letter in letters]).astype(np.float32) for letters in (x_letters, y_letters))
     w = rng.normal(size=shape).astype(np.float32)
 
-    @jax.jit
+    @quick_jit
     def run(x: jax.Array, w: jax.Array, dy: jax.Array) -> Any:
         y, vjp = jax.vjp(lambda x, w: fsdp.project(equation, x, w), x, w)
         return y, *vjp(dy)
@@ -70,7 +74,7 @@ def test_lookup_is_indexing(mesh: Mesh) -> None:
     table, tokens = rng.normal(size=(12, 16)).astype(np.float32), rng.integers(0, 12, (8, 3)).astype(np.int32)
     dy = rng.normal(size=(8, 3, 16)).astype(np.float32)
 
-    @jax.jit
+    @quick_jit
     def run(table: jax.Array, tokens: jax.Array, dy: jax.Array) -> Any:
         y, vjp = jax.vjp(lambda table: fsdp.lookup(table, tokens, jnp.dtype("float32")), table)
         return y, *vjp(dy)
@@ -127,9 +131,7 @@ def program(collectives: Any) -> tuple[dict[str, tuple[tuple[int, ...], tuple[in
         batch = put_batch(Batch(*(np.ones((8, 24), dtype) for dtype in (np.int32, np.int32, bool, np.int32, np.int32))), mesh)
         coefs = config.Loss(load_balance_loss_coef=0.01, router_z_loss_coef=0.001)
         loss = lambda p, b: microbatch_loss(combine(structure, p), b, jnp.sum(b.loss_mask), 1, coefs)  # noqa: E731
-        compiled = (
-            jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch).compile({"xla_backend_optimization_level": 0})
-        )
+        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch).compile(QUICK)
     shapes = {}
     for path, x in params.items():
         stored = x.sharding.shard_shape(x.shape)

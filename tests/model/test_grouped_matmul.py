@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 from moe_train.model import grouped_matmul as gm
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Arrays are tiny here: what takes time is compiling."""
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 KERNELS = ("reference", "blocked", "ragged_dot", "megablox")
 E, D, F = 5, 12, 20
 CASES = {  # rows, and how many of them each expert has
@@ -53,7 +56,7 @@ def operands(R: int, sizes: tuple[int, ...], dtype: Any, seed: int = 0) -> tuple
 
 @cache
 def compiled(kernel: str) -> Any:
-    @jax.jit
+    @quick_jit
     def run(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
         y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, kernel), x, w)
         return y, *vjp(dy)

@@ -54,8 +54,9 @@ MESHES = {
     "fsdp, expert, tensor": config.Mesh(fsdp=2, expert=2, tensor=2),
     "data, expert, tensor": config.Mesh(data=2, expert=2, tensor=2),
 }
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""Tiny arrays: what takes time here is LLVM."""
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Arrays are tiny here: what takes time is compiling."""
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def batch() -> Batch:

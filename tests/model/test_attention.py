@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model import attention
+from tests.model.conftest import quick_jit
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Arrays are tiny here: what takes time is compiling."""
 B, N, K, H = 2, 4, 2, 6
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 
@@ -41,7 +40,7 @@ def operands(T: int, dtype: Any = np.float32, heads: tuple[int, int, int] = (N, 
 
 @cache
 def compiled(kernel: str, window: int | None, mesh: Mesh = ONE) -> Any:
-    @partial(jax.jit, compiler_options=QUICK)
+    @quick_jit
     def run(q: Any, k: Any, v: Any, dy: Any, segments: Any, positions: Any) -> Any:
         y, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, positions, segments, window, kernel), q, k, v)
         return y, *vjp(dy)

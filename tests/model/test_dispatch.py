@@ -16,10 +16,8 @@ from moe_train import config
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model import dispatch
 from moe_train.model.dispatch import ExpertMatrix, ExpertWeights
+from tests.model.conftest import quick_jit
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Arrays are tiny here: what takes time is compiling."""
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 B, T, D, F, J, E, A = 8, 5, 8, 12, 3, 8, 2
 SCALE = 1.5
 MESHES = {

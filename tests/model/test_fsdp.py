@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,10 +17,8 @@ from moe_train.mesh import BATCH, make_mesh, put_batch
 from moe_train.model import fsdp
 from moe_train.model.transformer import combine, init_model, parameters
 from moe_train.train.loss import microbatch_loss
+from tests.model.conftest import QUICK, quick_jit
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Arrays are tiny here: what takes time is compiling."""
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 MESHES = {
     "fsdp, tensor": make_mesh(config.Mesh(fsdp=4, tensor=2)),
     "data, fsdp, expert": make_mesh(config.Mesh(data=2, fsdp=2, expert=2)),

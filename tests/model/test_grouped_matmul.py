@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -13,10 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_train.model import grouped_matmul as gm
+from tests.model.conftest import quick_jit
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Arrays are tiny here: what takes time is compiling."""
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 KERNELS = ("reference", "blocked", "ragged_dot", "megablox")
 E, D, F = 5, 12, 20
 CASES = {  # rows, and how many of them each expert has

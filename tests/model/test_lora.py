@@ -14,9 +14,8 @@ from moe_train import config
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.lora import is_lora
 from moe_train.model.transformer import Transformer, init_model, parameters
+from tests.model.conftest import quick_jit
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Arrays are tiny here: what takes time is compiling."""
 MODEL = config.Model(
     family="mixtral",
     vocab_size=24,
@@ -70,7 +69,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     lora = lora_of((("attention.q_proj", "ffn.up_proj"), 2, 4.0))
     ids, segments = np.arange(20, dtype=np.int32).reshape(2, 10), np.ones((2, 10), np.int32)
 
-    @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    @partial(quick_jit, static_argnums=0)
     def made(lora: config.Lora | None, *tokens: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         model = init_model(0, MODEL, config.Compute(), lora)
         return parameters(model)[1], model.logits(model(*tokens)[0])

@@ -17,10 +17,8 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model import moe
+from tests.model.conftest import quick_jit
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Arrays are tiny here: what takes time is compiling."""
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 B, T, D, F, E = 8, 6, 16, 24, 4
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))

@@ -17,6 +17,7 @@ from moe_train.data.batch import Batch
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import combine, empty_caches, init_model, parameters
 from moe_train.train.loss import LossParts, microbatch_loss
+from tests.model.conftest import quick_jit
 
 B, T, V = 8, 12, 32
 ATTENTION = config.Attention(num_heads=8, num_kv_heads=4, head_dim=4)
@@ -54,9 +55,6 @@ MESHES = {
     "fsdp, expert, tensor": config.Mesh(fsdp=2, expert=2, tensor=2),
     "data, expert, tensor": config.Mesh(data=2, expert=2, tensor=2),
 }
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Arrays are tiny here: what takes time is compiling."""
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def batch() -> Batch:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from moe_train import checkpoint, config, config_file
-from moe_train.data.atomic import refuse_existing
+from moe_train.atomic import refuse_existing
 from moe_train.data.chat import load_template
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.mesh import make_mesh

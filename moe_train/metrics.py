@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_train import config
+from moe_train.atomic import write_text
 
 # --- FLOPs ---------------------------------------------------------------------------------------------------------
 
@@ -233,9 +234,7 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= start_step:
                 kept.append(line)
-    beside = path.with_name(f".{path.name}.unfinished")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
+from moe_train.atomic import new_directory
 from moe_train.data import chat
-from moe_train.data.atomic import new_directory
 from moe_train.data.fields import field, located, text_field
 from moe_train.data.sources import Origin, Records
 from moe_train.data.tokenizer import Tokenizer

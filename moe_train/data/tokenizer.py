@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import tokenizers
 
 from moe_train import config
-from moe_train.data.atomic import new_directory, refuse_existing
+from moe_train.atomic import new_directory, refuse_existing
+from moe_train.json_file import read_object
 
 if TYPE_CHECKING:  # half a second that only its users pay
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -201,15 +202,7 @@ def _identity(files: Sequence[Path]) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return settings
+    return read_object(file) if file.is_file() else {}
 
 
 def _token_text(token: str | dict[str, Any] | None) -> str | None:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import checkpoint, config, config_file, metrics
+from moe_train.atomic import write_text
 from moe_train.checkpoint import About, Base
 from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import check_vocab, load_tokenizer
@@ -30,7 +31,7 @@ from moe_train.mesh import AXES, join_processes, make_mesh, put_batch
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.evaluate import evaluate, make_batch_sums
 from moe_train.train.optimizer import make_optimizer, make_schedule
-from moe_train.train.record import only_one, surroundings, write_event, write_text
+from moe_train.train.record import only_one, surroundings, write_event
 from moe_train.train.self_test import check_grouped_matmul
 from moe_train.train.state import TrainState, create_state, partition
 from moe_train.train.step import StepMetrics, train_step

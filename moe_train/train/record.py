@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from moe_train.atomic import write_text
+
 PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -66,13 +68,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
         return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file whole: written beside, synced, renamed."""
-    beside = path.with_name(f".{path.name}.unfinished")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

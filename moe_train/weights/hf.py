@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_train import config
-from moe_train.data.atomic import new_directory
+from moe_train.atomic import new_directory
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.model.lora import is_lora
 from moe_train.weights import merge as merging

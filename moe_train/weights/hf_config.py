@@ -6,7 +6,6 @@ what a file does not state is derived only where every version agrees.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_train import config
+from moe_train.json_file import read_object
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +63,7 @@ def read_model_config(directory: str | Path) -> config.Model:
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a Hugging Face model's config.json")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} is not a JSON object")
+    fields = read_object(file)
     try:
         return _model(fields)
     except ValidationError as error:

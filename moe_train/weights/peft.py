@@ -8,7 +8,6 @@ a differing w2 is named in the patterns by its old name and by its fused one.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -20,7 +19,8 @@ import jax
 import numpy as np
 
 from moe_train import config
-from moe_train.data.atomic import new_directory
+from moe_train.atomic import new_directory
+from moe_train.json_file import read_object
 from moe_train.weights import hf, names, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
 from moe_train.weights.merge import scale_of, target_of
@@ -78,10 +78,7 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     file = directory / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a PEFT adapter")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    settings = read_object(file)
     only = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False}
     only |= dict.fromkeys(("modules_to_save", "target_parameters", "layers_to_transform", "trainable_token_indices"))
     for key, value in only.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.data.atomic import new_directory
+from moe_train.atomic import new_directory
 
 
 def test_it_appears_when_it_is_complete(tmp_path: Path) -> None:

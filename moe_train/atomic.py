@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""Directories and files that appear whole or not at all: written beside, synced, renamed."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def refuse_existing(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_train import checkpoint, config, metrics
+from moe_train import config, metrics, model_dir
 from moe_train.data.batch import Batch
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import init_model, parameters
@@ -29,10 +29,10 @@ def bench(run: config.Config) -> dict[str, Any]:
     Seconds: `first_step_seconds` holds tracing, compilation and one step; `median_step_seconds` is of the steps
     after two more. `share_of_attainable` is model FLOP/s over what the devices could do (see `attainable`).
     """
-    run = checkpoint.resolve(run)
+    run = model_dir.resolve(run)
     assert run.model is not None
     mesh = make_mesh(run.mesh)
-    run = checkpoint.with_mesh(run, mesh)
+    run = model_dir.with_mesh(run, mesh)
     assert run.model is not None
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)

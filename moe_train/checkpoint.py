@@ -12,8 +12,7 @@ renames it into place), is written while training goes on, and fits any mesh.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,17 +22,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from moe_train import config
-from moe_train.mesh import AXES
 from moe_train.model.transformer import Parameters
-from moe_train.train.state import TrainState, partition
-from moe_train.weights import hf
-from moe_train.weights.hf_config import read_model_config
+from moe_train.train.state import TrainState
 
+log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 
 
@@ -223,6 +220,27 @@ def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> A
     return found
 
 
+def load_params(run_dir: str | Path, abstract: Parameters, step: int | None = None) -> tuple[Parameters, About]:
+    """The trainable weights of a run's newest checkpoint that can be read (or of the one of `step`), and what it says.
+
+    On the mesh in force. Passing a damaged one over is logged; nothing is renamed. Raises FileNotFoundError where
+    there is none, RuntimeError where none can be read.
+    """
+    with reading(run_dir) as checkpoints:
+        there = sorted(checkpoints.all_steps(), reverse=True)
+        steps = there if step is None else [s for s in there if s == step]
+        if not steps:
+            raise FileNotFoundError(f"{run_dir} has no checkpoint" + (f" of step {step}" if step is not None else ""))
+        for step in steps:
+            try:
+                params = _arrays(checkpoints, step, params=abstract).params
+                return dict(params), _about(checkpoints, step)
+            except Exception as error:
+                fault = f"the checkpoint of step {step} in {run_dir} cannot be read: {_brief(error)}"
+                log.warning("%s", fault)
+    raise RuntimeError(fault)
+
+
 class Restored(NamedTuple):
     """A state without its frozen weights, and what had to be passed over to get it."""
 
@@ -263,177 +281,7 @@ def _set_aside(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -
         checkpoints.reload()
 
 
-# --- a model from a directory, a run's or Hugging Face's -------------------------------------------------------------
-
-
-def is_run(directory: str | Path) -> bool:
-    """Whether the directory is one of our runs."""
-    return (Path(directory) / FOLDER).is_dir()
-
-
-def run_config(run_dir: str | Path) -> config.Config:
-    """The resolved config of a run's newest checkpoint; `model` is always stated.
-
-    Raises FileNotFoundError where the run has no checkpoint.
-    """
-    with _reading(run_dir) as checkpoints:
-        about = newest(checkpoints)
-    if about is None:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read")
-    return config.Config.model_validate_json(json.dumps(about.config))
-
-
-def read_model(directory: str | Path) -> config.Model:
-    """The architecture of a run or of a Hugging Face model."""
-    if not Path(directory).is_dir():
-        raise FileNotFoundError(f"{directory}: no such folder; it has to be a run, or a Hugging Face model")
-    if not is_run(directory):
-        return read_model_config(directory)
-    model = run_config(directory).model
-    assert model is not None
-    return model
-
-
-def find_tokenizer(directory: str | Path) -> config.Tokenizer:
-    """The tokenizer that a run was trained with, or that lies in a model's folder.
-
-    Raises FileNotFoundError where there is none.
-    """
-    if is_run(directory):
-        data = run_config(directory).data
-        if data is not None and data.tokenizer is not None:
-            return data.tokenizer
-    folder = Path(directory)
-    if (folder / "tokenizer.json").is_file():
-        return config.HuggingFaceTokenizer(name="huggingface", path=str(folder))
-    for file in sorted((*folder.glob("tekken.json"), *folder.glob("tokenizer.model*"))):
-        return config.MistralTokenizer(name="mistral", path=str(file))
-    raise FileNotFoundError(f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; name one in data.tokenizer")
-
-
-def resolve(run: config.Config) -> config.Config:
-    """The config with everything stated that it leaves to `init_from`: the architecture and the tokenizer.
-
-    Raises ValueError where config and checkpoint contradict each other, or the architecture does not go with the rest.
-    """
-    if run.init_from is None:
-        return run
-    model = read_model(run.init_from)
-    if run.model is not None and run.model != model:
-        theirs, ours = flat(model.model_dump(mode="json")), flat(run.model.model_dump(mode="json"))
-        key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
-        raise ValueError(
-            f"model.{key} is {ours.get(key)}, but {theirs.get(key)} in {run.init_from}; leave model out where init_from is given"
-        )
-    config.check_model(run, model)
-    if is_run(run.init_from) and run_config(run.init_from).lora is not None:
-        raise ValueError(f"init_from {run.init_from} is a run with adapters; export it with --merge, and start from the export")
-    changes: dict[str, Any] = {"model": model}
-    if run.data is not None and run.data.tokenizer is None:
-        changes["data"] = run.data.model_copy(update={"tokenizer": find_tokenizer(run.init_from)})
-    return run.model_copy(update=changes)
-
-
-def with_mesh(run: config.Config, mesh: Mesh) -> config.Config:
-    """The config with the sizes of the mesh that is here, checked: an axis of -1 could not be before."""
-    assert run.model is not None
-    here = run.model_copy(update={"mesh": config.Mesh.model_validate({axis: mesh.shape[axis] for axis in AXES})})
-    config.check_model(here, run.model)
-    config.check_batch(here)
-    return here
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {path: x for key, below in tree.items() for path, x in flat(below, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def compute_here() -> config.Compute:
-    """Number formats for a model that no run's config speaks for."""
-    dtype: config.Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return config.Compute(dtype=dtype, param_dtype=dtype)
-
-
-def mesh_here(run: config.Config | None, model: config.Model) -> config.Mesh:
-    """The run's mesh where its devices are here; otherwise all devices along `fsdp`."""
-    devices = jax.device_count()
-    if run is not None and math.prod(run.mesh.model_dump().values()) == devices:
-        return run.mesh
-    if model.model_dim % devices:
-        raise ValueError(
-            f"model_dim {model.model_dim} does not divide over the {devices} devices here; show the process fewer of them"
-        )
-    return config.Mesh(fsdp=devices)
-
-
-def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: int | None = None) -> Parameters:
-    """All weights of a run or of a Hugging Face model, as arrays of the shapes, dtypes and shardings of `abstract`.
-
-    Of a run: what was trained from its newest checkpoint (or that of `step`), what was frozen from where it was
-    loaded at first. Raises ValueError where that has changed since.
-    """
-    if not is_run(directory):
-        return hf.load_parameters(directory, abstract)
-    trainable, frozen = partition(dict(abstract))
-    with _reading(directory) as checkpoints:
-        step = _step(checkpoints, directory, step)
-        try:
-            about = _about(checkpoints, step)
-            params: Parameters = dict(_arrays(checkpoints, step, params=trainable).params)
-        except Exception as error:
-            raise RuntimeError(f"the checkpoint of step {step} in {directory} cannot be read: {_brief(error)}") from error
-    if frozen:
-        assert about.base is not None
-        check_base(about.base)
-        params |= load_parameters(about.base.source, frozen, about.base.step)
-    return params
-
-
-def base_of(directory: str | Path) -> Base:
-    """The identity of the weights that `load_parameters` would read: their hashes, of every byte."""
-    if not is_run(directory):
-        return Base(str(directory), None, hf.hashes(directory))
-    with _reading(directory) as checkpoints:
-        step = _step(checkpoints, directory, None)
-    return Base(str(directory), step, _file_hashes(Path(directory) / FOLDER / str(step) / "params"))
-
-
-def check_base(base: Base) -> None:
-    """Raise ValueError where the weights that `base` names are not the same any more."""
-    if base.step is None:
-        now = hf.hashes(base.source)
-    else:
-        folder = Path(base.source) / FOLDER / str(base.step) / "params"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is gone, and holds the weights that this run's adapters belong to")
-        now = _file_hashes(folder)
-    changed = sorted(name for name in {*now, *base.hashes} if now.get(name) != base.hashes.get(name))
-    if changed:
-        raise ValueError(
-            f"the base weights in {base.source} have changed since this run started ({len(changed)} tensors or files, the first "
-            f"{changed[0]}); bring the old ones back, or start a new run_dir"
-        )
-
-
-def _file_hashes(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    hashes = {}
-    for file in files:
-        with file.open("rb") as content:
-            hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()
-    return hashes
-
-
-def _step(checkpoints: ocp.CheckpointManager, directory: str | Path, step: int | None) -> int:
-    steps = checkpoints.all_steps()
-    if not steps or (step is not None and step not in steps):
-        which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise FileNotFoundError(f"{directory} has {which}")
-    return max(steps) if step is None else step
-
-
-def _reading(run_dir: str | Path) -> ocp.CheckpointManager:
+def reading(run_dir: str | Path) -> ocp.CheckpointManager:
+    """The checkpoints of a run, for reading alone; a context manager."""
     options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False, enable_async_checkpointing=False)
     return ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options)

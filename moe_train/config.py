@@ -197,10 +197,17 @@ class TextRecord(Section):
 
 
 class ChatRecord(Section):
-    """A list of messages (`role`, `content`) rendered by the chat template; the assistant's tokens bear loss."""
+    """A list of messages (`role`, `content`) rendered by the chat template; the assistant's tokens bear loss.
+
+    `interactions` and ShareGPT's `conversations` are found where `messages` is not; other spellings by `role` and
+    `content` (the keys of a message) and `roles` (theirs -> system, user, assistant, tool).
+    """
 
     name: Literal["chat"]
     column: str = "messages"
+    role: str = "role"
+    content: str = "content"
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = {}
     too_long: Literal["truncate", "drop", "error"] = "error"
 
 

@@ -370,3 +370,10 @@ def _owners(key: str | int, section: str) -> list[str]:
 def dump(config: Config) -> str:
     """The resolved config, every default stated, as YAML that loads back to an equal `Config`."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {path: x for key, below in tree.items() for path, x in flat(below, f"{prefix}.{key}" if prefix else key).items()}

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_train import checkpoint, config
-from moe_train.data.chat import load_template, render_prompt
+from moe_train import config
+from moe_train.data.chat import render_prompt
 from moe_train.data.fields import checked_text
-from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
-from moe_train.mesh import BATCH, make_mesh, put_batch
-from moe_train.model.transformer import Parameters, combine, empty_caches, init_model, parameters
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.mesh import BATCH, put_batch
+from moe_train.model.transformer import Parameters, combine, empty_caches
+from moe_train.model_dir import open_model
 
 CHUNK = 64
 """Tokens of a prompt that are read at a time."""
@@ -34,20 +35,14 @@ def generate_dir(
 
     chat: each prompt is a user's turn, put into the tokenizer's chat format; otherwise it is text to continue.
     """
-    run = checkpoint.run_config(directory) if checkpoint.is_run(directory) else None
-    model = run.model if run else checkpoint.read_model(directory)
-    assert model is not None
-    compute = run.compute if run else checkpoint.compute_here()
-    tokenizer = load_tokenizer(checkpoint.find_tokenizer(directory))
-    check_vocab(tokenizer, model.vocab_size)
-    template = load_template(run.data.chat_template if run and run.data else None, tokenizer)
-    mesh = make_mesh(checkpoint.mesh_here(run, model))
-    tokens = [_encode(prompt, tokenizer, template, chat) for prompt in prompts]
+    opened = open_model(directory)
+    model, tokenizer = opened.model, opened.tokenizer
+    tokens = [_encode(prompt, tokenizer, opened.chat_template, chat) for prompt in prompts]
     check_lengths(tokens, max_tokens, model)
-    with jax.set_mesh(mesh):
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, run.lora if run else None)))
-        weights = checkpoint.load_parameters(directory, shapes)
-        new = generate(structure, weights, model, mesh, tokens, max_tokens, tokenizer.eos_id, temperature, seed, compute.dtype)
+    with jax.set_mesh(opened.mesh):
+        structure, weights = opened.load()
+        dtype = opened.compute.dtype
+        new = generate(structure, weights, model, opened.mesh, tokens, max_tokens, tokenizer.eos_id, temperature, seed, dtype)
     return [_text_after(tokenizer, before, after) for before, after in zip(tokens, new, strict=True)]
 
 

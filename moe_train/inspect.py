@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from moe_train import checkpoint, config
+from moe_train import config, model_dir
 from moe_train.mesh import AXES, make_mesh
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train.state import partition
@@ -27,7 +27,7 @@ class Report(NamedTuple):
 
 def inspect(run: config.Config) -> Report:
     """Raises ValueError or FileNotFoundError where config, mesh and checkpoint do not go together."""
-    run = checkpoint.resolve(run)
+    run = model_dir.resolve(run)
     assert run.model is not None
     shapes = abstract_parameters(run, run.model)
     trainable, _ = partition(shapes)

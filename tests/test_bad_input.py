@@ -14,7 +14,7 @@ from moe_train import cli, config
 from moe_train.data.tokenizer import train_bpe
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import hf
+from moe_train.weights import write
 
 MODEL = """\
 model:
@@ -81,7 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
         _, weights = parameters(jax.jit(lambda: init_model(0, section, config.Compute()))())
-        hf.export(weights, section, path, dtype="float32")
+        write.export(weights, section, path, dtype="float32")
     return path
 
 

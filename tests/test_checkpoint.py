@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_train import checkpoint, config
+from moe_train import checkpoint, config, model_dir
 from moe_train.checkpoint import About, Base
 from moe_train.mesh import make_mesh
 from moe_train.train.state import TrainState, create_state
@@ -247,14 +247,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
 
 def test_a_changed_base_is_refused(tmp_path, mesh):
     save_steps(tmp_path, {1: None, 2: None})
-    base = checkpoint.base_of(tmp_path)
+    base = model_dir.base_of(tmp_path)
     assert base.source == str(tmp_path) and base.step == 2 and all(len(digest) == 64 for digest in base.hashes.values())
-    checkpoint.check_base(base)
+    model_dir.check_base(base)
     damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
     with pytest.raises(
         ValueError, match=r"base weights in .* have changed since this run started \([0-9]+ tensors or files, the first"
     ):
-        checkpoint.check_base(base)
+        model_dir.check_base(base)
     shutil.rmtree(tmp_path / "checkpoints" / "2")
     with pytest.raises(FileNotFoundError, match="is gone, and holds the weights that this run's adapters belong to"):
-        checkpoint.check_base(base)
+        model_dir.check_base(base)

@@ -18,7 +18,7 @@ from moe_train.export import export
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.state import create_state
-from moe_train.weights import hf, peft
+from moe_train.weights import foreign, peft, write
 
 MODEL = config.Model(
     family="mixtral",
@@ -61,7 +61,7 @@ def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **mor
         loss=config.Loss(load_balance_loss_coef=0.02, router_z_loss_coef=0.0),
         **more,
     )
-    base = checkpoint.Base(run.init_from, None, hf.hashes(run.init_from)) if run.init_from else None
+    base = checkpoint.Base(run.init_from, None, foreign.hashes(run.init_from)) if run.init_from else None
     about = checkpoint.About(config=run.model_dump(mode="json"), row=0, data="", base=base)
     with checkpoint.opened(directory, run.checkpoint) as checkpoints:
         checkpoint.save(checkpoints, 1, create_state(weights, optax.sgd(0.1)), about)
@@ -78,11 +78,11 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(tokenizer: HuggingFace
     with jax.set_mesh(make_mesh(MESH)):
         weights = random_parameters(LORA)
         plain = {path: x for path, x in weights.items() if ".lora_" not in path}
-        hf.export(plain, MODEL, tmp_path / "base", dtype="bfloat16")
-        weights |= hf.load_parameters(tmp_path / "base", plain_shapes(plain))
+        write.export(plain, MODEL, tmp_path / "base", dtype="bfloat16")
+        weights |= foreign.load_parameters(tmp_path / "base", plain_shapes(plain))
         save_run(tmp_path / "run", weights, tokenizer, init_from=str(tmp_path / "base"), lora=LORA)
-        texts = hf.Texts(tokenizer, tokenizer.chat_template, "")
-        hf.export(weights, MODEL, tmp_path / "merged", dtype="bfloat16", lora=LORA, merge=True, texts=texts)
+        texts = write.Texts(tokenizer, tokenizer.chat_template, "")
+        write.export(weights, MODEL, tmp_path / "merged", dtype="bfloat16", lora=LORA, merge=True, texts=texts)
         peft.export_adapter(weights, MODEL, LORA, tmp_path / "adapter", base_model=str(tmp_path / "base"), texts=texts)
     report = export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
     assert report["merged"] == 2 * (4 + 3 * 4)
@@ -109,7 +109,7 @@ def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_p
         weights = random_parameters(None)
         save_run(tmp_path / "run", weights, tokenizer)
         export(tmp_path / "run", tmp_path / "hf")
-        loaded = hf.load_parameters(tmp_path / "hf", plain_shapes(weights))
+        loaded = foreign.load_parameters(tmp_path / "hf", plain_shapes(weights))
     assert all(np.array_equal(np.asarray(loaded[path]), np.asarray(x)) for path, x in weights.items())
     with pytest.raises(ValueError, match="nothing to merge"):
         export(tmp_path / "run", tmp_path / "other", merge=True)

@@ -15,7 +15,7 @@ from moe_train.data.tokenizer import train_bpe
 from moe_train.generate import generate, generate_dir
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import Parameters, combine, init_model, parameters
-from moe_train.weights import hf
+from moe_train.weights import write
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "model_dim": 16, "num_layers": 2, "max_seq_len": 256}
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=8)
@@ -129,7 +129,7 @@ def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> 
     mesh = mesh_of(ONE)
     with jax.set_mesh(mesh):
         structure, weights = random_model(MIXTRAL)
-        hf.export(weights, MIXTRAL, tmp_path / "model", dtype="float32", texts=hf.Texts(tokenizer))
+        write.export(weights, MIXTRAL, tmp_path / "model", dtype="float32", texts=write.Texts(tokenizer))
         ids = [tokenizer.bos_id, *tokenizer.encode("the quick")]
         (new,) = generate(structure, weights, MIXTRAL, mesh, [ids], 6, eos_id=tokenizer.eos_id)
     (completion, other) = generate_dir(tmp_path / "model", ["the quick", "a dog"], 6)

@@ -18,7 +18,8 @@ STEP = ("train.state", "train.loss", "train.optimizer", "train.step")
 LEFT_OF_STEP = ("config", "mesh", "model", "data.batch", *STEP)
 LEFT_OF_LOOP = (
     *LEFT_OF_STEP,
-    *("train.record", "train.self_test", "config_file", "atomic", "json_file", "data", "weights", "checkpoint", "metrics", "plan"),
+    *("train.record", "train.self_test", "config_file", "atomic", "json_file", "data", "weights", "checkpoint", "model_dir"),
+    *("metrics", "plan"),
 )
 COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect", "export")
 
@@ -40,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train.record": ("config", "atomic"),
     "train.self_test": ("config", "mesh", "model"),
     "checkpoint": (*LEFT_OF_STEP, "config_file", "weights"),
+    "model_dir": (*LEFT_OF_STEP, "config_file", "weights", "checkpoint", "data.tokenizer", "data.chat"),
     "plan": (*LEFT_OF_STEP, "config_file", "plan"),
     "train.evaluate": LEFT_OF_LOOP,
     "train.loop": (*LEFT_OF_LOOP, "train.evaluate"),

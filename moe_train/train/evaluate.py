@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_train import checkpoint, config
+from moe_train import config
 from moe_train.data.loader import Loader
 from moe_train.data.sources import open_source
-from moe_train.data.tokenizer import check_vocab, load_tokenizer
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.transformer import Parameters, combine, init_model, parameters
+from moe_train.mesh import BATCH, put_batch
+from moe_train.model.transformer import Parameters, combine
+from moe_train.model_dir import open_model
 from moe_train.train.loss import cross_entropy_sum
 
 
@@ -59,26 +59,23 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
 
     Rows are as long as the run's; of a model that is no run, at most 2048.
     """
-    run = checkpoint.run_config(directory) if checkpoint.is_run(directory) else None
-    model = run.model if run else checkpoint.read_model(directory)
-    assert model is not None
-    lora = run.lora if run else None
-    compute = run.compute if run else checkpoint.compute_here()
-    mesh = make_mesh(checkpoint.mesh_here(run, model))
-    seq_len = run.train.seq_len if run else min(model.max_seq_len, 2048)
-    replicas = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    opened = open_model(directory)
+    run, mesh = opened.run, opened.mesh
+    seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
+    replicas = math.prod(mesh.shape[axis] for axis in BATCH)
     batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
     batch_size += -batch_size % replicas
-    tokenizer = load_tokenizer(checkpoint.find_tokenizer(directory))
-    check_vocab(tokenizer, model.vocab_size)
-    template = run.data.chat_template if run and run.data else None
     sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file)) for file in files)
+    template = run.data.chat_template if run and run.data else None
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
-        loader = Loader(data, "eval", tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
-        params = checkpoint.load_parameters(directory, shapes)
+        loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
+        structure, params = opened.load()
         found = evaluate(make_batch_sums(structure), params, {}, loader, mesh)
+    if not math.isfinite(found["loss"]):
+        raise RuntimeError(
+            f"the loss of {directory} on {found['loss_tokens']} tokens is {found['loss']}: its weights are past help"
+        )
     return {
         **found,
         "perplexity": math.exp(min(found["loss"], 700)),

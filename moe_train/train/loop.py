@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train import checkpoint, config, config_file, metrics
+from moe_train import checkpoint, config, config_file, metrics, model_dir
 from moe_train.atomic import write_text
 from moe_train.checkpoint import About, Base
 from moe_train.data.loader import Loader
@@ -47,9 +47,9 @@ def train(run: config.Config) -> int:
     the checkpoints that exist stay in both cases.
     """
     join_processes()
-    run = checkpoint.resolve(run)
+    run = model_dir.resolve(run)
     mesh = make_mesh(run.mesh)
-    run = checkpoint.with_mesh(run, mesh)
+    run = model_dir.with_mesh(run, mesh)
     assert run.model is not None
     with jax.set_mesh(mesh), _signals() as asked, contextlib.ExitStack() as leaving:
         # What it learns from, and for how long.
@@ -81,11 +81,11 @@ def train(run: config.Config) -> int:
                     f"WARNING: the checkpoint of step {step} is damaged, and was renamed to damaged-{step}: {why}", file=sys.stderr
                 )
         elif base is not None and not frozen:
-            state = _new_state(checkpoint.load_parameters(base.source, trainable, base.step), optimizer)
+            state = _new_state(model_dir.load_parameters(base.source, trainable, base.step), optimizer)
         else:
             state = _new_state(jax.jit(lambda: partition(parameters(model())[1])[0])(), optimizer)
         if base is not None and frozen:
-            state = state._replace(frozen=checkpoint.load_parameters(base.source, frozen, base.step))
+            state = state._replace(frozen=model_dir.load_parameters(base.source, frozen, base.step))
         start = int(state.step)
         if start >= total_steps:
             print(f"{run.name}: all {total_steps} steps are done; raise train.steps, epochs or tokens to go on")
@@ -211,7 +211,7 @@ _DECIDED_AT_START = (
 
 def _changes(run: config.Config, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the checkpoint's, {key: (then, now)}. Raises ValueError where one must not."""
-    then, now = checkpoint.flat(last.config), checkpoint.flat(run.model_dump(mode="json"))
+    then, now = config_file.flat(last.config), config_file.flat(run.model_dump(mode="json"))
     changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
     for key, (old, new) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
@@ -234,11 +234,11 @@ def _base(run: config.Config, last: About | None, frozen: bool) -> Base | None:
             raise ValueError("lora needs init_from: adapters belong to weights that can be loaded again")
         return None
     if last is None:
-        return checkpoint.base_of(run.init_from)
+        return model_dir.base_of(run.init_from)
     assert last.base is not None
     base = last.base._replace(source=run.init_from)
     if frozen:
-        checkpoint.check_base(base)
+        model_dir.check_base(base)
     return base
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train.weights.names import Piece
-from moe_train.weights.safetensors_io import Tensor
+from moe_train.weights.on_disk import Tensor
 
 Parameters = dict[str, jax.Array]
 Abstract = Mapping[str, jax.ShapeDtypeStruct]

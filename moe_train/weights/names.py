@@ -1,8 +1,8 @@
-"""The names of a model's tensors in Hugging Face files, ours, and the transform between: one two-way table.
+"""The names of a model's tensors in other people's files, ours, and the transform between: one two-way table a layout.
 
-File: the per-expert layout that transformers 4 and 5, vLLM and llama.cpp read; linear weights (out, in).
-Ours: einsum operands (in dims…, out dims…), stacked on repeats of the period (and on experts).
-Also read, never written: transformers 5's fused experts, and the prefixes of a text model inside a vision wrapper.
+File: linear weights (out, in). Ours: einsum operands (in dims…, out dims…), stacked on repeats of the period (and on
+experts). Of Hugging Face's layouts the per-expert one is written, which transformers 4 and 5, vLLM and llama.cpp read;
+transformers 5's fused experts, and the prefixes of a text model inside a vision wrapper, are read only.
 """
 
 from __future__ import annotations
@@ -10,44 +10,147 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from moe_train import config
 
-# Rows: name in the file, its dims; our path, its dims. Letters: V vocabulary, D model_dim, N heads, K kv heads,
-# H head_dim, F ffn_dim, E experts, J rank of an adapter. A group such as `NH` is one dim of the file.
-Row = tuple[str, str, str, str]
-_MODEL: tuple[Row, ...] = (
-    ("embed_tokens.weight", "V D", "embed.weight", "VD"),
-    ("norm.weight", "D", "final_norm.scale", "D"),
-)
-_HEAD: Row = ("lm_head.weight", "V D", "head", "VD")
-_LAYER: tuple[Row, ...] = (
-    ("input_layernorm.weight", "D", "attention_norm.scale", "D"),
-    ("self_attn.q_proj.weight", "NH D", "attention.q_proj.weight", "DNH"),
-    ("self_attn.k_proj.weight", "KH D", "attention.k_proj.weight", "DKH"),
-    ("self_attn.v_proj.weight", "KH D", "attention.v_proj.weight", "DKH"),
-    ("self_attn.o_proj.weight", "D NH", "attention.o_proj.weight", "NHD"),
-    ("post_attention_layernorm.weight", "D", "ffn_norm.scale", "D"),
-)
-_DENSE: tuple[Row, ...] = (
-    ("mlp.gate_proj.weight", "F D", "ffn.gate_proj.weight", "DF"),
-    ("mlp.up_proj.weight", "F D", "ffn.up_proj.weight", "DF"),
-    ("mlp.down_proj.weight", "D F", "ffn.down_proj.weight", "FD"),
-)
-_ROUTER: Row = ("block_sparse_moe.gate.weight", "E D", "ffn.router.weight", "DE")
-_EXPERT: tuple[Row, ...] = (
-    ("block_sparse_moe.experts.{e}.w1.weight", "F D", "ffn.gate_proj.weight", "DF"),
-    ("block_sparse_moe.experts.{e}.w3.weight", "F D", "ffn.up_proj.weight", "DF"),
-    ("block_sparse_moe.experts.{e}.w2.weight", "D F", "ffn.down_proj.weight", "FD"),
-)
-_FUSED_ROUTER: Row = ("mlp.gate.weight", "E D", "ffn.router.weight", "DE")
-_FUSED_GATE_UP, _FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
-PREFIXES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
-"""Before the names of the body, and before `lm_head`; the first is written."""
-ADAPTER_PREFIX = "base_model.model.model."
+class Row(NamedTuple):
+    """A tensor of a file and our parameter.
+
+    Letters of dims: V vocabulary, D model_dim, N heads, K kv heads, H head_dim, F ffn_dim, E experts, J rank of an
+    adapter; H may be spelled by its halves, Z = 2 and P = H / 2. Letters that stand together are one dim.
+    """
+
+    name: str
+    dims: str
+    path: str
+    ours: str
+    stack: Literal["", "experts", "gate of gate_up", "up of gate_up"] = ""
+    """What more the file's tensor holds: all experts, (E, dims); or gate above up of all, (E, 2F, D)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How files of one kind name the tensors of a model."""
+
+    embed: Row
+    norm: Row
+    head: Row
+    layer: str
+    """What the names of layer `{l}` begin with."""
+    of_layer: tuple[Row, ...]
+    dense: tuple[Row, ...]
+    router: Row
+    experts: tuple[Row, ...]
+    """`{e}` is the expert, where each has tensors of its own."""
+    adapters: tuple[str, str]
+    """Names of A (rank, in) and B (out, rank) beside `{stem}`, a name without its `.weight`."""
+
+
+def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> Layout:
+    """body and head: what names begin with; the defaults are written. fused: transformers 5's layout of the experts."""
+    if fused:
+        router = Row("mlp.gate.weight", "E D", "ffn.router.weight", "D E")
+        experts = (
+            Row("mlp.experts.gate_up_proj", "F D", "ffn.gate_proj.weight", "D F", "gate of gate_up"),
+            Row("mlp.experts.gate_up_proj", "F D", "ffn.up_proj.weight", "D F", "up of gate_up"),
+            Row("mlp.experts.down_proj", "D F", "ffn.down_proj.weight", "F D", "experts"),
+        )
+    else:
+        router = Row("block_sparse_moe.gate.weight", "E D", "ffn.router.weight", "D E")
+        experts = (
+            Row("block_sparse_moe.experts.{e}.w1.weight", "F D", "ffn.gate_proj.weight", "D F"),
+            Row("block_sparse_moe.experts.{e}.w3.weight", "F D", "ffn.up_proj.weight", "D F"),
+            Row("block_sparse_moe.experts.{e}.w2.weight", "D F", "ffn.down_proj.weight", "F D"),
+        )
+    return Layout(
+        embed=Row(f"{body}embed_tokens.weight", "V D", "embed.weight", "V D"),
+        norm=Row(f"{body}norm.weight", "D", "final_norm.scale", "D"),
+        head=Row(f"{head}lm_head.weight", "V D", "head", "V D"),
+        layer=f"{body}layers.{{l}}.",
+        of_layer=(
+            Row("input_layernorm.weight", "D", "attention_norm.scale", "D"),
+            Row("self_attn.q_proj.weight", "NH D", "attention.q_proj.weight", "D N H"),
+            Row("self_attn.k_proj.weight", "KH D", "attention.k_proj.weight", "D K H"),
+            Row("self_attn.v_proj.weight", "KH D", "attention.v_proj.weight", "D K H"),
+            Row("self_attn.o_proj.weight", "D NH", "attention.o_proj.weight", "N H D"),
+            Row("post_attention_layernorm.weight", "D", "ffn_norm.scale", "D"),
+        ),
+        dense=(
+            Row("mlp.gate_proj.weight", "F D", "ffn.gate_proj.weight", "D F"),
+            Row("mlp.up_proj.weight", "F D", "ffn.up_proj.weight", "D F"),
+            Row("mlp.down_proj.weight", "D F", "ffn.down_proj.weight", "F D"),
+        ),
+        router=router,
+        experts=experts,
+        adapters=("base_model.model.{stem}.lora_A.weight", "base_model.model.{stem}.lora_B.weight"),
+    )
+
+
+HUGGING_FACE = hugging_face()
+_BODIES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
+"""Body and head of a text model, alone and inside two kinds of vision wrapper."""
+
+MISTRAL = Layout(
+    embed=Row("tok_embeddings.weight", "V D", "embed.weight", "V D"),
+    norm=Row("norm.weight", "D", "final_norm.scale", "D"),
+    head=Row("output.weight", "V D", "head", "V D"),
+    layer="layers.{l}.",
+    of_layer=(
+        Row("attention_norm.weight", "D", "attention_norm.scale", "D"),
+        # rotary pairs side by side; ours, as Hugging Face's, are half a head apart
+        Row("attention.wq.weight", "NPZ D", "attention.q_proj.weight", "D N ZP"),
+        Row("attention.wk.weight", "KPZ D", "attention.k_proj.weight", "D K ZP"),
+        Row("attention.wv.weight", "KH D", "attention.v_proj.weight", "D K H"),
+        Row("attention.wo.weight", "D NH", "attention.o_proj.weight", "N H D"),
+        Row("ffn_norm.weight", "D", "ffn_norm.scale", "D"),
+    ),
+    dense=(
+        Row("feed_forward.w1.weight", "F D", "ffn.gate_proj.weight", "D F"),
+        Row("feed_forward.w3.weight", "F D", "ffn.up_proj.weight", "D F"),
+        Row("feed_forward.w2.weight", "D F", "ffn.down_proj.weight", "F D"),
+    ),
+    router=Row("feed_forward.gate.weight", "E D", "ffn.router.weight", "D E"),
+    experts=(
+        Row("feed_forward.experts.{e}.w1.weight", "F D", "ffn.gate_proj.weight", "D F"),
+        Row("feed_forward.experts.{e}.w3.weight", "F D", "ffn.up_proj.weight", "D F"),
+        Row("feed_forward.experts.{e}.w2.weight", "D F", "ffn.down_proj.weight", "F D"),
+    ),
+    adapters=("{stem}.lora_A.weight", "{stem}.lora_B.weight"),
+)
+"""Mistral's own: consolidated.safetensors and lora.safetensors."""
+
+GGUF = Layout(
+    embed=Row("token_embd.weight", "V D", "embed.weight", "V D"),
+    norm=Row("output_norm.weight", "D", "final_norm.scale", "D"),
+    head=Row("output.weight", "V D", "head", "V D"),
+    layer="blk.{l}.",
+    of_layer=(
+        Row("attn_norm.weight", "D", "attention_norm.scale", "D"),
+        Row("attn_q.weight", "NPZ D", "attention.q_proj.weight", "D N ZP"),
+        Row("attn_k.weight", "KPZ D", "attention.k_proj.weight", "D K ZP"),
+        Row("attn_v.weight", "KH D", "attention.v_proj.weight", "D K H"),
+        Row("attn_output.weight", "D NH", "attention.o_proj.weight", "N H D"),
+        Row("ffn_norm.weight", "D", "ffn_norm.scale", "D"),
+    ),
+    dense=(
+        Row("ffn_gate.weight", "F D", "ffn.gate_proj.weight", "D F"),
+        Row("ffn_up.weight", "F D", "ffn.up_proj.weight", "D F"),
+        Row("ffn_down.weight", "D F", "ffn.down_proj.weight", "F D"),
+    ),
+    router=Row("ffn_gate_inp.weight", "E D", "ffn.router.weight", "D E"),
+    experts=(
+        Row("ffn_gate_exps.weight", "F D", "ffn.gate_proj.weight", "D F", "experts"),
+        Row("ffn_up_exps.weight", "F D", "ffn.up_proj.weight", "D F", "experts"),
+        Row("ffn_down_exps.weight", "D F", "ffn.down_proj.weight", "F D", "experts"),
+    ),
+    adapters=("{stem}.weight.lora_a", "{stem}.weight.lora_b"),
+)
+"""llama.cpp's architectures `llama` and `mistral3`; shapes as numpy has them, the reverse of the file's."""
+
 IGNORED = (".rotary_emb.inv_freq", "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
 """Parts of names in files that hold no weight of the text model."""
 
@@ -63,22 +166,33 @@ class Piece:
     part: tuple[int | tuple[int, int], ...]
     """Which part of the tensor: an index, or a (start, end), of each leading dim; () is the whole."""
     groups: tuple[tuple[int, ...], ...]
-    """The part's dims, each split into ours: ((N, H), (D,))."""
+    """The part's dims, each split into its letters: ((N, H), (D,))."""
     path: str
     """Our parameter."""
     lead: tuple[int, ...]
     """Its index in the stacked dims: (), (repeat,) or (repeat, expert)."""
-    axes: tuple[int, ...]
-    """ours = part.reshape(N, H, D).transpose(axes)."""
+    axes: tuple[tuple[int, ...], ...]
+    """Of each of our dims the letters' places: ours = part.reshape(N, H, D).transpose(2, 0, 1), each tuple then one dim."""
 
     @property
     def ours_shape(self) -> tuple[int, ...]:
-        dims = [size for group in self.groups for size in group]
-        return tuple(dims[axis] for axis in self.axes)
+        sizes = self._sizes()
+        return tuple(math.prod(sizes[axis] for axis in dim) for dim in self.axes)
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(group) for group in self.groups)
+
+    def _sizes(self) -> list[int]:
+        return [size for group in self.groups for size in group]
+
+    def _flat_axes(self) -> list[int]:
+        return [axis for dim in self.axes for axis in dim]
 
     def to_file(self, ours: np.ndarray) -> np.ndarray:
         """(in dims…, out dims…) -> the part of the file's tensor."""
-        return ours.transpose(np.argsort(self.axes)).reshape([math.prod(group) for group in self.groups])
+        sizes, flat = self._sizes(), self._flat_axes()
+        return ours.reshape([sizes[axis] for axis in flat]).transpose(np.argsort(flat)).reshape(self.part_shape)
 
     def from_file(
         self, read: Callable[[tuple[int | slice, ...]], np.ndarray], ranges: Sequence[tuple[int, int]] | None = None
@@ -86,13 +200,17 @@ class Piece:
         """Our matrix, or the part of it that `ranges` names, reading no more of the file than that.
 
         read: an index -> that part of the file's tensor. ranges: (start, stop) of each of our dims; inside a group
-        such as NH only the first dim may be cut, as the others are never sharded.
+        such as NH only the first letter may be cut, and a dim of several letters never.
         """
-        shape = self.ours_shape
-        of_axis = dict(zip(self.axes, ranges or [(0, size) for size in shape], strict=True))
+        sizes, shape = self._sizes(), self.ours_shape
+        cuts = {axis: (0, size) for axis, size in enumerate(sizes)}
+        for dim, cut, size in zip(self.axes, ranges or [(0, size) for size in shape], shape, strict=True):
+            assert len(dim) == 1 or cut == (0, size), (self.path, ranges)
+            if len(dim) == 1:
+                cuts[dim[0]] = cut
         rows, dims, axis = [], [], 0
         for group in self.groups:
-            (start, stop), *whole = (of_axis[axis + i] for i in range(len(group)))
+            (start, stop), *whole = (cuts[axis + i] for i in range(len(group)))
             assert whole == [(0, size) for size in group[1:]], (self.path, ranges)
             inner = math.prod(group[1:])
             rows.append((start * inner, stop * inner))
@@ -101,58 +219,58 @@ class Piece:
         where: list[int | slice] = [at for at in self.part if isinstance(at, int)]
         offsets = [at[0] for at in self.part if not isinstance(at, int)] + [0] * len(rows)
         where += [slice(start + o, stop + o) for (start, stop), o in zip(rows, offsets, strict=False)]
-        return read(tuple(where)).reshape(dims).transpose(self.axes)
+        ours = read(tuple(where)).reshape(dims).transpose(self._flat_axes())
+        return ours.reshape([math.prod(dims[axis] for axis in dim) for dim in self.axes])
 
 
-def pieces(model: config.Model, prefix: tuple[str, str] = PREFIXES[0], fused: bool = False) -> list[Piece]:
-    """Every weight of `model` in the order of the layers; `fused` is transformers 5's layout of the experts."""
-    body, head = prefix
+def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
+    """Every weight of `model` in the order of the layers."""
     sizes = _sizes(model)
-    found = [_piece(sizes, row, body, "") for row in _MODEL[:1]]
+    found = [_piece(sizes, layout.embed, "", "")]
     for layer, path, repeat in _layers(model):
-        prefix_of_layer = f"{body}layers.{layer}."
-        rows = _LAYER + (_DENSE if isinstance(model.ffn, config.DenseFfn) else (_FUSED_ROUTER if fused else _ROUTER,))
-        found += [_piece(sizes, row, prefix_of_layer, path, (repeat,)) for row in rows]
-        if isinstance(model.ffn, config.MoeFfn):
-            for e in range(model.ffn.num_experts):
-                expert = _fused_expert(sizes, e) if fused else [(row, (), None) for row in _EXPERT]
-                found += [_piece(sizes, row, prefix_of_layer, path, (repeat, e), *rest) for row, *rest in expert]
-    found += [_piece(sizes, row, body, "") for row in _MODEL[1:]]
-    return found if model.tie_embeddings else [*found, _piece(sizes, _HEAD, head, "")]
+        prefix = layout.layer.format(l=layer)
+        sparse = isinstance(model.ffn, config.MoeFfn)
+        rows = layout.of_layer + ((layout.router,) if sparse else layout.dense)
+        found += [_piece(sizes, row, prefix, path, (repeat,)) for row in rows]
+        for e in range(sizes.get("E", 0)):
+            found += [_piece(sizes, row, prefix, path, (repeat, e)) for row in layout.experts]
+    found.append(_piece(sizes, layout.norm, "", ""))
+    return found if model.tie_embeddings else [*found, _piece(sizes, layout.head, "", "")]
 
 
-def pieces_of(model: config.Model, names: Collection[str]) -> list[Piece]:
-    """`pieces` in the layout that a file with these tensor names has."""
-    prefix = next((p for p in PREFIXES if f"{p[0]}{_MODEL[0][0]}" in names), PREFIXES[0])
-    return pieces(model, prefix, fused=any(name.endswith(_FUSED_GATE_UP) for name in names))
+def hugging_face_of(names: Collection[str]) -> Layout:
+    """The variant of Hugging Face's layout that a file with these tensor names has."""
+    body = next((prefix for prefix in _BODIES if f"{prefix[0]}embed_tokens.weight" in names), _BODIES[0])
+    return hugging_face(*body, fused=any(name.endswith("mlp.experts.gate_up_proj") for name in names))
 
 
-def linear_rows(model: config.Model) -> list[Row]:
-    """Rows of the linear maps of a layer that can have an adapter; `{e}` in the name of an expert's."""
-    ffn = _DENSE if isinstance(model.ffn, config.DenseFfn) else _EXPERT
-    return [row for row in (*_LAYER, *ffn) if " " in row[1]]
+def linear_rows(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Row]:
+    """Rows of the linear maps of a layer that can have an adapter; those of an expert are for each expert."""
+    ffn = layout.dense if isinstance(model.ffn, config.DenseFfn) else layout.experts
+    return [row for row in (*layout.of_layer, *ffn) if " " in row.dims]
 
 
-def adapter_pieces(model: config.Model, ranks: Mapping[str, int]) -> list[Piece]:
-    """Adapters, named as PEFT names them; `ranks`: of each of our modules (`stacks.0.layers.0.ffn.up_proj`).
+def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout = HUGGING_FACE) -> list[Piece]:
+    """Adapters, named as the layout names them; `ranks`: of each of our modules (`stacks.0.layers.0.ffn.up_proj`).
 
-    lora_A is (J, in) in the file and (in dims…, J) here, lora_B (out, J) and (J, out dims…).
+    A is (J, in) in the file and (in dims…, J) here, B (out, J) and (J, out dims…).
     """
     found = []
     for layer, path, repeat in _layers(model):
-        for name, dims, ours, letters in linear_rows(model):
-            module = (path + ours).removesuffix(".weight")
+        prefix = layout.layer.format(l=layer)
+        for row in linear_rows(model, layout):
+            module = (path + row.path).removesuffix(".weight")
             if module not in ranks:
                 continue
-            out, into = dims.split()
-            inputs, outputs = ("".join(letter for letter in letters if letter in group) for group in (into, out))
-            stem = name.removesuffix(".weight")
-            a: Row = (f"{stem}.lora_A.weight", f"J {into}", f"{module}.lora_a", f"{inputs}J")
-            b: Row = (f"{stem}.lora_B.weight", f"{out} J", f"{module}.lora_b", f"J{outputs}")
+            out, into = row.dims.split()
+            inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
+            name_a, name_b = (name.format(stem=prefix + row.name.removesuffix(".weight")) for name in layout.adapters)
+            a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
+            b = Row(name_b, f"{out} J", f"{module}.lora_b", f"J {outputs}", row.stack)
             sizes = _sizes(model) | {"J": ranks[module]}
-            leads = [(repeat, e) for e in range(sizes["E"])] if "{e}" in name else [(repeat,)]
-            prefix = f"{ADAPTER_PREFIX}layers.{layer}."
-            found += [_piece(sizes, row, prefix, "", lead) for lead in leads for row in (a, b)]
+            of_expert = row in layout.experts and isinstance(model.ffn, config.MoeFfn)
+            leads = [(repeat, e) for e in range(sizes["E"])] if of_expert else [(repeat,)]
+            found += [_piece(sizes, row, "", "", lead) for lead in leads for row in (a, b)]
     return found
 
 
@@ -196,7 +314,7 @@ def _some(names: Collection[str], show: int = 3) -> str:
 def _sizes(model: config.Model) -> dict[str, int]:
     a = model.attention
     sizes = {"V": model.vocab_size, "D": model.model_dim, "F": model.ffn.ffn_dim}
-    sizes |= {"N": a.num_heads, "K": a.num_kv_heads, "H": a.head_dim}
+    sizes |= {"N": a.num_heads, "K": a.num_kv_heads, "H": a.head_dim, "Z": 2, "P": a.head_dim // 2}
     return sizes | ({"E": model.ffn.num_experts} if isinstance(model.ffn, config.MoeFfn) else {})
 
 
@@ -207,34 +325,23 @@ def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
         yield layer, f"stacks.0.layers.{layer % period}.", layer // period
 
 
-def _fused_expert(sizes: Mapping[str, int], e: int) -> list[tuple[Row, tuple, tuple[int, ...]]]:
-    """Rows, part and whole shape of expert e's three matrices in the two fused tensors."""
-    E, F, D = sizes["E"], sizes["F"], sizes["D"]
-    gate_up = (E, 2 * F, D)
-    return [
-        ((_FUSED_GATE_UP, "F D", "ffn.gate_proj.weight", "DF"), (e, (0, F)), gate_up),
-        ((_FUSED_GATE_UP, "F D", "ffn.up_proj.weight", "DF"), (e, (F, 2 * F)), gate_up),
-        ((_FUSED_DOWN, "D F", "ffn.down_proj.weight", "FD"), (e,), (E, D, F)),
-    ]
-
-
-def _piece(
-    sizes: Mapping[str, int],
-    row: Row,
-    name_prefix: str,
-    path_prefix: str,
-    lead: tuple[int, ...] = (),
-    part: tuple[int | tuple[int, int], ...] = (),
-    shape: tuple[int, ...] | None = None,
-) -> Piece:
-    name, dims, path, letters = row
-    groups = tuple(tuple(sizes[letter] for letter in group) for group in dims.split())
+def _piece(sizes: Mapping[str, int], row: Row, name_prefix: str, path_prefix: str, lead: tuple[int, ...] = ()) -> Piece:
+    groups = tuple(tuple(sizes[letter] for letter in group) for group in row.dims.split())
+    shape: tuple[int, ...] = tuple(math.prod(group) for group in groups)
+    part: tuple[int | tuple[int, int], ...] = ()
+    if row.stack == "experts":
+        shape, part = (sizes["E"], *shape), (lead[1],)
+    elif row.stack:
+        F = shape[0]
+        part = (lead[1], (0, F) if row.stack == "gate of gate_up" else (F, 2 * F))
+        shape = (sizes["E"], 2 * F, *shape[1:])
+    letters = row.dims.replace(" ", "")
     return Piece(
-        name=name_prefix + (name.format(e=lead[1]) if len(lead) == 2 else name),
-        shape=shape or tuple(math.prod(group) for group in groups),
+        name=name_prefix + (row.name.format(e=lead[1]) if len(lead) == 2 else row.name),
+        shape=shape,
         part=part,
         groups=groups,
-        path=path_prefix + path,
+        path=path_prefix + row.path,
         lead=lead,
-        axes=tuple(dims.replace(" ", "").index(letter) for letter in letters),
+        axes=tuple(tuple(letters.index(letter) for letter in dim) for dim in row.ours.split()),
     )

@@ -24,6 +24,8 @@ from moe_train.json_file import read_object
 from moe_train.weights import hf, names, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
 from moe_train.weights.merge import scale_of, target_of
+from moe_train.weights.on_disk import nbytes
+from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _GATE, _UP, _DOWN = "ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"
@@ -36,7 +38,7 @@ def export_adapter(
     out_dir: str | Path,
     *,
     base_model: str,
-    texts: hf.Texts = hf.NO_TEXTS,
+    texts: Texts = NO_TEXTS,
 ) -> dict[str, Any]:
     """Write the adapters of `parameters` as a PEFT directory; read it back and compare the deltas.
 
@@ -64,11 +66,11 @@ def export_adapter(
     dtype = np.dtype(next(a.dtype for path, a in parameters.items() if path.endswith(".lora_a")))
     pieces = {piece.name: piece for piece in table}
     specs = [safetensors_io.Spec(piece.name, piece.shape, dtype) for piece in table]
-    hf.check_space(out_dir, sum(safetensors_io.nbytes(spec.shape, spec.dtype) for spec in specs))
+    check_space(out_dir, sum(nbytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
         safetensors_io.write_file(directory / WEIGHTS, specs, lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name])))
         hf.write_json(directory / CONFIG, settings)
-        hf.write_texts(directory, texts)
+        write_texts(directory, texts)
         return _prove(directory, parameters, model, lora)
 
 
@@ -86,15 +88,15 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
             raise ValueError(f"{file}: {key} is {settings[key]!r}, which is not read here; it has to be {value!r}")
     tensors = safetensors_io.open_file(directory / WEIGHTS)
     targets: dict[tuple[int, float], list[str]] = {}
-    for name, _, path, _ in names.linear_rows(model):
-        stem = "layers.0." + name.format(e=0).removesuffix(".weight")
-        if tensor := tensors.get(f"{names.ADAPTER_PREFIX}{stem}.lora_A.weight"):
+    for row in names.linear_rows(model):
+        stem = "model.layers.0." + row.name.format(e=0).removesuffix(".weight")
+        if tensor := tensors.get(names.HUGGING_FACE.adapters[0].format(stem=stem)):
             patterns = settings.get("alpha_pattern") or {}
-            alphas = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", f"model.{stem}")]
+            alphas = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", stem)]
             rank = tensor.shape[0]
             alpha = float((alphas or [settings["lora_alpha"]])[0])
             scale_up = math.sqrt(rank) if settings.get("use_rslora") else 1.0  # alpha / sqrt(rank)
-            targets.setdefault((rank, alpha * scale_up), []).append(path.removesuffix(".weight"))
+            targets.setdefault((rank, alpha * scale_up), []).append(row.path.removesuffix(".weight"))
     if not targets:
         raise ValueError(
             f"{directory / WEIGHTS} has no adapter for layer 0 in a spelling that is read here ({next(iter(tensors), 'empty')})"
@@ -139,7 +141,7 @@ def _in_file(model: config.Model, ours: Mapping[str, Shape]) -> dict[str, Shape]
 
 def _config(model: config.Model, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """adapter_config.json without the base model's name."""
-    leaves = {path.removesuffix(".weight"): name.split(".")[-2] for name, _, path, _ in names.linear_rows(model)}
+    leaves = {row.path.removesuffix(".weight"): row.name.split(".")[-2] for row in names.linear_rows(model)}
     of_layer = {".".join(module.split(".")[-2:]): shape for module, shape in shapes.items()}  # alike in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
     usual = of_layer[_GATE] if sparse and _GATE in of_layer else Counter(of_layer.values()).most_common(1)[0][0]

@@ -33,7 +33,7 @@ def check(
     if (found := read_model_config(directory)) != model:
         raise RuntimeError(f"{directory / 'config.json'} was written as a different model: {found}")
     tensors = safetensors_io.open_model(directory)
-    table = names.pieces_of(model, tensors)
+    table = names.pieces(model, names.hugging_face_of(tensors))
     weights = {path: array for path, array in parameters.items() if not path.endswith((".lora_a", ".lora_b"))}
     names.check(
         directory,

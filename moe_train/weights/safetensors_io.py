@@ -5,10 +5,8 @@ A model is one `model.safetensors`, or shards with `model.safetensors.index.json
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from moe_train.weights.on_disk import nbytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -94,21 +94,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's dtype, shape and bytes, by name; several at a time, each in parts of 64 MB."""
-
-    def digest(tensor: Tensor) -> str:
-        total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
-        (length, *row) = tensor.shape or (0,)
-        step = max(1, 2**26 // max(1, nbytes(row, tensor.dtype)))
-        for start in range(0, length, step):
-            total.update(np.ascontiguousarray(tensor.read((slice(start, min(start + step, length)),))).view(np.uint8).data)
-        return total.hexdigest()
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
-
-
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
@@ -118,10 +103,6 @@ class Spec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-
-
-def nbytes(shape: Sequence[int], dtype: np.dtype) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
 def write_model(

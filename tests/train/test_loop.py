@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_train import checkpoint, config, config_file, metrics
+from moe_train import checkpoint, config, config_file, metrics, model_dir
 from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.export import export
@@ -48,7 +48,7 @@ def steps_in(run_dir: Path) -> list[int]:
 def weights(run: config.Config, run_dir: Path) -> dict[str, np.ndarray]:
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, run.lora)))[1]
-        return {path: np.asarray(x) for path, x in checkpoint.load_parameters(run_dir, shapes).items()}
+        return {path: np.asarray(x) for path, x in model_dir.load_parameters(run_dir, shapes).items()}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text):
     total = count = 0.0
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))
-        model = shapes[0].unflatten([checkpoint.load_parameters(finished, shapes[1])[path] for path in shapes[1]])
+        model = shapes[0].unflatten([model_dir.load_parameters(finished, shapes[1])[path] for path in shapes[1]])
         logits_of = jax.jit(lambda batch: model.logits(model(batch.tokens, batch.positions, batch.segment_ids)[0]))
         for batch in loader.iterate():
             log_probs = jax.nn.log_softmax(np.asarray(logits_of(loop.put_batch(batch, make_mesh(run.mesh))), np.float64))
@@ -171,7 +171,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, small_run, poison, 
     assert "step 2: loss nan" in capsys.readouterr().err
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))[1]
-        at = {s: checkpoint.load_parameters(tmp_path, shapes, s) for s in (4, 5, 6)}
+        at = {s: model_dir.load_parameters(tmp_path, shapes, s) for s in (4, 5, 6)}
     same = {s: all(np.array_equal(at[5][path], at[s][path]) for path in shapes) for s in (4, 6)}
     assert same == {4: False, 6: True}
 
@@ -320,7 +320,7 @@ def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, tex
         assert loop.train(run) == loop.UNFINISHED
     assert loop.train(run) == loop.FINISHED
 
-    said = checkpoint.run_config(run_dir)
+    said = model_dir.run_config(run_dir)
     assert said.model == small_run(base).model and said.data.tokenizer == small_run(base).data.tokenizer
     full, adapted = weights(small_run(base), base), weights(said, run_dir)
     assert all(np.array_equal(full[path], adapted[path]) for path in full)  # the base's bytes

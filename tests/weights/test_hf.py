@@ -17,7 +17,7 @@ from moe_train import config
 from moe_train.mesh import make_mesh
 from moe_train.model import transformer
 from moe_train.model.lora import is_lora
-from moe_train.weights import hf, names, safetensors_io
+from moe_train.weights import foreign, names, safetensors_io, write
 
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)
 SIZES: dict[str, Any] = {"vocab_size": 24, "model_dim": 8, "num_layers": 4, "max_seq_len": 32}
@@ -62,25 +62,25 @@ def assert_equal(ours: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> No
 def test_an_export_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dtype: Any, tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         sharded = random_parameters(model, dtype)
-        report = hf.export(sharded, model, tmp_path / "out", dtype=dtype, max_shard_bytes=2000)
-        assert_equal(hf.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
-        for path, array in hf.load_parameters(tmp_path / "out", abstract(model, dtype)).items():
+        report = write.export(sharded, model, tmp_path / "out", dtype=dtype, max_shard_bytes=2000)
+        assert_equal(foreign.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
+        for path, array in foreign.load_parameters(tmp_path / "out", abstract(model, dtype)).items():
             assert array.sharding == sharded[path].sharding
-    assert hf.read_model_config(tmp_path / "out") == model
+    assert foreign.read_model(tmp_path / "out") == model
     assert report["parameters"] == sum(array.size for array in sharded.values())
     assert report["bytes"] == report["parameters"] * np.dtype(dtype).itemsize
     with jax.set_mesh(ONE):
-        assert_equal(hf.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
+        assert_equal(foreign.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
 
 
 def test_the_files_of_an_export(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
-        hf.export(
+        write.export(
             random_parameters(MIXTRAL),
             MIXTRAL,
             tmp_path / "out",
             dtype="bfloat16",
-            texts=hf.Texts(chat_template="{{ x }}", config="a: 1\n"),
+            texts=write.Texts(chat_template="{{ x }}", config="a: 1\n"),
         )
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",
@@ -93,22 +93,22 @@ def test_the_files_of_an_export(tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "out/generation_config.json").read_text())) >= {"bos_token_id", "eos_token_id"}
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     with jax.set_mesh(ONE), pytest.raises(FileExistsError, match="exists already"):
-        hf.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="bfloat16")
+        write.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="bfloat16")
 
 
 def test_the_fused_layout_and_the_prefix_of_a_wrapper_are_read(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(MIXTRAL)
-        hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+        write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
         fused: dict[str, np.ndarray] = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
-        for piece in names.pieces(MIXTRAL, names.PREFIXES[1], fused=True):
+        for piece in names.pieces(MIXTRAL, names.hugging_face("model.language_model.", "", fused=True)):
             tensor = fused.setdefault(piece.name, np.zeros(piece.shape, np.float32))
             part = tuple(at if isinstance(at, int) else slice(*at) for at in piece.part)
             tensor[part] = piece.to_file(np.asarray(parameters[piece.path])[piece.lead])
         for file in (tmp_path / "out").glob("model*"):
             file.unlink()
         safetensors.numpy.save_file(fused, tmp_path / "out/model.safetensors")
-        assert_equal(hf.load_parameters(tmp_path / "out", abstract(MIXTRAL)), parameters)
+        assert_equal(foreign.load_parameters(tmp_path / "out", abstract(MIXTRAL)), parameters)
 
 
 def plain_merge(parameters: dict[str, jax.Array], path: str) -> np.ndarray:
@@ -132,8 +132,8 @@ def plain_merge(parameters: dict[str, jax.Array], path: str) -> np.ndarray:
 def test_merged_weights_are_base_plus_delta_rounded_once(dtype: Any, tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(MIXTRAL, lora=LORA)
-        report = hf.export(parameters, MIXTRAL, tmp_path / "out", dtype=dtype, lora=LORA, merge=True)
-        loaded = hf.load_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
+        report = write.export(parameters, MIXTRAL, tmp_path / "out", dtype=dtype, lora=LORA, merge=True)
+        loaded = foreign.load_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
     for path, array in loaded.items():
         assert np.array_equal(np.asarray(array), plain_merge(parameters, path).astype(dtype)), path
     assert report["merged"] == 4 * (2 + 3 * 4) and report["deltas_of_zero"] == 0
@@ -144,21 +144,21 @@ def test_the_report_tells_of_deltas_that_the_dtype_swallows(tmp_path: Path) -> N
     with jax.set_mesh(ONE):
         parameters = random_parameters(MIXTRAL, lora=LORA)
         small = {path: x * 1e-5 if path.endswith("lora_b") else x for path, x in parameters.items()}
-        kept = hf.export(small, MIXTRAL, tmp_path / "low", dtype="bfloat16", lora=LORA, merge=True)["delta_kept"]
+        kept = write.export(small, MIXTRAL, tmp_path / "low", dtype="bfloat16", lora=LORA, merge=True)["delta_kept"]
         assert kept < 0.9
         none = {path: x * 0 if path.endswith("lora_b") else x for path, x in parameters.items()}
-        report = hf.export(none, MIXTRAL, tmp_path / "none", dtype="float32", lora=LORA, merge=True)
+        report = write.export(none, MIXTRAL, tmp_path / "none", dtype="float32", lora=LORA, merge=True)
     assert report["deltas_of_zero"] == report["merged"] == 56
 
 
 def test_weights_without_adapter_keep_their_bytes_through_a_lora_export(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
-        hf.export(random_parameters(MIXTRAL, "bfloat16"), MIXTRAL, tmp_path / "base", dtype="bfloat16")
-        before = hf.hashes(tmp_path / "base")
-        base = hf.load_parameters(tmp_path / "base", abstract(MIXTRAL))  # float32 in memory
+        write.export(random_parameters(MIXTRAL, "bfloat16"), MIXTRAL, tmp_path / "base", dtype="bfloat16")
+        before = foreign.hashes(tmp_path / "base")
+        base = foreign.load_parameters(tmp_path / "base", abstract(MIXTRAL))  # float32 in memory
         parameters = random_parameters(MIXTRAL, lora=LORA) | base
-        hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="bfloat16", lora=LORA, merge=True)
-        after = hf.hashes(tmp_path / "out")
+        write.export(parameters, MIXTRAL, tmp_path / "out", dtype="bfloat16", lora=LORA, merge=True)
+        after = foreign.hashes(tmp_path / "out")
     adapted = ("q_proj", "o_proj", ".w1.", ".w2.", ".w3.")
     assert {name for name in before if before[name] != after[name]} == {n for n in before if any(part in n for part in adapted)}
 
@@ -200,7 +200,7 @@ def test_the_proof_finds_a_wrong_tensor_and_removes_the_export(
     with jax.set_mesh(ONE):
         parameters = random_parameters(MIXTRAL, lora=LORA if merge else None)
         with pytest.raises(RuntimeError, match=message):
-            hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA if merge else None, merge=merge)
+            write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA if merge else None, merge=merge)
     assert not list(tmp_path.iterdir())
 
 
@@ -216,7 +216,7 @@ def test_the_proof_finds_an_expert_whose_delta_was_dropped(factor: float, tmp_pa
 
         plant(monkeypatch, drop)
         with pytest.raises(RuntimeError, match=victim):
-            hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
+            write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -235,11 +235,11 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             plant(patch, full)
             with pytest.raises(OSError, match="No space left on device"):
-                hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+                write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
         assert not list(tmp_path.iterdir())
-        monkeypatch.setattr(hf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        monkeypatch.setattr(write.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
         with pytest.raises(OSError, match=r"needs 3e-05 GB, but its disk has 1e-06 GB free"):
-            hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+            write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
     assert not list(tmp_path.iterdir())
 
 
@@ -247,16 +247,16 @@ def test_adapters_are_neither_dropped_nor_imagined(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = random_parameters(MIXTRAL, lora=LORA)
         with pytest.raises(ValueError, match=r"merge them \(--merge\)"):
-            hf.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+            write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
         plain = {path: array for path, array in parameters.items() if not is_lora(path)}
         with pytest.raises(ValueError, match="nothing to merge"):
-            hf.export(plain, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
+            write.export(plain, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
-        hf.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="float32")
+        write.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="float32")
         file = tmp_path / "out/config.json"
         settings = json.loads(file.read_text())
         for change, message in (
@@ -265,23 +265,23 @@ def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None
         ):
             file.write_text(json.dumps(settings | change))
             with pytest.raises(ValueError, match=message):
-                hf.load_parameters(tmp_path / "out", abstract(MIXTRAL))
+                foreign.load_parameters(tmp_path / "out", abstract(MIXTRAL))
         file.write_text(json.dumps(settings))
         wider = MIXTRAL.model_copy(update={"model_dim": 16})
         with pytest.raises(ValueError, match=r"gives .*\(24, 8\)"):
-            hf.load_parameters(tmp_path / "out", abstract(wider))
+            foreign.load_parameters(tmp_path / "out", abstract(wider))
 
 
 def test_a_tied_head_that_was_written_out_is_dropped_where_it_is_the_embedding(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = random_parameters(MINISTRAL)
-        hf.export(parameters, MINISTRAL, tmp_path / "out", dtype="float32")
+        write.export(parameters, MINISTRAL, tmp_path / "out", dtype="float32")
         (shard,) = (tmp_path / "out").glob("model-*")
         (tmp_path / "out" / safetensors_io.INDEX).unlink()
         found = safetensors.numpy.load_file(shard)
         single = tmp_path / "out/model.safetensors"
         safetensors.numpy.save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"]}, single)
-        assert_equal(hf.load_parameters(tmp_path / "out", abstract(MINISTRAL)), parameters)
+        assert_equal(foreign.load_parameters(tmp_path / "out", abstract(MINISTRAL)), parameters)
         safetensors.numpy.save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"] + 1}, single)
         with pytest.raises(ValueError, match=r"lm_head\.weight of its own"):
-            hf.load_parameters(tmp_path / "out", abstract(MINISTRAL))
+            foreign.load_parameters(tmp_path / "out", abstract(MINISTRAL))

@@ -13,7 +13,7 @@ import pytest
 from moe_train import config
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model import transformer
-from moe_train.weights import hf, names, peft
+from moe_train.weights import foreign, names, peft, write
 
 pytestmark = pytest.mark.judges
 
@@ -71,10 +71,10 @@ def random_judge(family: str) -> Any:
 
 
 def load(directory: Path) -> tuple[config.Model, Any, dict[str, jax.Array]]:
-    model = hf.read_model_config(directory)
+    model = foreign.read_model(directory)
     abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute()))
     structure, shapes = transformer.parameters(abstract)
-    return model, structure, hf.load_parameters(directory, shapes)
+    return model, structure, foreign.load_parameters(directory, shapes)
 
 
 def batch(mesh: jax.sharding.Mesh) -> tuple[np.ndarray, Any]:
@@ -129,7 +129,7 @@ def test_logits_and_gradients_equal_transformers(family: str, mesh: jax.sharding
         count += len(columns) - 1
     (total / count).backward()
     state = dict(judge.named_parameters())
-    table = names.pieces(model, fused=True)
+    table = names.pieces(model, names.hugging_face(fused=True))
     assert {piece.name for piece in table} == set(state)
     for piece in table:
         ours = piece.to_file(gradients[piece.path][piece.lead])
@@ -175,12 +175,12 @@ def test_transformers_reads_an_export(family: str, mesh: jax.sharding.Mesh, tmp_
     settings = settings_of(family)
     settings.architectures = [f"{settings.model_type.capitalize()}ForCausalLM"]
     settings.save_pretrained(tmp_path)
-    model = hf.read_model_config(tmp_path)
+    model = foreign.read_model(tmp_path)
     with jax.set_mesh(mesh):
         structure, parameters = random_parameters(model)
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
-        hf.export(parameters, model, tmp_path / "export", dtype="float32", max_shard_bytes=20_000)
+        write.export(parameters, model, tmp_path / "export", dtype="float32", max_shard_bytes=20_000)
     assert len(list((tmp_path / "export").glob("model-*.safetensors"))) > 2
     assert_same_logits(read_by_transformers(tmp_path / "export"), ours, tokens)
 
@@ -211,7 +211,7 @@ def test_peft_and_transformers_read_an_adapter(family: str, targets: str, mesh: 
         parameters = adapters | base
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
-        hf.export(parameters, model, tmp_path / "merged", dtype="float32", lora=lora, merge=True)
+        write.export(parameters, model, tmp_path / "merged", dtype="float32", lora=lora, merge=True)
         peft.export_adapter(parameters, model, lora, tmp_path / "adapter", base_model=str(tmp_path / "base"))
     assert_same_logits(read_by_transformers(tmp_path / "merged"), ours, tokens)
     judge = read_by_transformers(tmp_path / "base")

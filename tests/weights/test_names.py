@@ -62,30 +62,38 @@ def shapes_of(m: config.Model) -> dict[str, tuple[int, ...]]:
 def test_every_tensor_is_used_and_every_parameter_filled_once(name: str) -> None:
     m, tensors, parameters = PUBLISHED[name]
     shapes = shapes_of(m)
-    for prefix in names.PREFIXES:
-        for fused in (False, True) if isinstance(m.ffn, config.MoeFfn) else (False,):
-            table = names.pieces(m, prefix, fused)
-            in_file = {piece.name: piece.shape for piece in table}
-            assert fused or len(table) == len(in_file) == tensors
-            assert len({(piece.path, piece.lead) for piece in table}) == len(table)
-            total = sum(math.prod(shape) for shape in in_file.values())
-            assert (
-                total == sum(math.prod(piece.ours_shape) for piece in table) == sum(map(math.prod, shapes.values())) == parameters
-            )
-            names.check("here", names.pieces_of(m, in_file), in_file, shapes)
+    for layout in LAYOUTS.values():
+        table = names.pieces(m, layout)
+        in_file = {piece.name: piece.shape for piece in table}
+        stacked = layout.experts[0].stack and isinstance(m.ffn, config.MoeFfn)
+        assert stacked or len(table) == len(in_file) == tensors
+        assert len({(piece.path, piece.lead) for piece in table}) == len(table)
+        total = sum(math.prod(shape) for shape in in_file.values())
+        assert total == sum(math.prod(piece.ours_shape) for piece in table) == sum(map(math.prod, shapes.values())) == parameters
+        names.check("here", table, in_file, shapes)
+        if layout.layer.startswith(("model.", "language_model.")):
+            assert names.pieces(m, names.hugging_face_of(in_file)) == table
 
 
-SMALL = model("mixtral", 16, 6, 2, attention(4, 2, 2), moe(10, experts=3))
+LAYOUTS = {
+    "hugging face": names.HUGGING_FACE,
+    "fused": names.hugging_face(fused=True),
+    "wrapped": names.hugging_face("model.language_model.", "", fused=True),
+    "wrapped before": names.hugging_face("language_model.model.", "language_model."),
+    "mistral": names.MISTRAL,
+    "gguf": names.GGUF,
+}
+SMALL = model("mixtral", 16, 6, 2, attention(4, 2, 6), moe(10, experts=3))
 
 
 def small_files() -> dict[str, tuple[int, ...]]:
     return {piece.name: piece.shape for piece in names.pieces(SMALL)}
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_there_and_back_is_the_same_matrix_and_parts_are_parts(fused: bool) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_there_and_back_is_the_same_matrix_and_parts_are_parts(layout: str) -> None:
     draw = np.random.default_rng(0).normal
-    for piece in names.pieces(SMALL, fused=fused):
+    for piece in names.pieces(SMALL, LAYOUTS[layout]):
         ours = draw(size=piece.ours_shape)
         tensor = np.full(piece.shape, np.nan)
         tensor[tuple(at if isinstance(at, int) else slice(*at) for at in piece.part)] = piece.to_file(ours)
@@ -101,9 +109,36 @@ def test_there_and_back_is_the_same_matrix_and_parts_are_parts(fused: bool) -> N
 def test_a_head_is_contiguous_in_the_file() -> None:
     """The second head's rows of q_proj are rows H..2H of the file, as attention of transformers splits them."""
     (piece,) = (p for p in names.pieces(SMALL) if p.name == "model.layers.0.self_attn.q_proj.weight")
-    file = np.arange(8 * 6).reshape(8, 6)
-    assert np.array_equal(piece.from_file(file.__getitem__)[:, 1, :], file[2:4].T)
-    assert np.array_equal(piece.from_file(file.__getitem__, [(0, 6), (1, 3), (0, 2)])[:, 0, :], file[2:4].T)
+    file = np.arange(24 * 6).reshape(24, 6)
+    assert np.array_equal(piece.from_file(file.__getitem__)[:, 1, :], file[6:12].T)
+    assert np.array_equal(piece.from_file(file.__getitem__, [(0, 6), (1, 3), (0, 6)])[:, 0, :], file[6:12].T)
+
+
+@pytest.mark.parametrize(("layout", "q", "k"), [("mistral", "attention.wq", "attention.wk"), ("gguf", "attn_q", "attn_k")])
+def test_rotary_pairs_lie_side_by_side_where_the_layout_has_them_so(layout: str, q: str, k: str) -> None:
+    """Rows 2i and 2i + 1 of a head are there what rows i and i + H/2 are in Hugging Face's order; v is left alone."""
+    ours = {(piece.path, piece.lead): piece for piece in names.pieces(SMALL)}
+    for piece in names.pieces(SMALL, LAYOUTS[layout]):
+        if piece.part:
+            continue  # of a stack: the experts have no rotary order
+        matrix = np.arange(math.prod(piece.shape)).reshape(piece.shape)
+        half_split = ours[piece.path, piece.lead].to_file(piece.from_file(matrix.__getitem__))
+        if piece.name.endswith((f"{q}.weight", f"{k}.weight")):
+            pairs = half_split.reshape(-1, 2, 3, 6).swapaxes(1, 2).reshape(matrix.shape)
+            assert np.array_equal(pairs, matrix) and not np.array_equal(half_split, matrix)
+            assert np.array_equal(half_split[[6, 7, 9]], matrix[[6, 8, 7]])
+        else:
+            assert np.array_equal(half_split, matrix)
+
+
+def test_the_rank_of_an_adapter_is_no_part_of_the_rotary_order() -> None:
+    """lora_B of q and k is permuted as the weight is, lora_A is not."""
+    module = "stacks.0.layers.0.attention.q_proj"
+    hf, native = (names.adapter_pieces(SMALL, {module: 2}, layout)[:2] for layout in (names.HUGGING_FACE, names.MISTRAL))
+    assert [piece.name for piece in native] == [f"layers.0.attention.wq.lora_{x}.weight" for x in "AB"]
+    a, b = np.arange(2 * 6).reshape(2, 6), np.arange(24 * 2).reshape(24, 2)
+    assert np.array_equal(hf[0].to_file(native[0].from_file(a.__getitem__)), a)
+    assert np.array_equal(hf[1].to_file(native[1].from_file(b.__getitem__))[3], b[1])
 
 
 def test_the_names_of_the_experts_matrices() -> None:
@@ -153,7 +188,7 @@ def test_adapters_have_the_dims_of_their_layers() -> None:
     in_file = {piece.name: piece.shape for piece in table}
     names.check("here", table, in_file, shapes)
     body = "base_model.model.model.layers.1."
-    assert in_file[f"{body}self_attn.o_proj.lora_A.weight"] == (3, 8)
+    assert in_file[f"{body}self_attn.o_proj.lora_A.weight"] == (3, 24)
     assert in_file[f"{body}self_attn.o_proj.lora_B.weight"] == (6, 3)
     assert in_file[f"{body}block_sparse_moe.experts.2.w2.lora_A.weight"] == (3, 10)
     assert in_file[f"{body}block_sparse_moe.experts.2.w2.lora_B.weight"] == (6, 3)

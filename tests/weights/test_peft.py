@@ -18,7 +18,7 @@ from moe_train import config
 from moe_train.mesh import make_mesh
 from moe_train.model import transformer
 from moe_train.model.lora import is_lora
-from moe_train.weights import hf, peft, safetensors_io
+from moe_train.weights import peft, safetensors_io, write
 
 MIXTRAL = config.Model(
     family="mixtral",
@@ -77,7 +77,7 @@ def test_an_adapter_is_read_back_bit_for_bit_on_any_mesh(dtype: str, tmp_path: P
 def test_the_files_of_an_adapter(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = adapters(LORA)
-        peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="some/base", texts=hf.Texts(config="a: 1\n"))
+        peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="some/base", texts=write.Texts(config="a: 1\n"))
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_train.weights import safetensors_io
+from moe_train.weights import on_disk, safetensors_io
 from moe_train.weights.safetensors_io import Spec
 
 ARRAYS = {
@@ -49,13 +49,13 @@ def test_the_library_reads_what_is_written(tmp_path: Path, limit: int, files: in
 def test_hashes_see_a_change_of_one_value_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "one")
     write(tmp_path / "shards", 1)
-    before = safetensors_io.hashes(safetensors_io.open_model(tmp_path / "one"))
-    assert before == safetensors_io.hashes(safetensors_io.open_model(tmp_path / "shards"))
+    before = on_disk.hashes(safetensors_io.open_model(tmp_path / "one"))
+    assert before == on_disk.hashes(safetensors_io.open_model(tmp_path / "shards"))
     changed = ARRAYS["b"].copy()
     changed[1, 2] = 7
     monkeypatch.setitem(ARRAYS, "b", changed)
     write(tmp_path / "changed")
-    after = safetensors_io.hashes(safetensors_io.open_model(tmp_path / "changed"))
+    after = on_disk.hashes(safetensors_io.open_model(tmp_path / "changed"))
     assert {name for name in before if before[name] != after[name]} == {"b"}
 
 

@@ -1,0 +1,206 @@
+"""A model from a directory: a run of ours, or another tool's files; and what a run takes from the model it starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from moe_train import checkpoint, config, config_file
+from moe_train.checkpoint import FOLDER, Base
+from moe_train.data.chat import load_template
+from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from moe_train.mesh import AXES, make_mesh
+from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.train.state import partition
+from moe_train.weights import foreign
+
+
+class Opened(NamedTuple):
+    """A model that is ready to be loaded."""
+
+    directory: Path
+    run: config.Config | None
+    """Resolved, where the directory is a run."""
+    model: config.Model
+    lora: config.Lora | None
+    compute: config.Compute
+    tokenizer: Tokenizer
+    chat_template: str | None
+    mesh: Mesh
+
+    def load(self) -> tuple[Any, Parameters]:
+        """(structure, weights, adapters included); `mesh` is in force."""
+        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
+        return structure, load_parameters(self.directory, shapes)
+
+
+def open_model(directory: str | Path) -> Opened:
+    """A run (its newest checkpoint) or another tool's model, on the devices that are here.
+
+    Raises FileNotFoundError where there is no model or no tokenizer, ValueError where they do not go together.
+    """
+    run = run_config(directory) if is_run(directory) else None
+    model = run.model if run else read_model(directory)
+    assert model is not None
+    tokenizer = load_tokenizer(find_tokenizer(directory))
+    check_vocab(tokenizer, model.vocab_size)
+    template = load_template(run.data.chat_template if run and run.data else None, tokenizer)
+    compute = run.compute if run else compute_here()
+    mesh = make_mesh(mesh_here(run, model))
+    return Opened(Path(directory), run, model, run.lora if run else None, compute, tokenizer, template, mesh)
+
+
+def is_run(directory: str | Path) -> bool:
+    """Whether the directory is one of our runs."""
+    return (Path(directory) / FOLDER).is_dir()
+
+
+def run_config(run_dir: str | Path) -> config.Config:
+    """The resolved config of a run's newest checkpoint; `model` is always stated.
+
+    Raises FileNotFoundError where the run has no checkpoint.
+    """
+    with checkpoint.reading(run_dir) as checkpoints:
+        about = checkpoint.newest(checkpoints)
+    if about is None:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read")
+    return config.Config.model_validate_json(json.dumps(about.config))
+
+
+def read_model(directory: str | Path) -> config.Model:
+    """The architecture of a run or of a Hugging Face model."""
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"{directory}: no such folder; it has to be a run, or a Hugging Face model")
+    if not is_run(directory):
+        return foreign.read_model(directory)
+    model = run_config(directory).model
+    assert model is not None
+    return model
+
+
+def find_tokenizer(directory: str | Path) -> config.Tokenizer:
+    """The tokenizer that a run was trained with, or that lies in a model's folder.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if is_run(directory):
+        data = run_config(directory).data
+        if data is not None and data.tokenizer is not None:
+            return data.tokenizer
+    folder = Path(directory)
+    if (folder / "tokenizer.json").is_file():
+        return config.HuggingFaceTokenizer(name="huggingface", path=str(folder))
+    for file in sorted((*folder.glob("tekken.json"), *folder.glob("tokenizer.model*"))):
+        return config.MistralTokenizer(name="mistral", path=str(file))
+    raise FileNotFoundError(f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; name one in data.tokenizer")
+
+
+def resolve(run: config.Config) -> config.Config:
+    """The config with everything stated that it leaves to `init_from`: the architecture and the tokenizer.
+
+    Raises ValueError where config and checkpoint contradict each other, or the architecture does not go with the rest.
+    """
+    if run.init_from is None:
+        return run
+    model = read_model(run.init_from)
+    if run.model is not None and run.model != model:
+        theirs, ours = config_file.flat(model.model_dump(mode="json")), config_file.flat(run.model.model_dump(mode="json"))
+        key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+        raise ValueError(
+            f"model.{key} is {ours.get(key)}, but {theirs.get(key)} in {run.init_from}; leave model out where init_from is given"
+        )
+    config.check_model(run, model)
+    if is_run(run.init_from) and run_config(run.init_from).lora is not None:
+        raise ValueError(f"init_from {run.init_from} is a run with adapters; export it with --merge, and start from the export")
+    changes: dict[str, Any] = {"model": model}
+    if run.data is not None and run.data.tokenizer is None:
+        changes["data"] = run.data.model_copy(update={"tokenizer": find_tokenizer(run.init_from)})
+    return run.model_copy(update=changes)
+
+
+def with_mesh(run: config.Config, mesh: Mesh) -> config.Config:
+    """The config with the sizes of the mesh that is here, checked: an axis of -1 could not be before."""
+    assert run.model is not None
+    here = run.model_copy(update={"mesh": config.Mesh.model_validate({axis: mesh.shape[axis] for axis in AXES})})
+    config.check_model(here, run.model)
+    config.check_batch(here)
+    return here
+
+
+def compute_here() -> config.Compute:
+    """Number formats for a model that no run's config speaks for."""
+    dtype: config.Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return config.Compute(dtype=dtype, param_dtype=dtype)
+
+
+def mesh_here(run: config.Config | None, model: config.Model) -> config.Mesh:
+    """The run's mesh where its devices are here; otherwise all devices along `fsdp`."""
+    devices = jax.device_count()
+    if run is not None and math.prod(run.mesh.model_dump().values()) == devices:
+        return run.mesh
+    if model.model_dim % devices:
+        raise ValueError(
+            f"model_dim {model.model_dim} does not divide over the {devices} devices here; show the process fewer of them"
+        )
+    return config.Mesh(fsdp=devices)
+
+
+def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: int | None = None) -> Parameters:
+    """All weights of a run or of a Hugging Face model, as arrays of the shapes, dtypes and shardings of `abstract`.
+
+    Of a run: what was trained from its newest checkpoint (or that of `step`), what was frozen from where it was
+    loaded at first. Raises ValueError where that has changed since.
+    """
+    if not is_run(directory):
+        return foreign.load_parameters(directory, abstract)
+    trainable, frozen = partition(dict(abstract))
+    params, about = checkpoint.load_params(directory, trainable, step)
+    if frozen:
+        assert about.base is not None
+        check_base(about.base)
+        params |= load_parameters(about.base.source, frozen, about.base.step)
+    return params
+
+
+def base_of(directory: str | Path) -> Base:
+    """The identity of the weights that `load_parameters` would read: their hashes, of every byte."""
+    if not is_run(directory):
+        return Base(str(directory), None, foreign.hashes(directory))
+    with checkpoint.reading(directory) as checkpoints:
+        step = checkpoints.latest_step()
+    if step is None:
+        raise FileNotFoundError(f"{directory} has no checkpoint")
+    return Base(str(directory), step, _file_hashes(Path(directory) / FOLDER / str(step) / "params"))
+
+
+def check_base(base: Base) -> None:
+    """Raise ValueError where the weights that `base` names are not the same any more."""
+    if base.step is None:
+        now = foreign.hashes(base.source)
+    else:
+        folder = Path(base.source) / FOLDER / str(base.step) / "params"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is gone, and holds the weights that this run's adapters belong to")
+        now = _file_hashes(folder)
+    changed = sorted(name for name in {*now, *base.hashes} if now.get(name) != base.hashes.get(name))
+    if changed:
+        raise ValueError(
+            f"the base weights in {base.source} have changed since this run started ({len(changed)} tensors or files, the first "
+            f"{changed[0]}); bring the old ones back, or start a new run_dir"
+        )
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    hashes = {}
+    for file in files:
+        with file.open("rb") as content:
+            hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashes

@@ -6,6 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 
+class Problem(ValueError):
+    """One thing that is wrong with a record: the name of the rule that it breaks, what was found, and what to do.
+
+    Training raises the first one; `check` gathers them all.
+    """
+
+    def __init__(self, rule: str, message: str, remedy: str) -> None:
+        super().__init__(rule, message, remedy)  # what pickle gives back to a worker's parent
+        self.rule, self.message, self.remedy = rule, message, remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}"
+
+
 def located(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result; its ValueError with `where` in front."""
     try:
@@ -16,8 +30,10 @@ def located(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def field(fields: dict[str, Any], column: str) -> Any:
     if column not in fields:
-        raise ValueError(
-            f"no column {column!r}; the record has {', '.join(map(repr, fields)) or 'none'}: set it in the record section"
+        raise Problem(
+            "columns",
+            f"no column {column!r}; the record has {', '.join(map(repr, fields)) or 'none'}",
+            "set it in the record section",
         )
     return fields[column]
 
@@ -29,12 +45,12 @@ def text_field(fields: dict[str, Any], column: str) -> str:
 def checked_text(value: object, what: str) -> str:
     """`value`, where it is text that has a UTF-8 form."""
     if not isinstance(value, str):
-        raise ValueError(f"{what} should be text, not {brief(value)}")
+        raise Problem("type", f"{what} should be text, not {brief(value)}", "write it as a string")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{what} has half a surrogate pair at character {error.start}; remove it") from error
+            raise Problem("unicode", f"{what} has half a surrogate pair at character {error.start}", "remove it") from error
     return value
 
 

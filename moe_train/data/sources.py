@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from moe_train import config
+from moe_train.data.conversation import columns
 from moe_train.data.fields import located, text_field
 
 _FORMATS = {
@@ -79,17 +80,6 @@ def texts(source: config.Source) -> Iterator[str]:
     records = open_source(source)
     for origin, fields in records:
         yield located(records.where(origin), text_field, fields, source.record.column)
-
-
-def columns(record: config.Record) -> tuple[str, ...]:
-    """The columns that a kind of record takes from its source."""
-    match record:
-        case config.TextRecord():
-            return (record.column,)
-        case config.ChatRecord():
-            return (record.column, "tools", "available_tools")
-        case config.CompletionRecord():
-            return (record.prompt, record.completion)
 
 
 # --- local files -----------------------------------------------------------------------------------------------

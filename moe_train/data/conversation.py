@@ -1,0 +1,239 @@
+"""Every spelling of a record as one form: plain text, or a conversation of messages with its tools.
+
+    section = recognise(fields)                 # a config.Record that suits the record, by its columns
+    normalise(fields, section)                  # str | Conversation
+
+Spellings, `…` being a list:
+
+| columns | |
+|---|---|
+| `text` or `content` | plain text |
+| `messages: […]`, `tools: […]` | OpenAI's and Mistral's; also `interactions`, `available_tools`, `system_prompt` |
+| `conversations: [{from, value}]` | ShareGPT's: human, gpt, system, function_call, observation; a column `system` beside |
+| `prompt`, `completion` or `question`, `answer` | one turn each; two lists of messages too (those of the prompt bear no loss) |
+
+The one form is OpenAI's: messages with `role` (system, user, assistant, tool), `content`, and where they are there
+`weight`, `tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id`, `name`; tools
+[{type: function, function: {name, description, parameters}}]. Keys that hold null are left out, as columnar files fill
+nulls in. `normalise` renames and nests, and judges nothing that it need not understand: an unknown role or a call
+without a result passes, for `rules` to find. Both training and `check` read records through it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moe_train import config
+from moe_train.data.fields import Problem, brief, field, text_field
+
+Message = dict[str, Any]
+
+_TEXT = ("text", "content")
+_MESSAGES = ("messages", "interactions", "conversations")
+_TOOLS = ("tools", "available_tools")
+_SYSTEM = ("system_prompt", "system")
+_TURNS = (("prompt", "completion"), ("question", "answer"))
+_PAIRS = {"chosen", "rejected"}
+_SHAREGPT = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    "function_call": "function_call", "observation": "tool", "tool": "tool",
+}  # fmt: skip
+
+
+class Conversation(NamedTuple):
+    """Messages and tools in the one form (see the top of this file)."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+
+
+def recognise(fields: Mapping[str, Any]) -> config.Record:
+    """The record section that suits a record, by its columns. Raises Problem where none does, or two do."""
+    present = {name for name, value in fields.items() if value is not None}
+    for column in _MESSAGES:
+        if column in present:
+            return config.ChatRecord(name="chat", column=column)
+    if present >= _PAIRS:
+        raise Problem("columns", "the record is a preference pair (chosen, rejected), which is not trained on", "drop it")
+    for prompt, completion in _TURNS:
+        if {prompt, completion} <= present:
+            return config.CompletionRecord(name="completion", prompt=prompt, completion=completion)
+    if present >= set(_TEXT):
+        raise Problem("text-and-content", "the record has both text and content", "keep the one that is meant")
+    for column in _TEXT:
+        if column in present:
+            return config.TextRecord(name="text", column=column)
+    known = "text, messages, interactions, conversations, prompt and completion, question and answer"
+    raise Problem(
+        "columns",
+        f"no column is one of {known}; the record has {brief(', '.join(fields))}",
+        "say which columns count in the record section of a config",
+    )
+
+
+def normalise(fields: Mapping[str, Any], record: config.Record) -> str | Conversation:
+    """The text, or the conversation, of a record read as `record` says. Raises Problem for what has no such form."""
+    match record:
+        case config.TextRecord(column=column):
+            if column in _TEXT and all(fields.get(name) is not None for name in _TEXT):
+                raise Problem("text-and-content", "the record has both text and content", "keep the one that is meant")
+            return text_field(dict(fields), column)
+        case config.ChatRecord():
+            return _conversation(fields, record)
+        case config.CompletionRecord(prompt=prompt, completion=completion):
+            return _completion(field(dict(fields), prompt), field(dict(fields), completion), record)
+
+
+def columns(record: config.Record) -> tuple[str, ...]:
+    """The columns that `normalise` may take from a record."""
+    match record:
+        case config.TextRecord(column=column):
+            return tuple(dict.fromkeys((column, *_TEXT))) if column in _TEXT else (column,)
+        case config.ChatRecord():
+            return (*_message_columns(record), *_TOOLS, *_SYSTEM)
+        case config.CompletionRecord(prompt=prompt, completion=completion):
+            return (prompt, completion)
+
+
+def denormalise(fields: Mapping[str, Any], conversation: Conversation, record: config.Record) -> dict[str, Any]:
+    """`fields` with the conversation in place of what it was read from: in the one form, or in the columns of two texts."""
+    if isinstance(record, config.CompletionRecord) and isinstance(fields[record.prompt], str):
+        turns = {record.prompt: conversation.messages[0]["content"], record.completion: conversation.messages[1]["content"]}
+        return {**fields, **turns}
+    kept = {name: value for name, value in fields.items() if name not in columns(record)}
+    return {"messages": conversation.messages, **({"tools": conversation.tools} if conversation.tools else {}), **kept}
+
+
+def _message_columns(record: config.ChatRecord) -> tuple[str, ...]:
+    return _MESSAGES if record.column == "messages" else (record.column,)
+
+
+def _conversation(fields: Mapping[str, Any], record: config.ChatRecord) -> Conversation:
+    names = [name for name in _message_columns(record) if fields.get(name) is not None]
+    if len(names) > 1:
+        raise Problem("columns", f"the record has both {names[0]} and {names[1]}", "keep the one that is meant")
+    column = names[0] if names else record.column
+    messages = _messages(field(dict(fields), column), column, record)
+    prompts = [name for name in _SYSTEM if fields.get(name)]
+    if prompts:
+        messages.insert(0, {"role": "system", "content": fields[prompts[0]]})
+    named = [name for name in _TOOLS if fields.get(name)]
+    if len(named) > 1:
+        raise Problem("columns", "the record has both tools and available_tools", "keep the one that is meant")
+    return Conversation(messages, _tools(fields[named[0]], named[0]) if named else [])
+
+
+def _completion(prompt: Any, completion: Any, record: config.CompletionRecord) -> Conversation:
+    if isinstance(prompt, list) and isinstance(completion, list):
+        plain = config.ChatRecord(name="chat")
+        before = _messages(prompt, record.prompt, plain)
+        for message in before:
+            if message.get("role") == "assistant":
+                message["weight"] = 0
+        return Conversation(before + _messages(completion, record.completion, plain), [])
+    for column, value in ((record.prompt, prompt), (record.completion, completion)):
+        if not isinstance(value, str):
+            raise Problem("type", f"column {column!r} should be text, not {brief(value)}", "write it as a string")
+    return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], [])
+
+
+def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Message]:
+    if isinstance(value, tuple):
+        value = list(value)
+    if not isinstance(value, list) or not value:
+        what = f"{column} should be a list with at least one message, not {brief(value)}"
+        raise Problem("type", what, "write one object with role and content for each turn")
+    messages: list[Message] = []
+    for i, entry in enumerate(value):
+        if not isinstance(entry, dict):
+            what = f"message {i} should be an object with role and content, not {brief(entry)}"
+            raise Problem("type", what, 'write {"role": …, "content": …}')
+        entry = {key: item for key, item in entry.items() if item is not None}
+        if "role" not in entry and "from" in entry:
+            messages.append(_sharegpt(entry, messages))
+        else:
+            messages.append(_message(entry, record))
+    return messages
+
+
+def _message(entry: Message, record: config.ChatRecord) -> Message:
+    role = entry.get(record.role)
+    renamed = {"role": record.roles.get(role, role) if isinstance(role, str) else role, "content": entry.get(record.content)}
+    rest = {key: item for key, item in entry.items() if key not in (record.role, record.content, *renamed)}
+    message = {key: item for key, item in (renamed | rest).items() if item is not None}
+    content = message.get("content")
+    if isinstance(content, list) and content and all(_is_text_chunk(chunk) for chunk in content):
+        message["content"] = "".join(chunk["text"] for chunk in content)
+    calls = message.pop("tool_calls", None)
+    if calls is not None and not isinstance(calls, list):
+        raise Problem("type", f"tool_calls should be a list, not {brief(calls)}", "write a list of calls")
+    if calls:
+        message["tool_calls"] = [_call(call) for call in calls]
+        if message.get("content") == "":
+            del message["content"]
+    return message
+
+
+def _is_text_chunk(chunk: Any) -> bool:
+    return isinstance(chunk, dict) and chunk.get("type") == "text" and isinstance(chunk.get("text"), str)
+
+
+def _call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    call = {key: item for key, item in call.items() if item is not None}
+    if "function" not in call and "name" in call:  # Mistral's own text form: {name, arguments, id}
+        function = {key: call.pop(key) for key in ("name", "arguments") if key in call}
+        call = {**call, "function": function}
+    return {**call, "type": call.get("type", "function")}
+
+
+def _sharegpt(entry: Message, before: list[Message]) -> Message:
+    speaker, value = entry["from"], entry.get("value")
+    role = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    rest = {"weight": entry["weight"]} if "weight" in entry else {}
+    if role == "function_call":
+        call = value
+        if isinstance(value, str):
+            try:
+                call = json.loads(value)
+            except (ValueError, RecursionError):
+                what = f"a function_call of {brief(value)} is not JSON"
+                raise Problem("arguments", what, 'write {"name": …, "arguments": …}') from None
+        calls = []
+        for one in call if isinstance(call, list) else [call]:
+            if not isinstance(one, dict):
+                raise Problem("arguments", f"a function_call of {brief(one)} is no call", 'write {"name": …, "arguments": …}')
+            arguments = one.get("arguments", {})  # here they are part of the text, and an object as a rule
+            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            number = sum(len(message.get("tool_calls", ())) for message in before) + len(calls)
+            name = one.get("name")
+            calls.append({"id": f"call{number:05d}", "type": "function", "function": {"name": name, "arguments": arguments}})
+        return {"role": "assistant", "tool_calls": calls, **rest}
+    message = {"role": role, **({} if value is None else {"content": value}), **rest}
+    if role == "tool":
+        answered = {m.get("tool_call_id") for m in before}
+        asked = [call.get("id") for m in before for call in m.get("tool_calls", ()) if isinstance(call, dict)]
+        waiting = [name for name in asked if name not in answered]
+        if waiting:
+            message["tool_call_id"] = waiting[0]
+    return message
+
+
+def _tools(value: Any, column: str) -> list[Any]:
+    if isinstance(value, str):  # columnar files cannot hold a free schema
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Problem("type", f"{column} of {brief(value)} is not JSON", "write a list of tools") from None
+    if not isinstance(value, list):
+        raise Problem("type", f"{column} should be a list, not {brief(value)}", "write a list of tools")
+    return [_tool(tool) for tool in value]
+
+
+def _tool(tool: Any) -> Any:
+    if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
+        return tool
+    return {"type": "function", "function": tool}

@@ -6,6 +6,7 @@ Arrow and the hub are read by the `datasets` library. Local files never cause ne
 
 from __future__ import annotations
 
+import functools
 import glob
 import gzip
 import hashlib
@@ -37,21 +38,46 @@ class Origin(NamedTuple):
     number: int
 
 
+class Span(NamedTuple):
+    """Records of a place that stand together: bytes `start` to `stop` (None: the end), where line `line` begins.
+
+    Only JSON lines that are not compressed can be read from anywhere but their start.
+    """
+
+    place: int
+    start: int = 0
+    stop: int | None = None
+    line: int = 1
+
+
 @dataclass(frozen=True)
 class Records:
     """The records of one source; iterating reads them anew, always in the same order.
 
-    identity: hash of the content (for the hub: of name and commit). places: names for error messages.
+    places: names for error messages; files: local places, with their formats in `kinds`; cuttable: whether any `Span` of
+    it can be read; pinned: what fixes the content where it is not in local files.
     """
 
     places: tuple[str, ...]
     by_line: tuple[bool, ...]
-    identity: str
-    read: Callable[[int], Iterator[tuple[int, dict[str, Any]]]]
+    read: Callable[[Span], Iterator[tuple[int, dict[str, Any]]]]
+    files: tuple[Path, ...] = ()
+    kinds: tuple[str, ...] = ()
+    cuttable: tuple[bool, ...] = ()
+    pinned: str | None = None
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of the content (for the hub: of name and commit), wherever it lies. Reads all files."""
+        content = hashlib.sha256((self.pinned or "").encode())
+        for file, kind in zip(self.files, self.kinds, strict=True):
+            with file.open("rb") as stream:
+                content.update(kind.encode() + hashlib.file_digest(stream, "sha256").digest())
+        return content.hexdigest()
 
     def __iter__(self) -> Iterator[tuple[Origin, dict[str, Any]]]:
         for place in range(len(self.places)):
-            for number, record in self.read(place):
+            for number, record in self.read(Span(place)):
                 yield Origin(place, number), record
 
     def where(self, origin: Origin) -> str:
@@ -88,28 +114,27 @@ def texts(source: config.Source) -> Iterator[str]:
 def _open_files(source: config.FileSource) -> Records:
     files = _resolve(source)
     wanted = columns(source.record)
-    content = hashlib.sha256()
-    for file, kind in files:
-        with file.open("rb") as stream:
-            content.update(kind.encode() + hashlib.file_digest(stream, "sha256").digest())
 
-    def read(place: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        file, kind = files[place]
+    def read(span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
+        file, kind = files[span.place]
         match kind:
             case "text":
                 with _opened(file) as stream:
                     text = stream.read()
                 yield 1, {wanted[0]: _decode(text, file)}
             case "json":
-                yield from _read_json_array(file) if _is_array(file) else _read_json_lines(file)
+                yield from _read_json_array(file) if span.start == 0 and _is_array(file) else _read_json_lines(file, span)
             case _:
                 yield from _read_columns(file, kind, wanted)
 
+    lines = [kind == "json" and not _is_array(file) for file, kind in files]
     return Records(
         places=tuple(str(file) for file, _ in files),
-        by_line=tuple(kind == "text" or (kind == "json" and not _is_array(file)) for file, kind in files),
-        identity=content.hexdigest(),
+        by_line=tuple(kind == "text" or by_line for (_, kind), by_line in zip(files, lines, strict=True)),
         read=read,
+        files=tuple(file for file, _ in files),
+        kinds=tuple(kind for _, kind in files),
+        cuttable=tuple(by_line and file.suffix.lower() != ".gz" for (file, _), by_line in zip(files, lines, strict=True)),
     )
 
 
@@ -188,9 +213,14 @@ def _parsed(text: str, file: Path, line: int) -> Any:
         raise ValueError(f"{file}:{line}: not JSON: nested too deeply") from error
 
 
-def _read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_json_lines(file: Path, span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
     with _opened(file) as stream:
-        for number, line in enumerate(stream, start=1):
+        stream.seek(span.start)
+        at = span.start
+        for number, line in enumerate(stream, start=span.line):
+            if span.stop is not None and at >= span.stop:
+                return
+            at += len(line)
             if not line.strip():
                 continue
             record = _parsed(_decode(line, file, number).strip(), file, number)
@@ -230,7 +260,7 @@ def _open_hub(source: config.HubSource) -> Records:
         raise ValueError(f"data: revision {source.revision} of {source.dataset} can move; state the commit (40 hex digits)")
     name = "/".join(filter(None, (f"hub:{source.dataset}@{source.revision}", source.subset, source.split)))
 
-    def read(place: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def read(_: Span) -> Iterator[tuple[int, dict[str, Any]]]:
         import datasets
 
         try:
@@ -242,4 +272,4 @@ def _open_hub(source: config.HubSource) -> Records:
         for number, row in enumerate(rows.select_columns(present) if present else rows, start=1):
             yield number, dict(row)
 
-    return Records(places=(name,), by_line=(False,), identity=hashlib.sha256(name.encode()).hexdigest(), read=read)
+    return Records(places=(name,), by_line=(False,), read=read, pinned=name)

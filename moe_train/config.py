@@ -224,13 +224,15 @@ Record = Annotated[TextRecord | ChatRecord | CompletionRecord, Field(discriminat
 
 
 class FileSource(Section):
-    """Local files: paths, folders or globs, relative to the working directory."""
+    """Local files: paths, folders or globs, relative to the working directory. `licence` and `origin` go on record."""
 
     name: Literal["files"]
     files: Annotated[tuple[str, ...], Field(min_length=1)]
     format: Literal["auto", "text", "json", "parquet", "arrow"] = "auto"
     record: Record
     weight: PositiveFloat = 1.0
+    licence: str | None = None
+    origin: str | None = None
 
 
 class HubSource(Section):
@@ -243,18 +245,53 @@ class HubSource(Section):
     revision: str
     record: Record
     weight: PositiveFloat = 1.0
+    licence: str | None = None
+    origin: str | None = None
 
 
-Source = Annotated[FileSource | HubSource, Field(discriminator="name")]
+class PreparedSource(Section):
+    """What `moe-train data prepare` made: a folder with manifest.json, here or in a bucket (`gs://…`).
+
+    too_long is the prepared record's where it is not stated. Of a bucket, parts of files are read as they are needed,
+    and the last `cache_mib` of them stay in memory.
+    """
+
+    name: Literal["prepared"]
+    path: str
+    too_long: Literal["split", "truncate", "drop", "error"] | None = None
+    weight: PositiveFloat = 1.0
+    cache_mib: Positive = 1024
+
+
+Source = Annotated[FileSource | HubSource | PreparedSource, Field(discriminator="name")]
+
+
+class BestFit(Section):
+    """Longest record first (by a length that is off by a random tenth), each into the fullest row that has room for it."""
+
+    name: Literal["best_fit"]
+
+
+class FirstFit(Section):
+    """In random order, each record into the first row that has room for it: long and short ones mix, rows are less full."""
+
+    name: Literal["first_fit"]
+
+
+Packing = Annotated[BestFit | FirstFit, Field(discriminator="name")]
 
 
 class Data(Section):
-    """What is trained on and evaluated on. `tokenizer` may be left out where `init_from` carries one."""
+    """What is trained on and evaluated on. `tokenizer` may be left out where `init_from` carries one.
+
+    The share of a source in the rows of training, and so in its tokens, is its weight over the sum of weights.
+    """
 
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
+    packing: Packing = BestFit(name="best_fit")
     cache_dir: str = "runs/cache"
     num_proc: Positive = 1
     prefetch: Positive = 2

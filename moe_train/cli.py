@@ -238,5 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         expected = isinstance(error, (*USER_ERRORS, OSError)) or type(error) is RuntimeError
         if debug or not expected:
             traceback.print_exc()
-        print(f"moe-train: {error}" if expected else f"moe-train: {type(error).__name__}: {error}", file=sys.stderr)
+        said = str(error) if expected else f"{type(error).__name__}: {error}"
+        for fault in said.splitlines():  # a config may have several
+            print(f"moe-train: {fault}", file=sys.stderr)
         sys.exit(2 if isinstance(error, USER_ERRORS) else 1)

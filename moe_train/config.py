@@ -111,7 +111,7 @@ Ffn = Annotated[DenseFfn | MoeFfn, Field(discriminator="name")]
 
 
 class Model(Section):
-    """A transformer's architecture. Sizes have the names of DESIGN's legend: model_dim D, ffn_dim F, head_dim H."""
+    """A transformer's architecture. Sizes by their letters: vocab_size V, model_dim D, ffn_dim F, head_dim H."""
 
     family: Literal["mistral", "mixtral", "ministral", "ministral3", "llama"]
     vocab_size: Positive
@@ -509,6 +509,10 @@ class Config(Section):
         if self.model is not None:
             check_model(self, self.model)
         check_batch(self)
+        if self.compute.attention == "splash" and self.train.seq_len % 128:
+            raise ValueError(f"compute.attention splash wants a train.seq_len of whole 128s, not {self.train.seq_len}; auto does not")
+        if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
+            raise ValueError("compute.attention cudnn takes 16-bit numbers; set compute.dtype to bfloat16, or attention to auto")
         return self
 
 

@@ -1,32 +1,25 @@
 """Records with their origin, from local files or the hub, in a fixed order.
 
-JSON is read line by line here, so that an error names its line and no column changes its type on the way; Parquet,
-Arrow and the hub are read by the `datasets` library. Local files never cause network traffic.
+Local files are read by `files` and never cause network traffic; the hub is read by the `datasets` library.
 """
 
 from __future__ import annotations
 
 import functools
 import glob
-import gzip
 import hashlib
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from moe_train import config
+from moe_train.data import files
 from moe_train.data.conversation import columns
-from moe_train.data.fields import located, text_field
+from moe_train.data.fields import Problem, located, text_field
+from moe_train.data.files import Item
 
-_FORMATS = {
-    ".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-    ".parquet": "parquet", ".arrow": "arrow",
-}  # fmt: skip
 # What `datasets` writes beside its Arrow files (save_to_disk), and is no data.
 _BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}
 
@@ -55,12 +48,13 @@ class Records:
     """The records of one source; iterating reads them anew, always in the same order.
 
     places: names for error messages; files: local places, with their formats in `kinds`; cuttable: whether any `Span` of
-    it can be read; pinned: what fixes the content where it is not in local files.
+    it can be read; pinned: what fixes the content where it is not in local files; examine: (number, record) of a span, or
+    (number, Problem) where there is none.
     """
 
     places: tuple[str, ...]
     by_line: tuple[bool, ...]
-    read: Callable[[Span], Iterator[tuple[int, dict[str, Any]]]]
+    examine: Callable[[Span], Iterator[tuple[int, Item]]]
     files: tuple[Path, ...] = ()
     kinds: tuple[str, ...] = ()
     cuttable: tuple[bool, ...] = ()
@@ -74,6 +68,13 @@ class Records:
             with file.open("rb") as stream:
                 content.update(kind.encode() + hashlib.file_digest(stream, "sha256").digest())
         return content.hexdigest()
+
+    def read(self, span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The records of a span. Raises ValueError with file and line (or row) for the first that is malformed."""
+        for number, record in self.examine(span):
+            if isinstance(record, Problem):
+                raise ValueError(f"{self.where(Origin(span.place, number))}: {record}") from record
+            yield number, record
 
     def __iter__(self) -> Iterator[tuple[Origin, dict[str, Any]]]:
         for place in range(len(self.places)):
@@ -112,50 +113,57 @@ def texts(source: config.Source) -> Iterator[str]:
 
 
 def _open_files(source: config.FileSource) -> Records:
-    files = _resolve(source)
+    found = resolve(source)
     wanted = columns(source.record)
 
-    def read(span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
-        file, kind = files[span.place]
+    def examine(span: Span) -> Iterator[tuple[int, Item]]:
+        file, kind = found[span.place]
         match kind:
             case "text":
-                with _opened(file) as stream:
-                    text = stream.read()
-                yield 1, {wanted[0]: _decode(text, file)}
+                for line, text in files.read_text(file):
+                    yield line, text if isinstance(text, Problem) else {wanted[0]: text}
+            case "json" if by_line[span.place]:
+                yield from files.read_lines(file, span.start, span.stop, span.line)
             case "json":
-                yield from _read_json_array(file) if span.start == 0 and _is_array(file) else _read_json_lines(file, span)
+                yield from files.read_array(file)
             case _:
-                yield from _read_columns(file, kind, wanted)
+                yield from files.read_rows(file, kind, wanted)
 
-    lines = [kind == "json" and not _is_array(file) for file, kind in files]
+    by_line = tuple(kind == "text" or (kind == "json" and not files.is_array(file)) for file, kind in found)
     return Records(
-        places=tuple(str(file) for file, _ in files),
-        by_line=tuple(kind == "text" or by_line for (_, kind), by_line in zip(files, lines, strict=True)),
-        read=read,
-        files=tuple(file for file, _ in files),
-        kinds=tuple(kind for _, kind in files),
-        cuttable=tuple(by_line and file.suffix.lower() != ".gz" for (file, _), by_line in zip(files, lines, strict=True)),
+        places=tuple(str(file) for file, _ in found),
+        by_line=by_line,
+        examine=examine,
+        files=tuple(file for file, _ in found),
+        kinds=tuple(kind for _, kind in found),
+        cuttable=tuple(
+            lines and kind == "json" and file.suffix.lower() not in files.COMPRESSIONS
+            for (file, kind), lines in zip(found, by_line, strict=True)
+        ),
     )
 
 
-def _resolve(source: config.FileSource) -> list[tuple[Path, str]]:
-    """Each file once, with its format, in the order of the patterns and sorted within one."""
+def resolve(source: config.FileSource) -> list[tuple[Path, str]]:
+    """Each file once, with its format, in the order of the patterns and sorted within one.
+
+    Raises FileNotFoundError for a pattern that matches nothing, ValueError for a file named twice or of no known format.
+    """
     found: dict[Path, str] = {}
     for pattern in source.files:
         path = Path(pattern).expanduser()
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
-            files = [file for file in inside if source.format != "auto" or _suffix(file) in _FORMATS]
+            matching = [file for file in inside if source.format != "auto" or files.suffix(file) in files.FORMATS]
         elif path.is_file():
-            files = [path]
+            matching = [path]
         else:
-            files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
-        if not files:
+            matching = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+        if not matching:
             raise FileNotFoundError(f"data: no file matches {pattern} (looked in {Path.cwd()})")
-        for file in files:
+        for file in matching:
             if file in found:
                 raise ValueError(f"data: {file} is named twice in files; name it once (weight sets how often it is seen)")
-            found[file] = _format(file) if source.format == "auto" else source.format
+            found[file] = files.format_of(file) if source.format == "auto" else source.format
     if isinstance(source.record, config.ChatRecord | config.CompletionRecord):
         for file, kind in found.items():
             if kind == "text":
@@ -167,91 +175,6 @@ def _left_out(path: Path) -> bool:
     return path.name in _BOOKKEEPING or any(part.startswith(".") for part in path.parts)
 
 
-def _suffix(file: Path) -> str:
-    return Path(file.stem).suffix.lower() if file.suffix.lower() == ".gz" else file.suffix.lower()
-
-
-def _format(file: Path) -> str:
-    kind = _FORMATS.get(_suffix(file))
-    if kind is None:
-        raise ValueError(f"{file}: no format goes with its name ({', '.join(_FORMATS)}, json and text also as .gz); state format")
-    return kind
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[IO[bytes]]:
-    try:
-        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
-            yield stream  # type: ignore[misc]
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{file}: cannot be read to its end ({error}); is it cut short?") from error
-
-
-def _decode(text: bytes, file: Path, line: int = 1) -> str:
-    try:
-        return text.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line += text.count(b"\n", 0, error.start)
-        raise ValueError(f"{file}:{line}: not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x})") from error
-
-
-def _is_array(file: Path) -> bool:
-    with _opened(file) as stream:
-        for line in stream:
-            text = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if text:
-                return text.startswith(b"[")
-    return False
-
-
-def _parsed(text: str, file: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError(f"{file}:{line}: not JSON: nested too deeply") from error
-
-
-def _read_json_lines(file: Path, span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _opened(file) as stream:
-        stream.seek(span.start)
-        at = span.start
-        for number, line in enumerate(stream, start=span.line):
-            if span.stop is not None and at >= span.stop:
-                return
-            at += len(line)
-            if not line.strip():
-                continue
-            record = _parsed(_decode(line, file, number).strip(), file, number)
-            if not isinstance(record, dict):
-                raise ValueError(f"{file}:{number}: a record should be an object {{…}}, not {type(record).__name__}")
-            yield number, record
-
-
-def _read_json_array(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _opened(file) as stream:
-        records = _parsed(_decode(stream.read(), file), file, 1)
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise ValueError(f"{file}: row {number}: a record should be an object {{…}}, not {type(record).__name__}")
-        yield number, record
-
-
-def _read_columns(file: Path, kind: str, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(kind, data_files=glob.escape(str(file)), split="train", streaming=True)
-        present = [name for name in rows.column_names or () if name in wanted]
-        if present:  # others (images, embeddings) are not decoded
-            rows = rows.select_columns(present)
-        for number, row in enumerate(rows, start=1):
-            yield number, dict(row)
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-        raise ValueError(f"{file}: cannot be read as {kind} ({error})") from error
-
-
 # --- the hub ---------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +183,7 @@ def _open_hub(source: config.HubSource) -> Records:
         raise ValueError(f"data: revision {source.revision} of {source.dataset} can move; state the commit (40 hex digits)")
     name = "/".join(filter(None, (f"hub:{source.dataset}@{source.revision}", source.subset, source.split)))
 
-    def read(_: Span) -> Iterator[tuple[int, dict[str, Any]]]:
+    def examine(_: Span) -> Iterator[tuple[int, Item]]:
         import datasets
 
         try:
@@ -272,4 +195,4 @@ def _open_hub(source: config.HubSource) -> Records:
         for number, row in enumerate(rows.select_columns(present) if present else rows, start=1):
             yield number, dict(row)
 
-    return Records(places=(name,), by_line=(False,), read=read, pinned=name)
+    return Records(places=(name,), by_line=(False,), examine=examine, pinned=name)

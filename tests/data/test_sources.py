@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import socket
 from collections.abc import Callable
@@ -15,11 +17,19 @@ import pyarrow.parquet
 import pytest
 
 from moe_train import config
+from moe_train.data import files
 from moe_train.data.sources import Records, open_source
 from moe_train.data.sources import texts as text_of
 
 ROWS = [{"text": "one"}, {"text": "zwei, ü"}, {"text": "三"}]
 TEXT = config.TextRecord(name="text")
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 def opened(*files: str | Path, **settings: object) -> Records:
@@ -57,14 +67,17 @@ def test_json_lines_with_blank_ones_and_a_byte_order_mark(tmp_path: Path) -> Non
 def test_every_format_gives_the_same_records(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
     table = pa.table({"text": [row["text"] for row in ROWS], "other": [1, 2, 3]})
     lines = write_lines("lines.jsonl", ROWS)
-    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    for suffix, compress in PACKED.items():
+        (tmp_path / f"packed.jsonl{suffix}").write_bytes(compress(lines.read_bytes()))
     (tmp_path / "array.json").write_text("\n " + json.dumps(ROWS, indent=1), encoding="utf-8")
+    (tmp_path / "array.json.xz").write_bytes(lzma.compress((tmp_path / "array.json").read_bytes()))
     (tmp_path / "odd [1]*").mkdir()
     pyarrow.parquet.write_table(table, tmp_path / "odd [1]*" / "table.parquet")
     with pa.OSFile(str(tmp_path / "table.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     datasets.Dataset(table).save_to_disk(tmp_path / "saved")
-    for name in ("lines.jsonl", "zipped.jsonl.gz", "array.json", "odd [1]*/table.parquet", "table.arrow", "saved"):
+    packed = [f"packed.jsonl{suffix}" for suffix in PACKED]
+    for name in (*packed, "lines.jsonl", "array.json", "array.json.xz", "odd [1]*/table.parquet", "table.arrow", "saved"):
         assert texts(opened(tmp_path / name)) == ["one", "zwei, ü", "三"], name
     assert wheres(opened(tmp_path / "array.json"))[1] == f"{tmp_path / 'array.json'}: row 2"
     assert wheres(opened(tmp_path / "table.arrow"))[2] == f"{tmp_path / 'table.arrow'}: row 3"
@@ -106,6 +119,9 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
             opened(tmp_path / missing)
     with pytest.raises(ValueError, match=r"a\.csv: no format goes with its name .*state format"):
         opened(tmp_path / "a.csv")
+    (tmp_path / "a.parquet.gz").write_text("a")
+    with pytest.raises(ValueError, match="parquet is compressed inside"):
+        opened(tmp_path / "a.parquet.gz")
     with pytest.raises(ValueError, match="named twice"):
         opened(tmp_path / "a.txt", tmp_path / "*.txt")
     with pytest.raises(ValueError, match="plain text, which has no chat records"):
@@ -116,16 +132,28 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
     ("name", "content", "error"),
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl:3: not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl:2: a record should be an object \{…\}, not list"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl:2: a record should be an object \{…\}, not a list"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8 .*0xff"),
-        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl: row 1: not JSON"),
         ("a.json", b'[{"text": "a"},\n3]', r"a\.json: row 2: a record should be an object"),
-        ("a.json", b'[{"text": "a"},\n\n', r"a\.json:3: not JSON"),
+        ("a.json", b'[{"text": "a"},\n\n', r"a\.json: row 2: not JSON: the array ends on line 3"),
+        ("a.json", b'[{"text": "a"},\n\n{"text" 3}]', r"a\.json: row 2: not JSON: .* on line 3"),
+        ("a.json", b'[{"text": "a"}\n{"text": "b"}]', r"a\.json: row 2: not JSON: no , before .* on line 2"),
+        ("a.json", b'[{"text": "a"}] []', r"a\.json: row 2: not JSON: something follows the array"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}', r"a\.jsonl:1: not JSON: the key 'text' stands twice"),
+        ("a.jsonl", b'{"text": "a", "score": NaN}', r"a\.jsonl:1: not JSON: NaN is no JSON number"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: not JSON that can be used: .*digits"),
+        ("a.jsonl", b'{"a": ' * 200 + b"1" + b"}" * 200, r"a\.jsonl:1: .*nested deeper than 100"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 \(it looks like UTF-16\)"),
+        ("a.jsonl", b'{"text": "a"}\n\0\0\0\n', r"a\.jsonl:2: not JSON: a NUL"),
         ("a.txt", b"a\nb\n\xff", r"a\.txt:3: not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], r"a\.jsonl\.gz: cannot be read to its end"),
-        ("a.txt.gz", b"plain", r"a\.txt\.gz: cannot be read to its end"),
-        ("a.parquet", b"PAR1", r"a\.parquet: cannot be read as parquet"),
-        ("a.arrow", b"ARROW1", r"a\.arrow: cannot be read as arrow"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], r"a\.jsonl\.gz:\d+: cannot be unpacked to its end"),
+        ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}\n' * 1000)[:-20], r"a\.jsonl\.bz2:\d+: cannot be unpacked to its end"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 1000)[:-20], r"a\.jsonl\.xz:\d+: cannot be unpacked to its end"),
+        ("a.jsonl.zst", zstd(b'{"text": "a"}\n' * 1000)[:-2], r"a\.jsonl\.zst:\d+: cannot be unpacked to its end"),
+        ("a.txt.gz", b"plain", r"a\.txt\.gz:1: cannot be unpacked to its end"),
+        ("a.parquet", b"PAR1", r"a\.parquet: row 1: cannot be read as parquet"),
+        ("a.arrow", b"ARROW1", r"a\.arrow: row 1: cannot be read as arrow"),
     ],
 )
 def test_what_is_malformed_is_named_by_file_and_line(tmp_path: Path, name: str, content: bytes, error: str) -> None:
@@ -182,3 +210,43 @@ def test_the_texts_of_a_source(write_lines: Callable[..., Path]) -> None:
         next(found)
     with pytest.raises(ValueError, match="not chat records"):
         next(text_of(section.model_copy(update={"record": config.ChatRecord(name="chat")})))
+
+
+def test_blocks_hold_whole_lines_and_number_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": "x" * (37 * n % 101)}).encode() for n in range(200)]
+    path.write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(files, "BLOCK", 64)
+    found = list(files.blocks(path))
+    assert b"".join(block.lines for block in found if isinstance(block.lines, bytes)) == path.read_bytes()
+    assert [number for number, _ in files.read_lines(path)] == list(range(1, 201))
+    at = len(b"\n".join(lines[:50])) + 1
+    stop = len(b"\n".join(lines[:70])) + 1
+    assert [number for number, _ in files.read_lines(path, at, stop, 51)] == list(range(51, 71))
+    assert [number for number, _ in files.read_lines(path, at, stop + 3, 51)] == list(range(51, 72))
+
+
+def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "' + "b" * 5000 + '"}\n{"text": "c"}\n{"text": "' + "d" * 5000)
+    monkeypatch.setattr(files, "BLOCK", 64)
+    monkeypatch.setattr(files, "MAX_RECORD", 1000)
+    found = dict(files.read_lines(path))
+    assert found[1] == {"text": "a"} and found[3] == {"text": "c"} and len(found) == 4
+    assert all("longer than" in str(found[line]) for line in (2, 4))
+
+
+def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [{"text": "ü" * (n % 7), "n": [n, {"m": -n / 3}]} for n in range(100)]
+    path = tmp_path / "a.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
+        for size in (1, 2, 3, 7, 64, 1000):
+            monkeypatch.setattr(files, "BLOCK", size)
+            assert list(files.read_array(path)) == list(enumerate(values, start=1))
+    path.write_text("[ ]")
+    assert list(files.read_array(path)) == []
+    path.write_text("[1]")
+    assert [str(item) for _, item in files.read_array(path)] == [
+        "a record should be an object {…}, not a number; write one object for each record"
+    ]

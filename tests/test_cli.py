@@ -23,7 +23,7 @@ train: {steps: 10, batch_size: 8, seq_len: 32}
 optimizer: {name: adamw, learning_rate: 1e-4}
 """
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "bench", "tokenizer", "schema", "quickstart"]
+COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "upcycle", "bench", "tokenizer", "schema", "quickstart"]
 
 
 @pytest.fixture

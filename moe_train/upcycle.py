@@ -1,0 +1,110 @@
+"""A dense model as a Mixtral: each layer's feed-forward part copied into E experts (sparse upcycling, arXiv:2212.05055).
+
+As there, all other weights are kept, and routers are new: normal, of the standard deviation that the architecture's own
+weights are drawn with. Mixtral's softmax over the k chosen experts makes their weights sum to 1, so that k equal experts
+give what the dense layer gave. The copies part in training, as each sees other tokens; noise, where it is asked for,
+parts them at once: normal, and measured by each matrix's own standard deviation.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from moe_train import config, model_dir
+from moe_train.atomic import new_directory, refuse_existing
+from moe_train.data.tokenizer import load_tokenizer
+from moe_train.weights import foreign, hf, names, safetensors_io
+from moe_train.weights.on_disk import Weights, nbytes
+from moe_train.weights.write import Texts, check_space, write_texts
+
+
+def upcycle(
+    base: str | Path,
+    out_dir: str | Path,
+    num_experts: int = 8,
+    experts_per_token: int = 2,
+    noise: float = 0.0,
+    seed: int = 0,
+    max_shard_bytes: int = safetensors_io.MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a Hugging Face Mixtral made from the dense model at `base`; read it back and compare.
+
+    noise: standard deviation of what is added to each expert's matrices, over that of the matrix. Streamed: one matrix
+    in memory. `out_dir` appears whole, or not at all; tokenizer and generation config are the base's. Returns the
+    number of parameters (all, and those that a token meets), tensors and bytes. Raises ValueError for a base that is no
+    dense model of the family, FileExistsError where out_dir is taken, OSError for a full disk.
+    """
+    refuse_existing(Path(out_dir))
+    if model_dir.is_run(base):
+        raise ValueError(f"{base} is a run; export it, and start from the export")
+    if not 0 <= noise < float("inf"):
+        raise ValueError(f"noise is {noise}; it is a standard deviation: 0 or more")
+    dense = foreign.open_weights(base)
+    model = mixtral_of(dense.model, num_experts, experts_per_token, base)
+    names.check(base, dense.table, {n: t.shape for n, t in dense.tensors.items()}, {})
+    texts = Texts(load_tokenizer(model_dir.find_tokenizer(base)))
+    dtype = _dtype(dense)
+    source = {(piece.path, piece.lead): piece for piece in dense.table}
+
+    def matrix(piece: names.Piece) -> np.ndarray:
+        rng = np.random.default_rng((seed, zlib.crc32(piece.path.encode()), *piece.lead))
+        if piece.path.endswith(".router.weight"):
+            return piece.to_file(model.init_stddev * rng.standard_normal(piece.ours_shape, np.float32)).astype(dtype)
+        of_base = source[piece.path, piece.lead[:1]]
+        w = of_base.from_file(dense.tensors[of_base.name].read)
+        if noise and len(piece.lead) == 2:  # an expert's
+            w = w.astype(np.float32)
+            w += noise * w.std() * rng.standard_normal(w.shape, np.float32)
+        return piece.to_file(w).astype(dtype)
+
+    table = names.pieces(model)
+    check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in table))
+    with new_directory(out_dir) as directory:
+        hf.write(directory, model, dtype, matrix, texts.tokenizer, max_shard_bytes)
+        write_texts(directory, texts)
+        if (generation := Path(base) / "generation_config.json").is_file():
+            shutil.copyfile(generation, directory / generation.name)
+        written = foreign.open_weights(directory)
+        if written.model != model:
+            raise RuntimeError(f"{directory / 'config.json'} was written as a different model: {written.model}")
+        for piece in table:
+            if written.tensors[piece.name].read().tobytes() != matrix(piece).tobytes():
+                raise RuntimeError(f"{piece.name} in the file is not what was written")
+    idle = sum(np.prod(piece.shape) for piece in table if len(piece.lead) == 2) * (num_experts - experts_per_token) // num_experts
+    total = sum(int(np.prod(piece.shape)) for piece in table)
+    return {
+        "parameters": total,
+        "active_parameters": total - int(idle),
+        "parameters_of_base": sum(int(np.prod(piece.shape)) for piece in dense.table),
+        "tensors": len(table),
+        "bytes": total * np.dtype(dtype).itemsize,
+        "dtype": dtype,
+    }
+
+
+def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, where: object) -> config.Model:
+    """The architecture with `num_experts` copies of each feed-forward part. Raises ValueError where Mixtral has no words
+    for the rest of it."""
+    if not isinstance(dense.ffn, config.DenseFfn):
+        raise ValueError(f"{where} has {dense.ffn.num_experts} experts already; start from a dense model")
+    if len(dense.attention.windows) > 1:
+        raise ValueError(f"{where} has windows in some layers only, which a Mixtral has not; start from another dense model")
+    if num_experts < 2 or not 1 <= experts_per_token <= num_experts:
+        raise ValueError(f"{experts_per_token} of {num_experts} experts a token: use at least 2 experts, and 1 to all of them")
+    ffn = config.MoeFfn(name="moe", ffn_dim=dense.ffn.ffn_dim, num_experts=num_experts, experts_per_token=experts_per_token)
+    try:
+        return config.Model.model_validate({**dict(dense), "family": "mixtral", "ffn": ffn})
+    except ValidationError as error:
+        why = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where} is a {dense.family} that cannot become a Mixtral: {why}") from error
+
+
+def _dtype(weights: Weights) -> config.Dtype:
+    """That of the base's files; float32 where they have several, or none that we write."""
+    return "bfloat16" if {tensor.dtype.name for tensor in weights.tensors.values()} == {"bfloat16"} else "float32"

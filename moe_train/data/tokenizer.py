@@ -12,16 +12,13 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import tokenizers
 
 from moe_train import config
 from moe_train.atomic import new_directory, refuse_existing
 from moe_train.json_file import read_object
-
-if TYPE_CHECKING:  # half a second that only its users pay
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -169,14 +166,6 @@ class Mistral(Tokenizer):
             raise ValueError(f"{file} is not a tokenizer that mistral-common reads: {error}") from error
         self._text = self.finetuning.instruct_tokenizer.tokenizer
         self.vocab_size, self.bos_id, self.eos_id = self._text.n_words, self._text.bos_id, self._text.eos_id
-
-    @functools.cached_property
-    def prompting(self) -> MistralTokenizer:
-        """For conversations that end with the user, which the fine-tuning validator refuses."""
-        from mistral_common.protocol.instruct.validator import ValidationMode
-        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-        return MistralTokenizer.from_file(self.files[0], mode=ValidationMode.test)
 
     def encode(self, text: str) -> list[int]:
         return self._text.encode(text, bos=False, eos=False)

@@ -10,11 +10,12 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from tokenizers import models, normalizers, trainers
 
-from moe_train.data import chat
-from moe_train.data.chat import load_template, render, render_prompt
+from moe_train import config
+from moe_train.data.chat import examples, load_template, render_prompt
+from moe_train.data.conversation import Conversation, Message, normalise
+from moe_train.data.example import Example
 from moe_train.data.tokenizer import HuggingFace, Mistral
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
@@ -62,7 +63,14 @@ def mistral() -> Mistral:
     return Mistral(TEKKEN)
 
 
-def spans(rendered: chat.Rendered, tokenizer: HuggingFace | Mistral, bears_loss: bool) -> list[str]:
+def render(messages: list[Message], template: str | None, tokenizer: HuggingFace | Mistral) -> Example:
+    conversation = normalise({"messages": messages}, config.ChatRecord(name="chat"))
+    assert isinstance(conversation, Conversation)
+    (example,) = examples(conversation, template, tokenizer)
+    return example
+
+
+def spans(rendered: Example, tokenizer: HuggingFace | Mistral, bears_loss: bool) -> list[str]:
     """The decoded stretches of tokens that do, or do not, bear loss."""
     stretches: list[list[int]] = []
     before = not bears_loss
@@ -150,11 +158,13 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: HuggingFac
         ([{"content": "a"}], "role None"),
         ([{"role": "user"}], "the content of message 0 should be text, not None"),
         ([{"role": "user", "content": [{"type": "image"}]}], "should be text"),
-        ([{"role": "user", "content": "\ufdd0"}], "noncharacter"),
+        ([{"role": "user", "content": "\ufdd0"}, SINGLE[1]], "noncharacter"),
         ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0.5}], "weight 0.5"),
-        ([*SINGLE[:1], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "message 1 uses tools"),
-        ([*SINGLE, {"role": "tool", "content": "a"}], "message 2 uses tools"),
-        (SINGLE[:1], "no token would bear loss"),
+        ([*SINGLE[:1], {"role": "assistant", "tool_calls": [{"id": "1"}]}], "a call in message 1 is .*write"),
+        ([{"role": "user", "tool_calls": [{"id": "1", "function": {}}]}], "message 0 has role 'user', and tool_calls"),
+        ([*SINGLE, {"role": "tool", "content": "a"}], "the last message is tool"),
+        ([*SINGLE, {"role": "tool", "content": "a"}, SINGLE[1]], "the chat template takes none .*v2, v3, .*extend-vocab BASE OUT"),
+        (SINGLE[:1], "the last message is user, so nothing answers it; end with"),
         ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0}], "no token would bear loss"),
         ([SINGLE[0], SINGLE[0], SINGLE[1]], "the chat template refuses the record: .*roles alternate"),
     ],
@@ -205,18 +215,19 @@ def test_mistral_masks_the_assistants_turns_to_their_end_token(mistral: Mistral)
     assert spans(rendered, mistral, True) == ["jumps over\n\nthe lazy dog</s>", "naïve café 東京</s>"]
     # Version 3 puts the system text before the last user turn.
     assert spans(rendered, mistral, False) == ["<s>[INST]The quick brown fox?[/INST]", "[INST]Be brief.\n\nIt is 5.[/INST]"]
-    prompt = mistral.prompting.encode_chat_completion(ChatCompletionRequest.model_validate({"messages": SEVERAL[:-1]}))
-    assert rendered.tokens[: len(prompt.tokens)] == prompt.tokens
+    prompt = render_prompt(SEVERAL[:-1], None, mistral)
+    assert rendered.tokens[: len(prompt)] == prompt
 
 
 def test_mistral_weights_and_refusals(mistral: Mistral) -> None:
     messages = [m | {"weight": 0} if i == 1 else m for i, m in enumerate(SEVERAL[1:])]
     assert spans(render(messages, None, mistral), mistral, True) == ["naïve café 東京</s>"]
     for messages, reason in (
-        ([*SINGLE, SINGLE[0]], "mistral-common refuses the record"),
-        ([SINGLE[0], SINGLE[1], SINGLE[1]], "consecutive assistant messages|refuses the record"),
+        ([*SINGLE, SINGLE[0]], "the last message is user, so nothing answers it"),
+        ([SINGLE[1]], "mistral-common refuses the record"),
+        ([*SINGLE, SINGLE[1] | {"weight": 0}], "messages 1 and 2 are one turn of the assistant, and differ in weight"),
         ([SINGLE[0], {"role": "assistant", "content": ""}], "mistral-common refuses the record"),
-        ([*SINGLE, {"role": "tool", "content": "a"}], "uses tools"),
+        ([*SINGLE, {"role": "tool", "content": "a"}, SINGLE[1]], "mistral-common refuses the record: Not the same number of function calls"),
     ):
         with pytest.raises(ValueError, match=reason) as caught:
             render(messages, None, mistral)

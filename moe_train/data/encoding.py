@@ -1,0 +1,53 @@
+"""Records to training examples. What is trained on and what `data show` shows both come through here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from moe_train import config
+from moe_train.data import chat
+from moe_train.data.conversation import Conversation, normalise
+from moe_train.data.example import Example
+from moe_train.data.fields import located
+from moe_train.data.sources import Origin, Records
+from moe_train.data.tokenizer import Tokenizer
+
+_CHARACTERS, _RECORDS = 1 << 20, 1024  # tokenised at once
+
+
+def encode(
+    numbered: Iterable[tuple[Origin, dict[str, Any]]],
+    records: Records,
+    record: config.Record,
+    tokenizer: Tokenizer,
+    template: str | None,
+) -> Iterator[tuple[Origin, list[Example]]]:
+    """What each of the records is trained as: a text is one example, an empty one none, and a conversation with tools as
+    many as it has assistant turns. records: where `numbered` came from.
+
+    Raises ValueError with file and line for a record that cannot be used.
+    """
+    normal = ((origin, located(records.where(origin), normalise, fields, record)) for origin, fields in numbered)
+    if not isinstance(record, config.TextRecord):
+        for origin, conversation in normal:
+            assert isinstance(conversation, Conversation)
+            yield origin, located(records.where(origin), chat.examples, conversation, template, tokenizer)
+        return
+    begin, end = [] if tokenizer.bos_id is None else [tokenizer.bos_id], [tokenizer.eos_id]
+    for chunk in _chunks(normal):
+        for (origin, _), ids in zip(chunk, tokenizer.encode_batch([text for _, text in chunk]), strict=True):
+            yield origin, [Example([*begin, *ids, *end], None)] if ids else []
+
+
+def _chunks(texts: Iterator[tuple[Origin, str]]) -> Iterator[list[tuple[Origin, str]]]:
+    """As many at once as keep the tokenizer's threads busy, in bounded memory."""
+    for first in texts:
+        chunk, room = [first], _CHARACTERS - len(first[1])
+        for item in itertools.islice(texts, _RECORDS - 1) if room > 0 else ():
+            chunk.append(item)
+            room -= len(item[1])
+            if room <= 0:
+                break
+        yield chunk

@@ -1,0 +1,55 @@
+"""What a record becomes: ids, and which of them are learnt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_train.data.conversation import Conversation, Message
+from moe_train.data.fields import Problem
+
+
+class Example(NamedTuple):
+    """One training example: ids, and for each id whether predicting it bears loss (None: each does)."""
+
+    tokens: list[int]
+    loss_mask: list[bool] | None
+
+
+class Turn(NamedTuple):
+    """Consecutive messages of the assistant, `messages[start:end]`."""
+
+    start: int
+    end: int
+    bears_loss: bool
+
+
+def bears_loss(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("weight", 1) == 1
+
+
+def turns(messages: list[Message]) -> list[Turn]:
+    """The assistant's turns. Raises Problem where a turn's messages differ in weight."""
+    found: list[Turn] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        weighs = bears_loss(message)
+        if not found or found[-1].end < i:
+            found.append(Turn(i, i + 1, weighs))
+        elif found[-1].bears_loss != weighs:
+            what = f"messages {i - 1} and {i} are one turn of the assistant, and differ in weight"
+            raise Problem("weight", what, "give them the same weight, or put the user's words between them")
+        else:
+            found[-1] = Turn(found[-1].start, i + 1, weighs)
+    return found
+
+
+def uses_tools(conversation: Conversation) -> bool:
+    """Whether the conversation has tools, calls or results. Then it is trained as its prefixes, each for its last turn."""
+    return bool(conversation.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in conversation.messages)
+
+
+def without_tools(why: str) -> Problem:
+    having = "versions v2, v3, v7, v11, v13 and v15 have them"
+    remedy = "extend the base with moe-train extend-vocab BASE OUT --tokenizer v3, or drop the record"
+    return Problem("tools", f"the record has tools, and {why}; {having}", remedy)

@@ -1,0 +1,129 @@
+"""Conversations under a Mistral tokenizer: mistral-common validates and encodes them, here it is said what is learnt.
+
+As in Mistral's own fine-tuner, every token of the assistant is, its EOS included, and nothing else. With tools a
+conversation becomes its prefixes, and of each only the last turn is learnt: tools stand before the last user's turn
+(before the first from v13 on), and v2 forgets older calls, so the tokens before a turn depend on where it stands. A
+learnt call is written without its id, which is random and which the server adds; later turns see it with its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.messages import AssistantMessage
+from mistral_common.protocol.instruct.normalize import get_normalizer
+from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest
+from mistral_common.protocol.instruct.tool_calls import Tool, ToolCall
+from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
+from pydantic import ValidationError
+
+from moe_train.data.conversation import Conversation, Message
+from moe_train.data.example import Example, turns, uses_tools, without_tools
+from moe_train.data.tokenizer import Mistral
+
+_FIRST_WITH_TOOLS = TokenizerVersion.v2
+_FIRST_WITHOUT_IDS = TokenizerVersion.v13  # from here on, ids are never encoded
+
+
+def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
+    """One example for a conversation without tools; otherwise one for each turn of the assistant that bears loss.
+
+    Raises ValueError (one line) for what mistral-common refuses. Tools need `check_has_tools` before.
+    """
+    messages, tools = conversation
+    if not uses_tools(conversation):
+        return [_whole(messages, tokenizer)]
+    return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.bears_loss]
+
+
+def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
+    """The tokens up to where the assistant's next turn begins."""
+    return _encode(_request(*conversation, tokenizer, ValidationMode.test), tokenizer)
+
+
+def check_has_tools(tokenizer: Mistral) -> None:
+    """Raise Problem where the tokenizer's version has no tokens for tools."""
+    version = tokenizer.finetuning.version
+    if version < _FIRST_WITH_TOOLS:
+        raise without_tools(f"{tokenizer.files[0].name}, a tokenizer of version {version.value}, has no tokens for them")
+
+
+def _whole(messages: list[Message], tokenizer: Mistral) -> Example:
+    """Each turn ends with EOS, and nothing else holds EOS: count back from each."""
+    request = _request(messages, [], tokenizer, ValidationMode.finetuning)
+    tokens = _encode(request, tokenizer)
+    mask = [False] * len(tokens)
+    ends = [i + 1 for i, token in enumerate(tokens) if token == tokenizer.eos_id]
+    said = [message for message in request.messages if isinstance(message, AssistantMessage)]
+    for end, message, turn in zip(ends, said, turns(messages), strict=True):
+        start = end - _check_ends_with(tokens[:end], message, tokenizer)
+        if turn.bears_loss:
+            mask[start:end] = [True] * (end - start)
+    return Example(tokens, mask)
+
+
+def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: Mistral) -> Example:
+    request = _request(messages, tools, tokenizer, ValidationMode.finetuning)
+    last = cast(AssistantMessage, request.messages[-1])
+    if last.tool_calls and tokenizer.finetuning.version < _FIRST_WITHOUT_IDS:
+        last.tool_calls = [ToolCall(function=call.function) for call in last.tool_calls]
+    tokens = _encode(request, tokenizer)
+    learnt = _check_ends_with(tokens, last, tokenizer)
+    return Example(tokens, [False] * (len(tokens) - learnt) + [True] * learnt)
+
+
+def _check_ends_with(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
+    """How many tokens at the end of `tokens` are the message's."""
+    own = _instruct(tokenizer).encode_assistant_message(message, False)
+    assert tokens[len(tokens) - len(own) :] == own, "mistral-common put an assistant's turn elsewhere"
+    return len(own)
+
+
+def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
+    encoder = tokenizer.finetuning.instruct_tokenizer
+    assert isinstance(encoder, InstructTokenizerBase)
+    return encoder
+
+
+def _encode(request: InstructRequest, tokenizer: Mistral) -> list[int]:
+    with _refusals():
+        return _instruct(tokenizer).encode_instruct(request).tokens
+
+
+def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer: Mistral, mode: ValidationMode) -> InstructRequest:
+    """Validated, and normalised: consecutive messages of a role are joined, system texts moved where the version has them."""
+    with _refusals():
+        known = [Tool.from_openai(tool) for tool in tools] or None
+        request = ChatCompletionRequest.model_validate({"messages": [_plain(message) for message in messages], "tools": known})
+        version, settings = tokenizer.finetuning.version, _instruct(tokenizer).tokenizer.model_settings_builder
+        get_validator(version, mode).validate_request(request)
+        return get_normalizer(version, settings).from_chat_completion_request(request)
+
+
+_KEYS = {"assistant": ("content", "tool_calls"), "tool": ("content", "tool_call_id", "name")}
+
+
+def _plain(message: Message) -> Message:
+    """Only what mistral-common knows: it refuses other keys."""
+    plain = {"role": message["role"], **{key: message[key] for key in _KEYS.get(message["role"], ("content",)) if key in message}}
+    if "tool_calls" in plain:
+        plain["tool_calls"] = [ToolCall.from_openai(call) for call in plain["tool_calls"]]
+    return plain
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What mistral-common raises, as one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"mistral-common refuses the record: {where}: {first['msg']}") from error
+    except (MistralCommonException, NotImplementedError, AssertionError, ValueError) as error:
+        raise ValueError(f"mistral-common refuses the record: {' '.join(str(error).split())}") from error

@@ -1,0 +1,189 @@
+"""Chat templates, rendered as transformers renders them, in a process that has no more time and memory than is stated.
+
+A template is a program that came with somebody's model. jinja2's sandbox keeps it away from files and code, but not from
+an endless loop or from a string that fills the memory: so it runs in a child process, which the kernel ends when its
+processor time is up, and which can neither write files nor grow. What depends on the day or on chance (`strftime_now`,
+`random`, `lipsum`) is left out: a record's tokens must be the same tomorrow.
+
+This file is both sides: `render` for the others, and the child's program, which imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GENERATION = ("\ufdd2", "\ufdd3")
+"""Unicode noncharacters around what a template marks with {% generation %}."""
+
+
+class Limits(NamedTuple):
+    """What one call of `render` may cost: characters of the template and of all texts, processor seconds, bytes of memory."""
+
+    template: int = 1 << 18
+    output: int = 1 << 26
+    seconds: int = 10
+    memory: int = 1 << 31
+
+
+def render(template: str, requests: Sequence[dict[str, Any]], limits: Limits = Limits()) -> list[str]:  # noqa: B008 (immutable)
+    """The template's text for each set of variables (plain JSON values), with the marks `GENERATION` in it.
+
+    Raises ValueError (one line) for a template that cannot be read, fails, or takes more than `limits`.
+    """
+    if len(template) > limits.template:
+        raise ValueError(f"the chat template has {len(template):,} characters; {limits.template:,} are allowed")
+    answer = _child(limits).ask({"template": template, "requests": list(requests)})
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["texts"]
+
+
+# --- this side -------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def _child(limits: Limits) -> _Child:
+    return _Child(limits)
+
+
+class _Child:
+    """The process that renders; started when it is needed first, and again after it had to be ended."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._lock = limits, threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            if self._connection is None:
+                self._start()
+            assert self._process is not None and self._connection is not None
+            try:
+                self._connection.send_bytes(json.dumps(question).encode())
+                return json.loads(self._connection.recv_bytes())
+            except (EOFError, ConnectionError):
+                self._connection.close()
+                self._connection = None
+                code = self._process.wait()
+            if code == -signal.SIGPROF:
+                raise ValueError(f"the chat template takes longer than {self._limits.seconds} s for one record; is a loop endless?")
+            raise ValueError(f"the chat template broke the process that renders it (exit code {code})")
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # -P: this file's folder is no place to import from. Its own session: an interrupt is ours to handle.
+            command = [sys.executable, "-P", str(Path(__file__)), str(theirs.fileno()), *map(str, self._limits)]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True, cwd="/"
+            )
+        self._connection = Connection(ours.detach())
+
+
+# --- the child's side ------------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, limits: Limits) -> None:
+    """Answer until the other side is gone."""
+    compiled = functools.lru_cache(maxsize=8)(functools.partial(_environment().from_string))
+    resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while True:
+        try:
+            question = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # SIGPROF, where nobody handles it, ends the process
+        answer = json.dumps(_answer(question, compiled, limits)).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.send_bytes(answer)
+
+
+def _answer(question: dict[str, Any], compiled: Any, limits: Limits) -> dict[str, Any]:
+    import jinja2
+
+    try:
+        template = compiled(question["template"])
+    except (jinja2.TemplateError, RecursionError, MemoryError) as error:
+        return {"error": f"the chat template cannot be read: {_line(error)}"}
+    texts, room = [], limits.output
+    for variables in question["requests"]:
+        try:
+            text = _limited(template.generate(**variables), room)
+        except Exception as error:  # a template is a program: it can fail in any way
+            if isinstance(error, MemoryError):
+                return {"error": f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"}
+            return {"error": f"the chat template refuses the record: {_line(error)}"}
+        if text is None:
+            return {"error": f"the chat template writes more than {limits.output:,} characters for one record"}
+        texts.append(text)
+        room -= len(text)
+    return {"texts": texts}
+
+
+def _limited(pieces: Iterable[str], room: int) -> str | None:
+    kept = []
+    for piece in pieces:
+        room -= len(piece)
+        if room < 0:
+            return None
+        kept.append(piece)
+    return "".join(kept)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _environment() -> Any:
+    import jinja2
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %} … {% endgeneration %}`: transformers' mark of what the assistant wrote."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Any) -> str:
+            return GENERATION[0] + caller() + GENERATION[1]
+
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        """jinja2's own filter escapes HTML."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    del environment.filters["random"], environment.globals["lipsum"]
+    return environment
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), Limits(*map(int, sys.argv[2:])))
+    os._exit(0)

@@ -1,0 +1,261 @@
+"""Conversations under a Hugging Face tokenizer: its chat template makes the text, and it is found out what is learnt.
+
+Learnt is what the assistant wrote, its end token included: what the template marks with {% generation %}, or else what
+a turn adds to the rendering of the turns before it; where both can be had, they have to agree. With tools a conversation
+becomes its prefixes, and of each only the last turn is learnt. A call's id is random, and never learnt.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import re
+import string
+from typing import Any
+
+from moe_train.data import sandbox
+from moe_train.data.conversation import Conversation, Message
+from moe_train.data.example import Example, bears_loss, turns, uses_tools, without_tools
+from moe_train.data.fields import Problem, brief
+from moe_train.data.sandbox import GENERATION
+from moe_train.data.tokenizer import HuggingFace
+
+# Unicode noncharacters, which no text contains: what was written and looks like a control token stands between these.
+_PLAIN = ("\ufdd0", "\ufdd1")
+_MARKS = re.compile("[" + "".join(_PLAIN + GENERATION) + "]")
+Span = tuple[int, int]  # characters (start, end)
+
+
+def examples(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[Example]:
+    """One example for a conversation without tools; otherwise one for each turn of the assistant that bears loss.
+
+    Raises ValueError (one line) for what the template refuses, and where turns cannot be told apart. Tools need
+    `check_has_tools` before.
+    """
+    messages, tools = conversation
+    if not uses_tools(conversation):
+        return [_example(conversation, [i for i, message in enumerate(messages) if bears_loss(message)], template, tokenizer)]
+    return [
+        _example(Conversation(messages[: turn.end], tools), list(range(turn.start, turn.end)), template, tokenizer)
+        for turn in turns(messages)
+        if turn.bears_loss
+    ]
+
+
+def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:
+    """The tokens up to where the assistant's next turn begins."""
+    (text,) = _texts([(conversation, True)], template, tokenizer)
+    return _encode(_without(text, GENERATION), [], [], tokenizer).tokens
+
+
+@functools.lru_cache(maxsize=8)
+def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
+    """Raise Problem where the template leaves tools, calls or results out, or writes them with tokens that are not there."""
+    function = {"name": "look_up", "description": "Look a word up.", "parameters": {"type": "object", "properties": {}}}
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "quokka"}'}}
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "name": "look_up", "content": "marsupial"},
+        {"role": "assistant", "content": "It is small."},
+    ]
+    try:
+        (text,) = _texts([(Conversation(messages, [{"type": "function", "function": function}]), False)], template, tokenizer)
+    except ValueError as error:
+        raise without_tools(f"the chat template takes none ({error})") from error
+    for what, shown in (("tools", "Look a word up."), ("calls", "quokka"), ("results", "marsupial")):
+        if shown not in text:
+            raise without_tools(f"the chat template leaves {what} out")
+    for token in re.findall(r"\[/?[A-Z_]+\]", text):
+        if len(tokenizer.encode_control(token)[0]) != 1:
+            raise without_tools(f"the chat template writes {token}, which {tokenizer.files[0]} has no token for")
+
+
+def _example(conversation: Conversation, learnt: list[int], template: str, tokenizer: HuggingFace) -> Example:
+    """learnt: the messages that are."""
+    (marked,) = _texts([(conversation, False)], template, tokenizer)
+    text = _without(marked, GENERATION)
+    random = _random_spans(text, conversation, learnt, template, tokenizer)
+    if GENERATION[0] not in marked:
+        return _encode(text, _prefix_spans(text, conversation, learnt, template, tokenizer), random, tokenizer)
+    try:
+        added = _prefix_spans(text, conversation, learnt, template, tokenizer)
+    except ValueError:  # which is why templates have marks
+        return _encode(text, _generation_spans(marked, conversation.messages, learnt, None), random, tokenizer)
+    spans = _generation_spans(marked, conversation.messages, learnt, added)
+    _check_agree(text, spans, added)
+    return _encode(text, spans, random, tokenizer)
+
+
+def _texts(conversations: list[tuple[Conversation, bool]], template: str, tokenizer: HuggingFace) -> list[str]:
+    """The template's text of each (conversation, whether the assistant comes next), with both kinds of marks in it."""
+    looks_special = _special_pattern(tokenizer.special_tokens)
+
+    def marked(value: Any) -> Any:
+        match value:
+            case str():
+                if _MARKS.search(value):
+                    what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(value)}"
+                    raise Problem("unicode", what, "remove it")
+                return looks_special.sub(rf"{_PLAIN[0]}\g<0>{_PLAIN[1]}", value)
+            case list():
+                return [marked(item) for item in value]
+            case dict():
+                return {marked(key): item if key in ("role", "id", "tool_call_id") else marked(item) for key, item in value.items()}
+        return value
+
+    def variables(conversation: Conversation, add_generation_prompt: bool) -> dict[str, Any]:
+        return {
+            "messages": [marked(_as_templates_read(message)) for message in conversation.messages],
+            "tools": marked(conversation.tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **tokenizer.named_tokens,
+        }
+
+    texts = sandbox.render(template, [variables(*wanted) for wanted in conversations])
+    if any(r"\ufdd0" in text for text in texts):
+        raise ValueError(r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart")
+    return texts
+
+
+def _as_templates_read(message: Message) -> Message:
+    """Without our weight; the arguments of calls as objects, which is transformers' rule for templates."""
+    message = {key: value for key, value in message.items() if key != "weight"}
+    if "tool_calls" in message:
+        message["tool_calls"] = [
+            call | {"function": call["function"] | {"arguments": _parsed(call["function"].get("arguments", "{}"))}}
+            for call in message["tool_calls"]
+        ]
+    return message
+
+
+def _parsed(arguments: Any) -> Any:
+    try:
+        value = json.loads(arguments or "{}")
+    except (TypeError, ValueError, RecursionError):
+        return arguments
+    return arguments if isinstance(value, str) else value
+
+
+@functools.lru_cache(maxsize=8)
+def _special_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _without(text: str, marks: tuple[str, str]) -> str:
+    return text.replace(marks[0], "").replace(marks[1], "")
+
+
+# --- what is learnt --------------------------------------------------------------------------------------------
+
+
+def _generation_spans(marked: str, messages: list[Message], learnt: list[int], added: list[Span] | None) -> list[Span]:
+    """What stands between the marks of the learnt messages, as characters of the text without these marks."""
+    pieces = re.split("[" + "".join(GENERATION) + "]", marked)
+    ends = [0]
+    for piece in pieces:
+        ends.append(ends[-1] + len(piece))
+    spans = [(ends[i], ends[i + 1]) for i in range(1, len(pieces), 2)]
+    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if learnt == said:
+        return spans
+    if len(spans) == len(said):
+        return [span for i, span in zip(said, spans, strict=True) if i in learnt]
+    if added is not None:
+        return [span for span in spans if any(start <= span[0] and span[1] <= end for start, end in added)]
+    raise ValueError(
+        f"the chat template marks {len(spans)} generations for {len(said)} assistant messages, of which {len(learnt)} bear loss; "
+        "put one {% generation %} … {% endgeneration %} around each message"
+    )
+
+
+def _prefix_spans(text: str, conversation: Conversation, learnt: list[int], template: str, tokenizer: HuggingFace) -> list[Span]:
+    """What each learnt message adds to the rendering of the messages before it.
+
+    A template may put something before the last user's turn (Mistral's v3 the system text), so that a turn stands
+    further on in the whole text than in its prefix. Then it is found by its end token, which nothing else has.
+    """
+    messages, tools = conversation
+    said = [i for i, message in enumerate(messages[: learnt[-1] + 1]) if message["role"] == "assistant"] if learnt else []
+    wanted = [(Conversation(messages[:end], tools), end == i) for i in said for end in (i, i + 1)]
+    rendered = [_without(each, GENERATION) for each in _texts(wanted, template, tokenizer)] if wanted else []
+    spans = []
+    position = 0
+    for i, before, through in zip(said, rendered[::2], rendered[1::2], strict=True):
+        turn = through.removeprefix(before)
+        stripped = turn.rstrip()
+        ended = any(stripped.endswith(token) for token in tokenizer.special_tokens)
+        # What follows the end token up to the next turn (ChatML's newline) is never generated.
+        turn = stripped if ended else turn
+        start = len(before) if text.startswith(through) else text.find(turn, position) if ended else -1
+        if not through.startswith(before) or start < position:
+            raise ValueError(
+                f"the chat template renders the turns before message {i} differently once it is there, so its tokens cannot "
+                "be told apart; put {% generation %} … {% endgeneration %} around the assistant's part of the template"
+            )
+        position = start + len(turn)
+        if i in learnt:
+            spans.append((start, position))
+    return spans
+
+
+def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
+    """Raise ValueError where marks and prefixes differ in more than space."""
+    marked, grown = ({i for start, end in some for i in range(start, end)} for some in (spans, added))
+    for only, said in ((marked - grown, "marks"), (grown - marked, "leaves out")):
+        if differing := "".join(text[i] for i in sorted(only)).strip("".join(_PLAIN) + " \t\r\n"):
+            raise ValueError(
+                f"the chat template's {{% generation %}} {said} {brief(differing)}, unlike what the assistant's turns add to the "
+                "rendering; put it around what the assistant writes, the end token included"
+            )
+
+
+def _random_spans(text: str, conversation: Conversation, learnt: list[int], template: str, tokenizer: HuggingFace) -> list[Span]:
+    """Where the ids of learnt calls stand: what changes in the text when every character of them does."""
+    messages = list(conversation.messages)
+    for i in learnt:
+        if "tool_calls" in messages[i]:
+            calls = [call | {"id": call["id"].translate(_OTHER)} if "id" in call else call for call in messages[i]["tool_calls"]]
+            messages[i] = messages[i] | {"tool_calls": calls}
+    if messages == conversation.messages:
+        return []
+    (marked,) = _texts([(Conversation(messages, conversation.tools), False)], template, tokenizer)
+    other = _without(marked, GENERATION)
+    if len(other) != len(text):
+        raise ValueError("the chat template writes calls differently for different ids, so that what is random cannot be told")
+    return [(i, i + 1) for i, (a, b) in enumerate(zip(text, other, strict=True)) if a != b]
+
+
+_KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
+_OTHER = str.maketrans("".join(_KINDS), "".join(kind[1:] + kind[0] for kind in _KINDS))
+
+
+# --- text to ids -----------------------------------------------------------------------------------------------
+
+
+def _encode(text: str, spans: list[Span], random: list[Span], tokenizer: HuggingFace) -> Example:
+    """Ids of `text`; those that touch a span bear loss, unless they touch a random one. Plain marks: encoded as plain text."""
+    tokens: list[int] = []
+    mask: list[bool] = []
+    position = 0
+    for i, piece in enumerate(re.split("[" + "".join(_PLAIN) + "]", text)):
+        if i % 2:
+            ids = tokenizer.encode(piece)
+            offsets = [(0, len(piece))] * len(ids)
+        else:
+            ids, offsets = tokenizer.encode_control(piece)
+        learnt = [False] * len(ids)
+        for some, value in ((spans, True), (random, False)):
+            for start, end in some:
+                # From the first token that ends after the span's start (one without characters of its own counts as one
+                # character long) to the first that starts at its end or later.
+                first = bisect.bisect_right(offsets, start - position, key=lambda offset: max(offset[1], offset[0] + 1))
+                last = bisect.bisect_left(offsets, end - position, key=lambda offset: offset[0])
+                learnt[first:last] = [value] * (last - first)
+        tokens += ids
+        mask += learnt
+        position += len(piece) + 1  # the mark
+    return Example(tokens, mask)

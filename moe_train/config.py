@@ -162,10 +162,27 @@ class LoraTarget(Section):
     alpha: PositiveFloat
 
 
+class Nf4(Section):
+    """4-bit NormalFloat of QLoRA (arXiv:2305.14314): each block of `block_size` weights is its largest magnitude times
+    one of 16 levels; 4 bits a weight, and a scale of the weight's own dtype a block."""
+
+    name: Literal["nf4"]
+    block_size: Annotated[Positive, Field(multiple_of=2)] = 64
+
+
+class Int8(Section):
+    """Whole numbers from -127 to 127 times a scale for each block of `block_size` weights."""
+
+    name: Literal["int8"]
+    block_size: Positive = 64
+
+
 class Lora(Section):
-    """Low-rank adapters; everything else is frozen."""
+    """Low-rank adapters; everything else is frozen, and where `quantize` is set, its linear maps (attention, FFN,
+    experts) are held in few bits."""
 
     targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)]
+    quantize: Annotated[Nf4 | Int8, Field(discriminator="name")] | None = None
 
 
 # --- data ------------------------------------------------------------------------------------------------------

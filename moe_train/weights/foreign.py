@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from moe_train import config
-from moe_train.weights import hf, names, on_disk
+from moe_train.weights import hf, hf_config, mistral, mistral_params, names, on_disk, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fill
 from moe_train.weights.on_disk import Weights
 
 
+def layout_of(path: str | Path) -> Literal["hf", "mistral"]:
+    """What lies at `path`; where a folder holds a model in both layouts, as Mistral's releases do, Hugging Face's.
+
+    Raises FileNotFoundError where there is no model, saying what was looked for.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; a model is a folder with {hf_config.FILE} or {mistral_params.FILE}")
+    described = {"hf": path / hf_config.FILE, "mistral": path / mistral_params.FILE}
+    if described["hf"].is_file() and (safetensors_io.has_model(path) or not described["mistral"].is_file()):
+        return "hf"
+    if described["mistral"].is_file():
+        return "mistral"
+    raise FileNotFoundError(
+        f"{path} holds no model: looked for {hf_config.FILE} (Hugging Face) and {mistral_params.FILE} (Mistral's own layout)"
+    )
+
+
 def open_weights(path: str | Path) -> Weights:
-    """The model at `path`, a Hugging Face directory.
+    """The model at `path`, in whatever layout.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of an architecture not built here.
     """
-    return hf.open_weights(path)
+    match layout_of(path):
+        case "hf":
+            return hf.open_weights(path)
+        case "mistral":
+            return mistral.open_weights(path)
 
 
 def read_model(path: str | Path) -> config.Model:
     """The architecture of the model at `path`."""
-    return hf.read_model_config(path)
+    match layout_of(path):
+        case "hf":
+            return hf.read_model_config(path)
+        case "mistral":
+            return mistral.read_model_config(path)
 
 
 def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:

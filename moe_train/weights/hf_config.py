@@ -17,6 +17,8 @@ from moe_train.json_file import read_object
 
 log = logging.getLogger(__name__)
 
+FILE = "config.json"
+
 _FAMILIES = {
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
@@ -60,7 +62,7 @@ def read_model_config(directory: str | Path) -> config.Model:
     Raises FileNotFoundError without the file, ValueError for what is not built here, naming the field.
     """
     file = Path(directory)
-    file = file / "config.json" if file.is_dir() else file
+    file = file / FILE if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a Hugging Face model's config.json")
     fields = read_object(file)

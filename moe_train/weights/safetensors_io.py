@@ -1,6 +1,6 @@
 """Safetensors files: read by the library, a range at a time; written as a stream, one tensor in memory.
 
-A model is one `model.safetensors`, or shards with `model.safetensors.index.json`.
+A model is one `model.safetensors`, or shards with `model.safetensors.index.json`; Mistral's are called `consolidated`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import safetensors
 
 from moe_train.weights.on_disk import nbytes
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
 # Formats of weights that we read; integers and float8 belong to quantised models.
@@ -45,21 +45,29 @@ class Tensor:
         return self.slices[index or (slice(None),) * len(self.shape)]
 
 
-def open_model(directory: str | Path) -> dict[str, Tensor]:
+def has_model(directory: str | Path, stem: str = "model") -> bool:
+    """Whether `open_model` finds something to open."""
+    return any(file.is_file() for file in _single_and_index(directory, stem))
+
+
+def _single_and_index(directory: str | Path, stem: str) -> tuple[Path, Path]:
+    return Path(directory) / f"{stem}.safetensors", Path(directory) / INDEX.replace("model", stem)
+
+
+def open_model(directory: str | Path, stem: str = "model") -> dict[str, Tensor]:
     """The tensors of a model's directory, single file or sharded.
 
     Raises FileNotFoundError where there is none, ValueError where a file is damaged or contradicts the index.
     """
-    directory = Path(directory)
-    index = directory / INDEX
+    single, index = _single_and_index(directory, stem)
+    if not has_model(directory, stem):
+        raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}; fetch the weights")
     if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}; is it a Hugging Face model's directory?")
-        return open_file(directory / SINGLE)
+        return open_file(single)
     weight_map = _weight_map(index)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
-        found = open_file(directory / file)
+        found = open_file(index.parent / file)
         listed = {name for name, at in weight_map.items() if at == file}
         if different := sorted(listed ^ set(found)):
             raise ValueError(f"{index} and {file} disagree about {different[0]} ({len(different)} tensors in all); fetch both")

@@ -1,0 +1,70 @@
+"""Mistral's own layout: `params.json` and `consolidated.safetensors`, for mistral-inference and vLLM's `--load-format mistral`.
+
+mistral-inference loads strictly: a missing or an unknown tensor is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from moe_train import config
+from moe_train.data.tokenizer import HuggingFace, Tokenizer
+from moe_train.weights import names, on_disk, safetensors_io
+from moe_train.weights.mistral_params import FILE as PARAMS
+from moe_train.weights.mistral_params import read_model_config, write_model_config
+from moe_train.weights.on_disk import Weights
+
+log = logging.getLogger(__name__)
+
+STEM = "consolidated"
+_OF_VISION = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
+
+
+def open_weights(directory: str | Path) -> Weights:
+    """A model's folder, one consolidated file or shards with their index; of a vision model the text model.
+
+    Raises ValueError for a tied model with an output of its own.
+    """
+    model = read_model_config(directory)
+    tensors = safetensors_io.open_model(directory, STEM)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_VISION)}
+    head, embed = names.MISTRAL.head.name, names.MISTRAL.embed.name
+    if model.tie_embeddings and head in tensors:
+        if embed not in tensors or len({*on_disk.hashes({name: tensors[name] for name in (head, embed)}).values()}) > 1:
+            raise ValueError(f"{directory} has an {head} of its own, but tied_embeddings is true in its {PARAMS}")
+        del tensors[head]
+    return Weights(Path(directory), model, names.pieces(model, names.MISTRAL), tensors)
+
+
+def write(
+    directory: Path,
+    model: config.Model,
+    dtype: config.Dtype,
+    matrix: Callable[[names.Piece], np.ndarray],
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """consolidated.safetensors and params.json; `matrix` is asked for one piece at a time.
+
+    Raises ValueError for what params.json has no words for.
+    """
+    params = write_model_config(model)
+    if isinstance(tokenizer, HuggingFace):
+        log.warning(
+            "mistral-inference reads tekken.json or a sentencepiece model alone; the tokenizer.json that goes beside the weights "
+            "is for moe-train and for vLLM with --tokenizer-mode hf"
+        )
+    pieces = {piece.name: piece for piece in names.pieces(model, names.MISTRAL)}
+    specs = [safetensors_io.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
+    safetensors_io.write_file(directory / f"{STEM}.safetensors", specs, lambda spec: matrix(pieces[spec.name]))
+    (directory / PARAMS).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
+
+
+def tokenizer_file_name(file: Path) -> str:
+    """The name under which mistral-inference, vLLM and transformers look for a tokenizer: tekken.json, tokenizer.model.v3."""
+    _, sentencepiece, version = file.name.partition(".model")
+    return f"tokenizer{sentencepiece}{version}" if sentencepiece else "tekken.json" if "tekken" in file.name else file.name

@@ -1,0 +1,252 @@
+"""Mistral's `params.json` -> `config.Model`, and back.
+
+Its readers are mistral-inference (`args.py`), vLLM (`transformers_utils/configs/mistral.py`) and mistral-finetune; where
+they take different defaults for a field that is not stated, it has to be stated. It has no word for a family: what the
+fields say decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe_train import config
+from moe_train.config import Positive, PositiveFloat
+from moe_train.json_file import read_object
+
+log = logging.getLogger(__name__)
+
+FILE = "params.json"
+
+# The only values that mean what is built here.
+_ONLY: dict[str, Any] = {
+    "model_type": "transformer",
+    "activation": "silu",
+    "use_biases": False,
+    "causal": True,
+    "quantization": None,
+    "quantization_config": None,
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")),
+}
+# No part of the text model's mathematics.
+_IGNORED = {"dtype", "max_batch_size", "vision_encoder", "multimodal", "lora"}
+_MAX_SEQ_LEN = 128_000
+"""What mistral-inference and vLLM take where nothing is stated."""
+
+
+class Moe(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    num_experts: Positive
+    num_experts_per_tok: Positive
+
+
+class Yarn(BaseModel):
+    """alpha and beta are the turns at which interpolation is full and at which it ends; apply_scale: cos and sin are
+    multiplied by 0.1 log(factor) + 1."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    factor: PositiveFloat
+    original_max_position_embeddings: Positive
+    alpha: PositiveFloat = 1.0
+    beta: PositiveFloat = 32.0
+    apply_scale: bool = True
+
+
+class Llama4Scaling(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    beta: PositiveFloat
+    original_max_position_embeddings: Positive
+
+
+class Params(BaseModel):
+    """The fields that are read and written, in the order of Mistral's own files."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, populate_by_name=True)
+
+    dim: Positive
+    n_layers: Positive
+    head_dim: Positive
+    hidden_dim: Positive
+    n_heads: Positive
+    n_kv_heads: Positive
+    norm_eps: PositiveFloat
+    vocab_size: Positive
+    rope_theta: PositiveFloat | None = None
+    sliding_window: Positive | list[Positive | None] | None = None
+    """One for all layers, or a period of layers."""
+    hidden_sliding_window: Positive | list[Positive | None] | None = Field(None, alias="_sliding_window")
+    """The same, named so that an older vLLM does not see it."""
+    max_seq_len: Positive | None = None
+    max_position_embeddings: Positive | None = None
+    tied_embeddings: bool = False
+    moe: Moe | None = None
+    yarn: Yarn | None = None
+    llama_4_scaling: Llama4Scaling | None = None
+
+
+def read_model_config(directory: str | Path) -> config.Model:
+    """The architecture that a folder's `params.json` (or that file) describes.
+
+    Raises FileNotFoundError without the file, ValueError for what is not built here, naming the field.
+    """
+    file = Path(directory)
+    file = file / FILE if file.is_dir() else file
+    fields = read_object(file)
+    try:
+        for key, only in _ONLY.items():
+            if fields.get(key, only) not in (only, None):
+                raise ValueError(f"{key} is {fields[key]!r}, which is not built here; it has to be {only!r}")
+        params = Params.model_validate({key: value for key, value in fields.items() if key not in _ONLY})
+        if unknown := sorted(set(params.model_extra or ()) - _IGNORED):
+            log.warning(
+                "%s has fields that are not read here: %s; make sure that they leave the model alone", file, ", ".join(unknown)
+            )
+        return _model(params)
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = "is not built here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in first["loc"]) or "the model"
+        raise ValueError(f"{file}: {where}: {said}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _model(params: Params) -> config.Model:
+    windows = _windows(params)
+    interleaved = len(set(windows)) > 1
+    family = "mixtral" if params.moe else "ministral3" if params.yarn or params.llama_4_scaling else "mistral"
+    if family == "mistral" and interleaved:
+        family = "ministral"
+    ffn: dict[str, Any] = {"name": "dense", "ffn_dim": params.hidden_dim}
+    if params.moe:
+        ffn |= {"name": "moe", "num_experts": params.moe.num_experts, "experts_per_token": params.moe.num_experts_per_tok}
+    scaling = params.llama_4_scaling
+    return config.Model.model_validate(
+        {
+            "family": family,
+            "vocab_size": params.vocab_size,
+            "model_dim": params.dim,
+            "num_layers": params.n_layers,
+            "attention": {
+                "name": "gqa",
+                "num_heads": params.n_heads,
+                "num_kv_heads": params.n_kv_heads,
+                "head_dim": params.head_dim,
+                "windows": windows,
+                "query_scaling": scaling
+                and {"beta": scaling.beta, "original_max_seq_len": scaling.original_max_position_embeddings},
+            },
+            "ffn": ffn,
+            "rope": _rope(params),
+            "norm_eps": params.norm_eps,
+            "tie_embeddings": params.tied_embeddings,
+            "max_seq_len": params.max_position_embeddings or params.max_seq_len or _MAX_SEQ_LEN,
+        }
+    )
+
+
+def _windows(params: Params) -> tuple[int | None, ...]:
+    """One shortest period of windows."""
+    if params.sliding_window is not None and params.hidden_sliding_window is not None:
+        raise ValueError("sliding_window and _sliding_window are both stated; keep one")
+    window = params.hidden_sliding_window if params.sliding_window is None else params.sliding_window
+    if not isinstance(window, list):
+        return (window,)
+    if not window or params.n_layers % len(window):
+        raise ValueError(f"sliding_window has {len(window)} entries, of which n_layers {params.n_layers} is no multiple")
+    size = len(window)
+    period = next(n for n in range(1, size + 1) if size % n == 0 and window[:n] * (size // n) == window)
+    return tuple(window[:period])
+
+
+def _rope(params: Params) -> dict[str, Any]:
+    theta, yarn = params.rope_theta, params.yarn
+    if theta is None:
+        if params.sliding_window is not None or yarn:
+            raise ValueError(
+                "rope_theta is not stated, and its default differs between versions of mistral-inference; add it "
+                "(Mistral 7B v0.1 has 10000.0)"
+            )
+        theta = 1e6
+    if yarn is None:
+        return {"name": "default", "theta": theta}
+    mscale = 0.0 if yarn.apply_scale else 1.0
+    return {
+        "name": "yarn",
+        "theta": theta,
+        "factor": yarn.factor,
+        "original_max_seq_len": yarn.original_max_position_embeddings,
+        "beta_fast": yarn.beta,
+        "beta_slow": yarn.alpha,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+    }
+
+
+def write_model_config(model: config.Model) -> dict[str, Any]:
+    """The `params.json` of an export. Raises ValueError for what it has no words for."""
+    a, rope, ffn = model.attention, model.rope, model.ffn
+    windows = list(a.windows)
+    params = Params(
+        dim=model.model_dim,
+        n_layers=model.num_layers,
+        head_dim=a.head_dim,
+        hidden_dim=ffn.ffn_dim,
+        n_heads=a.num_heads,
+        n_kv_heads=a.num_kv_heads,
+        norm_eps=model.norm_eps,
+        vocab_size=model.vocab_size,
+        rope_theta=rope.theta,
+        sliding_window=windows if len(windows) > 1 else windows[0],
+        max_seq_len=model.max_seq_len,
+        max_position_embeddings=model.max_seq_len,
+        tied_embeddings=model.tie_embeddings,
+        moe=Moe(num_experts=ffn.num_experts, num_experts_per_tok=ffn.experts_per_token) if isinstance(ffn, config.MoeFfn) else None,
+        yarn=_yarn(rope) if isinstance(rope, config.YarnRope) else None,
+        llama_4_scaling=a.query_scaling
+        and Llama4Scaling(beta=a.query_scaling.beta, original_max_position_embeddings=a.query_scaling.original_max_seq_len),
+    )
+    assert _model(params) == as_written(model), params
+    return params.model_dump(exclude_none=True, exclude={"hidden_sliding_window"})
+
+
+def _yarn(rope: config.YarnRope) -> Yarn:
+    return Yarn(
+        factor=float(rope.factor),
+        original_max_position_embeddings=rope.original_max_seq_len,
+        alpha=float(rope.beta_slow),
+        beta=float(rope.beta_fast),
+        apply_scale=_applies_scale(rope),
+    )
+
+
+def _applies_scale(rope: config.YarnRope) -> bool:
+    if not (rope.mscale and rope.mscale_all_dim):
+        return True
+    if rope.mscale != rope.mscale_all_dim:
+        raise ValueError(
+            f"rope.mscale {rope.mscale} and rope.mscale_all_dim {rope.mscale_all_dim} differ; params.json has a word for equal "
+            "ones (yarn.apply_scale false) and for none (true)"
+        )
+    return False
+
+
+def as_written(model: config.Model) -> config.Model:
+    """The model as it is read back from params.json: the same mathematics, without what the file has no words for
+    (the family where several fit, how weights were drawn, which mscale gave a factor of 1)."""
+    rope = model.rope
+    if isinstance(rope, config.YarnRope):
+        mscale = 0.0 if _applies_scale(rope) else 1.0
+        rope = rope.model_copy(update={"mscale": mscale, "mscale_all_dim": mscale})
+    family = model.family
+    if family in ("ministral", "ministral3", "llama"):
+        extended = isinstance(rope, config.YarnRope) or model.attention.query_scaling is not None
+        family = "ministral3" if extended else "ministral" if len(set(model.attention.windows)) > 1 else "mistral"
+    stddev = config.Model.model_fields["init_stddev"].default
+    return model.model_copy(update={"rope": rope, "family": family, "init_stddev": stddev})

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,15 +73,24 @@ def opened(run_dir: str | Path, settings: config.Checkpoint) -> Iterator[ocp.Che
 
     Nothing is written, the folder included, before the first save.
     """
-    checkpoints = _manager(run_dir, settings)
+    checkpoints, orbax_log = _manager(run_dir, settings), logging.getLogger("absl")
+    orbax_log.addFilter(_no_traceback)
     try:
         yield checkpoints
     except BaseException:
         with contextlib.suppress(Exception):  # the error that ends the block is the one to show
             checkpoints.close()
         raise
-    finish_saving(checkpoints)
-    checkpoints.close()
+    else:
+        finish_saving(checkpoints)
+        checkpoints.close()
+    finally:
+        orbax_log.removeFilter(_no_traceback)
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """False for an error of Orbax's threads: it is raised again where the save is waited for."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.CheckpointManager:
@@ -167,8 +177,12 @@ def check_saving(checkpoints: ocp.CheckpointManager) -> None:
 
 def _cannot_save(checkpoints: ocp.CheckpointManager, error: Exception) -> RuntimeError:
     if jax.process_index() == 0:
-        for unfinished in checkpoints.directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full
+        for _ in range(20):  # one of several writers has failed, and the others may not be done
+            for unfinished in checkpoints.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full
+            time.sleep(0.05)
+            if not any(checkpoints.directory.glob("*.orbax-checkpoint-tmp*")):
+                break
     checkpoints.reload()
     last = checkpoints.latest_step()
     kept = "there is none before it" if last is None else f"the one of step {last} is intact"

@@ -242,6 +242,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
     assert same(restored(tmp_path).state, saved[1])
 
 
+def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_path, mesh, caplog):
+    saved = save_steps(tmp_path, {1: None, 2: None})
+    shapes = jax.eval_shape(new_state).trainable
+    params, about = checkpoint.load_params(tmp_path, shapes)
+    assert same(params, saved[2].trainable) and about == ABOUT
+    damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
+    params, _ = checkpoint.load_params(tmp_path, shapes)
+    assert same(params, saved[1].trainable) and steps_in(tmp_path) == ["1", "2"]
+    assert "the checkpoint of step 2 in" in caplog.text
+    with pytest.raises(RuntimeError, match=r"the checkpoint of step 2 in .* cannot be read"):
+        checkpoint.load_params(tmp_path, shapes, 2)
+    with pytest.raises(FileNotFoundError, match="has no checkpoint of step 7"):
+        checkpoint.load_params(tmp_path, shapes, 7)
+
+
 # --- what the weights of another run are -------------------------------------------------------------------------------
 
 

@@ -272,7 +272,7 @@ def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, 
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads, cut short
-def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, small_run, monkeypatch):
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, small_run, monkeypatch, capfd):
     """Files cannot grow past 4 kB from the figures of step 3 on: neither the checkpoint nor metrics.jsonl fit."""
     write, limits = metrics.Writer.train, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -289,6 +289,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, smal
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (after_two / "checkpoints").iterdir()] == ["2"]
+    assert "Traceback" not in capfd.readouterr().err
     monkeypatch.undo()
     assert loop.train(run) == loop.FINISHED
 

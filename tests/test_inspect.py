@@ -1,0 +1,58 @@
+"""What `inspect` says of a config: shapes, specs and bytes without a single array."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from moe_train import config
+from moe_train.inspect import inspect
+from moe_train.mesh import make_mesh
+from moe_train.model.transformer import init_model, parameters
+
+MODEL = config.Model(
+    family="mixtral",
+    vocab_size=64,
+    model_dim=16,
+    num_layers=2,
+    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=4),
+    ffn=config.MoeFfn(name="moe", ffn_dim=24, num_experts=4, experts_per_token=1),
+)
+RUN = config.Config(
+    name="x",
+    run_dir="x",
+    model=MODEL,
+    train=config.Train(steps=1, batch_size=8, seq_len=8),
+    optimizer=config.AdamW(name="adamw", learning_rate=1e-3),
+    loss=config.Loss(load_balance_loss_coef=0.0, router_z_loss_coef=0.0),
+    mesh=config.Mesh(fsdp=2, expert=2, tensor=2),
+)
+
+
+def test_bytes_per_device_are_those_of_the_arrays():
+    report = inspect(RUN)
+    with jax.set_mesh(make_mesh(RUN.mesh)):
+        _, arrays = parameters(init_model(0, MODEL, RUN.compute))
+    assert {row["path"]: (row["shape"], row["bytes_per_device"]) for row in report.parameters} == {
+        path: (list(x.shape), x.addressable_shards[0].data.nbytes) for path, x in arrays.items()
+    }
+    assert report.totals["total_parameters"] == sum(x.size for x in arrays.values())
+    rows = {row["path"]: row for row in report.parameters}
+    assert rows["stacks.0.layers.0.ffn.gate_proj.weight"]["spec"] == "- expert fsdp tensor"
+    assert rows["final_norm.scale"]["spec"] == "-"
+
+
+def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet():
+    totals = inspect(RUN).totals
+    idle = 3 * 2 * 3 * 16 * 24  # experts, layers, matrices
+    assert totals["active_parameters"] == totals["total_parameters"] - idle
+
+
+def test_no_device_is_needed_and_adapters_alone_are_trained():
+    far = RUN.model_copy(update={"mesh": config.Mesh(data=64, fsdp=8, expert=4)})
+    assert inspect(far).totals["bytes_per_device"] < inspect(RUN).totals["bytes_per_device"]
+    lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*_proj"), rank=2, alpha=4.0),))
+    report = inspect(RUN.model_copy(update={"lora": lora}))
+    assert all((".lora_" in row["path"]) == row["trainable"] for row in report.parameters)
+    assert report.totals["trainable_parameters"] == sum(math.prod(row["shape"]) for row in report.parameters if row["trainable"])

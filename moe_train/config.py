@@ -245,7 +245,7 @@ class FileSource(Section):
 
     name: Literal["files"]
     files: Annotated[tuple[str, ...], Field(min_length=1)]
-    format: Literal["auto", "text", "json", "parquet", "arrow"] = "auto"
+    format: Literal["auto", "text", "json", "csv", "parquet", "arrow"] = "auto"
     record: Record
     weight: PositiveFloat = 1.0
     licence: str | None = None

@@ -1,4 +1,4 @@
-"""The records of one local file: JSON lines, a JSON array, Parquet, Arrow or text, compressed or not, in flat memory.
+"""The records of one local file: JSON lines, a JSON array, CSV, Parquet, Arrow or text, compressed or not, in flat memory.
 
 What stands where a record should and is none comes as a `Problem` in its place, and reading goes on behind it where it
 can. JSON is read here, line by line or element by element, so that an error names its line and no column changes its
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import gzip
+import io
 import json
 import lzma
 import zlib
@@ -24,7 +26,7 @@ Item = dict[str, Any] | Problem
 
 FORMATS = {
     ".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-    ".parquet": "parquet", ".arrow": "arrow",
+    ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -194,6 +196,33 @@ def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
         yield 1 + data.count(b"\n", 0, error.start), _not_utf8(error, data)
     except Problem as problem:
         yield 1, problem
+
+
+def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
+    """The rows of a table with a header, counted from 1; every value is text."""
+    number = 0
+    csv.field_size_limit(MAX_RECORD)
+    try:
+        with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+            rows = csv.reader(text, strict=True)
+            header = next(rows, [])
+            if len(set(header)) < len(header):
+                yield 0, Problem("unreadable", f"the header names a column twice: {brief(header)}", "give each its own name")
+                return
+            for row in rows:
+                if row:
+                    number += 1
+                    if len(row) == len(header):
+                        yield number, dict(zip(header, row, strict=True))
+                    else:
+                        what = f"line {rows.line_num} has {len(row)} values for {len(header)} columns"
+                        yield number, Problem("unreadable", what, "put text with commas in it into quotes")
+    except UnicodeDecodeError as error:
+        yield number + 1, _not_utf8(error, error.object)
+    except csv.Error as error:
+        yield number + 1, Problem("unreadable", f"line {rows.line_num} is no CSV: {error}", "double the quotes inside of quotes")
+    except Problem as problem:
+        yield number + 1, problem
 
 
 def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[tuple[int, Item]]:

@@ -126,6 +126,8 @@ def _open_files(source: config.FileSource) -> Records:
                 yield from files.read_lines(file, span.start, span.stop, span.line)
             case "json":
                 yield from files.read_array(file)
+            case "csv":
+                yield from files.read_csv(file)
             case _:
                 yield from files.read_rows(file, kind, wanted)
 

@@ -71,13 +71,23 @@ def test_every_format_gives_the_same_records(tmp_path: Path, write_lines: Callab
         (tmp_path / f"packed.jsonl{suffix}").write_bytes(compress(lines.read_bytes()))
     (tmp_path / "array.json").write_text("\n " + json.dumps(ROWS, indent=1), encoding="utf-8")
     (tmp_path / "array.json.xz").write_bytes(lzma.compress((tmp_path / "array.json").read_bytes()))
+    (tmp_path / "table.csv").write_text('id,text\n1,one\n2,"zwei, ü"\n\n3,三\n', encoding="utf-8")
     (tmp_path / "odd [1]*").mkdir()
     pyarrow.parquet.write_table(table, tmp_path / "odd [1]*" / "table.parquet")
     with pa.OSFile(str(tmp_path / "table.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     datasets.Dataset(table).save_to_disk(tmp_path / "saved")
     packed = [f"packed.jsonl{suffix}" for suffix in PACKED]
-    for name in (*packed, "lines.jsonl", "array.json", "array.json.xz", "odd [1]*/table.parquet", "table.arrow", "saved"):
+    for name in (
+        *packed,
+        "lines.jsonl",
+        "array.json",
+        "array.json.xz",
+        "table.csv",
+        "odd [1]*/table.parquet",
+        "table.arrow",
+        "saved",
+    ):
         assert texts(opened(tmp_path / name)) == ["one", "zwei, ü", "三"], name
     assert wheres(opened(tmp_path / "array.json"))[1] == f"{tmp_path / 'array.json'}: row 2"
     assert wheres(opened(tmp_path / "table.arrow"))[2] == f"{tmp_path / 'table.arrow'}: row 3"
@@ -112,13 +122,13 @@ def test_folders_and_globs_come_sorted_without_hidden_files(tmp_path: Path) -> N
 
 def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "a.csv").write_text("a")
+    (tmp_path / "a.xls").write_text("a")
     (tmp_path / "empty").mkdir()
     for missing in ("nothing.jsonl", "*.parquet", "empty"):
         with pytest.raises(FileNotFoundError, match="no file matches"):
             opened(tmp_path / missing)
-    with pytest.raises(ValueError, match=r"a\.csv: no format goes with its name .*state format"):
-        opened(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"a\.xls: no format goes with its name .*state format"):
+        opened(tmp_path / "a.xls")
     (tmp_path / "a.parquet.gz").write_text("a")
     with pytest.raises(ValueError, match="parquet is compressed inside"):
         opened(tmp_path / "a.parquet.gz")
@@ -151,6 +161,10 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
         ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}\n' * 1000)[:-20], r"a\.jsonl\.bz2:\d+: cannot be unpacked to its end"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 1000)[:-20], r"a\.jsonl\.xz:\d+: cannot be unpacked to its end"),
         ("a.jsonl.zst", zstd(b'{"text": "a"}\n' * 1000)[:-2], r"a\.jsonl\.zst:\d+: cannot be unpacked to its end"),
+        ("a.csv", b"text,n\na,1\nb\n", r"a\.csv: row 2: line 3 has 1 values for 2 columns"),
+        ("a.csv", b"text,text\na,1\n", r"a\.csv: row 0: the header names a column twice"),
+        ("a.csv", b'text\na\n"b"c\n', r"a\.csv: row 2: line 3 is no CSV"),
+        ("a.csv", b"text\na\n\xff\n", r"a\.csv: row 1: not UTF-8"),
         ("a.txt.gz", b"plain", r"a\.txt\.gz:1: cannot be unpacked to its end"),
         ("a.parquet", b"PAR1", r"a\.parquet: row 1: cannot be read as parquet"),
         ("a.arrow", b"ARROW1", r"a\.arrow: row 1: cannot be read as arrow"),

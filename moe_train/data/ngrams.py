@@ -1,0 +1,83 @@
+"""Hashes of every n consecutive words of a text, for many texts at once.
+
+Words are runs of letters and digits, in lower case; a Chinese, Japanese or Korean character is a word of its own.
+Punctuation and white space do not count. The hashes depend on the text alone, not on the process that makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_LETTERS = np.zeros(256, bool)  # of UTF-8: ASCII letters and digits, and all bytes of other characters
+_LETTERS[[*range(48, 58), *range(65, 91), *range(97, 123), *range(128, 256)]] = True
+_PUNCTUATION = {0xC2: 2, 0xE2: 3}  # first bytes of U+0080 to U+00BF and U+2000 to U+2FFF, signs almost all, and their lengths
+_IDEOGRAPH = 0xE3  # first bytes from here on begin characters from U+3000
+_LONGEST = 32  # bytes of a word that count; its length counts too
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Words(NamedTuple):
+    """Hashes of the words of T texts: text t has `hashes[offsets[t]:offsets[t + 1]]`; uint64, int64."""
+
+    hashes: np.ndarray
+    offsets: np.ndarray
+
+
+class Grams(NamedTuple):
+    """Hashes of the n-grams of T texts: text t has `hashes[offsets[t]:offsets[t + 1]]`; uint64, int64."""
+
+    hashes: np.ndarray
+    offsets: np.ndarray
+
+
+def words(texts: Sequence[str]) -> Words:
+    parts = [text.lower().encode("utf-8", "surrogatepass") for text in texts]
+    data = np.frombuffer(b" ".join([b"", *parts, b""]), np.uint8)  # a space at either end of each
+    begins = np.cumsum([1, *(len(part) + 1 for part in parts)])
+    letters = _LETTERS[data]
+    for byte, length in _PUNCTUATION.items():
+        signs = np.flatnonzero(data == byte)
+        for k in range(length):
+            letters[signs + k] = False
+    before = letters[:-1]
+    first = letters[1:] & (~before | (data[1:] >= _IDEOGRAPH))  # of data[1:]
+    starts = np.flatnonzero(first) + 1
+    ends = np.flatnonzero(before & (~letters[1:] | first)) + 1
+    lengths = ends - starts
+    hashes = mixed(lengths.astype(np.uint64))
+    alive = np.arange(len(starts))
+    for k in range(_LONGEST):
+        alive = alive[lengths[alive] > k]
+        if not len(alive):
+            break
+        hashes[alive] = (hashes[alive] ^ data[starts[alive] + k]) * _MULTIPLIER
+        hashes[alive] ^= hashes[alive] >> np.uint64(29)
+    return Words(mixed(hashes), np.searchsorted(starts, begins))
+
+
+def grams(found: Words, n: int) -> Grams:
+    """Each n consecutive words of a text; all of its words where it has fewer, but at least one."""
+    hashes, offsets = found
+    counts = np.diff(offsets)
+    end_of = np.repeat(offsets[1:], counts)
+    start_of = np.repeat(offsets[:-1], counts)
+    at = np.arange(len(hashes))
+    at = at[(at + n <= end_of) | ((at == start_of) & (end_of - start_of < n))]
+    stop = end_of[at]
+    total = np.zeros(len(at), np.uint64)
+    for k in range(n):
+        inside = at + k < stop
+        total *= _MULTIPLIER
+        total[inside] += hashes[at[inside] + k] if not inside.all() else hashes[at + k]
+    per_text = np.where(counts >= n, counts - n + 1, np.minimum(counts, 1))
+    return Grams(mixed(total), np.concatenate(([0], np.cumsum(per_text))))
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 whose bits all depend on all (the finaliser of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

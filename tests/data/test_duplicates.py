@@ -1,0 +1,145 @@
+"""Words, their sequences, and records that are alike: against plain Python, and against exact Jaccard similarity."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_train.data import duplicates
+from moe_train.data.duplicates import Fingerprints, Spool, fingerprints
+from moe_train.data.ngrams import grams, words
+
+VOCABULARY = [f"word{i}" for i in range(2000)]
+
+
+def plain_words(text: str) -> list[str]:
+    """ASCII letters and digits and everything from U+0080 that is no sign; each character from U+3000 begins a word."""
+    found: list[str] = []
+    open_word = False
+    for character in text.lower():
+        code = ord(character)
+        letter = re.match("[a-z0-9]", character) if code < 0x80 else code >= 0xC0 and not 0x2000 <= code < 0x3000
+        if letter and open_word and code < 0x3000:
+            found[-1] += character
+        elif letter:
+            found.append(character)
+        open_word = bool(letter)
+    return found
+
+
+ALPHABET = "abAB09_ .,'\n\0\t\"«»üßÉé“”–東京한ｆ😀"
+
+
+@given(st.lists(st.text(ALPHABET, max_size=40), max_size=6))
+def test_words_are_those_of_plain_python(texts: list[str]) -> None:
+    found = words(texts)
+    expected = [plain_words(text) for text in texts]
+    assert np.diff(found.offsets).tolist() == [len(one) for one in expected]
+    flat = [word for one in expected for word in one]
+    assert len(set(flat)) == len(set(found.hashes.tolist())) == len(set(zip(flat, found.hashes.tolist(), strict=True)))
+
+
+@given(st.lists(st.text("ab ", max_size=30), max_size=6), st.sampled_from([1, 2, 5, 13]))
+def test_grams_are_those_of_plain_python(texts: list[str], n: int) -> None:
+    found = grams(words(texts), n)
+    expected = []
+    for text in texts:
+        one = plain_words(text)
+        expected.append([tuple(one[i : i + n]) for i in range(max(len(one) - n + 1, min(len(one), 1)))])
+    assert np.diff(found.offsets).tolist() == [len(one) for one in expected]
+    flat = [gram for one in expected for gram in one]
+    assert len(set(flat)) == len(set(found.hashes.tolist())) == len(set(zip(flat, found.hashes.tolist(), strict=True)))
+
+
+def test_hashes_are_the_same_everywhere() -> None:
+    found = words(["The quick brown fox, 東京"])
+    assert found.hashes.tolist() == words(["x", "THE quick; brown\tfox 東京!"]).hashes[1:].tolist()
+    assert hex(int(np.bitwise_xor.reduce(grams(found, 3).hashes))) == HASH  # it must not change with numpy or the platform
+
+
+HASH = "0x3b9e6f2af050c48f"
+
+
+def prints(texts: list[str]) -> Fingerprints:
+    return fingerprints(texts, words(texts))
+
+
+def spooled(directory: Path, texts: list[str], step: int = 7) -> Spool:
+    directory.mkdir(exist_ok=True)
+    spool = Spool(directory)
+    for start in range(0, len(texts), step):
+        spool.add(prints(texts[start : start + step]))
+    return spool
+
+
+def jaccard(one: str, two: str) -> float:
+    a, b = (set(grams(words([text]), duplicates.WORDS).hashes.tolist()) for text in (one, two))
+    return len(a & b) / len(a | b)
+
+
+def variants(random_: random.Random, changed: int) -> tuple[str, str]:
+    text = random_.choices(VOCABULARY, k=300)
+    other = text.copy()
+    for at in random_.sample(range(300), changed):
+        other[at] = "changed"
+    return " ".join(text), " ".join(other)
+
+
+def test_minima_estimate_jaccard() -> None:
+    random_ = random.Random(0)
+    errors = []
+    for changed in (0, 1, 3, 6, 12, 25, 50, 100):
+        for _ in range(25):
+            one, two = variants(random_, changed)
+            found = prints([one, two]).minima
+            errors.append((found[0] == found[1]).mean() - jaccard(one, two))
+    assert max(map(abs, errors)) < 0.16  # 4 standard errors
+    assert abs(np.mean(errors)) < 0.01  # no bias
+
+
+@pytest.mark.parametrize("at_once", [16, 1 << 20])
+def test_duplicates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(duplicates, "_AT_ONCE", at_once)
+    random_ = random.Random(1)
+    texts, truth = [], []
+    for changed in [*[0] * 10, *[1] * 40, *[2] * 40, *[40] * 40]:
+        one, two = variants(random_, changed)
+        truth.append((len(texts), changed, jaccard(one, two)))
+        texts += [one, two]
+    texts += ["", "  ", "a", "b"]
+    found = spooled(tmp_path, texts).duplicates(num_examples=1000)
+    exact = {
+        twin.record: twin.earlier for twin in found.examples if twin.similarity == 1 and texts[twin.record] == texts[twin.earlier]
+    }
+    near = {twin.record: twin.earlier for twin in found.examples if twin.record not in exact}
+    assert exact == {at + 1: at for at, changed, _ in truth if changed == 0} and found.exact == 10
+    assert found.near == len(near)
+    surely = {at + 1: at for at, changed, similarity in truth if changed and similarity > 0.92}
+    assert len(surely) >= 60 and surely.items() <= near.items()
+    assert not {at + 1 for at, _, similarity in truth if similarity < 0.65} & near.keys()
+
+
+def test_the_same_with_other_cuts(tmp_path: Path) -> None:
+    random_ = random.Random(2)
+    texts = [text for changed in [0, 1, 2, 4, 8] * 10 for text in variants(random_, changed)]
+    random_.shuffle(texts)
+    found = [spooled(tmp_path / str(step), texts, step).duplicates() for step in (1, 13, 1000)]
+    assert found[0] == found[1] == found[2]
+    assert found[0].exact == 10 and found[0].near >= 20
+
+
+def test_punctuation_and_case_make_near_duplicates(tmp_path: Path) -> None:
+    found = spooled(tmp_path, ["The answer, of course, is 5.", "the answer of course is 5", "The answer is 5."]).duplicates()
+    assert (found.exact, found.near) == (0, 1)
+    assert found.examples == [(1, 0, 1.0)]
+
+
+def test_no_records(tmp_path: Path) -> None:
+    assert spooled(tmp_path, []).duplicates() == (0, 0, [])
+    assert spooled(tmp_path / "empty", ["", ""]).duplicates() == (1, 0, [(1, 0, 1.0)])

@@ -18,12 +18,13 @@ from jax.sharding import PartitionSpec as P
 from moe_train.mesh import BATCH, axis_size
 from moe_train.model.fsdp import gather, spec_of, vary_with_spec
 from moe_train.model.grouped_matmul import choose_kernel, grouped_matmul
+from moe_train.model.quantize import Quantized, dequantize
 
 
 class ExpertMatrix(NamedTuple):
     """One linear map of every expert: weight (E, in, out), and the adapter beside it where there is one."""
 
-    weight: jax.Array
+    weight: jax.Array | Quantized
     lora_a: jax.Array | None
     lora_b: jax.Array | None
     lora_scale: float | jax.Array
@@ -76,7 +77,7 @@ def run_experts(
         inverse_mA = checkpoint_name(jnp.argsort(order_R).reshape(-1, A), "routing")
         group_sizes_e = jnp.sum(own_mA.reshape(-1, 1) == jnp.arange(e), axis=0, dtype=jnp.int32)
 
-        experts = jax.tree.map(lambda w, spec: _whole(w, spec, x_btD.dtype), experts, specs)
+        experts = jax.tree.map(lambda w, spec: _whole(w, spec, x_btD.dtype), experts, specs, is_leaf=_is_quantized)
         # on each device of `tensor` a part of F: gradients of x and of the weights are summed over it
         x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(own_mA < e, weights_mA, 0)))
         y_RD = _swiglu(dispatch(x_mD, order_R, inverse_mA), experts, group_sizes_e, kernel)
@@ -97,11 +98,19 @@ def run_experts(
     return run(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts)
 
 
-def _whole(w: jax.Array, spec: P, dtype: jnp.dtype) -> jax.Array:
+def _is_quantized(w: jax.Array | Quantized) -> bool:
+    return isinstance(w, Quantized)
+
+
+def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype) -> jax.Array:
     """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
-    if not spec:  # a scale
-        return w
-    w = vary_with_spec(w.astype(dtype), spec)
+    if isinstance(w, Quantized):
+        return dequantize(Quantized(*(_gathered(part, s) for part, s in zip(w, spec, strict=True))), dtype)
+    return _gathered(w.astype(dtype), spec) if spec else w  # without a spec it is a scale
+
+
+def _gathered(w: jax.Array, spec: P) -> jax.Array:
+    w = vary_with_spec(w, spec)
     for dim, axis in enumerate(spec):
         if axis == "fsdp":
             w = gather(w, "fsdp", dim)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_train.mesh import AXES, BATCH, axis_size
+from moe_train.model.quantize import Quantized, dequantize
 
 ACTIVATION = {"B": BATCH, "T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 """The mesh axes of an activation's dims, by their letter; dims not listed are whole on each device."""
@@ -35,12 +36,14 @@ def without_fsdp(spec: P) -> P:
     return P(*(None if entry == "fsdp" else entry for entry in spec))
 
 
-def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
+def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
     """`einsum(equation, x, w)` for an activation and a weight split over `fsdp`; the result has x's dtype.
 
     equation: two operands, e.g. `"BTD,DNH->BTNH"`; the letters say how the result is split (`ACTIVATION`).
+    A quantised weight is gathered as it is, and has no gradient.
     """
-    return checkpoint_name(_project(equation, x, w.astype(x.dtype)), "projection")
+    y = _project_quantized(equation, x, w) if isinstance(w, Quantized) else _project(equation, x, w.astype(x.dtype))
+    return checkpoint_name(y, "projection")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,6 +69,31 @@ def _project_backward(equation: str, saved: tuple[jax.Array, jax.Array], dy: jax
 
 
 _project.defvjp(_project_forward, _project_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project_quantized(equation: str, x: jax.Array, w: Quantized) -> jax.Array:
+    return jnp.einsum(equation, x, _gather_quantized(w, x.dtype), out_sharding=activation_spec(equation.split("->")[1]))
+
+
+def _gather_quantized(w: Quantized, dtype: jnp.dtype) -> jax.Array:
+    gathered = Quantized(_gather(w.codes), _gather(w.scales))
+    spec = spec_of(gathered.codes)
+    return jax.shard_map(lambda w: dequantize(w, dtype), in_specs=spec, out_specs=spec)(gathered)
+
+
+def _project_quantized_forward(equation: str, x: jax.Array, w: Quantized) -> tuple[jax.Array, Quantized]:
+    return _project_quantized(equation, x, w), w
+
+
+def _project_quantized_backward(equation: str, w: Quantized, dy: jax.Array) -> tuple[jax.Array, None]:
+    operands, y_letters = equation.split("->")
+    x_letters, w_letters = operands.split(",")
+    whole = _gather_quantized(w, dy.dtype)
+    return jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, whole, out_sharding=activation_spec(x_letters)), None
+
+
+_project_quantized.defvjp(_project_quantized_forward, _project_quantized_backward)
 
 
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:

@@ -10,6 +10,8 @@ checkpoints, in masks, in the tables of foreign layouts. Layer i * period + j is
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,9 +25,10 @@ from moe_train.mesh import BATCH
 from moe_train.model import fsdp
 from moe_train.model.attention import Attention, Cache
 from moe_train.model.ffn import DenseFfn
-from moe_train.model.layers import Embedding, RMSNorm, normal
+from moe_train.model.layers import Embedding, Linear, RMSNorm, normal
 from moe_train.model.lora import add_lora
-from moe_train.model.moe import MoE, RouterStats
+from moe_train.model.moe import ExpertLinear, MoE, RouterStats
+from moe_train.model.quantize import quantize_weights
 
 Parameters = dict[str, jax.Array]
 
@@ -146,12 +149,23 @@ class Transformer(nnx.Module):
 
 
 def init_model(seed: int, model: config.Model, compute: config.Compute, lora: config.Lora | None = None) -> Transformer:
-    """A model of random weights, adapters included; under a mesh, each weight is born with its sharding."""
+    """A model of random weights, adapters and quantised weights included; under a mesh, each is born with its sharding."""
     rngs = nnx.Rngs(params=jax.random.key(seed))
     transformer = Transformer(rngs, model, compute)
     if lora is not None:
         add_lora(transformer, lora, rngs)
+        if lora.quantize is not None:
+            quantize_weights(_linear_maps(transformer), lora.quantize)
     return transformer
+
+
+def _linear_maps(model: Transformer) -> Iterator[tuple[str, Linear | ExpertLinear]]:
+    """(`attention.q_proj`, module) of all layers; routers and head are none."""
+    for stack in model.stacks:
+        for layer, part in itertools.product(stack.layers, ("attention", "ffn")):
+            for name, module in vars(getattr(layer, part)).items():
+                if isinstance(module, Linear | ExpertLinear):
+                    yield f"{part}.{name}", module
 
 
 def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> Any:

@@ -1,0 +1,124 @@
+"""Frozen weights in few bits (QLoRA, arXiv:2305.14314): codes, and a scale for each block of the last dim.
+
+A block is divided by its largest magnitude, and each quotient becomes the nearest of 16 levels (nf4) or of the whole
+127ths (int8). The codes and scales of a weight are split over the mesh as it was; blocks lie whole on a device. They
+travel in its place (`fsdp.project`, `dispatch`), and become numbers again just before a product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from types import EllipsisType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_train import config
+from moe_train.mesh import axis_size
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""Levels of 4-bit NormalFloat: quantiles of a normal distribution, 0 and both ends exact (appendix E of the paper)."""
+
+
+class Quantized(NamedTuple):
+    """A weight (…, n · block_size) in few bits."""
+
+    codes: Any
+    """int8 of the weight's shape; or nf4, uint8: of each block the first half in the low four bits, the second in the high."""
+    scales: Any
+    """(…, n), in the dtype of the weight."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * _per_code(self.codes.dtype))
+
+
+def _per_code(dtype: Any) -> int:
+    return 2 if dtype == np.uint8 else 1
+
+
+def quantize(w: Any, how: config.Nf4 | config.Int8, dtype: Any) -> Quantized:
+    """A weight of numpy's or, in local view, of jax's; `dtype` is that of the scales."""
+    xp: Any = np if isinstance(w, np.ndarray) else jnp
+    blocks = w.astype(np.float32).reshape(*w.shape[:-1], -1, how.block_size)
+    largest = 1 if how.name == "nf4" else 127
+    scales = (xp.max(xp.abs(blocks), axis=-1) / largest).astype(dtype)
+    divisor = xp.where(scales == 0, 1, scales).astype(np.float32)[..., None]
+    blocks = blocks / divisor
+    if how.name == "int8":
+        return Quantized(xp.clip(xp.round(blocks), -127, 127).astype(np.int8).reshape(w.shape), scales)
+    codes = xp.zeros(blocks.shape, np.uint8)
+    for low, high in itertools.pairwise(NF4):
+        codes = codes + (blocks > (low + high) / 2).astype(np.uint8)
+    first, second = codes[..., : how.block_size // 2], codes[..., how.block_size // 2 :]
+    return Quantized((first | second << 4).reshape(*w.shape[:-1], -1), scales)
+
+
+def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
+    """The numbers that the codes stand for. Local view."""
+    codes, scales = weight
+    blocks = codes.reshape(*scales.shape, -1)
+    if codes.dtype == jnp.uint8:
+        blocks = _levels(jnp.concatenate([blocks & 15, blocks >> 4], axis=-1))
+    return (blocks.astype(jnp.float32) * scales[..., None].astype(jnp.float32)).reshape(weight.shape).astype(dtype)
+
+
+def _levels(codes: jax.Array, first: int = 0, bit: int = 3) -> jax.Array:
+    """NF4[codes] bit by bit: lookups in a table are slow on TPU, and slower than this on CPU."""
+    if bit < 0:
+        return jnp.float32(NF4[first])
+    return jnp.where((codes >> bit) & 1 == 1, _levels(codes, first + (1 << bit), bit - 1), _levels(codes, first, bit - 1))
+
+
+# --- in a model ----------------------------------------------------------------------------------------------------
+
+
+class QuantizedWeight(nnx.Module):
+    """What stands where a linear map had its `weight`; `weight[...]` is both arrays."""
+
+    def __init__(self, weight: Quantized):
+        self.codes, self.scales = nnx.Param(weight.codes), nnx.Param(weight.scales)
+
+    def __getitem__(self, _: EllipsisType) -> Quantized:
+        return Quantized(self.codes[...], self.scales[...])
+
+
+def quantize_weights(modules: Iterable[tuple[str, Any]], how: config.Nf4 | config.Int8) -> None:
+    """Replace the weight of each (name, linear map) in place. Raises ValueError where blocks do not divide it."""
+    for name, module in modules:
+        weight = module.weight[...]
+        spec = jax.typeof(weight).sharding.spec
+        split = spec[-1] if len(spec) == weight.ndim else None
+        parts = math.prod(axis_size(axis) for axis in ((split,) if isinstance(split, str) else split or ()))
+        size = weight.shape[-1] // parts
+        if size % how.block_size:
+            over = f" over mesh.{split} {parts} = {size}" if parts > 1 else ""
+            raise ValueError(
+                f"lora.quantize.block_size {how.block_size} does not divide the last dim of {name}, {weight.shape[-1]}{over}; "
+                f"use {math.gcd(size, how.block_size)}"
+            )
+        local = jax.shard_map(lambda w: quantize(w, how, w.dtype), in_specs=spec, out_specs=spec)
+        module.weight = QuantizedWeight(local(weight))
+
+
+def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: array or its shape} of a model -> the shapes of the same model with weights in place of codes and scales."""
+    found = {}
+    for path, like in shapes.items():
+        weight, _, part = path.rpartition(".")
+        if part == "codes":
+            scales = shapes[f"{weight}.scales"]
+            found[weight] = jax.ShapeDtypeStruct(Quantized(like, scales).shape, scales.dtype, sharding=like.sharding)
+        elif part != "scales":
+            found[path] = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+    return found

@@ -1,0 +1,78 @@
+"""Native adapters: bits both ways, the scaling that readers apply, faults, and mistral-inference as the judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from moe_train import config
+from moe_train.weights import mistral_lora
+from tests.weights.test_hf import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE, abstract, assert_equal, random_parameters
+
+AT_TWO = config.Lora(  # alpha / rank is 2, as where nothing is stated
+    targets=(config.LoraTarget(modules=("attention.q_proj", "attention.k_proj", "ffn.*_proj"), rank=2, alpha=4.0),)
+)
+
+
+def adapters_of(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {path: like for path, like in parameters.items() if path.endswith((".lora_a", ".lora_b"))}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [MIXTRAL, MINISTRAL], ids=["mixtral", "ministral"])
+def test_an_adapter_at_the_readers_scaling_keeps_its_bits(model: config.Model, dtype: Any, tmp_path: Path) -> None:
+    with jax.set_mesh(EIGHT):
+        parameters = random_parameters(model, dtype, AT_TWO)
+        report = mistral_lora.export_adapter(parameters, model, AT_TWO, tmp_path / "out", dtype=dtype)
+        read = mistral_lora.read_lora(tmp_path / "out", model)
+        like = adapters_of(abstract(model, dtype, read))
+        wanted = {path: array.astype(dtype).astype(array.dtype) for path, array in adapters_of(parameters).items()}
+        assert_equal(mistral_lora.load_adapter(tmp_path / "out", model, like), wanted)
+    assert [(target.rank, target.alpha) for target in read.targets] == [(2, 4.0)]
+    assert report["matrices"] == 4 * (2 + 3 * (4 if model is MIXTRAL else 1)) and report["deltas_of_zero"] == 0
+
+
+def test_ranks_are_filled_up_and_the_scale_goes_into_b(tmp_path: Path) -> None:
+    """q and o have rank 2 at scale 1.5, the experts rank 3 at scale 2."""
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MIXTRAL, lora=LORA)
+        mistral_lora.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", dtype="float32")
+    written = safetensors.numpy.load_file(tmp_path / "out/lora.safetensors")
+    a, b = (written[f"layers.1.attention.wq.lora_{x}.weight"] for x in "AB")
+    assert a.shape == (3, 8) and not a[2].any() and b.shape == (24, 3) and not b[:, 2].any()
+    pairs = np.asarray(parameters["stacks.0.layers.0.attention.q_proj.lora_b"])[1] * 1.5 / 2
+    halves = b[:, :2].T.reshape(2, 4, 3, 2)  # rank, head, pair, which of the pair
+    np.testing.assert_allclose(halves.transpose(0, 1, 3, 2).reshape(2, 4, 6), pairs, rtol=1e-6)
+    down = np.asarray(parameters["stacks.0.layers.0.ffn.down_proj.lora_b"])[1, 3]
+    assert np.array_equal(written["layers.1.feed_forward.experts.3.w2.lora_B.weight"], down.T)
+    assert json.loads((tmp_path / "out/params.json").read_text())["lora"]["scaling"] == 2.0
+
+
+def test_what_is_no_adapter_of_the_model_is_refused_in_a_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with jax.set_mesh(ONE):
+        mistral_lora.export_adapter(random_parameters(MIXTRAL, lora=LORA), MIXTRAL, LORA, out, dtype="float32")
+        other = MIXTRAL.model_copy(update={"model_dim": 16})
+        like = adapters_of(abstract(other, lora=mistral_lora.read_lora(out, other)))
+        with pytest.raises(ValueError, match=r"lora_A\.weight of shape \(3, 8\) instead of \(3, 16\)"):
+            mistral_lora.load_adapter(out, other, like)
+        with pytest.raises(ValueError, match="there is no adapter to export"):
+            mistral_lora.export_adapter(random_parameters(MIXTRAL), MIXTRAL, LORA, tmp_path / "none", dtype="float32")
+    params = out / "params.json"
+    for scaling in (0, "2", -1.0, True):
+        params.write_text(json.dumps({"lora": {"scaling": scaling}}))
+        with pytest.raises(ValueError, match=r"params\.json: lora\.scaling is .*; it has to be a positive number"):
+            mistral_lora.read_lora(out, MIXTRAL)
+    params.unlink()
+    assert {target.alpha / target.rank for target in mistral_lora.read_lora(out, MIXTRAL).targets} == {2.0}
+    safetensors.numpy.save_file({"layers.0.mamba.lora_A.weight": np.ones((1, 1))}, out / mistral_lora.FILE)
+    with pytest.raises(ValueError, match="has no adapter for layer 0 of this model"):
+        mistral_lora.read_lora(out, MIXTRAL)
+    with pytest.raises(FileNotFoundError, match=r"lora\.safetensors is missing"):
+        mistral_lora.read_lora(tmp_path, MIXTRAL)

@@ -1,0 +1,79 @@
+"""Conversations as people and tools write them, drawn by hypothesis: system, several turns, calls, any text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import strategies as st
+
+AWKWARD = [
+    "</s>",
+    "<s>",
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[/TOOL_RESULTS]",
+    "[AVAILABLE_TOOLS]",
+    "▁",
+    "\\ufdd0",
+    "\n\n",
+    "{{ x }}",
+]
+NAMES = ["look_up", "get-weather", "f"]
+
+
+def texts(min_size: int = 0) -> st.SearchStrategy[str]:
+    """Any Unicode but half surrogates and the noncharacters that mark; what looks like a control token; short or long."""
+    plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1\ufdd2\ufdd3"), max_size=20)
+    words = st.sampled_from(["Grüße", "東京", "🙂", "a b", "  two", "ends ", "3.14", "x = {1: 2}", *AWKWARD])
+    long = st.tuples(words, st.integers(50, 300)).map(lambda drawn: drawn[0] * drawn[1])
+    joined = st.lists(st.one_of(words, plain), max_size=4).map("".join)
+    return st.one_of(joined, plain, long).filter(lambda text: len(text) >= min_size)
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(10**9), 10**9), texts()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts(), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+@st.composite
+def conversations(
+    draw: st.DrawFn,
+    *,
+    tools: bool,
+    max_calls: int = 3,
+    content_beside_calls: bool = False,
+    answers: st.SearchStrategy[str] = texts(1),  # noqa: B008
+) -> dict[str, Any]:
+    """A record: messages, and tools where they are wanted. Ends with an assistant turn of weight 1."""
+    messages: list[dict[str, Any]] = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(texts())})
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(texts())})
+        for _ in range(draw(st.integers(0, 2)) if tools else 0):
+            ids = draw(st.lists(st.from_regex(r"[a-zA-Z0-9]{9}", fullmatch=True), min_size=1, max_size=max_calls, unique=True))
+            said = {"content": draw(answers)} if content_beside_calls and draw(st.booleans()) else {}
+            calls = [
+                {"id": i, "type": "function", "function": {"name": draw(st.sampled_from(NAMES)), "arguments": _json(draw)}}
+                for i in ids
+            ]
+            messages.append({"role": "assistant", "weight": draw(st.sampled_from([0, 1])), "tool_calls": calls, **said})
+            for i in ids:
+                content = draw(st.one_of(texts(1), VALUES.map(lambda value: json.dumps(value, ensure_ascii=False))))
+                messages.append({"role": "tool", "tool_call_id": i, "name": "f", "content": content})
+        messages.append({"role": "assistant", "weight": draw(st.sampled_from([0, 1])), "content": draw(answers)})
+    messages[-1]["weight"] = 1
+    if not tools:
+        return {"messages": messages}
+    named = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
+    schema = {"type": "object", "properties": {"word": {"type": "string"}}}
+    functions = [{"name": name, "description": draw(texts()), "parameters": schema} for name in named]
+    return {"messages": messages, "tools": [{"type": "function", "function": function} for function in functions]}
+
+
+def _json(draw: st.DrawFn) -> str:
+    return json.dumps(draw(st.dictionaries(texts(), VALUES, max_size=3)), ensure_ascii=draw(st.booleans()))

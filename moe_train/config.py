@@ -280,7 +280,8 @@ class PreparedSource(Section):
     cache_mib: Positive = 1024
 
 
-Source = Annotated[FileSource | HubSource | PreparedSource, Field(discriminator="name")]
+RecordSource = FileSource | HubSource
+Source = Annotated[RecordSource | PreparedSource, Field(discriminator="name")]
 
 
 class BestFit(Section):

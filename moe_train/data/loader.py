@@ -1,8 +1,8 @@
 """Batches in a global order: the batch of a step depends on the data, the seed and the step alone.
 
-Each source is tokenised and packed into rows by itself; Grain shuffles the rows of a source (anew in every epoch), mixes
-the sources by weight, groups rows into batches and reads ahead. A process fills only its slice of a global batch, so the
-number of processes changes nothing, and the only position to save is the step.
+In every epoch the examples of a source are shuffled, packed into rows, and the rows shuffled (`order`); Grain mixes the
+rows of the sources by weight, groups them into batches and reads ahead. A process fills only its slice of a global batch,
+so the number of processes changes nothing, and the only position to save is the step.
 """
 
 from __future__ import annotations
@@ -10,33 +10,50 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import grain
 import numpy as np
 
 from moe_train import config
-from moe_train.data import chat, packing
+from moe_train.data import chat, manifest
 from moe_train.data.batch import Batch
-from moe_train.data.packing import Plan
-from moe_train.data.sources import Origin, Records, open_source
-from moe_train.data.store import TokenStore, open_store
+from moe_train.data.order import Order
+from moe_train.data.packing import TooLong, empty_batch, fill_row
+from moe_train.data.prepare import prepare
+from moe_train.data.sources import open_source
+from moe_train.data.store import Piece, TokenStore
 from moe_train.data.tokenizer import Tokenizer
+
+_ROWS = 1 << 40  # more than any source gives in a run: row r of source i has the number i * _ROWS + r
+
+
+class Segment(NamedTuple):
+    """Where a segment of a row is from: positions start to start + length of a record of a file.
+
+    number: its line or row, counted from 1; example: its number in the prepared set.
+    """
+
+    source: int
+    file: str
+    number: int
+    example: int
+    start: int
+    length: int
 
 
 class Loader:
     """The train or eval sources of a config, as batches of packed rows.
 
-    batch_size: rows of the global batch, over all processes. Training is endless: rows are shuffled and sources mixed
-    by weight (a weight is a share of the rows). Evaluation is each row once, in order, the last batch filled up with
+    batch_size: rows of the global batch, over all processes. Training is endless: sources are mixed by weight, which is
+    a share of the rows, and so of the tokens. Evaluation is each example once, in order, the last batch filled up with
     empty rows.
 
-    Figures of one epoch: num_records that are used, num_rows, num_tokens (positions that are no padding); of the
-    records, num_dropped (too long, or truncated to nothing that bears loss), num_truncated, num_split, num_empty (no
-    text, left out).
-    steps_per_epoch: steps after which every row was seen at least once (by weight, so smaller sources repeat).
-    identity: a hash of everything that decides the batches but seed and batch_size. batches: eval's number of batches,
-    None in training.
+    Figures of one epoch (the first): num_records that are used (examples: a record may give several), num_rows, num_tokens
+    (positions that are no padding); of the examples, num_dropped (too long, or truncated to nothing that bears loss),
+    num_truncated, num_split, num_empty (no text, left out).
+    identity: a hash of everything that decides the batches but batch_size. manifest_hash: of what the data are.
+    batches: eval's number of batches, None in training.
     """
 
     def __init__(
@@ -61,46 +78,52 @@ class Loader:
         per_process = batch_size // process_count
         self._slice = slice(process_index * per_process, (process_index + 1) * per_process)
 
+        self._names = [_name(source) for source in chosen]
         self._stores: list[TokenStore] = []
-        self._plans: list[Plan] = []
-        self.num_empty = 0
-        for source in chosen:
-            records = open_source(source)
-            store = open_store(records, source.record, tokenizer, template, data.cache_dir, data.num_proc)
-            plan = _plan(records, store, seq_len, source.record.too_long)
+        self._orders: list[Order] = []
+        for i, source in enumerate(chosen):
+            store = _open(source, data, tokenizer, template)
+            too_long = store.manifest.too_long if isinstance(source, config.PreparedSource) else source.record.too_long
+            if isinstance(source, config.PreparedSource) and source.too_long is not None:
+                too_long = source.too_long
+            lengths = _lengths(store, seq_len, too_long)
+            order_seed = (seed, i) if sources == "train" else None
             self._stores.append(store)
-            self._plans.append(plan)
-            self.num_empty += store.num_empty
-        self.num_records = sum(len(np.unique(plan.record)) for plan in self._plans)
-        self.num_rows = sum(plan.num_rows for plan in self._plans)
-        self.num_tokens = sum(plan.num_tokens for plan in self._plans)
-        self.num_dropped = sum(plan.num_dropped for plan in self._plans)
-        self.num_truncated = sum(plan.num_truncated for plan in self._plans)
-        self.num_split = sum(plan.num_split for plan in self._plans)
+            self._orders.append(Order(store, lengths, seq_len, too_long, data.packing.name, order_seed, data.cache_dir))
+        plans = [order.plan() for order in self._orders]
+        for name, store, plan in zip(self._names, self._stores, plans, strict=True):
+            if not plan.num_rows:
+                raise ValueError(f"{name}: all {len(store)} records are too long for train.seq_len {seq_len}")
+        self.num_records = sum(len(store) - plan.num_dropped for store, plan in zip(self._stores, plans, strict=True))
+        self.num_rows = sum(plan.num_rows for plan in plans)
+        self.num_tokens = sum(plan.num_tokens for plan in plans)
+        self.num_dropped = sum(plan.num_dropped for plan in plans)
+        self.num_truncated = sum(plan.num_truncated for plan in plans)
+        self.num_split = sum(plan.num_split for plan in plans)
+        self.num_empty = sum(store.manifest.empty for store in self._stores)
+        self.manifests = [store.manifest for store in self._stores]
+        self.manifest_hash = manifest.hash_of_all(self.manifests)
 
         weights = [source.weight for source in chosen]
-        decides = [seq_len, sources, weights, [store.digest for store in self._stores], [plan.digest for plan in self._plans]]
+        contents = [[shard.sha256 for shard in store.manifest.shards] for store in self._stores]
+        decides = [sources, weights, contents, [plan.digest for plan in plans]]
         self.identity = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
-        ends = np.cumsum([plan.num_rows for plan in self._plans]).tolist()
-        self._first_row = np.asarray([0, *ends])  # row ids run on from source to source
-        streams = [grain.MapDataset.range(end - plan.num_rows, end) for end, plan in zip(ends, self._plans, strict=True)]
         if sources == "train":
-            seeds = [int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in range(len(streams))]
-            streams = [stream.shuffle(seed=s).repeat() for stream, s in zip(streams, seeds, strict=True)]
+            streams = [grain.MapDataset.range(i * _ROWS, (i + 1) * _ROWS) for i in range(len(plans))]
             shares = [round(100 * weight / min(weights)) for weight in weights]  # Grain's resolution
             rows = grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
-            epoch = max(-(-plan.num_rows * sum(shares) // share) for plan, share in zip(self._plans, shares, strict=True))
-            self.steps_per_epoch, self.batches = -(-epoch // batch_size), None
+            self._shares, self.batches = shares, None
         else:
+            streams = [grain.MapDataset.range(i * _ROWS, i * _ROWS + plan.num_rows) for i, plan in enumerate(plans)]
             rows = grain.MapDataset.concatenate(streams)
-            self.steps_per_epoch = self.batches = -(-self.num_rows // batch_size)
-        self._batches = rows.batch(batch_size, drop_remainder=False).map(self._fill)
+            self.batches = -(-self.num_rows // batch_size)
+        self._rows = rows.batch(batch_size, drop_remainder=False)
+        self._batches = self._rows.map(self._fill)
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the global batch of `step`, counted from 0 over all epochs."""
-        if step < 0 or (self.batches is not None and step >= self.batches):
-            raise IndexError(f"no batch {step}; there are {self.batches or 'endless'} batches from 0")
+        self._check(step)
         batch = self._batches[step]
         assert batch is not None  # Grain's word for a filtered element
         return batch
@@ -115,34 +138,84 @@ class Loader:
         finally:
             batches.close()
 
-    def _fill(self, row_ids: np.ndarray) -> Batch:
-        mine = row_ids[self._slice]
-        batch = packing.empty_batch(self._slice.stop - self._slice.start, self._seq_len)
-        source = np.searchsorted(self._first_row, mine, side="right") - 1
-        for i, (store, plan) in enumerate(zip(self._stores, self._plans, strict=True)):
-            at = np.flatnonzero(source == i)
-            if len(at):
-                rows = mine[at] - self._first_row[i]
-                packing.fill_rows(batch, at, plan, rows, store.tokens, store.loss_mask, store.offsets)
+    def steps(self, epochs: int = 1) -> int:
+        """Steps after which every row was seen `epochs` times at least; by weight, so other sources repeat."""
+        if self.batches is not None:
+            return epochs * self.batches
+        total = sum(self._shares)
+        rows = [-(-order.end(epochs - 1) * total // share) for order, share in zip(self._orders, self._shares, strict=True)]
+        return -(-max(rows) // self._batch_size)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source was seen, on average, after `step` steps; of training."""
+        rows = step * self._batch_size
+        shares = zip(self._names, self._orders, self._shares, strict=True)
+        return {name: round(rows * share / sum(self._shares) / order.plan().num_rows, 3) for name, order, share in shares}
+
+    def trace(self, step: int, row: int) -> list[Segment]:
+        """Where the segments of a row (of all processes' rows) of the batch of `step` are from."""
+        self._check(step)
+        numbers = self._rows[step]
+        assert numbers is not None
+        if not 0 <= row < len(numbers):
+            raise IndexError(f"no row {row} in batch {step}; it has {len(numbers)}, from 0")
+        source, number = divmod(int(numbers[row]), _ROWS)
+        store = self._stores[source]
+        return [Segment(source, *store.origin(piece.example)[:2], *piece) for piece in self._orders[source].pieces(number)]
+
+    def _check(self, step: int) -> None:
+        if step < 0 or (self.batches is not None and step >= self.batches):
+            raise IndexError(f"no batch {step}; there are {self.batches or 'endless'} batches from 0")
+
+    def _fill(self, numbers: np.ndarray) -> Batch:
+        batch = empty_batch(self._slice.stop - self._slice.start, self._seq_len)
+        sources, rows = np.divmod(numbers[self._slice], _ROWS)
+        for i, (store, order) in enumerate(zip(self._stores, self._orders, strict=True)):
+            at = np.flatnonzero(sources == i).tolist()
+            pieces = [order.pieces(row) for row in rows[at].tolist()]
+            read = iter(store.read([piece for row in pieces for piece in row]))
+            for row, inside in zip(at, pieces, strict=True):
+                fill_row(batch, row, [next(read) for _ in inside])
         return batch
 
 
-def _plan(records: Records, store: TokenStore, seq_len: int, too_long: packing.TooLong) -> Plan:
-    lengths = store.lengths
+def _name(source: config.Source) -> str:
+    match source:
+        case config.FileSource(files=files):
+            return files[0] + (", …" if len(files) > 1 else "")
+        case config.HubSource(dataset=dataset):
+            return dataset
+        case config.PreparedSource(path=path):
+            return path
+
+
+def _open(source: config.Source, data: config.Data, tokenizer: Tokenizer, template: str | None) -> TokenStore:
+    if not isinstance(source, config.PreparedSource):
+        records = open_source(source)
+        directory = prepare(source, records, tokenizer, template, data.cache_dir, data.num_proc)
+        return TokenStore(directory, records.places)
+    store = TokenStore(source.path, cache_mib=source.cache_mib)
+    used = None if template is None else hashlib.sha256(template.encode()).hexdigest()
+    if store.manifest.tokenizer_sha256 != tokenizer.identity:
+        raise ValueError(f"{source.path} was prepared with another tokenizer than {tokenizer.files[0]}; prepare it with this one")
+    if store.manifest.rules.template_sha256 not in (None, used):
+        raise ValueError(f"{source.path} was prepared with another chat template; prepare it with this one (data.chat_template)")
+    return store
+
+
+def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
+    """(N,) positions of each example; 0 for one of which nothing that bears loss is left."""
+    lengths = store.lengths()
     over = np.flatnonzero(lengths > seq_len)
     if too_long == "error" and len(over):
         longest = int(over[np.argmax(lengths[over])])
-        where = records.where(Origin(*store.origins[longest].tolist()))
         raise ValueError(
-            f"{where}: the record has {lengths[longest]} tokens, train.seq_len is {seq_len} ({len(over)} of {len(lengths)} records "
-            "are too long); raise train.seq_len or set record.too_long"
+            f"{store.where(longest)}: the record has {lengths[longest]} tokens, train.seq_len is {seq_len} ({len(over)} of "
+            f"{len(lengths)} records are too long); raise train.seq_len or set record.too_long"
         )
-    if too_long == "truncate" and store.loss_mask is not None:
-        # What is left of a record may bear no loss at all: then there is nothing to learn from it.
-        starts = store.offsets[over] + 1
-        useless = [not store.loss_mask[start : start + seq_len].any() for start in starts.tolist()]
-        lengths[over[useless]] = 0
-    plan = packing.make_plan(lengths, seq_len, too_long)
-    if not plan.num_rows:
-        raise ValueError(f"{', '.join(records.places)}: all {len(lengths)} records are too long for train.seq_len {seq_len}")
-    return plan
+    if too_long == "truncate":
+        for example in over.tolist():
+            [(_, mask)] = store.read([Piece(example, 0, seq_len)])
+            if mask is not None and not mask[1:].any():
+                lengths[example] = 0
+    return lengths

@@ -87,7 +87,7 @@ class Records:
         return f"{self.places[origin.place]}{separator}{origin.number}"
 
 
-def open_source(source: config.Source) -> Records:
+def open_source(source: config.RecordSource) -> Records:
     """The records of a config section.
 
     Raises FileNotFoundError for a path that matches nothing, ValueError for a format that is not known. Reading raises
@@ -100,7 +100,7 @@ def open_source(source: config.Source) -> Records:
             return _open_hub(source)
 
 
-def texts(source: config.Source) -> Iterator[str]:
+def texts(source: config.RecordSource) -> Iterator[str]:
     """The text of every text record of a source, as for training a tokenizer."""
     if not isinstance(source.record, config.TextRecord):
         raise ValueError(f"plain text is needed, not {source.record.name} records; use record: {{name: text}}")

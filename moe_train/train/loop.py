@@ -197,7 +197,7 @@ def _total_steps(length: config.Train, loader: Loader) -> int:
     if length.steps is not None:
         return length.steps
     if length.epochs is not None:
-        return length.epochs * loader.steps_per_epoch
+        return loader.steps(length.epochs)
     assert length.tokens is not None
     return math.ceil(length.tokens / (length.batch_size * length.seq_len))
 

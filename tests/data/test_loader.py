@@ -33,9 +33,13 @@ def digest(*batches: Batch) -> str:
 def make(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., Loader]:
     """A loader over files of JSON lines, each (path, weight) a source."""
 
-    def make(*files: tuple[Path, float], sources: Any = "train", record: config.Record = TEXT, **settings: Any) -> Loader:
+    def make(
+        *files: tuple[Path, float], sources: Any = "train", record: config.Record = TEXT, packing: Any = "best_fit", **settings: Any
+    ) -> Loader:
         chosen = tuple(config.FileSource(name="files", files=(str(file),), record=record, weight=weight) for file, weight in files)
-        data = config.Data(train=chosen, eval=chosen if sources == "eval" else (), cache_dir=str(tmp_path / "cache"))
+        how = config.BestFit(name=packing) if packing == "best_fit" else config.FirstFit(name=packing)
+        cache = str(tmp_path / "cache")
+        data = config.Data(train=chosen, eval=chosen if sources == "eval" else (), packing=how, cache_dir=cache)
         return Loader(data, sources, tokenizer, **{"batch_size": 4, "seq_len": 32, "seed": 0} | settings)
 
     return make
@@ -55,7 +59,7 @@ def test_the_number_of_processes_changes_nothing(make: Any, two_files: Any, proc
     alone = make(*two_files, sources=sources)
     parts = [make(*two_files, sources=sources, process_index=i, process_count=process_count) for i in range(process_count)]
     assert {part.identity for part in parts} == {alone.identity}
-    for step in (0, 1, 2, alone.steps_per_epoch - 1):
+    for step in (0, 1, 2, alone.steps() - 1):
         batches = [part.batch(step) for part in parts]
         assert [batch.tokens.shape for batch in batches] == [(4 // process_count, 32)] * process_count
         assert digest(*batches) == digest(alone.batch(step))
@@ -63,7 +67,7 @@ def test_the_number_of_processes_changes_nothing(make: Any, two_files: Any, proc
 
 def test_a_restart_at_any_step_continues_with_the_same_batches(make: Any, two_files: Any) -> None:
     first = make(*two_files)
-    count = first.steps_per_epoch + 3
+    count = first.steps() + 3
     expected = [digest(batch) for batch in itertools.islice(first.iterate(), count)]
     assert len(set(expected)) == count
     for start in (0, 1, 5, count - 1):
@@ -73,40 +77,64 @@ def test_a_restart_at_any_step_continues_with_the_same_batches(make: Any, two_fi
 
 
 def test_the_seed_changes_the_order_and_nothing_else(make: Any, two_files: Any) -> None:
-    zero, one = make(*two_files), make(*two_files, seed=1)
-    assert zero.identity == one.identity
-    assert digest(zero.batch(0)) != digest(one.batch(0))
-    one_by_one = [make(*two_files[:1], batch_size=1, seed=seed) for seed in (0, 1)]
-    n = one_by_one[0].num_rows
-    assert rows_of(one_by_one[0], range(n, 2 * n)) != rows_of(one_by_one[1], range(n)), "seed 0's second epoch, seed 1's first"
+    zero, one = make(*two_files[:1]), make(*two_files[:1], seed=1)
+    assert zero.manifest_hash == one.manifest_hash and zero.identity != one.identity
+    orders = [[epoch_of(loader, epoch) for epoch in range(2)] for loader in (zero, one)]
+    assert len({str(epoch) for epochs in orders for epoch in epochs}) == 4, "seed 0's second epoch is not seed 1's first"
+    assert len({str(sorted(piece for row in epoch for piece in row)) for epochs in orders for epoch in epochs}) == 1
 
 
-def rows_of(loader: Loader, steps: range) -> list[str]:
-    """One hash per row, in order."""
-    return [digest(Batch(*(a[i : i + 1] for a in loader.batch(s)))) for s in steps for i in range(len(loader.batch(s).tokens))]
+def epoch_of(loader: Loader, epoch: int) -> list[list[tuple[int, int, int]]]:
+    """(number of the record, start, length) of each segment of each row of an epoch; of a loader with one source."""
+    order = loader._orders[0]
+    rows = range(order.end(epoch - 1) if epoch else 0, order.end(epoch))
+    return [[segment[2:3] + segment[4:] for segment in loader.trace(*divmod(row, 4))] for row in rows]
 
 
-def test_each_epoch_has_every_row_once_in_a_new_order(make: Any, two_files: Any) -> None:
-    loader = make(*two_files[:1], batch_size=1)
-    n = loader.num_rows
-    assert loader.steps_per_epoch == n
-    epochs = [rows_of(loader, range(e * n, (e + 1) * n)) for e in range(3)]
-    assert all(len(set(epoch)) == n and sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+@pytest.mark.parametrize("packing", ["best_fit", "first_fit"])
+def test_each_epoch_has_every_record_once_in_new_rows(make: Any, two_files: Any, packing: str) -> None:
+    loader = make(*two_files[:1], packing=packing)
+    epochs = [epoch_of(loader, epoch) for epoch in range(3)]
+    pieces = [Counter(piece for row in epoch for piece in row) for epoch in epochs]
+    assert pieces[0] == pieces[1] == pieces[2] and set(pieces[0].values()) == {1}
+    assert {number for number, *_ in pieces[0]} == set(range(1, 41))
+    assert len({str(sorted(map(sorted, epoch))) for epoch in epochs}) == 3, "rows are made anew, not only shuffled"
 
 
-def test_sources_are_mixed_by_weight_and_an_epoch_sees_every_row(make: Any, two_files: Any) -> None:
+def test_sources_are_mixed_by_weight_and_an_epoch_sees_every_record(make: Any, two_files: Any) -> None:
     mixed = make(*two_files, batch_size=1)
-    a, b = (
-        set(rows_of(loader, range(loader.num_rows)))
-        for loader in (make(two_files[0], batch_size=1), make(two_files[1], batch_size=1))
-    )
-    epoch = rows_of(mixed, range(mixed.steps_per_epoch))
-    assert set(epoch) == a | b
-    assert set(rows_of(mixed, range(mixed.steps_per_epoch - 1))) < a | b, "not a step more than is needed"
-    share = sum(row in a for row in epoch) / len(epoch)
+    rows = [mixed.trace(step, 0) for step in range(mixed.steps())]
+    seen = {(segment.file, segment.number) for row in rows for segment in row}
+    assert seen == {(str(path), number) for (path, _), n in zip(two_files, (40, 20), strict=True) for number in range(1, n + 1)}
+    assert rows[-1][0] not in {segment for row in rows[:-1] for segment in row}, "not a step more than is needed"
+    share = sum(row[0].source == 0 for row in rows) / len(rows)
     assert abs(share - 0.75) < 0.02
-    assert Counter(row in a for row in epoch[:8]) == {True: 6, False: 2}
+    assert Counter(row[0].source for row in rows[:8]) == {0: 6, 1: 2}
+    [first, second] = mixed.epochs(mixed.steps()).values()
+    assert min(first, second) == pytest.approx(1, abs=0.05)
+    assert second / first == pytest.approx(mixed._orders[0].end(0) / mixed._orders[1].end(0) / 3, rel=0.01)
+
+
+def test_two_epochs_are_every_record_twice(make: Any, two_files: Any) -> None:
+    loader = make(*two_files[:1], batch_size=1)
+    assert loader.steps(2) == loader._orders[0].end(1)
+    seen = Counter(segment for step in range(loader.steps(2)) for segment in loader.trace(step, 0))
+    assert set(seen.values()) == {2}
+
+
+def test_a_row_is_traced_to_the_words_of_its_lines(make: Any, two_files: Any, tokenizer: HuggingFace) -> None:
+    loader = make(*two_files)
+    for step in (0, 7):
+        batch = loader.batch(step)
+        for row in range(4):
+            segments = loader.trace(step, row)
+            assert batch.segment_ids[row].max() == len(segments)
+            for i, segment in enumerate(segments, start=1):
+                text = json.loads(Path(segment.file).read_text().splitlines()[segment.number - 1])["text"]
+                ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id][segment.start :]
+                assert batch.tokens[row][batch.segment_ids[row] == i].tolist() == ids[: segment.length]
+    with pytest.raises(IndexError, match="no row 4 in batch 0; it has 4, from 0"):
+        loader.trace(0, 4)
 
 
 def test_evaluation_is_each_row_once_in_order_filled_up_with_padding(make: Any, two_files: Any, tokenizer: HuggingFace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.data.batch import Batch
-from moe_train.data.packing import Plan, TooLong, empty_batch, fill_rows, make_plan
+from moe_train.data.packing import Method, Plan, TooLong, _best_fit, _first_fit, empty_batch, fill_row, make_plan
 
 
 def all_rows(plan: Plan, ids: list[np.ndarray], masks: list[np.ndarray] | None = None) -> Batch:
     batch = empty_batch(plan.num_rows, plan.seq_len)
-    offsets = np.concatenate(([0], np.cumsum([len(i) for i in ids])))
-    rows = np.arange(plan.num_rows)
-    fill_rows(batch, rows, plan, rows, np.concatenate(ids), None if masks is None else np.concatenate(masks), offsets)
+    for row in range(plan.num_rows):
+        mine = slice(plan.row_pieces[row], plan.row_pieces[row + 1])
+        pieces = [(e, slice(a, a + n + 1)) for e, a, n in zip(plan.example[mine], plan.start[mine], plan.length[mine], strict=True)]
+        fill_row(batch, row, [(ids[e][part], None if masks is None else masks[e][part]) for e, part in pieces])
     return batch
 
 
@@ -43,12 +45,14 @@ def segments(batch: Batch) -> list[tuple[list[int], list[int], list[bool]]]:
     lengths=st.lists(st.integers(0, 40), max_size=60),
     seq_len=st.integers(1, 17),
     too_long=st.sampled_from(["split", "truncate", "drop"]),
+    method=st.sampled_from(["best_fit", "first_fit"]),
+    seed=st.sampled_from([None, (0, 0), (0, 1)]),
 )
-def test_every_record_is_there_once_and_in_order(lengths: list[int], seq_len: int, too_long: TooLong) -> None:
+def test_every_record_is_there_once(lengths: list[int], seq_len: int, too_long: TooLong, method: Method, seed: Any) -> None:
     random = np.random.default_rng(0)
     ids = [np.asarray([7 * i + 1, *random.integers(1, 2**16, length)], np.uint32) for i, length in enumerate(lengths)]
     masks = [random.random(len(i)) < 0.5 for i in ids]
-    plan = make_plan(np.asarray(lengths, np.int64), seq_len, too_long)
+    plan = make_plan(np.asarray(lengths, np.int64), seq_len, too_long, method, seed)
 
     expected = []
     for record, mask in zip(ids, masks, strict=True):
@@ -69,7 +73,7 @@ def test_every_record_is_there_once_and_in_order(lengths: list[int], seq_len: in
 
 def test_rows_come_in_the_order_of_their_first_record() -> None:
     plan = make_plan(np.array([3, 9, 2, 9, 5, 4]), 10, "split")
-    rows = [plan.record[a:b].tolist() for a, b in itertools.pairwise(plan.row_pieces)]
+    rows = [plan.example[a:b].tolist() for a, b in itertools.pairwise(plan.row_pieces)]
     assert rows == [[0, 2], [1], [3], [4, 5]]
     assert plan.num_tokens == 32
 
@@ -85,12 +89,53 @@ def test_without_a_mask_every_target_bears_loss() -> None:
     assert [array.dtype.name for array in batch] == ["int32", "int32", "bool", "int32", "int32"]
 
 
-def test_some_rows_into_some_places() -> None:
-    plan = make_plan(np.array([4, 4, 4]), 4, "split")
-    ids = np.arange(15)
-    batch = empty_batch(3, 4)
-    fill_rows(batch, np.array([2, 0]), plan, np.array([0, 2]), ids, None, np.array([0, 5, 10, 15]))
-    assert batch.tokens.tolist() == [[10, 11, 12, 13], [0] * 4, [0, 1, 2, 3]]
+def first_fit(lengths: list[int], capacity: int) -> list[int]:
+    """As the textbooks say it."""
+    rooms: list[int] = []
+    rows = []
+    for length in lengths:
+        rows.append(next((row for row, room in enumerate(rooms) if room >= length), len(rooms)))
+        rooms[rows[-1] :] = [*([] if rows[-1] < len(rooms) else [capacity]), *rooms[rows[-1] :]]
+        rooms[rows[-1]] -= length
+    return rows
+
+
+@given(lengths=st.lists(st.integers(1, 12), max_size=80))
+def test_first_fit_is_first_fit(lengths: list[int]) -> None:
+    assert _first_fit(np.asarray(lengths, np.int64), 12)[0].tolist() == first_fit(lengths, 12)
+
+
+@given(lengths=st.lists(st.integers(1, 12), max_size=80))
+def test_best_fit_takes_the_fullest_row_longest_first(lengths: list[int]) -> None:
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        rooms.remove(min(fitting)) if fitting else None
+        rooms.append((min(fitting) if fitting else 12) - length)
+    rows, num_rows = _best_fit(np.asarray(lengths, np.int64), 12, None)
+    assert sorted(12 - np.bincount(rows, lengths, num_rows).astype(int)) == sorted(rooms)
+
+
+@pytest.mark.parametrize("method", ["best_fit", "first_fit"])
+def test_every_seed_gives_other_neighbours_and_rows_as_full(method: Method) -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 0.6, 3000).astype(int) + 1
+    plans = [make_plan(lengths, 1024, "truncate", method, (7, epoch)) for epoch in range(2)]
+    pairs = []
+    for plan in plans:
+        rows = [plan.example[a:b].tolist() for a, b in itertools.pairwise(plan.row_pieces)]
+        pairs.append({(a, b) for row in rows for a in row for b in row if a < b})
+    assert len(pairs[0] & pairs[1]) < 0.1 * len(pairs[0])
+    unshuffled = make_plan(lengths, 1024, "truncate", method).num_rows
+    assert all(plan.num_rows <= 1.01 * unshuffled for plan in plans)
+    firsts = [plan.example[plan.row_pieces[:-1]] for plan in plans]
+    assert abs(np.corrcoef(firsts[0], np.arange(len(firsts[0])))[0, 1]) < 0.2, "rows are shuffled"
+    again = make_plan(lengths, 1024, "truncate", method, (7, 1))
+    assert again.digest == plans[1].digest != plans[0].digest
+
+
+def test_a_seed_means_the_same_on_every_machine() -> None:
+    plan = make_plan(np.arange(1, 9), 10, "split", "best_fit", (3, 0, 1))
+    assert [plan.example[a:b].tolist() for a, b in itertools.pairwise(plan.row_pieces)] == [[3, 5], [4, 0], [6, 2], [7, 1]]
 
 
 def test_the_digest_tells_plans_apart() -> None:

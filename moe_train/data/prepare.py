@@ -1,0 +1,272 @@
+"""Tokenising ahead: each source once, shard by shard, one process per shard; what is done stays done, whatever happens.
+
+CACHE/tokens-KEY/manifest.json, SHARD/…     a prepared set
+      tokens-KEY.unfinished/SHARD/…         one that is being made, or was when its process died
+      scans/                                hashes of files that did not change since
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_train import config
+from moe_train.data.manifest import Manifest, Rules, ShardEntry, SourceFile
+from moe_train.data.shards import Scan, Shard, cut, scan
+from moe_train.data.sources import Records, open_source
+from moe_train.data.tokenise import Told, write_shard
+from moe_train.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_RULES = 2
+"""Goes up with every change of what ids a record gives, so that older ones are made again."""
+
+
+class Progress(NamedTuple):
+    """Where `prepare` is: shards done and in all, and what those of this call have read and made so far."""
+
+    done: int
+    shards: int
+    records: int
+    tokens: int
+
+
+def prepare(
+    source: config.RecordSource,
+    records: Records,
+    tokenizer: Tokenizer,
+    template: str | None,
+    cache_dir: str | Path,
+    num_proc: int = 1,
+    shown: Callable[[Progress], None] | None = None,
+) -> Path:
+    """The folder in `cache_dir` with the tokens of `records` (those of `source`), made first where it is not there.
+
+    Several processes may ask at the same time: one makes them, the others wait. One that was killed is gone on with.
+    Raises ValueError with file and line for a record that cannot be used, and where no record has any text.
+    """
+    cache = Path(cache_dir)
+    scans = _scan(records, cache)
+    rules = _rules(source.record, template)
+    made_of = json.dumps([_RULES, tokenizer.identity, rules.model_dump(mode="json")], sort_keys=True)
+    shards = cut(records, scans, made_of)
+    named = [source.licence, source.origin, records.places if not records.files else None, [shard.key for shard in shards]]
+    directory = cache / f"tokens-{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]}"
+    if directory.exists():
+        return directory
+    with _only_one(directory.with_suffix(".lock")):
+        if directory.exists():
+            return directory
+        unfinished = directory.with_suffix(".unfinished")
+        unfinished.mkdir(exist_ok=True)
+        for torn in unfinished.glob(".*.unfinished-*"):  # by a process that was killed
+            shutil.rmtree(torn)
+        todo = [shard for shard in shards if not ((unfinished / shard.key).exists() or _taken(shard, unfinished, cache))]
+        places = ", ".join(records.places[:3]) + (", …" if len(records.places) > 3 else "")
+        if todo:
+            done = f", {len(shards) - len(todo)} of {len(shards)} shards are there" if len(todo) < len(shards) else ""
+            log.info("tokenising %s%s", places, done)
+        try:
+            _tokenise(unfinished, todo, len(shards), source, records, tokenizer, template, num_proc, shown or _Log())
+        finally:
+            if not any(unfinished.iterdir()):  # no work worth keeping
+                unfinished.rmdir()
+        if _scan(records, cache) != scans:
+            raise ValueError(f"{places}: files were changed while they were read; start again when they are whole")
+        manifest = _manifest(unfinished, shards, scans, records, source, tokenizer, rules)
+        if not manifest.examples:
+            shutil.rmtree(unfinished)
+            raise ValueError(f"{places}: no record with any text")
+        manifest.write(unfinished)
+        os.rename(unfinished, directory)
+    return directory
+
+
+def _scan(records: Records, cache: Path) -> list[Scan]:
+    return [scan(file, cuttable, cache / "scans") for file, cuttable in zip(records.files, records.cuttable, strict=True)]
+
+
+def _rules(record: config.Record, template: str | None) -> Rules:
+    return Rules(
+        record=record.model_dump(mode="json", exclude={"too_long"}),  # too_long is a matter of packing
+        template_sha256=None if template is None or record.name == "text" else hashlib.sha256(template.encode()).hexdigest(),
+        libraries={name: importlib.metadata.version(name) for name in ("tokenizers", "mistral-common", "jinja2")},
+    )
+
+
+def _taken(shard: Shard, unfinished: Path, cache: Path) -> bool:
+    """Whether another set has the same shard, whose files are then used for this one too."""
+    for other in cache.glob(f"tokens-*/{shard.key}"):
+        beside = unfinished / f".{shard.key}.unfinished-link"
+        with contextlib.suppress(FileNotFoundError):  # the other set was just removed
+            shutil.copytree(other, beside, copy_function=_link)
+            beside.rename(unfinished / shard.key)
+            return True
+    return False
+
+
+def _link(file: str, beside: str) -> None:
+    try:
+        os.link(file, beside)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, beside)
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _manifest(
+    directory: Path,
+    shards: list[Shard],
+    scans: list[Scan],
+    records: Records,
+    source: config.RecordSource,
+    tokenizer: Tokenizer,
+    rules: Rules,
+) -> Manifest:
+    facts = [json.loads((directory / shard.key / "facts.json").read_text()) for shard in shards]
+    counts = [[0, 0] for _ in records.places]
+    for shard, fact in zip(shards, facts, strict=True):
+        for span, (num_records, num_tokens) in zip(shard.spans, fact["per_span"], strict=True):
+            counts[span.place][0] += num_records
+            counts[span.place][1] += num_tokens
+    known: list[Scan | None] = [*scans] or [None]
+    return Manifest(
+        licence=source.licence,
+        origin=source.origin,
+        tokenizer_sha256=tokenizer.identity,
+        rules=rules,
+        rules_sha256=hashlib.sha256(json.dumps([_RULES, rules.model_dump(mode="json")], sort_keys=True).encode()).hexdigest(),
+        too_long=source.record.too_long,
+        dtype=facts[0]["dtype"],
+        records=sum(num_records for num_records, _ in counts),
+        **{name: sum(fact[name] for fact in facts) for name in ("empty", "examples", "tokens", "loss_tokens")},
+        files=tuple(
+            SourceFile(path=path, sha256=found and found.sha256, size=found and found.size, by_line=by_line, records=n, tokens=m)
+            for path, found, by_line, (n, m) in zip(records.places, known, records.by_line, counts, strict=True)
+        ),
+        shards=tuple(
+            ShardEntry(name=shard.key, spans=shard.spans, **{key: fact[key] for key in ("examples", "tokens", "sizes", "sha256")})
+            for shard, fact in zip(shards, facts, strict=True)
+        ),
+    ).sealed()
+
+
+# --- one process per shard -------------------------------------------------------------------------------------
+
+
+def _tokenise(
+    directory: Path,
+    todo: list[Shard],
+    num_shards: int,
+    source: config.RecordSource,
+    records: Records,
+    tokenizer: Tokenizer,
+    template: str | None,
+    num_proc: int,
+    shown: Callable[[Progress], None],
+) -> None:
+    now = Progress(num_shards - len(todo), num_shards, 0, 0)
+    if num_proc == 1 or len(todo) == 1:
+
+        def told(num_records: int, num_tokens: int) -> None:
+            nonlocal now
+            now = now._replace(records=now.records + num_records, tokens=now.tokens + num_tokens)
+            shown(now)
+
+        for shard in todo:
+            write_shard(directory / shard.key, shard, records, source.record, tokenizer, template, told)
+            now = now._replace(done=now.done + 1)
+            shown(now)
+        return
+    # spawn: this process may have started threads that a fork would not survive
+    context = multiprocessing.get_context("spawn")
+    shared = context.Array("q", 2)
+    pool = ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (source, tokenizer, template, shared))
+    try:
+        waiting = {pool.submit(_work, directory / shard.key, shard) for shard in todo}
+        while waiting:
+            finished, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+            now = Progress(now.done + len(finished), num_shards, *shared[:])
+            shown(now)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"a process that tokenised {', '.join(records.places[:3])} was killed (was there memory enough for {num_proc}?); "
+            f"{now.done} of {num_shards} shards are done, start again to go on"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Worker(NamedTuple):
+    source: config.RecordSource
+    records: Records
+    tokenizer: Tokenizer
+    template: str | None
+    told: Told
+
+
+_worker: _Worker | None = None
+
+
+def _begin(source: config.RecordSource, tokenizer: Tokenizer, template: str | None, shared: Any) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+    def told(num_records: int, num_tokens: int) -> None:
+        with shared.get_lock():
+            shared[0] += num_records
+            shared[1] += num_tokens
+
+    _worker = _Worker(source, open_source(source), tokenizer, template, told)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed says nothing to the processes that it started."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work(directory: Path, shard: Shard) -> None:
+    assert _worker is not None
+    source, records, tokenizer, template, told = _worker
+    write_shard(directory, shard, records, source.record, tokenizer, template, told)
+
+
+class _Log:
+    """Progress as a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, now: Progress) -> None:
+        if time.monotonic() - self._said > 10:
+            self._said = time.monotonic()
+            seconds = self._said - self._start
+            log.info("%d of %d shards; %d records, %.1fM tokens in %.0f s", *now[:3], now.tokens / 1e6, seconds)

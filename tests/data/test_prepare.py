@@ -1,0 +1,287 @@
+"""Preparing data: made once, shard by shard, the same whoever makes it, resumed after a kill, errors that name the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_train import config
+from moe_train.data import chat, prepare, shards, tokenise
+from moe_train.data.conversation import Conversation
+from moe_train.data.prepare import Progress
+from moe_train.data.sources import open_source
+from moe_train.data.store import Piece, TokenStore
+from moe_train.data.tokenizer import HuggingFace
+
+TEXT = config.TextRecord(name="text")
+CHAT = config.ChatRecord(name="chat")
+COMPLETION = config.CompletionRecord(name="completion")
+MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
+
+
+def stored(*paths: Path, record: config.Record = TEXT, tokenizer: HuggingFace, cache: Path, **more) -> TokenStore:
+    said = {key: more.pop(key) for key in ("licence", "origin") if key in more}
+    source = config.FileSource(name="files", files=tuple(map(str, paths)), record=record, **said)
+    records = open_source(source)
+    more.setdefault("template", tokenizer.chat_template)
+    template = more.pop("template")
+    return TokenStore(prepare.prepare(source, records, tokenizer, template, cache, **more), records.places)
+
+
+def ids(store: TokenStore) -> list[list[int]]:
+    lengths = store.lengths()
+    return [tokens.tolist() for tokens, _ in store.read([Piece(i, 0, int(n)) for i, n in enumerate(lengths)])]
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut files at about every kilobyte."""
+    monkeypatch.setattr(shards.scan, "__defaults__", ((1000, 1000),))
+    monkeypatch.setattr(shards.cut, "__defaults__", (1000,))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the key of each shard that is tokenised in this process."""
+    keys: list[str] = []
+    original = tokenise.write_shard
+
+    def noted(directory: Path, *arguments) -> None:
+        keys.append(directory.name)
+        original(directory, *arguments)
+
+    monkeypatch.setattr(prepare, "write_shard", noted)
+    return keys
+
+
+def test_text_begins_with_bos_ends_with_eos_and_bears_loss(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    texts = ["brown fox", "", "naïve </s> café"]
+    path = write_lines("a.jsonl", [{"text": text} for text in texts])
+    store = stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert ids(store) == [[1, *tokenizer.encode(text), 2] for text in texts if text]
+    assert store.read([Piece(0, 0, 2)])[0][1] is None and store.manifest.dtype == "uint16"
+    assert [store.where(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
+    made = store.manifest
+    assert (made.records, made.empty, made.examples) == (3, 1, 2) and made.tokens == made.loss_tokens == sum(map(len, ids(store)))
+    assert store.lengths().tolist() == [len(example) - 1 for example in ids(store)]
+
+
+def test_conversations_and_completions_are_rendered(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    (rendered,) = chat.examples(Conversation(MESSAGES, []), tokenizer.chat_template, tokenizer)
+    pair = {"prompt": MESSAGES[0]["content"], "completion": MESSAGES[1]["content"]}
+    for record, fields in ((CHAT, {"messages": MESSAGES}), (COMPLETION, pair)):
+        path = write_lines("a.jsonl", [fields])
+        store = stored(path, record=record, tokenizer=tokenizer, cache=tmp_path / "cache")
+        [(tokens, mask)] = store.read([Piece(0, 0, len(rendered.tokens) - 1)])
+        assert mask is not None and (tokens.tolist(), mask.tolist()) == rendered
+        assert store.manifest.loss_tokens == sum(mask)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_is_tokenised_once_is_not_tokenised_again(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], made: list[str]
+) -> None:
+    cache = tmp_path / "cache"
+    path = write_lines("a.jsonl", [{"text": f"text {i}"} for i in range(300)])
+    first = stored(path, tokenizer=tokenizer, cache=cache)
+    assert len(made) == len(first.manifest.shards) > 3
+    moved = path.rename(tmp_path / "b.jsonl")
+    again = stored(moved, record=TEXT.model_copy(update={"too_long": "drop"}), tokenizer=tokenizer, cache=cache)
+    assert len(made) == len(first.manifest.shards) and again.path == first.path
+    assert again.where(0) == f"{moved}:1" and first.where(0) == f"{path}:1"
+    # Another file beside it: what is known of the first is used again.
+    more = write_lines("c.jsonl", [{"text": "other"}])
+    both = stored(moved, more, tokenizer=tokenizer, cache=cache)
+    assert len(made) == len(first.manifest.shards) + 1 and ids(both) == [*ids(first), [1, *tokenizer.encode("other"), 2]]
+    assert both.where(300) == f"{more}:1"
+
+
+def test_a_changed_template_is_tokenised_again(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], made: list[str]
+) -> None:
+    path = write_lines("a.jsonl", [{"messages": MESSAGES}])
+    assert tokenizer.chat_template is not None
+    stores = [
+        stored(path, record=CHAT, tokenizer=tokenizer, cache=tmp_path / "cache", template=template)
+        for template in (tokenizer.chat_template, tokenizer.chat_template.replace("[INST]", "[INST] "))
+    ]
+    assert len(made) == 2 and ids(stores[0]) != ids(stores[1])
+    assert stores[0].manifest.rules_sha256 != stores[1].manifest.rules_sha256
+
+
+def test_one_of_several_at_once_does_the_work(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], made: list[str]
+) -> None:
+    path = write_lines("a.jsonl", [{"text": f"text {i}"} for i in range(600)])
+    hashes: list[str] = []
+    work = lambda: hashes.append(stored(path, tokenizer=tokenizer, cache=tmp_path / "cache").manifest.hash)  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(hashes) == 4 and len(set(hashes)) == 1 and len(made) == 1
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_several_processes_make_the_same_set(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
+    path = write_lines("a.jsonl", [{"messages": MESSAGES}] * 100)
+    seen: list[Progress] = []
+    alone, together = (
+        stored(path, record=CHAT, tokenizer=tokenizer, cache=tmp_path / str(n), num_proc=n, shown=seen.append) for n in (1, 2)
+    )
+    assert alone.manifest == together.manifest and ids(alone) == ids(together)
+    count = len(alone.manifest.shards)
+    assert seen.count(Progress(count, count, 100, alone.manifest.tokens)) == 2
+    broken = write_lines("b.jsonl", [{"messages": MESSAGES}] * 80 + [{"messages": []}])
+    with pytest.raises(ValueError, match=r"b\.jsonl:81: .*message"):
+        stored(broken, record=CHAT, tokenizer=tokenizer, cache=tmp_path / "2", num_proc=2)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from moe_train import config
+from moe_train.data import prepare, shards
+from moe_train.data.sources import open_source
+from moe_train.data.tokenizer import HuggingFace
+def main():
+    shards.scan.__defaults__, shards.cut.__defaults__ = ((20000, 20000),), (20000,)
+    tokenizer = HuggingFace(sys.argv[2])
+    source = config.FileSource(name="files", files=(sys.argv[3],), record=config.TextRecord(name="text"))
+    def shown(now):
+        print(now.done, flush=True)
+    prepare.prepare(source, open_source(source), tokenizer, None, sys.argv[4], num_proc=int(sys.argv[5]), shown=shown)
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_what_was_done_before_a_kill_stays_done(
+    tokenizer: HuggingFace,
+    tmp_path: Path,
+    write_lines: Callable[..., Path],
+    made: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    num_proc: int,
+) -> None:
+    rng = np.random.default_rng(0)
+    words = "the quick brown fox jumps over the lazy dog".split()
+    path = write_lines("a.jsonl", [{"text": " ".join(rng.choice(words, 40))} for _ in range(6000)])
+    script, cache = tmp_path / "killed.py", tmp_path / "cache"
+    script.write_text(KILLED)
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, str(script), root, str(tokenizer.path), str(path), str(cache), str(num_proc)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    total = None
+    for line in process.stdout:  # kill the parent alone, while it is at it
+        if int(line) >= 3:
+            process.kill()
+            break
+    assert process.wait() == -signal.SIGKILL
+    [unfinished] = cache.glob("tokens-*.unfinished")
+    deadline = time.monotonic() + 10
+    while _alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(process.pid), "its processes end with it"
+    before = {entry.name for entry in unfinished.iterdir() if not entry.name.startswith(".")}
+    monkeypatch.setattr(shards.scan, "__defaults__", ((20000, 20000),))
+    monkeypatch.setattr(shards.cut, "__defaults__", (20000,))
+    store = stored(path, tokenizer=tokenizer, cache=cache, template=None)
+    total = {shard.name for shard in store.manifest.shards}
+    assert 3 <= len(before) < len(total) and set(made) == total - before and len(made) == len(set(made))
+    assert ids(store) == [[1, *tokenizer.encode(json.loads(line)["text"]), 2] for line in path.open()]
+    assert sorted(entry.name for entry in Path(store.path).iterdir()) == sorted([*total, "manifest.json"])
+    assert not list(cache.glob("*.unfinished"))
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "error"),
+    [
+        (TEXT, {"body": "a"}, r"a\.jsonl:2: no column 'text'; the record has 'body'"),
+        (TEXT, {"text": None}, r"a\.jsonl:2: column 'text' should be text, not None"),
+        (TEXT, {"text": "a\ud800"}, r"a\.jsonl:2: column 'text' has half a surrogate pair at character 1"),
+        (CHAT, {"messages": MESSAGES, "tools": [{"name": "f"}]}, r"a\.jsonl:2: .*tool"),
+        (CHAT, {"messages": MESSAGES[:1]}, r"a\.jsonl:2: the last message is user, so nothing answers it"),
+        (CHAT, {"text": "a"}, r"a\.jsonl:2: no column 'messages'"),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, r"a\.jsonl:2: .*surrogate"),
+        (COMPLETION, {"prompt": "a"}, r"a\.jsonl:2: no column 'completion'"),
+        (COMPLETION, {"prompt": "a", "completion": 3}, r"a\.jsonl:2: column 'completion' should be text, not 3"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named_and_nothing_is_left(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], record: config.Record, fields: dict, error: str
+) -> None:
+    good = {"text": "a", "messages": MESSAGES, "prompt": "a", "completion": "b"}
+    path = write_lines("a.jsonl", [good, fields])
+    with pytest.raises(ValueError, match=error) as caught:
+        stored(path, record=record, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_no_text_at_all(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
+    for records in ([], [{"text": ""}]):
+        with pytest.raises(ValueError, match=r"a\.jsonl: no record with any text"):
+            stored(write_lines("a.jsonl", records), tokenizer=tokenizer, cache=tmp_path / "cache")
+
+
+def test_the_version_of_the_rules_goes_up_with_what_a_record_becomes(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    """Where this fails the ids of records have changed: raise `_RULES`, so that no prepared set with the old ones is used."""
+    turns = [{"role": "system", "content": "Be brief."}, *MESSAGES, {**MESSAGES[0], "weight": None}, {**MESSAGES[1], "weight": 0}]
+    fields = {"text": "naïve </s> café", "messages": turns, "prompt": "a", "completion": "b"}
+    path = write_lines("a.jsonl", [fields])
+    made = [stored(path, record=r, tokenizer=tokenizer, cache=tmp_path / "cache").manifest for r in (TEXT, CHAT, COMPLETION)]
+    assert (prepare._RULES, [manifest.shards[0].sha256[:8] for manifest in made]) == (2, ["01e76226", "dac944c4", "59ff2519"])
+
+
+def test_a_file_that_changes_while_it_is_read(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines("a.jsonl", [{"text": "some text"}])
+    original = tokenise.write_shard
+
+    def and_append(*arguments) -> None:
+        original(*arguments)
+        with path.open("a") as file:
+            file.write('{"text": "more"}\n')
+
+    monkeypatch.setattr(prepare, "write_shard", and_append)
+    with pytest.raises(ValueError, match=r"a\.jsonl: files were changed while they were read"):
+        stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
+
+
+def test_damage_is_seen(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
+    path = write_lines("a.jsonl", [{"text": "some text"}])
+    store = stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
+    [shard] = store.manifest.shards
+    (Path(store.path) / shard.name / "tokens").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokens is damaged .*remove"):
+        ids(stored(path, tokenizer=tokenizer, cache=tmp_path / "cache"))

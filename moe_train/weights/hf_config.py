@@ -51,7 +51,7 @@ _READ = (
 _IGNORED = (
     *("_name_or_path", "bos_token_id", "dtype", "eos_token_id", "is_llama_config", "output_router_logits", "pad_token_id"),
     *("pretraining_tp", "router_aux_loss_coef", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache"),
-    *("max_window_layers", "moe_train"),
+    *("max_window_layers", "moe_train", "llama_4_scaling"),
 )
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
@@ -223,6 +223,9 @@ def write_model_config(
     if model.family == "ministral":
         kinds = ["full_attention" if window is None else "sliding_attention" for window in a.windows]
         fields["layer_types"] = kinds * (model.num_layers // len(kinds))
+    if a.query_scaling is not None:  # vLLM looks here, and not in rope_parameters (vllm/model_executor/models/mistral.py)
+        original = a.query_scaling.original_max_seq_len
+        fields["llama_4_scaling"] = {"beta": a.query_scaling.beta, "original_max_position_embeddings": original}
     if isinstance(model.ffn, config.MoeFfn):
         fields |= {
             "num_local_experts": model.ffn.num_experts,

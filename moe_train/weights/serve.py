@@ -1,0 +1,106 @@
+"""What vLLM, llama.cpp and transformers read of an export, where that is less than the layout can say.
+
+As their sources have it in 2026:
+- vLLM takes one `r` and one `lora_alpha` (or alpha / sqrt(r)) from adapter_config.json for all modules, refuses
+  `modules_to_save` (vllm/lora/peft_helper.py), and knows the ranks of `MaxLoRARanks` (vllm/config/lora.py).
+- vLLM has no MinistralForCausalLM (vllm/model_executor/models/registry.py), but reads a period of windows from
+  params.json (vllm/transformers_utils/configs/mistral.py).
+- llama.cpp has one alpha a file and scales by alpha / rank whatever rsLoRA says (src/llama-adapter.h, `get_scale`); its
+  converter stops at whole tensors of embeddings and head (convert_lora_to_gguf.py).
+- transformers and PEFT read everything that we write.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Literal
+
+from moe_train import config
+from moe_train.weights.peft import Shape
+
+Server = Literal["vllm", "llama.cpp", "transformers"]
+Layout = Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"]
+
+READS: dict[Server, dict[Layout, str]] = {
+    "vllm": {
+        "hf": "vllm serve {out}",
+        "mistral": "vllm serve {out} --tokenizer-mode {tokenizer} --config-format mistral --load-format mistral",
+        "peft": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={out}",
+    },
+    "llama.cpp": {
+        "gguf": "llama-server -m {out}/model.gguf",
+        "gguf-lora": "llama-server -m BASE.gguf --lora {out}/adapter.gguf",
+    },
+    "transformers": {
+        "hf": "transformers serve {out}",
+        "peft": "python -c {code}",
+    },
+}
+"""The command that serves what lies at `out`, by server and layout."""
+
+_PEFT_CODE = (
+    "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+    "m, t = M.from_pretrained({out!r}), T.from_pretrained({out!r}); "
+    "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
+)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def adapter_shapes(server: Server, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()) -> dict[str, Shape]:
+    """Rank and alpha that the file has to state for each module, so that `server` applies what was trained.
+
+    shapes: of our modules, alpha / rank being the scale. trained_in_full: modules that have no adapter, but other weights
+    than the base. For vLLM and llama.cpp all modules get one rank, up to which the writer fills A and B with zeros, and
+    one alpha, that of most modules' scale; the writer multiplies the B of the others by (scale here / scale there).
+    Raises ValueError for what the server cannot be made to apply.
+    """
+    if server == "transformers":
+        return dict(shapes)
+    if trained_in_full:
+        raise ValueError(
+            f"{server} takes adapters alone, but {sorted(trained_in_full)[0]} was trained in full; export the whole model with "
+            f"--merge --format {'gguf' if server == 'llama.cpp' else 'hf'}"
+        )
+    rank = max(shape.rank for shape in shapes.values())
+    if server == "vllm":
+        if rank > VLLM_RANKS[-1]:
+            raise ValueError(
+                f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; export the whole model with --merge"
+            )
+        if routers := sorted(module for module in shapes if module.endswith(".router")):
+            raise ValueError(f"vLLM is not known to apply an adapter of {routers[0]}; export the whole model with --merge")
+    ((scale, _),) = Counter(shape.alpha / shape.rank for shape in shapes.values()).most_common(1)
+    return dict.fromkeys(shapes, Shape(rank, scale * rank))
+
+
+def command(
+    server: Server,
+    layout: Layout,
+    model: config.Model,
+    out_dir: str | Path,
+    *,
+    base_model: str | None = None,
+    rank: int = 1,
+    tokenizer: Literal["mistral", "huggingface"] = "huggingface",
+) -> str:
+    """The command line that serves an export. Raises ValueError where the server does not read it, naming what it reads.
+
+    base_model and rank: of an adapter. tokenizer: the kind that travels with the weights.
+    """
+    readable = READS[server]
+    if layout not in readable:
+        raise ValueError(f"{server} does not read --format {layout}; it reads --format {' or '.join(readable)}")
+    if server == "vllm" and layout == "hf" and len(set(model.attention.windows)) > 1:
+        raise ValueError("vLLM does not read interleaved attention windows from a config.json; use --format mistral")
+    base = base_model or "BASE_MODEL"
+    return readable[layout].format(
+        out=shlex.quote(str(out_dir)),
+        base=shlex.quote(base),
+        name=shlex.quote(Path(out_dir).name),
+        rank=next(r for r in VLLM_RANKS if r >= rank) if server == "vllm" else rank,
+        tokenizer="mistral" if tokenizer == "mistral" else "auto",
+        code=shlex.quote(_PEFT_CODE.format(out=str(out_dir))),
+    )

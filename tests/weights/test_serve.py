@@ -1,0 +1,61 @@
+"""What a server applies of an adapter is what was trained, and each command names files that are there."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_train.weights import serve
+from moe_train.weights.hf_config import write_model_config
+from moe_train.weights.peft import Shape
+from tests.weights.test_hf import MINISTRAL, MIXTRAL
+from tests.weights.test_mistral import MODELS
+
+Q, K, UP = "stacks.0.layers.0.attention.q_proj", "stacks.0.layers.0.attention.k_proj", "stacks.0.layers.0.ffn.up_proj"
+
+
+@pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
+def test_one_rank_and_the_alpha_of_most_scales(server: serve.Server) -> None:
+    """Scale 2 twice, 0.5 once: the file says 2 for all, and the writer quarters the B of the third."""
+    shapes = serve.adapter_shapes(server, {Q: Shape(4, 8.0), K: Shape(16, 8.0), UP: Shape(8, 16.0)})
+    assert shapes == dict.fromkeys((Q, K, UP), Shape(16, 32.0))
+    alike = dict.fromkeys((Q, K), Shape(12, 7.0))
+    assert serve.adapter_shapes(server, alike) == alike
+
+
+def test_transformers_takes_every_shape() -> None:
+    shapes = {Q: Shape(4, 8.0), K: Shape(600, 8.0)}
+    assert serve.adapter_shapes("transformers", shapes, {UP}) == shapes
+
+
+def test_what_a_server_cannot_apply_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"vllm takes adapters alone, but .*up_proj was trained in full.*--merge --format hf"):
+        serve.adapter_shapes("vllm", {Q: Shape(4, 8.0)}, {UP})
+    with pytest.raises(ValueError, match=r"llama\.cpp takes adapters alone.*--merge --format gguf"):
+        serve.adapter_shapes("llama.cpp", {Q: Shape(4, 8.0)}, {UP})
+    with pytest.raises(ValueError, match=r"up to rank 512, this one has 513"):
+        serve.adapter_shapes("vllm", {Q: Shape(513, 8.0)})
+    assert serve.adapter_shapes("llama.cpp", {Q: Shape(513, 8.0)})[Q].rank == 513
+    with pytest.raises(ValueError, match=r"not known to apply an adapter of .*router"):
+        serve.adapter_shapes("vllm", {"stacks.0.layers.0.ffn.router": Shape(4, 8.0)})
+    with pytest.raises(ValueError, match=r"interleaved attention windows.*--format mistral"):
+        serve.command("vllm", "hf", MINISTRAL, "out")
+    for server, layout, reads in (("llama.cpp", "hf", "gguf or gguf-lora"), ("transformers", "mistral", "hf or peft")):
+        with pytest.raises(ValueError, match=f"does not read --format {layout}; it reads --format {reads}"):
+            serve.command(server, layout, MIXTRAL, "out")
+
+
+def test_commands() -> None:
+    line = serve.command("vllm", "peft", MIXTRAL, "my run/out", base_model="base", rank=17)
+    assert line == "vllm serve base --enable-lora --max-lora-rank 32 --lora-modules out='my run/out'"
+    assert serve.command("vllm", "mistral", MINISTRAL, "out", tokenizer="mistral").endswith(
+        "out --tokenizer-mode mistral --config-format mistral --load-format mistral"
+    )
+    assert "--tokenizer-mode auto" in serve.command("vllm", "mistral", MINISTRAL, "out")
+    assert serve.command("llama.cpp", "gguf", MIXTRAL, "out") == "llama-server -m out/model.gguf"
+    assert serve.command("transformers", "hf", MIXTRAL, "out") == "transformers serve out"
+
+
+def test_vllm_finds_query_scaling_where_it_looks() -> None:
+    fields = write_model_config(MODELS["ministral3"], dtype="bfloat16", bos_token_id=1, eos_token_id=2)
+    assert fields["llama_4_scaling"] == {"beta": 0.1, "original_max_position_embeddings": 8}
+    assert "llama_4_scaling" not in write_model_config(MIXTRAL, dtype="bfloat16", bos_token_id=1, eos_token_id=2)

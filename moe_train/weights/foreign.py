@@ -6,26 +6,33 @@ from pathlib import Path
 from typing import Literal
 
 from moe_train import config
-from moe_train.weights import hf, hf_config, mistral, mistral_params, names, on_disk, safetensors_io
+from moe_train.weights import gguf, hf, hf_config, mistral, mistral_params, names, on_disk, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fill
 from moe_train.weights.on_disk import Weights
 
 
-def layout_of(path: str | Path) -> Literal["hf", "mistral"]:
+def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
     """What lies at `path`; where a folder holds a model in both layouts, as Mistral's releases do, Hugging Face's.
 
     Raises FileNotFoundError where there is no model, saying what was looked for.
     """
     path = Path(path)
+    if path.suffix == ".gguf":
+        return "gguf"
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; a model is a folder with {hf_config.FILE} or {mistral_params.FILE}")
+        raise FileNotFoundError(
+            f"{path}: no such folder; a model is a folder with {hf_config.FILE} or {mistral_params.FILE}, or a .gguf file"
+        )
     described = {"hf": path / hf_config.FILE, "mistral": path / mistral_params.FILE}
     if described["hf"].is_file() and (safetensors_io.has_model(path) or not described["mistral"].is_file()):
         return "hf"
     if described["mistral"].is_file():
         return "mistral"
+    if gguf.file_in(path) is not None:
+        return "gguf"
     raise FileNotFoundError(
-        f"{path} holds no model: looked for {hf_config.FILE} (Hugging Face) and {mistral_params.FILE} (Mistral's own layout)"
+        f"{path} holds no model: looked for {hf_config.FILE} (Hugging Face), {mistral_params.FILE} (Mistral's own layout) and "
+        "one .gguf file"
     )
 
 
@@ -39,6 +46,8 @@ def open_weights(path: str | Path) -> Weights:
             return hf.open_weights(path)
         case "mistral":
             return mistral.open_weights(path)
+        case "gguf":
+            return gguf.open_weights(path)
 
 
 def read_model(path: str | Path) -> config.Model:
@@ -48,6 +57,8 @@ def read_model(path: str | Path) -> config.Model:
             return hf.read_model_config(path)
         case "mistral":
             return mistral.read_model_config(path)
+        case "gguf":
+            return gguf.read_model(path)
 
 
 def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:

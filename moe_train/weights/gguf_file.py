@@ -1,0 +1,310 @@
+"""GGUF files: nothing in the header is believed before it is checked; tensors are dequantised a range at a time, and
+written as a stream.
+
+Format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3; 2 is read too), little-endian: magic, version,
+number of tensors, number of keys; the keys with their values; the tensors' names, dims (fastest first), types and offsets;
+then, aligned, their data. The package `gguf` quantises and dequantises; its own reader trusts counts and lengths, and
+takes minutes or all memory where these are false.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
+MAX_DIMS = 4
+
+# Codes of metadata's numbers; 8 is a string, 9 an array.
+_NUMBERS: dict[int, np.dtype] = {
+    code: np.dtype(kind) for code, kind in enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")) if code < 8
+} | {code: np.dtype(kind) for code, kind in enumerate(("<u8", "<i8", "<f8"), start=10)}
+_STRING, _ARRAY = 8, 9
+
+PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_CODES = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}
+_Q8_BLOCK, _Q8_BYTES = 32, 34
+
+
+class Encoding(NamedTuple):
+    """How a tensor's numbers are stored."""
+
+    name: str
+    """llama.cpp's: F32, Q8_0, Q4_K, …"""
+    block: int
+    """Numbers of a row that are stored together …"""
+    size: int
+    """… in so many bytes."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file; nothing of it is in memory."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    encoding: Encoding
+    data: np.ndarray
+    """Its bytes, mapped: (rows…, bytes of a row)."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what `read` returns: float32 where the file's numbers are quantised."""
+        return PLAIN.get(self.encoding.name, PLAIN["F32"])
+
+    def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
+        """The part at `index` (integers and step-1 slices of leading dims; () is all of it), copied into memory."""
+        rows, columns = index[: len(self.shape) - 1], index[len(self.shape) - 1 :]
+        found = np.array(self.data[rows])
+        plain = PLAIN.get(self.encoding.name)
+        whole = found.view(plain) if plain else _dequantised(found, self.encoding.name)
+        return np.ascontiguousarray(whole[(..., *columns)]) if columns else whole
+
+
+class Gguf(NamedTuple):
+    """An open file."""
+
+    file: Path
+    settings: dict[str, Any]
+    """Numbers and booleans, strings, lists of strings, and arrays of numbers by their keys."""
+    tensors: dict[str, Tensor]
+
+
+def open_file(file: str | Path) -> Gguf:
+    """Header read and checked, data mapped.
+
+    Raises FileNotFoundError without the file, ValueError where it is damaged or of a version or type not read here.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; give a .gguf file")
+    if file.stat().st_size < 24:
+        raise ValueError(f"{file} is no GGUF file: it has {file.stat().st_size} bytes")
+    data = np.memmap(file, np.uint8, "r")
+    at = _Cursor(file, data)
+    if bytes(at.take(4, "the magic")) != MAGIC:
+        raise ValueError(f"{file} is no GGUF file: it begins with {bytes(data[:4])!r}")
+    version = at.number("<I", "the version")
+    if version & 0xFFFF == 0:
+        raise ValueError(f"{file} is big-endian, which is not read here; make a little-endian one (gguf-convert-endian)")
+    if version not in VERSIONS:
+        raise ValueError(f"{file} has GGUF version {version}; read are {VERSIONS[0]} and {VERSIONS[1]}")
+    num_tensors, num_keys = at.number("<Q", "the number of tensors"), at.number("<Q", "the number of keys")
+    at.can_hold(num_keys, 13, "keys")
+    at.can_hold(num_tensors, 32, "tensors")
+    settings: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = at.text("a key")
+        if key in settings:
+            raise ValueError(f"{file} has the key {key!r} twice")
+        settings[key] = at.value(key)
+    infos = [_tensor_info(at) for _ in range(num_tensors)]
+    alignment = settings.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"{file}: general.alignment is {alignment!r}; it has to be a power of two")
+    return Gguf(file, settings, _tensors(file, data, infos, at.offset + -at.offset % alignment, alignment))
+
+
+class _Cursor:
+    """Reads a header front to back; what would lie beyond the end of the file is an error before it is looked at."""
+
+    def __init__(self, file: Path, data: np.ndarray) -> None:
+        self.file, self.data, self.offset = file, memoryview(data), 0
+
+    def can_hold(self, count: int, size: int, what: str) -> None:
+        if count * size > (left := len(self.data) - self.offset):
+            raise ValueError(
+                f"{self.file} is truncated or damaged: {count:,} {what} at byte {self.offset}, {left:,} bytes are left"
+            )
+
+    def take(self, size: int, what: str) -> memoryview:
+        self.can_hold(size, 1, f"bytes for {what}")
+        self.offset += size
+        return self.data[self.offset - size : self.offset]
+
+    def number(self, code: str, what: str) -> int:
+        return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+
+    def text(self, what: str) -> str:
+        found = self.take(self.number("<Q", f"the length of {what}"), what)
+        try:
+            return str(found, "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.file}: {what} is not UTF-8 at byte {self.offset - len(found) + error.start}") from error
+
+    def value(self, key: str) -> Any:
+        code = self.number("<I", f"the type of {key}")
+        if code == _STRING:
+            return self.text(key)
+        if code in _NUMBERS:
+            return np.frombuffer(self.take(_NUMBERS[code].itemsize, key), _NUMBERS[code])[0].item()
+        if code != _ARRAY:
+            raise ValueError(f"{self.file}: {key} has the unknown type {code}")
+        code, length = self.number("<I", f"the type of {key}"), self.number("<Q", f"the length of {key}")
+        if code == _STRING:
+            self.can_hold(length, 8, f"strings in {key}")
+            return [self.text(f"entry {i} of {key}") for i in range(length)]
+        if code not in _NUMBERS:
+            raise ValueError(f"{self.file}: {key} is an array of the type {code}, which is not read here")
+        self.can_hold(length, _NUMBERS[code].itemsize, f"numbers in {key}")
+        return np.frombuffer(self.take(length * _NUMBERS[code].itemsize, key), _NUMBERS[code])
+
+
+class _Info(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    offset: int
+
+
+def _tensor_info(at: _Cursor) -> _Info:
+    name = at.text("a tensor's name")
+    count = at.number("<I", f"the number of dims of {name}")
+    if not 1 <= count <= MAX_DIMS:
+        raise ValueError(f"{at.file}: {name} has {count} dims; there may be 1 to {MAX_DIMS}")
+    dims = [at.number("<Q", f"a dim of {name}") for _ in range(count)]
+    shape = tuple(reversed(dims))
+    code = at.number("<I", f"the type of {name}")
+    encoding = _encoding(at.file, name, code)
+    if 0 in dims or math.prod(dims) >= 2**60:
+        raise ValueError(f"{at.file}: {name} has the shape {shape}")
+    if shape[-1] % encoding.block:
+        raise ValueError(f"{at.file}: {name} has rows of {shape[-1]} numbers; {encoding.name} has blocks of {encoding.block}")
+    return _Info(name, shape, encoding, at.number("<Q", f"the offset of {name}"))
+
+
+def _encoding(file: Path, name: str, code: int) -> Encoding:
+    plain = {_CODES[plain]: plain for plain in PLAIN}
+    if code in plain:
+        return Encoding(plain[code], 1, PLAIN[plain[code]].itemsize)
+    gguf = package(f"{file}: {name} is quantised")
+    try:
+        kind = gguf.GGMLQuantizationType(code)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"{file}: {name} has the type {code}, which the package gguf does not read: {error}") from error
+    return Encoding(kind.name, block, size)
+
+
+def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, alignment: int) -> dict[str, Tensor]:
+    """The tensors, each inside the file and apart from the others."""
+    found: dict[str, Tensor] = {}
+    end, before = 0, ""
+    for name, shape, encoding, offset in sorted(infos, key=lambda info: info.offset):
+        if name in found:
+            raise ValueError(f"{file} has the tensor {name} twice")
+        row = shape[-1] // encoding.block * encoding.size
+        size = math.prod(shape[:-1]) * row
+        if offset % alignment:
+            raise ValueError(f"{file}: {name} is at {offset}, which is no multiple of the alignment {alignment}")
+        if offset < end:
+            raise ValueError(f"{file}: {name} overlaps {before}")
+        if start + offset + size > len(data):
+            raise ValueError(f"{file} is truncated: {name} ends at byte {start + offset + size:,}, the file at {len(data):,}")
+        bytes_of = data[start + offset : start + offset + size].reshape(*shape[:-1], row)
+        found[name] = Tensor(name, file, shape, encoding, bytes_of)
+        end, before = offset + size, name
+    return found
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+class Spec(NamedTuple):
+    """A tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: str
+    """F32, F16, BF16 or Q8_0; the last in rows of a multiple of 32."""
+
+
+def write_file(
+    file: Path, settings: Mapping[str, Any], specs: Sequence[Spec], parts: Callable[[Spec], Iterable[np.ndarray]]
+) -> None:
+    """Settings as `Gguf` has them, numbers as numpy's (np.uint32(8)); `parts` is asked for one tensor at a time, in rows
+    that follow each other, float32 where they are to be quantised."""
+    header = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(specs), len(settings)))
+    for key, value in settings.items():
+        header += _text(key) + _value(value)
+    offset = 0
+    for spec in specs:
+        header += _text(spec.name) + struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *reversed(spec.shape))
+        header += struct.pack("<IQ", _CODES[spec.encoding], offset)
+        offset += nbytes(spec) + -nbytes(spec) % ALIGNMENT
+    try:
+        with file.open("wb") as out:
+            out.write(header + bytes(-len(header) % ALIGNMENT))
+            for spec in specs:
+                written = 0
+                for part in parts(spec):
+                    if spec.encoding not in PLAIN:
+                        part = _quantised(part, spec.encoding)
+                    assert part.dtype in (PLAIN.get(spec.encoding), np.uint8), (spec, part.dtype)
+                    written += out.write(np.ascontiguousarray(part).view(np.uint8).data)
+                assert written == nbytes(spec), (spec, written)
+                out.write(bytes(-written % ALIGNMENT))
+    except OSError as error:
+        error.filename = error.filename or str(file)  # a failed write does not know its file
+        raise
+
+
+def nbytes(spec: Spec) -> int:
+    numbers = math.prod(spec.shape)
+    return numbers * PLAIN[spec.encoding].itemsize if spec.encoding in PLAIN else numbers // _Q8_BLOCK * _Q8_BYTES
+
+
+def fits(encoding: str, shape: tuple[int, ...]) -> bool:
+    """Whether rows of this shape can be stored so."""
+    return encoding in PLAIN or shape[-1] % _Q8_BLOCK == 0
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _value(value: Any) -> bytes:
+    codes = {kind: code for code, kind in _NUMBERS.items()}
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _text(value)
+    if isinstance(value, list):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))
+    number = np.asarray(value)
+    code = codes[number.dtype.newbyteorder("<")]
+    if number.ndim == 0:
+        return struct.pack("<I", code) + number.tobytes()
+    return struct.pack("<IIQ", _ARRAY, code, len(number)) + number.tobytes()
+
+
+# --- quantised numbers -------------------------------------------------------------------------------------------
+
+
+def package(why: str) -> ModuleType:
+    """The package `gguf`; ValueError, beginning with `why`, where it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError(f"{why}, which needs the package gguf; install it: pip install 'moe-train[gguf]'") from error
+    return gguf
+
+
+def _dequantised(rows: np.ndarray, encoding: str) -> np.ndarray:
+    gguf = package(f"{encoding} is quantised")
+    return gguf.dequantize(rows.reshape(-1, rows.shape[-1]), gguf.GGMLQuantizationType[encoding]).reshape(*rows.shape[:-1], -1)
+
+
+def _quantised(rows: np.ndarray, encoding: str) -> np.ndarray:
+    gguf = package(f"{encoding} is quantised")
+    assert rows.dtype == np.float32, rows.dtype
+    return gguf.quantize(np.ascontiguousarray(rows), gguf.GGMLQuantizationType[encoding])

@@ -1,0 +1,199 @@
+"""The keys of a GGUF file that say its architecture <-> `config.Model`.
+
+llama.cpp's `llama` is Llama, Mistral and Mixtral, dense or with experts; it reads neither yarn's settings nor a scale of
+queries. `mistral3` does, and has one original length for both. Neither has sliding windows: up to its window a model is the
+same without, so that is the context that is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from moe_train import config
+from moe_train.weights import names
+from moe_train.weights.gguf_file import Gguf
+
+log = logging.getLogger(__name__)
+
+OURS = "moe_train.model"
+"""The key under which a file of ours has the whole architecture, in JSON; llama.cpp ignores it."""
+
+
+def read_model(opened: Gguf) -> config.Model:
+    """Raises ValueError for what is not built here, naming the key."""
+    try:
+        if OURS in opened.settings:
+            return _ours(opened.settings)
+        return _theirs(opened)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{opened.file}: {'.'.join(map(str, first['loc']))}: {first['msg']}".replace("Value error, ", "")
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{opened.file}: {error}") from error
+
+
+def _ours(settings: Mapping[str, Any]) -> config.Model:
+    """Of a file that we wrote, unless somebody has changed what llama.cpp reads of it."""
+    model = config.Model.model_validate_json(settings[OURS])
+    wanted = _keys(model)
+    if changed := [
+        key for key, value in wanted.items() if settings.get(key) != (value if isinstance(value, str) else value.item())
+    ]:
+        raise ValueError(
+            f"{changed[0]} is {settings.get(changed[0])}, but {wanted[changed[0]]} by {OURS}; write the file anew, or drop that key"
+        )
+    return model
+
+
+def _theirs(opened: Gguf) -> config.Model:
+    settings, tensors = opened.settings, opened.tensors
+    arch = settings.get("general.architecture")
+    if arch not in ("llama", "mistral3"):
+        raise ValueError(f"general.architecture is {arch!r}; read are 'llama' (Llama, Mistral, Mixtral) and 'mistral3'")
+    if settings.get("general.type", "model") != "model":
+        raise ValueError(f"general.type is {settings['general.type']!r}; give the file of a whole model")
+    if settings.get("split.count", 1) not in (0, 1):
+        raise ValueError(f"this is one of {settings['split.count']} parts; join them: llama-gguf-split --merge FIRST_PART OUT")
+    used: set[str] = set()
+
+    def get(key: str, default: Any = None) -> Any:
+        used.add(f"{arch}.{key}")
+        value = settings.get(f"{arch}.{key}", default)
+        if value is None:
+            raise ValueError(f"the key {arch}.{key} is missing")
+        if isinstance(value, np.ndarray):  # one for each layer
+            if len({*value.tolist()}) != 1:
+                raise ValueError(f"{arch}.{key} differs between layers, which is not built here")
+            value = value[0].item()
+        return value
+
+    def real(key: str, default: float | None = None) -> float:
+        return float(str(np.float32(get(key, default))))  # the shortest number that it can have been
+
+    D, N = get("embedding_length"), get("attention.head_count")
+    H = get("attention.key_length", D // N)
+    only = {"attention.value_length": H, "rope.dimension_count": H, "attention.scale": H**-0.5, "logit_scale": 1.0}
+    only |= {"expert_weights_scale": 1.0, "expert_shared_count": 0, "attention.causal": True}
+    for key, value in only.items():
+        if not math.isclose(found := get(key, value), value, rel_tol=1e-6) and not (key == "attention.scale" and found == 0):
+            raise ValueError(f"{arch}.{key} is {found}, which is not built here; it has to be {value}")
+    for name in ("rope_freqs.weight", "blk.0.rope_freqs.weight"):
+        if name in tensors and np.any(tensors[name].read() != 1):
+            raise ValueError(f"{name} changes the rotary frequencies (Llama 3's scaling), which is not built here")
+    E = get("expert_count", 0)
+    ffn: dict[str, Any] = {"name": "dense", "ffn_dim": get("feed_forward_length")}
+    if E:
+        ffn = {**ffn, "name": "moe", "num_experts": E, "experts_per_token": get("expert_used_count")}
+    rope, scaling = _rope(arch, get, real)
+    # Llama and Mistral are one mathematics without a window; only Llama's head is always D / N
+    family = "mixtral" if E else "ministral3" if arch == "mistral3" else "llama" if N * H == D else "mistral"
+    embedding = tensors.get(names.GGUF.embed.name)
+    model = config.Model.model_validate(
+        {
+            "family": family,
+            "vocab_size": get("vocab_size", embedding.shape[0] if embedding else None),
+            "model_dim": D,
+            "num_layers": get("block_count"),
+            "attention": {
+                "name": "gqa",
+                "num_heads": N,
+                "num_kv_heads": get("attention.head_count_kv", N),
+                "head_dim": H,
+                "query_scaling": scaling,
+            },
+            "ffn": ffn,
+            "rope": rope,
+            "norm_eps": real("attention.layer_norm_rms_epsilon"),
+            "tie_embeddings": names.GGUF.head.name not in tensors,
+            "max_seq_len": get("context_length"),
+        }
+    )
+    if unread := sorted(key for key in settings if key.startswith(f"{arch}.") and key not in used):
+        log.warning(
+            "%s has keys that are not read here: %s; make sure that they leave the model alone", opened.file, ", ".join(unread)
+        )
+    return model
+
+
+def _rope(arch: str, get: Callable[..., Any], real: Callable[..., float]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    theta, kind, factor = real("rope.freq_base", 1e4), get("rope.scaling.type", "none"), real("rope.scaling.factor", 1.0)
+    original = get("rope.scaling.original_context_length", get("context_length"))
+    beta = real("attention.temperature_scale", 0.0)
+    scaling = {"beta": beta, "original_max_seq_len": original} if beta else None
+    if kind == "yarn":
+        all_dims = real("rope.scaling.yarn_log_multiplier", 0.0)
+        yarn = {"factor": factor, "original_max_seq_len": original, "mscale": 1.0 if all_dims else 0.0, "mscale_all_dim": all_dims}
+        yarn |= {f"beta_{name}": real(f"rope.scaling.yarn_beta_{name}", d) for name, d in (("fast", 32.0), ("slow", 1.0))}
+        if real("rope.scaling.attn_factor", 1.0) != 1:
+            raise ValueError(f"{arch}.rope.scaling.attn_factor is {real('rope.scaling.attn_factor')}, which is not built here")
+        return {"name": "yarn", "theta": theta, **yarn}, scaling
+    if kind not in ("none", "linear") or factor != 1:
+        raise ValueError(f"{arch}.rope.scaling is {kind} by {factor:g}; built are none and yarn")
+    return {"name": "default", "theta": theta}, scaling
+
+
+# --- ours -> keys ---
+
+
+def architecture(model: config.Model) -> str:
+    """llama.cpp's name of what computes this model."""
+    return "mistral3" if model.attention.query_scaling or isinstance(model.rope, config.YarnRope) else "llama"
+
+
+def _keys(model: config.Model) -> dict[str, Any]:
+    a, rope, scaling, arch = model.attention, model.rope, model.attention.query_scaling, architecture(model)
+    context = min([model.max_seq_len, *(window for window in a.windows if window is not None)])
+    found: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "context_length": context,
+        "embedding_length": model.model_dim,
+        "block_count": model.num_layers,
+        "feed_forward_length": model.ffn.ffn_dim,
+        "attention.head_count": a.num_heads,
+        "attention.head_count_kv": a.num_kv_heads,
+        "attention.key_length": a.head_dim,
+        "attention.value_length": a.head_dim,
+        "attention.layer_norm_rms_epsilon": model.norm_eps,
+        "rope.dimension_count": a.head_dim,
+        "rope.freq_base": float(rope.theta),
+    }
+    if isinstance(model.ffn, config.MoeFfn):
+        found |= {"expert_count": model.ffn.num_experts, "expert_used_count": model.ffn.experts_per_token}
+    if isinstance(rope, config.YarnRope):
+        if rope.mscale and rope.mscale_all_dim and rope.mscale != 1:
+            raise ValueError(f"rope.mscale is {rope.mscale}; llama.cpp takes it for 1")
+        found |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope.factor),
+            "rope.scaling.original_context_length": rope.original_max_seq_len,
+            "rope.scaling.yarn_beta_fast": float(rope.beta_fast),
+            "rope.scaling.yarn_beta_slow": float(rope.beta_slow),
+            "rope.scaling.yarn_log_multiplier": float(rope.mscale_all_dim) if rope.mscale else 0.0,
+        }
+    elif scaling:
+        found |= {"rope.scaling.type": "none", "rope.scaling.original_context_length": scaling.original_max_seq_len}
+    if scaling:
+        found["attention.temperature_scale"] = float(scaling.beta)
+    kinds: dict[type, Callable[[Any], Any]] = {int: np.uint32, float: np.float32, str: str}
+    return {"general.architecture": arch, **{f"{arch}.{key}": kinds[type(value)](value) for key, value in found.items()}}
+
+
+def settings(model: config.Model) -> dict[str, Any]:
+    """The keys of an architecture. Raises ValueError for what llama.cpp would compute differently."""
+    return {**_keys(model), OURS: model.model_dump_json()}
+
+
+def warnings(model: config.Model) -> list[str]:
+    """What a user of the file has to know."""
+    context = int(_keys(model)[f"{architecture(model)}.context_length"])
+    if context == model.max_seq_len:
+        return []
+    return [f"llama.cpp has no sliding windows here: the file says a context of {context} tokens, up to which it is exact"]

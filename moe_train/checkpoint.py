@@ -54,6 +54,8 @@ class About(NamedTuple):
     data: str
     """The loader's identity: a hash of what decides the batches."""
     base: Base | None
+    manifest: str | None = None
+    """The hash over the manifests of the training data."""
 
 
 def params_of(state: TrainState) -> Any:

@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 tokenizer = typer.Typer(name="tokenizer", help="Make a tokenizer.", no_args_is_help=True)
 app.add_typer(tokenizer)
+data = typer.Typer(name="data", help="Look at data before anything is trained on it.", no_args_is_help=True)
+app.add_typer(data)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the file's.")]
@@ -167,6 +169,49 @@ def train_tokenizer(
     with _waiting("training the tokenizer"):
         trained = train_bpe(texts(source), vocab_size, out)
     _print_answers({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
+
+
+@data.command("prepare")
+def prepare_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="DIR_OR_URL", help="Copy the prepared sets there, a bucket too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tokenise and pack what CONFIG trains on ahead, in data.num_proc processes; started again, goes on where it stopped."""
+    from moe_train import config_file
+
+    resolved = config_file.load(config, overrides or ())
+    from moe_train.prepare import prepare
+
+    answer = prepare(resolved, to)
+    if as_json:
+        _print_json(answer)
+    else:
+        _print_table(answer.pop("sets"))
+        _print_answers(answer)
+
+
+@data.command("trace")
+def trace_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(help="The training step, from 1.")] = 1,
+    row: Annotated[int | None, typer.Option(help="Of its rows, from 0; all where not stated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name the file and line of every record that a training step of CONFIG learns from."""
+    from moe_train import config_file
+
+    resolved = config_file.load(config, overrides or ())
+    from moe_train.prepare import trace
+
+    with _waiting("looking up"):
+        segments = trace(resolved, step, row)
+    if as_json:
+        _print_json(segments)
+    else:
+        _print_table(segments)
 
 
 @app.command()

@@ -254,6 +254,8 @@ def _line(figures: Mapping[str, Any]) -> str:
     parts = [f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
     if figures.get("mfu") is not None:
         parts.append(f"MFU {figures['mfu']:.1%}")
+    if figures.get("input_wait", 0) >= 0.01:
+        parts.append(f"waits for input {figures['input_wait']:.0%}")
     if "balance" in figures:
         parts.append(f"balance {figures['balance']:.2f}")
     if figures.get("skipped"):

@@ -21,7 +21,7 @@ LEFT_OF_LOOP = (
     *("train.record", "train.self_test", "config_file", "atomic", "json_file", "data", "weights", "checkpoint", "model_dir"),
     *("metrics", "plan"),
 )
-COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect", "export", "upcycle")
+COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect", "export", "upcycle", "prepare")
 
 # What each module may import of ours; a name stands for everything below it. The longest key that fits a module counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plan": (*LEFT_OF_STEP, "config_file", "plan"),
     "train.evaluate": LEFT_OF_LOOP,
     "train.loop": (*LEFT_OF_LOOP, "train.evaluate"),
-    **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle"), LEFT_OF_LOOP),
+    **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "prepare"), LEFT_OF_LOOP),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
     "cli": ("config", "config_file", "data", *COMMANDS, "quickstart"),
     "__main__": ("cli",),

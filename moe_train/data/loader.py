@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import grain
@@ -20,7 +21,7 @@ from moe_train.data import chat, manifest
 from moe_train.data.batch import Batch
 from moe_train.data.order import Order
 from moe_train.data.packing import TooLong, empty_batch, fill_row
-from moe_train.data.prepare import prepare
+from moe_train.data.prepare import Progress, prepare
 from moe_train.data.sources import open_source
 from moe_train.data.store import Piece, TokenStore
 from moe_train.data.tokenizer import Tokenizer
@@ -52,7 +53,8 @@ class Loader:
     Figures of one epoch (the first): num_records that are used (examples: a record may give several), num_rows, num_tokens
     (positions that are no padding); of the examples, num_dropped (too long, or truncated to nothing that bears loss),
     num_truncated, num_split, num_empty (no text, left out).
-    identity: a hash of everything that decides the batches but batch_size. manifest_hash: of what the data are.
+    identity: a hash of everything that decides the batches but batch_size. manifest: JSON of what the data
+    are, every file; manifest_hash: of it, over all.
     batches: eval's number of batches, None in training.
     """
 
@@ -82,7 +84,7 @@ class Loader:
         self._stores: list[TokenStore] = []
         self._orders: list[Order] = []
         for i, source in enumerate(chosen):
-            store = _open(source, data, tokenizer, template)
+            store = open_store(source, data, tokenizer, template)
             too_long = store.manifest.too_long if isinstance(source, config.PreparedSource) else source.record.too_long
             if isinstance(source, config.PreparedSource) and source.too_long is not None:
                 too_long = source.too_long
@@ -101,8 +103,8 @@ class Loader:
         self.num_truncated = sum(plan.num_truncated for plan in plans)
         self.num_split = sum(plan.num_split for plan in plans)
         self.num_empty = sum(store.manifest.empty for store in self._stores)
-        self.manifests = [store.manifest for store in self._stores]
-        self.manifest_hash = manifest.hash_of_all(self.manifests)
+        made = [store.manifest for store in self._stores]
+        self.manifest_hash, self.manifest = manifest.hash_of_all(made), manifest.text_of_all(made)
 
         weights = [source.weight for source in chosen]
         contents = [[shard.sha256 for shard in store.manifest.shards] for store in self._stores]
@@ -145,6 +147,15 @@ class Loader:
         total = sum(self._shares)
         rows = [-(-order.end(epochs - 1) * total // share) for order, share in zip(self._orders, self._shares, strict=True)]
         return -(-max(rows) // self._batch_size)
+
+    def total_steps(self, length: config.Train) -> int:
+        """How many steps a run of that length has."""
+        if length.steps is not None:
+            return length.steps
+        if length.epochs is not None:
+            return self.steps(length.epochs)
+        assert length.tokens is not None
+        return math.ceil(length.tokens / (length.batch_size * length.seq_len))
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source was seen, on average, after `step` steps; of training."""
@@ -189,10 +200,20 @@ def _name(source: config.Source) -> str:
             return path
 
 
-def _open(source: config.Source, data: config.Data, tokenizer: Tokenizer, template: str | None) -> TokenStore:
+def open_store(
+    source: config.Source,
+    data: config.Data,
+    tokenizer: Tokenizer,
+    template: str | None,
+    shown: Callable[[Progress], None] | None = None,
+) -> TokenStore:
+    """The tokens of a source, prepared first where they are not there.
+
+    Raises ValueError where a prepared set does not go with the tokenizer or template, or a record cannot be used.
+    """
     if not isinstance(source, config.PreparedSource):
         records = open_source(source)
-        directory = prepare(source, records, tokenizer, template, data.cache_dir, data.num_proc)
+        directory = prepare(source, records, tokenizer, template, data.cache_dir, data.num_proc, shown)
         return TokenStore(directory, records.places)
     store = TokenStore(source.path, cache_mib=source.cache_mib)
     used = None if template is None else hashlib.sha256(template.encode()).hexdigest()

@@ -98,5 +98,11 @@ def hash_of_all(manifests: list[Manifest]) -> str:
     return manifests[0].hash if len(manifests) == 1 else _sha256([manifest.hash for manifest in manifests])
 
 
+def text_of_all(manifests: list[Manifest]) -> str:
+    """JSON: that hash, and the manifests under `sets`."""
+    sets = [manifest.model_dump(mode="json") for manifest in manifests]
+    return json.dumps({"hash": hash_of_all(manifests), "sets": sets}, indent=1, ensure_ascii=False) + "\n"
+
+
 def _sha256(said: Any) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -54,7 +54,7 @@ def train(run: config.Config) -> int:
     with jax.set_mesh(mesh), _signals() as asked, contextlib.ExitStack() as leaving:
         # What it learns from, and for how long.
         loader, held_out = _loaders(run)
-        total_steps = _total_steps(run.train, loader)
+        total_steps = loader.total_steps(run.train)
 
         # What is trained. Shapes first, so that no more than one copy of the weights is ever made.
         model = partial(init_model, run.seed, run.model, run.compute, run.lora)
@@ -97,13 +97,14 @@ def train(run: config.Config) -> int:
             if is_new:
                 leaving.enter_context(only_one(run_dir))
             write_text(run_dir / "config.yaml", config_file.dump(run))
+            write_text(run_dir / "manifest.json", loader.manifest)
         writer = metrics.Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
         leaving.enter_context(writer)
         damaged = {} if restored is None else restored.damaged
-        story = {"changed": changed, "damaged": damaged, "base": base and base._asdict()}
+        story = {"epochs": loader.epochs(total_steps), "changed": changed, "damaged": damaged, "base": base and base._asdict()}
         stopped = leaving.enter_context(_diary(run, run_dir, start, restored is not None, **story))
         sizes = sum(x.size for x in shapes.values()), sum(x.size for x in trainable.values())
-        _introduce(run, writer.say, loader, sizes)
+        _introduce(run, writer.say, loader, sizes, total_steps)
         if restored is not None:
             writer.say(f"continuing after step {start}")
         for key, (then, now) in changed.items():
@@ -133,7 +134,7 @@ def train(run: config.Config) -> int:
             wishes = asked.reason is not None, every is not None and time.monotonic() - saved_at > 60 * every
             voted = _vote(wishes, mesh)
             if step < total_steps:
-                batch = put_batch(next(batches), mesh)
+                batch = put_batch(figures.awaited(batches), mesh)
             # Figures and votes are read one step late: the device never waits for somebody to read them.
             votes = _Votes() if late is None else figures.read(*late, now, writer)
             late = step, now, voted
@@ -155,7 +156,7 @@ def train(run: config.Config) -> int:
                     best, saves = held_out_loss, True
             # After a step that was not finite the weights may be past help: the last good checkpoint is not rotated away.
             if saves and (figures.finite or votes.stop or step == total_steps):
-                about = About(run.model_dump(mode="json"), step * run.train.batch_size, loader.identity, base)
+                about = About(run.model_dump(mode="json"), step * run.train.batch_size, loader.identity, base, loader.manifest_hash)
                 checkpoint.save(checkpoints, step, state, about, held_out_loss)
                 saved_at = time.monotonic()
             figures.go_on(step)
@@ -191,15 +192,6 @@ def _loaders(run: config.Config) -> tuple[Loader, Loader | None]:
     )
     microbatch = run.train.batch_size // run.train.microbatches
     return both("train", batch_size=run.train.batch_size), both("eval", batch_size=microbatch) if run.data.eval else None
-
-
-def _total_steps(length: config.Train, loader: Loader) -> int:
-    if length.steps is not None:
-        return length.steps
-    if length.epochs is not None:
-        return loader.steps(length.epochs)
-    assert length.tokens is not None
-    return math.ceil(length.tokens / (length.batch_size * length.seq_len))
 
 
 _DECIDED_AT_START = (
@@ -246,13 +238,14 @@ def _new_state(trainable: Parameters, optimizer: optax.GradientTransformation) -
     return jax.jit(lambda params: create_state(params, optimizer))(trainable)
 
 
-def _introduce(run: config.Config, say: Callable[[str], None], loader: Loader, sizes: tuple[int, int]) -> None:
+def _introduce(run: config.Config, say: Callable[[str], None], loader: Loader, sizes: tuple[int, int], total_steps: int) -> None:
     """What a person should know before the first step; sizes: (all, trained) parameters."""
     axes = ", ".join(f"{axis} {n}" for axis, n in jax.sharding.get_mesh().shape.items() if n > 1) or "one device"
     say(f"{run.name}: {sizes[0]:,} parameters, {sizes[1]:,} trained, on {axes}")
     said = f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"
     left_out = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
     say("; ".join([said, *(f"{count:,} {what}" for what, count in left_out.items() if count)]))
+    say(f"epochs in {total_steps:,} steps: " + ", ".join(f"{n:.2f} of {name}" for name, n in loader.epochs(total_steps).items()))
 
 
 # --- beside the steps ----------------------------------------------------------------------------------------------
@@ -291,7 +284,7 @@ class _Figures:
         # A table, since a schedule's own arithmetic would queue behind the steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
         self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
-        self._seconds, self.finite = math.nan, True
+        self._seconds, self._input_wait, self.finite = math.nan, math.nan, True
         self.go_on(start)
 
     def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: metrics.Writer) -> _Votes:
@@ -306,6 +299,7 @@ class _Figures:
         done = step + ahead
         if done > self._done and step % self._run.metrics.every_steps == 0:
             self._seconds = (time.perf_counter() - self._since) / (done - self._done)
+            self._input_wait = self._waited / (time.perf_counter() - self._since)
             self.go_on(done)
         limit, self.finite = self._run.train.max_skipped_steps, bool(now.finite)
         if not now.finite:
@@ -322,7 +316,14 @@ class _Figures:
 
     def go_on(self, step: int) -> None:
         """Time the steps after `step` from now on; a pause before is not to count."""
-        self._done, self._since = step, time.perf_counter()
+        self._done, self._since, self._waited = step, time.perf_counter(), 0.0
+
+    def awaited(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the time until it is there counts as `input_wait`, a share of the step that is lost at most."""
+        begun = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - begun
+        return batch
 
     def _figures(self, step: int, now: StepMetrics) -> dict[str, Any]:
         return {
@@ -334,6 +335,7 @@ class _Figures:
             "skipped": self._skipped,
             "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
+            "input_wait": self._input_wait,
             "mfu": None if self._peak is None else self._flops / self._seconds / self._peak,
             **({} if now.routers is None else metrics.router_figures(now.routers)),
         }

@@ -1,0 +1,104 @@
+"""`moe-train data prepare`: what a run learns from, tokenised and packed ahead; `data trace`: where a row of it is from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from moe_train import config, model_dir
+from moe_train.data import chat
+from moe_train.data.bucket import upload
+from moe_train.data.loader import Loader, open_store
+from moe_train.data.prepare import Progress as Done
+from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+
+
+def prepare(run: config.Config, to: str | None = None) -> dict[str, Any]:
+    """Tokenise every source of `run` that is not there yet, and plan the rows of its first epoch.
+
+    to: a folder or bucket that gets a copy of each set. Returns the sets with their figures, and what training will see.
+    Raises ValueError with file and line for a record that cannot be used.
+    """
+    data, tokenizer = _data(run)
+    template = chat.load_template(data.chat_template, tokenizer)
+    sets: list[dict[str, Any]] = []
+    kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
+    for kind, sources in kinds:
+        for i, source in enumerate(sources):
+            begun = time.perf_counter()
+            with _bar(f"data.{kind}.{i}") as shown:
+                store = open_store(source, data, tokenizer, template, shown)
+            made = store.manifest
+            sets.append(
+                {
+                    "source": f"data.{kind}.{i}",
+                    **{"records": made.records, "examples": made.examples, "empty": made.empty},
+                    **{"tokens": made.tokens, "loss_tokens": made.loss_tokens, "shards": len(made.shards)},
+                    "seconds": round(time.perf_counter() - begun, 2),
+                    "path": store.path if to is None else upload(store.path, to),
+                }
+            )
+    loader = Loader(data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
+    steps = loader.total_steps(run.train)
+    return {
+        "sets": sets,
+        "rows_of_an_epoch": loader.num_rows,
+        "rows_full": loader.num_tokens / (loader.num_rows * run.train.seq_len),
+        "records_dropped": loader.num_dropped,
+        "records_truncated": loader.num_truncated,
+        "records_split": loader.num_split,
+        "steps": steps,
+        "epochs": loader.epochs(steps),
+        "manifest": loader.manifest_hash,
+    }
+
+
+def trace(run: config.Config, step: int, row: int | None = None) -> list[dict[str, Any]]:
+    """The file and line of every segment that training step `step` (from 1) learns from; of one row, or of all."""
+    data, tokenizer = _data(run)
+    loader = Loader(data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
+    if step < 1:
+        raise ValueError(f"step {step}: steps count from 1")
+    if row is not None and not 0 <= row < run.train.batch_size:
+        raise ValueError(f"row {row}: a step has {run.train.batch_size} rows, from 0")
+    rows = range(run.train.batch_size) if row is None else [row]
+    return [{"row": r, "segment": i, **s._asdict()} for r in rows for i, s in enumerate(loader.trace(step - 1, r), start=1)]
+
+
+def _data(run: config.Config) -> tuple[config.Data, Tokenizer]:
+    if run.data is None:
+        raise ValueError("the config has no data section; state data.train and data.tokenizer")
+    if run.init_from is not None:
+        run = model_dir.resolve(run)
+    assert run.data is not None
+    if run.data.tokenizer is None:
+        raise ValueError("preparing data needs data.tokenizer; state it")
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    if run.model is not None:
+        check_vocab(tokenizer, run.model.vocab_size)
+    return run.data, tokenizer
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Any]:
+    """A progress bar on a terminal's stderr."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4) as progress:
+        task = progress.add_task(name, total=None, said="")
+        start = now = time.monotonic()
+
+        def shown(done: Done) -> None:
+            nonlocal now
+            if done.done < done.shards and time.monotonic() - now < 0.2:
+                return
+            now = time.monotonic()
+            rate = done.tokens / max(now - start, 1e-9)
+            said = f"{done.done}/{done.shards} shards  {done.records:,} records  {done.tokens:,} tokens  {rate:,.0f} tokens/s"
+            progress.update(task, total=done.shards, completed=done.done, said=said)
+
+        yield shown

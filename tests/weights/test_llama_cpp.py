@@ -22,7 +22,7 @@ from moe_train import config
 from moe_train.data.tokenizer import HuggingFace, train_bpe
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model import transformer
-from moe_train.weights import gguf, merge, names
+from moe_train.weights import gguf, gguf_lora, merge, names
 
 NODE = os.environ.get("LLAMA_CPP_NODE")
 pytestmark = [
@@ -136,3 +136,30 @@ def test_logits_equal_llama_cpps(name: str, mesh: Any, tokenizer: HuggingFace, t
         ours = our_logits(structure, parameters, ids)
         off = {dtype: distance(logits, ours) for dtype, logits in zip(files, found, strict=True)}
         assert all(off[dtype] < bound for dtype, bound in BOUNDS.items()), off
+
+
+LORAS = {
+    "everything": [("attention.*", 4, 8.0), ("ffn.*", 4, 8.0)],
+    "ranks and alphas that differ": [("attention.[qk]_proj", 6, 9.0), ("attention.o_proj", 2, 4.0), ("ffn.[gu]*", 3, 5.0)],
+    "down alone": [("ffn.down_proj", 4, 8.0)],
+}
+
+
+@pytest.mark.parametrize(("name", "targets"), [*(("mixtral", targets) for targets in LORAS), ("ministral3", "everything")])
+def test_llama_cpp_adds_an_adapter(name: str, targets: str, mesh: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
+    model = MODELS[name]
+    lora = config.Lora(targets=tuple(config.LoraTarget(modules=(m,), rank=r, alpha=alpha) for m, r, alpha in LORAS[targets]))
+    structure, parameters = random_parameters(model, lora)
+    base = {path: array for path, array in parameters.items() if not path.endswith((".lora_a", ".lora_b"))}
+    files = {"base": write(tmp_path / "base", model, base, "f32", tokenizer)}
+    files["merged"] = write(tmp_path / "merged", model, parameters, "f32", tokenizer, lora)
+    gguf_lora.export_adapter(parameters, model, lora, tmp_path / "adapter", base_model="base")
+    adapter = tmp_path / "adapter" / gguf_lora.FILE
+    answers = llama_cpp(
+        *({"model": file, "prompts": PROMPTS} for file in files.values()),
+        {"model": files["base"], "lora": str(adapter), "prompts": PROMPTS},
+    )
+    for i, ids in enumerate(PROMPTS):
+        ours = our_logits(structure, parameters, ids)
+        without, merged, beside = (distance(answer["logits"][i], ours) for answer in answers)
+        assert max(merged, beside) < BOUNDS["f32"] < 1e-2 < without, (without, merged, beside)

@@ -1,0 +1,126 @@
+"""Adapters as a GGUF file, which llama.cpp adds to its base model's GGUF (`llama-server -m BASE.gguf --lora adapter.gguf`).
+
+What llama.cpp (v0.5.0) takes, as its source has it (llama-adapter.cpp, llama-graph.cpp) and as tried:
+- A is (rank, in) and B (out, rank) beside the name of the base's tensor; B's rows of q and k are in interleaved rotary
+  order, as the weights' are.
+- Experts are stacked, (experts, rank, in) and (experts, out, rank), every expert in both: one rank a matrix and layer. Gate,
+  up and down are apart: each may lack.
+- It adds alpha / rank · B·A, with one alpha a file and the rank of each B; rsLoRA is unknown to it. So a scale that differs
+  goes into B. An alpha of 0 would stand for a scale of 1.
+- general.architecture has to be the base's. Nothing else of the base is compared than names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_train import config
+from moe_train.atomic import new_directory
+from moe_train.weights import gguf_file, gguf_settings, merge, names
+from moe_train.weights.arrays import Parameters, fetch
+from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
+
+FILE = "adapter.gguf"
+_ROUNDED = 2.0**-22
+"""Of a product of two numbers, one of them rounded to float32 once more, the most by which it is off, relative."""
+
+
+def export_adapter(
+    parameters: Parameters,
+    model: config.Model,
+    lora: config.Lora,
+    out_dir: str | Path,
+    *,
+    base_model: str,
+    texts: Texts = NO_TEXTS,
+) -> dict[str, Any]:
+    """Write the adapters of `parameters` as a folder with `adapter.gguf`, in float32; read it back and compare the deltas.
+
+    base_model: name or path of the model that the adapter belongs to; kept for the reader. `out_dir` appears whole, or not
+    at all. Raises ValueError where there are no adapters, or where llama.cpp has no place for one.
+    """
+    ranks = {path.removesuffix(".lora_a"): a.shape[-1] for path, a in parameters.items() if path.endswith(".lora_a")}
+    if not ranks:
+        raise ValueError("there is no adapter to export: the model was trained in full; use --format gguf")
+    table = names.adapter_pieces(model, ranks, names.GGUF)
+    if elsewhere := ranks.keys() - {_module(piece) for piece in table}:
+        raise ValueError(f"an adapter of {sorted(elsewhere)[0]} has no place in this layout; export with --format gguf --merge")
+    if lora.train:
+        raise ValueError(f"lora.train has {lora.train[0]!r}, and llama.cpp takes adapters alone; export with --format gguf --merge")
+    alpha = _alpha(lora, table)
+    tensors: dict[str, list[names.Piece]] = {}
+    for piece in table:
+        tensors.setdefault(piece.name, []).append(piece)
+
+    def parts(spec: gguf_file.Spec) -> Iterator[np.ndarray]:
+        for piece in tensors[spec.name]:
+            ours, module = fetch(parameters[piece.path], piece.lead), _module(piece)
+            if piece.path.endswith(".lora_b"):
+                factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
+                ours = ours if factor == 1 else (ours.astype(np.float64) * factor)
+            yield piece.to_file(ours.astype(np.float32))
+
+    settings = {
+        "general.architecture": gguf_settings.architecture(model),
+        "general.type": "adapter",
+        "general.name": Path(out_dir).name,
+        "general.base_model.count": np.uint32(1),
+        "general.base_model.0.name": base_model,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": np.float32(alpha),
+    }
+    specs = [gguf_file.Spec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
+    check_space(out_dir, sum(gguf_file.nbytes(spec) for spec in specs))
+    with new_directory(out_dir) as directory:
+        gguf_file.write_file(directory / FILE, settings, specs, parts)
+        write_texts(directory, texts)
+        return _prove(directory / FILE, table, parameters, lora)
+
+
+def _alpha(lora: config.Lora, table: list[names.Piece]) -> float:
+    """The alpha that most matrices have, since theirs are then left as they are; a float32."""
+    of_b = [piece for piece in table if piece.path.endswith(".lora_b")]
+    # B is (rank, …) here
+    alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.ours_shape[0] for piece in of_b)
+    alphas.pop(0.0, None)  # of an expert without an adapter
+    return float(np.float32(alphas.most_common(1)[0][0]))
+
+
+def _module(piece: names.Piece) -> str:
+    return piece.path.rpartition(".")[0]
+
+
+def _prove(file: Path, table: list[names.Piece], parameters: Mapping[str, jax.Array], lora: config.Lora) -> dict[str, Any]:
+    """Compare the deltas that the file stands for with those in memory, matrix by matrix.
+
+    Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at
+    the first difference that rounding does not explain.
+    """
+    opened = gguf_file.open_file(file)
+    tensors, alpha = opened.tensors, opened.settings["adapter.lora.alpha"]
+    names.check(file, table, {name: tensor.shape for name, tensor in tensors.items()}, {})
+    zero = 0
+    for of_a, of_b in zip(table[::2], table[1::2], strict=True):
+        a, b = (piece.from_file(tensors[piece.name].read).astype(np.float64) for piece in (of_a, of_b))
+        scale = alpha / b.shape[0]
+        written, most = scale * np.tensordot(a, b, 1), scale * np.tensordot(np.abs(a), np.abs(b), 1)
+        wanted = merge.delta(parameters, lora, replace(of_a, path=f"{_module(of_a)}.weight"))
+        assert wanted is not None
+        if not np.all(np.abs(written - wanted) <= _ROUNDED * most):
+            raise RuntimeError(f"{of_a.name} and its lora_b are not the adapter of {_module(of_a)}{list(of_a.lead)} in memory")
+        zero += not written.any()
+    numbers = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+    return {
+        "tensors": len(tensors),
+        "parameters": numbers,
+        "bytes": 4 * numbers,
+        "matrices": len(table) // 2,
+        "deltas_of_zero": zero,
+    }

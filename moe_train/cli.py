@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     name="moe-train",
@@ -107,36 +111,68 @@ def generate(
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run with a checkpoint.")],
+    source: ModelDir,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that does not exist yet.")],
-    layout: Annotated[Literal["hf", "peft"], typer.Option("--format", help="A whole model, or an adapter.")] = "hf",
+    layout: Annotated[
+        Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"],
+        typer.Option("--format", help="A whole model (hf, mistral, gguf), or an adapter."),
+    ] = "hf",
     merge: Annotated[bool, typer.Option("--merge", help="Add the adapters to the weights they adapt.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16; of gguf also float16, q8_0, …; else that of the files it started from.")
+    ] = None,
+    server: Annotated[
+        Literal["vllm", "llama.cpp", "transformers"] | None,
+        typer.Option("--for", help="Write what this server reads, and say how to start it."),
+    ] = None,
+    depth: Annotated[
+        Literal["full", "tensors"], typer.Option("--proof", help="tensors: do not run the files; needs no accelerator.")
+    ] = "full",
+    max_shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Of one file of weights, such as 5GB.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's weights as files that other tools load, read them back and compare."""
+    """Write the weights of a run or a model as files that other tools load, and prove them.
+
+    OUT_DIR appears whole or not at all; the proof lies in it as export_proof.json.
+    """
     from moe_train.export import export as write
 
     with _waiting("exporting"):
-        answer = write(run_dir, out_dir, layout, merge)
-    _print_answers(answer, as_json)
+        record = write(
+            source, out_dir, layout, merge, dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size
+        )
+    command = record.get("serve")
+    if as_json:
+        _print_json({"directory": str(out_dir), "checks": record["checks"], **({"serve": command} if command else {})})
+        return
+    _print_checks(record["checks"])
+    if command:
+        print(f"serve it: {command}")
 
 
 @app.command()
-def upcycle(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="A dense model of the family, in any layout that is read.")],
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that does not exist yet.")],
-    experts: Annotated[int, typer.Option(min=2, help="Copies of each feed-forward part.")] = 8,
-    experts_per_token: Annotated[int, typer.Option(min=1, help="Experts that a token goes to.")] = 2,
-    noise: Annotated[float, typer.Option(min=0.0, help="Parts the copies: a share of each matrix's standard deviation.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the routers and of the noise.")] = 0,
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote.")],
+    base: Annotated[Path | None, typer.Option(help="The model it started from, in the same layout: what was left alone.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run that was exported: every tensor, merged anew.")] = None,
+    depth: Annotated[
+        Literal["full", "tensors"], typer.Option("--proof", help="tensors: do not run the files; needs no accelerator.")
+    ] = "full",
     as_json: AsJson = False,
 ) -> None:
-    """Make a Mixtral of a dense model: its feed-forward parts copied into experts, behind new routers."""
-    from moe_train.upcycle import upcycle as write
+    """Repeat the proof of an export, as far as it can be repeated here. Exit code 1 where something is not as it was."""
+    from moe_train.verify import verify as again
 
-    with _waiting("copying experts"):
-        answer = write(base, out_dir, experts, experts_per_token, noise, seed)
-    _print_answers(answer, as_json)
+    with _waiting("verifying"):
+        _, checks = again(directory, base, run, depth)
+    failed = [check.name for check in checks if check.passed is False]
+    if as_json:
+        _print_json({"directory": str(directory), "passed": not failed, "checks": [check._asdict() for check in checks]})
+    else:
+        _print_checks([check._asdict() for check in checks])
+    if failed:
+        print(f"moe-train: {directory} is not what was exported: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -169,6 +205,88 @@ def train_tokenizer(
     with _waiting("training the tokenizer"):
         trained = train_bpe(texts(source), vocab_size, out)
     _print_answers({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
+
+
+@data.command("check")
+def check_data(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILES]...", help="JSON lines, JSON, CSV, Parquet, Arrow, text; packed or not; folders, globs."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with tokenizer.json, a tekken.json or tokenizer.model.v*.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--config", help="A run, for its data, tokenizer, seq_len and batch_size.")] = None,
+    layout: Annotated[
+        Literal["auto", "text", "json", "csv", "parquet", "arrow"],
+        typer.Option("--format", help="Of the files; auto goes by names."),
+    ] = "auto",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="OURS=THEIRS", help="A column: text=, messages=, or prompt= and completion=."),
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="A jinja file, where the tokenizer has none or another.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Positions of a training row.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of an optimizer step.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="EVAL_FILES", help="Files of the evaluation set; may be repeated.")
+    ] = None,
+    bench: Annotated[Path | None, typer.Option(metavar="FILE", help="What `bench --json` wrote: how long an epoch takes.")] = None,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a corrected copy, and what was changed, to this folder.")
+    ] = None,
+    sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read about N records from all over the files.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(metavar="RULE", help="A rule that may be broken; may be repeated.")] = None,
+    show: Annotated[int, typer.Option(min=1, help="Problems to name for each rule; all are counted.")] = 10,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core where not given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find what is wrong with records, and say what training on them will take.
+
+    Exit code: 0 no problem, 1 problems found, 2 it could not be checked.
+    """
+    from moe_train import config_file
+    from moe_train.data import check as checks
+    from moe_train.data.chat import load_template
+    from moe_train.data.tokenizer import load_tokenizer
+
+    config = None if run is None else config_file.load(run)
+    if (config is None) == (not files):
+        raise ValueError("name files, or a run with --config, whose data.train is checked")
+    chosen = config.data if config else None
+    if config and not chosen:
+        raise ValueError(f"{run} has no data section")
+    section = checks.tokenizer_section(tokenizer) if tokenizer else chosen.tokenizer if chosen else None
+    if section is None:
+        raise ValueError("state --tokenizer: tokens and chat format depend on it")
+    loaded = load_tokenizer(section)
+    if chosen:
+        sources = checks.sources_of(chosen.train)
+        evaluation = checks.sources_of(chosen.eval)
+    else:
+        sources = (checks.Source(tuple(files or ()), layout, checks.section_of(columns or ())),)
+        evaluation = ()
+    settings = checks.Settings(
+        template=load_template(chat_template or (chosen.chat_template if chosen else None), loaded),
+        allowed=frozenset(allow or ()),
+        seq_len=seq_len or (config.train.seq_len if config else None),
+        batch_size=batch_size or (config.train.batch_size if config else None),
+        against=(checks.Source(tuple(against)),) if against else evaluation,
+        bench=bench,
+        fix=fix,
+        sample=sample,
+        num_proc=num_proc or len(os.sched_getaffinity(0)),
+        shown=show,
+    )
+    with _progress("checking") as progress:
+        answer = checks.check(sources, loaded, settings, progress)
+    if as_json:
+        _print_json(answer)
+    else:
+        from moe_train.data.report import print_report
+
+        print_report(answer, _console())
+    raise typer.Exit(1 if answer["problem_counts"] else 0)
 
 
 @data.command("prepare")
@@ -242,6 +360,23 @@ def _waiting(what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar on a terminal's stderr; it is told the bytes done, the bytes in all, and the records done."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TextColumn("{task.fields[records]:,} records"),
+    )
+    with bars.Progress(*columns, bars.TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, records=0)
+        yield lambda done, total, records: bar.update(task, completed=done, total=total, records=records)
+
+
 def _print_json(answer: Any) -> None:
     print(json.dumps(answer, indent=2, ensure_ascii=False))
 
@@ -253,8 +388,29 @@ def _print_answers(answers: Mapping[str, Any], as_json: bool = False) -> None:
         _print_table([{"": key.replace("_", " "), " ": _text(value, key)} for key, value in answers.items()])
 
 
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+def _console() -> Console:
     from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
+    marks = {True: "ok", False: "FAILED", None: "not checked"}
+    _print_table(
+        [
+            {
+                "check": check["name"],
+                "result": marks[check["passed"]],
+                "what": check["said"],
+                "tolerance": str(check["figures"].get("tolerance", "")),
+                "seconds": round(check["seconds"], 2),
+            }
+            for check in checks
+        ]
+    )
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=any(key.strip() for key in rows[0]))
@@ -262,7 +418,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(key.replace("_", " "), justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_text(value, str(key)) for key, value in row.items()))
-    Console(width=None if sys.stdout.isatty() else 200).print(table, markup=False)
+    _console().print(table, markup=False)
 
 
 def _text(value: Any, key: str = "") -> str:

@@ -195,14 +195,14 @@ def _sharegpt(entry: Message, before: list[Message]) -> Message:
     role = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
     rest = {"weight": entry["weight"]} if "weight" in entry else {}
     if role == "function_call":
-        call = value
+        call: Any = value
         if isinstance(value, str):
             try:
                 call = json.loads(value)
             except (ValueError, RecursionError):
                 what = f"a function_call of {brief(value)} is not JSON"
                 raise Problem("arguments", what, 'write {"name": …, "arguments": …}') from None
-        calls = []
+        calls: list[dict[str, Any]] = []
         for one in call if isinstance(call, list) else [call]:
             if not isinstance(one, dict):
                 raise Problem("arguments", f"a function_call of {brief(one)} is no call", 'write {"name": …, "arguments": …}')

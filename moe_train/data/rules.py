@@ -208,6 +208,7 @@ def _role_order(conversation: Conversation, form: Form) -> Iterator[str]:
         role = message["role"]
         if role not in ROLES:
             return  # named already; what may follow it is anyone's guess
+        wanted: tuple[str, ...]
         if before is None:
             after, wanted = "at the start", ("user",)
         elif before["role"] == "user":

@@ -1,0 +1,308 @@
+"""What is found in a chunk of records: their problems, tokens and fingerprints; and the same chunk put right.
+
+What is found depends on the chunk alone, so that it does not matter which process examines it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_train import config
+from moe_train.data import chat, rules
+from moe_train.data.conversation import Conversation, denormalise, normalise, recognise
+from moe_train.data.duplicates import Fingerprints, fingerprints
+from moe_train.data.encoding import encode
+from moe_train.data.example import Example, uses_tools
+from moe_train.data.fields import Problem
+from moe_train.data.files import Block, Item, records_in
+from moe_train.data.ngrams import grams, words
+from moe_train.data.sources import Origin, Records
+from moe_train.data.tokenizer import HuggingFace, Tokenizer
+
+OVERLAP_WORDS = 13
+"""So many consecutive words in common with the evaluation set are an overlap (GPT-3, arXiv:2005.14165, appendix C)."""
+
+_STILL_TOKENISED = {"control-token"}  # training takes a record that breaks these, as plain text
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every record; goes to each process once.
+
+    records: how those of each place are read (None: recognised one by one); allowed: rules that may be broken; repairing:
+    whether to put records right; held_out: hashes of the evaluation set's word sequences, sorted.
+    """
+
+    records: tuple[config.Record | None, ...]
+    tokenizer: Tokenizer
+    template: str | None
+    seq_len: int | None = None
+    allowed: frozenset[str] = frozenset()
+    repairing: bool = False
+    held_out: np.ndarray | None = None
+
+
+class Chunk(NamedTuple):
+    """Records of a place that stand together: lines, single lines from here and there, or rows."""
+
+    place: int
+    records: Block | list[Block] | list[tuple[int, Item]]
+
+
+class Change(NamedTuple):
+    """What was done to a record: changed or dropped, for which rule, and how or why."""
+
+    number: int
+    action: str
+    rule: str
+    what: str
+
+
+class Kept(NamedTuple):
+    """A chunk put right: JSON lines, how many, and what was done."""
+
+    lines: bytes
+    num_records: int
+    changes: list[Change]
+
+
+class Findings(NamedTuple):
+    """num_records: all, bad ones too; shapes: how many of each kind; lengths: how many examples of (kind, ids);
+    loss_tokens: ids that bear loss. numbers (n,): of the records that `prints` are of; overlapping: of those that have
+    something of the evaluation set; held_out: which of its hashes they have."""
+
+    place: int
+    num_records: int
+    shapes: Counter[str]
+    problems: list[tuple[int, Problem]]
+    lengths: Counter[tuple[str, int]]
+    loss_tokens: int
+    numbers: np.ndarray
+    prints: Fingerprints
+    overlapping: np.ndarray
+    held_out: np.ndarray
+    kept: Kept | None
+
+
+class Stop(ValueError):
+    """Records that the tokenizer has no form for, so that nothing else need be said: (place, number, what, remedy)."""
+
+    def __str__(self) -> str:
+        return f"{self.args[2]}; {self.args[3]}"
+
+
+@dataclass
+class _Read:
+    """A record that has been read, and what came out of it."""
+
+    number: int
+    fields: dict[str, Any]
+    section: config.Record
+    record: str | Conversation
+    problems: list[Problem] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+
+
+def examine(chunk: Chunk, question: Question, form: rules.Form) -> Findings:
+    """Raises Stop for the first record of a kind that the tokenizer has no form for. form: `rules.form_of` the tokenizer."""
+    read: list[_Read] = []
+    unreadable: list[tuple[int, Problem]] = []
+    raw: dict[int, bytes] = {}
+    num_records = 0
+    for number, item, line in _items(chunk, keep=question.repairing):
+        num_records += 1
+        if line is not None:
+            raw[number] = line
+        if isinstance(item, Problem):
+            unreadable.append((number, item))
+            continue
+        try:
+            section = question.records[chunk.place] or recognise(item)
+            read.append(_Read(number, item, section, normalise(item, section)))
+        except Problem as problem:
+            unreadable.append((number, problem))
+    _judge(read, chunk.place, question, form)
+    problems = unreadable + [(one.number, problem) for one in read for problem in one.problems]
+    lengths: Counter[tuple[str, int]] = Counter((one.section.name, len(example.tokens)) for one in read for example in one.examples)
+    texts = words([_similar(one.record) for one in read])
+    overlapping, held_out = _overlap(texts, question.held_out)
+    numbers = np.array([one.number for one in read], np.int64)
+    return Findings(
+        place=chunk.place,
+        num_records=num_records,
+        shapes=Counter(_shape(one) for one in read),
+        problems=sorted(problems, key=lambda pair: pair[0]),
+        lengths=lengths,
+        loss_tokens=sum(_loss_tokens(example) for one in read for example in one.examples),
+        numbers=numbers,
+        prints=fingerprints([_content(one.record) for one in read], texts),
+        overlapping=numbers[overlapping],
+        held_out=held_out,
+        kept=_repaired(read, unreadable, raw, chunk.place, question, form) if question.repairing else None,
+    )
+
+
+def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]:
+    """Number, record and, where it is a line that may be kept as it is, that line."""
+    blocks = [chunk.records] if isinstance(chunk.records, Block) else chunk.records
+    for block in blocks:
+        if not isinstance(block, Block):
+            yield *block, None
+        elif keep and isinstance(block.lines, bytes):
+            lines = block.lines.split(b"\n")
+            for number, item in records_in(block):
+                yield number, item, lines[number - block.line]
+        else:
+            for number, item in records_in(block):
+                yield number, item, None
+
+
+def _judge(read: list[_Read], place: int, question: Question, form: rules.Form) -> None:
+    """Fill in the problems and examples of each record."""
+    texts: list[_Read] = []
+    for one in read:
+        one.problems = [problem for problem in rules.problems(one.record, form) if problem.rule not in question.allowed]
+        if isinstance(one.record, Conversation):
+            _stop_where_there_is_no_form(one, one.record, place, question)
+        if any(problem.rule not in _STILL_TOKENISED for problem in one.problems):
+            continue
+        if isinstance(one.record, str):
+            texts.append(one)
+        else:
+            try:
+                one.examples = chat.examples(one.record, question.template, question.tokenizer)
+            except ValueError as error:
+                one.problems.append(error if isinstance(error, Problem) else Problem("refused", str(error), "change or drop it"))
+    numbered = ((Origin(0, i), {"text": one.record}) for i, one in enumerate(texts))
+    text = config.TextRecord(name="text")
+    for (_, i), examples in encode(numbered, _NOWHERE, text, question.tokenizer, None):
+        texts[i].examples = examples
+    if question.seq_len is not None:
+        for one in read:
+            longest = max((len(example.tokens) - 1 for example in one.examples), default=0)
+            if longest > question.seq_len and one.section.too_long == "error" and "too-long" not in question.allowed:
+                what = f"the record has {longest} tokens, the sequence {question.seq_len}"
+                one.problems.append(Problem("too-long", what, "raise seq_len, set record.too_long, or shorten it"))
+
+
+_NOWHERE = Records(places=("",), by_line=(True,), examine=lambda _: iter(()))
+
+
+def _stop_where_there_is_no_form(one: _Read, conversation: Conversation, place: int, question: Question) -> None:
+    if isinstance(question.tokenizer, HuggingFace) and question.template is None:
+        what = f"the record is a conversation, and the tokenizer {question.tokenizer.files[0]} has no chat template"
+        raise Stop(place, one.number, what, "name a jinja file with --chat-template (in a config: data.chat_template)")
+    if not any(problem.rule == "type" for problem in one.problems) and uses_tools(conversation):
+        try:
+            chat.check_has_tools(question.template, question.tokenizer)
+        except Problem as problem:
+            raise Stop(place, one.number, problem.message, problem.remedy) from problem
+
+
+def _shape(one: _Read) -> str:
+    if isinstance(one.record, str):
+        return "text"
+    with_tools = one.record.tools or any("tool_calls" in m or m.get("role") == "tool" for m in one.record.messages)
+    return f"{one.section.name} with tools" if with_tools else one.section.name
+
+
+def _loss_tokens(example: Example) -> int:
+    return len(example.tokens) - 1 if example.loss_mask is None else sum(example.loss_mask[1:])
+
+
+def _content(record: str | Conversation) -> str:
+    """What makes two records the same."""
+    return record if isinstance(record, str) else json.dumps(record, sort_keys=True, default=str)
+
+
+def _similar(record: str | Conversation) -> str:
+    """What makes two records similar: what is said in them. Many share their system text and tools."""
+    if isinstance(record, str):
+        return record
+    said = []
+    for message in record.messages:
+        if message.get("role") != "system":
+            said.append(message.get("content"))
+            said += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
+    return "\n".join(text for text in said if isinstance(text, str))
+
+
+def _overlap(texts: Any, held_out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which texts have a hash of `held_out`, and which hashes."""
+    none = np.zeros(0, np.int64)
+    if held_out is None or not len(held_out):
+        return none, none
+    hashes, offsets = grams(texts, OVERLAP_WORDS)
+    at = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
+    hit = held_out[at] == hashes
+    return np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[hit]), np.unique(at[hit])
+
+
+def held_out_hashes(records: Sequence[str | Conversation]) -> tuple[np.ndarray, np.ndarray]:
+    """Hash of each word sequence of an evaluation set, and the record that it is of."""
+    hashes, offsets = grams(words([_similar(record) for record in records]), OVERLAP_WORDS)
+    return hashes, np.repeat(np.arange(len(records)), np.diff(offsets))
+
+
+# --- putting right ---------------------------------------------------------------------------------------------
+
+
+def _repaired(
+    read: list[_Read],
+    unreadable: list[tuple[int, Problem]],
+    raw: dict[int, bytes],
+    place: int,
+    question: Question,
+    form: rules.Form,
+) -> Kept:
+    """Every record that breaks no rule, as it was; others changed where that makes them right, or dropped."""
+    changes = [Change(number, "dropped", problem.rule, problem.message) for number, problem in unreadable]
+    lines: dict[int, bytes] = {}
+    tried: list[_Read] = []
+    done: dict[int, list[tuple[str, str]]] = {}
+    for one in read:
+        if not one.problems:
+            line = raw.get(one.number)
+            lines[one.number] = line.removeprefix(b"\xef\xbb\xbf").strip() if line is not None else _line(one.fields)
+            continue
+        record, done[one.number] = rules.repair_text(one.record) if isinstance(one.record, str) else rules.repair(one.record, form)
+        if record != one.record and (isinstance(record, str) or record.messages):
+            tried.append(_Read(one.number, one.fields, one.section, record))
+        else:
+            cut = "nothing is left of it" if record != one.record else "; ".join(problem.message for problem in one.problems)
+            changes.append(Change(one.number, "dropped", one.problems[0].rule, cut))
+    _judge(tried, place, question, form)
+    for one in tried:
+        if one.problems:
+            what = "; ".join(problem.message for problem in one.problems)
+            changes.append(Change(one.number, "dropped", one.problems[0].rule, what))
+            continue
+        changes += [Change(one.number, "changed", rule, what) for rule, what in done[one.number]]
+        fields = (
+            {**one.fields, _column(one): one.record}
+            if isinstance(one.record, str)
+            else denormalise(one.fields, one.record, one.section)
+        )
+        lines[one.number] = _line(fields)
+    return Kept(b"".join(lines[number] + b"\n" for number in sorted(lines)), len(lines), sorted(changes, key=lambda c: c.number))
+
+
+def _column(one: _Read) -> str:
+    assert isinstance(one.section, config.TextRecord)
+    return one.section.column
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    """Raises ValueError for what JSON has no form for, as columnar files may hold it."""
+    try:
+        return json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair in a column that does not count
+        return json.dumps(fields).encode()
+    except TypeError as error:
+        raise ValueError(f"a column cannot be written as JSON ({error}); leave it out of the file, and fix that") from error

@@ -1,0 +1,97 @@
+"""What a check found, as people read it: each problem with its place, then a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_BAR = 40  # characters
+
+
+def print_report(answer: dict[str, Any], console: Console) -> None:
+    """answer: what `check.check` returned."""
+    for rule, count in answer["problem_counts"].items():
+        named = [problem for problem in answer["problems"] if problem["rule"] == rule]
+        console.print(f"[bold]{rule}[/bold]: {count:,} × — {escape(named[0]['remedy'])}")
+        for problem in named:
+            console.print(f"  {problem['where']}: {problem['message']}", markup=False, highlight=False, soft_wrap=True)
+        if count > len(named):
+            console.print(f"  … and {count - len(named):,} more")
+        console.print()
+    duplicates, overlap = answer["duplicates"], answer["overlap"]
+    for twin in duplicates["examples"] if duplicates else ():
+        console.print(
+            f"{twin['where']}: like {twin['like']} ({twin['similarity']:.0%})", markup=False, highlight=False, soft_wrap=True
+        )
+    for where in overlap["examples"] if overlap else ():
+        console.print(f"{where}: overlaps with the evaluation set", markup=False, highlight=False, soft_wrap=True)
+    if (duplicates and duplicates["examples"]) or (overlap and overlap["examples"]):
+        console.print()
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _rows(answer):
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
+def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    shapes = ", ".join(f"{count:,} {shape}" for shape, count in answer["shapes"].items())
+    yield "files", f"{answer['files']:,} ({answer['bytes'] / 1e6:,.1f} MB)"
+    if sample := answer.get("sample"):
+        yield "sample", _sample(sample)
+    yield "records", f"{answer['records']:,} ({shapes or 'none that can be read'})"
+    yield "with problems", f"{answer['records_with_problems']:,}"
+    if answer["examples"] != answer["records"]:
+        yield "examples", f"{answer['examples']:,} (with tools one for each turn of the assistant; none of a record with problems)"
+    share = f" ({answer['loss_tokens'] / answer['tokens']:.1%})" if answer["tokens"] else ""
+    yield "tokens", f"{answer['tokens']:,}"
+    yield "… that bear loss", f"{answer['loss_tokens']:,}{share}"
+    if lengths := answer["lengths"]:
+        yield (
+            "length",
+            f"mean {lengths['mean']:,.0f}, median {lengths['median']:,}, 95% {lengths['p95']:,}, longest {lengths['max']:,}",
+        )
+        most = max(entry["examples"] for entry in lengths["histogram"])
+        for entry in lengths["histogram"]:
+            bar = "█" * -(-entry["examples"] * _BAR // most)
+            yield f"  up to {entry['up_to']:,}", f"{entry['examples']:>9,} {bar}"
+    if truncation := answer["truncation"]:
+        longer, beyond = truncation["examples_longer"], truncation["tokens_beyond"]
+        yield f"longer than {truncation['seq_len']:,}", f"{longer:,} examples, {beyond:,} tokens beyond"
+    else:
+        yield "longer than", "unknown: state --seq-len"
+    if packing := answer["packing"]:
+        filled = "" if packing["efficiency"] is None else f", {packing['efficiency']:.1%} full"
+        yield "packing", f"{packing['rows']:,} rows{filled}"
+        steps = packing["steps_per_epoch"]
+        yield "an epoch", "unknown: state --batch-size" if steps is None else f"{steps:,} steps of {packing['batch_size']:,} rows"
+        if (seconds := packing["seconds_per_epoch"]) is not None:
+            yield "… takes", _duration(seconds)
+    if duplicates := answer["duplicates"]:
+        yield "duplicates", f"{duplicates['exact']:,} exact, {duplicates['near']:,} near ({duplicates['method']})"
+    if overlap := answer["overlap"]:
+        with_it = f"{overlap['records']:,} records share {overlap['words']} consecutive words with"
+        yield "evaluation set", f"{with_it} {overlap['evaluation_records']:,} of its {overlap['of']:,}"
+    if fixed := answer.get("fixed"):
+        counts = f"{fixed['kept']:,} records kept ({fixed['changed']:,} of them changed), {fixed['dropped']:,} dropped"
+        yield "fixed", f"{fixed['directory']}: {counts}; each change is in changes.jsonl"
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    of = "an unknown number" if sample["of_about"] is None else f"about {sample['of_about']:,} ({sample['share']:.2%})"
+    begun = (
+        f"; only the beginning of {len(sample['only_begun']):,} files that cannot be entered anywhere"
+        if sample["only_begun"]
+        else ""
+    )
+    return f"{sample['records']:,} of {of} records, from all over the files{begun}; what follows is of the sample alone"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"

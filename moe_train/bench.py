@@ -37,7 +37,14 @@ def bench(run: config.Config) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)
         batch = put_batch(_synthetic_batch(run), mesh)
-        step_of = partial(train_step, structure=structure, optimizer=optimizer, loss=run.loss, microbatches=run.train.microbatches)
+        step_of = partial(
+            train_step,
+            structure=structure,
+            optimizer=optimizer,
+            loss=run.loss,
+            microbatches=run.train.microbatches,
+            dropout_seed=run.seed if run.lora and run.lora.dropout else None,
+        )
 
         begun = time.perf_counter()
         step = jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
@@ -77,7 +84,7 @@ def _random_state(run: config.Config) -> tuple[Any, Any, Any]:
     structure, _ = parameters(jax.eval_shape(model))
     constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
     optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
-    trainable, frozen = partition(jax.jit(lambda: parameters(model())[1])())
+    trainable, frozen = partition(jax.jit(lambda: parameters(model())[1])(), run.lora)
     state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0)(trainable)
     return state._replace(frozen=frozen), structure, optimizer
 

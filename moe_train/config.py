@@ -153,13 +153,25 @@ class Model(Section):
 # --- adapters --------------------------------------------------------------------------------------------------
 
 
+NAMED_IN_FULL = ("ffn.router", "embed", "head")
+"""Modules that no pattern with a wildcard reaches: the router stays frozen unless it is named, as do both ends."""
+
+
 class LoraTarget(Section):
     """Modules that get an adapter. `modules` are patterns over module paths inside a layer (`attention.*`,
-    `ffn.gate_proj`, `*.down_proj`); the update is alpha / rank * B·A (arXiv:2106.09685)."""
+    `ffn.gate_proj`, `*.down_proj`), or the names `ffn.router`, `embed` and `head`; the update is
+    alpha / rank * B·A (arXiv:2106.09685). `experts`: of routed experts these alone; others may be another target's."""
 
     modules: Annotated[tuple[str, ...], Field(min_length=1)]
     rank: Positive
     alpha: PositiveFloat
+    experts: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.experts is not None and len(set(self.experts)) < len(self.experts):
+            raise ValueError(f"experts {list(self.experts)} names one twice")
+        return self
 
 
 class Nf4(Section):
@@ -179,10 +191,33 @@ class Int8(Section):
 
 class Lora(Section):
     """Low-rank adapters; everything else is frozen, and where `quantize` is set, its linear maps (attention, FFN,
-    experts) are held in few bits."""
+    experts) are held in few bits.
 
-    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)]
+    rslora: alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732). dropout: of the adapters' inputs in training.
+    train: patterns of modules that are trained in full beside the adapters (`*_norm`, `ffn.router`, `embed`, `head`, …).
+    init_from: an adapter to start from; `targets` and `train` are then its own where they are left out.
+    """
+
+    targets: tuple[LoraTarget, ...] = ()
+    rslora: bool = False
+    dropout: Decay = 0.0
+    train: tuple[str, ...] = ()
+    init_from: str | None = None
     quantize: Annotated[Nf4 | Int8, Field(discriminator="name")] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.targets and self.init_from is None:
+            raise ValueError("lora has no targets; state at least one, or init_from (an adapter to start from)")
+        return self
+
+    @property
+    def trains_router(self) -> bool:
+        return "ffn.router" in (*self.train, *(name for target in self.targets for name in target.modules))
+
+    def scale(self, target: LoraTarget) -> float:
+        """What the product of a target's A and B is multiplied with."""
+        return target.alpha / (target.rank**0.5 if self.rslora else target.rank)
 
 
 # --- data ------------------------------------------------------------------------------------------------------
@@ -558,9 +593,9 @@ def check_model(config: Config, model: Model) -> None:
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
         _divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
-        if config.lora is None and None in coefs.values():
+        if (config.lora is None or config.lora.trains_router) and None in coefs.values():
             missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
-            raise ValueError(f"state {missing} for a model with routed experts (0.01 and 0.001 are usual; 0 is off)")
+            raise ValueError(f"state {missing} where routers are trained (0.01 and 0.001 are usual; 0 is off)")
     else:
         if mesh.expert != 1:
             raise ValueError(f"mesh.expert is {mesh.expert}, but a {model.family} model has no experts; use fsdp or data")

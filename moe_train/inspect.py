@@ -30,7 +30,7 @@ def inspect(run: config.Config) -> Report:
     run = model_dir.resolve(run)
     assert run.model is not None
     shapes = abstract_parameters(run, run.model)
-    trainable, _ = partition(shapes)
+    trainable, _ = partition(shapes, run.lora)
     rows = [
         {
             "path": path,

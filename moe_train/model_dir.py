@@ -160,7 +160,7 @@ def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: in
     """
     if not is_run(directory):
         return foreign.load_parameters(directory, abstract)
-    trainable, frozen = partition(dict(abstract))
+    trainable, frozen = partition(dict(abstract), run_config(directory).lora)
     params, about = checkpoint.load_params(directory, trainable, step)
     if frozen:
         assert about.base is not None

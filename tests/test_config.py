@@ -70,7 +70,7 @@ def test_a_small_run_is_accepted() -> None:
         ({"optimizer.b1": 1.0}, "less than 1"),
         ({"optimizer.schedule": {"name": "cosine", "final_fraction": 1.1}}, "less than or equal to 1"),
         ({"loss": {}}, "state loss.load_balance_loss_coef, loss.router_z_loss_coef"),
-        ({"loss.router_z_loss_coef": ...}, "state loss.router_z_loss_coef for"),
+        ({"loss.router_z_loss_coef": ...}, "state loss.router_z_loss_coef where"),
         ({"model.attention.num_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2"),
         ({"model.attention.head_dim": 5}, "head_dim 5 is odd"),
         ({"model.attention.windows": []}, "at least 1 item"),
@@ -90,7 +90,7 @@ def test_a_small_run_is_accepted() -> None:
         ({"mesh.data": 0}, "mesh.data is 0"),
         ({"mesh.context": 2}, "should be 1"),
         ({"compute.dtype": "float16"}, "'float32' or 'bfloat16'"),
-        ({"lora": {"targets": []}}, "at least 1 item"),
+        ({"lora": {"targets": []}}, "lora has no targets"),
         ({"data": {"train": []}}, "at least 1 item"),
     ],
 )

@@ -64,7 +64,7 @@ def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **mor
     base = checkpoint.Base(run.init_from, None, foreign.hashes(run.init_from)) if run.init_from else None
     about = checkpoint.About(config=run.model_dump(mode="json"), row=0, data="", base=base)
     with checkpoint.opened(directory, run.checkpoint) as checkpoints:
-        checkpoint.save(checkpoints, 1, create_state(weights, optax.sgd(0.1)), about)
+        checkpoint.save(checkpoints, 1, create_state(weights, optax.sgd(0.1), run.lora), about)
     return run
 
 

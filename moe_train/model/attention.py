@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from moe_train import config
 from moe_train.mesh import BATCH, platform
 from moe_train.model import rope
-from moe_train.model.layers import Linear
+from moe_train.model.layers import Linear, keys_of
 
 NEG = -1e30
 """Score of a masked pair: finite, so that a row without any key stays finite."""
@@ -52,11 +52,16 @@ class Attention(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
         cache: Cache | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """With a cache, x continues the sequences in it, and the cache with x's keys and values is returned."""
-        q_BTNH = rope.rotate(self.q_proj(x_BTD), positions_BT, self.rope)
-        k_BTKH = rope.rotate(self.k_proj(x_BTD), positions_BT, self.rope)
-        v_BTKH = self.v_proj(x_BTD)
+        """With a cache, x continues the sequences in it, and the cache with x's keys and values is returned.
+
+        key: of the adapters' dropout.
+        """
+        q_key, k_key, v_key, o_key = keys_of(key, 4)
+        q_BTNH = rope.rotate(self.q_proj(x_BTD, q_key), positions_BT, self.rope)
+        k_BTKH = rope.rotate(self.k_proj(x_BTD, k_key), positions_BT, self.rope)
+        v_BTKH = self.v_proj(x_BTD, v_key)
         if self.query_scaling is not None:
             q_BTNH *= _query_scale(self.query_scaling, positions_BT).astype(q_BTNH.dtype)
         if cache is None:
@@ -64,7 +69,7 @@ class Attention(nnx.Module):
         else:
             cache = _extend(cache, k_BTKH, v_BTKH, positions_BT)
             y_BTNH = _attend_cache(q_BTNH, cache, positions_BT, self.window)
-        return self.o_proj(y_BTNH), cache
+        return self.o_proj(y_BTNH, o_key), cache
 
 
 def _query_scale(scaling: config.QueryScaling, positions_BT: jax.Array) -> jax.Array:

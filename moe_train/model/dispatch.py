@@ -8,11 +8,15 @@ nobody has to believe it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from moe_train.mesh import BATCH, axis_size
@@ -27,7 +31,7 @@ class ExpertMatrix(NamedTuple):
     weight: jax.Array | Quantized
     lora_a: jax.Array | None
     lora_b: jax.Array | None
-    lora_scale: float | jax.Array
+    """Times the adapter's scale."""
 
 
 class ExpertWeights(NamedTuple):
@@ -36,6 +40,14 @@ class ExpertWeights(NamedTuple):
     gate: ExpertMatrix
     up: ExpertMatrix
     down: ExpertMatrix
+
+
+class Dropout(NamedTuple):
+    """Of the inputs of the experts' adapters."""
+
+    key: jax.Array
+    rates: tuple[float, float, float]
+    """Of gate, up and down."""
 
 
 def top_k(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -56,15 +68,20 @@ def run_experts(
     valid_BT: jax.Array,
     experts: ExpertWeights,
     kernel: str,
+    dropout: Dropout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of each token's experts (B, T, D), and the number of assignments computed (int32).
 
     Tokens that are not `valid` (padding) go to no expert and come back as zeros.
     """
     tokens = P(BATCH, "context")
-    specs = jax.tree.map(lambda w: spec_of(w) if isinstance(w, jax.Array) else P(), experts)
+    specs = jax.tree.map(spec_of, experts)
+    key = numbers_BT = None
+    if dropout is not None:
+        row, column = (jax.lax.broadcasted_iota(jnp.uint32, x_BTD.shape[:2], dim, out_sharding=tokens) for dim in (0, 1))
+        key, numbers_BT = dropout.key, row * x_BTD.shape[1] + column
 
-    def local(x_btD, ids_btA, weights_btA, valid_bt, experts):
+    def local(x_btD, ids_btA, weights_btA, valid_bt, experts, key, numbers_bt):
         b, t, D = x_btD.shape
         A = ids_btA.shape[-1]
         x_mD, ids_mA, weights_mA, valid_m = (
@@ -80,7 +97,12 @@ def run_experts(
         experts = jax.tree.map(lambda w, spec: _whole(w, spec, x_btD.dtype), experts, specs, is_leaf=_is_quantized)
         # on each device of `tensor` a part of F: gradients of x and of the weights are summed over it
         x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(own_mA < e, weights_mA, 0)))
-        y_RD = _swiglu(dispatch(x_mD, order_R, inverse_mA), experts, group_sizes_e, kernel)
+        drops: list[Drop | None] = [None] * 3
+        if dropout is not None:
+            number_m = gather(numbers_bt.reshape(b * t), "expert", 0)
+            number_R = number_m[order_R // A] * A + order_R.astype(jnp.uint32) % A
+            drops = [partial(_dropped, jax.random.fold_in(key, i), rate, number_R) for i, rate in enumerate(dropout.rates)]
+        y_RD = _swiglu(dispatch(x_mD, order_R, inverse_mA), experts, group_sizes_e, kernel, drops)
         y_mD = combine(y_RD, weights_mA, order_R, inverse_mA).astype(x_btD.dtype)
         y_mD = jax.lax.psum(y_mD, "tensor")
         if axis_size("expert") > 1:
@@ -91,14 +113,14 @@ def run_experts(
     # a Pallas call does not say along which axes its result varies
     run = jax.shard_map(
         local,
-        in_specs=(tokens, tokens, tokens, tokens, specs),
+        in_specs=(tokens, tokens, tokens, tokens, specs, P(), tokens),
         out_specs=(tokens, P()),
         check_vma=choose_kernel(kernel) != "megablox",
     )
-    return run(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts)
+    return run(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts, key, numbers_BT)
 
 
-def _is_quantized(w: jax.Array | Quantized) -> bool:
+def _is_quantized(w: object) -> bool:
     return isinstance(w, Quantized)
 
 
@@ -106,7 +128,7 @@ def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype) -> j
     """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
     if isinstance(w, Quantized):
         return dequantize(Quantized(*(_gathered(part, s) for part, s in zip(w, spec, strict=True))), dtype)
-    return _gathered(w.astype(dtype), spec) if spec else w  # without a spec it is a scale
+    return _gathered(w.astype(dtype), spec)
 
 
 def _gathered(w: jax.Array, spec: P) -> jax.Array:
@@ -117,17 +139,37 @@ def _gathered(w: jax.Array, spec: P) -> jax.Array:
     return w
 
 
-def _swiglu(x_RD: jax.Array, experts: ExpertWeights, group_sizes_e: jax.Array, kernel: str) -> jax.Array:
+Drop = Callable[[jax.Array, jax.Array | int], jax.Array]
+"""x (R, n) and the number of its first column in the whole dim -> x with some entries zero."""
+
+
+def _swiglu(
+    x_RD: jax.Array, experts: ExpertWeights, group_sizes_e: jax.Array, kernel: str, drops: Sequence[Drop | None]
+) -> jax.Array:
     """down(silu(gate(x)) * up(x)) of each row's expert; partial over `tensor` (F is split)."""
 
-    def matmul(x: jax.Array, m: ExpertMatrix) -> jax.Array:
+    def matmul(x: jax.Array, m: ExpertMatrix, drop: Drop | None, first: jax.Array | int = 0) -> jax.Array:
         y = grouped_matmul(x, m.weight, group_sizes_e, kernel)
         if m.lora_a is not None and m.lora_b is not None:
-            low = grouped_matmul(x, m.lora_a, group_sizes_e, kernel)
-            y += m.lora_scale * grouped_matmul(low, m.lora_b, group_sizes_e, kernel)
+            low = grouped_matmul(x if drop is None else drop(x, first), m.lora_a, group_sizes_e, kernel)
+            y += grouped_matmul(low, m.lora_b, group_sizes_e, kernel)
         return checkpoint_name(y, "experts")
 
-    return matmul(jax.nn.silu(matmul(x_RD, experts.gate)) * matmul(x_RD, experts.up), experts.down)
+    h_Rf = jax.nn.silu(matmul(x_RD, experts.gate, drops[0])) * matmul(x_RD, experts.up, drops[1])
+    return matmul(h_Rf, experts.down, drops[2], jax.lax.axis_index("tensor") * h_Rf.shape[1])
+
+
+def _dropped(key: jax.Array, rate: float, number_R: jax.Array, x_Rn: jax.Array, first: jax.Array | int) -> jax.Array:
+    """x with a share `rate` of its entries zero, and the others 1 / (1 - rate) as large.
+
+    Which ones is a function of the key, the assignment's number and the column's: the same on every mesh.
+    """
+    if rate == 0:
+        return x_Rn
+    columns_n = jnp.asarray(first, jnp.uint32) + jnp.arange(x_Rn.shape[1], dtype=jnp.uint32)
+    counts = [jnp.broadcast_to(x, x_Rn.shape).reshape(-1) for x in (number_R[:, None], columns_n)]
+    bits = threefry_2x32(jax.random.key_data(key), jnp.concatenate(counts))[: x_Rn.size]
+    return jnp.where(bits.reshape(x_Rn.shape) >= np.uint32(rate * 2**32), x_Rn / (1 - rate), 0)
 
 
 # Both ways are gathers, and so are their gradients: a scatter-add is serial on CPU and unordered on GPU.

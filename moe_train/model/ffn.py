@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moe_train import config
-from moe_train.model.layers import Linear
+from moe_train.model.layers import Linear, keys_of
 
 
 class DenseFfn(nnx.Module):
@@ -21,5 +21,7 @@ class DenseFfn(nnx.Module):
         self.up_proj = Linear(rngs, "BTD,DF->BTF", (D, F), P("fsdp", "tensor"), std, dtype)
         self.down_proj = Linear(rngs, "BTF,FD->BTD", (F, D), P("tensor", "fsdp"), std, dtype)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+    def __call__(self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
+        """key: of the adapters' dropout."""
+        gate_key, up_key, down_key = keys_of(key, 3)
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD, gate_key)) * self.up_proj(x_BTD, up_key), down_key)

@@ -97,11 +97,13 @@ _project_quantized.defvjp(_project_quantized_forward, _project_quantized_backwar
 
 
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-    """Rows of an embedding table split over `tensor` (V) and `fsdp` (D)."""
+    """Rows of an embedding table split over `tensor` (V) and, where its spec says so, `fsdp` (D)."""
     spec = spec_of(table_VD)
 
     def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-        table_vD = gather(vary_with_spec(table_vd.astype(dtype), spec), "fsdp", 1)
+        table_vD = vary_with_spec(table_vd.astype(dtype), spec)
+        if "fsdp" in spec:
+            table_vD = gather(table_vD, "fsdp", 1)
         row = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
         here = (row >= 0) & (row < table_vD.shape[0])
         return jax.lax.psum(jnp.where(here[..., None], table_vD[jnp.where(here, row, 0)], 0), "tensor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -29,24 +30,54 @@ class RMSNorm(nnx.Module):
         return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-class Linear(nnx.Module):
-    """A linear map without bias, said as an einsum: `equation` "BTD,DNH->BTNH", weight (D, N, H).
+class Adapted(nnx.Module):
+    """A weight that can have an adapter: `model.lora` puts lora_a (in dims, J) and lora_b (J, out dims) beside it."""
 
-    `model.lora` puts `lora_a` (in dims, J) and `lora_b` (J, out dims) beside the weight.
-    """
-
-    def __init__(self, rngs: nnx.Rngs, equation: str, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype):
-        self.weight = normal(rngs, shape, spec, stddev, dtype)
-        self.equation = equation
+    def __init__(self, weight: nnx.Param):
+        self.weight = weight
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
-        self.lora_scale = 0.0
+        self.lora_scale: float | tuple[tuple[float, int], ...] = 0.0
+        """Of experts that differ: (scale, rank) of each."""
+        self.lora_dropout = 0.0
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def adapter(self) -> tuple[jax.Array, jax.Array] | None:
+        """(A, scale * B); zero, and so without gradient, past the rank of an expert that has less than J."""
+        if self.lora_a is None or self.lora_b is None:
+            return None
+        a, b, scale = self.lora_a[...], self.lora_b[...], self.lora_scale
+        if isinstance(scale, tuple):
+            scales, ranks = np.array(scale, np.float32).T
+            return a, b * np.where(np.arange(a.shape[-1]) < ranks[:, None], scales[:, None], np.float32(0))[..., None]
+        return a, b * scale
+
+    def dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The adapter's input: with a key, a share `lora_dropout` of x's entries is zero, the same ones on every mesh."""
+        if key is None or self.lora_dropout == 0:
+            return x
+        kept = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape, out_sharding=fsdp.spec_of(x))
+        return jnp.where(kept, x / (1 - self.lora_dropout), 0)
+
+
+def keys_of(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """A key for each of `count` parts; None, no dropout, for all of them where `key` is None."""
+    return [None if key is None else jax.random.fold_in(key, i) for i in range(count)]
+
+
+class Linear(Adapted):
+    """A linear map without bias, said as an einsum: `equation` "BTD,DNH->BTNH", weight (D, N, H)."""
+
+    def __init__(self, rngs: nnx.Rngs, equation: str, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype):
+        super().__init__(normal(rngs, shape, spec, stddev, dtype))
+        self.equation = equation
+
+    def __call__(self, x: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
+        """key: of the dropout on the adapter's input."""
         y = fsdp.project(self.equation, x, self.weight[...])
-        if self.lora_a is not None and self.lora_b is not None:
+        if beside := self.adapter():
             to_rank, from_rank = lora_equations(self.equation)
-            y += self.lora_scale * fsdp.project(from_rank, fsdp.project(to_rank, x, self.lora_a[...]), self.lora_b[...])
+            a, b = beside
+            y += fsdp.project(from_rank, fsdp.project(to_rank, self.dropped(x, key), a), b)
         return y
 
 
@@ -60,11 +91,31 @@ def lora_equations(equation: str) -> tuple[str, str]:
     return f"{x},{inputs}J->{rank}", f"{rank},J{outputs}->{y}"
 
 
-class Embedding(nnx.Module):
-    """Token embeddings; a tied head uses the same table."""
+class Embedding(Adapted):
+    """Token embeddings; a tied head uses the same table. Its adapter is A (V, J), B (J, D), without dropout as PEFT's."""
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
-        self.weight = normal(rngs, (vocab_size, dim), P("tensor", "fsdp"), stddev, dtype)
+        super().__init__(normal(rngs, (vocab_size, dim), P("tensor", "fsdp"), stddev, dtype))
 
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        return fsdp.lookup(self.weight[...], tokens_BT, dtype)
+        x_BTD = fsdp.lookup(self.weight[...], tokens_BT, dtype)
+        if beside := self.adapter():
+            a_VJ, b_JD = beside
+            x_BTD += fsdp.project("BTJ,JD->BTD", fsdp.lookup(a_VJ, tokens_BT, dtype), b_JD)
+        return x_BTD
+
+
+class Head(Adapted):
+    """The output matrix (V, D), which the loss applies; its adapter is A (D, J), B (J, V)."""
+
+    def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
+        super().__init__(normal(rngs, (vocab_size, dim), P("tensor", "fsdp"), stddev, dtype))
+
+    def beside(
+        self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None:
+        """(x·A, scale * B transposed): their product is what the adapter adds to the logits."""
+        if (beside := self.adapter()) is None:
+            return None
+        a_DJ, b_JV = beside
+        return fsdp.project("BTD,DJ->BTJ", self.dropped(x_BTD, key), a_DJ), b_JV.T

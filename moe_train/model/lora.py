@@ -1,23 +1,26 @@
-"""Low-rank adapters beside frozen weights: attention, dense FFN and routed experts (LoRA, arXiv:2106.09685).
+"""Low-rank adapters beside frozen weights (LoRA, arXiv:2106.09685), and which weights are trained in full beside them.
 
-y = x·W + alpha / rank * (x·A)·B; A starts as PEFT's does, uniform in ±1/sqrt(fan-in), B as zeros. The delta is
-never formed in training: an expert's adapter is two further grouped matmuls.
+y = x·W + scale * (x·A)·B, with scale = alpha / rank; A starts as PEFT's does, uniform in ±1/sqrt(fan-in), B as zeros (the
+embedding's A as zeros, its B normal). The delta is never formed in training: an expert's adapter is two further grouped
+matmuls. Experts that differ in rank share arrays of the largest one; past its own rank an expert's A and B are zero and
+stay so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.model.fsdp import spec_of, without_fsdp
-from moe_train.model.layers import Linear, lora_equations
+from moe_train.model.layers import Adapted, Embedding, Head, Linear, RMSNorm, lora_equations
 from moe_train.model.moe import ExpertLinear
 
 
@@ -26,61 +29,136 @@ def is_lora(path: str) -> bool:
     return path.endswith((".lora_a", ".lora_b"))
 
 
+def is_trainable(path: str, lora: config.Lora) -> bool:
+    """True for the path of an adapter's array, and of a weight that is trained in full beside the adapters."""
+    return is_lora(path) or any(names_module(pattern, module_of(path)) for pattern in lora.train)
+
+
+def module_of(path: str) -> str:
+    """`stacks.0.layers.1.ffn.router.lora_a` -> `ffn.router`; `final_norm.scale` -> `final_norm`."""
+    parts = path.split(".")[:-1]
+    return ".".join(parts[4:] if parts[0] == "stacks" else parts)
+
+
+def names_module(pattern: str, module: str) -> bool:
+    """Whether a pattern of the section `lora` names a module."""
+    return pattern == module if module in config.NAMED_IN_FULL else fnmatchcase(module, pattern)
+
+
+def targets_of(lora: config.Lora, module: str) -> list[config.LoraTarget]:
+    """The targets that put the adapter beside a module: one, or several that share its experts."""
+    return [target for target in lora.targets if any(names_module(pattern, module) for pattern in target.modules)]
+
+
 def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:
-    """Put adapters beside every module that a target's pattern names, in place, on a model with stacked layers.
+    """Put adapters beside every module that a target's pattern names, in place, on a model with stacked layers; make
+    float32 of what is trained in full.
 
-    Raises ValueError for a pattern that names nothing, and for a module named twice.
+    Raises ValueError for a pattern that names nothing, a module or expert named twice, and an expert that is not there.
     """
-    modules = {f"{name}@{j}": m for j, layer in _layers(model) for name, m in linear_modules(layer)}
-    names = sorted({key.partition("@")[0] for key in modules})
-    taken: dict[str, str] = {}
-    for target in lora.targets:
-        for pattern in target.modules:
-            matching = [name for name in names if fnmatchcase(name, pattern)]
-            if not matching:
-                raise ValueError(f"lora.targets: pattern {pattern!r} names no module; there are {', '.join(names)}")
-            for name in matching:
-                if name in taken:
-                    raise ValueError(f"lora.targets: {name} is named twice, by {taken[name]!r} and {pattern!r}; give it one rank")
-                taken[name] = pattern
-        for key, module in modules.items():
-            if taken.get(key.partition("@")[0]) in target.modules and module.lora_a is None:
-                _attach(module, target, rngs)
+    modules = list(_modules(model))
+    _check_patterns("targets", [p for t in lora.targets for p in t.modules], [n for n, m in modules if isinstance(m, Adapted)])
+    _check_patterns("train", lora.train, [name for name, _ in modules])
+    for name, module in modules:
+        targets = targets_of(lora, name) if isinstance(module, Adapted) else []
+        in_full = [pattern for pattern in lora.train if names_module(pattern, name)]
+        if targets and in_full:
+            raise ValueError(f"lora.train: {in_full[0]!r} names {name}, which has an adapter; it is one or the other")
+        if in_full:
+            _make_float32(module)
+        if targets:
+            assert isinstance(module, Adapted)
+            if isinstance(module, Embedding) and model.head is None:
+                raise ValueError("lora.targets: embed is tied to the head, and an adapter would untie them; name it in lora.train")
+            _check_experts(lora, name, module, targets)
+            _attach(module, targets, lora, rngs)
 
 
-def _layers(model: Any) -> Iterator[tuple[str, nnx.Module]]:
-    for s, stack in enumerate(model.stacks):
-        for j, layer in enumerate(stack.layers):
-            yield f"{s}.{j}", layer
+def _modules(model: Any) -> Iterator[tuple[str, nnx.Module]]:
+    """(`attention.q_proj`, module) for everything with weights of its own, once for each layer of a period."""
+    for name in ("embed", "final_norm", "head"):
+        if getattr(model, name) is not None:
+            yield name, getattr(model, name)
+    for stack in model.stacks:
+        for layer in stack.layers:
+            for name, part in vars(layer).items():
+                if isinstance(part, RMSNorm):
+                    yield name, part
+                elif isinstance(part, nnx.Module):
+                    yield from ((f"{name}.{n}", m) for n, m in vars(part).items() if isinstance(m, Adapted))
 
 
-def linear_modules(layer: Any) -> Iterator[tuple[str, Linear | ExpertLinear]]:
-    """(`attention.q_proj`, module) for every linear map of a layer that can have an adapter."""
-    for part in ("attention", "ffn"):
-        for name, module in vars(getattr(layer, part)).items():
-            if isinstance(module, Linear | ExpertLinear):
-                yield f"{part}.{name}", module
+def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    there = sorted(set(names))
+    for pattern in patterns:
+        if not any(names_module(pattern, name) for name in there):
+            raise ValueError(f"lora.{key}: pattern {pattern!r} names no module; there are {', '.join(there)}")
 
 
-def _attach(module: Linear | ExpertLinear, target: config.LoraTarget, rngs: nnx.Rngs) -> None:
-    weight, J = module.weight[...], target.rank
-    spec = tuple(spec_of(weight)) + (None,) * (weight.ndim - len(spec_of(weight)))
-    if isinstance(module, Linear):
-        to_rank, _ = lora_equations(module.equation)
-        batch, inputs = 1, len(to_rank.split("->")[0].split(",")[1]) - 1  # one leading dim: repeats of the stack
-    else:
-        batch, inputs = 2, 1  # repeats, experts
-    lead, ins, outs = weight.shape[:batch], weight.shape[batch : batch + inputs], weight.shape[batch + inputs :]
+def _check_experts(lora: config.Lora, name: str, module: Adapted, targets: list[config.LoraTarget]) -> None:
+    """Every part of a module may be named once: a module without experts by one target."""
+    taken: dict[int, str] = {}
+    count = module.weight[...].shape[1] if isinstance(module, ExpertLinear) else 1
+    for target in targets:
+        if target.experts is not None and not isinstance(module, ExpertLinear):
+            raise ValueError(f"lora.targets: {name} has no experts; leave experts {list(target.experts)} out")
+        (pattern, *more) = [pattern for pattern in target.modules if names_module(pattern, name)]
+        for expert in target.experts if target.experts is not None else range(count):
+            if expert >= count:
+                raise ValueError(f"lora.targets: {name} has no expert {expert}; there are {count}, from 0")
+            if expert in taken or more:
+                which = f"expert {expert} of {name}" if target.experts is not None else name
+                other = more[0] if more else taken[expert]
+                raise ValueError(f"lora.targets: {which} is named twice, by {other!r} and {pattern!r}; give it one rank")
+            taken[expert] = pattern
+
+
+def _make_float32(module: nnx.Module) -> None:
+    """As adapters: an update of 1e-4 to a bfloat16 weight would mostly be rounded away."""
+    name = "scale" if isinstance(module, RMSNorm) else "weight"
+    setattr(module, name, nnx.Param(getattr(module, name)[...].astype(jnp.float32)))
+
+
+def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora, rngs: nnx.Rngs) -> None:
+    weight, J = module.weight[...], max(target.rank for target in targets)
+    shape, spec = weight.shape, tuple(spec_of(weight)) + (None,) * (weight.ndim - len(spec_of(weight)))
+    match module:  # dims that count adapters (repeats of the stack, experts), then those that A sums over
+        case Linear():
+            to_rank, _ = lora_equations(module.equation)
+            batch, inputs = 1, len(to_rank.split("->")[0].split(",")[1]) - 1
+        case ExpertLinear():
+            batch, inputs = 2, 1
+        case Embedding():
+            batch, inputs = 0, 1
+        case Head():
+            batch, inputs, shape, spec = 0, 1, shape[::-1], spec[::-1]
+        case _:  # a router
+            batch, inputs = 1, 1
+    lead, ins, outs = shape[:batch], shape[batch : batch + inputs], shape[batch + inputs :]
     a_spec = P(*spec[:batch], *spec[batch : batch + inputs], None)
     b_spec = P(*spec[:batch], None, *spec[batch + inputs :])
     if isinstance(module, ExpertLinear):  # small beside their expert: whole on each device of `fsdp`
         a_spec, b_spec = without_fsdp(a_spec), without_fsdp(b_spec)
-    fan_in = 1
-    for size in ins:
-        fan_in *= size
-    bound = fan_in**-0.5
     # float32 whatever the base's dtype: an update of 1e-4 to a bfloat16 adapter would mostly be rounded away
-    a = jax.random.uniform(rngs.params(), (*lead, *ins, J), jnp.float32, -bound, bound, out_sharding=a_spec)
-    module.lora_a = nnx.Param(a)
-    module.lora_b = nnx.Param(jnp.zeros((*lead, J, *outs), jnp.float32, out_sharding=b_spec))
-    module.lora_scale = target.alpha / J
+    if isinstance(module, Embedding):
+        a = jnp.zeros((*ins, J), jnp.float32, out_sharding=a_spec)
+        b = jax.random.normal(rngs.params(), (J, *outs), jnp.float32, out_sharding=b_spec)
+    else:
+        bound = float(np.prod(ins)) ** -0.5
+        a = jax.random.uniform(rngs.params(), (*lead, *ins, J), jnp.float32, -bound, bound, out_sharding=a_spec)
+        b = jnp.zeros((*lead, J, *outs), jnp.float32, out_sharding=b_spec)
+    module.lora_dropout = lora.dropout
+    module.lora_scale = lora.scale(targets[0])
+    if any(target.experts is not None for target in targets):
+        module.lora_scale = tuple(scale_of_expert(lora, targets, expert) for expert in range(lead[1]))
+        ranks = np.array([rank for _, rank in module.lora_scale])
+        a = a * (np.arange(J) < ranks[:, None]).astype(np.float32)[:, None, :]
+    module.lora_a, module.lora_b = nnx.Param(a), nnx.Param(b)
+
+
+def scale_of_expert(lora: config.Lora, targets: Iterable[config.LoraTarget], expert: int) -> tuple[float, int]:
+    """(scale, rank) of the adapter of one expert; (0, 0) where no target names it."""
+    for target in targets:
+        if target.experts is None or expert in target.experts:
+            return lora.scale(target), target.rank
+    return 0.0, 0

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
-from moe_train.model.dispatch import ExpertMatrix, ExpertWeights, run_experts, top_k
+from moe_train.model.dispatch import Dropout, ExpertMatrix, ExpertWeights, run_experts, top_k
 from moe_train.model.fsdp import activation_spec
-from moe_train.model.layers import normal
+from moe_train.model.layers import Adapted, keys_of, normal
 
 
 class RouterStats(NamedTuple):
@@ -33,32 +33,40 @@ class RouterStats(NamedTuple):
     """Mean entropy of the router's distribution over all experts, in nats; log E where undecided."""
     dropped: Array
     """Assignments that no expert computed."""
+    expert_ids: Array | None = None
+    """(B, T, A), where `MoE.keeps_expert_ids` asks for them."""
 
 
-class ExpertLinear(nnx.Module):
-    """The same linear map for each expert, with its own weight (E, in, out); `model.lora` puts adapters beside it."""
+class ExpertLinear(Adapted):
+    """The same linear map for each expert, with its own weight (E, in, out) and adapter."""
 
     def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int, int], spec: P, stddev: float, dtype: jnp.dtype):
-        self.weight = normal(rngs, shape, spec, stddev, dtype)
-        self.lora_a: nnx.Param | None = nnx.data(None)
-        self.lora_b: nnx.Param | None = nnx.data(None)
-        self.lora_scale = 0.0
+        super().__init__(normal(rngs, shape, spec, stddev, dtype))
 
     def matrix(self) -> ExpertMatrix:
-        a, b = (None if p is None else p[...] for p in (self.lora_a, self.lora_b))
-        return ExpertMatrix(self.weight[...], a, b, self.lora_scale)
+        return ExpertMatrix(self.weight[...], *(self.adapter() or (None, None)))
 
 
-class Router(nnx.Module):
+class Router(Adapted):
     """Scores of all experts for each token, (D, E)."""
 
     def __init__(self, rngs: nnx.Rngs, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype):
-        self.weight = normal(rngs, (dim, num_experts), P(None, None), stddev, dtype)
+        super().__init__(normal(rngs, (dim, num_experts), P(None, None), stddev, dtype))
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        # float32 in earnest: a TPU would round the operands of a default product to bfloat16
-        x, w = x_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32)
-        return jnp.einsum("BTD,DE->BTE", x, w, precision=jax.lax.Precision.HIGHEST, out_sharding=activation_spec("BTE"))
+    def __call__(self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T E"]:
+        """key: of the dropout on the adapter's input."""
+        x_BTD = x_BTD.astype(jnp.float32)
+        logits_BTE = _float32_product("BTD,DE->BTE", x_BTD, self.weight[...])
+        if beside := self.adapter():
+            a_DJ, b_JE = beside
+            logits_BTE += _float32_product("BTJ,JE->BTE", _float32_product("BTD,DJ->BTJ", self.dropped(x_BTD, key), a_DJ), b_JE)
+        return logits_BTE
+
+
+def _float32_product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """float32 in earnest: a TPU would round the operands of a default product to bfloat16."""
+    spec = activation_spec(equation.split("->")[1])
+    return jnp.einsum(equation, x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST, out_sharding=spec)
 
 
 class MoE(nnx.Module):
@@ -73,17 +81,24 @@ class MoE(nnx.Module):
         self.up_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.down_proj = ExpertLinear(rngs, (E, F, D), P("expert", "tensor", "fsdp"), std, dtype)
         self.experts_per_token, self.kernel = ffn.experts_per_token, compute.grouped_matmul
+        self.keeps_expert_ids = False
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
+        self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """key: of the adapters' dropout."""
+        router_key, experts_key = keys_of(key, 2)
         valid_BT = segment_ids_BT != 0
-        logits_BTE = checkpoint_name(self.router(x_BTD), "routing")
+        logits_BTE = checkpoint_name(self.router(x_BTD, router_key), "routing")
         chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in top_k(logits_BTE, self.experts_per_token))
         weights_BTA = jax.nn.softmax(chosen_BTA, axis=-1)
-        experts = ExpertWeights(self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix())
-        y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, self.kernel)
-        return y_BTD, router_stats(logits_BTE, ids_BTA, valid_BT, computed)
+        matrices = self.gate_proj, self.up_proj, self.down_proj
+        experts = ExpertWeights(*(m.matrix() for m in matrices))
+        rates = tuple(m.lora_dropout for m in matrices)
+        dropout = None if experts_key is None or not any(rates) else Dropout(experts_key, rates)
+        y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, self.kernel, dropout)
+        stats = router_stats(logits_BTE, ids_BTA, valid_BT, computed)
+        return y_BTD, stats._replace(expert_ids=ids_BTA) if self.keeps_expert_ids else stats
 
 
 def router_stats(

@@ -25,8 +25,8 @@ from moe_train.mesh import BATCH
 from moe_train.model import fsdp
 from moe_train.model.attention import Attention, Cache
 from moe_train.model.ffn import DenseFfn
-from moe_train.model.layers import Embedding, Linear, RMSNorm, normal
-from moe_train.model.lora import add_lora
+from moe_train.model.layers import Embedding, Head, Linear, RMSNorm, keys_of
+from moe_train.model.lora import add_lora, names_module
 from moe_train.model.moe import ExpertLinear, MoE, RouterStats
 from moe_train.model.quantize import quantize_weights
 
@@ -47,15 +47,21 @@ class Layer(nnx.Module):
         self.ffn = MoE(rngs, model, compute) if isinstance(model.ffn, config.MoeFfn) else DenseFfn(rngs, model, compute)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache | None = None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: Cache | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache)
+        attention_key, ffn_key = keys_of(key, 2)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache, attention_key)
         x_BTD += y_BTD
         h_BTD, stats = self.ffn_norm(x_BTD), None
         if isinstance(self.ffn, MoE):
-            y_BTD, stats = self.ffn(h_BTD, segment_ids_BT)
+            y_BTD, stats = self.ffn(h_BTD, segment_ids_BT, ffn_key)
         else:
-            y_BTD = self.ffn(h_BTD)
+            y_BTD = self.ffn(h_BTD, ffn_key)
         return x_BTD + y_BTD, cache, stats
 
 
@@ -72,15 +78,20 @@ class Stack(nnx.Module):
         self.layers = nnx.List([repeated(window, k) for window, k in zip(windows, keys, strict=True)])
         self.remat = compute.remat
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, Any]:
-        def period(x_BTD: jax.Array, layers: nnx.List) -> tuple[jax.Array, list[RouterStats | None]]:
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        def period(x_BTD: jax.Array, layers_and_key: Any) -> tuple[jax.Array, list[RouterStats | None]]:
+            layers, key = layers_and_key
             stats = []
-            for layer in layers:
-                x_BTD, _, s = layer(x_BTD, positions_BT, segment_ids_BT)
+            for layer, layer_key in zip(layers, keys_of(key, len(layers)), strict=True):
+                x_BTD, _, s = layer(x_BTD, positions_BT, segment_ids_BT, key=layer_key)
                 stats.append(s)
             return x_BTD, stats
 
-        x_BTD, stats = jax.lax.scan(_rematerialised(period, self.remat), x_BTD, self.layers)
+        repeats = jax.tree.leaves(self.layers)[0].shape[0]
+        keys = None if key is None else jax.random.split(key, repeats)
+        x_BTD, stats = jax.lax.scan(_rematerialised(period, self.remat), x_BTD, (self.layers, keys))
         return x_BTD, _in_order_of_layers(stats)
 
     def decode(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
@@ -114,26 +125,41 @@ class Transformer(nnx.Module):
         self.embed = Embedding(rngs, model.vocab_size, model.model_dim, std, dtype)
         self.stacks = nnx.List([Stack(rngs, model, compute)])
         self.final_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
-        head_shape, head_spec = (model.vocab_size, model.model_dim), P("tensor", "fsdp")
-        self.head = None if model.tie_embeddings else normal(rngs, head_shape, head_spec, std, dtype)
+        self.head = None if model.tie_embeddings else Head(rngs, model.vocab_size, model.model_dim, std, dtype)
         self.dtype = jnp.dtype(compute.dtype)
 
     def __call__(
-        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        """Hidden states after the final norm, and the routers' statistics (L, …); None for a dense model."""
+        """Hidden states after the final norm, and the routers' statistics (L, …); None for a dense model.
+
+        key: of the adapters' dropout; without it, as in evaluation, there is none.
+        """
         x_BTD = self.embed(tokens_BT, self.dtype)
         (stack,) = self.stacks
-        x_BTD, stats = stack(x_BTD, positions_BT, segment_ids_BT)
+        x_BTD, stats = stack(x_BTD, positions_BT, segment_ids_BT, key)
         return self.final_norm(x_BTD), stats
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The output matrix; with tied embeddings the embedding's own table."""
-        return self.embed.weight[...] if self.head is None else self.head[...]
+        return self.embed.weight[...] if self.head is None else self.head.weight[...]
+
+    def beside_head(
+        self, hidden_BTD: Float[Array, "B T D"], key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None:
+        """What an adapter adds to the logits, as the two factors of a product; None where the head has none."""
+        return None if self.head is None else self.head.beside(hidden_BTD, key)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of all positions at once: for generation and tests; training goes chunk by chunk."""
-        return fsdp.project("BTD,VD->BTV", hidden_BTD, self.head_weight()).astype(jnp.float32)
+        logits_BTV = fsdp.project("BTD,VD->BTV", hidden_BTD, self.head_weight())
+        if beside := self.beside_head(hidden_BTD):
+            logits_BTV += fsdp.project("BTJ,VJ->BTV", *beside)
+        return logits_BTV.astype(jnp.float32)
 
     def decode(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Any
@@ -155,7 +181,8 @@ def init_model(seed: int, model: config.Model, compute: config.Compute, lora: co
     if lora is not None:
         add_lora(transformer, lora, rngs)
         if lora.quantize is not None:
-            quantize_weights(_linear_maps(transformer), lora.quantize)
+            frozen = ((n, m) for n, m in _linear_maps(transformer) if not any(names_module(pattern, n) for pattern in lora.train))
+            quantize_weights(frozen, lora.quantize)
     return transformer
 
 

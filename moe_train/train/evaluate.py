@@ -26,7 +26,8 @@ def batch_sums(params: Parameters, frozen: Parameters, batch: Any, structure: An
     """(sum of the cross-entropy, loss-bearing tokens) of a batch."""
     model = combine(structure, params, frozen)
     hidden_BTD, _ = model(batch.tokens, batch.positions, batch.segment_ids)
-    total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask)
+    beside = model.beside_head(hidden_BTD)
+    total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, beside)
     return total, jnp.sum(batch.loss_mask)
 
 

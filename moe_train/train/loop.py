@@ -28,6 +28,7 @@ from moe_train.checkpoint import About, Base
 from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import check_vocab, load_tokenizer
 from moe_train.mesh import AXES, join_processes, make_mesh, put_batch
+from moe_train.model.lora import is_lora
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.evaluate import evaluate, make_batch_sums
 from moe_train.train.optimizer import make_optimizer, make_schedule
@@ -59,7 +60,7 @@ def train(run: config.Config) -> int:
         # What is trained. Shapes first, so that no more than one copy of the weights is ever made.
         model = partial(init_model, run.seed, run.model, run.compute, run.lora)
         structure, shapes = parameters(jax.eval_shape(model))
-        trainable, frozen = partition(shapes)
+        trainable, frozen = partition(shapes, run.lora)
         optimizer = make_optimizer(run.optimizer, total_steps)
 
         # From the newest checkpoint, or from the weights of init_from, or from random ones.
@@ -83,7 +84,11 @@ def train(run: config.Config) -> int:
         elif base is not None and not frozen:
             state = _new_state(model_dir.load_parameters(base.source, trainable, base.step), optimizer)
         else:
-            state = _new_state(jax.jit(lambda: partition(parameters(model())[1])[0])(), optimizer)
+            loaded = {}
+            if base is not None and (in_full := {path: like for path, like in trainable.items() if not is_lora(path)}):
+                loaded = model_dir.load_parameters(base.source, in_full, base.step)
+            fresh = jax.jit(lambda: {path: x for path, x in parameters(model())[1].items() if path in trainable.keys() - loaded})()
+            state = _new_state(fresh | loaded, optimizer)
         if base is not None and frozen:
             state = state._replace(frozen=model_dir.load_parameters(base.source, frozen, base.step))
         start = int(state.step)
@@ -116,7 +121,14 @@ def train(run: config.Config) -> int:
 
         batches: Any = leaving.enter_context(contextlib.closing(loader.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
-        step_of = partial(train_step, structure=structure, optimizer=optimizer, loss=run.loss, microbatches=run.train.microbatches)
+        step_of = partial(
+            train_step,
+            structure=structure,
+            optimizer=optimizer,
+            loss=run.loss,
+            microbatches=run.train.microbatches,
+            dropout_seed=run.seed if run.lora and run.lora.dropout else None,
+        )
         begun = time.perf_counter()
         run_step = jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
         writer.say(f"compiled the step in {time.perf_counter() - begun:.1f} s")

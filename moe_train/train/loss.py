@@ -6,6 +6,7 @@ a time, and never in the backward pass: the gradient of a chunk is formed where 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_train import config
 from moe_train.mesh import BATCH
 from moe_train.model.fsdp import gather, spec_of, vary_with_spec
+from moe_train.model.layers import keys_of
 from moe_train.model.moe import RouterStats
 from moe_train.model.transformer import Transformer
 
@@ -32,16 +34,18 @@ class LossParts(NamedTuple):
 
 
 def microbatch_loss(
-    model: Transformer, batch: Any, loss_tokens: Array, microbatches: int, coefs: config.Loss
+    model: Transformer, batch: Any, loss_tokens: Array, microbatches: int, coefs: config.Loss, key: Array | None = None
 ) -> tuple[Array, LossParts]:
     """This microbatch's share of the step's loss.
 
     batch: the five (B, T) arrays of a `Batch`; loss_tokens: the number of loss-bearing tokens in the whole
     optimizer step. The shares of all microbatches sum to: mean cross-entropy over those tokens + the routers'
-    losses, summed over layers, averaged over microbatches.
+    losses, summed over layers, averaged over microbatches. key: of the adapters' dropout.
     """
-    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids)
-    total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask)
+    body_key, head_key = keys_of(key, 2)
+    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
+    beside = model.beside_head(hidden_BTD, head_key)
+    total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, beside)
     loss = total / jnp.maximum(loss_tokens, 1)
     if routers is not None:
         balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(routers.load_balance_loss)
@@ -51,38 +55,55 @@ def microbatch_loss(
 
 
 def cross_entropy_sum(
-    hidden_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], loss_mask_BT: Bool[Array, "B T"]
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    loss_mask_BT: Bool[Array, "B T"],
+    beside: tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None = None,
 ) -> Float[Array, ""]:
-    """Sum of -log softmax(hidden · head)[target] over the tokens of the mask; the head may be split on D and V."""
-    tokens, spec = P(BATCH, "context"), spec_of(head_VD)
+    """Sum of -log softmax(hidden · head)[target] over the tokens of the mask; the head may be split on D and V.
 
-    def local(x_btD: jax.Array, head_vd: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        head_vD = gather(vary_with_spec(head_vd.astype(x_btD.dtype), spec), "fsdp", 1)
-        x_mD = jax.lax.pcast(x_btD.reshape(-1, x_btD.shape[-1]), "tensor", to="varying")
-        total = _chunked(x_mD, head_vD, targets_bt.reshape(-1), mask_bt.reshape(-1))
+    beside: two factors whose product an adapter adds to the logits.
+    """
+    tokens = P(BATCH, "context")
+    xs, heads = zip(*((hidden_BTD, head_VD), *([] if beside is None else [beside])), strict=True)
+    specs = tuple(spec_of(head) for head in heads)
+
+    def local(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
+        heads = tuple(_whole(head.astype(xs[0].dtype), spec) for head, spec in zip(heads, specs, strict=True))
+        xs = tuple(jax.lax.pcast(x.reshape(-1, x.shape[-1]), "tensor", to="varying") for x in xs)
+        total = _chunked(xs, heads, targets_bt.reshape(-1), mask_bt.reshape(-1))
         return jax.lax.psum(total, (*BATCH, "context", "tensor"))
 
-    run = jax.shard_map(local, in_specs=(tokens, spec, tokens, tokens), out_specs=P())
-    return run(hidden_BTD, head_VD, targets_BT, loss_mask_BT)
+    run = jax.shard_map(local, in_specs=(tokens, specs, tokens, tokens), out_specs=P())
+    return run(xs, heads, targets_BT, loss_mask_BT)
+
+
+def _whole(head: jax.Array, spec: P) -> jax.Array:
+    """This device's rows of V, all of the other dim."""
+    head = vary_with_spec(head, spec)
+    return gather(head, "fsdp", 1) if "fsdp" in spec else head
 
 
 @jax.custom_vjp
-def _chunked(x_mD: jax.Array, head_vD: jax.Array, targets_m: jax.Array, mask_m: jax.Array) -> jax.Array:
-    """This device's part of the sum; its parts over `tensor` sum to the loss of its tokens."""
-    return _chunked_forward(x_mD, head_vD, targets_m, mask_m)[0]
+def _chunked(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_m: jax.Array, mask_m: jax.Array) -> jax.Array:
+    """This device's part of the sum, of logits that are sum_i xs_mD[i] · heads_vD[i]; its parts over `tensor` sum to the
+    loss of its tokens."""
+    return _chunked_forward(xs, heads, targets_m, mask_m)[0]
 
 
-def _chunked_forward(x_mD, head_vD, targets_m, mask_m):
-    m, v = x_mD.shape[0], head_vD.shape[0]
+def _chunked_forward(xs, heads, targets_m, mask_m):
+    m, v = xs[0].shape[0], heads[0].shape[0]
     rows = min(m, max(128, CHUNK_ELEMENTS // v))
     pad = -m % rows
     chunked = lambda x: jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, rows, *x.shape[1:])  # noqa: E731
     first = jax.lax.axis_index("tensor") * v
 
-    def chunk(carry, xs):
-        total, dhead_vD = carry
-        x_rD, targets_r, mask_r = xs
-        logits_rv = jnp.einsum("rD,vD->rv", x_rD, head_vD, preferred_element_type=jnp.float32)
+    def chunk(carry, part):
+        total, dheads = carry
+        xs_r, targets_r, mask_r = part
+        products = (jnp.einsum("rD,vD->rv", x, w, preferred_element_type=jnp.float32) for x, w in zip(xs_r, heads, strict=True))
+        logits_rv = functools.reduce(jnp.add, products)
         # a constant for each row, so it needs no gradient; the largest over all parts of V
         top_r1 = jax.lax.pmax(jnp.max(logits_rv, axis=-1, keepdims=True), "tensor")
         exps_rv = jnp.exp(logits_rv - top_r1)
@@ -92,21 +113,26 @@ def _chunked_forward(x_mD, head_vD, targets_m, mask_m):
         # every part of V counts its own target logits; part 0 alone counts the normaliser
         normaliser_r = jnp.where(first == 0, (top_r1 + jnp.log(sums_r1))[:, 0], 0)
         total += jnp.sum(jnp.where(mask_r, normaliser_r - target_logit_r, 0))
-        dlogits_rv = jnp.where(mask_r[:, None], exps_rv / sums_r1 - hit_rv, 0).astype(x_rD.dtype)
-        dx_rD = jnp.einsum("rv,vD->rD", dlogits_rv, head_vD)
-        dhead_vD += jnp.einsum("rv,rD->vD", dlogits_rv, x_rD, preferred_element_type=jnp.float32)
-        return (total, dhead_vD), dx_rD
+        dlogits_rv = jnp.where(mask_r[:, None], exps_rv / sums_r1 - hit_rv, 0).astype(xs_r[0].dtype)
+        dxs = tuple(jnp.einsum("rv,vD->rD", dlogits_rv, w) for w in heads)
+        dheads = tuple(
+            dw + jnp.einsum("rv,rD->vD", dlogits_rv, x, preferred_element_type=jnp.float32)
+            for dw, x in zip(dheads, xs_r, strict=True)
+        )
+        return (total, dheads), dxs
 
-    zero = jax.lax.full_like(x_mD, 0, jnp.float32, ())
-    start = (zero, jax.lax.full_like(x_mD, 0, jnp.float32, head_vD.shape))
-    (total, dhead_vD), dx = jax.lax.scan(chunk, start, (chunked(x_mD), chunked(targets_m), chunked(mask_m)))
-    return total, (dx.reshape(-1, x_mD.shape[1])[:m], dhead_vD.astype(head_vD.dtype))
+    zeros = functools.partial(jax.lax.full_like, xs[0], 0, jnp.float32)
+    start = (zeros(()), tuple(zeros(w.shape) for w in heads))
+    parts = tuple(chunked(x) for x in xs), chunked(targets_m), chunked(mask_m)
+    (total, dheads), dxs = jax.lax.scan(chunk, start, parts)
+    dxs = tuple(dx.reshape(-1, dx.shape[-1])[:m] for dx in dxs)
+    return total, (dxs, tuple(dw.astype(w.dtype) for dw, w in zip(dheads, heads, strict=True)))
 
 
 def _chunked_backward(saved, dtotal):
-    dx_mD, dhead_vD = saved
     # the scale in float32: rounded to bfloat16 it would bias every gradient by the same factor
-    return (dx_mD * dtotal).astype(dx_mD.dtype), (dhead_vD * dtotal).astype(dhead_vD.dtype), None, None
+    dxs, dheads = jax.tree.map(lambda x: (x * dtotal).astype(x.dtype), saved)
+    return dxs, dheads, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

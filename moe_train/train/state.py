@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from moe_train.model.lora import is_lora
+from moe_train import config
+from moe_train.model.lora import is_trainable
 from moe_train.model.transformer import Parameters
 
 
@@ -25,14 +26,16 @@ class TrainState(NamedTuple):
     """Steps whose loss or gradient was not finite and changed nothing, int32."""
 
 
-def partition(params: Parameters) -> tuple[Parameters, Parameters]:
-    """(trainable, frozen): the adapters and the rest where there are adapters, otherwise everything and nothing."""
-    adapters = {path: x for path, x in params.items() if is_lora(path)}
-    return (adapters, {path: x for path, x in params.items() if path not in adapters}) if adapters else (params, {})
+def partition(params: Parameters, lora: config.Lora | None) -> tuple[Parameters, Parameters]:
+    """(trainable, frozen): with the section `lora` the adapters and what it trains in full, otherwise everything."""
+    if lora is None:
+        return params, {}
+    trainable = {path: x for path, x in params.items() if is_trainable(path, lora)}
+    return trainable, {path: x for path, x in params.items() if path not in trainable}
 
 
-def create_state(params: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+def create_state(params: Parameters, optimizer: optax.GradientTransformation, lora: config.Lora | None = None) -> TrainState:
     """A state at step 0; moments inherit the sharding of their weights."""
-    trainable, frozen = partition(params)
+    trainable, frozen = partition(params, lora)
     zero = lambda: jnp.zeros((), jnp.int32, out_sharding=P())  # noqa: E731
     return TrainState(zero(), trainable, frozen, optimizer.init(trainable), zero())

@@ -41,14 +41,21 @@ def train_step(
     optimizer: optax.GradientTransformation,
     loss: config.Loss,
     microbatches: int = 1,
+    dropout_seed: int | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """`structure` is the model's (see `transformer.parameters`); batch holds global (B, T) arrays."""
+    """`structure` is the model's (see `transformer.parameters`); batch holds global (B, T) arrays.
+
+    dropout_seed: of the adapters' dropout, with the step; None where they have none.
+    """
     loss_tokens = jnp.sum(batch.loss_mask)
+    key = None
+    if dropout_seed is not None:  # one kind of generator, so that masks do not depend on the platform
+        key = jax.random.fold_in(jax.random.key(dropout_seed, impl="threefry2x32"), state.step)
 
-    def objective(trainable: Parameters, part: Batch) -> tuple[Array, LossParts]:
-        return microbatch_loss(combine(structure, trainable, state.frozen), part, loss_tokens, microbatches, loss)
+    def objective(trainable: Parameters, part: Batch, key: Array | None) -> tuple[Array, LossParts]:
+        return microbatch_loss(combine(structure, trainable, state.frozen), part, loss_tokens, microbatches, loss, key)
 
-    (value, parts), grads = _accumulate(jax.value_and_grad(objective, has_aux=True), state.trainable, batch, microbatches)
+    (value, parts), grads = _accumulate(jax.value_and_grad(objective, has_aux=True), state.trainable, batch, key, microbatches)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -64,25 +71,26 @@ def train_step(
     return state, StepMetrics(value, cross_entropy, parts.loss_tokens, grad_norm, finite, parts.routers)
 
 
-def _accumulate(value_and_grad: Any, trainable: Parameters, batch: Batch, microbatches: int) -> Any:
+def _accumulate(value_and_grad: Any, trainable: Parameters, batch: Batch, key: Array | None, microbatches: int) -> Any:
     """Sum of ((loss, parts), gradients) over microbatches, in float32; the gradients have the parameters' dtype."""
     if microbatches == 1:
-        return value_and_grad(trainable, batch)
+        return value_and_grad(trainable, batch, key)
 
     def without_routers(result: Any) -> Any:
         (value, parts), grads = result
         return (value, parts._replace(routers=None)), grads
 
-    def one(total: Any, part: Batch) -> tuple[Any, RouterStats | None]:
-        result = value_and_grad(trainable, part)
+    def one(total: Any, part_and_key: Any) -> tuple[Any, RouterStats | None]:
+        result = value_and_grad(trainable, *part_and_key)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, without_routers(result)), result[0][1].routers
 
     # Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
     parts = jax.tree.map(lambda x: _split_rows(x, microbatches), batch)
-    shapes = without_routers(jax.eval_shape(value_and_grad, trainable, jax.tree.map(lambda x: x[0], parts)))
+    keys = None if key is None else jax.random.split(key, microbatches)
+    shapes = without_routers(jax.eval_shape(value_and_grad, trainable, jax.tree.map(lambda x: x[0], parts), key))
     wide = lambda dtype: jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype  # noqa: E731
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype), out_sharding=s.sharding), shapes)
-    ((value, sums), grads), routers = jax.lax.scan(one, zeros, parts)
+    ((value, sums), grads), routers = jax.lax.scan(one, zeros, (parts, keys))
     if routers is not None:
         dropped = jnp.sum(routers.dropped, axis=0)
         routers = jax.tree.map(lambda x: jnp.mean(x, axis=0), routers)._replace(dropped=dropped)

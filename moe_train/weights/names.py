@@ -69,7 +69,7 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> L
     return Layout(
         embed=Row(f"{body}embed_tokens.weight", "V D", "embed.weight", "V D"),
         norm=Row(f"{body}norm.weight", "D", "final_norm.scale", "D"),
-        head=Row(f"{head}lm_head.weight", "V D", "head", "V D"),
+        head=Row(f"{head}lm_head.weight", "V D", "head.weight", "V D"),
         layer=f"{body}layers.{{l}}.",
         of_layer=(
             Row("input_layernorm.weight", "D", "attention_norm.scale", "D"),
@@ -97,7 +97,7 @@ _BODIES = (("model.", ""), ("model.language_model.", ""), ("language_model.model
 MISTRAL = Layout(
     embed=Row("tok_embeddings.weight", "V D", "embed.weight", "V D"),
     norm=Row("norm.weight", "D", "final_norm.scale", "D"),
-    head=Row("output.weight", "V D", "head", "V D"),
+    head=Row("output.weight", "V D", "head.weight", "V D"),
     layer="layers.{l}.",
     of_layer=(
         Row("attention_norm.weight", "D", "attention_norm.scale", "D"),
@@ -126,7 +126,7 @@ MISTRAL = Layout(
 GGUF = Layout(
     embed=Row("token_embd.weight", "V D", "embed.weight", "V D"),
     norm=Row("output_norm.weight", "D", "final_norm.scale", "D"),
-    head=Row("output.weight", "V D", "head", "V D"),
+    head=Row("output.weight", "V D", "head.weight", "V D"),
     layer="blk.{l}.",
     of_layer=(
         Row("attn_norm.weight", "D", "attention_norm.scale", "D"),

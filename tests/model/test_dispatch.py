@@ -19,7 +19,6 @@ from moe_train.model.dispatch import ExpertMatrix, ExpertWeights
 from tests.model.conftest import quick_jit
 
 B, T, D, F, J, E, A = 8, 5, 8, 12, 3, 8, 2
-SCALE = 1.5
 MESHES = {
     "one device": make_mesh(config.Mesh(), jax.devices()[:1]),
     "expert": make_mesh(config.Mesh(expert=8)),
@@ -39,7 +38,7 @@ def loop(x: Any, weights: Any, experts: ExpertWeights, ids: Any, valid: Any) -> 
     """Each expert, its adapters merged, on every token; then the sum over those that the token chose."""
     y = jnp.zeros_like(x)
     for e in range(E):
-        gate, up, down = (m.weight[e] + m.lora_scale * m.lora_a[e] @ m.lora_b[e] for m in experts)
+        gate, up, down = (m.weight[e] + m.lora_a[e] @ m.lora_b[e] for m in experts)
         share = jnp.sum(jnp.where(ids == e, weights, 0), axis=-1, keepdims=True)
         y += share * ((jax.nn.silu(x @ gate) * (x @ up)) @ down)
     return jnp.where(valid[..., None], y, 0)
@@ -51,7 +50,7 @@ def operands(case: str) -> tuple[Any, tuple[Any, ...], Any]:
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
 
     def matrix(ins: int, outs: int) -> ExpertMatrix:
-        return ExpertMatrix(normal(E, ins, outs) / ins**0.5, normal(E, ins, J) / ins**0.5, normal(E, J, outs) / J**0.5, SCALE)
+        return ExpertMatrix(normal(E, ins, outs) / ins**0.5, normal(E, ins, J) / ins**0.5, normal(E, J, outs) / J**0.5)
 
     likely = np.array([CASES[case].get(e, 0) for e in range(E)], float)
     ids = rng.choice(E, p=likely / likely.sum(), size=(B, T, A)).astype(np.int32)
@@ -77,8 +76,8 @@ def exact(primals: Any, fixed: Any, dy: Any) -> Any:
 
 def specs() -> tuple[Any, ...]:
     tokens, into = P(BATCH, "context", None), ("expert", "fsdp", "tensor")
-    up = ExpertMatrix(P(*into), P("expert", None, None), P("expert", None, "tensor"), P())
-    down = ExpertMatrix(P("expert", "tensor", "fsdp"), P("expert", "tensor", None), P("expert", None, None), P())
+    up = ExpertMatrix(P(*into), P("expert", None, None), P("expert", None, "tensor"))
+    down = ExpertMatrix(P("expert", "tensor", "fsdp"), P("expert", "tensor", None), P("expert", None, None))
     return (tokens, tokens, ExpertWeights(up, up, down)), (tokens, P(BATCH, "context")), tokens
 
 

@@ -145,7 +145,7 @@ def test_gathered_weights_have_their_gradient_scattered(program: Any) -> None:
     shapes, found = program
     scattered = [shape for kind, size, group in found if kind == "reduce-scatter" and size == 2 for shape in group]
     summed = [shape for kind, _, group in found if kind == "all-reduce" for shape in group]
-    explicit = [path for path in shapes if "ffn" in path or path in ("embed.weight", "head")]
+    explicit = [path for path in shapes if "ffn" in path or path in ("embed.weight", "head.weight")]
     assert len(explicit) == 5
     for path in explicit:
         gathered, stored = shapes[path]

@@ -94,7 +94,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     ("targets", "message"),
     [
         (((("attention.w_proj",), 2, 4.0),), "'attention.w_proj' names no module; there are attention.k_proj, attention.o_proj"),
-        (((("ffn.router",), 2, 4.0),), "'ffn.router' names no module"),
+        (((("*.router",), 2, 4.0),), "'*.router' names no module"),
         (((("attention.*",), 2, 4.0), (("*.q_proj",), 4, 4.0)), "attention.q_proj is named twice, by 'attention.*' and '*.q_proj'"),
     ],
 )

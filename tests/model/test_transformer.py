@@ -209,7 +209,7 @@ def test_stacked_layers_equal_single_ones(model: config.Model) -> None:
 def test_the_gradient_of_a_tied_table_is_the_sum_of_both_uses() -> None:
     untied = MISTRAL.model_copy(update={"num_layers": 1})
     tied = untied.model_copy(update={"tie_embeddings": True})
-    both = {**weights(tied), "head": weights(tied)["embed.weight"]}
+    both = {**weights(tied), "head.weight": weights(tied)["embed.weight"]}
     with jax.set_mesh(ONE):
         grads = []
         for model in (untied, tied):
@@ -217,8 +217,8 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_both_uses() -> None:
             run = quick_jit(partial(jax.grad(objective, has_aux=True), structure=structure))
             grads.append(jax.device_get(run(placed(both, like, ONE), put_batch(batch(), ONE)))[0])
     wanted, found = grads
-    assert "head" not in found
-    np.testing.assert_allclose(found["embed.weight"], wanted["embed.weight"] + wanted["head"], rtol=1e-5, atol=1e-6)
+    assert "head.weight" not in found
+    np.testing.assert_allclose(found["embed.weight"], wanted["embed.weight"] + wanted["head.weight"], rtol=1e-5, atol=1e-6)
 
 
 @cache

@@ -155,7 +155,7 @@ def test_equals_plain_numpy(one_device, name):
 
 def test_adafactor_equals_plain_numpy(one_device):
     """arXiv:1804.04235, algorithms 4 and 5, on one matrix and one vector."""
-    params = {"head": random_parameters()["head"], "final_norm.scale": random_parameters()["final_norm.scale"]}
+    params = {"head.weight": random_parameters()["head.weight"], "final_norm.scale": random_parameters()["final_norm.scale"]}
     section = OPTIMIZERS["adafactor"]
     found = run(section, on_one_device(params))
     x = {path: p.astype(np.float64) for path, p in params.items()}
@@ -164,11 +164,11 @@ def test_adafactor_equals_plain_numpy(one_device):
         g = clipped(gradients(i, params), 1.0)
         b2 = 1 - (i + 1) ** -section.decay_rate
         square = {path: np.square(value) + 1e-30 for path, value in g.items()}
-        rows = b2 * rows + (1 - b2) * square["head"].mean(axis=1)
-        columns = b2 * columns + (1 - b2) * square["head"].mean(axis=0)
+        rows = b2 * rows + (1 - b2) * square["head.weight"].mean(axis=1)
+        columns = b2 * columns + (1 - b2) * square["head.weight"].mean(axis=0)
         v = b2 * v + (1 - b2) * square["final_norm.scale"]
         u = {
-            "head": g["head"] / np.sqrt(np.outer(rows, columns) / rows.mean()),
+            "head.weight": g["head.weight"] / np.sqrt(np.outer(rows, columns) / rows.mean()),
             "final_norm.scale": g["final_norm.scale"] / np.sqrt(v),
         }
         for path in x:
@@ -243,7 +243,7 @@ def test_muon_takes_matrices_by_name():
     [
         ((), ()),
         (("norms",), ("attention_norm.scale", "ffn_norm.scale", "final_norm.scale")),
-        (("router", "embeddings"), ("router.weight", "embed.weight", "head")),
+        (("router", "embeddings"), ("router.weight", "embed.weight", "head.weight")),
     ],
 )
 def test_decay_masks(no_decay, spared):

@@ -64,7 +64,7 @@ def started(mesh: Mesh, lora: config.Lora | None = None) -> tuple[Any, TrainStat
             if path == "embed.weight":
                 values[POISON] = np.nan
             params[path] = jax.device_put(values, NamedSharding(mesh, x.sharding.spec))
-        return structure, quick_jit(lambda p: create_state(p, OPTIMIZER))(params)
+        return structure, quick_jit(lambda p: create_state(p, OPTIMIZER, lora))(params)
 
 
 @cache
@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_the_whole_step() -> None:
             for j in range(microbatches):  # rows j, j + 2, …
                 part = Batch(*(x[j::microbatches] for x in batch))
                 hidden, routers = combine(structure, params)(part.tokens, part.positions, part.segment_ids)
-                log_probs = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, params["head"]))
+                log_probs = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, params["head.weight"]))
                 at_target = jnp.sum(log_probs * (part.targets[..., None] == jnp.arange(V)), axis=-1)
                 routers_loss = 0.5 * jnp.sum(routers.load_balance_loss) + 0.1 * jnp.sum(routers.router_z_loss)
                 shares.append(-jnp.sum(at_target * part.loss_mask) / jnp.sum(batch.loss_mask) + routers_loss / microbatches)

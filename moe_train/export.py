@@ -16,8 +16,9 @@ from moe_train.weights import foreign, peft, write
 def export(run_dir: str | Path, out_dir: str | Path, layout: Literal["hf", "peft"] = "hf", merge: bool = False) -> dict[str, Any]:
     """Write the weights of a run to `out_dir`, which appears whole or not at all, and compare them with the run's.
 
-    Returns the figures of `weights.write.export` or `weights.peft.export_adapter`. Raises ValueError for what the layout
-    has no words for, FileNotFoundError for a run without checkpoint, FileExistsError where out_dir is taken.
+    Adapters trained beside quantised weights are merged into the weights that these were made of. Returns the figures of
+    `weights.write.export` or `weights.peft.export_adapter`. Raises ValueError for what the layout has no words for,
+    FileNotFoundError for a run without checkpoint, FileExistsError where out_dir is taken.
     """
     if not is_run(run_dir):
         raise ValueError(f"{run_dir} is no run: it has no folder {checkpoint.FOLDER}")
@@ -27,7 +28,7 @@ def export(run_dir: str | Path, out_dir: str | Path, layout: Literal["hf", "peft
     assert run is not None
     texts = write.Texts(opened.tokenizer, opened.chat_template, config_file.dump(run))
     with jax.set_mesh(opened.mesh):
-        _, weights = opened.load()
+        _, weights = opened.load(quantize=False)
         if layout == "hf":
             return write.export(weights, opened.model, out_dir, dtype=_dtype(run), lora=run.lora, merge=merge, texts=texts)
         if run.lora is None or merge:

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from moe_train import config, model_dir
 from moe_train.mesh import AXES, make_mesh
+from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train.state import partition
 
@@ -43,8 +44,8 @@ def inspect(run: config.Config) -> Report:
         for path, x in shapes.items()
     ]
     totals = {
-        "total_parameters": sum(x.size for x in shapes.values()),
-        "active_parameters": active_parameters(shapes, run.model),
+        "total_parameters": sum(x.size for x in unquantized(shapes).values()),
+        "active_parameters": active_parameters(unquantized(shapes), run.model),
         "trainable_parameters": sum(x.size for x in trainable.values()),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
     }

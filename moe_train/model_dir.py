@@ -17,6 +17,7 @@ from moe_train.checkpoint import FOLDER, Base
 from moe_train.data.chat import load_template
 from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from moe_train.mesh import AXES, make_mesh
+from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.state import partition
 from moe_train.weights import foreign
@@ -35,9 +36,13 @@ class Opened(NamedTuple):
     chat_template: str | None
     mesh: Mesh
 
-    def load(self) -> tuple[Any, Parameters]:
-        """(structure, weights, adapters included); `mesh` is in force."""
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
+    def load(self, *, quantize: bool = True) -> tuple[Any, Parameters]:
+        """(structure, weights, adapters included); `mesh` is in force.
+
+        quantize: frozen weights as the run held them; otherwise as they are in its base.
+        """
+        lora = self.lora if self.lora is None or quantize else self.lora.model_copy(update={"quantize": None})
+        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, lora)))
         return structure, load_parameters(self.directory, shapes)
 
 
@@ -161,7 +166,8 @@ def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: in
     if not is_run(directory):
         return foreign.load_parameters(directory, abstract)
     trainable, frozen = partition(dict(abstract), run_config(directory).lora)
-    params, about = checkpoint.load_params(directory, trainable, step)
+    params, about = checkpoint.load_params(directory, unquantized(trainable), step)
+    params = quantized(params, trainable)
     if frozen:
         assert about.base is not None
         check_base(about.base)

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """Levels of 4-bit NormalFloat: quantiles of a normal distribution, 0 and both ends exact (appendix E of the paper)."""
+
+
+Kind = Literal["nf4", "int8"]
 
 
 class Quantized(NamedTuple):
@@ -47,21 +50,27 @@ def _per_code(dtype: Any) -> int:
     return 2 if dtype == np.uint8 else 1
 
 
-def quantize(w: Any, how: config.Nf4 | config.Int8, dtype: Any) -> Quantized:
+def quantize(w: Any, kind: Kind, block_size: int, dtype: Any) -> Quantized:
     """A weight of numpy's or, in local view, of jax's; `dtype` is that of the scales."""
     xp: Any = np if isinstance(w, np.ndarray) else jnp
-    blocks = w.astype(np.float32).reshape(*w.shape[:-1], -1, how.block_size)
-    largest = 1 if how.name == "nf4" else 127
+    blocks = w.astype(np.float32).reshape(*w.shape[:-1], -1, block_size)
+    largest = 1 if kind == "nf4" else 127
     scales = (xp.max(xp.abs(blocks), axis=-1) / largest).astype(dtype)
     divisor = xp.where(scales == 0, 1, scales).astype(np.float32)[..., None]
     blocks = blocks / divisor
-    if how.name == "int8":
+    if kind == "int8":
         return Quantized(xp.clip(xp.round(blocks), -127, 127).astype(np.int8).reshape(w.shape), scales)
     codes = xp.zeros(blocks.shape, np.uint8)
     for low, high in itertools.pairwise(NF4):
         codes = codes + (blocks > (low + high) / 2).astype(np.uint8)
-    first, second = codes[..., : how.block_size // 2], codes[..., how.block_size // 2 :]
+    first, second = codes[..., : block_size // 2], codes[..., block_size // 2 :]
     return Quantized((first | second << 4).reshape(*w.shape[:-1], -1), scales)
+
+
+def quantize_like(w: Any, like: Quantized) -> Quantized:
+    """A weight, or a part of it, as codes and scales of the dtypes and block size of `like`."""
+    kind: Kind = "nf4" if like.codes.dtype == np.uint8 else "int8"
+    return quantize(w, kind, like.shape[-1] // like.scales.shape[-1], like.scales.dtype)
 
 
 def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
@@ -107,7 +116,7 @@ def quantize_weights(modules: Iterable[tuple[str, Any]], how: config.Nf4 | confi
                 f"lora.quantize.block_size {how.block_size} does not divide the last dim of {name}, {weight.shape[-1]}{over}; "
                 f"use {math.gcd(size, how.block_size)}"
             )
-        local = jax.shard_map(lambda w: quantize(w, how, w.dtype), in_specs=spec, out_specs=spec)
+        local = jax.shard_map(lambda w: quantize(w, how.name, how.block_size, w.dtype), in_specs=spec, out_specs=spec)
         module.weight = QuantizedWeight(local(weight))
 
 
@@ -121,4 +130,16 @@ def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
             found[weight] = jax.ShapeDtypeStruct(Quantized(like, scales).shape, scales.dtype, sharding=like.sharding)
         elif part != "scales":
             found[path] = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+    return found
+
+
+def quantized(arrays: Mapping[str, jax.Array], abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The way back: of `arrays` those that `abstract` has as codes and scales become so, one after the other."""
+    found = dict(arrays)
+    for path, like in abstract.items():
+        weight, _, part = path.rpartition(".")
+        if part == "codes":
+            both, spec = Quantized(like, abstract[f"{weight}.scales"]), like.sharding.spec
+            local = jax.shard_map(lambda w, both=both: quantize_like(w, both), in_specs=spec, out_specs=spec)
+            found[path], found[f"{weight}.scales"] = jax.jit(local, donate_argnums=0)(found.pop(weight))
     return found

@@ -29,6 +29,7 @@ from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import check_vocab, load_tokenizer
 from moe_train.mesh import AXES, join_processes, make_mesh, put_batch
 from moe_train.model.lora import is_lora
+from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.evaluate import evaluate, make_batch_sums
 from moe_train.train.optimizer import make_optimizer, make_schedule
@@ -108,7 +109,7 @@ def train(run: config.Config) -> int:
         damaged = {} if restored is None else restored.damaged
         story = {"epochs": loader.epochs(total_steps), "changed": changed, "damaged": damaged, "base": base and base._asdict()}
         stopped = leaving.enter_context(_diary(run, run_dir, start, restored is not None, **story))
-        sizes = sum(x.size for x in shapes.values()), sum(x.size for x in trainable.values())
+        sizes = sum(x.size for x in unquantized(shapes).values()), sum(x.size for x in trainable.values())
         _introduce(run, writer.say, loader, sizes, total_steps)
         if restored is not None:
             writer.say(f"continuing after step {start}")

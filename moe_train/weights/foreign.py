@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_train import config
+from moe_train.model.quantize import unquantized
 from moe_train.weights import gguf, hf, hf_config, mistral, mistral_params, names, on_disk, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fill
 from moe_train.weights.on_disk import Weights
@@ -69,7 +70,7 @@ def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:
     """
     found = open_weights(path)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-    names.check(path, found.table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check(path, found.table, shapes, {path: like.shape for path, like in unquantized(abstract).items()})
     return fill(abstract, found.table, found.tensors)
 
 

@@ -1,0 +1,177 @@
+"""Weights in few bits: against float64, bitsandbytes' levels, one device, and in what a compiled step sends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config
+from moe_train.mesh import make_mesh, put_batch
+from moe_train.model.lora import is_lora
+from moe_train.model.quantize import NF4, Quantized, dequantize, quantize, quantized, unquantized
+from moe_train.model.transformer import combine, init_model, parameters
+from tests.model.conftest import quick_jit
+
+# bitsandbytes 0.45, functional.py, get_4bit_type("nf4")
+LEVELS = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]
+ONE = make_mesh(config.Mesh(), jax.devices()[:1])
+EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
+F32 = np.dtype("float32")
+KINDS = (config.Nf4(name="nf4", block_size=8), config.Int8(name="int8", block_size=8))
+MODEL = config.Model(
+    family="mixtral",
+    vocab_size=24,
+    model_dim=16,
+    num_layers=2,
+    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+    ffn=config.MoeFfn(name="moe", ffn_dim=16, num_experts=4, experts_per_token=2),
+)
+TARGETS = (config.LoraTarget(modules=("attention.*", "ffn.*"), rank=2, alpha=4.0),)
+
+
+def reference(w: np.ndarray, kind: str, block: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(what comes back, largest error that rounding to the nearest allows) in float64, block by block."""
+    levels = np.array(LEVELS) if kind == "nf4" else np.arange(-127, 128) / 127
+    out, limit = np.empty(w.shape, np.float64), np.empty(w.shape, np.float64)
+    flat, flat_out, flat_limit = (x.reshape(-1, block) for x in (w.astype(np.float64), out, limit))
+    for i, values in enumerate(flat):
+        scale = float(np.asarray(np.abs(values).max() / (1 if kind == "nf4" else 127)).astype(dtype))
+        scale *= 1 if kind == "nf4" else 127
+        for j, value in enumerate(values):
+            flat_out[i, j] = scale * levels[np.abs(value - scale * levels).argmin()]
+            flat_limit[i, j] = np.abs(value - flat_out[i, j])
+    return out, limit
+
+
+def test_levels_are_those_of_bitsandbytes() -> None:
+    assert list(NF4) == LEVELS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_values_are_the_nearest_of_a_float64_reference(kind: Any, dtype: str) -> None:
+    """Except near the middle between two levels, where float32 may take either; numpy and jax agree."""
+    rng = np.random.default_rng(0)
+    w = (rng.normal(size=(3, 5, 256)) * np.exp(rng.normal(size=(3, 5, 1)) * 3)).astype(np.dtype(dtype))
+    w[0, 0, :64] = 0
+    w[0, 1, :64] = 2.5
+    w[0, 2, 3] = 1e4  # an outlier spoils its own block alone
+    found = quantize(w, kind, 64, np.dtype(dtype))
+    assert found.shape == w.shape and found.scales.shape == (3, 5, 4) and found.scales.dtype == w.dtype
+    assert found.codes.nbytes == w.size // (2 if kind == "nf4" else 1)
+    traced = quick_jit(lambda w: quantize(w, kind, 64, w.dtype))(w)
+    np.testing.assert_array_equal(found.codes, np.asarray(traced.codes))
+    np.testing.assert_allclose(found.scales, np.asarray(traced.scales), rtol=1e-6)  # XLA divides by 127 as it likes
+    back = np.asarray(quick_jit(lambda q: dequantize(q, F32))(Quantized(*map(jnp.asarray, found))), np.float64)
+    wanted, least = reference(w, kind, 64, np.dtype(dtype))
+    error = np.abs(back - w.astype(np.float64))
+    block_max = np.repeat(np.abs(w.astype(np.float64)).reshape(3, 5, 4, 64).max(-1), 64, -1).reshape(w.shape)
+    assert np.all(error <= least + 1e-6 * block_max)
+    assert np.mean(np.abs(back - wanted) <= 1e-6 * block_max) > 0.99
+    assert not back[0, 0, :64].any()
+    np.testing.assert_allclose(back[0, 1, :64], 2.5, rtol=1e-6 if dtype == "float32" else 5e-3)
+    normal = rng.normal(size=(64, 1024)).astype(np.float32)
+    codes = Quantized(*map(jnp.asarray, quantize(normal, kind, 64, F32)))
+    lost = np.sqrt(np.mean((np.asarray(dequantize(codes, F32)) - normal) ** 2))
+    assert (0.07 < lost < 0.1) if kind == "nf4" else (0.004 < lost < 0.008)  # of normal numbers
+
+
+def lora_of(how: Any) -> config.Lora:
+    return config.Lora(targets=TARGETS, quantize=how)
+
+
+def loss_of(structure: Any) -> Any:
+    def loss(trainable: Any, frozen: Any, *batch: jax.Array) -> jax.Array:
+        model = combine(structure, trainable, frozen)
+        return jnp.mean(jnp.square(model.logits(model(*batch)[0])))
+
+    return jax.value_and_grad(loss)
+
+
+def split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {p: x for p, x in arrays.items() if is_lora(p)}, {p: x for p, x in arrays.items() if not is_lora(p)}
+
+
+def batch_on(mesh: jax.sharding.Mesh) -> Any:
+    ids = np.random.default_rng(0).integers(0, 24, (8, 6)).astype(np.int32)
+    return put_batch((ids, np.tile(np.arange(6, dtype=np.int32), (8, 1)), np.ones_like(ids)), mesh)
+
+
+@pytest.mark.parametrize("how", KINDS, ids=["nf4", "int8"])
+def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> None:
+    """Loss and adapters' gradients equal those beside full weights of the same values, on one device and on eight."""
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(ONE):
+        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
+        plain_structure, plain = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(None))))
+        assert {p: x.shape for p, x in unquantized(shapes).items()} == {p: x.shape for p, x in plain.items()}
+        held = {p.removesuffix(".codes") for p in shapes if p.endswith(".codes")}
+        assert held == {p for p in plain if p.endswith("_proj.weight")}
+        host = {p: rng.normal(0, 0.1, x.shape).astype(np.float32) for p, x in plain.items()}
+
+    def values(path: str) -> np.ndarray:
+        if path not in held:
+            return host[path]
+        return np.asarray(dequantize(Quantized(*map(jnp.asarray, quantize(host[path], how.name, 8, F32))), F32))
+
+    with jax.set_mesh(ONE):
+        full = {p: jax.device_put(values(p), jax.sharding.NamedSharding(ONE, P())) for p in host}
+        wanted = quick_jit(loss_of(plain_structure))(*split(full), *batch_on(ONE))
+    for mesh in (ONE, EIGHT):
+        with jax.set_mesh(mesh):
+            structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
+            arrays = {
+                p: jax.device_put(host[p], jax.sharding.NamedSharding(mesh, x.sharding.spec))
+                for p, x in unquantized(shapes).items()
+            }
+            held_in_few = quantized(arrays, shapes)
+            assert {p: (x.shape, x.dtype, x.sharding.spec) for p, x in held_in_few.items()} == {
+                p: (x.shape, x.dtype, x.sharding.spec) for p, x in shapes.items()
+            }
+            step = quick_jit(loss_of(structure)).lower(*split(held_in_few), *batch_on(mesh)).compile()
+            found = step(*split(held_in_few), *batch_on(mesh))
+        assert abs(float(found[0]) / float(wanted[0]) - 1) < 1e-5
+        for path, gradient in wanted[1].items():
+            np.testing.assert_allclose(
+                np.asarray(found[1][path]), np.asarray(gradient), rtol=0, atol=1e-5 * float(jnp.abs(gradient).max()), err_msg=path
+            )
+
+
+def test_blocks_lie_whole_on_a_device() -> None:
+    def made(mesh: jax.sharding.Mesh, block: int) -> None:
+        with jax.set_mesh(mesh):
+            jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(config.Nf4(name="nf4", block_size=block))))
+
+    with pytest.raises(ValueError, match=r"block_size 64 does not divide the last dim of attention\.._proj, 8; use 8"):
+        made(ONE, 64)
+    flat = make_mesh(config.Mesh(fsdp=4), jax.devices()[:4])
+    with pytest.raises(ValueError, match=r"of attention.o_proj, 16 over mesh.fsdp 4 = 4; use 4"):
+        made(flat, 8)
+    made(flat, 4)
+
+
+@pytest.mark.parametrize("how", KINDS, ids=["nf4", "int8"])
+def test_what_is_gathered_are_codes(how: Any, collectives: Any) -> None:
+    with jax.set_mesh(EIGHT):
+        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
+        batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in batch_on(EIGHT)]
+        on_mesh = {
+            p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(EIGHT, x.sharding.spec))
+            for p, x in shapes.items()
+        }
+        text = quick_jit(loss_of(structure)).lower(*split(on_mesh), *batch).compile().as_text()
+    # of one layer, gathered over fsdp: this device's half of the experts and of the columns
+    wide = [line for line in text.splitlines() if "all-gather" in line and ("f32[2,16,8]" in line or "f32[2,8,16]" in line)]
+    codes = {"nf4": ("u8[2,16,4]", "u8[2,8,8]"), "int8": ("s8[2,16,8]", "s8[2,8,16]")}[how.name]
+    assert not wide
+    for shape in codes:
+        assert any("all-gather" in line and shape in line for line in text.splitlines()), shape

@@ -7,12 +7,13 @@ becomes its prefixes, and of each only the last turn is learnt. A call's id is r
 
 from __future__ import annotations
 
-import bisect
 import functools
 import json
 import re
 import string
 from typing import Any
+
+import numpy as np
 
 from moe_train.data import sandbox
 from moe_train.data.conversation import Conversation, Message
@@ -68,7 +69,7 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
         if shown not in text:
             raise without_tools(f"the chat template leaves {what} out")
     for token in re.findall(r"\[/?[A-Z_]+\]", text):
-        if len(tokenizer.encode_control(token)[0]) != 1:
+        if len(tokenizer.encode_control([token])[0]) != 1:
             raise without_tools(f"the chat template writes {token}, which {tokenizer.files[0]} has no token for")
 
 
@@ -90,7 +91,6 @@ def _example(conversation: Conversation, learnt: list[int], template: str, token
 
 def _texts(conversations: list[tuple[Conversation, bool]], template: str, tokenizer: HuggingFace) -> list[str]:
     """The template's text of each (conversation, whether the assistant comes next), with both kinds of marks in it."""
-    looks_special = _special_pattern(tokenizer.special_tokens)
     escaped = r"\ufdd0"
     written = False  # by whoever made the record, and not by a template that escapes the mark
 
@@ -102,7 +102,7 @@ def _texts(conversations: list[tuple[Conversation, bool]], template: str, tokeni
                     raise Problem("unicode", what, "remove it")
                 nonlocal written
                 written |= escaped in value
-                return looks_special.sub(rf"{_PLAIN[0]}\g<0>{_PLAIN[1]}", value)
+                return tokenizer.special_pattern.sub(rf"{_PLAIN[0]}\g<0>{_PLAIN[1]}", value)
             case list():
                 return [marked(item) for item in value]
             case dict():
@@ -143,12 +143,6 @@ def _parsed(arguments: Any) -> Any:
     return arguments if isinstance(value, str) else value
 
 
-@functools.lru_cache(maxsize=8)
-def _special_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
-    longest_first = sorted(special_tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
 def _without(text: str, marks: tuple[str, str]) -> str:
     return text.replace(marks[0], "").replace(marks[1], "")
 
@@ -182,28 +176,42 @@ def _prefix_spans(text: str, conversation: Conversation, learnt: list[int], temp
     A template may put something before the last user's turn (Mistral's v3 the system text), so that a turn stands
     further on in the whole text than in its prefix. Then it is found by its end token, which nothing else has.
     """
-    messages, tools = conversation
-    said = [i for i, message in enumerate(messages[: learnt[-1] + 1]) if message["role"] == "assistant"] if learnt else []
-    wanted = [(Conversation(messages[:end], tools), end == i) for i in said for end in (i, i + 1)]
-    rendered = [_without(each, GENERATION) for each in _texts(wanted, template, tokenizer)] if wanted else []
+    added = _added(conversation, learnt, template, tokenizer)
+    if all(through is not None and text.startswith(through) for through, _, _ in added.values()):
+        return [(start, end) for _, start, end in added.values()]
+    said = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     spans = []
     position = 0
-    for i, before, through in zip(said, rendered[::2], rendered[1::2], strict=True):
-        turn = through.removeprefix(before)
-        stripped = turn.rstrip()
-        ended = any(stripped.endswith(token) for token in tokenizer.special_tokens)
-        # What follows the end token up to the next turn (ChatML's newline) is never generated.
-        turn = stripped if ended else turn
-        start = len(before) if text.startswith(through) else text.find(turn, position) if ended else -1
-        if not through.startswith(before) or start < position:
+    for i, (through, start, end) in _added(conversation, said, template, tokenizer).items():
+        turn = "" if through is None else through[start:end]
+        ended = any(turn.endswith(token) for token in tokenizer.special_tokens)
+        found = text.find(turn, position) if ended else -1
+        if found < 0:
             raise ValueError(
                 f"the chat template renders the turns before message {i} differently once it is there, so its tokens cannot "
                 "be told apart; put {% generation %} … {% endgeneration %} around the assistant's part of the template"
             )
-        position = start + len(turn)
+        position = found + len(turn)
         if i in learnt:
-            spans.append((start, position))
+            spans.append((found, position))
     return spans
+
+
+def _added(
+    conversation: Conversation, wanted: list[int], template: str, tokenizer: HuggingFace
+) -> dict[int, tuple[str | None, int, int]]:
+    """For each wanted message: the text through it, and where in that it starts and ends; None where it cannot be told."""
+    messages, tools = conversation
+    prefixes = [(Conversation(messages[:end], tools), end == i) for i in wanted for end in (i, i + 1)]
+    texts = [_without(text, GENERATION) for text in _texts(prefixes, template, tokenizer)] if prefixes else []
+    found: dict[int, tuple[str | None, int, int]] = {}
+    for i, before, through in zip(wanted, texts[::2], texts[1::2], strict=True):
+        # What follows the end token up to the next turn (ChatML's newline) is never generated.
+        stripped = through.rstrip()
+        ended = len(stripped) > len(before) and any(stripped.endswith(token) for token in tokenizer.special_tokens)
+        end = len(stripped) if ended else len(through)
+        found[i] = (through if through.startswith(before) else None), len(before), end
+    return found
 
 
 def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
@@ -242,24 +250,17 @@ _OTHER = str.maketrans("".join(_KINDS), "".join(kind[1:] + kind[0] for kind in _
 
 def _encode(text: str, spans: list[Span], random: list[Span], tokenizer: HuggingFace) -> Example:
     """Ids of `text`; those that touch a span bear loss, unless they touch a random one. Plain marks: encoded as plain text."""
-    tokens: list[int] = []
-    mask: list[bool] = []
-    position = 0
-    for i, piece in enumerate(re.split("[" + "".join(_PLAIN) + "]", text)):
-        if i % 2:
-            ids = tokenizer.encode(piece)
-            offsets = [(0, len(piece))] * len(ids)
-        else:
-            ids, offsets = tokenizer.encode_control(piece)
-        learnt = [False] * len(ids)
-        for some, value in ((spans, True), (random, False)):
-            for start, end in some:
-                # From the first token that ends after the span's start (one without characters of its own counts as one
-                # character long) to the first that starts at its end or later.
-                first = bisect.bisect_right(offsets, start - position, key=lambda offset: max(offset[1], offset[0] + 1))
-                last = bisect.bisect_left(offsets, end - position, key=lambda offset: offset[0])
-                learnt[first:last] = [value] * (last - first)
-        tokens += ids
-        mask += learnt
-        position += len(piece) + 1  # the mark
-    return Example(tokens, mask)
+    learnt = np.zeros(len(text) + 1, bool)
+    never = np.zeros(len(text) + 1, bool)
+    for some, flags in ((spans, learnt), (random, never)):
+        for start, end in some:
+            flags[start:end] = True
+    pieces = re.split("[" + "".join(_PLAIN) + "]", text)
+    marks = np.cumsum([len(piece) + 1 for piece in pieces])[:-1] - 1
+    before = [np.concatenate(([0], np.cumsum(np.delete(flags, marks)))) for flags in (learnt, never)]  # of each character
+    tokens, offsets = tokenizer.encode_control(pieces)
+    # A token without characters of its own counts as one character long.
+    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    ends = np.maximum(ends, starts + 1)
+    touches, is_random = ((count[ends] - count[starts]) > 0 for count in before)
+    return Example(tokens, (touches & ~is_random).tolist())

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from moe_train.atomic import new_directory, refuse_existing
 from moe_train.json_file import read_object
 
 log = logging.getLogger(__name__)
+
+_MARK = "\ufdd0"  # a Unicode noncharacter, which no text contains
 
 # What travels with an export, where it exists. The order is that of the identity.
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -109,12 +112,29 @@ class HuggingFace(Tokenizer):
         return found
 
     @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches what looks like a control token."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @functools.cached_property
     def _control(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, seeing control tokens in text; without the post-processor, which would trim offsets."""
-        control = tokenizers.Tokenizer.from_str(self._plain.to_str())
-        control.encode_special_tokens = False
-        control.post_processor = None
-        return control
+        """The same tokenizer with control tokens that nobody can type: each stands between marks. Then text that looks
+        like one is tokenised together with what is around it, as it should be. No post-processor: it would trim offsets."""
+        content = json.loads(self._plain.to_str())
+        names = {token["content"] for token in content["added_tokens"] if token["special"]}
+        for token in content["added_tokens"]:
+            if token["special"]:
+                token |= {"content": _MARK + token["content"] + _MARK, "normalized": False}
+        vocab = content["model"]["vocab"]
+        marked = {name: _MARK + name + _MARK for name in names}
+        if isinstance(vocab, dict):
+            content["model"]["vocab"] = {marked.get(piece, piece): number for piece, number in vocab.items()}
+        else:  # Unigram's pieces with their scores
+            content["model"]["vocab"] = [[marked.get(piece, piece), score] for piece, score in vocab]
+        if content["model"].get("unk_token") in marked:
+            content["model"]["unk_token"] = marked[content["model"]["unk_token"]]
+        return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
 
     def encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
@@ -122,10 +142,28 @@ class HuggingFace(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_control(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a template's output, control tokens recognised, and the (start, end) characters of each."""
-        encoding = self._control.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+    def encode_control(self, pieces: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, and the (start, end) characters of each.
+
+        The text comes in pieces: in the first, the third and so on control tokens are what they are; in the others,
+        what looks like one is text.
+        """
+        marked: list[str] = []
+        place: list[int] = []  # in the text, of each character of `marked` and of its end
+        at = 0
+        for i, piece in enumerate(pieces):
+            done = 0
+            for found in self.special_pattern.finditer(piece) if i % 2 == 0 else ():
+                start, end = found.span()
+                marked += [piece[done:start], _MARK, found[0], _MARK]
+                place += [*range(at + done, at + start), *[at + start] * (end - start + 2)]
+                done = end
+            marked.append(piece[done:])
+            place += range(at + done, at + len(piece))
+            at += len(piece)
+        place.append(at)
+        encoding = self._control.encode("".join(marked), add_special_tokens=False)
+        return encoding.ids, [(place[start], place[end]) for start, end in encoding.offsets]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         return self._plain.decode(list(ids), skip_special_tokens=not keep_special)

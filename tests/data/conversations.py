@@ -39,6 +39,9 @@ VALUES = st.recursive(
 )
 
 
+RESULTS = st.one_of(texts(1), VALUES.map(lambda value: json.dumps(value, ensure_ascii=False)))
+
+
 @st.composite
 def conversations(
     draw: st.DrawFn,
@@ -46,25 +49,26 @@ def conversations(
     tools: bool,
     max_calls: int = 3,
     content_beside_calls: bool = False,
+    said: st.SearchStrategy[str] = texts(),  # noqa: B008
     answers: st.SearchStrategy[str] = texts(1),  # noqa: B008
+    results: st.SearchStrategy[str] = RESULTS,
 ) -> dict[str, Any]:
     """A record: messages, and tools where they are wanted. Ends with an assistant turn of weight 1."""
     messages: list[dict[str, Any]] = []
     if draw(st.booleans()):
-        messages.append({"role": "system", "content": draw(texts())})
+        messages.append({"role": "system", "content": draw(said)})
     for _ in range(draw(st.integers(1, 3))):
-        messages.append({"role": "user", "content": draw(texts())})
+        messages.append({"role": "user", "content": draw(said)})
         for _ in range(draw(st.integers(0, 2)) if tools else 0):
             ids = draw(st.lists(st.from_regex(r"[a-zA-Z0-9]{9}", fullmatch=True), min_size=1, max_size=max_calls, unique=True))
-            said = {"content": draw(answers)} if content_beside_calls and draw(st.booleans()) else {}
+            beside = {"content": draw(answers)} if content_beside_calls and draw(st.booleans()) else {}
             calls = [
                 {"id": i, "type": "function", "function": {"name": draw(st.sampled_from(NAMES)), "arguments": _json(draw)}}
                 for i in ids
             ]
-            messages.append({"role": "assistant", "weight": draw(st.sampled_from([0, 1])), "tool_calls": calls, **said})
+            messages.append({"role": "assistant", "weight": draw(st.sampled_from([0, 1])), "tool_calls": calls, **beside})
             for i in ids:
-                content = draw(st.one_of(texts(1), VALUES.map(lambda value: json.dumps(value, ensure_ascii=False))))
-                messages.append({"role": "tool", "tool_call_id": i, "name": "f", "content": content})
+                messages.append({"role": "tool", "tool_call_id": i, "name": "f", "content": draw(results)})
         messages.append({"role": "assistant", "weight": draw(st.sampled_from([0, 1])), "content": draw(answers)})
     messages[-1]["weight"] = 1
     if not tools:

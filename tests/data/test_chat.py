@@ -227,7 +227,10 @@ def test_mistral_weights_and_refusals(mistral: Mistral) -> None:
         ([SINGLE[1]], "mistral-common refuses the record"),
         ([*SINGLE, SINGLE[1] | {"weight": 0}], "messages 1 and 2 are one turn of the assistant, and differ in weight"),
         ([SINGLE[0], {"role": "assistant", "content": ""}], "mistral-common refuses the record"),
-        ([*SINGLE, {"role": "tool", "content": "a"}, SINGLE[1]], "mistral-common refuses the record: Not the same number of function calls"),
+        (
+            [*SINGLE, {"role": "tool", "content": "a"}, SINGLE[1]],
+            "mistral-common refuses the record: Not the same number of function calls",
+        ),
     ):
         with pytest.raises(ValueError, match=reason) as caught:
             render(messages, None, mistral)

@@ -107,7 +107,7 @@ def test_padding_truncation_and_trimmed_offsets_saved_in_the_file_have_no_effect
     changed = HuggingFace(directory)
     text = "a text of more than four tokens   </s>  "
     assert changed.encode(text) == tokenizer.encode(text)
-    assert changed.encode_control(text) == tokenizer.encode_control(text)
+    assert changed.encode_control([text]) == tokenizer.encode_control([text])
     assert changed.identity != tokenizer.identity
 
 

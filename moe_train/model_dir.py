@@ -20,7 +20,7 @@ from moe_train.mesh import AXES, make_mesh
 from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.state import partition
-from moe_train.weights import foreign
+from moe_train.weights import foreign, gguf
 
 
 class Opened(NamedTuple):
@@ -80,9 +80,7 @@ def run_config(run_dir: str | Path) -> config.Config:
 
 
 def read_model(directory: str | Path) -> config.Model:
-    """The architecture of a run or of a Hugging Face model."""
-    if not Path(directory).is_dir():
-        raise FileNotFoundError(f"{directory}: no such folder; it has to be a run, or a Hugging Face model")
+    """The architecture of a run or of another tool's model."""
     if not is_run(directory):
         return foreign.read_model(directory)
     model = run_config(directory).model
@@ -91,7 +89,7 @@ def read_model(directory: str | Path) -> config.Model:
 
 
 def find_tokenizer(directory: str | Path) -> config.Tokenizer:
-    """The tokenizer that a run was trained with, or that lies in a model's folder.
+    """The tokenizer that a run was trained with, or that lies in a model's folder; that of a GGUF file is unpacked beside it.
 
     Raises FileNotFoundError where there is none.
     """
@@ -104,6 +102,8 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
         return config.HuggingFaceTokenizer(name="huggingface", path=str(folder))
     for file in sorted((*folder.glob("tekken.json"), *folder.glob("tokenizer.model*"))):
         return config.MistralTokenizer(name="mistral", path=str(file))
+    if (gguf_file := gguf.file_in(directory)) is not None:
+        return config.HuggingFaceTokenizer(name="huggingface", path=str(gguf.unpack_tokenizer(gguf_file)))
     raise FileNotFoundError(f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; name one in data.tokenizer")
 
 

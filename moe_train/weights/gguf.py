@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
+from moe_train.atomic import new_directory
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.weights import gguf_file, gguf_settings, gguf_tokenizer, names, ollama
 from moe_train.weights.on_disk import Weights
@@ -70,6 +71,25 @@ def open_weights(path: str | Path) -> Weights:
 def read_model(path: str | Path) -> config.Model:
     """The architecture of a GGUF file."""
     return gguf_settings.read_model(_open(path))
+
+
+def unpack_tokenizer(file: Path) -> Path:
+    """The folder, beside the file and made where it is not there, with a Hugging Face tokenizer made of the file's own.
+
+    Its name says what it was made of, so that it never outlives another file's. Raises ValueError for a tokenizer that is
+    not read here.
+    """
+    found = gguf_tokenizer.keys(gguf_file.open_file(file).settings)
+    folder = file.with_name(f"{file.stem}.tokenizer-{gguf_tokenizer.identity(found)[:8]}")
+    if not folder.is_dir():
+        try:
+            with new_directory(folder) as directory:
+                gguf_tokenizer.extract(found, directory, file)
+        except FileExistsError:
+            log.info("another process has just unpacked %s", folder)
+        except PermissionError as error:
+            raise ValueError(f"{folder} can not be written for the tokenizer in {file}; name one in data.tokenizer") from error
+    return folder
 
 
 def _open(path: str | Path) -> gguf_file.Gguf:

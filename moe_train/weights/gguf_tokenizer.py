@@ -7,6 +7,7 @@ stands for a regular expression in its source; a file can not bring its own, so 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -227,12 +228,25 @@ def _byte_letters() -> list[str]:
 # --- keys -> ours ------------------------------------------------------------------------------------------------
 
 
+def keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a GGUF file's settings that make its tokenizer."""
+    return {key: value for key, value in settings.items() if key.startswith(_PREFIX) or key == TEMPLATE}
+
+
+def identity(found: Mapping[str, Any]) -> str:
+    """sha256 of `keys`."""
+    total = hashlib.sha256()
+    for key, value in sorted(found.items()):
+        total.update(f"{key}\0{value.tolist() if isinstance(value, np.ndarray) else value!r}\0".encode())
+    return total.hexdigest()
+
+
 def extract(found: Mapping[str, Any], directory: Path, where: object) -> None:
     """Write the tokenizer of a GGUF file as tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-    where: the file, for messages. Raises ValueError for a tokenizer that is not read here.
+    found: its `keys`. where: the file, for messages. Raises ValueError for a tokenizer that is not read here.
     """
-    keys = {key.removeprefix(_PREFIX): value for key, value in found.items() if key.startswith(_PREFIX)}
+    keys = {key.removeprefix(_PREFIX): value for key, value in found.items()}
     kind, tokens = keys.get("model"), keys.get("tokens")
     remedy = "name a tokenizer in data.tokenizer"
     if kind not in ("gpt2", "llama") or not isinstance(tokens, list):

@@ -138,9 +138,7 @@ def export(
     from moe_train.export import export as write
 
     with _waiting("exporting"):
-        record = write(
-            source, out_dir, layout, merge, dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size
-        )
+        record = write(source, out_dir, layout, merge, dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size)
     command = record.get("serve")
     if as_json:
         _print_json({"directory": str(out_dir), "checks": record["checks"], **({"serve": command} if command else {})})
@@ -173,6 +171,24 @@ def verify(
     if failed:
         print(f"moe-train: {directory} is not what was exported: {', '.join(failed)}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command("extend-vocab")
+def extend_vocab(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A model in Hugging Face's or Mistral's layout.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that does not exist yet.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="A version of Mistral's sentencepiece model (v3), a tokenizer's file, or its folder.")
+    ],
+    layout: Annotated[Literal["hf", "mistral"], typer.Option("--format", help="The layout that is written.")] = "hf",
+    as_json: AsJson = False,
+) -> None:
+    """Grow a model's vocabulary to a larger tokenizer's: 32000 tokens to the 32768 of v3, which tool calls need."""
+    from moe_train.extend_vocab import extend_vocab as extend
+
+    with _waiting("writing the model"):
+        answer = extend(base, out_dir, tokenizer, layout)
+    _print_answers(answer, as_json)
 
 
 @app.command()
@@ -289,11 +305,66 @@ def check_data(
     raise typer.Exit(1 if answer["problem_counts"] else 0)
 
 
+@data.command("show")
+def show_data(
+    file: Annotated[str, typer.Argument(metavar="FILE_OR_CONFIG", help="A file of records, or a run's YAML with its data.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Records of a file, or rows of a run's step.")] = 3,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with tokenizer.json, a tekken.json or tokenizer.model.v*.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser instead.")] = None,
+    positions: Annotated[bool, typer.Option("--positions", help="With each token's position and id.")] = False,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Pack a file's records into rows of so many positions.")] = None,
+    step: Annotated[int, typer.Option(min=1, help="The training step of a run.")] = 1,
+    layout: Annotated[
+        Literal["auto", "text", "json", "csv", "parquet", "arrow"],
+        typer.Option("--format", help="Of the file; auto goes by its name."),
+    ] = "auto",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="OURS=THEIRS", help="A column: text=, messages=, or prompt= and completion=."),
+    ] = None,
+    chat_template: Annotated[str | None, typer.Option(help="A jinja file, where the tokenizer has none or another.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show records as training sees them: tokens, those that are learnt in green, segments, positions."""
+    from moe_train import config as sections
+    from moe_train import config_file
+    from moe_train.data import check, show
+    from moe_train.data.chat import load_template
+    from moe_train.data.tokenizer import load_tokenizer
+
+    is_run = file.endswith((".yaml", ".yml"))
+    run = config_file.load(Path(file)) if is_run else None
+    stated = run.data.tokenizer if run and run.data else None
+    if tokenizer is None and stated is None and run and run.init_from:
+        tokenizer = Path(run.init_from)
+    section = check.tokenizer_section(tokenizer) if tokenizer else stated
+    if section is None:
+        raise ValueError("state --tokenizer: tokens and chat format depend on it")
+    loaded = load_tokenizer(section)
+    if run is not None:
+        rows = show.rows_of_run(run, count, loaded, step)
+    else:
+        record = check.section_of(columns or ()) or show.record_of([file], layout)
+        source = sections.FileSource(name="files", files=(file,), format=layout, record=record)
+        rows = show.rows_of_records(source, count, loaded, load_template(chat_template, loaded), seq_len)
+    if html is not None:
+        show.write_page(html, rows, loaded, file, positions)
+        print(f"{html}: {show.summary(rows)}")
+    elif as_json:
+        _print_json(show.as_json(rows, loaded))
+    else:
+        show.print_rows(rows, loaded, _console(), positions)
+
+
 @data.command("prepare")
 def prepare_data(
     config: ConfigPath,
     overrides: Overrides = None,
-    to: Annotated[str | None, typer.Option("--to", metavar="DIR_OR_URL", help="Copy the prepared sets there, a bucket too.")] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="DIR_OR_URL", help="Copy the prepared sets there, a bucket too.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tokenise and pack what CONFIG trains on ahead, in data.num_proc processes; started again, goes on where it stopped."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_train import config
 from moe_train.data import template as templates
-from moe_train.data.conversation import Conversation, Message, normalise
+from moe_train.data.conversation import Conversation, Message
 from moe_train.data.example import Example, uses_tools
 from moe_train.data.fields import Problem, brief, checked_text
 from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
@@ -103,12 +102,3 @@ def _check(conversation: Conversation) -> None:
             if not isinstance(call, dict) or not isinstance(call.get("function"), dict) or not isinstance(call.get("id", ""), str):
                 what = f"a call in message {i} is {brief(call)}"
                 raise Problem("type", what, "write {id, function: {name, arguments}}")
-
-
-Rendered = Example
-
-
-def render(messages: list[Message], template: str | None, tokenizer: Tokenizer) -> Example:
-    """A conversation without tools, which is one example."""
-    (example,) = examples(normalise({"messages": messages}, config.ChatRecord(name="chat")), template, tokenizer)  # type: ignore
-    return example

@@ -42,6 +42,11 @@ class Tokenizer(Protocol):
     eos_id: int
     chat_template: str | None
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of control tokens, which no plain text has."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without any control token."""
         ...
@@ -110,6 +115,10 @@ class HuggingFace(Tokenizer):
         if found is None:
             raise ValueError(f"the {name} {self.named_tokens[name]!r} of tokenizer_config.json is not in {self.files[0]}")
         return found
+
+    @functools.cached_property
+    def control_ids(self) -> frozenset[int]:
+        return frozenset(number for number, token in self._plain.get_added_tokens_decoder().items() if token.special)
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -204,6 +213,10 @@ class Mistral(Tokenizer):
             raise ValueError(f"{file} is not a tokenizer that mistral-common reads: {error}") from error
         self._text = self.finetuning.instruct_tokenizer.tokenizer
         self.vocab_size, self.bos_id, self.eos_id = self._text.n_words, self._text.bos_id, self._text.eos_id
+
+    @functools.cached_property
+    def control_ids(self) -> frozenset[int]:
+        return frozenset(number for number in range(self.vocab_size) if self._text.is_special(number))
 
     def encode(self, text: str) -> list[int]:
         return self._text.encode(text, bos=False, eos=False)

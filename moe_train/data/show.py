@@ -1,0 +1,253 @@
+"""Training rows as people can read them: which tokens, which of them are learnt, where one record ends and the next begins.
+
+A file's first records are encoded and packed by the functions that training uses, and a run's rows are its loader's own.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from moe_train import config
+from moe_train.atomic import write_text
+from moe_train.data.batch import Batch
+from moe_train.data.conversation import recognise
+from moe_train.data.encoding import encode
+from moe_train.data.example import Example
+from moe_train.data.fields import located
+from moe_train.data.packing import empty_batch, fill_row, make_plan
+from moe_train.data.sources import open_source
+from moe_train.data.tokenizer import Tokenizer
+
+
+class Rows(NamedTuple):
+    """Packed rows as training gets them, and for each row the places of its segments, in order."""
+
+    batch: Batch
+    places: list[list[str]]
+
+
+class Token(NamedTuple):
+    """text: what it adds to the text before it; bytes of a character that goes on in the next token add nothing."""
+
+    id: int
+    position: int
+    learnt: bool
+    control: bool
+    text: str
+
+
+class Segment(NamedTuple):
+    """One segment of a row, both counted from 1. Its last token is only predicted, never seen: no position after it."""
+
+    row: int
+    number: int
+    place: str
+    tokens: list[Token]
+
+
+def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer, template: str | None, seq_len: int | None) -> Rows:
+    """The first `count` records of a source, in rows of `seq_len`; without one, in a single row that holds them all.
+
+    Raises ValueError with file and line for a record that cannot be used, and where there is none.
+    """
+    records = open_source(source)
+    examples: list[Example] = []
+    places: list[str] = []
+    for origin, found in encode(itertools.islice(records, count), records, source.record, tokenizer, template):
+        examples += found
+        places += [records.where(origin)] * len(found)
+    if not examples:
+        raise ValueError(f"{', '.join(records.places)}: no record with any text")
+    lengths = np.asarray([len(example.tokens) - 1 for example in examples])
+    for place, length in zip(places, lengths.tolist(), strict=True):
+        if seq_len is not None and length > seq_len and source.record.too_long == "error":
+            raise ValueError(f"{place}: the record has {length} tokens, seq_len is {seq_len}; raise it, or see it without")
+    plan = make_plan(lengths, seq_len or int(lengths.sum()), source.record.too_long)
+    batch = empty_batch(plan.num_rows, plan.seq_len)
+    placed = []
+    for row in range(plan.num_rows):
+        mine = range(*plan.row_pieces[row : row + 2].tolist())
+        fill_row(batch, row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in mine])
+        placed.append([places[plan.example[i]] for i in mine])
+    return Rows(batch, placed)
+
+
+def _piece(example: Example, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
+    cut = slice(start, start + length + 1)
+    return np.asarray(example.tokens[cut]), None if example.loss_mask is None else np.asarray(example.loss_mask[cut])
+
+
+def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int = 1) -> Rows:
+    """The first `count` rows of a training step (from 1) of a run. Raises ValueError where its data cannot be used."""
+    if run.data is None:
+        raise ValueError("the config has no data section; state data.train")
+    from moe_train.data.loader import Loader  # a second that only this needs
+
+    loader = Loader(run.data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
+    count = min(count, run.train.batch_size)
+    batch = Batch(*(array[:count] for array in loader.batch(step - 1)))
+    traced = [loader.trace(step - 1, row) for row in range(count)]
+    return Rows(batch, [[f"{segment.file}:{segment.number}" for segment in row] for row in traced])
+
+
+def record_of(files: Sequence[str], layout: Any) -> config.Record:
+    """The record section that suits files, by the columns of their first record. Raises ValueError where none does."""
+    text = config.TextRecord(name="text")
+    records = open_source(config.FileSource(name="files", files=tuple(files), format=layout, record=text))
+    for origin, fields in records:
+        return located(records.where(origin), recognise, fields)
+    return text  # without any, reading says so
+
+
+def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
+    """The segments of all rows, decoded."""
+    control = tokenizer.control_ids
+    for row, places in enumerate(rows.places):
+        tokens, targets, loss_mask, segment_ids, positions = (array[row] for array in rows.batch)
+        for number, place in enumerate(places, start=1):
+            at = np.flatnonzero(segment_ids == number)
+            ids = [int(tokens[at[0]]), *targets[at].tolist()]
+            learnt = [False, *loss_mask[at].tolist()]
+            seen = [*positions[at].tolist(), int(positions[at[-1]]) + 1]
+            texts = pieces(ids, tokenizer)
+            yield Segment(
+                row + 1,
+                number,
+                place,
+                [Token(i, at, yes, i in control, text) for i, at, yes, text in zip(ids, seen, learnt, texts, strict=True)],
+            )
+
+
+def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """The text that each id adds. What a control token is called stands for it."""
+    context = tokenizer.encode("a")  # in front of all, since some decoders drop a first space
+    found = []
+    window = list(context)
+    done = len(tokenizer.decode(window))  # characters of the window's text that were given away
+    for i, token in enumerate(ids):
+        if token in tokenizer.control_ids:
+            found.append(tokenizer.decode([token], keep_special=True))
+            window, done = list(context), len(tokenizer.decode(context))
+            continue
+        window.append(token)
+        text = tokenizer.decode(window)
+        ends = i + 1 == len(ids) or ids[i + 1] in tokenizer.control_ids
+        if text.endswith("\ufffd") and not ends:  # a character whose other bytes come, or one that is no character
+            found.append("")
+            continue
+        found.append(text[done:])
+        done = len(text)
+        if len(window) > 32:
+            window = window[-4:]
+            done = len(tokenizer.decode(window))
+    return found
+
+
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+_VISIBLE |= {code: 0xFFFD for code in (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def visible(text: str) -> str:
+    """Without what a terminal would obey: control characters as their pictures, changes of direction replaced."""
+    return text.translate(_VISIBLE)
+
+
+# --- for a terminal ---------------------------------------------------------------------------------------------
+
+_STYLES = {(True, False): "bold green", (True, True): "bold black on green", (False, True): "cyan", (False, False): ""}
+_LEGEND = "green is learnt; control tokens stand out; a rule begins a segment, which sees nothing of the others"
+
+
+def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bool) -> None:
+    """Each segment under a rule that says where it is from; with positions, token by token in a table."""
+    for segment in segments(rows, tokenizer):
+        console.print(Rule(Text(_title(segment, rows)), align="left"))
+        console.print(_table(segment) if positions else _running(segment))
+    console.print(Group(Rule(), Text(f"{summary(rows)}; {_LEGEND}", style="dim")))
+
+
+def _title(segment: Segment, rows: Rows) -> str:
+    learnt = sum(token.learnt for token in segment.tokens)
+    of = len(rows.places[segment.row - 1])
+    return visible(
+        f"row {segment.row}, segment {segment.number} of {of}: {segment.place}, {len(segment.tokens)} tokens, {learnt} learnt"
+    )
+
+
+def summary(rows: Rows) -> str:
+    used, learnt = int((rows.batch.segment_ids > 0).sum()), int(rows.batch.loss_mask.sum())
+    count, seq_len = rows.batch.tokens.shape
+    return f"{count} rows of {seq_len} positions, {used} used, {learnt} of them with a loss"
+
+
+def _running(segment: Segment) -> RenderableType:
+    text = Text(overflow="fold")
+    for token in segment.tokens:
+        text.append(visible(token.text), _STYLES[token.learnt, token.control])
+    return text
+
+
+def _table(segment: Segment) -> RenderableType:
+    table = Table("position", "id", "learnt", "token", box=None)
+    for token in segment.tokens:
+        shown = Text(repr(visible(token.text))[1:-1] or "(part of a character)", _STYLES[token.learnt, token.control])
+        table.add_row(str(token.position), str(token.id), "yes" if token.learnt else "", shown)
+    return table
+
+
+# --- for a browser ----------------------------------------------------------------------------------------------
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+h2 {{ font-size: 1rem; border-top: 2px solid; padding-top: .4rem; margin-top: 2rem }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace }}
+.l {{ background: #2e9e4f40; border-bottom: 2px solid #2e9e4f }}
+.c {{ color: #0a7ea4; font-weight: bold }}
+sub {{ font-size: .6em; opacity: .6; user-select: none }}
+span:hover {{ outline: 1px solid }}
+</style></head><body><h1>{title}</h1>
+<p>{summary}. <span class="l">Learnt</span> is what stands on green; <span class="c">control tokens</span> are blue.
+A segment sees nothing of the others. Point at a token for its position and id; the last one of a segment is only predicted.</p>
+{body}
+</body></html>
+"""
+
+
+def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
+    """A page without scripts or anything from elsewhere."""
+    body = []
+    for segment in segments(rows, tokenizer):
+        body.append(
+            f"<h2>{html.escape(_title(segment, rows))}</h2>\n<pre>{''.join(_span(t, positions) for t in segment.tokens)}</pre>"
+        )
+    return _PAGE.format(title=html.escape(visible(title)), summary=html.escape(summary(rows)), body="\n".join(body))
+
+
+def _span(token: Token, positions: bool) -> str:
+    classes = " ".join(name for name, on in (("l", token.learnt), ("c", token.control)) if on)
+    text = html.escape(visible(token.text)) + (f"<sub>{token.position}</sub>" if positions else "")
+    return f'<span class="{classes}" title="position {token.position}, id {token.id}">{text}</span>'
+
+
+def write_page(path: Path, rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> None:
+    """`page` as a file."""
+    write_text(path, page(rows, tokenizer, title, positions))
+
+
+def as_json(rows: Rows, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The segments for a program."""
+    return [{**segment._asdict(), "tokens": [token._asdict() for token in segment.tokens]} for segment in segments(rows, tokenizer)]

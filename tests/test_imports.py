@@ -21,7 +21,7 @@ LEFT_OF_LOOP = (
     *("train.record", "train.self_test", "config_file", "atomic", "json_file", "data", "weights", "checkpoint", "model_dir"),
     *("metrics", "plan"),
 )
-COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect", "export", "upcycle", "prepare")
+COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "verify")
 
 # What each module may import of ours; a name stands for everything below it. The longest key that fits a module counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "metrics": ("config", "mesh", "model", "atomic"),
     "model": ("config", "mesh", "model"),
     "data": ("config", "data", "atomic", "json_file"),
-    "weights": ("config", "mesh", "model", "weights", "data.tokenizer", "data.chat", "atomic", "json_file"),
+    "weights": ("config", "mesh", "model", "weights", "data.tokenizer", "data.chat", "data.conversation", "atomic", "json_file"),
     "train": (),  # the package itself; its modules stand below
     **dict.fromkeys(STEP, LEFT_OF_STEP),
     "train.record": ("config", "atomic"),
@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plan": (*LEFT_OF_STEP, "config_file", "plan"),
     "train.evaluate": LEFT_OF_LOOP,
     "train.loop": (*LEFT_OF_LOOP, "train.evaluate"),
-    **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "prepare"), LEFT_OF_LOOP),
+    **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare"), LEFT_OF_LOOP),
+    "verify": (*LEFT_OF_LOOP, "export"),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
     "cli": ("config", "config_file", "data", *COMMANDS, "quickstart"),
     "__main__": ("cli",),

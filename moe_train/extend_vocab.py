@@ -1,0 +1,158 @@
+"""A model under a larger tokenizer: each old token keeps its row of embeddings and head, wherever its id has moved to.
+
+The rows of new tokens are the mean of the old ones, in embeddings and head alike. Then a new token is about as likely
+as an average one, so that the distribution over the old ones hardly changes, where random rows can take most of it
+(J. Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021). Each learns to be its own, since its
+gradient is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, assert_never
+
+import numpy as np
+import tokenizers
+
+from moe_train import config, model_dir
+from moe_train.atomic import new_directory, refuse_existing
+from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer, check_vocab, load_tokenizer
+from moe_train.weights import foreign, hf, mistral, names
+from moe_train.weights.on_disk import Weights, nbytes
+from moe_train.weights.write import Texts, check_space, write_texts
+
+Format = Literal["hf", "mistral"]
+_ROWS = ("embed.weight", names.HUGGING_FACE.head.path)
+"""Our arrays whose first dim is the vocabulary."""
+
+
+def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: Format = "hf") -> dict[str, Any]:
+    """Write the model at `base` with the vocabulary of `tokenizer`: a version of Mistral's (v3), a file, or a folder.
+
+    Streamed: one matrix in memory. `out_dir` appears whole, or not at all, after it was read back and compared. Returns
+    how many tokens there were and are, how many ids have moved, and the number of parameters. Raises ValueError where
+    tokens of the base would be lost, or none is new; FileNotFoundError, FileExistsError, OSError for a full disk.
+    """
+    refuse_existing(Path(out_dir))
+    if model_dir.is_run(base):
+        raise ValueError(f"{base} is a run; export it, and start from the export")
+    old, new = load_tokenizer(model_dir.find_tokenizer(base)), find_tokenizer(tokenizer)
+    weights = foreign.open_weights(base)
+    names.check(base, weights.table, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
+    ids = new_ids(old, new)
+    check_vocab(old, weights.model.vocab_size)
+    model = weights.model.model_copy(update={"vocab_size": new.vocab_size})
+    dtype, source = _dtype(weights), {(piece.path, piece.lead): piece for piece in weights.table}
+
+    def matrix(piece: names.Piece) -> np.ndarray:
+        of_base = source[piece.path, piece.lead]
+        w = of_base.from_file(weights.tensors[of_base.name].read)
+        return piece.to_file(extended(w, ids, new.vocab_size) if piece.path in _ROWS else w).astype(dtype)
+
+    check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in names.pieces(model)))
+    with new_directory(out_dir) as directory:
+        match layout:
+            case "hf":
+                hf.write(directory, model, dtype, matrix, new)
+            case "mistral":
+                mistral.write(directory, model, dtype, matrix, new)
+            case _:
+                assert_never(layout)
+        write_texts(directory, Texts(new))
+        for file in new.files:
+            if (name := mistral.tokenizer_file_name(file)) != file.name:
+                (directory / file.name).rename(directory / name)
+        _check_written(directory, model, weights, ids)
+    return {
+        "tokens_before": len(ids),
+        "tokens": new.vocab_size,
+        "ids_moved": sum(old_id != new_id for old_id, new_id in ids.items()),
+        "parameters": sum(int(np.prod(piece.shape)) for piece in names.pieces(model)),
+        "dtype": dtype,
+    }
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer at a path, or mistral-common's own sentencepiece model of a version such as `v3`."""
+    path = Path(name)
+    if not path.exists():
+        from mistral_common.tokens.tokenizers.base import TokenizerVersion
+
+        versions = [version.value for version in TokenizerVersion]
+        if name not in versions:
+            raise FileNotFoundError(f"{name}: no such file or folder, and no version of Mistral's ({', '.join(versions)})")
+        files = [
+            file for file in resources.files("mistral_common").joinpath("data").iterdir() if file.name.endswith(f".model.{name}")
+        ]
+        if not files:
+            raise FileNotFoundError(f"mistral-common carries no sentencepiece model of version {name}; give the path of its file")
+        path = Path(str(files[0]))
+    if path.is_dir():
+        return load_tokenizer(model_dir.find_tokenizer(path))
+    if path.name == "tokenizer.json":
+        return load_tokenizer(config.HuggingFaceTokenizer(name="huggingface", path=str(path)))
+    return load_tokenizer(config.MistralTokenizer(name="mistral", path=str(path)))
+
+
+def new_ids(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
+    """Of each old id the one that the new tokenizer gives to the same piece.
+
+    Raises ValueError where the new one lacks pieces of the old, or has no others.
+    """
+    before, after = pieces_of(old), {piece: number for number, piece in pieces_of(new).items()}
+    if lost := [piece for piece in before.values() if piece not in after]:
+        raise ValueError(
+            f"{len(lost)} of the {len(before)} tokens of {old.files[0]} are not in {new.files[0]}, the first {lost[0]!r}; a model "
+            "can be extended to a tokenizer that holds all of its own"
+        )
+    if len(after) == len(before):
+        raise ValueError(f"{new.files[0]} has the {len(before)} tokens of {old.files[0]} and no others; there is nothing to extend")
+    return {number: after[piece] for number, piece in before.items()}
+
+
+def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
+    """What each id stands for: text, or bytes where the tokenizer's pieces are bytes (its control tokens are text)."""
+    if isinstance(tokenizer, HuggingFace):
+        vocab = tokenizers.Tokenizer.from_file(str(tokenizer.files[0])).get_vocab(with_added_tokens=True)
+        return {number: piece for piece, number in vocab.items()}
+    assert isinstance(tokenizer, Mistral)
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    mistrals = MistralTokenizer.from_file(tokenizer.files[0]).instruct_tokenizer.tokenizer
+    pieces: dict[int, str | bytes] = dict(enumerate(mistrals.vocab()))
+    if isinstance(mistrals, Tekkenizer):
+        pieces |= {i: mistrals.id_to_byte_piece(i) for i in range(mistrals.num_special_tokens, mistrals.n_words)}
+    return pieces
+
+
+def extended(rows: np.ndarray, ids: Mapping[int, int], size: int) -> np.ndarray:
+    """(V, D) -> (size, D): row i at ids[i], the mean of those rows everywhere else."""
+    kept, at = (np.fromiter(numbers, np.int64, len(ids)) for numbers in (ids.keys(), ids.values()))
+    out = np.empty((size, *rows.shape[1:]), rows.dtype)
+    out[:] = rows[kept].mean(0, dtype=np.float64).astype(rows.dtype)
+    out[at] = rows[kept]
+    return out
+
+
+def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
+    """Read the files back: old tokens' rows and all other tensors bit for bit as in the base. Raises RuntimeError."""
+    written, source = foreign.open_weights(directory), {(piece.path, piece.lead): piece for piece in weights.table}
+    names.check(directory, written.table, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
+    if written.model.vocab_size != model.vocab_size:
+        raise RuntimeError(f"{directory} was written with {written.model.vocab_size} tokens, not {model.vocab_size}")
+    kept, at = list(ids.keys()), list(ids.values())
+    for piece in written.table:
+        of_base = source[piece.path, piece.lead]
+        was, now = of_base.from_file(weights.tensors[of_base.name].read), piece.from_file(written.tensors[piece.name].read)
+        if piece.path in _ROWS:
+            was, now = was[kept], now[at]
+        if not np.array_equal(was, now):  # widening a 16-bit number changes no value
+            raise RuntimeError(f"{piece.name} in the file is not that of the base")
+
+
+def _dtype(weights: Weights) -> config.Dtype:
+    """That of the base's files; float32 where they have several, or none that is written here."""
+    return "bfloat16" if {tensor.dtype.name for tensor in weights.tensors.values()} == {"bfloat16"} else "float32"

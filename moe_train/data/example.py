@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from moe_train.data.conversation import Conversation, Message
 from moe_train.data.fields import Problem
@@ -13,6 +16,11 @@ class Example(NamedTuple):
 
     tokens: list[int]
     loss_mask: list[bool] | None
+
+
+def learns(loss_mask: Sequence[bool] | np.ndarray | None, seq_len: int) -> bool:
+    """Whether what is left of an example in one row, its first `seq_len` positions, still bears loss."""
+    return loss_mask is None or any(loss_mask[1 : seq_len + 1])
 
 
 class Turn(NamedTuple):

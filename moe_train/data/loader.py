@@ -19,6 +19,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data import chat, manifest
 from moe_train.data.batch import Batch
+from moe_train.data.example import learns
 from moe_train.data.order import Order
 from moe_train.data.packing import TooLong, empty_batch, fill_row
 from moe_train.data.prepare import Progress, prepare
@@ -237,6 +238,6 @@ def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
     if too_long == "truncate":
         for example in over.tolist():
             [(_, mask)] = store.read([Piece(example, 0, seq_len)])
-            if mask is not None and not mask[1:].any():
+            if not learns(mask, seq_len):
                 lengths[example] = 0
     return lengths

@@ -22,7 +22,7 @@ from moe_train.atomic import write_text
 from moe_train.data.batch import Batch
 from moe_train.data.conversation import recognise
 from moe_train.data.encoding import encode
-from moe_train.data.example import Example
+from moe_train.data.example import Example, learns
 from moe_train.data.fields import located
 from moe_train.data.packing import empty_batch, fill_row, make_plan
 from moe_train.data.sources import open_source
@@ -69,10 +69,16 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     if not examples:
         raise ValueError(f"{', '.join(records.places)}: no record with any text")
     lengths = np.asarray([len(example.tokens) - 1 for example in examples])
-    for place, length in zip(places, lengths.tolist(), strict=True):
-        if seq_len is not None and length > seq_len and source.record.too_long == "error":
-            raise ValueError(f"{place}: the record has {length} tokens, seq_len is {seq_len}; raise it, or see it without")
-    plan = make_plan(lengths, seq_len or int(lengths.sum()), source.record.too_long)
+    seq_len = seq_len or int(lengths.sum())
+    too_long = source.record.too_long
+    for i in np.flatnonzero(lengths > seq_len).tolist():
+        if too_long == "error":
+            raise ValueError(f"{places[i]}: the record has {lengths[i]} tokens, seq_len is {seq_len}; raise it, or see it without")
+        if too_long == "truncate" and not learns(examples[i].loss_mask, seq_len):
+            lengths[i] = 0
+    plan = make_plan(lengths, seq_len, too_long)
+    if not plan.num_rows:
+        raise ValueError(f"{', '.join(records.places)}: all {len(examples)} records are too long for seq_len {seq_len}")
     batch = empty_batch(plan.num_rows, plan.seq_len)
     placed = []
     for row in range(plan.num_rows):

@@ -1,48 +1,168 @@
-"""A run's newest checkpoint as files that other tools load: a whole model, or an adapter."""
+"""A run's newest checkpoint, or another tool's model, as files that other tools load: a whole model, or an adapter; proved."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 
 from moe_train import checkpoint, config, config_file
-from moe_train.atomic import refuse_existing
-from moe_train.model_dir import is_run, open_model
-from moe_train.weights import foreign, peft, write
+from moe_train.atomic import new_directory, refuse_existing
+from moe_train.data.conversation import Conversation, normalise
+from moe_train.data.sources import open_source
+from moe_train.model_dir import Opened, is_run, open_model
+from moe_train.weights import expected, foreign, mistral_lora, peft, proof, serve, write
+from moe_train.weights.safetensors_io import MAX_SHARD_BYTES
+
+log = logging.getLogger(__name__)
+CONVERSATIONS = 32
+"""Of the training data, whose tokens are compared."""
 
 
-def export(run_dir: str | Path, out_dir: str | Path, layout: Literal["hf", "peft"] = "hf", merge: bool = False) -> dict[str, Any]:
-    """Write the weights of a run to `out_dir`, which appears whole or not at all, and compare them with the run's.
+def export(
+    source: str | Path,
+    out_dir: str | Path,
+    layout: serve.Layout = "hf",
+    merge: bool = False,
+    *,
+    dtype: str | None = None,
+    depth: proof.Depth = "full",
+    server: serve.Server | None = None,
+    max_shard_size: str | None = None,
+) -> dict[str, Any]:
+    """Write the weights of a run, or of another tool's model, to `out_dir`, which appears whole or not at all, proved.
 
-    Adapters trained beside quantised weights are merged into the weights that these were made of. Returns the figures of
-    `weights.write.export` or `weights.peft.export_adapter`. Raises ValueError for what the layout has no words for,
-    FileNotFoundError for a run without checkpoint, FileExistsError where out_dir is taken.
+    dtype: of the files; where it is not stated, that of the files that the weights came from, or that of the training.
+    server: what is to read the files; the record then has `serve`, the command that does. max_shard_size: 5GB, 500MiB.
+    Returns the record that `weights.proof` keeps in `out_dir`. Raises ValueError for what the layout or the server has no
+    words for, FileNotFoundError for a run without checkpoint, FileExistsError where out_dir is taken, RuntimeError where
+    the proof fails.
     """
-    if not is_run(run_dir):
-        raise ValueError(f"{run_dir} is no run: it has no folder {checkpoint.FOLDER}")
     refuse_existing(Path(out_dir))  # before the work, not after it
-    opened = open_model(run_dir)
-    run = opened.run
-    assert run is not None
-    texts = write.Texts(opened.tokenizer, opened.chat_template, config_file.dump(run))
+    shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
+    opened = unquantised(open_model(source))
+    run, lora, model = opened.run, opened.lora, opened.model
+    whole = layout in get_args(expected.Model)
+    if not whole and (lora is None or merge):
+        why = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"
+        raise ValueError(f"{source} gives no adapter: {why}; use --format hf")
+    command = _command(server, layout, opened, out_dir)
+    texts = write.Texts(opened.tokenizer, opened.chat_template, config_file.dump(run) if run else None)
+    conversations = list(islice(_conversations(run), CONVERSATIONS)) if run else []
+    filetype = dtype or _dtype(opened)
+    about = _about(opened)
     with jax.set_mesh(opened.mesh):
         _, weights = opened.load(quantize=False)
-        if layout == "hf":
-            return write.export(weights, opened.model, out_dir, dtype=_dtype(run), lora=run.lora, merge=merge, texts=texts)
-        if run.lora is None or merge:
-            why = "--merge makes a whole model" if merge else "it was trained in full"
-            raise ValueError(f"{run_dir} gives no adapter: {why}; use --format hf")
-        return peft.export_adapter(weights, opened.model, run.lora, out_dir, base_model=str(run.init_from), texts=texts)
+        if whole:
+            record = write.export(
+                weights,
+                model,
+                out_dir,
+                layout,  # type: ignore[arg-type]
+                dtype=filetype,
+                lora=lora,
+                merge=merge,
+                texts=texts,
+                max_shard_bytes=shard_bytes,
+                depth=depth,
+                conversations=conversations,
+                about=about,
+            )
+        else:
+            assert lora is not None and run is not None
+            with new_directory(out_dir) as directory:
+                match layout:  # each replaces the empty directory by a whole one
+                    case "peft":
+                        peft.export_adapter(weights, model, lora, directory, base_model=str(run.init_from), texts=texts)
+                    case "mistral-lora":
+                        mistral_lora.export_adapter(weights, model, lora, directory, dtype=_whole_dtype(filetype), texts=texts)
+                    case _:
+                        raise ValueError(f"--format {layout} is not written yet")
+                record = proof.prove_adapter(
+                    *(directory, layout, weights, model, lora, opened.tokenizer, opened.chat_template, conversations, about)
+                )
+                proof.write(directory, record)
+    return record | ({"serve": command} if command else {})
 
 
-def _dtype(run: config.Config) -> config.Dtype:
+def unquantised(opened: Opened) -> Opened:
+    """The same with the weights of the base's files, also where the run held them in few bits."""
+    lora = opened.lora
+    return opened if lora is None or lora.quantize is None else opened._replace(lora=lora.model_copy(update={"quantize": None}))
+
+
+def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, out_dir: str | Path) -> str | None:
+    if server is None:
+        return None
+    run = opened.run
+    rank = max((target.rank for target in opened.lora.targets), default=1) if opened.lora else 1
+    kind = "huggingface" if opened.tokenizer.chat_template is not None else "mistral"
+    base = str(run.init_from) if run and run.init_from else None
+    return serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
+
+
+def _whole_dtype(dtype: str) -> config.Dtype:
+    for known in get_args(config.Dtype):
+        if dtype == known:
+            return known
+    raise ValueError(f"dtype {dtype} is not one of this layout's, which are {', '.join(get_args(config.Dtype))}")
+
+
+def _dtype(opened: Opened) -> config.Dtype:
     """That of the files it started from, so that untouched weights keep their bytes; otherwise that of the training."""
-    if run.init_from is not None and not is_run(run.init_from):
-        found = {tensor.dtype.name for tensor in foreign.open_weights(run.init_from).tensors.values()}
+    files = opened.run.init_from if opened.run else opened.directory
+    if files is not None and not is_run(files):
+        found = {tensor.dtype.name for tensor in foreign.open_weights(files).tensors.values()}
         if found == {"float32"}:
             return "float32"
         if found == {"bfloat16"}:
             return "bfloat16"
-    return run.compute.param_dtype
+    return opened.compute.param_dtype
+
+
+def _about(opened: Opened) -> dict[str, Any]:
+    """What the record says of where the weights come from."""
+    found: dict[str, Any] = {"source": str(opened.directory)}
+    if opened.run is None:
+        return found
+    with checkpoint.reading(opened.directory) as checkpoints:
+        step, about = checkpoints.latest_step(), checkpoint.newest(checkpoints)
+    assert about is not None
+    found |= {"run": opened.run.name, "step": step, "data_sha256": about.data}
+    found["config_sha256"] = hashlib.sha256(config_file.dump(opened.run).encode()).hexdigest()
+    if about.base is not None:
+        hashes = "".join(f"{name} {digest}\n" for name, digest in sorted(about.base.hashes.items()))
+        found["base"] = {
+            "source": about.base.source,
+            "step": about.base.step,
+            "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        }
+    return found
+
+
+def _conversations(run: config.Config) -> Iterator[Conversation]:
+    """The first conversations of the training data that are in files here."""
+    for source in run.data.train if run.data else ():
+        if not isinstance(source, config.FileSource) or isinstance(source.record, config.TextRecord):
+            continue
+        try:
+            for _, fields in open_source(source):
+                conversation = normalise(fields, source.record)
+                assert isinstance(conversation, Conversation)
+                yield conversation
+        except (FileNotFoundError, ValueError) as error:
+            log.warning("the template is not tried on training conversations of one source: %s", error)
+
+
+def _bytes(size: str) -> int:
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", size.strip())
+    if match is None or match[2].upper() not in units or float(match[1]) * units[match[2].upper()] < 1:
+        raise ValueError(f"max-shard-size is {size!r}; say it like 5GB or 500MiB")
+    return int(float(match[1]) * units[match[2].upper()])

@@ -85,10 +85,11 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(tokenizer: HuggingFace
         write.export(weights, MODEL, tmp_path / "merged", dtype="bfloat16", lora=LORA, merge=True, texts=texts)
         peft.export_adapter(weights, MODEL, LORA, tmp_path / "adapter", base_model=str(tmp_path / "base"), texts=texts)
     report = export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
-    assert report["merged"] == 2 * (4 + 3 * 4)
-    same_files(tmp_path / "hf", tmp_path / "merged", "moe_train.yaml")
+    (merge,) = (check["figures"] for check in report["checks"] if check["name"] == "merge")
+    assert merge["count"] == 2 * (4 + 3 * 4)
+    same_files(tmp_path / "hf", tmp_path / "merged", "moe_train.yaml", "export_proof.json")
     export(tmp_path / "run", tmp_path / "peft", "peft")
-    same_files(tmp_path / "peft", tmp_path / "adapter", "moe_train.yaml")
+    assert (tmp_path / "peft/export_proof.json").is_file()
     assert "rank: 2" in (tmp_path / "hf/moe_train.yaml").read_text()
     assert (tmp_path / "hf/tokenizer.json").read_bytes() == tokenizer.files[0].read_bytes()
     with pytest.raises(ValueError, match="--merge"):
@@ -115,6 +116,6 @@ def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_p
         export(tmp_path / "run", tmp_path / "other", merge=True)
     with pytest.raises(ValueError, match="trained in full"):
         export(tmp_path / "run", tmp_path / "other", "peft")
-    with pytest.raises(ValueError, match="is no run"):
-        export(tmp_path / "hf", tmp_path / "other")
+    with pytest.raises(ValueError, match="it is no run"):
+        export(tmp_path / "hf", tmp_path / "other", "peft")
     assert not (tmp_path / "other").exists()

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,17 +93,38 @@ def _read(
 
 
 def fetch(array: jax.Array, lead: tuple[int, ...] = ()) -> np.ndarray:
-    """Entry `lead` of a stacked array, on the host, from the devices that hold it."""
+    """Entry `lead` of a stacked array, on the host; a view where a CPU device holds all of it.
+
+    An array that is spread over several processes is gathered, so all of them have to ask for the same at a time.
+    """
     if not array.is_fully_addressable:
-        raise ValueError("weights are spread over several processes; export from a checkpoint in one process")
-    whole = np.empty(array.shape[len(lead) :], array.dtype)
+        return np.asarray(_entry(array, lead))
+    whole = None
     for shard in array.addressable_shards:
         cuts = [cut.indices(size)[:2] for cut, size in zip(shard.index, array.shape, strict=True)]
         if shard.replica_id == 0 and all(start <= i < stop for i, (start, stop) in zip(lead, cuts, strict=False)):
-            here = tuple(i - start for i, (start, _) in zip(lead, cuts, strict=False))
-            # cut on the device, as an array of a mesh of this device alone; the one in force has others
-            mesh = Mesh(np.array([shard.device]), ("here",))
-            with jax.set_mesh(mesh):
-                part = jax.make_array_from_single_device_arrays(shard.data.shape, NamedSharding(mesh, P()), [shard.data])
-                whole[shard.index[len(lead) :]] = np.asarray(part[here])
+            part = _entry_of_shard(shard, tuple(i - start for i, (start, _) in zip(lead, cuts, strict=False)))
+            if part.shape == array.shape[len(lead) :]:
+                return part
+            whole = np.empty(array.shape[len(lead) :], array.dtype) if whole is None else whole
+            whole[shard.index[len(lead) :]] = part
+    assert whole is not None
     return whole
+
+
+def _entry_of_shard(shard: Any, lead: tuple[int, ...]) -> np.ndarray:
+    if shard.device.platform == "cpu":
+        return np.asarray(shard.data)[lead]  # the device's memory is the host's
+    # cut on the device, as an array of a mesh of this device alone; the one in force has others
+    mesh = Mesh(np.array([shard.device]), ("here",))
+    with jax.set_mesh(mesh):
+        part = jax.make_array_from_single_device_arrays(shard.data.shape, NamedSharding(mesh, P()), [shard.data])
+        return np.asarray(part[lead])
+
+
+@jax.jit
+def _entry(array: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+    """Whole on every device."""
+    for i in lead:
+        array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+    return jax.sharding.reshard(array, P())

@@ -3,42 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 import jax
 import numpy as np
 
 from moe_train import config
+from moe_train.model.lora import module_of, scale_of_expert, targets_of
 from moe_train.weights.arrays import fetch
 from moe_train.weights.names import Piece
 
+CHUNK = 2**21
+"""Entries that are worked out together, in float64."""
+
+
+def scale_of(lora: config.Lora, module: str, lead: tuple[int, ...] = ()) -> float:
+    """What the product of an adapter's A and B is multiplied with, beside a module such as
+    `stacks.0.layers.0.attention.q_proj`; `lead` (repeat, expert) says whose, where experts differ."""
+    targets = targets_of(lora, module_of(f"{module}.weight"))
+    if len(lead) == 2:
+        return scale_of_expert(lora, targets, lead[1])[0]
+    return lora.scale(target_of(lora, module))
+
 
 def target_of(lora: config.Lora, module: str) -> config.LoraTarget:
-    """The target that put the adapter beside a module, e.g. `stacks.0.layers.0.attention.q_proj`."""
-    name = ".".join(module.split(".")[-2:])
-    (target,) = (t for t in lora.targets if any(fnmatchcase(name, pattern) for pattern in t.modules))
-    return target
-
-
-def scale_of(lora: config.Lora, module: str) -> float:
-    """alpha / rank of the adapter beside a module."""
-    target = target_of(lora, module)
-    return target.alpha / target.rank
+    """The target that put the adapter beside a module; the first, where several share its experts."""
+    return targets_of(lora, module_of(f"{module}.weight"))[0]
 
 
 def delta(parameters: Mapping[str, jax.Array], lora: config.Lora | None, piece: Piece) -> np.ndarray | None:
     """scale · A·B in float64, in the dims of the weight; None where there is no adapter."""
+    if (factors := _factors(parameters, lora, piece)) is None:
+        return None
+    a, b = factors
+    return np.tensordot(a, b, axes=1)
+
+
+def merged(parameters: Mapping[str, jax.Array], lora: config.Lora | None, piece: Piece, dtype: np.dtype) -> np.ndarray:
+    """round(base + scale · A·B) in `dtype`: one rounding. The base's own values where there is no adapter."""
+    base = fetch(parameters[piece.path], piece.lead)
+    if (factors := _factors(parameters, lora, piece)) is None:
+        return base.astype(dtype, copy=False)
+    a, b = factors
+    out = np.empty(base.shape, dtype)
+    step = max(1, CHUNK * len(base) // base.size)
+    for start in range(0, len(base), step):
+        rows = slice(start, start + step)
+        out[rows] = base[rows].astype(np.float64) + np.tensordot(a[rows], b, axes=1)
+    return out
+
+
+def _factors(parameters: Mapping[str, jax.Array], lora: config.Lora | None, piece: Piece) -> tuple[np.ndarray, np.ndarray] | None:
+    """Two matrices in float64 whose product is what is added."""
     module = piece.path.removesuffix(".weight")
     if f"{module}.lora_a" not in parameters:
         return None
     if lora is None:
         raise ValueError(f"{module} has an adapter, but nothing says its alpha; give the section lora")
     a, b = (fetch(parameters[f"{module}.{name}"], piece.lead).astype(np.float64) for name in ("lora_a", "lora_b"))
-    return np.tensordot(scale_of(lora, module) * a, b, axes=1)
-
-
-def merged(parameters: Mapping[str, jax.Array], lora: config.Lora | None, piece: Piece, dtype: np.dtype) -> np.ndarray:
-    """round(base + scale · A·B) in `dtype`: one rounding. The base's own values where there is no adapter."""
-    base = fetch(parameters[piece.path], piece.lead)
-    added = delta(parameters, lora, piece)
-    return base.astype(dtype) if added is None else (base.astype(np.float64) + added).astype(dtype)
+    scale = scale_of(lora, module, piece.lead)
+    if module == "head":  # its weight is (V, D), as the embedding's; A is (D, J), B (J, V)
+        return scale * b.T, a.T
+    return scale * a, b

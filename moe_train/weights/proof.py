@@ -1,89 +1,376 @@
-"""An export is read back and compared with the weights in memory before anybody is told that it succeeded.
+"""The proof of an export: files are read back by a second reader and compared with the weights in memory.
 
-Independent of the writer: the files are opened by the safetensors library, the tensors come back through the way
-that reads other people's models, and deltas are worked out anew.
+`expected` says what the files must hold, `reread` reads them, `compare` and `answers` compare; none shares code with
+the writers. Every check says what it compared, how many, and within which tolerance; the record of it all is kept in
+the directory, so that `moe-train verify` can repeat it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_train import config
-from moe_train.weights import names, safetensors_io
-from moe_train.weights.arrays import fetch
-from moe_train.weights.hf_config import read_model_config
+from moe_train.data.conversation import Conversation
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.json_file import read_object
+from moe_train.model.fsdp import spec_of
+from moe_train.model.lora import is_lora
+from moe_train.weights import answers, compare, expected, foreign, proof_texts, reread
+from moe_train.weights.checks import Check, Fault, NotChecked, require, run
 from moe_train.weights.merge import scale_of
 
+FILE = "export_proof.json"
+Depth = Literal["full", "tensors"]
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3, "float16": 2e-3, "q8_0": 0.1}
+"""Of logits: largest difference over the largest logit. The weights that they are compared with are rounded to the
+file's dtype; those of Q8_0 and of what llama.cpp quantises are not."""
 
-def check(
-    directory: Path, parameters: Mapping[str, jax.Array], model: config.Model, lora: config.Lora | None, dtype: np.dtype
-) -> dict[str, Any]:
-    """Compare a model's directory with `parameters`: untouched weights bit for bit, merged ones (where `lora` is
-    given) within one unit in the last place of `dtype`.
 
-    Returns what was found: tensors, parameters, bytes, and with adapters the matrices merged, how many of them have
-    a delta of zero, and delta_kept, the share of the wanted change that survived the rounding (1 is all of it).
-    Raises RuntimeError at the first difference, naming the tensor.
+class Export(NamedTuple):
+    """A directory of files, and the weights in memory that it was written from."""
+
+    directory: Path
+    layout: expected.Model
+    dtype: str
+    parameters: Mapping[str, jax.Array]
+    model: config.Model
+    lora: config.Lora | None
+    """Of the adapters that were merged."""
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    conversations: Sequence[Conversation] = ()
+    """Of the training data, in training's own tokens."""
+    about: Mapping[str, Any] = {}
+    """What else is to be kept: where it came from, hashes of config and data."""
+
+
+# --- of whole models -----------------------------------------------------------------------------------------------
+
+
+def prove(export: Export, depth: Depth) -> dict[str, Any]:
+    """Compare the files of an export with the weights that it was written from; the record that is kept beside them.
+
+    depth: `tensors` leaves out what runs the model. The mesh of the weights is in force; several processes call this
+    together. Raises RuntimeError where a check fails.
     """
-    if (found := read_model_config(directory)) != model:
-        raise RuntimeError(f"{directory / 'config.json'} was written as a different model: {found}")
-    tensors = safetensors_io.open_model(directory)
-    table = names.pieces(model, names.hugging_face_of(tensors))
-    weights = {path: array for path, array in parameters.items() if not path.endswith((".lora_a", ".lora_b"))}
-    names.check(
-        directory,
-        table,
-        {name: tensor.shape for name, tensor in tensors.items()},
-        {path: array.shape for path, array in weights.items()},
-    )
-    merged = zero = 0
-    wanted = kept = 0.0
-    for piece in table:
-        if tensors[piece.name].dtype != dtype:
-            raise RuntimeError(f"{piece.name} was written as {tensors[piece.name].dtype}, not {dtype}")
-        written = piece.from_file(tensors[piece.name].read)
-        base = fetch(weights[piece.path], piece.lead)
-        module = piece.path.removesuffix(".weight")
-        if lora is None or f"{module}.lora_a" not in parameters:
-            same = np.array_equal(_bits(written), _bits(base.astype(dtype)))
-            if not same:
-                raise RuntimeError(f"{piece.name} in the file is not {piece.path}{list(piece.lead)} in memory")
-            continue
-        a, b = (fetch(parameters[f"{module}.{name}"], piece.lead) for name in ("lora_a", "lora_b"))
-        J = b.shape[0]
-        change = scale_of(lora, module) * (a.reshape(-1, J).astype(np.float64) @ b.reshape(J, -1).astype(np.float64))
-        expected = base.reshape(change.shape).astype(np.float64) + change
-        written = written.reshape(change.shape)
-        off = np.abs(written.astype(np.float64) - expected)
-        if not np.all(off <= _unit(expected, dtype)):
-            raise RuntimeError(
-                f"{piece.name} in the file is not {piece.path}{list(piece.lead)} with its adapter: off by {off.max():.3g}"
-            )
-        merged += 1
-        zero += not change.any()
-        wanted += float(np.vdot(change, change))
-        kept += float(np.vdot(change, written.astype(np.float64) - base.reshape(change.shape).astype(np.float64)))
-    sizes = [(int(np.prod(t.shape)), t.dtype.itemsize) for t in tensors.values()]
-    report: dict[str, Any] = {
-        "tensors": len(tensors),
-        "parameters": sum(n for n, _ in sizes),
-        "bytes": sum(n * b for n, b in sizes),
+    start = time.perf_counter()
+    record: dict[str, Any] = {
+        **{"format": export.layout, "dtype": export.dtype, "proof": depth, "model": export.model.model_dump(mode="json")},
+        **export.about,
     }
-    if lora is not None:
-        report |= {"merged": merged, "deltas_of_zero": zero, "delta_kept": kept / wanted if wanted else 1.0}
-    return report
+    checks = [run("architecture", partial(_architecture, export))]
+    tensors: list[compare.Tensors] = []
+    checks.append(run("tensors", partial(check_tensors, export, tensors)))
+    checks.append(run("merge", partial(_merge, export, tensors)))
+    checks.append(run("answers", partial(_answers, export, depth, record)))
+    checks += proof_texts.check_texts(
+        export.directory, export.layout, export.tokenizer, export.chat_template, export.conversations, record
+    )
+    record["adapted"] = [name for t in tensors for name, found in t.examined.items() if found.merged]
+    record |= {"tensors": _described(tensors), **_finish(export.directory, checks, start)}
+    return record
 
 
-def _bits(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x).view(np.uint8)
+def _described(tensors: Iterable[compare.Tensors]) -> dict[str, Any]:
+    return {
+        name: {
+            "file": t.stored[name].file.name,
+            "dtype": t.stored[name].kind,
+            "shape": t.stored[name].shape,
+            "sha256": found.sha256,
+        }
+        for t in tensors
+        for name, found in t.examined.items()
+    }
 
 
-def _unit(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """One unit in the last place of `dtype` at the magnitude of x (float64)."""
-    mantissa = {"float32": 23, "bfloat16": 7}[dtype.name]
-    return np.exp2(np.floor(np.log2(np.maximum(np.abs(x), 2.0**-126))) - mantissa)
+def _finish(directory: Path, checks: list[Check], start: float) -> dict[str, Any]:
+    """Raise where a check failed, in all processes; else what every record ends with."""
+    _agree(checks)
+    hashes = file_hashes(directory) if jax.process_index() == 0 else {}
+    return {
+        "files": hashes,
+        "checks": [check._asdict() for check in checks],
+        "seconds": time.perf_counter() - start,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def _agree(checks: list[Check]) -> None:
+    """Process 0 has compared the tensors; what it found holds for all."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        ok = np.asarray(all(check.passed is not False for check in checks))
+        if not np.all(multihost_utils.process_allgather(ok)) and ok:
+            raise RuntimeError("the proof failed in another process, which says why")
+    require(checks)
+
+
+def _architecture(export: Export) -> tuple[str, dict[str, Any]]:
+    found = foreign.read_model(export.directory)
+    check_architecture(found, export.model, export.layout)
+    return "what the files say of the architecture is the run's", {}
+
+
+def check_architecture(found: config.Model, wanted: config.Model, layout: str) -> None:
+    """Raise Fault where a directory describes another model. Of one that the layout has other words for (a family of the
+    same mathematics, a spread of random weights) only what is computed has to agree."""
+    ours, theirs = (m.model_dump(exclude={"init_stddev"} | ({"family"} if layout == "mistral" else set())) for m in (wanted, found))
+    if different := [key for key in ours if ours[key] != theirs[key]]:
+        key = different[0]
+        raise Fault(f"the files describe another model: {key} is {theirs[key]}, not {ours[key]}")
+
+
+def check_tensors(export: Export, out: list[compare.Tensors]) -> tuple[str, dict[str, Any]]:
+    wanted = expected.model_tensors(export.layout, export.model)
+    stored = reread.tensors(export.directory)
+    compare.check_names(stored, wanted, {w.name: compare.kind_of(export.layout, w, export.dtype) for w in wanted})
+    found = compare.examine(stored, wanted, export.parameters, export.lora)
+    out.append(found)
+    found.raise_faults()
+    kinds = {tensor.kind for tensor in stored.values()}
+    figures = {
+        "count": len(stored),
+        "parameters": sum(int(np.prod(tensor.shape)) for tensor in stored.values()),
+        "bytes": sum(tensor.nbytes for tensor in stored.values()),
+        "tolerance": "bits; merged matrices and Q8_0 as `merge` says",
+    }
+    if unknown := sorted(kinds - {*reread.PLAIN, "Q8_0"}):
+        figures["not_compared"] = f"values of {', '.join(unknown)}, which llama.cpp's own tool has written"
+    return f"{len(stored):,} tensors, each once, with shape, dtype and the values in memory", figures
+
+
+def _merge(export: Export, tensors: list[compare.Tensors]) -> tuple[str, dict[str, Any]]:
+    if export.lora is None:
+        raise NotChecked("there are no adapters")
+    if not tensors:
+        raise NotChecked("the tensors are not there")
+    return compare.merge_figures(tensors[0])
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    if depth == "tensors":
+        raise NotChecked("left out by --proof tensors: the files were not run")
+    model, lora = export.model, export.lora
+    kind = kind_of(export.dtype)
+    tolerance = TOLERANCES.get(kind, TOLERANCES["q8_0"])
+    prompts = answers.fixed_prompts(model, export.tokenizer)
+    trained, _ = answers.structure_and_shapes(model, lora, "float32")
+    plain, _ = answers.structure_and_shapes(model, None, "float32")
+    wider = [x for path, x in export.parameters.items() if x.dtype.itemsize > 2 or is_lora(path)]
+    as_trained = answers.answers(trained, export.parameters, prompts)
+    compared_with, rounding = as_trained, kind in ("bfloat16", "float16") and bool(wider)
+    if rounding:
+        rounded = round_weights(export.parameters, lora, jnp.dtype(kind))
+        compared_with = answers.answers(plain, rounded, prompts)
+        del rounded
+    found = load_answers(export.directory, model, kind, prompts)
+    difference = answers.compare(found, answers.reference(compared_with, model), prompts, model, tolerance)
+    figures: dict[str, Any] = {
+        "compared_with": f"the trainer's weights, merged and rounded to {kind}" if rounding else "the trainer's weights",
+        "tolerance": tolerance,
+        **difference._asdict(),
+    }
+    if rounding:
+        unrounded = answers.compare(found, answers.reference(as_trained, model), prompts, model, 1.0)
+        figures["logits_moved_by_rounding"] = unrounded.logits
+    check_difference(difference, tolerance)
+    record["prompts"] = {
+        "tokens": prompts.tokens_PT.tolist(),
+        "positions": prompts.positions_PT.tolist(),
+        **{key: None if x is None else x.tolist() for key, x in answers.reference(found, model, 8)._asdict().items()},
+    }
+    return say(difference, figures["compared_with"]), figures
+
+
+def load_answers(directory: Path, model: config.Model, kind: str, prompts: answers.Prompts) -> answers.Answers:
+    """What the files answer, loaded as anybody's model on the mesh in force."""
+    structure, shapes = answers.structure_and_shapes(model, None, "bfloat16" if kind == "bfloat16" else "float32")
+    return answers.answers(structure, foreign.load_parameters(directory, shapes), prompts)
+
+
+def kind_of(dtype: str) -> str:
+    """llama.cpp's names of dtypes -> numpy's."""
+    return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
+
+
+def check_difference(difference: answers.Difference, tolerance: float) -> None:
+    """Raise Fault where the routers chose others, the logits are too far apart, or nothing could be compared."""
+    if difference.wrong and difference.first_wrong is not None:
+        layer, prompt, position = difference.first_wrong
+        raise Fault(
+            f"the router of layer {layer} chose other experts for token {position} of prompt {prompt} "
+            f"({difference.wrong} such choices), which is no near-tie"
+        )
+    if not difference.positions:
+        raise Fault("routers fell the other way in every prompt, so that no logit could be compared")
+    if not difference.logits <= tolerance:
+        raise Fault(f"logits are off by {difference.logits:.3g} of the largest; the tolerance is {tolerance:g}")
+
+
+def say(difference: answers.Difference, what: str) -> str:
+    said = f"logits at {difference.positions} positions are those of {what}, off by {difference.logits:.1e} of the largest"
+    if difference.choices:
+        said += f"; {difference.choices:,} choices of routers the same, {difference.near_ties} near-ties aside"
+    return said
+
+
+def round_weights(parameters: Mapping[str, jax.Array], lora: config.Lora | None, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """The weights, merged with their adapters and rounded to `dtype` as the file's are, where they lie."""
+    rounded = {}
+    for path, weight in parameters.items():
+        if is_lora(path):
+            continue
+        if dtype == jnp.float16 and path.endswith((".scale", "router.weight")):  # float16 is GGUF's, where these are F32
+            rounded[path] = weight
+            continue
+        module = path.removesuffix(".weight")
+        a, b = (parameters.get(f"{module}.{name}") for name in ("lora_a", "lora_b"))
+        if a is None or b is None or lora is None:
+            rounded[path] = _rounded(weight, dtype=dtype)
+        else:
+            lead = a.ndim + b.ndim - 2 - weight.ndim  # repeats, experts
+            experts = range(weight.shape[1] if lead == 2 else 1)
+            scales = np.array([scale_of(lora, module, (0, e)[:lead]) for e in experts], np.float32)
+            rounded[path] = _merged(weight, a, b, scales, dtype=dtype, transposed=module == "head")
+    return rounded
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _rounded(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return weight.astype(dtype).astype(jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("dtype", "transposed"))
+def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, scales: np.ndarray, dtype: jnp.dtype, transposed: bool) -> jax.Array:
+    """a (lead…, in…, J), b (lead…, J, out…); scales (1,), or (E,) beside the last dim of lead."""
+    lead = a.ndim + b.ndim - 2 - weight.ndim
+    letters = "abcdefgh"
+    each, into, out = letters[:lead], letters[lead : a.ndim - 1], letters[a.ndim - 1 : weight.ndim]
+    b *= scales.reshape(*scales.shape, *(1,) * (b.ndim - lead))
+    equation = f"{each}{into}J,{each}J{out}->{each}{out + into if transposed else into + out}"
+    delta = jnp.einsum(equation, a, b, out_sharding=spec_of(weight), precision=jax.lax.Precision.HIGHEST)
+    return _rounded(weight.astype(jnp.float32) + delta, dtype=dtype)
+
+
+# --- of adapters ---------------------------------------------------------------------------------------------------
+
+
+def prove_adapter(
+    directory: Path,
+    layout: expected.Adapter,
+    parameters: Mapping[str, jax.Array],
+    model: config.Model,
+    lora: config.Lora,
+    tokenizer: Tokenizer | None,
+    chat_template: str | None,
+    conversations: Sequence[Conversation],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """As `prove`, for files that hold adapters alone: their deltas are compared with those in memory."""
+    start = time.perf_counter()
+    record: dict[str, Any] = {"format": layout, "proof": "tensors", "model": model.model_dump(mode="json"), **about}
+    tensors: list[compare.Tensors] = []
+    deltas: list[compare.Delta] = []
+
+    def look() -> tuple[str, dict[str, Any]]:
+        stored = reread.tensors(directory)
+        found, pairs = compare.examine_adapter(layout, stored, model, parameters, lora, scale_in_file(layout, directory))
+        tensors.append(found)
+        deltas.extend(pairs)
+        found.raise_faults()
+        return f"{len(stored):,} tensors, and no others", {"count": len(stored), "bytes": sum(t.nbytes for t in stored.values())}
+
+    checks = [run("tensors", look), run("deltas", partial(compare.delta_figures, deltas))]
+    checks.append(run("answers", partial(_left_out, "an adapter answers with its base alone; its deltas were compared")))
+    checks += proof_texts.check_texts(directory, layout, tokenizer, chat_template, conversations, record)
+    record |= {"tensors": _described(tensors), **_finish(directory, checks, start)}
+    return record
+
+
+def _left_out(why: str) -> tuple[str, dict[str, Any]]:
+    raise NotChecked(why)
+
+
+def scale_in_file(layout: expected.Adapter, directory: Path) -> Callable[[str, int], float]:
+    """(name of a weight, rank) -> what B·A is multiplied with, as the layout's own tools work it out."""
+    match layout:
+        case "peft":
+            settings = read_object(directory / "adapter_config.json")
+
+            def peft(weight: str, rank: int) -> float:
+                module = weight.removesuffix(".weight")
+                alpha, stated = (
+                    next(
+                        (v for key, v in settings[f"{what}_pattern"].items() if re.match(rf"(.*\.)?({key})$", module)),
+                        settings[usual],
+                    )
+                    for what, usual in (("alpha", "lora_alpha"), ("rank", "r"))
+                )
+                if stated != rank:
+                    raise Fault(f"adapter_config.json states rank {stated} for {module}, whose lora_A has {rank} rows")
+                return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
+
+            return peft
+        case "mistral-lora":
+            scaling = float(read_object(directory / "params.json")["lora"]["scaling"])
+            return lambda weight, rank: scaling
+        case "gguf-lora":
+            (file,) = directory.glob("*.gguf")
+            alpha = float(reread.gguf_settings(file)["adapter.lora.alpha"])
+            return lambda weight, rank: alpha / rank
+
+
+# --- the record ----------------------------------------------------------------------------------------------------
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """sha256 of every file but the record itself, by its name."""
+
+    def digest(file: Path) -> str:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name != FILE]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((str(file.relative_to(directory)) for file in files), pool.map(digest, files), strict=True))
+
+
+def write(directory: Path, record: Mapping[str, Any]) -> None:
+    (directory / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def hardware() -> dict[str, Any]:
+    kinds = [device.device_kind for device in jax.devices()]
+    return {"devices": {kind: kinds.count(kind) for kind in kinds}, "processes": jax.process_count(), "host": platform.machine()}
+
+
+def versions() -> dict[str, str]:
+    packages = ("moe_train", "jax", "flax", "numpy", "safetensors", "tokenizers", "jinja2", "mistral_common", "gguf")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from moe_train.weights import strided
 from moe_train.weights.on_disk import nbytes
 
 INDEX = "model.safetensors.index.json"
@@ -150,7 +151,8 @@ def write_file(file: Path, specs: Iterable[Spec], tensor: Callable[[Spec], np.nd
             for spec in specs:
                 array = tensor(spec)
                 assert array.shape == spec.shape and array.dtype == spec.dtype, (spec, array.shape, array.dtype)
-                out.write(np.ascontiguousarray(array).view(np.uint8).data)
+                for part in strided.parts(array):
+                    out.write(part.reshape(-1).view(np.uint8).data)
     except OSError as error:
         error.filename = error.filename or str(file)  # a failed write does not know its file
         raise

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from moe_train import config
 from moe_train.atomic import new_directory
+from moe_train.data.conversation import Conversation
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.model.lora import is_lora
-from moe_train.weights import hf, names, proof
+from moe_train.weights import expected, gguf, hf, mistral, names, proof
 from moe_train.weights import merge as merging
 from moe_train.weights.arrays import Parameters
-from moe_train.weights.on_disk import nbytes
 from moe_train.weights.safetensors_io import MAX_SHARD_BYTES
 
-Format = Literal["hf"]
+Format = expected.Model
 
 
 class Texts(NamedTuple):
@@ -35,8 +35,8 @@ class Texts(NamedTuple):
 
 
 NO_TEXTS = Texts()
-Matrix = Callable[[names.Piece], np.ndarray]
-"""What a piece of the file's tensors is to hold, in the dtype of the file."""
+Matrix = Callable[[names.Piece, np.dtype], np.ndarray]
+"""What a piece of the file's tensors is to hold, rounded once to a dtype."""
 
 
 def export(
@@ -45,18 +45,22 @@ def export(
     out_dir: str | Path,
     layout: Format = "hf",
     *,
-    dtype: config.Dtype,
+    dtype: str,
     lora: config.Lora | None = None,
     merge: bool = False,
     texts: Texts = NO_TEXTS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    depth: proof.Depth = "full",
+    conversations: Sequence[Conversation] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a model's directory; read it back and compare.
+    """Write a whole model's directory and prove it: `proof.prove`'s record is returned, and lies in it.
 
     merge: add the adapters in `parameters` (of the section `lora`) to the weights; without it there must be none.
-    Streamed: one tensor in memory. `out_dir` appears whole, or not at all. Returns the figures of `proof.check`.
-    Raises FileExistsError where out_dir is taken, ValueError for what cannot be said in this layout, OSError for a
-    full disk.
+    dtype: float32 or bfloat16; of gguf also float16, q8_0 and llama.cpp's own. depth, conversations, about: see `proof`.
+    Streamed: one tensor in memory. `out_dir` appears whole, or not at all. Where the weights are spread over several
+    processes, all of them call this, and see the same file system. Raises FileExistsError where out_dir is taken,
+    ValueError for what cannot be said in this layout, OSError for a full disk, RuntimeError where the proof fails.
     """
     adapters = [path for path in parameters if is_lora(path)]
     if adapters and not merge:
@@ -65,16 +69,55 @@ def export(
         )
     if merge and not adapters:
         raise ValueError("there is nothing to merge: the model has no adapters")
-    filetype = np.dtype(dtype)
+    check_dtype(layout, dtype)
+    section = lora if merge else None
 
-    def matrix(piece: names.Piece) -> np.ndarray:
-        return piece.to_file(merging.merged(parameters, lora, piece, filetype))
+    def matrix(piece: names.Piece, filetype: np.dtype) -> np.ndarray:
+        return piece.to_file(merging.merged(parameters, section, piece, filetype))
 
-    check_space(out_dir, sum(nbytes(array.shape, filetype) for path, array in parameters.items() if not is_lora(path)))
+    numbers = sum(array.size for path, array in parameters.items() if not is_lora(path))
+    check_space(out_dir, numbers * {"float32": 4, "f32": 4, "q8_0": 1}.get(dtype, 2))
     with new_directory(out_dir) as directory:
-        hf.write(directory, model, dtype, matrix, texts.tokenizer, max_shard_bytes)
-        write_texts(directory, texts)
-        return proof.check(directory, parameters, model, lora if merge else None, filetype)
+        write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)
+        write_texts(directory, texts, layout)
+        made = proof.Export(
+            *(
+                directory,
+                layout,
+                dtype,
+                parameters,
+                model,
+                section,
+                texts.tokenizer,
+                texts.chat_template,
+                conversations,
+                about or {},
+            )
+        )
+        record = proof.prove(made, depth)
+        proof.write(directory, record)
+        return record
+
+
+def write(
+    directory: Path, layout: Format, model: config.Model, dtype: str, matrix: Matrix, texts: Texts, max_shard_bytes: int
+) -> None:
+    """The files of a whole model, but not those that `write_texts` copies."""
+    match layout:
+        case "hf":
+            filetype = np.dtype(dtype)
+            hf.write(directory, model, dtype, lambda piece: matrix(piece, filetype), texts.tokenizer, max_shard_bytes)  # type: ignore[arg-type]
+        case "mistral":
+            filetype = np.dtype(dtype)
+            mistral.write(directory, model, dtype, lambda piece: matrix(piece, filetype), texts.tokenizer)  # type: ignore[arg-type]
+        case "gguf":
+            gguf.write(directory, model, dtype, matrix, texts.tokenizer, texts.chat_template)
+
+
+def check_dtype(layout: Format, dtype: str) -> None:
+    """Raise ValueError for a dtype that the layout has not."""
+    if layout != "gguf" and dtype not in get_args(config.Dtype):
+        raise ValueError(f"dtype {dtype} is not one of {layout}'s, which are {', '.join(get_args(config.Dtype))}")
 
 
 def check_space(out_dir: str | Path, needed: int) -> None:
@@ -85,9 +128,11 @@ def check_space(out_dir: str | Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{out_dir} needs {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")
 
 
-def write_texts(directory: Path, texts: Texts) -> None:
+def write_texts(directory: Path, texts: Texts, layout: str = "hf") -> None:
+    """Tokenizer, chat template and the run's config, under the names that the layout's tools look for."""
     for file in texts.tokenizer.files if texts.tokenizer else ():
-        shutil.copyfile(file, directory / file.name)
+        name = mistral.tokenizer_file_name(file) if layout.startswith("mistral") else file.name
+        shutil.copyfile(file, directory / name)
     if texts.chat_template is not None:
         (directory / "chat_template.jinja").write_text(texts.chat_template, encoding="utf-8")
     if texts.config is not None:

@@ -67,8 +67,9 @@ def test_an_export_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dty
         for path, array in foreign.load_parameters(tmp_path / "out", abstract(model, dtype)).items():
             assert array.sharding == sharded[path].sharding
     assert foreign.read_model(tmp_path / "out") == model
-    assert report["parameters"] == sum(array.size for array in sharded.values())
-    assert report["bytes"] == report["parameters"] * np.dtype(dtype).itemsize
+    tensors = figures(report, "tensors")
+    assert tensors["parameters"] == sum(array.size for array in sharded.values())
+    assert tensors["bytes"] == tensors["parameters"] * np.dtype(dtype).itemsize
     with jax.set_mesh(ONE):
         assert_equal(foreign.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
 
@@ -85,6 +86,7 @@ def test_the_files_of_an_export(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",
         "config.json",
+        "export_proof.json",
         "generation_config.json",
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
@@ -109,6 +111,11 @@ def test_the_fused_layout_and_the_prefix_of_a_wrapper_are_read(tmp_path: Path) -
             file.unlink()
         safetensors.numpy.save_file(fused, tmp_path / "out/model.safetensors")
         assert_equal(foreign.load_parameters(tmp_path / "out", abstract(MIXTRAL)), parameters)
+
+
+def figures(report: dict[str, Any], check: str) -> dict[str, Any]:
+    (found,) = (c["figures"] for c in report["checks"] if c["name"] == check)
+    return found
 
 
 def plain_merge(parameters: dict[str, jax.Array], path: str) -> np.ndarray:
@@ -136,19 +143,23 @@ def test_merged_weights_are_base_plus_delta_rounded_once(dtype: Any, tmp_path: P
         loaded = foreign.load_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
     for path, array in loaded.items():
         assert np.array_equal(np.asarray(array), plain_merge(parameters, path).astype(dtype)), path
-    assert report["merged"] == 4 * (2 + 3 * 4) and report["deltas_of_zero"] == 0
-    assert 0.99 < report["delta_kept"] < 1.01
+    merge = figures(report, "merge")
+    assert merge["count"] == 4 * (2 + 3 * 4) and merge["untrained"] == 0
+    assert 0.99 < merge["delta_kept"] < 1.01
 
 
 def test_the_report_tells_of_deltas_that_the_dtype_swallows(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = random_parameters(MIXTRAL, lora=LORA)
-        small = {path: x * 1e-5 if path.endswith("lora_b") else x for path, x in parameters.items()}
-        kept = write.export(small, MIXTRAL, tmp_path / "low", dtype="bfloat16", lora=LORA, merge=True)["delta_kept"]
-        assert kept < 0.9
+        lost = {path: x * 1e-5 if path.endswith("lora_b") else x for path, x in parameters.items()}
+        with pytest.raises(RuntimeError, match=r"the delta of .* is lost: every number was rounded back"):
+            write.export(lost, MIXTRAL, tmp_path / "lost", dtype="bfloat16", lora=LORA, merge=True)
+        small = {path: x * 1e-3 if path.endswith("lora_b") else x for path, x in parameters.items()}
+        report = write.export(small, MIXTRAL, tmp_path / "low", dtype="bfloat16", lora=LORA, merge=True)
+        assert figures(report, "merge")["delta_kept"] < 0.9
         none = {path: x * 0 if path.endswith("lora_b") else x for path, x in parameters.items()}
         report = write.export(none, MIXTRAL, tmp_path / "none", dtype="float32", lora=LORA, merge=True)
-    assert report["deltas_of_zero"] == report["merged"] == 56
+    assert figures(report, "merge")["untrained"] == figures(report, "merge")["count"] == 56
 
 
 def test_weights_without_adapter_keep_their_bytes_through_a_lora_export(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""What a model answers to fixed prompts: logits at every position, and the experts that its routers chose.
+
+In float32, with the plain reference kernels, so that two sets of weights differ by what they are and by nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.mesh import BATCH
+from moe_train.model.moe import MoE
+from moe_train.model.transformer import Parameters, combine, init_model, parameters
+
+LENGTH = 16
+TEXTS = (
+    "The proof of the pudding is in the eating; the proof of a file is in the reading.",
+    "def add(a: int, b: int) -> int:\n    return a + b\n\nprint(add(2, 3))  # 5, as it has to be",
+)
+
+
+class Prompts(NamedTuple):
+    """Rows of tokens and their positions, (P, T); a position of -1 is padding."""
+
+    tokens_PT: np.ndarray
+    positions_PT: np.ndarray
+
+
+class Answers(NamedTuple):
+    logits_PTV: np.ndarray
+    """Float32."""
+    routers_LPTE: np.ndarray | None
+    """The routers' logits; None for a dense model."""
+
+
+def fixed_prompts(model: config.Model, tokenizer: Tokenizer | None) -> Prompts:
+    """Two texts (without a tokenizer: drawn tokens), drawn tokens, and drawn tokens at positions as far as the model goes."""
+    tokens_PT = np.random.default_rng(0).integers(0, model.vocab_size, (4, min(LENGTH, model.max_seq_len)))
+    positions_PT = np.tile(np.arange(tokens_PT.shape[1]), (4, 1))
+    positions_PT[3] = np.linspace(0, model.max_seq_len - 1, tokens_PT.shape[1]).astype(int)  # each at another place
+    for row, text in enumerate(TEXTS if tokenizer else ()):
+        assert tokenizer is not None
+        ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+        ids = ids[: tokens_PT.shape[1]]
+        tokens_PT[row, : len(ids)] = ids
+        positions_PT[row, len(ids) :] = -1
+    return Prompts(tokens_PT, positions_PT)
+
+
+def structure_and_shapes(
+    model: config.Model, lora: config.Lora | None, dtype: config.Dtype
+) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """A model that computes in float32 with the reference kernels; `dtype` is its weights'. A mesh is in force."""
+    compute = config.Compute(dtype="float32", param_dtype=dtype, attention="reference", grouped_matmul="reference")
+    return parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
+
+
+def answers(structure: Any, weights: Mapping[str, jax.Array], prompts: Prompts) -> Answers:
+    """What these weights answer, on the mesh in force, of which several processes may have parts."""
+    mesh = jax.sharding.get_mesh()
+    rows = len(prompts.tokens_PT)
+    pad = -rows % math.prod(mesh.shape[axis] for axis in BATCH)
+
+    def put(x_PT: np.ndarray, fill: int) -> jax.Array:
+        whole = np.pad(x_PT, ((0, pad), (0, 0)), constant_values=fill).astype(np.int32)
+        return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P(BATCH, "context")), lambda index: whole[index])
+
+    with jax.default_matmul_precision("highest"):
+        logits, routers = _forward(structure, dict(weights), put(prompts.tokens_PT, 0), put(prompts.positions_PT, -1))
+    return Answers(np.asarray(logits)[:rows], None if routers is None else np.asarray(routers)[:, :rows])
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(
+    structure: Any, weights: Parameters, tokens_BT: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Float32 logits (B, T, V) and those of the routers (L, B, T, E), whole on every device."""
+    model = combine(structure, weights)
+    segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
+
+    def period(x_BTD: jax.Array, layers: Any) -> tuple[jax.Array, list[jax.Array]]:
+        seen = []
+        for layer in layers:
+            if isinstance(layer.ffn, MoE):
+                y_BTD, *_ = layer.attention(layer.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+                seen.append(layer.ffn.router(layer.ffn_norm(x_BTD + y_BTD)))
+            x_BTD, *_ = layer(x_BTD, positions_BT, segment_ids_BT)
+        return x_BTD, seen
+
+    (stack,) = model.stacks
+    x_BTD, seen = jax.lax.scan(period, model.embed(tokens_BT, model.dtype), stack.layers)
+    logits_BTV = jax.sharding.reshard(model.logits(model.final_norm(x_BTD)), P())
+    if not seen:
+        return logits_BTV, None
+    routers_LBTE = jnp.stack(seen, axis=1).reshape(-1, *seen[0].shape[1:])
+    return logits_BTV, jax.sharding.reshard(routers_LBTE, P())
+
+
+# --- comparing ---------------------------------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """Answers as they are kept: of each position the largest logits, and the experts chosen."""
+
+    top_ids_PTn: np.ndarray
+    top_logits_PTn: np.ndarray
+    experts_LPTA: np.ndarray | None
+    """In rising order."""
+
+
+class Difference(NamedTuple):
+    logits: float
+    """Largest difference over the largest logit, of the positions that are compared."""
+    positions: int
+    """How many are compared."""
+    excluded: int
+    """Positions that come after a near-tie which fell the other way."""
+    choices: int
+    """Choices of a router that are compared."""
+    near_ties: int
+    """Of these, how many were nearly ties and fell the other way."""
+    wrong: int
+    """Of these, how many fell the other way without being nearly ties."""
+    first_wrong: tuple[int, int, int] | None
+    """Layer, prompt and position of the first."""
+
+
+def reference(found: Answers, model: config.Model, top: int | None = None) -> Reference:
+    """top: how many logits of a position to keep; None is all."""
+    ids = np.argsort(-found.logits_PTV, axis=-1, kind="stable")[..., :top]
+    return Reference(ids, np.take_along_axis(found.logits_PTV, ids, axis=-1), _chosen(found, model))
+
+
+def compare(found: Answers, wanted: Reference, prompts: Prompts, model: config.Model, near: float) -> Difference:
+    """near: a router decides nearly by a tie where the last logit chosen and the first one not chosen differ by less than
+    this share of the largest. What such a tie, fallen the other way, makes of the positions from there on (later
+    layers and the logits) is not compared."""
+    clean_PT = prompts.positions_PT >= 0
+    total = int(clean_PT.sum())
+    choices = ties = wrong = 0
+    first = None
+    chosen = _chosen(found, model)
+    if chosen is not None:
+        assert wanted.experts_LPTA is not None and found.routers_LPTE is not None
+        A = chosen.shape[-1]
+        for layer, (ours, theirs) in enumerate(zip(chosen, wanted.experts_LPTA, strict=True)):
+            sorted_PTE = -np.sort(-found.routers_LPTE[layer], axis=-1)
+            gap_PT = (sorted_PTE[..., A - 1] - sorted_PTE[..., A]) if sorted_PTE.shape[-1] > A else np.ones(clean_PT.shape)
+            tie_PT = gap_PT < near * np.abs(sorted_PTE).max()
+            differ_PT = np.any(ours != theirs, axis=-1) & clean_PT
+            choices += int(clean_PT.sum())
+            ties += int((differ_PT & tie_PT).sum())
+            bad = np.argwhere(differ_PT & ~tie_PT)
+            wrong += len(bad)
+            if len(bad) and first is None:
+                first = layer, int(bad[0][0]), int(bad[0][1])
+            clean_PT = clean_PT & ~np.maximum.accumulate(differ_PT, axis=1)
+    there = np.take_along_axis(found.logits_PTV, wanted.top_ids_PTn, axis=-1)
+    there[..., 0] = found.logits_PTV.max(axis=-1)  # whichever that is: no other may have become larger
+    off = np.abs(there - wanted.top_logits_PTn)[clean_PT]
+    largest = float(np.abs(wanted.top_logits_PTn).max())
+    worst = float(off.max(initial=0.0)) / largest if np.all(np.isfinite(off)) and largest else math.inf
+    return Difference(worst, int(clean_PT.sum()), total - int(clean_PT.sum()), choices, ties, wrong, first)
+
+
+def _chosen(found: Answers, model: config.Model) -> np.ndarray | None:
+    if found.routers_LPTE is None:
+        return None
+    assert isinstance(model.ffn, config.MoeFfn)
+    return np.sort(np.argsort(-found.routers_LPTE, axis=-1, kind="stable")[..., : model.ffn.experts_per_token], axis=-1)

@@ -1,0 +1,49 @@
+"""One check of a proof: what it found, what it did not look at and why, how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+Found = tuple[str, Mapping[str, Any]]
+"""One line for people, and its figures."""
+
+
+class Fault(ValueError):
+    """Something is not as it has to be."""
+
+
+class NotChecked(Exception):
+    """A check that does not apply, or cannot be done here; says why."""
+
+
+class Check(NamedTuple):
+    """What came of one check."""
+
+    name: str
+    passed: bool | None
+    """None: not checked."""
+    said: str
+    figures: Mapping[str, Any]
+    seconds: float
+
+
+def run(name: str, check: Callable[[], Found]) -> Check:
+    """`check` returns what it found; it raises Fault (or what damaged files raise) or NotChecked."""
+    start = time.perf_counter()
+    passed: bool | None = True
+    try:
+        said, figures = check()
+    except NotChecked as why:
+        passed, said, figures = None, str(why), {}
+    except (ValueError, OSError) as fault:
+        passed, said, figures = False, str(fault), {}
+    return Check(name, passed, said, figures, time.perf_counter() - start)
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Raise RuntimeError, in one line, where a check failed."""
+    if failed := [check for check in checks if check.passed is False]:
+        names = ", ".join(check.name for check in failed)
+        raise RuntimeError(f"the proof failed ({names}): {failed[0].said}")

@@ -1,0 +1,337 @@
+"""Tensors of files beside the weights in memory: bit by bit, or with adapters merged within one rounding.
+
+The files are read by `reread` and laid out by `expected`; a chunk of rows is looked at at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moe_train import config
+from moe_train.model.lora import is_trainable
+from moe_train.weights import expected, reread
+from moe_train.weights.arrays import fetch
+from moe_train.weights.checks import Fault, NotChecked
+from moe_train.weights.expected import Part, Wanted
+from moe_train.weights.merge import scale_of
+from moe_train.weights.reread import Q8_0, Stored
+from moe_train.weights.strided import contiguous
+
+CHUNK = 2**20
+"""Bytes of a file that are looked at together."""
+BESIDE = 2**27
+"""Bytes of weights that are on the host at a time, unless one matrix is larger."""
+MANTISSA = {"F32": 23, "F16": 10, "BF16": 7}
+SMALLEST = {"F32": -126, "F16": -14, "BF16": -126}
+
+
+class Merged(NamedTuple):
+    """What became of one matrix's delta."""
+
+    module: str
+    lead: tuple[int, ...]
+    wanted: float
+    """Sum of its squares."""
+    kept: float
+    """Its product with what changed in the file."""
+    lost: bool
+    """It is not zero, and not one number of the file differs from the base's."""
+
+
+class Examined(NamedTuple):
+    """One tensor of the files."""
+
+    sha256: str
+    fault: str | None
+    merged: tuple[Merged, ...]
+
+
+class Tensors(NamedTuple):
+    """All of them."""
+
+    stored: Mapping[str, Stored]
+    examined: Mapping[str, Examined]
+
+    def raise_faults(self) -> None:
+        if faults := [found.fault for found in self.examined.values() if found.fault]:
+            raise Fault(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
+
+
+def kind_of(layout: expected.Model, wanted: Wanted, dtype: str) -> str | None:
+    """How a file of `dtype` stores a tensor; None where llama.cpp's own tool has decided."""
+    code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+    kind = code.get(dtype.lower())
+    if layout != "gguf":
+        return kind
+    if len(wanted.shape) == 1 or wanted.name.endswith("ffn_gate_inp.weight"):
+        return "F32"
+    return "F16" if kind == "Q8_0" and wanted.shape[-1] % 32 else kind
+
+
+def check_names(stored: Mapping[str, Stored], wanted: Sequence[Wanted], kinds: Mapping[str, str | None]) -> None:
+    """Every wanted tensor once, with its shape and kind, and nothing else."""
+    names = {w.name for w in wanted}
+    faults = [f"{name} is missing" for name in names - set(stored)]
+    faults += [f"{name} in {stored[name].file.name} does not belong there" for name in set(stored) - names]
+    for w in wanted:
+        if w.name in stored:
+            found = stored[w.name]
+            if found.shape != w.shape:
+                faults.append(f"{w.name} has the shape {found.shape}, not {w.shape}")
+            if kinds[w.name] not in (found.kind, None):
+                faults.append(f"{w.name} is {found.kind}, not {kinds[w.name]}")
+    if faults:
+        raise Fault(min(faults) + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
+
+
+def examine(
+    stored: Mapping[str, Stored],
+    wanted: Sequence[Wanted],
+    parameters: Mapping[str, jax.Array] | None,
+    lora: config.Lora | None,
+) -> Tensors:
+    """Hash every tensor, and compare it with `parameters` (None: hash alone), merged with adapters where `lora` is given."""
+
+    def one(w: Wanted) -> Examined:
+        return _examine(stored[w.name], w, parameters, lora)
+
+    if jax.process_count() > 1 and parameters is not None:  # gathering from other processes has one order
+        return Tensors(stored, {w.name: one(w) for w in wanted})
+    largest = max((np.prod(w.shape[-2:]) * 4 for w in wanted), default=1)
+    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 8, int(BESIDE // largest)))) as pool:
+        return Tensors(stored, dict(zip((w.name for w in wanted), pool.map(one, wanted), strict=True)))
+
+
+def _examine(stored: Stored, wanted: Wanted, parameters: Mapping[str, jax.Array] | None, lora: config.Lora | None) -> Examined:
+    total, fault, merged = hashlib.sha256(), None, []
+    rows = stored.rows // len(wanted.parts)
+    step = max(1, CHUNK * rows // max(1, stored.nbytes // len(wanted.parts)))
+    with stored.file.open("rb") as file:
+        for i, part in enumerate(wanted.parts):
+            decoded = stored.kind in (*MANTISSA, "Q8_0")
+            values = _Values(part, parameters, lora) if parameters is not None and decoded else None
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                raw = stored.read(file.fileno(), i * rows + start, i * rows + stop)
+                total.update(raw)
+                if values is not None and fault is None and (found := values.compare(stored, raw, start, stop)):
+                    fault = f"{stored.name} {found}"
+            if values is not None and values.merged is not None:
+                merged.append(values.merged())
+    return Examined(total.hexdigest(), fault, tuple(merged))
+
+
+class _Values:
+    """What a part of a tensor has to hold, in the file's order, and what was seen of its delta so far."""
+
+    def __init__(self, part: Part, parameters: Mapping[str, jax.Array], lora: config.Lora | None) -> None:
+        self.part, self.module = part, part.path.removesuffix(".weight")
+        base = part.form(fetch(parameters[part.path], part.lead))
+        self.base = base.reshape(1, -1) if base.ndim == 1 else base
+        self.adapter: tuple[np.ndarray, np.ndarray] | None = None
+        self.merged: Callable[[], Merged] | None = None
+        if lora is not None and f"{self.module}.lora_a" in parameters:
+            self.adapter = in_file_order(part, parameters, lora)
+            self.merged = self._merged
+        self.wanted = self.kept = 0.0
+        self.changed = False
+
+    def compare(self, stored: Stored, raw: bytearray, start: int, stop: int) -> str | None:
+        """What is wrong with rows start to stop of the part, if anything."""
+        base = self.base[start:stop]
+        where = f"in {stored.file.name} is not {self.part.path}{list(self.part.lead)} in memory"
+        if self.adapter is None and stored.kind != "Q8_0":
+            written = np.frombuffer(raw, reread.PLAIN[stored.kind])
+            same = contiguous(base, written.dtype).reshape(-1)
+            return None if np.array_equal(_bits(written), _bits(same)) else where
+        delta = np.zeros(())
+        if self.adapter is not None:
+            a, b = self.adapter
+            delta = b[start:stop] @ a
+        right = base.astype(np.float64) + delta
+        written, allowed = _decoded(stored.kind, raw, right)
+        off = np.abs(written - right)
+        if self.adapter is not None:
+            change = written - base
+            self.wanted += float(np.vdot(delta, delta))
+            self.kept += float(np.vdot(delta, change))
+            self.changed = (
+                self.changed
+                or stored.kind == "Q8_0"
+                or not np.array_equal(written, contiguous(base, reread.PLAIN[stored.kind]).astype(np.float64))
+            )
+        if np.all(off <= allowed):
+            return None
+        if self.adapter is None:
+            return f"{where}: off by {off.max():.3g}"
+        return f"in {stored.file.name} is not {self.part.path}{list(self.part.lead)} with its adapter: off by {off.max():.3g}"
+
+    def _merged(self) -> Merged:
+        lost = self.wanted > 0 and not self.changed
+        return Merged(self.module, self.part.lead, self.wanted, self.kept, lost)
+
+
+def in_file_order(part: Part, parameters: Mapping[str, jax.Array], lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:
+    """A (J, in) and B (out, J) in float64, the scale in B."""
+    module = part.path.removesuffix(".weight")
+    a, b = (fetch(parameters[f"{module}.{name}"], part.lead).astype(np.float64) for name in ("lora_a", "lora_b"))
+    scale = scale_of(lora, module, part.lead)
+    if module == "embed":  # (V, D) = A (V, J) · B (J, D)
+        return b, scale * a
+    if module == "head":  # (V, D) = (A (D, J) · B (J, V)) turned
+        return a.T, scale * b.T
+    return a.reshape(-1, a.shape[-1]).T, scale * part.form(b)
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return x.view({2: np.uint16, 4: np.uint32}[x.itemsize])
+
+
+def _decoded(kind: str, raw: bytearray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of a chunk in float64, and how far each may be from `right`: a unit in the last place, or for Q8_0 half
+    a step of its block's scale and what the scale itself, a float16, was rounded by."""
+    if kind != "Q8_0":
+        exponent = np.floor(np.log2(np.maximum(np.abs(right), 2.0 ** SMALLEST[kind])))
+        written = np.frombuffer(raw, reread.PLAIN[kind]).astype(np.float64).reshape(right.shape)
+        return written, np.exp2(exponent - MANTISSA[kind])
+    blocks = np.frombuffer(raw, Q8_0).reshape(len(right), -1)
+    written = (blocks["scale"].astype(np.float64)[..., None] * blocks["q"]).reshape(right.shape)
+    step = np.abs(right).reshape(*blocks.shape, 32).max(-1, keepdims=True) / 127
+    allowed = np.broadcast_to(0.5 * step + 127 * np.maximum(step * 2.0**-11, 2.0**-25), (*blocks.shape, 32))
+    return written, allowed.reshape(right.shape) * 1.001
+
+
+def merge_figures(tensors: Tensors) -> tuple[str, dict[str, Any]]:
+    """Of all merged matrices: how many, how much was kept. Raises Fault where a trained delta was lost."""
+    merged = [m for found in tensors.examined.values() for m in found.merged]
+    if not merged:
+        raise NotChecked("nothing was merged")
+    if lost := [m for m in merged if m.lost]:
+        raise Fault(
+            f"the delta of {lost[0].module}{list(lost[0].lead)} is lost: every number was rounded back to the base's "
+            f"({len(lost)} matrices in all); export in float32"
+        )
+    shares: dict[str, tuple[float, float]] = {}
+    for m in merged:
+        wanted, kept = shares.get(m.module, (0.0, 0.0))
+        shares[m.module] = wanted + m.wanted, kept + m.kept
+    wanted, kept = (sum(share[i] for share in shares.values()) for i in (0, 1))
+    worst = min((module for module in shares if shares[module][0]), key=lambda m: shares[m][1] / shares[m][0], default=None)
+    untrained = sum(m.wanted == 0 for m in merged)
+    figures = {
+        "count": len(merged),
+        "untrained": untrained,
+        "delta_kept": kept / wanted if wanted else 1.0,
+        "least_kept": {"module": worst, "delta_kept": shares[worst][1] / shares[worst][0]} if worst else None,
+        "tolerance": "one unit in the last place of the file's dtype; Q8_0: half a step of the block",
+    }
+    said = f"{len(merged):,} matrices are round(base + scale·B·A); {figures['delta_kept']:.4f} of the deltas kept"
+    return said + (f"; {untrained:,} have a delta of zero: never trained" if untrained else ""), figures
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+class Delta(NamedTuple):
+    """One matrix's delta, of the files and in memory."""
+
+    module: str
+    lead: tuple[int, ...]
+    trained: bool
+    off: float
+    """Largest difference over what rounding A and B to the file's dtype allows; at most 1 is right."""
+
+
+def examine_adapter(
+    layout: expected.Adapter,
+    stored: Mapping[str, Stored],
+    model: config.Model,
+    parameters: Mapping[str, jax.Array],
+    lora: config.Lora,
+    scale_in_file: Callable[[str, int], float],
+) -> tuple[Tensors, list[Delta]]:
+    """Hash every tensor, and compare scale · B·A of each pair with that in memory, matrix by matrix.
+
+    scale_in_file: (name of the weight, rank) -> scale. Pairs beside weights that have no adapter in memory must be zero,
+    as some layouts need them. Whole tensors that were trained in full are compared bit by bit. Raises Fault where a
+    tensor is missing or belongs nowhere.
+    """
+    left, deltas, whole = dict(stored), [], []
+    for wanted in expected.model_tensors(expected.OF_MODEL[layout], model):
+        name_a, name_b = expected.adapter_names(layout, wanted.name)
+        trained = f"{wanted.module}.lora_a" in parameters
+        if trained and not {name_a, name_b} <= left.keys():
+            raise Fault(f"{name_a if name_a not in left else name_b} is missing")
+        if name_a in left and name_b in left:
+            a, b = left.pop(name_a), left.pop(name_b)
+            deltas += _deltas(wanted, a, b, parameters if trained else None, lora, scale_in_file)
+        elif (name := expected.whole_name(layout, wanted.name)) in left:
+            whole.append(wanted._replace(name=name))
+            left.pop(name)
+        elif is_trainable(wanted.parts[0].path, lora):
+            raise Fault(f"{name}, which was trained in full, is missing")
+    if left:
+        raise Fault(f"{min(left)} does not belong there" + (f" (and {len(left) - 1} more)" if len(left) > 1 else ""))
+    examined = examine(stored, whole, parameters, None).examined if whole else {}
+    hashed = examine(stored, [Wanted(name, t.shape, (Part("", (), expected.as_is),)) for name, t in stored.items()], None, None)
+    return Tensors(stored, {**hashed.examined, **examined}), deltas
+
+
+def _deltas(
+    wanted: Wanted,
+    a: Stored,
+    b: Stored,
+    parameters: Mapping[str, jax.Array] | None,
+    lora: config.Lora,
+    scale_in_file: Callable[[str, int], float],
+) -> list[Delta]:
+    found = []
+    for i, part in enumerate(wanted.parts):
+        a_Ji, b_oJ = (_numbers(t, i, len(wanted.parts)) for t in (a, b))
+        if wanted.module == "embed" and a_Ji.shape[1] == wanted.shape[0]:  # A reads tokens: (J, V), and B is (D, J)
+            a_Ji, b_oJ = b_oJ.T, a_Ji.T
+        if (len(b_oJ), a_Ji.shape[1]) != wanted.shape[-2:] or len(a_Ji) != b_oJ.shape[1]:
+            raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are no adapter of a weight {wanted.shape[-2:]}")
+        b_oJ *= scale_in_file(wanted.name, len(a_Ji))
+        if parameters is None:
+            found.append(Delta(wanted.module, part.lead, False, 0.0 if not b_oJ.any() or not a_Ji.any() else np.inf))
+            continue
+        ours_a, ours_b = in_file_order(part, parameters, lora)
+        eps = 2.0 ** (1 - MANTISSA[a.kind]) + 2.0**-22  # each of A and B was rounded; a scale may have gone into B
+        off, step = 0.0, max(1, CHUNK // (8 * ours_a.shape[1]))
+        for start in range(0, len(ours_b), step):
+            rows = slice(start, start + step)
+            difference = np.abs(b_oJ[rows] @ a_Ji - ours_b[rows] @ ours_a)
+            allowed = eps * (np.abs(ours_b[rows]) @ np.abs(ours_a)) + 1e-30
+            off = max(off, float((difference / allowed).max(initial=0.0)))
+        found.append(Delta(wanted.module, part.lead, bool(ours_b.any() and ours_a.any()), off))
+    return found
+
+
+def _numbers(stored: Stored, part: int, parts: int) -> np.ndarray:
+    rows = stored.rows // parts
+    with stored.file.open("rb") as file:
+        raw = stored.read(file.fileno(), part * rows, (part + 1) * rows)
+    if stored.kind not in reread.PLAIN:
+        raise Fault(f"{stored.name} is {stored.kind}; adapters are {', '.join(reread.PLAIN)}")
+    return np.frombuffer(raw, reread.PLAIN[stored.kind]).reshape(rows, -1).astype(np.float64)
+
+
+def delta_figures(deltas: Sequence[Delta]) -> tuple[str, dict[str, Any]]:
+    """Of all adapters: how many. Raises Fault at the first that is another, or was lost."""
+    if wrong := [delta for delta in deltas if not delta.off <= 1]:
+        raise Fault(
+            f"the adapter of {wrong[0].module}{list(wrong[0].lead)} in the files is not the one in memory "
+            f"({len(wrong)} matrices in all)"
+        )
+    untrained = sum(not delta.trained for delta in deltas)
+    said = f"{len(deltas):,} deltas are those in memory" + (f"; {untrained:,} are zero: never trained" if untrained else "")
+    figures = {"count": len(deltas), "untrained": untrained, "tolerance": "A and B each rounded to the file's dtype"}
+    return said, figures

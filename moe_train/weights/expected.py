@@ -1,0 +1,187 @@
+"""What the files of each layout must hold, said a second time and plainly: for the proof alone.
+
+Nothing here comes from `names`, so that a slip in its tables is found. Names and shapes as the layouts' own tools
+have them; of each matrix the numpy that makes the file's (out, in) of ours (in dims…, out dims…).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from moe_train import config
+
+Form = Callable[[np.ndarray], np.ndarray]
+Model = Literal["hf", "mistral", "gguf"]
+Adapter = Literal["peft", "mistral-lora", "gguf-lora"]
+
+
+class Part(NamedTuple):
+    """One matrix or vector of ours inside a tensor of the file."""
+
+    path: str
+    lead: tuple[int, ...]
+    """Its entry in the stacked array: (), (repeat,) or (repeat, expert)."""
+    form: Form
+    """Our matrix -> the file's; for B of an adapter too, whose in dim is the rank."""
+
+
+class Wanted(NamedTuple):
+    """A tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    """One; or several, stacked on the tensor's first dim."""
+
+    @property
+    def module(self) -> str:
+        return self.parts[0].path.removesuffix(".weight")
+
+
+def as_is(w: np.ndarray) -> np.ndarray:
+    return w
+
+
+def outputs_last(w: np.ndarray) -> np.ndarray:
+    """(in, out dims…) -> (out, in)."""
+    return w.reshape(w.shape[0], -1).T
+
+
+def outputs_one(w: np.ndarray) -> np.ndarray:
+    """(in dims…, out) -> (out, in)."""
+    return w.reshape(-1, w.shape[-1]).T
+
+
+def interleaved(w: np.ndarray) -> np.ndarray:
+    """(in, heads, head_dim) -> (out, in) with the two of a rotary pair side by side; ours are half a head apart."""
+    d, n, h = w.shape
+    return outputs_last(w).reshape(n, 2, h // 2, d).transpose(0, 2, 1, 3).reshape(n * h, d)
+
+
+def model_tensors(layout: Model, model: config.Model) -> list[Wanted]:
+    """Every tensor that a whole model has in this layout."""
+    match layout:
+        case "hf":
+            return list(_hugging_face(model))
+        case "mistral":
+            return list(_mistral(model))
+        case "gguf":
+            return list(_gguf(model))
+
+
+def adapter_names(layout: Adapter, weight: str) -> tuple[str, str]:
+    """Names of A (rank, in) and B (out, rank) of the adapter beside a weight of that layout's model."""
+    stem = weight.removesuffix(".weight")
+    match layout:
+        case "peft" if weight == "model.embed_tokens.weight":
+            return f"base_model.model.{stem}.lora_embedding_A", f"base_model.model.{stem}.lora_embedding_B"
+        case "peft":
+            return f"base_model.model.{stem}.lora_A.weight", f"base_model.model.{stem}.lora_B.weight"
+        case "mistral-lora":
+            return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+        case "gguf-lora":
+            return f"{weight}.lora_a", f"{weight}.lora_b"
+
+
+def whole_name(layout: Adapter, weight: str) -> str:
+    """The name of a weight that was trained in full, beside the adapters."""
+    return f"base_model.model.{weight}" if layout == "peft" else weight
+
+
+OF_MODEL: dict[Adapter, Model] = {"peft": "hf", "mistral-lora": "mistral", "gguf-lora": "gguf"}
+"""The layout of the model whose names an adapter uses."""
+
+
+def _one(name: str, shape: tuple[int, ...], path: str, lead: tuple[int, ...], form: Form) -> Wanted:
+    return Wanted(name, shape, (Part(path, lead, form),))
+
+
+def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
+    """(layer, our path of it, entry in our stacks): layer 5 of a period of 2 is entry 2 of layers.1."""
+    period = len(model.attention.windows)
+    for layer in range(model.num_layers):
+        yield layer, f"stacks.0.layers.{layer % period}.", layer // period
+
+
+def _hugging_face(model: config.Model) -> Iterator[Wanted]:
+    D, V, F, a = model.model_dim, model.vocab_size, model.ffn.ffn_dim, model.attention
+    Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    yield _one("model.embed_tokens.weight", (V, D), "embed.weight", (), as_is)
+    for layer, ours, r in _layers(model):
+        theirs = f"model.layers.{layer}."
+        yield _one(f"{theirs}input_layernorm.weight", (D,), f"{ours}attention_norm.scale", (r,), as_is)
+        yield _one(f"{theirs}self_attn.q_proj.weight", (Q, D), f"{ours}attention.q_proj.weight", (r,), outputs_last)
+        yield _one(f"{theirs}self_attn.k_proj.weight", (KV, D), f"{ours}attention.k_proj.weight", (r,), outputs_last)
+        yield _one(f"{theirs}self_attn.v_proj.weight", (KV, D), f"{ours}attention.v_proj.weight", (r,), outputs_last)
+        yield _one(f"{theirs}self_attn.o_proj.weight", (D, Q), f"{ours}attention.o_proj.weight", (r,), outputs_one)
+        yield _one(f"{theirs}post_attention_layernorm.weight", (D,), f"{ours}ffn_norm.scale", (r,), as_is)
+        if isinstance(model.ffn, config.DenseFfn):
+            yield _one(f"{theirs}mlp.gate_proj.weight", (F, D), f"{ours}ffn.gate_proj.weight", (r,), outputs_last)
+            yield _one(f"{theirs}mlp.up_proj.weight", (F, D), f"{ours}ffn.up_proj.weight", (r,), outputs_last)
+            yield _one(f"{theirs}mlp.down_proj.weight", (D, F), f"{ours}ffn.down_proj.weight", (r,), outputs_last)
+            continue
+        moe = f"{theirs}block_sparse_moe."
+        yield _one(f"{moe}gate.weight", (model.ffn.num_experts, D), f"{ours}ffn.router.weight", (r,), outputs_last)
+        for e in range(model.ffn.num_experts):
+            yield _one(f"{moe}experts.{e}.w1.weight", (F, D), f"{ours}ffn.gate_proj.weight", (r, e), outputs_last)
+            yield _one(f"{moe}experts.{e}.w2.weight", (D, F), f"{ours}ffn.down_proj.weight", (r, e), outputs_last)
+            yield _one(f"{moe}experts.{e}.w3.weight", (F, D), f"{ours}ffn.up_proj.weight", (r, e), outputs_last)
+    yield _one("model.norm.weight", (D,), "final_norm.scale", (), as_is)
+    if not model.tie_embeddings:
+        yield _one("lm_head.weight", (V, D), "head.weight", (), as_is)
+
+
+def _mistral(model: config.Model) -> Iterator[Wanted]:
+    D, V, F, a = model.model_dim, model.vocab_size, model.ffn.ffn_dim, model.attention
+    Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    yield _one("tok_embeddings.weight", (V, D), "embed.weight", (), as_is)
+    for layer, ours, r in _layers(model):
+        theirs = f"layers.{layer}."
+        yield _one(f"{theirs}attention_norm.weight", (D,), f"{ours}attention_norm.scale", (r,), as_is)
+        yield _one(f"{theirs}attention.wq.weight", (Q, D), f"{ours}attention.q_proj.weight", (r,), interleaved)
+        yield _one(f"{theirs}attention.wk.weight", (KV, D), f"{ours}attention.k_proj.weight", (r,), interleaved)
+        yield _one(f"{theirs}attention.wv.weight", (KV, D), f"{ours}attention.v_proj.weight", (r,), outputs_last)
+        yield _one(f"{theirs}attention.wo.weight", (D, Q), f"{ours}attention.o_proj.weight", (r,), outputs_one)
+        yield _one(f"{theirs}ffn_norm.weight", (D,), f"{ours}ffn_norm.scale", (r,), as_is)
+        experts: list[tuple[str, tuple[int, ...]]] = [(f"{theirs}feed_forward.", (r,))]
+        if isinstance(model.ffn, config.MoeFfn):
+            E = model.ffn.num_experts
+            yield _one(f"{theirs}feed_forward.gate.weight", (E, D), f"{ours}ffn.router.weight", (r,), outputs_last)
+            experts = [(f"{theirs}feed_forward.experts.{e}.", (r, e)) for e in range(E)]
+        for expert, lead in experts:
+            yield _one(f"{expert}w1.weight", (F, D), f"{ours}ffn.gate_proj.weight", lead, outputs_last)
+            yield _one(f"{expert}w2.weight", (D, F), f"{ours}ffn.down_proj.weight", lead, outputs_last)
+            yield _one(f"{expert}w3.weight", (F, D), f"{ours}ffn.up_proj.weight", lead, outputs_last)
+    yield _one("norm.weight", (D,), "final_norm.scale", (), as_is)
+    if not model.tie_embeddings:
+        yield _one("output.weight", (V, D), "head.weight", (), as_is)
+
+
+def _gguf(model: config.Model) -> Iterator[Wanted]:
+    D, V, F, a = model.model_dim, model.vocab_size, model.ffn.ffn_dim, model.attention
+    Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    yield _one("token_embd.weight", (V, D), "embed.weight", (), as_is)
+    for layer, ours, r in _layers(model):
+        theirs = f"blk.{layer}."
+        yield _one(f"{theirs}attn_norm.weight", (D,), f"{ours}attention_norm.scale", (r,), as_is)
+        yield _one(f"{theirs}attn_q.weight", (Q, D), f"{ours}attention.q_proj.weight", (r,), interleaved)
+        yield _one(f"{theirs}attn_k.weight", (KV, D), f"{ours}attention.k_proj.weight", (r,), interleaved)
+        yield _one(f"{theirs}attn_v.weight", (KV, D), f"{ours}attention.v_proj.weight", (r,), outputs_last)
+        yield _one(f"{theirs}attn_output.weight", (D, Q), f"{ours}attention.o_proj.weight", (r,), outputs_one)
+        yield _one(f"{theirs}ffn_norm.weight", (D,), f"{ours}ffn_norm.scale", (r,), as_is)
+        shapes = {"gate": (F, D), "up": (F, D), "down": (D, F)}
+        if isinstance(model.ffn, config.DenseFfn):
+            for part, shape in shapes.items():
+                yield _one(f"{theirs}ffn_{part}.weight", shape, f"{ours}ffn.{part}_proj.weight", (r,), outputs_last)
+            continue
+        E = model.ffn.num_experts
+        yield _one(f"{theirs}ffn_gate_inp.weight", (E, D), f"{ours}ffn.router.weight", (r,), outputs_last)
+        for part, shape in shapes.items():
+            parts = (Part(f"{ours}ffn.{part}_proj.weight", (r, e), outputs_last) for e in range(E))
+            yield Wanted(f"{theirs}ffn_{part}_exps.weight", (E, *shape), tuple(parts))
+    yield _one("output_norm.weight", (D,), "final_norm.scale", (), as_is)
+    if not model.tie_embeddings:
+        yield _one("output.weight", (V, D), "head.weight", (), as_is)

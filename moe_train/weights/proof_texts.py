@@ -1,0 +1,136 @@
+"""The proof of what an export holds besides weights: tokenizer, chat template, and what ends a generation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe_train.data import chat
+from moe_train.data.conversation import Conversation
+from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
+from moe_train.json_file import read_object
+from moe_train.weights import gguf, reread
+from moe_train.weights.checks import Check, Fault, NotChecked, run
+
+FIXED = (
+    Conversation([{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}], []),
+    Conversation(
+        [
+            {"role": "system", "content": "Answer in one word."},
+            {"role": "user", "content": "The capital of France?"},
+            {"role": "assistant", "content": "Paris"},
+            {"role": "user", "content": "And of Italy?"},
+            {"role": "assistant", "content": "Rome"},
+        ],
+        [],
+    ),
+)
+"""Rendered at the export and whenever it is verified; training conversations may be private, and are not kept."""
+
+
+def check_texts(
+    directory: Path,
+    layout: str,
+    tokenizer: Tokenizer | None,
+    template: str | None,
+    conversations: Sequence[Conversation],
+    record: dict[str, Any],
+) -> list[Check]:
+    """The tokenizer's files, the chat template as it lies there, and what ends a generation."""
+    return [
+        run("tokenizer", partial(_tokenizer, directory, layout, tokenizer)),
+        run("template", partial(_template, directory, layout, tokenizer, template, conversations, record)),
+        run("generation", partial(check_generation, directory, layout, tokenizer.eos_id if tokenizer else None)),
+    ]
+
+
+def _tokenizer(directory: Path, layout: str, tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
+    if tokenizer is None:
+        raise NotChecked("the export has no tokenizer")
+    there = {hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir() if file.suffix not in _WEIGHTS}
+    replaced = {"chat_template.jinja"}  # by the template of the run
+    for file in tokenizer.files:
+        if file.name not in replaced and hashlib.sha256(file.read_bytes()).hexdigest() not in there:
+            raise Fault(f"{file.name} of the tokenizer is not in the directory, byte for byte")
+    return f"{len(tokenizer.files)} files of the tokenizer, byte for byte", {"count": len(tokenizer.files)}
+
+
+_WEIGHTS = (".safetensors", ".gguf")
+
+
+def reopened(directory: Path, layout: str) -> tuple[Tokenizer, str | None]:
+    """The tokenizer and the chat template that lie in a directory."""
+    if (directory / "tokenizer.json").is_file():
+        tokenizer: Tokenizer = HuggingFace(directory)
+    else:
+        files = sorted((*directory.glob("tekken.json"), *directory.glob("tokenizer.model*")))
+        if not files:
+            raise NotChecked("the export has no tokenizer")
+        tokenizer = Mistral(files[0])
+    template = chat.load_template(None, tokenizer)
+    if layout == "gguf" and (file := gguf.file_in(directory)) is not None:
+        template = reread.gguf_settings(file).get("tokenizer.chat_template")
+    return tokenizer, template
+
+
+def _template(
+    directory: Path,
+    layout: str,
+    tokenizer: Tokenizer | None,
+    template: str | None,
+    conversations: Sequence[Conversation],
+    record: dict[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    if tokenizer is None:
+        raise NotChecked("the export has no tokenizer")
+    if isinstance(tokenizer, HuggingFace) and template is None:
+        raise NotChecked("the tokenizer has no chat template")
+    reloaded = reopened(directory, layout)
+    kept = {}
+    for i, conversation in enumerate(FIXED):
+        try:
+            kept[i] = rendered(conversation, template, tokenizer)
+        except ValueError:  # a format without system messages, say
+            continue
+        check_tokens(f"fixed conversation {i}", rendered(conversation, reloaded[1], reloaded[0]), kept[i])
+    for i, conversation in enumerate(conversations):
+        check_tokens(
+            f"training conversation {i}",
+            rendered(conversation, reloaded[1], reloaded[0]),
+            rendered(conversation, template, tokenizer),
+        )
+    if not kept and not conversations:
+        raise NotChecked("the template renders no conversation that is here")
+    record["conversations"] = {str(i): tokens for i, tokens in kept.items()}
+    said = f"{len(conversations)} training and {len(kept)} fixed conversations give the training's tokens"
+    if not conversations:
+        said = f"{len(kept)} fixed conversations give the same tokens; the run has no training conversations"
+    return said, {"training": len(conversations), "fixed": len(kept)}
+
+
+def rendered(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokens of each example that a conversation is trained as."""
+    return [example.tokens for example in chat.examples(conversation, template, tokenizer)]
+
+
+def check_tokens(what: str, found: list[list[int]], wanted: list[list[int]]) -> None:
+    if found != wanted:
+        raise Fault(f"the template in the directory renders {what} to other tokens than training's")
+
+
+def check_generation(directory: Path, layout: str, eos_id: int | None) -> tuple[str, dict[str, Any]]:
+    """That servers are told where a generation ends."""
+    match layout:
+        case "hf":
+            what, found = "generation_config.json", read_object(directory / "generation_config.json").get("eos_token_id")
+        case "gguf":
+            what, file = "tokenizer.ggml.eos_token_id", gguf.file_in(directory)
+            found = None if file is None else reread.gguf_settings(file).get(what)
+        case _:
+            raise NotChecked("this layout leaves the end of a generation to the tokenizer's own files")
+    if found != eos_id:
+        raise Fault(f"{what} ends a generation at {found}; the tokenizer's end is {eos_id}")
+    return f"{what} ends a generation at {found}", {}

@@ -1,0 +1,150 @@
+"""The proof again, later and elsewhere: everything that can be repeated with what is here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from moe_train import config
+from moe_train.json_file import read_object
+from moe_train.weights import answers, compare, expected, foreign, proof, proof_texts, reread
+from moe_train.weights.checks import Check, Fault, NotChecked, run
+
+REPEATED = 1e-3
+"""Of logits of the same files, on another machine."""
+
+
+def read_record(directory: Path) -> tuple[dict[str, Any], config.Model]:
+    """(the record that lies in a directory, the architecture that it states).
+
+    Raises FileNotFoundError or ValueError where there is none that can be read.
+    """
+    record = read_object(directory / proof.FILE)
+    try:
+        if not all(isinstance(record[key], dict) for key in ("files", "tensors")):
+            raise TypeError("files and tensors should be objects")
+        if record["format"] not in (*get_args(expected.Model), *get_args(expected.Adapter)):
+            raise ValueError(f"format is {record['format']!r}")
+        return record, config.Model.model_validate_json(json.dumps(record["model"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / proof.FILE} is no record of an export: {type(error).__name__}: {error}") from error
+
+
+def repeat(
+    directory: Path,
+    depth: proof.Depth,
+    record: Mapping[str, Any],
+    model: config.Model,
+    trained: proof.Export | None = None,
+    base: Mapping[str, str] | None = None,
+) -> list[Check]:
+    """Every check that can be repeated with what is here.
+
+    record, model: see `read_record`. trained: the weights that the export was written from, with which the tensors are
+    compared again. base: hashes of the tensors of the model it started from, by name. With depth `full` the files are run
+    on the mesh in force.
+    """
+    layout = record["format"]
+    is_model = layout in get_args(expected.Model)
+    checks = [run("files", partial(_same_files, directory, record["files"]))]
+    if is_model:
+        checks.append(run("architecture", partial(_same_architecture, directory, model, layout)))
+    checks.append(run("tensors", partial(_same_tensors, directory, record, model)))
+    checks.append(run("merge" if is_model else "deltas", partial(_same_weights, record, trained, base)))
+    if is_model:
+        checks.append(run("answers", partial(_same_answers, directory, depth, record, model)))
+    checks.append(run("template", partial(_same_template, directory, record)))
+    checks.append(run("generation", partial(_same_generation, directory, layout)))
+    return checks
+
+
+def as_stored(stored: Mapping[str, reread.Stored]) -> list[expected.Wanted]:
+    """Every tensor of files as one that is only hashed."""
+    return [expected.Wanted(name, t.shape, (expected.Part("", (), expected.as_is),)) for name, t in stored.items()]
+
+
+def _same_files(directory: Path, files: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    found = proof.file_hashes(directory)
+    if changed := sorted(name for name in {*found, *files} if found.get(name) != files.get(name)):
+        what = "is missing" if changed[0] not in found else "has been added" if changed[0] not in files else "has changed"
+        raise Fault(f"{changed[0]} {what}" + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""))
+    return f"{len(files):,} files have the bytes of the export", {"count": len(files)}
+
+
+def _same_architecture(directory: Path, model: config.Model, layout: str) -> tuple[str, dict[str, Any]]:
+    proof.check_architecture(foreign.read_model(directory), model, layout)
+    return "what the files say of the architecture is what they said", {}
+
+
+def _same_tensors(directory: Path, record: Mapping[str, Any], model: config.Model) -> tuple[str, dict[str, Any]]:
+    stored, tensors = reread.tensors(directory), record["tensors"]
+    if record["format"] in get_args(expected.Model):
+        wanted = expected.model_tensors(record["format"], model)
+        compare.check_names(stored, wanted, {w.name: compare.kind_of(record["format"], w, record["dtype"]) for w in wanted})
+    if different := sorted(stored.keys() ^ tensors.keys()):
+        raise Fault(f"{different[0]} is {'missing' if different[0] in tensors else 'not one of the export'}")
+    found = compare.examine(stored, as_stored(stored), None, None).examined
+    if changed := [name for name in tensors if found[name].sha256 != tensors[name]["sha256"]]:
+        raise Fault(f"{changed[0]} has changed" + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""))
+    return f"{len(stored):,} tensors, each once, with shape, dtype and hash", {"count": len(stored)}
+
+
+def _same_weights(
+    record: Mapping[str, Any], trained: proof.Export | None, base: Mapping[str, str] | None
+) -> tuple[str, dict[str, Any]]:
+    if trained is not None:
+        if record["format"] not in get_args(expected.Model):
+            assert trained.lora is not None
+            directory = trained.directory
+            scale = proof.scale_in_file(record["format"], directory)
+            stored = reread.tensors(directory)
+            found, deltas = compare.examine_adapter(
+                record["format"], stored, trained.model, trained.parameters, trained.lora, scale
+            )
+            found.raise_faults()
+            return compare.delta_figures(deltas)
+        tensors: list[compare.Tensors] = []
+        said, figures = proof.check_tensors(trained, tensors)
+        return compare.merge_figures(tensors[0]) if trained.lora is not None else (said, figures)
+    if base is None:
+        raise NotChecked("the weights that were exported are not here; give --run, or --base for what was left alone")
+    same = sum(base.get(name) == tensor["sha256"] for name, tensor in record["tensors"].items())
+    adapted = {name for name in record.get("adapted", ())}
+    if moved := [n for n, t in record["tensors"].items() if n in base and n not in adapted and base[n] != t["sha256"]]:
+        raise Fault(f"{moved[0]} was not adapted, and is not the base's (and {len(moved) - 1} more)")
+    return f"{same:,} tensors are the base's, bit for bit; {len(adapted):,} were adapted", {"count": same, "adapted": len(adapted)}
+
+
+def _same_answers(
+    directory: Path, depth: proof.Depth, record: Mapping[str, Any], model: config.Model
+) -> tuple[str, dict[str, Any]]:
+    if depth == "tensors":
+        raise NotChecked("left out by --proof tensors: the files were not run")
+    if not (kept := record.get("prompts")):
+        raise NotChecked("the export was proved with --proof tensors, and has no answers to compare with")
+    prompts = answers.Prompts(np.array(kept["tokens"]), np.array(kept["positions"]))
+    wanted = answers.Reference(*(None if kept[key] is None else np.array(kept[key]) for key in answers.Reference._fields))
+    found = proof.load_answers(directory, model, proof.kind_of(record["dtype"]), prompts)
+    difference = answers.compare(found, wanted, prompts, model, REPEATED)
+    proof.check_difference(difference, REPEATED)
+    return proof.say(difference, "the export"), {"tolerance": REPEATED, **difference._asdict()}
+
+
+def _same_template(directory: Path, record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if not (kept := record.get("conversations")):
+        raise NotChecked("the export rendered no conversations")
+    tokenizer, template = proof_texts.reopened(directory, record["format"])
+    for i, tokens in kept.items():
+        proof_texts.check_tokens(
+            f"fixed conversation {i}", proof_texts.rendered(proof_texts.FIXED[int(i)], template, tokenizer), tokens
+        )
+    return f"{len(kept)} fixed conversations give the export's tokens", {"fixed": len(kept)}
+
+
+def _same_generation(directory: Path, layout: str) -> tuple[str, dict[str, Any]]:
+    return proof_texts.check_generation(directory, layout, proof_texts.reopened(directory, layout)[0].eos_id)

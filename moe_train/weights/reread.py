@@ -1,0 +1,145 @@
+"""Files of weights as a second, plain reader sees them: headers parsed here, bytes read with `pread`, nothing mapped.
+
+For the proof alone: it shares no code with what wrote the files, and with what loads them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+Q8_0 = np.dtype([("scale", "<f2"), ("q", "i1", 32)])
+"""A block of 32 numbers: scale * q."""
+_GGUF = {
+    **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 8: ("Q8_0", 32, 34), 2: ("Q4_0", 32, 18), 6: ("Q5_0", 32, 22)},
+    **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210)},
+}
+"""Code -> (name, numbers of a block, its bytes)."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, as rows of its last dim; a vector is one row."""
+
+    name: str
+    file: Path
+    kind: str
+    """F32, F16, BF16, Q8_0, or what else the file says, which is not decoded here."""
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    def read(self, descriptor: int, start: int, stop: int) -> bytearray:
+        """The bytes of rows `start` to `stop`."""
+        row = self.nbytes // max(1, self.rows)
+        buffer = bytearray((stop - start) * row)
+        done = os.preadv(descriptor, [buffer], self.offset + start * row)
+        while 0 < done < len(buffer):  # a call gives 2 GiB at most
+            done += (more := os.preadv(descriptor, [memoryview(buffer)[done:]], self.offset + start * row + done))
+            if not more:
+                break
+        if done != len(buffer):
+            raise ValueError(f"{self.file} ends inside {self.name}")
+        return buffer
+
+
+def tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of the .safetensors and .gguf files in a directory.
+
+    Raises ValueError for a file that cannot be read, that has bytes of no tensor or of two, and for a name given twice.
+    """
+    found: dict[str, Stored] = {}
+    for file in sorted(directory.iterdir()):
+        if file.suffix not in (".safetensors", ".gguf"):
+            continue
+        try:
+            stored = list(_safetensors(file) if file.suffix == ".safetensors" else _gguf(file)[1])
+        except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+            raise ValueError(f"{file.name} cannot be read: {error}") from error
+        for tensor in stored:
+            if tensor.name in found:
+                raise ValueError(f"{tensor.name} is in {found[tensor.name].file.name} and in {file.name}")
+            found[tensor.name] = tensor
+    return found
+
+
+def gguf_settings(file: Path) -> dict[str, Any]:
+    """The keys of a GGUF file with their values."""
+    return _gguf(file)[0]
+
+
+def _safetensors(file: Path) -> Iterator[Stored]:
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        (length,) = struct.unpack("<Q", data.read(8))
+        if length > size - 8:
+            raise ValueError(f"its header should have {length} bytes")
+        pairs = json.loads(data.read(length), object_pairs_hook=list)  # a dict would hide a name given twice
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("its header has a name twice")
+    end = 0
+    for name, info in sorted(((n, dict(i)) for n, i in pairs if n != "__metadata__"), key=lambda item: item[1]["data_offsets"]):
+        start, stop = info["data_offsets"]
+        if start != end:
+            raise ValueError(f"{name} begins at {start}, not at {end}, where the tensor before it ends")
+        end = stop
+        shape = tuple(info["shape"])
+        if info["dtype"] in PLAIN and stop - start != math.prod(shape) * PLAIN[info["dtype"]].itemsize:
+            raise ValueError(f"{name} has {stop - start} bytes for the shape {shape}")
+        yield Stored(name, file, info["dtype"], shape, 8 + length + start, stop - start)
+    if 8 + length + end != size:
+        raise ValueError(f"its tensors end at byte {8 + length + end}, the file at {size}")
+
+
+def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
+    """llama.cpp's container (docs/gguf.md, version 3): counts, keys, tensors' names and places, then aligned data."""
+    numbers = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    with file.open("rb") as data:
+
+        def take(code: str) -> Any:
+            return struct.unpack(f"<{code}", data.read(struct.calcsize(f"<{code}")))[0]
+
+        def text() -> str:
+            return data.read(take("Q")).decode()
+
+        def value(kind: int) -> Any:
+            if kind == 9:
+                inner, length = take("I"), take("Q")
+                return [value(inner) for _ in range(length)]
+            return text() if kind == 8 else take(numbers[kind])
+
+        if data.read(4) != b"GGUF" or take("I") != 3:
+            raise ValueError("it is no GGUF file of version 3")
+        num_tensors, num_keys = take("Q"), take("Q")
+        settings: dict[str, Any] = {}
+        for _ in range(num_keys):
+            key = text()
+            settings[key] = value(take("I"))
+        places = []
+        for _ in range(num_tensors):
+            name = text()
+            shape = tuple(take("Q") for _ in range(take("I")))[::-1]
+            places.append((name, shape, *_GGUF[take("I")], take("Q")))
+        start = data.tell() + -data.tell() % settings.get("general.alignment", 32)
+    stored, end = [], 0
+    for name, shape, kind, block, size, offset in sorted(places, key=lambda place: place[-1]):
+        nbytes = math.prod(shape) // block * size
+        if not end <= offset < end + 32:
+            raise ValueError(f"{name} begins at {offset}; the tensor before it ends at {end}")
+        end = offset + nbytes
+        stored.append(Stored(name, file, kind, shape, start + offset, nbytes))
+    if not start + end <= file.stat().st_size < start + end + 32:
+        raise ValueError(f"its tensors end at byte {start + end}, the file at {file.stat().st_size}")
+    return settings, stored

@@ -1,0 +1,42 @@
+"""Copies between arrays of which one is the other turned: numpy alone goes a line of the cache for each number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+LINE = 64
+"""Bytes of a line of the cache."""
+
+
+def contiguous(x: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+    """`np.ascontiguousarray`, several times as fast where x is a transposed view."""
+    dtype = x.dtype if dtype is None else dtype
+    if x.ndim < 2 or x.flags.c_contiguous:
+        return np.ascontiguousarray(x, dtype)
+    out = np.empty(x.shape, dtype)
+    step = max(1, LINE // x.itemsize)
+    for start in range(0, len(x), step):
+        out[start : start + step] = x[start : start + step]
+    return out
+
+
+def copy_into(out: np.ndarray, x: np.ndarray) -> None:
+    """`out[...] = x`, several times as fast where x is a transposed view and out is in order."""
+    if x.ndim < 2 or x.flags.c_contiguous:
+        out[...] = x
+        return
+    step = max(1, LINE // out.itemsize)
+    for start in range(0, x.shape[-1], step):
+        out[..., start : start + step] = x[..., start : start + step]
+
+
+def parts(x: np.ndarray) -> Iterator[np.ndarray]:
+    """x in order, in contiguous parts of about a MiB; a transposed view is never copied whole."""
+    if x.flags.c_contiguous:
+        yield x
+        return
+    step = max(1, 2**20 * len(x) // x.nbytes)
+    for start in range(0, len(x), step):
+        yield contiguous(x[start : start + step])

@@ -1,0 +1,65 @@
+"""What a hostile chat template cannot do: see files or code, run for ever, fill the memory, write without end."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from moe_train.data.sandbox import GENERATION, Limits, render
+
+LIMITS = Limits(template=10_000, output=1_000_000, seconds=1, memory=1 << 29)
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+
+DOUBLING = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (ENDLESS, "takes longer than 1 s for one record"),
+        (DOUBLING, "takes longer than 1 s"),
+        ("{{ 7 ** (7 ** (7 ** 7)) }}", "takes longer than 1 s"),
+        ("{% set ns = namespace(x='abcdefgh') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "memory|longer"),
+        ("{{ 'a' * 10 ** 12 }}", "more than 512 MiB of memory"),
+        ("{{ [0] * 10 ** 11 }}", "more than 512 MiB of memory"),
+        ("{{ '%999999999999s' % 1 }}", "more than 512 MiB of memory"),
+        ("{{ 'a'|center(10 ** 12) }}", "more than 512 MiB of memory"),
+        ("{% for i in range(99999) %}{{ 'a' * 10000 }}{% endfor %}", "writes more than 1,000,000 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ " + "-" * 5_000 + "1 }}", "cannot be read: .*recursion"),
+        ("x" * 10_001, "has 10,001 characters; 10,000 are allowed"),
+        ("{% for", "cannot be read"),
+        ("{{ range(10 ** 9) }}", "Range too big"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe"),
+        ("{{ namespace.__init__.__globals__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ lipsum() }}", "'lipsum' is undefined"),
+        ("{{ [1, 2]|random }}", "No filter named 'random'"),
+        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
+        ("{{ raise_exception('not\nthis') }}", "refuses the record: not this"),
+    ],
+)
+def test_what_a_template_cannot_do(template: str, reason: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=reason) as caught:
+        render(template, [{"messages": []}], LIMITS)
+    assert time.monotonic() - begun < 60 and "\n" not in str(caught.value)
+    assert render("{{ a }}", [{"a": 1}], LIMITS) == ["1"]  # the next record is rendered as if nothing had been
+
+
+def test_what_is_rendered() -> None:
+    template = "{{ a|tojson }} {% generation %}{{ b }}{% endgeneration %}"
+    requests = [{"a": {"k": "<é>"}, "b": "🙂"}, {"a": None, "b": ""}]
+    open_, close = GENERATION
+    assert render(template, requests) == [f'{{"k": "<é>"}} {open_}🙂{close}', f"null {open_}{close}"]
+
+
+def test_all_texts_together_have_the_limit() -> None:
+    half = "{{ 'a' * 600000 }}"
+    assert len(render(half, [{}], LIMITS)[0]) == 600_000
+    with pytest.raises(ValueError, match="writes more than 1,000,000 characters"):
+        render(half, [{}, {}], LIMITS)

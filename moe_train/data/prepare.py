@@ -77,13 +77,14 @@ def prepare(
         unfinished.mkdir(exist_ok=True)
         for torn in unfinished.glob(".*.unfinished-*"):  # by a process that was killed
             shutil.rmtree(torn)
-        todo = [shard for shard in shards if not ((unfinished / shard.key).exists() or _taken(shard, unfinished, cache))]
+        every = {shard.key: shard for shard in shards}  # two files may hold the same
+        todo = [shard for shard in every.values() if not ((unfinished / shard.key).exists() or _taken(shard, unfinished, cache))]
         places = ", ".join(records.places[:3]) + (", …" if len(records.places) > 3 else "")
         if todo:
-            done = f", {len(shards) - len(todo)} of {len(shards)} shards are there" if len(todo) < len(shards) else ""
+            done = f", {len(every) - len(todo)} of {len(every)} shards are there" if len(todo) < len(every) else ""
             log.info("tokenising %s%s", places, done)
         try:
-            _tokenise(unfinished, todo, len(shards), source, records, tokenizer, template, num_proc, shown or _Log())
+            _tokenise(unfinished, todo, len(every), source, records, tokenizer, template, num_proc, shown or _Log())
         finally:
             if not any(unfinished.iterdir()):  # no work worth keeping
                 unfinished.rmdir()

@@ -110,6 +110,15 @@ def test_what_is_tokenised_once_is_not_tokenised_again(
     assert both.where(300) == f"{more}:1"
 
 
+def test_the_same_content_twice(
+    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, made: list[str]
+) -> None:
+    monkeypatch.setattr(shards.cut, "__defaults__", (1,))
+    paths = [write_lines(name, [{"text": "fox"}]) for name in ("a.jsonl", "b.jsonl")]
+    store = stored(*paths, tokenizer=tokenizer, cache=tmp_path / "cache")
+    assert len(made) == 1 and [store.where(i) for i in range(2)] == [f"{path}:1" for path in paths]
+
+
 def test_a_changed_template_is_tokenised_again(
     tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], made: list[str]
 ) -> None:

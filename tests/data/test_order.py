@@ -1,0 +1,52 @@
+"""Plans kept on disk are those that are made; rows are numbered on over epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_train.data import order
+from moe_train.data.order import Order
+from moe_train.data.packing import make_plan
+
+LENGTHS = np.random.default_rng(0).integers(0, 40, 500)
+
+
+def make(cache: Path, seed: Any = (1, 0), digest: str = "a") -> Order:
+    store: Any = SimpleNamespace(manifest=SimpleNamespace(hash=digest))
+    return Order(store, LENGTHS, 32, "split", "best_fit", seed, cache)
+
+
+def test_a_large_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = make(tmp_path)
+    expected = [small.plan(epoch) for epoch in range(3)]
+    assert not (tmp_path / "plans").exists()
+    monkeypatch.setattr(order, "_KEPT", 100)
+    first = make(tmp_path)
+    assert [first.plan(epoch).digest for epoch in range(3)] == [plan.digest for plan in expected]
+    assert len(list((tmp_path / "plans").iterdir())) == 3
+    monkeypatch.setattr(order, "make_plan", lambda *_: pytest.fail("made again"))
+    again = make(tmp_path)
+    for epoch, plan in enumerate(expected):
+        found = again.plan(epoch)
+        assert found.digest == plan.digest and found[-3:] == plan[-3:] and isinstance(found.example.base, np.ndarray)
+    for other in (make(tmp_path, (1, 1)), make(tmp_path, digest="b")):
+        with pytest.raises(pytest.fail.Exception):
+            other.plan()
+
+
+def test_rows_count_on_over_epochs(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    plans = [make_plan(LENGTHS, 32, "split", "best_fit", (1, 0, epoch)) for epoch in range(4)]
+    rows = [
+        [tuple(piece) for piece in np.stack(plan[1:4], 1)[a:b].tolist()]
+        for plan in plans
+        for a, b in zip(plan.row_pieces, plan.row_pieces[1:], strict=False)
+    ]
+    wanted = [len(rows) - 1, 0, plans[0].num_rows - 1, plans[0].num_rows, len(rows) // 2]  # the last first: nothing was planned yet
+    assert [[tuple(piece) for piece in made.pieces(row)] for row in wanted] == [rows[row] for row in wanted]
+    assert made.end(3) == len(rows) and made.end(0) == plans[0].num_rows

@@ -1,0 +1,132 @@
+"""Prepared sets in a bucket: the same batches as from here, read by range, within a bound."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from moe_train import config
+from moe_train.data import remote
+from moe_train.data.bucket import upload
+from moe_train.data.loader import Loader, open_store
+from moe_train.data.remote import Remote
+from moe_train.data.tokenizer import HuggingFace
+
+ANSWER = config.CompletionRecord(name="completion", too_long="truncate")
+
+
+@pytest.fixture
+def bucket() -> Any:
+    """An empty folder of fsspec's memory:// with the reads from it: (path, start, end)."""
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+    return files
+
+
+@pytest.fixture
+def reads(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int | None]]:
+    found: list[tuple[str, int | None, int | None]] = []
+    original = type(bucket).cat_file
+
+    def noted(self: Any, path: str, start: int | None = None, end: int | None = None, **more: Any) -> bytes:
+        found.append((path, start, end))
+        return original(self, path, start=start, end=end, **more)
+
+    monkeypatch.setattr(type(bucket), "cat_file", noted)
+    return found
+
+
+@pytest.fixture
+def data(write_lines: Callable[..., Path], tmp_path: Path) -> config.Data:
+    rng = np.random.default_rng(0)
+    words = "the quick brown fox jumps over lazy dogs".split()
+    answers = [{"prompt": "What?", "completion": " ".join(rng.choice(words, rng.integers(1, 30)))} for _ in range(200)]
+    path = write_lines("a.jsonl", answers)
+    source = config.FileSource(name="files", files=(str(path),), record=ANSWER)
+    return config.Data(train=(source,), cache_dir=str(tmp_path / "cache"))
+
+
+def prepared(data: config.Data, path: str, **more: Any) -> config.Data:
+    return data.model_copy(update={"train": (config.PreparedSource(name="prepared", path=path, **more),)})
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "path"])
+def test_batches_are_the_same_from_anywhere(
+    data: config.Data, tokenizer: HuggingFace, tmp_path: Path, bucket: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_BLOCK", 100)
+    shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 3}
+    here = Loader(data, "train", tokenizer, **shape)
+    store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
+    goal = {"memory": "memory://bucket/sets", "file": f"file://{tmp_path}/there", "path": str(tmp_path / "there")}[kind]
+    steps = (0, 5, 2 * here.steps())
+    expected = [(tuple(array.tobytes() for array in here.batch(step)), here.trace(step, 1)) for step in steps]
+    there = upload(store.path, goal)
+    assert there == f"{goal}/{Path(store.path).name}" == upload(store.path, goal)
+    for path in (tmp_path / "a.jsonl", Path(store.path)):  # neither records nor tokens are here any more
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    loader = Loader(prepared(data, there), "train", tokenizer, **shape)
+    assert (loader.identity, loader.manifest_hash) == (here.identity, here.manifest_hash) and loader.num_truncated > 0
+    assert [(tuple(array.tobytes() for array in loader.batch(step)), loader.trace(step, 1)) for step in steps] == expected
+
+
+def test_a_bucket_is_read_by_range_within_a_bound(
+    data: config.Data, tokenizer: HuggingFace, bucket: Any, reads: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
+    upload(store.path, "memory://bucket")
+    [shard] = store.manifest.shards
+    folder = Remote(f"memory://bucket/{Path(store.path).name}/{shard.name}", cache_mib=1, block=1 << 18)
+    assert folder.block.cache_parameters()["maxsize"] == 4
+    small = Remote(f"memory://bucket/{Path(store.path).name}/{shard.name}", cache_mib=1, block=64)
+    size = shard.sizes["tokens"]
+    tokens = small.array("tokens", store.manifest.dtype, size)
+    expected = np.fromfile(Path(store.path) / shard.name / "tokens", store.manifest.dtype)
+    reads.clear()
+    small.fetch([(tokens, 10, 20), (tokens, 12, 50), (tokens, 300, 301)])
+    assert sorted(read[1:] for read in reads) == [(0, 64), (64, 128), (576, 640)]
+    assert tokens[10:50].tolist() == expected[10:50].tolist() and len(reads) == 3, "from memory"
+    assert tokens[len(expected) - 5 : len(expected)].tolist() == expected[-5:].tolist() and reads[-1][2] == size
+    assert tokens[7:7].tolist() == []
+    small.block.cache_clear()
+    monkeypatch.setattr(small, "block", functools.lru_cache(2)(small._block))
+    reads.clear()
+    for start in range(0, 200, 32):
+        assert tokens[start : start + 1][0] == expected[start]
+    assert small.block.cache_info().currsize == 2 and len(reads) == 7
+    tokens[0:1]
+    assert len(reads) == 8, "what was let go is read again"
+
+
+def test_what_does_not_go_together_is_refused(data: config.Data, tokenizer: HuggingFace, tmp_path: Path, bucket: Any) -> None:
+    shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 3}
+    store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
+    there = prepared(data, upload(store.path, "memory://bucket"))
+    template = (tokenizer.chat_template or "").replace("[INST]", "[INST] ")
+    with pytest.raises(ValueError, match="was prepared with another chat template"):
+        Loader(there.model_copy(update={"chat_template": template}), "train", tokenizer, **shape)
+    shutil.copytree(tokenizer.path, tmp_path / "other")
+    with (tmp_path / "other" / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="was prepared with another tokenizer than"):
+        Loader(there, "train", HuggingFace(tmp_path / "other"), **shape)
+    for path in ("memory://nowhere", str(tmp_path)):
+        with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json; name a folder that"):
+            Loader(prepared(data, path), "train", tokenizer, **shape)
+    with pytest.raises(ValueError, match=r"^nosuch://bucket cannot be opened: .*nosuch"):
+        Loader(prepared(data, "nosuch://bucket"), "train", tokenizer, **shape)
+    with pytest.raises(ValueError, match=r"tokens, train\.seq_len is 48"):
+        Loader(prepared(data, there.train[0].path, too_long="error"), "train", tokenizer, **shape)  # type: ignore[union-attr]
+    [name] = [path for path in bucket.find("bucket") if path.endswith("/tokens")]
+    bucket.pipe_file(name, bucket.cat_file(name)[:-2])
+    with pytest.raises(ValueError, match=r"tokens is damaged \(not \d+ bytes\)"):
+        loader = Loader(there, "train", tokenizer, **shape)
+        [loader.batch(step) for step in range(loader.steps())]

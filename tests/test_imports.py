@@ -35,7 +35,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "metrics": ("config", "mesh", "model", "atomic"),
     "model": ("config", "mesh", "model"),
     "data": ("config", "data", "atomic", "json_file"),
-    "weights": ("config", "mesh", "model", "weights", "data.tokenizer", "data.chat", "data.conversation", "data.sandbox", "atomic", "json_file"),
+    "weights": (
+        *("config", "mesh", "model", "weights", "data.tokenizer", "data.chat", "data.conversation", "data.sandbox"),
+        *("atomic", "json_file"),
+    ),
     "train": (),  # the package itself; its modules stand below
     **dict.fromkeys(STEP, LEFT_OF_STEP),
     "train.record": ("config", "atomic"),

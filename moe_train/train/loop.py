@@ -26,13 +26,14 @@ from moe_train import checkpoint, config, config_file, metrics, model_dir
 from moe_train.atomic import write_text
 from moe_train.checkpoint import About, Base
 from moe_train.data.loader import Loader
-from moe_train.data.tokenizer import check_vocab, load_tokenizer
+from moe_train.data.tokenizer import load_tokenizer
 from moe_train.mesh import AXES, join_processes, make_mesh, put_batch
 from moe_train.model.lora import is_lora
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.evaluate import evaluate, make_batch_sums
 from moe_train.train.optimizer import make_optimizer, make_schedule
+from moe_train.train.ready import check_ready, settled
 from moe_train.train.record import only_one, surroundings, write_event
 from moe_train.train.self_test import check_grouped_matmul
 from moe_train.train.state import TrainState, create_state, partition
@@ -49,7 +50,7 @@ def train(run: config.Config) -> int:
     the checkpoints that exist stay in both cases.
     """
     join_processes()
-    run = model_dir.resolve(run)
+    run = settled(model_dir.resolve(run))
     mesh = make_mesh(run.mesh)
     run = model_dir.with_mesh(run, mesh)
     assert run.model is not None
@@ -193,7 +194,7 @@ def _loaders(run: config.Config) -> tuple[Loader, Loader | None]:
         raise ValueError("training needs data.train and data.tokenizer; state them")
     assert run.model is not None
     tokenizer = load_tokenizer(run.data.tokenizer)
-    check_vocab(tokenizer, run.model.vocab_size)
+    check_ready(run, tokenizer)
     both = partial(
         Loader,
         run.data,

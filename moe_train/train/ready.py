@@ -1,0 +1,94 @@
+"""What has to be in order before a run starts: the tokenizer is the model's, and the export will speak as it was trained."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_train import config, model_dir
+from moe_train.data import chat
+from moe_train.data.conversation import Conversation, normalise
+from moe_train.data.fields import brief, located
+from moe_train.data.sources import open_source
+from moe_train.data.tokenizer import HuggingFace, Tokenizer, check_vocab, load_tokenizer
+from moe_train.weights import proof_texts, write
+
+_CONVERSATIONS = 8  # of each source, that are rendered both ways
+_IDS = 512  # that are compared of two vocabularies
+
+
+def settled(run: config.Config) -> config.Config:
+    """The config with a chat template's text in place of its file's name, so that what becomes of the file is of no
+    consequence: the checkpoints carry the text, and so does the export."""
+    if run.data is None or run.data.tokenizer is None or run.data.chat_template is None:
+        return run
+    template = chat.load_template(run.data.chat_template, load_tokenizer(run.data.tokenizer))
+    return run.model_copy(update={"data": run.data.model_copy(update={"chat_template": template})})
+
+
+def check_ready(run: config.Config, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where the tokenizer is not the model's, or an export would render conversations differently."""
+    assert run.model is not None and run.data is not None
+    check_vocab(tokenizer, run.model.vocab_size)
+    if run.init_from is not None:
+        _check_is_the_models(tokenizer, run.init_from)
+    template = chat.load_template(run.data.chat_template, tokenizer)
+    if isinstance(tokenizer, HuggingFace) and template is not None and (conversations := list(_conversations(run.data))):
+        _check_carried(tokenizer, template, conversations)
+
+
+def _check_is_the_models(tokenizer: Tokenizer, init_from: str) -> None:
+    try:
+        theirs = load_tokenizer(model_dir.find_tokenizer(init_from))
+    except FileNotFoundError:  # weights alone: there is nothing to compare
+        return
+    if theirs.identity == tokenizer.identity:
+        return
+    count = min(theirs.vocab_size, tokenizer.vocab_size)
+    compared = range(0, count, max(1, count // _IDS))
+    differing = []
+    for number in compared:
+        ours, known = (either.decode([number], keep_special=True).replace("▁", " ") for either in (tokenizer, theirs))
+        if ours.strip() != known.strip() and "\ufffd" not in ours + known and "<0x" not in ours + known:
+            differing.append((number, ours, known))
+    # A few control tokens may have got names that they had not in the other file.
+    if len(differing) > len(compared) // 20:
+        number, ours, known = differing[0]
+        raise ValueError(
+            f"the tokenizer {tokenizer.files[0]} is not that of {init_from}: id {number} is {brief(ours)}, there {brief(known)}, "
+            "and many others differ; leave data.tokenizer out to use the model's own"
+        )
+
+
+def _conversations(data: config.Data) -> Iterator[tuple[str, Conversation]]:
+    """(where it stands, conversation)."""
+    for source in data.train:
+        if isinstance(source, config.FileSource) and not isinstance(source.record, config.TextRecord):
+            records = open_source(source)
+            for origin, fields in itertools.islice(records, _CONVERSATIONS):
+                where = records.where(origin)
+                yield where, located(where, normalise, fields, source.record)
+
+
+def _check_carried(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        write.write_texts(directory, write.Texts(tokenizer, template))
+        try:
+            theirs = HuggingFace(directory)
+        except (FileNotFoundError, ValueError) as error:
+            files = ", ".join(file.name for file in tokenizer.files)
+            raise ValueError(
+                f"an export would carry {files}, which nothing reads as a tokenizer ({str(error).replace(scratch, 'it')}); "
+                "let data.tokenizer.path be a folder with tokenizer.json"
+            ) from error
+        carried = chat.load_template(None, theirs)
+        for where, conversation in conversations:
+            ours = located(where, proof_texts.rendered, conversation, template, tokenizer)
+            if proof_texts.rendered(conversation, carried, theirs) != ours:
+                raise ValueError(
+                    f"{where}: an export's chat template would render the record to other tokens than training does; "
+                    "check data.chat_template and the files beside the tokenizer"
+                )

@@ -1,0 +1,106 @@
+"""A run refuses a tokenizer that is not its model's, and a template that its export would not carry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_train import config
+from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train.train.ready import check_ready, settled
+
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "What is 2 + 3? It is 5."] * 8
+CHATS = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
+    return train_bpe(TEXTS, 300, tmp_path_factory.mktemp("tokenizer") / "bpe")
+
+
+@pytest.fixture
+def run(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., config.Config]:
+    """A config with conversations, a model of `vocab_size` and settings of its data."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in CHATS))
+
+    def run(path: Path | None = None, vocab_size: int = 300, init_from: Path | None = None, **data: Any) -> config.Config:
+        source = config.FileSource(name="files", files=(str(file),), record=config.ChatRecord(name="chat"))
+        section = config.HuggingFaceTokenizer(name="huggingface", path=str(path or tokenizer.path))
+        made = config.Config.model_validate(
+            {
+                "name": "r", "run_dir": str(tmp_path / "run"), "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+                "model": {
+                    "family": "mistral", "vocab_size": vocab_size, "model_dim": 8, "num_layers": 1,
+                    "ffn": {"name": "dense", "ffn_dim": 8}, "attention": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8},
+                },
+                "data": config.Data(train=(source,), tokenizer=section, **data),
+                "train": {"batch_size": 4, "seq_len": 128, "steps": 5},
+            }
+        )  # fmt: skip
+        return made.model_copy(update={"init_from": init_from and str(init_from)})
+
+    return run
+
+
+def test_what_is_in_order(run: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
+    check_ready(run(), tokenizer)
+    check_ready(run(init_from=tokenizer.path), tokenizer)
+    check_ready(run(init_from=tmp_path), tokenizer)  # weights without a tokenizer
+
+
+def test_a_tokenizer_of_another_size(run: Any, tokenizer: HuggingFace) -> None:
+    with pytest.raises(ValueError, match="has 300 ids, the model's vocab_size is 299"):
+        check_ready(run(vocab_size=299), tokenizer)
+
+
+def test_a_tokenizer_that_is_not_the_models(run: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
+    other = train_bpe(["zürich übermütig größe " * 4, "ganz anderer text hier"] * 8, 300, tmp_path / "other")
+    content = json.loads((other.path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {
+        piece: (i - 5 + 7) % 256 + 5 if 5 <= i < 261 else i for piece, i in content["model"]["vocab"].items()
+    }
+    (other.path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"is not that of .*other: id \d+ is .*, there .*; leave data.tokenizer out"):
+        check_ready(run(init_from=other.path), tokenizer)
+
+
+def test_an_export_that_nothing_would_read(run: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer.path, tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.json").rename(tmp_path / "t" / "mine.json")
+    with pytest.raises(ValueError, match=r"an export would carry mine\.json, .*folder with tokenizer\.json"):
+        check_ready(run(tmp_path / "t" / "mine.json"), HuggingFace(tmp_path / "t" / "mine.json"))
+
+
+def test_a_template_that_the_export_would_not_carry(run: Any, tokenizer: HuggingFace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_train.weights import write
+
+    original = write.write_texts
+
+    def forgets(directory: Path, texts: write.Texts, layout: str = "hf") -> None:
+        original(directory, texts._replace(chat_template=None), layout)
+
+    template = "{% for m in messages %}{{ '[INST]' + m.role + ' ' + m.content + eos_token }}{% endfor %}"
+    check_ready(run(chat_template=template), tokenizer)
+    monkeypatch.setattr(write, "write_texts", forgets)
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: an export's chat template would render the record to other tokens"):
+        check_ready(run(chat_template=template), tokenizer)
+
+
+def test_a_record_that_cannot_be_rendered_is_named(run: Any, tokenizer: HuggingFace) -> None:
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat template refuses the record: no"):
+        check_ready(run(chat_template="{{ raise_exception('no') }}"), tokenizer)
+
+
+def test_the_config_carries_the_templates_text(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages[0].content }}é")
+    now = settled(run(chat_template=str(file)))
+    file.unlink()
+    assert settled(now) == now and now.data.chat_template == "{{ messages[0].content }}é"
+    assert settled(run()).data.chat_template is None

@@ -443,7 +443,10 @@ def _progress(what: str) -> Iterator[Callable[[int, int, int], None]]:
         bars.DownloadColumn(),
         bars.TextColumn("{task.fields[records]:,} records"),
     )
-    with bars.Progress(*columns, bars.TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with bars.Progress(
+        *columns, bars.TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(what, total=None, records=0)
         yield lambda done, total, records: bar.update(task, completed=done, total=total, records=records)
 

@@ -1,0 +1,258 @@
+"""Damaged and hostile files: the check of data never shows a traceback, never hangs, and never passes over anything.
+
+A few hundred files in every run of the tests; `--slow` draws tens of thousands. The counts are printed (`-s`).
+"""
+
+from __future__ import annotations
+
+import bz2
+import collections
+import gzip
+import io
+import json
+import lzma
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_train.data.check import RULES, Settings, Source, check
+from moe_train.data.tokenizer import HuggingFace
+
+SECONDS = 20  # of one file; a few KB take milliseconds
+USER = {"role": "user", "content": "What is 2 + 3?"}
+RECORDS = [
+    {"text": "Grüße, 東京"},
+    {"messages": [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "5"}]},
+    {"question": "2 + 3?", "answer": "5"},
+]
+tried: collections.Counter[str] = collections.Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def say_counts() -> Iterator[None]:
+    yield
+    print(f"\nfuzzed files: {sum(tried.values())}", *(f"{name} {count}" for name, count in tried.most_common()), sep="\n  ")
+
+
+@contextmanager
+def no_hang(seconds: int = SECONDS) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, seconds: int = SECONDS) -> dict[str, Any] | None:
+    """The answer, which says something of every file; None where the file stops the check with one line."""
+    tried[kind] += 1
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / name
+        path.write_bytes(content)
+        asked = Settings(template=tokenizer.chat_template, seq_len=64, batch_size=2, fix=Path(scratch) / "out")
+        try:
+            with no_hang(seconds):
+                answer = check([Source((str(path),))], tokenizer, asked)
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+            return None
+        json.dumps(answer)
+        assert path.read_bytes() == content
+        fixed = answer["fixed"]
+        assert fixed["kept"] + fixed["dropped"] == answer["records"]
+        assert answer["problem_counts"].keys() <= RULES
+        # Nothing is passed over: each record is good, or named as bad; and a file without records is named too.
+        assert answer["records"] or answer["problem_counts"]
+        good = sum(answer["shapes"].values())
+        assert answer["records_with_problems"] >= answer["records"] - good
+        for problem in answer["problems"]:
+            assert problem["where"].startswith(str(path)) and problem["message"] and problem["remedy"]
+            assert "\n" not in problem["message"]
+        if fixed["kept"]:  # what was kept is good
+            [copy] = [file for file in (Path(scratch) / "out").iterdir() if file.name != "changes.jsonl"]
+            again = check([Source((str(copy),))], tokenizer, Settings(template=tokenizer.chat_template, seq_len=64))
+            assert again["problems"] == [] and again["records"] == fixed["kept"]
+        return answer
+
+
+def packed(table: pa.Table, kind: str) -> bytes:
+    sink = io.BytesIO()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, sink)
+    else:
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS * 3).encode()
+TABLE = pa.table({"text": ["one", "zwei", None, ""], "id": [1, 2, 3, 4]})
+CHATS = pa.Table.from_pylist([RECORDS[1], {"messages": [USER]}])
+WHOLE = {
+    "a.jsonl": LINES,
+    "a.json": json.dumps(RECORDS, indent=1).encode(),
+    "a.csv": b'question,answer\n"2, 3?",5\na,"b\nc"\n',
+    "a.txt": "Grüße\n".encode(),
+    "a.jsonl.gz": gzip.compress(LINES),
+    "a.jsonl.bz2": bz2.compress(LINES),
+    "a.jsonl.xz": lzma.compress(LINES),
+    "a.jsonl.zst": pa.Codec("zstd").compress(LINES, asbytes=True),
+    "a.parquet": packed(TABLE, "parquet"),
+    "b.parquet": packed(CHATS, "parquet"),
+    "a.arrow": packed(TABLE, "arrow"),
+    "b.arrow": packed(CHATS, "arrow"),
+}
+VALUES = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["user", "assistant", "</s>"])
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4), inner, max_size=4)),
+    max_leaves=12,
+)
+KEYS = st.sampled_from(
+    "text content messages interactions conversations tools available_tools prompt completion question answer system role from "
+    "value weight tool_calls tool_call_id function name arguments id type parameters".split()
+)
+NEARLY = st.recursive(
+    st.one_of(VALUES, st.sampled_from(["user", "assistant", "tool", "system", "{}"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=5)),
+    max_leaves=20,
+)
+MESSAGE = st.dictionaries(KEYS, NEARLY, max_size=5).flatmap(
+    lambda drawn: st.sampled_from([drawn, drawn | USER, drawn | {"role": "assistant", "content": "5"}, drawn | {"from": "gpt"}])
+)
+RECORD = st.one_of(
+    st.dictionaries(KEYS, NEARLY, max_size=5),
+    st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=4)}, optional={"tools": NEARLY}),
+    st.fixed_dictionaries({"conversations": st.lists(MESSAGE, max_size=4)}),
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[str, bytes, str]:
+    """A good file with bytes changed, cut, put in or doubled."""
+    name = draw(st.sampled_from(sorted(WHOLE)))
+    content = bytearray(WHOLE[name])
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(len(content) - 1, 0)))
+        match draw(st.sampled_from(["cut", "change", "insert", "delete", "double"])):
+            case "cut":
+                del content[at:]
+            case "change":
+                content[at : at + 1] = draw(st.binary(min_size=1, max_size=1))
+            case "insert":
+                content[at:at] = draw(
+                    st.sampled_from([b"\0", b"\xff", b"\n", b'"', b"{", b"]", b"\xed\xa0\x80", b"\xff\xfe", b"NaN"])
+                )
+            case "delete":
+                del content[at : at + draw(st.integers(1, 20))]
+            case "double":
+                content[at:at] = content[at : at + 50]
+    return name, bytes(content), "damaged"
+
+
+def any_bytes() -> st.SearchStrategy[tuple[str, bytes, str]]:
+    alphabet = st.sampled_from(
+        [b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"\\", b"\0", b"1", b"text", b"\xff", b" ", b"\\ud800"]
+    )
+    content = st.one_of(st.binary(max_size=300), st.lists(alphabet, max_size=60).map(b"".join))
+    return st.tuples(st.sampled_from(sorted(WHOLE)), content, st.just("any bytes"))
+
+
+def records() -> st.SearchStrategy[tuple[str, bytes, str]]:
+    def written(drawn: list[Any]) -> tuple[str, bytes, str]:
+        return "a.jsonl", "\n".join(map(json.dumps, drawn)).encode(), "odd records"
+
+    return st.lists(RECORD, min_size=1, max_size=4).map(written)
+
+
+def fuzz(tokenizer: HuggingFace, files: st.SearchStrategy[tuple[str, bytes, str]], count: int) -> None:
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(files)
+    def one(drawn: tuple[str, bytes, str]) -> None:
+        checked(tokenizer, *drawn)
+
+    one()
+
+
+KINDS: list[Callable[[], st.SearchStrategy[tuple[str, bytes, str]]]] = [damaged, any_bytes, records]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hundred_files(tokenizer: HuggingFace, kind: Callable[[], st.SearchStrategy[tuple[str, bytes, str]]]) -> None:
+    fuzz(tokenizer, kind(), 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_files(tokenizer: HuggingFace, kind: Callable[[], st.SearchStrategy[tuple[str, bytes, str]]]) -> None:
+    fuzz(tokenizer, kind(), 5000)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "a.txt"])
+def test_a_file_cut_anywhere_is_named(tokenizer: HuggingFace, name: str) -> None:
+    whole = checked(tokenizer, name, WHOLE[name], "whole")
+    assert whole is not None
+    content = WHOLE[name]
+    for at in sorted({len(content) * k // 9 for k in range(9)} | {len(content) - 1}):
+        answer = checked(tokenizer, name, content[:at], "cut")
+        assert answer is not None
+        ended = name in ("a.jsonl", "a.csv") and content[at : at + 1] in (b"\n", b"")  # then what is left is whole
+        assert (
+            ended or name == "a.csv" or answer["problem_counts"] != whole["problem_counts"] or answer["records"] < whole["records"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rules"),
+    [
+        ("latin.jsonl", '{"text": "Grüße"}\n'.encode("latin-1") + LINES, {"not-utf-8": 1}),
+        ("utf16.jsonl", LINES.decode().encode("utf-16"), {"not-utf-8": 3, "not-json": 7}),
+        ("nul.jsonl", LINES + b"\0" * 5000 + b"\n" + LINES, {"not-json": 1}),
+        ("nul.txt", b"a\0b", {"unicode": 1}),
+        ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n" + LINES, {"not-json": 1}),
+        ("deeper.jsonl", (b'{"a":' * 90 + b"1" + b"}" * 90 + b"\n") * 3, {"columns": 3}),
+        ("deep.json", b"[" * 100_000 + b"]" * 100_000, {"not-json": 1}),
+        ("open.jsonl", b'{"text": "' + b"a" * 100_000, {"not-json": 1}),
+        ("quotes.csv", b'text\n"' + b"a" * 100_000, {"unreadable": 1}),
+        ("numbers.jsonl", b'{"text": "a", "n": ' + b"9" * 100_000 + b"}", {"not-json": 1}),
+        ("keys.jsonl", b'{"text": "a", "text": "b"}', {"not-json": 1}),
+        ("infinite.jsonl", b'{"text": "a", "n": -Infinity}', {"not-json": 1}),
+        ("empty.parquet", b"", {"unreadable": 1}),
+        ("nothing.jsonl", b"", {"empty-file": 1}),
+        ("bom.jsonl", b"\xef\xbb\xbf", {"empty-file": 1}),
+        ("no.json", b"[", {"not-json": 1}),
+        ("cr.jsonl", LINES.replace(b"\n", b"\r"), {"not-json": 1}),
+        ("twice.json", json.dumps(RECORDS).encode() * 2, {"not-json": 1}),
+        ("calls.jsonl", json.dumps({"messages": [USER, {"role": "assistant", "tool_calls": [[[]]]}]}).encode(), {"type": 1}),
+    ],
+)
+def test_hostile_files(tokenizer: HuggingFace, name: str, content: bytes, rules: dict[str, int]) -> None:
+    answer = checked(tokenizer, name, content, "hostile")
+    assert answer is not None and answer["problem_counts"] == rules
+
+
+@pytest.mark.parametrize("unit", ["a", "ab ", "東", "\\u0000", "<s>", '\\"', "0"])
+def test_lines_of_ten_megabytes(tokenizer: HuggingFace, unit: str) -> None:
+    """Ten for the plainest; a tokenizer takes a while for others, which are a tenth as long."""
+    size = 10_000_000 if unit == "ab " else 1_000_000
+    content = b'{"text": "' + (unit * (size // len(unit.encode()))).encode() + b'"}\n{"text": "after"}\n'
+    start = time.perf_counter()
+    answer = checked(tokenizer, "long.jsonl", content, "long lines", seconds=60)
+    assert answer is not None and answer["records"] == 2 and time.perf_counter() - start < 60
+    assert answer["problem_counts"] == {"\\u0000": {"unicode": 1}, "<s>": {"control-token": 1}}.get(unit, {})

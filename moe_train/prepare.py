@@ -87,7 +87,7 @@ def _data(run: config.Config) -> tuple[config.Data, Tokenizer]:
 @contextmanager
 def _bar(name: str) -> Iterator[Any]:
     """A progress bar on a terminal's stderr."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeElapsedColumn()
+    columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[said]}"), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4) as progress:
         task = progress.add_task(name, total=None, said="")
         start = now = time.monotonic()

@@ -53,6 +53,15 @@ def two_files(write_lines: Callable[..., Path]) -> list[tuple[Path, float]]:
     return [(write_lines("a.jsonl", records[:40]), 3.0), (write_lines("b.jsonl", records[40:]), 1.0)]
 
 
+def test_a_resume_within_an_epoch_on_other_processes(make: Any, two_files: Any) -> None:
+    alone = make(*two_files)
+    start = alone.steps() // 2
+    expected = [digest(batch) for batch in itertools.islice(alone.iterate(start), 4)]
+    for count in (2, 4):
+        parts = [make(*two_files, process_index=i, process_count=count).iterate(start) for i in range(count)]
+        assert [digest(*(next(part) for part in parts)) for _ in range(4)] == expected
+
+
 @pytest.mark.parametrize("process_count", [2, 4])
 @pytest.mark.parametrize("sources", ["train", "eval"])
 def test_the_number_of_processes_changes_nothing(make: Any, two_files: Any, process_count: int, sources: str) -> None:

@@ -58,10 +58,10 @@ def test_what_was_changed_by_hand_is_refused(make: Callable[..., Manifest], writ
     assert manifest.read(text, "here") == made
     for old, new in (('"licence":null', '"licence":"MIT"'), ('"records":1', '"records":2'), (made.files[0].sha256, "0" * 64)):
         assert old and old in text
-        with pytest.raises(ValueError, match="^here was changed after it was written"):
+        with pytest.raises(ValueError, match=r"^here was changed after it was written"):
             manifest.read(text.replace(old, new), "here")
     for broken in ("", "{}", text.replace('"layout":2', '"layout":3'), text[:-9]):
-        with pytest.raises(ValueError, match="^here is no manifest that this version reads: ") as caught:
+        with pytest.raises(ValueError, match=r"^here is no manifest that this version reads: ") as caught:
             manifest.read(broken, "here")
         assert "\n" not in str(caught.value)
 

@@ -277,6 +277,8 @@ def examine_adapter(
             left.pop(name)
         elif is_trainable(wanted.parts[0].path, lora):
             raise Fault(f"{name}, which was trained in full, is missing")
+    if layout == "peft" and model.tie_embeddings and (head := "base_model.model.lm_head.weight") in left:
+        whole.append(Wanted(head, left.pop(head).shape, (Part("embed.weight", (), expected.as_is),)))  # PEFT keeps both ends
     if left:
         raise Fault(f"{min(left)} does not belong there" + (f" (and {len(left) - 1} more)" if len(left) > 1 else ""))
     examined = examine(stored, whole, parameters, None).examined if whole else {}

@@ -87,8 +87,8 @@ def adapter_names(layout: Adapter, weight: str) -> tuple[str, str]:
 
 
 def whole_name(layout: Adapter, weight: str) -> str:
-    """The name of a weight that was trained in full, beside the adapters."""
-    return f"base_model.model.{weight}" if layout == "peft" else weight
+    """The name of a weight that was trained in full, beside the adapters; of a router, PEFT wants transformers 5's."""
+    return f"base_model.model.{weight}".replace(".block_sparse_moe.gate.", ".mlp.gate.") if layout == "peft" else weight
 
 
 OF_MODEL: dict[Adapter, Model] = {"peft": "hf", "mistral-lora": "mistral", "gguf-lora": "gguf"}

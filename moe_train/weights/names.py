@@ -48,6 +48,8 @@ class Layout:
     """`{e}` is the expert, where each has tensors of its own."""
     adapters: tuple[str, str]
     """Names of A (rank, in) and B (out, rank) beside `{stem}`, a name without its `.weight`."""
+    adapters_of_embed: tuple[str, str] | None = None
+    """The same beside the embedding, A (rank, V) and B (D, rank); None where routers and both ends have no adapters."""
 
 
 def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> Layout:
@@ -87,6 +89,7 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> L
         router=router,
         experts=experts,
         adapters=("base_model.model.{stem}.lora_A.weight", "base_model.model.{stem}.lora_B.weight"),
+        adapters_of_embed=("base_model.model.{stem}.lora_embedding_A", "base_model.model.{stem}.lora_embedding_B"),
     )
 
 
@@ -256,21 +259,33 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
     A is (J, in) in the file and (in dims…, J) here, B (out, J) and (J, out dims…).
     """
     found = []
+    sparse, everywhere = isinstance(model.ffn, config.MoeFfn), layout.adapters_of_embed is not None
+
+    def add(row: Row, prefix: str = "", path: str = "", leads: Sequence[tuple[int, ...]] = ((),)) -> None:
+        module = (path + row.path).removesuffix(".weight")
+        if module not in ranks:
+            return
+        out, into = row.dims.split()
+        of_names: tuple[str, str] | None = layout.adapters
+        if row is layout.embed:  # a lookup: its rows are what goes in
+            out, into, of_names = into, out, layout.adapters_of_embed
+        assert of_names is not None
+        inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
+        name_a, name_b = (name.format(stem=prefix + row.name.removesuffix(".weight")) for name in of_names)
+        a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
+        b = Row(name_b, f"{out} J", f"{module}.lora_b", f"J {outputs}", row.stack)
+        sizes = _sizes(model) | {"J": ranks[module]}
+        found.extend(_piece(sizes, row, "", "", lead) for lead in leads for row in (a, b))
+
+    if everywhere:
+        add(layout.embed)
     for layer, path, repeat in _layers(model):
-        prefix = layout.layer.format(l=layer)
-        for row in linear_rows(model, layout):
-            module = (path + row.path).removesuffix(".weight")
-            if module not in ranks:
-                continue
-            out, into = row.dims.split()
-            inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
-            name_a, name_b = (name.format(stem=prefix + row.name.removesuffix(".weight")) for name in layout.adapters)
-            a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
-            b = Row(name_b, f"{out} J", f"{module}.lora_b", f"J {outputs}", row.stack)
-            sizes = _sizes(model) | {"J": ranks[module]}
-            of_expert = row in layout.experts and isinstance(model.ffn, config.MoeFfn)
-            leads = [(repeat, e) for e in range(sizes["E"])] if of_expert else [(repeat,)]
-            found += [_piece(sizes, row, "", "", lead) for lead in leads for row in (a, b)]
+        for row in (*linear_rows(model, layout), *((layout.router,) if sparse and everywhere else ())):
+            of_expert = sparse and row in layout.experts
+            leads = [(repeat, e) for e in range(_sizes(model)["E"])] if of_expert else [(repeat,)]
+            add(row, layout.layer.format(l=layer), path, leads)
+    if everywhere and not model.tie_embeddings:
+        add(layout.head)
     return found
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from moe_train import config
 from moe_train.mesh import make_mesh
 from moe_train.model import transformer
-from moe_train.model.lora import is_lora
+from moe_train.model.lora import is_lora, is_trainable, module_of, scale_of_expert, targets_of
 from moe_train.weights import peft, safetensors_io, write
 
 MIXTRAL = config.Model(
@@ -137,8 +137,8 @@ def test_a_model_without_adapter_has_none_to_export(tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"use_dora": True}, "use_dora is True"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters is"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save has 'lm_head', and adapter_model.safetensors has no weight of it"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters is .*: the experts are fused"),
     ],
 )
 def test_what_is_not_built_here_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -173,8 +173,9 @@ def test_rank_stabilised_scales_are_read_as_what_they_are(tmp_path: Path) -> Non
     with jax.set_mesh(ONE):
         peft.export_adapter(adapters(LORA), MIXTRAL, LORA, tmp_path / "out", base_model="b")
     (tmp_path / "out/adapter_config.json").write_text(json.dumps(settings_in(tmp_path / "out") | {"use_rslora": True}))
-    alphas = {m: t.alpha for t in peft.read_lora(tmp_path / "out", MIXTRAL).targets for m in t.modules}
-    assert alphas["attention.q_proj"] == pytest.approx(3.0 * 2**0.5)  # 3 / sqrt(2) = (3 sqrt(2)) / 2
+    read = peft.read_lora(tmp_path / "out", MIXTRAL)
+    (scale,) = (read.scale(t) for t in read.targets if "attention.q_proj" in t.modules)
+    assert scale == pytest.approx(3.0 / 2**0.5)
 
 
 def test_a_bfloat16_file_fills_float32_arrays(tmp_path: Path) -> None:
@@ -184,3 +185,115 @@ def test_a_bfloat16_file_fills_float32_arrays(tmp_path: Path) -> None:
         loaded = peft.load_adapter(tmp_path / "out", MIXTRAL, abstract(LORA))
     assert all(np.array_equal(np.asarray(x).astype(ml_dtypes.bfloat16), np.asarray(parameters[path])) for path, x in loaded.items())
     assert {x.dtype.name for x in loaded.values()} == {"float32"}
+
+
+def trained(lora: config.Lora) -> dict[str, jax.Array]:
+    """Adapters, and what is trained in full beside them."""
+    _, shapes = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
+    mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
+    found = {}
+    for path, like in shapes.items():
+        if is_trainable(path, lora):
+            x = draw(0, 1, like.shape).astype(like.dtype)
+            targets = targets_of(lora, module_of(path))
+            if ".lora_" in path and any(t.experts for t in targets):  # past an expert's rank there are zeros
+                for e in range(4):
+                    rank = scale_of_expert(lora, targets, e)[1]
+                    x[:, e, ..., rank:] = 0 if path.endswith("_a") else x[:, e, ..., rank:]
+                    x[:, e, rank:] = 0 if path.endswith("_b") else x[:, e, rank:]
+            found[path] = jax.device_put(x, NamedSharding(mesh, like.sharding.spec))
+    return found
+
+
+def test_both_ends_the_router_and_what_was_trained_in_full(tmp_path: Path) -> None:
+    """Names, settings and values; read back into the same arrays on another mesh."""
+    lora = config.Lora(
+        targets=(
+            config.LoraTarget(modules=("attention.q_proj", "embed", "ffn.router"), rank=2, alpha=4.0),
+            config.LoraTarget(modules=("attention.k_proj",), rank=3, alpha=4.0),
+        ),
+        dropout=0.25,
+        train=("*_norm", "head"),
+    )
+    with jax.set_mesh(EIGHT):
+        parameters = trained(lora)
+        peft.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", base_model="b")
+    settings = settings_in(tmp_path / "out")
+    assert settings["target_modules"] == ["embed_tokens", "gate", "k_proj", "q_proj"]
+    assert settings["modules_to_save"] == ["input_layernorm", "lm_head", "model.norm", "post_attention_layernorm"]
+    assert settings["lora_dropout"] == 0  # PEFT has none beside a router
+    found = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
+    body = "base_model.model.model"
+    ours = {path: np.asarray(x) for path, x in parameters.items()}
+    assert np.array_equal(found[f"{body}.embed_tokens.lora_embedding_A"], ours["embed.lora_a"].T)
+    assert np.array_equal(found[f"{body}.embed_tokens.lora_embedding_B"], ours["embed.lora_b"].T)
+    assert np.array_equal(found["base_model.model.lm_head.weight"], ours["head.weight"])
+    assert np.array_equal(found[f"{body}.layers.1.input_layernorm.weight"], ours["stacks.0.layers.0.attention_norm.scale"][1])
+    name = f"{body}.layers.1.block_sparse_moe.gate.lora_B.weight"
+    assert np.array_equal(found[name], ours["stacks.0.layers.0.ffn.router.lora_b"][1].T)
+
+    read = peft.read_lora(tmp_path / "out", MIXTRAL)
+    assert {m: (t.rank, t.alpha) for t in read.targets for m in t.modules} == {
+        **dict.fromkeys(("attention.q_proj", "embed", "ffn.router"), (2, 4.0)),
+        "attention.k_proj": (3, 4.0),
+    }
+    assert read.train == ("attention_norm", "ffn_norm", "final_norm", "head")
+    with jax.set_mesh(ONE):
+        like = trained(read)
+        loaded = peft.load_adapter(tmp_path / "out", MIXTRAL, jax.eval_shape(lambda: like))
+    assert loaded.keys() == parameters.keys()
+    assert all(np.array_equal(np.asarray(x), ours[path]) for path, x in loaded.items())
+
+
+BY_EXPERT = config.Lora(
+    targets=(
+        config.LoraTarget(modules=("ffn.*",), rank=3, alpha=6.0, experts=(0, 2)),
+        config.LoraTarget(modules=("ffn.*",), rank=2, alpha=1.0, experts=(3,)),
+    ),
+    rslora=True,
+)
+
+
+def test_experts_that_differ_share_rank_and_scale_in_the_file(tmp_path: Path) -> None:
+    with jax.set_mesh(ONE):
+        parameters = trained(BY_EXPERT)
+        report = peft.export_adapter(parameters, MIXTRAL, BY_EXPERT, tmp_path / "out", base_model="b")
+    assert report["deltas_of_zero"] == 2 * 3  # expert 1 has no adapter
+    settings = settings_in(tmp_path / "out")
+    assert (settings["r"], settings["rank_pattern"], settings["alpha_pattern"], settings["use_rslora"]) == (3, {}, {}, False)
+    found = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
+    for e, scale in ((0, 6 / 3**0.5), (1, 0), (2, 6 / 3**0.5), (3, 1 / 2**0.5)):
+        name, ours = f"base_model.model.model.layers.1.block_sparse_moe.experts.{e}.w3", "stacks.0.layers.0.ffn.up_proj"
+        a, b = (np.asarray(parameters[f"{ours}.{x}"])[1, e] for x in ("lora_a", "lora_b"))
+        written = settings["lora_alpha"] / 3 * found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"]
+        np.testing.assert_allclose(written, scale * (a @ b).T, rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_with_some_experts_or_other_ranks_fills_zeros_up(tmp_path: Path) -> None:
+    with jax.set_mesh(ONE):
+        parameters = trained(BY_EXPERT)
+        peft.export_adapter(parameters, MIXTRAL, BY_EXPERT, tmp_path / "out", base_model="b")
+        weights = tmp_path / "out/adapter_model.safetensors"
+        found = safetensors.numpy.load_file(weights)
+        small = {name: x for name, x in found.items() if "experts.1." not in name}
+        for name in small:
+            if "experts.3." in name:
+                small[name] = np.ascontiguousarray(small[name][:2] if "lora_A" in name else small[name][:, :2])
+        safetensors.numpy.save_file(small, weights)
+        read = peft.read_lora(tmp_path / "out", MIXTRAL)
+        assert {(t.rank, t.experts) for t in read.targets} == {(3, (0, 2)), (2, (3,))}
+        like = trained(read)
+        loaded = peft.load_adapter(tmp_path / "out", MIXTRAL, jax.eval_shape(lambda: like))
+    for path, x in loaded.items():
+        if path.endswith("lora_a"):
+            assert np.array_equal(np.asarray(x), np.where(np.arange(4)[:, None, None] == 1, 0, np.asarray(parameters[path])))
+    safetensors.numpy.save_file({name: x for name, x in small.items() if "layers.1." not in name}, weights)
+    with pytest.raises(ValueError, match=r"experts\.0\.w1's are in 1 of 2 layers"):
+        peft.read_lora(tmp_path / "out", MIXTRAL)
+
+
+def test_experts_trained_in_full_are_refused(tmp_path: Path) -> None:
+    lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*",), rank=2, alpha=4.0),), train=("ffn.down_proj",))
+    with jax.set_mesh(ONE), pytest.raises(ValueError, match=r"ffn.down_proj was trained in full.*--format hf --merge"):
+        peft.export_adapter(trained(lora), MIXTRAL, lora, tmp_path / "out", base_model="b")
+    assert not list(tmp_path.iterdir())

@@ -192,6 +192,24 @@ def extend_vocab(
 
 
 @app.command()
+def upcycle(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A dense model of the family, in any layout that is read.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that does not exist yet.")],
+    experts: Annotated[int, typer.Option(min=2, help="Copies of each feed-forward part.")] = 8,
+    experts_per_token: Annotated[int, typer.Option(min=1, help="Experts that a token goes to.")] = 2,
+    noise: Annotated[float, typer.Option(min=0.0, help="Parts the copies: a share of each matrix's standard deviation.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the routers and of the noise.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a Mixtral of a dense model: its feed-forward parts copied into experts, behind new routers."""
+    from moe_train.upcycle import upcycle as write
+
+    with _waiting("copying experts"):
+        answer = write(base, out_dir, experts, experts_per_token, noise, seed)
+    _print_answers(answer, as_json)
+
+
+@app.command()
 def bench(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Time the training step of CONFIG on synthetic tokens."""
     from moe_train import config_file

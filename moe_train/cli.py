@@ -529,10 +529,12 @@ def _log_on_stderr() -> Iterator[None]:
     log, handler = logging.getLogger("moe_train"), logging.StreamHandler()
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    log.propagate = False  # some library gives the root logger a handler, and every line would be there twice
     try:
         yield
     finally:
         log.removeHandler(handler)
+        log.propagate = True
 
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)

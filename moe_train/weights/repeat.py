@@ -32,7 +32,8 @@ def read_record(directory: Path) -> tuple[dict[str, Any], config.Model]:
             raise ValueError(f"format is {record['format']!r}")
         return record, config.Model.model_validate_json(json.dumps(record["model"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / proof.FILE} is no record of an export: {type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{directory / proof.FILE} is no record of an export: {why}") from error
 
 
 def repeat(

@@ -156,7 +156,7 @@ def test_the_report_tells_of_deltas_that_the_dtype_swallows(tmp_path: Path) -> N
             write.export(lost, MIXTRAL, tmp_path / "lost", dtype="bfloat16", lora=LORA, merge=True)
         small = {path: x * 1e-3 if path.endswith("lora_b") else x for path, x in parameters.items()}
         report = write.export(small, MIXTRAL, tmp_path / "low", dtype="bfloat16", lora=LORA, merge=True)
-        assert figures(report, "merge")["delta_kept"] < 0.9
+        assert abs(figures(report, "merge")["delta_kept"] - 1) > 0.005
         none = {path: x * 0 if path.endswith("lora_b") else x for path, x in parameters.items()}
         report = write.export(none, MIXTRAL, tmp_path / "none", dtype="float32", lora=LORA, merge=True)
     assert figures(report, "merge")["untrained"] == figures(report, "merge")["count"] == 56

@@ -26,7 +26,7 @@ from moe_train import config
 from moe_train.atomic import new_directory
 from moe_train.json_file import read_object
 from moe_train.model.lora import is_trainable, module_of, targets_of
-from moe_train.weights import hf, merge, names, safetensors_io
+from moe_train.weights import hf, merge, names, peft_fused, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
 from moe_train.weights.on_disk import Tensor, nbytes
 from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
@@ -86,9 +86,11 @@ def export_adapter(
 
 
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
-    """The section `lora` that an adapter of per-expert spelling amounts to. Raises ValueError for what is not built here."""
+    """The section `lora` that an adapter amounts to, of per-expert or fused spelling. Raises ValueError for what is not built here."""
     directory = Path(directory)
     settings, tensors, file = _settings(directory), _open(directory, model), directory / CONFIG
+    if settings.get("target_parameters"):
+        settings["alpha_pattern"] = peft_fused.alpha_pattern(settings, model)
     kinds: dict[str, dict[tuple[int, float], set[int]]] = {}  # of each module: (rank, alpha) -> the experts that have it
     firsts: dict[tuple[str, int], tuple[str, tuple[int, float]]] = {}
     layers: Counter[tuple[str, int]] = Counter()
@@ -192,14 +194,15 @@ def _settings(directory: Path) -> dict[str, Any]:
     for key, value in only.items():
         if settings.get(key, value) not in (value, [] if value is None else value):
             raise ValueError(f"{file}: {key} is {settings[key]!r}, which is not read here; it has to be {value!r}")
-    if fused := [name for name in settings.get("target_parameters") or () if not name.endswith("gate.weight")]:
-        raise ValueError(f"{file}: target_parameters is {fused!r}: the experts are fused, which is not read here")
+    known = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    if unknown := [name for name in settings.get("target_parameters") or () if not name.endswith(known)]:
+        raise ValueError(f"{file}: target_parameters has {unknown[0]!r}; read are those that end in {', '.join(known)}")
     return settings
 
 
-def _open(directory: Path, model: config.Model) -> dict[str, safetensors_io.Tensor]:
+def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
     """Tensors by the names of a per-expert file; without the copies of the base that PEFT puts beside adapted ends."""
-    found = {}
+    found: dict[str, Tensor] = {}
     sizes = {"model.embed_tokens": (model.vocab_size, model.model_dim), "lm_head": (model.vocab_size, model.model_dim)}
     for name, tensor in safetensors_io.open_file(directory / WEIGHTS).items():
         stem = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
@@ -212,6 +215,8 @@ def _open(directory: Path, model: config.Model) -> dict[str, safetensors_io.Tens
         if isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
             name = name.replace(f".{_ROUTER[1]}.", f".{_ROUTER[0]}.")
         found[name] = tensor
+    if isinstance(model.ffn, config.MoeFfn):
+        return peft_fused.split(directory / WEIGHTS, found, model, read_object(directory / CONFIG).get("peft_version"))
     return found
 
 
@@ -221,7 +226,7 @@ def _every_adapter(model: config.Model) -> list[names.Piece]:
     return names.adapter_pieces(model, dict.fromkeys(modules, 1))
 
 
-def _rank_and_alpha(settings: Mapping[str, Any], stem: str, lora_a: safetensors_io.Tensor) -> tuple[int, float]:
+def _rank_and_alpha(settings: Mapping[str, Any], stem: str, lora_a: Tensor) -> tuple[int, float]:
     patterns = settings.get("alpha_pattern") or {}
     alphas = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", stem)]
     return lora_a.shape[0], float((alphas or [settings["lora_alpha"]])[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -103,3 +104,121 @@ def test_the_tokens_are_mistral_commons_over_many_conversations(pair: tuple[str,
     if pair[0] != "v1" or not tools:
         count = check_equal(pair, tools, 150)
         print(pair[0], "with tools" if tools else "without tools", count, "examples")
+
+
+def typed(text: str) -> Conversation:
+    """A conversation with `text` wherever somebody can write."""
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": json.dumps({text: [text]})}}
+    tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": {"title": text}}}
+    messages = [
+        {"role": "system", "content": text},
+        {"role": "user", "content": text},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": text},
+        {"role": "assistant", "content": text},
+    ]
+    return Conversation(messages, [tool])
+
+
+def test_control_tokens_typed_as_text_stay_text(pair: tuple[str, HuggingFace, Mistral]) -> None:
+    version, ours, theirs = pair
+    every = "".join(token for token in ours.special_tokens if not re.search(r"\d", token))
+    with_tools = version != "v1"
+    for either, template in ((ours, ours.chat_template), (theirs, None)):
+        counts = []
+        for text in (every, "x"):
+            messages, tools = typed(text)
+            if not with_tools:
+                messages, tools = [m for m in messages if m["role"] != "tool" and "tool_calls" not in m], []
+            found = chat.examples(Conversation(messages, tools), template, either)
+            counts.append([Counter(token for token in e.tokens if token in either.control_ids) for e in found])
+        assert counts[0] == counts[1] and len(counts[0]) == 1 + with_tools
+        assert not set(either.encode(every)) & either.control_ids
+
+
+CHATML = "{% for m in messages %}{{ '<s>' + m.role + '\n' + (m.content or '') + '</s>\n' }}{% endfor %}"
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}BODY{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}"
+    "{% endfor %}"
+)
+QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+WITH_TOOLS = Conversation([QUESTION, ANSWER], [TOOL])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}", "leaves out '</s>'"),
+        ("{% generation %}{{ eos_token }}{% endgeneration %}", None),
+        ("{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}", "leaves out 'b c'"),
+        ("{{ ' ' }}{% generation %}{{ m.content + eos_token + ' ' }}{% endgeneration %}", None),
+    ],
+)
+def test_marks_and_prefixes_have_to_agree(tokenizer: HuggingFace, body: str, said: str | None) -> None:
+    template = MARKED.replace("BODY", body)
+    if said is None:
+        chat.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
+        return
+    with pytest.raises(ValueError, match=f"generation %}} {said}, unlike what the assistant's turns add"):
+        chat.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
+
+
+def test_marks_that_reach_too_far_do_not_agree(tokenizer: HuggingFace) -> None:
+    template = "{% generation %}" + CHATML + "{% endgeneration %}"
+    with pytest.raises(ValueError, match=r"generation %} marks .*unlike"):
+        chat.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
+
+
+CALLS = (
+    "{% if tools %}{{ tools|tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{{ c.function.name + c.function.arguments|tojson + ' id ' + c.id }}{% endfor %}{{ eos_token }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML, "the chat template leaves tools out"),
+        (CALLS.replace("c.function.arguments|tojson", "''"), "the chat template leaves calls out"),
+        (CALLS.replace("'[INST]' + m.content", "'[INST]' + (m.content if m.role == 'user' else '')"), "leaves results out"),
+        (CALLS.replace("c.function.name", "'[TOOL_CALLS]' + c.function.name"), r"writes \[TOOL_CALLS\], which .* has no token for"),
+        (CALLS.replace("{% if tools %}", "{% if tools %}{{ raise_exception('no') }}"), "takes none .*no"),
+    ],
+)
+def test_a_template_without_tools(tokenizer: HuggingFace, template: str, said: str) -> None:
+    with pytest.raises(Problem, match=f"{said}.*; versions v2, v3, v7, .* have them; .*extend-vocab BASE OUT --tokenizer v3"):
+        chat.examples(WITH_TOOLS, template, tokenizer)
+    chat.examples(Conversation([QUESTION, ANSWER], []), CHATML, tokenizer)
+
+
+def test_an_id_is_not_learnt(tokenizer: HuggingFace) -> None:
+    calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": '{"q": "zq7"}'}} for name in ("zq7", "x")]
+    conversation = Conversation([QUESTION, {"role": "assistant", "tool_calls": calls}], [TOOL])
+    (example,) = chat.examples(conversation, CALLS, tokenizer)
+    learnt = tokenizer.decode([t for t, m in zip(example.tokens, example.loss_mask or (), strict=True) if m], keep_special=True)
+    assert learnt == 'f{"q": "zq7"} id f{"q": "zq7"} id </s>'
+
+
+def test_a_template_that_hides_what_was_typed(tokenizer: HuggingFace) -> None:
+    hiding = "{% for m in messages %}{{ m.content|tojson(ensure_ascii=True) + eos_token }}{% endfor %}"
+    assert chat.examples(Conversation([QUESTION, ANSWER], []), hiding, tokenizer)
+    with pytest.raises(ValueError, match="escapes, behind which a control token typed as text cannot be told apart"):
+        chat.examples(Conversation([QUESTION | {"content": "</s>"}, ANSWER], []), hiding, tokenizer)
+
+
+@pytest.mark.judges
+def test_transformers_has_the_same_tokens_for_tools(pair: tuple[str, HuggingFace, Mistral]) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers' apply_chat_template")
+    version, ours, _ = pair
+    if version == "v1":
+        return
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(ours.files[0].parent)
+    messages, tools = typed("Grüße 東京")
+    *_, whole = chat.examples(Conversation(messages, tools), ours.chat_template, ours)
+    plain = json.loads(json.dumps(messages))
+    plain[2]["tool_calls"][0]["function"]["arguments"] = {"Grüße 東京": ["Grüße 東京"]}
+    expected = theirs.apply_chat_template(plain, tools=tools, chat_template=ours.chat_template, return_dict=True)
+    assert whole.tokens == expected["input_ids"]

@@ -23,8 +23,8 @@ import numpy as np
 
 from moe_train import config
 from moe_train.atomic import new_directory
-from moe_train.data.tokenizer import Tokenizer
-from moe_train.weights import gguf_file, gguf_settings, gguf_tokenizer, names, ollama
+from moe_train.data.tokenizer import Mistral, Tokenizer
+from moe_train.weights import chat_format, gguf_file, gguf_settings, gguf_tokenizer, names, ollama
 from moe_train.weights.on_disk import Weights
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def write(
     kind = _ALIASES.get(dtype, dtype).lower()
     tool = None if kind in _TYPES else quantize_tool(kind)
     settings = {**gguf_settings.settings(model), "general.type": "model", "general.name": name}
-    template = chat_template if chat_template is not None else tokenizer.chat_template if tokenizer else None
+    template, chat = _chat(tokenizer, chat_template)
     if tokenizer is not None:
         settings |= gguf_tokenizer.settings(tokenizer, model.vocab_size, template)
     if tool is None:
@@ -132,7 +132,17 @@ def write(
         beside.unlink()
     for warning in gguf_settings.warnings(model):
         log.warning(warning)
-    (directory / "Modelfile").write_text(ollama.modelfile(FILE, template, tokenizer), encoding="utf-8")
+    (directory / "Modelfile").write_text(ollama.modelfile(FILE, chat), encoding="utf-8")
+
+
+def _chat(tokenizer: Tokenizer | None, template: str | None) -> tuple[str | None, chat_format.Format | None]:
+    """The Jinja template that goes into the file, and the format that it is, where that is known."""
+    if isinstance(tokenizer, Mistral):  # its format is in mistral-common, not in a template
+        chat = chat_format.of_tokenizer(tokenizer)
+        return chat_format.jinja(chat), chat
+    if tokenizer is not None and template is None:
+        template = tokenizer.chat_template
+    return template, chat_format.recognised(template, tokenizer) if tokenizer and template else None
 
 
 def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, settings: Mapping[str, Any]) -> None:

@@ -255,7 +255,7 @@ def extract(found: Mapping[str, Any], directory: Path, where: object) -> None:
     if len(kinds) != len(tokens):
         raise ValueError(f"{where} has {len(tokens)} tokens, but {len(kinds)} token types; {remedy}")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: keys[f"{key}_token_id"] for name, key in names.items() if f"{key}_token_id" in keys}
+    ids = {name: int(keys[f"{key}_token_id"]) for name, key in names.items() if f"{key}_token_id" in keys}
     if over := [f"{name} {i}" for name, i in ids.items() if not 0 <= i < len(tokens)]:
         raise ValueError(f"{where} has {len(tokens)} tokens, but a {over[0]}; {remedy}")
     if "eos_token" not in ids:

@@ -1,0 +1,177 @@
+"""Chat formats that can be said in a few strings: what stands around each turn. Of each, the text of a conversation, the
+Jinja template and the Go template (Ollama's language) come from the one description.
+
+A Jinja template is known here when it renders fixed conversations as a format spells them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from moe_train.data import sandbox
+from moe_train.data.tokenizer import Mistral, Tokenizer
+
+
+class Format(NamedTuple):
+    """Texts before and after a turn. The one that begins the sequence is not part of it."""
+
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    """What comes before is also what asks for an answer."""
+    system: tuple[str, str] | Literal["first", "last"]
+    """A turn of its own; or, with an empty line after it, before the text of the first or the last user turn."""
+
+    @property
+    def end(self) -> str:
+        return self.assistant[1].rstrip("\n")
+
+
+def _inst(system: tuple[str, str] | Literal["first", "last"]) -> Format:
+    return Format(("[INST]", "[/INST]"), ("", "</s>"), system)
+
+
+FORMATS = {
+    "chatml": Format(
+        ("<|im_start|>user\n", "<|im_end|>\n"),
+        ("<|im_start|>assistant\n", "<|im_end|>\n"),
+        ("<|im_start|>system\n", "<|im_end|>\n"),
+    ),
+    # of Mistral's, llama.cpp's sentencepiece puts the space after a control token itself
+    "mistral v1": Format(("[INST] ", " [/INST]"), (" ", "</s>"), "first"),
+    "mistral v1 to v3, system first": _inst("first"),
+    "mistral v3": _inst("last"),
+    "mistral v7": _inst(("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
+}
+_OF_VERSION = {"v1": "mistral v1", "v2": "mistral v3", "v3": "mistral v3"}
+
+
+def of_tokenizer(tokenizer: Mistral) -> Format:
+    """What mistral-common writes for plain conversations: of v7 and later they are alike."""
+    return FORMATS[_OF_VERSION.get(tokenizer.version.value, "mistral v7")]
+
+
+# Turns whose texts can be told apart.
+_SYSTEM, _TURNS = ("system", "the rules"), (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+_PROBES = (_TURNS[:2], _TURNS[:3], _TURNS, (_SYSTEM, *_TURNS[:2]), (_SYSTEM, *_TURNS[:3]))
+
+
+def recognised(template: str, tokenizer: Tokenizer) -> Format | None:
+    """The format that a Jinja template amounts to, for conversations of system, user and assistant."""
+    tokens = getattr(tokenizer, "named_tokens", {})
+    conversations = [[{"role": role, "content": content} for role, content in probe] for probe in _PROBES]
+    asks = [conversation[-1]["role"] == "user" for conversation in conversations]
+    variables = [
+        {**tokens, "messages": conversation, "add_generation_prompt": ask}
+        for conversation, ask in zip(conversations, asks, strict=True)
+    ]
+    try:
+        texts = sandbox.render(template, variables)
+    except ValueError:
+        return None  # it refuses, say, a system turn; no format here does
+    for mark in sandbox.GENERATION:
+        texts = [text.replace(mark, "") for text in texts]
+    begin = tokens.get("bos_token", "")
+    for found in FORMATS.values():
+        wanted = [spelled(found, conversation, ask) for conversation, ask in zip(conversations, asks, strict=True)]
+        if [text.removeprefix(begin) for text in texts] == wanted:
+            return found
+    return None
+
+
+def spelled(chat: Format, messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
+    """The text of a conversation; ask: up to where the next answer begins."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    system = next((message["content"] for message in messages if message["role"] == "system"), None)
+    text = ""
+    for i, message in enumerate(messages):
+        content = message["content"]
+        match message["role"]:
+            case "system":
+                text += content.join(chat.system) if isinstance(chat.system, tuple) else ""
+            case "user":
+                here = {"first": users[0], "last": users[-1]}.get(chat.system) if isinstance(chat.system, str) else None
+                text += (f"{system}\n\n{content}" if system is not None and i == here else content).join(chat.user)
+            case role:
+                assert role == "assistant", role
+                text += content.join(chat.assistant)
+    return text + (chat.assistant[0] if ask else "")
+
+
+def jinja(chat: Format) -> str:
+    """The Jinja template, with the beginning of a sequence; what it has no words for (tools) is an error."""
+    content, refuse = "message['content']", "{{- raise_exception('of roles, there are system, user and assistant') }}"
+    user = f"{{{{- {_quoted(chat.user[0])} + {content} + {_quoted(chat.user[1])} }}}}"
+    lines = ["{{- bos_token }}"]
+    if isinstance(chat.system, tuple):
+        system = f"{{{{- {_quoted(chat.system[0])} + {content} + {_quoted(chat.system[1])} }}}}"
+        lines += ["{%- for message in messages %}"]
+    else:
+        system = ""
+        where = "loop.index0 == turns.first" if chat.system == "first" else "loop.index0 == turns.last"
+        lines += [
+            "{%- set turns = namespace(first=none, last=none, system=none) %}",
+            "{%- for message in messages %}",
+            "{%- if message['role'] == 'system' %}{% set turns.system = message['content'] %}{% endif %}",
+            "{%- if message['role'] == 'user' %}{% set turns.last = loop.index0 %}{% endif %}",
+            "{%- if message['role'] == 'user' and turns.first is none %}{% set turns.first = loop.index0 %}{% endif %}",
+            "{%- endfor %}",
+            "{%- for message in messages %}",
+        ]
+        rules = f"(turns.system + '\\n\\n' if turns.system is not none and {where} else '')"
+        user = f"{{{{- {_quoted(chat.user[0])} + {rules} + {content} + {_quoted(chat.user[1])} }}}}"
+    return "\n".join(
+        [
+            *lines,
+            f"{{%- if message['role'] == 'system' %}}{system}",
+            f"{{%- elif message['role'] == 'user' %}}{user}",
+            "{%- elif message['role'] == 'assistant' and not message.get('tool_calls') %}"
+            f"{{{{- {_quoted(chat.assistant[0])} + {content} + {_quoted(chat.assistant[1])} }}}}",
+            f"{{%- else %}}{refuse}",
+            "{%- endif %}",
+            "{%- endfor %}",
+            f"{{%- if add_generation_prompt %}}{{{{- {_quoted(chat.assistant[0])} }}}}{{% endif %}}",
+        ]
+    )
+
+
+def go(chat: Format) -> str:
+    """The Go template, on one line, since line ends would count; an answer that is being continued has no end.
+
+    .Messages has the system turns too, .System their text (https://docs.ollama.com/template).
+    """
+    last = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+    if isinstance(chat.system, tuple):
+        system, rules = (
+            f'{{{{ if eq .Role "system" }}}}{_go(chat.system[0])}{{{{ .Content }}}}{_go(chat.system[1])}{{{{ end }}}}',
+            "",
+        )
+    else:
+        # the user turn that is answered is the last message
+        here = "$first" if chat.system == "first" else "$last"
+        system, rules = (
+            "",
+            f'{{{{ if and {here} $.System }}}}{{{{ $.System }}}}{{{{ "\\n\\n" }}}}{{{{ end }}}}{{{{ $first = false }}}}',
+        )
+    return "".join(
+        [
+            "{{ $first := true }}" if rules else "",
+            "{{ range $i, $_ := .Messages }}",
+            last,
+            system,
+            f'{{{{ if eq .Role "user" }}}}{_go(chat.user[0])}{rules}{{{{ .Content }}}}{_go(chat.user[1])}{{{{ end }}}}',
+            f'{{{{ if eq .Role "assistant" }}}}{_go(chat.assistant[0])}{{{{ .Content }}}}',
+            f"{{{{ if not $last }}}}{_go(chat.assistant[1])}{{{{ end }}}}{{{{ end }}}}",
+            f'{{{{ if and $last (ne .Role "assistant") }}}}{_go(chat.assistant[0])}{{{{ end }}}}' if chat.assistant[0] else "",
+            "{{ end }}",
+        ]
+    )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _go(text: str) -> str:
+    return f"{{{{ {_quoted(text)} }}}}" if text else ""

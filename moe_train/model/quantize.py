@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from moe_train import config
-from moe_train.mesh import axis_size
+from moe_train.mesh import axis_size, platform
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
@@ -82,11 +82,18 @@ def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
     return (blocks.astype(jnp.float32) * scales[..., None].astype(jnp.float32)).reshape(weight.shape).astype(dtype)
 
 
-def _levels(codes: jax.Array, first: int = 0, bit: int = 3) -> jax.Array:
-    """NF4[codes] bit by bit: lookups in a table are slow on TPU, and slower than this on CPU."""
+def _levels(codes: jax.Array) -> jax.Array:
+    """NF4[codes]."""
+    if platform() == "cpu":  # which would keep an array for each of the selections below
+        return jnp.take(jnp.asarray(NF4, jnp.float32), codes, mode="clip")
+    return _selected(codes)
+
+
+def _selected(codes: jax.Array, first: int = 0, bit: int = 3) -> jax.Array:
+    """The same bit by bit, without a lookup, at which TPUs are slow."""
     if bit < 0:
         return jnp.float32(NF4[first])
-    return jnp.where((codes >> bit) & 1 == 1, _levels(codes, first + (1 << bit), bit - 1), _levels(codes, first, bit - 1))
+    return jnp.where((codes >> bit) & 1 == 1, _selected(codes, first + (1 << bit), bit - 1), _selected(codes, first, bit - 1))
 
 
 # --- in a model ----------------------------------------------------------------------------------------------------
@@ -133,13 +140,12 @@ def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     return found
 
 
-def quantized(arrays: Mapping[str, jax.Array], abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The way back: of `arrays` those that `abstract` has as codes and scales become so, one after the other."""
-    found = dict(arrays)
+def quantized(arrays: dict[str, jax.Array], abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The way back: those of `arrays` that `abstract` has as codes and scales become so, one after the other, in place."""
     for path, like in abstract.items():
         weight, _, part = path.rpartition(".")
         if part == "codes":
             both, spec = Quantized(like, abstract[f"{weight}.scales"]), like.sharding.spec
             local = jax.shard_map(lambda w, both=both: quantize_like(w, both), in_specs=spec, out_specs=spec)
-            found[path], found[f"{weight}.scales"] = jax.jit(local, donate_argnums=0)(found.pop(weight))
-    return found
+            arrays[path], arrays[f"{weight}.scales"] = jax.jit(local)(arrays.pop(weight))
+    return arrays

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.lora import is_lora
-from moe_train.model.quantize import NF4, Quantized, dequantize, quantize, quantized, unquantized
+from moe_train.model.quantize import NF4, Quantized, _selected, dequantize, quantize, quantized, unquantized
 from moe_train.model.transformer import combine, init_model, parameters
 from tests.model.conftest import quick_jit
 
@@ -54,6 +54,10 @@ def reference(w: np.ndarray, kind: str, block: int, dtype: Any) -> tuple[np.ndar
 
 def test_levels_are_those_of_bitsandbytes() -> None:
     assert list(NF4) == LEVELS
+
+
+def test_levels_are_selected_without_a_lookup_too() -> None:
+    np.testing.assert_array_equal(_selected(jnp.arange(16, dtype=jnp.uint8)), np.array(LEVELS, np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

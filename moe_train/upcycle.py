@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from moe_train import config, model_dir
 from moe_train.atomic import new_directory, refuse_existing
-from moe_train.data.tokenizer import load_tokenizer
+from moe_train.data.tokenizer import check_vocab, load_tokenizer
 from moe_train.weights import foreign, hf, names, safetensors_io
 from moe_train.weights.on_disk import Weights, nbytes
 from moe_train.weights.write import Texts, check_space, write_texts
@@ -33,7 +33,7 @@ def upcycle(
     seed: int = 0,
     max_shard_bytes: int = safetensors_io.MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write a Hugging Face Mixtral made from the dense model at `base`; read it back and compare.
+    """Write a Hugging Face Mixtral made from the dense model at `base`, in any layout that is read; read it back and compare.
 
     noise: standard deviation of what is added to each expert's matrices, over that of the matrix. Streamed: one matrix
     in memory. `out_dir` appears whole, or not at all; tokenizer and generation config are the base's. Returns the
@@ -48,8 +48,9 @@ def upcycle(
     dense = foreign.open_weights(base)
     model = mixtral_of(dense.model, num_experts, experts_per_token, base)
     names.check(base, dense.table, {n: t.shape for n, t in dense.tensors.items()}, {})
-    texts = Texts(load_tokenizer(model_dir.find_tokenizer(base)))
-    dtype = _dtype(dense)
+    tokenizer = load_tokenizer(model_dir.find_tokenizer(base))
+    check_vocab(tokenizer, model.vocab_size)
+    texts, dtype = Texts(tokenizer), _dtype(dense)
     source = {(piece.path, piece.lead): piece for piece in dense.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:

@@ -56,6 +56,8 @@ class About(NamedTuple):
     base: Base | None
     manifest: str | None = None
     """The hash over the manifests of the training data."""
+    adapter: Base | None = None
+    """Where its first adapters are from, where they are not new."""
 
 
 def params_of(state: TrainState) -> Any:
@@ -132,7 +134,8 @@ def save(
     if step in checkpoints.all_steps():
         return
     Path(checkpoints.directory).mkdir(parents=True, exist_ok=True)
-    said = {**about._asdict(), "base": about.base and about.base._asdict()}
+    origins = {"base": about.base, "adapter": about.adapter}
+    said = {**about._asdict(), **{key: origin and origin._asdict() for key, origin in origins.items()}}
     arrays = {"params": params_of(state), "optimizer": optimizer_of(state)}
     sums = {item: bit_sums(tree) for item, tree in arrays.items()}
     args = ocp.args.Composite(
@@ -223,7 +226,7 @@ def newest(checkpoints: ocp.CheckpointManager) -> About | None:
 
 def _about(checkpoints: ocp.CheckpointManager, step: int) -> About:
     said = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
-    return About(**{**said, "base": said["base"] and Base(**said["base"])})
+    return About(**{**said, **{key: said.get(key) and Base(**said[key]) for key in ("base", "adapter")}})
 
 
 def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:

@@ -338,6 +338,8 @@ class Data(Section):
     """What is trained on and evaluated on. `tokenizer` may be left out where `init_from` carries one.
 
     The share of a source in the rows of training, and so in its tokens, is its weight over the sum of weights.
+    shuffle_tokens: records are shuffled within windows of about that many tokens, which come in random order (null: over
+    all); for a bucket, choose what fits its `cache_mib` twice.
     """
 
     tokenizer: Tokenizer | None = None
@@ -345,6 +347,7 @@ class Data(Section):
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
     packing: Packing = BestFit(name="best_fit")
+    shuffle_tokens: Positive | None = None
     cache_dir: str = "runs/cache"
     num_proc: Positive = 1
     prefetch: Positive = 2
@@ -514,10 +517,15 @@ class Mesh(Section):
 
 
 class Evaluation(Section):
-    """Held-out loss on `data.eval`: every `every_steps` and at the end, on `batches` batches (null: all)."""
+    """Held-out loss on `data.eval`: every `every_steps` and at the end, on `batches` batches (null: all).
+
+    drift_batches: on how many of them the routing of a model with adapters is compared with that of its base, which takes
+    a second forward pass (null: 4 where there are adapters and routers; 0: none).
+    """
 
     every_steps: Positive = 100
     batches: Positive | None = None
+    drift_batches: NonNegative | None = None
 
 
 class Checkpoint(Section):
@@ -590,6 +598,8 @@ def check_model(config: Config, model: Model) -> None:
     _divides(mesh.tensor, "tensor", model.vocab_size, "vocab_size")
     if config.train.seq_len > model.max_seq_len:
         raise ValueError(f"train.seq_len {config.train.seq_len} exceeds the model's max_seq_len {model.max_seq_len}")
+    if config.evaluation.drift_batches and (config.lora is None or not isinstance(model.ffn, MoeFfn)):
+        raise ValueError("evaluation.drift_batches compares the routing of adapters with their base's; here is none: leave it out")
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
         _divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")

@@ -190,7 +190,10 @@ class Writer:
         """Figures of an evaluation after a step."""
         if self._write:
             self._record("eval", step, figures)
-            self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f} over {figures['loss_tokens']:,} tokens")
+            drift = figures.get("routing_drift")
+            drifted = f"; {np.mean(drift):.1%} of the assignments drifted, {max(drift):.1%} in one layer" if drift else ""
+            said = f"held-out loss {figures['loss']:.4f} over {figures['loss_tokens']:,} tokens"
+            self.say(f"step {step}/{self._total}  {said}{drifted}")
 
     def _record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **_strict(figures)}, allow_nan=False) + "\n")

@@ -17,10 +17,11 @@ from moe_train.checkpoint import FOLDER, Base
 from moe_train.data.chat import load_template
 from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from moe_train.mesh import AXES, make_mesh
+from moe_train.model.lora import is_trainable, module_of, names_module, targets_of
 from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.state import partition
-from moe_train.weights import foreign, gguf
+from moe_train.weights import adapter, foreign, gguf, names
 
 
 class Opened(NamedTuple):
@@ -125,9 +126,35 @@ def resolve(run: config.Config) -> config.Config:
     if is_run(run.init_from) and run_config(run.init_from).lora is not None:
         raise ValueError(f"init_from {run.init_from} is a run with adapters; export it with --merge, and start from the export")
     changes: dict[str, Any] = {"model": model}
+    if run.lora is not None and run.lora.init_from is not None:
+        changes["lora"] = _with_adapter(run.lora, run.lora.init_from, model)
+        config.check_model(run.model_copy(update=changes), model)
     if run.data is not None and run.data.tokenizer is None:
         changes["data"] = run.data.model_copy(update={"tokenizer": find_tokenizer(run.init_from)})
     return run.model_copy(update=changes)
+
+
+def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config.Lora:
+    """The section with what it leaves to the adapter that it starts from. Raises ValueError where they contradict."""
+    theirs = read_adapter(source, model)
+    if not lora.targets:
+        lora = lora.model_copy(update={"targets": theirs.targets, "rslora": theirs.rslora})
+    if not lora.train:
+        lora = lora.model_copy(update={"train": theirs.train})
+    for module in sorted({module_of(piece.path) for piece in names.pieces(model)}):
+        (ours, said), (others, found) = (_described(section, module) for section in (lora, theirs))
+        if said != found:
+            raise ValueError(f"lora.targets: {module} has {ours}; the adapter in {source} has {others}; leave targets out")
+        if any(names_module(p, module) for p in theirs.train) and not any(names_module(p, module) for p in lora.train):
+            raise ValueError(f"lora.train does not name {module}, of which {source} has the trained weights; name it")
+    return lora
+
+
+def _described(lora: config.Lora, module: str) -> tuple[str, Any]:
+    """A module's adapter in words, and as what can be compared."""
+    found = sorted((t.experts or (), t.rank, float(f"{lora.scale(t):.9g}")) for t in targets_of(lora, module))
+    words = [f"rank {rank}, scale {scale:g}" + (f" (experts {list(e)})" if e else "") for e, rank, scale in found]
+    return "; ".join(words) or "no adapter", found
 
 
 def with_mesh(run: config.Config, mesh: Mesh) -> config.Config:
@@ -184,6 +211,34 @@ def base_of(directory: str | Path) -> Base:
     if step is None:
         raise FileNotFoundError(f"{directory} has no checkpoint")
     return Base(str(directory), step, _file_hashes(Path(directory) / FOLDER / str(step) / "params"))
+
+
+def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
+    """The section `lora` of the adapters of a run, or of another tool's files. Raises ValueError where they are another
+    model's, FileNotFoundError where there are none."""
+    if not is_run(source):
+        return adapter.read_lora(source, model)
+    run = run_config(source)
+    if run.lora is None:
+        raise ValueError(f"{source} is a run without adapters: it was trained in full")
+    if run.model != model:
+        raise ValueError(f"the adapters of {source} belong to a model of another architecture")
+    return run.lora
+
+
+def adapter_of(source: str | Path) -> Base:
+    """The identity of an adapter's files, as `base_of` has it of a model's."""
+    return base_of(source) if is_run(source) else Base(str(source), None, adapter.hashes(source))
+
+
+def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any]) -> Parameters:
+    """The adapters of a run or of another tool's files, and what was trained in full beside them, as arrays like
+    `abstract`: its paths of `lora` as `read_adapter` has it, and no others."""
+    theirs = read_adapter(origin.source, model)
+    wanted = {path: like for path, like in abstract.items() if is_trainable(path, theirs)}
+    if is_run(origin.source):
+        return checkpoint.load_params(origin.source, wanted, origin.step)[0]
+    return adapter.load_adapter(origin.source, model, wanted)
 
 
 def check_base(base: Base) -> None:

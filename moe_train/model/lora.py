@@ -74,6 +74,11 @@ def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:
             _attach(module, targets, lora, rngs)
 
 
+def adaptable(model: Any) -> Iterator[tuple[str, Adapted]]:
+    """(`attention.q_proj`, module) for everything that can have an adapter, once for each layer of a period."""
+    yield from ((name, module) for name, module in _modules(model) if isinstance(module, Adapted))
+
+
 def _modules(model: Any) -> Iterator[tuple[str, nnx.Module]]:
     """(`attention.q_proj`, module) for everything with weights of its own, once for each layer of a period."""
     for name in ("embed", "final_norm", "head"):

@@ -11,7 +11,6 @@ checkpoints, in masks, in the tables of foreign layouts. Layer i * period + j is
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from moe_train.model import fsdp
 from moe_train.model.attention import Attention, Cache
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Embedding, Head, Linear, RMSNorm, keys_of
-from moe_train.model.lora import add_lora, names_module
+from moe_train.model.lora import adaptable, add_lora, names_module
 from moe_train.model.moe import ExpertLinear, MoE, RouterStats
 from moe_train.model.quantize import quantize_weights
 
@@ -181,18 +180,10 @@ def init_model(seed: int, model: config.Model, compute: config.Compute, lora: co
     if lora is not None:
         add_lora(transformer, lora, rngs)
         if lora.quantize is not None:
-            frozen = ((n, m) for n, m in _linear_maps(transformer) if not any(names_module(pattern, n) for pattern in lora.train))
-            quantize_weights(frozen, lora.quantize)
+            linear = ((name, module) for name, module in adaptable(transformer) if isinstance(module, Linear | ExpertLinear))
+            in_full = lambda name: any(names_module(pattern, name) for pattern in lora.train)  # noqa: E731
+            quantize_weights(((name, module) for name, module in linear if not in_full(name)), lora.quantize)
     return transformer
-
-
-def _linear_maps(model: Transformer) -> Iterator[tuple[str, Linear | ExpertLinear]]:
-    """(`attention.q_proj`, module) of all layers; routers and head are none."""
-    for stack in model.stacks:
-        for layer, part in itertools.product(stack.layers, ("attention", "ffn")):
-            for name, module in vars(getattr(layer, part)).items():
-                if isinstance(module, Linear | ExpertLinear):
-                    yield f"{part}.{name}", module
 
 
 def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> Any:
@@ -217,6 +208,18 @@ def combine(structure: Any, *parts: Parameters) -> Transformer:
     merged = {path: array for part in parts for path, array in part.items()}
     paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))[0]]
     return structure.unflatten([merged[path] for path in paths])
+
+
+def with_expert_ids(structure: Any, adapters: bool = True) -> Any:
+    """The structure of the same model, with or without its adapters, whose `RouterStats` hold the chosen experts."""
+    model = structure.unflatten(range(structure.num_leaves))
+    for _, module in adaptable(model):
+        if not adapters and module.lora_a is not None:
+            module.lora_a, module.lora_b = nnx.data(None), nnx.data(None)
+    for layer in itertools.chain.from_iterable(stack.layers for stack in model.stacks):
+        if isinstance(layer.ffn, MoE):
+            layer.ffn.keeps_expert_ids = True
+    return jax.tree_util.tree_structure(model)
 
 
 def _path(keys: tuple[Any, ...]) -> str:

@@ -7,17 +7,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.data.loader import Loader
 from moe_train.data.sources import open_source
 from moe_train.mesh import BATCH, put_batch
-from moe_train.model.transformer import Parameters, combine
+from moe_train.model.transformer import Parameters, Transformer, combine, with_expert_ids
 from moe_train.model_dir import open_model
 from moe_train.train.loss import cross_entropy_sum
 
@@ -26,6 +27,10 @@ def batch_sums(params: Parameters, frozen: Parameters, batch: Any, structure: An
     """(sum of the cross-entropy, loss-bearing tokens) of a batch."""
     model = combine(structure, params, frozen)
     hidden_BTD, _ = model(batch.tokens, batch.positions, batch.segment_ids)
+    return _batch_sums(model, hidden_BTD, batch)
+
+
+def _batch_sums(model: Transformer, hidden_BTD: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
     beside = model.beside_head(hidden_BTD)
     total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, beside)
     return total, jnp.sum(batch.loss_mask)
@@ -36,23 +41,93 @@ def make_batch_sums(structure: Any) -> Callable[..., tuple[jax.Array, jax.Array]
     return jax.jit(partial(batch_sums, structure=structure))
 
 
+class Drift(NamedTuple):
+    """How the routing of a model with adapters is compared with that of its base."""
+
+    sums: Callable[..., tuple[DriftSums, tuple[jax.Array, jax.Array]]]
+    """What `make_drift_sums` made."""
+    originals: Parameters
+    """The base's weights of what is trained in full beside the adapters."""
+    batches: int
+    """The first ones, each with a second forward pass."""
+
+
+class DriftSums(NamedTuple):
+    """Of one batch, or of several."""
+
+    changed_L: Any
+    """Assignments to experts that the base does not choose for the token."""
+    load_LE: Any
+    """Assignments to each expert."""
+    assignments: Any
+    """Of one layer."""
+
+
+def drift_sums(
+    params: Parameters, frozen: Parameters, batch: Any, originals: Parameters, structure: Any
+) -> tuple[DriftSums, tuple[jax.Array, jax.Array]]:
+    """The assignments of a batch beside the base model's, and its `batch_sums`."""
+    tokens = batch.tokens, batch.positions, batch.segment_ids
+    model = combine(with_expert_ids(structure), params, frozen)
+    hidden_BTD, routers = model(*tokens)
+    _, base = combine(with_expert_ids(structure, adapters=False), originals, frozen)(*tokens)
+    assert routers is not None and base is not None and routers.expert_ids is not None and base.expert_ids is not None
+    ids_LBTA, base_LBTA = routers.expert_ids, base.expert_ids
+    kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_LBTA[..., None, :], axis=-1)
+    valid_BT = batch.segment_ids != 0
+    assignments = jnp.sum(valid_BT) * ids_LBTA.shape[-1]
+    changed_L = jnp.sum(~kept_LBTA & valid_BT[None, ..., None], axis=(1, 2, 3))
+    sums = DriftSums(changed_L, routers.load_E * assignments, assignments)
+    return sums, _batch_sums(model, hidden_BTD, batch)
+
+
+def make_drift_sums(structure: Any) -> Callable[..., tuple[DriftSums, tuple[jax.Array, jax.Array]]]:
+    """`drift_sums` of a model's structure, compiled once for all evaluations of a run."""
+    return jax.jit(partial(drift_sums, structure=structure))
+
+
 def evaluate(
-    sums: Callable[..., Any], params: Parameters, frozen: Parameters, loader: Loader, mesh: Mesh, batches: int | None = None
+    sums: Callable[..., Any],
+    params: Parameters,
+    frozen: Parameters,
+    loader: Loader,
+    mesh: Mesh,
+    batches: int | None = None,
+    drift: Drift | None = None,
 ) -> dict[str, Any]:
     """{loss: mean cross-entropy in nats over loss_tokens tokens} of the first `batches` batches (None: all).
 
-    sums: what `make_batch_sums` made.
+    sums: what `make_batch_sums` made. With `drift` also, of its first batches, routing_drift[l], the share of layer l's
+    assignments that the base model makes otherwise, and dead_experts[l], the share of experts that got less than 1% of
+    an even share.
     """
     assert loader.batches is not None  # held-out data end
     loss, tokens, late = 0.0, 0, None
+    drifted: list[DriftSums] = []
     for i in range(loader.batches if batches is None else min(batches, loader.batches)):
-        now = sums(params, frozen, put_batch(loader.batch(i), mesh))
+        batch = put_batch(loader.batch(i), mesh)
+        if drift is not None and i < drift.batches:
+            compared, now = drift.sums(params, frozen, batch, drift.originals)
+            drifted.append(compared)
+        else:
+            now = sums(params, frozen, batch)
         if late is not None:  # read one batch late, so that the device does not wait
             loss, tokens = loss + float(late[0]), tokens + int(late[1])
         late = now
     if late is not None:
         loss, tokens = loss + float(late[0]), tokens + int(late[1])
-    return {"loss": loss / tokens if tokens else math.nan, "loss_tokens": tokens}
+    return {"loss": loss / tokens if tokens else math.nan, "loss_tokens": tokens, **_drift_figures(drifted)}
+
+
+def _drift_figures(drifted: Sequence[DriftSums]) -> dict[str, Any]:
+    if not drifted:
+        return {}
+    sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(drifted))
+    share_LE = sums.load_LE / sums.assignments
+    return {
+        "routing_drift": (sums.changed_L / sums.assignments).tolist(),
+        "dead_experts": np.mean(share_LE < 0.01 / share_LE.shape[1], axis=1).tolist(),
+    }
 
 
 def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from moe_train.mesh import AXES, join_processes, make_mesh, put_batch
 from moe_train.model.lora import is_lora
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
-from moe_train.train.evaluate import evaluate, make_batch_sums
+from moe_train.train.evaluate import Drift, evaluate, make_batch_sums, make_drift_sums
 from moe_train.train.optimizer import make_optimizer, make_schedule
 from moe_train.train.ready import check_ready, settled
 from moe_train.train.record import only_one, surroundings, write_event
@@ -75,7 +75,7 @@ def train(run: config.Config) -> int:
         checkpoints = leaving.enter_context(checkpoint.opened(run_dir, run.checkpoint))
         last = checkpoint.newest(checkpoints)
         changed = {} if last is None else _changes(run, last, loader)
-        base = _base(run, last, bool(frozen))
+        base, adapter = _base(run, last, bool(frozen)), _adapter(run, last)
         restored = checkpoint.restore(checkpoints, jax.eval_shape(lambda params: create_state(params, optimizer), trainable))
         if restored is not None:
             state = restored.state
@@ -89,6 +89,8 @@ def train(run: config.Config) -> int:
             loaded = {}
             if base is not None and (in_full := {path: like for path, like in trainable.items() if not is_lora(path)}):
                 loaded = model_dir.load_parameters(base.source, in_full, base.step)
+            if adapter is not None:
+                loaded |= model_dir.load_adapter(adapter, run.model, trainable)
             fresh = jax.jit(lambda: {path: x for path, x in parameters(model())[1].items() if path in trainable.keys() - loaded})()
             state = _new_state(fresh | loaded, optimizer)
         if base is not None and frozen:
@@ -109,6 +111,7 @@ def train(run: config.Config) -> int:
         leaving.enter_context(writer)
         damaged = {} if restored is None else restored.damaged
         story = {"epochs": loader.epochs(total_steps), "changed": changed, "damaged": damaged, "base": base and base._asdict()}
+        story |= {"adapter": adapter and adapter._asdict()}
         stopped = leaving.enter_context(_diary(run, run_dir, start, restored is not None, **story))
         sizes = sum(x.size for x in unquantized(shapes).values()), sum(x.size for x in trainable.values())
         _introduce(run, writer.say, loader, sizes, total_steps)
@@ -135,9 +138,15 @@ def train(run: config.Config) -> int:
         run_step = jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
         writer.say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
 
-        held_out_sums = make_batch_sums(structure)
+        held_out_sums, drift = make_batch_sums(structure), None
+        if held_out is not None and (drift_batches := _drift_batches(run)) and base is not None:
+            in_full = {path: like for path, like in trainable.items() if not is_lora(path)}
+            originals = model_dir.load_parameters(base.source, in_full, base.step) if in_full else {}
+            drift = Drift(make_drift_sums(structure), originals, drift_batches)
+            writer.say(f"routing is compared with the base model's on {drift_batches} held-out batches, a second forward pass each")
         if held_out is not None and start == 0:
-            writer.evaluation(0, evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches))
+            found = evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches, drift)
+            writer.evaluation(0, found)
         best = checkpoint.best_loss(checkpoints)
         figures = _Figures(run, mesh, trainable, total_steps, start, int(state.skipped))
         writer.say(f"MFU is the share of {figures.peak_source}")
@@ -163,14 +172,15 @@ def train(run: config.Config) -> int:
             late, held_out_loss = None, None
             saves |= votes.stop or votes.save
             if evaluates and held_out is not None:
-                found = evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches)
+                found = evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches, drift)
                 writer.evaluation(step, found)
                 held_out_loss = found["loss"]
                 if run.checkpoint.keep_best and held_out_loss < best:
                     best, saves = held_out_loss, True
             # After a step that was not finite the weights may be past help: the last good checkpoint is not rotated away.
             if saves and (figures.finite or votes.stop or step == total_steps):
-                about = About(run.model_dump(mode="json"), step * run.train.batch_size, loader.identity, base, loader.manifest_hash)
+                row, data = step * run.train.batch_size, (loader.identity, base, loader.manifest_hash, adapter)
+                about = About(run.model_dump(mode="json"), row, *data)
                 checkpoint.save(checkpoints, step, state, about, held_out_loss)
                 saved_at = time.monotonic()
             figures.go_on(step)
@@ -246,6 +256,27 @@ def _base(run: config.Config, last: About | None, frozen: bool) -> Base | None:
     if frozen:
         model_dir.check_base(base)
     return base
+
+
+def _adapter(run: config.Config, last: About | None) -> Base | None:
+    """The identity of the adapter that the run starts from; at a resume the same one as then."""
+    if run.lora is None or run.lora.init_from is None:
+        return None
+    now = model_dir.adapter_of(run.lora.init_from)
+    if last is not None and last.adapter is not None and last.adapter.hashes != now.hashes:
+        raise ValueError(
+            f"the adapter in {run.lora.init_from} has changed since this run started; bring it back, or start a new run_dir"
+        )
+    return now
+
+
+def _drift_batches(run: config.Config) -> int:
+    """Held-out batches on which the routing is compared with the base model's."""
+    assert run.model is not None
+    if run.lora is None or not isinstance(run.model.ffn, config.MoeFfn):
+        return 0
+    stated = run.evaluation.drift_batches
+    return 4 if stated is None else stated
 
 
 def _new_state(trainable: Parameters, optimizer: optax.GradientTransformation) -> TrainState:

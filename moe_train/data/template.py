@@ -7,6 +7,7 @@ becomes its prefixes, and of each only the last turn is learnt. A call's id is r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -75,18 +76,47 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
 
 def _example(conversation: Conversation, learnt: list[int], template: str, tokenizer: HuggingFace) -> Example:
     """learnt: the messages that are."""
-    (marked,) = _texts([(conversation, False)], template, tokenizer)
+    renderings = _Renderings(conversation, template, tokenizer)
+    whole = len(conversation.messages), False
+    with contextlib.suppress(ValueError):  # all in one go, but some templates take no prefixes, and need not
+        renderings.get([whole, *_around(learnt)])
+    (marked,) = renderings.get([whole])
     text = _without(marked, GENERATION)
     random = _random_spans(text, conversation, learnt, template, tokenizer)
     if GENERATION[0] not in marked:
-        return _encode(text, _prefix_spans(text, conversation, learnt, template, tokenizer), random, tokenizer)
+        return _encode(text, _prefix_spans(text, renderings, learnt), random, tokenizer)
     try:
-        added = _prefix_spans(text, conversation, learnt, template, tokenizer)
+        added = _prefix_spans(text, renderings, learnt)
     except ValueError:  # which is why templates have marks
         return _encode(text, _generation_spans(marked, conversation.messages, learnt, None), random, tokenizer)
     spans = _generation_spans(marked, conversation.messages, learnt, added)
     _check_agree(text, spans, added)
     return _encode(text, spans, random, tokenizer)
+
+
+Prefix = tuple[int, bool]
+"""How many messages, and whether the assistant comes next."""
+
+
+def _around(messages: list[int]) -> list[Prefix]:
+    """The prefixes before and through each message."""
+    return [(end, end == i) for i in messages for end in (i, i + 1)]
+
+
+class _Renderings:
+    """The texts of a conversation's prefixes, each made once."""
+
+    def __init__(self, conversation: Conversation, template: str, tokenizer: HuggingFace) -> None:
+        self.messages, self.tools = conversation
+        self.template, self.tokenizer = template, tokenizer
+        self._known: dict[Prefix, str] = {}
+
+    def get(self, wanted: list[Prefix]) -> list[str]:
+        missing = [prefix for prefix in dict.fromkeys(wanted) if prefix not in self._known]
+        if missing:
+            conversations = [(Conversation(self.messages[:end], self.tools), prompt) for end, prompt in missing]
+            self._known |= zip(missing, _texts(conversations, self.template, self.tokenizer), strict=True)
+        return [self._known[prefix] for prefix in wanted]
 
 
 def _texts(conversations: list[tuple[Conversation, bool]], template: str, tokenizer: HuggingFace) -> list[str]:
@@ -170,21 +200,21 @@ def _generation_spans(marked: str, messages: list[Message], learnt: list[int], a
     )
 
 
-def _prefix_spans(text: str, conversation: Conversation, learnt: list[int], template: str, tokenizer: HuggingFace) -> list[Span]:
+def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> list[Span]:
     """What each learnt message adds to the rendering of the messages before it.
 
     A template may put something before the last user's turn (Mistral's v3 the system text), so that a turn stands
     further on in the whole text than in its prefix. Then it is found by its end token, which nothing else has.
     """
-    added = _added(conversation, learnt, template, tokenizer)
+    added = _added(renderings, learnt)
     if all(through is not None and text.startswith(through) for through, _, _ in added.values()):
         return [(start, end) for _, start, end in added.values()]
-    said = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    said = [i for i, message in enumerate(renderings.messages) if message["role"] == "assistant"]
     spans = []
     position = 0
-    for i, (through, start, end) in _added(conversation, said, template, tokenizer).items():
+    for i, (through, start, end) in _added(renderings, said).items():
         turn = "" if through is None else through[start:end]
-        ended = any(turn.endswith(token) for token in tokenizer.special_tokens)
+        ended = any(turn.endswith(token) for token in renderings.tokenizer.special_tokens)
         found = text.find(turn, position) if ended else -1
         if found < 0:
             raise ValueError(
@@ -197,18 +227,14 @@ def _prefix_spans(text: str, conversation: Conversation, learnt: list[int], temp
     return spans
 
 
-def _added(
-    conversation: Conversation, wanted: list[int], template: str, tokenizer: HuggingFace
-) -> dict[int, tuple[str | None, int, int]]:
+def _added(renderings: _Renderings, wanted: list[int]) -> dict[int, tuple[str | None, int, int]]:
     """For each wanted message: the text through it, and where in that it starts and ends; None where it cannot be told."""
-    messages, tools = conversation
-    prefixes = [(Conversation(messages[:end], tools), end == i) for i in wanted for end in (i, i + 1)]
-    texts = [_without(text, GENERATION) for text in _texts(prefixes, template, tokenizer)] if prefixes else []
+    texts = [_without(text, GENERATION) for text in renderings.get(_around(wanted))]
     found: dict[int, tuple[str | None, int, int]] = {}
     for i, before, through in zip(wanted, texts[::2], texts[1::2], strict=True):
         # What follows the end token up to the next turn (ChatML's newline) is never generated.
         stripped = through.rstrip()
-        ended = len(stripped) > len(before) and any(stripped.endswith(token) for token in tokenizer.special_tokens)
+        ended = len(stripped) > len(before) and any(stripped.endswith(token) for token in renderings.tokenizer.special_tokens)
         end = len(stripped) if ended else len(through)
         found[i] = (through if through.startswith(before) else None), len(before), end
     return found

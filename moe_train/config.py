@@ -340,6 +340,8 @@ class Data(Section):
     The share of a source in the rows of training, and so in its tokens, is its weight over the sum of weights.
     shuffle_tokens: records are shuffled within windows of about that many tokens, which come in random order (null: over
     all); for a bucket, choose what fits its `cache_mib` twice.
+    shuffle_tokens: records are shuffled within windows of about that many tokens, which come in random order (null: over
+    all); for a bucket, choose what fits its `cache_mib` twice.
     """
 
     tokenizer: Tokenizer | None = None
@@ -347,6 +349,7 @@ class Data(Section):
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
     packing: Packing = BestFit(name="best_fit")
+    shuffle_tokens: Positive | None = None
     shuffle_tokens: Positive | None = None
     cache_dir: str = "runs/cache"
     num_proc: Positive = 1

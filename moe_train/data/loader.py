@@ -92,7 +92,8 @@ class Loader:
             lengths = _lengths(store, seq_len, too_long)
             order_seed = (seed, i) if sources == "train" else None
             self._stores.append(store)
-            self._orders.append(Order(store, lengths, seq_len, too_long, data.packing.name, order_seed, data.cache_dir))
+            how = too_long, data.packing.name, order_seed, data.cache_dir, data.shuffle_tokens
+            self._orders.append(Order(store, lengths, seq_len, *how))
         plans = [order.plan() for order in self._orders]
         for name, store, plan in zip(self._names, self._stores, plans, strict=True):
             if not plan.num_rows:

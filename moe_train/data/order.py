@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_train.atomic import new_directory
-from moe_train.data.packing import Method, Plan, TooLong, make_plan
+from moe_train.data.packing import Method, Plan, TooLong, joined, make_plan
 from moe_train.data.store import Piece, TokenStore
 
 _LAYOUT = 1
@@ -24,7 +24,8 @@ class Order:
     """Packed rows of a store, numbered from 0 over all epochs; a row's number decides what is in it.
 
     seed: numbers that the order depends on, the epoch being one more; None: one epoch, in the order of the store.
-    lengths (N,): positions that each example takes, 0 for those to leave out.
+    lengths (N,): positions that each example takes, 0 for those to leave out. window: positions of the consecutive
+    examples that are shuffled and packed together (None: all), so that what is read at a time lies close together.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Order:
         method: Method,
         seed: tuple[int, ...] | None,
         cache_dir: str | Path,
+        window: int | None = None,
     ) -> None:
+        self._starts = _windows(lengths, window if seed else None)
         self._lengths, self._seq_len, self._too_long = lengths, seq_len, too_long
         self._method: Method = method
         self._seed, self._cache = seed, Path(cache_dir) / "plans"
-        self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, method, seed]
+        self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, method, seed, window]
         self._ends: list[int] = []  # of the epochs so far
         self._lock = threading.RLock()  # batches are made in a thread beside the one that asks
         self._plan = functools.lru_cache(2)(self._make)  # an epoch's border has two
@@ -51,20 +54,31 @@ class Order:
             return self._plan(epoch)
 
     def _make(self, epoch: int) -> Plan:
-        seed = None if self._seed is None else (*self._seed, epoch)
-        make = functools.partial(make_plan, self._lengths, self._seq_len, self._too_long, self._method, seed)
         if len(self._lengths) < _KEPT:
-            return make()
+            return self._planned(epoch)
         key = hashlib.sha256(json.dumps([*self._decides, epoch]).encode()).hexdigest()[:32]
         directory = self._cache / key
         if not directory.exists():
-            plan = make()
+            plan = self._planned(epoch)
             with contextlib.suppress(FileExistsError), new_directory(directory) as unfinished:  # or another process was quicker
                 np.save(unfinished / "plan.npy", np.concatenate([plan[-3:], [plan.num_rows], plan.row_pieces, *plan[1:4]]))
         numbers = np.load(directory / "plan.npy", mmap_mode="r").view(np.ndarray)
         dropped, truncated, split, num_rows = numbers[:4].tolist()
         example, start, length = np.split(numbers[num_rows + 5 :], 3)
         return Plan(self._seq_len, example, start, length, numbers[4 : num_rows + 5], dropped, truncated, split)
+
+    def _planned(self, epoch: int) -> Plan:
+        """The windows in an order of the epoch's own, each planned by itself."""
+        if self._seed is None:
+            return make_plan(self._lengths, self._seq_len, self._too_long, self._method)
+        seed = (*self._seed, epoch)
+        turns = np.argsort(np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(self._starts) - 1), kind="stable").tolist()
+        plans = []
+        for turn in turns:
+            a, b = self._starts[turn : turn + 2]
+            plan = make_plan(self._lengths[a:b], self._seq_len, self._too_long, self._method, (*seed, turn))
+            plans.append(plan._replace(example=plan.example + a))
+        return joined(plans)
 
     def end(self, epoch: int) -> int:
         """The number of rows in the epochs up to and including `epoch`."""
@@ -83,3 +97,12 @@ class Order:
         row -= self._ends[epoch - 1] if epoch else 0
         mine = slice(*plan.row_pieces[row : row + 2].tolist())
         return [Piece(*piece) for piece in zip(*(array[mine].tolist() for array in plan[1:4]), strict=True)]
+
+
+def _windows(lengths: np.ndarray, window: int | None) -> list[int]:
+    """Where windows of about that many positions begin, and the end of the last."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    count = max(round(total / window), 1) if window else 1
+    between = np.searchsorted(ends, np.arange(1, count) * total // count) + 1
+    return np.unique([0, *between, len(lengths)]).tolist()

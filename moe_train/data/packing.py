@@ -98,6 +98,19 @@ def make_plan(
     )
 
 
+def joined(plans: Sequence[Plan]) -> Plan:
+    """The rows of several plans, one plan's after the other's."""
+    if len(plans) == 1:
+        return plans[0]
+    before = np.cumsum([0, *(len(plan.example) for plan in plans)])
+    return Plan(
+        plans[0].seq_len,
+        *(np.concatenate(arrays) for arrays in zip(*(plan[1:4] for plan in plans), strict=True)),
+        np.concatenate([[0], *(plan.row_pieces[1:] + n for plan, n in zip(plans, before, strict=False))]),
+        *(sum(counts) for counts in zip(*(plan[-3:] for plan in plans), strict=True)),
+    )
+
+
 def _best_fit(lengths: np.ndarray, capacity: int, random: np.random.Philox | None) -> tuple[np.ndarray, int]:
     """(row of each piece, number of rows): longest first, each into the fullest row that has room for it.
 

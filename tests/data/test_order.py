@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_a_large_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_rows_count_on_over_epochs(tmp_path: Path) -> None:
     made = make(tmp_path)
-    plans = [make_plan(LENGTHS, 32, "split", "best_fit", (1, 0, epoch)) for epoch in range(4)]
+    plans = [make_plan(LENGTHS, 32, "split", "best_fit", (1, 0, epoch, 0)) for epoch in range(4)]
     rows = [
         [tuple(piece) for piece in np.stack(plan[1:4], 1)[a:b].tolist()]
         for plan in plans
@@ -50,3 +50,24 @@ def test_rows_count_on_over_epochs(tmp_path: Path) -> None:
     wanted = [len(rows) - 1, 0, plans[0].num_rows - 1, plans[0].num_rows, len(rows) // 2]  # the last first: nothing was planned yet
     assert [[tuple(piece) for piece in made.pieces(row)] for row in wanted] == [rows[row] for row in wanted]
     assert made.end(3) == len(rows) and made.end(0) == plans[0].num_rows
+
+
+@pytest.mark.parametrize("window", [1, 700, 3000, 10**6])
+def test_windows_come_one_after_the_other_in_an_order_of_the_epochs_own(tmp_path: Path, window: int) -> None:
+    made = Order(
+        cast(Any, SimpleNamespace(manifest=SimpleNamespace(hash="a"))), LENGTHS, 32, "split", "best_fit", (1, 0), tmp_path, window
+    )
+    turns = []
+    for epoch in range(2):
+        plan = made.plan(epoch)
+        pieces = sorted(zip(plan.example.tolist(), plan.start.tolist(), plan.length.tolist(), strict=True))
+        whole = make_plan(LENGTHS, 32, "split")
+        assert pieces == sorted(zip(whole.example.tolist(), whole.start.tolist(), whole.length.tolist(), strict=True))
+        assert (plan.num_dropped, plan.num_split) == (whole.num_dropped, whole.num_split)
+        assert np.add.reduceat(plan.length, plan.row_pieces[:-1]).max() <= 32
+        of = np.searchsorted(made._starts, plan.example, side="right") - 1
+        turns.append([int(w) for w, before in zip(of, [-1, *of], strict=False) if w != before])
+        assert len(turns[-1]) == len(set(turns[-1])), "a window is done with before the next begins"
+        sizes = np.bincount(of, plan.length)
+        assert window >= LENGTHS.sum() or sizes.max() <= 1.5 * window + 80
+    assert turns[0] != turns[1] or len(turns[0]) == 1

@@ -106,6 +106,27 @@ def test_a_bucket_is_read_by_range_within_a_bound(
     assert len(reads) == 8, "what was let go is read again"
 
 
+def test_windows_fetch_every_block_about_once(
+    data: config.Data, tokenizer: HuggingFace, bucket: Any, reads: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
+    there = prepared(data, upload(store.path, "memory://bucket"), cache_mib=1)
+    [shard] = store.manifest.shards
+    original = Remote.__init__
+    monkeypatch.setattr(Remote, "__init__", lambda self, url, cache_mib: original(self, url, cache_mib, block=64))
+    fetched = []
+    for window in (None, 300):
+        loader = Loader(there.model_copy(update={"shuffle_tokens": window}), "train", tokenizer, batch_size=4, seq_len=48, seed=0)
+        folder = loader._stores[0]._folder
+        monkeypatch.setattr(folder, "block", functools.lru_cache(32)(folder._block))
+        reads.clear()
+        for step in range(loader.steps()):
+            loader.batch(step)
+        fetched.append(len(reads))
+    blocks = -(-shard.sizes["tokens"] // 64) + -(-shard.sizes["loss_mask"] // 64)
+    assert fetched[1] < 1.2 * blocks < 1.8 * blocks < fetched[0]
+
+
 def test_what_does_not_go_together_is_refused(data: config.Data, tokenizer: HuggingFace, tmp_path: Path, bucket: Any) -> None:
     shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 3}
     store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)

@@ -1,0 +1,43 @@
+"""What a run says of its data: which they are, how often each is seen, and how long steps wait for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from moe_train import checkpoint
+from moe_train.train import loop
+
+
+def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_path: Path, capfd) -> None:
+    run = small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)
+    assert loop.train(run) == loop.FINISHED
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    with checkpoint.opened(tmp_path / "run", run.checkpoint) as checkpoints:
+        about = checkpoint.newest(checkpoints)
+    assert about is not None and about.manifest == manifest["hash"] == manifest["sets"][0]["hash"]
+    [event, *_] = json.loads((tmp_path / "run" / "run.json").read_text())["events"]
+    [(source, epochs)] = event["epochs"].items()
+    assert source == manifest["sets"][0]["files"][0]["path"]
+    rows = loop._loaders(run)[0].num_rows
+    assert epochs == round(4 * 8 / rows, 3)
+    assert f"epochs in 4 steps: {epochs:.2f} of {source}" in capfd.readouterr().err.replace("\n", "")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    waits = [step["input_wait"] for step in steps if step["kind"] == "train"]
+    assert len(waits) == 4 and all(0 <= wait < 1 for wait in waits)
+
+
+def test_a_slow_source_is_seen(small_run, tmp_path: Path, monkeypatch) -> None:
+    import time
+
+    original = loop.Loader.iterate
+
+    def slowly(self, start: int = 0):
+        for batch in original(self, start):
+            time.sleep(0.3)
+            yield batch
+
+    monkeypatch.setattr(loop.Loader, "iterate", slowly)
+    assert loop.train(small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)) == loop.FINISHED
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert max(step["input_wait"] for step in steps if step["kind"] == "train") > 0.3

@@ -96,9 +96,19 @@ def _check(conversation: Conversation) -> None:
             checked_text(message.get("content"), f"the content of message {i}")
         if message.get("weight", 1) not in (0, 1):
             raise Problem("weight", f"message {i} has weight {brief(message['weight'])}", "a weight is 0 (no loss) or 1")
-        for call in message.get("tool_calls", ()):
-            if message["role"] != "assistant":
-                raise Problem("call-role", f"message {i} has role {role}, and tool_calls", "only the assistant calls tools")
-            if not isinstance(call, dict) or not isinstance(call.get("function"), dict) or not isinstance(call.get("id", ""), str):
-                what = f"a call in message {i} is {brief(call)}"
-                raise Problem("type", what, "write {id, function: {name, arguments}}")
+        calls = message.get("tool_calls", [])
+        if calls and message["role"] != "assistant":
+            raise Problem("call-role", f"message {i} has role {role}, and tool_calls", "only the assistant calls tools")
+        for call in calls if isinstance(calls, list) else [calls]:
+            if not _is_function(call) or not isinstance(call.get("id", ""), str):
+                raise Problem("type", f"a call in message {i} is {brief(call)}", "write {id, function: {name, arguments}}")
+        if not isinstance(message.get("tool_call_id", ""), str):
+            raise Problem("type", f"tool_call_id of message {i} is {brief(message['tool_call_id'])}", "write it as a string")
+    for i, tool in enumerate(conversation.tools):
+        if not _is_function(tool):
+            raise Problem("type", f"tool {i} is {brief(tool)}", "write {type, function: {name, description, parameters}}")
+
+
+def _is_function(value: object) -> bool:
+    function = value.get("function") if isinstance(value, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mistral_common
 import pytest
@@ -17,6 +18,7 @@ from moe_train.data.chat import examples, load_template, render_prompt
 from moe_train.data.conversation import Conversation, Message, normalise
 from moe_train.data.example import Example
 from moe_train.data.tokenizer import HuggingFace, Mistral
+from tests.data.conversations import conversations
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 
@@ -47,6 +49,20 @@ LAST_USER = """\
     {%- endif %}
 {%- endfor %}
 """
+
+WITH_TOOLS = """\
+{{- tools|tojson if tools else '' }}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- (message.content or '') + (message.tool_calls|tojson if message.tool_calls else '') + eos_token }}
+    {%- else %}
+        {{- '[INST]' + message.content + '[/INST]' }}
+    {%- endif %}
+{%- endfor %}
+"""
+KEYS = ["id", "type", "function", "name", "arguments", "description", "parameters", "properties", "text", "$ref", "a"]
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 
 SINGLE = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
 SEVERAL = [
@@ -161,7 +177,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: HuggingFac
         ([{"role": "user", "content": "\ufdd0"}, SINGLE[1]], "noncharacter"),
         ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0.5}], "weight 0.5"),
         ([*SINGLE[:1], {"role": "assistant", "tool_calls": [{"id": "1"}]}], "a call in message 1 is .*write"),
+        ([*SINGLE[:1], {"role": "assistant", "tool_calls": 5}], "a call in message 1 is 5"),
         ([{"role": "user", "tool_calls": [{"id": "1", "function": {}}]}], "message 0 has role 'user', and tool_calls"),
+        ([*SINGLE, {"role": "tool", "content": "a", "tool_call_id": 3}, SINGLE[1]], "tool_call_id of message 2 is 3"),
         ([*SINGLE, {"role": "tool", "content": "a"}], "the last message is tool"),
         ([*SINGLE, {"role": "tool", "content": "a"}, SINGLE[1]], "the chat template takes none .*v2, v3, .*extend-vocab BASE OUT"),
         (SINGLE[:1], "the last message is user, so nothing answers it; end with"),
@@ -283,3 +301,50 @@ def test_a_tokenizer_of_sentencepieces_kind_is_masked_as_transformers_does(tmp_p
     assert [int(mask) for mask in rendered.loss_mask] == expected["assistant_masks"]
     unmarked = template.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
     assert render(SEVERAL[1:], unmarked, HuggingFace(tmp_path)) == rendered
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> dict:
+    """A record with tools in which up to three values are something else."""
+    record = draw(conversations(tools=True, answers=st.just("b"), said=st.just("a"), results=st.just("1")))
+    record = json.loads(json.dumps(record))
+    for _ in range(draw(st.integers(0, 3))):
+        node: Any = record
+        while True:
+            places = list(node) if isinstance(node, dict) else range(len(node))
+            place = draw(st.sampled_from(list(places)))
+            if not isinstance(node[place], dict | list) or not node[place] or draw(st.integers(0, 5)) == 0:
+                node[place] = draw(JSON)
+                break
+            node = node[place]
+        if not isinstance(record["messages"], list) or not record["messages"]:
+            break
+    return record
+
+
+def take_or_refuse(record: dict, tokenizers: list[HuggingFace | Mistral]) -> int:
+    """How many of the tokenizers take it; whoever does not says so in one line."""
+    taken = 0
+    for tokenizer in tokenizers:
+        template = WITH_TOOLS if isinstance(tokenizer, HuggingFace) else None
+        try:
+            conversation = normalise(record, config.ChatRecord(name="chat"))
+            assert isinstance(conversation, Conversation)
+            taken += bool(examples(conversation, template, tokenizer))
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error)
+    return taken
+
+
+@given(record=damaged())
+def test_any_record_is_taken_or_refused(tokenizer: HuggingFace, mistral: Mistral, record: dict) -> None:
+    take_or_refuse(record, [tokenizer, mistral])
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert take_or_refuse({"messages": turn, "tools": [TOOL]}, [tokenizer, mistral]) == 2

@@ -193,7 +193,7 @@ def _title(segment: Segment, rows: Rows) -> str:
 def summary(rows: Rows) -> str:
     used, learnt = int((rows.batch.segment_ids > 0).sum()), int(rows.batch.loss_mask.sum())
     count, seq_len = rows.batch.tokens.shape
-    return f"{count} rows of {seq_len} positions, {used} used, {learnt} of them with a loss"
+    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {learnt} of them with a loss"
 
 
 def _running(segment: Segment) -> RenderableType:

@@ -79,7 +79,8 @@ def export(
             with new_directory(out_dir) as directory:
                 match layout:  # each replaces the empty directory by a whole one
                     case "peft":
-                        peft.export_adapter(weights, model, lora, directory, base_model=str(run.init_from), texts=texts)
+                        base = str(run.init_from)
+                        peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=server)
                     case "mistral-lora":
                         mistral_lora.export_adapter(weights, model, lora, directory, dtype=_whole_dtype(filetype), texts=texts)
                     case _:

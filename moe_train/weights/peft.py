@@ -29,6 +29,7 @@ from moe_train.model.lora import is_trainable, module_of, targets_of
 from moe_train.weights import hf, merge, names, peft_fused, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
 from moe_train.weights.on_disk import Tensor, nbytes
+from moe_train.weights.serve import Server, Shape, adapter_shapes
 from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,20 +46,23 @@ def export_adapter(
     *,
     base_model: str,
     texts: Texts = NO_TEXTS,
+    server: Server | None = None,
 ) -> dict[str, Any]:
     """Write the adapters of `parameters`, and what was trained in full beside them, as a PEFT directory; read it back and
     compare.
 
     base_model: name or path of the model that the adapter belongs to. A and B keep their dtype and their bytes,
-    except where experts have to agree (see above). `out_dir` appears whole, or not at all. Raises ValueError for what
-    PEFT has no word for.
+    except where experts have to agree (see above), or all modules for the sake of `server` (see `serve`). `out_dir`
+    appears whole, or not at all. Raises ValueError for what PEFT, or the server, has no word for.
     """
     adapted = [path.removesuffix(".lora_a") for path in parameters if path.endswith(".lora_a")]
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
     shapes = _in_file(model, {module: _shape(lora, module, parameters[f"{module}.lora_a"].shape[-1]) for module in adapted})
-    table = names.adapter_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     saved = _saved_pieces(model, lora)
+    if server is not None:
+        shapes = adapter_shapes(server, shapes, {piece.path.rpartition(".")[0] for piece in saved})
+    table = names.adapter_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
 
     def matrix(piece: names.Piece) -> np.ndarray:
@@ -86,7 +90,7 @@ def export_adapter(
 
 
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
-    """The section `lora` that an adapter amounts to, of per-expert or fused spelling. Raises ValueError for what is not built here."""
+    """The section `lora` that an adapter amounts to, per-expert or fused. Raises ValueError for what is not built here."""
     directory = Path(directory)
     settings, tensors, file = _settings(directory), _open(directory, model), directory / CONFIG
     if settings.get("target_parameters"):
@@ -248,13 +252,6 @@ def _tied_head(model: config.Model) -> names.Piece:
 
 
 # --- what the file looks like ------------------------------------------------------------------------------------
-
-
-class Shape(NamedTuple):
-    """Of a module's adapter in the file; its scale is alpha / rank."""
-
-    rank: int
-    alpha: float
 
 
 def _shape(lora: config.Lora, module: str, rank: int) -> Shape:

@@ -16,10 +16,9 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moe_train import config
-from moe_train.weights.peft import Shape
 
 Server = Literal["vllm", "llama.cpp", "transformers"]
 Layout = Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"]
@@ -47,6 +46,13 @@ _PEFT_CODE = (
     "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
 )
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class Shape(NamedTuple):
+    """Of a module's adapter in a file; its scale is alpha / rank."""
+
+    rank: int
+    alpha: float
 
 
 def adapter_shapes(server: Server, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()) -> dict[str, Shape]:

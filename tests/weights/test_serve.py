@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
 
-from moe_train.weights import serve
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from moe_train import config
+from moe_train.json_file import read_object
+from moe_train.weights import merge, names, peft, serve
 from moe_train.weights.hf_config import write_model_config
-from moe_train.weights.peft import Shape
-from tests.weights.test_hf import MINISTRAL, MIXTRAL
+from moe_train.weights.serve import Shape
+from tests.weights.test_hf import LORA, MINISTRAL, MIXTRAL, ONE, random_parameters
 from tests.weights.test_mistral import MODELS
 
 Q, K, UP = "stacks.0.layers.0.attention.q_proj", "stacks.0.layers.0.attention.k_proj", "stacks.0.layers.0.ffn.up_proj"
@@ -20,6 +28,47 @@ def test_one_rank_and_the_alpha_of_most_scales(server: serve.Server) -> None:
     assert shapes == dict.fromkeys((Q, K, UP), Shape(16, 32.0))
     alike = dict.fromkeys((Q, K), Shape(12, 7.0))
     assert serve.adapter_shapes(server, alike) == alike
+
+
+def as_vllm_reads(directory: Path) -> tuple[dict[str, np.ndarray], int]:
+    """What vLLM adds to each weight (out, in), and the rank it makes room for: one r and one alpha for all modules."""
+    tensors, settings = safetensors.numpy.load_file(directory / peft.WEIGHTS), read_object(directory / peft.CONFIG)
+    stems = {name.rpartition(".lora_")[0] for name in tensors}
+    scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings["use_rslora"] else settings["r"])
+    return {stem: scale * (tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]) for stem in stems}, settings["r"]
+
+
+@pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_one_scale_gives_the_deltas_of_several(server: serve.Server, rslora: bool, tmp_path: Path) -> None:
+    """Ranks 2 and 3, two scales; experts of ranks of their own. llama.cpp has each rank from B, the alpha from the file."""
+    own = config.LoraTarget(modules=("ffn.*_proj",), rank=1, alpha=5.0, experts=(1,))
+    rest = LORA.targets[1].model_copy(update={"experts": (0, 2, 3)})
+    lora = LORA.model_copy(update={"rslora": rslora, "targets": (LORA.targets[0], own, rest)})
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MIXTRAL, lora=lora)
+        peft.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", base_model="base", server=server)
+        read, rank = as_vllm_reads(tmp_path / "out")
+        assert rank == 3 and {
+            a.shape[0] for n, a in safetensors.numpy.load_file(tmp_path / "out" / peft.WEIGHTS).items() if "_A" in n
+        } == {3}
+        ranks = {path.removesuffix(".lora_a"): 3 for path in parameters if path.endswith(".lora_a")}
+        for piece in names.adapter_pieces(MIXTRAL, ranks)[::2]:
+            weight = next(
+                p for p in names.pieces(MIXTRAL) if p.path == piece.path.replace("lora_a", "weight") and p.lead == piece.lead
+            )
+            wanted = merge.delta(parameters, lora, replace(piece, path=weight.path))
+            assert wanted is not None and np.abs(wanted).max() > 0
+            np.testing.assert_allclose(read[piece.name.rpartition(".lora_")[0]], weight.to_file(wanted), rtol=1e-4, atol=1e-7)
+
+
+def test_what_was_trained_in_full_is_refused_where_it_would_be_left_out(tmp_path: Path) -> None:
+    lora = LORA.model_copy(update={"train": ("ffn_norm",)})
+    with jax.set_mesh(ONE), pytest.raises(ValueError, match=r"vllm takes adapters alone, but .*ffn_norm was trained in full"):
+        peft.export_adapter(
+            random_parameters(MIXTRAL, lora=lora), MIXTRAL, lora, tmp_path / "out", base_model="base", server="vllm"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_transformers_takes_every_shape() -> None:

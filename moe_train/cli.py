@@ -33,6 +33,8 @@ tokenizer = typer.Typer(name="tokenizer", help="Make a tokenizer.", no_args_is_h
 app.add_typer(tokenizer)
 data = typer.Typer(name="data", help="Look at data before anything is trained on it.", no_args_is_help=True)
 app.add_typer(data)
+adapters = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
+app.add_typer(adapters)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the file's.")]
@@ -419,6 +421,64 @@ def trace_data(
         _print_json(segments)
     else:
         _print_table(segments)
+
+
+AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A run with adapters, a PEFT adapter, or Mistral's own.")]
+
+
+@adapters.command("diff")
+def diff_adapters(
+    adapter: AdapterDir,
+    base: Annotated[Path | None, typer.Option(help="The base model, where the adapter names none that is here.")] = None,
+    against: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="Compare with these adapters of the same base.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Matrices to name; --json has all.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far each module, layer and expert moved: the norm of its change over the norm of its weight."""
+    from moe_train.adapters import diff, show
+
+    with _waiting("comparing"):
+        found = diff(adapter, base, against)
+    if as_json:
+        moved = [{**m._asdict(), "relative": m.relative if m.weight else None} for m in found.moved]
+        _print_json({"base": found.base, "moved": moved, "experts": found.experts()})
+        return
+    from rich.console import Console
+
+    for table in show(found, top):
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@adapters.command("merge")
+def merge_adapter(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model that the adapter belongs to.")],
+    adapter: AdapterDir,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Of the files; else that of the base's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write BASE with the adapter added, as a Hugging Face model, proved."""
+    from moe_train.adapters import merge_into
+
+    with _waiting("merging"):
+        record = merge_into(base, adapter, out_dir, dtype)
+    if as_json:
+        _print_json({"directory": str(out_dir), "checks": record["checks"]})
+    else:
+        _print_checks(record["checks"])
+
+
+@adapters.command("scale")
+def scale_adapter(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT adapter.")],
+    factor: Annotated[float, typer.Argument(metavar="FACTOR", help="What its deltas are multiplied with.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a PEFT adapter that does FACTOR as much; every tensor keeps its bytes."""
+    from moe_train.adapters import scale
+
+    _print_answers(scale(adapter, factor, out_dir), as_json)
 
 
 @app.command()

@@ -21,7 +21,10 @@ LEFT_OF_LOOP = (
     *("train.record", "train.self_test", "config_file", "atomic", "json_file", "data", "weights", "checkpoint", "model_dir"),
     *("metrics", "plan"),
 )
-COMMANDS = ("train.evaluate", "train.loop", "generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "verify")
+COMMANDS = (
+    *("train.evaluate", "train.loop", "generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "verify"),
+    "adapters",
+)
 
 # What each module may import of ours; a name stands for everything below it. The longest key that fits a module counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -49,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train.evaluate": LEFT_OF_LOOP,
     "train.ready": LEFT_OF_LOOP,
     "train.loop": (*LEFT_OF_LOOP, "train.evaluate", "train.ready"),
-    **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare"), LEFT_OF_LOOP),
+    **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "adapters"), LEFT_OF_LOOP),
     "verify": (*LEFT_OF_LOOP, "export"),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
     "cli": ("config", "config_file", "data", *COMMANDS, "quickstart"),

@@ -340,8 +340,6 @@ class Data(Section):
     The share of a source in the rows of training, and so in its tokens, is its weight over the sum of weights.
     shuffle_tokens: records are shuffled within windows of about that many tokens, which come in random order (null: over
     all); for a bucket, choose what fits its `cache_mib` twice.
-    shuffle_tokens: records are shuffled within windows of about that many tokens, which come in random order (null: over
-    all); for a bucket, choose what fits its `cache_mib` twice.
     """
 
     tokenizer: Tokenizer | None = None
@@ -349,7 +347,6 @@ class Data(Section):
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
     packing: Packing = BestFit(name="best_fit")
-    shuffle_tokens: Positive | None = None
     shuffle_tokens: Positive | None = None
     cache_dir: str = "runs/cache"
     num_proc: Positive = 1
@@ -483,13 +480,15 @@ class Compute(Section):
 
     remat says what a layer keeps for its backward pass: `minimal` recomputes only what is cheap (norms, rotary
     positions, activations, gathered weights) and keeps the outputs of matrix products; `full` keeps the layer's
-    input alone.
+    input alone. transport is how tokens meet their experts along the mesh axis `expert`: every device sees all tokens
+    (all_gather), or they are sent to where they go (all_to_all, which recomputes experts whatever remat says).
     """
 
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     remat: Literal["minimal", "full"] = "minimal"
     attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
+    transport: Literal["auto", "all_gather", "all_to_all"] = "auto"
     grouped_matmul: Literal["auto", "reference", "blocked", "megablox", "ragged_dot"] = "auto"
 
 
@@ -574,7 +573,7 @@ class Config(Section):
             check_model(self, self.model)
         check_batch(self)
         if self.compute.attention == "splash" and self.train.seq_len % 128:
-            raise ValueError(f"compute.attention splash wants a train.seq_len of whole 128s, not {self.train.seq_len}; auto does not")
+            raise ValueError(f"compute.attention splash wants a train.seq_len of whole 128s, not {self.train.seq_len}; use auto")
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
             raise ValueError("compute.attention cudnn takes 16-bit numbers; set compute.dtype to bfloat16, or attention to auto")
         return self
@@ -603,6 +602,8 @@ def check_model(config: Config, model: Model) -> None:
         raise ValueError(f"train.seq_len {config.train.seq_len} exceeds the model's max_seq_len {model.max_seq_len}")
     if config.evaluation.drift_batches and (config.lora is None or not isinstance(model.ffn, MoeFfn)):
         raise ValueError("evaluation.drift_batches compares the routing of adapters with their base's; here is none: leave it out")
+    if config.compute.transport != "auto" and mesh.expert == 1:
+        raise ValueError(f"compute.transport {config.compute.transport} has no effect where mesh.expert is 1; leave it out")
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
         _divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from moe_train import config
 from moe_train.mesh import BATCH, platform
 from moe_train.model import rope
+from moe_train.model.fsdp import split
 from moe_train.model.layers import Linear, keys_of
 
 NEG = -1e30
@@ -39,11 +40,11 @@ class Attention(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None):
         a, D, dtype = model.attention, model.model_dim, jnp.dtype(compute.param_dtype)
         N, K, H = a.num_heads, a.num_kv_heads, a.head_dim
-        into, out = P("fsdp", "tensor", None), P("tensor", None, "fsdp")
-        self.q_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), into, model.init_stddev, dtype)
-        self.k_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), into, model.init_stddev, dtype)
-        self.v_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), into, model.init_stddev, dtype)
-        self.o_proj = Linear(rngs, "BTNH,NHD->BTD", (N, H, D), out, model.init_stddev, dtype)
+        q, kv = P("fsdp", split(N), None), P("fsdp", split(K), None)
+        self.q_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), q, model.init_stddev, dtype)
+        self.k_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv, model.init_stddev, dtype)
+        self.v_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv, model.init_stddev, dtype)
+        self.o_proj = Linear(rngs, "BTNH,NHD->BTD", (N, H, D), P(split(N), None, "fsdp"), model.init_stddev, dtype)
         self.rope, self.query_scaling, self.window, self.kernel = model.rope, a.query_scaling, window, compute.attention
 
     def __call__(

@@ -1,16 +1,15 @@
 """From tokens to their experts and back, inside `shard_map`: local view, all collectives of the MoE layer.
 
 An assignment is a (token, expert) pair. Lower-case letters are this device's part of a dim.
-Transport `all_gather`: every device of the `expert` axis sees all tokens of that axis, computes its own experts'
-assignments, and the sums are scattered back. Nothing is dropped; `computed` counts what was done, so that
-nobody has to believe it.
+Two transports with one contract: `all_gather` here, `all_to_all` in `exchange`. Nothing is dropped; `computed` counts
+what was done, so that nobody has to believe it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from moe_train.mesh import BATCH, axis_size
+from moe_train.model.exchange import SLACK, exchange
 from moe_train.model.fsdp import gather, spec_of, vary_with_spec
 from moe_train.model.grouped_matmul import choose_kernel, grouped_matmul
 from moe_train.model.quantize import Quantized, dequantize
@@ -69,6 +69,7 @@ def run_experts(
     experts: ExpertWeights,
     kernel: str,
     dropout: Dropout | None = None,
+    transport: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of each token's experts (B, T, D), and the number of assignments computed (int32).
 
@@ -81,54 +82,86 @@ def run_experts(
         row, column = (jax.lax.broadcasted_iota(jnp.uint32, x_BTD.shape[:2], dim, out_sharding=tokens) for dim in (0, 1))
         key, numbers_BT = dropout.key, row * x_BTD.shape[1] + column
 
-    def local(x_btD, ids_btA, weights_btA, valid_bt, experts, key, numbers_bt):
-        b, t, D = x_btD.shape
-        A = ids_btA.shape[-1]
-        x_mD, ids_mA, weights_mA, valid_m = (
-            gather(x.reshape(b * t, *x.shape[2:]), "expert", 0) for x in (x_btD, ids_btA, weights_btA, valid_bt)
-        )
-        e = experts.gate.weight.shape[0]
-        own_mA = ids_mA - jax.lax.axis_index("expert") * e
-        own_mA = jnp.where((own_mA >= 0) & (own_mA < e) & valid_m[:, None], own_mA, e)  # e: not ours
-        order_R = checkpoint_name(jnp.argsort(own_mA.reshape(-1), stable=True), "routing")
-        inverse_mA = checkpoint_name(jnp.argsort(order_R).reshape(-1, A), "routing")
-        group_sizes_e = jnp.sum(own_mA.reshape(-1, 1) == jnp.arange(e), axis=0, dtype=jnp.int32)
+    transport = choose_transport(transport, expert_ids_BTA.shape[-1])
 
-        experts = jax.tree.map(lambda w, spec: _whole(w, spec, x_btD.dtype), experts, specs, is_leaf=_is_quantized)
-        # on each device of `tensor` a part of F: gradients of x and of the weights are summed over it
-        x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(own_mA < e, weights_mA, 0)))
+    def whole(experts: ExpertWeights, true: jax.Array) -> ExpertWeights:
+        return jax.tree.map(lambda w, spec: _whole(w, spec, x_BTD.dtype, true), experts, specs, is_leaf=_is_quantized)
+
+    def run(x_RD: jax.Array, group_sizes_e: jax.Array, experts: ExpertWeights, key: Any, numbers_R: Any) -> jax.Array:
         drops: list[Drop | None] = [None] * 3
         if dropout is not None:
-            number_m = gather(numbers_bt.reshape(b * t), "expert", 0)
-            number_R = number_m[order_R // A] * A + order_R.astype(jnp.uint32) % A
-            drops = [partial(_dropped, jax.random.fold_in(key, i), rate, number_R) for i, rate in enumerate(dropout.rates)]
-        y_RD = _swiglu(dispatch(x_mD, order_R, inverse_mA), experts, group_sizes_e, kernel, drops)
-        y_mD = combine(y_RD, weights_mA, order_R, inverse_mA).astype(x_btD.dtype)
-        y_mD = jax.lax.psum(y_mD, "tensor")
-        if axis_size("expert") > 1:
-            y_mD = jax.lax.psum_scatter(y_mD, "expert", scatter_dimension=0, tiled=True)
-        computed = jax.lax.psum(jnp.sum(group_sizes_e), (*BATCH, "context"))
-        return y_mD.reshape(b, t, D), computed
+            drops = [partial(_dropped, jax.random.fold_in(key, i), rate, numbers_R) for i, rate in enumerate(dropout.rates)]
+        return _swiglu(x_RD, experts, group_sizes_e, kernel, drops)
+
+    def local(x_btD, ids_btA, weights_btA, valid_bt, experts, key, numbers_bt):
+        b, t, D = x_btD.shape
+        x_mD, ids_mA, weights_mA = (x.reshape(b * t, x.shape[2]) for x in (x_btD, ids_btA, weights_btA))
+        E = experts.gate.weight.shape[0] * axis_size("expert")
+        ids_mA = jnp.where(valid_bt.reshape(-1, 1), ids_mA, E)  # E: goes nowhere
+        numbers_mA = None
+        if numbers_bt is not None:
+            A = ids_mA.shape[1]
+            numbers_mA = numbers_bt.reshape(-1, 1) * A + jnp.arange(A, dtype=jnp.uint32)
+        # on each device of `tensor` a part of F: gradients of x and of the weights are summed over it
+        x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(ids_mA < E, weights_mA, 0)))
+        move = exchange if transport == "all_to_all" else all_gather
+        y_mD, computed = move(x_mD, ids_mA, weights_mA, experts, (key, numbers_mA), run, whole)
+        return y_mD.reshape(b, t, D), jax.lax.psum(computed, (*BATCH, "context"))
 
     # a Pallas call does not say along which axes its result varies
-    run = jax.shard_map(
+    everywhere = jax.shard_map(
         local,
         in_specs=(tokens, tokens, tokens, tokens, specs, P(), tokens),
         out_specs=(tokens, P()),
         check_vma=choose_kernel(kernel) != "megablox",
     )
-    return run(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts, key, numbers_BT)
+    return everywhere(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts, key, numbers_BT)
+
+
+def choose_transport(transport: str, experts_per_token: int) -> str:
+    """`auto` -> the transport that moves fewer rows: with X devices on the axis, a device receives (X - 1) * m rows
+    where it sees all tokens, and SLACK * A * (X - 1) / X * m where it sees its assignments; both go the same ways."""
+    if transport != "auto":
+        return transport
+    return "all_to_all" if axis_size("expert") > SLACK * experts_per_token else "all_gather"
+
+
+def all_gather(
+    x_mD: jax.Array, ids_mA: jax.Array, weights_mA: jax.Array, experts: ExpertWeights, draws: Any, run: Any, whole: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Each device sees all tokens of its `expert` axis, and computes the assignments of its own experts; the sums are
+    scattered back. Arguments and results as `exchange` has them."""
+    experts = whole(experts, jnp.max(ids_mA) >= 0)
+    key, numbers_mA = draws
+    x_mD, ids_mA, weights_mA = (gather(x, "expert", 0) for x in (x_mD, ids_mA, weights_mA))
+    e, A = experts.gate.weight.shape[0], ids_mA.shape[1]
+    own_mA = ids_mA - jax.lax.axis_index("expert") * e
+    own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)  # e: not ours
+    order_R = checkpoint_name(jnp.argsort(own_mA.reshape(-1), stable=True), "routing")
+    inverse_mA = checkpoint_name(jnp.argsort(order_R).reshape(-1, A), "routing")
+    group_sizes_e = jnp.sum(own_mA.reshape(-1, 1) == jnp.arange(e), axis=0, dtype=jnp.int32)
+    numbers_R = None if numbers_mA is None else gather(numbers_mA, "expert", 0).reshape(-1)[order_R]
+    y_RD = run(dispatch(x_mD, order_R, inverse_mA), group_sizes_e, experts, key, numbers_R)
+    y_mD = combine(y_RD, jnp.where(own_mA < e, weights_mA, 0), order_R, inverse_mA).astype(x_mD.dtype)
+    y_mD = jax.lax.psum(y_mD, "tensor")
+    if axis_size("expert") > 1:
+        y_mD = jax.lax.psum_scatter(y_mD, "expert", scatter_dimension=0, tiled=True)
+    return y_mD, jnp.sum(group_sizes_e)
 
 
 def _is_quantized(w: object) -> bool:
     return isinstance(w, Quantized)
 
 
-def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype) -> jax.Array:
-    """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
+def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype, true: jax.Array) -> jax.Array:
+    """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back.
+
+    true: a truth that only this layer's routing can tell. A cast that depends on nothing but the weight is taken out
+    of the loop over layers by XLA, which then holds a second copy of the experts of all layers.
+    """
     if isinstance(w, Quantized):
         return dequantize(Quantized(*(_gathered(part, s) for part, s in zip(w, spec, strict=True))), dtype)
-    return _gathered(w.astype(dtype), spec)
+    return _gathered(w if w.dtype == dtype else (w * true.astype(w.dtype)).astype(dtype), spec)
 
 
 def _gathered(w: jax.Array, spec: P) -> jax.Array:

@@ -7,6 +7,7 @@ formed with the weight's own spec, which lowers to a reduce-scatter.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from moe_train.model.quantize import Quantized, dequantize
 ACTIVATION = {"B": BATCH, "T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 """The mesh axes of an activation's dims, by their letter; dims not listed are whole on each device."""
 
+SPLIT = ("tensor", "expert")
+
 
 def spec_of(x: jax.Array) -> P:
     """The partition spec that an array carries in its type."""
@@ -32,8 +35,20 @@ def activation_spec(letters: str) -> P:
 
 
 def without_fsdp(spec: P) -> P:
-    """The spec of a gathered weight."""
+    """The spec of a weight that is gathered over `fsdp`."""
     return P(*(None if entry == "fsdp" else entry for entry in spec))
+
+
+def split(size: int) -> str | tuple[str, str]:
+    """The axes of a weight's N, K or V, where every token meets that weight: `tensor`, and `expert` too where it
+    divides them, which has no other use here. D is split over `fsdp` alone: over both, its parts would be narrower
+    than the 128 lanes of a TPU, and XLA would all-reduce whole gradients instead of scattering them."""
+    return SPLIT if size % (axis_size("tensor") * axis_size("expert")) == 0 else "tensor"
+
+
+def gathered(spec: P) -> P:
+    """The spec of a weight of `project` at its use."""
+    return P(*({"fsdp": None, SPLIT: "tensor"}.get(entry, entry) for entry in spec))
 
 
 def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
@@ -52,7 +67,18 @@ def _project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _gather(w: jax.Array) -> jax.Array:
-    return jax.sharding.reshard(w, without_fsdp(spec_of(w)))
+    """Axis by axis: of both at once, XLA:TPU would make an all-reduce."""
+    spec = spec_of(w)
+
+    def local(w: jax.Array) -> jax.Array:
+        for split_by, axis in ((SPLIT, "expert"), ("fsdp", "fsdp")):
+            for dim, entry in enumerate(spec):
+                if entry == split_by:
+                    w = gather(w, axis, dim)
+        return w
+
+    # the result is the same along the axes that it was gathered over, which the check cannot see
+    return jax.shard_map(local, in_specs=spec, out_specs=gathered(spec), check_vma=False)(w)
 
 
 def _project_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -64,8 +90,30 @@ def _project_backward(equation: str, saved: tuple[jax.Array, jax.Array], dy: jax
     operands, y_letters = equation.split("->")
     x_letters, w_letters = operands.split(",")
     dx = jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, _gather(w), out_sharding=activation_spec(x_letters))
-    dw = jnp.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy, out_sharding=spec_of(w))
-    return dx, dw
+    return dx, _weight_gradient(x_letters, y_letters, w_letters, x, dy, spec_of(w))
+
+
+def _weight_gradient(x_letters: str, y_letters: str, w_letters: str, x: jax.Array, dy: jax.Array, spec: P) -> jax.Array:
+    """Each device's part of the sum over all tokens. The scatter is spelled out: left to XLA, a weight that two axes
+    split is all-reduced whole over one of them."""
+
+    def local(x: jax.Array, dy: jax.Array) -> jax.Array:
+        dw = jnp.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy)
+        sums = [*BATCH, "context"]
+        for dim, entry in enumerate(spec):
+            for axis in entry if isinstance(entry, tuple) else (entry,):
+                if axis in sums and axis_size(axis) > 1:
+                    dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dim, tiled=True)
+                    sums.remove(axis)
+        return jax.lax.psum(dw, tuple(sums))
+
+    def with_tensor(letter: str, entry: Any) -> Any:  # of a weight that is whole where its activation is split
+        return "tensor" if entry is None and ACTIVATION.get(letter) == "tensor" else entry
+
+    entries = (*spec, *(None,) * (len(w_letters) - len(spec)))
+    formed = P(*(with_tensor(letter, entry) for letter, entry in zip(w_letters, entries, strict=True)))
+    dw = jax.shard_map(local, in_specs=(activation_spec(x_letters), activation_spec(y_letters)), out_specs=formed)(x, dy)
+    return jax.sharding.reshard(dw, spec)
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -101,15 +149,21 @@ def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: j
     spec = spec_of(table_VD)
 
     def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-        table_vD = vary_with_spec(table_vd.astype(dtype), spec)
-        if "fsdp" in spec:
-            table_vD = gather(table_vD, "fsdp", 1)
+        table_vD = whole_rows(table_vd.astype(dtype), spec)
         row = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
         here = (row >= 0) & (row < table_vD.shape[0])
         return jax.lax.psum(jnp.where(here[..., None], table_vD[jnp.where(here, row, 0)], 0), "tensor")
 
     run = jax.shard_map(local, in_specs=(spec, P(BATCH, "context")), out_specs=P(BATCH, "context", None))
     return run(table_VD, tokens_BT)
+
+
+def whole_rows(table_vd: jax.Array, spec: P) -> jax.Array:
+    """Inside `shard_map`: a part of a table (V, n) with its spec -> this device's rows over `tensor`, all columns."""
+    table_vd = vary_with_spec(table_vd, spec)
+    if "fsdp" in spec:
+        table_vd = gather(table_vd, "fsdp", 1)
+    return gather(table_vd, "expert", 0) if SPLIT in spec else table_vd
 
 
 def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:

@@ -95,7 +95,7 @@ class Embedding(Adapted):
     """Token embeddings; a tied head uses the same table. Its adapter is A (V, J), B (J, D), without dropout as PEFT's."""
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
-        super().__init__(normal(rngs, (vocab_size, dim), P("tensor", "fsdp"), stddev, dtype))
+        super().__init__(normal(rngs, (vocab_size, dim), P(fsdp.split(vocab_size), "fsdp"), stddev, dtype))
 
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         x_BTD = fsdp.lookup(self.weight[...], tokens_BT, dtype)
@@ -109,7 +109,7 @@ class Head(Adapted):
     """The output matrix (V, D), which the loss applies; its adapter is A (D, J), B (J, V)."""
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
-        super().__init__(normal(rngs, (vocab_size, dim), P("tensor", "fsdp"), stddev, dtype))
+        super().__init__(normal(rngs, (vocab_size, dim), P(fsdp.split(vocab_size), "fsdp"), stddev, dtype))
 
     def beside(
         self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None

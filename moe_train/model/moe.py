@@ -80,7 +80,7 @@ class MoE(nnx.Module):
         self.gate_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.up_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.down_proj = ExpertLinear(rngs, (E, F, D), P("expert", "tensor", "fsdp"), std, dtype)
-        self.experts_per_token, self.kernel = ffn.experts_per_token, compute.grouped_matmul
+        self.experts_per_token, self.kernel, self.transport = ffn.experts_per_token, compute.grouped_matmul, compute.transport
         self.keeps_expert_ids = False
 
     def __call__(
@@ -96,7 +96,7 @@ class MoE(nnx.Module):
         experts = ExpertWeights(*(m.matrix() for m in matrices))
         rates = tuple(m.lora_dropout for m in matrices)
         dropout = None if experts_key is None or not any(rates) else Dropout(experts_key, rates)
-        y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, self.kernel, dropout)
+        y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, self.kernel, dropout, self.transport)
         stats = router_stats(logits_BTE, ids_BTA, valid_BT, computed)
         return y_BTD, stats._replace(expert_ids=ids_BTA) if self.keeps_expert_ids else stats
 

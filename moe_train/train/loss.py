@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
 from moe_train.mesh import BATCH
-from moe_train.model.fsdp import gather, spec_of, vary_with_spec
+from moe_train.model.fsdp import spec_of, whole_rows
 from moe_train.model.layers import keys_of
 from moe_train.model.moe import RouterStats
 from moe_train.model.transformer import Transformer
@@ -70,19 +70,13 @@ def cross_entropy_sum(
     specs = tuple(spec_of(head) for head in heads)
 
     def local(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        heads = tuple(_whole(head.astype(xs[0].dtype), spec) for head, spec in zip(heads, specs, strict=True))
+        heads = tuple(whole_rows(head.astype(xs[0].dtype), spec) for head, spec in zip(heads, specs, strict=True))
         xs = tuple(jax.lax.pcast(x.reshape(-1, x.shape[-1]), "tensor", to="varying") for x in xs)
         total = _chunked(xs, heads, targets_bt.reshape(-1), mask_bt.reshape(-1))
         return jax.lax.psum(total, (*BATCH, "context", "tensor"))
 
     run = jax.shard_map(local, in_specs=(tokens, specs, tokens, tokens), out_specs=P())
     return run(xs, heads, targets_BT, loss_mask_BT)
-
-
-def _whole(head: jax.Array, spec: P) -> jax.Array:
-    """This device's rows of V, all of the other dim."""
-    head = vary_with_spec(head, spec)
-    return gather(head, "fsdp", 1) if "fsdp" in spec else head
 
 
 @jax.custom_vjp

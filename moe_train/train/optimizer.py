@@ -159,8 +159,10 @@ def _to_whole_matrices(shape: tuple[int, ...], spec: P, matrix: set[int]) -> lis
     layers: tuple[str, ...] = ()
     assert entries[0] is None
     for dim in sorted(matrix):
-        if (axis := entries[dim]) is not None:
-            entries[dim] = None
+        split = entries[dim] if isinstance(entries[dim], tuple) else (entries[dim],) if entries[dim] else ()
+        for axis in reversed(split):  # the innermost first: what is left is a split by the others
+            split = split[:-1]
+            entries[dim] = split or None
             if shape[0] % math.prod(axis_size(a) for a in (*layers, axis)) == 0:
                 layers = (*layers, axis)
             specs.append(P(layers or None, *entries[1:]))

@@ -82,13 +82,13 @@ def specs() -> tuple[Any, ...]:
 
 
 @cache
-def compiled(kernel: str, mesh: Mesh) -> Any:
+def compiled(kernel: str, mesh: Mesh, transport: str) -> Any:
     @quick_jit
     def run(primals: Any, fixed: Any, dy: Any) -> Any:
         ids, valid = fixed
 
         def f(x: jax.Array, weights: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, jax.Array]:
-            return dispatch.run_experts(x, ids, weights, valid, experts, kernel)
+            return dispatch.run_experts(x, ids, weights, valid, experts, kernel, transport=transport)
 
         y, vjp, computed = jax.vjp(f, *primals, has_aux=True)
         return y, vjp(dy), computed
@@ -96,14 +96,14 @@ def compiled(kernel: str, mesh: Mesh) -> Any:
     return run
 
 
-def found(case: str, mesh: Mesh, kernel: str = "blocked") -> Any:
+def found(case: str, mesh: Mesh, kernel: str = "blocked", transport: str = "all_gather") -> Any:
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec)), specs(), operands(case))
-        return jax.device_get(compiled(kernel, mesh)(*placed))
+        return jax.device_get(compiled(kernel, mesh, transport)(*placed))
 
 
-def check(case: str, mesh: Mesh, kernel: str = "blocked") -> None:
-    y, grads, computed = found(case, mesh, kernel)
+def check(case: str, mesh: Mesh, kernel: str = "blocked", transport: str = "all_gather") -> None:
+    y, grads, computed = found(case, mesh, kernel, transport)
     _, (_, valid), _ = operands(case)
     assert computed == valid.sum() * A
     wanted_y, (wanted_x, wanted_weights, wanted_experts) = expected(case)
@@ -121,6 +121,12 @@ def check(case: str, mesh: Mesh, kernel: str = "blocked") -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_loop_over_experts(mesh: str, case: str) -> None:
     check(case, MESHES[mesh])
+
+
+@pytest.mark.parametrize("mesh", ["expert", "fsdp, expert, tensor", "data, expert"])
+@pytest.mark.parametrize("case", CASES)
+def test_all_to_all_equals_the_loop_over_experts(mesh: str, case: str) -> None:
+    check(case, MESHES[mesh], transport="all_to_all")
 
 
 @pytest.mark.parametrize("kernel", ["reference", "ragged_dot", "megablox"])

@@ -25,13 +25,13 @@ MESHES = {
     "expert, tensor": make_mesh(config.Mesh(expert=4, tensor=2)),
 }
 EQUATIONS = {  # equation: shape of the weight, and its spec
-    "BTD,DNH->BTNH": ((16, 4, 6), P("fsdp", "tensor", None)),
-    "BTNH,NHD->BTD": ((4, 6, 16), P("tensor", None, "fsdp")),
+    "BTD,DNH->BTNH": ((16, 8, 6), P("fsdp", fsdp.SPLIT, None)),
+    "BTNH,NHD->BTD": ((8, 6, 16), P(fsdp.SPLIT, None, "fsdp")),
     "BTD,DF->BTF": ((16, 10), P("fsdp", "tensor")),
     "BTF,FD->BTD": ((10, 16), P("tensor", "fsdp")),
     "BTD,VD->BTV": ((12, 16), P("tensor", "fsdp")),
 }
-SIZES = {"B": 8, "T": 3, "D": 16, "N": 4, "H": 6, "F": 10, "V": 12}
+SIZES = {"B": 8, "T": 3, "D": 16, "N": 8, "H": 6, "F": 10, "V": 12}
 
 
 def put(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
@@ -66,9 +66,10 @@ def test_project_is_einsum(equation: str, mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_lookup_is_indexing(mesh: Mesh) -> None:
+@pytest.mark.parametrize("rows", ["tensor", fsdp.SPLIT])
+def test_lookup_is_indexing(mesh: Mesh, rows: Any) -> None:
     rng = np.random.default_rng(0)
-    table, tokens = rng.normal(size=(12, 16)).astype(np.float32), rng.integers(0, 12, (8, 3)).astype(np.int32)
+    table, tokens = rng.normal(size=(16, 16)).astype(np.float32), rng.integers(0, 16, (8, 3)).astype(np.int32)
     dy = rng.normal(size=(8, 3, 16)).astype(np.float32)
 
     @quick_jit
@@ -78,7 +79,7 @@ def test_lookup_is_indexing(mesh: Mesh) -> None:
 
     with jax.set_mesh(mesh):
         spec = P(BATCH, "context", None)
-        y, dtable = run(put(mesh, table, P("tensor", "fsdp")), put(mesh, tokens, P(BATCH, "context")), put(mesh, dy, spec))
+        y, dtable = run(put(mesh, table, P(rows, "fsdp")), put(mesh, tokens, P(BATCH, "context")), put(mesh, dy, spec))
     np.testing.assert_array_equal(jax.device_get(y), table[tokens])
     wanted = np.zeros_like(table)
     np.add.at(wanted, tokens, dy)
@@ -119,7 +120,7 @@ MODEL = config.Model(
 
 
 @pytest.fixture(scope="module")
-def program(collectives: Any) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...]]], list[Any]]:
+def program(collectives: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[Any]]:
     """Loss and gradients on a mesh: ({path: its shape on a device gathered over fsdp, and as stored}, collectives)."""
     mesh = MESHES["data, fsdp, expert"]
     with jax.set_mesh(mesh):
@@ -131,33 +132,32 @@ def program(collectives: Any) -> tuple[dict[str, tuple[tuple[int, ...], tuple[in
         compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch).compile(QUICK)
     shapes = {}
     for path, x in params.items():
-        stored = x.sharding.shard_shape(x.shape)
-        gathered = tuple(2 * n if axis == "fsdp" else n for n, axis in zip(stored, x.sharding.spec, strict=False))
         layer = slice(1 if path.startswith("stacks") else 0, None)
-        if "fsdp" in x.sharding.spec:
-            shapes[path] = (gathered[layer], stored[layer])
+        stored = x.sharding.shard_shape(x.shape)[layer]
+        spec = (tuple(x.sharding.spec) + (None,) * x.ndim)[: x.ndim][layer]
+        over_fsdp = tuple(2 * n if axis == "fsdp" else n for n, axis in zip(stored, spec, strict=True))
+        over_expert = tuple(2 * n if axis == fsdp.SPLIT else n for n, axis in zip(stored, spec, strict=True))
+        whole = tuple(2 * n if axis == fsdp.SPLIT else n for n, axis in zip(over_fsdp, spec, strict=True))
+        if "fsdp" in spec:
+            shapes[path] = {"stored": stored, "over fsdp": over_fsdp, "over expert": over_expert, "whole": whole}
     return shapes, collectives(compiled.as_text())
 
 
 def test_gathered_weights_have_their_gradient_scattered(program: Any) -> None:
-    """Experts, embedding and head; the products in global view are left to XLA, and XLA:CPU knows no reduce-scatter
-    there: see test_tpu.py."""
     shapes, found = program
     scattered = [shape for kind, size, group in found if kind == "reduce-scatter" and size == 2 for shape in group]
     summed = [shape for kind, _, group in found if kind == "all-reduce" for shape in group]
-    explicit = [path for path in shapes if "ffn" in path or path in ("embed.weight", "head.weight")]
-    assert len(explicit) == 5
-    for path in explicit:
-        gathered, stored = shapes[path]
-        assert gathered not in summed, f"{path}: the whole gradient {gathered} is summed over devices"
-        assert stored in scattered, f"{path}: no reduce-scatter to {stored}"
-        assert stored in summed, f"{path}: scattered over fsdp, {stored} is summed over data"
+    assert len(shapes) == 9
+    for path, of in shapes.items():
+        assert of["whole"] not in summed, f"{path}: the whole gradient {of['whole']} is summed over devices"
+        assert of["stored"] in scattered, f"{path}: no reduce-scatter to {of['stored']}"
+        assert of["stored"] in summed, f"{path}: scattered, {of['stored']} is summed over data"
 
 
 def test_only_weights_and_tokens_are_gathered(program: Any) -> None:
-    """What `all-gather` makes is a weight gathered over fsdp, or tokens gathered over expert."""
+    """What `all-gather` makes is a weight gathered over fsdp or expert, or tokens gathered over expert."""
     shapes, found = program
-    gathered = {sizes for sizes, _ in shapes.values()}
+    gathered = {of[stage] for of in shapes.values() for stage in ("over fsdp", "over expert", "whole")}
     tokens = 2 * 24
     for kind, _, group in found:
         if kind == "all-gather":

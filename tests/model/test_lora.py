@@ -47,10 +47,10 @@ def test_patterns_name_modules_and_carry_their_rank() -> None:
     into, out = ((2, 4, 8, 2), P(None, "expert", None, None)), ((2, 4, 2, 8), P(None, "expert", None, None))
     assert found == {
         "attention.q_proj.lora_a": ((2, 8, 3), P(None, "fsdp", None)),
-        "attention.q_proj.lora_b": ((2, 3, 4, 6), P(None, None, "tensor", None)),
+        "attention.q_proj.lora_b": ((2, 3, 4, 6), P(None, None, ("tensor", "expert"), None)),
         "attention.v_proj.lora_a": ((2, 8, 3), P(None, "fsdp", None)),
         "attention.v_proj.lora_b": ((2, 3, 2, 6), P(None, None, "tensor", None)),
-        "attention.o_proj.lora_a": ((2, 4, 6, 3), P(None, "tensor", None, None)),
+        "attention.o_proj.lora_a": ((2, 4, 6, 3), P(None, ("tensor", "expert"), None, None)),
         "attention.o_proj.lora_b": ((2, 3, 8), P(None, None, "fsdp")),
         "ffn.gate_proj.lora_a": into,
         "ffn.up_proj.lora_a": into,

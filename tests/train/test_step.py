@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.data.batch import Batch
@@ -94,7 +95,7 @@ def test_the_loss_is_that_of_the_whole_step() -> None:
             for j in range(microbatches):  # rows j, j + 2, …
                 part = Batch(*(x[j::microbatches] for x in batch))
                 hidden, routers = combine(structure, params)(part.tokens, part.positions, part.segment_ids)
-                log_probs = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, params["head.weight"]))
+                log_probs = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, jax.sharding.reshard(params["head.weight"], P())))
                 at_target = jnp.sum(log_probs * (part.targets[..., None] == jnp.arange(V)), axis=-1)
                 routers_loss = 0.5 * jnp.sum(routers.load_balance_loss) + 0.1 * jnp.sum(routers.router_z_loss)
                 shares.append(-jnp.sum(at_target * part.loss_mask) / jnp.sum(batch.loss_mask) + routers_loss / microbatches)

@@ -3,7 +3,7 @@
 #
 # --judges also installs torch, transformers and peft and runs the comparisons with them. torch is wanted for CPU:
 #          where pip would take a CUDA build, add PyTorch's index of CPU wheels with PIP_EXTRA_INDEX_URL.
-# --llama  (with --judges) also compares with llama.cpp: node-llama-cpp, prebuilt, 85 MB into .cache/llama_cpp; needs npm.
+# --llama  (with --judges) also compares with llama.cpp: node-llama-cpp, prebuilt, and Go's templates; 90 MB into .cache/llama_cpp; needs npm.
 #          LLAMA_CPP_NODE names another folder that has it, SMOLLM2_GGUF a real model for the slow tests.
 # --slow   also runs the tests that take minutes.
 # The tests run on 8 fake CPU devices. Compiled programs are kept in .cache/jax for the next run and for child processes.
@@ -17,7 +17,7 @@ for argument in "$@"; do
   export LLAMA_CPP_NODE=${LLAMA_CPP_NODE:-$PWD/.cache/llama_cpp}
   if [ ! -d "$LLAMA_CPP_NODE/node_modules/node-llama-cpp" ]; then
     npm install --prefix "$LLAMA_CPP_NODE" --omit=optional --ignore-scripts --no-audit --no-fund \
-      node-llama-cpp@3.22.1 "@node-llama-cpp/linux-$(node -p process.arch)@3.22.1"
+      node-llama-cpp@3.22.1 "@node-llama-cpp/linux-$(node -p process.arch)@3.22.1" @evertdespiegeleer/go-template@1.0.2
   fi
 done
 bash launch/install.sh "${extras[@]}"

@@ -19,9 +19,13 @@ class Format(NamedTuple):
 
     user: tuple[str, str]
     assistant: tuple[str, str]
-    """What comes before is also what asks for an answer."""
     system: tuple[str, str] | Literal["first", "last"]
     """A turn of its own; or, with an empty line after it, before the text of the first or the last user turn."""
+
+    @property
+    def ask(self) -> str:
+        """What asks for an answer; a space belongs to its first token."""
+        return self.assistant[0].rstrip(" ")
 
     @property
     def end(self) -> str:
@@ -49,7 +53,7 @@ _OF_VERSION = {"v1": "mistral v1", "v2": "mistral v3", "v3": "mistral v3"}
 
 def of_tokenizer(tokenizer: Mistral) -> Format:
     """What mistral-common writes for plain conversations: of v7 and later they are alike."""
-    return FORMATS[_OF_VERSION.get(tokenizer.version.value, "mistral v7")]
+    return FORMATS[_OF_VERSION.get(tokenizer.finetuning.version.value, "mistral v7")]
 
 
 # Turns whose texts can be told apart.
@@ -96,7 +100,7 @@ def spelled(chat: Format, messages: Sequence[Mapping[str, Any]], ask: bool = Fal
             case role:
                 assert role == "assistant", role
                 text += content.join(chat.assistant)
-    return text + (chat.assistant[0] if ask else "")
+    return text + (chat.ask if ask else "")
 
 
 def jinja(chat: Format) -> str:
@@ -131,7 +135,7 @@ def jinja(chat: Format) -> str:
             f"{{%- else %}}{refuse}",
             "{%- endif %}",
             "{%- endfor %}",
-            f"{{%- if add_generation_prompt %}}{{{{- {_quoted(chat.assistant[0])} }}}}{{% endif %}}",
+            f"{{%- if add_generation_prompt %}}{{{{- {_quoted(chat.ask)} }}}}{{% endif %}}",
         ]
     )
 
@@ -142,28 +146,24 @@ def go(chat: Format) -> str:
     .Messages has the system turns too, .System their text (https://docs.ollama.com/template).
     """
     last = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+    system = rules = first = ""
     if isinstance(chat.system, tuple):
-        system, rules = (
-            f'{{{{ if eq .Role "system" }}}}{_go(chat.system[0])}{{{{ .Content }}}}{_go(chat.system[1])}{{{{ end }}}}',
-            "",
-        )
-    else:
-        # the user turn that is answered is the last message
-        here = "$first" if chat.system == "first" else "$last"
-        system, rules = (
-            "",
-            f'{{{{ if and {here} $.System }}}}{{{{ $.System }}}}{{{{ "\\n\\n" }}}}{{{{ end }}}}{{{{ $first = false }}}}',
-        )
+        system = f'{{{{ if eq .Role "system" }}}}{_go(chat.system[0])}{{{{ .Content }}}}{_go(chat.system[1])}{{{{ end }}}}'
+    else:  # the user turn that is answered is the last message
+        where = "$first" if chat.system == "first" else "$last"
+        rules = f'{{{{ if and {where} $.System }}}}{{{{ $.System }}}}{{{{ "\\n\\n" }}}}{{{{ end }}}}'
+    if chat.system == "first":
+        first, rules = "{{ $first := true }}", rules + "{{ $first = false }}"
     return "".join(
         [
-            "{{ $first := true }}" if rules else "",
+            first,
             "{{ range $i, $_ := .Messages }}",
             last,
             system,
             f'{{{{ if eq .Role "user" }}}}{_go(chat.user[0])}{rules}{{{{ .Content }}}}{_go(chat.user[1])}{{{{ end }}}}',
             f'{{{{ if eq .Role "assistant" }}}}{_go(chat.assistant[0])}{{{{ .Content }}}}',
             f"{{{{ if not $last }}}}{_go(chat.assistant[1])}{{{{ end }}}}{{{{ end }}}}",
-            f'{{{{ if and $last (ne .Role "assistant") }}}}{_go(chat.assistant[0])}{{{{ end }}}}' if chat.assistant[0] else "",
+            f'{{{{ if and $last (ne .Role "assistant") }}}}{_go(chat.ask)}{{{{ end }}}}' if chat.ask else "",
             "{{ end }}",
         ]
     )

@@ -2,13 +2,15 @@
 // that is named.
 // A job: {model, lora?, prompts?: [[id]], texts?: [text], special?: bool, generate?: {ids, count}}; its answer:
 // {logits: [[[number]]], ids: [[id]], generated: [id], text, bos, context} or {error}. The cache of keys and values is F32.
+// Or {go: template, values}, for Go's text/template as Ollama has it: {text}.
 import {createRequire} from "node:module";
 import {pathToFileURL} from "node:url";
 import path from "node:path";
 import fs from "node:fs";
 
-const library = createRequire(path.join(process.env.LLAMA_CPP_NODE, "node_modules", "anchor.js")).resolve("node-llama-cpp");
-const {getLlama, LlamaLogLevel} = await import(pathToFileURL(library).href);
+const {resolve} = createRequire(path.join(process.env.LLAMA_CPP_NODE, "node_modules", "anchor.js"));
+const load = (name) => import(pathToFileURL(resolve(name)).href);
+const {getLlama, LlamaLogLevel} = await load("node-llama-cpp");
 const said = [];
 const llama = await getLlama({
     gpu: false, build: "never", maxThreads: 2, numa: false, logLevel: LlamaLogLevel.warn,
@@ -16,6 +18,7 @@ const llama = await getLlama({
 });
 
 async function answer(job) {
+    if (job.go) return {text: await (await load("@evertdespiegeleer/go-template")).parse(job.go, job.values)};
     const model = await llama.loadModel({modelPath: job.model, useMmap: false});
     const found = {bos: model.tokens.bos, context: model.trainContextSize, name: model.fileInfo.metadata.general.name};
     found.ids = (job.texts ?? []).map((text) => model.tokenize(text, job.special ?? false));

@@ -117,11 +117,10 @@ def test_the_package_gguf_reads_what_is_written(dtype: str, tmp_path: Path, toke
         theirs = found[piece.name].reshape(piece.shape)[piece.part]
         assert np.array_equal(theirs, ours[piece.name].read(piece.part).astype(np.float32))
         wanted = piece.to_file(fetch(parameters[piece.path], piece.lead)).astype(np.float32)
-        unit = {"F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0}[types[piece.name]] * np.abs(wanted) + (
-            2**-25 if dtype == "f16" else 0
-        )
-        if types[piece.name] == "Q8_0":  # half a step of the block, and the rounding of the step itself
-            unit = np.abs(wanted).reshape(-1, 32).max(1, keepdims=True).repeat(32, 1).reshape(wanted.shape) * (0.5 / 127 + 2**-10)
+        size, kind = np.abs(wanted), types[piece.name]
+        unit = size * {"F32": 0, "F16": 2**-11, "BF16": 2**-8}.get(kind, 0) + (2**-25 if kind == "F16" else 0)
+        if kind == "Q8_0":  # half a step of the block, and the rounding of the step itself
+            unit = size.reshape(-1, 32).max(1, keepdims=True).repeat(32, 1).reshape(size.shape) * (0.5 / 127 + 2**-10)
         assert np.all(np.abs(theirs - wanted) <= unit), piece.name
 
 

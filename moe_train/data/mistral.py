@@ -99,7 +99,9 @@ def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer
     """Validated, and normalised: consecutive messages of a role are joined, system texts moved where the version has them."""
     with _refusals():
         known = [Tool.from_openai(tool) for tool in tools] or None
-        request = ChatCompletionRequest.model_validate({"messages": [_plain(message) for message in messages], "tools": known})
+        request: ChatCompletionRequest = ChatCompletionRequest.model_validate(
+            {"messages": [_plain(message) for message in messages], "tools": known}
+        )
         version, settings = tokenizer.finetuning.version, _instruct(tokenizer).tokenizer.model_settings_builder
         get_validator(version, mode).validate_request(request)
         return get_normalizer(version, settings).from_chat_completion_request(request)

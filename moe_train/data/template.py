@@ -56,7 +56,7 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
     """Raise Problem where the template leaves tools, calls or results out, or writes them with tokens that are not there."""
     function = {"name": "look_up", "description": "Look a word up.", "parameters": {"type": "object", "properties": {}}}
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "quokka"}'}}
-    messages = [
+    messages: list[Message] = [
         {"role": "user", "content": "What is it?"},
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abcdefghi", "name": "look_up", "content": "marsupial"},

@@ -48,6 +48,8 @@ def export(
     shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
     opened = unquantised(open_model(source))
     run, lora, model = opened.run, opened.lora, opened.model
+    if merge and run and run.lora and run.lora.quantize:
+        log.info("trained beside weights in %s; merged into those of %s as they are there", run.lora.quantize.name, run.init_from)
     whole = layout in get_args(expected.Model)
     if not whole and (lora is None or merge):
         why = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"
@@ -58,7 +60,7 @@ def export(
     filetype = dtype or _dtype(opened)
     about = _about(opened)
     with jax.set_mesh(opened.mesh):
-        _, weights = opened.load(quantize=False)
+        _, weights = opened.load()
         if whole:
             record = write.export(
                 weights,

@@ -37,13 +37,9 @@ class Opened(NamedTuple):
     chat_template: str | None
     mesh: Mesh
 
-    def load(self, *, quantize: bool = True) -> tuple[Any, Parameters]:
-        """(structure, weights, adapters included); `mesh` is in force.
-
-        quantize: frozen weights as the run held them; otherwise as they are in its base.
-        """
-        lora = self.lora if self.lora is None or quantize else self.lora.model_copy(update={"quantize": None})
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, lora)))
+    def load(self) -> tuple[Any, Parameters]:
+        """(structure, weights, adapters included); `mesh` is in force."""
+        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
         return structure, load_parameters(self.directory, shapes)
 
 

@@ -177,7 +177,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: HuggingFac
         ([{"role": "user", "content": "\ufdd0"}, SINGLE[1]], "noncharacter"),
         ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0.5}], "weight 0.5"),
         ([*SINGLE[:1], {"role": "assistant", "tool_calls": [{"id": "1"}]}], "a call in message 1 is .*write"),
-        ([*SINGLE[:1], {"role": "assistant", "tool_calls": 5}], "a call in message 1 is 5"),
+        ([*SINGLE[:1], {"role": "assistant", "tool_calls": [5]}], "a call in message 1 is 5"),
         ([{"role": "user", "tool_calls": [{"id": "1", "function": {}}]}], "message 0 has role 'user', and tool_calls"),
         ([*SINGLE, {"role": "tool", "content": "a", "tool_call_id": 3}, SINGLE[1]], "tool_call_id of message 2 is 3"),
         ([*SINGLE, {"role": "tool", "content": "a"}], "the last message is tool"),

@@ -38,6 +38,10 @@ RENAMED = {
     "lora.targets.0.modules": "target_modules lora_target_modules lora_target_linear target_parameters lora_target",
     "lora.targets.0.rank": "lora_r r lora_rank",
     "lora.targets.0.alpha": "lora_alpha scaling",
+    "lora.dropout": "lora_dropout",
+    "lora.rslora": "use_rslora peft_use_rslora",
+    "lora.train": "modules_to_save lora_modules_to_save additional_target",
+    "lora.init_from": "lora_model_dir adapter_name_or_path",
     "lora.quantize.name": "load_in_4bit load_in_8bit bnb_4bit_quant_type",
     "data.tokenizer.path": "tokenizer_path tokenizer_name_or_path tokenizer_config tokenizer_model tokenizer_file hf_assets_path",
     "data.train": "datasets dataset_mixer train_file train_files train_data instruct_data",
@@ -74,7 +78,7 @@ RENAMED = {
     ),
     "train.microbatches": "gradient_accumulation_steps num_microbatches",
     "train.seq_len": (
-        "max_seq_length max_length sequence_len seq_length max_target_length cutoff_len model_max_length block_size train_seq_len"
+        "max_seq_length max_length sequence_len seq_length max_target_length cutoff_len model_max_length train_seq_len"
     ),
     "loss.load_balance_loss_coef": "router_aux_loss_coef moe_aux_loss_coeff load_balance_loss_weight aux_loss_alpha lbl_coef",
     "loss.router_z_loss_coef": "moe_z_loss_coeff rzl_coef",
@@ -127,6 +131,9 @@ REMARKS = {
     "moe_aux_loss_coeff": _ROUTER,
     "scaling": "alpha = scaling x rank",
     "lora_target_linear": 'modules: ["*"] is all of them',
+    "modules_to_save": "modules trained in full, such as embed, head, *_norm, ffn.router",
+    "lora_modules_to_save": "modules trained in full, such as embed, head, *_norm, ffn.router",
+    "additional_target": "modules trained in full, such as embed, head, *_norm, ffn.router",
     "target_parameters": "modules such as ffn.*_proj; routed experts get an adapter each",
     "val_set_size": "a source of its own",
     "eval_strategy": _IN_STEPS,
@@ -153,7 +160,6 @@ REMARKS = {
     "assistant_only_loss": "leave it out: of a conversation the assistant's tokens bear the loss",
     "adapter": "leave it out: a lora section makes adapters, none trains every weight",
     "use_peft": "leave it out: a lora section makes adapters, none trains every weight",
-    "lora_dropout": "leave it out: adapters have no dropout",
     "load_in_4bit": "nf4",
     "load_in_8bit": "int8",
     "resume_from_checkpoint": "leave it out: a run continues from the last checkpoint in run_dir by itself",

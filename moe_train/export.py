@@ -17,7 +17,7 @@ from moe_train.atomic import new_directory, refuse_existing
 from moe_train.data.conversation import Conversation, normalise
 from moe_train.data.sources import open_source
 from moe_train.model_dir import Opened, is_run, open_model
-from moe_train.weights import expected, foreign, mistral_lora, peft, proof, serve, write
+from moe_train.weights import expected, foreign, gguf_lora, mistral_lora, peft, proof, serve, write
 from moe_train.weights.safetensors_io import MAX_SHARD_BYTES
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,10 @@ def export(
                         peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=server)
                     case "mistral-lora":
                         mistral_lora.export_adapter(weights, model, lora, directory, dtype=_whole_dtype(filetype), texts=texts)
+                    case "gguf-lora":
+                        gguf_lora.export_adapter(weights, model, lora, directory, base_model=str(run.init_from), texts=texts)
                     case _:
-                        raise ValueError(f"--format {layout} is not written yet")
+                        raise AssertionError(layout)
                 record = proof.prove_adapter(
                     *(directory, layout, weights, model, lora, opened.tokenizer, opened.chat_template, conversations, about)
                 )

@@ -118,7 +118,7 @@ class _Cursor:
     """Reads a header front to back; what would lie beyond the end of the file is an error before it is looked at."""
 
     def __init__(self, file: Path, data: np.ndarray) -> None:
-        self.file, self.data, self.offset = file, memoryview(data), 0
+        self.file, self.data, self.offset = file, data.data, 0
 
     def can_hold(self, count: int, size: int, what: str) -> None:
         if count * size > (left := len(self.data) - self.offset):

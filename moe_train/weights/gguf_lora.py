@@ -7,6 +7,8 @@ What llama.cpp (v0.5.0) takes, as its source has it (llama-adapter.cpp, llama-gr
   up and down are apart: each may lack.
 - It adds alpha / rank · B·A, with one alpha a file and the rank of each B; rsLoRA is unknown to it. So a scale that differs
   goes into B. An alpha of 0 would stand for a scale of 1.
+- The router and a head of its own may have one too. Of the embedding it wants A and B the other way round, and applies them
+  to a tied head as well; that is left out here.
 - general.architecture has to be the base's. Nothing else of the base is compared than names and shapes.
 """
 
@@ -28,6 +30,7 @@ from moe_train.weights.arrays import Parameters, fetch
 from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
 
 FILE = "adapter.gguf"
+_LAYOUT = replace(names.GGUF, adapters_of_embed=names.GGUF.adapters)
 _ROUNDED = 2.0**-22
 """Of a product of two numbers, one of them rounded to float32 once more, the most by which it is off, relative."""
 
@@ -49,9 +52,10 @@ def export_adapter(
     ranks = {path.removesuffix(".lora_a"): a.shape[-1] for path, a in parameters.items() if path.endswith(".lora_a")}
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format gguf")
-    table = names.adapter_pieces(model, ranks, names.GGUF)
-    if elsewhere := ranks.keys() - {_module(piece) for piece in table}:
-        raise ValueError(f"an adapter of {sorted(elsewhere)[0]} has no place in this layout; export with --format gguf --merge")
+    table = names.adapter_pieces(model, ranks, _LAYOUT)
+    if "embed" in ranks:
+        raise ValueError("an adapter of embed is not written in this layout; export the whole model with --format gguf --merge")
+    assert ranks.keys() == {_module(piece) for piece in table}, ranks
     if lora.train:
         raise ValueError(f"lora.train has {lora.train[0]!r}, and llama.cpp takes adapters alone; export with --format gguf --merge")
     alpha = _alpha(lora, table)
@@ -113,6 +117,7 @@ def _prove(file: Path, table: list[names.Piece], parameters: Mapping[str, jax.Ar
         written, most = scale * np.tensordot(a, b, 1), scale * np.tensordot(np.abs(a), np.abs(b), 1)
         wanted = merge.delta(parameters, lora, replace(of_a, path=f"{_module(of_a)}.weight"))
         assert wanted is not None
+        wanted = wanted.T if _module(of_a) == "head" else wanted  # which is (V, D), as the embedding
         if not np.all(np.abs(written - wanted) <= _ROUNDED * most):
             raise RuntimeError(f"{of_a.name} and its lora_b are not the adapter of {_module(of_a)}{list(of_a.lead)} in memory")
         zero += not written.any()

@@ -16,6 +16,7 @@ from moe_train import checkpoint, config, config_file
 from moe_train.atomic import new_directory, refuse_existing
 from moe_train.data.conversation import Conversation, normalise
 from moe_train.data.sources import open_source
+from moe_train.mesh import join_processes
 from moe_train.model_dir import Opened, is_run, open_model
 from moe_train.weights import expected, foreign, gguf_lora, mistral_lora, peft, proof, serve, write
 from moe_train.weights.safetensors_io import MAX_SHARD_BYTES
@@ -44,6 +45,7 @@ def export(
     words for, FileNotFoundError for a run without checkpoint, FileExistsError where out_dir is taken, RuntimeError where
     the proof fails.
     """
+    join_processes()
     refuse_existing(Path(out_dir))  # before the work, not after it
     shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
     opened = unquantised(open_model(source))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import filecmp
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from moe_train import checkpoint, config
+from moe_train import checkpoint, cli, config
 from moe_train.data.tokenizer import HuggingFace, train_bpe
 from moe_train.export import export
 from moe_train.mesh import make_mesh
@@ -119,3 +123,94 @@ def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_p
     with pytest.raises(ValueError, match="it is no run"):
         export(tmp_path / "hf", tmp_path / "other", "peft")
     assert not (tmp_path / "other").exists()
+
+
+def test_another_tools_model_is_turned_into_every_layout_and_back(tokenizer: HuggingFace, tmp_path: Path) -> None:
+    with jax.set_mesh(make_mesh(MESH)):
+        weights = random_parameters(None)
+        texts = write.Texts(tokenizer, tokenizer.chat_template)
+        write.export(weights, MODEL, tmp_path / "hf", dtype="bfloat16", texts=texts, depth="tensors")
+    before = foreign.hashes(tmp_path / "hf")
+    for layout in ("mistral", "gguf"):
+        export(tmp_path / "hf", tmp_path / layout, layout, depth="tensors")
+        record = export(tmp_path / layout, tmp_path / f"{layout}-hf", dtype="bfloat16", depth="tensors")
+        assert record["dtype"] == "bfloat16" and record["source"] == str(tmp_path / layout)
+        assert foreign.hashes(tmp_path / f"{layout}-hf") == before
+        assert foreign.read_model(tmp_path / f"{layout}-hf") == MODEL
+    with pytest.raises(ValueError, match="dtype q8_0 is not one of hf's"):
+        export(tmp_path / "hf", tmp_path / "other", dtype="q8_0")
+    with pytest.raises(ValueError, match="max-shard-size is 'much'"):
+        export(tmp_path / "hf", tmp_path / "other", max_shard_size="much")
+    export(tmp_path / "hf", tmp_path / "shards", max_shard_size="10KB", depth="tensors")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    assert not (tmp_path / "other").exists()
+
+
+def test_verify_says_what_it_found_with_its_exit_code(
+    tokenizer: HuggingFace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with jax.set_mesh(make_mesh(MESH)):
+        save_run(tmp_path / "run", random_parameters(None), tokenizer)
+
+    def verify(*arguments: str) -> tuple[int, dict[str, Any]]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["verify", str(tmp_path / "hf"), "--json", *arguments])
+        return int(ended.value.code or 0), json.loads(capsys.readouterr().out)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(tmp_path / "run"), str(tmp_path / "hf"), "--proof", "tensors"])
+    assert not ended.value.code and "not checked" in capsys.readouterr().out
+    record = json.loads((tmp_path / "hf/export_proof.json").read_text())
+    assert record["step"] == 1 and len(record["config_sha256"]) == 64 and record["run"] == "run"
+    code, found = verify("--run", str(tmp_path / "run"))
+    checks = {check["name"]: check["passed"] for check in found["checks"]}
+    assert code == 0 and found["passed"] and checks["merge"] and checks["answers"] is None
+
+    (shard,) = (tmp_path / "hf").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    code, found = verify()
+    assert code == 1 and {check["name"] for check in found["checks"] if check["passed"] is False} == {"files", "tensors"}
+    code, found = verify("--run", str(tmp_path / "run"))
+    (merge,) = (check for check in found["checks"] if check["name"] == "merge")
+    assert merge["said"].endswith("is not head.weight[] in memory")
+
+
+INTERRUPTED = """
+import os, resource, signal, sys
+from pathlib import Path
+import jax
+from moe_train.mesh import make_mesh
+from moe_train import config
+from moe_train.weights import strided
+from tests.weights import two_processes as model
+if sys.argv[2] == "kill":
+    parts, calls = strided.parts, []
+    def counted(x):
+        calls.append(0)
+        if len(calls) == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return parts(x)
+    strided.parts = counted
+else:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
+with jax.set_mesh(make_mesh(config.Mesh())):
+    model.export(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "no room"])
+def test_an_export_that_is_killed_or_cannot_write_leaves_nothing_that_looks_finished(how: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "out"), how]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == (-9 if how == "kill" else 1), done.stderr
+    left = list(tmp_path.iterdir())
+    assert len(left) == (1 if how == "kill" else 0)
+    for path in left:
+        assert path.name.startswith(".out.unfinished-") and not (path / "export_proof.json").exists()
+        assert any(path.glob("*.safetensors"))
+    if how == "no room":
+        assert "File too large" in done.stderr

@@ -1,6 +1,6 @@
 """What a model answers to fixed prompts: logits at every position, and the experts that its routers chose.
 
-In float32, with the plain reference kernels, so that two sets of weights differ by what they are and by nothing else.
+In float32, with plain kernels that every platform has, so that two sets of weights differ by what they are and by nothing else.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def fixed_prompts(model: config.Model, tokenizer: Tokenizer | None) -> Prompts:
 def structure_and_shapes(
     model: config.Model, lora: config.Lora | None, dtype: config.Dtype
 ) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
-    """A model that computes in float32 with the reference kernels; `dtype` is its weights'. A mesh is in force."""
-    compute = config.Compute(dtype="float32", param_dtype=dtype, attention="reference", grouped_matmul="reference")
+    """A model that computes in float32 with plain kernels; `dtype` is its weights'. A mesh is in force."""
+    compute = config.Compute(dtype="float32", param_dtype=dtype, attention="reference", grouped_matmul="blocked")
     return parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
 
 

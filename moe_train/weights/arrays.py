@@ -1,33 +1,42 @@
-"""Between tensors of files and sharded arrays: one device's part at a time in, one matrix at a time out."""
+"""Between tensors of files and sharded arrays, a part at a time in both directions."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_train.model.fsdp import spec_of
 from moe_train.model.quantize import Quantized, quantize_like
+from moe_train.weights import strided
 from moe_train.weights.names import Piece
 from moe_train.weights.on_disk import Tensor
 
 Parameters = dict[str, jax.Array]
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 Ranges = tuple[tuple[int, int], ...]
+Read = Callable[[tuple[int, ...], Sequence[np.ndarray]], None]
+"""Reads a matrix, by its entry in the stacked dims, into memory: one array, or those that it is converted to."""
+CHUNK = 2**20
+"""Bytes of a file that are read at a time."""
+BESIDE = 2**27
+"""Bytes of weights that are on the host at a time on their way to an accelerator, unless one matrix is larger."""
 
 
 def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> Parameters:
     """Arrays with the shapes, dtypes and shardings of `abstract`, read from `tensors` as `table` says.
 
-    Each device's part is read on its own (no more of the file than that) and sent before the next is read. Quantised
-    weights are so matrix by matrix, as they are read. `names.check` has found the three to fit. The mesh in force is the
-    one of the shardings.
+    Each device's part is read on its own, and no more of the files than that: onto an accelerator matrix by matrix, and
+    where the device's memory is the host's, straight into it. Quantised weights are so matrix by matrix, as they are
+    read. `names.check` has found the three to fit. The mesh in force is the one of the shardings.
     """
     filled = {}
     by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
@@ -41,19 +50,19 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
                 arrays = _arrays(both.shape, both, partial(quantize_like, like=both), by_path[weight], tensors, pool)
                 filled |= {path: arrays[0], f"{weight}.scales": arrays[1]}
             elif part != "scales":
-                (filled[path],) = _arrays(like.shape, [like], lambda w: (w,), by_path[path], tensors, pool)
+                (filled[path],) = _arrays(like.shape, [like], None, by_path[path], tensors, pool)
     return filled
 
 
 def _arrays(
     shape: tuple[int, ...],
     likes: Sequence[jax.ShapeDtypeStruct],
-    convert: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+    convert: Callable[[np.ndarray], tuple[np.ndarray, ...]] | None,
     pieces: Mapping[tuple[int, ...], Piece],
     tensors: Mapping[str, Tensor],
     pool: ThreadPoolExecutor,
 ) -> list[jax.Array]:
-    """The arrays, all split alike, that `convert` makes of a weight of this shape."""
+    """The weight of this shape as an array; or the arrays, all split alike, that `convert` makes of each of its matrices."""
     spec = likes[0].sharding
     assert isinstance(spec, NamedSharding), likes
     sharding = NamedSharding(jax.sharding.get_mesh(), spec.spec)  # that of `likes` may be of an abstract mesh
@@ -62,34 +71,104 @@ def _arrays(
         assert index is not None
         ranges = tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
         replicas.setdefault(ranges, []).append(device)
+    stacked = len(next(iter(pieces)))
+    shards = [jax.ShapeDtypeStruct(sharding.shard_shape(like.shape), like.dtype) for like in likes]
     parts: list[list[jax.Array]] = [[] for _ in likes]
     for ranges, devices in replicas.items():
-        hosts = [np.empty(sharding.shard_shape(like.shape), like.dtype) for like in likes]
-        _read(hosts, ranges, convert, pieces, tensors, pool)
-        for host, sent in zip(hosts, parts, strict=True):
-            sent += [jax.device_put(host, device) for device in devices]
-        jax.block_until_ready(parts)  # the host's copy goes before the next one comes
-    return [jax.make_array_from_single_device_arrays(like.shape, sharding, sent) for like, sent in zip(likes, parts, strict=True)]
+
+        def read(lead: tuple[int, ...], outs: Sequence[np.ndarray], ranges: Ranges = ranges) -> None:
+            piece = pieces[lead]
+            if convert is None:
+                _read(piece, tensors[piece.name], ranges[stacked:], outs[0])
+                return
+            for out, x in zip(outs, convert(piece.from_file(tensors[piece.name].read, ranges[stacked:])), strict=True):
+                out[...] = x
+
+        put = _put_in_place if _is_host(devices[0]) else _put_one_by_one
+        for found, more in zip(parts, put(ranges[:stacked], shards, devices, read, pool), strict=True):
+            found += more
+    return [jax.make_array_from_single_device_arrays(like.shape, sharding, found) for like, found in zip(likes, parts, strict=True)]
 
 
-def _read(
-    parts: Sequence[np.ndarray],
-    ranges: Ranges,
-    convert: Callable[[np.ndarray], tuple[np.ndarray, ...]],
-    pieces: Mapping[tuple[int, ...], Piece],
-    tensors: Mapping[str, Tensor],
-    pool: ThreadPoolExecutor,
-) -> None:
-    """Fill `parts` with what `convert` makes of the entries `ranges` of a stacked weight."""
-    stacked = len(next(iter(pieces)))
+def _is_host(device: jax.Device) -> bool:
+    """Whether the device's memory is the host's."""
+    return device.platform == "cpu"
 
-    def read(lead: tuple[int, ...]) -> None:
-        piece = pieces[lead]
-        here = tuple(i - start for i, (start, _) in zip(lead, ranges, strict=False))
-        for part, x in zip(parts, convert(piece.from_file(tensors[piece.name].read, ranges[stacked:])), strict=True):
-            part[here] = x
 
-    list(pool.map(read, itertools.product(*(range(*r) for r in ranges[:stacked]))))
+def _put_in_place(
+    lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: Read, pool: ThreadPoolExecutor
+) -> list[list[jax.Array]]:
+    """Of each of `shards` an array for each of the devices, in memory that these then use as it is."""
+    hosts = [_aligned(shard.shape, shard.dtype) for shard in shards]
+
+    def one(lead: tuple[int, ...]) -> None:
+        at = tuple(i - start for i, (start, _) in zip(lead, lead_ranges, strict=True))
+        read(lead, [host[at] if at else host for host in hosts])
+
+    list(pool.map(one, _leads(lead_ranges)))
+    return [[jax.device_put(host, device) for device in devices] for host in hosts]
+
+
+def _put_one_by_one(
+    lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: Read, pool: ThreadPoolExecutor
+) -> list[list[jax.Array]]:
+    """The same, a few matrices on the host at a time."""
+    stacked = len(lead_ranges)
+
+    def one(lead: tuple[int, ...]) -> list[np.ndarray]:
+        hosts = [np.empty((1,) * stacked + shard.shape[stacked:], shard.dtype) for shard in shards]
+        read(lead, [host[(0,) * stacked] if stacked else host for host in hosts])
+        return hosts
+
+    leads = list(_leads(lead_ranges))
+    meshes = [Mesh(np.array([device]), ("here",)) for device in devices]  # arrays of one device alone
+    buffers: list[list[jax.Array]] = [[] for _ in shards]
+    for found, shard in zip(buffers, shards, strict=True):
+        for mesh in meshes:
+            with jax.set_mesh(mesh):
+                found.append(jax.jit(partial(jnp.zeros, shard.shape, shard.dtype), out_shardings=NamedSharding(mesh, P()))())
+    window = max(1, BESIDE // max(1, sum(shard.size // len(leads) * shard.dtype.itemsize for shard in shards)))
+    for start in range(0, len(leads), window):
+        some = leads[start : start + window]
+        for lead, hosts in zip(some, pool.map(one, some), strict=True):
+            at = [i - first for i, (first, _) in zip(lead, lead_ranges, strict=True)]
+            for found, host in zip(buffers, hosts, strict=True):
+                where = np.array(at + [0] * (host.ndim - stacked), np.int32)
+                for i, mesh in enumerate(meshes):
+                    with jax.set_mesh(mesh):
+                        found[i] = _place(found[i], jax.device_put(host, NamedSharding(mesh, P())), where)
+        jax.block_until_ready(buffers)  # the host's copies go before the next ones come
+    return [[buffer.addressable_data(0) for buffer in found] for found in buffers]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(buffer: jax.Array, entry: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, entry, tuple(at))
+
+
+def _leads(ranges: Ranges) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*(range(*r) for r in ranges))
+
+
+def _read(piece: Piece, tensor: Tensor, ranges: Ranges, out: np.ndarray) -> None:
+    """The entries `ranges` of a matrix, about a MiB of the file at a time."""
+    rows = piece.axes.index((0,))  # the dim of ours that goes over rows of the file
+    start, stop = ranges[rows]
+    row = max(1, out.size * tensor.dtype.itemsize // max(1, stop - start))
+    step = max(1, CHUNK // row)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        cut = (*ranges[:rows], (first, last), *ranges[rows + 1 :])
+        into = (slice(None),) * rows + (slice(first - start, last - start),)
+        strided.copy_into(out[into], piece.from_file(tensor.read, cut))
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that XLA:CPU takes for an array's own, without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def fetch(array: jax.Array, lead: tuple[int, ...] = ()) -> np.ndarray:
@@ -123,8 +202,13 @@ def _entry_of_shard(shard: Any, lead: tuple[int, ...]) -> np.ndarray:
 
 
 @jax.jit
-def _entry(array: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    """Whole on every device."""
+def _entry(array: jax.Array, lead: tuple[jax.Array, ...]) -> jax.Array:
+    """Whole on every device, bit for bit."""
+    bits = jax.lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
     for i in lead:
-        array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
-    return jax.sharding.reshard(array, P())
+        if spec_of(bits)[0] is None:
+            bits = jax.lax.dynamic_index_in_dim(bits, i, keepdims=False)
+        else:  # the others' are zeros, so that the sum over the devices is this entry
+            mine = (jnp.arange(len(bits)) == i).reshape(-1, *(1,) * (bits.ndim - 1))
+            bits = jnp.sum(jnp.where(mine, bits, 0), axis=0, dtype=bits.dtype)
+    return jax.lax.bitcast_convert_type(jax.sharding.reshard(bits, P()), array.dtype)

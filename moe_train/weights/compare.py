@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.model.lora import is_trainable
-from moe_train.weights import expected, reread
+from moe_train.weights import expected, reread, together
 from moe_train.weights.arrays import fetch
 from moe_train.weights.checks import Fault, NotChecked
 from moe_train.weights.expected import Part, Wanted
@@ -117,6 +117,8 @@ def _examine(stored: Stored, wanted: Wanted, parameters: Mapping[str, jax.Array]
         for i, part in enumerate(wanted.parts):
             decoded = stored.kind in (*MANTISSA, "Q8_0")
             values = _Values(part, parameters, lora) if parameters is not None and decoded else None
+            if not together.is_first():  # this process has given its part of the values
+                continue
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 raw = stored.read(file.fileno(), i * rows + start, i * rows + stop)
@@ -272,13 +274,13 @@ def examine_adapter(
         if name_a in left and name_b in left:
             a, b = left.pop(name_a), left.pop(name_b)
             deltas += _deltas(wanted, a, b, parameters if trained else None, lora, scale_in_file)
-        elif (name := expected.whole_name(layout, wanted.name)) in left:
-            whole.append(wanted._replace(name=name))
-            left.pop(name)
-        elif is_trainable(wanted.parts[0].path, lora):
-            raise Fault(f"{name}, which was trained in full, is missing")
-    if layout == "peft" and model.tie_embeddings and (head := "base_model.model.lm_head.weight") in left:
-        whole.append(Wanted(head, left.pop(head).shape, (Part("embed.weight", (), expected.as_is),)))  # PEFT keeps both ends
+            continue
+        for name in expected.whole_names(layout, wanted.name, model.tie_embeddings):
+            if name in left:
+                whole.append(wanted._replace(name=name))
+                left.pop(name)
+            elif is_trainable(wanted.parts[0].path, lora):
+                raise Fault(f"{name}, which was trained in full, is missing")
     if left:
         raise Fault(f"{min(left)} does not belong there" + (f" (and {len(left) - 1} more)" if len(left) > 1 else ""))
     examined = examine(stored, whole, parameters, None).examined if whole else {}

@@ -86,9 +86,12 @@ def adapter_names(layout: Adapter, weight: str) -> tuple[str, str]:
             return f"{weight}.lora_a", f"{weight}.lora_b"
 
 
-def whole_name(layout: Adapter, weight: str) -> str:
-    """The name of a weight that was trained in full, beside the adapters; of a router, PEFT wants transformers 5's."""
-    return f"base_model.model.{weight}".replace(".block_sparse_moe.gate.", ".mlp.gate.") if layout == "peft" else weight
+def whole_names(layout: Adapter, weight: str, tied: bool) -> list[str]:
+    """The names of a weight that was trained in full, beside the adapters: one, or a tied table's two."""
+    if layout != "peft":
+        return [weight]
+    name = f"base_model.model.{weight.replace('.block_sparse_moe.gate.', '.mlp.gate.')}"  # as transformers 5 has it
+    return [name, "base_model.model.lm_head.weight"] if tied and "embed_tokens" in weight else [name]
 
 
 OF_MODEL: dict[Adapter, Model] = {"peft": "hf", "mistral-lora": "mistral", "gguf-lora": "gguf"}

@@ -46,8 +46,12 @@ def write(
     matrix: Callable[[names.Piece], np.ndarray],
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = safetensors_io.MAX_SHARD_BYTES,
+    share: safetensors_io.Share = safetensors_io.ALL,
 ) -> None:
-    """Shards, their index, config.json and generation_config.json; `matrix` is asked for one piece at a time."""
+    """Shards, their index, config.json and generation_config.json; `matrix` is asked for one piece at a time.
+
+    share: of several processes that write together.
+    """
     settings = write_model_config(
         model,
         dtype=dtype,
@@ -57,7 +61,9 @@ def write(
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     pieces = {piece.name: piece for piece in names.pieces(model)}
     specs = [safetensors_io.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
-    safetensors_io.write_model(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes)
+    safetensors_io.write_model(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
+    if share.index != 0:
+        return
     write_json(directory / "config.json", settings)
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
 

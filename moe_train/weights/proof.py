@@ -30,7 +30,7 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.json_file import read_object
 from moe_train.model.fsdp import spec_of
 from moe_train.model.lora import is_lora
-from moe_train.weights import answers, compare, expected, foreign, proof_texts, reread
+from moe_train.weights import answers, compare, expected, foreign, proof_texts, reread, together
 from moe_train.weights.checks import Check, Fault, NotChecked, require, run
 from moe_train.weights.merge import scale_of
 
@@ -102,7 +102,7 @@ def _described(tensors: Iterable[compare.Tensors]) -> dict[str, Any]:
 def _finish(directory: Path, checks: list[Check], start: float) -> dict[str, Any]:
     """Raise where a check failed, in all processes; else what every record ends with."""
     _agree(checks)
-    hashes = file_hashes(directory) if jax.process_index() == 0 else {}
+    hashes = file_hashes(directory) if together.is_first() else {}
     return {
         "files": hashes,
         "checks": [check._asdict() for check in checks],
@@ -113,14 +113,10 @@ def _finish(directory: Path, checks: list[Check], start: float) -> dict[str, Any
 
 
 def _agree(checks: list[Check]) -> None:
-    """Process 0 has compared the tensors; what it found holds for all."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        ok = np.asarray(all(check.passed is not False for check in checks))
-        if not np.all(multihost_utils.process_allgather(ok)) and ok:
-            raise RuntimeError("the proof failed in another process, which says why")
-    require(checks)
+    """Raise, in all processes, where a check failed in one; the first has compared the tensors."""
+    if not together.all_agree(all(check.passed is not False for check in checks)):
+        require(checks)
+        raise RuntimeError("the proof failed in another process, which says why")
 
 
 def _architecture(export: Export) -> tuple[str, dict[str, Any]]:

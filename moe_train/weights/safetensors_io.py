@@ -1,15 +1,17 @@
-"""Safetensors files: read by the library, a range at a time; written as a stream, one tensor in memory.
+"""Safetensors files: checked by the library, read a range at a time; written as a stream, a MiB in memory.
 
 A model is one `model.safetensors`, or shards with `model.safetensors.index.json`; Mistral's are called `consolidated`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -39,11 +41,33 @@ class Tensor:
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
-    slices: Any
+    offset: int
+    opened: BinaryIO
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
-        """The part at `index` (integers and step-1 slices of leading dims; () is all of it), copied into memory."""
-        return self.slices[index or (slice(None),) * len(self.shape)]
+        """The part at `index` (integers and step-1 slices of leading dims; () is all of it), copied into memory.
+
+        Read, not mapped: pages of a mapped file would count as this process's memory.
+        """
+        cuts = [range(at, at + 1) if isinstance(at, int) else range(*at.indices(size)) for at, size in zip(index, self.shape)]  # noqa: B905
+        cuts += [range(size) for size in self.shape[len(cuts) :]]
+        out = np.empty([len(cut) for cut in cuts], self.dtype)
+        if out.size:
+            # dims from `whole` on lie together in the file
+            whole = max((d for d, (cut, size) in enumerate(zip(cuts, self.shape, strict=True)) if len(cut) < size), default=0)
+            strides = [nbytes(self.shape[d + 1 :], self.dtype) for d in range(len(self.shape))]
+            for lead in itertools.product(*(range(len(cut)) for cut in cuts[:whole])):
+                at = sum(cut[i] * stride for cut, i, stride in zip(cuts, (*lead, 0), strides))  # noqa: B905
+                self._read_into(out[lead], self.offset + at)
+        return out.reshape([len(cut) for d, cut in enumerate(cuts) if d >= len(index) or not isinstance(index[d], int)])
+
+    def _read_into(self, out: np.ndarray, offset: int) -> None:
+        into, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+        while done < len(into):  # a call gives 2 GiB at most
+            count = os.preadv(self.opened.fileno(), [into[done:]], offset + done)
+            if not count:
+                raise ValueError(f"{self.file} is truncated: it ends inside {self.name}")
+            done += count
 
 
 def has_model(directory: str | Path, stem: str = "model") -> bool:
@@ -81,15 +105,33 @@ def open_file(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
-        handle = safetensors.safe_open(str(file), framework="numpy")
-        slices = {name: handle.get_slice(name) for name in list(handle.keys())}
-        headers = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        with safetensors.safe_open(str(file), framework="numpy") as checked:  # its places are found to fit the file
+            names = list(checked.keys())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error
-    for name, (_, code) in headers.items():
+    opened = file.open("rb")
+    length = int.from_bytes(opened.read(8), "little")
+    try:
+        header = json.loads(opened.read(length), object_pairs_hook=_each_once)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    tensors = {}
+    for name in names:
+        code, shape, (start, _) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
         if code not in _DTYPES:
             raise ValueError(f"{file}: {name} is {code}, read are {', '.join(_DTYPES)}; quantised models are not supported")
-    return {name: Tensor(name, file, shape, _DTYPES[code], slices[name]) for name, (shape, code) in headers.items()}
+        tensors[name] = Tensor(name, file, tuple(shape), _DTYPES[code], 8 + length + start, opened)
+    return tensors
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The library takes the last of several; which of them was meant is not known."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"its header has {name} twice")
+        found[name] = value
+    return found
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -114,24 +156,60 @@ class Spec(NamedTuple):
     dtype: np.dtype
 
 
+class Share(NamedTuple):
+    """Which files of a model this process writes: every `count`th, from `index` on."""
+
+    index: int = 0
+    count: int = 1
+
+
+ALL = Share()
+
+
 def write_model(
-    directory: Path, specs: Sequence[Spec], tensor: Callable[[Spec], np.ndarray], max_shard_bytes: int = MAX_SHARD_BYTES
+    directory: Path,
+    specs: Sequence[Spec],
+    tensor: Callable[[Spec], np.ndarray],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    share: Share = ALL,
 ) -> list[Path]:
-    """Write `model-0000i-of-0000N.safetensors` and the index; `tensor` is asked for one array at a time."""
+    """Write `model-0000i-of-0000N.safetensors` and the index; `tensor` is asked for one array at a time.
+
+    share: of several processes. All of them ask for all arrays, in one order, and write a file each at a time; the index
+    is the first one's. An error of one is raised when all have been asked for, so that no other process waits for it.
+    """
     shards: list[list[Spec]] = [[]]
     for spec in specs:
         if shards[-1] and sum(nbytes(s.shape, s.dtype) for s in (*shards[-1], spec)) > max_shard_bytes:
             shards.append([])
         shards[-1].append(spec)
     files = [directory / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        write_file(file, shard, tensor)
+    errors = []
+    for first in range(0, len(shards), share.count):
+        if share.count == 1:
+            write_file(files[first], shards[first], tensor)
+            continue
+        together = shards[first : first + share.count]
+        mine = share.index if share.index < len(together) else None
+        in_order = [(i, spec) for specs in itertools.zip_longest(*together) for i, spec in enumerate(specs) if spec is not None]
+        asked = ((i == mine, tensor(spec)) for i, spec in in_order)
+        try:
+            if mine is not None:
+                write_file(files[first + mine], together[mine], lambda spec, asked=asked: next(x for own, x in asked if own))
+        except OSError as error:
+            errors.append(error)
+        for _ in asked:  # the rest is the other processes'
+            pass
+    if errors:
+        raise errors[0]
     index = {
         "metadata": {"total_size": sum(nbytes(s.shape, s.dtype) for s in specs)},
         "weight_map": {spec.name: file.name for file, shard in zip(files, shards, strict=True) for spec in shard},
     }
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [*files, directory / INDEX]
+    at = directory / INDEX.format(stem="model")
+    if share.index == 0:
+        at.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*files, at]
 
 
 def write_file(file: Path, specs: Iterable[Spec], tensor: Callable[[Spec], np.ndarray]) -> None:

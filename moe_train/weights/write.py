@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import jax
 import numpy as np
 
 from moe_train import config
@@ -15,10 +17,10 @@ from moe_train.atomic import new_directory
 from moe_train.data.conversation import Conversation
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.model.lora import is_lora
-from moe_train.weights import expected, gguf, hf, mistral, names, proof
+from moe_train.weights import expected, gguf, hf, mistral, names, proof, together
 from moe_train.weights import merge as merging
 from moe_train.weights.arrays import Parameters
-from moe_train.weights.safetensors_io import MAX_SHARD_BYTES
+from moe_train.weights.safetensors_io import MAX_SHARD_BYTES, Share
 
 Format = expected.Model
 
@@ -72,31 +74,49 @@ def export(
     check_dtype(layout, dtype)
     section = lora if merge else None
 
+    if jax.process_count() > 1 and layout != "hf":
+        raise ValueError(f"weights of several processes are exported as --format hf; make {layout} of that in one process")
+
     def matrix(piece: names.Piece, filetype: np.dtype) -> np.ndarray:
         return piece.to_file(merging.merged(parameters, section, piece, filetype))
 
     numbers = sum(array.size for path, array in parameters.items() if not is_lora(path))
     check_space(out_dir, numbers * {"float32": 4, "f32": 4, "q8_0": 1}.get(dtype, 2))
-    with new_directory(out_dir) as directory:
-        write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)
-        write_texts(directory, texts, layout)
+    with _one_directory(out_dir) as directory:
+        with _together():
+            write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)
+            if together.is_first():
+                write_texts(directory, texts, layout)
         made = proof.Export(
-            *(
-                directory,
-                layout,
-                dtype,
-                parameters,
-                model,
-                section,
-                texts.tokenizer,
-                texts.chat_template,
-                conversations,
-                about or {},
-            )
+            *(directory, layout, dtype, parameters, model, section),
+            *(texts.tokenizer, texts.chat_template, conversations, about or {}),
         )
         record = proof.prove(made, depth)
-        proof.write(directory, record)
+        if together.is_first():
+            proof.write(directory, record)
         return record
+
+
+@contextmanager
+def _one_directory(out_dir: str | Path) -> Iterator[Path]:
+    """`new_directory`, the same for all processes: the first one makes it, and renames it when all have come to the end."""
+    with new_directory(out_dir) if together.is_first() else nullcontext() as made:
+        yield Path(together.from_first(str(made)))
+    together.all_agree(True)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What goes wrong in one process stops all of them at the end of the block."""
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    if not together.all_agree(fault is None) and fault is None:
+        raise RuntimeError("another process could not write its part of the export, and says why")
+    if fault is not None:
+        raise fault
 
 
 def write(
@@ -105,11 +125,11 @@ def write(
     """The files of a whole model, but not those that `write_texts` copies."""
     match layout:
         case "hf":
-            filetype = np.dtype(dtype)
-            hf.write(directory, model, dtype, lambda piece: matrix(piece, filetype), texts.tokenizer, max_shard_bytes)  # type: ignore[arg-type]
+            filetype, share = np.dtype(dtype), Share(jax.process_index(), jax.process_count())
+            hf.write(directory, model, dtype, lambda p: matrix(p, filetype), texts.tokenizer, max_shard_bytes, share)  # type: ignore[arg-type]
         case "mistral":
             filetype = np.dtype(dtype)
-            mistral.write(directory, model, dtype, lambda piece: matrix(piece, filetype), texts.tokenizer)  # type: ignore[arg-type]
+            mistral.write(directory, model, dtype, lambda p: matrix(p, filetype), texts.tokenizer)  # type: ignore[arg-type]
         case "gguf":
             gguf.write(directory, model, dtype, matrix, texts.tokenizer, texts.chat_template)
 

@@ -18,10 +18,10 @@ from jax.sharding import NamedSharding
 from moe_train import config
 from moe_train.data.conversation import Conversation
 from moe_train.data.tokenizer import HuggingFace, train_bpe
-from moe_train.mesh import make_mesh
+from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import init_model, parameters
 from moe_train.verify import verify
-from moe_train.weights import answers, expected, mistral_lora, names, peft, proof, repeat, reread, write
+from moe_train.weights import answers, expected, gguf_lora, mistral_lora, names, peft, proof, repeat, reread, write
 
 MODEL = config.Model(
     family="mixtral",
@@ -345,7 +345,7 @@ def test_the_answers_are_the_models_own(weights: dict[str, jax.Array]) -> None:
         found = answers.answers(structure, weights, prompts)
         model = answers.combine(structure, weights)
         segments = np.ones(prompts.tokens_PT.shape, np.int32)
-        hidden, _ = model(*(jax.numpy.asarray(x, np.int32) for x in (*prompts, segments)))
+        hidden, _ = model(*put_batch(tuple(x.astype(np.int32) for x in (*prompts, segments)), ONE))
         logits = np.asarray(model.logits(hidden))
     assert np.abs(found.logits_PTV - logits).max() / np.abs(logits).max() < 1e-5
     assert found.routers_LPTE is not None and found.routers_LPTE.shape == (2, 4, 16, 4)
@@ -357,6 +357,8 @@ def test_the_answers_are_the_models_own(weights: dict[str, jax.Array]) -> None:
 def write_adapter(layout: str, directory: Path, weights: dict[str, jax.Array], texts: write.Texts) -> None:
     if layout == "peft":
         peft.export_adapter(weights, MODEL, LORA, directory, base_model="base", texts=texts)
+    elif layout == "gguf-lora":
+        gguf_lora.export_adapter(weights, MODEL, LORA, directory, base_model="base", texts=texts)
     else:
         mistral_lora.export_adapter(weights, MODEL, LORA, directory, dtype="float32", texts=texts)
 
@@ -393,6 +395,31 @@ def test_a_fault_in_an_adapter_is_found(layout: Any, weights: Any, texts: write.
             prove(directory)
         _, checks = verify(directory)
         assert {"files", "tensors"} <= {check.name for check in checks if check.passed is False}
+
+
+def test_a_fault_in_a_gguf_adapter_is_found(weights: Any, texts: write.Texts, tmp_path: Path) -> None:
+    write_adapter("gguf-lora", tmp_path / "good", weights, texts)
+    arguments = ("gguf-lora", weights, MODEL, LORA, None, None, [], {})
+    with jax.set_mesh(ONE):
+        record = proof.prove_adapter(tmp_path / "good", *arguments)
+        proof.write(tmp_path / "good", record)
+        (deltas,) = (check for check in record["checks"] if check["name"] == "deltas")
+        assert deltas["figures"]["count"] == 2 * (4 + 3 * 4) and not deltas["figures"]["untrained"]
+        patch(tmp_path / "good", "blk.1.ffn_down_exps.weight.lora_b", lambda rows: np.roll(rows, 32, axis=0))
+        with pytest.raises(RuntimeError, match=r"\(deltas\): the adapter of stacks\.0\.layers\.0\.ffn\.down_proj\[1, 0\]"):
+            proof.prove_adapter(tmp_path / "good", *arguments)
+    _, checks = verify(tmp_path / "good")
+    assert {check.name for check in checks if check.passed is False} == {"files", "tensors"}
+
+
+def test_what_was_trained_in_full_beside_an_adapter_is_compared(weights: Any, texts: write.Texts, tmp_path: Path) -> None:
+    lora = LORA.model_copy(update={"train": ("*norm", "ffn.router", "embed")})
+    peft.export_adapter(weights, MODEL, lora, tmp_path / "out", base_model="base", texts=texts)
+    with jax.set_mesh(ONE):
+        proof.prove_adapter(tmp_path / "out", "peft", weights, MODEL, lora, None, None, [], {})
+        moved = {**weights, "stacks.0.layers.0.ffn.router.weight": weights["stacks.0.layers.0.ffn.router.weight"] + 1}
+        with pytest.raises(RuntimeError, match=r"\(tensors\): .*mlp\.gate\.weight .* is not stacks"):
+            proof.prove_adapter(tmp_path / "out", "peft", moved, MODEL, lora, None, None, [], {})
 
 
 def test_a_record_that_is_none_is_one_clear_line(tmp_path: Path) -> None:

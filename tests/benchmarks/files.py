@@ -1,0 +1,155 @@
+"""Files beside transformers': seconds and memory to save and to load a Mixtral of 995 MiB in float32, a process each.
+
+    python tests/benchmarks/files.py [--cores 1] [--rounds 2]
+
+Saving is until the directory has its name: ours is synced to the disk, transformers' is not. `write` is without the proof;
+`tensors` and `full` are with it. Loading touches every number. Memory is the most that was resident above the model's own
+(for loading: above the interpreter's, less the model), from /proc/self/status, in MiB; warm cache, and memory that was
+touched once before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"vocab": 32000, "hidden": 512, "intermediate": 1792, "layers": 10, "heads": 8, "kv_heads": 4, "head_dim": 64, "experts": 8}
+
+
+def status(key: str) -> float:
+    """A line of /proc/self/status, in MiB."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
+
+
+def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    bytearray(3 * 2**29)[:: 2**12] = b"1" * (3 * 2**17)  # a virtual machine's host hands out memory at its first touch
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    before, start, cpu = status("VmRSS"), time.perf_counter(), time.process_time()
+    result = work()
+    seconds = time.perf_counter() - start
+    return result, {"seconds": seconds, "cpu": time.process_time() - cpu, "above": status("VmHWM") - before}
+
+
+def ours(mode: str, folder: Path) -> dict[str, float]:
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+
+    from moe_train import config
+    from moe_train.atomic import new_directory
+    from moe_train.mesh import make_mesh
+    from moe_train.model.transformer import init_model, parameters
+    from moe_train.weights import foreign, merge, write
+
+    s = SIZES
+    model = config.Model(
+        family="mixtral",
+        vocab_size=s["vocab"],
+        model_dim=s["hidden"],
+        num_layers=s["layers"],
+        attention=config.Attention(num_heads=s["heads"], num_kv_heads=s["kv_heads"], head_dim=s["head_dim"]),
+        ffn=config.MoeFfn(name="moe", ffn_dim=s["intermediate"], num_experts=s["experts"], experts_per_token=2),
+    )
+    with jax.set_mesh(make_mesh(config.Mesh())):
+        shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
+        if mode == "load":
+            loaded, figures = measure(lambda: foreign.load_parameters(folder / "hf", shapes))
+            sums, more = measure(lambda: sum(float(np.asarray(x).sum()) for x in loaded.values()))
+            own = sum(x.nbytes for x in loaded.values()) / 2**20
+            return {key: figures[key] + more[key] for key in ("seconds", "cpu")} | {"above": figures["above"] - own, "sum": sums}
+        rng, sharding = np.random.default_rng(0), jax.sharding.get_mesh()
+        weights = {
+            path: jax.device_put(rng.random(x.shape, np.float32) - 0.5, NamedSharding(sharding, x.sharding.spec))
+            for path, x in shapes.items()
+        }
+        jax.block_until_ready(weights)
+
+        def plain() -> None:
+            def matrix(piece: Any, dtype: np.dtype) -> np.ndarray:
+                return piece.to_file(merge.merged(weights, None, piece, dtype))
+
+            with new_directory(folder / "hf") as directory:
+                write.write(directory, "hf", model, "float32", matrix, write.NO_TEXTS, write.MAX_SHARD_BYTES)
+
+        if mode == "write":
+            return measure(plain)[1]
+        return measure(lambda: write.export(weights, model, folder / "hf", dtype="float32", depth=mode))[1]  # type: ignore[arg-type]
+
+
+def theirs(mode: str, folder: Path) -> dict[str, float]:
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    if mode == "load":
+
+        def load() -> Any:
+            model = MixtralForCausalLM.from_pretrained(folder / "theirs", dtype=torch.float32)
+            return sum(p.sum().item() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
+
+        (_, own), figures = measure(load)
+        return {**figures, "above": figures["above"] - own / 2**20}
+    s = SIZES
+    settings = MixtralConfig(
+        vocab_size=s["vocab"],
+        hidden_size=s["hidden"],
+        intermediate_size=s["intermediate"],
+        num_hidden_layers=s["layers"],
+        num_attention_heads=s["heads"],
+        num_key_value_heads=s["kv_heads"],
+        head_dim=s["head_dim"],
+        num_local_experts=s["experts"],
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    model = MixtralForCausalLM(settings)
+    return measure(lambda: model.save_pretrained(folder / "theirs"))[1]
+
+
+def one(whose: str, mode: str, folder: Path, cores: int) -> dict[str, float]:
+    """A measurement in a process of its own."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(cores), "PYTHONPATH": str(ROOT)}
+    command = ["taskset", "-c", ",".join(map(str, range(cores))), sys.executable, __file__, whose, mode, str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(cores: int, rounds: int) -> None:
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+            folder = Path(scratch)
+            found = {("theirs", "save"): one("theirs", "save", folder, cores)}
+            for mode in ("write", "tensors", "full"):
+                if mode != "write":
+                    (folder / "hf").rename(folder / f"before-{mode}")
+                found["ours", mode] = one("ours", mode, folder, cores)
+            found["theirs", "load"], found["ours", "load"] = (one(whose, "load", folder, cores) for whose in ("theirs", "ours"))
+        print(f"round {number + 1}, {cores} core{'s' * (cores > 1)}")
+        for (whose, mode), figures in found.items():
+            base = found["theirs", "load" if mode == "load" else "save"]
+            ratios = f"{base['seconds'] / figures['seconds']:5.2f}x {base['cpu'] / figures['cpu']:5.2f}x"
+            print(
+                f"{whose:7} {mode:8} {figures['seconds']:6.2f} s {figures['cpu']:6.2f} CPU s {figures['above']:7.0f} MiB  {ratios}"
+            )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3 and sys.argv[1] in ("ours", "theirs"):
+        print(json.dumps({"ours": ours, "theirs": theirs}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))))
+    else:
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("--cores", type=int, default=1)
+        parser.add_argument("--rounds", type=int, default=2)
+        arguments = parser.parse_args()
+        main(arguments.cores, arguments.rounds)

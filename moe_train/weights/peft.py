@@ -26,7 +26,7 @@ from moe_train import config
 from moe_train.atomic import new_directory
 from moe_train.json_file import read_object
 from moe_train.model.lora import is_trainable, module_of, targets_of
-from moe_train.weights import hf, merge, names, peft_fused, safetensors_io
+from moe_train.weights import hf, merge, names, on_disk, peft_fused, safetensors_io
 from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
 from moe_train.weights.on_disk import Tensor, nbytes
 from moe_train.weights.serve import Server, Shape, adapter_shapes
@@ -130,6 +130,13 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     for module in settings.get("modules_to_save") or ():
         if not any(name.endswith(module) for name in saved):
             raise ValueError(f"{file}: modules_to_save has {module!r}, and {WEIGHTS} has no weight of it")
+    if model.tie_embeddings and "embed" in saved.values():
+        ends = {name: tensors[f"{name}.weight"] for name, module in saved.items() if module == "embed"}
+        if len(ends) < 2 or len(set(on_disk.hashes(ends).values())) > 1:
+            raise ValueError(
+                f"{file}: {min(ends)} was trained apart from the other end, and this model has one table for both; PEFT keeps them "
+                "alike with ensure_weight_tying"
+            )
     return config.Lora(
         targets=tuple(
             config.LoraTarget(modules=tuple(modules), rank=rank, alpha=alpha, experts=owners)

@@ -8,12 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
+from moe_train.data.batch import Batch
 from moe_train.mesh import make_mesh, put_batch
+from moe_train.model.dispatch import _dropped
 from moe_train.model.lora import is_lora
-from moe_train.model.transformer import Transformer, init_model, parameters
+from moe_train.model.transformer import Parameters, Transformer, combine, init_model, parameters
+from moe_train.train.loss import microbatch_loss
+from moe_train.train.state import partition
 from tests.model.conftest import quick_jit
 
 MODEL = config.Model(
@@ -102,3 +107,173 @@ def test_patterns_that_cannot_be_meant(targets: Any, message: str) -> None:
     with jax.set_mesh(ONE), pytest.raises(ValueError) as error:
         abstract(lora_of(*targets))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+BY_EXPERT = {"rank": 2, "alpha": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("targets", "train", "message"),
+    [
+        ([{"modules": ("attention.*",), "experts": (1,)}], (), "attention.k_proj has no experts; leave experts [1] out"),
+        ([{"modules": ("ffn.*",), "experts": (4,)}], (), "ffn.down_proj has no expert 4; there are 4, from 0"),
+        (
+            [{"modules": ("ffn.*",), "experts": (1, 2)}, {"modules": ("ffn.up_proj",), "experts": (2,)}],
+            (),
+            "expert 2 of ffn.up_proj is named twice, by 'ffn.*' and 'ffn.up_proj'",
+        ),
+        ([{"modules": ("attention.*",)}], ("attention.q_proj",), "'attention.q_proj' names attention.q_proj, which has an adapter"),
+        ([{"modules": ("attention.*",)}], ("*router",), "lora.train: pattern '*router' names no module"),
+    ],
+)
+def test_experts_and_whole_modules_that_cannot_be_meant(targets: Any, train: Any, message: str) -> None:
+    lora = config.Lora(targets=tuple(config.LoraTarget(**BY_EXPERT, **target) for target in targets), train=train)
+    with jax.set_mesh(ONE), pytest.raises(ValueError) as error:
+        abstract(lora)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tied_embedding_has_no_adapter() -> None:
+    tied = MODEL.model_copy(update={"tie_embeddings": True})
+    for lora, message in ((lora_of((("embed",), 2, 4.0)), "embed is tied to the head"), (lora_of((("head",), 2, 4.0)), "names no")):
+        with jax.set_mesh(ONE), pytest.raises(ValueError, match=message):
+            jax.eval_shape(partial(init_model, 0, tied, config.Compute(), lora))
+
+
+def test_what_is_trained_in_full_is_float32() -> None:
+    lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*",), rank=2, alpha=4.0),), train=("ffn.router", "*_norm"))
+    with jax.set_mesh(ONE):
+        shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(param_dtype="bfloat16"), lora)))[1]
+    trainable, frozen = partition(shapes, lora)
+    assert {x.dtype.name for x in trainable.values()} == {"float32"} and {x.dtype.name for x in frozen.values()} == {"bfloat16"}
+    assert "stacks.0.layers.0.ffn.router.weight" in trainable and "final_norm.scale" in trainable
+
+
+def test_an_expert_may_differ_or_have_none() -> None:
+    """Arrays of the largest rank; past its own an expert's A is zero, and its scale is its own."""
+    lora = config.Lora(
+        targets=(
+            config.LoraTarget(modules=("ffn.up_proj",), rank=3, alpha=6.0, experts=(0, 3)),
+            config.LoraTarget(modules=("ffn.up_proj",), rank=2, alpha=6.0, experts=(1,)),
+        ),
+        rslora=True,
+    )
+    with jax.set_mesh(ONE):
+        assert abstract(lora).stacks[0].layers[0].ffn.up_proj.lora_scale == (
+            *((6 / 3**0.5, 3), (6 / 2**0.5, 2), (0.0, 0), (6 / 3**0.5, 3)),
+        )
+        a = quick_jit(lambda: parameters(init_model(0, MODEL, config.Compute(), lora))[1])()["stacks.0.layers.0.ffn.up_proj.lora_a"]
+        a = np.asarray(a)
+    for e, rank in enumerate((3, 2, 0, 3)):
+        assert a[:, e, :, :rank].all() and not a[:, e, :, rank:].any()
+
+
+EVERY_KIND = config.Lora(
+    targets=(
+        config.LoraTarget(modules=("attention.*", "head"), rank=2, alpha=3.0),
+        config.LoraTarget(modules=("ffn.router", "embed"), rank=3, alpha=3.0),
+        config.LoraTarget(modules=("ffn.*",), rank=3, alpha=6.0, experts=(0, 3)),
+        config.LoraTarget(modules=("ffn.*",), rank=2, alpha=1.0, experts=(1,)),
+    ),
+    dropout=0.3,
+    train=("*_norm",),
+)
+
+
+def filled(mesh: Mesh) -> tuple[Any, Parameters]:
+    """Structure and random weights, adapters included; zeros past the rank of an expert, as training leaves them."""
+    structure, shapes = parameters(abstract(EVERY_KIND))
+    rng, found = np.random.default_rng(0), {}
+    for path, like in shapes.items():
+        x = rng.normal(path.endswith(".scale"), 0.3, like.shape).astype(np.float32)
+        if ".ffn." in path and is_lora(path) and "router" not in path:
+            for e, rank in enumerate((3, 2, 0, 3)):
+                x[(slice(None), e, ..., slice(rank, None)) if path.endswith("_a") else (slice(None), e, slice(rank, None))] = 0
+        found[path] = jax.device_put(x, NamedSharding(mesh, like.sharding.spec))
+    return structure, found
+
+
+TOKENS = np.random.default_rng(1).integers(0, 24, (8, 10)).astype(np.int32)
+BATCH = Batch(TOKENS, np.roll(TOKENS, -1, 1), TOKENS % 5 > 0, np.ones_like(TOKENS), np.tile(np.arange(10, dtype=np.int32), (8, 1)))
+
+
+def loss_and_gradients(mesh: Mesh) -> Any:
+    """With dropout; of everything that is trained."""
+    with jax.set_mesh(mesh):
+        structure, params = filled(mesh)
+        trainable, frozen = partition(params, EVERY_KIND)
+
+        @quick_jit
+        def run(trainable: Parameters, frozen: Parameters, batch: Any) -> Any:
+            def objective(trainable: Parameters) -> jax.Array:
+                model = combine(structure, trainable, frozen)
+                key = jax.random.key(5, impl="threefry2x32")
+                coefs = config.Loss(load_balance_loss_coef=0.1, router_z_loss_coef=0.0)
+                return microbatch_loss(model, batch, jax.numpy.float32(50), 1, coefs, key)[0]
+
+            return jax.value_and_grad(objective)(trainable)
+
+        return jax.device_get(run(trainable, frozen, put_batch(BATCH, mesh)))
+
+
+def test_every_kind_of_adapter_is_the_same_on_every_mesh() -> None:
+    """Loss and gradients, dropout and its masks included; nothing moves past the rank of an expert."""
+    (loss, grads), (wanted_loss, wanted) = loss_and_gradients(EIGHT), loss_and_gradients(ONE)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert {path.removeprefix("stacks.0.layers.0.") for path in grads if not is_lora(path)} == {
+        "attention_norm.scale",
+        "ffn_norm.scale",
+        "final_norm.scale",
+    }
+    for path, g in grads.items():
+        assert np.max(np.abs(g - wanted[path])) <= 2e-4 * np.max(np.abs(wanted[path])), path
+        assert g.any(), path
+        if ".ffn." in path and is_lora(path) and "router" not in path:
+            for e, rank in enumerate((3, 2, 0, 3)):
+                assert not (g[:, e, ..., rank:] if path.endswith("_a") else g[:, e, rank:]).any(), path
+
+
+def test_every_kind_of_adapter_is_the_merged_weight() -> None:
+    """Without a key there is no dropout: the same logits as without adapters, with each delta added to its weight."""
+
+    @partial(quick_jit, static_argnums=0)
+    def logits(structure: Any, params: Parameters, *tokens: jax.Array) -> jax.Array:
+        model = combine(structure, params)
+        return model.logits(model(*tokens)[0])
+
+    with jax.set_mesh(ONE):
+        tokens = put_batch((BATCH.tokens, BATCH.positions, BATCH.segment_ids), ONE)
+        structure, params = filled(ONE)
+        found = logits(structure, params, *tokens)
+        merged = {}
+        for path, w in ((path, x) for path, x in params.items() if not is_lora(path)):
+            module = path.removesuffix(".weight")
+            if f"{module}.lora_a" in params:
+                a, b = (np.asarray(params[f"{module}.{x}"]) for x in ("lora_a", "lora_b"))
+                if "_proj" in module and ".ffn." in module:
+                    delta = np.einsum("LEiJ,LEJo,E->LEio", a, b, [2.0, 0.5, 0.0, 2.0])
+                elif module.startswith("stacks"):
+                    scale = 1.0 if "router" in module else 1.5
+                    delta = scale * np.stack([np.tensordot(x, y, 1) for x, y in zip(a, b, strict=True)])
+                else:
+                    delta = a @ b if module == "embed" else 1.5 * (a @ b).T
+                w = jax.device_put(np.asarray(w) + delta.astype(np.float32), w.sharding)
+            merged[path] = w
+        plain = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute())))[0]
+        wanted = logits(plain, merged, *tokens)
+    assert np.max(np.abs(found - wanted)) <= 1e-4 * np.max(np.abs(wanted))
+
+
+def test_dropout_zeroes_a_share_and_keeps_the_mean() -> None:
+    """Of a linear map's input (global view) and of an expert's (local view)."""
+    x, key = jax.numpy.ones((64, 100)), jax.random.key(0, impl="threefry2x32")
+    with jax.set_mesh(ONE):
+        linear = abstract(EVERY_KIND).stacks[0].layers[0].attention.q_proj
+        dropped = [linear.dropped(x, key), _dropped(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x, 0)]
+        assert np.array_equal(linear.dropped(x, None), x)
+        # half of the columns are the same half, wherever they are
+        half = _dropped(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x[:, 50:], 50)
+        assert np.array_equal(half, dropped[1][:, 50:])
+    for y in map(np.asarray, dropped):
+        assert set(np.unique(y)) == {0, np.float32(1 / 0.7)}
+        assert abs(np.mean(y == 0) - 0.3) < 0.02 and 0 < np.std(np.mean(y == 0, axis=0)) < 0.1

@@ -288,3 +288,13 @@ def test_an_adapter_that_peft_wrote_is_read(family: str, mesh: jax.sharding.Mesh
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
     assert_same_logits(judge, ours, tokens)
+
+
+def test_an_end_that_peft_untied_is_refused(mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+    judges = pytest.importorskip("peft")
+    judge = random_judge("llama")
+    judge.save_pretrained(tmp_path / "base")
+    settings = judges.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"], modules_to_save=["embed_tokens"])
+    judges.get_peft_model(judge, settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="was trained apart from the other end"):
+        peft.read_lora(tmp_path / "adapter", foreign.read_model(tmp_path / "base"))

@@ -33,8 +33,8 @@ def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, An
     input and weight); routed experts count `experts_per_token` times, the head once, the embedding's lookup not.
     Attention's scores and values: 2 * 2 * N * H per pair of query and visible key, three times as well; a query sees
     T / 2 keys on average (W - W^2 / 2T with a window W), as if each row were one sequence.
-    With `adapters` ({path: array}, stacked on layers) the base's weights are frozen: forward and gradient of the
-    input are 4 per weight, adapters are 6.
+    With `adapters` ({path: array} of all that is trained, stacked on layers) the base's weights are frozen: forward and
+    gradient of the input are 4 per weight, adapters are 6, and what is trained in full takes 2 more.
     """
     a, D = model.attention, model.model_dim
     attention = 2 * D * a.num_heads * a.head_dim + 2 * D * a.num_kv_heads * a.head_dim
@@ -47,8 +47,13 @@ def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, An
     pairs = 3 * model.num_layers * 4 * a.num_heads * a.head_dim * sum(keys) / len(keys)
     if not adapters:
         return 6 * base + pairs
-    beside = sum(x.size * (share if ".ffn." in path else 1) for path, x in adapters.items())
-    return 4 * base + 6 * beside + pairs
+    lookups = ("embed.weight", "embed.lora_a")
+    used = {
+        path: x.size * (share if ".ffn." in path and ".router." not in path else 1)
+        for path, x in adapters.items()
+        if path not in lookups and not path.endswith(".scale")
+    }
+    return 4 * base + sum((6 if ".lora_" in path else 2) * size for path, size in used.items()) + pairs
 
 
 PEAK_FLOPS = {

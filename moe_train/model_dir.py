@@ -188,14 +188,23 @@ def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: in
     """
     if not is_run(directory):
         return foreign.load_parameters(directory, abstract)
-    trainable, frozen = partition(dict(abstract), run_config(directory).lora)
-    params, about = checkpoint.load_params(directory, unquantized(trainable), step)
+    run = run_config(directory)
+    trainable, frozen = partition(dict(abstract), run.lora)
+    params, about = checkpoint.load_params(directory, _trained_by(run), step)  # a checkpoint is read whole
+    params = {path: params[path].astype(like.dtype) for path, like in unquantized(trainable).items()}
     params = quantized(params, trainable)
     if frozen:
         assert about.base is not None
         check_base(about.base)
         params |= load_parameters(about.base.source, frozen, about.base.step)
     return params
+
+
+def _trained_by(run: config.Config) -> dict[str, Any]:
+    """The shapes of what a run trains, and so of what its checkpoints hold, on the mesh in force."""
+    assert run.model is not None
+    model, lora = run.model, run.lora and run.lora.model_copy(update={"quantize": None})
+    return partition(parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, lora)))[1], lora)[0]
 
 
 def base_of(directory: str | Path) -> Base:

@@ -76,6 +76,11 @@ def train(run: config.Config) -> int:
         last = checkpoint.newest(checkpoints)
         changed = {} if last is None else _changes(run, last, loader)
         base, adapter = _base(run, last, bool(frozen)), _adapter(run, last)
+        weights: Parameters = {}
+        if base is not None and frozen:
+            wanted = {path: like for path, like in shapes.items() if not is_lora(path)}
+            weights = model_dir.load_parameters(base.source, wanted, base.step)
+        originals = {path: x for path, x in weights.items() if path in trainable}
         restored = checkpoint.restore(checkpoints, jax.eval_shape(lambda params: create_state(params, optimizer), trainable))
         if restored is not None:
             state = restored.state
@@ -86,15 +91,12 @@ def train(run: config.Config) -> int:
         elif base is not None and not frozen:
             state = _new_state(model_dir.load_parameters(base.source, trainable, base.step), optimizer)
         else:
-            loaded = {}
-            if base is not None and (in_full := {path: like for path, like in trainable.items() if not is_lora(path)}):
-                loaded = model_dir.load_parameters(base.source, in_full, base.step)
+            loaded = jax.tree.map(jnp.copy, originals)
             if adapter is not None:
                 loaded |= model_dir.load_adapter(adapter, run.model, trainable)
             fresh = jax.jit(lambda: {path: x for path, x in parameters(model())[1].items() if path in trainable.keys() - loaded})()
             state = _new_state(fresh | loaded, optimizer)
-        if base is not None and frozen:
-            state = state._replace(frozen=model_dir.load_parameters(base.source, frozen, base.step))
+        state = state._replace(frozen={path: weights[path] for path in frozen})
         start = int(state.step)
         if start >= total_steps:
             print(f"{run.name}: all {total_steps} steps are done; raise train.steps, epochs or tokens to go on")
@@ -140,8 +142,6 @@ def train(run: config.Config) -> int:
 
         held_out_sums, drift = make_batch_sums(structure), None
         if held_out is not None and (drift_batches := _drift_batches(run)) and base is not None:
-            in_full = {path: like for path, like in trainable.items() if not is_lora(path)}
-            originals = model_dir.load_parameters(base.source, in_full, base.step) if in_full else {}
             drift = Drift(make_drift_sums(structure), originals, drift_batches)
             writer.say(f"routing is compared with the base model's on {drift_batches} held-out batches, a second forward pass each")
         if held_out is not None and start == 0:

@@ -272,10 +272,10 @@ def _repaired(
             lines[one.number] = line.removeprefix(b"\xef\xbb\xbf").strip() if line is not None else _line(one.fields)
             continue
         record, done[one.number] = rules.repair_text(one.record) if isinstance(one.record, str) else rules.repair(one.record, form)
-        if record != one.record and (isinstance(record, str) or record.messages):
+        if done[one.number] and (isinstance(record, str) or record.messages):
             tried.append(_Read(one.number, one.fields, one.section, record))
         else:
-            cut = "nothing is left of it" if record != one.record else "; ".join(problem.message for problem in one.problems)
+            cut = "nothing is left of it" if done[one.number] else "; ".join(problem.message for problem in one.problems)
             changes.append(Change(one.number, "dropped", one.problems[0].rule, cut))
     _judge(tried, place, question, form)
     for one in tried:

@@ -141,7 +141,7 @@ def _control_token(conversation: Conversation, form: Form) -> Iterator[str]:
 
 # --- types -----------------------------------------------------------------------------------------------------
 
-_TYPE_REMEDY = "write it as the README's table of records shows"
+_TYPE_REMEDY = 'messages are {"role", "content"}, calls {"id", "function": {"name", "arguments"}}, tools {"function": {"name", …}}'
 
 
 def _types(conversation: Conversation, form: Form) -> Iterator[str]:
@@ -150,7 +150,7 @@ def _types(conversation: Conversation, form: Form) -> Iterator[str]:
             yield f"message {i} has role {brief(message.get('role'))}, which should be text"
         if not isinstance(message.get("content", ""), str):
             yield f"the content of message {i} should be text, not {brief(message['content'])}"
-        elif "content" not in message and "tool_calls" not in message:
+        elif "content" not in message and ("tool_calls" not in message or _known_role(message.get("role")) != "assistant"):
             yield f"message {i} has no content"
         if not isinstance(message.get("tool_call_id", ""), str):
             yield f"tool_call_id of message {i} should be text, not {brief(message['tool_call_id'])}"
@@ -175,10 +175,15 @@ def _role(conversation: Conversation, form: Form) -> Iterator[str]:
             yield f"message {i} has the unknown role {brief(message['role'])}"
 
 
+def _known_role(role: Any) -> str:
+    name = str(role).strip().lower()
+    return OTHER_NAMES.get(name, name)
+
+
 def _fix_role(conversation: Conversation, form: Form) -> Iterator[str]:
     for i, message in enumerate(conversation.messages):
         role = message["role"]
-        known = OTHER_NAMES.get(role.strip().lower(), role.strip().lower())
+        known = _known_role(role)
         if known != role and known in ROLES:
             message["role"] = known
             yield f"message {i}: role {role} is {known} here"

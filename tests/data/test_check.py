@@ -371,6 +371,12 @@ def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
     assert again["problems"] == [] and again["records"] == answer["fixed"]["kept"]
 
 
+def test_a_weight_is_corrected(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:
+    path = write_lines("a.jsonl", [{"messages": [USER, ANSWER | {"weight": True}]}])  # which equals 1
+    assert asked(tokenizer, path, fix=tmp_path / "out")["fixed"]["changed"] == 1
+    assert (tmp_path / "out" / "a.jsonl").read_text() == json.dumps({"messages": [USER, ANSWER | {"weight": 1}]}) + "\n"
+
+
 def test_a_copy_appears_whole_or_not_at_all(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:
     path = write_lines("a.jsonl", [CHAT, WITH_TOOLS])
     with pytest.raises(ValueError, match="the record has tools"):

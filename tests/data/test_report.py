@@ -1,0 +1,68 @@
+"""What people read of a check: every figure that it has, and no markup of the records' own."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moe_train.data.check import Settings, Source, check
+from moe_train.data.report import print_report
+from moe_train.data.tokenizer import HuggingFace
+
+
+def shown(answer: dict[str, Any]) -> str:
+    text = io.StringIO()
+    print_report(answer, Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_all_that_is_known_is_shown(tokenizer: HuggingFace, tmp_path: Path) -> None:
+    words = " ".join(f"w{n}" for n in range(100))
+    lines = [
+        f'{{"text": "{words}"}}',
+        f'{{"text": "{words.upper()}"}}',
+        '{"text": "[bold]x[/bold]"}',
+        *['{"text": 3}'] * 12,
+        '{"[red]": 1}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    (tmp_path / "bench.json").write_text('{"tokens_per_second": 0.01}')
+    source = Source((str(path),))
+    settings = Settings(
+        seq_len=64,
+        batch_size=1,
+        against=(Source((str(path.with_name("e.csv")),)),),
+        bench=tmp_path / "bench.json",
+        fix=tmp_path / "out",
+    )
+    path.with_name("e.csv").write_text(f'question,answer\n"{words}",x\n')
+    answer = check([source], tokenizer, settings)
+    text = shown(answer)
+    for said in (
+        "type: 12 × — write it as a string",
+        f"{path}:4: column 'text' should be text, not 3",
+        "… and 2 more",
+        "the record has '[red]'",
+        f"{path}:2: like {path}:1 (100%)",
+        f"{path}:1: overlaps with the evaluation set",
+        "16 (3 text)",
+        "with problems     13",
+        "0 exact, 1 near",
+        "2 records share 13 consecutive words with 1 of its 1",
+        f"{tmp_path / 'out'}: 3 records kept (0 of them changed), 13 dropped",
+        "hours",
+        "longer than 64",
+    ):
+        assert said in text, said
+    assert "unknown: state --seq-len" in shown(check([source], tokenizer, Settings()))
+    assert " of about " in shown(check([source], tokenizer, Settings(sample=5)))
+
+
+def test_nothing_that_can_be_read(tokenizer: HuggingFace, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    text = shown(check([Source((str(tmp_path / "a.jsonl"),))], tokenizer, Settings(seq_len=8, batch_size=1)))
+    assert "empty-file: 1" in text and "none that can be read" in text and "0 rows" in text

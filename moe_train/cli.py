@@ -247,7 +247,7 @@ def train_tokenizer(
 def check_data(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILES]...", help="JSON lines, JSON, CSV, Parquet, Arrow, text; packed or not; folders, globs."),
+        typer.Argument(metavar="FILES", help="JSON lines, JSON, CSV, Parquet, Arrow, text; packed or not; folders, globs."),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A folder with tokenizer.json, a tekken.json or tokenizer.model.v*.")

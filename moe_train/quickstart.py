@@ -54,7 +54,8 @@ def quickstart() -> int:
     for directory, layout, options in ((merged, "hf", " --merge"), (adapter, "peft", "")):
         if not directory.exists():
             console.rule(f"exporting: moe-train export {lora.run_dir} {directory} --format {layout}{options}")
-            console.print_json(data=export(lora.run_dir, directory, layout, merge=bool(options)))
+            for check in export(lora.run_dir, directory, layout, merge=bool(options))["checks"]:
+                console.print(f"{check['name']}: {check['said']}")
 
     console.rule(f"generating from the exported files: moe-train generate {merged} --prompt …")
     for question, answer in zip(QUESTIONS, generate_dir(merged, QUESTIONS, max_tokens=40, chat=True), strict=True):

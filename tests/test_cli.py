@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ train: {steps: 10, batch_size: 8, seq_len: 32}
 optimizer: {name: adamw, learning_rate: 1e-4}
 """
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "upcycle", "bench", "tokenizer", "schema", "quickstart"]
+COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "verify", "upcycle", "bench", "tokenizer", "schema", "quickstart"]
 
 
 @pytest.fixture
@@ -186,18 +186,39 @@ def test_generate(stand_in, capsys) -> None:
     assert capsys.readouterr().out == "a\n 64 0.0 0 True\n"
 
 
+CHECK = {"name": "tensors", "passed": True, "said": "3 tensors", "figures": {"tolerance": "bits"}, "seconds": 0.25}
+
+
 def test_export(stand_in, capsys) -> None:
     given: list[Any] = []
 
-    def export(run_dir: Path, out_dir: Path, layout: str, merge: bool) -> dict[str, Any]:
-        given.append((run_dir, out_dir, layout, merge))
-        return {"files": ["model.safetensors"]}
+    def export(source: Path, out_dir: Path, layout: str, merge: bool, **options: Any) -> dict[str, Any]:
+        given.append((source, out_dir, layout, merge, options))
+        return {"tensors": {}, "checks": [CHECK], "serve": "serve it"}
 
     stand_in("moe_train.export", export=export)
     assert run("export", "runs/tiny", "out", "--format", "peft", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"files": ["model.safetensors"]}
-    assert run("export", "runs/tiny", "out", "--merge") == 0
-    assert given == [(Path("runs/tiny"), Path("out"), "peft", False), (Path("runs/tiny"), Path("out"), "hf", True)]
+    assert json.loads(capsys.readouterr().out) == {"directory": "out", "checks": [CHECK], "serve": "serve it"}
+    options = ("--dtype", "q8_0", "--for", "llama.cpp", "--proof", "tensors", "--max-shard-size", "1GB")
+    assert run("export", "runs/tiny", "out", "--merge", *options) == 0
+    shown = capsys.readouterr().out
+    assert "3 tensors" in shown and "bits" in shown and "serve it: serve it" in shown
+    none = {"dtype": None, "depth": "full", "server": None, "max_shard_size": None}
+    some = {"dtype": "q8_0", "depth": "tensors", "server": "llama.cpp", "max_shard_size": "1GB"}
+    assert given == [(Path("runs/tiny"), Path("out"), "peft", False, none), (Path("runs/tiny"), Path("out"), "hf", True, some)]
+
+
+def test_verify(stand_in, capsys) -> None:
+    found = [SimpleNamespace(**CHECK, _asdict=lambda: CHECK)]
+    stand_in("moe_train.verify", verify=lambda directory, base, run, depth: ({}, found))
+    assert run("verify", "out") == 0
+    assert "3 tensors" in capsys.readouterr().out
+    failed = {**CHECK, "passed": False, "said": "w has changed"}
+    found[0] = SimpleNamespace(**failed, _asdict=lambda: failed)
+    assert run("verify", "out", "--json") == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"directory": "out", "passed": False, "checks": [failed]}
+    assert shown.err == "moe-train: out is not what was exported: tensors\n"
 
 
 def test_tokenizer_train(tmp_path: Path, capsys) -> None:

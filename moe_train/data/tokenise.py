@@ -20,11 +20,13 @@ import numpy as np
 from moe_train import config
 from moe_train.atomic import new_directory
 from moe_train.data.encoding import encode
+from moe_train.data.example import Example
 from moe_train.data.shards import Shard
 from moe_train.data.sources import Origin, Records
 from moe_train.data.tokenizer import Tokenizer
 
 Told = Callable[[int, int], None]  # of records and tokens more
+_FLUSH = 1 << 16  # ids held before they are written
 
 
 def write_shard(
@@ -35,31 +37,24 @@ def write_shard(
     Raises ValueError with file and line for the first record that cannot be used.
     """
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    per_span = [[0, 0] for _ in shard.spans]  # records, tokens
-    num_examples = num_tokens = loss_tokens = empty = 0
+    per_span = []  # (records, tokens)
+    empty = 0
     with new_directory(directory) as unfinished:
-        with contextlib.ExitStack() as stack:
-            names = ("tokens", "loss_mask", "offsets", "origins")
-            tokens, loss_mask, offsets, origins = (stack.enter_context((unfinished / name).open("wb")) for name in names)
-            offsets.write(np.int64(0).tobytes())
+        with _Arrays(unfinished, dtype, record.name != "text") as arrays:
             for i, span in enumerate(shard.spans):
                 numbered = ((Origin(span.place, number), fields) for number, fields in records.read(span))
+                num_records, told_records, told_tokens = 0, 0, arrays.num_tokens
+                before = arrays.num_tokens
                 for origin, examples in encode(numbered, records, record, tokenizer, template):
+                    num_records += 1
                     empty += not examples
-                    before = num_tokens
-                    for ids, mask in examples:
-                        num_examples += 1
-                        num_tokens += len(ids)
-                        tokens.write(np.asarray(ids, dtype).tobytes())
-                        loss_mask.write(b"" if mask is None else np.asarray(mask, bool).tobytes())
-                        loss_tokens += len(ids) if mask is None else sum(mask)
-                        offsets.write(np.int64(num_tokens).tobytes())
-                        origins.write(np.asarray((i, origin.number), np.int64).tobytes())
-                    per_span[i][0] += 1
-                    per_span[i][1] += num_tokens - before
-                    told(1, num_tokens - before)
-        if record.name == "text":
-            (unfinished / "loss_mask").unlink()
+                    for example in examples:
+                        arrays.add(example, (i, origin.number))
+                    if arrays.num_tokens - told_tokens > _FLUSH:
+                        told(num_records - told_records, arrays.num_tokens - told_tokens)
+                        told_records, told_tokens = num_records, arrays.num_tokens
+                told(num_records - told_records, arrays.num_tokens - told_tokens)
+                per_span.append((num_records, arrays.num_tokens - before))
         files = sorted(unfinished.iterdir())
         digest = hashlib.sha256(dtype.encode())
         for file in files:
@@ -67,12 +62,53 @@ def write_shard(
                 digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         facts = {
             "dtype": dtype,
-            "examples": num_examples,
-            "tokens": num_tokens,
-            "loss_tokens": loss_tokens,
+            "examples": arrays.num_examples,
+            "tokens": arrays.num_tokens,
+            "loss_tokens": arrays.loss_tokens,
             "empty": empty,
             "per_span": per_span,
             "sizes": {file.name: file.stat().st_size for file in files},
             "sha256": digest.hexdigest(),
         }
         (unfinished / "facts.json").write_text(json.dumps(facts) + "\n")
+
+
+class _Arrays:
+    """The files of a shard, growing by some thousand ids at a time."""
+
+    def __init__(self, directory: Path, dtype: str, masked: bool) -> None:
+        self._dtypes = {"tokens": dtype, "offsets": "int64", "origins": "int64"} | ({"loss_mask": "bool"} if masked else {})
+        self._directory = directory
+        self.num_examples = self.num_tokens = self.loss_tokens = 0
+
+    def __enter__(self) -> _Arrays:
+        self._files = {name: (self._directory / name).open("wb") for name in self._dtypes}
+        self._held: dict[str, list] = {name: [] for name in self._dtypes}
+        self._held["offsets"].append(0)
+        return self
+
+    def add(self, example: Example, origin: tuple[int, int]) -> None:
+        held = self._held
+        held["tokens"] += example.tokens
+        if example.loss_mask is not None:
+            held["loss_mask"] += example.loss_mask
+        self.num_examples += 1
+        self.num_tokens += len(example.tokens)
+        held["offsets"].append(self.num_tokens)
+        held["origins"] += origin
+        if len(held["tokens"]) > _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        tokens, mask = self._held["tokens"], self._held.get("loss_mask")
+        self.loss_tokens += len(tokens) if mask is None else sum(mask)
+        for name, dtype in self._dtypes.items():
+            self._files[name].write(np.array(self._held[name], dtype).tobytes())
+            self._held[name] = []
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.ExitStack() as stack:
+            for file in self._files.values():
+                stack.enter_context(file)
+            if kind is None:
+                self._flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,9 +54,8 @@ def test_rows_count_on_over_epochs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("window", [1, 700, 3000, 10**6])
 def test_windows_come_one_after_the_other_in_an_order_of_the_epochs_own(tmp_path: Path, window: int) -> None:
-    made = Order(
-        cast(Any, SimpleNamespace(manifest=SimpleNamespace(hash="a"))), LENGTHS, 32, "split", "best_fit", (1, 0), tmp_path, window
-    )
+    store: Any = SimpleNamespace(manifest=SimpleNamespace(hash="a"))
+    made = Order(store, LENGTHS, 32, "split", "best_fit", (1, 0), tmp_path, window)
     turns = []
     for epoch in range(2):
         plan = made.plan(epoch)

@@ -46,7 +46,7 @@ class Dropout(NamedTuple):
     """Of the inputs of the experts' adapters."""
 
     key: jax.Array
-    rates: tuple[float, float, float]
+    rates: tuple[float, ...]
     """Of gate, up and down."""
 
 

@@ -1,5 +1,4 @@
-// llama.cpp through node-llama-cpp, for test_llama_cpp.py: a list of jobs in JSON on stdin, their answers into the file
-// that is named.
+// llama.cpp through node-llama-cpp, for test_llama_cpp.py: a file with a list of jobs in JSON, a file for their answers.
 // A job: {model, lora?, prompts?: [[id]], texts?: [text], special?: bool, generate?: {ids, count}}; its answer:
 // {logits: [[[number]]], ids: [[id]], generated: [id], text, bos, context} or {error}. The cache of keys and values is F32.
 // Or {go: template, values}, for Go's text/template as Ollama has it: {text}.
@@ -55,7 +54,7 @@ async function answer(job) {
 }
 
 const answers = [];
-for (const job of JSON.parse(fs.readFileSync(0, "utf8"))) {
+for (const job of JSON.parse(fs.readFileSync(process.argv[2], "utf8"))) {
     said.length = 0;
     try {
         answers.push(await answer(job));
@@ -63,5 +62,5 @@ for (const job of JSON.parse(fs.readFileSync(0, "utf8"))) {
         answers.push({error: [error.message, ...said].join("\n")});
     }
 }
-fs.writeFileSync(process.argv[2], JSON.stringify(answers));
+fs.writeFileSync(process.argv[3], JSON.stringify(answers));
 process.exit(0);

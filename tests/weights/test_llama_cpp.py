@@ -67,11 +67,12 @@ PROMPTS = [np.random.default_rng(0).integers(5, 300, length).tolist() for length
 def llama_cpp(*jobs: dict[str, Any]) -> list[dict[str, Any]]:
     """What llama.cpp answers to each job of llama_cpp.mjs, all of which have to succeed."""
     script = Path(__file__).with_name("llama_cpp.mjs")
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        command = ["node", str(script), out.name]
-        done = subprocess.run(command, input=json.dumps(jobs, default=str), text=True, capture_output=True, check=False)
+    with tempfile.TemporaryDirectory() as directory:
+        given, answered = Path(directory) / "jobs.json", Path(directory) / "answers.json"
+        given.write_text(json.dumps(jobs, default=str))
+        done = subprocess.run(["node", str(script), str(given), str(answered)], text=True, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
-        answers = json.load(out)
+        answers = json.loads(answered.read_text())
     for answer in answers:
         assert "error" not in answer, answer["error"]
     return answers
@@ -92,8 +93,9 @@ def random_parameters(model: config.Model, lora: config.Lora | None = None) -> t
 
 
 def our_logits(structure: Any, parameters: dict[str, jax.Array], ids: list[int]) -> np.ndarray:
-    row = np.array(ids)[None]
-    arrays = put_batch((row, np.arange(len(ids))[None], np.ones_like(row)), jax.sharding.get_mesh())
+    mesh = jax.sharding.get_mesh()
+    rows = np.tile(ids, (mesh.size, 1))
+    arrays = put_batch((rows, np.tile(np.arange(len(ids)), (mesh.size, 1)), np.ones_like(rows)), mesh)
 
     @jax.jit
     def run(parameters: dict[str, jax.Array]) -> jax.Array:

@@ -160,12 +160,20 @@ def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype, true
     of the loop over layers by XLA, which then holds a second copy of the experts of all layers.
     """
     if isinstance(w, Quantized):
+        assert isinstance(spec, Quantized)
         return dequantize(Quantized(*(_gathered(part, s) for part, s in zip(w, spec, strict=True))), dtype)
-    return _gathered(w if w.dtype == dtype else (w * true.astype(w.dtype)).astype(dtype), spec)
+    assert not isinstance(spec, Quantized)
+    if w.dtype != dtype:
+        w = (vary_with_spec(w, spec) * true.astype(w.dtype)).astype(dtype)
+        return _gathered_varying(w, spec)
+    return _gathered(w, spec)
 
 
 def _gathered(w: jax.Array, spec: P) -> jax.Array:
-    w = vary_with_spec(w, spec)
+    return _gathered_varying(vary_with_spec(w, spec), spec)
+
+
+def _gathered_varying(w: jax.Array, spec: P) -> jax.Array:
     for dim, axis in enumerate(spec):
         if axis == "fsdp":
             w = gather(w, "fsdp", dim)
@@ -182,6 +190,7 @@ def _swiglu(
     """down(silu(gate(x)) * up(x)) of each row's expert; partial over `tensor` (F is split)."""
 
     def matmul(x: jax.Array, m: ExpertMatrix, drop: Drop | None, first: jax.Array | int = 0) -> jax.Array:
+        assert not isinstance(m.weight, Quantized)
         y = grouped_matmul(x, m.weight, group_sizes_e, kernel)
         if m.lora_a is not None and m.lora_b is not None:
             low = grouped_matmul(x if drop is None else drop(x, first), m.lora_a, group_sizes_e, kernel)

@@ -122,7 +122,7 @@ def _moved(piece: names.Piece, model: config.Model, both: list[tuple[config.Lora
     own = weight(piece)
     if any(piece.path in trained for _, trained in both):  # in full
         first, *other = (_whole(lora, trained, piece, own) for lora, trained in both)
-        delta = np.linalg.norm(first - (other[0] if other else own))
+        delta = float(np.linalg.norm(first - (other[0] if other else own)))
     else:
         delta = _norm_of_product([_factors(lora, trained, module, piece.lead) for lora, trained in both])
     period = len(model.attention.windows)

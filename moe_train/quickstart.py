@@ -42,7 +42,11 @@ def quickstart() -> int:
     if not tokenizer.exists():
         console.rule(f"training a tokenizer of {pretrain.model.vocab_size} tokens")
         assert pretrain.data is not None
-        train_bpe((t for source in pretrain.data.train for t in texts(source)), pretrain.model.vocab_size, tokenizer)
+        train_bpe(
+            (t for source in pretrain.data.train if isinstance(source, config.FileSource) for t in texts(source)),
+            pretrain.model.vocab_size,
+            tokenizer,
+        )
     for what, run in (("pretraining a small Mixtral", pretrain), ("fine-tuning it with LoRA", lora)):
         console.rule(f"{what}: moe-train train {CONFIGS.name}/{run.name}.yaml")
         code = train(run)

@@ -105,9 +105,13 @@ def joined(plans: Sequence[Plan]) -> Plan:
     before = np.cumsum([0, *(len(plan.example) for plan in plans)])
     return Plan(
         plans[0].seq_len,
-        *(np.concatenate(arrays) for arrays in zip(*(plan[1:4] for plan in plans), strict=True)),
+        np.concatenate([plan.example for plan in plans]),
+        np.concatenate([plan.start for plan in plans]),
+        np.concatenate([plan.length for plan in plans]),
         np.concatenate([[0], *(plan.row_pieces[1:] + n for plan, n in zip(plans, before, strict=False))]),
-        *(sum(counts) for counts in zip(*(plan[-3:] for plan in plans), strict=True)),
+        sum(plan.num_dropped for plan in plans),
+        sum(plan.num_truncated for plan in plans),
+        sum(plan.num_split for plan in plans),
     )
 
 

@@ -1,10 +1,10 @@
 """Records to ids on disk: one shard of a source, streamed through flat memory, there whole or not at all.
 
-    SHARD/tokens      uint16 or uint32: the ids of all examples end to end
-          loss_mask   bool for each id; not there where every id bears loss
-          offsets     int64, one more than examples: example i is tokens[offsets[i]:offsets[i + 1]]
-          origins     int64 pairs: in which span of the shard an example stands, and on which line (or row)
-          facts.json  what the manifest says of it
+SHARD/tokens      uint16 or uint32: the ids of all examples end to end
+      loss_mask   bool for each id; not there where every id bears loss
+      offsets     int64, one more than examples: example i is tokens[offsets[i]:offsets[i + 1]]
+      origins     int64 pairs: in which span of the shard an example stands, and on which line (or row)
+      facts.json  what the manifest says of it
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def exchange(
         here, scatter = jax.vjp(lambda experts: whole(experts, plan.rounds >= 0), experts)
 
         def add(i: jax.Array, total: Any) -> Any:
-            _, vjp = jax.vjp(lambda *inputs: _round(i, *inputs, plan, draws, slots, run), x_mD, weights_mA, here)
+            _, vjp = jax.vjp(lambda x, weights, here: _round(i, x, weights, here, plan, draws, slots, run), x_mD, weights_mA, here)
             return jax.tree.map(jnp.add, total, vjp(dy_mD))
 
         zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0), (x_mD, weights_mA, here))
@@ -161,7 +161,8 @@ def _to_slots(x_mD: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
 def _from_slots(y_SD: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
     """(S, D) -> (m, D): the sum of each token's slots."""
     _, _, slot_mA, in_round_mA = at
-    return sum(jnp.where(in_round_mA[:, a, None], y_SD[slot_mA[:, a]], 0) for a in range(slot_mA.shape[1]))
+    first, *others = (jnp.where(in_round_mA[:, a, None], y_SD[slot_mA[:, a]], 0) for a in range(slot_mA.shape[1]))
+    return sum(others, start=first)
 
 
 _to_slots.defvjp(lambda x, at: (_to_slots(x, at), at), lambda at, dx: (_from_slots(dx, at), None))

@@ -38,7 +38,7 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
     where the device's memory is the host's, straight into it. Quantised weights are so matrix by matrix, as they are
     read. `names.check` has found the three to fit. The mesh in force is the one of the shardings.
     """
-    filled = {}
+    filled: Parameters = {}
     by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
     for piece in table:
         by_path.setdefault(piece.path, {})[piece.lead] = piece

@@ -209,8 +209,9 @@ def write_model_config(model: config.Model) -> dict[str, Any]:
         tied_embeddings=model.tie_embeddings,
         moe=Moe(num_experts=ffn.num_experts, num_experts_per_tok=ffn.experts_per_token) if isinstance(ffn, config.MoeFfn) else None,
         yarn=_yarn(rope) if isinstance(rope, config.YarnRope) else None,
-        llama_4_scaling=a.query_scaling
-        and Llama4Scaling(beta=a.query_scaling.beta, original_max_position_embeddings=a.query_scaling.original_max_seq_len),
+        llama_4_scaling=None
+        if a.query_scaling is None
+        else Llama4Scaling(beta=a.query_scaling.beta, original_max_position_embeddings=a.query_scaling.original_max_seq_len),
     )
     assert _model(params) == as_written(model), params
     return params.model_dump(exclude_none=True, exclude={"hidden_sliding_window"})

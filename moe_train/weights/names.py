@@ -258,7 +258,7 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
 
     A is (J, in) in the file and (in dims…, J) here, B (out, J) and (J, out dims…).
     """
-    found = []
+    found: list[Piece] = []
     sparse, everywhere = isinstance(model.ffn, config.MoeFfn), layout.adapters_of_embed is not None
 
     def add(row: Row, prefix: str = "", path: str = "", leads: Sequence[tuple[int, ...]] = ((),)) -> None:

@@ -57,7 +57,7 @@ def split(where: object, tensors: Mapping[str, Tensor], model: config.Model, ver
         pair = [f"{stem}.lora_{matrix}.weight" for matrix in "AB"]
         if missing := [name for name in pair if name not in tensors]:
             raise ValueError(f"{where} lacks {missing[0]}")
-        experts = _experts(where, layer, *(tensors[name] for name in pair), model, version)
+        experts = _experts(where, layer, tensors[pair[0]], tensors[pair[1]], model, version)
         if twice := sorted(found.keys() & experts.keys()):
             raise ValueError(f"{where} has {twice[0]} twice, once in {pair[0]}")
         found |= experts

@@ -129,7 +129,8 @@ def _same_answers(
     if not (kept := record.get("prompts")):
         raise NotChecked("the export was proved with --proof tensors, and has no answers to compare with")
     prompts = answers.Prompts(np.array(kept["tokens"]), np.array(kept["positions"]))
-    wanted = answers.Reference(*(None if kept[key] is None else np.array(kept[key]) for key in answers.Reference._fields))
+    arrays = {key: None if kept[key] is None else np.array(kept[key]) for key in answers.Reference._fields}
+    wanted = answers.Reference(**arrays)  # type: ignore[arg-type]  # the experts alone may be None
     found = proof.load_answers(directory, model, proof.kind_of(record["dtype"]), prompts)
     difference = answers.compare(found, wanted, prompts, model, REPEATED)
     proof.check_difference(difference, REPEATED)

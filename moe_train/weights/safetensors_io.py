@@ -62,7 +62,7 @@ class Tensor:
         return out.reshape([len(cut) for d, cut in enumerate(cuts) if d >= len(index) or not isinstance(index[d], int)])
 
     def _read_into(self, out: np.ndarray, offset: int) -> None:
-        into, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+        into, done = out.reshape(-1).view(np.uint8).data, 0
         while done < len(into):  # a call gives 2 GiB at most
             count = os.preadv(self.opened.fileno(), [into[done:]], offset + done)
             if not count:
@@ -157,10 +157,10 @@ class Spec(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which files of a model this process writes: every `count`th, from `index` on."""
+    """Which files of a model this process writes: every `of`th, from `first` on."""
 
-    index: int = 0
-    count: int = 1
+    first: int = 0
+    of: int = 1
 
 
 ALL = Share()
@@ -185,17 +185,18 @@ def write_model(
         shards[-1].append(spec)
     files = [directory / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     errors = []
-    for first in range(0, len(shards), share.count):
-        if share.count == 1:
+    for first in range(0, len(shards), share.of):
+        if share.of == 1:
             write_file(files[first], shards[first], tensor)
             continue
-        together = shards[first : first + share.count]
-        mine = share.index if share.index < len(together) else None
+        together = shards[first : first + share.of]
+        mine = share.first if share.first < len(together) else None
         in_order = [(i, spec) for specs in itertools.zip_longest(*together) for i, spec in enumerate(specs) if spec is not None]
         asked = ((i == mine, tensor(spec)) for i, spec in in_order)
         try:
             if mine is not None:
-                write_file(files[first + mine], together[mine], lambda spec, asked=asked: next(x for own, x in asked if own))
+                mine_alone = (x for own, x in asked if own)
+                write_file(files[first + mine], together[mine], lambda spec, mine_alone=mine_alone: next(mine_alone))  # type: ignore[misc]
         except OSError as error:
             errors.append(error)
         for _ in asked:  # the rest is the other processes'
@@ -207,7 +208,7 @@ def write_model(
         "weight_map": {spec.name: file.name for file, shard in zip(files, shards, strict=True) for spec in shard},
     }
     at = directory / INDEX.format(stem="model")
-    if share.index == 0:
+    if share.first == 0:
         at.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*files, at]
 

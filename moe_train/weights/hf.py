@@ -62,7 +62,7 @@ def write(
     pieces = {piece.name: piece for piece in names.pieces(model)}
     specs = [safetensors_io.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
     safetensors_io.write_model(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
-    if share.index != 0:
+    if share.first != 0:
         return
     write_json(directory / "config.json", settings)
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})

@@ -130,7 +130,7 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
     with jax.set_mesh(ONE):
         full = {p: jax.device_put(values(p), jax.sharding.NamedSharding(ONE, P())) for p in host}
         wanted = quick_jit(loss_of(plain_structure))(*split(full), *batch_on(ONE))
-    for mesh in (ONE, EIGHT):
+    for mesh in (ONE, EIGHT) if how.name == "nf4" else (EIGHT,):
         with jax.set_mesh(mesh):
             structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
             arrays = {

@@ -69,10 +69,20 @@ def qlora(
     return make
 
 
-@pytest.mark.parametrize(("source", "how"), [("hf", "nf4"), ("run", "int8")])
-def test_a_run_beside_quantised_weights(base: Path, qlora: Any, text: Path, tmp_path: Path, source: str, how: str) -> None:
-    run_dir = tmp_path / "qlora"
-    assert loop.train(qlora(run_dir, source, how)) == loop.FINISHED
+@pytest.fixture(scope="module")
+def whole(qlora: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run beside nf4 that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("qlora") / "run"
+    assert loop.train(qlora(run_dir, "hf", "nf4")) == loop.FINISHED
+    return run_dir
+
+
+@pytest.mark.parametrize(("source", "how"), [("hf", "nf4"), pytest.param("run", "int8", marks=pytest.mark.slow)])
+def test_a_run_beside_quantised_weights(
+    base: Path, qlora: Any, whole: Path, text: Path, tmp_path: Path, source: str, how: str
+) -> None:
+    run_dir = whole if source == "hf" else tmp_path / "run"
+    assert source == "hf" or loop.train(qlora(run_dir, source, how)) == loop.FINISHED
     losses = held_out(run_dir)
     assert losses[-1] < losses[0] - 0.01
     # a checkpoint holds adapters alone, and what was read again is what the run had
@@ -94,14 +104,16 @@ def test_a_run_beside_quantised_weights(base: Path, qlora: Any, text: Path, tmp_
             np.testing.assert_array_equal(np.asarray(held[path]), np.asarray(x), err_msg=path)
 
 
-def test_merged_into_the_weights_before_they_were_quantised(base: Path, qlora: Any, tmp_path: Path) -> None:
-    assert loop.train(qlora(tmp_path / "qlora", "hf", "nf4", train__steps=2)) == loop.FINISHED
-    report = export(tmp_path / "qlora", tmp_path / "merged", merge=True)
-    assert report["delta_kept"] > 0.99
-    run = model_dir.run_config(tmp_path / "qlora")
+def test_merged_into_the_weights_before_they_were_quantised(
+    base: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "moe_train"):
+        export(whole, tmp_path / "merged", merge=True)
+    assert f"trained beside weights in nf4; merged into those of {base / 'hf'}" in caplog.text
+    run = model_dir.run_config(whole)
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = shapes_of(run)
-        adapters = model_dir.load_parameters(tmp_path / "qlora", shapes)
+        adapters = model_dir.load_parameters(whole, shapes)
         plain = {p: x for p, x in shapes.items() if "lora" not in p}
         before, after = (foreign.load_parameters(path, plain) for path in (base / "hf", tmp_path / "merged"))
         for path, x in before.items():
@@ -115,8 +127,9 @@ def test_merged_into_the_weights_before_they_were_quantised(base: Path, qlora: A
                 np.testing.assert_array_equal(np.asarray(after[path]), np.asarray(x))
 
 
-def test_interrupted_and_started_again_is_the_run_undisturbed(qlora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loop.train(qlora(tmp_path / "whole", "hf", "int8")) == loop.FINISHED
+def test_interrupted_and_started_again_is_the_run_undisturbed(
+    qlora: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = loop.metrics.Writer.train
 
     def interrupt(writer: Any, step: int, figures: dict[str, Any]) -> None:
@@ -126,16 +139,16 @@ def test_interrupted_and_started_again_is_the_run_undisturbed(qlora: Any, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.metrics.Writer, "train", interrupt)
-        assert loop.train(qlora(tmp_path / "parts", "hf", "int8")) == loop.UNFINISHED
-    assert loop.train(qlora(tmp_path / "parts", "hf", "int8")) == loop.FINISHED
+        assert loop.train(qlora(tmp_path / "parts", "hf", "nf4")) == loop.UNFINISHED
+    assert loop.train(qlora(tmp_path / "parts", "hf", "nf4")) == loop.FINISHED
     with pytest.raises(ValueError, match=r"lora.quantize.* was started with"):
-        loop.train(qlora(tmp_path / "parts", "hf", "nf4", train__steps=5))
-    run = model_dir.run_config(tmp_path / "whole")
+        loop.train(qlora(tmp_path / "parts", "hf", "int8", train__steps=5))
+    run = model_dir.run_config(whole)
     with jax.set_mesh(make_mesh(run.mesh)):
         adapters = {p: x for p, x in shapes_of(run).items() if "lora" in p}
 
         def trained(run_dir: Path) -> Parameters:
             return loop.checkpoint.load_params(run_dir, adapters)[0]
 
-        for path, x in trained(tmp_path / "whole").items():
+        for path, x in trained(whole).items():
             np.testing.assert_array_equal(np.asarray(x), np.asarray(trained(tmp_path / "parts")[path]), err_msg=path)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_train import config, model_dir
+from moe_train.adapters import diff
 from moe_train.export import export
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
@@ -102,6 +103,12 @@ def test_routing_drifts_from_the_base(adapted: Path) -> None:
     assert all(0 <= dead < 1 for dead in last["dead_experts"])
 
 
+def test_how_far_it_moved(adapted: Path) -> None:
+    found = diff(adapted)
+    assert all(row[1] == 0 and min(row[0], row[2], row[3]) > 0 for row in found.experts())  # expert 1 has no adapter
+    assert {m.module for m in found.moved if m.delta} >= {"ffn.router", "final_norm", "embed", "attention.q_proj", "ffn.up_proj"}
+
+
 def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[..., config.Config], tmp_path: Path) -> None:
     """From a run and from the files that it exports: the same loss at once; its targets, where none are stated."""
     export(adapted, tmp_path / "peft", "peft")
@@ -115,12 +122,14 @@ def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[
         assert first["routing_drift"] == pytest.approx(wanted["routing_drift"], abs=0.01)  # near-ties may fall otherwise
         said = model_dir.run_config(run.run_dir).lora
         assert said is not None and said.targets and set(said.train) == {"ffn.router", "final_norm"}
+    assert loop.train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=2)) == loop.FINISHED  # resumed
+    assert [line["step"] for line in lines(Path(run.run_dir), "train")] == [1, 2]
     weights = tmp_path / "peft/adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ValueError, match=r"the adapter in .*peft has changed since this run started"):
-        loop.train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=2))
+        loop.train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=3))
 
 
 @pytest.mark.parametrize(

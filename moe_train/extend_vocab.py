@@ -60,10 +60,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
                 mistral.write(directory, model, dtype, matrix, new)
             case _:
                 assert_never(layout)
-        write_texts(directory, Texts(new))
-        for file in new.files:
-            if (name := mistral.tokenizer_file_name(file)) != file.name:
-                (directory / file.name).rename(directory / name)
+        write_texts(directory, Texts(new), "mistral")  # under the names that Mistral's tools look for
         _check_written(directory, model, weights, ids)
     return {
         "tokens_before": len(ids),
@@ -130,10 +127,12 @@ def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
 
 def extended(rows: np.ndarray, ids: Mapping[int, int], size: int) -> np.ndarray:
     """(V, D) -> (size, D): row i at ids[i], the mean of those rows everywhere else."""
-    kept, at = (np.fromiter(numbers, np.int64, len(ids)) for numbers in (ids.keys(), ids.values()))
-    out = np.empty((size, *rows.shape[1:]), rows.dtype)
-    out[:] = rows[kept].mean(0, dtype=np.float64).astype(rows.dtype)
-    out[at] = rows[kept]
+    out, total, new = np.empty((size, *rows.shape[1:]), rows.dtype), np.zeros(rows.shape[1:]), np.ones(size, bool)
+    for old_id, new_id in ids.items():
+        out[new_id] = rows[old_id]
+        total += rows[old_id]
+        new[new_id] = False
+    out[new] = (total / len(ids)).astype(rows.dtype)
     return out
 
 

@@ -56,7 +56,7 @@ def write(
     if isinstance(tokenizer, HuggingFace):
         log.warning(
             "mistral-inference reads tekken.json or a sentencepiece model alone; the tokenizer.json that goes beside the weights "
-            "is for moe-train and for vLLM with --tokenizer-mode hf"
+            "is for moe-train and for vLLM with --tokenizer-mode auto"
         )
     pieces = {piece.name: piece for piece in names.pieces(model, names.MISTRAL)}
     specs = [safetensors_io.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]

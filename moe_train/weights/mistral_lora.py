@@ -52,6 +52,10 @@ def export_adapter(
     table = names.adapter_pieces(model, dict.fromkeys(ranks, rank), names.MISTRAL)
     if elsewhere := ranks.keys() - {_module(piece) for piece in table}:
         raise ValueError(f"mistral-inference reads no adapter of {sorted(elsewhere)[0]}; export with --format mistral --merge")
+    if lora.train:
+        raise ValueError(
+            f"lora.safetensors has no place for {lora.train[0]}, trained in full; export with --format mistral --merge"
+        )
     pieces = {piece.name: piece for piece in table}
     params = mistral_params.write_model_config(model)
     params["lora"] = {"enable": True, "rank": rank, "dropout": 0.0, "scaling": SCALING}
@@ -60,7 +64,7 @@ def export_adapter(
         piece = pieces[spec.name]
         ours = fetch(parameters[piece.path], piece.lead).astype(np.float64)
         if piece.path.endswith(".lora_b"):
-            ours *= merge.scale_of(lora, _module(piece)) / SCALING
+            ours *= merge.scale_of(lora, _module(piece), piece.lead) / SCALING
         more = [(0, size - had) for size, had in zip(piece.ours_shape, ours.shape, strict=True)]
         return piece.to_file(np.pad(ours.astype(filetype), more))
 

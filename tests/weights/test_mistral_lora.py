@@ -54,6 +54,30 @@ def test_ranks_are_filled_up_and_the_scale_goes_into_b(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/params.json").read_text())["lora"]["scaling"] == 2.0
 
 
+def test_experts_of_their_own_scale_have_it_in_b(tmp_path: Path) -> None:
+    """Expert 1 has rank 1 at scale 8, the others rank 3 at 2; a reader knows one of both. All are stored at rank 3 here."""
+    own = config.LoraTarget(modules=("ffn.*_proj",), rank=1, alpha=8.0, experts=(1,))
+    lora = config.Lora(targets=(LORA.targets[0], own, LORA.targets[1].model_copy(update={"experts": (0, 2, 3)})))
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MIXTRAL, lora=lora)
+        mistral_lora.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", dtype="float32")
+    written = safetensors.numpy.load_file(tmp_path / "out/lora.safetensors")
+    for expert, scale in enumerate([2.0, 8.0, 2.0, 2.0]):
+        a, b = (np.asarray(parameters[f"stacks.0.layers.0.ffn.up_proj.lora_{x}"])[2, expert] for x in "ab")
+        a_file, b_file = (written[f"layers.2.feed_forward.experts.{expert}.w3.lora_{x}.weight"] for x in "AB")
+        np.testing.assert_allclose(2.0 * (b_file @ a_file), scale * (a @ b).T, rtol=1e-4, atol=1e-6)
+
+
+def test_what_mistral_inference_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    elsewhere = LORA.model_copy(update={"targets": (*LORA.targets, config.LoraTarget(modules=("head",), rank=2, alpha=2.0))})
+    in_full = LORA.model_copy(update={"train": ("ffn.router",)})
+    for lora, said in ((elsewhere, "reads no adapter of head"), (in_full, r"has no place for ffn\.router, trained in full")):
+        with jax.set_mesh(ONE), pytest.raises(ValueError, match=said):
+            parameters = random_parameters(MIXTRAL, lora=lora)
+            mistral_lora.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", dtype="float32")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_adapter_of_the_model_is_refused_in_a_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with jax.set_mesh(ONE):

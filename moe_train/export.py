@@ -141,7 +141,7 @@ def _about(opened: Opened) -> dict[str, Any]:
     with checkpoint.reading(opened.directory) as checkpoints:
         step, about = checkpoints.latest_step(), checkpoint.newest(checkpoints)
     assert about is not None
-    found |= {"run": opened.run.name, "step": step, "data_sha256": about.data}
+    found |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
     found["config_sha256"] = hashlib.sha256(config_file.dump(opened.run).encode()).hexdigest()
     if about.base is not None:
         hashes = "".join(f"{name} {digest}\n" for name, digest in sorted(about.base.hashes.items()))

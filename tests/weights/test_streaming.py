@@ -23,10 +23,9 @@ def test_host_memory_is_bounded_by_the_largest_tensor_both_ways(tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
-    for mode in ("tensors", "load", "full"):
+    for mode in ("tensors", "load"):  # `full` runs models as well, whose devices have the host's memory here
         found = run(mode)
         bound = found["largest"] + 256
         assert found["files"] > 1.5 * 1024 and found["files"] > 4 * bound
-        loaded = found["model"] if mode == "full" else 0  # the files are run beside the weights that they were made of
-        assert found["above"] < loaded + bound, (mode, found)
+        assert found["above"] < bound, (mode, found)
         print(mode, found)

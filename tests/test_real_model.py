@@ -190,5 +190,12 @@ def test_exports_have_the_trainers_logits(trained: Path, sparse: Path, work: Pat
 def test_llama_cpp_has_the_trainers_logits(trained: Path, sparse: Path, work: Path) -> None:
     ids = prompt_of(sparse)
     moe_train("export", trained, work / "merged_gguf", "--format", "gguf", "--merge")
-    (answer,) = llama_cpp({"model": work / "merged_gguf/model.gguf", "prompts": [ids]})
-    assert distance(answer["logits"][0], our_logits(trained, ids)) < 1e-3
+    moe_train("export", sparse, work / "moe_gguf", "--format", "gguf")
+    moe_train("export", trained, work / "gguf_lora", "--format", "gguf-lora")
+    adapter = str(work / "gguf_lora/adapter.gguf")
+    answers = llama_cpp(
+        {"model": work / "merged_gguf/model.gguf", "prompts": [ids]},
+        {"model": work / "moe_gguf/model.gguf", "lora": adapter, "prompts": [ids]},
+    )
+    wanted = our_logits(trained, ids)
+    assert all(distance(answer["logits"][0], wanted) < 1e-3 for answer in answers)

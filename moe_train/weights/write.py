@@ -86,7 +86,7 @@ def export(
         with _together():
             write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)
             if together.is_first():
-                write_texts(directory, texts, layout)
+                write_texts(directory, texts)
         made = proof.Export(
             *(directory, layout, dtype, parameters, model, section),
             *(texts.tokenizer, texts.chat_template, conversations, about or {}),
@@ -148,11 +148,10 @@ def check_space(out_dir: str | Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{out_dir} needs {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")
 
 
-def write_texts(directory: Path, texts: Texts, layout: str = "hf") -> None:
-    """Tokenizer, chat template and the run's config, under the names that the layout's tools look for."""
+def write_texts(directory: Path, texts: Texts) -> None:
+    """Tokenizer, chat template and the run's config, under the names that other tools, and we, look for."""
     for file in texts.tokenizer.files if texts.tokenizer else ():
-        name = mistral.tokenizer_file_name(file) if layout.startswith("mistral") else file.name
-        shutil.copyfile(file, directory / name)
+        shutil.copyfile(file, directory / mistral.tokenizer_file_name(file))
     if texts.chat_template is not None:
         (directory / "chat_template.jinja").write_text(texts.chat_template, encoding="utf-8")
     if texts.config is not None:

@@ -60,7 +60,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
                 mistral.write(directory, model, dtype, matrix, new)
             case _:
                 assert_never(layout)
-        write_texts(directory, Texts(new), "mistral")  # under the names that Mistral's tools look for
+        write_texts(directory, Texts(new))
         _check_written(directory, model, weights, ids)
     return {
         "tokens_before": len(ids),

@@ -138,7 +138,7 @@ def one_tensor_less() -> None:
         (lambda: write_records(CHAT, {"text": "plain"}), [], "data.jsonl:2: no column 'messages'"),
         (lambda: write_records(CHAT, {"messages": CHAT["messages"][:1]}), [], "data.jsonl:2: "),
         (lambda: write_records(CHAT, {"messages": [{"role": "wizard", "content": "x"}]}), [], "data.jsonl:2: "),
-        (lambda: write_records({**CHAT, "tools": [{"type": "function"}]}), [], "data.jsonl:1: the record has tools"),
+        (lambda: write_records({**CHAT, "tools": [{"type": "function"}]}), [], "data.jsonl:1: tool 0 is"),
         (lambda: write_records(), [], "data.jsonl"),
     ],
 )

@@ -116,7 +116,7 @@ def test_bad_configs_end_with_2_and_their_lines(config: str, tmp_path: Path, cap
     assert run("train", config, "train.step=3", "seed=x") == 2
     assert capsys.readouterr().err.splitlines() == [
         'moe-train: override seed=x: seed: has to be a whole number (value "x")',
-        "override train.step=3: train.step: unknown key; did you mean steps? (value 3)",
+        "moe-train: override train.step=3: train.step: unknown key; did you mean steps? (value 3)",
     ]
 
 

@@ -80,30 +80,46 @@ def answers(structure: Any, weights: Mapping[str, jax.Array], prompts: Prompts) 
     return Answers(np.asarray(logits)[:rows], None if routers is None else np.asarray(routers)[:, :rows])
 
 
-@partial(jax.jit, static_argnums=0)
 def _forward(
     structure: Any, weights: Parameters, tokens_BT: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Float32 logits (B, T, V) and those of the routers (L, B, T, E), whole on every device."""
+    """Float32 logits (B, T, V) and those of the routers (L, B, T, E), whole on every device.
+
+    Period by period: of one program for all of them XLA would make float32 copies of all weights at once.
+    """
+    x_BTD, seen = _embed(structure, weights, tokens_BT), []
+    repeats = next(x.shape[0] for path, x in weights.items() if path.startswith("stacks."))
+    for i in range(repeats):
+        x_BTD, routers = _period(structure, weights, i, x_BTD, positions_BT)
+        seen += routers
+    return _logits(structure, weights, x_BTD), jnp.stack(seen) if seen else None
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(structure: Any, weights: Parameters, tokens_BT: jax.Array) -> jax.Array:
     model = combine(structure, weights)
-    segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
+    return model.embed(tokens_BT, model.dtype)
 
-    def period(x_BTD: jax.Array, layers: Any) -> tuple[jax.Array, list[jax.Array]]:
-        seen = []
-        for layer in layers:
-            if isinstance(layer.ffn, MoE):
-                y_BTD, *_ = layer.attention(layer.attention_norm(x_BTD), positions_BT, segment_ids_BT)
-                seen.append(layer.ffn.router(layer.ffn_norm(x_BTD + y_BTD)))
-            x_BTD, *_ = layer(x_BTD, positions_BT, segment_ids_BT)
-        return x_BTD, seen
 
-    (stack,) = model.stacks
-    x_BTD, seen = jax.lax.scan(period, model.embed(tokens_BT, model.dtype), stack.layers)
-    logits_BTV = jax.sharding.reshard(model.logits(model.final_norm(x_BTD)), P())
-    if not seen:
-        return logits_BTV, None
-    routers_LBTE = jnp.stack(seen, axis=1).reshape(-1, *seen[0].shape[1:])
-    return logits_BTV, jax.sharding.reshard(routers_LBTE, P())
+@partial(jax.jit, static_argnums=0)
+def _period(
+    structure: Any, weights: Parameters, i: jax.Array, x_BTD: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """x after period i, and its routers' logits."""
+    segment_ids_BT, seen = (positions_BT >= 0).astype(jnp.int32), []
+    (stack,) = combine(structure, weights).stacks
+    for layer in jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), stack.layers):
+        if isinstance(layer.ffn, MoE):
+            y_BTD, *_ = layer.attention(layer.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+            seen.append(jax.sharding.reshard(layer.ffn.router(layer.ffn_norm(x_BTD + y_BTD)), P()))
+        x_BTD, *_ = layer(x_BTD, positions_BT, segment_ids_BT)
+    return x_BTD, seen
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(structure: Any, weights: Parameters, x_BTD: jax.Array) -> jax.Array:
+    model = combine(structure, weights)
+    return jax.sharding.reshard(model.logits(model.final_norm(x_BTD)), P())
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------

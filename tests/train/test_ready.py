@@ -82,8 +82,8 @@ def test_a_template_that_the_export_would_not_carry(run: Any, tokenizer: Hugging
 
     original = write.write_texts
 
-    def forgets(directory: Path, texts: write.Texts, layout: str = "hf") -> None:
-        original(directory, texts._replace(chat_template=None), layout)
+    def forgets(directory: Path, texts: write.Texts) -> None:
+        original(directory, texts._replace(chat_template=None))
 
     template = "{% for m in messages %}{{ '[INST]' + m.role + ' ' + m.content + eos_token }}{% endfor %}"
     check_ready(run(chat_template=template), tokenizer)

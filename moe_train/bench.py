@@ -18,7 +18,7 @@ from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state, partition
-from moe_train.train.step import train_step
+from moe_train.train.step import compile_step
 
 WARM_UP, TIMED = 2, 7
 
@@ -37,17 +37,9 @@ def bench(run: config.Config) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)
         batch = put_batch(_synthetic_batch(run), mesh)
-        step_of = partial(
-            train_step,
-            structure=structure,
-            optimizer=optimizer,
-            loss=run.loss,
-            microbatches=run.train.microbatches,
-            dropout_seed=run.seed if run.lora and run.lora.dropout else None,
-        )
 
         begun = time.perf_counter()
-        step = jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
+        step = compile_step(run, structure, optimizer, state, batch)
         compiled = time.perf_counter() - begun
         seconds, cpu_seconds, losses = [], [], []
         for _ in range(1 + WARM_UP + TIMED):

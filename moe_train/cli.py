@@ -39,6 +39,16 @@ app.add_typer(adapters)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the file's.")]
 ModelDir = Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL_DIR", help="A run, or a Hugging Face model.")]
+TokenizerPath = Annotated[Path | None, typer.Option(help="A folder with tokenizer.json, a tekken.json or tokenizer.model.v*.")]
+RecordFormat = Annotated[
+    Literal["auto", "text", "json", "csv", "parquet", "arrow"],
+    typer.Option("--format", help="Of the files; auto goes by names."),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--map", metavar="OURS=THEIRS", help="A column: text=, messages=, or prompt= and completion=."),
+]
+ChatTemplate = Annotated[str | None, typer.Option(help="A jinja file, where the tokenizer has none or another.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
 
 
@@ -249,19 +259,11 @@ def check_data(
         list[str] | None,
         typer.Argument(metavar="FILES", help="JSON lines, JSON, CSV, Parquet, Arrow, text; packed or not; folders, globs."),
     ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A folder with tokenizer.json, a tekken.json or tokenizer.model.v*.")
-    ] = None,
+    tokenizer: TokenizerPath = None,
     run: Annotated[Path | None, typer.Option("--config", help="A run, for its data, tokenizer, seq_len and batch_size.")] = None,
-    layout: Annotated[
-        Literal["auto", "text", "json", "csv", "parquet", "arrow"],
-        typer.Option("--format", help="Of the files; auto goes by names."),
-    ] = "auto",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option("--map", metavar="OURS=THEIRS", help="A column: text=, messages=, or prompt= and completion=."),
-    ] = None,
-    chat_template: Annotated[str | None, typer.Option(help="A jinja file, where the tokenizer has none or another.")] = None,
+    layout: RecordFormat = "auto",
+    columns: Columns = None,
+    chat_template: ChatTemplate = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Positions of a training row.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of an optimizer step.")] = None,
     against: Annotated[
@@ -329,22 +331,14 @@ def check_data(
 def show_data(
     file: Annotated[str, typer.Argument(metavar="FILE_OR_CONFIG", help="A file of records, or a run's YAML with its data.")],
     count: Annotated[int, typer.Option("-n", min=1, help="Records of a file, or rows of a run's step.")] = 3,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A folder with tokenizer.json, a tekken.json or tokenizer.model.v*.")
-    ] = None,
+    tokenizer: TokenizerPath = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser instead.")] = None,
     positions: Annotated[bool, typer.Option("--positions", help="With each token's position and id.")] = False,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Pack a file's records into rows of so many positions.")] = None,
     step: Annotated[int, typer.Option(min=1, help="The training step of a run.")] = 1,
-    layout: Annotated[
-        Literal["auto", "text", "json", "csv", "parquet", "arrow"],
-        typer.Option("--format", help="Of the file; auto goes by its name."),
-    ] = "auto",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option("--map", metavar="OURS=THEIRS", help="A column: text=, messages=, or prompt= and completion=."),
-    ] = None,
-    chat_template: Annotated[str | None, typer.Option(help="A jinja file, where the tokenizer has none or another.")] = None,
+    layout: RecordFormat = "auto",
+    columns: Columns = None,
+    chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
     """Show records as training sees them: tokens, those that are learnt in green, segments, positions."""

@@ -37,7 +37,7 @@ from moe_train.train.ready import check_ready, settled
 from moe_train.train.record import only_one, surroundings, write_event
 from moe_train.train.self_test import check_grouped_matmul
 from moe_train.train.state import TrainState, create_state, partition
-from moe_train.train.step import StepMetrics, train_step
+from moe_train.train.step import StepMetrics, compile_step
 
 FINISHED, UNFINISHED = 0, 75
 """Exit codes: done; stopped before the end with the state saved (EX_TEMPFAIL of sysexits.h: start me again)."""
@@ -128,16 +128,8 @@ def train(run: config.Config) -> int:
 
         batches: Any = leaving.enter_context(contextlib.closing(loader.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
-        step_of = partial(
-            train_step,
-            structure=structure,
-            optimizer=optimizer,
-            loss=run.loss,
-            microbatches=run.train.microbatches,
-            dropout_seed=run.seed if run.lora and run.lora.dropout else None,
-        )
         begun = time.perf_counter()
-        run_step = jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
+        run_step = compile_step(run, structure, optimizer, state, batch)
         writer.say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
 
         held_out_sums, drift = make_batch_sums(structure), None

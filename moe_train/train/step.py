@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +70,21 @@ def train_step(
     )
     cross_entropy = parts.cross_entropy_sum / jnp.maximum(parts.loss_tokens, 1)
     return state, StepMetrics(value, cross_entropy, parts.loss_tokens, grad_norm, finite, parts.routers)
+
+
+def compile_step(
+    run: config.Config, structure: Any, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+) -> jax.stages.Compiled:
+    """`train_step` of a run, compiled for a state (which it takes over) and a batch like these."""
+    step_of = partial(
+        train_step,
+        structure=structure,
+        optimizer=optimizer,
+        loss=run.loss,
+        microbatches=run.train.microbatches,
+        dropout_seed=run.seed if run.lora and run.lora.dropout else None,
+    )
+    return jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
 
 
 def _accumulate(value_and_grad: Any, trainable: Parameters, batch: Batch, key: Array | None, microbatches: int) -> Any:

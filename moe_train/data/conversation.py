@@ -214,9 +214,9 @@ def _sharegpt(entry: Message, before: list[Message]) -> Message:
         return {"role": "assistant", "tool_calls": calls, **rest}
     message = {"role": role, **({} if value is None else {"content": value}), **rest}
     if role == "tool":
-        answered = {m.get("tool_call_id") for m in before}
+        answered = [m.get("tool_call_id") for m in before]  # of any type yet: the rules judge later
         asked = [call.get("id") for m in before for call in m.get("tool_calls", ()) if isinstance(call, dict)]
-        waiting = [name for name in asked if name not in answered]
+        waiting = [name for name in asked if name is not None and name not in answered]
         if waiting:
             message["tool_call_id"] = waiting[0]
     return message

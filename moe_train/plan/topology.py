@@ -1,0 +1,139 @@
+"""Names of accelerators that are not here -> how many there are and how they hang together.
+
+    v5p:4x4x4      one slice, by its shape in chips; v5e:4x4, v6e:8x8, tpu7x:2x2x2
+    v5p-64         the same by its name in the cloud: v5p and tpu7x count TensorCores, two to a chip, so 32 chips;
+                   v5litepod-16 (or v5e-16) and v6e-16 count chips
+    h100x8         one host with 8 GPUs
+    2xv5p:4x4x4    two slices, 4xh100x8 four hosts (also 2*v5p:4x4x4, which shells want in quotes)
+
+Shapes of slices: https://cloud.google.com/tpu/docs/v5p, …/v5e, …/v6e, …/tpu7x ("Configurations").
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`num_slices` groups of equal `shape` (chips of a TPU slice along its axes; GPUs of a host), joined by the
+    data-centre network."""
+
+    name: str
+    """As `parse` reads it, shapes in place of names of the cloud: v5p:4x4x4, 2xv5p:4x4x4, h100x8."""
+    platform: Literal["tpu", "gpu"]
+    device: str
+    """The key of its row in `devices.DEVICES`: v5p, v5e, v6e, tpu7x, a100, h100, h200, b200."""
+    shape: tuple[int, ...]
+    num_slices: int
+
+    @property
+    def slice_name(self) -> str:
+        """The name of one slice or host alone."""
+        return _name(self.device, self.shape)
+
+    @property
+    def chips_per_slice(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_chips(self) -> int:
+        return self.num_slices * self.chips_per_slice
+
+    @property
+    def devices_per_chip(self) -> int:
+        """Devices that JAX sees on a chip: a tpu7x chip is two of them."""
+        return 2 if self.device == "tpu7x" else 1
+
+    @property
+    def devices_per_slice(self) -> int:
+        return self.chips_per_slice * self.devices_per_chip
+
+    @property
+    def num_devices(self) -> int:
+        """What a mesh is laid over."""
+        return self.num_chips * self.devices_per_chip
+
+
+SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+"""Slices smaller than 64 chips; larger ones are built of cubes of 4x4x4."""
+LARGEST_CUBES = {"v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
+GPUS = ("a100", "h100", "h200", "b200")
+GPUS_PER_HOST = (1, 2, 4, 8)
+CLOUD_NAMES = {"v5p": ("v5p", 2), "tpu7x": ("tpu7x", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}
+"""The word of a cloud's name -> the device, and how many of what the name counts are on a chip."""
+EXAMPLES = "v5p:4x4x4, v5e:4x4, v6e:8x8, tpu7x:2x2x2, v5p-64, v5litepod-16, 2xv5p:4x4x4, h100x8, 4xh100x8"
+
+
+def parse(name: str) -> Topology:
+    """Raises ValueError, naming the nearest that exists, where there is no such hardware."""
+    several = re.fullmatch(r"(\d+)[x*](?=[a-z])(.+)", name.lower())
+    count, one = (int(several[1]), several[2]) if several else (1, name.lower())
+    if count < 1:
+        raise ValueError(f"topology {name} has {count} slices; use at least 1")
+    device, shape = _slice(one)
+    platform: Literal["tpu", "gpu"] = "gpu" if device in GPUS else "tpu"
+    whole = _name(device, shape)
+    return Topology(whole if count == 1 else f"{count}x{whole}", platform, device, shape, count)
+
+
+def _slice(name: str) -> tuple[str, tuple[int, ...]]:
+    """One slice or host: its device and shape."""
+    if found := re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name):
+        device, shape = found[1], tuple(int(side) for side in found[2].split("x"))
+        _known(device, ("v5p", "v5e", "v6e", "tpu7x"), name)
+        if shape not in shapes(device):
+            raise _no_such(name, device, math.prod(shape), "chips")
+        return device, shape
+    if found := re.fullmatch(r"([a-z]+\d+)x(\d+)", name):
+        device, count = found[1], int(found[2])
+        _known(device, GPUS, name)
+        if count not in GPUS_PER_HOST:
+            nearest = min(GPUS_PER_HOST, key=lambda size: abs(size - count))
+            hosts = f"; several hosts are {count // 8}x{device}x8" if count > 8 and count % 8 == 0 else ""
+            raise ValueError(f"topology {name}: a host has 1, 2, 4 or 8 GPUs, not {count}; nearest: {device}x{nearest}{hosts}")
+        return device, (count,)
+    if found := re.fullmatch(r"([a-z0-9]+)-(\d+)", name):
+        word, number = found[1], int(found[2])
+        _known(word, CLOUD_NAMES, name)
+        device, per_chip = CLOUD_NAMES[word]
+        same = [shape for shape in shapes(device) if math.prod(shape) * per_chip == number]
+        if not same:
+            counted = f" ({number} TensorCores, {per_chip} to a chip)" if per_chip > 1 else ""
+            raise _no_such(name, device, number / per_chip, f"chips{counted}")
+        return device, min(same, key=sum)  # of several shapes the one nearest to a cube
+    raise ValueError(f"topology {name!r} cannot be read; write one of the kind {EXAMPLES}")
+
+
+def shapes(device: str) -> Iterator[tuple[int, ...]]:
+    """Every slice of a TPU that is offered, in chips."""
+    if device not in LARGEST_CUBES:
+        return iter(SQUARES)
+    sides = [range(4, largest + 1, 4) for largest in LARGEST_CUBES[device]]
+    return itertools.chain(BELOW_A_CUBE, (s for s in itertools.product(*sides) if s == tuple(sorted(s))))
+
+
+def _name(device: str, shape: tuple[int, ...]) -> str:
+    return f"{device}x{shape[0]}" if device in GPUS else f"{device}:{'x'.join(map(str, shape))}"
+
+
+def _known(word: str, words: tuple[str, ...] | dict[str, tuple[str, int]], name: str) -> None:
+    if word not in words:
+        near = difflib.get_close_matches(word, words, 1, 0.0)
+        raise ValueError(f"topology {name}: there is no {word}; nearest: {near[0]} (known: {', '.join(words)})")
+
+
+def _no_such(name: str, device: str, chips: float, said: str) -> ValueError:
+    """`chips` as asked for."""
+    nearest = min(shapes(device), key=lambda s: (abs(math.log(math.prod(s) / max(chips, 0.5))), sum(s)))
+    chips_said = f"{chips:g} {said}"
+    return ValueError(
+        f"topology {name} does not exist: {chips_said}; nearest: {_name(device, nearest)}, {math.prod(nearest)} chips"
+    )

@@ -123,7 +123,7 @@ def router_figures(routers: Any) -> dict[str, Any]:
         "router_entropy": _rounded(routers.entropy),
         "dead_experts": _rounded(np.mean(load_LE < 0.01 / E, axis=1)),
         "balance": float(E * load_LE.max()),
-        "dropped": int(np.sum(routers.dropped)),
+        "dropped": [int(n) for n in routers.dropped],
         "load": [_rounded(row) for row in load_LE],
     }
 

@@ -5,7 +5,7 @@ Router in float32: logits, the top-k of them, softmax over the chosen. `dispatch
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from moe_train.model.layers import Adapted, keys_of, normal
 class RouterStats(NamedTuple):
     """What a layer's router did with the tokens that are no padding; stacked on layers as (L, …)."""
 
-    load_E: Array
-    """Share of the assignments that each expert got; sums to 1."""
+    chosen_E: Array
+    """Assignments that the router made to each expert, int32: before any is dropped."""
     load_balance_loss: Array
     """E * sum_e load_e * mean router probability of e; 1 where balanced (Switch, arXiv:2101.03961, eq. 4)."""
     router_z_loss: Array
@@ -35,6 +35,19 @@ class RouterStats(NamedTuple):
     """Assignments that no expert computed."""
     expert_ids: Array | None = None
     """(B, T, A), where `MoE.keeps_expert_ids` asks for them."""
+
+    @property
+    def load_E(self) -> Any:
+        """Share of the assignments that each expert got; sums to 1."""
+        total = self.chosen_E.sum(axis=-1, keepdims=True)
+        return self.chosen_E / (total + (total == 0))
+
+
+def over_microbatches(stats: RouterStats) -> RouterStats:
+    """Statistics of the parts of a step, stacked on dim 0 -> the step's: counts are summed, means averaged."""
+    summed = {"chosen_E", "dropped"}
+    merged = {k: (jnp.sum if k in summed else jnp.mean)(x, axis=0) for k, x in stats._asdict().items() if x is not None}
+    return RouterStats(**merged)
 
 
 class ExpertLinear(Adapted):
@@ -109,14 +122,14 @@ def router_stats(
     count = jnp.sum(valid_BT)
     tokens = jnp.maximum(count, 1).astype(jnp.float32)
     chosen_BTE = jnp.sum(expert_ids_BTA[..., None] == jnp.arange(E), axis=2) * valid_BT[..., None]
-    load_E = jnp.sum(chosen_BTE, axis=(0, 1)) / (tokens * A)
+    chosen_E = jnp.sum(chosen_BTE, axis=(0, 1), dtype=jnp.int32)
     lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     log_probs_BTE = logits_BTE - lse_BT[..., None]
     probs_BTE = jnp.exp(log_probs_BTE)
     mean_probs_E = jnp.sum(probs_BTE * valid_BT[..., None], axis=(0, 1)) / tokens
     return RouterStats(
-        load_E=load_E,
-        load_balance_loss=E * jnp.sum(jax.lax.stop_gradient(load_E) * mean_probs_E),
+        chosen_E=chosen_E,
+        load_balance_loss=E * jnp.sum(chosen_E / (tokens * A) * mean_probs_E),
         router_z_loss=jnp.sum(jnp.square(lse_BT) * valid_BT) / tokens,
         entropy=-jnp.sum(probs_BTE * log_probs_BTE * valid_BT[..., None]) / tokens,
         dropped=count * A - computed,

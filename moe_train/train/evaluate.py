@@ -77,7 +77,7 @@ def drift_sums(
     valid_BT = batch.segment_ids != 0
     assignments = jnp.sum(valid_BT) * ids_LBTA.shape[-1]
     changed_L = jnp.sum(~kept_LBTA & valid_BT[None, ..., None], axis=(1, 2, 3))
-    sums = DriftSums(changed_L, routers.load_E * assignments, assignments)
+    sums = DriftSums(changed_L, routers.chosen_E, assignments)
     return sums, _batch_sums(model, hidden_BTD, batch)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from moe_train import config
 from moe_train.data.batch import Batch
 from moe_train.mesh import BATCH
-from moe_train.model.moe import RouterStats
+from moe_train.model.moe import RouterStats, over_microbatches
 from moe_train.model.transformer import Parameters, combine
 from moe_train.train.loss import LossParts, microbatch_loss
 from moe_train.train.state import TrainState
@@ -32,7 +32,7 @@ class StepMetrics(NamedTuple):
     finite: Array
     """False: loss or gradient were not finite, and the update was skipped."""
     routers: RouterStats | None
-    """(L, …), averaged over microbatches (dropped: summed); None for a dense model."""
+    """(L, …), averaged over microbatches (counts: summed); None for a dense model."""
 
 
 def train_step(
@@ -107,9 +107,7 @@ def _accumulate(value_and_grad: Any, trainable: Parameters, batch: Batch, key: A
     wide = lambda dtype: jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype  # noqa: E731
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype), out_sharding=s.sharding), shapes)
     ((value, sums), grads), routers = jax.lax.scan(one, zeros, (parts, keys))
-    if routers is not None:
-        dropped = jnp.sum(routers.dropped, axis=0)
-        routers = jax.tree.map(lambda x: jnp.mean(x, axis=0), routers)._replace(dropped=dropped)
+    routers = None if routers is None else over_microbatches(routers)
     grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, trainable)
     return (value, sums._replace(routers=routers)), grads
 

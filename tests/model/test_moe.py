@@ -118,7 +118,8 @@ def plain(weights: Any, x: Any, segments: Any, A: int) -> tuple[Any, moe.RouterS
     load = mean(chosen / A)
     z = mean(jax.scipy.special.logsumexp(logits, axis=-1, keepdims=True) ** 2)[0]
     entropy = mean(-jnp.sum(probs * jnp.log(probs), axis=-1, keepdims=True))[0]
-    return y, moe.RouterStats(load, E * jnp.sum(jax.lax.stop_gradient(load) * mean(probs)), z, entropy, jnp.zeros((), int))
+    counts = jnp.sum(chosen & valid, axis=(0, 1))
+    return y, moe.RouterStats(counts, E * jnp.sum(jax.lax.stop_gradient(load) * mean(probs)), z, entropy, jnp.zeros((), int))
 
 
 @partial(quick_jit, static_argnums=0)

@@ -1,0 +1,218 @@
+"""A run's training step through the real compiler, for devices that are not here.
+
+The TPU compiler comes with libtpu, that of GPUs with JAX's CUDA plugin; neither needs the hardware. Both settle in the
+environment and take the process with them where they fail, so the work is done by a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config
+from moe_train.data.batch import Batch
+from moe_train.mesh import BATCH, make_mesh
+from moe_train.model.transformer import init_model, parameters
+from moe_train.plan import hlo
+from moe_train.plan.topology import Topology, parse
+from moe_train.train.optimizer import make_optimizer
+from moe_train.train.state import create_state, partition
+from moe_train.train.step import compile_step
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one device receives in a step by collectives of one kind along the same mesh axes."""
+
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    crosses_slices: bool
+    times: int
+    bytes: float
+    bytes_overlapped: float
+    """Of these by asynchronous collectives, with matrix products scheduled between start and done."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One training step as the compiler made it; bytes and FLOPs are those of one device."""
+
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    alias_bytes: int
+    """Of the output in the place of arguments."""
+    traffic: tuple[Traffic, ...]
+    fallback_bytes: float
+    """Received besides, where every conditional takes its dearest branch."""
+    flops: float
+    """Of matrix products outside kernels, loops times their trips."""
+    kernel_flops: float
+    """What Pallas kernels estimate for themselves: the worst case where group sizes are dynamic."""
+    instructions: int
+    warnings: tuple[str, ...]
+    """Lines of the compiler about memory or rematerialisation."""
+    compile_seconds: float
+    """Tracing, lowering and compiling."""
+    hlo: str
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Device memory that the step needs."""
+        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
+
+    @property
+    def network_bytes(self) -> float:
+        return sum(t.bytes for t in self.traffic)
+
+
+def compile_config(run: config.Config, topology: Topology, *, timeout_seconds: float = 3600) -> Compiled:
+    """Compile the training step of `run`, whose `model` is stated, for `topology`.
+
+    Raises ValueError where the run has no architecture, its mesh is not of the topology's size, the compiler is not
+    installed, or it refuses the program (for one that exceeds the device's memory with the compiler's own words).
+    """
+    if run.model is None:
+        raise ValueError(f"init_from {run.init_from} is not here, and the architecture with it; state model as well")
+    _check_installed(topology)
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
+        asked.write_text(json.dumps({"run": run.model_dump(mode="json"), "topology": topology.name}), encoding="utf-8")
+        command = [sys.executable, "-m", "moe_train.plan.compile", str(asked), str(answered)]
+        done = subprocess.run(
+            command, env=os.environ | _environment(topology), capture_output=True, text=True, timeout=timeout_seconds, check=False
+        )
+        if not answered.exists():
+            last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+            raise ValueError(f"{topology.name}: the compiler gave up: {last[-1]}")
+        answer = json.loads(answered.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise ValueError(f"{topology.name}: {answer['error']}")
+    traffic = tuple(Traffic(**{**t, "axes": tuple(t["axes"])}) for t in answer.pop("traffic"))
+    return Compiled(**answer, traffic=traffic, warnings=_warnings(done.stderr))
+
+
+def _check_installed(topology: Topology) -> None:
+    if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"compiling for {topology.name} needs libtpu; run: pip install 'moe-train[tpu]'")
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    if topology.platform == "gpu" and not any(importlib.util.find_spec(name) for name in plugins):
+        raise ValueError(f"compiling for {topology.name} needs JAX's CUDA plugin; run: pip install 'moe-train[cuda]'")
+
+
+def _environment(topology: Topology) -> dict[str, str]:
+    """What keeps the compilers from looking for hardware: on CPU alone, and no question to a cloud's metadata server."""
+    quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    if topology.platform == "tpu":
+        quiet |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+        quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several may compile at once: none of them holds a chip
+    return quiet
+
+
+def _warnings(said: str) -> tuple[str, ...]:
+    found = (line for line in said.splitlines() if re.search(r"rematerializ|exceed|out of memory", line, re.IGNORECASE))
+    return tuple(dict.fromkeys(re.sub(r"^\S+ \S+ +\d+ (\S+\] )?", "", line) for line in found))
+
+
+# --- in the process that compiles ----------------------------------------------------------------------------------
+
+
+def devices_of(topology: Topology) -> Sequence[jax.Device]:
+    """Devices that can be compiled for and nothing else."""
+    several = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
+    return topologies.get_topology_desc(topology.slice_name, platform="tpu", **several).devices
+
+
+def abstract_step(run: config.Config, mesh: Mesh) -> tuple[Any, Any, Any, Batch]:
+    """(structure, optimizer, state, batch) as `compile_step` takes them, all arrays as shapes with their shardings; `mesh` is
+    in force."""
+    assert run.model is not None
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        spec = P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora)
+    constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
+    optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
+    structure, params = parameters(jax.eval_shape(model))
+    trainable, frozen = partition(jax.tree.map(placed, params), run.lora)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer), trainable)
+    state = jax.tree.map(placed, state)._replace(frozen=frozen)
+    shape, sharding = (run.train.batch_size, run.train.seq_len), NamedSharding(mesh, P(BATCH, "context"))
+    dtypes = (jnp.int32, jnp.int32, jnp.bool, jnp.int32, jnp.int32)
+    arrays: list[Any] = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes]
+    return structure, optimizer, state, Batch(*arrays)
+
+
+def compile_on(run: config.Config, mesh: Mesh) -> Compiled:
+    """Compile the step of `run` for the devices of `mesh`, in this process."""
+    begun = time.perf_counter()
+    with jax.set_mesh(mesh):
+        structure, optimizer, state, batch = abstract_step(run, mesh)
+        program = compile_step(run, structure, optimizer, state, batch)
+    seconds = time.perf_counter() - begun
+    memory, text = program.memory_analysis(), program.as_text()
+    assert memory is not None and text is not None
+    counts = hlo.read(text)
+    return Compiled(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        traffic=traffic(counts, mesh),
+        fallback_bytes=counts.fallback_bytes,
+        flops=counts.flops,
+        kernel_flops=counts.kernel_flops,
+        instructions=hlo.size(text),
+        warnings=(),
+        compile_seconds=seconds,
+        hlo=text,
+    )
+
+
+def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
+    """The collectives of a program by kind, axes and dtype, most bytes first."""
+    slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
+    sums: dict[tuple[str, tuple[str, ...], str, bool], list[float]] = {}
+    for c, times in counts.collectives.items():
+        axes = hlo.axes_of(c.groups, mesh.shape)
+        crosses = any(len({slices[device] for device in group}) > 1 for group in c.groups)
+        total = sums.setdefault((c.kind, axes, c.dtype, crosses), [0, 0, 0])
+        more = (times, c.bytes * times, c.bytes * times if c.hidden_flops else 0)
+        total[:] = (a + b for a, b in zip(total, more, strict=True))
+    found = (Traffic(*of, int(n), received, overlapped) for of, (n, received, overlapped) in sums.items())
+    return tuple(sorted(found, key=lambda t: -t.bytes))
+
+
+def _answer(asked: Path) -> dict[str, Any]:
+    question = json.loads(asked.read_text(encoding="utf-8"))
+    run = config.Config.model_validate_json(json.dumps(question["run"]))
+    try:
+        answer = asdict(compile_on(run, make_mesh(run.mesh, devices_of(parse(question["topology"])))))
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        return {"error": str(error).splitlines()[0]}
+    answer.pop("warnings")  # which only the parent sees
+    return answer
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(_answer(Path(sys.argv[1]))), encoding="utf-8")

@@ -496,12 +496,16 @@ AxisSize = Annotated[int, BeforeValidator(_integral)]
 
 
 class Mesh(Section):
-    """Devices along each axis; one axis may be -1: the devices that the others leave."""
+    """Devices along each axis; one axis may be -1: the devices that the others leave.
+
+    data splits the batch between replicas of the model; fsdp and expert split it too, and the weights; context splits
+    sequences, for long ones; tensor splits heads, ffn_dim and the vocabulary.
+    """
 
     data: AxisSize = 1
     fsdp: AxisSize = 1
     expert: AxisSize = 1
-    context: Literal[1] = 1
+    context: AxisSize = 1
     tensor: AxisSize = 1
 
     @model_validator(mode="after")
@@ -572,15 +576,13 @@ class Config(Section):
         if self.model is not None:
             check_model(self, self.model)
         check_batch(self)
-        if self.compute.attention == "splash" and self.train.seq_len % 128:
-            raise ValueError(f"compute.attention splash wants a train.seq_len of whole 128s, not {self.train.seq_len}; use auto")
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
             raise ValueError("compute.attention cudnn takes 16-bit numbers; set compute.dtype to bfloat16, or attention to auto")
         return self
 
 
 def check_batch(config: Config) -> None:
-    """Raise ValueError where a microbatch does not divide over the mesh."""
+    """Raise ValueError where a microbatch, or a sequence, does not divide over the mesh."""
     mesh, train = config.mesh, config.train
     replicas = mesh.data * mesh.fsdp * mesh.expert
     per_microbatch = train.batch_size // train.microbatches
@@ -588,6 +590,18 @@ def check_batch(config: Config) -> None:
         raise ValueError(
             f"batch_size {train.batch_size} / microbatches {train.microbatches} = {per_microbatch} sequences do not divide "
             f"over mesh data x fsdp x expert = {replicas}; use a multiple of {replicas * train.microbatches}"
+        )
+    chunks = 1 if mesh.context == 1 else 2 * mesh.context  # two for each device, so that all have as much to attend to
+    if mesh.context > 0 and train.seq_len % chunks:
+        down = train.seq_len // chunks * chunks
+        raise ValueError(
+            f"train.seq_len {train.seq_len} does not divide into two chunks for each of mesh.context {mesh.context}; "
+            f"use a multiple of {chunks}: {f'{down} or ' if down else ''}{down + chunks}"
+        )
+    if mesh.context > 0 and config.compute.attention == "splash" and train.seq_len % (128 * chunks):
+        raise ValueError(
+            f"compute.attention splash wants a train.seq_len of whole {128 * chunks}s"
+            f"{'' if chunks == 1 else f' on mesh.context {mesh.context}'}, not {train.seq_len}; use auto"
         )
 
 

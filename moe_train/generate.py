@@ -92,9 +92,12 @@ def generate(
     lengths = np.array([len(prompt) for prompt in prompts] + [0] * (rows - len(prompts)))
     longest = int(lengths.max())
     room = max(CHUNK, 2 ** math.ceil(math.log2(longest + max_tokens)))
+    room += -room % mesh.shape["context"]
 
     def read(tokens: np.ndarray, positions: np.ndarray, caches: Any) -> tuple[np.ndarray, Any]:
-        logits, caches = _step(structure, weights, *put_batch((tokens.astype(np.int32), positions.astype(np.int32)), mesh), caches)
+        padding = ((0, 0), (0, -tokens.shape[1] % mesh.shape["context"]))
+        padded = np.pad(tokens, padding).astype(np.int32), np.pad(positions, padding, constant_values=-1).astype(np.int32)
+        logits, caches = _step(structure, weights, *put_batch(padded, mesh), caches)
         return np.asarray(logits), caches
 
     caches = empty_caches(model, rows, room, jnp.dtype(dtype))

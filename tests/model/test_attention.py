@@ -103,6 +103,29 @@ def test_on_a_mesh(kernel: str, window: int | None) -> None:
     check(kernel, window, operands(256), 1e-5, make_mesh(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4]))
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("kernel", "T"), [("reference", 48), ("blocked", 600), ("splash", 1024)])
+def test_a_sequence_on_several_devices(kernel: str, T: int, window: int | None) -> None:
+    """Segments lie across the cuts; keys are gathered, and their gradients sent back to where they came from."""
+    check(kernel, window, operands(T), 1e-5, make_mesh(config.Mesh(context=4, tensor=2)))
+
+
+def test_an_odd_number_of_parts() -> None:
+    check("blocked", 50, operands(60), 1e-5, make_mesh(config.Mesh(context=3), jax.devices()[:3]))
+
+
+@pytest.mark.parametrize("c", [1, 2, 3, 4, 8])
+def test_every_device_attends_to_as_many_pairs(c: int) -> None:
+    """And every query has one device."""
+    T = 16 * c
+    with jax.set_mesh(make_mesh(config.Mesh(context=c), jax.devices()[:c])):
+        parts = attention._parts(T)
+    run = T // c // len(parts[0])
+    queries = [[t for start in starts for t in range(start, start + run)] for starts in parts]
+    assert sorted(sum(queries, [])) == list(range(T))
+    assert len({sum(t + 1 for t in device) for device in queries}) == 1
+
+
 def test_splash_in_bfloat16() -> None:
     check("splash", None, operands(128, jnp.bfloat16), 2e-2)
 

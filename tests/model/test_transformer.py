@@ -19,7 +19,7 @@ from moe_train.model.transformer import combine, empty_caches, init_model, param
 from moe_train.train.loss import LossParts, microbatch_loss
 from tests.model.conftest import quick_jit
 
-B, T, V = 8, 12, 32
+B, T, V = 8, 16, 32
 ATTENTION = config.Attention(num_heads=8, num_kv_heads=4, head_dim=4)
 MIXTRAL = config.Model(
     family="mixtral",
@@ -54,6 +54,10 @@ MESHES = {
     "data, fsdp, expert": config.Mesh(data=2, fsdp=2, expert=2),
     "fsdp, expert, tensor": config.Mesh(fsdp=2, expert=2, tensor=2),
     "data, expert, tensor": config.Mesh(data=2, expert=2, tensor=2),
+    "context, fsdp, expert": config.Mesh(fsdp=2, expert=2, context=2),
+    "context, data, tensor": config.Mesh(data=2, context=2, tensor=2),
+    "context, expert": config.Mesh(expert=4, context=2),
+    "context, fsdp": config.Mesh(fsdp=2, context=4),
 }
 
 
@@ -133,14 +137,18 @@ def test_permuted_devices() -> None:
 
 
 def test_adapters_on_a_mesh() -> None:
-    mesh = make_mesh(MESHES["fsdp, expert, tensor"])
-    found, wanted = (loss_and_gradients(MIXTRAL, m, LORA, grouped_matmul="reference") for m in (mesh, ONE))
-    check_equal(found, wanted)
+    meshes = [make_mesh(sizes) for sizes in (MESHES["fsdp, expert, tensor"], config.Mesh(expert=2, context=2, tensor=2))]
+    *found, wanted = (loss_and_gradients(MIXTRAL, m, LORA, grouped_matmul="reference") for m in (*meshes, ONE))
+    for one in found:
+        check_equal(one, wanted)
 
 
-def test_dense_model_on_a_mesh() -> None:
-    mesh = make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
-    check_equal(loss_and_gradients(MISTRAL, mesh), on_one_device(MISTRAL))
+@pytest.mark.parametrize(
+    "sizes", [config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(context=4, tensor=2)], ids=["rows", "context"]
+)
+def test_dense_model_on_a_mesh(sizes: config.Mesh) -> None:
+    """Its window is wider than what a device has of a sequence, where `context` splits it."""
+    check_equal(loss_and_gradients(MISTRAL, make_mesh(sizes)), on_one_device(MISTRAL))
 
 
 def test_weights_are_the_same_on_every_mesh() -> None:
@@ -253,8 +261,8 @@ def test_packed_sequences_equal_separate_ones() -> None:
 
 @pytest.mark.parametrize(
     ("model", "sizes"),
-    [(MIXTRAL, "fsdp, expert, tensor"), (MISTRAL, None)],
-    ids=["mixtral on a mesh", "mistral with a window"],
+    [(MIXTRAL, "fsdp, expert, tensor"), (MISTRAL, None), (MISTRAL, "context, data, tensor")],
+    ids=["mixtral on a mesh", "mistral with a window", "a cache on two devices"],
 )
 def test_decoding_equals_the_whole_sequence(model: config.Model, sizes: str | None) -> None:
     """A prompt of another length in each row, then token by token."""
@@ -273,6 +281,9 @@ def test_decoding_equals_the_whole_sequence(model: config.Model, sizes: str | No
             np.testing.assert_allclose(jax.device_get(logits)[b, : length[b]], wanted[b, : length[b]], rtol=1e-4, atol=1e-4)
         for step in range(5):
             at = (length + step)[:, None].astype(np.int32)
-            logits, caches = decode(params, *put_batch((np.take_along_axis(tokens, at, 1), at), mesh), caches)
+            token = np.take_along_axis(tokens, at, 1)
+            padding = ((0, 0), (0, mesh.shape["context"] - 1))
+            parts = np.pad(token, padding), np.pad(at, padding, constant_values=-1)
+            logits, caches = decode(params, *put_batch(parts, mesh), caches)
             found = jax.device_get(logits)[:, 0]
             np.testing.assert_allclose(found, np.take_along_axis(wanted, at[..., None], 1)[:, 0], rtol=1e-4, atol=1e-4)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moe_train import processes
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -602,10 +604,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _log_on_stderr():
             app(["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments, prog_name="moe-train")
     except Exception as error:
+        if type(error).__name__ == "JaxRuntimeError":
+            processes.wait_for_loss()
         expected = isinstance(error, (*USER_ERRORS, OSError)) or type(error) is RuntimeError
         if debug or not expected:
             traceback.print_exc()
         said = str(error) if expected else f"{type(error).__name__}: {error}"
         for fault in said.splitlines():  # a config may have several
             print(f"moe-train: {fault}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, USER_ERRORS) else 1)
+        code = 2 if isinstance(error, USER_ERRORS) else 1
+        processes.end(code)
+        sys.exit(code)

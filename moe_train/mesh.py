@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # for its store of keys, which has no public name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_train import config
+from moe_train import config, processes
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH = ("data", "fsdp", "expert")
@@ -28,13 +30,34 @@ BATCH = ("data", "fsdp", "expert")
 
 
 def join_processes() -> None:
-    """Join the other processes of this job, where the environment says that there are some: Cloud TPU, Slurm, or
-    JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID. To be called before anything touches a device."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        count, index = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, index)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+    """Join the other processes of this job, where the environment says that there are some (`processes.job`).
+
+    To be called before anything touches a device; where it was called before, it does nothing. Raises ValueError where
+    the environment says half of it, RuntimeError where they do not find each other.
+    """
+    job = processes.job(os.environ)
+    if job is None or jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is train's
+    try:
+        if isinstance(job, processes.Job):
+            jax.distributed.initialize(*job, cluster_detection_method="deactivate")
+        else:
+            jax.distributed.initialize()
+    except RuntimeError as error:
+        raise RuntimeError(f"the processes of this job did not find each other: {error}") from error
+    index, count = jax.process_index(), jax.process_count()
+    processes.first_alone_speaks(index)
+    if count == 1:
+        return
+    key, (store, address) = "moe_train/port", (distributed.global_state.client, distributed.global_state.coordinator_address)
+    assert store is not None and address is not None
+    if index == 0:
+        store.key_value_set(key, str(processes.listen(count)))
+    else:
+        port = int(store.blocking_key_value_get(key, 60_000))
+        processes.connect(address.rpartition(":")[0], port, index, count)
+    atexit.register(processes.leave)  # after JAX's own, and so called before it
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "atomic": (),
     "json_file": (),
     "config_file": ("config", "foreign_keys"),
-    "mesh": ("config",),
+    "processes": (),
+    "mesh": ("config", "processes"),
     "metrics": ("config", "mesh", "model", "atomic"),
     "model": ("config", "mesh", "model"),
     "data": ("config", "data", "atomic", "json_file"),
@@ -55,7 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "adapters"), LEFT_OF_LOOP),
     "verify": (*LEFT_OF_LOOP, "export"),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
-    "cli": ("config", "config_file", "data", *COMMANDS, "quickstart"),
+    "cli": ("config", "config_file", "processes", "data", *COMMANDS, "quickstart"),
     "__main__": ("cli",),
 }
 
@@ -63,7 +64,7 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Outside packages that a module must not import, whatever it is for.
 MUST_NOT_IMPORT: dict[str, set[str]] = {
     "": {"torch", "transformers", "peft", "pickle", "dill", "cloudpickle", "tests"},
-    **dict.fromkeys(("config", "foreign_keys", "config_file", "atomic", "json_file", "data", "cli", "__main__"), JAX),
+    **dict.fromkeys(("config", "foreign_keys", "config_file", "processes", "atomic", "json_file", "data", "cli", "__main__"), JAX),
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "registry", "factory", "misc", "core", "lib"}
 

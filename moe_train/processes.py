@@ -1,0 +1,220 @@
+"""The processes of one job: which they are, as the environment says, and how one notices that another has gone.
+
+Alone, or where one has failed, a process would wait in a collective for ever, or until JAX's coordination service misses
+its heartbeats after 100 s and aborts it with a page of C++. So each holds a TCP connection to the first, which the
+kernel closes when its process dies: at once, or within a minute where a whole host has vanished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+UNFINISHED = 75
+"""Exit code (EX_TEMPFAIL of sysexits.h): stopped before the end; start me again."""
+GRACE_SECONDS = 10
+"""For a process whose peer has failed to come to its own end, which may be the same failure."""
+_NUMBER = struct.Struct("<i")
+"""All that is ever sent: a process's index when it comes, its exit code when it goes."""
+_KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
+"""A host that answers nothing is given up after 20 + 4 · 10 s."""
+
+
+class Job(NamedTuple):
+    """The processes that work together, and which of them this one is."""
+
+    coordinator: str
+    """host:port, where the first one listens."""
+    num_processes: int
+    process_id: int
+    local_devices: tuple[int, ...] | None = None
+    """Of a host's GPUs those that are this process's; None is all."""
+
+
+class Found(NamedTuple):
+    """There are others, and JAX finds out by itself who (Cloud TPU)."""
+
+
+_OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_OF_SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
+
+
+def job(env: Mapping[str, str]) -> Job | Found | None:
+    """The job that an environment describes; None for a process alone.
+
+    - JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; or JAX_NUM_PROCESSES=auto alone;
+    - a step of Slurm (`srun`) with several tasks;
+    - Google's TPU pods on Kubernetes: TPU_WORKER_HOSTNAMES with several names, MEGASCALE_NUM_SLICES.
+    Raises ValueError where something of that is missing or is no number.
+    """
+    if env.get("JAX_NUM_PROCESSES") == "auto":
+        if also := [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]:
+            raise ValueError(f"JAX_NUM_PROCESSES is auto, but {also[0]} is {env[also[0]]!r}; unset it, or state the number")
+        return Found()
+    if any(name in env for name in _OF_JAX):
+        _need(env, _OF_JAX, "of {there} set, all three or none have to be")
+        count, index = _number(env, "JAX_NUM_PROCESSES"), _number(env, "JAX_PROCESS_ID")
+        address = env["JAX_COORDINATOR_ADDRESS"]
+        if not re.fullmatch(r".+:\d{1,5}", address):
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it has to be HOST:PORT of the first process")
+        if not 0 <= index < count:
+            raise ValueError(f"JAX_PROCESS_ID is {index}, and there are {count} processes (JAX_NUM_PROCESSES); they count from 0")
+        return Job(address, count, index) if count > 1 else None
+    if "SLURM_STEP_NUM_TASKS" in env and (count := _number(env, "SLURM_STEP_NUM_TASKS")) > 1:
+        _need(env, _OF_SLURM, "srun sets it; start the processes with srun")
+        # A step on hosts of one task each has all their devices; otherwise each task has one, as under JAX's own rule.
+        spread = set(re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")) == {"1"}
+        local = None if spread else (_number(env, "SLURM_LOCALID"),)
+        # A port out of the last 4096, so that jobs which share a host have different ones.
+        port = env.get("JAX_COORDINATOR_PORT") or 61440 + _number(env, "SLURM_JOB_ID") % 4096
+        return Job(f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}", count, _number(env, "SLURM_PROCID"), local)
+    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
+    slices = _number(env, "MEGASCALE_NUM_SLICES") if "MEGASCALE_NUM_SLICES" in env else 1
+    return Found() if "," in hosts or slices > 1 else None
+
+
+def _need(env: Mapping[str, str], names: tuple[str, ...], why: str) -> None:
+    if missing := [name for name in names if name not in env]:
+        there = ", ".join(name for name in names if name in env)
+        raise ValueError(f"{' and '.join(missing)} is missing in the environment: {why.format(there=there)}")
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except (KeyError, ValueError):
+        raise ValueError(f"{name} is {env.get(name)!r} in the environment; it has to be a whole number") from None
+
+
+def _first_host(nodes: str) -> str:
+    """node[007-015,020],other -> node007"""
+    return re.sub(r"\[(\w+).*", r"\1", nodes.split(",")[0])
+
+
+# --- while they work -----------------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """This process's connections to its peers: the first one's to all, the others' to the first."""
+
+    def __init__(self) -> None:
+        self.index, self.count = 0, 1
+        self.peers: list[socket.socket] = []
+        self.threads: list[threading.Thread] = []
+        self.left = False
+
+
+_watch = _Watch()
+
+
+def listen(count: int) -> int:
+    """Of the first process: take the others' connections, and watch them. Returns the port."""
+    _watch.count = count
+    both = socket.has_dualstack_ipv6()
+    server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+    def accept() -> None:
+        for _ in range(count - 1):
+            peer, _ = server.accept()
+            _start(_NUMBER.unpack(peer.recv(_NUMBER.size, socket.MSG_WAITALL))[0], peer)
+        server.close()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return int(server.getsockname()[1])
+
+
+def connect(host: str, port: int, index: int, count: int) -> None:
+    """Of another process: watch the first one, as it watches this one."""
+    _watch.index, _watch.count = index, count
+    peer = socket.create_connection((host, port), timeout=60)
+    peer.settimeout(None)
+    peer.sendall(_NUMBER.pack(index))
+    _start(0, peer)
+
+
+def first_alone_speaks(index: int) -> None:
+    """Mute what this process would tell people, unless it is the first one; errors go to stderr from any.
+
+    What libraries in C write to stdout (Gloo counts its ranks) is to be in nobody's way: it goes to stderr, or nowhere.
+    """
+    sys.stdout.flush()
+    if index:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        logging.getLogger("moe_train").setLevel(logging.ERROR)
+    else:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+        os.dup2(2, 1)
+
+
+def leave(code: int = 0) -> None:
+    """Tell the others that this process ends; with another code than 0, that it failed. Then its end is no loss."""
+    if not _watch.left:
+        _watch.left = True
+        for peer in _watch.peers:
+            with contextlib.suppress(OSError):  # it has gone too
+                peer.sendall(_NUMBER.pack(code))
+
+
+def end(code: int) -> None:
+    """End this process if it is one of several: one that fails must not wait for the others at JAX's exit barrier."""
+    if _watch.count == 1:
+        return
+    leave(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _watch.index == 0:  # it has JAX's coordination service, which aborts the others when it goes before them
+        until = time.monotonic() + GRACE_SECONDS + 5
+        for thread in _watch.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+    os._exit(code)
+
+
+def wait_for_loss() -> None:
+    """To be called where an error of the network may mean that another process has gone: the watch tells of it better."""
+    if _watch.count > 1:
+        time.sleep(GRACE_SECONDS + 1)
+
+
+def _start(index: int, peer: socket.socket) -> None:
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE.items():
+        if hasattr(socket, option):  # not on every system
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    _watch.peers.append(peer)
+    thread = threading.Thread(target=_follow, args=(index, peer), daemon=True)
+    _watch.threads.append(thread)
+    thread.start()
+
+
+def _follow(index: int, peer: socket.socket) -> None:
+    """Wait for a peer's last word; end this process where there is none, or where it failed and this one does not end."""
+    try:
+        said = peer.recv(_NUMBER.size, socket.MSG_WAITALL)
+    except OSError:
+        said = b""
+    if _watch.left:
+        return
+    who = f"process {index} of {_watch.count}"
+    if len(said) < _NUMBER.size:
+        _give_up(f"{who} was lost; what is saved stays: start again to continue", UNFINISHED)
+    elif code := _NUMBER.unpack(said)[0]:
+        if code != UNFINISHED:
+            time.sleep(GRACE_SECONDS)
+        _give_up(f"{who} has stopped with exit code {code}, and says why", code)
+
+
+def _give_up(said: str, code: int) -> None:
+    if _watch.left:
+        return
+    os.write(2, f"moe-train: {said}\n".encode())
+    _watch.threads.remove(threading.current_thread())
+    end(code)

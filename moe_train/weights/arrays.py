@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,6 +28,8 @@ Read = Callable[[tuple[int, ...], Sequence[np.ndarray]], None]
 """Reads a matrix, by its entry in the stacked dims, into memory: one array, or those that it is converted to."""
 CHUNK = 2**20
 """Bytes of a file that are read at a time."""
+HUGE = 2**22
+"""Bytes from which numpy asks for huge pages."""
 BESIDE = 2**27
 """Bytes of weights that are on the host at a time on their way to an accelerator, unless one matrix is larger."""
 
@@ -164,8 +167,15 @@ def _read(piece: Piece, tensor: Tensor, ranges: Ranges, out: np.ndarray) -> None
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Memory that XLA:CPU takes for an array's own, without a copy."""
+    """Memory that XLA:CPU takes for an array's own, without a copy.
+
+    Much of it comes from the system as that would have its pages, and all at once: huge ones, which numpy asks for, take a
+    virtual machine seconds a GiB, since its host has taken back just those that were free.
+    """
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size >= HUGE and hasattr(mmap, "MAP_POPULATE"):  # Linux
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+        return np.frombuffer(pages, dtype).reshape(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)

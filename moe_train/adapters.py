@@ -22,7 +22,7 @@ from moe_train.json_file import read_object
 from moe_train.mesh import make_mesh
 from moe_train.model.lora import is_trainable, module_of
 from moe_train.model.transformer import Parameters, init_model, parameters
-from moe_train.weights import foreign, merge, names, peft, write
+from moe_train.weights import foreign, gguf, gguf_lora, merge, names, peft, write
 from moe_train.weights.arrays import fetch
 
 Weight = Callable[[names.Piece], np.ndarray]
@@ -84,9 +84,12 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
 def _base_of(source: str | Path) -> str:
     if model_dir.is_run(source):
         named = model_dir.run_config(source).init_from
+    elif (file := Path(source) / peft.CONFIG).is_file():
+        named = read_object(file).get("base_model_name_or_path")
+    elif gguf.file_in(source) is not None:
+        named = gguf_lora.open_adapter(source).settings.get("general.base_model.0.name")
     else:
-        file = Path(source) / peft.CONFIG
-        named = read_object(file).get("base_model_name_or_path") if file.is_file() else None
+        named = None
     if not named or not Path(named).exists():
         raise FileNotFoundError(f"{source} names {named or 'nothing'} as its base model, which is not here; name it with --base")
     return named

@@ -1,6 +1,6 @@
 """Adapters as a GGUF file, which llama.cpp adds to its base model's GGUF (`llama-server -m BASE.gguf --lora adapter.gguf`).
 
-What llama.cpp (v0.5.0) takes, as its source has it (llama-adapter.cpp, llama-graph.cpp) and as tried:
+What llama.cpp (v0.5.0) takes, as its source has it (llama-adapter.cpp, llama-graph.cpp) and as tried; so it is read, too:
 - A is (rank, in) and B (out, rank) beside the name of the base's tensor; B's rows of q and k are in interleaved rotary
   order, as the weights' are.
 - Experts are stacked, (experts, rank, in) and (experts, out, rank), every expert in both: one rank a matrix and layer. Gate,
@@ -14,6 +14,7 @@ What llama.cpp (v0.5.0) takes, as its source has it (llama-adapter.cpp, llama-gr
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -25,8 +26,9 @@ import numpy as np
 
 from moe_train import config
 from moe_train.atomic import new_directory
-from moe_train.weights import gguf_file, gguf_settings, merge, names
-from moe_train.weights.arrays import Parameters, fetch
+from moe_train.model.lora import module_of
+from moe_train.weights import gguf, gguf_file, gguf_settings, merge, names
+from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
 from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
 
 FILE = "adapter.gguf"
@@ -86,6 +88,65 @@ def export_adapter(
         gguf_file.write_file(directory / FILE, settings, specs, parts)
         write_texts(directory, texts)
         return _prove(directory / FILE, table, parameters, lora)
+
+
+def open_adapter(path: str | Path) -> gguf_file.Gguf:
+    """The adapter of one file, or of the only one in a folder. Raises FileNotFoundError where there is none, ValueError
+    where the file is something else."""
+    file = gguf.file_in(path)
+    if file is None:
+        raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
+    opened = gguf_file.open_file(file)
+    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
+        if (found := opened.settings.get(key)) != wanted:
+            raise ValueError(f"{file} is no adapter: {key} is {found!r}, not {wanted!r}")
+    return opened
+
+
+def read_lora(path: str | Path, model: config.Model) -> config.Lora:
+    """The section `lora` that an adapter amounts to. Raises ValueError where it is another base's, or not read here."""
+    opened = open_adapter(path)
+    file, tensors, alpha = opened.file, opened.tensors, opened.settings.get("adapter.lora.alpha")
+    if (arch := opened.settings.get("general.architecture")) != (ours := gguf_settings.architecture(model)):
+        raise ValueError(f"{file} is for another base: general.architecture is {arch!r}, not {ours!r}")
+    if not isinstance(alpha, float) or not 0 <= alpha < math.inf:
+        raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}; it has to be a number, 0 or larger")
+    modules = {_module(piece) for piece in names.pieces(model) if not piece.path.endswith(".scale")} - {"embed"}
+    table = names.adapter_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
+    if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
+        raise ValueError(f"{file} has {unknown[0]}, which is no adapter of this model that is read here")
+    ranks: dict[str, dict[int, str]] = {}  # of each module: its rank in the layers, 0 for none, and the first that has it
+    for piece in table[::2]:
+        shape = tensors[piece.name].shape if piece.name in tensors else (0, 0)
+        ranks.setdefault(module_of(piece.path), {}).setdefault(shape[-2] if len(shape) > 1 else -1, piece.name)
+    targets: dict[int, list[str]] = {}
+    for module, found in ranks.items():
+        (rank, name), *others = found.items()
+        if others or rank < 0:
+            raise ValueError(f"{file}: {name} has rank {rank}, {others[0][1] if others else 'it'} another; here layers have one")
+        if rank:
+            targets.setdefault(rank, []).append(module)
+    if not targets:
+        raise ValueError(f"{file} has no tensors")
+    return config.Lora(
+        targets=tuple(
+            config.LoraTarget(modules=tuple(modules), rank=rank, alpha=alpha or rank) for rank, modules in targets.items()
+        )
+    )
+
+
+def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
+    """The adapters of a file as arrays like `abstract` ({path of lora_a or lora_b: …}).
+
+    `abstract` comes from a model with the section `read_lora(path, model)`. Raises ValueError where the adapter is of
+    another base.
+    """
+    tensors = open_adapter(path).tensors
+    ranks = {path.removesuffix(".lora_a"): like.shape[-1] for path, like in abstract.items() if path.endswith(".lora_a")}
+    table = names.adapter_pieces(model, ranks, _LAYOUT)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    names.check(path, table, shapes, {path: like.shape for path, like in abstract.items()})
+    return fill(abstract, table, tensors)
 
 
 def _alpha(lora: config.Lora, table: list[names.Piece]) -> float:

@@ -25,7 +25,7 @@ from moe_train.data import sandbox
 from moe_train.data.tokenizer import HuggingFace, Mistral, train_bpe
 from moe_train.mesh import make_mesh
 from moe_train.model import transformer
-from moe_train.weights import chat_format, foreign, gguf, gguf_file, gguf_lora, gguf_settings, gguf_tokenizer, merge, names
+from moe_train.weights import adapter, chat_format, foreign, gguf, gguf_file, gguf_lora, gguf_settings, gguf_tokenizer, merge, names
 from moe_train.weights.arrays import fetch
 
 SIZES: dict[str, Any] = {"vocab_size": 352, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}
@@ -267,6 +267,64 @@ def test_an_adapter_alone(tmp_path: Path) -> None:
     q_a, q_b = (np.asarray(parameters[f"stacks.0.layers.0.attention.q_proj.lora_{x}"])[0].astype(np.float64) for x in "ab")
     pairs = q_b.reshape(2, 4, 2, 12).swapaxes(2, 3).reshape(2, 96)  # halves of a head -> pairs side by side
     np.testing.assert_allclose(alpha / 2 * b @ a, 1.5 * (q_a @ pairs).T, rtol=1e-5, atol=1e-7)
+
+
+def test_an_adapter_is_read_back_on_any_mesh(tmp_path: Path) -> None:
+    """With one scale for all, bit for bit; llama.cpp's own converter writes half precision, and no keys of ours."""
+    lora = config.Lora(
+        targets=(
+            config.LoraTarget(modules=("attention.*",), rank=2, alpha=3.0),
+            config.LoraTarget(modules=("ffn.*_proj", "ffn.router", "head"), rank=3, alpha=3.0),
+        )
+    )
+    with jax.set_mesh(EIGHT):
+        parameters = random_parameters(MIXTRAL, lora)
+        gguf_lora.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", base_model="base")
+    with jax.set_mesh(ONE):
+        found = adapter.read_lora(tmp_path / "out", MIXTRAL)
+        assert {target.rank: target.alpha for target in found.targets} == {2: 3.0, 3: 3.0}
+        wanted = {path: x for path, x in random_parameters(MIXTRAL, found).items() if ".lora_" in path}
+        for source in (tmp_path / "out", tmp_path / "out" / gguf_lora.FILE):
+            loaded = adapter.load_adapter(source, MIXTRAL, shapes(wanted))
+            assert loaded.keys() == {path for path in parameters if ".lora_" in path}
+            assert all(np.array_equal(np.asarray(x), np.asarray(parameters[path])) for path, x in loaded.items())
+    assert len(adapter.hashes(tmp_path / "out")) == 2 * (2 * 8 + 1) + 1
+    with pytest.raises(ValueError, match=r"is for another base: general.architecture is 'llama', not 'mistral3'"):
+        adapter.read_lora(tmp_path / "out", MINISTRAL3)
+    with pytest.raises(ValueError, match=r"has blk.0.ffn_down_exps.weight.lora_a, which is no adapter of this model"):
+        adapter.read_lora(tmp_path / "out", MISTRAL)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"adapter.lora.alpha": np.float32(-1)}, "adapter.lora.alpha is -1.0; it has to be a number"),
+        ({"adapter.lora.alpha": "much"}, "adapter.lora.alpha is 'much'; it has to be a number"),
+        ({"adapter.type": "ia3"}, "is no adapter: adapter.type is 'ia3'"),
+        ({"general.type": "model"}, "is no adapter: general.type is 'model'"),
+    ],
+)
+def test_a_file_that_is_no_adapter_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+    keys |= {"adapter.lora.alpha": np.float32(0), **change}
+    ranks = {"blk.0.attn_q": 2, "blk.1.attn_q": 2}
+
+    def write_adapter(ranks: dict[str, int]) -> None:
+        specs = [gguf_file.Spec(f"{name}.weight.lora_a", (rank, 64), "F32") for name, rank in ranks.items()]
+        specs += [gguf_file.Spec(f"{name}.weight.lora_b", (96, rank), "F32") for name, rank in ranks.items()]
+        gguf_file.write_file(tmp_path / "x.gguf", keys, specs, lambda spec: [np.zeros(spec.shape, np.float32)])
+
+    write_adapter(ranks)
+    with pytest.raises(ValueError, match=said):
+        adapter.read_lora(tmp_path, MISTRAL)
+    keys |= {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": np.float32(0)}
+    write_adapter(ranks)
+    (target,) = adapter.read_lora(tmp_path, MISTRAL).targets
+    assert (target.rank, target.alpha, target.modules) == (2, 2.0, ("attention.q_proj",))  # 0 stands for a scale of 1
+    for others in ({"blk.0.attn_q": 2}, {**ranks, "blk.1.attn_q": 3}):
+        write_adapter(others)
+        with pytest.raises(ValueError, match=r"blk.0.attn_q.weight.lora_a has rank 2, blk.1.attn_q.weight.lora_a another"):
+            adapter.read_lora(tmp_path, MISTRAL)
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------

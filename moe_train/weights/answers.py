@@ -68,16 +68,17 @@ def structure_and_shapes(
 def answers(structure: Any, weights: Mapping[str, jax.Array], prompts: Prompts) -> Answers:
     """What these weights answer, on the mesh in force, of which several processes may have parts."""
     mesh = jax.sharding.get_mesh()
-    rows = len(prompts.tokens_PT)
-    pad = -rows % math.prod(mesh.shape[axis] for axis in BATCH)
+    rows, length = prompts.tokens_PT.shape
+    pad = (0, -rows % math.prod(mesh.shape[axis] for axis in BATCH)), (0, -length % mesh.shape["context"])
 
     def put(x_PT: np.ndarray, fill: int) -> jax.Array:
-        whole = np.pad(x_PT, ((0, pad), (0, 0)), constant_values=fill).astype(np.int32)
+        whole = np.pad(x_PT, pad, constant_values=fill).astype(np.int32)
         return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P(BATCH, "context")), lambda index: whole[index])
 
     with jax.default_matmul_precision("highest"):
         logits, routers = _forward(structure, dict(weights), put(prompts.tokens_PT, 0), put(prompts.positions_PT, -1))
-    return Answers(np.asarray(logits)[:rows], None if routers is None else np.asarray(routers)[:, :rows])
+    of_prompts = (slice(rows), slice(length))
+    return Answers(np.asarray(logits)[of_prompts], None if routers is None else np.asarray(routers)[:, *of_prompts])
 
 
 def _forward(

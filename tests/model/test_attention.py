@@ -122,7 +122,7 @@ def test_every_device_attends_to_as_many_pairs(c: int) -> None:
         parts = attention._parts(T)
     run = T // c // len(parts[0])
     queries = [[t for start in starts for t in range(start, start + run)] for starts in parts]
-    assert sorted(sum(queries, [])) == list(range(T))
+    assert sorted(t for device in queries for t in device) == list(range(T))
     assert len({sum(t + 1 for t in device) for device in queries}) == 1
 
 

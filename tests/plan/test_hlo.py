@@ -1,0 +1,198 @@
+"""What is read off HLO text, on modules short enough to count by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_train.plan import hlo
+
+REST = "channel_id=1, use_global_device_ids=true"
+
+
+def entry(*lines: str, before: str = "") -> str:
+    """A module whose entry has these instructions."""
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"HloModule m, is_scheduled=true\n\n{before}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "received"),
+    [
+        (
+            f"%c = f32[64]{{0}} all-gather(%p), {REST}, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}",
+            "all-gather",
+            64 * 4 * 3 / 4,
+        ),
+        (f"%c = bf16[16]{{0}} reduce-scatter(%p), {REST}, replica_groups=[2,4]<=[8], to_apply=%add", "reduce-scatter", 16 * 2 * 3),
+        (
+            f"%c = f32[10]{{0}} all-reduce(%p), {REST}, replica_groups={{{{0,1}},{{2,3}}}}, to_apply=%add",
+            "all-reduce",
+            10 * 4 * 2 / 2,
+        ),
+        (
+            f"%c = (s32[6]{{0}}, f32[2,3]{{1,0}}) all-to-all(%p, %p), {REST}, replica_groups=[1,8]<=[8]",
+            "all-to-all",
+            2 * 24 * 7 / 8,
+        ),
+        ("%c = f32[8]{0:T(128)} collective-permute(%p), source_target_pairs={{0,1},{1,0}}", "collective-permute", 32),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "%" not in value else "",
+)
+def test_bytes_that_a_device_receives(line: str, kind: str, received: float) -> None:
+    counts = hlo.read(entry("%p = f32[8]{0} parameter(0)", line))
+    assert counts.bytes_by("kind") == {kind: received}
+    assert counts.bytes == received
+
+
+def test_a_ragged_all_to_all_counts_its_smaller_side() -> None:
+    line = "%c = f32[64]{0} ragged-all-to-all(%p, %o, %i, %i, %i, %i), replica_groups=[1,8]<=[8]"
+    counts = hlo.read(entry("%p = f32[16]{0} parameter(0)", "%o = f32[64]{0} parameter(1)", "%i = s64[8]{0} parameter(2)", line))
+    assert counts.bytes == 16 * 4 * 7 / 8
+
+
+def test_a_group_of_one_device_sends_nothing() -> None:
+    assert hlo.read(entry("%c = f32[8]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add")).bytes == 0
+
+
+WHILE = """
+%cond (t: (s32[], f32[8])) -> pred[] {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%open (t: (s32[], f32[8])) -> pred[] {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  ROOT %less = pred[] compare(%t, %t), direction=LT
+}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%t), index=1
+  %c = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
+  %a = f32[2,3]{1,0} parameter(1)
+  %d = f32[2,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %r = (s32[], f32[8]{0}) tuple(%t, %c)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("loop", "trips"),
+    [
+        ('condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}', 7),
+        ("condition=%cond, body=%body", 5),  # what the counter is compared with
+        ("condition=%open, body=%body", 1),  # what the data say
+    ],
+)
+def test_loops_count_as_often_as_they_run(loop: str, trips: int) -> None:
+    counts = hlo.read(entry(f"ROOT %w = (s32[], f32[8]{{0}}) while(%t), {loop}", before=WHILE))
+    assert counts.bytes == trips * 32
+    assert counts.flops == trips * 2 * 2 * 4 * 3
+    assert set(counts.collectives.values()) == {trips}
+
+
+def test_of_a_conditional_the_branch_that_receives_least_counts() -> None:
+    branch = (
+        "%{n} (p: f32[8]) -> f32[8] {{\n  ROOT %c = f32[{size}]{{0}} all-reduce(%p), replica_groups=[1,2]<=[2], to_apply=%a\n}}\n"
+    )
+    before = branch.format(n="few", size=8) + "\n" + branch.format(n="many", size=100)
+    counts = hlo.read(entry("%c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%many, %few}", before=before))
+    assert (counts.bytes, counts.fallback_bytes) == (32, 400 - 32)
+
+
+def test_a_fusion_named_all_reduce_scatter_is_a_reduce_scatter() -> None:
+    before = """%all-reduce-scatter.1 (p: bf16[64]) -> bf16[16] {
+  %p = bf16[64]{0} parameter(0)
+  %r = bf16[64]{0} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %s = bf16[16]{0} dynamic-slice(%r, %i)
+}
+"""
+    counts = hlo.read(entry("%f = bf16[16]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={}", before=before))
+    assert counts.bytes_by("kind") == {"reduce-scatter": 128 * 3 / 4}
+
+
+def test_an_asynchronous_pair_counts_once_and_says_what_hides_it() -> None:
+    groups = "replica_groups=[1,2]<=[2], dimensions={0}"
+    dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    counts = hlo.read(
+        entry(
+            "%p = f32[4,2]{1,0} parameter(0)",
+            f"%s = (f32[4,2]{{1,0}}, f32[8,2]{{1,0}}) all-gather-start(%p), {groups}",
+            f"%d = f32[4,4]{{1,0}} dot(%p, %q), {dot}",
+            "%e = f32[8,2]{1,0} all-gather-done(%s)",
+            f"%t = (f32[4,2]{{1,0}}, f32[8,2]{{1,0}}) all-gather-start(%p), {groups}",
+            "%u = f32[8,2]{1,0} all-gather-done(%t)",
+            f"%v = f32[4,4]{{1,0}} dot(%p, %q), {dot}",
+        )
+    )
+    assert counts.bytes == 2 * 32
+    assert sorted((c.hidden_flops, c.asynchronous, n) for c, n in counts.collectives.items()) == [(0, True, 1), (64, True, 1)]
+
+
+def test_kernels_state_their_own_estimate() -> None:
+    call = '%gmm.{n} = f32[8]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={{"cost_estimate":{{"flops":"12"}}}}'
+    counts = hlo.read(entry(*(call.format(n=n) for n in range(3))))
+    assert (counts.flops, counts.kernel_flops, dict(counts.kernels)) == (0, 36, {"gmm": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{{0,2},{1,3}}", ((0, 2), (1, 3))),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[4,2]<=[2,2,2]T(2,1,0)", ((0, 4), (2, 6), (1, 5), (3, 7))),
+        ("mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
+    ],
+)
+def test_the_ways_to_write_groups(text: str, groups: hlo.Groups) -> None:
+    counts = hlo.read(entry(f"%c = f32[8]{{0}} all-reduce(%p), replica_groups={text}, use_global_device_ids=true, to_apply=%add"))
+    (collective,) = counts.collectives
+    assert collective.groups == groups
+
+
+def test_axes_along_which_a_group_lies() -> None:
+    mesh = {"data": 2, "fsdp": 2, "expert": 2}
+    assert hlo.axes_of(((0, 1), (2, 3)), mesh) == ("expert",)
+    assert hlo.axes_of(((0, 4),), mesh) == ("data",)
+    assert hlo.axes_of(((0, 1, 2, 3),), mesh) == ("fsdp", "expert")
+
+
+@pytest.mark.parametrize("taps", ["same", "valid", "full"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_counts_the_taps_that_meet_its_operand(taps: str, stride: int) -> None:
+    """Against numpy: of ones, the sum of the result is the number of pairs that meet."""
+    pad = {"same": (1, 1), "valid": (0, 0), "full": (2, 2)}[taps]
+    signal = np.pad(np.ones(7), pad)
+    met = sum(np.convolve(signal, np.ones(3), "valid")[::stride])
+    outputs = (7 + sum(pad) - 3) // stride + 1
+    line = f"%c = f32[{outputs},4,5]{{2,1,0}} convolution(%x, %k), window={{size=3 stride={stride} pad={pad[0]}_{pad[1]}}}, dim_labels=0bf_0io->0bf"
+    text = entry("%x = f32[7,4,6]{2,1,0} parameter(0)", "%k = f32[3,6,5]{2,1,0} parameter(1)", line)
+    assert hlo.read(text).flops == 2 * 4 * 5 * 6 * met
+
+
+def test_a_real_program_is_read_as_it_was_written() -> None:
+    """A scan of products, of which XLA may make fusions, calls and library calls, and a sum over devices."""
+    mesh = jax.make_mesh((8,), ("x",))
+    along = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))  # noqa: E731
+    w = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32, sharding=along())
+    x = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=along("x"))
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            lambda x, w: jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], axis=0), out_shardings=along()
+        )
+        text = step.lower(x, w).compile().as_text()
+    counts = hlo.read(text)
+    assert counts.flops == 5 * 2 * (64 // 8) * 16 * 16
+    assert counts.bytes_by("kind") == {"all-reduce": 16 * 4 * 2 * 7 / 8}
+    assert hlo.size(text) == sum(" = " in line for line in text.splitlines() if line.startswith("  "))
+
+
+def test_other_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.read("module @jit_step {}")

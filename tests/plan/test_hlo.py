@@ -135,8 +135,8 @@ def test_an_asynchronous_pair_counts_once_and_says_what_hides_it() -> None:
 
 
 def test_kernels_state_their_own_estimate() -> None:
-    call = '%gmm.{n} = f32[8]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={{"cost_estimate":{{"flops":"12"}}}}'
-    counts = hlo.read(entry(*(call.format(n=n) for n in range(3))))
+    call = 'f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"12"}}'
+    counts = hlo.read(entry(*(f"%gmm.{n} = {call}" for n in range(3))))
     assert (counts.flops, counts.kernel_flops, dict(counts.kernels)) == (0, 36, {"gmm": 3})
 
 
@@ -171,7 +171,8 @@ def test_a_convolution_counts_the_taps_that_meet_its_operand(taps: str, stride: 
     signal = np.pad(np.ones(7), pad)
     met = sum(np.convolve(signal, np.ones(3), "valid")[::stride])
     outputs = (7 + sum(pad) - 3) // stride + 1
-    line = f"%c = f32[{outputs},4,5]{{2,1,0}} convolution(%x, %k), window={{size=3 stride={stride} pad={pad[0]}_{pad[1]}}}, dim_labels=0bf_0io->0bf"
+    window = f"window={{size=3 stride={stride} pad={pad[0]}_{pad[1]}}}, dim_labels=0bf_0io->0bf"
+    line = f"%c = f32[{outputs},4,5]{{2,1,0}} convolution(%x, %k), {window}"
     text = entry("%x = f32[7,4,6]{2,1,0} parameter(0)", "%k = f32[3,6,5]{2,1,0} parameter(1)", line)
     assert hlo.read(text).flops == 2 * 4 * 5 * 6 * met
 

@@ -1,6 +1,6 @@
 """A run's own state on disk, through Orbax: what is saved, when it stays, and how it comes back.
 
-    RUN_DIR/checkpoints/STEP/params       the trainable weights
+    RUN_DIR/checkpoints/STEP/params       the trainable weights, and the routers' biases
                              optimizer    the optimizer's state, steps tried and skipped
                              about        JSON: `About`, and the sums of the arrays' bits
                              metrics      JSON: the held-out loss, where it was measured at this step
@@ -29,7 +29,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from moe_train import config
 from moe_train.model.transformer import Parameters
-from moe_train.train.state import TrainState
+from moe_train.train.state import TrainState, split_buffers
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -61,7 +61,7 @@ class About(NamedTuple):
 
 
 def params_of(state: TrainState) -> Any:
-    return state.trainable
+    return state.learned
 
 
 def optimizer_of(state: TrainState) -> Any:
@@ -283,7 +283,8 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
             damaged[step] = _brief(error)
             continue
         _set_aside(checkpoints, damaged)
-        return Restored(TrainState(trainable=found.params, frozen={}, **found.optimizer), about, damaged)
+        trainable, buffers = split_buffers(found.params)
+        return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **found.optimizer), about, damaged)
     if damaged:
         step, why = next(iter(damaged.items()))
         raise RuntimeError(f"no checkpoint in {checkpoints.directory} can be read; the newest, of step {step}: {why}")

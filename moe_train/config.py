@@ -92,13 +92,39 @@ class DenseFfn(Section):
     ffn_dim: Positive
 
 
+class SoftmaxRouter(Section):
+    """Weights are the softmax over the logits of the chosen experts (Mixtral, arXiv:2401.04088).
+
+    bias: of each expert, added to its probability where experts are chosen and nowhere else; not learned, but moved after
+    each step towards an even load, by `loss.bias_update_rate` (arXiv:2408.15664).
+    """
+
+    name: Literal["softmax"]
+    bias: bool = False
+
+
+class SigmoidRouter(Section):
+    """Weights are the sigmoids of the chosen experts' logits, divided by their sum, times `scaling` (DeepSeek-V3,
+    arXiv:2412.19437, eq. 12 to 16). bias: as a softmax router's, added to the sigmoid."""
+
+    name: Literal["sigmoid"]
+    bias: bool = False
+    scaling: PositiveFloat = 1.0
+
+
+Router = Annotated[SoftmaxRouter | SigmoidRouter, Field(discriminator="name")]
+
+
 class MoeFfn(Section):
-    """Sparse SwiGLU experts behind a softmax top-k router (Mixtral, arXiv:2401.04088). Dropless."""
+    """Sparse SwiGLU experts of width ffn_dim, `experts_per_token` of them chosen by a router. Beside them stand
+    `num_shared_experts` that every token takes (DeepSeekMoE, arXiv:2401.06066): together one dense SwiGLU, as wide as they."""
 
     name: Literal["moe"]
     ffn_dim: Positive
     num_experts: Positive
     experts_per_token: Positive
+    router: Router = SoftmaxRouter(name="softmax")
+    num_shared_experts: NonNegative = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -148,6 +174,15 @@ class Model(Section):
         if self.family == "llama" and self.attention.windows != (None,):
             raise ValueError("family llama has no attention window; leave attention.windows out")
         return self
+
+
+def without_format(model: Model) -> str | None:
+    """What a model has that no file format of its family has a place for; None for one that can be exported."""
+    if not isinstance(model.ffn, MoeFfn):
+        return None
+    router, shared = model.ffn.router, model.ffn.num_shared_experts
+    has = {f"a {router.name} router": router.name != "softmax", "a router bias": router.bias, "shared experts": shared > 0}
+    return " and ".join(what for what, is_there in has.items() if is_there) or None
 
 
 # --- adapters --------------------------------------------------------------------------------------------------
@@ -440,16 +475,22 @@ Optimizer = Annotated[AdamW | Lion | Adafactor | Muon, Field(discriminator="name
 
 
 class Loss(Section):
-    """Coefficients of the router's two losses, per layer; full training of a sparse model must state them."""
+    """How routers are kept balanced: coefficients of their two losses, per layer, which full training of a sparse model
+    must state; and by how much a step moves the bias of a router that has one, up for an expert with less than the mean
+    load of the step, down for one with more (0.001 is DeepSeek-V3's)."""
 
     load_balance_loss_coef: NonNegativeFloat | None = None
     router_z_loss_coef: NonNegativeFloat | None = None
+    bias_update_rate: NonNegativeFloat | None = None
 
 
 class Train(Section):
     """Length and shape of the optimisation. Exactly one of `steps`, `epochs`, `tokens` sets the length.
 
     batch_size is the number of sequences in an optimizer step over all devices; microbatches splits it.
+    capacity_factor limits an expert to capacity_factor * T * A / E assignments of a sequence of T tokens, in training
+    alone; what is beyond is dropped, earlier tokens first served (null: nothing is dropped). The run stops where a layer
+    drops more than max_drop_rate of its assignments in a step.
     """
 
     steps: Annotated[Positive, Field(le=100_000_000)] | None = None
@@ -459,6 +500,8 @@ class Train(Section):
     seq_len: Positive
     microbatches: Positive = 1
     max_skipped_steps: NonNegative = 3
+    capacity_factor: PositiveFloat | None = None
+    max_drop_rate: Fraction | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -467,6 +510,10 @@ class Train(Section):
             raise ValueError(f"the length of a run is exactly one of steps, epochs, tokens; here: {', '.join(given) or 'none'}")
         if self.batch_size % self.microbatches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of microbatches {self.microbatches}")
+        if self.capacity_factor is not None and self.max_drop_rate is None:
+            raise ValueError("state max_drop_rate where there is a capacity_factor (0.1 stops at a tenth dropped; 1 never stops)")
+        if self.capacity_factor is None and self.max_drop_rate is not None:
+            raise ValueError("max_drop_rate has no effect without a capacity_factor: nothing is dropped; leave it out")
         if self.tokens is not None and self.tokens < self.batch_size * self.seq_len:
             raise ValueError(f"tokens {self.tokens} is less than one step of {self.batch_size * self.seq_len}")
         return self
@@ -481,14 +528,15 @@ class Compute(Section):
     remat says what a layer keeps for its backward pass: `minimal` recomputes only what is cheap (norms, rotary
     positions, activations, gathered weights) and keeps the outputs of matrix products; `full` keeps the layer's
     input alone. transport is how tokens meet their experts along the mesh axis `expert`: every device sees all tokens
-    (all_gather), or they are sent to where they go (all_to_all, which recomputes experts whatever remat says).
+    (all_gather), or they are sent to where they go (all_to_all and, not on CPUs, ragged_all_to_all, which recompute
+    experts whatever remat says).
     """
 
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     remat: Literal["minimal", "full"] = "minimal"
     attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
-    transport: Literal["auto", "all_gather", "all_to_all"] = "auto"
+    transport: Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"] = "auto"
     grouped_matmul: Literal["auto", "reference", "blocked", "megablox", "ragged_dot"] = "auto"
 
 
@@ -551,7 +599,7 @@ class Metrics(Section):
 
 
 class Config(Section):
-    """One complete run."""
+    """One complete run. export: none lets an architecture train that no file format has words for."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     run_dir: str
@@ -568,6 +616,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
+    export: Literal["all", "none"] = "all"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -618,16 +667,28 @@ def check_model(config: Config, model: Model) -> None:
         raise ValueError("evaluation.drift_batches compares the routing of adapters with their base's; here is none: leave it out")
     if config.compute.transport != "auto" and mesh.expert == 1:
         raise ValueError(f"compute.transport {config.compute.transport} has no effect where mesh.expert is 1; leave it out")
+    if (has := without_format(model)) and config.export != "none":
+        raise ValueError(f"no file format has a place for {has} of family {model.family}; set export: none to train it anyway")
+    if not has and config.export == "none":
+        raise ValueError(f"export: none has no effect on family {model.family}, which has its formats; leave it out")
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
         _divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
         if (config.lora is None or config.lora.trains_router) and None in coefs.values():
             missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
             raise ValueError(f"state {missing} where routers are trained (0.01 and 0.001 are usual; 0 is off)")
+        moves = model.ffn.router.bias and (config.lora is None or "ffn.router" in config.lora.train)
+        if moves and loss.bias_update_rate is None:
+            raise ValueError("state loss.bias_update_rate where routers have a bias (0.001 is usual; 0 is off)")
+        if not moves and loss.bias_update_rate is not None:
+            why = "is frozen" if model.ffn.router.bias else "is not there (model.ffn.router.bias)"
+            raise ValueError(f"loss.bias_update_rate has no effect: the routers' bias {why}; leave it out")
     else:
         if mesh.expert != 1:
             raise ValueError(f"mesh.expert is {mesh.expert}, but a {model.family} model has no experts; use fsdp or data")
-        if any(coefs.values()):
+        if config.train.capacity_factor is not None:
+            raise ValueError("train.capacity_factor is of experts, but the model has none; leave it out")
+        if any(coefs.values()) or loss.bias_update_rate is not None:
             raise ValueError("loss has router coefficients, but the model has no router; leave them out")
 
 

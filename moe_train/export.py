@@ -52,6 +52,8 @@ def export(
     run, lora, model = opened.run, opened.lora, opened.model
     if merge and run and run.lora and run.lora.quantize:
         log.info("trained beside weights in %s; merged into those of %s as they are there", run.lora.quantize.name, run.init_from)
+    if has := config.without_format(model):
+        raise ValueError(f"{source} cannot be exported: no file format has a place for {has}; its weights are in its checkpoints")
     whole = layout in get_args(expected.Model)
     if not whole and (lora is None or merge):
         why = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"

@@ -13,6 +13,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from moe_train import config, model_dir
 from moe_train.mesh import AXES, make_mesh
+from moe_train.model.dispatch import transport_in_words
+from moe_train.model.moe import is_of_experts
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train.state import partition
@@ -23,7 +25,8 @@ class Report(NamedTuple):
     """Resolved: every default, and the architecture and tokenizer of `init_from`."""
     parameters: list[dict[str, Any]]
     """path, shape, dtype, spec (the mesh axis of each dim), bytes_per_device, trainable."""
-    totals: dict[str, int]
+    totals: dict[str, int | str]
+    """`transport`: what crosses the mesh axis `expert`, where it has more than one device."""
 
 
 def inspect(run: config.Config) -> Report:
@@ -43,12 +46,14 @@ def inspect(run: config.Config) -> Report:
         }
         for path, x in shapes.items()
     ]
-    totals = {
+    totals: dict[str, int | str] = {
         "total_parameters": sum(x.size for x in unquantized(shapes).values()),
         "active_parameters": active_parameters(unquantized(shapes), run.model),
         "trainable_parameters": sum(x.size for x in trainable.values()),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
     }
+    if transport := transport_in_words(run, _abstract_mesh(run.mesh).shape):
+        totals["transport"] = transport
     return Report(run, rows, totals)
 
 
@@ -70,7 +75,7 @@ def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
     """Parameters that one token passes through: of the experts, the chosen ones."""
     if not isinstance(model.ffn, config.MoeFfn):
         return sum(x.size for x in shapes.values())
-    of_experts = sum(x.size for path, x in shapes.items() if ".ffn." in path and ".router." not in path)
+    of_experts = sum(x.size for path, x in shapes.items() if is_of_experts(path))
     idle = model.ffn.num_experts - model.ffn.experts_per_token
     return sum(x.size for x in shapes.values()) - of_experts * idle // model.ffn.num_experts
 

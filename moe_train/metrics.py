@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_train import config
 from moe_train.atomic import write_text
+from moe_train.model.moe import is_bias, is_of_experts
 
 # --- FLOPs ---------------------------------------------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, An
     """Model FLOPs of one token of a training step on rows of `seq_len`.
 
     Weights: 2 per weight that the token passes through in the forward pass, and twice that backward (gradients of
-    input and weight); routed experts count `experts_per_token` times, the head once, the embedding's lookup not.
+    input and weight); of experts those chosen and those shared count, the head once, the embedding's lookup not.
     Attention's scores and values: 2 * 2 * N * H per pair of query and visible key, three times as well; a query sees
     T / 2 keys on average (W - W^2 / 2T with a window W), as if each row were one sequence.
     With `adapters` ({path: array} of all that is trained, stacked on layers) the base's weights are frozen: forward and
@@ -41,7 +42,7 @@ def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, An
     ffn, share = 3 * D * model.ffn.ffn_dim, 1.0
     if isinstance(model.ffn, config.MoeFfn):
         share = model.ffn.experts_per_token / model.ffn.num_experts
-        ffn = ffn * model.ffn.experts_per_token + D * model.ffn.num_experts
+        ffn = ffn * (model.ffn.experts_per_token + model.ffn.num_shared_experts) + D * model.ffn.num_experts
     base = model.num_layers * (attention + ffn) + model.vocab_size * D
     keys = [seq_len / 2 if w is None or w >= seq_len else w - w * w / (2 * seq_len) for w in a.windows]
     pairs = 3 * model.num_layers * 4 * a.num_heads * a.head_dim * sum(keys) / len(keys)
@@ -49,9 +50,9 @@ def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, An
         return 6 * base + pairs
     lookups = ("embed.weight", "embed.lora_a")
     used = {
-        path: x.size * (share if ".ffn." in path and ".router." not in path else 1)
+        path: x.size * (share if is_of_experts(path) else 1)
         for path, x in adapters.items()
-        if path not in lookups and not path.endswith(".scale")
+        if path not in lookups and not path.endswith(".scale") and not is_bias(path)
     }
     return 4 * base + sum((6 if ".lora_" in path else 2) * size for path, size in used.items()) + pairs
 
@@ -266,6 +267,8 @@ def _line(figures: Mapping[str, Any]) -> str:
         parts.append(f"waits for input {figures['input_wait']:.0%}")
     if "balance" in figures:
         parts.append(f"balance {figures['balance']:.2f}")
+    if any(figures.get("dropped", ())):
+        parts.append(f"{sum(figures['dropped']):,} dropped")
     if figures.get("skipped"):
         parts.append(f"{figures['skipped']} skipped")
     return "  ".join(parts)

@@ -30,13 +30,14 @@ MESHES = {"one": config.Mesh(fsdp=8), "other": config.Mesh(data=2, fsdp=2, tenso
 
 
 def new_state() -> TrainState:
-    """Random numbers in three weights of different specs and dtypes."""
-    keys = jax.random.split(jax.random.key(0), 3)
+    """Random numbers in three weights of different specs and dtypes, and in a bias that no optimizer has."""
+    keys = jax.random.split(jax.random.key(0), 4)
     return create_state(
         {
             "head": jax.random.normal(keys[0], (16, 64), jnp.float32, out_sharding=P("tensor", "fsdp")),
             "gate": jax.random.normal(keys[1], (4, 64, 32), jnp.bfloat16, out_sharding=P("expert", "fsdp", "tensor")),
             "scale": jax.random.normal(keys[2], (64,), jnp.float32, out_sharding=P(None)),
+            "stacks.0.layers.0.ffn.router.bias": jax.random.normal(keys[3], (2, 4), jnp.float32, out_sharding=P(None)),
         },
         OPTIMIZER,
     )
@@ -244,12 +245,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
 
 def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_path, mesh, caplog):
     saved = save_steps(tmp_path, {1: None, 2: None})
-    shapes = jax.eval_shape(new_state).trainable
+    shapes = jax.eval_shape(new_state).learned
     params, about = checkpoint.load_params(tmp_path, shapes)
-    assert same(params, saved[2].trainable) and about == ABOUT
+    assert same(params, saved[2].learned) and about == ABOUT
     damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
     params, _ = checkpoint.load_params(tmp_path, shapes)
-    assert same(params, saved[1].trainable) and steps_in(tmp_path) == ["1", "2"]
+    assert same(params, saved[1].learned) and steps_in(tmp_path) == ["1", "2"]
     assert "the checkpoint of step 2 in" in caplog.text
     with pytest.raises(RuntimeError, match=r"the checkpoint of step 2 in .* cannot be read"):
         checkpoint.load_params(tmp_path, shapes, 2)

@@ -14,6 +14,7 @@ from moe_train.config import Config
 
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
 MOE = {"name": "moe", "ffn_dim": 32, "num_experts": 4, "experts_per_token": 2}
+SIGMOID = {"name": "sigmoid"}
 DENSE = {"name": "dense", "ffn_dim": 32}
 MODEL = {"family": "mixtral", "vocab_size": 128, "model_dim": 16, "num_layers": 2, "attention": ATTENTION, "ffn": MOE}
 RUN = {
@@ -82,6 +83,12 @@ def test_a_small_run_is_accepted() -> None:
         ({"model.family": "llama"}, "family llama does not have a moe ffn"),
         ({"model.rope": {"name": "yarn", "factor": 2.0, "original_max_seq_len": 8}}, "family mixtral has no yarn rope"),
         ({"model.attention.query_scaling": {"beta": 0.1, "original_max_seq_len": 8}}, "has no attention.query_scaling"),
+        ({"model.ffn.router": {"name": "softmax", "scaling": 2.0}}, "Extra inputs are not permitted"),
+        ({"model.ffn.router": SIGMOID}, "no file format has a place for a sigmoid router of family mixtral; set export: none"),
+        ({"model.ffn.num_shared_experts": 1}, "no file format has a place for shared experts of family mixtral"),
+        ({"export": "none"}, "export: none has no effect on family mixtral"),
+        ({"loss.bias_update_rate": 0.001}, "loss.bias_update_rate has no effect: the routers' bias is not there"),
+        ({"model.ffn.router": {**SIGMOID, "bias": True}, "export": "none"}, "state loss.bias_update_rate where"),
         ({"mesh.expert": 3, "train.batch_size": 12}, "mesh.expert 3 does not divide num_experts 4"),
         ({"mesh.fsdp": 3, "train.batch_size": 12}, "mesh.fsdp 3 does not divide model_dim 16"),
         ({"mesh.tensor": 4}, "mesh.tensor 4 does not divide num_kv_heads 2"),
@@ -113,6 +120,15 @@ def test_a_dense_model_has_no_router(ours: float | None) -> None:
 
 def test_lora_needs_no_router_coefficients() -> None:
     config(loss={}, lora={"targets": [{"modules": ["attention.*"], "rank": 4, "alpha": 8.0}]})
+
+
+def test_a_model_without_a_format_trains_where_no_export_is_wanted() -> None:
+    biased = {"model.ffn.router": {**SIGMOID, "bias": True}, "model.ffn.num_shared_experts": 2, "export": "none"}
+    config(**biased, **{"loss.bias_update_rate": 0.001})
+    lora = {"targets": [{"modules": ["attention.*"], "rank": 4, "alpha": 8.0}]}
+    config(**biased, lora=lora)  # its router is frozen
+    with pytest.raises(ValidationError, match=r"bias_update_rate has no effect: the routers' bias is frozen"):
+        config(**biased, lora=lora, **{"loss.bias_update_rate": 0.001})
 
 
 @pytest.mark.parametrize("steps", [10, 10.0, 1e1])

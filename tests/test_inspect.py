@@ -50,7 +50,11 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet():
 
 
 def test_no_device_is_needed_and_adapters_alone_are_trained():
-    far = RUN.model_copy(update={"mesh": config.Mesh(data=64, fsdp=8, expert=4)})
+    far, replicas = (RUN.model_copy(update={"mesh": m}) for m in (config.Mesh(data=64, fsdp=8, expert=4), config.Mesh(data=8)))
+    # a device has 1 sequence of 8 tokens of 64 bytes; 3 others on the axis; all_to_all's buffers are of 3 rows, not 8
+    run = far.model_copy(update={"train": config.Train(steps=1, batch_size=2048, seq_len=8)})
+    said = "all_to_all over 4 devices, chosen by bytes: each receives 0.0 MiB in a layer of a microbatch (all_gather 0.0)"
+    assert inspect(run).totals["transport"] == said and "transport" not in inspect(replicas).totals
     assert inspect(far).totals["bytes_per_device"] < inspect(RUN).totals["bytes_per_device"]
     lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*_proj"), rank=2, alpha=4.0),))
     report = inspect(RUN.model_copy(update={"lora": lora}))

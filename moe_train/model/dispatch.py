@@ -1,13 +1,14 @@
 """From tokens to their experts and back, inside `shard_map`: local view, all collectives of the MoE layer.
 
 An assignment is a (token, expert) pair. Lower-case letters are this device's part of a dim.
-Two transports with one contract: `all_gather` here, `all_to_all` in `exchange`. Nothing is dropped; `computed` counts
-what was done, so that nobody has to believe it.
+Three transports with one contract: `all_gather` here, `all_to_all` in `exchange`, `ragged_all_to_all` in `ragged`.
+Nothing is dropped unless a capacity is set; `computed` counts what was done, so that nobody has to believe it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
-from moe_train.mesh import BATCH, axis_size
-from moe_train.model.exchange import SLACK, exchange
+from moe_train import config
+from moe_train.mesh import BATCH, axis_size, platform
+from moe_train.model import ragged
+from moe_train.model.capacity import capacity, within_capacity
+from moe_train.model.exchange import exchange, slots_of
 from moe_train.model.fsdp import gather, spec_of, vary_with_spec
 from moe_train.model.grouped_matmul import choose_kernel, grouped_matmul
 from moe_train.model.quantize import Quantized, dequantize
@@ -50,15 +54,19 @@ class Dropout(NamedTuple):
     """Of gate, up and down."""
 
 
-def top_k(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of each token and their indices, where the token is: left alone, XLA:CPU gathers the whole batch."""
+def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The k largest of each token, or those where `by` is largest, and their indices; computed where the token is: left
+    alone, XLA:CPU gathers the whole batch. `by` has no gradient."""
     tokens = P(BATCH, "context")
 
-    def local(logits_btE: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, ids = jax.lax.top_k(logits_btE, k)
-        return values, ids
+    def local(logits_btE: jax.Array, by_btE: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        if by_btE is None:
+            values, ids = jax.lax.top_k(logits_btE, k)
+            return values, ids
+        _, ids = jax.lax.top_k(jax.lax.stop_gradient(by_btE), k)
+        return jnp.take_along_axis(logits_btE, ids, axis=-1), ids
 
-    return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(logits_BTE)
+    return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(logits_BTE, by_BTE)
 
 
 def run_experts(
@@ -70,10 +78,11 @@ def run_experts(
     kernel: str,
     dropout: Dropout | None = None,
     transport: str = "auto",
+    capacity_factor: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of each token's experts (B, T, D), and the number of assignments computed (int32).
 
-    Tokens that are not `valid` (padding) go to no expert and come back as zeros.
+    Tokens that are not `valid` (padding) go to no expert and come back as zeros. capacity_factor: see `capacity`.
     """
     tokens = P(BATCH, "context")
     specs = jax.tree.map(spec_of, experts)
@@ -81,8 +90,6 @@ def run_experts(
     if dropout is not None:
         row, column = (jax.lax.broadcasted_iota(jnp.uint32, x_BTD.shape[:2], dim, out_sharding=tokens) for dim in (0, 1))
         key, numbers_BT = dropout.key, row * x_BTD.shape[1] + column
-
-    transport = choose_transport(transport, expert_ids_BTA.shape[-1])
 
     def whole(experts: ExpertWeights, true: jax.Array) -> ExpertWeights:
         return jax.tree.map(lambda w, spec: _whole(w, spec, x_BTD.dtype, true), experts, specs, is_leaf=_is_quantized)
@@ -98,14 +105,20 @@ def run_experts(
         x_mD, ids_mA, weights_mA = (x.reshape(b * t, x.shape[2]) for x in (x_btD, ids_btA, weights_btA))
         E = experts.gate.weight.shape[0] * axis_size("expert")
         ids_mA = jnp.where(valid_bt.reshape(-1, 1), ids_mA, E)  # E: goes nowhere
+        most = None
+        if capacity_factor is not None:
+            ids_mA = within_capacity(ids_mA.reshape(ids_btA.shape), E, capacity_factor).reshape(ids_mA.shape)
+            most = b * experts.gate.weight.shape[0] * capacity(capacity_factor, t * axis_size("context"), ids_mA.shape[1], E)
         numbers_mA = None
         if numbers_bt is not None:
             A = ids_mA.shape[1]
             numbers_mA = numbers_bt.reshape(-1, 1) * A + jnp.arange(A, dtype=jnp.uint32)
         # on each device of `tensor` a part of F: gradients of x and of the weights are summed over it
         x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(ids_mA < E, weights_mA, 0)))
-        move = exchange if transport == "all_to_all" else all_gather
-        y_mD, computed = move(x_mD, ids_mA, weights_mA, experts, (key, numbers_mA), run, whole)
+        check_transport(transport)
+        name = choose_transport(transport, b * t, D, ids_mA.shape[1], axis_size("expert"), x_btD.dtype.itemsize, most)
+        move = {"all_gather": all_gather, "all_to_all": exchange, "ragged_all_to_all": ragged.exchange}[name]
+        y_mD, computed = move(x_mD, ids_mA, weights_mA, experts, (key, numbers_mA), run, whole, most)
         return y_mD.reshape(b, t, D), jax.lax.psum(computed, (*BATCH, "context"))
 
     # a Pallas call does not say along which axes its result varies
@@ -118,16 +131,87 @@ def run_experts(
     return everywhere(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts, key, numbers_BT)
 
 
-def choose_transport(transport: str, experts_per_token: int) -> str:
-    """`auto` -> the transport that moves fewer rows: with X devices on the axis, a device receives (X - 1) * m rows
-    where it sees all tokens, and SLACK * A * (X - 1) / X * m where it sees its assignments; both go the same ways."""
+def transport_bytes(
+    transport: str,
+    tokens: int,
+    model_dim: int,
+    experts_per_token: int,
+    devices: int,
+    itemsize: int = 2,
+    most: int | None = None,
+) -> int:
+    """Bytes that a device receives from the others of `expert` in one layer of a training step, while routing is balanced.
+
+    tokens: m, of one device in a microbatch; devices: X, of the axis; most: assignments of a device that can go to one
+    other, where a capacity is set. Rows of model_dim go five ways, whatever the rematerialisation: out and back, out once
+    more and the gradients both ways. With all_gather a way is (X - 1) * m rows; with all_to_all (X - 1) buffers of
+    `slots_of`; with ragged_all_to_all the assignments that other devices hold, (X - 1) / X * m * A. What the routing
+    itself needs (ids, weights) is left out: 8 bytes beside the 2 * D of a row.
+    """
+    match transport:
+        case "all_gather":
+            rows = (devices - 1) * tokens
+        case "all_to_all":
+            rows = (devices - 1) * slots_of(tokens * experts_per_token, devices, most)
+        case "ragged_all_to_all":
+            rows = (devices - 1) * tokens * experts_per_token // devices
+        case _:
+            raise AssertionError(transport)
+    return 5 * rows * model_dim * itemsize
+
+
+def choose_transport(
+    transport: str,
+    tokens: int,
+    model_dim: int,
+    experts_per_token: int,
+    devices: int,
+    itemsize: int = 2,
+    most: int | None = None,
+) -> str:
+    """`auto` -> all_gather or all_to_all, whichever moves fewer bytes (arguments as in `transport_bytes`). It does not
+    choose ragged_all_to_all, for `ragged` says why."""
     if transport != "auto":
         return transport
-    return "all_to_all" if axis_size("expert") > SLACK * experts_per_token else "all_gather"
+    sizes = (tokens, model_dim, experts_per_token, devices, itemsize, most)
+    return min(("all_gather", "all_to_all"), key=lambda name: transport_bytes(name, *sizes))
+
+
+def check_transport(transport: str) -> None:
+    """Raise ValueError for one that the platform of the mesh in force has not."""
+    if transport == "ragged_all_to_all" and platform() == "cpu":
+        raise ValueError("compute.transport ragged_all_to_all: CPUs have no such collective; use all_to_all")
+
+
+def transport_in_words(run: config.Config, sizes: Mapping[str, int]) -> str | None:
+    """What moves assignments along `expert`, and what that costs; None where the axis has one device. sizes: of the mesh's
+    axes."""
+    X, ffn = sizes["expert"], run.model and run.model.ffn
+    if X == 1 or not isinstance(ffn, config.MoeFfn):
+        return None
+    assert run.model is not None
+    T, cf = run.train.seq_len, run.train.capacity_factor
+    rows = run.train.batch_size // (run.train.microbatches * math.prod(sizes[axis] for axis in BATCH))
+    A, E, itemsize = ffn.experts_per_token, ffn.num_experts, jnp.dtype(run.compute.dtype).itemsize
+    most = None if cf is None else rows * E // X * capacity(cf, T, A, E)
+    args = (rows * T // sizes["context"], run.model.model_dim, A, X, itemsize, most)
+    name = choose_transport(run.compute.transport, *args)
+    costs = {other: transport_bytes(other, *args) / 2**20 for other in (name, *{"all_gather", "all_to_all"} - {name})}
+    (chosen, mib), *others = costs.items()
+    than = ", ".join(f"{other} {cost:,.1f}" for other, cost in sorted(others))
+    how = ", chosen by bytes" if run.compute.transport == "auto" else ""
+    return f"{chosen} over {X} devices{how}: each receives {mib:,.1f} MiB in a layer of a microbatch ({than})"
 
 
 def all_gather(
-    x_mD: jax.Array, ids_mA: jax.Array, weights_mA: jax.Array, experts: ExpertWeights, draws: Any, run: Any, whole: Any
+    x_mD: jax.Array,
+    ids_mA: jax.Array,
+    weights_mA: jax.Array,
+    experts: ExpertWeights,
+    draws: Any,
+    run: Any,
+    whole: Any,
+    most: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Each device sees all tokens of its `expert` axis, and computes the assignments of its own experts; the sums are
     scattered back. Arguments and results as `exchange` has them."""

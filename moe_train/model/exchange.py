@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -45,11 +46,11 @@ class Plan(NamedTuple):
     """The same number on every device of the mesh."""
 
 
-def slots_of(assignments: int) -> int:
-    """Rows of one buffer, for a device with so many assignments."""
-    X = axis_size("expert")
-    unit = max(1, min(512, assignments) // X)  # whole tiles of the kernels' rows, together
-    return -(-math.ceil(SLACK * assignments / X) // unit) * unit
+def slots_of(assignments: int, devices: int, most: int | None = None) -> int:
+    """Rows of one buffer, for a device with so many assignments, of which at most `most` go to one other device."""
+    unit = max(1, min(512, assignments) // devices)  # whole tiles of the kernels' rows, together
+    rows = math.ceil(SLACK * assignments / devices)
+    return -(-min(rows, most or rows) // unit) * unit
 
 
 def make_plan(expert_ids_mA: jax.Array, experts_here: int, slots: int) -> Plan:
@@ -73,22 +74,38 @@ def exchange(
     draws: tuple[Any, Any],
     run: Experts,
     whole: Callable[[Any, jax.Array], Any],
+    most: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over its assignments of weight * expert(x), and the number of assignments of this device.
 
     ids: of all experts of the axis; their number, for an assignment that goes nowhere. experts: this device's weights
     as they are stored; whole: these, and a truth that the routing tells -> as `run` wants them. draws: the key of
-    dropout and the number of each assignment, or None.
+    dropout and the number of each assignment, or None. most: assignments of a device that can go to one other.
     """
-    slots = slots_of(ids_mA.size)
+    slots = slots_of(ids_mA.size, axis_size("expert"), most)
     plan = make_plan(ids_mA, jax.tree.leaves(experts)[0].shape[0], slots)
+    y_mD = in_rounds(partial(_round, slots=slots, run=run), x_mD, weights_mA, experts, plan, draws, whole)
+    return y_mD, jnp.sum(plan.counts_X)
+
+
+def in_rounds(
+    one: Callable[..., jax.Array],
+    x_mD: jax.Array,
+    weights_mA: jax.Array,
+    experts: Any,
+    plan: Any,
+    draws: Any,
+    whole: Callable[[Any, jax.Array], Any],
+) -> jax.Array:
+    """Sum of what `plan.rounds` rounds add to each token, over `tensor` too. one: (i, x, weights, experts as `whole` has
+    them, plan, draws) -> what round i adds."""
 
     @jax.custom_vjp
-    def rounds(x_mD: jax.Array, weights_mA: jax.Array, experts: Any, plan: Plan, draws: Any) -> jax.Array:
+    def rounds(x_mD: jax.Array, weights_mA: jax.Array, experts: Any, plan: Any, draws: Any) -> jax.Array:
         here = whole(experts, plan.rounds >= 0)
 
         def add(i: jax.Array, y_mD: jax.Array) -> jax.Array:
-            return y_mD + _round(i, x_mD, weights_mA, here, plan, draws, slots, run)
+            return y_mD + one(i, x_mD, weights_mA, here, plan, draws)
 
         return jax.lax.fori_loop(0, plan.rounds, add, jax.lax.full_like(x_mD, 0, jnp.float32))
 
@@ -100,7 +117,7 @@ def exchange(
         here, scatter = jax.vjp(lambda experts: whole(experts, plan.rounds >= 0), experts)
 
         def add(i: jax.Array, total: Any) -> Any:
-            _, vjp = jax.vjp(lambda x, weights, here: _round(i, x, weights, here, plan, draws, slots, run), x_mD, weights_mA, here)
+            _, vjp = jax.vjp(lambda x, weights, here: one(i, x, weights, here, plan, draws), x_mD, weights_mA, here)
             return jax.tree.map(jnp.add, total, vjp(dy_mD))
 
         zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0), (x_mD, weights_mA, here))
@@ -108,8 +125,7 @@ def exchange(
         return dx_mD, dweights_mA, *scatter(dhere), None, None
 
     rounds.defvjp(forward, backward)
-    y_mD = jax.lax.psum(rounds(x_mD, weights_mA, experts, plan, draws), "tensor").astype(x_mD.dtype)
-    return y_mD, jnp.sum(plan.counts_X)
+    return jax.lax.psum(rounds(x_mD, weights_mA, experts, plan, draws), "tensor").astype(x_mD.dtype)
 
 
 def _round(
@@ -129,17 +145,17 @@ def _round(
     e = jax.tree.leaves(experts)[0].shape[0]
     expert_S = _swap(jnp.where(used_S, plan.expert_n[at_S], e))
     weight_S = _swap(jnp.where(used_S, weights_mA.reshape(-1)[assignment_S], 0))
-    x_SD = _swap(_to_slots(x_mD, slots_of_tokens))
+    x_SD = _swap(to_slots(x_mD, slots_of_tokens))
     order_S = jnp.argsort(expert_S, stable=True)
     inverse_S = jnp.argsort(order_S)
     sizes_e = jnp.sum(expert_S[:, None] == jnp.arange(e), axis=0, dtype=jnp.int32)
     key, numbers_mA = draws
     numbers_S = None if numbers_mA is None else _swap(numbers_mA.reshape(-1)[assignment_S])[order_S]
-    y_SD = run(_permute(x_SD, order_S, inverse_S), sizes_e, experts, key, numbers_S)
+    y_SD = run(permute(x_SD, order_S, inverse_S), sizes_e, experts, key, numbers_S)
     # The weights are applied here, not at home: then no gradient needs y, and the backward pass does not send it again.
-    y_SD = _permute(y_SD, inverse_S, order_S) * weight_S[:, None].astype(y_SD.dtype)
+    y_SD = permute(y_SD, inverse_S, order_S) * weight_S[:, None].astype(y_SD.dtype)
     # And back.
-    return _from_slots(_swap(y_SD).astype(jnp.float32), slots_of_tokens)
+    return from_slots(_swap(y_SD).astype(jnp.float32), slots_of_tokens)
 
 
 def _swap(x_S: jax.Array) -> jax.Array:
@@ -151,27 +167,27 @@ def _swap(x_S: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _to_slots(x_mD: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+def to_slots(x_mD: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
     """(m, D) -> (S, D): the token of each used slot, zeros elsewhere."""
     token_S, used_S, _, _ = at
     return jnp.where(used_S[:, None], x_mD[token_S], 0)
 
 
 @jax.custom_vjp
-def _from_slots(y_SD: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+def from_slots(y_SD: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
     """(S, D) -> (m, D): the sum of each token's slots."""
     _, _, slot_mA, in_round_mA = at
     first, *others = (jnp.where(in_round_mA[:, a, None], y_SD[slot_mA[:, a]], 0) for a in range(slot_mA.shape[1]))
     return sum(others, start=first)
 
 
-_to_slots.defvjp(lambda x, at: (_to_slots(x, at), at), lambda at, dx: (_from_slots(dx, at), None))
-_from_slots.defvjp(lambda y, at: (_from_slots(y, at), at), lambda at, dy: (_to_slots(dy, at), None))
+to_slots.defvjp(lambda x, at: (to_slots(x, at), at), lambda at, dx: (from_slots(dx, at), None))
+from_slots.defvjp(lambda y, at: (from_slots(y, at), at), lambda at, dy: (to_slots(dy, at), None))
 
 
 @jax.custom_vjp
-def _permute(x_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
+def permute(x_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
     return x_SD[order_S]
 
 
-_permute.defvjp(lambda x, o, i: (x[o], (o, i)), lambda saved, dx: (dx[saved[1]], None, None))
+permute.defvjp(lambda x, o, i: (x[o], (o, i)), lambda saved, dx: (dx[saved[1]], None, None))

@@ -15,8 +15,8 @@ from moe_train.model.layers import Linear, keys_of
 class DenseFfn(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
-        D, F, std, dtype = model.model_dim, model.ffn.ffn_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
+    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn_dim: int):
+        D, F, std, dtype = model.model_dim, ffn_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
         self.gate_proj = Linear(rngs, "BTD,DF->BTF", (D, F), P("fsdp", "tensor"), std, dtype)
         self.up_proj = Linear(rngs, "BTD,DF->BTF", (D, F), P("fsdp", "tensor"), std, dtype)
         self.down_proj = Linear(rngs, "BTF,FD->BTD", (F, D), P("tensor", "fsdp"), std, dtype)

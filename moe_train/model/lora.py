@@ -90,7 +90,15 @@ def _modules(model: Any) -> Iterator[tuple[str, nnx.Module]]:
                 if isinstance(part, RMSNorm):
                     yield name, part
                 elif isinstance(part, nnx.Module):
-                    yield from ((f"{name}.{n}", m) for n, m in vars(part).items() if isinstance(m, Adapted))
+                    yield from _adapted(name, part)
+
+
+def _adapted(name: str, module: nnx.Module) -> Iterator[tuple[str, Adapted]]:
+    for n, part in vars(module).items():
+        if isinstance(part, Adapted):
+            yield f"{name}.{n}", part
+        elif isinstance(part, nnx.Module):  # shared experts
+            yield from _adapted(f"{name}.{n}", part)
 
 
 def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> None:

@@ -1,6 +1,8 @@
-"""The sparse feed-forward layer: a router and its experts (Mixtral, arXiv:2401.04088). Global view.
+"""The sparse feed-forward layer: a router, its experts, and those that all tokens share. Global view.
 
-Router in float32: logits, the top-k of them, softmax over the chosen. `dispatch` runs the experts.
+Router in float32: logits, the top-k of them, softmax over the chosen (Mixtral, arXiv:2401.04088). A sigmoid router
+(DeepSeek-V3, arXiv:2412.19437) weights its experts by sigmoid_i / sum of the chosen sigmoids, which is the softmax over
+the chosen logarithms of sigmoids: both are a softmax over `log_scores`. `dispatch` runs the experts.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
 from moe_train.model.dispatch import Dropout, ExpertMatrix, ExpertWeights, run_experts, top_k
+from moe_train.model.ffn import DenseFfn
 from moe_train.model.fsdp import activation_spec
 from moe_train.model.layers import Adapted, keys_of, normal
 
@@ -26,7 +29,8 @@ class RouterStats(NamedTuple):
     chosen_E: Array
     """Assignments that the router made to each expert, int32: before any is dropped."""
     load_balance_loss: Array
-    """E * sum_e load_e * mean router probability of e; 1 where balanced (Switch, arXiv:2101.03961, eq. 4)."""
+    """E * sum_e load_e * mean router probability of e; 1 where balanced (Switch, arXiv:2101.03961, eq. 4). A sigmoid
+    router's probabilities are its sigmoids over their sum (DeepSeek-V3, eq. 19)."""
     router_z_loss: Array
     """Mean squared log-sum-exp of the logits (ST-MoE, arXiv:2202.08906, eq. 5)."""
     entropy: Array
@@ -61,10 +65,12 @@ class ExpertLinear(Adapted):
 
 
 class Router(Adapted):
-    """Scores of all experts for each token, (D, E)."""
+    """Scores of all experts for each token, (D, E). `bias` (E,), float32: see `config.SoftmaxRouter`."""
 
-    def __init__(self, rngs: nnx.Rngs, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype):
+    def __init__(self, rngs: nnx.Rngs, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype, bias: bool = False):
         super().__init__(normal(rngs, (dim, num_experts), P(None, None), stddev, dtype))
+        zeros = jnp.zeros((num_experts,), jnp.float32, out_sharding=P(None)) if bias else None
+        self.bias: nnx.Param | None = nnx.data(None if zeros is None else nnx.Param(zeros))
 
     def __call__(self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T E"]:
         """key: of the dropout on the adapter's input."""
@@ -82,6 +88,22 @@ def _float32_product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST, out_sharding=spec)
 
 
+def is_bias(path: str) -> bool:
+    """True for the path of a router's bias, which a rule moves and no gradient."""
+    return path.endswith(".router.bias")
+
+
+def is_of_experts(path: str) -> bool:
+    """True for the path of routed experts' weights and adapters, in a sparse model."""
+    return ".ffn." in path and ".router." not in path and ".shared." not in path
+
+
+def next_bias(bias_E: Float[Array, "*L E"], chosen_E: Int[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:
+    """b_e + rate * sign(mean load - load of e), from the assignments of a whole step (arXiv:2408.15664, algorithm 1)."""
+    mean = jnp.mean(chosen_E.astype(jnp.float32), axis=-1, keepdims=True)
+    return bias_E + rate * jnp.sign(mean - chosen_E)
+
+
 class MoE(nnx.Module):
     """Router, experts, weighted sum. Padding (segment 0) is neither routed nor counted."""
 
@@ -89,42 +111,65 @@ class MoE(nnx.Module):
         ffn, D, std, dtype = model.ffn, model.model_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
         assert isinstance(ffn, config.MoeFfn)
         E, F = ffn.num_experts, ffn.ffn_dim
-        self.router = Router(rngs, D, E, std, dtype)
+        self.router = Router(rngs, D, E, std, dtype, ffn.router.bias)
         self.gate_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.up_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.down_proj = ExpertLinear(rngs, (E, F, D), P("expert", "tensor", "fsdp"), std, dtype)
+        shared = ffn.num_shared_experts
+        self.shared: DenseFfn | None = nnx.data(DenseFfn(rngs, model, compute, shared * F) if shared else None)
         self.experts_per_token, self.kernel, self.transport = ffn.experts_per_token, compute.grouped_matmul, compute.transport
+        self.sigmoid, self.scaling = False, 1.0
+        if isinstance(ffn.router, config.SigmoidRouter):
+            self.sigmoid, self.scaling = True, ffn.router.scaling
         self.keeps_expert_ids = False
+        self.capacity_factor: float | None = None
+        """Of training alone (`transformer.with_capacity`): evaluation and generation drop nothing, as readers of an export."""
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """key: of the adapters' dropout."""
-        router_key, experts_key = keys_of(key, 2)
+        router_key, experts_key, shared_key = keys_of(key, 3)
         valid_BT = segment_ids_BT != 0
         logits_BTE = checkpoint_name(self.router(x_BTD, router_key), "routing")
-        chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in top_k(logits_BTE, self.experts_per_token))
-        weights_BTA = jax.nn.softmax(chosen_BTA, axis=-1)
+        log_scores_BTE = jax.nn.log_sigmoid(logits_BTE) if self.sigmoid else logits_BTE
+        chosen = top_k(log_scores_BTE, self.experts_per_token, self._chosen_by(log_scores_BTE))
+        chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in chosen)
+        weights_BTA = self.scaling * jax.nn.softmax(chosen_BTA, axis=-1)
         matrices = self.gate_proj, self.up_proj, self.down_proj
         experts = ExpertWeights(*(m.matrix() for m in matrices))
         rates = tuple(m.lora_dropout for m in matrices)
         dropout = None if experts_key is None or not any(rates) else Dropout(experts_key, rates)
-        y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, self.kernel, dropout, self.transport)
-        stats = router_stats(logits_BTE, ids_BTA, valid_BT, computed)
+        how = (self.kernel, dropout, self.transport, self.capacity_factor)
+        y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, *how)
+        if self.shared is not None:
+            y_BTD += self.shared(x_BTD, shared_key)
+        stats = router_stats(logits_BTE, log_scores_BTE, ids_BTA, valid_BT, computed)
         return y_BTD, stats._replace(expert_ids=ids_BTA) if self.keeps_expert_ids else stats
+
+    def _chosen_by(self, log_scores_BTE: jax.Array) -> jax.Array | None:
+        """What the chosen experts have most of; None: of the scores themselves."""
+        if self.router.bias is None:
+            return None
+        log_BTE = log_scores_BTE if self.sigmoid else jax.nn.log_softmax(log_scores_BTE)
+        return jnp.exp(log_BTE) + self.router.bias[...]
 
 
 def router_stats(
-    logits_BTE: Float[Array, "B T E"], expert_ids_BTA: Int[Array, "B T A"], valid_BT: Bool[Array, "B T"], computed: Array
+    logits_BTE: Float[Array, "B T E"],
+    log_scores_BTE: Float[Array, "B T E"],
+    expert_ids_BTA: Int[Array, "B T A"],
+    valid_BT: Bool[Array, "B T"],
+    computed: Array,
 ) -> RouterStats:
-    """Losses and figures of one layer, over the whole mesh."""
+    """Losses and figures of one layer, over the whole mesh; a token's probabilities are the softmax of its log_scores."""
     E, A = logits_BTE.shape[-1], expert_ids_BTA.shape[-1]
     count = jnp.sum(valid_BT)
     tokens = jnp.maximum(count, 1).astype(jnp.float32)
     chosen_BTE = jnp.sum(expert_ids_BTA[..., None] == jnp.arange(E), axis=2) * valid_BT[..., None]
     chosen_E = jnp.sum(chosen_BTE, axis=(0, 1), dtype=jnp.int32)
     lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-    log_probs_BTE = logits_BTE - lse_BT[..., None]
+    log_probs_BTE = jax.nn.log_softmax(log_scores_BTE)
     probs_BTE = jnp.exp(log_probs_BTE)
     mean_probs_E = jnp.sum(probs_BTE * valid_BT[..., None], axis=(0, 1)) / tokens
     return RouterStats(

@@ -11,6 +11,7 @@ checkpoints, in masks, in the tables of foreign layouts. Layer i * period + j is
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,7 +44,8 @@ class Layer(nnx.Module):
         self.attention_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
         self.attention = Attention(rngs, model, compute, window)
         self.ffn_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
-        self.ffn = MoE(rngs, model, compute) if isinstance(model.ffn, config.MoeFfn) else DenseFfn(rngs, model, compute)
+        sparse = isinstance(model.ffn, config.MoeFfn)
+        self.ffn = MoE(rngs, model, compute) if sparse else DenseFfn(rngs, model, compute, model.ffn.ffn_dim)
 
     def __call__(
         self,
@@ -216,10 +218,23 @@ def with_expert_ids(structure: Any, adapters: bool = True) -> Any:
     for _, module in adaptable(model):
         if not adapters and module.lora_a is not None:
             module.lora_a, module.lora_b = nnx.data(None), nnx.data(None)
+    for layer in _sparse(model):
+        layer.keeps_expert_ids = True
+    return jax.tree_util.tree_structure(model)
+
+
+def with_capacity(structure: Any, capacity_factor: float | None) -> Any:
+    """The structure of the same model, whose experts take a limited number of assignments (see `capacity`)."""
+    model = structure.unflatten(range(structure.num_leaves))
+    for layer in _sparse(model):
+        layer.capacity_factor = capacity_factor
+    return jax.tree_util.tree_structure(model)
+
+
+def _sparse(model: Transformer) -> Iterator[MoE]:
     for layer in itertools.chain.from_iterable(stack.layers for stack in model.stacks):
         if isinstance(layer.ffn, MoE):
-            layer.ffn.keeps_expert_ids = True
-    return jax.tree_util.tree_structure(model)
+            yield layer.ffn
 
 
 def _path(keys: tuple[Any, ...]) -> str:

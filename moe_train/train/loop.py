@@ -28,7 +28,9 @@ from moe_train.checkpoint import About, Base
 from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.mesh import AXES, join_processes, make_mesh, put_batch
+from moe_train.model.dispatch import check_transport, transport_in_words
 from moe_train.model.lora import is_lora
+from moe_train.model.moe import RouterStats
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.evaluate import Drift, evaluate, make_batch_sums, make_drift_sums
@@ -55,6 +57,7 @@ def train(run: config.Config) -> int:
     run = model_dir.with_mesh(run, mesh)
     assert run.model is not None
     with jax.set_mesh(mesh), _signals() as asked, contextlib.ExitStack() as leaving:
+        check_transport(run.compute.transport)
         # What it learns from, and for how long.
         loader, held_out = _loaders(run)
         total_steps = loader.total_steps(run.train)
@@ -137,7 +140,7 @@ def train(run: config.Config) -> int:
             drift = Drift(make_drift_sums(structure), originals, drift_batches)
             writer.say(f"routing is compared with the base model's on {drift_batches} held-out batches, a second forward pass each")
         if held_out is not None and start == 0:
-            found = evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches, drift)
+            found = evaluate(held_out_sums, state.learned, state.frozen, held_out, mesh, run.evaluation.batches, drift)
             writer.evaluation(0, found)
         best = checkpoint.best_loss(checkpoints)
         figures = _Figures(run, mesh, trainable, total_steps, start, int(state.skipped))
@@ -164,7 +167,7 @@ def train(run: config.Config) -> int:
             late, held_out_loss = None, None
             saves |= votes.stop or votes.save
             if evaluates and held_out is not None:
-                found = evaluate(held_out_sums, state.trainable, state.frozen, held_out, mesh, run.evaluation.batches, drift)
+                found = evaluate(held_out_sums, state.learned, state.frozen, held_out, mesh, run.evaluation.batches, drift)
                 writer.evaluation(step, found)
                 held_out_loss = found["loss"]
                 if run.checkpoint.keep_best and held_out_loss < best:
@@ -279,6 +282,11 @@ def _introduce(run: config.Config, say: Callable[[str], None], loader: Loader, s
     """What a person should know before the first step; sizes: (all, trained) parameters."""
     axes = ", ".join(f"{axis} {n}" for axis, n in jax.sharding.get_mesh().shape.items() if n > 1) or "one device"
     say(f"{run.name}: {sizes[0]:,} parameters, {sizes[1]:,} trained, on {axes}")
+    if transport := transport_in_words(run, jax.sharding.get_mesh().shape):
+        say(f"experts: {transport}")
+    if run.export == "none":
+        assert run.model is not None
+        say(f"export: none, since no file format has a place for {config.without_format(run.model)}")
     said = f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"
     left_out = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
     say("; ".join([said, *(f"{count:,} {what}" for what, count in left_out.items() if count)]))
@@ -344,6 +352,8 @@ class _Figures:
             writer.say(f"step {step}: loss {now.loss} or gradient {now.grad_norm} is not finite; skipped, {self._skipped} so far")
         if not now.finite or step % self._run.metrics.every_steps == 0:
             writer.train(step, self._figures(step, now))
+        if now.routers is not None:
+            check_dropped(step, now.routers, self._run.train)
         if self._skipped > limit:
             raise RuntimeError(
                 f"{self._skipped} steps had a loss or gradient that is not finite, the last step {step}; train.max_skipped_steps "
@@ -376,6 +386,21 @@ class _Figures:
             "mfu": None if self._peak is None else self._flops / self._seconds / self._peak,
             **({} if now.routers is None else metrics.router_figures(now.routers)),
         }
+
+
+def check_dropped(step: int, routers: RouterStats, settings: config.Train) -> None:
+    """Raise RuntimeError where a layer dropped a larger share of its assignments than `settings` allow: none without a
+    capacity."""
+    rates_L = np.asarray(routers.dropped) / np.maximum(np.sum(routers.chosen_E, axis=1), 1)
+    worst = int(np.argmax(rates_L))
+    if rates_L[worst] > (settings.max_drop_rate or 0):
+        said = f"step {step}: layer {worst} dropped {rates_L[worst]:.2%} of its assignments"
+        if settings.max_drop_rate is None:
+            raise RuntimeError(f"{said} without a capacity: a fault of the transport; try compute.transport all_gather")
+        raise RuntimeError(
+            f"{said}; train.max_drop_rate is {settings.max_drop_rate:.2%}: raise train.capacity_factor "
+            f"({settings.capacity_factor:g}), or balance the routers more (loss)"
+        )
 
 
 @contextlib.contextmanager

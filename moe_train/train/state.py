@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.model.lora import is_trainable
+from moe_train.model.moe import is_bias
 from moe_train.model.transformer import Parameters
 
 
@@ -21,21 +22,36 @@ class TrainState(NamedTuple):
     """Optimizer steps tried, int32: the position in the data."""
     trainable: Parameters
     frozen: Parameters
+    buffers: Parameters
+    """What a rule moves after each step, and no gradient: the routers' biases."""
     opt_state: Any
     skipped: jax.Array
     """Steps whose loss or gradient was not finite and changed nothing, int32."""
 
+    @property
+    def learned(self) -> Parameters:
+        """All that a step may change of the model: what a checkpoint holds of it."""
+        return self.trainable | self.buffers
+
 
 def partition(params: Parameters, lora: config.Lora | None) -> tuple[Parameters, Parameters]:
-    """(trainable, frozen): with the section `lora` the adapters and what it trains in full, otherwise everything."""
+    """(learned, frozen): with the section `lora` the adapters and what it trains in full, otherwise everything. A router's
+    bias goes with its router."""
     if lora is None:
         return params, {}
-    trainable = {path: x for path, x in params.items() if is_trainable(path, lora)}
-    return trainable, {path: x for path, x in params.items() if path not in trainable}
+    learned = {path: x for path, x in params.items() if is_trainable(path, lora)}
+    return learned, {path: x for path, x in params.items() if path not in learned}
+
+
+def split_buffers(learned: Parameters) -> tuple[Parameters, Parameters]:
+    """(trainable, buffers)."""
+    buffers = {path: x for path, x in learned.items() if is_bias(path)}
+    return {path: x for path, x in learned.items() if path not in buffers}, buffers
 
 
 def create_state(params: Parameters, optimizer: optax.GradientTransformation, lora: config.Lora | None = None) -> TrainState:
     """A state at step 0; moments inherit the sharding of their weights."""
-    trainable, frozen = partition(params, lora)
+    learned, frozen = partition(params, lora)
+    trainable, buffers = split_buffers(learned)
     zero = lambda: jnp.zeros((), jnp.int32, out_sharding=P())  # noqa: E731
-    return TrainState(zero(), trainable, frozen, optimizer.init(trainable), zero())
+    return TrainState(zero(), trainable, frozen, buffers, optimizer.init(trainable), zero())

@@ -13,8 +13,8 @@ from jaxtyping import Array
 from moe_train import config
 from moe_train.data.batch import Batch
 from moe_train.mesh import BATCH
-from moe_train.model.moe import RouterStats, over_microbatches
-from moe_train.model.transformer import Parameters, combine
+from moe_train.model.moe import RouterStats, next_bias, over_microbatches
+from moe_train.model.transformer import Parameters, combine, with_capacity
 from moe_train.train.loss import LossParts, microbatch_loss
 from moe_train.train.state import TrainState
 
@@ -54,7 +54,8 @@ def train_step(
         key = jax.random.fold_in(jax.random.key(dropout_seed, impl="threefry2x32"), state.step)
 
     def objective(trainable: Parameters, part: Batch, key: Array | None) -> tuple[Array, LossParts]:
-        return microbatch_loss(combine(structure, trainable, state.frozen), part, loss_tokens, microbatches, loss, key)
+        model = combine(structure, trainable, state.buffers, state.frozen)
+        return microbatch_loss(model, part, loss_tokens, microbatches, loss, key)
 
     (value, parts), grads = _accumulate(jax.value_and_grad(objective, has_aux=True), state.trainable, batch, key, microbatches)
     grad_norm = optax.tree.norm(grads)
@@ -65,11 +66,21 @@ def train_step(
         step=state.step + 1,
         trainable=jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable),
         frozen=state.frozen,
+        buffers=jax.tree.map(keep, _balanced(state.buffers, parts.routers, loss.bias_update_rate), state.buffers),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         skipped=state.skipped + jnp.where(finite, 0, 1),
     )
     cross_entropy = parts.cross_entropy_sum / jnp.maximum(parts.loss_tokens, 1)
     return state, StepMetrics(value, cross_entropy, parts.loss_tokens, grad_norm, finite, parts.routers)
+
+
+def _balanced(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:
+    """The routers' biases after a step with these loads: of layer j of a period, entries j, j + period, … of the layers."""
+    if not buffers:
+        return {}
+    assert routers is not None and rate is not None
+    places = {int(path.split(".")[3]): path for path in buffers}  # stacks.0.layers.j.ffn.router.bias
+    return {path: next_bias(buffers[path], routers.chosen_E[j :: len(places)], rate) for j, path in places.items()}
 
 
 def compile_step(
@@ -78,7 +89,7 @@ def compile_step(
     """`train_step` of a run, compiled for a state (which it takes over) and a batch like these."""
     step_of = partial(
         train_step,
-        structure=structure,
+        structure=with_capacity(structure, run.train.capacity_factor),
         optimizer=optimizer,
         loss=run.loss,
         microbatches=run.train.microbatches,

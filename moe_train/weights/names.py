@@ -227,7 +227,9 @@ class Piece:
 
 
 def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
-    """Every weight of `model` in the order of the layers."""
+    """Every weight of `model` in the order of the layers. Raises ValueError for a model that no format has words for."""
+    if has := config.without_format(model):
+        raise ValueError(f"no file format has a place for {has} of family {model.family}")
     sizes = _sizes(model)
     found = [_piece(sizes, layout.embed, "", "")]
     for layer, path, repeat in _layers(model):

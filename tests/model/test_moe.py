@@ -199,7 +199,7 @@ def test_assignments_that_vanish_are_counted(mesh: Mesh, fault: str, monkeypatch
 
 @quick_jit
 def stats_of(logits: jax.Array, ids: jax.Array, valid: jax.Array) -> moe.RouterStats:
-    return moe.router_stats(logits, ids, valid, jnp.sum(valid) * ids.shape[-1])
+    return moe.router_stats(logits, logits, ids, valid, jnp.sum(valid) * ids.shape[-1])
 
 
 def test_balanced_and_undecided_router() -> None:

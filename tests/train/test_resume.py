@@ -15,7 +15,9 @@ from moe_train import config_file
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
-MOE = {"name": "moe", "ffn_dim": 48, "num_experts": 4, "experts_per_token": 2}
+ROUTER = {"name": "sigmoid", "bias": True}
+MOE = {"name": "moe", "ffn_dim": 48, "num_experts": 4, "experts_per_token": 2, "router": ROUTER, "num_shared_experts": 1}
+LOSS = {"load_balance_loss_coef": 0.01, "router_z_loss_coef": 0.001, "bias_update_rate": 0.01}
 
 
 def work(devices: int, compiled: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -27,7 +29,7 @@ def work(devices: int, compiled: Path, *arguments: str) -> subprocess.CompletedP
 
 def figures(run_dir: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    keys = ("kind", "step", "loss", "cross_entropy", "grad_norm", "loss_tokens", "load")
+    keys = ("kind", "step", "loss", "cross_entropy", "grad_norm", "loss_tokens", "load", "dropped")
     return [tuple(str(line.get(key)) for key in keys) for line in lines]
 
 
@@ -45,8 +47,9 @@ def events(run_dir: Path) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def moe_run(small_run):
-    """`moe_run(run_dir, mesh)`: 10 steps of a tiny sparse model, a checkpoint every 5."""
-    changes = {"model__family": "mixtral", "model__ffn": MOE, "loss": {"load_balance_loss_coef": 0.01, "router_z_loss_coef": 0.001}}
+    """`moe_run(run_dir, mesh)`: 10 steps of a tiny sparse model, a checkpoint every 5; biases that rules move, and drops."""
+    changes = {"model__family": "mixtral", "model__ffn": MOE, "loss": LOSS, "export": "none"}
+    changes |= {"train__capacity_factor": 1.0, "train__max_drop_rate": 0.9}
     often = {"train__steps": 10, "checkpoint__every_steps": 5, "evaluation__every_steps": 4, "checkpoint__keep_best": False}
     return lambda run_dir, mesh: small_run(run_dir, mesh=mesh, **changes, **often)
 
@@ -81,7 +84,8 @@ def test_ten_steps_equal_five_then_kill_then_five(tmp_path: Path, moe_run, compi
         assert losses(moved)[:5] == losses(whole)[:5]
         assert losses(moved) == pytest.approx(losses(whole), rel=1e-4)
         assert "changed since the checkpoint: mesh.fsdp 2 -> 4" in done.stderr
-    loads = [json.loads(load) for kind, *_, load in figures(whole) if kind == "train"]
+    loads = [json.loads(load) for kind, *_, load, _ in figures(whole) if kind == "train"]
+    assert all(any(json.loads(dropped)) for kind, *_, dropped in figures(whole) if kind == "train")
     assert all(abs(sum(row) - 1) < 1e-5 for step in loads for row in step) and len(loads[0]) == 2
 
 

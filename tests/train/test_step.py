@@ -22,16 +22,17 @@ from moe_train.train.state import TrainState, create_state
 from moe_train.train.step import StepMetrics, train_step
 
 B, T, V = 8, 10, 24
+BIASED = config.SoftmaxRouter(name="softmax", bias=True)
 MIXTRAL = config.Model(
     family="mixtral",
     vocab_size=V,
     model_dim=8,
     num_layers=2,
     attention=config.Attention(num_heads=2, num_kv_heads=2, head_dim=4),
-    ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
+    ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2, router=BIASED),
 )
 LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.q_proj", "ffn.up_proj"), rank=2, alpha=4.0),))
-LOSS = config.Loss(load_balance_loss_coef=0.5, router_z_loss_coef=0.1)
+LOSS = config.Loss(load_balance_loss_coef=0.5, router_z_loss_coef=0.1, bias_update_rate=0.01)
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 FOUR = make_mesh(config.Mesh(fsdp=2, expert=2), jax.devices()[:4])
 OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
@@ -94,7 +95,7 @@ def test_the_loss_is_that_of_the_whole_step() -> None:
             shares = []
             for j in range(microbatches):  # rows j, j + 2, …
                 part = Batch(*(x[j::microbatches] for x in batch))
-                hidden, routers = combine(structure, params)(part.tokens, part.positions, part.segment_ids)
+                hidden, routers = combine(structure, params, state.buffers)(part.tokens, part.positions, part.segment_ids)
                 log_probs = jax.nn.log_softmax(jnp.einsum("BTD,VD->BTV", hidden, jax.sharding.reshard(params["head.weight"], P())))
                 at_target = jnp.sum(log_probs * (part.targets[..., None] == jnp.arange(V)), axis=-1)
                 routers_loss = 0.5 * jnp.sum(routers.load_balance_loss) + 0.1 * jnp.sum(routers.router_z_loss)
@@ -131,12 +132,25 @@ def test_a_mesh_takes_the_same_step() -> None:
 
 
 @pytest.mark.parametrize(("mesh", "microbatches"), [(ONE, 1), (ONE, 2), (FOUR, 2)], ids=["one device", "microbatches", "mesh"])
+def test_a_bias_moves_by_the_load_of_the_whole_step(mesh: Mesh, microbatches: int) -> None:
+    """Up by the rate where an expert got less than the mean, down where it got more; once, whatever the microbatches."""
+    path = "stacks.0.layers.0.ffn.router.bias"
+    after, metrics = step(batch(), mesh, microbatches)
+    chosen, wanted = metrics.routers.chosen_E, step(batch())[1].routers.chosen_E
+    np.testing.assert_array_equal(chosen, wanted)
+    assert (chosen.sum(axis=1) == B * (T - 2) * 2).all()
+    direction = np.sign(chosen.mean(axis=1, keepdims=True) - chosen)
+    assert {*direction.flat} >= {-1, 1} and list(after.buffers) == [path]
+    np.testing.assert_allclose(after.buffers[path] - np.asarray(started(mesh)[1].buffers[path]), 0.01 * direction, atol=1e-7)
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), [(ONE, 1), (ONE, 2), (FOUR, 2)], ids=["one device", "microbatches", "mesh"])
 def test_a_step_that_is_not_finite_changes_nothing(mesh: Mesh, microbatches: int) -> None:
     _, before = started(mesh)
     after, metrics = step(batch(poisoned=True), mesh, microbatches)
     assert not metrics.finite and np.isnan(metrics.loss)
     assert (after.step, after.skipped) == (1, 1)
-    for what in ("trainable", "frozen", "opt_state"):
+    for what in ("trainable", "frozen", "buffers", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, what), jax.device_get(getattr(before, what)))
     moved, metrics = step(batch(), mesh, microbatches)
     assert metrics.finite and (moved.step, moved.skipped) == (1, 0)
@@ -155,6 +169,7 @@ def test_adapters_alone_are_trained() -> None:
     after, metrics = step(batch(), FOUR, 1, LORA)
     assert metrics.finite
     assert after.trainable and all(map(is_lora, after.trainable)) and not any(map(is_lora, after.frozen))
-    assert len(after.trainable) + len(after.frozen) == len(started(ONE)[1].trainable) + 4
+    assert len(after.trainable) + len(after.frozen) == len(started(ONE)[1].learned) + 4
+    assert not after.buffers  # of a router that is frozen
     jax.tree.map(np.testing.assert_array_equal, after.frozen, jax.device_get(before.frozen))
     assert all((x != np.asarray(before.trainable[path])).any() for path, x in after.trainable.items())

@@ -1,0 +1,41 @@
+"""A limited number of assignments for each expert: what it has no room for is dropped, and the token goes on without it.
+
+An expert takes at most C = ceil(capacity_factor * T * A / E) assignments of a sequence (a row of T tokens, padding
+included); over all M tokens of a microbatch that is capacity_factor * M * A / E. Earlier tokens come first, and of a
+token its best expert. So what is dropped depends on the row alone, on no mesh, microbatch or neighbour, and on no later
+token, which a causal model must not see. (GShard, arXiv:2006.16668, limits groups of tokens too; all first choices come
+before the second ones there, which looks ahead.)
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+
+from moe_train.mesh import axis_size
+
+
+def capacity(capacity_factor: float, seq_len: int, experts_per_token: int, num_experts: int) -> int:
+    """C: the assignments of one sequence that an expert takes."""
+    return math.ceil(Fraction(str(capacity_factor)) * seq_len * experts_per_token / num_experts)
+
+
+def within_capacity(ids_btA: jax.Array, num_experts: int, capacity_factor: float) -> jax.Array:
+    """Inside `shard_map`: expert ids with `num_experts` in place of those that are dropped; those that have it already
+    (padding) take no room."""
+    (b, t, A), E = ids_btA.shape, num_experts
+    ids_bn = ids_btA.reshape(b, t * A)
+    counts_bE = jnp.sum(ids_bn[..., None] == jnp.arange(E), axis=1, dtype=jnp.int32)
+    before_bE = jnp.zeros_like(counts_bE)
+    if axis_size("context") > 1:
+        counts_xbE = jax.lax.all_gather(counts_bE, "context")
+        earlier_x = jnp.arange(counts_xbE.shape[0]) < jax.lax.axis_index("context")
+        before_bE = jnp.sum(counts_xbE * earlier_x[:, None, None], axis=0)
+    place_bn = jnp.argsort(jnp.argsort(ids_bn, axis=1, stable=True), axis=1)
+    first_bE = jnp.cumsum(counts_bE, axis=1) - counts_bE  # place of each expert's first assignment
+    rank_bn = place_bn + jnp.take_along_axis(jnp.pad(before_bE - first_bE, ((0, 0), (0, 1))), ids_bn, axis=1)
+    room = capacity(capacity_factor, t * axis_size("context"), A, E)
+    return jnp.where(rank_bn < room, ids_bn, E).reshape(b, t, A)

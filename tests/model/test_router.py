@@ -1,0 +1,135 @@
+"""Softmax and sigmoid routers with a bias, and shared experts, against the formulas of the papers in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config
+from moe_train.mesh import BATCH, make_mesh
+from moe_train.model import moe
+from tests.model.conftest import quick_jit
+
+B, T, D, F, E, A = 8, 4, 16, 12, 8, 2
+MESH = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
+ROUTERS: dict[str, config.Router] = {
+    "softmax": config.SoftmaxRouter(name="softmax", bias=True),
+    "sigmoid": config.SigmoidRouter(name="sigmoid", bias=False, scaling=2.5),
+    "sigmoid with a bias": config.SigmoidRouter(name="sigmoid", bias=True),
+}
+SHARED = {"softmax": 1, "sigmoid": 2, "sigmoid with a bias": 0}
+
+
+def made(name: str) -> moe.MoE:
+    ffn = config.MoeFfn(
+        name="moe", ffn_dim=F, num_experts=E, experts_per_token=A, router=ROUTERS[name], num_shared_experts=SHARED[name]
+    )
+    attention = config.Attention(num_heads=2, num_kv_heads=1, head_dim=8)
+    model = config.Model(family="mixtral", vocab_size=8, model_dim=D, num_layers=1, attention=attention, ffn=ffn)
+    return moe.MoE(nnx.Rngs(0), model, config.Compute())
+
+
+def flat(name: str) -> tuple[Any, dict[str, Any]]:
+    """(structure, {path: shape}) of the layer."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: made(name)))
+    return structure, {".".join(str(getattr(k, "name", getattr(k, "key", k))) for k in keys[:-1]): leaf for keys, leaf in leaves}
+
+
+def plain(weights: Any, x: Any, valid: Any, router: config.Router) -> Any:
+    """(sum of each token's experts, assignments of each expert, balance loss)."""
+    bias = weights.get("router.bias", np.zeros(E))
+    logits = x @ weights["router.weight"]
+    sigmoid = isinstance(router, config.SigmoidRouter)
+    scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
+    chosen = jnp.any(jax.lax.top_k(scores + bias, A)[1][..., None] == jnp.arange(E), axis=-2)
+    share = jnp.where(chosen, scores, 0)
+    share = (router.scaling if sigmoid else 1) * share / share.sum(-1, keepdims=True)
+    swiglu = lambda x, gate, up, down: (jax.nn.silu(x @ gate) * (x @ up)) @ down  # noqa: E731
+    of = lambda name, *at: [weights[f"{name}{m}_proj.weight"][at] for m in ("gate", "up", "down")]  # noqa: E731
+    y = sum(share[..., e, None] * swiglu(x, *of("", e)) for e in range(E)) * valid[..., None]
+    if "shared.gate_proj.weight" in weights:
+        y += swiglu(x, *of("shared.", ...))
+    counts = jnp.sum(chosen & valid[..., None], axis=(0, 1))
+    mean = jnp.sum(scores / scores.sum(-1, keepdims=True) * valid[..., None], axis=(0, 1)) / valid.sum()
+    return y, counts, E * jnp.sum(jax.lax.stop_gradient(counts / counts.sum()) * mean)
+
+
+@cache
+def operands(name: str) -> tuple[dict[str, Any], Any, Any, Any]:
+    """Weights, x, segment ids, and what the result is multiplied with in the loss."""
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(MESH):
+        shapes = flat(name)[1]
+    weights = {path: (rng.normal(size=s.shape) / s.shape[-2:][0] ** 0.5).astype(np.float32) for path, s in shapes.items()}
+    segments = np.ones((B, T), np.int32)
+    segments[1], segments[4, 2:] = 0, 0
+    x, d = (rng.normal(size=(B, T, D)).astype(np.float32) for _ in range(2))
+    return weights, x, segments, d
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_equals_the_formulas(name: str) -> None:
+    weights, x, segments, d = operands(name)
+
+    def loss(run: Any, weights: Any, x: Any, d: Any) -> Any:
+        y, counts, balance = run(weights, x)
+        return jnp.sum(y * d) + 3.0 * balance, (y, counts)
+
+    with jax.enable_x64(True):
+        exact = lambda w, x: plain(w, x, segments != 0, ROUTERS[name])  # noqa: E731
+        doubles = jax.tree.map(np.float64, (weights, x, d))
+        wanted = jax.jit(jax.grad(lambda *args: loss(exact, *args), (0, 1), has_aux=True))(*doubles)
+    (wanted_weights, wanted_x), (wanted_y, wanted_counts) = jax.device_get(wanted)
+
+    with jax.set_mesh(MESH):
+        structure, like = flat(name)
+        placed = {path: jax.device_put(w, NamedSharding(MESH, like[path].sharding.spec)) for path, w in weights.items()}
+        tokens = NamedSharding(MESH, P(BATCH, "context"))
+
+        def ours(weights: Any, x: Any, segments: Any, d: Any) -> Any:
+            def run(weights: Any, x: Any) -> Any:
+                y, stats = structure.unflatten([weights[path] for path in like])(x, segments)
+                return y, (stats.chosen_E, stats.dropped), stats.load_balance_loss
+
+            return jax.grad(lambda *args: loss(run, *args), (0, 1), has_aux=True)(weights, x, d)
+
+        args = (jax.device_put(a, tokens) for a in (x, segments, d))
+        (dweights, dx), (y, (counts, dropped)) = jax.device_get(quick_jit(ours)(placed, *args))
+
+    assert dropped == 0
+    np.testing.assert_array_equal(counts, wanted_counts)
+    for path, a, b in [("y", y, wanted_y), ("x", dx, wanted_x), *((p, dweights[p], b) for p, b in wanted_weights.items())]:
+        if path == "router.bias":
+            assert not a.any() and not b.any()
+        else:
+            assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(b)), path
+
+
+def test_a_bias_chooses_and_does_not_weigh() -> None:
+    """The weights of a token whose experts stay the same do not change with the bias; a large bias takes every token."""
+    name = "sigmoid with a bias"
+    weights, x, segments, _ = operands(name)
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        structure, like = flat(name)
+        run = quick_jit(lambda w, x, segments: structure.unflatten([w[path] for path in like])(x, segments))
+        x, segments = (jax.device_put(a, P(BATCH, "context")) for a in (x, segments))
+        none, even, drawn = (
+            run({**weights, "router.bias": bias}, x, segments)
+            for bias in (np.zeros(E, np.float32), np.full(E, 0.3, np.float32), np.eye(E, dtype=np.float32)[3] * 9)
+        )
+    np.testing.assert_array_equal(none[0], even[0])
+    assert drawn[1].chosen_E[3] == np.sum(segments != 0) > none[1].chosen_E[3]
+
+
+def test_the_next_bias_follows_the_load() -> None:
+    chosen = np.array([[4, 4, 4, 4], [0, 2, 6, 8]], np.int32)
+    moved = moe.next_bias(jnp.zeros((2, 4)), jnp.asarray(chosen), 0.5)
+    np.testing.assert_array_equal(moved, [[0, 0, 0, 0], [0.5, 0.5, -0.5, -0.5]])

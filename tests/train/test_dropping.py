@@ -1,0 +1,47 @@
+"""A run whose model has no export format, and whose experts have little room."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_train import config
+from moe_train.export import export
+from moe_train.generate import generate_dir
+from moe_train.model.moe import RouterStats
+from moe_train.train import loop
+
+MOE = {
+    **{"name": "moe", "ffn_dim": 16, "num_experts": 4, "experts_per_token": 2},
+    **{"router": {"name": "softmax", "bias": True}, "num_shared_experts": 1},
+}
+LOSS = {"load_balance_loss_coef": 0.01, "router_z_loss_coef": 0.0, "bias_update_rate": 0.01}
+
+
+def test_a_run_without_a_format_trains_generates_and_stops_where_it_drops_too_much(small_run, tmp_path, capsys) -> None:
+    settings = {"model__family": "mixtral", "model__ffn": MOE, "loss": LOSS, "export": "none", "mesh": {"expert": 4, "fsdp": 2}}
+    settings |= {"train__capacity_factor": 0.5, "model__num_layers": 1, "evaluation": {"every_steps": 100}}
+    run = small_run(tmp_path / "run", train__steps=1, train__max_drop_rate=1.0, **settings)
+    assert loop.train(run) == loop.FINISHED
+    said = capsys.readouterr().err
+    assert "experts: all_to_all over 4 devices, chosen by bytes: each receives" in said
+    assert "export: none, since no file format has a place for a router bias and shared experts" in said
+    assert " dropped" in said
+    with pytest.raises(ValueError, match=r"cannot be exported: no file format has a place for a router bias and shared experts"):
+        export(run.run_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(generate_dir(run.run_dir, ["able canter"], 2)) == 1  # with the biases of its checkpoint
+    again = small_run(tmp_path / "run", train__steps=2, train__max_drop_rate=0.25, **settings)
+    with pytest.raises(RuntimeError, match=r"step 2: layer 0 dropped [3-6]\d\.\d\d% of its assignments; train.max_drop_rate is 25"):
+        loop.train(again)
+
+
+def test_a_layer_that_drops_is_named() -> None:
+    nothing = np.zeros(2)
+    routers = RouterStats(np.full((2, 4), 25), nothing, nothing, nothing, np.array([1, 3]))
+    bounded = {"batch_size": 8, "seq_len": 8, "steps": 1, "capacity_factor": 1.0}
+    loop.check_dropped(5, routers, config.Train(**bounded, max_drop_rate=0.03))
+    with pytest.raises(RuntimeError, match=r"step 5: layer 1 dropped 3.00% of its assignments; train.max_drop_rate is 2.90%"):
+        loop.check_dropped(5, routers, config.Train(**bounded, max_drop_rate=0.029))
+    with pytest.raises(RuntimeError, match=r"layer 1 dropped 3.00% of its assignments without a capacity: a fault"):
+        loop.check_dropped(5, routers, config.Train(batch_size=8, seq_len=8, steps=1))

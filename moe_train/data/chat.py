@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.data import template as templates
@@ -18,25 +19,56 @@ def examples(conversation: Conversation, template: str | None, tokenizer: Tokeni
     tools where tokenizer or template have none, for a template that fails or whose assistant turns cannot be told
     apart, and where nothing would bear loss.
     """
-    _check(conversation)
-    if conversation.messages and conversation.messages[-1]["role"] != "assistant":
-        what = f"the last message is {conversation.messages[-1]['role']}, so nothing answers it"
-        raise Problem("last-turn", what, "end with an assistant turn: there is nothing else to learn")
-    if uses_tools(conversation):
-        check_has_tools(template, tokenizer)
+    (found,) = examples_batch([conversation], template, tokenizer)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def examples_batch(
+    conversations: Sequence[Conversation], template: str | None, tokenizer: Tokenizer
+) -> list[list[Example] | ValueError]:
+    """`examples` of each conversation, or its ValueError."""
+    found: list[list[Example] | ValueError] = [_refused(conversation, template, tokenizer) or [] for conversation in conversations]
+    good = [i for i, refused in enumerate(found) if not refused]
+    made = _made([conversations[i] for i in good], template, tokenizer)
+    for i, some in zip(good, made, strict=True):
+        if not isinstance(some, ValueError) and not any(any((example.loss_mask or [])[1:]) for example in some):
+            what = "no token would bear loss: the conversation has no assistant text (or only of weight 0)"
+            some = Problem("no-loss", what, "drop the record")
+        found[i] = some
+    return found
+
+
+def _refused(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> ValueError | None:
+    try:
+        _check(conversation)
+        if conversation.messages and conversation.messages[-1]["role"] != "assistant":
+            what = f"the last message is {conversation.messages[-1]['role']}, so nothing answers it"
+            raise Problem("last-turn", what, "end with an assistant turn: there is nothing else to learn")
+        if uses_tools(conversation):
+            check_has_tools(template, tokenizer)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _made(conversations: list[Conversation], template: str | None, tokenizer: Tokenizer) -> list[list[Example] | ValueError]:
     match tokenizer:
         case Mistral():
             from moe_train.data import mistral  # half a second that only its users pay
 
-            found = mistral.examples(conversation, tokenizer)
+            found: list[list[Example] | ValueError] = []
+            for conversation in conversations:
+                try:
+                    found.append(mistral.examples(conversation, tokenizer))
+                except ValueError as error:
+                    found.append(error)
+            return found
         case HuggingFace():
-            found = templates.examples(conversation, _needed(template), tokenizer)
+            return templates.examples(conversations, _needed(template), tokenizer)
         case _:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
-    if not any(any((example.loss_mask or [])[1:]) for example in found):
-        what = "no token would bear loss: the conversation has no assistant text (or only of weight 0)"
-        raise Problem("no-loss", what, "drop the record")
-    return found
 
 
 def render_prompt(messages: list[Message], template: str | None, tokenizer: Tokenizer) -> list[int]:
@@ -89,16 +121,16 @@ def _needed(template: str | None) -> str:
 def _check(conversation: Conversation) -> None:
     """Only what would otherwise be learnt wrongly, or fail somewhere deep; `rules` has the rest."""
     for i, message in enumerate(conversation.messages):
-        role = brief(message.get("role"))
-        if message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise Problem("role", f"message {i} has role {role}", "roles are system, user, assistant, tool")
+        role = message.get("role")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise Problem("role", f"message {i} has role {brief(role)}", "roles are system, user, assistant, tool")
         if "content" in message or "tool_calls" not in message:
             checked_text(message.get("content"), f"the content of message {i}")
         if message.get("weight", 1) not in (0, 1):
             raise Problem("weight", f"message {i} has weight {brief(message['weight'])}", "a weight is 0 (no loss) or 1")
         calls = message.get("tool_calls", [])
-        if calls and message["role"] != "assistant":
-            raise Problem("call-role", f"message {i} has role {role}, and tool_calls", "only the assistant calls tools")
+        if calls and role != "assistant":
+            raise Problem("call-role", f"message {i} has role {brief(role)}, and tool_calls", "only the assistant calls tools")
         for call in calls if isinstance(calls, list) else [calls]:
             if not _is_function(call) or not isinstance(call.get("id", ""), str):
                 raise Problem("type", f"a call in message {i} is {brief(call)}", "write {id, function: {name, arguments}}")

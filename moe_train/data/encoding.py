@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from moe_train import config
 from moe_train.data import chat
 from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.example import Example
+from moe_train.data.example import Example, uses_tools
 from moe_train.data.fields import located
 from moe_train.data.sources import Origin, Records
 from moe_train.data.tokenizer import Tokenizer
@@ -31,23 +31,32 @@ def encode(
     """
     normal = ((origin, located(records.where(origin), normalise, fields, record)) for origin, fields in numbered)
     if not isinstance(record, config.TextRecord):
-        for origin, conversation in normal:
-            assert isinstance(conversation, Conversation)
-            yield origin, located(records.where(origin), chat.examples, conversation, template, tokenizer)
+        for conversations in _chunks(normal, _size):
+            found = chat.examples_batch([conversation for _, conversation in conversations], template, tokenizer)
+            for (origin, _), examples in zip(conversations, found, strict=True):
+                if isinstance(examples, ValueError):
+                    raise ValueError(f"{records.where(origin)}: {examples}") from examples
+                yield origin, examples
         return
     begin, end = [] if tokenizer.bos_id is None else [tokenizer.bos_id], [tokenizer.eos_id]
-    for chunk in _chunks(normal):
+    for chunk in _chunks(normal, len):
         for (origin, _), ids in zip(chunk, tokenizer.encode_batch([text for _, text in chunk]), strict=True):
             yield origin, [Example([*begin, *ids, *end], None)] if ids else []
 
 
-def _chunks(texts: Iterator[tuple[Origin, str]]) -> Iterator[list[tuple[Origin, str]]]:
+def _size(conversation: Conversation) -> int:
+    """About its characters; with tools, every turn's prefix counts."""
+    said = sum(len(text) for message in conversation.messages if isinstance(text := message.get("content"), str))
+    return said * len(conversation.messages) if uses_tools(conversation) else said
+
+
+def _chunks(records: Iterator[tuple[Origin, Any]], size: Callable[[Any], int]) -> Iterator[list[tuple[Origin, Any]]]:
     """As many at once as keep the tokenizer's threads busy, in bounded memory."""
-    for first in texts:
-        chunk, room = [first], _CHARACTERS - len(first[1])
-        for item in itertools.islice(texts, _RECORDS - 1) if room > 0 else ():
+    for first in records:
+        chunk, room = [first], _CHARACTERS - size(first[1])
+        for item in itertools.islice(records, _RECORDS - 1) if room > 0 else ():
             chunk.append(item)
-            room -= len(item[1])
+            room -= size(item[1])
             if room <= 0:
                 break
         yield chunk

@@ -166,6 +166,7 @@ def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]
 def _judge(read: list[_Read], place: int, question: Question, form: rules.Form) -> None:
     """Fill in the problems and examples of each record."""
     texts: list[_Read] = []
+    conversations: list[tuple[_Read, Conversation]] = []
     for one in read:
         one.problems = [problem for problem in rules.problems(one.record, form) if problem.rule not in question.allowed]
         if isinstance(one.record, Conversation):
@@ -175,10 +176,13 @@ def _judge(read: list[_Read], place: int, question: Question, form: rules.Form) 
         if isinstance(one.record, str):
             texts.append(one)
         else:
-            try:
-                one.examples = chat.examples(one.record, question.template, question.tokenizer)
-            except ValueError as error:
-                one.problems.append(error if isinstance(error, Problem) else Problem("refused", str(error), "change or drop it"))
+            conversations.append((one, one.record))
+    made = chat.examples_batch([record for _, record in conversations], question.template, question.tokenizer)
+    for (one, _), found in zip(conversations, made, strict=True):
+        if isinstance(found, ValueError):
+            one.problems.append(found if isinstance(found, Problem) else Problem("refused", str(found), "change or drop it"))
+        else:
+            one.examples = found
     numbered = ((Origin(0, i), {"text": one.record}) for i, one in enumerate(texts))
     text = config.TextRecord(name="text")
     for (_, i), examples in encode(numbered, _NOWHERE, text, question.tokenizer, None):

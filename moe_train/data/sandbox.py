@@ -19,17 +19,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 GENERATION = ("\ufdd2", "\ufdd3")
 """Unicode noncharacters around what a template marks with {% generation %}."""
 
+_BATCH = 1 << 20  # bytes of requests that cross at once
+
 
 class Limits(NamedTuple):
-    """What one call of `render` may cost: characters of the template and of all texts, processor seconds, bytes of memory."""
+    """What one record may cost: characters of the template and of all its texts, processor seconds, bytes of memory."""
 
     template: int = 1 << 18
     output: int = 1 << 26
@@ -37,17 +39,72 @@ class Limits(NamedTuple):
     memory: int = 1 << 31
 
 
+Prefix = tuple[int, bool]
+"""How many messages, and whether the assistant comes next."""
+
+
+class Request(NamedTuple):
+    """Variables of a template, plain JSON values; prefixes: those of `messages` to render (none: all as it is)."""
+
+    variables: dict[str, Any]
+    prefixes: Sequence[Prefix] = ()
+
+
 def render(template: str, requests: Sequence[dict[str, Any]], limits: Limits = Limits()) -> list[str]:  # noqa: B008 (immutable)
-    """The template's text for each set of variables (plain JSON values), with the marks `GENERATION` in it.
+    """The template's text for each set of variables, with the marks `GENERATION` in it.
 
     Raises ValueError (one line) for a template that cannot be read, fails, or takes more than `limits`.
     """
+    found = [text for texts in render_prefixes(template, [Request(each) for each in requests], limits) for text in texts]
+    for text in found:
+        if isinstance(text, ValueError):
+            raise text
+    return cast(list[str], found)
+
+
+def render_prefixes(
+    template: str,
+    requests: Sequence[Request],
+    limits: Limits = Limits(),  # noqa: B008 (immutable)
+) -> list[list[str | ValueError]]:
+    """The texts of each request's prefixes, or (one line) why the template gives none.
+
+    Many requests cross to the other process at once. Where they come to a limit together, each is rendered by itself, so
+    that the limits are of one request. Raises ValueError for a template that cannot be read.
+    """
     if len(template) > limits.template:
         raise ValueError(f"the chat template has {len(template):,} characters; {limits.template:,} are allowed")
-    answer = _child(limits).ask({"template": template, "requests": list(requests)})
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer["texts"]
+    found: list[list[str | ValueError]] = []
+    for batch in _batches(requests, limits):
+        answer = _child(limits).ask(template, batch)
+        by_itself = "over" in answer and len(batch) > 1
+        for each in [_child(limits).ask(template, [request]) for request in batch] if by_itself else [answer]:
+            if "unreadable" in each:
+                raise ValueError(each["unreadable"])
+            found += [[ValueError(each["over"])]] if "over" in each else map(_texts, each["texts"])
+    return [texts * max(1, len(r.prefixes)) if len(texts) == 1 else texts for texts, r in zip(found, requests, strict=True)]
+
+
+def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes]]:
+    """The requests as JSON, about `_BATCH` bytes at a time."""
+    batch: list[bytes] = []
+    room = _BATCH
+    for variables, prefixes in requests:
+        text = json.dumps(variables)
+        allowed = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records cannot fill the memory either
+        batch.append(f"[{text}, {json.dumps(prefixes)}, {allowed}]".encode())
+        room -= len(text)
+        if room <= 0:
+            yield batch
+            batch, room = [], _BATCH
+    if batch:
+        yield batch
+
+
+def _texts(answer: list[str | int | list[str]]) -> list[str | ValueError]:
+    """A number stands for so many characters of the first text, a list for an error."""
+    whole = answer[0]
+    return [ValueError(*a) if isinstance(a, list) else a if isinstance(a, str) else cast(str, whole)[:a] for a in answer]
 
 
 # --- this side -------------------------------------------------------------------------------------------------
@@ -66,21 +123,23 @@ class _Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, template: str, requests: list[bytes]) -> dict[str, Any]:
+        """`texts` of every request, or `over` or `unreadable`: what is wrong with them, or with the template."""
         with self._lock:
             if self._connection is None:
                 self._start()
             assert self._process is not None and self._connection is not None
             try:
-                self._connection.send_bytes(json.dumps(question).encode())
+                question = b'{"template": %b, "requests": [%b]}' % (json.dumps(template).encode(), b",".join(requests))
+                self._connection.send_bytes(question)
                 return json.loads(self._connection.recv_bytes())
             except (EOFError, ConnectionError):
                 self._connection.close()
                 self._connection = None
                 code = self._process.wait()
             if code == -signal.SIGPROF:
-                raise ValueError(f"the chat template takes longer than {self._limits.seconds} s for one record; is a loop endless?")
-            raise ValueError(f"the chat template broke the process that renders it (exit code {code})")
+                return {"over": f"the chat template takes longer than {self._limits.seconds} s for one record; is a loop endless?"}
+            return {"over": f"the chat template broke the process that renders it (exit code {code})"}
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -119,20 +178,29 @@ def _answer(question: dict[str, Any], compiled: Any, limits: Limits) -> dict[str
     try:
         template = compiled(question["template"])
     except (jinja2.TemplateError, RecursionError, MemoryError) as error:
-        return {"error": f"the chat template cannot be read: {_line(error)}"}
-    texts, room = [], limits.output
-    for variables in question["requests"]:
-        try:
-            text = _limited(template.generate(**variables), room)
-        except Exception as error:  # a template is a program: it can fail in any way
-            if isinstance(error, MemoryError):
-                return {"error": f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"}
-            return {"error": f"the chat template refuses the record: {_line(error)}"}
-        if text is None:
-            return {"error": f"the chat template writes more than {limits.output:,} characters for one record"}
-        texts.append(text)
-        room -= len(text)
-    return {"texts": texts}
+        return {"unreadable": f"the chat template cannot be read: {_line(error)}"}
+    answers = []
+    for variables, prefixes, room in question["requests"]:
+        texts: list[str | int | list[str]] = []
+        left = room
+        for prefix in prefixes or [None]:
+            if prefix is not None:
+                end, add_generation_prompt = prefix
+                some = {"messages": variables["messages"][:end], "add_generation_prompt": add_generation_prompt}
+            try:
+                text = _limited(template.generate(variables if prefix is None else variables | some), left)
+            except Exception as error:  # a template is a program: it can fail in any way
+                if isinstance(error, MemoryError):
+                    return {"over": f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"}
+                texts.append([f"the chat template refuses the record: {_line(error)}"])
+                continue
+            if text is None:
+                return {"over": f"the chat template writes more than {room:,} characters for one record"}
+            begins = texts and isinstance(texts[0], str) and texts[0].startswith(text)
+            texts.append(len(text) if begins else text)
+            left -= 0 if begins else len(text)
+        answers.append(texts)
+    return {"texts": answers}
 
 
 def _limited(pieces: Iterable[str], room: int) -> str | None:

@@ -7,48 +7,43 @@ becomes its prefixes, and of each only the last turn is learnt. A call's id is r
 
 from __future__ import annotations
 
-import contextlib
+import bisect
 import functools
 import json
 import re
 import string
-from typing import Any
-
-import numpy as np
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
 
 from moe_train.data import sandbox
 from moe_train.data.conversation import Conversation, Message
 from moe_train.data.example import Example, bears_loss, turns, uses_tools, without_tools
 from moe_train.data.fields import Problem, brief
-from moe_train.data.sandbox import GENERATION
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.sandbox import GENERATION, Prefix, Request
+from moe_train.data.tokenizer import HuggingFace, Span
 
 # Unicode noncharacters, which no text contains: what was written and looks like a control token stands between these.
 _PLAIN = ("\ufdd0", "\ufdd1")
 _MARKS = re.compile("[" + "".join(_PLAIN + GENERATION) + "]")
-Span = tuple[int, int]  # characters (start, end)
 
 
-def examples(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[Example]:
-    """One example for a conversation without tools; otherwise one for each turn of the assistant that bears loss.
+def examples(conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace) -> list[list[Example] | ValueError]:
+    """Of each conversation one example where it has no tools, and otherwise one for each turn of the assistant that bears
+    loss; or why there is none.
 
-    Raises ValueError (one line) for what the template refuses, and where turns cannot be told apart. Tools need
-    `check_has_tools` before.
+    That is a ValueError (one line) for what the template refuses, and where turns cannot be told apart. Tools need
+    `check_has_tools` before. Texts are rendered and encoded for all conversations at once.
     """
-    messages, tools = conversation
-    if not uses_tools(conversation):
-        return [_example(conversation, [i for i, message in enumerate(messages) if bears_loss(message)], template, tokenizer)]
-    return [
-        _example(Conversation(messages[: turn.end], tools), list(range(turn.start, turn.end)), template, tokenizer)
-        for turn in turns(messages)
-        if turn.bears_loss
-    ]
+    made = _rendered([_wanted(conversation, tokenizer) for conversation in conversations], template)
+    texts = [text for some in made if not isinstance(some, ValueError) for text in some]
+    encoded = iter(_encode(texts, tokenizer))
+    return [some if isinstance(some, ValueError) else [next(encoded) for _ in some] for some in made]
 
 
 def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:
     """The tokens up to where the assistant's next turn begins."""
-    (text,) = _texts([(conversation, True)], template, tokenizer)
-    return _encode(_without(text, GENERATION), [], [], tokenizer).tokens
+    text = _without_marks(_text(conversation, True, template, tokenizer))
+    return _encode([_Text(text, [], [])], tokenizer)[0].tokens
 
 
 @functools.lru_cache(maxsize=8)
@@ -63,95 +58,113 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
         {"role": "assistant", "content": "It is small."},
     ]
     try:
-        (text,) = _texts([(Conversation(messages, [{"type": "function", "function": function}]), False)], template, tokenizer)
+        tools = [{"type": "function", "function": function}]
+        text = _text(Conversation(messages, tools), False, template, tokenizer)
     except ValueError as error:
         raise without_tools(f"the chat template takes none ({error})") from error
     for what, shown in (("tools", "Look a word up."), ("calls", "quokka"), ("results", "marsupial")):
         if shown not in text:
             raise without_tools(f"the chat template leaves {what} out")
     for token in re.findall(r"\[/?[A-Z_]+\]", text):
-        if len(tokenizer.encode_control([token])[0]) != 1:
+        if len(tokenizer.encode_control(token)) != 1:
             raise without_tools(f"the chat template writes {token}, which {tokenizer.files[0]} has no token for")
 
 
-def _example(conversation: Conversation, learnt: list[int], template: str, tokenizer: HuggingFace) -> Example:
-    """learnt: the messages that are."""
-    renderings = _Renderings(conversation, template, tokenizer)
-    whole = len(conversation.messages), False
-    with contextlib.suppress(ValueError):  # all in one go, but some templates take no prefixes, and need not
-        renderings.get([whole, *_around(learnt)])
-    (marked,) = renderings.get([whole])
-    text = _without(marked, GENERATION)
-    random = _random_spans(text, conversation, learnt, template, tokenizer)
-    if GENERATION[0] not in marked:
-        return _encode(text, _prefix_spans(text, renderings, learnt), random, tokenizer)
-    try:
-        added = _prefix_spans(text, renderings, learnt)
-    except ValueError:  # which is why templates have marks
-        return _encode(text, _generation_spans(marked, conversation.messages, learnt, None), random, tokenizer)
-    spans = _generation_spans(marked, conversation.messages, learnt, added)
-    _check_agree(text, spans, added)
-    return _encode(text, spans, random, tokenizer)
+# --- rendering -------------------------------------------------------------------------------------------------
 
 
-Prefix = tuple[int, bool]
-"""How many messages, and whether the assistant comes next."""
+class _Text(NamedTuple):
+    """What is encoded; of its characters, which are learnt, and which are random and never are."""
+
+    text: str
+    learnt: list[Span]
+    random: list[Span]
 
 
-def _around(messages: list[int]) -> list[Prefix]:
-    """The prefixes before and through each message."""
-    return [(end, end == i) for i in messages for end in (i, i + 1)]
+class _Asked(NamedTuple):
+    """A request, and whether what it is of holds what an escaped mark looks like."""
+
+    request: Request
+    escapes: bool
 
 
-class _Renderings:
-    """The texts of a conversation's prefixes, each made once."""
-
-    def __init__(self, conversation: Conversation, template: str, tokenizer: HuggingFace) -> None:
-        self.messages, self.tools = conversation
-        self.template, self.tokenizer = template, tokenizer
-        self._known: dict[Prefix, str] = {}
-
-    def get(self, wanted: list[Prefix]) -> list[str]:
-        missing = [prefix for prefix in dict.fromkeys(wanted) if prefix not in self._known]
-        if missing:
-            conversations = [(Conversation(self.messages[:end], self.tools), prompt) for end, prompt in missing]
-            self._known |= zip(missing, _texts(conversations, self.template, self.tokenizer), strict=True)
-        return [self._known[prefix] for prefix in wanted]
+_Steps = Generator[list[_Asked], list[list[str | ValueError]], list[_Text]]
+"""Asks for renderings, is told them, and so on until its texts are made. Raises ValueError."""
 
 
-def _texts(conversations: list[tuple[Conversation, bool]], template: str, tokenizer: HuggingFace) -> list[str]:
-    """The template's text of each (conversation, whether the assistant comes next), with both kinds of marks in it."""
-    escaped = r"\ufdd0"
-    written = False  # by whoever made the record, and not by a template that escapes the mark
+def _rendered(steps: list[_Steps], template: str) -> list[list[_Text] | ValueError]:
+    """What the steps of each conversation lead to, those of all taken together."""
+    found: list[list[_Text] | ValueError] = [[] for _ in steps]
+    told: list[tuple[int, list[list[str | ValueError]] | None]] = [(i, None) for i in range(len(steps))]
+    while told:
+        asking: list[tuple[int, list[_Asked]]] = []
+        for i, answers in told:
+            try:
+                asking.append((i, next(steps[i]) if answers is None else steps[i].send(answers)))
+            except StopIteration as done:
+                found[i] = done.value
+            except ValueError as error:
+                found[i] = error
+        try:
+            texts = iter(sandbox.render_prefixes(template, [asked.request for _, some in asking for asked in some]))
+        except ValueError as error:  # the template's own
+            for i, _ in asking:
+                found[i] = error
+            return found
+        told = [(i, [_told(next(texts), asked) for asked in some]) for i, some in asking]
+    return found
+
+
+def _told(texts: list[str | ValueError], asked: _Asked) -> list[str | ValueError]:
+    if not asked.escapes and any(isinstance(text, str) and _ESCAPED in text for text in texts):
+        what = r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart"
+        return [ValueError(what)] * len(texts)
+    return texts
+
+
+_ESCAPED = r"\ufdd0"
+
+
+def _text(conversation: Conversation, prompt: bool, template: str, tokenizer: HuggingFace) -> str:
+    asked = _ask(conversation, [(len(conversation.messages), prompt)], tokenizer)
+    (text,) = _told(sandbox.render_prefixes(template, [asked.request])[0], asked)
+    return _rendering(text)
+
+
+def _rendering(text: str | ValueError) -> str:
+    if isinstance(text, ValueError):
+        raise text
+    return text
+
+
+def _ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace) -> _Asked:
+    """For prefixes of a conversation; what looks like a control token stands between marks. Raises Problem."""
+    escapes = False  # by whoever made the record, and not by a template that escapes the mark
 
     def marked(value: Any) -> Any:
         match value:
             case str():
-                if _MARKS.search(value):
+                nonlocal escapes
+                if not value.isascii() and _MARKS.search(value):
                     what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(value)}"
                     raise Problem("unicode", what, "remove it")
-                nonlocal written
-                written |= escaped in value
-                return tokenizer.special_pattern.sub(rf"{_PLAIN[0]}\g<0>{_PLAIN[1]}", value)
+                escapes |= _ESCAPED in value
+                return tokenizer.special_pattern.sub(lambda found: _PLAIN[0] + found[0] + _PLAIN[1], value)
             case list():
                 return [marked(item) for item in value]
             case dict():
                 return {marked(key): item if key in ("role", "id", "tool_call_id") else marked(item) for key, item in value.items()}
-        return value
+            case None | bool() | int() | float():
+                return value
+        raise Problem("type", f"{brief(value)} has no form in JSON, nor in a chat template", "write it as text")
 
-    def variables(conversation: Conversation, add_generation_prompt: bool) -> dict[str, Any]:
-        return {
-            "messages": [marked(_as_templates_read(message)) for message in conversation.messages],
-            "tools": marked(conversation.tools) or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **tokenizer.named_tokens,
-        }
-
-    texts = sandbox.render(template, [variables(*wanted) for wanted in conversations])
-    if not written and any(escaped in text for text in texts):
-        raise ValueError(r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart")
-    return texts
+    variables = {
+        "messages": [marked(_as_templates_read(message)) for message in conversation.messages],
+        "tools": marked(conversation.tools) or None,
+        "documents": None,
+        **tokenizer.named_tokens,
+    }
+    return _Asked(Request(variables, prefixes), escapes)
 
 
 def _as_templates_read(message: Message) -> Message:
@@ -173,11 +186,62 @@ def _parsed(arguments: Any) -> Any:
     return arguments if isinstance(value, str) else value
 
 
-def _without(text: str, marks: tuple[str, str]) -> str:
-    return text.replace(marks[0], "").replace(marks[1], "")
+def _without_marks(text: str) -> str:
+    return text.replace(GENERATION[0], "").replace(GENERATION[1], "") if GENERATION[0] in text else text
 
 
 # --- what is learnt --------------------------------------------------------------------------------------------
+
+
+def _wanted(conversation: Conversation, tokenizer: HuggingFace) -> _Steps:
+    messages = conversation.messages
+    if uses_tools(conversation):
+        parts = [(turn.end, list(range(turn.start, turn.end))) for turn in turns(messages) if turn.bears_loss]
+    else:
+        parts = [(len(messages), [i for i, message in enumerate(messages) if bears_loss(message)])]
+    others = [_with_other_ids(messages[:end], learnt) for end, learnt in parts]
+    # Everything in one go, but some templates take no prefixes, and need not.
+    prefixes = [prefix for end, learnt in reversed(parts) for prefix in ((end, False), *_around(learnt))]
+    asked = [_ask(conversation, list(dict.fromkeys(prefixes)), tokenizer)] if parts else []
+    asked += [_ask(Conversation(other, conversation.tools), [(len(other), False)], tokenizer) for other in others if other]
+    answers = yield asked
+    known = dict(zip(asked[0].request.prefixes, answers[0], strict=True)) if parts else {}
+    variants = iter(answers[1:])
+    texts = []
+    for (end, learnt), other in zip(parts, others, strict=True):
+        renderings = _Renderings(Conversation(messages[:end], conversation.tools), known, tokenizer)
+        texts.append((yield from _part(renderings, learnt, _rendering(next(variants)[0]) if other else None)))
+    return texts
+
+
+class _Renderings(NamedTuple):
+    """What is known of the texts of a conversation's prefixes."""
+
+    conversation: Conversation
+    known: dict[Prefix, str | ValueError]
+    tokenizer: HuggingFace
+
+
+def _part(renderings: _Renderings, learnt: list[int], other: str | None) -> Generator[Any, Any, _Text]:
+    """other: the rendering with other ids."""
+    messages = renderings.conversation.messages
+    marked = _rendering(renderings.known[len(messages), False])
+    text = _without_marks(marked)
+    random = [] if other is None else _differing(text, _without_marks(other))
+    if GENERATION[0] not in marked:
+        return _Text(text, (yield from _prefix_spans(text, renderings, learnt)), random)
+    try:
+        added = yield from _prefix_spans(text, renderings, learnt)
+    except ValueError:  # which is why templates have marks
+        return _Text(text, _generation_spans(marked, messages, learnt, None), random)
+    spans = _generation_spans(marked, messages, learnt, added)
+    _check_agree(text, spans, added)
+    return _Text(text, spans, random)
+
+
+def _around(messages: list[int]) -> list[Prefix]:
+    """The prefixes before and through each message."""
+    return [(end, end == i) for i in messages for end in (i, i + 1)]
 
 
 def _generation_spans(marked: str, messages: list[Message], learnt: list[int], added: list[Span] | None) -> list[Span]:
@@ -200,7 +264,7 @@ def _generation_spans(marked: str, messages: list[Message], learnt: list[int], a
     )
 
 
-def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> list[Span]:
+def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> Generator[Any, Any, list[Span]]:
     """What each learnt message adds to the rendering of the messages before it.
 
     A template may put something before the last user's turn (Mistral's v3 the system text), so that a turn stands
@@ -209,13 +273,16 @@ def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> list
     added = _added(renderings, learnt)
     if all(through is not None and text.startswith(through) for through, _, _ in added.values()):
         return [(start, end) for _, start, end in added.values()]
-    said = [i for i, message in enumerate(renderings.messages) if message["role"] == "assistant"]
+    conversation, known, tokenizer = renderings
+    said = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    if missing := [prefix for prefix in _around(said) if prefix not in known]:
+        (answers,) = yield [_ask(conversation, missing, tokenizer)]
+        known.update(zip(missing, answers, strict=True))
     spans = []
     position = 0
     for i, (through, start, end) in _added(renderings, said).items():
         turn = "" if through is None else through[start:end]
-        ended = any(turn.endswith(token) for token in renderings.tokenizer.special_tokens)
-        found = text.find(turn, position) if ended else -1
+        found = text.find(turn, position) if turn.endswith(tokenizer.special_tokens) else -1
         if found < 0:
             raise ValueError(
                 f"the chat template renders the turns before message {i} differently once it is there, so its tokens cannot "
@@ -229,12 +296,12 @@ def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> list
 
 def _added(renderings: _Renderings, wanted: list[int]) -> dict[int, tuple[str | None, int, int]]:
     """For each wanted message: the text through it, and where in that it starts and ends; None where it cannot be told."""
-    texts = [_without(text, GENERATION) for text in renderings.get(_around(wanted))]
     found: dict[int, tuple[str | None, int, int]] = {}
-    for i, before, through in zip(wanted, texts[::2], texts[1::2], strict=True):
+    for i in wanted:
+        before, through = (_without_marks(_rendering(renderings.known[prefix])) for prefix in _around([i]))
         # What follows the end token up to the next turn (ChatML's newline) is never generated.
         stripped = through.rstrip()
-        ended = len(stripped) > len(before) and any(stripped.endswith(token) for token in renderings.tokenizer.special_tokens)
+        ended = len(stripped) > len(before) and stripped.endswith(renderings.tokenizer.special_tokens)
         end = len(stripped) if ended else len(through)
         found[i] = (through if through.startswith(before) else None), len(before), end
     return found
@@ -251,20 +318,25 @@ def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
             )
 
 
-def _random_spans(text: str, conversation: Conversation, learnt: list[int], template: str, tokenizer: HuggingFace) -> list[Span]:
+def _with_other_ids(messages: list[Message], learnt: list[int]) -> list[Message]:
+    """The messages with every character of the learnt calls' ids another one; none where nothing changes."""
+    changed = list(messages)
+    calling = [i for i in learnt if "tool_calls" in messages[i]]
+    for i in calling:
+        calls = [call | {"id": call["id"].translate(_OTHER)} if "id" in call else call for call in messages[i]["tool_calls"]]
+        changed[i] = messages[i] | {"tool_calls": calls}
+    return changed if any(changed[i] != messages[i] for i in calling) else []
+
+
+def _differing(text: str, other: str) -> list[Span]:
     """Where the ids of learnt calls stand: what changes in the text when every character of them does."""
-    messages = list(conversation.messages)
-    for i in learnt:
-        if "tool_calls" in messages[i]:
-            calls = [call | {"id": call["id"].translate(_OTHER)} if "id" in call else call for call in messages[i]["tool_calls"]]
-            messages[i] = messages[i] | {"tool_calls": calls}
-    if messages == conversation.messages:
-        return []
-    (marked,) = _texts([(Conversation(messages, conversation.tools), False)], template, tokenizer)
-    other = _without(marked, GENERATION)
     if len(other) != len(text):
         raise ValueError("the chat template writes calls differently for different ids, so that what is random cannot be told")
-    return [(i, i + 1) for i, (a, b) in enumerate(zip(text, other, strict=True)) if a != b]
+    spans: list[Span] = []
+    for i, (a, b) in enumerate(zip(text, other, strict=True)):
+        if a != b:
+            spans.append((spans.pop()[0] if spans and spans[-1][1] == i else i, i + 1))
+    return spans
 
 
 _KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
@@ -274,19 +346,23 @@ _OTHER = str.maketrans("".join(_KINDS), "".join(kind[1:] + kind[0] for kind in _
 # --- text to ids -----------------------------------------------------------------------------------------------
 
 
-def _encode(text: str, spans: list[Span], random: list[Span], tokenizer: HuggingFace) -> Example:
-    """Ids of `text`; those that touch a span bear loss, unless they touch a random one. Plain marks: encoded as plain text."""
-    learnt = np.zeros(len(text) + 1, bool)
-    never = np.zeros(len(text) + 1, bool)
-    for some, flags in ((spans, learnt), (random, never)):
-        for start, end in some:
-            flags[start:end] = True
-    pieces = re.split("[" + "".join(_PLAIN) + "]", text)
-    marks = np.cumsum([len(piece) + 1 for piece in pieces])[:-1] - 1
-    before = [np.concatenate(([0], np.cumsum(np.delete(flags, marks)))) for flags in (learnt, never)]  # of each character
-    tokens, offsets = tokenizer.encode_control(pieces)
-    # A token without characters of its own counts as one character long.
-    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-    ends = np.maximum(ends, starts + 1)
-    touches, is_random = ((count[ends] - count[starts]) > 0 for count in before)
-    return Example(tokens, (touches & ~is_random).tolist())
+def _encode(texts: list[_Text], tokenizer: HuggingFace) -> list[Example]:
+    """Ids of each text; those that touch a learnt span bear loss, unless they touch a random one."""
+    plain = re.compile("[" + "".join(_PLAIN) + "]")
+    pieces = [plain.split(text) if _PLAIN[0] in text else [text] for text, _, _ in texts]
+    wanted = []
+    for some, (_, learnt, random) in zip(pieces, texts, strict=True):
+        spans = learnt + random
+        if len(some) > 1:  # from places in a text with marks to places in one without
+            marks: list[int] = []
+            for piece in some[:-1]:
+                marks.append((marks[-1] + 1 if marks else 0) + len(piece))
+            spans = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]
+        wanted.append(spans)
+    found = []
+    for (ids, touched), (_, learnt, _) in zip(tokenizer.encode_control_batch(pieces, wanted), texts, strict=True):
+        mask = [False] * len(ids)
+        for i, (first, last) in enumerate(touched):
+            mask[first:last] = [i < len(learnt)] * (last - first)
+        found.append(Example(ids, mask))
+    return found

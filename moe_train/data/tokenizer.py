@@ -6,6 +6,7 @@ Only a chat template (see `chat`) writes control tokens.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import json
@@ -24,6 +25,9 @@ from moe_train.json_file import read_object
 log = logging.getLogger(__name__)
 
 _MARK = "\ufdd0"  # a Unicode noncharacter, which no text contains
+
+Span = tuple[int, int]
+"""Start and end of a part."""
 
 # What travels with an export, where it exists. The order is that of the identity.
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -66,6 +70,18 @@ def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
             return HuggingFace(section.path)
         case config.MistralTokenizer():
             return Mistral(section.path)
+
+
+def tokenizer_at(path: str | Path) -> config.Tokenizer:
+    """What kind of tokenizer lies at `path`, a folder or a file. Raises FileNotFoundError where there is none."""
+    path = Path(path)
+    if (path / "tokenizer.json").is_file() or path.name == "tokenizer.json":
+        return config.HuggingFaceTokenizer(name="huggingface", path=str(path))
+    if (path / "tekken.json").is_file():
+        return config.MistralTokenizer(name="mistral", path=str(path / "tekken.json"))
+    if path.is_file() or any((*path.glob("tekken*.json"), *path.glob("*.model*"))):
+        return config.MistralTokenizer(name="mistral", path=str(path))
+    raise FileNotFoundError(f"no tokenizer at {path}; give a folder with tokenizer.json, a tekken.json or a tokenizer.model.v*")
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -151,28 +167,27 @@ class HuggingFace(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_control(self, pieces: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text, and the (start, end) characters of each.
+    def encode_control_batch(
+        self, texts: Sequence[Sequence[str]], spans: Sequence[Sequence[Span]]
+    ) -> list[tuple[list[int], list[Span]]]:
+        """Ids of each text, and for each of its spans (characters) the ids that touch it (first, last + 1).
 
-        The text comes in pieces: in the first, the third and so on control tokens are what they are; in the others,
-        what looks like one is text.
+        A text comes in pieces: in the first, the third and so on control tokens are what they are; in the others, what
+        looks like one is text.
         """
-        marked: list[str] = []
-        place: list[int] = []  # in the text, of each character of `marked` and of its end
-        at = 0
-        for i, piece in enumerate(pieces):
-            done = 0
-            for found in self.special_pattern.finditer(piece) if i % 2 == 0 else ():
-                start, end = found.span()
-                marked += [piece[done:start], _MARK, found[0], _MARK]
-                place += [*range(at + done, at + start), *[at + start] * (end - start + 2)]
-                done = end
-            marked.append(piece[done:])
-            place += range(at + done, at + len(piece))
-            at += len(piece)
-        place.append(at)
-        encoding = self._control.encode("".join(marked), add_special_tokens=False)
-        return encoding.ids, [(place[start], place[end]) for start, end in encoding.offsets]
+        marked, wanted = [], []
+        for pieces, some in zip(texts, spans, strict=True):
+            written = "".join(
+                self.special_pattern.sub(_between_marks, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces)
+            )
+            marked.append(written)
+            wanted.append(_among_marks(written, some) if some else [])
+        encodings = self._control.encode_batch(marked, add_special_tokens=False)
+        return [(e.ids, [_touching(e, span) for span in some]) for e, some in zip(encodings, wanted, strict=True)]
+
+    def encode_control(self, text: str) -> list[int]:
+        """Ids of a text in which control tokens are what they are."""
+        return self.encode_control_batch([[text]], [[]])[0][0]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         return self._plain.decode(list(ids), skip_special_tokens=not keep_special)
@@ -232,6 +247,36 @@ class Mistral(Tokenizer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Mistral, (self.path,)
+
+
+def _between_marks(found: re.Match[str]) -> str:
+    return _MARK + found[0] + _MARK
+
+
+def _among_marks(marked: str, spans: Sequence[Span]) -> list[Span]:
+    """Places in a text to places in the same with two marks around each control token, the marks part of the token."""
+    marks = [found.start() for found in re.finditer(_MARK, marked)]
+    before = [at - i for i, at in enumerate(marks)]  # in the text, of each mark
+    opening, closing = before[::2], before[1::2]
+
+    def among(at: int) -> int:  # a token that begins here comes with its mark, and one that ends here too
+        return at + bisect.bisect_left(opening, at) + bisect.bisect_right(closing, at)
+
+    return [(among(start), among(stop)) for start, stop in spans]
+
+
+def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
+    """The tokens (first, last + 1) that have characters of the span; one without characters counts as one long."""
+    start, stop = span
+    first = next((token for at in range(start, stop) if (token := encoding.char_to_token(at)) is not None), None)
+    if first is None:
+        return 0, 0
+    last = next(token for at in range(stop - 1, -1, -1) if (token := encoding.char_to_token(at)) is not None)
+    while first and encoding.token_to_chars(first - 1)[0] >= start:
+        first -= 1
+    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < stop:
+        last += 1
+    return first, last + 1
 
 
 def _identity(files: Sequence[Path]) -> str:

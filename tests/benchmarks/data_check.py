@@ -44,7 +44,7 @@ def main() -> None:
         for kind in ("text", "chat"):
             for size in arguments.sizes:
                 file = root / f"{kind}-{size}.jsonl"
-                _write(file, kind, size, words)
+                write_records(file, kind, size, words)
                 for name, path in (("tokenizers", root / "tokenizer"), ("mistral-common v3", V3)):
                     wall, cpu, peak = _timed(file, path, arguments.num_proc)
                     print(
@@ -59,7 +59,7 @@ def main() -> None:
         )
 
 
-def _write(file: Path, kind: str, megabytes: int, words: list[str]) -> None:
+def write_records(file: Path, kind: str, megabytes: int, words: list[str]) -> None:
     """Records of about 150 words a text, each put together of stretches of 10 to 60 words."""
     drawn = random.Random(0)
 

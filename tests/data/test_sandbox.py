@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moe_train.data.sandbox import GENERATION, Limits, render
+from moe_train.data.sandbox import GENERATION, Limits, Request, render, render_prefixes
 
 LIMITS = Limits(template=10_000, output=1_000_000, seconds=1, memory=1 << 29)
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
@@ -58,8 +58,25 @@ def test_what_is_rendered() -> None:
     assert render(template, requests) == [f'{{"k": "<é>"}} {open_}🙂{close}', f"null {open_}{close}"]
 
 
-def test_all_texts_together_have_the_limit() -> None:
-    half = "{{ 'a' * 600000 }}"
-    assert len(render(half, [{}], LIMITS)[0]) == 600_000
-    with pytest.raises(ValueError, match="writes more than 1,000,000 characters"):
-        render(half, [{}, {}], LIMITS)
+def test_the_prefixes_of_a_conversation() -> None:
+    template = (
+        "{% for m in messages %}{{ m }}{% endfor %}{{ '?' if add_generation_prompt }}{{ messages[5] and raise_exception('six') }}"
+    )
+    request = Request({"messages": list("abcdef")}, [(3, False), (2, False), (2, True), (6, False)])
+    three, two, asking, six = render_prefixes(template, [request])[0]
+    assert (three, two, asking) == ("abc", "ab", "ab?") and str(six) == "the chat template refuses the record: six"
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [(ENDLESS, "takes longer than 1 s for one record"), ("{{ 'a' * 10 ** 12 }}", "memory"), ("{{ 'a' * 10 ** 6 }}", "writes more")],
+)
+def test_the_limits_are_of_one_request(harm: str, reason: str) -> None:
+    template = "{% if harm %}" + harm + "{% endif %}{{ 'b' * 600000 }}"
+    found = render_prefixes(template, [Request({"harm": harm}) for harm in (False, True, False)], LIMITS)
+    assert found[0] == found[2] == ["b" * 600_000] and reason in str(found[1][0]) and len(found[1]) == 1
+
+
+def test_a_small_record_becomes_no_large_text() -> None:
+    [[refused]] = render_prefixes("{{ 'a' * 2000000 }}", [Request({})])
+    assert isinstance(refused, ValueError) and "writes more than 1,048,576 characters" in str(refused)

@@ -107,7 +107,8 @@ def test_padding_truncation_and_trimmed_offsets_saved_in_the_file_have_no_effect
     changed = HuggingFace(directory)
     text = "a text of more than four tokens   </s>  "
     assert changed.encode(text) == tokenizer.encode(text)
-    assert changed.encode_control([text]) == tokenizer.encode_control([text])
+    characters = [[(i, i + 1) for i in range(len(text))]]
+    assert changed.encode_control_batch([[text]], characters) == tokenizer.encode_control_batch([[text]], characters)
     assert changed.identity != tokenizer.identity
 
 

@@ -9,6 +9,7 @@ learnt call is written without its id, which is random and which the server adds
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, InstructRequest
 from mistral_common.protocol.instruct.tool_calls import Tool, ToolCall
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
-from mistral_common.tokens.tokenizers.base import TokenizerVersion
+from mistral_common.tokens.tokenizers.base import SpecialTokens, TokenizerVersion
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from pydantic import ValidationError
 
@@ -28,6 +29,9 @@ from moe_train.data.tokenizer import Mistral
 
 _FIRST_WITH_TOOLS = TokenizerVersion.v2
 _FIRST_WITHOUT_IDS = TokenizerVersion.v13  # from here on, ids are never encoded
+
+_KNOWN = {TokenizerVersion(version) for version in ("v2", "v3", "v7", "v11", "v13")}
+"""Versions whose control tokens say where an assistant's turn begins."""
 
 
 def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
@@ -61,7 +65,7 @@ def _whole(messages: list[Message], tokenizer: Mistral) -> Example:
     ends = [i + 1 for i, token in enumerate(tokens) if token == tokenizer.eos_id]
     said = [message for message in request.messages if isinstance(message, AssistantMessage)]
     for end, message, turn in zip(ends, said, turns(messages), strict=True):
-        start = end - _check_ends_with(tokens[:end], message, tokenizer)
+        start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.bears_loss:
             mask[start:end] = [True] * (end - start)
     return Example(tokens, mask)
@@ -73,15 +77,31 @@ def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: 
     if last.tool_calls and tokenizer.finetuning.version < _FIRST_WITHOUT_IDS:
         last.tool_calls = [ToolCall(function=call.function) for call in last.tool_calls]
     tokens = _encode(request, tokenizer)
-    learnt = _check_ends_with(tokens, last, tokenizer)
+    learnt = _length_of_last(tokens, last, tokenizer)
     return Example(tokens, [False] * (len(tokens) - learnt) + [True] * learnt)
 
 
-def _check_ends_with(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
-    """How many tokens at the end of `tokens` are the message's."""
+def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
+    """How many tokens at the end of `tokens` are the message's: those behind the control token that closes what is before."""
+    closing = _closing(tokenizer)
+    if closing:
+        return next(i for i, token in enumerate(reversed(tokens)) if i and token in closing)
     own = _instruct(tokenizer).encode_assistant_message(message, False)
     assert tokens[len(tokens) - len(own) :] == own, "mistral-common put an assistant's turn elsewhere"
     return len(own)
+
+
+_CLOSING = (SpecialTokens.end_inst, SpecialTokens.end_tool_results, SpecialTokens.end_system, SpecialTokens.eos)
+
+
+@functools.lru_cache(maxsize=8)
+def _closing(tokenizer: Mistral) -> frozenset[int]:
+    """Ids that stand before an assistant's turn, where every turn has one before it: v1 writes its turns as plain text."""
+    if tokenizer.finetuning.version not in _KNOWN:
+        return frozenset()
+    pieces = {piece.value for piece in _CLOSING}
+    text = _instruct(tokenizer).tokenizer
+    return frozenset(number for number in tokenizer.control_ids if text.id_to_piece(number) in pieces)
 
 
 def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:

@@ -32,6 +32,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 BLOCK = 1 << 20
 MAX_RECORD = 64 << 20  # bytes of JSON; a longer one is passed over without being held
+MAX_TEXT = 4 << 20  # bytes of a text file in one record; a longer file becomes several
 MAX_DEPTH = 100
 _CUT_SHORT = "is it cut short? fetch or write it again"
 _BOM = codecs.BOM_UTF8
@@ -187,15 +188,34 @@ def read_array(file: Path) -> Iterator[tuple[int, Item]]:
 
 
 def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
-    """The file as one text; where it is none, the line that is at fault."""
+    """The file as texts of at most `MAX_TEXT` bytes, and the line that each begins on; where one is none, the line at fault.
+
+    A file that is no longer is one text. Others are cut behind an empty line, or else a line, a word or a character.
+    """
+    line, at, held, more = 1, 0, b"", True
     try:
         with opened(file) as stream:
-            data = stream.read()
-        yield 1, data.removeprefix(_BOM).decode()
-    except UnicodeDecodeError as error:
-        yield 1 + data.count(b"\n", 0, error.start), _not_utf8(error, data)
+            while more:
+                while len(held) <= MAX_TEXT and (data := stream.read(MAX_TEXT + 1 - len(held))):
+                    held += data
+                more = len(held) > MAX_TEXT
+                cut = _text_end(held) if more else len(held)
+                try:
+                    yield line, held[:cut].removeprefix(b"" if at else _BOM).decode()
+                except UnicodeDecodeError as error:
+                    yield line + held.count(b"\n", 0, error.start), _not_utf8(error, error.object, at)
+                line, at, held = line + held.count(b"\n", 0, cut), at + cut, held[cut:]
     except Problem as problem:
-        yield 1, problem
+        yield line, problem
+
+
+def _text_end(data: bytes) -> int:
+    """Where to cut what is longer than `MAX_TEXT`, in its last half if that has any border."""
+    for border in (b"\n\n", b"\n", b" "):
+        if found := data.rfind(border, MAX_TEXT // 2, MAX_TEXT) + 1:
+            return found + len(border) - 1
+    # no continuation byte of UTF-8 follows; what is none is cut anywhere
+    return next((k for k in range(MAX_TEXT, MAX_TEXT - 4, -1) if data[k] & 0xC0 != 0x80), MAX_TEXT)
 
 
 def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
@@ -273,10 +293,10 @@ def _batches(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[An
 # --- JSON ------------------------------------------------------------------------------------------------------
 
 
-def _not_utf8(error: UnicodeDecodeError, data: bytes) -> Problem:
+def _not_utf8(error: UnicodeDecodeError, data: bytes, before: int = 0) -> Problem:
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in data[:100]:
         return Problem("not-utf-8", "not UTF-8 (it looks like UTF-16)", "save it as UTF-8: iconv -f utf-16 -t utf-8")
-    what = f"not UTF-8 ({error.reason}, byte {data[error.start]:#04x} at {error.start})"
+    what = f"not UTF-8 ({error.reason}, byte {data[error.start]:#04x} at {before + error.start})"
     return Problem("not-utf-8", what, "save it as UTF-8: iconv -f ENCODING -t utf-8")
 
 

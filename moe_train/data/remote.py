@@ -7,14 +7,19 @@ range, and the last ones used stay in memory, up to a bound.
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+log = logging.getLogger(__name__)
+
 _BLOCK = 1 << 20
 _REQUESTS = 16  # at once
+_WAITS = 1.0, 5.0, 25.0  # seconds before what failed is read again
 
 
 class Local:
@@ -59,10 +64,19 @@ class Remote:
         return found
 
     def _read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        try:
-            return self._files.cat_file(f"{self._root}/{name}", start=start, end=stop)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{self.path}/{name} is missing") from error
+        """Raises FileNotFoundError, and OSError for what goes wrong again and again."""
+        for wait in (*_WAITS, None):
+            try:
+                return self._files.cat_file(f"{self._root}/{name}", start=start, end=stop)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{self.path}/{name} is missing") from error
+            except Exception as error:  # each file system has its own
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if wait is None or isinstance(error, PermissionError):
+                    raise OSError(f"{self.path}/{name} cannot be read: {reason}") from error
+                log.warning("%s/%s: %s; once more in %g s", self.path, name, reason, wait)
+                time.sleep(wait)
+        raise AssertionError
 
     def text(self, name: str) -> bytes:
         return self._read(name)

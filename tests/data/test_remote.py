@@ -106,6 +106,35 @@ def test_a_bucket_is_read_by_range_within_a_bound(
     assert len(reads) == 8, "what was let go is read again"
 
 
+def test_a_read_that_fails_is_tried_again(bucket: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    bucket.pipe_file("/bucket/tokens", bytes(range(100)))
+    original = type(bucket).cat_file
+    failures: list[Exception] = []
+
+    def failing(self: Any, path: str, **more: Any) -> bytes:
+        if failures:
+            raise failures.pop()
+        return original(self, path, **more)
+
+    monkeypatch.setattr(type(bucket), "cat_file", failing)
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
+    folder = Remote("memory://bucket", cache_mib=1, block=16)
+    tokens = folder.array("tokens", "uint8", 100)
+    failures[:] = [TimeoutError(), RuntimeError("503\nSlow down")]
+    assert tokens[3:40].tolist() == list(range(3, 40)) and not failures
+    assert [record.getMessage() for record in caplog.records] == [
+        "memory://bucket/tokens: 503 Slow down; once more in 0.01 s",
+        "memory://bucket/tokens: TimeoutError; once more in 0.01 s",
+    ]
+    failures[:] = [ConnectionResetError("reset by peer")] * 3
+    with pytest.raises(OSError, match=r"^memory://bucket/tokens cannot be read: reset by peer$"):
+        tokens[50:60]
+    failures[:] = [PermissionError("no right")] * 2
+    with pytest.raises(OSError, match="cannot be read: no right"):
+        tokens[50:60]
+    assert len(failures) == 1, "no right is none a second later"
+
+
 def test_windows_fetch_every_block_about_once(
     data: config.Data, tokenizer: HuggingFace, bucket: Any, reads: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -288,7 +288,7 @@ def check_data(
     from moe_train import config_file
     from moe_train.data import check as checks
     from moe_train.data.chat import load_template
-    from moe_train.data.tokenizer import load_tokenizer
+    from moe_train.data.tokenizer import load_tokenizer, tokenizer_at
 
     config = None if run is None else config_file.load(run)
     if (config is None) == (not files):
@@ -296,7 +296,9 @@ def check_data(
     chosen = config.data if config else None
     if config and not chosen:
         raise ValueError(f"{run} has no data section")
-    section = checks.tokenizer_section(tokenizer) if tokenizer else chosen.tokenizer if chosen else None
+    if tokenizer is None and chosen and chosen.tokenizer is None and config and config.init_from:
+        tokenizer = Path(config.init_from)
+    section = tokenizer_at(tokenizer) if tokenizer else chosen.tokenizer if chosen else None
     if section is None:
         raise ValueError("state --tokenizer: tokens and chat format depend on it")
     loaded = load_tokenizer(section)
@@ -348,14 +350,14 @@ def show_data(
     from moe_train import config_file
     from moe_train.data import check, show
     from moe_train.data.chat import load_template
-    from moe_train.data.tokenizer import load_tokenizer
+    from moe_train.data.tokenizer import load_tokenizer, tokenizer_at
 
     is_run = file.endswith((".yaml", ".yml"))
     run = config_file.load(Path(file)) if is_run else None
     stated = run.data.tokenizer if run and run.data else None
     if tokenizer is None and stated is None and run and run.init_from:
         tokenizer = Path(run.init_from)
-    section = check.tokenizer_section(tokenizer) if tokenizer else stated
+    section = tokenizer_at(tokenizer) if tokenizer else stated
     if section is None:
         raise ValueError("state --tokenizer: tokens and chat format depend on it")
     loaded = load_tokenizer(section)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from moe_train import checkpoint, config, config_file
 from moe_train.checkpoint import FOLDER, Base
 from moe_train.data.chat import load_template
-from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer, tokenizer_at
 from moe_train.mesh import AXES, make_mesh
 from moe_train.model.lora import is_trainable, module_of, names_module, targets_of
 from moe_train.model.quantize import quantized, unquantized
@@ -94,11 +95,9 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
         data = run_config(directory).data
         if data is not None and data.tokenizer is not None:
             return data.tokenizer
-    folder = Path(directory)
-    if (folder / "tokenizer.json").is_file():
-        return config.HuggingFaceTokenizer(name="huggingface", path=str(folder))
-    for file in sorted((*folder.glob("tekken.json"), *folder.glob("tokenizer.model*"))):
-        return config.MistralTokenizer(name="mistral", path=str(file))
+    if Path(directory).is_dir():
+        with contextlib.suppress(FileNotFoundError):
+            return tokenizer_at(directory)
     if (gguf_file := gguf.file_in(directory)) is not None:
         return config.HuggingFaceTokenizer(name="huggingface", path=str(gguf.unpack_tokenizer(gguf_file)))
     raise FileNotFoundError(f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; name one in data.tokenizer")

@@ -38,7 +38,7 @@ from moe_train.data.sources import resolve
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.json_file import read_object
 
-_ROWS = 256  # records that are no lines, in one chunk
+_ROWS, _CHARACTERS = 256, 1 << 20  # records that are no lines, and characters of their columns, in one chunk
 _WORTH_PROCESSES = 8 << 20  # bytes; less is done before processes have started
 _PACKED_AT_ONCE = 1 << 21  # examples; of more, a fraction with the same lengths is packed
 
@@ -76,7 +76,12 @@ def sources_of(chosen: Sequence[config.Source]) -> tuple[Source, ...]:
     found = []
     for source in chosen:
         if not isinstance(source, config.FileSource):
-            raise ValueError(f"data: a {source.name} source is not in files of records, so it cannot be checked; name files")
+            where = source.path if isinstance(source, config.PreparedSource) else source.dataset
+            made_of = "those that its manifest.json names" if isinstance(source, config.PreparedSource) else "its download"
+            raise ValueError(
+                f"data: {where} is a {source.name} source, and not files of records, which are what is checked; "
+                f"name files ({made_of}): moe-train data check FILES --tokenizer T"
+            )
         found.append(Source(source.files, source.format, source.record, source.weight))
     return tuple(found)
 
@@ -101,15 +106,6 @@ def section_of(columns: Sequence[str]) -> config.Record | None:
             return config.ChatRecord(name="chat", column=pairs["messages"])
         case _:
             return config.CompletionRecord(name="completion", prompt=pairs["prompt"], completion=pairs["completion"])
-
-
-def tokenizer_section(path: Path) -> config.Tokenizer:
-    """What kind of tokenizer lies at `path`. Raises FileNotFoundError where there is none."""
-    if (path / "tokenizer.json").is_file() or path.name == "tokenizer.json":
-        return config.HuggingFaceTokenizer(name="huggingface", path=str(path))
-    if path.is_file() or (path.is_dir() and any((*path.glob("tekken*.json"), *path.glob("*.model*")))):
-        return config.MistralTokenizer(name="mistral", path=str(path))
-    raise FileNotFoundError(f"no tokenizer at {path}; give a folder with tokenizer.json, a tekken.json or a tokenizer.model.v*")
 
 
 class Place(NamedTuple):
@@ -229,9 +225,22 @@ def _all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk
                 yield Chunk(i, block), before + (0 if packed else min(done, size))
         else:
             rows = _read(place, question.records[i])
-            while some := list(itertools.islice(rows, _ROWS)):
+            for some in _grouped(rows):
                 yield Chunk(i, some), before
         before += size
+
+
+def _grouped(rows: Iterator[tuple[int, files.Item]]) -> Iterator[list[tuple[int, files.Item]]]:
+    some: list[tuple[int, files.Item]] = []
+    room = _CHARACTERS
+    for number, item in rows:
+        some.append((number, item))
+        room -= sum(len(value) for value in item.values() if isinstance(value, str)) if isinstance(item, dict) else 0
+        if len(some) == _ROWS or room <= 0:
+            yield some
+            some, room = [], _CHARACTERS
+    if some:
+        yield some
 
 
 class _Coverage:
@@ -288,8 +297,8 @@ def _some_chunks(places: list[Place], question: Question, coverage: _Coverage) -
             some = list(itertools.islice(rows, quota))
             if next(rows, None) is not None:
                 coverage.only_begun.append(str(place.file))
-            for start in range(0, len(some), _ROWS):
-                yield Chunk(i, some[start : start + _ROWS]), before
+            for group in _grouped(iter(some)):
+                yield Chunk(i, group), before
         before += size
 
 

@@ -30,10 +30,10 @@ from moe_train import config
 from moe_train.data.batch import Batch
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model.transformer import init_model, parameters
-from moe_train.plan import hlo
+from moe_train.plan import gpu_targets, hlo
 from moe_train.plan.topology import Topology, parse
 from moe_train.train.optimizer import make_optimizer
-from moe_train.train.state import create_state, partition
+from moe_train.train.state import create_state
 from moe_train.train.step import compile_step
 
 
@@ -137,6 +137,10 @@ def _warnings(said: str) -> tuple[str, ...]:
 
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
     """Devices that can be compiled for and nothing else."""
+    if topology.platform == "gpu":
+        shape = f"1x{topology.num_slices}x{topology.chips_per_slice}"  # partitions of the network, hosts, GPUs of a host
+        target = gpu_targets.description(topology.device)
+        return topologies.get_topology_desc("", platform="cuda", topology=shape, target_config=target).devices
     several = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
     return topologies.get_topology_desc(topology.slice_name, platform="tpu", **several).devices
 
@@ -154,9 +158,8 @@ def abstract_step(run: config.Config, mesh: Mesh) -> tuple[Any, Any, Any, Batch]
     constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
     optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
     structure, params = parameters(jax.eval_shape(model))
-    trainable, frozen = partition(jax.tree.map(placed, params), run.lora)
-    state = jax.eval_shape(lambda params: create_state(params, optimizer), trainable)
-    state = jax.tree.map(placed, state)._replace(frozen=frozen)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer, run.lora), jax.tree.map(placed, params))
+    state = jax.tree.map(placed, state)
     shape, sharding = (run.train.batch_size, run.train.seq_len), NamedSharding(mesh, P(BATCH, "context"))
     dtypes = (jnp.int32, jnp.int32, jnp.bool, jnp.int32, jnp.int32)
     arrays: list[Any] = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes]

@@ -6,8 +6,9 @@ ragged all-to-all the smaller side counts: the other is a buffer for the worst c
 and a loop whose trip count only the data tells counts one trip. Of a conditional the branch that receives least counts;
 what the other would add is `fallback_bytes`.
 
-XLA:TPU writes a reduce-scatter as a fusion named all-reduce-scatter, and a matrix product as a convolution, of which
-the taps that meet the operand count. A Pallas kernel is opaque: its own estimate, of the worst case, is kept apart.
+XLA:TPU writes a reduce-scatter as a fusion named all-reduce-scatter, what crosses slices as messages of the hosts, and a
+matrix product as a convolution, of which the taps that meet the operand count. A Pallas kernel is opaque: its own
+estimate, of the worst case, is kept apart.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128} | {
     f"{sign}{bits}": bits for sign in "su" for bits in (2, 4, 8, 16, 32, 64)
 }
+_SCATTER = "all-reduce-scatter"
 _SHAPE = re.compile(r"\b([a-z]+[0-9][a-z0-9]*|pred)\[([\d,]*)\]")
 
 Groups = tuple[tuple[int, ...], ...]
@@ -163,8 +165,8 @@ class _Module:
                 total.flops += _dot_flops(i, shapes)
             elif i.opcode == "convolution":
                 total.flops += _convolution_flops(i, shapes)
-            elif (kind := i.opcode.removesuffix("-start")) in KINDS:
-                collective = _collective(i, kind, shapes, name.startswith("all-reduce-scatter"))
+            elif (kind := i.opcode.removesuffix("-start")) in (*KINDS, "recv"):
+                collective = _between_slices(i) if kind == "recv" else _collective(i, kind, shapes, name.startswith(_SCATTER))
                 if collective is not None and collective.asynchronous:
                     started[i.name] = (collective, at)
                 elif collective is not None:
@@ -266,26 +268,46 @@ def _operands(i: Instruction, shapes: dict[str, list[Shape]]) -> list[Shape]:
 def _collective(i: Instruction, kind: str, shapes: dict[str, list[Shape]], scattered: bool) -> Collective | None:
     """None where a group is one device. scattered: an all-reduce inside a computation that keeps a part of it alone."""
     asynchronous = i.opcode.endswith("-start")
-    results = _shapes(_second(i.result) if asynchronous and kind in ("all-gather", "collective-permute") else i.result)
+    results = _shapes(_second(i.result) if asynchronous and kind != "all-reduce" else i.result)
     size = sum(s.bytes for s in results)
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes.split("source_target_pairs=")[1].split("}}")[0] + "}")
         groups: Groups = tuple((int(a), int(b)) for a, b in pairs)
-        received = size
     else:
-        groups = _groups(re.search(r"replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)", i.attributes))
-        g = len(groups[0])
-        if g == 1:
+        groups = _groups(i.attributes)
+        if len(groups[0]) == 1:
             return None
-        if kind == "ragged-all-to-all":
-            size = min(size, _operands(i, shapes)[0].bytes)
-        if kind == "all-reduce" and scattered:
-            kind = "reduce-scatter"
-            received = size * (g - 1) / g
-        else:
-            received = size * {"all-reduce": 2 * (g - 1) / g, "reduce-scatter": g - 1}.get(kind, (g - 1) / g)
+    if kind == "ragged-all-to-all":
+        size = min(size, _operands(i, shapes)[0].bytes)
+    if kind == "all-reduce" and scattered:
+        kind, size = "reduce-scatter", size / len(groups[0])
+    received = _received(kind, size, len(groups[0]))
     source = re.search(r'op_name="([^"]*)"', i.attributes)
     return Collective(kind, results[0].dtype, results[0].dims, received, groups, asynchronous, 0, source[1] if source else "")
+
+
+def _received(kind: str, size: float, g: int) -> float:
+    """size: of the result."""
+    return size * {"all-reduce": 2 * (g - 1) / g, "reduce-scatter": g - 1, "collective-permute": 1}.get(kind, (g - 1) / g)
+
+
+def _between_slices(i: Instruction) -> Collective | None:
+    """What arrives from other slices, to which XLA:TPU goes through the hosts: one such receipt a collective."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    devices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}"', i.attributes)
+    if not kind or not devices:
+        return None
+    slices, places = (_numbers(text) for text in devices.groups())
+    groups = tuple(tuple((s - slices[0]) * len(places) + place for s in slices) for place in places)
+    result = _shapes(i.result)[0]
+    of = kind[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    return Collective(of, result.dtype, result.dims, _received(of, result.bytes, len(slices)), groups, True, 0, "")
+
+
+def _numbers(text: str) -> list[int]:
+    """`0:3,8` -> 0, 1, 2, 3, 8."""
+    ends = ([int(n) for n in part.split(":")] for part in text.split(","))
+    return [n for end in ends for n in range(end[0], end[-1] + 1)]
 
 
 def _hidden(c: Collective, flops: float) -> Collective:
@@ -293,7 +315,7 @@ def _hidden(c: Collective, flops: float) -> Collective:
 
 
 def _second(result: str) -> str:
-    """The second element of a tuple's type: an asynchronous start returns (operands, results, …)."""
+    """The second element of a tuple's type: the start of all but an all-reduce returns (operands, results, …)."""
     depth, parts, start = 0, [], 1
     for at, c in enumerate(result):
         depth += (c in "([{") - (c in ")]}")
@@ -303,9 +325,10 @@ def _second(result: str) -> str:
     return parts[1] if len(parts) > 1 else result
 
 
-def _groups(found: re.Match[str] | None) -> Groups:
-    assert found
-    return _read_groups(found[1])
+def _groups(attributes: str) -> Groups:
+    stated = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)", attributes)
+    assert stated, attributes
+    return _read_groups(stated[1])
 
 
 @cache

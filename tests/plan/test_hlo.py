@@ -116,6 +116,36 @@ def test_a_fusion_named_all_reduce_scatter_is_a_reduce_scatter() -> None:
     assert counts.bytes_by("kind") == {"reduce-scatter": 128 * 3 / 4}
 
 
+@pytest.mark.parametrize(
+    ("line", "received"),
+    [
+        ("((f32[8,2]), (f32[2,2])) reduce-scatter-start(%p), replica_groups=[1,4]<=[4], to_apply=%add", 16 * 3),
+        ("((f32[2], bf16[2]), (f32[8], bf16[8])) all-gather-start(%p, %q), replica_groups=[1,4]<=[4]", (32 + 16) * 3 / 4),
+        ("(f32[8], bf16[8]) all-reduce-start(%p, %q), replica_groups=[1,4]<=[4], to_apply=%add", (32 + 16) * 2 * 3 / 4),
+        ("((f32[8]), (f32[8])) all-to-all-start(%p), replica_groups=[1,4]<=[4]", 32 * 3 / 4),
+    ],
+)
+def test_a_start_states_its_operands_too(line: str, received: float) -> None:
+    counts = hlo.read(entry(f"%s = {line}", "%d = f32[8] done(%s)"))
+    assert counts.bytes == received
+
+
+def test_what_crosses_slices_goes_through_the_hosts() -> None:
+    by = (
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    counts = hlo.read(
+        entry(
+            f"%s = (f32[8]{{0}}, u32[], token[]) send(%p, %t), channel_id=3, {by}",
+            f"%r = (f32[8]{{0}}, u32[], token[]) recv(%t), channel_id=2, {by}",
+            "%d = (f32[8]{0}, token[]) recv-done(%r), channel_id=2",
+            "%q = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=4, is_host_transfer=true",
+        )
+    )
+    (collective,) = counts.collectives
+    assert (collective.kind, collective.bytes, collective.groups) == ("all-reduce", 32, ((0, 4), (1, 5), (2, 6), (3, 7)))
+
+
 def test_an_asynchronous_pair_counts_once_and_says_what_hides_it() -> None:
     groups = "replica_groups=[1,2]<=[2], dimensions={0}"
     dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"

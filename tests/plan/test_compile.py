@@ -1,0 +1,84 @@
+"""Compiling for hardware that is not here: what it says where it cannot, and (slow) what the compilers of TPU and GPU answer."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_train import config, config_file
+from moe_train.plan import compile as compiler
+from moe_train.plan import gpu_targets
+from moe_train.plan.compile import compile_config
+from moe_train.plan.topology import parse
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = ("model.num_layers=2", "model.model_dim=1024", "model.ffn.ffn_dim=2048", "model.vocab_size=1024", "train.seq_len=1024")
+SMALL += ("model.attention.num_heads=8", "model.attention.num_kv_heads=2", "train.batch_size=8", "train.microbatches=1")
+SMALL += ("mesh.fsdp=4", "mesh.expert=2")
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
+
+
+def small(*overrides: str) -> config.Config:
+    return config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("v5p:2x2x2", "tpu"), ("h100x8", "cuda")])
+def test_a_compiler_that_is_not_installed_is_named_with_its_extra(
+    topology: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    missing = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more))
+    with pytest.raises(ValueError, match=rf"compiling for {topology} needs .* pip install 'moe-train\[{extra}\]'"):
+        compile_config(small(), parse(topology))
+
+
+def test_a_run_whose_architecture_is_elsewhere_is_refused() -> None:
+    run = config_file.load(CONFIGS / "mixtral_8x7b_lora_v5e.yaml")
+    with pytest.raises(ValueError, match=r"init_from models/Mixtral-8x7B-Instruct-v0.1 is not here.*state model"):
+        compile_config(run, parse("v5e:4x4"))
+
+
+def test_adapters_and_weights_in_few_bits_are_in_the_state() -> None:
+    """The same abstract arrays as `train` would hold: frozen weights are an argument, and have no moments."""
+    lora = "lora={targets: [{modules: ['attention.*', 'ffn.*'], rank: 4, alpha: 8}], quantize: {name: nf4}}"
+    run = small(lora, "compute.param_dtype=bfloat16", "loss={}")
+    mesh = compiler.make_mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        _, _, state, batch = compiler.abstract_step(run, mesh)
+    sizes = {name: sum(x.size for x in jax.tree.leaves(getattr(state, name))) for name in ("trainable", "frozen", "opt_state")}
+    assert all(".lora_" in path for path in state.trainable)
+    assert sizes["opt_state"] == pytest.approx(2 * sizes["trainable"], rel=1e-3)
+    assert any(x.dtype == "uint8" for x in jax.tree.leaves(state.frozen))
+    assert all(x.sharding.mesh == mesh for x in jax.tree.leaves((state, batch)))
+
+
+@pytest.mark.parametrize("gpu", gpu_targets.GPUS)
+def test_descriptions_of_gpus_are_complete(gpu: str) -> None:
+    text = gpu_targets.description(gpu)
+    assert text.count("{") == text.count("}")
+    assert f'"{gpu_targets.GPUS[gpu].name}"' in text and gpu.upper() in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not here; run: pip install 'moe-train[tpu]'")
+def test_several_slices_send_gradients_once_over_the_slow_network() -> None:
+    run = small("train.batch_size=16", "mesh.data=2")
+    compiled = compile_config(run, parse("2xv5p:2x2x2"))
+    crossing = [t for t in compiled.traffic if t.crosses_slices]
+    assert crossing and all("data" in t.axes for t in crossing)
+    assert not compiled.warnings
+    assert 0 < compiled.bytes_per_device < 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_CUDA, reason="JAX's CUDA plugin is not here; run: pip install 'moe-train[cuda]'")
+@pytest.mark.parametrize("gpu", gpu_targets.GPUS)
+def test_gpus_that_are_not_here(gpu: str) -> None:
+    compiled = compile_config(small(), parse(f"{gpu}x8"))
+    assert {"all-gather", "reduce-scatter"} <= {t.kind for t in compiled.traffic}
+    assert "cudnn$fmha" in compiled.hlo

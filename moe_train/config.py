@@ -104,12 +104,26 @@ class SoftmaxRouter(Section):
 
 
 class SigmoidRouter(Section):
-    """Weights are the sigmoids of the chosen experts' logits, divided by their sum, times `scaling` (DeepSeek-V3,
-    arXiv:2412.19437, eq. 12 to 16). bias: as a softmax router's, added to the sigmoid."""
+    """Weights are the sigmoids of the chosen experts' logits, divided by their sum, times `scale` (DeepSeek-V3,
+    arXiv:2412.19437, eq. 12 to 16). bias: as a softmax router's, added to the sigmoid.
+
+    num_groups, groups_per_token: the experts stand in groups, one after the other, and a token chooses among those of the
+    groups whose two best (biases included) sum to most (section 2.1.2 there).
+    """
 
     name: Literal["sigmoid"]
     bias: bool = False
-    scaling: PositiveFloat = 1.0
+    scale: PositiveFloat = 1.0
+    num_groups: Positive = 1
+    groups_per_token: Positive = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.groups_per_token > self.num_groups:
+            raise ValueError(f"groups_per_token {self.groups_per_token} exceeds num_groups {self.num_groups}")
+        if self.groups_per_token == self.num_groups > 1:
+            raise ValueError(f"groups_per_token {self.groups_per_token} is all of num_groups, which limits nothing; leave both out")
+        return self
 
 
 Router = Annotated[SoftmaxRouter | SigmoidRouter, Field(discriminator="name")]
@@ -130,6 +144,12 @@ class MoeFfn(Section):
     def _check(self) -> Self:
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}")
+        if isinstance(self.router, SigmoidRouter) and self.router.num_groups > 1:
+            G, size = self.router.num_groups, self.num_experts // self.router.num_groups
+            if self.num_experts % G or size < 2:
+                raise ValueError(f"router.num_groups {G} does not divide num_experts {self.num_experts} into groups of two or more")
+            if (within := self.router.groups_per_token * size) < self.experts_per_token:
+                raise ValueError(f"experts_per_token {self.experts_per_token} exceeds the {within} experts of a token's groups")
         return self
 
 

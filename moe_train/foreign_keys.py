@@ -28,6 +28,12 @@ RENAMED = {
         "hidden_dim"
     ),
     "model.ffn.num_experts": "num_local_experts n_routed_experts num_moe_experts moe_num_experts",
+    "model.ffn.num_shared_experts": "n_shared_experts shared_experts",
+    "model.ffn.router.name": "scoring_func moe_router_score_function routed_score_func",
+    "model.ffn.router.scale": "routed_scaling_factor moe_router_topk_scaling_factor",
+    "model.ffn.router.bias": "moe_router_enable_expert_bias routed_bias",
+    "model.ffn.router.num_groups": "n_group moe_router_num_groups n_routing_groups",
+    "model.ffn.router.groups_per_token": "topk_group moe_router_group_topk topk_routing_group",
     "model.ffn.experts_per_token": "num_experts_per_tok num_experts_per_token moe_router_topk moe_top_k top_k",
     "model.rope": "rope_scaling rope_parameters",
     "model.rope.theta": "rope_theta rotary_base rope_max_timescale",
@@ -71,6 +77,7 @@ RENAMED = {
     "optimizer.b2": "adam_beta2 adam_b2 beta2",
     "optimizer.eps": "adam_epsilon adam_eps",
     "optimizer.max_grad_norm": "gradient_clipping gradient_clipping_threshold clip_grad max_norm",
+    "train.capacity_factor": "moe_expert_capacity_factor expert_capacity_factor",
     "train.steps": "max_steps num_train_steps train_iters",
     "train.epochs": "num_train_epochs num_epochs",
     "train.batch_size": (
@@ -81,6 +88,7 @@ RENAMED = {
         "max_seq_length max_length sequence_len seq_length max_target_length cutoff_len model_max_length train_seq_len"
     ),
     "loss.load_balance_loss_coef": "router_aux_loss_coef moe_aux_loss_coeff load_balance_loss_weight aux_loss_alpha lbl_coef",
+    "loss.bias_update_rate": "moe_router_bias_update_rate routed_bias_update_rate",
     "loss.router_z_loss_coef": "moe_z_loss_coeff rzl_coef",
     "compute.dtype": "bf16 fp16 mixed_precision mixed_precision_param torch_dtype",
     "compute.param_dtype": "weight_dtype params_dtype",
@@ -151,8 +159,6 @@ REMARKS = {
     "ici_pipeline_parallelism": "there is no pipeline; the mesh has the axes data, fsdp, expert, context and tensor",
     "model_name": "an architecture is stated under model; a checkpoint to start from is init_from",
     "hidden_dim": "params.json's word for the FFN's width",
-    "capacity_factor": "leave it out: routing drops no token",
-    "moe_expert_capacity_factor": "leave it out: routing drops no token",
     "sample_packing": "leave it out: sequences are always packed (data.packing says how), and never see each other",
     "pad_to_sequence_len": "leave it out: every batch is train.batch_size x train.seq_len",
     "train_on_inputs": "leave it out: of a conversation the assistant's tokens bear the loss",

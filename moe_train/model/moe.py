@@ -118,9 +118,10 @@ class MoE(nnx.Module):
         shared = ffn.num_shared_experts
         self.shared: DenseFfn | None = nnx.data(DenseFfn(rngs, model, compute, shared * F) if shared else None)
         self.experts_per_token, self.kernel, self.transport = ffn.experts_per_token, compute.grouped_matmul, compute.transport
-        self.sigmoid, self.scaling = False, 1.0
+        self.sigmoid, self.scale, self.groups = False, 1.0, (1, 1)
         if isinstance(ffn.router, config.SigmoidRouter):
-            self.sigmoid, self.scaling = True, ffn.router.scaling
+            self.sigmoid, self.scale = True, ffn.router.scale
+            self.groups = ffn.router.num_groups, ffn.router.groups_per_token
         self.keeps_expert_ids = False
         self.capacity_factor: float | None = None
         """Of training alone (`transformer.with_capacity`): evaluation and generation drop nothing, as readers of an export."""
@@ -135,7 +136,7 @@ class MoE(nnx.Module):
         log_scores_BTE = jax.nn.log_sigmoid(logits_BTE) if self.sigmoid else logits_BTE
         chosen = top_k(log_scores_BTE, self.experts_per_token, self._chosen_by(log_scores_BTE))
         chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in chosen)
-        weights_BTA = self.scaling * jax.nn.softmax(chosen_BTA, axis=-1)
+        weights_BTA = self.scale * jax.nn.softmax(chosen_BTA, axis=-1)
         matrices = self.gate_proj, self.up_proj, self.down_proj
         experts = ExpertWeights(*(m.matrix() for m in matrices))
         rates = tuple(m.lora_dropout for m in matrices)
@@ -149,10 +150,21 @@ class MoE(nnx.Module):
 
     def _chosen_by(self, log_scores_BTE: jax.Array) -> jax.Array | None:
         """What the chosen experts have most of; None: of the scores themselves."""
-        if self.router.bias is None:
+        if self.router.bias is None and self.groups == (1, 1):
             return None
-        log_BTE = log_scores_BTE if self.sigmoid else jax.nn.log_softmax(log_scores_BTE)
-        return jnp.exp(log_BTE) + self.router.bias[...]
+        by_BTE = jnp.exp(log_scores_BTE if self.sigmoid else jax.nn.log_softmax(log_scores_BTE))
+        if self.router.bias is not None:
+            by_BTE += self.router.bias[...]
+        return by_BTE if self.groups == (1, 1) else within_groups(by_BTE, *self.groups)
+
+
+def within_groups(by_BTE: Float[Array, "B T E"], num_groups: int, groups_per_token: int) -> Float[Array, "B T E"]:
+    """Minus infinity for experts outside of the token's groups: those whose two best sum to most."""
+    B, T, E = by_BTE.shape
+    best_BTG2, _ = top_k(by_BTE.reshape(B, T, num_groups, -1), 2)
+    _, groups_BTg = top_k(jnp.sum(best_BTG2, axis=-1), groups_per_token)
+    within_BTE = jnp.any(groups_BTg[..., None] == jnp.arange(E) // (E // num_groups), axis=2)
+    return jnp.where(within_BTE, by_BTE, -jnp.inf)
 
 
 def router_stats(

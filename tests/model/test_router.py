@@ -22,10 +22,11 @@ B, T, D, F, E, A = 8, 4, 16, 12, 8, 2
 MESH = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
 ROUTERS: dict[str, config.Router] = {
     "softmax": config.SoftmaxRouter(name="softmax", bias=True),
-    "sigmoid": config.SigmoidRouter(name="sigmoid", bias=False, scaling=2.5),
+    "sigmoid": config.SigmoidRouter(name="sigmoid", bias=False, scale=2.5),
     "sigmoid with a bias": config.SigmoidRouter(name="sigmoid", bias=True),
+    "sigmoid in groups": config.SigmoidRouter(name="sigmoid", bias=True, num_groups=4, groups_per_token=2),
 }
-SHARED = {"softmax": 1, "sigmoid": 2, "sigmoid with a bias": 0}
+SHARED = {"softmax": 1, "sigmoid": 2, "sigmoid with a bias": 0, "sigmoid in groups": 0}
 
 
 def made(name: str) -> moe.MoE:
@@ -49,9 +50,14 @@ def plain(weights: Any, x: Any, valid: Any, router: config.Router) -> Any:
     logits = x @ weights["router.weight"]
     sigmoid = isinstance(router, config.SigmoidRouter)
     scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
-    chosen = jnp.any(jax.lax.top_k(scores + bias, A)[1][..., None] == jnp.arange(E), axis=-2)
+    by = scores + bias
+    if sigmoid and router.num_groups > 1:
+        pairs = by.reshape(B, T, router.num_groups, -1)
+        best = jnp.sort(pairs, axis=-1)[..., -2:].sum(-1, keepdims=True)
+        by = jnp.where(best >= jnp.sort(best, axis=2)[:, :, -router.groups_per_token, None], pairs, -9).reshape(B, T, E)
+    chosen = jnp.any(jax.lax.top_k(by, A)[1][..., None] == jnp.arange(E), axis=-2)
     share = jnp.where(chosen, scores, 0)
-    share = (router.scaling if sigmoid else 1) * share / share.sum(-1, keepdims=True)
+    share = (router.scale if sigmoid else 1) * share / share.sum(-1, keepdims=True)
     swiglu = lambda x, gate, up, down: (jax.nn.silu(x @ gate) * (x @ up)) @ down  # noqa: E731
     of = lambda name, *at: [weights[f"{name}{m}_proj.weight"][at] for m in ("gate", "up", "down")]  # noqa: E731
     y = sum(share[..., e, None] * swiglu(x, *of("", e)) for e in range(E)) * valid[..., None]

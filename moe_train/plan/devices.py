@@ -1,0 +1,50 @@
+"""What each accelerator can do, as its maker says; and what it costs, as of a date, until the user says otherwise.
+
+Figures are peaks per chip. Sources, read in November 2026:
+  TPU: https://cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e, …/tpu7x (key specifications; HBM, ICI and DCN bandwidth).
+  GPU: the data sheets of A100 (80 GB, SXM4), H100 (SXM5), H200 (SXM) and HGX B200 on nvidia.com, without sparsity;
+       network of a GPU: one 400 Gb/s adapter each in DGX H100, H200 and B200, 200 Gb/s in DGX A100 (DGX user guides).
+Prices in US dollars per chip and hour: TPU on demand in US regions, https://cloud.google.com/tpu/pricing (2025); GPU as
+effective rates of EC2 capacity blocks, https://aws.amazon.com/ec2/capacityblocks/pricing (December 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 1e9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One chip; a tpu7x chip is two devices to JAX, and each of them gets half."""
+
+    flops: dict[str, float]
+    """FLOP/s of matrix products by the dtype of their operands."""
+    hbm_bytes: int
+    hbm_bandwidth: float
+    """Bytes/s."""
+    link_bandwidth: float
+    """Bytes/s that a chip receives from its slice or host, over all its links."""
+    torus_dims: int
+    """Dims of the torus that the links form, with two of them in each dim; 0: a switch."""
+    dcn_bandwidth: float
+    """Bytes/s that a chip receives from other slices or hosts."""
+    dollars_per_hour: float | None
+    """None where no list price is known."""
+    priced: str
+
+
+DEVICES = {
+    # A matrix product of float32 operands takes 6 passes of bfloat16 where all bits count, one by default
+    # (jax.default_matmul_precision); the default counts here.
+    "v5e": Device({"bfloat16": 197e12, "float32": 197e12}, 16 * GIB, 819 * GB, 200 * GB, 2, 25 / 8 * GB, 1.20, "2025"),
+    "v5p": Device({"bfloat16": 459e12, "float32": 459e12}, 95 * GIB, 2765 * GB, 600 * GB, 3, 50 / 8 * GB, 4.20, "2025"),
+    "v6e": Device({"bfloat16": 918e12, "float32": 918e12}, 32 * GIB, 1640 * GB, 400 * GB, 2, 100 / 8 * GB, 2.70, "2025"),
+    "tpu7x": Device({"bfloat16": 2307e12, "float32": 2307e12}, 192 * GIB, 7380 * GB, 600 * GB, 3, 100 / 8 * GB, None, ""),
+    "a100": Device({"bfloat16": 312e12, "float32": 156e12}, 80 * 10**9, 2039 * GB, 300 * GB, 0, 25 * GB, None, ""),
+    "h100": Device({"bfloat16": 989e12, "float32": 494e12}, 80 * 10**9, 3350 * GB, 450 * GB, 0, 50 * GB, 4.92, "December 2024"),
+    "h200": Device({"bfloat16": 989e12, "float32": 494e12}, 141 * 10**9, 4800 * GB, 450 * GB, 0, 50 * GB, 5.41, "December 2024"),
+    "b200": Device({"bfloat16": 2250e12, "float32": 1100e12}, 180 * 10**9, 8000 * GB, 900 * GB, 0, 50 * GB, None, ""),
+}

@@ -1,0 +1,139 @@
+"""Device memory that a training step takes, part by part, from shapes alone.
+
+What is kept is counted from the arrays themselves. What a step needs besides is counted from what the layers hold at
+their fullest moment (activations after Korthikanti et al., arXiv:2205.05198, section 4, for this model's own layers), and
+laid out as XLA:TPU was seen to do it (libtpu of JAX 0.10; `memory_analysis` of eight programs, 2 and 32 layers):
+what forward and backward passes need for themselves lies in one place as long as little is kept between the passes, and
+side by side where what is kept (layers' inputs, gradients) is larger. The compiler's own account of live bytes is lower
+by that; the room that it asks for is what has to be there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_train import config
+from moe_train.plan.traffic import Shape, shape_of
+from moe_train.plan.weights import Layout, Weight, axis_sizes
+from moe_train.train.loss import CHUNK_ELEMENTS
+
+BATCH_BYTES = 4 + 4 + 1 + 4 + 4
+"""Of one token of a `Batch`: tokens, targets, loss_mask, segment_ids, positions."""
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    """Their sums over microbatches included."""
+    saved: int
+    """What layers keep for the backward pass, and weights in the compute dtype for all layers at once."""
+    layer: int
+    """Gathered weights, rows on their way and products of the one layer that is at work, at its fullest moment."""
+    beside: int
+    """What the forward pass needs that does not lie in the room of the backward pass."""
+    loss: int
+    """The head, its gradient, and logits of a chunk."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    @property
+    def kept(self) -> int:
+        """From step to step."""
+        return self.parameters + self.optimizer + self.batch
+
+
+def memory(run: config.Config, laid: Layout) -> Memory:
+    """Of a resolved run whose mesh has no -1."""
+    assert run.model is not None
+    model, sizes, shape = run.model, axis_sizes(run.mesh), shape_of(run)
+    M, b = run.train.microbatches, shape.itemsize
+    stacked = [w for w in laid.weights if w.layers > 1 or w.path.startswith("stacks.")]
+    trained = [w for w in laid.weights if w.trainable]
+
+    gradients = sum(w.stored_bytes(sizes) for w in trained)
+    if M > 1:  # the sum so far, and the next one, in float32
+        gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
+    inputs = model.num_layers // len(model.attention.windows) * shape.tokens * model.model_dim * b
+    saved = inputs + (model.num_layers * _named(run, model, sizes, shape) if run.compute.remat == "minimal" else 0)
+    # XLA casts these weights of all layers before the loop over layers
+    saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
+
+    forward, backward = _layer(run, model, stacked, sizes, shape)
+    return Memory(
+        parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
+        optimizer=laid.optimizer_bytes,
+        batch=M * shape.tokens * BATCH_BYTES,
+        gradients=gradients,
+        saved=saved,
+        layer=backward,
+        beside=min(forward, saved + gradients),
+        loss=_loss(model, laid, sizes, shape),
+    )
+
+
+def _named(run: config.Config, model: config.Model, sizes: dict[str, int], shape: Shape) -> int:
+    """What remat `minimal` keeps of a layer besides its input (`transformer.SAVED`)."""
+    m, b, t, D, a = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, model.attention
+    heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
+    kept = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
+    f = model.ffn.ffn_dim // t
+    if not isinstance(model.ffn, config.MoeFfn):
+        return kept + m * 2 * f * b
+    kept += m * model.ffn.num_experts * 4 + 2 * m * model.ffn.experts_per_token * 4
+    if shape.transport in (None, "all_gather"):
+        kept += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
+    return kept + m * 2 * f * model.ffn.num_shared_experts * b
+
+
+def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes: dict[str, int], shape: Shape) -> tuple[int, int]:
+    """What one period of layers needs beside what is saved: (forward beside backward, backward)."""
+    m, b, t, D, R = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, shape.rows
+    a, f = model.attention, model.ffn.ffn_dim // sizes["tensor"]
+    over = ("fsdp", "expert")
+    gathered = sum(w.elements(sizes, over) * b for w in stacked if w.kind == "linear" and not _is_ffn(w) and not w.is_lora)
+    if isinstance(model.ffn, config.MoeFfn):
+        matrices = [w for w in stacked if w.kind == "expert" and not w.is_lora and not w.path.endswith(".scales")]
+        per_code = {w.path: 2 if w.path.endswith(".codes") and _is_nf4(run) else 1 for w in matrices}
+        whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
+        exchanged = shape.transport not in (None, "all_gather")
+        trained = any(w.trainable for w in matrices)
+        experts = whole * (2 if exchanged and trained else 1)
+        if any(w.path.endswith(".codes") for w in matrices):  # one matrix at a time on its way from codes to numbers
+            experts += whole // 3 * 4 // b
+        products, inputs = R * f * b, R * D * b * (3 if exchanged else 2)
+        if shape.transport == "all_gather":
+            inputs += sizes["expert"] * m * D * b
+    else:
+        mine = [w for w in stacked if w.kind == "linear" and _is_ffn(w) and not w.is_lora and not w.path.endswith(".scales")]
+        per_code = {w.path: 2 if w.path.endswith(".codes") and _is_nf4(run) else 1 for w in mine}
+        whole = experts = sum(w.elements(sizes, over) * per_code[w.path] * b for w in mine)
+        products, inputs = m * f * b, m * D * b
+    # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
+    heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
+    attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * D * b
+    # of the six arrays that the product of gate and up has to do with in the backward pass (both, their product, and the
+    # gradient of each) three lie in the place of the others
+    backward = experts + 3 * products + inputs + gathered * 9 // 5 + attention
+    forward = whole + 4 * products + inputs + gathered * 9 // 5 + m * D * b + 3 * products
+    return forward, backward
+
+
+def _is_ffn(w: Weight) -> bool:
+    return ".ffn." in w.path
+
+
+def _is_nf4(run: config.Config) -> bool:
+    return run.lora is not None and isinstance(run.lora.quantize, config.Nf4)
+
+
+def _loss(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
+    v, D = model.vocab_size // sizes["tensor"], model.model_dim
+    trained = any(w.trainable and w.kind == "table" and (w.path.startswith("head.") or model.tie_embeddings) for w in laid.weights)
+    rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))
+    return v * D * (shape.itemsize + (4 if trained else 0)) + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize

@@ -1,0 +1,161 @@
+"""What a device receives from others in one step, collective by collective, as the model's own code sends it.
+
+With g devices along an axis and a whole of W bytes, a device receives (g - 1) / g * W of an all-gather (W its result), a
+reduce-scatter (W its operand) or an all-to-all (W its operand), and twice that of an all-reduce (a reduce-scatter and an
+all-gather; Rabenseifner 2004, as in Megatron-LM's and DeepSpeed's accounts, arXiv:1910.02054 section 7).
+
+A layer's weights are gathered in the forward pass and again in the backward pass, where one gather serves both what is
+recomputed and the gradients of the inputs; gradients are scattered once (arXiv:2304.11277, fully sharded data parallel).
+All of this happens in every microbatch; along `data` gradients are summed once a step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from moe_train import config
+from moe_train.model.capacity import capacity
+from moe_train.model.dispatch import choose_transport, transport_bytes
+from moe_train.plan.weights import Layout, Weight, axis_sizes
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+SUMMED = ("fsdp", "expert", "context")
+"""Axes that a gradient is summed over in each microbatch."""
+
+
+class Flow(NamedTuple):
+    """Received by one device in a step."""
+
+    what: str
+    kind: str
+    axis: str
+    bytes: float
+    overlaps: bool
+    """Whether it can go on beside products that do not wait for it: true of weights and gradients, not of tokens."""
+
+
+class Shape(NamedTuple):
+    """One microbatch on one device."""
+
+    tokens: int
+    itemsize: int
+    """Bytes of an activation's element."""
+    transport: str | None
+    """None where the experts are all here, or where there are none."""
+    rows: int
+    """Rows that experts (or a dense feed-forward layer) work on at once."""
+    most: int | None
+    """Where a capacity is set: assignments that one other device of `expert` can get."""
+
+
+def shape_of(run: config.Config) -> Shape:
+    """Of a resolved run whose mesh has no -1."""
+    assert run.model is not None
+    model, train, sizes = run.model, run.train, axis_sizes(run.mesh)
+    sequences = train.batch_size // train.microbatches // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    tokens, itemsize = sequences * train.seq_len // sizes["context"], ITEMSIZE[run.compute.dtype]
+    if not isinstance(model.ffn, config.MoeFfn):
+        return Shape(tokens, itemsize, None, tokens, None)
+    X, A, most = sizes["expert"], model.ffn.experts_per_token, None
+    if train.capacity_factor is not None:
+        E = model.ffn.num_experts
+        most = sequences * (E // X) * capacity(train.capacity_factor, train.seq_len, A, E)
+    if X == 1:
+        return Shape(tokens, itemsize, None, tokens * A, most)
+    transport = choose_transport(run.compute.transport, tokens, model.model_dim, A, X, itemsize, most)
+    if transport == "all_gather":
+        return Shape(tokens, itemsize, transport, X * tokens * A, most)
+    from moe_train.model.exchange import slots_of
+
+    return Shape(tokens, itemsize, transport, X * slots_of(tokens * A, X, most), most)
+
+
+def flows(run: config.Config, laid: Layout) -> list[Flow]:
+    """Every collective of a step that moves more than a few numbers, the largest first."""
+    assert run.model is not None
+    sizes, shape, M = axis_sizes(run.mesh), shape_of(run), run.train.microbatches
+    found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings)]
+    found += _of_tokens(run, run.model, sizes, shape)
+    found = [flow._replace(bytes=M * flow.bytes) for flow in found]
+    gradients = sum(w.stored_bytes(sizes) for w in laid.weights if w.trainable)
+    found.append(Flow("gradients", "all-reduce", "data", _received("all-reduce", sizes["data"], gradients), True))
+    sums: dict[tuple[str, str, str, bool], float] = {}
+    for flow in found:
+        key = flow.what, flow.kind, flow.axis, flow.overlaps
+        sums[key] = sums.get(key, 0.0) + flow.bytes
+    joined = [Flow(what, kind, axis, received, overlaps) for (what, kind, axis, overlaps), received in sums.items() if received]
+    return sorted(joined, key=lambda flow: -flow.bytes)
+
+
+def _received(kind: str, devices: int, whole: float) -> float:
+    return (devices - 1) / devices * whole * (2 if kind == "all-reduce" else 1)
+
+
+def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
+    """Gathers of a weight and sums of its gradient, all layers, one microbatch."""
+    name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
+    # codes and scales of few bits travel as they are; other weights in the dtype of the computation
+    b = w.itemsize if not w.is_float or w.path.endswith(".scales") else min(w.itemsize, itemsize)
+    split = [
+        axis for entry in w.spec for axis in entry if axis in ("fsdp", "expert") and not (w.kind == "expert" and axis == "expert")
+    ]
+    order = [axis for axis in (("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")) if axis in split]
+    times = (2 if tied and w.path == "embed.weight" else 1) if w.kind == "table" else 2
+    found, gathered = [], w.elements(sizes)
+    for axis in order:
+        gathered *= sizes[axis]
+        found.append(Flow(name, "all-gather", axis, times * w.layers * _received("all-gather", sizes[axis], gathered * b), True))
+    if not w.trainable:
+        return found
+    scatters = order[::-1]
+    for axis in scatters:
+        uses = times if w.kind == "table" else 1
+        found.append(
+            Flow(name, "reduce-scatter", axis, uses * w.layers * _received("reduce-scatter", sizes[axis], gathered * b), True)
+        )
+        gathered //= sizes[axis]
+    # what is split along none of these axes has its gradient summed: experts' and small weights' as they are stored
+    b = w.itemsize if w.kind in ("expert", "small") else b
+    summed = [axis for axis in SUMMED if axis not in split and not (w.kind == "expert" and axis == "expert")]
+    devices = math.prod(sizes[axis] for axis in summed)
+    found.append(
+        Flow(
+            name,
+            "all-reduce",
+            "+".join(a for a in summed if sizes[a] > 1),
+            w.layers * _received("all-reduce", devices, gathered * b),
+            True,
+        )
+    )
+    return found
+
+
+def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], shape: Shape) -> list[Flow]:
+    """Activations, all layers, one microbatch."""
+    m, b, D, L = shape.tokens, shape.itemsize, model.model_dim, model.num_layers
+    a, tensor, context = model.attention, sizes["tensor"], sizes["context"]
+    found = []
+    if shape.transport is not None and isinstance(model.ffn, config.MoeFfn):
+        moved = transport_bytes(shape.transport, m, D, model.ffn.experts_per_token, sizes["expert"], b, shape.most)
+        if shape.transport == "all_gather":  # there, and there again in the recomputed layer; the gradient of what came back
+            found.append(Flow("tokens to experts", "all-gather", "expert", L * moved * 3 / 5, False))
+            found.append(Flow("tokens to experts", "reduce-scatter", "expert", L * moved * 2 / 5, False))
+        else:
+            found.append(Flow("tokens to experts", shape.transport.replace("_", "-"), "expert", L * moved, False))
+    # Along `tensor` (Megatron-LM, arXiv:1909.08053, section 3): the outputs of attention (again where recomputed) and of
+    # the feed-forward layer are summed, and so are the gradients of the inputs of both.
+    if isinstance(model.ffn, config.MoeFfn):
+        wide = 4 if shape.transport not in (None, "all_gather") else b
+        X = sizes["expert"] if shape.transport == "all_gather" else 1
+        ffn = _received("all-reduce", tensor, X * m * D * wide) + _received("all-reduce", tensor, m * D * b)
+    else:
+        ffn = (1 + 2) * _received("all-reduce", tensor, m * D * b)
+    attention = ((2 if run.compute.remat == "full" else 1) + 3) * _received("all-reduce", tensor, m * D * b)
+    found.append(Flow("activations", "all-reduce", "tensor", L * (ffn + attention), False))
+    found.append(Flow("activations", "all-reduce", "tensor", 2 * _received("all-reduce", tensor, m * D * b), False))  # both ends
+    # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
+    keys = context * m * 2 * a.num_kv_heads * a.head_dim // tensor * b
+    found.append(Flow("keys and values", "all-gather", "context", 2 * L * _received("all-gather", context, keys), False))
+    found.append(Flow("keys and values", "reduce-scatter", "context", L * _received("reduce-scatter", context, keys), False))
+    return found

@@ -1,0 +1,137 @@
+"""The weights of a run as they lie on a device of its mesh, from shapes alone: what memory and traffic are counted from."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from moe_train import config
+from moe_train.mesh import AXES
+from moe_train.model.lora import is_lora
+from moe_train.model.transformer import init_model, parameters
+from moe_train.train.optimizer import make_optimizer
+from moe_train.train.state import create_state, partition
+
+Kind = Literal["expert", "linear", "table", "small"]
+
+
+class Weight(NamedTuple):
+    """One array of the model."""
+
+    path: str
+    kind: Kind
+    """expert: of routed experts, gathered over `fsdp` inside `dispatch`; linear: of `fsdp.project`; table: embedding or head,
+    rows split over V; small: norms, routers, biases, whole on each device."""
+    layers: int
+    """Entries of its leading dim of layers; 1 outside the stacks."""
+    shape: tuple[int, ...]
+    """Of one layer, over the whole mesh."""
+    spec: tuple[tuple[str, ...], ...]
+    """The mesh axes of each dim of that shape."""
+    itemsize: int
+    """Bytes of an element as it is stored."""
+    is_float: bool
+    trainable: bool
+    is_lora: bool
+
+    def elements(self, sizes: dict[str, int], whole_over: tuple[str, ...] = ()) -> int:
+        """Of one layer on a device, gathered over some axes."""
+        split = (sizes[axis] for axis in itertools.chain.from_iterable(self.spec) if axis not in whole_over)
+        return math.prod(self.shape) // math.prod(split)
+
+    def stored_bytes(self, sizes: dict[str, int]) -> int:
+        """Of all layers on a device."""
+        return self.layers * self.elements(sizes) * self.itemsize
+
+
+class Layout(NamedTuple):
+    """Everything that a run keeps on a device between steps."""
+
+    weights: tuple[Weight, ...]
+    optimizer_bytes: int
+    """Moments and counters."""
+    trainable: dict[str, Any]
+    """{path: shape} of what is trained."""
+
+
+def axis_sizes(mesh: config.Mesh) -> dict[str, int]:
+    return {axis: getattr(mesh, axis) for axis in AXES}
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """The mesh without devices."""
+    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def layout(run: config.Config) -> Layout:
+    """Of a run whose model is stated and whose mesh has no -1.
+
+    Raises ValueError where mesh and model do not go together.
+    """
+    assert run.model is not None
+    train = run.model_copy(update={"mesh": config.Mesh()})  # a layout depends on the rest alone
+    return _layout(train.model_dump_json(include={"model", "lora", "compute", "optimizer"}), run.mesh, _Hidden(run))
+
+
+class _Hidden(NamedTuple):
+    """An argument that a cache passes over: its text stands beside it."""
+
+    run: config.Config
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hidden)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(text: str, mesh: config.Mesh, hidden: _Hidden) -> Layout:
+    run, sizes = hidden.run, axis_sizes(mesh)
+    assert run.model is not None
+    model, compute, lora = run.model, run.compute, run.lora
+    constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
+    optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
+        shapes = parameters(jax.eval_shape(lambda: init_model(run.seed, model, compute, lora)))[1]
+        learned, _ = partition(shapes, lora)
+        state = jax.eval_shape(lambda learned: create_state(learned, optimizer), learned)
+    weights = tuple(_weight(path, x, path in state.trainable) for path, x in shapes.items())
+    moments = sum(_local_bytes(x) for x in jax.tree.leaves(state.opt_state))
+    return Layout(weights, moments, state.trainable)
+
+
+def _local_bytes(x: Any) -> int:
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def _weight(path: str, x: Any, trainable: bool) -> Weight:
+    axes = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in x.sharding.spec]
+    axes += [()] * (x.ndim - len(axes))
+    stacked = path.startswith("stacks.")
+    layers, shape, spec = (x.shape[0], x.shape[1:], axes[1:]) if stacked else (1, x.shape, axes)
+    kind: Kind = "small"
+    if path.startswith(("embed.", "head.")):
+        kind = "table"
+    elif ("expert",) in spec:
+        kind = "expert"
+    elif any(spec) and len(shape) > 1:
+        kind = "linear"
+    is_float = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+    return Weight(path, kind, layers, tuple(shape), tuple(spec), x.dtype.itemsize, is_float, trainable, is_lora(path))
+
+
+def divisions(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write `number` as a product of so many factors, in order."""
+    if parts == 1:
+        yield (number,)
+        return
+    for first in (n for n in range(1, number + 1) if number % n == 0):
+        yield from ((first, *rest) for rest in divisions(number // first, parts - 1))

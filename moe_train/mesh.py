@@ -26,7 +26,7 @@ from moe_train import config, processes
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH = ("data", "fsdp", "expert")
-"""The only spec of a batch dim."""
+"""The only spec of a batch dim; inside a model, whose replicas may work for themselves, `batch_axes()`."""
 
 
 def join_processes() -> None:
@@ -84,6 +84,17 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
 def axis_size(axis: str) -> int:
     """Size of a mesh axis inside a traced function or under `jax.set_mesh`."""
     return jax.sharding.get_abstract_mesh().shape[axis]
+
+
+def global_axes() -> tuple[str, ...]:
+    """The axes that an array's spec may name: all, but `data` where each replica works for itself (`train.step`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+
+
+def batch_axes() -> tuple[str, ...]:
+    """`BATCH`, as far as specs may name it."""
+    return tuple(axis for axis in BATCH if axis in global_axes())
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

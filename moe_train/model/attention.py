@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_train import config
-from moe_train.mesh import BATCH, axis_size, platform
+from moe_train.mesh import BATCH, axis_size, batch_axes, platform
 from moe_train.model import rope
 from moe_train.model.fsdp import gather, split
 from moe_train.model.layers import Linear, keys_of
@@ -151,7 +151,7 @@ def attend(
                 return _in_order(_splash(splash, q, k, v, segments, segments_k))
         raise AssertionError(kernel)
 
-    heads, tokens = P(BATCH, "context", "tensor", None), P(BATCH, "context")
+    heads, tokens = P(batch_axes(), "context", "tensor", None), P(batch_axes(), "context")
     # A Pallas call does not say along which axes its result varies, so the check is off on that path alone;
     # what crosses devices in here is gathered or changes places along `context`, along which everything is split.
     check_vma = kernel in ("reference", "blocked")

@@ -20,11 +20,11 @@ from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import BATCH, axis_size, platform
+from moe_train.mesh import BATCH, axis_size, batch_axes, global_axes, platform
 from moe_train.model import ragged
 from moe_train.model.capacity import capacity, within_capacity
 from moe_train.model.exchange import exchange, slots_of
-from moe_train.model.fsdp import gather, spec_of, vary_with_spec
+from moe_train.model.fsdp import gather, replicas, spec_of, vary_with_spec
 from moe_train.model.grouped_matmul import choose_kernel, grouped_matmul
 from moe_train.model.quantize import Quantized, dequantize
 
@@ -57,7 +57,7 @@ class Dropout(NamedTuple):
 def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The k largest of each token, or those where `by` is largest, and their indices; computed where the token is: left
     alone, XLA:CPU gathers the whole batch. `by` has no gradient."""
-    tokens = P(BATCH, "context")
+    tokens = P(batch_axes(), "context")
 
     def local(logits_btE: jax.Array, by_btE: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         if by_btE is None:
@@ -84,15 +84,18 @@ def run_experts(
 
     Tokens that are not `valid` (padding) go to no expert and come back as zeros. capacity_factor: see `capacity`.
     """
-    tokens = P(BATCH, "context")
+    tokens = P(batch_axes(), "context")
     specs = jax.tree.map(spec_of, experts)
     key = numbers_BT = None
     if dropout is not None:
         row, column = (jax.lax.broadcasted_iota(jnp.uint32, x_BTD.shape[:2], dim, out_sharding=tokens) for dim in (0, 1))
-        key, numbers_BT = dropout.key, row * x_BTD.shape[1] + column
+        first = jnp.asarray(replicas()[1], jnp.uint32) * x_BTD.shape[0]
+        key, numbers_BT = dropout.key, (first + row) * x_BTD.shape[1] + column
+
+    axes = global_axes()
 
     def whole(experts: ExpertWeights, true: jax.Array) -> ExpertWeights:
-        return jax.tree.map(lambda w, spec: _whole(w, spec, x_BTD.dtype, true), experts, specs, is_leaf=_is_quantized)
+        return jax.tree.map(lambda w, spec: _whole(w, spec, x_BTD.dtype, true, axes), experts, specs, is_leaf=_is_quantized)
 
     def run(x_RD: jax.Array, group_sizes_e: jax.Array, experts: ExpertWeights, key: Any, numbers_R: Any) -> jax.Array:
         drops: list[Drop | None] = [None] * 3
@@ -119,7 +122,7 @@ def run_experts(
         name = choose_transport(transport, b * t, D, ids_mA.shape[1], axis_size("expert"), x_btD.dtype.itemsize, most)
         move = {"all_gather": all_gather, "all_to_all": exchange, "ragged_all_to_all": ragged.exchange}[name]
         y_mD, computed = move(x_mD, ids_mA, weights_mA, experts, (key, numbers_mA), run, whole, most)
-        return y_mD.reshape(b, t, D), jax.lax.psum(computed, (*BATCH, "context"))
+        return y_mD.reshape(b, t, D), jax.lax.psum(computed, (*tokens[0], "context"))
 
     # a Pallas call does not say along which axes its result varies
     everywhere = jax.shard_map(
@@ -237,7 +240,7 @@ def _is_quantized(w: object) -> bool:
     return isinstance(w, Quantized)
 
 
-def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype, true: jax.Array) -> jax.Array:
+def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype, true: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back.
 
     true: a truth that only this layer's routing can tell. A cast that depends on nothing but the weight is taken out
@@ -245,16 +248,16 @@ def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype, true
     """
     if isinstance(w, Quantized):
         assert isinstance(spec, Quantized)
-        return dequantize(Quantized(*(_gathered(part, s) for part, s in zip(w, spec, strict=True))), dtype)
+        return dequantize(Quantized(*(_gathered(part, s, axes) for part, s in zip(w, spec, strict=True))), dtype)
     assert not isinstance(spec, Quantized)
     if w.dtype != dtype:
-        w = (vary_with_spec(w, spec) * true.astype(w.dtype)).astype(dtype)
+        w = (vary_with_spec(w, spec, axes) * true.astype(w.dtype)).astype(dtype)
         return _gathered_varying(w, spec)
-    return _gathered(w, spec)
+    return _gathered(w, spec, axes)
 
 
-def _gathered(w: jax.Array, spec: P) -> jax.Array:
-    return _gathered_varying(vary_with_spec(w, spec), spec)
+def _gathered(w: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+    return _gathered_varying(vary_with_spec(w, spec, axes), spec)
 
 
 def _gathered_varying(w: jax.Array, spec: P) -> jax.Array:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_train.mesh import BATCH, axis_size
+from moe_train.mesh import axis_size
 
 SLACK = 1.25
 """Rows of a buffer over those that balanced routing fills."""
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     """In that order: the first assignment of each device."""
     counts_X: jax.Array
     rounds: jax.Array
-    """The same number on every device of the mesh."""
+    """The same number on every device of a replica."""
 
 
 def slots_of(assignments: int, devices: int, most: int | None = None) -> int:
@@ -62,7 +62,7 @@ def make_plan(expert_ids_mA: jax.Array, experts_here: int, slots: int) -> Plan:
     counts_X = jnp.sum(device_mA.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     starts_X = jnp.cumsum(counts_X) - counts_X
     rank_mA = place_mA - jnp.append(starts_X, 0)[device_mA]
-    rounds = jax.lax.pmax(jnp.max(-(-counts_X // slots)), (*BATCH, "context"))
+    rounds = jax.lax.pmax(jnp.max(-(-counts_X // slots)), ("fsdp", "expert", "context"))
     return Plan(order_n, rank_mA, device_mA, expert_ids_mA.reshape(-1)[order_n] % e, starts_X, counts_X, rounds)
 
 

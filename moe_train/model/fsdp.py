@@ -15,11 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from moe_train.mesh import AXES, BATCH, axis_size
+from moe_train.mesh import axis_size, batch_axes, global_axes
 from moe_train.model.quantize import Quantized, dequantize
 
-ACTIVATION = {"B": BATCH, "T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
-"""The mesh axes of an activation's dims, by their letter; dims not listed are whole on each device."""
+ACTIVATION = {"T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+"""The mesh axes of an activation's dims, by their letter; B is over `batch_axes()`, others are whole on each device."""
 
 SPLIT = ("tensor", "expert")
 
@@ -31,7 +31,7 @@ def spec_of(x: jax.Array) -> P:
 
 def activation_spec(letters: str) -> P:
     """`"BTNH"` -> the spec of such an activation."""
-    return P(*(ACTIVATION.get(letter) for letter in letters))
+    return P(*(batch_axes() if letter == "B" else ACTIVATION.get(letter) for letter in letters))
 
 
 def without_fsdp(spec: P) -> P:
@@ -96,10 +96,11 @@ def _project_backward(equation: str, saved: tuple[jax.Array, jax.Array], dy: jax
 def _weight_gradient(x_letters: str, y_letters: str, w_letters: str, x: jax.Array, dy: jax.Array, spec: P) -> jax.Array:
     """Each device's part of the sum over all tokens. The scatter is spelled out: left to XLA, a weight that two axes
     split is all-reduced whole over one of them."""
+    tokens = (*batch_axes(), "context")
 
     def local(x: jax.Array, dy: jax.Array) -> jax.Array:
         dw = jnp.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy)
-        sums = [*BATCH, "context"]
+        sums = list(tokens)
         for dim, entry in enumerate(spec):
             for axis in entry if isinstance(entry, tuple) else (entry,):
                 if axis in sums and axis_size(axis) > 1:
@@ -146,21 +147,23 @@ _project_quantized.defvjp(_project_quantized_forward, _project_quantized_backwar
 
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
     """Rows of an embedding table split over `tensor` (V) and, where its spec says so, `fsdp` (D)."""
-    spec = spec_of(table_VD)
+    spec, axes = spec_of(table_VD), global_axes()
 
     def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-        table_vD = whole_rows(table_vd.astype(dtype), spec)
+        table_vD = whole_rows(table_vd.astype(dtype), spec, axes)
         row = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
         here = (row >= 0) & (row < table_vD.shape[0])
         return jax.lax.psum(jnp.where(here[..., None], table_vD[jnp.where(here, row, 0)], 0), "tensor")
 
-    run = jax.shard_map(local, in_specs=(spec, P(BATCH, "context")), out_specs=P(BATCH, "context", None))
+    run = jax.shard_map(local, in_specs=(spec, activation_spec("BT")), out_specs=activation_spec("BTD"))
     return run(table_VD, tokens_BT)
 
 
-def whole_rows(table_vd: jax.Array, spec: P) -> jax.Array:
-    """Inside `shard_map`: a part of a table (V, n) with its spec -> this device's rows over `tensor`, all columns."""
-    table_vd = vary_with_spec(table_vd, spec)
+def whole_rows(table_vd: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+    """Inside `shard_map`: a part of a table (V, n) with its spec -> this device's rows over `tensor`, all columns.
+
+    axes: `global_axes()` outside."""
+    table_vd = vary_with_spec(table_vd, spec, axes)
     if "fsdp" in spec:
         table_vd = gather(table_vd, "fsdp", 1)
     return gather(table_vd, "expert", 0) if SPLIT in spec else table_vd
@@ -178,8 +181,28 @@ def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
     return jax.lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
-def vary_with_spec(w: jax.Array, spec: P) -> jax.Array:
-    """Inside `shard_map`: let a weight differ along the axes that `spec` does not split it over, as the activations
-    that it meets do; its gradient is then summed over them. Before the gather, so that a part is summed, not the whole."""
+def vary_with_spec(w: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
+    """Inside `shard_map`: let a weight differ along those of `axes` that `spec` does not split it over, as the activations
+    that it meets do; its gradient is then summed over them. Before the gather, so that a part is summed, not the whole.
+
+    axes: `global_axes()` outside."""
     split = {axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))}
-    return jax.lax.pcast(w, tuple(axis for axis in AXES if axis not in split), to="varying")
+    return jax.lax.pcast(w, tuple(axis for axis in axes if axis not in split), to="varying")
+
+
+# --- replicas that work for themselves -----------------------------------------------------------------------------
+
+
+def replicas() -> tuple[int, jax.Array | int]:
+    """(number of replicas, this one's) where each works for itself (`train.step`); otherwise arrays are of all: (1, 0)."""
+    return (1, 0) if "data" in global_axes() else (axis_size("data"), jax.lax.axis_index("data"))
+
+
+@jax.custom_vjp
+def over_replicas(x: Any) -> Any:
+    """The sum over replicas of what one has summed over its own tokens; global view. All replicas use the sum alike, so
+    that the gradient of each one's part is the sum's."""
+    return x if "data" in global_axes() else jax.lax.psum(x, "data")
+
+
+over_replicas.defvjp(lambda x: (over_replicas(x), None), lambda _, dx: (dx,))

@@ -55,7 +55,9 @@ class Adapted(nnx.Module):
         """The adapter's input: with a key, a share `lora_dropout` of x's entries is zero, the same ones on every mesh."""
         if key is None or self.lora_dropout == 0:
             return x
-        kept = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape, out_sharding=fsdp.spec_of(x))
+        count, replica = fsdp.replicas()
+        shape, spec = (count, *x.shape), P(None, *fsdp.spec_of(x))
+        kept = jax.random.bernoulli(key, 1 - self.lora_dropout, shape, out_sharding=spec)[replica]
         return jnp.where(kept, x / (1 - self.lora_dropout), 0)
 
 

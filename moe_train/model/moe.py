@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_train import config
 from moe_train.model.dispatch import Dropout, ExpertMatrix, ExpertWeights, run_experts, top_k
 from moe_train.model.ffn import DenseFfn
-from moe_train.model.fsdp import activation_spec
+from moe_train.model.fsdp import activation_spec, over_replicas
 from moe_train.model.layers import Adapted, keys_of, normal
 
 
@@ -176,18 +176,25 @@ def router_stats(
 ) -> RouterStats:
     """Losses and figures of one layer, over the whole mesh; a token's probabilities are the softmax of its log_scores."""
     E, A = logits_BTE.shape[-1], expert_ids_BTA.shape[-1]
-    count = jnp.sum(valid_BT)
-    tokens = jnp.maximum(count, 1).astype(jnp.float32)
     chosen_BTE = jnp.sum(expert_ids_BTA[..., None] == jnp.arange(E), axis=2) * valid_BT[..., None]
-    chosen_E = jnp.sum(chosen_BTE, axis=(0, 1), dtype=jnp.int32)
     lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     log_probs_BTE = jax.nn.log_softmax(log_scores_BTE)
     probs_BTE = jnp.exp(log_probs_BTE)
-    mean_probs_E = jnp.sum(probs_BTE * valid_BT[..., None], axis=(0, 1)) / tokens
+    count, chosen_E, probs_E, squares, entropy, computed = over_replicas(
+        (
+            jnp.sum(valid_BT),
+            jnp.sum(chosen_BTE, axis=(0, 1), dtype=jnp.int32),
+            jnp.sum(probs_BTE * valid_BT[..., None], axis=(0, 1)),
+            jnp.sum(jnp.square(lse_BT) * valid_BT),
+            -jnp.sum(probs_BTE * log_probs_BTE * valid_BT[..., None]),
+            computed,
+        )
+    )
+    tokens = jnp.maximum(count, 1).astype(jnp.float32)
     return RouterStats(
         chosen_E=chosen_E,
-        load_balance_loss=E * jnp.sum(chosen_E / (tokens * A) * mean_probs_E),
-        router_z_loss=jnp.sum(jnp.square(lse_BT) * valid_BT) / tokens,
-        entropy=-jnp.sum(probs_BTE * log_probs_BTE * valid_BT[..., None]) / tokens,
+        load_balance_loss=E * jnp.sum(chosen_E / (tokens * A) * probs_E / tokens),
+        router_z_loss=squares / tokens,
+        entropy=entropy / tokens,
         dropped=count * A - computed,
     )

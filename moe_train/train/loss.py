@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
-from moe_train.mesh import BATCH
-from moe_train.model.fsdp import spec_of, whole_rows
+from moe_train.mesh import batch_axes, global_axes
+from moe_train.model.fsdp import over_replicas, spec_of, whole_rows
 from moe_train.model.layers import keys_of
 from moe_train.model.moe import RouterStats
 from moe_train.model.transformer import Transformer
@@ -51,7 +51,7 @@ def microbatch_loss(
         balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(routers.load_balance_loss)
         z = (coefs.router_z_loss_coef or 0.0) * jnp.sum(routers.router_z_loss)
         loss += (balance + z) / microbatches
-    return loss, LossParts(total, jnp.sum(batch.loss_mask), routers)
+    return loss, LossParts(total, over_replicas(jnp.sum(batch.loss_mask)), routers)
 
 
 def cross_entropy_sum(
@@ -65,18 +65,18 @@ def cross_entropy_sum(
 
     beside: two factors whose product an adapter adds to the logits.
     """
-    tokens = P(BATCH, "context")
+    tokens, axes = P(batch_axes(), "context"), global_axes()
     xs, heads = zip(*((hidden_BTD, head_VD), *([] if beside is None else [beside])), strict=True)
     specs = tuple(spec_of(head) for head in heads)
 
     def local(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        heads = tuple(whole_rows(head.astype(xs[0].dtype), spec) for head, spec in zip(heads, specs, strict=True))
+        heads = tuple(whole_rows(head.astype(xs[0].dtype), spec, axes) for head, spec in zip(heads, specs, strict=True))
         xs = tuple(jax.lax.pcast(x.reshape(-1, x.shape[-1]), "tensor", to="varying") for x in xs)
         total = _chunked(xs, heads, targets_bt.reshape(-1), mask_bt.reshape(-1))
-        return jax.lax.psum(total, (*BATCH, "context", "tensor"))
+        return jax.lax.psum(total, axes)
 
     run = jax.shard_map(local, in_specs=(tokens, specs, tokens, tokens), out_specs=P())
-    return run(xs, heads, targets_BT, loss_mask_BT)
+    return over_replicas(run(xs, heads, targets_BT, loss_mask_BT))
 
 
 @jax.custom_vjp

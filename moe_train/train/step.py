@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from moe_train import config
 from moe_train.data.batch import Batch
-from moe_train.mesh import BATCH
+from moe_train.mesh import axis_size, batch_axes
+from moe_train.model.fsdp import over_replicas
 from moe_train.model.moe import RouterStats, next_bias, over_microbatches
 from moe_train.model.transformer import Parameters, combine, with_capacity
 from moe_train.train.loss import LossParts, microbatch_loss
@@ -53,11 +55,13 @@ def train_step(
     if dropout_seed is not None:  # one kind of generator, so that masks do not depend on the platform
         key = jax.random.fold_in(jax.random.key(dropout_seed, impl="threefry2x32"), state.step)
 
-    def objective(trainable: Parameters, part: Batch, key: Array | None) -> tuple[Array, LossParts]:
-        model = combine(structure, trainable, state.buffers, state.frozen)
+    def objective(trainable: Parameters, fixed: Any, part: Batch, key: Array | None) -> tuple[Array, LossParts]:
+        buffers, frozen, loss_tokens = fixed
+        model = combine(structure, trainable, buffers, frozen)
         return microbatch_loss(model, part, loss_tokens, microbatches, loss, key)
 
-    (value, parts), grads = _accumulate(jax.value_and_grad(objective, has_aux=True), state.trainable, batch, key, microbatches)
+    weights = state.trainable, (state.buffers, state.frozen, loss_tokens)
+    (value, parts), grads = _accumulate(jax.value_and_grad(objective, has_aux=True), weights, batch, key, microbatches)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -98,32 +102,49 @@ def compile_step(
     return jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
 
 
-def _accumulate(value_and_grad: Any, trainable: Parameters, batch: Batch, key: Array | None, microbatches: int) -> Any:
-    """Sum of ((loss, parts), gradients) over microbatches, in float32; the gradients have the parameters' dtype."""
+def _accumulate(value_and_grad: Any, weights: tuple[Parameters, Any], batch: Batch, key: Array | None, microbatches: int) -> Any:
+    """Sum of ((loss, parts), gradients) over microbatches, in float32; the gradients have the parameters' dtype.
+
+    weights: (those that gradients are wanted of, all else that the loss needs). With several replicas (the axis `data`,
+    over the slow network) each one sums the gradients of its own rows, and the sums of all meet once.
+    """
     if microbatches == 1:
-        return value_and_grad(trainable, batch, key)
+        return value_and_grad(*weights, batch, key)
+    run = partial(_accumulate_here, value_and_grad, microbatches=microbatches)
+    if axis_size("data") == 1:
+        return run(weights, batch, key)
+    # The check is off: where it is on, JAX 0.10 to 0.12 give what a shard_map in here saves for its backward pass a spec
+    # that names `data` twice.
+    in_specs = (P(), P("data"), P())
+    return jax.shard_map(run, in_specs=in_specs, out_specs=P(), axis_names={"data"}, check_vma=False)(weights, batch, key)
+
+
+def _accumulate_here(
+    value_and_grad: Any, weights: tuple[Parameters, Any], batch: Batch, key: Array | None, microbatches: int
+) -> Any:
+    """Of all rows; inside a `shard_map` over `data`, gradients of this replica's rows, which are summed at the end."""
 
     def without_routers(result: Any) -> Any:
         (value, parts), grads = result
         return (value, parts._replace(routers=None)), grads
 
     def one(total: Any, part_and_key: Any) -> tuple[Any, RouterStats | None]:
-        result = value_and_grad(trainable, *part_and_key)
+        result = value_and_grad(*weights, *part_and_key)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, without_routers(result)), result[0][1].routers
 
     # Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
     parts = jax.tree.map(lambda x: _split_rows(x, microbatches), batch)
     keys = None if key is None else jax.random.split(key, microbatches)
-    shapes = without_routers(jax.eval_shape(value_and_grad, trainable, jax.tree.map(lambda x: x[0], parts), key))
+    shapes = without_routers(jax.eval_shape(value_and_grad, *weights, jax.tree.map(lambda x: x[0], parts), key))
     wide = lambda dtype: jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype  # noqa: E731
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype), out_sharding=s.sharding), shapes)
     ((value, sums), grads), routers = jax.lax.scan(one, zeros, (parts, keys))
     routers = None if routers is None else over_microbatches(routers)
-    grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, trainable)
+    grads = over_replicas(jax.tree.map(lambda g, x: g.astype(x.dtype), grads, weights[0]))
     return (value, sums._replace(routers=routers)), grads
 
 
 def _split_rows(x: Array, microbatches: int) -> Array:
-    spec = jax.sharding.PartitionSpec(BATCH, None, "context")
+    spec = P(batch_axes(), None, "context")
     split = jax.lax.reshape(x, (x.shape[0] // microbatches, microbatches, *x.shape[1:]), out_sharding=spec)
     return jnp.moveaxis(split, 1, 0)

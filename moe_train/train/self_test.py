@@ -1,13 +1,16 @@
-"""Before step 0, on the device that will train: the grouped matmul against its plain reference.
+"""Before step 0, on the device that will train: attention and the grouped matmul against their plain references.
 
 A kernel can be right on one chip and wrong on the next: wrong gradients for empty groups, for groups that do not
-fill a tile, for one group that has it all. Errors are relative to each expert's own part, so that a small group's
-cannot hide behind a large one's.
+fill a tile, for one group that has it all. Errors are relative to each expert's and each segment's own part, so that a
+small one's cannot hide behind a large one's.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.mesh import make_mesh
+from moe_train.model import attention
 from moe_train.model import grouped_matmul as gm
+from moe_train.model.fsdp import activation_spec
 
 ROWS, IN, OUT = 1024, 256, 128
 CASES = {
@@ -38,8 +43,7 @@ def check_grouped_matmul(compute: config.Compute) -> float:
     device = jax.local_devices()[0]
     with jax.set_mesh(make_mesh(config.Mesh(), [device])):
         kernel = gm.choose_kernel(compute.grouped_matmul)
-        # elsewhere a float32 product may round its operands to bfloat16 or tf32
-        tolerance = 1e-5 if dtype == jnp.float32 and device.platform == "cpu" else 3e-2
+        tolerance = _tolerance(dtype, device)
         rng = np.random.default_rng(0)
         x_RD, w_EDF, dy_RF = (
             jnp.asarray(rng.normal(size=shape), dtype) for shape in ((ROWS, IN), (len(CASES["even"]), IN, OUT), (ROWS, OUT))
@@ -70,7 +74,61 @@ def check_grouped_matmul(compute: config.Compute) -> float:
     return worst
 
 
-def _worst_part(found: np.ndarray, wanted: np.ndarray, sizes: tuple[int, ...] | None) -> float:
+def check_attention(model: config.Model, compute: config.Compute, seq_len: int) -> float:
+    """The largest relative error of the result and its three gradients, on packed sequences, with the model's windows and
+    heads as large as its own; the kernel is that of sequences of `seq_len` on the mesh in force.
+
+    Raises RuntimeError where it is more than rounding in the compute dtype explains.
+    """
+    dtype, a = jnp.dtype(compute.dtype), model.attention
+    kernel = attention.choose_kernel(compute.attention, seq_len, dtype)
+    device = jax.local_devices()[0]
+    T, K, N = 384 if device.platform == "cpu" else 1024, 2, 2 * a.num_heads // a.num_kv_heads
+    # One row whole, and one of segments that end beside the edges of blocks; its end is padding.
+    starts = ([0], [0, T // 3 + 5, T // 3 + 22, T - 61])
+    segments_BT, positions_BT = np.ones((2, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (2, 1))
+    for number, (start, end) in enumerate(itertools.pairwise([*starts[1], T])):
+        segments_BT[1, start:end], positions_BT[1, start:end] = (number + 1) % len(starts[1]), np.arange(end - start)
+    rng, worst, tolerance = np.random.default_rng(0), 0.0, _tolerance(dtype, device)
+    q, k, v, dy = (rng.normal(size=(2, T, heads, a.head_dim)).astype(np.float32) for heads in (N, K, K, N))
+    dy[segments_BT == 0] = 0
+
+    for window in sorted({min(w or T, T // 4) if w else 0 for w in a.windows}):
+
+        @partial(jax.jit, static_argnames="kernel")
+        def run(arrays: Any, tokens: Any, kernel: str, window: int | None = window or None) -> Any:
+            arrays, tokens = ([jax.sharding.reshard(x, activation_spec("BTNH"[: x.ndim])) for x in xs] for xs in (arrays, tokens))
+            *arrays, dy = arrays
+            y, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, *tokens, window, kernel), *arrays)
+            return y, *vjp(dy)
+
+        with jax.set_mesh(make_mesh(config.Mesh(), [device])):
+            rounded, tokens = [jnp.asarray(x, dtype) for x in (q, k, v, dy)], [positions_BT, segments_BT]
+            found = jax.device_get(run(rounded, tokens, kernel))
+            with jax.default_matmul_precision("highest"):
+                wanted = jax.device_get(run([x.astype(jnp.float32) for x in rounded], tokens, "reference"))
+        for what, ours, theirs in zip(("result", *(f"gradient of {x}" for x in "qkv")), found, wanted, strict=True):
+            for row in range(2):
+                seen = segments_BT[row] != 0
+                error = _worst_part(
+                    *(x[row][seen].reshape(seen.sum(), -1) for x in (ours, theirs)), np.diff([*starts[row], T])[:-1]
+                )
+                if not error <= tolerance:
+                    raise RuntimeError(
+                        f"self-test: {what} of attention={kernel} is wrong on {device.device_kind}, window {window or 'none'}, "
+                        f"{'packed segments' if row else 'one segment'}: relative error {error:.2g}, limit {tolerance:g}; "
+                        "set compute.attention to another kernel"
+                    )
+                worst = max(worst, error)
+    return worst
+
+
+def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:
+    """Elsewhere than on a CPU a float32 product may round its operands to bfloat16 or tf32."""
+    return 1e-5 if dtype == jnp.float32 and device.platform == "cpu" else 3e-2
+
+
+def _worst_part(found: np.ndarray, wanted: np.ndarray, sizes: Sequence[int] | np.ndarray | None) -> float:
     """max|a - b| / max|b| over the parts of the experts (rows by `sizes`, or dim 0), the tail that nobody owns included;
     a part that has to be zero, and is not, counts as infinitely wrong."""
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)

@@ -9,8 +9,18 @@ import pytest
 
 from moe_train import config
 from moe_train.mesh import make_mesh
+from moe_train.model import attention
 from moe_train.model import grouped_matmul as gm
-from moe_train.train.self_test import CASES, check_grouped_matmul
+from moe_train.train.self_test import CASES, check_attention, check_grouped_matmul
+
+MODEL = config.Model(
+    family="ministral",
+    vocab_size=8,
+    model_dim=8,
+    num_layers=2,
+    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8, windows=(None, 50)),
+    ffn=config.DenseFfn(name="dense", ffn_dim=8),
+)
 
 
 @pytest.mark.parametrize("kernel", ["blocked", "ragged_dot"])
@@ -69,3 +79,44 @@ def test_cases_say_what_their_names_say():
     assert (sizes["empty"] == 0).any() and sizes["empty"].sum() < 1024
     assert (sizes["unaligned"] % 8 != 0).all() or (sizes["unaligned"] % 8 != 0).sum() > 5
     assert sizes["skewed"].max() > 0.9 * sizes["skewed"].sum()
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "splash"])
+def test_passes_attention_that_is_right(kernel):
+    with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
+        assert check_attention(MODEL, config.Compute(attention=kernel), 512) < 1e-5
+
+
+def test_passes_attention_in_bfloat16():
+    with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
+        assert 1e-5 < check_attention(MODEL, config.Compute(dtype="bfloat16"), 512) < 2e-2
+
+
+def without_segments(q, k, v, segments_q, segments_k, *rest):
+    return right(q, k, v, jnp.ones_like(segments_q), jnp.ones_like(segments_k), *rest)
+
+
+def with_a_wider_window(q, k, v, segments_q, segments_k, part, parts, window):
+    return right(q, k, v, segments_q, segments_k, part, parts, window and window + 1)
+
+
+def with_the_gradient_of_some_keys(q, k, v, *rest):
+    """Keys past the first 128 have none."""
+    return right(q, jnp.concatenate([k[:, :128], jax.lax.stop_gradient(k[:, 128:])], axis=1), v, *rest)
+
+
+right = attention.blocked
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (without_segments, "result of attention=blocked is wrong on cpu, window none, packed segments"),
+        (with_a_wider_window, "result of attention=blocked is wrong on cpu, window 50, one segment"),
+        (with_the_gradient_of_some_keys, "gradient of k of attention=blocked is wrong on cpu, window none, one segment"),
+    ],
+)
+def test_stops_at_attention_that_is_wrong(monkeypatch, wrong, said):
+    monkeypatch.setattr(attention, "blocked", wrong)
+    with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))), pytest.raises(RuntimeError, match=said):
+        check_attention(MODEL, config.Compute(), 512)

@@ -17,7 +17,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -61,6 +61,8 @@ class Collective:
     """Matrix products of what is scheduled between start and done."""
     source: str
     """The operation of the program that it comes from, as JAX names it."""
+    chain: str = ""
+    """Inside a fusion that does a part of it beside other work: the name that all its parts share."""
 
 
 @dataclass
@@ -147,6 +149,7 @@ class _Module:
         shapes = {i.name: _shapes(i.result) for i in self._computations[name]}
         flops_until = [0.0]
         started: dict[str, tuple[Collective, int]] = {}
+        chains: dict[str, Collective] = {}
         for at, i in enumerate(self._computations[name]):
             before = total.flops + total.kernel_flops
             if i.opcode == "while":
@@ -158,7 +161,12 @@ class _Module:
                 total.fallback_bytes += most.bytes - least.bytes
             elif i.opcode in ("fusion", "call", "async-start"):
                 for n in i.called("calls", "to_apply", "called_computations"):
-                    total.add(self._of(n))
+                    part = self._of(n)
+                    total.add(part)
+                    for c in [c for c in part.collectives if c.chain]:  # the start, the steps and the end are one collective
+                        total.collectives.pop(c)
+                        hidden = part.flops + (chains[c.chain].hidden_flops if c.chain in chains else 0)
+                        chains[c.chain] = replace(c, asynchronous=True, hidden_flops=hidden, chain="")
             elif i.opcode == "custom-call":
                 self._count_custom_call(i, shapes, total)
             elif i.opcode == "dot":
@@ -177,8 +185,8 @@ class _Module:
                 if first and first[0] in started:
                     collective, since = started.pop(first[0])
                     hidden = flops_until[at] - flops_until[since + 1]
-                    total.collectives[_hidden(collective, hidden)] += 1
-        for collective, _ in started.values():
+                    total.collectives[replace(collective, hidden_flops=hidden)] += 1
+        for collective in (*chains.values(), *(collective for collective, _ in started.values())):
             total.collectives[collective] += 1
         return total
 
@@ -283,7 +291,10 @@ def _collective(i: Instruction, kind: str, shapes: dict[str, list[Shape]], scatt
         kind, size = "reduce-scatter", size / len(groups[0])
     received = _received(kind, size, len(groups[0]))
     source = re.search(r'op_name="([^"]*)"', i.attributes)
-    return Collective(kind, results[0].dtype, results[0].dims, received, groups, asynchronous, 0, source[1] if source else "")
+    chain = re.search(r'chain_id="\w+"', i.attributes)
+    named = chain[0] if chain else ""
+    of = results[0]
+    return Collective(kind, of.dtype, of.dims, received, groups, asynchronous, 0, source[1] if source else "", named)
 
 
 def _received(kind: str, size: float, g: int) -> float:
@@ -308,10 +319,6 @@ def _numbers(text: str) -> list[int]:
     """`0:3,8` -> 0, 1, 2, 3, 8."""
     ends = ([int(n) for n in part.split(":")] for part in text.split(","))
     return [n for end in ends for n in range(end[0], end[-1] + 1)]
-
-
-def _hidden(c: Collective, flops: float) -> Collective:
-    return Collective(c.kind, c.dtype, c.shape, c.bytes, c.groups, c.asynchronous, flops, c.source)
 
 
 def _second(result: str) -> str:

@@ -130,6 +130,21 @@ def test_a_start_states_its_operands_too(line: str, received: float) -> None:
     assert counts.bytes == received
 
 
+def test_a_collective_that_fusions_do_in_parts_counts_once() -> None:
+    """XLA:TPU's collective fusions: a start, a step beside a product, an end, all of one chain."""
+    gather = '%g = f32[8]{0} all-gather(%p), replica_groups=[1,2]<=[2], dimensions={0}, frontend_attributes={chain_id="3"}'
+    product = "%d = f32[2,4]{1,0} dot(f32[2,3] %a, f32[3,4] %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    before = "".join(
+        f"%{name} (p: f32[4]) -> f32[8] {{\n  {gather}\n{more}}}\n\n"
+        for name, more in (("start", ""), ("async_collective_fusion.1", f"  {product}\n"), ("end", ""))
+    )
+    counts = hlo.read(
+        entry(*(f"%f = f32[8] fusion(%p), calls=%{n}" for n in ("start", "async_collective_fusion.1", "end")), before=before)
+    )
+    ((collective, times),) = counts.collectives.items()
+    assert (times, collective.bytes, collective.asynchronous, collective.hidden_flops) == (1, 16, True, 48)
+
+
 def test_what_crosses_slices_goes_through_the_hosts() -> None:
     by = (
         'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'

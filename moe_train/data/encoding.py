@@ -9,7 +9,7 @@ from typing import Any
 from moe_train import config
 from moe_train.data import chat
 from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.example import Example, uses_tools
+from moe_train.data.example import Example
 from moe_train.data.fields import located
 from moe_train.data.sources import Origin, Records
 from moe_train.data.tokenizer import Tokenizer
@@ -45,9 +45,10 @@ def encode(
 
 
 def _size(conversation: Conversation) -> int:
-    """About its characters; with tools, every turn's prefix counts."""
-    said = sum(len(text) for message in conversation.messages if isinstance(text := message.get("content"), str))
-    return said * len(conversation.messages) if uses_tools(conversation) else said
+    """About its characters, of records of any form; with tools it is several examples."""
+    messages, tools = conversation
+    said = sum(len(text) for message in messages if isinstance(text := message.get("content"), str))
+    return said * len(messages) if tools or any("tool_calls" in message for message in messages) else said
 
 
 def _chunks(records: Iterator[tuple[Origin, Any]], size: Callable[[Any], int]) -> Iterator[list[tuple[Origin, Any]]]:

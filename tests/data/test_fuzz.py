@@ -26,7 +26,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moe_train import config
+from moe_train.data import show
+from moe_train.data.batch import Batch
 from moe_train.data.check import RULES, Settings, Source, check
+from moe_train.data.prepare import prepare
+from moe_train.data.sources import open_source
 from moe_train.data.tokenizer import HuggingFace
 
 SECONDS = 20  # of one file; a few KB take milliseconds
@@ -73,6 +78,7 @@ def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, second
             assert str(error).startswith(str(path)) and "\n" not in str(error)
             return None
         json.dumps(answer)
+        used(tokenizer, path, seconds)
         assert path.read_bytes() == content
         fixed = answer["fixed"]
         assert fixed["kept"] + fixed["dropped"] == answer["records"]
@@ -89,6 +95,30 @@ def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, second
             again = check([Source((str(copy),))], tokenizer, Settings(template=tokenizer.chat_template, seq_len=64))
             assert again["problems"] == [] and again["records"] == fixed["kept"]
         return answer
+
+
+def used(tokenizer: HuggingFace, path: Path, seconds: int = SECONDS) -> None:
+    """`data show` and `data prepare` take the file, or refuse it with one line that names it."""
+
+    def shown() -> None:
+        record = show.record_of([str(path)], "auto")
+        source = config.FileSource(name="files", files=(str(path),), record=record)
+        rows = show.rows_of_records(source, 100, tokenizer, tokenizer.chat_template, 64 if record.name == "text" else None)
+        assert json.dumps(show.as_json(show.Rows(Batch(*(array[:2] for array in rows.batch)), rows.places[:2]), tokenizer))
+
+    def prepared() -> None:
+        source = config.FileSource(name="files", files=(str(path),), record=show.record_of([str(path)], "auto"))
+        with tempfile.TemporaryDirectory() as cache:
+            prepare(source, open_source(source), tokenizer, tokenizer.chat_template, cache)
+
+    for use in (shown, prepared):
+        try:
+            with no_hang(seconds):
+                use()
+            tried[f"used by {use.__name__}"] += 1
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            tried[f"refused by {use.__name__}"] += 1
 
 
 def packed(table: pa.Table, kind: str) -> bytes:

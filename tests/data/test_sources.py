@@ -272,7 +272,7 @@ def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_a_long_text_file_becomes_several_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str, border: str) -> None:
     monkeypatch.setattr(files, "MAX_TEXT", 1000)
-    text = unit * 400
+    text = unit * 1200
     for name, content in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(b"\xef\xbb\xbf" + text.encode()))):
         (tmp_path / name).write_bytes(content)
         found = list(files.read_text(tmp_path / name))

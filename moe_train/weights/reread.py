@@ -21,6 +21,7 @@ Q8_0 = np.dtype([("scale", "<f2"), ("q", "i1", 32)])
 """A block of 32 numbers: scale * q."""
 _GGUF = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 8: ("Q8_0", 32, 34), 2: ("Q4_0", 32, 18), 6: ("Q5_0", 32, 22)},
+    **{3: ("Q4_1", 32, 20), 7: ("Q5_1", 32, 24), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136)},
     **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210)},
 }
 """Code -> (name, numbers of a block, its bytes)."""
@@ -32,7 +33,7 @@ class Stored(NamedTuple):
     name: str
     file: Path
     kind: str
-    """F32, F16, BF16, Q8_0, or what else the file says, which is not decoded here."""
+    """F32, F16, BF16, Q8_0, or what else the file says."""
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -73,6 +74,13 @@ def tensors(directory: Path) -> dict[str, Stored]:
                 raise ValueError(f"{tensor.name} is in {found[tensor.name].file.name} and in {file.name}")
             found[tensor.name] = tensor
     return found
+
+
+def dequantised(kind: str, raw: bytearray, rows: int) -> np.ndarray:
+    """(rows, numbers) in float32 of what llama.cpp's own tool has quantised, as the package `gguf` has it."""
+    import gguf
+
+    return gguf.dequantize(np.frombuffer(raw, np.uint8).reshape(rows, -1), gguf.GGMLQuantizationType[kind])
 
 
 def gguf_settings(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ from moe_train.data import chat, sandbox
 from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer, train_bpe
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model import transformer
-from moe_train.weights import chat_format, foreign, gguf, gguf_file, gguf_lora, merge, names
+from moe_train.weights import chat_format, checks, foreign, gguf, gguf_file, gguf_lora, merge, names, proof, reread
+from moe_train.weights.write import Texts, export
 
 NODE = os.environ.get("LLAMA_CPP_NODE")
 pytestmark = [
@@ -165,6 +167,36 @@ def test_k_quants_by_llama_cpps_own_hand(
     for ids, logits in zip(PROMPTS, answer["logits"], strict=True):
         assert distance(logits, our_logits(structure, read, ids)) < 0.2  # llama.cpp rounds activations to 8 bits, routers' too
         assert distance(logits, our_logits(structure, parameters, ids)) < 0.5
+
+    texts = Texts(tokenizer, tokenizer.chat_template)
+    for dtype, kinds in {"q4_k_m": {"Q4_K", "Q6_K"}, "q6_k": {"Q6_K"}}.items():
+        record = export(parameters, model, tmp_path / f"{dtype}-proved", "gguf", dtype=dtype, texts=texts)
+        (tensors,), (ran,) = ([c for c in record["checks"] if c["name"] == name] for name in ("tensors", "answers"))
+        assert ran["passed"] and ran["said"].endswith("measured, not judged, in so few bits") and ran["figures"]["logits"] < 0.5
+        assert tensors["passed"] and tensors["figures"]["tolerance_of_few_bits"].keys() == kinds
+    name = "blk.1.ffn_down_exps.weight"
+    for fault in (swap_experts, zero_a_row):
+        shutil.copytree(tmp_path / "q6_k-proved", tmp_path / fault.__name__)
+        fault(reread.tensors(tmp_path / fault.__name__)[name])
+        made = proof.Export(tmp_path / fault.__name__, "gguf", "q6_k", parameters, model, None, tokenizer, None)
+        with pytest.raises(checks.Fault, match=rf"{name} in model.gguf is not stacks.0.layers.0.ffn.down_proj.weight\[1, \d\] in"):
+            proof.check_tensors(made, [])
+
+
+def swap_experts(stored: reread.Stored) -> None:
+    """The first two."""
+    size = stored.nbytes // MOE.num_experts
+    with stored.file.open("r+b") as file:
+        file.seek(stored.offset)
+        one, other = file.read(size), file.read(size)
+        file.seek(stored.offset)
+        file.write(other + one)
+
+
+def zero_a_row(stored: reread.Stored) -> None:
+    with stored.file.open("r+b") as file:
+        file.seek(stored.offset + stored.nbytes // 2)
+        file.write(bytes(stored.nbytes // stored.rows))
 
 
 LORAS = {

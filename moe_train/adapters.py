@@ -173,14 +173,10 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
     if opened.lora is not None:
         raise ValueError(f"{base} is a run with adapters of its own; export it with --merge, and merge into the export")
     dtype = dtype or _dtype_of(base, opened.compute)
-    compute = opened.compute.model_copy(update={"param_dtype": dtype})
     with jax.set_mesh(opened.mesh):
-        lora = model_dir.read_adapter(source, opened.model).model_copy(update={"quantize": None})
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, opened.model, compute, lora)))[1]
-        trained = model_dir.load_adapter(Base(str(source), None, {}), opened.model, shapes)
-        plain = {path: like for path, like in shapes.items() if not is_trainable(path, lora)}
+        lora, weights = base_and_adapter(base, source, opened.model, dtype)
         return write.export(
-            model_dir.load_parameters(base, plain) | trained,
+            weights,
             opened.model,
             out_dir,
             dtype=dtype,
@@ -189,6 +185,19 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
             texts=write.Texts(opened.tokenizer, opened.chat_template),
             about={"source": str(base), "adapter": str(source)},
         )
+
+
+def base_and_adapter(
+    base: str | Path, source: str | Path, model: config.Model, dtype: config.Dtype | None = None
+) -> tuple[config.Lora, Parameters]:
+    """The section `lora` of the adapters of `source`, and all weights: the base's, in `dtype`, or that of its files where it
+    is not stated, and what was trained. The mesh is in force."""
+    compute = config.Compute(param_dtype=dtype or _dtype_of(base, model_dir.compute_here()))
+    lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
+    shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
+    trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
+    plain = {path: like for path, like in shapes.items() if not is_trainable(path, lora)}
+    return lora, model_dir.load_parameters(base, plain) | trained
 
 
 def _dtype_of(base: str | Path, compute: config.Compute) -> config.Dtype:

@@ -165,7 +165,8 @@ def export(
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote.")],
-    base: Annotated[Path | None, typer.Option(help="The model it started from, in the same layout: what was left alone.")] = None,
+    base: Annotated[Path | None, typer.Option(help="The model it started from: whether this is a merge into it.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="With --base: the adapter that was merged, every tensor anew.")] = None,
     run: Annotated[Path | None, typer.Option(help="The run that was exported: every tensor, merged anew.")] = None,
     depth: Annotated[
         Literal["full", "tensors"], typer.Option("--proof", help="tensors: do not run the files; needs no accelerator.")
@@ -176,7 +177,7 @@ def verify(
     from moe_train.verify import verify as again
 
     with _waiting("verifying"):
-        _, checks = again(directory, base, run, depth)
+        _, checks = again(directory, base, run, depth, adapter)
     failed = [check.name for check in checks if check.passed is False]
     if as_json:
         _print_json({"directory": str(directory), "passed": not failed, "checks": [check._asdict() for check in checks]})
@@ -221,6 +222,64 @@ def upcycle(
     with _waiting("copying experts"):
         answer = write(base, out_dir, experts, experts_per_token, noise, seed)
     _print_answers(answer, as_json)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    topology: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="v5p:4x4x4, v5e:4x4, v6e:8x8, tpu7x:2x2x2; by a cloud's name v5p-64 (TensorCores, 32 chips), v5litepod-16; "
+            "h100x8. Several slices or hosts: 2xv5p:4x4x4, 4xh100x8.",
+        ),
+    ],
+    overrides: Overrides = None,
+    batch: Annotated[
+        Literal["keep", "any"], typer.Option(help="keep: the config's batch_size; any: as many sequences as fit at once.")
+    ] = "keep",
+    compile_best: Annotated[int, typer.Option("--compile", min=1, metavar="N", help="Compile the best until N fit.")] = 1,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Rank by the model alone; needs no compiler.")] = False,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="Compile the config as it is.")] = False,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Dollars per chip and hour, in place of the list price.")] = None,
+    hlo: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the optimized program of the best that was compiled.")] = None,
+    config_out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the best choice as a complete config.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what CONFIG takes on hardware that is not here: memory, bytes, time, money; and which mesh, transport, remat and
+    microbatches are best. Needs libtpu, or JAX's CUDA plugin, unless --no-compile."""
+    from moe_train import config_file
+
+    resolved = config_file.load(config, overrides or ())
+    if no_compile and (compile_only or hlo):
+        raise ValueError(f"--no-compile leaves nothing for {'--compile-only' if compile_only else '--hlo'}; leave one out")
+    from moe_train.plan import answer as planning
+
+    with _waiting("modelling" if no_compile else "modelling and compiling"):
+        answer = planning.plan(
+            resolved,
+            topology,
+            compile_best=0 if no_compile else compile_best,
+            compile_only=compile_only,
+            free_batch=batch == "any",
+            price=price,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    if hlo is not None:
+        planning.write_hlo(answer, hlo)
+    if as_json:
+        _print_json(planning.as_json(answer))
+    else:
+        for line in planning.introduction(answer):
+            print(line)
+        _print_table(planning.rows(answer))
+        for line in planning.conclusion(answer):
+            print(line)
+    if config_out is not None:
+        planning.write_config(answer, config_out)
+    if answer.best is None:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -12,8 +12,10 @@ import numpy as np
 
 from moe_train import config
 from moe_train.json_file import read_object
-from moe_train.weights import answers, compare, expected, foreign, proof, proof_texts, reread
+from moe_train.weights import against_base, answers, compare, expected, foreign, proof, proof_texts, reread
+from moe_train.weights.adapter import read_lora
 from moe_train.weights.checks import Check, Fault, NotChecked, run
+from moe_train.weights.on_disk import Weights
 
 REPEATED = 1e-3
 """Of logits of the same files, on another machine."""
@@ -42,13 +44,12 @@ def repeat(
     record: Mapping[str, Any],
     model: config.Model,
     trained: proof.Export | None = None,
-    base: Mapping[str, str] | None = None,
+    base: Weights | None = None,
 ) -> list[Check]:
     """Every check that can be repeated with what is here.
 
     record, model: see `read_record`. trained: the weights that the export was written from, with which the tensors are
-    compared again. base: hashes of the tensors of the model it started from, by name. With depth `full` the files are run
-    on the mesh in force.
+    compared again. base: the model that it started from. With depth `full` the files are run on the mesh in force.
     """
     layout = record["format"]
     is_model = layout in get_args(expected.Model)
@@ -56,7 +57,7 @@ def repeat(
     if is_model:
         checks.append(run("architecture", partial(_same_architecture, directory, model, layout)))
     checks.append(run("tensors", partial(_same_tensors, directory, record, model)))
-    checks.append(run("merge" if is_model else "deltas", partial(_same_weights, record, trained, base)))
+    checks.append(run("merge" if is_model else "deltas", partial(_same_weights, directory, record, model, trained, base)))
     if is_model:
         checks.append(run("answers", partial(_same_answers, directory, depth, record, model)))
     checks.append(run("template", partial(_same_template, directory, record)))
@@ -96,29 +97,30 @@ def _same_tensors(directory: Path, record: Mapping[str, Any], model: config.Mode
 
 
 def _same_weights(
-    record: Mapping[str, Any], trained: proof.Export | None, base: Mapping[str, str] | None
+    directory: Path, record: Mapping[str, Any], model: config.Model, trained: proof.Export | None, base: Weights | None
 ) -> tuple[str, dict[str, Any]]:
+    layout = record["format"]
     if trained is not None:
-        if record["format"] not in get_args(expected.Model):
+        if layout not in get_args(expected.Model):
             assert trained.lora is not None
-            directory = trained.directory
-            scale = proof.scale_in_file(record["format"], directory)
-            stored = reread.tensors(directory)
-            found, deltas = compare.examine_adapter(
-                record["format"], stored, trained.model, trained.parameters, trained.lora, scale
-            )
+            stored, scale = reread.tensors(directory), proof.scale_in_file(layout, directory)
+            found, deltas = compare.examine_adapter(layout, stored, trained.model, trained.parameters, trained.lora, scale)
             found.raise_faults()
             return compare.delta_figures(deltas)
         tensors: list[compare.Tensors] = []
         said, figures = proof.check_tensors(trained, tensors)
         return compare.merge_figures(tensors[0]) if trained.lora is not None else (said, figures)
     if base is None:
-        raise NotChecked("the weights that were exported are not here; give --run, or --base for what was left alone")
-    same = sum(base.get(name) == tensor["sha256"] for name, tensor in record["tensors"].items())
-    adapted = {name for name in record.get("adapted", ())}
-    if moved := [n for n, t in record["tensors"].items() if n in base and n not in adapted and base[n] != t["sha256"]]:
-        raise Fault(f"{moved[0]} was not adapted, and is not the base's (and {len(moved) - 1} more)")
-    return f"{same:,} tensors are the base's, bit for bit; {len(adapted):,} were adapted", {"count": same, "adapted": len(adapted)}
+        raise NotChecked("the weights that were exported are not here; give --run, or --base, or --base and --adapter")
+    proof.check_architecture(base.model, model, "mistral")  # families of the same mathematics
+    if layout not in get_args(expected.Model):
+        read_lora(directory, model)
+        return "the adapter fits the base; its deltas are compared with --run", {}
+    if record.get("base") and not record.get("lora"):
+        raise NotChecked("the model was trained in full: no tensor has to be the base's; give --run")
+    lora = record.get("lora") and config.Lora.model_validate_json(json.dumps(record["lora"]))
+    merged: Mapping[str, Any] = next((check["figures"] for check in record["checks"] if check["name"] == "merge"), {})
+    return against_base.check(layout, reread.tensors(directory), base, lora or None, merged.get("untrained", 0))
 
 
 def _same_answers(

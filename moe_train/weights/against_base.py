@@ -1,0 +1,141 @@
+"""Merged files beside those of the base alone: what they show of the adapters without having these.
+
+Where the base is B, the file has round(B + s·A·B). So their difference is, but for the rounding, of the adapter's rank or
+less: a matrix D that differs from one of rank r by no more than E has at most |E| outside its r largest singular vectors
+(Eckart and Young; norms of Frobenius). What was left alone has to be the base's, rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_train import config
+from moe_train.model.lora import is_trainable, module_of, scale_of_expert, targets_of
+from moe_train.weights import compare, expected, reread
+from moe_train.weights.checks import Fault
+from moe_train.weights.expected import Part
+from moe_train.weights.on_disk import Weights
+from moe_train.weights.reread import Stored
+
+CHUNK = 2**22
+"""Bytes of a file that are looked at together."""
+MORE = 8
+"""Directions that are looked for beside the rank's, so that two rounds find those."""
+
+
+def check(
+    layout: expected.Model, stored: Mapping[str, Stored], base: Weights, lora: config.Lora | None, untrained: int
+) -> tuple[str, dict[str, Any]]:
+    """Compare every matrix of the files with the base's, whatever its layout. lora: of the adapters that were merged, or
+    None where all has to be the base's. untrained: matrices whose delta was zero at the export.
+
+    Raises Fault at the first that cannot be base and adapter; ValueError where the base has other shapes. One matrix is in
+    memory at a time.
+    """
+    of_base = {(piece.path, piece.lead): piece for piece in base.table}
+    same = in_full = 0
+    adapted: list[tuple[str, int, float]] = []
+    unmoved: list[str] = []
+    for wanted in expected.model_tensors(layout, base.model):
+        found = stored[wanted.name]
+        if found.shape != wanted.shape:
+            raise Fault(f"{found.name} has the shape {found.shape}, the base's is {wanted.shape}: another model")
+        for i, part in enumerate(wanted.parts):
+            piece = of_base[part.path, part.lead]
+            b_oi = part.form(piece.from_file(base.tensors[piece.name].read))
+            where = f"{found.name}" + (f"[{i}]" if len(wanted.parts) > 1 else "")
+            rank = _rank(lora, part)
+            if rank is None:
+                in_full += 1
+                continue
+            change = _change(found, i, len(wanted.parts), b_oi.reshape(-1, b_oi.shape[-1]))
+            if change.is_rounding and not (rank and found.kind not in compare.MANTISSA):  # few bits may hide a small delta
+                same += not rank
+                unmoved += [where] * bool(rank)
+            elif not rank:
+                raise Fault(f"{where} was not adapted, and is not the base's: off by {change.largest:.3g}")
+            else:
+                outside = change.outside(rank)
+                if outside > change.noise:
+                    raise Fault(
+                        f"{where} less the base's is no change of rank {rank}: {outside:.3g} of {change.norm:.3g} is left, where "
+                        f"rounding explains {change.noise:.3g}"
+                    )
+                adapted.append((where, rank, outside))
+    if len(unmoved) > untrained:
+        raise Fault(f"{unmoved[0]} is the base's: its delta is gone ({len(unmoved)} such matrices; {untrained} were never trained)")
+    said = f"{same:,} matrices are the base's"
+    if lora is not None:
+        said += f"; {len(adapted):,} others less the base's have their adapter's rank"
+        said += f"; {len(unmoved):,} never trained" if unmoved else ""
+        said += f"; {in_full:,} trained in full" if in_full else ""
+        said += ". What A and B were is not seen so: give --adapter or --run"
+        if few := sorted({found.kind for found in stored.values()} - compare.MANTISSA.keys()):
+            said += f", also for deltas of zero in {', '.join(few)}, which are not told from rounding"
+    return said, {
+        **{"count": same, "adapted": len(adapted), "untrained": len(unmoved), "trained_in_full": in_full},
+        "tolerance": "half a unit in the last place of the file's dtype, all together",
+    }
+
+
+def _rank(lora: config.Lora | None, part: Part) -> int | None:
+    """Of a part's adapter, 0 without; None where it was trained in full."""
+    if lora is None:
+        return 0
+    if is_trainable(part.path, lora):
+        return None
+    targets = targets_of(lora, module_of(part.path)) if part.path.endswith(".weight") else []
+    if len(part.lead) == 2:
+        return scale_of_expert(lora, targets, part.lead[1])[1]
+    return targets[0].rank if targets else 0
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a matrix of the file has more than the base's."""
+
+    d_oi: np.ndarray
+    norm: float
+    largest: float
+    noise: float
+    """At most the norm of what rounding did."""
+    is_rounding: bool
+    """Whether rounding explains all of it."""
+
+    def outside(self, rank: int) -> float:
+        """Norm of what no matrix of this rank can explain, or a little more."""
+        wide = min(rank + MORE, *self.d_oi.shape)
+        q = np.linalg.qr(self.d_oi @ np.random.default_rng(0).normal(size=(self.d_oi.shape[1], wide)).astype(np.float32))[0]
+        for _ in range(2):
+            q = np.linalg.qr(self.d_oi @ (self.d_oi.T @ q))[0]
+        small = q.T @ self.d_oi
+        beyond = np.linalg.svd(small.astype(np.float64), compute_uv=False)[rank:]
+        return float(np.hypot(np.linalg.norm(self.d_oi - q @ small), np.linalg.norm(beyond)))
+
+
+def _change(stored: Stored, part: int, parts: int, b_oi: np.ndarray) -> _Change:
+    rows = stored.rows // parts
+    step = max(1, CHUNK * rows // max(1, stored.nbytes // parts))
+    d_oi, noise, fits = np.empty(b_oi.shape, np.float32), 0.0, True
+    with stored.file.open("rb") as file:
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            right = b_oi[start:stop].astype(np.float64)
+            raw = stored.read(file.fileno(), part * rows + start, part * rows + stop)
+            written, allowed = compare.decoded(stored.kind, raw, right)
+            difference = written - right
+            if stored.kind in compare.MANTISSA:
+                rounded = np.frombuffer(raw, reread.PLAIN[stored.kind]).reshape(right.shape)
+                fits = fits and np.array_equal(rounded, b_oi[start:stop].astype(rounded.dtype))
+                _, allowed = compare.decoded(stored.kind, raw, written)
+                allowed = allowed / 2
+            else:
+                fits = fits and bool(np.all(np.abs(difference) <= allowed))
+            noise += float(np.vdot(allowed, allowed))
+            d_oi[start:stop] = difference
+    norm = float(np.linalg.norm(d_oi))
+    return _Change(d_oi, norm, float(np.abs(d_oi).max(initial=0.0)), np.sqrt(noise) + 2.0**-20 * norm, fits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.state import partition
 from moe_train.weights import adapter, foreign, gguf, names
+
+log = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
@@ -189,6 +192,8 @@ def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: in
         return foreign.load_parameters(directory, abstract)
     run = run_config(directory)
     trainable, frozen = partition(dict(abstract), run.lora)
+    if any(path.endswith(".codes") for path in abstract):
+        log.warning("%s is a run, whose checkpoint is read whole before it is held in few bits; its export is streamed", directory)
     params, about = checkpoint.load_params(directory, _trained_by(run), step)  # a checkpoint is read whole
     params = {path: params[path].astype(like.dtype) for path, like in unquantized(trainable).items()}
     params = quantized(params, trainable)

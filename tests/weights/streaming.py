@@ -1,15 +1,18 @@
-"""A process that exports or loads a large random model, and says how much memory that took: `streaming.py MODE FOLDER`.
+"""A process that exports, loads or extends a large random model, and says how much memory that took: `streaming.py MODE
+FOLDER`.
 
-MODE is `tensors` or `full` (the proof's depth) or `load`. Prints JSON: MiB that were resident at most above what was
-before, those of the model, those of its largest tensor, and those of the files.
+MODE is `tensors` or `full` (the proof's depth), `load`, or `extend` (the vocabulary, to v3's). Prints JSON: MiB that were
+resident at most above what was before, those of the model, those of its largest tensor, and those of the files.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moe_train import config
+from moe_train.extend_vocab import extend_vocab
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
 from moe_train.weights import expected, foreign, write
@@ -50,12 +54,15 @@ def above(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def main(mode: str, folder: Path) -> dict[str, float]:
     with jax.set_mesh(make_mesh(config.Mesh())):
-        lora = None if mode == "load" else LORA
+        lora = LORA if mode in ("tensors", "full") else None
         shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(param_dtype="bfloat16"), lora)))[1]
         own = sum(x.size * x.dtype.itemsize for path, x in shapes.items() if ".lora_" not in path) / 2**20
         if mode == "load":
             _, most = above(lambda: foreign.load_parameters(folder / "tensors", shapes))
             most -= own
+        elif mode == "extend":
+            shutil.copy(str(resources.files("mistral_common") / "data" / "tokenizer.model.v1"), folder / "tensors")
+            _, most = above(lambda: extend_vocab(folder / "tensors", folder / "extended", "v3"))
         else:
             rng, here = np.random.default_rng(0), jax.sharding.get_mesh()
             some = rng.normal(0, 0.02, 2**20).astype(ml_dtypes.bfloat16)

@@ -1,4 +1,4 @@
-"""Memory beside a model's own while it is exported, proved and loaded: the largest tensor and 256 MiB, and no more."""
+"""Memory beside a model's own while it is exported, loaded or extended: the largest tensor and 256 MiB, and no more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_host_memory_is_bounded_by_the_largest_tensor_both_ways(tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
-    for mode in ("tensors", "load", "full"):
+    for mode in ("tensors", "load", "extend", "full"):
         found = run(mode)
         bound = found["largest"] + 256
         assert found["model"] > 1.5 * 1024 and found["model"] > 4 * bound

@@ -185,7 +185,9 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
         compared_with = answers.answers(plain, rounded, prompts)
         del rounded
     found = load_answers(export.directory, model, kind, prompts)
-    difference = answers.compare(found, answers.reference(compared_with, model), prompts, model, math.inf if tolerance is None else tolerance)
+    difference = answers.compare(
+        found, answers.reference(compared_with, model), prompts, model, math.inf if tolerance is None else tolerance
+    )
     figures: dict[str, Any] = {
         "compared_with": f"the trainer's weights, merged and rounded to {kind}" if rounding else "the trainer's weights",
         "tolerance": tolerance,

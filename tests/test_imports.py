@@ -22,6 +22,7 @@ LEFT_OF_LOOP = (
     *("metrics", "plan"),
 )
 COMMANDS = (
+    "plan",
     *("train.evaluate", "train.loop", "generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "verify"),
     "adapters",
 )
@@ -49,12 +50,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train.self_test": ("config", "mesh", "model"),
     "checkpoint": (*LEFT_OF_STEP, "config_file", "weights"),
     "model_dir": (*LEFT_OF_STEP, "config_file", "weights", "checkpoint", "data.tokenizer", "data.chat"),
-    "plan": (*LEFT_OF_STEP, "config_file", "plan"),
+    "plan": (*LEFT_OF_STEP, "config_file", "atomic", "metrics", "model_dir", "plan"),
     "train.evaluate": LEFT_OF_LOOP,
     "train.ready": LEFT_OF_LOOP,
     "train.loop": (*LEFT_OF_LOOP, "train.evaluate", "train.ready"),
     **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "adapters"), LEFT_OF_LOOP),
-    "verify": (*LEFT_OF_LOOP, "export"),
+    "verify": (*LEFT_OF_LOOP, "export", "adapters"),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
     "cli": ("config", "config_file", "processes", "data", *COMMANDS, "quickstart"),
     "__main__": ("cli",),

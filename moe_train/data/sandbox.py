@@ -69,20 +69,36 @@ def render_prefixes(
 ) -> list[list[str | ValueError]]:
     """The texts of each request's prefixes, or (one line) why the template gives none.
 
-    Many requests cross to the other process at once. Where they come to a limit together, each is rendered by itself, so
-    that the limits are of one request. Raises ValueError for a template that cannot be read.
+    Many requests cross to the other process at once. Where they come to a limit together, they are rendered one by one, so
+    that the limits are of one request; behind the third that comes to one they are given up, so that an endless loop is
+    not waited for a thousand times. Raises ValueError for a template that cannot be read.
     """
     if len(template) > limits.template:
         raise ValueError(f"the chat template has {len(template):,} characters; {limits.template:,} are allowed")
     found: list[list[str | ValueError]] = []
     for batch in _batches(requests, limits):
-        answer = _child(limits).ask(template, batch)
-        by_itself = "over" in answer and len(batch) > 1
-        for each in [_child(limits).ask(template, [request]) for request in batch] if by_itself else [answer]:
+        for each in _answers(template, batch, _child(limits)):
             if "unreadable" in each:
                 raise ValueError(each["unreadable"])
             found += [[ValueError(each["over"])]] if "over" in each else map(_texts, each["texts"])
     return [texts * max(1, len(r.prefixes)) if len(texts) == 1 else texts for texts, r in zip(found, requests, strict=True)]
+
+
+def _answers(template: str, batch: list[bytes], child: _Child) -> list[dict[str, Any]]:
+    """Each with the texts of some requests in order, or what is wrong with one."""
+    found: list[dict[str, Any]] = []
+    for _ in range(3):
+        together = child.ask(template, batch)
+        if "over" not in together or len(batch) == 1:
+            return [*found, together]
+        while batch:
+            found.append(child.ask(template, [batch.pop(0)]))
+            if "over" in found[-1]:
+                break
+        else:
+            return found
+    what = "not rendered: the chat template came to a limit of time or size for three records before it"
+    return [*found, *[{"over": what}] * len(batch)]
 
 
 def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes]]:

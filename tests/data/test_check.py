@@ -21,7 +21,7 @@ import pytest
 from moe_train import cli, config
 from moe_train.data import check as checks
 from moe_train.data.chat import examples
-from moe_train.data.check import Settings, Source, check
+from moe_train.data.check import Settings, Source, check, sources_of
 from moe_train.data.conversation import Conversation, normalise, recognise
 from moe_train.data.packing import make_plan
 from moe_train.data.tokenizer import HuggingFace, Mistral
@@ -422,6 +422,21 @@ def test_the_command(tokenizer: HuggingFace, write_lines: Write, capsys: pytest.
     ):
         code, out, err = run(*arguments, capsys=capsys)
         assert code == 2 and said in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (config.PreparedSource(name="prepared", path="s3://sets/a"), "s3://sets/a is a prepared source.*manifest.json names"),
+        (
+            config.HubSource(name="hub", dataset="o/d", revision="0" * 40, record=config.TextRecord(name="text")),
+            "o/d is a hub source, and not files of records.*its download",
+        ),
+    ],
+)
+def test_what_is_not_in_files_is_refused(source: config.Source, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^data: {said}"):
+        sources_of([source])
 
 
 def test_the_command_on_a_run(

@@ -77,6 +77,18 @@ def test_the_limits_are_of_one_request(harm: str, reason: str) -> None:
     assert found[0] == found[2] == ["b" * 600_000] and reason in str(found[1][0]) and len(found[1]) == 1
 
 
+def test_an_endless_loop_is_not_waited_for_a_thousand_times() -> None:
+    begun = time.monotonic()
+    template = "{% if harm %}" + ENDLESS + "{% endif %}b"
+    found = render_prefixes(template, [Request({"harm": i != 1, "messages": []}, [(0, True)]) for i in range(50)], LIMITS)
+    assert time.monotonic() - begun < 60 and len(found) == 50
+    assert [str(text) for [text] in found].count("b") == 1 and found[1] == ["b"]
+    assert [str(text).partition(" for ")[0] for [text] in found[:1] + found[2:5]] == [
+        *["the chat template takes longer than 1 s"] * 3,
+        "not rendered: the chat template came to a limit of time or size",
+    ]
+
+
 def test_a_small_record_becomes_no_large_text() -> None:
     [[refused]] = render_prefixes("{{ 'a' * 2000000 }}", [Request({})])
     assert isinstance(refused, ValueError) and "writes more than 1,048,576 characters" in str(refused)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train import config
-from moe_train.data.tokenizer import HuggingFace, Mistral, check_vocab, load_tokenizer, train_bpe
+from moe_train.data.tokenizer import HuggingFace, Mistral, check_vocab, load_tokenizer, tokenizer_at, train_bpe
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 TEXTS = ["some words to learn from, again and again"] * 20
@@ -141,6 +141,24 @@ def test_files_that_cannot_be_used(tokenizer: HuggingFace, tmp_path: Path) -> No
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         HuggingFace(directory)
+
+
+def test_what_lies_at_a_path(tokenizer: HuggingFace, tmp_path: Path) -> None:
+    def at(path: Path) -> tuple[str, str]:
+        found = tokenizer_at(path)
+        return found.name, Path(found.path).name
+
+    directory = _copied(tokenizer, tmp_path / "t")
+    (directory / "tekken.json").symlink_to(TEKKEN)
+    assert at(directory) == ("huggingface", "t") and at(directory / "tokenizer.json") == ("huggingface", "tokenizer.json")
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model.v3").touch()
+    assert at(directory) == ("mistral", "tekken.json")
+    (directory / "tekken.json").unlink()
+    assert at(directory) == ("mistral", "t") and at(directory / "tokenizer.model.v3") == ("mistral", "tokenizer.model.v3")
+    (directory / "tokenizer.model.v3").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*; give a folder"):
+        tokenizer_at(directory)
 
 
 def test_a_vocabulary_larger_than_the_models(tokenizer: HuggingFace) -> None:

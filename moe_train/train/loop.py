@@ -33,11 +33,12 @@ from moe_train.model.lora import is_lora
 from moe_train.model.moe import RouterStats
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.plan.fits import check_fits
 from moe_train.train.evaluate import Drift, evaluate, make_batch_sums, make_drift_sums
 from moe_train.train.optimizer import make_optimizer, make_schedule
 from moe_train.train.ready import check_ready, settled
 from moe_train.train.record import only_one, surroundings, write_event
-from moe_train.train.self_test import check_grouped_matmul
+from moe_train.train.self_test import check_attention, check_grouped_matmul, kernels
 from moe_train.train.state import TrainState, create_state, partition
 from moe_train.train.step import StepMetrics, compile_step
 
@@ -56,6 +57,7 @@ def train(run: config.Config) -> int:
     mesh = make_mesh(run.mesh)
     run = model_dir.with_mesh(run, mesh)
     assert run.model is not None
+    check_fits(run, mesh.local_devices[0])
     with jax.set_mesh(mesh), _signals() as asked, contextlib.ExitStack() as leaving:
         check_transport(run.compute.transport)
         # What it learns from, and for how long.
@@ -116,7 +118,7 @@ def train(run: config.Config) -> int:
         leaving.enter_context(writer)
         damaged = {} if restored is None else restored.damaged
         story = {"epochs": loader.epochs(total_steps), "changed": changed, "damaged": damaged, "base": base and base._asdict()}
-        story |= {"adapter": adapter and adapter._asdict()}
+        story |= {"adapter": adapter and adapter._asdict(), "kernels": kernels(run)}
         stopped = leaving.enter_context(_diary(run, run_dir, start, restored is not None, **story))
         sizes = sum(x.size for x in unquantized(shapes).values()), sum(x.size for x in trainable.values())
         _introduce(run, writer.say, loader, sizes, total_steps)
@@ -126,6 +128,8 @@ def train(run: config.Config) -> int:
             writer.say(f"changed since the checkpoint: {key} {then} -> {now}")
 
         # A kernel that is wrong on this device stops the run before it spoils anything.
+        checked = check_attention(run.model, run.compute, run.train.seq_len)
+        writer.say(f"self-test of attention: largest relative error {checked:.1e}")
         if isinstance(run.model.ffn, config.MoeFfn):
             writer.say(f"self-test of grouped_matmul: largest relative error {check_grouped_matmul(run.compute):.1e}")
 

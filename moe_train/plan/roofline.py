@@ -1,0 +1,163 @@
+"""How long a step takes at least, and what binds it: FLOPs, HBM bytes and received bytes over what the device can do.
+
+Roofline of Williams et al. (doi:10.1145/1498765.1498785): no part is faster than its peak allows. Products, HBM and the
+gathers of weights go on beside each other, so the slowest of them counts; tokens on their way to experts, activations
+summed over `tensor`, and keys and values are waited for, and come on top:
+
+    step = max(FLOPs / peak, HBM bytes / bandwidth, overlapping bytes / network) + waited-for bytes / network
+
+Real steps are longer: MaxText reports 53% of the peak FLOP/s for Mixtral 8x7B on 256 v5p chips (its README), and this
+bound's own share is printed beside each choice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from moe_train import config, metrics
+from moe_train.mesh import AXES
+from moe_train.plan.devices import Device
+from moe_train.plan.topology import Topology
+from moe_train.plan.traffic import Flow, Shape, shape_of
+from moe_train.plan.weights import Layout, axis_sizes
+
+
+class Time(NamedTuple):
+    """Seconds of a step on one device, each part at its peak."""
+
+    compute: float
+    hbm: float
+    network: float
+    """Inside a slice or host, beside the products."""
+    waited: float
+    """Inside a slice or host, while nothing else goes on."""
+    dcn: float
+    """Between slices or hosts, beside the products."""
+    dcn_waited: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.hbm, self.network, self.dcn) + self.waited + self.dcn_waited
+
+    @property
+    def binds(self) -> str:
+        """compute, HBM, network (inside a slice) or DCN: what the most of the step is spent on."""
+        parts = {
+            "compute": self.compute,
+            "HBM": self.hbm,
+            "network": self.network + self.waited,
+            "DCN": self.dcn + self.dcn_waited,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+
+class Work(NamedTuple):
+    """Of one device in one step."""
+
+    model_flops: float
+    flops: float
+    """With what is computed again in the backward pass."""
+    hbm_bytes: float
+    network_bytes: float
+    """Received inside the slice or host."""
+    dcn_bytes: float
+    """Received from other slices or hosts."""
+
+
+def work(run: config.Config, laid: Layout, flows: list[Flow], topology: Topology) -> Work:
+    assert run.model is not None
+    train, model, shape = run.train, run.model, shape_of(run)
+    tokens = train.batch_size * train.seq_len / topology.num_devices
+    trained = laid.trainable if run.lora is not None else None
+    useful = tokens * metrics.flops_per_token(model, train.seq_len, trained)
+    again = tokens * _recomputed(run, model, shape)
+    far = [_far(flow, axis_sizes(run.mesh), topology.devices_per_slice) for flow in flows]
+    near = sum(flow.bytes for flow in flows) - sum(far)
+    return Work(useful, useful + again, _hbm_bytes(run, model, laid, shape), near, sum(far))
+
+
+def _recomputed(run: config.Config, model: config.Model, shape: Shape) -> float:
+    """FLOPs per token: with remat `full` the layers' forward pass, otherwise that of experts that tokens were sent to."""
+    D, V = model.model_dim, model.vocab_size
+    if run.compute.remat == "full":
+        return metrics.flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
+    if isinstance(model.ffn, config.MoeFfn) and shape.transport not in (None, "all_gather"):
+        return model.num_layers * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
+    return 0.0
+
+
+def _hbm_bytes(run: config.Config, model: config.Model, laid: Layout, shape: Shape) -> float:
+    """Weights: written once where they are gathered, and read by each product, in each microbatch; gradients written and
+    read. Activations: operands and results of a layer's products, three times (forward and both gradients), once more where
+    recomputed. The update: gradients read, weights and moments read and written."""
+    sizes, M, b = axis_sizes(run.mesh), run.train.microbatches, shape.itemsize
+    again = 1 if run.compute.remat == "full" else 0
+    total = 0.0
+    for w in laid.weights:
+        whole = w.layers * w.elements(sizes, ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")) * min(b, w.itemsize)
+        total += M * whole * (2 + 2 + again + (3 if w.trainable else 0))
+        total += 3 * w.stored_bytes(sizes) if w.trainable else 0
+    total += 2 * laid.optimizer_bytes
+    a, t, D, m = model.attention, sizes["tensor"], model.model_dim, shape.tokens
+    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim // t
+    ffn = model.ffn  # rows that exist, while routing is balanced
+    rows = m * (ffn.experts_per_token + ffn.num_shared_experts) if isinstance(ffn, config.MoeFfn) else m
+    layer = m * (2 * heads + 6 * D) * b + rows * (4 * model.ffn.ffn_dim // t + 4 * D) * b
+    return total + M * model.num_layers * layer * (3 + again) + M * 3 * m * (model.vocab_size // t) * 4
+
+
+def time(work: Work, flows: list[Flow], run: config.Config, topology: Topology, device: Device) -> Time:
+    """`device` is a chip; where a chip is two devices, each has half of it."""
+    share, sizes = topology.devices_per_chip, axis_sizes(run.mesh)
+    near = {True: 0.0, False: 0.0}
+    far = {True: 0.0, False: 0.0}
+    for flow in flows:
+        outside = _far(flow, sizes, topology.devices_per_slice)
+        near[flow.overlaps] += (flow.bytes - outside) / (_bandwidth(flow, sizes, topology, device) / share)
+        far[flow.overlaps] += outside / (device.dcn_bandwidth / share)
+    return Time(
+        compute=work.flops / (device.flops[run.compute.dtype] / share),
+        hbm=work.hbm_bytes / (device.hbm_bandwidth / share),
+        network=near[True],
+        waited=near[False],
+        dcn=far[True],
+        dcn_waited=far[False],
+    )
+
+
+def _bandwidth(flow: Flow, sizes: dict[str, int], topology: Topology, device: Device) -> float:
+    """Bytes/s that a chip receives along the axes of `flow`.
+
+    A switch gives each all of its links. On a torus of n dims, an axis of g of N devices is taken to span n * log g / log N
+    of the dims, each with two links, of which one is lost where the torus does not close (v5e and v6e slices with a side
+    below 16). All-to-all has to go s / 4 hops along each of its d dims of side s, and every hop takes room on a link
+    (https://jax-ml.github.io/scaling-book/sharding, "Our final communication primitive").
+    """
+    if device.torus_dims == 0 or topology.devices_per_slice == 1:
+        return device.link_bandwidth
+    g = min(math.prod(sizes[axis] for axis in flow.axis.split("+")), topology.devices_per_slice)
+    dims = device.torus_dims * math.log(max(g, 2)) / math.log(max(topology.devices_per_slice, 2))
+    bandwidth = device.link_bandwidth * dims / device.torus_dims
+    if device.torus_dims == 2 and max(topology.shape) < 16:
+        bandwidth /= 2
+    if flow.kind.endswith("all-to-all"):
+        side = g ** (1 / dims)
+        bandwidth *= min(1.0, 4 / (dims * side))
+    return bandwidth
+
+
+def _far(flow: Flow, sizes: dict[str, int], devices_per_slice: int) -> float:
+    """Of a flow's bytes those that come from other slices. Devices are laid out with `data` outermost and `tensor`
+    innermost; a gather or sum over g devices in o slices goes inside each slice first, so that (o - 1) / o of a whole,
+    shared by the devices of a slice, comes from outside; of an all-to-all it is the share of the devices that are outside."""
+    last = flow.axis.split("+")[-1]
+    inner = math.prod(sizes[axis] for axis in AXES[AXES.index(last) + 1 :])
+    g = math.prod(sizes[axis] for axis in flow.axis.split("+"))
+    here = max(1, min(g, devices_per_slice // inner))
+    if here == g:
+        return 0.0
+    if flow.kind.endswith("all-to-all"):
+        return flow.bytes * (g - here) / (g - 1)
+    slices = g // here
+    return flow.bytes * ((slices - 1) / slices / here) / ((g - 1) / g)

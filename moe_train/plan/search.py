@@ -1,0 +1,238 @@
+"""Which mesh, transport, rematerialisation and batch: every choice modelled, those that fit ranked, the best compiled."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from moe_train import config
+from moe_train.plan import compile as compiler
+from moe_train.plan.devices import DEVICES, GIB, Device
+from moe_train.plan.memory import Memory, memory
+from moe_train.plan.roofline import Time, Work, time, work
+from moe_train.plan.topology import Topology
+from moe_train.plan.traffic import Flow, flows, shape_of
+from moe_train.plan.weights import divisions, layout
+
+LARGEST_BATCH = 64
+"""Sequences of a device and microbatch that are tried where the batch is free."""
+
+
+class Choice(NamedTuple):
+    """One way to run, and what it takes as modelled."""
+
+    run: config.Config
+    memory: Memory
+    flows: list[Flow]
+    work: Work
+    time: Time
+    limit: int
+    """Bytes of a device."""
+    compiled: compiler.Compiled | None = None
+    refused: str | None = None
+    """What the compiler said against it."""
+
+    @property
+    def transport(self) -> str | None:
+        return shape_of(self.run).transport
+
+    @property
+    def bytes_per_device(self) -> int:
+        """As compiled, or as modelled where it was not."""
+        return self.compiled.bytes_per_device if self.compiled else self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        return self.refused is None and self.bytes_per_device <= self.limit
+
+    @property
+    def tokens(self) -> int:
+        return self.run.train.batch_size * self.run.train.seq_len
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.time.step
+
+    @property
+    def received(self) -> float:
+        """Bytes by one device and step."""
+        return self.work.network_bytes + self.work.dcn_bytes
+
+    def received_per_token(self, devices: int) -> float:
+        """Bytes for each token that a device is given."""
+        return self.received / (self.tokens / devices)
+
+
+def device_limit(topology: Topology) -> int:
+    """Bytes of HBM that a program may use on one device."""
+    return DEVICES[topology.device].hbm_bytes // topology.devices_per_chip
+
+
+def model_choice(run: config.Config, topology: Topology) -> Choice:
+    """A resolved run with a mesh without -1, as modelled. Raises ValueError where mesh and model do not go together."""
+    laid = layout(run)
+    moved = flows(run, laid)
+    done = work(run, laid, moved, topology)
+    spent = time(done, moved, run, topology, DEVICES[topology.device])
+    return Choice(run, memory(run, laid), moved, done, spent, device_limit(topology))
+
+
+def meshes(run: config.Config, topology: Topology) -> Iterator[config.Mesh]:
+    """Every way to lay the devices out for this model; the size of `context` stays. Slices of TPUs have only `data` between
+    them, since their other axes would cross the slow network in every layer."""
+    context = max(run.mesh.context, 1)
+    if topology.num_devices % context:
+        raise ValueError(f"mesh.context {context} does not divide the {topology.num_devices} devices of {topology.name}")
+    slices = topology.num_slices if topology.platform == "tpu" else 1
+    for data, fsdp, expert, tensor in divisions(topology.num_devices // context, 4):
+        if data % slices == 0:
+            yield config.Mesh(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
+
+
+def batches(run: config.Config, mesh: config.Mesh, free: bool) -> Iterator[tuple[int, int]]:
+    """(batch_size, microbatches): the run's own batch in every division, or where it is free as many sequences as a device
+    can take at once."""
+    replicas = mesh.data * mesh.fsdp * mesh.expert
+    if free:
+        yield from ((replicas * 2**i, 1) for i in range(LARGEST_BATCH.bit_length()))
+        return
+    sequences, rest = divmod(run.train.batch_size, replicas)
+    if rest == 0:
+        yield from ((run.train.batch_size, m) for m in range(1, sequences + 1) if sequences % m == 0)
+
+
+def choices(run: config.Config, topology: Topology, free_batch: bool = False) -> tuple[list[Choice], list[str]]:
+    """(choices that are possible, faults of the meshes that are not); `run` is resolved."""
+    assert run.model is not None
+    found, faults = [], []
+    for mesh in meshes(run, topology):
+        transports = ("all_gather", "all_to_all") if mesh.expert > 1 else ("auto",)
+        for transport, remat in itertools.product(transports, ("full", "minimal")):
+            compute = run.compute.model_copy(update={"transport": transport, "remat": remat})
+            for batch_size, microbatches in batches(run, mesh, free_batch):
+                train = run.train.model_copy(update={"batch_size": batch_size, "microbatches": microbatches})
+                here = run.model_copy(update={"mesh": mesh, "compute": compute, "train": train})
+                try:
+                    config.check_model(here, run.model)
+                    config.check_batch(here)
+                    found.append(model_choice(here, topology))
+                except ValueError as fault:
+                    faults.append(str(fault))
+    return found, faults
+
+
+def ranked(found: list[Choice]) -> list[Choice]:
+    """Those that fit first, by tokens a second; of equal ones the one that moves and holds less. Then those that do not, by
+    how much they exceed the device."""
+    return sorted(
+        found,
+        key=lambda c: (
+            not c.fits,
+            -float(f"{c.tokens_per_second:.3g}") if c.fits else c.bytes_per_device,
+            c.received / c.tokens,
+            c.memory.total,
+        ),
+    )
+
+
+def best_of_meshes(found: list[Choice]) -> list[Choice]:
+    """The best choice of each mesh, in their order."""
+    first: dict[config.Mesh, Choice] = {}
+    for choice in ranked(found):
+        first.setdefault(choice.run.mesh, choice)
+    return list(first.values())
+
+
+def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[str], None]) -> list[Choice]:
+    """`found` with its best compiled, until `count` of them fit or none is left that the model has fit."""
+    order, confirmed = ranked(found), 0
+    done: list[Choice] = []
+    for choice in order:
+        if confirmed == count or not choice.fits:
+            break
+        say(f"compiling {in_words(choice.run.mesh)} for {topology.name} …")
+        choice = compiled(choice, topology)
+        confirmed += choice.fits
+        done.append(choice)
+    return ranked([*done, *order[len(done) :]])
+
+
+def compiled(choice: Choice, topology: Topology) -> Choice:
+    """The choice with the compiler's word on it; a program that it cannot place is a choice that does not fit."""
+    try:
+        return choice._replace(compiled=compiler.compile_config(choice.run, topology))
+    except ValueError as fault:
+        if "RESOURCE_EXHAUSTED" not in str(fault) and "memory" not in str(fault):
+            raise
+        return choice._replace(refused=str(fault))
+
+
+def why(choice: Choice, best: Choice) -> str:
+    """Why `choice` is not the best one, in a few words."""
+    if choice.refused is not None:
+        return f"the compiler refuses it: {choice.refused}"
+    if not choice.fits:
+        return f"does not fit: {_gib(choice.bytes_per_device)} of {_gib(choice.limit)} GiB, {_largest(choice.memory)}"
+    slower = best.tokens_per_second / choice.tokens_per_second - 1
+    ratio = choice.received / choice.tokens / max(best.received / best.tokens, 1e-9)
+    if slower < 0.005:
+        return f"as fast; {ratio:.2f} times the bytes of a token"
+    return f"{slower:.0%} slower: {choice.time.binds} binds, {ratio:.2f} times the bytes of a token"
+
+
+def _largest(memory: Memory) -> str:
+    name, size = max(memory._asdict().items(), key=lambda part: part[1])
+    return f"{_gib(size)} of it {NAMES[name]}"
+
+
+NAMES = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "batch": "batch",
+    "gradients": "gradients",
+    "saved": "saved activations",
+    "layer": "the layer at work",
+    "beside": "the forward pass",
+    "loss": "head and logits",
+}
+
+
+def in_words(mesh: config.Mesh) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.model_dump().items() if size > 1) or "one device"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def nearest_that_fits(run: config.Config, topology: Topology, limit: int) -> Choice | None:
+    """The choice within `limit` bytes of a device that changes least: fewest settings that differ, then the fastest."""
+    found, _ = choices(run, topology)
+    fitting = [choice for choice in found if choice.memory.total <= limit]
+    return min(fitting, key=lambda c: (len(changed(run, c.run)), -c.tokens_per_second), default=None)
+
+
+def changed(run: config.Config, other: config.Config) -> dict[str, Any]:
+    """{key.path: value} of what `other` says otherwise about mesh, transport, remat and batch."""
+    found: dict[str, Any] = {}
+    for section in ("mesh", "compute", "train"):
+        ours, theirs = getattr(run, section).model_dump(), getattr(other, section).model_dump()
+        found |= {f"{section}.{key}": theirs[key] for key in ours if ours[key] != theirs[key]}
+    if run.compute.transport == "auto":
+        found.pop("compute.transport", None)
+    return found
+
+
+def dollars_per_billion(choice: Choice, topology: Topology, price: float | None) -> float | None:
+    """At the roofline, so at least; `price` is of a chip and hour."""
+    return None if price is None else price * topology.num_chips / 3600 / choice.tokens_per_second * 1e9
+
+
+def price_of(device: Device, stated: float | None) -> tuple[float | None, str]:
+    """(dollars per chip and hour, where from)."""
+    if stated is not None:
+        return stated, "--price"
+    if device.dollars_per_hour is None:
+        return None, "no list price is known; state --price"
+    return device.dollars_per_hour, f"list price of {device.priced}"

@@ -1,0 +1,118 @@
+"""The memory model against arrays that are really there, and (slow) against the compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from moe_train import config, config_file
+from moe_train.mesh import make_mesh
+from moe_train.model.transformer import init_model, parameters
+from moe_train.plan.compile import compile_config
+from moe_train.plan.memory import memory
+from moe_train.plan.search import model_choice
+from moe_train.plan.topology import parse
+from moe_train.plan.weights import divisions, layout
+from moe_train.train.optimizer import make_optimizer
+from moe_train.train.state import create_state
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = ("model.num_layers=2", "model.model_dim=64", "model.ffn.ffn_dim=128", "model.vocab_size=256", "train.seq_len=128")
+SMALL += ("model.attention={num_heads: 8, num_kv_heads: 2, head_dim: 16}", "train.batch_size=8", "train.microbatches=1")
+ADAFACTOR = "optimizer={name: adafactor, learning_rate: 1e-3, min_dim_size_to_factor: 16}"
+MUON = "optimizer={name: muon, learning_rate: 1e-3, adamw_learning_rate: 1e-3}"
+LORA = "lora={targets: [{modules: ['attention.*', 'ffn.*'], rank: 4, alpha: 8}], quantize: {name: nf4, block_size: 16}}"
+
+
+def small(*overrides: str) -> config.Config:
+    return config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=1", "mesh.tensor=2"),
+        pytest.param(("mesh.fsdp=2", "mesh.expert=4", ADAFACTOR), marks=pytest.mark.slow),
+        pytest.param(("mesh.fsdp=2", "mesh.expert=2", "mesh.tensor=2", MUON), marks=pytest.mark.slow),
+        ("mesh.fsdp=2", "mesh.expert=4", LORA, "compute.param_dtype=bfloat16", "loss={}"),
+    ],
+    ids=["adamw", "adafactor", "muon", "qlora"],
+)
+def test_what_is_kept_between_steps_is_what_arrays_take(overrides: tuple[str, ...]) -> None:
+    run = small(*overrides)
+    modelled = memory(run, layout(run))
+    assert run.model is not None
+    model, compute, lora = run.model, run.compute, run.lora
+    constant = run.optimizer.model_copy(update={"schedule": config.ConstantSchedule(name="constant")})
+    optimizer = make_optimizer(constant, 10)
+    with jax.set_mesh(make_mesh(run.mesh)):
+        state = jax.jit(lambda: create_state(parameters(init_model(0, model, compute, lora))[1], optimizer, lora))()
+    here = partial(on_first_device, jax.devices()[0])
+    assert modelled.parameters == here((state.trainable, state.frozen, state.buffers))
+    assert modelled.optimizer == here(state.opt_state)
+
+
+def on_first_device(device: jax.Device, tree: Any) -> int:
+    return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device)
+
+
+def test_microbatches_trade_saved_activations_for_sums_of_gradients() -> None:
+    one, four = (memory(run, layout(run)) for run in (small("mesh.fsdp=2", "train.batch_size=64", m) for m in MICROBATCHES))
+    assert one.saved > four.saved and one.layer > four.layer
+    assert four.gradients == 3 * one.gradients
+    assert (one.parameters, one.optimizer, one.batch) == (four.parameters, four.optimizer, four.batch)
+
+
+MICROBATCHES = ("train.microbatches=1", "train.microbatches=4")
+
+
+def test_remat_full_saves_the_inputs_of_layers_alone() -> None:
+    run = small("mesh.fsdp=2", "mesh.expert=4", "compute.param_dtype=bfloat16")  # no casts of weights ahead
+    full, minimal = (
+        memory(run.model_copy(update={"compute": run.compute.model_copy(update={"remat": r})}), layout(run)) for r in REMAT
+    )
+    assert full.saved == 2 * 128 * 64 * 2  # layers x tokens x model_dim x bytes
+    assert minimal.saved > 3 * full.saved
+
+
+REMAT = ("full", "minimal")
+
+
+def test_divisions() -> None:
+    assert sorted(divisions(4, 2)) == [(1, 4), (2, 2), (4, 1)]
+    assert len(list(divisions(64, 4))) == 84  # ways to hand six factors of two to four axes
+
+
+# --- against the compiler ------------------------------------------------------------------------------------------
+
+MIDDLE = ("model.num_layers=24", "model.model_dim=1024", "model.ffn.ffn_dim=2048", "model.vocab_size=2048", "train.seq_len=1024")
+MIDDLE += ("model.attention.num_heads=8", "model.attention.num_kv_heads=2", "train.batch_size=16", "train.microbatches=1")
+GRID = [
+    ("mesh.fsdp=8", "mesh.expert=1"),
+    ("mesh.fsdp=4", "mesh.expert=2"),
+    ("mesh.fsdp=2", "mesh.expert=4"),
+    ("mesh.fsdp=1", "mesh.expert=8"),
+    ("mesh.fsdp=2", "mesh.expert=2", "mesh.data=2"),
+    ("mesh.fsdp=2", "mesh.expert=2", "mesh.tensor=2"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here; run: pip install 'moe-train[tpu]'")
+def test_six_meshes_are_ranked_as_the_compiler_counts_them() -> None:
+    """Memory and received bytes within 10% of the compiler's, and the same order of meshes by received bytes."""
+    place, modelled, counted = parse("v5p:2x2x2"), [], []
+    for mesh in GRID:
+        choice = model_choice(config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*MIDDLE, *mesh]), place)
+        program = compile_config(choice.run, place)
+        assert choice.memory.total == pytest.approx(program.bytes_per_device, rel=0.1), mesh
+        assert choice.received == pytest.approx(program.network_bytes, rel=0.1), mesh
+        modelled.append(choice.received)
+        counted.append(program.network_bytes)
+    order = lambda xs: sorted(range(len(xs)), key=lambda i: xs[i])  # noqa: E731
+    assert order(modelled) == order(counted)

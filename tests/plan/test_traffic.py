@@ -1,0 +1,83 @@
+"""The traffic model against the collectives of a compiled program, and its parts against sums by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_train import config, config_file
+from moe_train.mesh import make_mesh
+from moe_train.model.dispatch import transport_bytes
+from moe_train.plan.compile import compile_on
+from moe_train.plan.traffic import Flow, flows, shape_of
+from moe_train.plan.weights import layout
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = ("model.num_layers=2", "model.model_dim=128", "model.ffn.ffn_dim=256", "model.vocab_size=256", "train.seq_len=128")
+SMALL += ("model.attention={num_heads: 8, num_kv_heads: 8, head_dim: 16}", "train.batch_size=16", "train.microbatches=1")
+SMALL += ("compute.dtype=float32",)
+
+
+def load(*overrides: str) -> config.Config:
+    return config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", overrides)
+
+
+def modelled(run: config.Config) -> list[Flow]:
+    return flows(run, layout(run))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(("mesh.fsdp=2", "mesh.expert=4"), marks=pytest.mark.slow), ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2")],
+    ids=["expert", "data"],
+)
+def test_bytes_are_those_of_the_compiled_program(mesh: tuple[str, ...]) -> None:
+    run = load(*SMALL, *mesh)
+    program = compile_on(run, make_mesh(run.mesh))
+    assert sum(flow.bytes for flow in modelled(run)) == pytest.approx(program.network_bytes, rel=0.1)
+
+
+def test_mixtral_8x7b_on_64_chips() -> None:
+    """By hand, as the sums of the received parts of each weight and token; 50.3 GB in the compiled program."""
+    run = load("train.batch_size=64", "train.microbatches=1")
+    found = {(flow.what, flow.kind, flow.axis): flow.bytes for flow in modelled(run)}
+    experts = 32 * 3 * 4096 * 14336 * 2  # one expert of each layer, bfloat16
+    assert found["expert weights", "all-gather", "fsdp"] == 2 * experts * 7 / 8
+    assert found["expert weights", "reduce-scatter", "fsdp"] == experts * 7 / 8
+    attention = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024) * 2
+    assert found["weights", "all-gather", "fsdp"] == 2 * attention * 7 / 8
+    assert found["weights", "all-gather", "expert"] == 2 * attention / 8 * 7 / 8
+    rows = 7 * 1280  # of 8192 assignments a quarter more than an eighth to each other device
+    assert found["tokens to experts", "all-to-all", "expert"] == 32 * 5 * rows * 4096 * 2
+    assert sum(found.values()) == pytest.approx(50.3e9, rel=0.005)
+
+
+def test_frozen_weights_are_gathered_and_have_no_gradients() -> None:
+    lora = "lora={targets: [{modules: ['attention.*'], rank: 4, alpha: 8}]}"
+    found = modelled(load(*SMALL, lora, "loss={}", "mesh.fsdp=2", "mesh.expert=4"))
+    assert sum(flow.bytes for flow in found if flow.what == "expert weights" and flow.kind == "reduce-scatter") == 0
+    assert sum(flow.bytes for flow in found if flow.what == "expert weights" and flow.kind == "all-gather") > 0
+
+
+def test_microbatches_gather_weights_again_and_sum_over_replicas_once() -> None:
+    one, four = (
+        {(f.what, f.kind, f.axis): f.bytes for f in modelled(load(*SMALL, "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", m))}
+        for m in ("train.microbatches=1", "train.microbatches=2")
+    )
+    assert four["expert weights", "all-gather", "fsdp"] == 2 * one["expert weights", "all-gather", "fsdp"]
+    assert four["gradients", "all-reduce", "data"] == one["gradients", "all-reduce", "data"]
+
+
+def test_the_transport_is_the_one_that_the_model_chooses() -> None:
+    run = load("train.batch_size=64", "train.microbatches=1")
+    assert shape_of(run).transport == "all_to_all"
+    bytes_of = lambda name: transport_bytes(name, 4096, 4096, 2, 8)  # noqa: E731
+    assert bytes_of("all_to_all") < bytes_of("all_gather")
+    assert shape_of(load("train.batch_size=64", "train.microbatches=1", "mesh.fsdp=32", "mesh.expert=2")).transport == "all_gather"
+
+
+def test_one_device_receives_nothing() -> None:
+    assert modelled(load(*SMALL, "mesh={}")) == []
+    assert jax.device_count() == 8

@@ -243,7 +243,7 @@ def plan(
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Rank by the model alone; needs no compiler.")] = False,
     compile_only: Annotated[bool, typer.Option("--compile-only", help="Compile the config as it is.")] = False,
     price: Annotated[float | None, typer.Option(min=0.0, help="Dollars per chip and hour, in place of the list price.")] = None,
-    hlo: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the optimized program of the best that was compiled.")] = None,
+    hlo: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the best program that was compiled.")] = None,
     config_out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the best choice as a complete config.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -13,12 +13,14 @@ from typing import Any, get_args
 import jax
 
 from moe_train import checkpoint, config, config_file
-from moe_train.atomic import new_directory, refuse_existing
+from moe_train.atomic import refuse_existing
 from moe_train.data.conversation import Conversation, normalise
 from moe_train.data.sources import open_source
 from moe_train.mesh import join_processes
+from moe_train.model.lora import is_trainable
 from moe_train.model_dir import Opened, is_run, open_model
-from moe_train.weights import expected, foreign, gguf_lora, mistral_lora, peft, proof, serve, write
+from moe_train.weights import expected, foreign, gguf_lora, mistral_lora, peft, proof, serve, together, write
+from moe_train.weights.arrays import Parameters
 from moe_train.weights.safetensors_io import MAX_SHARD_BYTES
 
 log = logging.getLogger(__name__)
@@ -82,22 +84,43 @@ def export(
             )
         else:
             assert lora is not None and run is not None
-            with new_directory(out_dir) as directory:
-                match layout:  # each replaces the empty directory by a whole one
-                    case "peft":
-                        base = str(run.init_from)
-                        peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=server)
-                    case "mistral-lora":
-                        mistral_lora.export_adapter(weights, model, lora, directory, dtype=_whole_dtype(filetype), texts=texts)
-                    case "gguf-lora":
-                        gguf_lora.export_adapter(weights, model, lora, directory, base_model=str(run.init_from), texts=texts)
-                    case _:
-                        raise AssertionError(layout)
+            if jax.process_count() > 1:
+                weights = together.gathered({path: x for path, x in weights.items() if is_trainable(path, lora)})
+            with together.one_directory(out_dir) as directory:
+                with together.all_or_none():
+                    if together.is_first():
+                        _write_adapter(directory, layout, weights, opened, filetype, texts, server, Path(out_dir).name)
                 record = proof.prove_adapter(
-                    *(directory, layout, weights, model, lora, opened.tokenizer, opened.chat_template, conversations, about)
+                    *(directory, layout, weights, model, lora, opened.tokenizer, opened.chat_template, conversations, about)  # type: ignore[arg-type]
                 )
-                proof.write(directory, record)
+                if together.is_first():
+                    proof.write(directory, record)
     return record | ({"serve": command} if command else {})
+
+
+def _write_adapter(
+    directory: Path,
+    layout: serve.Layout,
+    weights: Parameters,
+    opened: Opened,
+    filetype: str,
+    texts: write.Texts,
+    server: serve.Server | None,
+    name: str,
+) -> None:
+    """Replace the empty directory by a whole one."""
+    model, lora, run = opened.model, opened.lora, opened.run
+    assert lora is not None and run is not None
+    base = str(run.init_from)
+    match layout:
+        case "peft":
+            peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=server)
+        case "mistral-lora":
+            mistral_lora.export_adapter(weights, model, lora, directory, dtype=_whole_dtype(filetype), texts=texts)
+        case "gguf-lora":
+            gguf_lora.export_adapter(weights, model, lora, directory, base_model=base, name=name, texts=texts)
+        case _:
+            raise AssertionError(layout)
 
 
 def unquantised(opened: Opened) -> Opened:

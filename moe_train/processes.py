@@ -149,7 +149,7 @@ def first_alone_speaks(index: int) -> None:
     sys.stdout.flush()
     if index:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        logging.getLogger("moe_train").setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
     else:
         sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
         os.dup2(2, 1)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from moe_train import config
 from moe_train.atomic import new_directory
 from moe_train.data.tokenizer import Mistral, Tokenizer
-from moe_train.weights import chat_format, gguf_file, gguf_settings, gguf_tokenizer, names, ollama
+from moe_train.weights import chat_format, gguf_file, gguf_settings, gguf_tokenizer, names, ollama, together
 from moe_train.weights.on_disk import Weights
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def write(
 
     dtype: f32, f16, bf16, q8_0, or what llama.cpp's own tool makes of bf16 (q4_k_m, q6_k, …) where it is installed.
     chat_template: Jinja, instead of the tokenizer's own. name: shown by servers. One matrix is in memory at a time.
+    Where several processes hold the weights, all of them call this, and the first one writes.
     Raises ValueError for what llama.cpp could not serve.
     """
     kind = _ALIASES.get(dtype, dtype).lower()
@@ -128,8 +130,11 @@ def write(
     else:
         beside = directory / f".{FILE}.bf16"
         _write_file(beside, model, "bf16", matrix, settings)
-        _quantize(tool, beside, directory / FILE, kind)
-        beside.unlink()
+        if together.is_first():
+            _quantize(tool, beside, directory / FILE, kind)
+            beside.unlink()
+    if not together.is_first():
+        return
     for warning in gguf_settings.warnings(model):
         log.warning(warning)
     (directory / "Modelfile").write_text(ollama.modelfile(FILE, chat), encoding="utf-8")
@@ -162,7 +167,11 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, sett
             yield part
 
     settings = {**settings, "general.file_type": np.uint32(code), "general.quantization_version": np.uint32(2)}
-    gguf_file.write_file(file, settings, specs, parts)
+    made = (part for spec in specs for part in parts(spec))
+    each = {name: len(pieces) for name, pieces in tensors.items()}
+    together.first_writes(
+        made, lambda made: gguf_file.write_file(file, settings, specs, lambda spec: islice(made, each[spec.name]))
+    )
 
 
 def _encoding(piece: names.Piece, usual: str) -> str:

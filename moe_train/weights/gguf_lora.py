@@ -44,11 +44,12 @@ def export_adapter(
     out_dir: str | Path,
     *,
     base_model: str,
+    name: str = "adapter",
     texts: Texts = NO_TEXTS,
 ) -> dict[str, Any]:
     """Write the adapters of `parameters` as a folder with `adapter.gguf`, in float32; read it back and compare the deltas.
 
-    base_model: name or path of the model that the adapter belongs to; kept for the reader. `out_dir` appears whole, or not
+    base_model: name or path of the model that the adapter belongs to; name: shown by servers. `out_dir` appears whole, or not
     at all. Raises ValueError where there are no adapters, or where llama.cpp has no place for one.
     """
     ranks = {path.removesuffix(".lora_a"): a.shape[-1] for path, a in parameters.items() if path.endswith(".lora_a")}
@@ -76,7 +77,7 @@ def export_adapter(
     settings = {
         "general.architecture": gguf_settings.architecture(model),
         "general.type": "adapter",
-        "general.name": Path(out_dir).name,
+        "general.name": name,
         "general.base_model.count": np.uint32(1),
         "general.base_model.0.name": base_model,
         "adapter.type": "lora",

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.tokenizer import HuggingFace, Tokenizer
-from moe_train.weights import names, on_disk, safetensors_io
+from moe_train.weights import names, on_disk, safetensors_io, together
 from moe_train.weights.mistral_params import FILE as PARAMS
 from moe_train.weights.mistral_params import read_model_config, write_model_config
 from moe_train.weights.on_disk import Weights
@@ -50,7 +50,8 @@ def write(
 ) -> None:
     """consolidated.safetensors and params.json; `matrix` is asked for one piece at a time.
 
-    Raises ValueError for what params.json has no words for.
+    Where several processes hold the weights, all of them call this, and the first one writes. Raises ValueError for what
+    params.json has no words for.
     """
     params = write_model_config(model)
     if isinstance(tokenizer, HuggingFace):
@@ -60,8 +61,10 @@ def write(
         )
     pieces = {piece.name: piece for piece in names.pieces(model, names.MISTRAL)}
     specs = [safetensors_io.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
-    safetensors_io.write_file(directory / f"{STEM}.safetensors", specs, lambda spec: matrix(pieces[spec.name]))
-    (directory / PARAMS).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
+    file, made = directory / f"{STEM}.safetensors", (matrix(pieces[spec.name]) for spec in specs)
+    together.first_writes(made, lambda made: safetensors_io.write_file(file, specs, lambda spec: next(made)))
+    if together.is_first():
+        (directory / PARAMS).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
 
 
 def tokenizer_file_name(file: Path) -> str:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_train.atomic import new_directory
 from moe_train.mesh import AXES
+from moe_train.weights.arrays import Parameters, fetch
+
+T = TypeVar("T")
 
 _ROOM = 4096
 
@@ -33,6 +44,77 @@ def from_first(text: str) -> str:
         encoded[: len(own)] = own
     (first, *_) = _over_processes(encoded)
     return bytes(first[: np.flatnonzero(first)[-1] + 1].astype(np.uint8)).decode()
+
+
+# --- files that several processes write ----------------------------------------------------------------------------
+
+
+@contextmanager
+def one_directory(path: str | Path) -> Iterator[Path]:
+    """`new_directory`, the same for all processes: the first one makes it, and renames it when all have come to the end.
+
+    Raises ValueError, in all of them, where one does not see what the first one has made.
+    """
+    with new_directory(path) if is_first() else nullcontext() as made:
+        directory = Path(from_first(str(made and made.absolute())))
+        require_shared(directory)
+        yield directory
+    all_agree(True)
+
+
+SEEN_WITHIN_SECONDS = 10.0
+"""A network's file system may show a new directory late."""
+
+
+def require_shared(directory: Path) -> None:
+    """Raise ValueError, in all processes, where one of them does not see a directory that the first one sees."""
+    if jax.process_count() == 1:
+        return
+    until = time.monotonic() + SEEN_WITHIN_SECONDS
+    while not (seen := directory.is_dir()) and time.monotonic() < until:
+        time.sleep(0.1)
+    if not all_agree(seen):
+        said = f"process {jax.process_index()} on {platform.node()} {'sees' if seen else 'does not see'} {directory}"
+        raise ValueError(f"{directory.parent} is not on a file system that all processes share: {said}; choose one that is")
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """What goes wrong in one process stops all of them at the end of the block."""
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    if not all_agree(fault is None) and fault is None:
+        raise RuntimeError("another process could not write its part of the export, and says why")
+    if fault is not None:
+        raise fault
+
+
+def first_writes(made: Iterator[T], write: Callable[[Iterator[T]], object]) -> None:
+    """The first process writes what all of them make together, a part at a time.
+
+    The others only make it. So does the first one past an error of writing, since the others do not wait for it; the
+    error is raised then.
+    """
+    try:
+        if is_first():
+            write(made)
+    finally:
+        for _ in made:
+            pass
+
+
+def gathered(parameters: Mapping[str, jax.Array]) -> Parameters:
+    """The same arrays whole in each process, on its first device: for few and small ones, such as adapters."""
+    mesh = Mesh(np.array(jax.local_devices()[:1]), ("here",))
+    whole = {path: fetch(array) for path, array in parameters.items()}
+    with jax.set_mesh(mesh):
+        return {path: jax.device_put(array, NamedSharding(mesh, P())) for path, array in whole.items()}
+
+
+# --- between processes ---------------------------------------------------------------------------------------------
 
 
 def _over_processes(mine: np.ndarray) -> np.ndarray:

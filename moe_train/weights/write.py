@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 
 from moe_train import config
-from moe_train.atomic import new_directory
 from moe_train.data.conversation import Conversation
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.model.lora import is_lora
@@ -74,16 +72,13 @@ def export(
     check_dtype(layout, dtype)
     section = lora if merge else None
 
-    if jax.process_count() > 1 and layout != "hf":
-        raise ValueError(f"weights of several processes are exported as --format hf; make {layout} of that in one process")
-
     def matrix(piece: names.Piece, filetype: np.dtype) -> np.ndarray:
         return piece.to_file(merging.merged(parameters, section, piece, filetype))
 
     numbers = sum(array.size for path, array in parameters.items() if not is_lora(path))
     check_space(out_dir, numbers * {"float32": 4, "f32": 4, "q8_0": 1}.get(dtype, 2))
-    with _one_directory(out_dir) as directory:
-        with _together():
+    with together.one_directory(out_dir) as directory:
+        with together.all_or_none():
             write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)
             if together.is_first():
                 write_texts(directory, texts)
@@ -95,28 +90,6 @@ def export(
         if together.is_first():
             proof.write(directory, record)
         return record
-
-
-@contextmanager
-def _one_directory(out_dir: str | Path) -> Iterator[Path]:
-    """`new_directory`, the same for all processes: the first one makes it, and renames it when all have come to the end."""
-    with new_directory(out_dir) if together.is_first() else nullcontext() as made:
-        yield Path(together.from_first(str(made)))
-    together.all_agree(True)
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """What goes wrong in one process stops all of them at the end of the block."""
-    fault: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        fault = error
-    if not together.all_agree(fault is None) and fault is None:
-        raise RuntimeError("another process could not write its part of the export, and says why")
-    if fault is not None:
-        raise fault
 
 
 def write(

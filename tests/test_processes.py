@@ -1,0 +1,356 @@
+"""Several processes as one job: found in the environment, missed when they go, and one run with a single process's figures.
+
+The run is started by launch/local.sh, loses a process and is started again, is asked to stop, and is brought to its end
+and exported twice: by two processes under launch/slurm.sbatch with a stand-in for Slurm, and by one.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from moe_train import config, config_file, processes
+from moe_train.export import export
+from moe_train.mesh import make_mesh
+from moe_train.model.transformer import init_model, parameters
+from moe_train.train import loop
+from moe_train.weights import write
+from tests.process_worker import LAYOUTS
+from tests.train.conftest import compiled, small_run, text  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+
+# --- which processes there are -------------------------------------------------------------------------------------
+
+THREE = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+STEP = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "node[007-015,20],b3"}
+
+
+@pytest.mark.parametrize(
+    ("env", "job"),
+    [
+        ({}, None),
+        (THREE, processes.Job("host:1234", 4, 3)),
+        ({**THREE, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        ({"JAX_NUM_PROCESSES": "auto"}, processes.Found()),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # the batch script, not a step
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, processes.Job("node007:61441", 2, 1)),
+        (
+            {**STEP, "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n1"},
+            processes.Job("n1:61441", 2, 1, (1,)),
+        ),
+        ({**STEP, "JAX_COORDINATOR_PORT": "99"}, processes.Job("node007:99", 2, 1)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, processes.Found()),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, processes.Found()),
+    ],
+)
+def test_the_environment_says_which_processes_there_are(env: dict[str, str], job: Any) -> None:
+    assert processes.job(env) == job
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1"},
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID is missing .* of JAX_COORDINATOR_ADDRESS set",
+        ),
+        ({**THREE, "JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is 4, and there are 4 processes"),
+        ({**THREE, "JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES is 'four' in the environment; it has to be a whole number"),
+        ({**THREE, "JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS is 'host'; it has to be HOST:PORT"),
+        ({**THREE, "JAX_NUM_PROCESSES": "auto"}, "JAX_NUM_PROCESSES is auto, but JAX_COORDINATOR_ADDRESS is 'host:1234'"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_JOB_ID and SLURM_PROCID and SLURM_STEP_NODELIST is missing"),
+    ],
+)
+def test_half_an_environment_is_refused_in_one_line(env: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        processes.job(env)
+    assert "\n" not in str(error.value)
+
+
+# --- when one goes -------------------------------------------------------------------------------------------------
+
+PEER = """
+import os, sys, time
+from moe_train import processes
+processes.GRACE_SECONDS = 0.5
+index, how, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+if index == 0:
+    processes.first_alone_speaks(0)
+    print(processes.listen(3), flush=True)
+else:
+    processes.connect("localhost", int(port), index, 3)
+sys.stdin.readline()
+if how == "leaves":
+    processes.leave()
+elif how == "fails":
+    processes.end(2)
+elif how == "dies":
+    os.kill(os.getpid(), 9)
+else:
+    time.sleep(30)
+"""
+
+
+def job_of_three(*hows: str) -> list[tuple[int, str]]:
+    """(exit code, stderr) of three processes; those that go do so when all are there."""
+    env, started, port = {**os.environ, "PYTHONPATH": str(ROOT)}, [], "0"
+    for i, how in enumerate(hows):
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        started.append(subprocess.Popen([sys.executable, "-c", PEER, str(i), how, port], env=env, text=True, **pipes))
+        if i == 0:
+            port = started[0].stdout.readline().strip()
+    time.sleep(0.5)
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=20)[1] for process in started]
+    return [(process.returncode, lines) for process, lines in zip(started, said, strict=True)]
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_a_process_that_dies_ends_the_others_with_75_and_one_line(gone: int) -> None:
+    begun = time.monotonic()
+    found = job_of_three(*("dies" if i == gone else "waits" for i in range(3)))
+    assert time.monotonic() - begun < 10
+    assert [code for code, _ in found] == [-9 if i == gone else 75 for i in range(3)]
+    lost = f"moe-train: process {gone} of 3 was lost; what is saved stays: start again to continue\n"
+    assert found[0 if gone else 1][1] == lost
+    assert found[1][1] in (lost, "moe-train: process 0 of 3 has stopped with exit code 75, and says why\n")
+
+
+def test_a_process_that_fails_ends_the_others_with_its_exit_code() -> None:
+    found = job_of_three("waits", "fails", "waits")
+    assert [code for code, _ in found] == [2, 2, 2]
+    assert found[0][1] == "moe-train: process 1 of 3 has stopped with exit code 2, and says why\n"
+
+
+def test_processes_that_leave_in_order_are_not_missed() -> None:
+    assert job_of_three("leaves", "leaves", "leaves") == [(0, ""), (0, ""), (0, "")]
+
+
+# --- one run -------------------------------------------------------------------------------------------------------
+
+LORA = {"targets": [{"modules": ["attention.*", "ffn.*_proj"], "rank": 2, "alpha": 3.0}]}
+MODEL = {
+    "family": "mixtral",
+    "vocab_size": 288,
+    "model_dim": 32,
+    "num_layers": 1,
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+    "ffn": {"name": "moe", "ffn_dim": 16, "num_experts": 4, "experts_per_token": 2},
+    "max_seq_len": 64,
+    "init_stddev": 0.1,
+}
+SRUN = """#!/usr/bin/env bash
+# As Slurm's: a task for each process, all on this host; the exit code is the highest.
+while [[ "$1" == --* ]]; do shift; done
+export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=localhost SLURM_STEP_TASKS_PER_NODE=2
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" > "$TASKS/out" 2> "$TASKS/err" & other=$!
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@"; code=$?
+wait $other; others=$?
+exit $((code > others ? code : others))
+"""
+
+
+class Run:
+    """One run of the module's tests, on its way through all of them."""
+
+    def __init__(self, make: Callable[..., config.Config], cache: Path, folder: Path) -> None:
+        self.make, self.folder, self.run_dir, self.yaml = make, folder, folder / "run", folder / "run.yaml"
+        self.yaml.write_text(config_file.dump(make(self.run_dir)))
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "JAX_", "TPU_"))}
+        self.env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+        self.env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+    def events(self) -> list[dict[str, Any]]:
+        file = self.run_dir / "run.json"
+        return json.loads(file.read_text())["events"] if file.exists() else []
+
+    def saved(self) -> list[int]:
+        folder = self.run_dir / "checkpoints"
+        return sorted(int(step.name) for step in folder.glob("*") if step.name.isdigit())
+
+    def steps(self) -> int:
+        return len((self.run_dir / "metrics.jsonl").read_text().splitlines())
+
+    def until(self, there: Callable[[], Any], process: subprocess.Popen) -> None:
+        limit = time.monotonic() + 150
+        while not there():
+            assert process.poll() is None and time.monotonic() < limit, self.events()
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def run(small_run: Any, compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:  # noqa: F811
+    folder = tmp_path_factory.mktemp("job")
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        weights = parameters(init_model(0, config.Model.model_validate_json(json.dumps(MODEL)), config.Compute()))[1]
+        write.export(
+            weights, config.Model.model_validate_json(json.dumps(MODEL)), folder / "base", dtype="float32", depth="tensors"
+        )
+    changes = {
+        "init_from": str(folder / "base"),
+        "model": None,
+        "lora": LORA,
+        "loss": {"load_balance_loss_coef": 0.01, "router_z_loss_coef": 0.0},
+        "mesh": {"fsdp": 4, "expert": 2},
+        "data__eval": [],
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": {"name": "constant"}},
+        "checkpoint": {"every_steps": 4, "keep_last": 3, "keep_best": False},
+        "metrics": {"tensorboard": False, "every_steps": 1},
+    }
+    return Run(lambda run_dir, **more: small_run(run_dir, **(changes | more)), compiled, folder)
+
+
+@pytest.fixture(scope="module")
+def stopped(run: Run) -> tuple[Run, subprocess.CompletedProcess, float]:
+    """Process 1 is killed after step 4; when all have been started again, it is asked to stop. With the seconds that the
+    other one took to miss it."""
+    command = ["bash", "launch/local.sh", "2", "--", "train", str(run.yaml), "train.steps=100000"]
+    env = run.env | {"RESTARTS": "1"}
+    job = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.until(lambda: 4 in run.saved(), job)
+    first = process_of(run, 0)
+    os.kill(process_of(run, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    run.until(lambda: not Path(f"/proc/{first}").exists(), job)
+    seconds = time.monotonic() - killed
+    run.until(lambda: len(run.events()) == 2, job)
+    before = run.steps()
+    run.until(lambda: run.steps() > before, job)
+    os.kill(process_of(run, 1), signal.SIGTERM)
+    said = job.communicate(timeout=60)
+    return run, subprocess.CompletedProcess(command, job.returncode, *said), seconds
+
+
+def process_of(run: Run, index: int) -> int:
+    """The process of a job of local.sh's with this number."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, env = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:  # it has ended
+            continue
+        wanted = command[0] == sys.executable.encode() and str(run.yaml).encode() in command
+        if wanted and f"JAX_PROCESS_ID={index}".encode() in env:
+            return int(folder.name)
+    raise AssertionError("there is none")
+
+
+def test_a_lost_process_ends_the_other_and_both_are_started_again(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> None:
+    run, job, seconds = stopped
+    assert job.returncode == 75 and seconds < 10, job.stderr
+    said = [line for line in job.stderr.splitlines() if not line.startswith("[process 1]")]
+    lost = said.index("moe-train: process 1 of 2 was lost; what is saved stays: start again to continue")
+    assert said[lost - 1].startswith("step ")  # one line, and no more
+    assert said[lost + 1] == "launch/again.sh: exit code 75; starting again"
+    assert "[process 1] launch/again.sh: exit code 137; starting again" in job.stderr
+    assert run.events()[1]["event"] == "resume" and run.events()[1]["step"] % 4 == 0
+
+
+def test_all_stop_at_one_step_where_one_is_asked_to(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> None:
+    run, job, _ = stopped
+    events = run.events()
+    assert [event["event"] for event in events] == ["start", "resume", "stop"]
+    assert events[2]["reason"] == "another process was asked to stop"  # it is the first one's diary
+    assert run.saved()[-1] == events[2]["step"]
+    ours, others = (
+        [line for line in job.stderr.splitlines() if line.startswith("[process 1]") is other] for other in (False, True)
+    )
+    enough = "launch/again.sh: exit code 75; it was started again 1 times, which is enough (RESTARTS)"
+    assert enough in ours and f"[process 1] {enough}" in others
+    assert all("launch/again.sh" in line for line in others)  # process 0 alone speaks
+    assert job.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def both(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> tuple[Run, Path, subprocess.CompletedProcess]:
+    """Brought to its end by two processes, which also export it; and a copy, by this one. With the copy's folder."""
+    run, copy = stopped[0], stopped[0].folder / "copy"
+    shutil.copytree(run.run_dir, copy)
+    programs = run.folder / "bin"
+    programs.mkdir()
+    worker = f'#!/bin/sh\nshift 2\nexec {sys.executable} {ROOT}/tests/process_worker.py "$@"\n'
+    for name, program in {"srun": SRUN, "python": worker}.items():
+        (programs / name).write_text(program)
+        (programs / name).chmod(0o755)
+    env = run.env | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": str(programs / "python"), "TASKS": str(run.folder)}
+    env |= {"SLURM_JOB_ID": str(random.SystemRandom().randrange(4000)), "SLURM_NTASKS": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    env |= {"RUN_DIR": str(run.run_dir), "OUT_DIR": str(run.folder / "two")}
+    steps = run.saved()[-1] + 3
+    command = ["bash", "launch/slurm.sbatch", "train", str(run.yaml), f"train.steps={steps}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert loop.train(run.make(copy, train__steps=steps)) == loop.FINISHED
+    return run, copy, done
+
+
+def test_batches_and_losses_are_those_of_one_process(both: tuple[Run, Path, subprocess.CompletedProcess]) -> None:
+    run, copy, done = both
+    steps, alone = run.saved()[-1], run.folder / "alone"
+    assert loop.train(run.make(alone, train__steps=steps, checkpoint={"every_steps": 10**6})) == loop.FINISHED
+    two, moved, one = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run.run_dir, copy, alone)
+    )
+    assert f"finished {steps} steps" in done.stderr
+    assert [line["step"] for line in one] == list(range(1, steps + 1))
+    assert len({round(line["loss"], 3) for line in one}) > steps - 2  # a batch shows in its loss
+    for other in (two, moved):
+        assert [(line["step"], line["loss_tokens"]) for line in other] == [(line["step"], line["loss_tokens"]) for line in one]
+        for key in ("loss", "grad_norm"):
+            assert [line[key] for line in other] == pytest.approx([line[key] for line in one], rel=1e-3)
+
+
+def test_two_processes_write_what_one_writes(both: tuple[Run, Path, subprocess.CompletedProcess]) -> None:
+    run, _, done = both
+    two, one = run.folder / "two", run.folder / "one"
+    assert done.returncode == 1, done.stderr
+    assert "moe-train: another process could not write its part of the export, and says why" in done.stderr.splitlines()
+    assert (run.folder / "err").read_text() == "moe-train: [Errno 28] No space left on device\n"  # process 0 alone speaks
+    assert (run.folder / "out").read_text() == ""
+
+    for layout, options in LAYOUTS.items():
+        shards = "20KB" if layout == "hf" else None
+        export(run.run_dir, one / layout, layout, "--merge" in options, depth="tensors", max_shard_size=shards)  # type: ignore[arg-type]
+        names = {file.name for file in (one / layout).iterdir()}
+        assert names == {file.name for file in (two / layout).iterdir()}
+        same = filecmp.cmpfiles(one / layout, two / layout, names - {"export_proof.json"}, shallow=False)
+        assert same[1:] == ([], []), layout
+        proofs = [json.loads((folder / layout / "export_proof.json").read_text()) for folder in (one, two)]
+        assert proofs[0]["tensors"] == proofs[1]["tensors"] and proofs[0]["files"] == proofs[1]["files"]
+        checks = [{check["name"]: check["passed"] for check in proof["checks"]} for proof in proofs]
+        answered = {"answers": True} if layout == "hf" else {}  # which the first one left out
+        assert checks[1] == checks[0] | answered and proofs[1]["hardware"]["processes"] == 2
+    assert {path.name for path in two.iterdir()} == set(LAYOUTS)  # and nothing of the one whose disk was full
+
+    answers, decode = [], json.JSONDecoder()
+    left = done.stdout  # JSON and nothing else, from the first process alone
+    while left.strip():
+        answer, end = decode.raw_decode(left.lstrip())
+        answers.append(answer["directory"])
+        left = left.lstrip()[end:]
+    assert answers == [str(two / layout) for layout in LAYOUTS]
+
+    total = sum(file.stat().st_size for file in (run.folder / "base").glob("*.safetensors"))
+    shares = [json.loads(Path(f"{two}.{i}.json").read_text()) for i in range(2)]
+    written = [{name for name in share["written"] if name.startswith("model-")} for share in shares]
+    assert not written[0] & written[1] and abs(len(written[0]) - len(written[1])) <= 1 and len(written[1]) > 3
+    assert shares[1]["written"] == sorted(written[1])  # of one file the first process is the writer
+    for share in shares:  # the base is read for each layout, the files of hf once more; of each its half, and what all have
+        assert share["read"] < 0.6 * total * (len(LAYOUTS) + 1)
+        assert share["shared"].startswith(f"{run.folder} is not on a file system that all processes share: process ")

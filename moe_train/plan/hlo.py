@@ -148,7 +148,7 @@ class _Module:
         total = Counts()
         shapes = {i.name: _shapes(i.result) for i in self._computations[name]}
         flops_until = [0.0]
-        started: dict[str, tuple[Collective, int]] = {}
+        started: dict[str, tuple[Counter[Collective], int]] = {}  # by the name of the start: what, and where
         chains: dict[str, Collective] = {}
         for at, i in enumerate(self._computations[name]):
             before = total.flops + total.kernel_flops
@@ -159,9 +159,12 @@ class _Module:
                 least, *_, most = sorted(branches, key=lambda b: b.bytes)
                 total.add(least)
                 total.fallback_bytes += most.bytes - least.bytes
-            elif i.opcode in ("fusion", "call", "async-start"):
+            elif i.opcode in ("fusion", "call", "async-start", "call-start"):
                 for n in i.called("calls", "to_apply", "called_computations"):
                     part = self._of(n)
+                    if i.opcode.endswith("-start"):  # on another thread of the device
+                        started[i.name] = (part.collectives, at)
+                        part = replace(part, collectives=Counter())
                     total.add(part)
                     for c in [c for c in part.collectives if c.chain]:  # the start, the steps and the end are one collective
                         total.collectives.pop(c)
@@ -176,18 +179,19 @@ class _Module:
             elif (kind := i.opcode.removesuffix("-start")) in (*KINDS, "recv"):
                 collective = _between_slices(i) if kind == "recv" else _collective(i, kind, shapes, name.startswith(_SCATTER))
                 if collective is not None and collective.asynchronous:
-                    started[i.name] = (collective, at)
+                    started[i.name] = (Counter([collective]), at)
                 elif collective is not None:
                     total.collectives[collective] += 1
             flops_until.append(flops_until[-1] + total.flops + total.kernel_flops - before)
             if i.opcode.endswith("-done"):
                 first = re.findall(r"%([\w.\-]+)", i.operands)
                 if first and first[0] in started:
-                    collective, since = started.pop(first[0])
+                    those, since = started.pop(first[0])
                     hidden = flops_until[at] - flops_until[since + 1]
-                    total.collectives[replace(collective, hidden_flops=hidden)] += 1
-        for collective in (*chains.values(), *(collective for collective, _ in started.values())):
-            total.collectives[collective] += 1
+                    for c, times in those.items():
+                        total.collectives[replace(c, asynchronous=True, hidden_flops=hidden)] += times
+        for those in (Counter(chains.values()), *(those for those, _ in started.values())):
+            total.collectives.update(those)
         return total
 
     def _count_custom_call(self, i: Instruction, shapes: dict[str, list[Shape]], total: Counts) -> None:

@@ -130,6 +130,21 @@ def test_a_start_states_its_operands_too(line: str, received: float) -> None:
     assert counts.bytes == received
 
 
+@pytest.mark.parametrize("by", ["call-start(%p), to_apply", "async-start(%p), calls"])
+def test_a_collective_on_another_thread_of_the_device_is_asynchronous(by: str) -> None:
+    inside = "ROOT %g = f32[8]{0} all-gather(%p), replica_groups=[1,2]<=[2], dimensions={0}"
+    counts = hlo.read(
+        entry(
+            f"%s = ((f32[4]), f32[8]) {by}=%called",
+            "%d = f32[2,4]{1,0} dot(f32[2,3] %a, f32[3,4] %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+            f"%e = f32[8] {by.split('-')[0]}-done(%s)",
+            before=f"%called (p: f32[4]) -> f32[8] {{\n  {inside}\n}}\n",
+        )
+    )
+    ((collective, times),) = counts.collectives.items()
+    assert (times, collective.bytes, collective.asynchronous, collective.hidden_flops) == (1, 16, True, 48)
+
+
 def test_a_collective_that_fusions_do_in_parts_counts_once() -> None:
     """XLA:TPU's collective fusions: a start, a step beside a product, an end, all of one chain."""
     gather = '%g = f32[8]{0} all-gather(%p), replica_groups=[1,2]<=[2], dimensions={0}, frontend_attributes={chain_id="3"}'

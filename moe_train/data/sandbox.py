@@ -80,7 +80,10 @@ def render_prefixes(
         for each in _answers(template, batch, _child(limits)):
             if "unreadable" in each:
                 raise ValueError(each["unreadable"])
-            found += [[ValueError(each["over"])]] if "over" in each else map(_texts, each["texts"])
+            if "over" in each:
+                found.append([ValueError(each["over"])])
+            else:
+                found.extend(map(_texts, each["texts"]))
     return [texts * max(1, len(r.prefixes)) if len(texts) == 1 else texts for texts, r in zip(found, requests, strict=True)]
 
 

@@ -183,8 +183,13 @@ from pathlib import Path
 import jax
 from moe_train.mesh import make_mesh
 from moe_train import config
-from moe_train.weights import strided
-from tests.weights import two_processes as model
+from moe_train.model.transformer import init_model, parameters
+from moe_train.weights import strided, write
+model = config.Model(
+    **dict(family="mixtral", vocab_size=64, model_dim=32, num_layers=2, max_seq_len=64),
+    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+    ffn=config.MoeFfn(name="moe", ffn_dim=48, num_experts=4, experts_per_token=2),
+)
 if sys.argv[2] == "kill":
     parts, calls = strided.parts, []
     def counted(x):
@@ -196,7 +201,8 @@ if sys.argv[2] == "kill":
 else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
 with jax.set_mesh(make_mesh(config.Mesh())):
-    model.export(Path(sys.argv[1]))
+    weights = parameters(init_model(0, model, config.Compute()))[1]
+    write.export(weights, model, Path(sys.argv[1]), dtype="bfloat16", max_shard_bytes=20_000)
 """
 
 

@@ -66,6 +66,7 @@ def open_weights(path: str | Path) -> Weights:
     opened = _open(path)
     model = gguf_settings.read_model(opened)
     layout = _PER_EXPERT if "blk.0.ffn_gate.0.weight" in opened.tensors else names.GGUF
+    names.check_counts(path, model, opened.tensors)
     return Weights(opened.file, model, names.pieces(model, layout), opened.tensors)
 
 

@@ -21,6 +21,7 @@ def open_weights(directory: str | Path) -> Weights:
     model, tensors = read_model_config(directory), open_tensors(directory)
     if model.tie_embeddings:
         _drop_copied_head(directory, tensors)
+    names.check_counts(directory, model, tensors)
     return Weights(Path(directory), model, names.pieces(model, names.hugging_face_of(tensors)), tensors)
 
 

@@ -38,6 +38,7 @@ def open_weights(directory: str | Path) -> Weights:
         if embed not in tensors or len({*on_disk.hashes({name: tensors[name] for name in (head, embed)}).values()}) > 1:
             raise ValueError(f"{directory} has an {head} of its own, but tied_embeddings is true in its {PARAMS}")
         del tensors[head]
+    names.check_counts(directory, model, tensors)
     return Weights(Path(directory), model, names.pieces(model, names.MISTRAL), tensors)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -289,6 +289,16 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
     if everywhere and not model.tie_embeddings:
         add(layout.head)
     return found
+
+
+def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file states more layers or experts than its tensors can have: a table of them all may then be
+    larger than memory. tensors: with their shapes, by name in the file."""
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 0
+    for count, what, most in ((model.num_layers, "layers", len(tensors)), (experts, "experts", largest)):
+        if count > most:
+            raise ValueError(f"{where} states {count:,} {what}, but has {len(tensors):,} tensors, no dim above {largest:,}")
 
 
 def check(

@@ -9,6 +9,7 @@ import jax
 from moe_train import config
 from moe_train.inspect import inspect
 from moe_train.mesh import make_mesh
+from moe_train.metrics import flops_per_token
 from moe_train.model.transformer import init_model, parameters
 
 MODEL = config.Model(
@@ -49,11 +50,25 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_meet():
     assert totals["active_parameters"] == totals["total_parameters"] - idle
 
 
+def test_shared_experts_are_met_by_every_token_and_take_adapters():
+    ffn = MODEL.ffn.model_copy(update={"num_shared_experts": 2, "router": config.SigmoidRouter(name="sigmoid", bias=True)})
+    lora = config.Lora(targets=(config.LoraTarget(modules=("ffn.shared.*",), rank=2, alpha=4.0),))
+    model = MODEL.model_copy(update={"ffn": ffn})
+    report = inspect(RUN.model_copy(update={"model": model, "export": "none"}))
+    more = 2 * (3 * 16 * 2 * 24 + 4)  # layers; three matrices as wide as two experts, and a bias
+    assert report.totals["total_parameters"] == inspect(RUN).totals["total_parameters"] + more
+    assert report.totals["active_parameters"] == inspect(RUN).totals["active_parameters"] + more
+    assert flops_per_token(model, 8) - flops_per_token(MODEL, 8) == 6 * (more - 2 * 4)
+    adapted = inspect(RUN.model_copy(update={"model": model, "export": "none", "lora": lora, "loss": config.Loss()}))
+    trained = {row["path"] for row in adapted.parameters if row["trainable"]}
+    assert trained == {f"stacks.0.layers.0.ffn.shared.{name}_proj.lora_{x}" for name in ("gate", "up", "down") for x in "ab"}
+
+
 def test_no_device_is_needed_and_adapters_alone_are_trained():
     far, replicas = (RUN.model_copy(update={"mesh": m}) for m in (config.Mesh(data=64, fsdp=8, expert=4), config.Mesh(data=8)))
     # a device has 1 sequence of 8 tokens of 64 bytes; 3 others on the axis; all_to_all's buffers are of 3 rows, not 8
     run = far.model_copy(update={"train": config.Train(steps=1, batch_size=2048, seq_len=8)})
-    said = "all_to_all over 4 devices, chosen by bytes: each receives 0.0 MiB in a layer of a microbatch (all_gather 0.0)"
+    said = "all_to_all over 4 devices, chosen by bytes on cpu: each receives 0.0 MiB in a layer of a microbatch (all_gather 0.0)"
     assert inspect(run).totals["transport"] == said and "transport" not in inspect(replicas).totals
     assert inspect(far).totals["bytes_per_device"] < inspect(RUN).totals["bytes_per_device"]
     lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*_proj"), rank=2, alpha=4.0),))

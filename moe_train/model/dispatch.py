@@ -171,13 +171,15 @@ def choose_transport(
     devices: int,
     itemsize: int = 2,
     most: int | None = None,
+    on: str | None = None,
 ) -> str:
-    """`auto` -> all_gather or all_to_all, whichever moves fewer bytes (arguments as in `transport_bytes`). It does not
-    choose ragged_all_to_all, for `ragged` says why."""
+    """`auto` -> the transport of the platform `on` (the mesh's in force) that moves the fewest bytes; other arguments as
+    in `transport_bytes`. `ragged` says where it is one of them, and why."""
     if transport != "auto":
         return transport
     sizes = (tokens, model_dim, experts_per_token, devices, itemsize, most)
-    return min(("all_gather", "all_to_all"), key=lambda name: transport_bytes(name, *sizes))
+    names = ("all_gather", "all_to_all", *(("ragged_all_to_all",) if (on or platform()) == "tpu" else ()))
+    return min(names, key=lambda name: transport_bytes(name, *sizes))
 
 
 def check_transport(transport: str) -> None:
@@ -189,21 +191,32 @@ def check_transport(transport: str) -> None:
 def transport_in_words(run: config.Config, sizes: Mapping[str, int]) -> str | None:
     """What moves assignments along `expert`, and what that costs; None where the axis has one device. sizes: of the mesh's
     axes."""
-    X, ffn = sizes["expert"], run.model and run.model.ffn
-    if X == 1 or not isinstance(ffn, config.MoeFfn):
+    if (name := transport_of(run, sizes)) is None:
         return None
-    assert run.model is not None
+    args = _sizes(run, sizes)
+    costs = {other: transport_bytes(other, *args) / 2**20 for other in (name, *{"all_gather", "all_to_all"} - {name})}
+    (chosen, mib), *others = costs.items()
+    than = ", ".join(f"{other} {cost:,.1f}" for other, cost in sorted(others))
+    how = f", chosen by bytes on {platform()}" if run.compute.transport == "auto" else ""
+    return f"{chosen} over {sizes['expert']} devices{how}: each receives {mib:,.1f} MiB in a layer of a microbatch ({than})"
+
+
+def transport_of(run: config.Config, sizes: Mapping[str, int]) -> str | None:
+    """The transport of a run; None where `expert` has one device."""
+    if sizes["expert"] == 1:
+        return None
+    return choose_transport(run.compute.transport, *_sizes(run, sizes))
+
+
+def _sizes(run: config.Config, sizes: Mapping[str, int]) -> tuple[int, int, int, int, int, int | None]:
+    """Of a layer on one device, as `transport_bytes` takes them."""
+    assert run.model is not None and isinstance(run.model.ffn, config.MoeFfn)
+    X, ffn = sizes["expert"], run.model.ffn
     T, cf = run.train.seq_len, run.train.capacity_factor
     rows = run.train.batch_size // (run.train.microbatches * math.prod(sizes[axis] for axis in BATCH))
     A, E, itemsize = ffn.experts_per_token, ffn.num_experts, jnp.dtype(run.compute.dtype).itemsize
     most = None if cf is None else rows * E // X * capacity(cf, T, A, E)
-    args = (rows * T // sizes["context"], run.model.model_dim, A, X, itemsize, most)
-    name = choose_transport(run.compute.transport, *args)
-    costs = {other: transport_bytes(other, *args) / 2**20 for other in (name, *{"all_gather", "all_to_all"} - {name})}
-    (chosen, mib), *others = costs.items()
-    than = ", ".join(f"{other} {cost:,.1f}" for other, cost in sorted(others))
-    how = ", chosen by bytes" if run.compute.transport == "auto" else ""
-    return f"{chosen} over {X} devices{how}: each receives {mib:,.1f} MiB in a layer of a microbatch ({than})"
+    return rows * T // sizes["context"], run.model.model_dim, A, X, itemsize, most
 
 
 def all_gather(

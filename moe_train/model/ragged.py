@@ -3,7 +3,12 @@
 A device receives the rows of all others one after the other in one buffer as large as `exchange`'s, which fills only
 when the device's own load is a quarter over the balanced one, wherever that load comes from. What does not fit goes in
 a further round, as there. All devices know how many assignments each has for each expert, and so what comes from where:
-no ids travel. XLA:CPU has not this collective.
+no ids travel.
+
+XLA:CPU has not this collective. Compiled for 64 v5p chips (two layers of Mixtral 8x7B, fsdp 8 x expert 8, a sequence of
+4096 a chip) a chip receives 602 MB of rows where all_to_all's buffers are 734 MB, 3.99 GB of all kinds where it is 4.12,
+with 3.94 GiB of memory where it is 3.93. So `auto` takes it on TPUs, and a run that does first compares it with
+all_gather on its own devices (`train.self_test`).
 
 Local view; S = X * slots rows of a round, n = m * A assignments of this device's tokens.
 """

@@ -28,7 +28,7 @@ from moe_train.checkpoint import About, Base
 from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.mesh import AXES, join_processes, make_mesh, put_batch
-from moe_train.model.dispatch import check_transport, transport_in_words
+from moe_train.model.dispatch import check_transport, transport_in_words, transport_of
 from moe_train.model.lora import is_lora
 from moe_train.model.moe import RouterStats
 from moe_train.model.quantize import unquantized
@@ -38,7 +38,7 @@ from moe_train.train.evaluate import Drift, evaluate, make_batch_sums, make_drif
 from moe_train.train.optimizer import make_optimizer, make_schedule
 from moe_train.train.ready import check_ready, settled
 from moe_train.train.record import only_one, surroundings, write_event
-from moe_train.train.self_test import check_attention, check_grouped_matmul, kernels
+from moe_train.train.self_test import check_against_all_gather, check_attention, check_grouped_matmul, kernels
 from moe_train.train.state import TrainState, create_state, partition
 from moe_train.train.step import StepMetrics, compile_step
 
@@ -132,6 +132,8 @@ def train(run: config.Config) -> int:
         writer.say(f"self-test of attention: largest relative error {checked:.1e}")
         if isinstance(run.model.ffn, config.MoeFfn):
             writer.say(f"self-test of grouped_matmul: largest relative error {check_grouped_matmul(run.compute):.1e}")
+            if (transport := transport_of(run, mesh.shape)) == "ragged_all_to_all":
+                writer.say(f"self-test of {transport}: largest relative error {check_against_all_gather(transport):.1e}")
 
         batches: Any = leaving.enter_context(contextlib.closing(loader.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)

@@ -1,4 +1,5 @@
-"""Before step 0, on the device that will train: attention and the grouped matmul against their plain references.
+"""Before step 0, on the devices that will train: attention and the grouped matmul against their plain references, a
+transport that few platforms have against one that all have.
 
 A kernel can be right on one chip and wrong on the next: wrong gradients for empty groups, for groups that do not
 fill a tile, for one group that has it all. Errors are relative to each expert's and each segment's own part, so that a
@@ -8,6 +9,7 @@ small one's cannot hide behind a large one's.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,9 +20,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import make_mesh
+from moe_train.mesh import BATCH, axis_size, make_mesh
 from moe_train.model import attention
 from moe_train.model import grouped_matmul as gm
+from moe_train.model.dispatch import ExpertMatrix, ExpertWeights, run_experts
 from moe_train.model.fsdp import activation_spec
 
 ROWS, IN, OUT = 1024, 256, 128
@@ -126,6 +129,57 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
 def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:
     """Elsewhere than on a CPU a float32 product may round its operands to bfloat16 or tf32."""
     return 1e-5 if dtype == jnp.float32 and device.platform == "cpu" else 3e-2
+
+
+def check_against_all_gather(transport: str) -> float:
+    """The largest relative error of what a transport makes of a small layer, result and gradients, against all_gather: on
+    the mesh in force, with even routing and with every token at one expert, which takes several rounds.
+
+    Raises RuntimeError where it is more than rounding explains.
+    """
+    errors = _transport_errors(transport)
+    tolerance = 1e-5 if jax.default_backend() == "cpu" else 3e-2
+    worst = 0.0
+    for case, spread in (("even", 1), ("one expert", 0)):
+        error = float(np.max(jax.device_get(errors(jnp.int32(spread)))))
+        if not error <= tolerance:
+            raise RuntimeError(
+                f"self-test: compute.transport {transport} is wrong on this mesh, case {case!r}: relative error {error:.2g} "
+                f"against all_gather, limit {tolerance:g}; set compute.transport to all_to_all"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _transport_errors(transport: str) -> Any:
+    """The program: 1, or 0 for one expert alone -> the error of the result and of each gradient."""
+    rows, T = math.prod(axis_size(axis) for axis in BATCH), 32 * axis_size("context")
+    D, F, E, A = math.lcm(128, axis_size("fsdp")), 128 * axis_size("tensor"), 2 * axis_size("expert"), 2
+    tokens, into, out = P(BATCH, "context", None), P("expert", "fsdp", "tensor"), P("expert", "tensor", "fsdp")
+
+    @jax.jit
+    def errors(spread: jax.Array) -> list[jax.Array]:
+        def normal(i: int, spec: P, *shape: int) -> jax.Array:
+            return jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape, out_sharding=spec) / shape[-2] ** 0.5
+
+        gate, up = (ExpertMatrix(normal(i, into, E, D, F), None, None) for i in (0, 1))
+        experts = ExpertWeights(gate, up, ExpertMatrix(normal(2, out, E, F, D), None, None))
+        x, dy, weights = (normal(i, tokens, rows, T, n) for i, n in ((3, D), (4, D), (5, A)))
+        row, column, choice = (jax.lax.broadcasted_iota(jnp.int32, (rows, T, A), dim, out_sharding=tokens) for dim in range(3))
+        ids = (row * T + column + choice) % E * spread
+
+        def through(transport: str) -> Any:
+            def layer(*primals: Any) -> jax.Array:
+                x, weights, experts = primals
+                return run_experts(x, ids, weights, ids[..., 0] >= 0, experts, "auto", transport=transport)[0]
+
+            y, vjp = jax.vjp(layer, x, weights, experts)
+            return jax.tree.leaves((y, vjp(dy)))
+
+        pairs = zip(through(transport), through("all_gather"), strict=True)
+        return [jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)) for a, b in pairs]
+
+    return errors
 
 
 def _worst_part(found: np.ndarray, wanted: np.ndarray, sizes: Sequence[int] | np.ndarray | None) -> float:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
@@ -16,6 +17,21 @@ if jax.__version_info__ < (0, 12):
     QUICK["xla_cpu_use_fusion_emitters"] = False  # newer ones have no choice
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 """For programs of tiny arrays: compiling takes a quarter of the time."""
+
+
+def ragged_all_to_all(
+    rows: jax.Array, output: jax.Array, starts: jax.Array, sizes: jax.Array, ats: jax.Array, coming: jax.Array, *, axis_name: str
+) -> jax.Array:
+    """`jax.lax.ragged_all_to_all`, which XLA:CPU has not, from its definition: device s sends device t sizes[t] of its rows
+    from starts[t] on, which stand at s's ats[t] in t's output; coming[s]: how many t awaits."""
+    rows_Xn, starts_XX, sizes_XX, ats_XX = (jax.lax.all_gather(x, axis_name) for x in (rows, starts, sizes, ats))
+    me = jax.lax.axis_index(axis_name)
+    for s in range(sizes_XX.shape[0]):
+        row = jnp.arange(output.shape[0]) - ats_XX[s, me]
+        here = (row >= 0) & (row < sizes_XX[s, me])
+        sent = rows_Xn[s][jnp.where(here, starts_XX[s, me] + row, 0)]
+        output = jnp.where(here.reshape(-1, *[1] * (rows.ndim - 1)), sent, output)
+    return jnp.where(jnp.all(coming == sizes_XX[:, me]), output, 7777)
 
 
 class Collective(NamedTuple):

@@ -19,7 +19,7 @@ from moe_train import config
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model import dispatch
 from moe_train.model.dispatch import ExpertMatrix, ExpertWeights
-from tests.model.conftest import quick_jit
+from tests.model.conftest import quick_jit, ragged_all_to_all
 
 B, T, D, F, J, E, A = 8, 6, 8, 16, 3, 8, 2
 SHUFFLED = [3, 6, 0, 5, 7, 1, 4, 2]
@@ -158,22 +158,7 @@ def check(
 
 @pytest.fixture
 def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`jax.lax.ragged_all_to_all`, which XLA:CPU has not, from its definition."""
-
-    def move(
-        rows: Any, output: Any, starts: Any, sizes: Any, ats: Any, coming: Any, *, axis_name: str, axis_index_groups: None = None
-    ) -> jax.Array:
-        """Device s sends device t its rows starts[t] … + sizes[t], which t puts at s's ats[t]."""
-        rows_Xn, starts_XX, sizes_XX, ats_XX = (jax.lax.all_gather(x, axis_name) for x in (rows, starts, sizes, ats))
-        me = jax.lax.axis_index(axis_name)
-        for s in range(sizes_XX.shape[0]):
-            row = jnp.arange(output.shape[0]) - ats_XX[s, me]
-            here = (row >= 0) & (row < sizes_XX[s, me])
-            sent = rows_Xn[s][jnp.where(here, starts_XX[s, me] + row, 0)]
-            output = jnp.where(here.reshape(-1, *[1] * (rows.ndim - 1)), sent, output)
-        return jnp.where(jnp.all(coming == sizes_XX[:, me]), output, 7777)
-
-    monkeypatch.setattr(jax.lax, "ragged_all_to_all", move)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     monkeypatch.setattr(dispatch, "platform", lambda: "a platform that has it")
 
 
@@ -225,6 +210,7 @@ def test_auto_moves_the_fewest_bytes() -> None:
     """Balanced, all_to_all sends SLACK * A / X of the rows that all_gather does; the whole is rounded up to tiles."""
     choose = partial(dispatch.choose_transport, "auto", 4096, 1024, 2)
     assert [choose(devices) for devices in (1, 2, 4, 8)] == ["all_gather", "all_gather", "all_to_all", "all_to_all"]
+    assert [choose(devices, on="tpu") for devices in (1, 2, 4, 8)] == ["all_gather"] * 2 + ["ragged_all_to_all"] * 2
     sizes = (4096, 1024, 2, 8)
     assert dispatch.transport_bytes("all_gather", *sizes) == 5 * 7 * 4096 * 1024 * 2
     assert dispatch.transport_bytes("all_to_all", *sizes) == 5 * 7 * 1280 * 1024 * 2

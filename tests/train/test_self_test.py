@@ -9,9 +9,10 @@ import pytest
 
 from moe_train import config
 from moe_train.mesh import make_mesh
-from moe_train.model import attention
+from moe_train.model import attention, dispatch
 from moe_train.model import grouped_matmul as gm
-from moe_train.train.self_test import CASES, check_attention, check_grouped_matmul
+from moe_train.train.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul
+from tests.model.conftest import ragged_all_to_all
 
 MODEL = config.Model(
     family="ministral",
@@ -71,6 +72,22 @@ def test_stops_at_a_kernel_that_is_wrong(monkeypatch, wrong, said):
     monkeypatch.setattr(gm, "blocked", wrong)
     with pytest.raises(RuntimeError, match=said):
         check_grouped_matmul(config.Compute(grouped_matmul="blocked"))
+
+
+def late_by_a_row(rows, output, starts, sizes, ats, coming, *, axis_name):
+    """What the second device sends comes one row too far down."""
+    ats = ats + jax.lax.axis_index(axis_name)
+    return ragged_all_to_all(rows, output, starts, sizes, ats, coming, axis_name=axis_name)
+
+
+def test_a_transport_is_compared_with_all_gather(monkeypatch):
+    monkeypatch.setattr(dispatch, "platform", lambda: "a platform that has it")
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    with jax.set_mesh(make_mesh(config.Mesh(expert=2), jax.devices()[:2])):
+        assert check_against_all_gather("ragged_all_to_all") < 1e-5
+        monkeypatch.setattr(jax.lax, "ragged_all_to_all", late_by_a_row)
+        with pytest.raises(RuntimeError, match="ragged_all_to_all is wrong on this mesh, case 'even': relative error"):
+            check_against_all_gather("ragged_all_to_all")
 
 
 def test_cases_say_what_their_names_say():

@@ -165,9 +165,8 @@ def choose_kernel(kernel: str, seq_len: int, dtype: jnp.dtype) -> str:
     sequences: splash wants runs of queries in multiples of 128, cuDNN 16-bit numbers."""
     if kernel != "auto":
         return kernel
-    chunks = 2 * axis_size("context") if axis_size("context") > 1 else 1
     match platform():
-        case "tpu" if seq_len % (128 * chunks) == 0:
+        case "tpu" if _run(seq_len) % 128 == 0:
             return "splash"
         case "gpu" | "cuda" if jnp.dtype(dtype).itemsize == 2:
             return "cudnn"
@@ -212,7 +211,12 @@ def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array, visible_BTS: jax.Array) -> jax
 def _parts(T: int) -> tuple[tuple[int, ...], ...]:
     """Of each device of `context`: where the equally long runs of queries begin that it attends for."""
     c = axis_size("context")
-    return ((0,),) if c == 1 else tuple((i * T // (2 * c), (2 * c - 1 - i) * T // (2 * c)) for i in range(c))
+    return ((0,),) if c == 1 else tuple((i * _run(T), (2 * c - 1 - i) * _run(T)) for i in range(c))
+
+
+def _run(T: int) -> int:
+    """Queries of a run."""
+    return T if axis_size("context") == 1 else T // (2 * axis_size("context"))
 
 
 def _owner(chunk: int) -> int:
@@ -384,6 +388,11 @@ blocked.defvjp(_blocked_forward, _blocked_backward)
 # --- TPU: splash attention ---------------------------------------------------------------------------------------
 
 
+def splash_block(T: int) -> int:
+    """Queries, and keys, of a block of sequences of T tokens: whole blocks make up a run of queries."""
+    return next(block for block in (512, 256, 128) if _run(T) % block == 0)
+
+
 def _make_splash(T: int, group: int, window: int | None) -> Any:
     """The kernel for `group` query heads of a key head, and its tables of the blocks that are not masked. Global view:
     the tables are split over `context` as the queries are, after `_balanced`."""
@@ -391,17 +400,15 @@ def _make_splash(T: int, group: int, window: int | None) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    c = axis_size("context")
-    run = T // (2 * c) if c > 1 else T
+    run, side = _run(T), splash_block(T)
     mask.q_sequence = np.concatenate([np.arange(start, start + run, dtype=np.int32) for part in _parts(T) for start in part])
-    side = next(b for b in (512, 256, 128) if run % b == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: dict[str, Any] = {f"block_{name}": side for name in names}
     splash = kernel.make_splash_mqa(
         masks.MultiHeadMask([mask] * group),
         block_sizes=kernel.BlockSizes(**blocks),
         head_shards=1,
-        q_seq_shards=c,
+        q_seq_shards=axis_size("context"),
         residual_checkpoint_name="attention",
         interpret=platform() == "cpu",
     )

@@ -31,8 +31,12 @@ def grouped_matmul(
 
 
 def choose_kernel(kernel: str) -> str:
-    """`auto` -> the fast path of the platform that the mesh is made of."""
-    fast = {"cpu": "blocked", "tpu": "megablox", "gpu": "ragged_dot", "cuda": "ragged_dot"}
+    """`auto` -> the fast path of the platform that the mesh is made of.
+
+    On GPU XLA makes E masked products of each ragged_dot (24 units of FLOPs for 8 experts, forward and backward, where 3
+    are needed; compiled for H100 by JAX 0.10.2), so that a loop of dense products is the cheaper way.
+    """
+    fast = {"cpu": "blocked", "tpu": "megablox", "gpu": "blocked", "cuda": "blocked"}
     return fast[platform()] if kernel == "auto" else kernel
 
 
@@ -48,7 +52,7 @@ def _zero_tail(y_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(y_RF.shape[0])[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
 
 
-# --- CPU: blocks of rows ------------------------------------------------------------------------------------------
+# --- CPU and GPU: blocks of rows ----------------------------------------------------------------------------------
 
 ROW_BLOCKS = (512, 128, 32)
 SUM_BLOCKS = (512, 128, 32)
@@ -58,7 +62,7 @@ block may be partly empty. Weight gradients write a whole matrix a block, so the
 
 @jax.custom_vjp
 def blocked(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """A loop over experts and blocks of their rows. XLA:CPU's own ragged_dot computes all E products for each row."""
+    """A loop over experts and blocks of their rows. XLA's own ragged_dot computes all E products for each row."""
     return _rows(x_RD, w_EDF, group_sizes_E, "RD,DF->RF")
 
 
@@ -156,10 +160,15 @@ def _gmm(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, transpose:
 
     rows, out = x_RD.shape[0], w_EDF.shape[1 if transpose else 2]
     x_RD = _pad_rows(x_RD)
-    tiling = (_row_tile(rows), _tile(x_RD.shape[1], x_RD.dtype), _tile(out, x_RD.dtype))
+    tiling = tiles(rows, x_RD.shape[1], out, x_RD.dtype)
     kwargs = {"transpose_rhs": transpose, "interpret": platform() == "cpu"}
     y = gmm(x_RD, w_EDF, group_sizes_E, x_RD.dtype, tiling, **kwargs)
     return _zero_tail(y[:rows], group_sizes_E)
+
+
+def tiles(rows: int, inner: int, outer: int, dtype: jnp.dtype) -> tuple[int, int, int]:
+    """Megablox's tile of a product (rows, inner) x (inner, outer), in this order."""
+    return _row_tile(rows), _tile(inner, dtype), _tile(outer, dtype)
 
 
 def _row_tile(rows: int) -> int:
@@ -185,7 +194,7 @@ def _megablox_backward(saved, dy_RF):
 
     x_RD, w_EDF, group_sizes_E = saved
     dx_RD = _gmm(dy_RF, w_EDF, group_sizes_E, transpose=True)
-    tiling = (_row_tile(x_RD.shape[0]), _tile(x_RD.shape[1], x_RD.dtype), _tile(dy_RF.shape[1], x_RD.dtype))
+    tiling = tiles(x_RD.shape[0], x_RD.shape[1], dy_RF.shape[1], x_RD.dtype)
     x_DR, dy_RF = _pad_rows(x_RD).swapaxes(0, 1), _pad_rows(dy_RF)
     dw_EDF = tgmm(x_DR, dy_RF, group_sizes_E, w_EDF.dtype, tiling, interpret=platform() == "cpu")
     return dx_RD, dw_EDF, None

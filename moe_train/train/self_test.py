@@ -37,6 +37,23 @@ CASES = {
 """Rows of each of 8 experts; what is left of ROWS belongs to nobody."""
 
 
+def kernels(run: config.Config) -> dict[str, Any]:
+    """What `auto` stands for on the mesh in force, with the sizes of blocks where a kernel has a choice of them: for the
+    record of a run."""
+    assert run.model is not None
+    dtype, ffn, T = jnp.dtype(run.compute.dtype), run.model.ffn, run.train.seq_len
+    found: dict[str, Any] = {"attention": attention.choose_kernel(run.compute.attention, T, dtype)}
+    if found["attention"] == "splash":
+        found["attention_block"] = attention.splash_block(T)
+    if isinstance(ffn, config.MoeFfn):
+        found["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
+        if found["grouped_matmul"] == "megablox":
+            D, f = run.model.model_dim, ffn.ffn_dim // axis_size("tensor")
+            rows = run.train.batch_size * T * ffn.experts_per_token  # at the most; few rows have smaller tiles
+            found["grouped_matmul_tiles"] = {"gate, up": gm.tiles(rows, D, f, dtype), "down": gm.tiles(rows, f, D, dtype)}
+    return found
+
+
 def check_grouped_matmul(compute: config.Compute) -> float:
     """The largest relative error of the result and both gradients, over all cases.
 
@@ -86,7 +103,7 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     dtype, a = jnp.dtype(compute.dtype), model.attention
     kernel = attention.choose_kernel(compute.attention, seq_len, dtype)
     device = jax.local_devices()[0]
-    T, K, N = 384 if device.platform == "cpu" else 1024, 2, 2 * a.num_heads // a.num_kv_heads
+    T, K, N = 256 if device.platform == "cpu" else 1024, 2, 2 * a.num_heads // a.num_kv_heads
     # One row whole, and one of segments that end beside the edges of blocks; its end is padding.
     starts = ([0], [0, T // 3 + 5, T // 3 + 22, T - 61])
     segments_BT, positions_BT = np.ones((2, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (2, 1))

@@ -11,7 +11,7 @@ from moe_train import config
 from moe_train.mesh import make_mesh
 from moe_train.model import attention, dispatch
 from moe_train.model import grouped_matmul as gm
-from moe_train.train.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul
+from moe_train.train.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul, kernels
 from tests.model.conftest import ragged_all_to_all
 
 MODEL = config.Model(
@@ -137,3 +137,25 @@ def test_stops_at_attention_that_is_wrong(monkeypatch, wrong, said):
     monkeypatch.setattr(attention, "blocked", wrong)
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))), pytest.raises(RuntimeError, match=said):
         check_attention(MODEL, config.Compute(), 512)
+
+
+def test_says_which_kernels_a_run_has():
+    sparse = config.MoeFfn(name="moe", ffn_dim=3072, num_experts=4, experts_per_token=2)
+    one_window = MODEL.attention.model_copy(update={"windows": (None,)})
+    run = config.Config(
+        name="a",
+        run_dir="b",
+        model=MODEL.model_copy(update={"family": "mixtral", "ffn": sparse, "attention": one_window}),
+        train=config.Train(steps=1, batch_size=8, seq_len=1536),
+        optimizer=config.AdamW(name="adamw", learning_rate=0.1),
+        loss=config.Loss(load_balance_loss_coef=0.0, router_z_loss_coef=0.0),
+        compute=config.Compute(dtype="bfloat16", attention="splash", grouped_matmul="megablox"),
+        mesh=config.Mesh(context=2, tensor=2),
+    )
+    with jax.set_mesh(make_mesh(run.mesh, jax.devices()[:4])):
+        assert kernels(run) == {
+            "attention": "splash",
+            "attention_block": 128,  # of the 384 queries of a run
+            "grouped_matmul": "megablox",
+            "grouped_matmul_tiles": {"gate, up": (512, 8, 768), "down": (512, 768, 8)},
+        }

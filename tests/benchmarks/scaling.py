@@ -1,0 +1,88 @@
+"""A slice that grows at constant work per chip, as the compiler sees it: memory, bytes received and time to compile.
+
+    python -m tests.benchmarks.scaling [--layers N] [--out FOLDER] [CHIPS …]        (needs libtpu; a plot needs matplotlib)
+
+Mixtral 8x7B, full training, one sequence of 4096 tokens a chip, on v5p from 8 to 512 chips: expert 8, up to 8 along
+fsdp, the rest replicas along data. Writes scaling.json and, where matplotlib is there, scaling.png; prints the table.
+Each size takes two to three minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_train import config_file
+from moe_train.plan.compile import compile_config
+from moe_train.plan.topology import parse
+
+SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+RECIPE = Path(__file__).parents[2] / "configs" / "mixtral_8x7b_pretrain_v5p.yaml"
+
+
+def measure(chips: int, layers: int) -> dict[str, Any]:
+    fsdp = min(8, chips // 8)
+    mesh = {"data": chips // (8 * fsdp), "fsdp": fsdp, "expert": 8}
+    overrides = [f"model.num_layers={layers}", f"train.batch_size={chips}", "train.microbatches=1"]
+    overrides += [f"mesh.{axis}={size}" for axis, size in mesh.items()]
+    compiled = compile_config(config_file.load(RECIPE, overrides), parse(f"v5p:{SLICES[chips]}"))
+    return {
+        "chips": chips,
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1),
+        "layers": layers,
+        "memory_GiB": compiled.bytes_per_device / 2**30,
+        "received_GB": compiled.network_bytes / 1e9,
+        "compile_seconds": compiled.compile_seconds,
+        "instructions": compiled.instructions,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| chips | mesh | memory a chip, GiB | received a chip and step, GB | compile, s |", "|---|---|---|---|---|"]
+    for r in rows:
+        figures = f"{r['memory_GiB']:.2f} | {r['received_GB']:.2f} | {r['compile_seconds']:.0f}"
+        lines.append(f"| {r['chips']} | {r['mesh']} | {figures} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    shown = {"memory_GiB": "memory a chip, GiB", "received_GB": "received a chip and step, GB", "compile_seconds": "compile, s"}
+    for panel, (key, title) in zip(panels, shown.items(), strict=True):
+        panel.plot([r["chips"] for r in rows], [r[key] for r in rows], marker="o")
+        panel.set(title=title, xlabel="chips", ylim=(0, None))
+        panel.set_xscale("log", base=2)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chips", nargs="*", type=int, default=list(SLICES), help=f"of {', '.join(map(str, SLICES))}")
+    parser.add_argument("--layers", type=int, default=4, help="of 32: the program does not grow with them, its figures do")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "scaling.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    for chips in args.chips:
+        rows = [r for r in rows if (r["chips"], r["layers"]) != (chips, args.layers)] + [measure(chips, args.layers)]
+        rows.sort(key=lambda r: (r["layers"], r["chips"]))
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        print(next(r for r in rows if (r["chips"], r["layers"]) == (chips, args.layers)), flush=True)
+    print(table([r for r in rows if r["layers"] == args.layers]))
+    if importlib.util.find_spec("matplotlib"):
+        plot([r for r in rows if r["layers"] == args.layers], args.out / "scaling.png")
+    else:
+        print("no plot: matplotlib is not here; run: pip install 'moe-train[report]'")
+
+
+if __name__ == "__main__":
+    main()

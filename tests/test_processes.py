@@ -95,6 +95,7 @@ if index == 0:
     print(processes.listen(3), flush=True)
 else:
     processes.connect("localhost", int(port), index, 3)
+    print("connected", flush=True)
 sys.stdin.readline()
 if how == "leaves":
     processes.leave()
@@ -115,7 +116,8 @@ def job_of_three(*hows: str) -> list[tuple[int, str]]:
         started.append(subprocess.Popen([sys.executable, "-c", PEER, str(i), how, port], env=env, text=True, **pipes))
         if i == 0:
             port = started[0].stdout.readline().strip()
-    time.sleep(0.5)
+    for process in started[1:]:
+        assert process.stdout.readline() == "connected\n"
     for process in started:
         process.stdin.write("\n")
         process.stdin.flush()

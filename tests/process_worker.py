@@ -2,7 +2,7 @@
 
 Runs the command line with ARGUMENTS, then `export RUN_DIR OUT_DIR/LAYOUT` for each layout, then once more with process 1's
 disk full; RUN_DIR and OUT_DIR are in the environment. Writes OUT_DIR.PROCESS.json: the bytes of tensors that this process
-read, the files of tensors that it wrote, and what is said of a folder that it cannot see.
+read when it loaded the first of these, the files of tensors that it wrote, and what is said of a folder that it cannot see.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from moe_train import cli, config, mesh
-from moe_train.weights import safetensors_io, together
+from moe_train.model.transformer import init_model, parameters
+from moe_train.weights import foreign, safetensors_io, together
 
 LAYOUTS = {
     "hf": ("--merge", "--max-shard-size", "20KB"),
@@ -60,7 +61,10 @@ def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
         export(run_dir, out_dir, layout)
     index = jax.process_index()
     together.SEEN_WITHIN_SECONDS = 0.0
-    with jax.set_mesh(mesh.make_mesh(config.Mesh(fsdp=-1))):
+    model = foreign.read_model(out_dir / "hf")
+    with jax.set_mesh(mesh.make_mesh(config.Mesh(fsdp=4, expert=2))):
+        seen["read"] = 0
+        foreign.load_parameters(out_dir / "hf", parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1])
         try:
             together.require_shared(out_dir if index == 0 else out_dir / "of another host")
         except ValueError as error:

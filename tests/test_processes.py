@@ -258,7 +258,7 @@ def process_of(run: Run, index: int) -> int:
 def test_a_lost_process_ends_the_other_and_both_are_started_again(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> None:
     run, job, seconds = stopped
     assert job.returncode == 75 and seconds < 10, job.stderr
-    said = [line for line in job.stderr.splitlines() if not line.startswith("[process 1]")]
+    said = [line for line in job.stderr.splitlines() if not line.startswith(("[process 1]", "[Gloo]"))]
     lost = said.index("moe-train: process 1 of 2 was lost; what is saved stays: start again to continue")
     assert said[lost - 1].startswith("step ")  # one line, and no more
     assert said[lost + 1] == "launch/again.sh: exit code 75; starting again"
@@ -311,7 +311,7 @@ def test_batches_and_losses_are_those_of_one_process(both: tuple[Run, Path, subp
     )
     assert f"finished {steps} steps" in done.stderr
     assert [line["step"] for line in one] == list(range(1, steps + 1))
-    assert len({round(line["loss"], 3) for line in one}) > steps - 2  # a batch shows in its loss
+    assert len({round(line["loss"], 3) for line in one}) > steps // 2  # a batch shows in its loss
     for other in (two, moved):
         assert [(line["step"], line["loss_tokens"]) for line in other] == [(line["step"], line["loss_tokens"]) for line in one]
         for key in ("loss", "grad_norm"):
@@ -348,11 +348,11 @@ def test_two_processes_write_what_one_writes(both: tuple[Run, Path, subprocess.C
         left = left.lstrip()[end:]
     assert answers == [str(two / layout) for layout in LAYOUTS]
 
-    total = sum(file.stat().st_size for file in (run.folder / "base").glob("*.safetensors"))
+    total = sum(file.stat().st_size for file in (two / "hf").glob("*.safetensors"))
     shares = [json.loads(Path(f"{two}.{i}.json").read_text()) for i in range(2)]
     written = [{name for name in share["written"] if name.startswith("model-")} for share in shares]
-    assert not written[0] & written[1] and abs(len(written[0]) - len(written[1])) <= 1 and len(written[1]) > 3
+    assert not written[0] & written[1] and len(written[0]) == len(written[1]) == 2
     assert shares[1]["written"] == sorted(written[1])  # of one file the first process is the writer
-    for share in shares:  # the base is read for each layout, the files of hf once more; of each its half, and what all have
-        assert share["read"] < 0.6 * total * (len(LAYOUTS) + 1)
+    for share in shares:
+        assert share["read"] < 0.6 * total  # half of what is split, and what all devices have
         assert share["shared"].startswith(f"{run.folder} is not on a file system that all processes share: process ")

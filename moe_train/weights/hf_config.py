@@ -138,7 +138,9 @@ def _windows(family: str, fields: dict[str, Any], layers: int) -> tuple[int | No
             "sliding_window is not stated, and its default differs between versions of the library; add it (null: none)"
         )
     window = fields.get("sliding_window")
-    kinds = fields.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * layers
+    kinds = fields.get("layer_types")
+    if not kinds:  # one for all layers, of which a damaged file may state very many
+        return (window,)
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layer_types has {sorted(unknown)[0]!r}; built are full_attention and sliding_attention")
     if len(kinds) != layers:

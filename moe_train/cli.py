@@ -239,6 +239,10 @@ def plan(
     batch: Annotated[
         Literal["keep", "any"], typer.Option(help="keep: the config's batch_size; any: as many sequences as fit at once.")
     ] = "keep",
+    by: Annotated[
+        Literal["speed", "bytes"],
+        typer.Option(help="Rank by tokens per second, or by the bytes that each token makes a device receive."),
+    ] = "speed",
     compile_best: Annotated[int, typer.Option("--compile", min=1, metavar="N", help="Compile the best until N fit.")] = 1,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Rank by the model alone; needs no compiler.")] = False,
     compile_only: Annotated[bool, typer.Option("--compile-only", help="Compile the config as it is.")] = False,
@@ -263,6 +267,7 @@ def plan(
             compile_best=0 if no_compile else compile_best,
             compile_only=compile_only,
             free_batch=batch == "any",
+            by=by,
             price=price,
             say=lambda text: print(text, file=sys.stderr),
         )

@@ -43,6 +43,7 @@ def plan(
     compile_best: int = 1,
     compile_only: bool = False,
     free_batch: bool = False,
+    by: search.By = "speed",
     price: float | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Answer:
@@ -62,11 +63,11 @@ def plan(
         raise ValueError(f"no mesh of {place.name}'s {place.num_devices} devices takes this run: {_commonest(faults, run, place)}")
     considered, fitting = len(found), sum(choice.fits for choice in found)
     if compile_best:
-        found = search.confirm(found, place, compile_best, say)
+        found = search.confirm(found, place, compile_best, say, by)
     given = None
     if _covers(run.mesh, place):
         given = search.model_choice(whole(run, place), place)
-    return Answer(place, given, search.best_of_meshes(found), considered, fitting, dollars, priced)
+    return Answer(place, given, search.best_of_meshes(found, by), considered, fitting, dollars, priced)
 
 
 def resolved(run: config.Config) -> config.Config:
@@ -156,7 +157,7 @@ def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
         "mfu": share_of_peak(choice, place),
         "dollars_per_billion_tokens": search.dollars_per_billion(choice, place, answer.price),
         "compiled": None,
-        "why_not": None if reference is None or choice is reference else search.why(choice, reference),
+        "why_not": None if choice is reference else search.why(choice, reference or choice),
     }
     if compiled is not None:
         found["compiled"] = {
@@ -207,7 +208,7 @@ def introduction(answer: Answer) -> list[str]:
     price = answer.priced if answer.price is None else f"{answer.price:g} dollars per chip and hour ({answer.priced})"
     lines = [f"{place.name}: {chips} of {device.hbm_bytes / GIB:.1f} GiB; {price}"]
     if answer.considered > 1:
-        lines.append(f"{answer.considered} choices modelled, {answer.fitting} fit; the best of each mesh, by tokens per second")
+        lines.append(f"{answer.considered} choices modelled, {answer.fitting} fit; the best of each mesh, in order")
     return lines
 
 
@@ -232,11 +233,9 @@ def rows(answer: Answer) -> list[dict[str, str]]:
                 "MB a token": f"{choice.received_per_token(answer.topology.num_devices) / 1e6:.2f}",
                 "binds": choice.time.binds,
                 "$ per 1e9 tokens": "-" if dollars is None else f"{dollars:,.0f}",
-                "why not": "" if reference is None or choice is reference else search.why(choice, reference),
+                "why not": "" if choice is reference else search.why(choice, reference or choice),
             }
         )
-        if reference is None:
-            found[-1]["why not"] = search.why(choice, choice)
     return found
 
 
@@ -253,7 +252,14 @@ def conclusion(answer: Answer) -> list[str]:
     best, given, place = answer.best, answer.given, answer.topology
     if best is None:
         closest = answer.choices[0]
-        return [f"nothing fits on {place.name}: the closest is {search.in_words(closest.run.mesh)}, {search.why(closest, closest)}"]
+        said = [f"nothing fits on {place.name}: the closest is {search.in_words(closest.run.mesh)}, {search.why(closest, closest)}"]
+        if found := search.smallest_that_fits(closest.run, place):
+            larger, choice = found
+            said.append(
+                f"it fits on {larger.name} ({larger.num_chips} chips): {search.in_words(choice.run.mesh)}, remat full, "
+                f"one sequence on each device at a time, {choice.memory.total / GIB:.2f} GiB"
+            )
+        return said
     lines = ["Times are the roofline's, and so the least; a real step is longer."]
     if lost := answer.choices[SHOWN:]:
         slow = [choice for choice in lost if choice.fits]

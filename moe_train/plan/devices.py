@@ -23,6 +23,7 @@ class Device:
     flops: dict[str, float]
     """FLOP/s of matrix products by the dtype of their operands."""
     hbm_bytes: int
+    """Of a TPU what its compiler lays programs out in, where that is known to be less than the chip has (v5e, v6e)."""
     hbm_bandwidth: float
     """Bytes/s."""
     link_bandwidth: float
@@ -39,9 +40,9 @@ class Device:
 DEVICES = {
     # A matrix product of float32 operands takes 6 passes of bfloat16 where all bits count, one by default
     # (jax.default_matmul_precision); the default counts here.
-    "v5e": Device({"bfloat16": 197e12, "float32": 197e12}, 16 * GIB, 819 * GB, 200 * GB, 2, 25 / 8 * GB, 1.20, "2025"),
+    "v5e": Device({"bfloat16": 197e12, "float32": 197e12}, int(15.75 * GIB), 819 * GB, 200 * GB, 2, 25 / 8 * GB, 1.20, "2025"),
     "v5p": Device({"bfloat16": 459e12, "float32": 459e12}, 95 * GIB, 2765 * GB, 600 * GB, 3, 50 / 8 * GB, 4.20, "2025"),
-    "v6e": Device({"bfloat16": 918e12, "float32": 918e12}, 32 * GIB, 1640 * GB, 400 * GB, 2, 100 / 8 * GB, 2.70, "2025"),
+    "v6e": Device({"bfloat16": 918e12, "float32": 918e12}, int(31.25 * GIB), 1640 * GB, 400 * GB, 2, 100 / 8 * GB, 2.70, "2025"),
     "tpu7x": Device({"bfloat16": 2307e12, "float32": 2307e12}, 192 * GIB, 7380 * GB, 600 * GB, 3, 100 / 8 * GB, None, ""),
     "a100": Device({"bfloat16": 312e12, "float32": 156e12}, 80 * 10**9, 2039 * GB, 300 * GB, 0, 25 * GB, None, ""),
     "h100": Device({"bfloat16": 989e12, "float32": 494e12}, 80 * 10**9, 3350 * GB, 450 * GB, 0, 50 * GB, 4.92, "December 2024"),

@@ -64,6 +64,9 @@ def memory(run: config.Config, laid: Layout) -> Memory:
     # XLA casts these weights of all layers before the loop over layers
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
 
+    # and lays out anew, before that loop, the codes of all experts' weights in few bits
+    saved += sum(w.stored_bytes(sizes) for w in stacked if w.kind == "expert" and w.path.endswith(".codes"))
+
     forward, backward = _layer(run, model, stacked, sizes, shape)
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
@@ -117,9 +120,10 @@ def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
     heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
     attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * D * b
-    # of the six arrays that the product of gate and up has to do with in the backward pass (both, their product, and the
-    # gradient of each) three lie in the place of the others
-    backward = experts + 3 * products + inputs + gathered * 9 // 5 + attention
+    # Of the six arrays that the product of gate and up has to do with in the backward pass (both, their product, and the
+    # gradient of each) three lie in the place of the others; not where adapters stand beside, whose two are there too.
+    adapted = any(w.is_lora and _is_ffn(w) for w in stacked)
+    backward = experts + (8 if adapted else 3) * products + inputs + gathered * 9 // 5 + attention
     forward = whole + 4 * products + inputs + gathered * 9 // 5 + m * D * b + 3 * products
     return forward, backward
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moe_train import config
 from moe_train.plan import compile as compiler
 from moe_train.plan.devices import DEVICES, GIB, Device
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.roofline import Time, Work, time, work
-from moe_train.plan.topology import Topology
+from moe_train.plan.topology import Topology, parse, shapes
 from moe_train.plan.traffic import Flow, flows, shape_of
 from moe_train.plan.weights import divisions, layout
 
 LARGEST_BATCH = 64
 """Sequences of a device and microbatch that are tried where the batch is free."""
+
+
+TRANSPORTS = {"tpu": ("all_gather", "all_to_all", "ragged_all_to_all"), "gpu": ("all_gather", "all_to_all")}
+"""Those that `auto` chooses from on each platform (`dispatch.choose_transport`)."""
 
 
 class Choice(NamedTuple):
@@ -71,8 +76,11 @@ def device_limit(topology: Topology) -> int:
 
 def model_choice(run: config.Config, topology: Topology) -> Choice:
     """A resolved run with a mesh without -1, as modelled. Raises ValueError where mesh and model do not go together."""
+    if run.compute.transport == "auto" and run.mesh.expert > 1 and isinstance(run.model and run.model.ffn, config.MoeFfn):
+        transport = shape_of(run, topology.platform).transport
+        run = run.model_copy(update={"compute": run.compute.model_copy(update={"transport": transport})})
     laid = layout(run)
-    moved = flows(run, laid)
+    moved = flows(run, laid, topology.platform)
     done = work(run, laid, moved, topology)
     spent = time(done, moved, run, topology, DEVICES[topology.device])
     return Choice(run, memory(run, laid), moved, done, spent, device_limit(topology))
@@ -107,7 +115,7 @@ def choices(run: config.Config, topology: Topology, free_batch: bool = False) ->
     assert run.model is not None
     found, faults = [], []
     for mesh in meshes(run, topology):
-        transports = ("all_gather", "all_to_all") if mesh.expert > 1 else ("auto",)
+        transports = TRANSPORTS[topology.platform] if mesh.expert > 1 else ("auto",)
         for transport, remat in itertools.product(transports, ("full", "minimal")):
             compute = run.compute.model_copy(update={"transport": transport, "remat": remat})
             for batch_size, microbatches in batches(run, mesh, free_batch):
@@ -122,31 +130,34 @@ def choices(run: config.Config, topology: Topology, free_batch: bool = False) ->
     return found, faults
 
 
-def ranked(found: list[Choice]) -> list[Choice]:
-    """Those that fit first, by tokens a second; of equal ones the one that moves and holds less. Then those that do not, by
-    how much they exceed the device."""
-    return sorted(
-        found,
-        key=lambda c: (
-            not c.fits,
-            -float(f"{c.tokens_per_second:.3g}") if c.fits else c.bytes_per_device,
-            c.received / c.tokens,
-            c.memory.total,
-        ),
-    )
+By = Literal["speed", "bytes"]
 
 
-def best_of_meshes(found: list[Choice]) -> list[Choice]:
+def ranked(found: list[Choice], by: By = "speed") -> list[Choice]:
+    """Those that fit first, by tokens a second or by the bytes that a token makes a device receive; of equal ones the one
+    that moves and holds less. Then those that do not fit, by how much they exceed the device."""
+
+    def order(choice: Choice) -> tuple[Any, ...]:
+        moved = choice.received / choice.tokens
+        if not choice.fits:
+            return True, choice.bytes_per_device
+        speed = -float(f"{choice.tokens_per_second:.3g}")
+        return (False, speed, moved, choice.memory.total) if by == "speed" else (False, moved, speed, choice.memory.total)
+
+    return sorted(found, key=order)
+
+
+def best_of_meshes(found: list[Choice], by: By = "speed") -> list[Choice]:
     """The best choice of each mesh, in their order."""
     first: dict[config.Mesh, Choice] = {}
-    for choice in ranked(found):
+    for choice in ranked(found, by):
         first.setdefault(choice.run.mesh, choice)
     return list(first.values())
 
 
-def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[str], None]) -> list[Choice]:
+def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[str], None], by: By = "speed") -> list[Choice]:
     """`found` with its best compiled, until `count` of them fit or none is left that the model has fit."""
-    order, confirmed = ranked(found), 0
+    order, confirmed = ranked(found, by), 0
     done: list[Choice] = []
     for choice in order:
         if confirmed == count or not choice.fits:
@@ -155,7 +166,7 @@ def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[
         choice = compiled(choice, topology)
         confirmed += choice.fits
         done.append(choice)
-    return ranked([*done, *order[len(done) :]])
+    return ranked([*done, *order[len(done) :]], by)
 
 
 def compiled(choice: Choice, topology: Topology) -> Choice:
@@ -176,6 +187,8 @@ def why(choice: Choice, best: Choice) -> str:
         return f"does not fit: {_gib(choice.bytes_per_device)} of {_gib(choice.limit)} GiB, {_largest(choice.memory)}"
     slower = best.tokens_per_second / choice.tokens_per_second - 1
     ratio = choice.received / choice.tokens / max(best.received / best.tokens, 1e-9)
+    if slower < -0.005:
+        return f"{-slower:.0%} faster, but {ratio:.2f} times the bytes of a token"
     if slower < 0.005:
         return f"as fast; {ratio:.2f} times the bytes of a token"
     return f"{slower:.0%} slower: {choice.time.binds} binds, {ratio:.2f} times the bytes of a token"
@@ -211,6 +224,41 @@ def nearest_that_fits(run: config.Config, topology: Topology, limit: int) -> Cho
     found, _ = choices(run, topology)
     fitting = [choice for choice in found if choice.memory.total <= limit]
     return min(fitting, key=lambda c: (len(changed(run, c.run)), -c.tokens_per_second), default=None)
+
+
+def smallest_that_fits(run: config.Config, topology: Topology, chips: int = 4096) -> tuple[Topology, Choice] | None:
+    """The first larger slice (or number of hosts) of the same device that holds the run with one sequence on each device at
+    a time, everything rematerialised; None where there is none of so many chips."""
+    assert run.model is not None
+    for name in larger(topology, chips):
+        place = parse(name)
+        for mesh in meshes(run.model_copy(update={"mesh": config.Mesh()}), place):
+            if mesh.data > place.num_slices or mesh.tensor > 1:
+                continue
+            batch = {"batch_size": mesh.data * mesh.fsdp * mesh.expert, "microbatches": 1}
+            compute = run.compute.model_copy(update={"transport": "auto", "remat": "full"})
+            train = run.train.model_copy(update=batch)
+            here = run.model_copy(update={"mesh": mesh, "compute": compute, "train": train})
+            try:
+                config.check_model(here, run.model)
+                choice = model_choice(here, place)
+            except ValueError:
+                continue
+            if choice.fits:
+                return place, choice
+    return None
+
+
+def larger(topology: Topology, chips: int) -> list[str]:
+    """Names of what has more chips than `topology`, the smallest first."""
+    if topology.platform == "gpu":
+        hosts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if topology.num_chips < 8 * n <= chips]
+        return [f"{topology.device}x8" if n == 1 else f"{n}x{topology.device}x8" for n in hosts]
+    sizes: dict[int, tuple[int, ...]] = {}
+    for shape in sorted(shapes(topology.device), key=sum):  # of one size the one nearest to a cube
+        sizes.setdefault(math.prod(shape), shape)
+    powers = [n for n in sorted(sizes) if topology.num_chips < n <= chips and n & (n - 1) == 0]
+    return [f"{topology.device}:{'x'.join(map(str, sizes[n]))}" for n in powers]
 
 
 def changed(run: config.Config, other: config.Config) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class Shape(NamedTuple):
     """Where a capacity is set: assignments that one other device of `expert` can get."""
 
 
-def shape_of(run: config.Config) -> Shape:
-    """Of a resolved run whose mesh has no -1."""
+def shape_of(run: config.Config, platform: str | None = None) -> Shape:
+    """Of a resolved run whose mesh has no -1; `platform` is where transport `auto` is chosen for, this process's by default."""
     assert run.model is not None
     model, train, sizes = run.model, run.train, axis_sizes(run.mesh)
     sequences = train.batch_size // train.microbatches // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
@@ -63,7 +63,7 @@ def shape_of(run: config.Config) -> Shape:
         most = sequences * (E // X) * capacity(train.capacity_factor, train.seq_len, A, E)
     if X == 1:
         return Shape(tokens, itemsize, None, tokens * A, most)
-    transport = choose_transport(run.compute.transport, tokens, model.model_dim, A, X, itemsize, most)
+    transport = choose_transport(run.compute.transport, tokens, model.model_dim, A, X, itemsize, most, platform)
     if transport == "all_gather":
         return Shape(tokens, itemsize, transport, X * tokens * A, most)
     from moe_train.model.exchange import slots_of
@@ -71,11 +71,15 @@ def shape_of(run: config.Config) -> Shape:
     return Shape(tokens, itemsize, transport, X * slots_of(tokens * A, X, most), most)
 
 
-def flows(run: config.Config, laid: Layout) -> list[Flow]:
-    """Every collective of a step that moves more than a few numbers, the largest first."""
+def flows(run: config.Config, laid: Layout, platform: str | None = None) -> list[Flow]:
+    """Every collective of a step that moves more than a few numbers, the largest first.
+
+    platform: of the compiler. XLA:TPU makes whole all-reduces of the scatters along an axis that all devices lie on
+    (libtpu of JAX 0.10, 8 and 16 chips); along an axis beside others it scatters.
+    """
     assert run.model is not None
     sizes, shape, M = axis_sizes(run.mesh), shape_of(run), run.train.microbatches
-    found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings)]
+    found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings, platform)]
     found += _of_tokens(run, run.model, sizes, shape)
     found = [flow._replace(bytes=M * flow.bytes) for flow in found]
     gradients = sum(w.stored_bytes(sizes) for w in laid.weights if w.trainable)
@@ -92,7 +96,7 @@ def _received(kind: str, devices: int, whole: float) -> float:
     return (devices - 1) / devices * whole * (2 if kind == "all-reduce" else 1)
 
 
-def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
+def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool, platform: str | None) -> list[Flow]:
     """Gathers of a weight and sums of its gradient, all layers, one microbatch."""
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
     # codes and scales of few bits travel as they are; other weights in the dtype of the computation
@@ -108,12 +112,10 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
         found.append(Flow(name, "all-gather", axis, times * w.layers * _received("all-gather", sizes[axis], gathered * b), True))
     if not w.trainable:
         return found
-    scatters = order[::-1]
-    for axis in scatters:
+    for axis in order[::-1]:
         uses = times if w.kind == "table" else 1
-        found.append(
-            Flow(name, "reduce-scatter", axis, uses * w.layers * _received("reduce-scatter", sizes[axis], gathered * b), True)
-        )
+        kind = "all-reduce" if platform == "tpu" and sizes[axis] == math.prod(sizes.values()) else "reduce-scatter"
+        found.append(Flow(name, kind, axis, uses * w.layers * _received(kind, sizes[axis], gathered * b), True))
         gathered //= sizes[axis]
     # what is split along none of these axes has its gradient summed: experts' and small weights' as they are stored
     b = w.itemsize if w.kind in ("expert", "small") else b

@@ -75,8 +75,8 @@ def layout(run: config.Config) -> Layout:
     Raises ValueError where mesh and model do not go together.
     """
     assert run.model is not None
-    train = run.model_copy(update={"mesh": config.Mesh()})  # a layout depends on the rest alone
-    return _layout(train.model_dump_json(include={"model", "lora", "compute", "optimizer"}), run.mesh, _Hidden(run))
+    depends_on = {"model": True, "lora": True, "optimizer": True, "compute": {"dtype", "param_dtype"}}
+    return _layout(run.model_dump_json(include=depends_on), run.mesh, _Hidden(run))
 
 
 class _Hidden(NamedTuple):

@@ -87,6 +87,15 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
             targets.setdefault(tensor.shape[0], []).append(row.path.removesuffix(".weight"))
     if not targets:
         raise ValueError(f"{Path(directory) / FILE} has no adapter for layer 0 of this model ({next(iter(tensors), 'empty')})")
+    modules = {_module(piece) for piece in names.pieces(model, names.MISTRAL) if not piece.path.endswith(".scale")} - {
+        "embed",
+        "head",
+    }
+    table = names.adapter_pieces(model, dict.fromkeys(modules, 1), names.MISTRAL)
+    if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
+        raise ValueError(
+            f"{Path(directory) / FILE} has {unknown[0]}, which this model has no place for; it is another base's adapter"
+        )
     return config.Lora(
         targets=tuple(
             config.LoraTarget(modules=tuple(modules), rank=rank, alpha=scaling * rank) for rank, modules in targets.items()

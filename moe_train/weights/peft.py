@@ -120,6 +120,8 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
             )
     if not kinds:
         raise ValueError(f"{directory / WEIGHTS} has no adapter in a spelling that is read here ({next(iter(tensors), 'empty')})")
+    if unknown := sorted(tensors.keys() - {piece.name for piece in (*every, *_saved(model))}):
+        raise ValueError(f"{directory / WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter")
     experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 1
     targets: dict[tuple[tuple[int, float], tuple[int, ...] | None], list[str]] = {}
     for module, of_module in kinds.items():

@@ -34,6 +34,7 @@ from moe_train.model.moe import RouterStats
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.plan.fits import check_fits
+from moe_train.processes import UNFINISHED
 from moe_train.train.evaluate import Drift, evaluate, make_batch_sums, make_drift_sums
 from moe_train.train.optimizer import make_optimizer, make_schedule
 from moe_train.train.ready import check_ready, settled
@@ -41,8 +42,9 @@ from moe_train.train.record import only_one, surroundings, write_event
 from moe_train.train.self_test import check_against_all_gather, check_attention, check_grouped_matmul, kernels
 from moe_train.train.state import TrainState, create_state, partition
 from moe_train.train.step import StepMetrics, compile_step
+from moe_train.weights.together import require_shared
 
-FINISHED, UNFINISHED = 0, 75
+FINISHED = 0
 """Exit codes: done; stopped before the end with the state saved (EX_TEMPFAIL of sysexits.h: start me again)."""
 
 
@@ -89,7 +91,7 @@ def train(run: config.Config) -> int:
         restored = checkpoint.restore(checkpoints, jax.eval_shape(lambda params: create_state(params, optimizer), trainable))
         if restored is not None:
             state = restored.state
-            for step, why in restored.damaged.items():
+            for step, why in restored.damaged.items() if first_process else ():
                 print(
                     f"WARNING: the checkpoint of step {step} is damaged, and was renamed to damaged-{step}: {why}", file=sys.stderr
                 )
@@ -114,6 +116,7 @@ def train(run: config.Config) -> int:
                 leaving.enter_context(only_one(run_dir))
             write_text(run_dir / "config.yaml", config_file.dump(run))
             write_text(run_dir / "manifest.json", loader.manifest)
+        require_shared(run_dir)
         writer = metrics.Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
         leaving.enter_context(writer)
         damaged = {} if restored is None else restored.damaged

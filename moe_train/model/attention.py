@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -416,7 +416,9 @@ def _make_splash(T: int, group: int, window: int | None) -> Any:
 
 
 def _spec_of_splash(splash: Any) -> Any:
-    return splash.manual_sharding_spec(NamedSharding(jax.sharding.get_abstract_mesh(), P(None, "context")))
+    # of `context` alone: it asks for shapes of shards, which JAX has not of a mesh of which an axis is manual
+    alone = AbstractMesh((axis_size("context"),), ("context",), axis_types=(AxisType.Explicit,))
+    return splash.manual_sharding_spec(NamedSharding(alone, P(None, "context")))
 
 
 def _splash(

@@ -180,7 +180,7 @@ def compiled(choice: Choice, topology: Topology) -> Choice:
 
 
 def why(choice: Choice, best: Choice) -> str:
-    """Why `choice` is not the best one, in a few words."""
+    """Why `choice` is not the best one, in a few words; bytes are those that a token makes a device receive."""
     if choice.refused is not None:
         return f"the compiler refuses it: {choice.refused}"
     if not choice.fits:
@@ -188,10 +188,10 @@ def why(choice: Choice, best: Choice) -> str:
     slower = best.tokens_per_second / choice.tokens_per_second - 1
     ratio = choice.received / choice.tokens / max(best.received / best.tokens, 1e-9)
     if slower < -0.005:
-        return f"{-slower:.0%} faster, but {ratio:.2f} times the bytes of a token"
+        return f"{-slower:.0%} faster, {ratio:.2f} x the bytes"
     if slower < 0.005:
-        return f"as fast; {ratio:.2f} times the bytes of a token"
-    return f"{slower:.0%} slower: {choice.time.binds} binds, {ratio:.2f} times the bytes of a token"
+        return f"as fast, {ratio:.2f} x the bytes"
+    return f"{slower:.0%} slower, {ratio:.2f} x the bytes"
 
 
 def _largest(memory: Memory) -> str:

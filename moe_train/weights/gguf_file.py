@@ -103,7 +103,7 @@ def open_file(file: str | Path) -> Gguf:
     at.can_hold(num_tensors, 32, "tensors")
     settings: dict[str, Any] = {}
     for _ in range(num_keys):
-        key = at.text("a key")
+        key = at.name("a key")
         if key in settings:
             raise ValueError(f"{file} has the key {key!r} twice")
         settings[key] = at.value(key)
@@ -141,6 +141,13 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.file}: {what} is not UTF-8 at byte {self.offset - len(found) + error.start}") from error
 
+    def name(self, what: str) -> str:
+        """A text that errors can show in a line."""
+        found = self.text(what)
+        if not found.isprintable() or len(found) > 256:
+            raise ValueError(f"{self.file} is damaged: {what} is {found[:40]!r}, of {len(found)} letters")
+        return found
+
     def value(self, key: str) -> Any:
         code = self.number("<I", f"the type of {key}")
         if code == _STRING:
@@ -167,7 +174,7 @@ class _Info(NamedTuple):
 
 
 def _tensor_info(at: _Cursor) -> _Info:
-    name = at.text("a tensor's name")
+    name = at.name("a tensor's name")
     count = at.number("<I", f"the number of dims of {name}")
     if not 1 <= count <= MAX_DIMS:
         raise ValueError(f"{at.file}: {name} has {count} dims; there may be 1 to {MAX_DIMS}")

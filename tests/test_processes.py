@@ -355,4 +355,4 @@ def test_two_processes_write_what_one_writes(both: tuple[Run, Path, subprocess.C
     assert shares[1]["written"] == sorted(written[1])  # of one file the first process is the writer
     for share in shares:
         assert share["read"] < 0.6 * total  # half of what is split, and what all devices have
-        assert share["shared"].startswith(f"{run.folder} is not on a file system that all processes share: process ")
+        assert share["shared"].startswith(f"{two} is not on a file system that all processes share: process ")

@@ -98,7 +98,12 @@ def batch_axes() -> tuple[str, ...]:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A process's rows of a batch (a pytree of (b, T) numpy arrays) -> global (B, T) arrays on the mesh."""
+    """A process's rows of a batch (a pytree of (b, T) numpy arrays) -> global (B, T) arrays on the mesh.
+
+    Raises ValueError where a row's devices are not all of one process.
+    """
+    if jax.process_count() > 1:
+        check_rows(mesh.devices)
     sharding = NamedSharding(mesh, PartitionSpec(BATCH, "context"))
 
     def put(x: Any) -> jax.Array:
@@ -107,6 +112,18 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, x, whole)
 
     return jax.tree.map(put, batch)
+
+
+def check_rows(devices: np.ndarray) -> None:
+    """Raise ValueError where the devices of a batch's row, along context and tensor, are of several processes."""
+    *_, context, tensor = devices.shape
+    owners = np.array([device.process_index for device in devices.flat]).reshape(-1, context * tensor)
+    if (owners != owners[:, :1]).any():
+        each = np.bincount(owners.reshape(-1)).max()
+        raise ValueError(
+            f"mesh.context {context} x mesh.tensor {tensor} devices share a sequence, and are of several processes, which have "
+            f"{each} each; a process reads whole sequences: let context x tensor divide {each}"
+        )
 
 
 def platform() -> str:

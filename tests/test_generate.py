@@ -29,7 +29,7 @@ MINISTRAL3 = config.Model(
     family="ministral3", attention=ATTENTION.model_copy(update={"query_scaling": SCALING}), ffn=DENSE, rope=YARN, **SIZES
 )
 PROMPTS = [list(np.random.default_rng(n).integers(0, 300, n)) for n in (5, 70, 1, 64)]
-ONE, EIGHT = config.Mesh(), config.Mesh(fsdp=2, expert=2, tensor=2)
+ONE, EIGHT = config.Mesh(), config.Mesh(expert=2, context=2, tensor=2)
 
 
 def mesh_of(sizes: config.Mesh) -> jax.sharding.Mesh:

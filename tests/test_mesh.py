@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import AXES, BATCH, axis_size, make_mesh, platform, put_batch
+from moe_train.mesh import AXES, BATCH, axis_size, check_rows, make_mesh, platform, put_batch
 
 
 def test_all_axes_exist_and_one_takes_the_rest():
@@ -42,3 +44,11 @@ def test_rows_of_a_batch_lie_on_the_batch_axes_in_order():
     for shard in whole.addressable_shards:  # two rows a device, the same on both of `tensor`
         (row,), (_, data, fsdp, *_) = (shard.index[0].start // 2,), (0, *np.argwhere(mesh.devices == shard.device)[0])
         assert row == 2 * data + fsdp and np.array_equal(shard.data, tokens[2 * row : 2 * row + 2])
+
+
+def test_a_sequence_over_several_processes_is_refused():
+    devices = np.array([SimpleNamespace(process_index=i // 4) for i in range(8)])
+    check_rows(devices.reshape(1, 2, 1, 2, 2))
+    said = "mesh.context 8 x mesh.tensor 1 devices share a sequence, .* which have 4 each; .*: let context x tensor divide 4"
+    with pytest.raises(ValueError, match=said):
+        check_rows(devices.reshape(1, 1, 1, 8, 1))

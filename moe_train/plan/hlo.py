@@ -231,7 +231,7 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     found: dict[str, list[Instruction]] = {}
     entry, now = "", None
     for line in text.splitlines():
-        if not line.startswith(" ") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)):
+        if not line.startswith(" ") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)):
             now = found.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif now is not None and (instruction := _instruction(line)):
@@ -274,7 +274,7 @@ def _operands(i: Instruction, shapes: dict[str, list[Shape]]) -> list[Shape]:
     stated = _shapes(i.operands)
     if stated:
         return stated
-    return [shapes[name][0] for name in re.findall(r"%([\w.\-]+)", i.operands) if shapes.get(name)]
+    return [shapes[name][0] for name in re.findall(r"[\w.\-]+", i.operands) if shapes.get(name)]
 
 
 def _collective(i: Instruction, kind: str, shapes: dict[str, list[Shape]], scattered: bool) -> Collective | None:

@@ -6,15 +6,21 @@ receives of an array of s bytes along an axis of n is (n - 1) / n * s.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import make_mesh
+from moe_train.mesh import AXES, BATCH, make_mesh
 from moe_train.model.exchange import slots_of
+from moe_train.model.moe import MoE
 from moe_train.plan import hlo
 from moe_train.plan.compile import abstract_step
 from moe_train.train.step import train_step
@@ -137,3 +143,30 @@ def test_what_is_summed_is_small(mesh: str) -> None:
 def test_the_program_does_not_grow_with_depth() -> None:
     shallow, deep = (lowered("fsdp 8", layers).as_text() for layers in (2, 7))
     assert shallow.count("\n") == deep.count("\n")
+
+
+def test_experts_cost_three_units_on_a_tpu() -> None:
+    """Forward and backward of the MoE layer, lowered for a TPU: each assignment meets its own expert alone."""
+    D, F, R = 256, 512, 2 * 512 * A
+    device = AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+    mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
+    model = config.Model(
+        family="mixtral",
+        vocab_size=V,
+        model_dim=D,
+        num_layers=1,
+        attention=config.Attention(num_heads=N, num_kv_heads=N, head_dim=H),
+        ffn=config.MoeFfn(name="moe", ffn_dim=F, num_experts=E, experts_per_token=A),
+    )
+    compute = config.Compute(dtype="bfloat16", param_dtype="bfloat16")
+    with jax.sharding.use_abstract_mesh(mesh):
+        layer = jax.eval_shape(lambda: MoE(nnx.Rngs(0), model, compute))
+        x = jax.ShapeDtypeStruct((2, 512, D), jnp.bfloat16, sharding=NamedSharding(mesh, P(BATCH, "context", None)))
+        segments = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=NamedSharding(mesh, P(BATCH, "context")))
+        both = jax.jit(jax.grad(lambda layer, x, s: jnp.sum(layer(x, s)[0].astype(jnp.float32)), argnums=(0, 1)))
+        text = both.trace(layer, x, segments).lower(lowering_platforms=("tpu",)).as_text(dialect="hlo")
+    counts, product = hlo.read(text), 2 * R * D * F
+    assert counts.kernels.total() == 9  # of three matrices: forward, for x, for the weight
+    stated = [int(flops) for flops in re.findall(r'"flops": ?(\d+)', text)]  # the kernel of weight gradients states none
+    assert stated == [product] * 6
+    assert counts.flops < 0.05 * 9 * product  # the router's

@@ -273,7 +273,6 @@ def conclusion(answer: Answer) -> list[str]:
         memory, moved = best.memory.total / best.compiled.bytes_per_device - 1, _error(best.received, best.compiled.network_bytes)
         lines.append(f"confirmed by the compiler: the model is off by {memory:+.1%} in memory and {moved:+.1%} in bytes received")
     if given is not None and given is not best and (differs := search.changed(given.run, best.run)):
-        said = ", ".join(f"{key}={value}" for key, value in differs.items())
-        verdict = search.why(given, best)
-        lines.append(f"the config as it is: {verdict}; better: {said}")
+        settings = " ".join(f"{key}={value}" for key, value in differs.items())
+        lines.append(f"the config as it is: {search.why(given, best)}; better: {settings}")
     return lines

@@ -75,7 +75,7 @@ def layout(run: config.Config) -> Layout:
     Raises ValueError where mesh and model do not go together.
     """
     assert run.model is not None
-    depends_on = {"model": True, "lora": True, "optimizer": True, "compute": {"dtype", "param_dtype"}}
+    depends_on: Any = {"model": True, "lora": True, "optimizer": True, "compute": {"dtype", "param_dtype"}}
     return _layout(run.model_dump_json(include=depends_on), run.mesh, _Hidden(run))
 
 

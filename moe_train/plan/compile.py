@@ -96,9 +96,16 @@ def compile_config(run: config.Config, topology: Topology, *, timeout_seconds: f
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
         asked.write_text(json.dumps({"run": run.model_dump(mode="json"), "topology": topology.name}), encoding="utf-8")
-        command = [sys.executable, "-m", "moe_train.plan.compile", str(asked), str(answered)]
+        # -P and the path: this very package, whatever the working directory holds
+        command = [sys.executable, "-P", "-m", "moe_train.plan.compile", str(asked), str(answered)]
+        here = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(
-            command, env=os.environ | _environment(topology), capture_output=True, text=True, timeout=timeout_seconds, check=False
+            command,
+            env=os.environ | _environment(topology) | {"PYTHONPATH": here},
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
         )
         if not answered.exists():
             last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]

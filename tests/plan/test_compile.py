@@ -66,12 +66,10 @@ def test_descriptions_of_gpus_are_complete(gpu: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not here; run: pip install 'moe-train[tpu]'")
-def test_a_slice_sends_16_bit_numbers_beside_products() -> None:
+def test_a_slice_sends_16_bit_numbers() -> None:
     compiled = compile_config(small(), parse("v5p:2x2x2"))
     assert not compiled.warnings  # of a rematerialisation that nobody asked for
     assert sum(t.bytes for t in compiled.traffic if t.dtype == "f32") < 0.01 * compiled.network_bytes
-    scatters = [t for t in compiled.traffic if (t.kind, t.axes) == ("reduce-scatter", ("fsdp",))]
-    assert sum(t.bytes_overlapped for t in scatters) > 0.8 * sum(t.bytes for t in scatters)
     assert compiled.bytes_per_device < 2**29
 
 

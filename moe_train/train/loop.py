@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import signal
 import sys
@@ -231,7 +232,8 @@ _DECIDED_AT_START = (
 
 def _changes(run: config.Config, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the checkpoint's, {key: (then, now)}. Raises ValueError where one must not."""
-    then, now = config_file.flat(last.config), config_file.flat(run.model_dump(mode="json"))
+    before = config.Config.model_validate_json(json.dumps(last.config))  # an older version's lacks what has since been added
+    then, now = (config_file.flat(each.model_dump(mode="json")) for each in (before, run))
     changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
     for key, (old, new) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):

@@ -210,7 +210,7 @@ def test_export(stand_in, capsys) -> None:
 
 def test_verify(stand_in, capsys) -> None:
     found = [SimpleNamespace(**CHECK, _asdict=lambda: CHECK)]
-    stand_in("moe_train.verify", verify=lambda directory, base, run, depth: ({}, found))
+    stand_in("moe_train.verify", verify=lambda directory, base, run, depth, adapter: ({}, found))
     assert run("verify", "out") == 0
     assert "3 tensors" in capsys.readouterr().out
     failed = {**CHECK, "passed": False, "said": "w has changed"}

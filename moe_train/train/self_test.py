@@ -100,26 +100,26 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
 
     Raises RuntimeError where it is more than rounding in the compute dtype explains.
     """
-    dtype, a = jnp.dtype(compute.dtype), model.attention
+    dtype, sizes = jnp.dtype(compute.dtype), model.attention
     kernel = attention.choose_kernel(compute.attention, seq_len, dtype)
     device = jax.local_devices()[0]
-    T, K, N = 256 if device.platform == "cpu" else 1024, 2, 2 * a.num_heads // a.num_kv_heads
+    T, K, N = 256 if device.platform == "cpu" else 1024, 2, 2 * sizes.num_heads // sizes.num_kv_heads
     # One row whole, and one of segments that end beside the edges of blocks; its end is padding.
     starts = ([0], [0, T // 3 + 5, T // 3 + 22, T - 61])
     segments_BT, positions_BT = np.ones((2, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (2, 1))
     for number, (start, end) in enumerate(itertools.pairwise([*starts[1], T])):
         segments_BT[1, start:end], positions_BT[1, start:end] = (number + 1) % len(starts[1]), np.arange(end - start)
     rng, worst, tolerance = np.random.default_rng(0), 0.0, _tolerance(dtype, device)
-    q, k, v, dy = (rng.normal(size=(2, T, heads, a.head_dim)).astype(np.float32) for heads in (N, K, K, N))
+    q, k, v, dy = (rng.normal(size=(2, T, heads, sizes.head_dim)).astype(np.float32) for heads in (N, K, K, N))
     dy[segments_BT == 0] = 0
 
-    for window in sorted({min(w or T, T // 4) if w else 0 for w in a.windows}):
+    for window in sorted({min(w or T, T // 4) if w else 0 for w in sizes.windows}):
 
         @partial(jax.jit, static_argnames="kernel")
         def run(arrays: Any, tokens: Any, kernel: str, window: int | None = window or None) -> Any:
             arrays, tokens = ([jax.sharding.reshard(x, activation_spec("BTNH"[: x.ndim])) for x in xs] for xs in (arrays, tokens))
-            *arrays, dy = arrays
-            y, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, *tokens, window, kernel), *arrays)
+            (*arrays, dy), (positions, segments) = arrays, tokens
+            y, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, positions, segments, window, kernel), *arrays)
             return y, *vjp(dy)
 
         with jax.set_mesh(make_mesh(config.Mesh(), [device])):
@@ -130,9 +130,8 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
         for what, ours, theirs in zip(("result", *(f"gradient of {x}" for x in "qkv")), found, wanted, strict=True):
             for row in range(2):
                 seen = segments_BT[row] != 0
-                error = _worst_part(
-                    *(x[row][seen].reshape(seen.sum(), -1) for x in (ours, theirs)), np.diff([*starts[row], T])[:-1]
-                )
+                a, b = (x[row][seen].reshape(seen.sum(), -1) for x in (ours, theirs))
+                error = _worst_part(a, b, np.diff([*starts[row], T])[:-1])
                 if not error <= tolerance:
                     raise RuntimeError(
                         f"self-test: {what} of attention={kernel} is wrong on {device.device_kind}, window {window or 'none'}, "

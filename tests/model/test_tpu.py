@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from moe_train.data.batch import Batch
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model.fsdp import SPLIT
 from moe_train.model.transformer import init_model, parameters
+from moe_train.plan import hlo
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
 from moe_train.train.step import train_step
@@ -93,6 +95,29 @@ TINY += ("model.attention.num_heads=8", "model.attention.num_kv_heads=2", "train
 def test_small_step(experts: int, collectives: Any) -> None:
     program, params = compiled("2x2x2", *TINY, f"model.ffn.num_experts={experts}", "mesh.fsdp=4", "mesh.expert=2")
     check(program, params, collectives)
+
+
+def test_a_sequence_on_two_chips(collectives: Any) -> None:
+    """Keys and values of the whole are gathered; queries of the halves change places, and no collective has their whole."""
+    meshes = ("mesh.fsdp=2", "mesh.expert=2", "mesh.context=2")
+    program, params = compiled("2x2x2", *TINY, *meshes)
+    check(program, params, collectives)
+    found = [group for kind, _, group in collectives(program.as_text()) if kind == "all-gather"]
+    gathered = {tuple(sorted(n for n in shape if n > 1)) for group in found for shape in group}
+    assert (2, 2, 128, 1024) in gathered and (2, 8, 128, 1024) not in gathered  # two sequences, two key heads, eight of queries
+
+
+def test_gradients_cross_the_data_axis_once(collectives: Any) -> None:
+    """Two microbatches in each of two replicas, each with a part of the weights on four chips: what crosses has the size
+    of a chip's part of a stack's weights, and so is summed after all layers and microbatches."""
+    meshes = ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", "train.batch_size=16", "train.microbatches=2")
+    program, params = compiled("2x2x2", *TINY, *meshes)
+    found = hlo.read(program.as_text()).collectives
+    sizes = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 1}
+    across = [(c, times) for c, times in found.items() if "data" in hlo.axes_of(c.groups, sizes)]
+    gradients = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in params.values())
+    assert gradients <= sum(times * c.bytes for c, times in across) < 1.05 * gradients
+    assert all(times == 1 for c, times in across if c.bytes > 20_000)
 
 
 def test_mixtral_8x7b(collectives: Any) -> None:

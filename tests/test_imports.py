@@ -18,7 +18,18 @@ STEP = ("train.state", "train.loss", "train.optimizer", "train.step")
 LEFT_OF_STEP = ("config", "mesh", "model", "data.batch", *STEP)
 LEFT_OF_LOOP = (
     *LEFT_OF_STEP,
-    *("train.record", "train.self_test", "processes", "config_file", "atomic", "json_file", "data", "weights", "checkpoint", "model_dir"),
+    *(
+        "train.record",
+        "train.self_test",
+        "processes",
+        "config_file",
+        "atomic",
+        "json_file",
+        "data",
+        "weights",
+        "checkpoint",
+        "model_dir",
+    ),
     *("metrics", "plan"),
 )
 COMMANDS = (

@@ -272,9 +272,9 @@ def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
     if first is None:
         return 0, 0
     last = next(token for at in range(stop - 1, -1, -1) if (token := encoding.char_to_token(at)) is not None)
-    while first and encoding.token_to_chars(first - 1)[0] >= start:
+    while first and (chars := encoding.token_to_chars(first - 1)) and chars[0] >= start:
         first -= 1
-    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < stop:
+    while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < stop:
         last += 1
     return first, last + 1
 

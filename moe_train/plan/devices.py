@@ -4,8 +4,10 @@ Figures are peaks per chip. Sources, read in November 2026:
   TPU: https://cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e, …/tpu7x (key specifications; HBM, ICI and DCN bandwidth).
   GPU: the data sheets of A100 (80 GB, SXM4), H100 (SXM5), H200 (SXM) and HGX B200 on nvidia.com, without sparsity;
        network of a GPU: one 400 Gb/s adapter each in DGX H100, H200 and B200, 200 Gb/s in DGX A100 (DGX user guides).
-Prices in US dollars per chip and hour: TPU on demand in US regions, https://cloud.google.com/tpu/pricing (2025); GPU as
-effective rates of EC2 capacity blocks, https://aws.amazon.com/ec2/capacityblocks/pricing (December 2024).
+HBM that programs get: v5e's as its compiler's errors say; v6e's by the same share, unconfirmed.
+Prices in US dollars per chip and hour are orientation, state your own: TPU on demand in US regions as commonly quoted in 2025,
+not confirmed on https://cloud.google.com/tpu/pricing; GPU as effective rates of EC2 capacity blocks,
+https://aws.amazon.com/ec2/capacityblocks/pricing (December 2024).
 """
 
 from __future__ import annotations
@@ -40,9 +42,15 @@ class Device:
 DEVICES = {
     # A matrix product of float32 operands takes 6 passes of bfloat16 where all bits count, one by default
     # (jax.default_matmul_precision); the default counts here.
-    "v5e": Device({"bfloat16": 197e12, "float32": 197e12}, int(15.75 * GIB), 819 * GB, 200 * GB, 2, 25 / 8 * GB, 1.20, "2025"),
-    "v5p": Device({"bfloat16": 459e12, "float32": 459e12}, 95 * GIB, 2765 * GB, 600 * GB, 3, 50 / 8 * GB, 4.20, "2025"),
-    "v6e": Device({"bfloat16": 918e12, "float32": 918e12}, int(31.25 * GIB), 1640 * GB, 400 * GB, 2, 100 / 8 * GB, 2.70, "2025"),
+    "v5e": Device(
+        {"bfloat16": 197e12, "float32": 197e12}, int(15.75 * GIB), 819 * GB, 200 * GB, 2, 25 / 8 * GB, 1.20, "2025, unconfirmed"
+    ),
+    "v5p": Device(
+        {"bfloat16": 459e12, "float32": 459e12}, 95 * GIB, 2765 * GB, 600 * GB, 3, 50 / 8 * GB, 4.20, "2025, unconfirmed"
+    ),
+    "v6e": Device(
+        {"bfloat16": 918e12, "float32": 918e12}, int(31.25 * GIB), 1640 * GB, 400 * GB, 2, 100 / 8 * GB, 2.70, "2025, unconfirmed"
+    ),
     "tpu7x": Device({"bfloat16": 2307e12, "float32": 2307e12}, 192 * GIB, 7380 * GB, 600 * GB, 3, 100 / 8 * GB, None, ""),
     "a100": Device({"bfloat16": 312e12, "float32": 156e12}, 80 * 10**9, 2039 * GB, 300 * GB, 0, 25 * GB, None, ""),
     "h100": Device({"bfloat16": 989e12, "float32": 494e12}, 80 * 10**9, 3350 * GB, 450 * GB, 0, 50 * GB, 4.92, "December 2024"),

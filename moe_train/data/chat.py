@@ -31,7 +31,7 @@ def examples_batch(
     """`examples` of each conversation, or its ValueError."""
     found: list[list[Example] | ValueError] = [_refused(conversation, template, tokenizer) or [] for conversation in conversations]
     good = [i for i, refused in enumerate(found) if not refused]
-    made = _made([conversations[i] for i in good], template, tokenizer)
+    made = _made([conversations[i] for i in good], template, tokenizer) if good else []  # texts need no template
     for i, some in zip(good, made, strict=True):
         if not isinstance(some, ValueError) and not any(any((example.loss_mask or [])[1:]) for example in some):
             what = "no token would bear loss: the conversation has no assistant text (or only of weight 0)"

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+# Drawn alike in each run, however busy the machine is; with --slow anew.
+settings.register_profile("alike", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("anew", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("anew" if "--slow" in sys.argv else "alike")
 jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook("moe_train.model", "beartype.beartype")
 

@@ -153,7 +153,12 @@ def try_damaged(kind: str, folder: Path, here: Path, data: st.DataObject) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(kind: str, good: Callable[[str], Path], tmp_path: Path, data: st.DataObject) -> None:
     try_damaged(kind, good(kind), tmp_path, data)

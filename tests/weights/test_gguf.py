@@ -533,7 +533,7 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_file_with_changed_bytes_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     """Never another exception, never more memory than the file has bytes, never a read beyond it."""
     keys = (

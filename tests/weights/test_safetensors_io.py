@@ -59,7 +59,7 @@ def test_hashes_see_a_change_of_one_value_and_nothing_else(tmp_path: Path, monke
     assert {name for name in before if before[name] != after[name]} == {"b"}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, data: st.DataObject) -> None:
     file, _ = write(tmp_path)
@@ -69,7 +69,7 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, data: st.DataOb
         safetensors_io.open_model(tmp_path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_a_damaged_header_is_refused_in_one_line_or_still_true(tmp_path: Path, data: st.DataObject) -> None:
     file, _ = write(tmp_path)

@@ -119,7 +119,8 @@ def run_experts(
         # on each device of `tensor` a part of F: gradients of x and of the weights are summed over it
         x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(ids_mA < E, weights_mA, 0)))
         check_transport(transport)
-        name = choose_transport(transport, b * t, D, ids_mA.shape[1], axis_size("expert"), x_btD.dtype.itemsize, most)
+        along = AlongExpert(b * t, D, ids_mA.shape[1], axis_size("expert"), x_btD.dtype.itemsize, most)
+        name = choose_transport(transport, along)
         move = {"all_gather": all_gather, "all_to_all": exchange, "ragged_all_to_all": ragged.exchange}[name]
         y_mD, computed = move(x_mD, ids_mA, weights_mA, experts, (key, numbers_mA), run, whole, most)
         return y_mD.reshape(b, t, D), jax.lax.psum(computed, (*tokens[0], "context"))
@@ -134,23 +135,40 @@ def run_experts(
     return everywhere(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts, key, numbers_BT)
 
 
-def transport_bytes(
-    transport: str,
-    tokens: int,
-    model_dim: int,
-    experts_per_token: int,
-    devices: int,
-    itemsize: int = 2,
-    most: int | None = None,
-) -> int:
+class AlongExpert(NamedTuple):
+    """What one device has to bring to its experts in a layer of a microbatch."""
+
+    tokens: int
+    """m, of this device."""
+    model_dim: int
+    experts_per_token: int
+    devices: int
+    """X, of the mesh axis `expert`."""
+    itemsize: int = 2
+    most: int | None = None
+    """Where a capacity is set: assignments of a device that can go to one other."""
+
+
+def along_expert(run: config.Config, sizes: Mapping[str, int]) -> AlongExpert:
+    """Of a run with experts; sizes: of the mesh's axes."""
+    assert run.model is not None and isinstance(run.model.ffn, config.MoeFfn)
+    X, ffn = sizes["expert"], run.model.ffn
+    T, cf = run.train.seq_len, run.train.capacity_factor
+    rows = run.train.batch_size // (run.train.microbatches * math.prod(sizes[axis] for axis in BATCH))
+    A, E, itemsize = ffn.experts_per_token, ffn.num_experts, jnp.dtype(run.compute.dtype).itemsize
+    most = None if cf is None else rows * E // X * capacity(cf, T, A, E)
+    return AlongExpert(rows * T // sizes["context"], run.model.model_dim, A, X, itemsize, most)
+
+
+def transport_bytes(transport: str, along: AlongExpert) -> int:
     """Bytes that a device receives from the others of `expert` in one layer of a training step, while routing is balanced.
 
-    tokens: m, of one device in a microbatch; devices: X, of the axis; most: assignments of a device that can go to one
-    other, where a capacity is set. Rows of model_dim go five ways, whatever the rematerialisation: out and back, out once
-    more and the gradients both ways. With all_gather a way is (X - 1) * m rows; with all_to_all (X - 1) buffers of
-    `slots_of`; with ragged_all_to_all the assignments that other devices hold, (X - 1) / X * m * A. What the routing
-    itself needs (ids, weights) is left out: 8 bytes beside the 2 * D of a row.
+    Rows of model_dim go five ways, whatever the rematerialisation: out and back, out once more and the gradients both
+    ways. With all_gather a way is (X - 1) * m rows; with all_to_all (X - 1) buffers of `slots_of`; with ragged_all_to_all
+    the assignments that other devices hold, (X - 1) / X * m * A. What the routing itself needs (ids, weights) is left
+    out: 8 bytes beside the 2 * D of a row.
     """
+    tokens, model_dim, experts_per_token, devices, itemsize, most = along
     match transport:
         case "all_gather":
             rows = (devices - 1) * tokens
@@ -163,23 +181,13 @@ def transport_bytes(
     return 5 * rows * model_dim * itemsize
 
 
-def choose_transport(
-    transport: str,
-    tokens: int,
-    model_dim: int,
-    experts_per_token: int,
-    devices: int,
-    itemsize: int = 2,
-    most: int | None = None,
-    on: str | None = None,
-) -> str:
-    """`auto` -> the transport of the platform `on` (the mesh's in force) that moves the fewest bytes; other arguments as
-    in `transport_bytes`. `ragged` says where it is one of them, and why."""
+def choose_transport(transport: str, along: AlongExpert, on: str | None = None) -> str:
+    """`auto` -> the transport of the platform `on` (the mesh's in force) that moves the fewest bytes. `ragged` says where
+    it is one of them, and why."""
     if transport != "auto":
         return transport
-    sizes = (tokens, model_dim, experts_per_token, devices, itemsize, most)
     names = ("all_gather", "all_to_all", *(("ragged_all_to_all",) if (on or platform()) == "tpu" else ()))
-    return min(names, key=lambda name: transport_bytes(name, *sizes))
+    return min(names, key=lambda name: transport_bytes(name, along))
 
 
 def check_transport(transport: str) -> None:
@@ -193,8 +201,8 @@ def transport_in_words(run: config.Config, sizes: Mapping[str, int]) -> str | No
     axes."""
     if (name := transport_of(run, sizes)) is None:
         return None
-    args = _sizes(run, sizes)
-    costs = {other: transport_bytes(other, *args) / 2**20 for other in (name, *{"all_gather", "all_to_all"} - {name})}
+    along = along_expert(run, sizes)
+    costs = {other: transport_bytes(other, along) / 2**20 for other in (name, *{"all_gather", "all_to_all"} - {name})}
     (chosen, mib), *others = costs.items()
     than = ", ".join(f"{other} {cost:,.1f}" for other, cost in sorted(others))
     how = f", chosen by bytes on {platform()}" if run.compute.transport == "auto" else ""
@@ -205,18 +213,7 @@ def transport_of(run: config.Config, sizes: Mapping[str, int]) -> str | None:
     """The transport of a run; None where `expert` has one device."""
     if sizes["expert"] == 1:
         return None
-    return choose_transport(run.compute.transport, *_sizes(run, sizes))
-
-
-def _sizes(run: config.Config, sizes: Mapping[str, int]) -> tuple[int, int, int, int, int, int | None]:
-    """Of a layer on one device, as `transport_bytes` takes them."""
-    assert run.model is not None and isinstance(run.model.ffn, config.MoeFfn)
-    X, ffn = sizes["expert"], run.model.ffn
-    T, cf = run.train.seq_len, run.train.capacity_factor
-    rows = run.train.batch_size // (run.train.microbatches * math.prod(sizes[axis] for axis in BATCH))
-    A, E, itemsize = ffn.experts_per_token, ffn.num_experts, jnp.dtype(run.compute.dtype).itemsize
-    most = None if cf is None else rows * E // X * capacity(cf, T, A, E)
-    return rows * T // sizes["context"], run.model.model_dim, A, X, itemsize, most
+    return choose_transport(run.compute.transport, along_expert(run, sizes))
 
 
 def all_gather(

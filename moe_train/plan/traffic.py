@@ -15,8 +15,7 @@ import math
 from typing import NamedTuple
 
 from moe_train import config
-from moe_train.model.capacity import capacity
-from moe_train.model.dispatch import choose_transport, transport_bytes
+from moe_train.model.dispatch import along_expert, choose_transport, transport_bytes
 from moe_train.plan.weights import Layout, Weight, axis_sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -45,8 +44,6 @@ class Shape(NamedTuple):
     """None where the experts are all here, or where there are none."""
     rows: int
     """Rows that experts (or a dense feed-forward layer) work on at once."""
-    most: int | None
-    """Where a capacity is set: assignments that one other device of `expert` can get."""
 
 
 def shape_of(run: config.Config, platform: str | None = None) -> Shape:
@@ -56,19 +53,17 @@ def shape_of(run: config.Config, platform: str | None = None) -> Shape:
     sequences = train.batch_size // train.microbatches // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens, itemsize = sequences * train.seq_len // sizes["context"], ITEMSIZE[run.compute.dtype]
     if not isinstance(model.ffn, config.MoeFfn):
-        return Shape(tokens, itemsize, None, tokens, None)
-    X, A, most = sizes["expert"], model.ffn.experts_per_token, None
-    if train.capacity_factor is not None:
-        E = model.ffn.num_experts
-        most = sequences * (E // X) * capacity(train.capacity_factor, train.seq_len, A, E)
+        return Shape(tokens, itemsize, None, tokens)
+    along = along_expert(run, sizes)
+    X, A = along.devices, along.experts_per_token
     if X == 1:
-        return Shape(tokens, itemsize, None, tokens * A, most)
-    transport = choose_transport(run.compute.transport, tokens, model.model_dim, A, X, itemsize, most, platform)
+        return Shape(tokens, itemsize, None, tokens * A)
+    transport = choose_transport(run.compute.transport, along, platform)
     if transport == "all_gather":
-        return Shape(tokens, itemsize, transport, X * tokens * A, most)
+        return Shape(tokens, itemsize, transport, X * tokens * A)
     from moe_train.model.exchange import slots_of
 
-    return Shape(tokens, itemsize, transport, X * slots_of(tokens * A, X, most), most)
+    return Shape(tokens, itemsize, transport, X * slots_of(tokens * A, X, along.most))
 
 
 def flows(run: config.Config, laid: Layout, platform: str | None = None) -> list[Flow]:
@@ -139,7 +134,7 @@ def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], s
     a, tensor, context = model.attention, sizes["tensor"], sizes["context"]
     found = []
     if shape.transport is not None and isinstance(model.ffn, config.MoeFfn):
-        moved = transport_bytes(shape.transport, m, D, model.ffn.experts_per_token, sizes["expert"], b, shape.most)
+        moved = transport_bytes(shape.transport, along_expert(run, sizes))
         if shape.transport == "all_gather":  # there, and there again in the recomputed layer; the gradient of what came back
             found.append(Flow("tokens to experts", "all-gather", "expert", L * moved * 3 / 5, False))
             found.append(Flow("tokens to experts", "reduce-scatter", "expert", L * moved * 2 / 5, False))

@@ -154,7 +154,7 @@ def check_against_all_gather(transport: str) -> float:
     Raises RuntimeError where it is more than rounding explains.
     """
     errors = _transport_errors(transport)
-    tolerance = 1e-5 if jax.default_backend() == "cpu" else 3e-2
+    tolerance = _tolerance(jnp.dtype(jnp.float32), jax.local_devices()[0])
     worst = 0.0
     for case, spread in (("even", 1), ("one expert", 0)):
         error = float(np.max(jax.device_get(errors(jnp.int32(spread)))))

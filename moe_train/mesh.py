@@ -50,13 +50,12 @@ def join_processes() -> None:
     processes.first_alone_speaks(index)
     if count == 1:
         return
-    key, (store, address) = "moe_train/port", (distributed.global_state.client, distributed.global_state.coordinator_address)
+    key, (store, address) = "moe_train/watch", (distributed.global_state.client, distributed.global_state.coordinator_address)
     assert store is not None and address is not None
     if index == 0:
-        store.key_value_set(key, str(processes.listen(count)))
+        store.key_value_set(key, processes.listen(count))
     else:
-        port = int(store.blocking_key_value_get(key, 60_000))
-        processes.connect(address.rpartition(":")[0], port, index, count)
+        processes.connect(address.rpartition(":")[0], store.blocking_key_value_get(key, 60_000), index, count)
     atexit.register(processes.leave)  # after JAX's own, and so called before it
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import socket
 import struct
 import sys
@@ -23,8 +24,10 @@ UNFINISHED = 75
 """Exit code (EX_TEMPFAIL of sysexits.h): stopped before the end; start me again."""
 GRACE_SECONDS = 10
 """For a process whose peer has failed to come to its own end, which may be the same failure."""
+STRANGER_SECONDS = 5
+"""For somebody who has connected to say who it is."""
 _NUMBER = struct.Struct("<i")
-"""All that is ever sent: a process's index when it comes, its exit code when it goes."""
+"""All that is sent, after the password: a process's index when it comes, its exit code when it goes."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
 """A host that answers nothing is given up after 20 + 4 · 10 s."""
 
@@ -116,28 +119,50 @@ class _Watch:
 _watch = _Watch()
 
 
-def listen(count: int) -> int:
-    """Of the first process: take the others' connections, and watch them. Returns the port."""
+def listen(count: int) -> str:
+    """Of the first process: take the others' connections, and watch them. Returns what `connect` has to be told: the port,
+    and a password, since anybody on the network may knock there."""
     _watch.count = count
+    password = secrets.token_hex(16)
     both = socket.has_dualstack_ipv6()
     server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
     def accept() -> None:
-        for _ in range(count - 1):
+        awaited = set(range(1, count))
+        while awaited:
             peer, _ = server.accept()
-            _start(_NUMBER.unpack(peer.recv(_NUMBER.size, socket.MSG_WAITALL))[0], peer)
+            index = _introduced(peer, password)
+            if index in awaited:
+                awaited.remove(index)
+                _start(index, peer)
+            else:
+                peer.close()
         server.close()
 
     threading.Thread(target=accept, daemon=True).start()
-    return int(server.getsockname()[1])
+    return f"{server.getsockname()[1]} {password}"
 
 
-def connect(host: str, port: int, index: int, count: int) -> None:
-    """Of another process: watch the first one, as it watches this one."""
-    _watch.index, _watch.count = index, count
-    peer = socket.create_connection((host, port), timeout=60)
+def _introduced(peer: socket.socket, password: str) -> int | None:
+    """The index of a process that knows the password; None for a stranger, who is given a few seconds."""
+    peer.settimeout(STRANGER_SECONDS)
+    try:
+        said = peer.recv(len(password) + _NUMBER.size, socket.MSG_WAITALL)
+    except OSError:
+        return None
+    if not secrets.compare_digest(said[: -_NUMBER.size], password.encode()):
+        return None
     peer.settimeout(None)
-    peer.sendall(_NUMBER.pack(index))
+    return int(_NUMBER.unpack(said[-_NUMBER.size :])[0])
+
+
+def connect(host: str, told: str, index: int, count: int) -> None:
+    """Of another process: watch the first one, as it watches this one. told: what `listen` returned there."""
+    _watch.index, _watch.count = index, count
+    port, password = told.split()
+    peer = socket.create_connection((host, int(port)), timeout=60)
+    peer.settimeout(None)
+    peer.sendall(password.encode() + _NUMBER.pack(index))
     _start(0, peer)
 
 

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,12 +90,12 @@ PEER = """
 import os, sys, time
 from moe_train import processes
 processes.GRACE_SECONDS = 0.5
-index, how, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+index, how, told = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 if index == 0:
     processes.first_alone_speaks(0)
     print(processes.listen(3), flush=True)
 else:
-    processes.connect("localhost", int(port), index, 3)
+    processes.connect("localhost", told, index, 3)
     print("connected", flush=True)
 sys.stdin.readline()
 if how == "leaves":
@@ -108,14 +109,18 @@ else:
 """
 
 
-def job_of_three(*hows: str) -> list[tuple[int, str]]:
-    """(exit code, stderr) of three processes; those that go do so when all are there."""
-    env, started, port = {**os.environ, "PYTHONPATH": str(ROOT)}, [], "0"
+def job_of_three(*hows: str, strangers: tuple[bytes, ...] = ()) -> list[tuple[int, str]]:
+    """(exit code, stderr) of three processes; those that go do so when all are there. Strangers say something to the first
+    one before the others come."""
+    env, started, told = {**os.environ, "PYTHONPATH": str(ROOT)}, [], ""
     for i, how in enumerate(hows):
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        started.append(subprocess.Popen([sys.executable, "-c", PEER, str(i), how, port], env=env, text=True, **pipes))
+        started.append(subprocess.Popen([sys.executable, "-c", PEER, str(i), how, told], env=env, text=True, **pipes))
         if i == 0:
-            port = started[0].stdout.readline().strip()
+            told = started[0].stdout.readline().strip()
+            for said in strangers:
+                with socket.create_connection(("localhost", int(told.split()[0]))) as stranger:
+                    stranger.sendall(said)
     for process in started[1:]:
         assert process.stdout.readline() == "connected\n"
     for process in started:
@@ -144,6 +149,11 @@ def test_a_process_that_fails_ends_the_others_with_its_exit_code() -> None:
 
 def test_processes_that_leave_in_order_are_not_missed() -> None:
     assert job_of_three("leaves", "leaves", "leaves") == [(0, ""), (0, ""), (0, "")]
+
+
+def test_strangers_at_the_port_are_nobodys_loss() -> None:
+    said = (b"", b"GET / HTTP/1.1", bytes(64), b"0" * 32 + bytes([1, 0, 0, 0]))
+    assert job_of_three("leaves", "leaves", "leaves", strangers=said) == [(0, "")] * 3
 
 
 # --- one run -------------------------------------------------------------------------------------------------------

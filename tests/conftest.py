@@ -27,6 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--judges", action="store_true", help="also run the comparisons with torch, transformers and peft")
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a test by the size of its bytes: workers must collect equal names, and a packed file can hold the time."""
+    return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
     if config.getoption("--judges") and missing:

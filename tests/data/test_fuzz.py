@@ -139,7 +139,7 @@ WHOLE = {
     "a.json": json.dumps(RECORDS, indent=1).encode(),
     "a.csv": b'question,answer\n"2, 3?",5\na,"b\nc"\n',
     "a.txt": "Grüße\n".encode(),
-    "a.jsonl.gz": gzip.compress(LINES),
+    "a.jsonl.gz": gzip.compress(LINES, mtime=0),
     "a.jsonl.bz2": bz2.compress(LINES),
     "a.jsonl.xz": lzma.compress(LINES),
     "a.jsonl.zst": pa.Codec("zstd").compress(LINES, asbytes=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -12,10 +13,12 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 
+from moe_train import config, config_file
 from moe_train.atomic import write_text
 
 PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -33,6 +36,21 @@ def only_one(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another process is training in {run_dir}; wait for it, or choose another run_dir") from None
         yield
+
+
+@contextlib.contextmanager
+def diary(run: config.Config, run_dir: Path, start: int, resumed: bool, **more: Any) -> Iterator[SimpleNamespace]:
+    """Write down in `run.json` how the run starts, and how it stops."""
+    digest = hashlib.sha256(config_file.dump(run).encode()).hexdigest()
+    write_event(run_dir, "resume" if resumed else "start", start, **surroundings(), config_sha256=digest, **more)
+    stopped = SimpleNamespace(step=start, reason="finished")
+    try:
+        yield stopped
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the disk may be full: the error that stopped the run is the one to show
+            write_event(run_dir, "stop", stopped.step, reason=f"{type(error).__name__}: {error}")
+        raise
+    write_event(run_dir, "stop", stopped.step, reason=stopped.reason)
 
 
 def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:

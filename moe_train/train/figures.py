@@ -1,0 +1,106 @@
+"""The figures of steps: read one step late, so that the device never waits for somebody to read them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_train import config, metrics
+from moe_train.model.moe import RouterStats
+from moe_train.model.transformer import Parameters
+from moe_train.train.optimizer import make_schedule
+from moe_train.train.step import StepMetrics
+from moe_train.train.stopping import Votes
+
+
+class Figures:
+    """Reads the figures of steps, counts the skipped ones, and knows how fast it goes."""
+
+    def __init__(self, run: config.Config, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
+        assert run.model is not None
+        self._run, self._skipped = run, skipped
+        self._tokens = run.train.batch_size * run.train.seq_len
+        self._flops = self._tokens * metrics.flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
+        self._peak, self.peak_source = metrics.peak_flops(list(mesh.devices.flat))
+        # A table, since a schedule's own arithmetic would queue behind the steps on the device.
+        rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
+        self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
+        self._seconds, self._input_wait, self.finite = math.nan, math.nan, True
+        self.go_on(start)
+
+    def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: metrics.Writer) -> Votes:
+        """Wait for a step's figures and write them; what the processes voted at that step.
+
+        newest: the figures of the last step that was started, this one or the next.
+        Raises RuntimeError where too many steps were not finite.
+        """
+        is_next = newest is not now
+        now, voted = jax.device_get((now, voted))
+        ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]  # a device may have been that quick
+        done = step + ahead
+        if done > self._done and step % self._run.metrics.every_steps == 0:
+            self._seconds = (time.perf_counter() - self._since) / (done - self._done)
+            self._input_wait = self._waited / (time.perf_counter() - self._since)
+            self.go_on(done)
+        limit, self.finite = self._run.train.max_skipped_steps, bool(now.finite)
+        if not now.finite:
+            self._skipped += 1
+            writer.say(f"step {step}: loss {now.loss} or gradient {now.grad_norm} is not finite; skipped, {self._skipped} so far")
+        if not now.finite or step % self._run.metrics.every_steps == 0:
+            writer.train(step, self._figures(step, now))
+        if now.routers is not None:
+            check_dropped(step, now.routers, self._run.train)
+        if self._skipped > limit:
+            raise RuntimeError(
+                f"{self._skipped} steps had a loss or gradient that is not finite, the last step {step}; train.max_skipped_steps "
+                f"is {limit}. The checkpoints from before are kept: look at the data, or lower optimizer.learning_rate"
+            )
+        return Votes(*(bool(vote) for vote in voted))
+
+    def go_on(self, step: int) -> None:
+        """Time the steps after `step` from now on; a pause before is not to count."""
+        self._done, self._since, self._waited = step, time.perf_counter(), 0.0
+
+    def awaited(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the time until it is there counts as `input_wait`, a share of the step that is lost at most."""
+        begun = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - begun
+        return batch
+
+    def _figures(self, step: int, now: StepMetrics) -> dict[str, Any]:
+        return {
+            "loss": float(now.loss),
+            "cross_entropy": float(now.cross_entropy),
+            "loss_tokens": int(now.loss_tokens),
+            "grad_norm": float(now.grad_norm),
+            "learning_rate": float(self._rates[step - 1 - self._skipped]),
+            "skipped": self._skipped,
+            "seconds": self._seconds,
+            "tokens_per_second": self._tokens / self._seconds,
+            "input_wait": self._input_wait,
+            "mfu": None if self._peak is None else self._flops / self._seconds / self._peak,
+            **({} if now.routers is None else metrics.router_figures(now.routers)),
+        }
+
+
+def check_dropped(step: int, routers: RouterStats, settings: config.Train) -> None:
+    """Raise RuntimeError where a layer dropped a larger share of its assignments than `settings` allow: none without a
+    capacity."""
+    rates_L = np.asarray(routers.dropped) / np.maximum(np.sum(routers.chosen_E, axis=1), 1)
+    worst = int(np.argmax(rates_L))
+    if rates_L[worst] > (settings.max_drop_rate or 0):
+        said = f"step {step}: layer {worst} dropped {rates_L[worst]:.2%} of its assignments"
+        if settings.max_drop_rate is None:
+            raise RuntimeError(f"{said} without a capacity: a fault of the transport; try compute.transport all_gather")
+        raise RuntimeError(
+            f"{said}; train.max_drop_rate is {settings.max_drop_rate:.2%}: raise train.capacity_factor "
+            f"({settings.capacity_factor:g}), or balance the routers more (loss)"
+        )

@@ -1,0 +1,141 @@
+"""Where a run starts: from its newest checkpoint, from the weights of `init_from`, or from random ones."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+
+from moe_train import checkpoint, config, config_file, model_dir
+from moe_train.checkpoint import About, Base
+from moe_train.data.loader import Loader
+from moe_train.model.lora import is_lora
+from moe_train.model.quantize import unquantized
+from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.train.optimizer import make_optimizer
+from moe_train.train.state import TrainState, create_state, partition
+
+
+class Start(NamedTuple):
+    """A state to go on from, and how it came about."""
+
+    structure: Any
+    """Of the model, for `combine`."""
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    resumed: bool
+    originals: Parameters
+    """Trained weights as the base has them, where a part of it is frozen: routing is compared with theirs."""
+    base: Base | None
+    adapter: Base | None
+    changed: dict[str, tuple[Any, Any]]
+    """Settings that are not the checkpoint's, {key: (then, now)}."""
+    damaged: dict[int, str]
+    """Newer checkpoints that could not be read, {step: why}."""
+    sizes: tuple[int, int]
+    """Parameters: (all, trained)."""
+
+
+def starting_state(run: config.Config, loader: Loader, checkpoints: ocp.CheckpointManager, total_steps: int) -> Start:
+    """The state of a resolved run on the mesh in force. Nothing is written, but a damaged checkpoint is renamed.
+
+    Raises ValueError where the config, the data or the base are not those of the checkpoint.
+    """
+    assert run.model is not None
+    # Shapes first, so that no more than one copy of the weights is ever made.
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora)
+    structure, shapes = parameters(jax.eval_shape(model))
+    learned, frozen = partition(shapes, run.lora)
+    optimizer = make_optimizer(run.optimizer, total_steps)
+    new_state = jax.jit(partial(create_state, optimizer=optimizer))
+
+    last = checkpoint.newest(checkpoints)
+    changed = {} if last is None else _changes(run, last, loader)
+    base, adapter = _base(run, last, bool(frozen)), _adapter(run, last)
+    weights: Parameters = {}
+    if base is not None and frozen:
+        wanted = {path: like for path, like in shapes.items() if not is_lora(path)}
+        weights = model_dir.load_parameters(base.source, wanted, base.step)
+    originals = {path: x for path, x in weights.items() if path in learned}
+
+    restored = checkpoint.restore(checkpoints, jax.eval_shape(new_state, learned))
+    if restored is not None:
+        state = restored.state
+    elif base is not None and not frozen:
+        state = new_state(model_dir.load_parameters(base.source, learned, base.step))
+    else:
+        loaded = jax.tree.map(jnp.copy, originals)
+        if adapter is not None:
+            loaded |= model_dir.load_adapter(adapter, run.model, learned)
+        fresh = jax.jit(lambda: {path: x for path, x in parameters(model())[1].items() if path in learned.keys() - loaded})()
+        state = new_state(fresh | loaded)
+    return Start(
+        structure,
+        optimizer,
+        state._replace(frozen={path: weights[path] for path in frozen}),
+        restored is not None,
+        originals,
+        base,
+        adapter,
+        changed,
+        {} if restored is None else restored.damaged,
+        (sum(x.size for x in unquantized(shapes).values()), sum(x.size for x in learned.values())),
+    )
+
+
+_DECIDED_AT_START = (
+    *("seed", "model", "lora", "train.batch_size", "train.seq_len", "compute.param_dtype"),
+    *("optimizer.name", "optimizer.min_dim_size_to_factor"),
+)
+"""Settings that a run cannot change: its checkpoint would not fit, or its batches would be others."""
+
+
+def _changes(run: config.Config, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from the checkpoint's, {key: (then, now)}. Raises ValueError where one must not."""
+    before = config.Config.model_validate_json(json.dumps(last.config))  # an older version's lacks what has since been added
+    then, now = (config_file.flat(each.model_dump(mode="json")) for each in (before, run))
+    changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
+    for key, (old, new) in changed.items():
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
+            raise ValueError(f"{key} is {new}, but {run.run_dir} was started with {old}; set it back, or choose another run_dir")
+    if (last.base is None) != (run.init_from is None):
+        theirs = last.config["init_from"]
+        raise ValueError(f"init_from is {run.init_from}, but {run.run_dir} was started with {theirs}; set it back")
+    if last.data != loader.identity:
+        raise ValueError(
+            f"the training data of {run.run_dir} are not those that it was started with, so its position in them (row {last.row}) "
+            "means nothing; bring the old files, tokenizer and weights of sources back, or choose another run_dir"
+        )
+    return changed
+
+
+def _base(run: config.Config, last: About | None, frozen: bool) -> Base | None:
+    """The identity of the weights of `init_from`; at a resume that loads them again, checked against the checkpoint."""
+    if run.init_from is None:
+        if frozen:
+            raise ValueError("lora needs init_from: adapters belong to weights that can be loaded again")
+        return None
+    if last is None:
+        return model_dir.base_of(run.init_from)
+    assert last.base is not None
+    base = last.base._replace(source=run.init_from)
+    if frozen:
+        model_dir.check_base(base)
+    return base
+
+
+def _adapter(run: config.Config, last: About | None) -> Base | None:
+    """The identity of the adapter that the run starts from; at a resume the same one as then."""
+    if run.lora is None or run.lora.init_from is None:
+        return None
+    now = model_dir.adapter_of(run.lora.init_from)
+    if last is not None and last.adapter is not None and last.adapter.hashes != now.hashes:
+        raise ValueError(
+            f"the adapter in {run.lora.init_from} has changed since this run started; bring it back, or start a new run_dir"
+        )
+    return now

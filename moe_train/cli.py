@@ -6,22 +6,22 @@ asked for cannot be done as asked, with one clear line; 1 a fault while running;
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_train import processes
+from moe_train import cli_data, processes
+from moe_train.arguments import AsJson, ConfigPath, ModelDir, Overrides, load_run
+from moe_train.terminal import print_answers, print_checks, print_json, print_table, waiting
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 app = typer.Typer(
     name="moe-train",
@@ -33,25 +33,9 @@ app = typer.Typer(
 )
 tokenizer = typer.Typer(name="tokenizer", help="Make a tokenizer.", no_args_is_help=True)
 app.add_typer(tokenizer)
-data = typer.Typer(name="data", help="Look at data before anything is trained on it.", no_args_is_help=True)
-app.add_typer(data)
+app.add_typer(cli_data.app)
 adapters = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
 app.add_typer(adapters)
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the file's.")]
-ModelDir = Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL_DIR", help="A run, or a Hugging Face model.")]
-TokenizerPath = Annotated[Path | None, typer.Option(help="A folder with tokenizer.json, a tekken.json or tokenizer.model.v*.")]
-RecordFormat = Annotated[
-    Literal["auto", "text", "json", "csv", "parquet", "arrow"],
-    typer.Option("--format", help="Of the files; auto goes by names."),
-]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option("--map", metavar="OURS=THEIRS", help="A column: text=, messages=, or prompt= and completion=."),
-]
-ChatTemplate = Annotated[str | None, typer.Option(help="A jinja file, where the tokenizer has none or another.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
 
 
 @app.callback()
@@ -62,9 +46,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train as CONFIG says; a run that was stopped continues from its last checkpoint."""
-    from moe_train import config_file
-
-    resolved = config_file.load(config, overrides or ())
+    resolved = load_run(config, overrides)
     from moe_train.train import loop
 
     raise typer.Exit(loop.train(resolved))
@@ -73,19 +55,18 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def inspect(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show the resolved config and every parameter (shape, dtype, sharding, bytes per device), then stop."""
+    resolved = load_run(config, overrides)
     from moe_train import config_file
-
-    resolved = config_file.load(config, overrides or ())
     from moe_train import inspect as inspection
 
-    with _waiting("working out shapes"):
+    with waiting("working out shapes"):
         report = inspection.inspect(resolved)
     if as_json:
-        _print_json({"config": report.config.model_dump(mode="json"), "parameters": report.parameters, **report.totals})
+        print_json({"config": report.config.model_dump(mode="json"), "parameters": report.parameters, **report.totals})
     else:
         print(config_file.dump(report.config))
-        _print_table(report.parameters)
-        _print_answers(report.totals)
+        print_table(report.parameters)
+        print_answers(report.totals)
 
 
 @app.command()
@@ -97,9 +78,9 @@ def evaluate(
     """Held-out loss of a run or a model on files of text or conversations."""
     from moe_train.train.evaluate import evaluate_dir
 
-    with _waiting("evaluating"):
+    with waiting("evaluating"):
         answer = evaluate_dir(directory, data)
-    _print_answers(answer, as_json)
+    print_answers(answer, as_json)
 
 
 @app.command()
@@ -115,10 +96,10 @@ def generate(
     """Continue each prompt with a run's or a model's weights."""
     from moe_train.generate import generate_dir
 
-    with _waiting("generating"):
+    with waiting("generating"):
         completions = generate_dir(directory, prompt, max_tokens, temperature, seed, chat=chat)
     if as_json:
-        _print_json([{"prompt": p, "completion": c} for p, c in zip(prompt, completions, strict=True)])
+        print_json([{"prompt": p, "completion": c} for p, c in zip(prompt, completions, strict=True)])
     else:
         print("\n\n".join(f"{p}\n{c}" if chat else p + c for p, c in zip(prompt, completions, strict=True)))
 
@@ -151,13 +132,13 @@ def export(
     """
     from moe_train.export import export as write
 
-    with _waiting("exporting"):
+    with waiting("exporting"):
         record = write(source, out_dir, layout, merge, dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size)
     command = record.get("serve")
     if as_json:
-        _print_json({"directory": str(out_dir), "checks": record["checks"], **({"serve": command} if command else {})})
+        print_json({"directory": str(out_dir), "checks": record["checks"], **({"serve": command} if command else {})})
         return
-    _print_checks(record["checks"])
+    print_checks(record["checks"])
     if command:
         print(f"serve it: {command}")
 
@@ -176,13 +157,13 @@ def verify(
     """Repeat the proof of an export, as far as it can be repeated here. Exit code 1 where something is not as it was."""
     from moe_train.verify import verify as again
 
-    with _waiting("verifying"):
+    with waiting("verifying"):
         _, checks = again(directory, base, run, depth, adapter)
     failed = [check.name for check in checks if check.passed is False]
     if as_json:
-        _print_json({"directory": str(directory), "passed": not failed, "checks": [check._asdict() for check in checks]})
+        print_json({"directory": str(directory), "passed": not failed, "checks": [check._asdict() for check in checks]})
     else:
-        _print_checks([check._asdict() for check in checks])
+        print_checks([check._asdict() for check in checks])
     if failed:
         print(f"moe-train: {directory} is not what was exported: {', '.join(failed)}", file=sys.stderr)
         raise typer.Exit(1)
@@ -201,9 +182,9 @@ def extend_vocab(
     """Grow a model's vocabulary to a larger tokenizer's: 32000 tokens to the 32768 of v3, which tool calls need."""
     from moe_train.extend_vocab import extend_vocab as extend
 
-    with _waiting("writing the model"):
+    with waiting("writing the model"):
         answer = extend(base, out_dir, tokenizer, layout)
-    _print_answers(answer, as_json)
+    print_answers(answer, as_json)
 
 
 @app.command()
@@ -219,9 +200,9 @@ def upcycle(
     """Make a Mixtral of a dense model: its feed-forward parts copied into experts, behind new routers."""
     from moe_train.upcycle import upcycle as write
 
-    with _waiting("copying experts"):
+    with waiting("copying experts"):
         answer = write(base, out_dir, experts, experts_per_token, noise, seed)
-    _print_answers(answer, as_json)
+    print_answers(answer, as_json)
 
 
 @app.command()
@@ -253,14 +234,12 @@ def plan(
 ) -> None:
     """Say what CONFIG takes on hardware that is not here: memory, bytes, time, money; and which mesh, transport, remat and
     microbatches are best. Needs libtpu, or JAX's CUDA plugin, unless --no-compile."""
-    from moe_train import config_file
-
-    resolved = config_file.load(config, overrides or ())
+    resolved = load_run(config, overrides)
     if no_compile and (compile_only or hlo):
         raise ValueError(f"--no-compile leaves nothing for {'--compile-only' if compile_only else '--hlo'}; leave one out")
     from moe_train.plan import answer as planning
 
-    with _waiting("modelling" if no_compile else "modelling and compiling"):
+    with waiting("modelling" if no_compile else "modelling and compiling"):
         answer = planning.plan(
             resolved,
             topology,
@@ -274,11 +253,11 @@ def plan(
     if hlo is not None:
         planning.write_hlo(answer, hlo)
     if as_json:
-        _print_json(planning.as_json(answer))
+        print_json(planning.as_json(answer))
     else:
         for line in planning.introduction(answer):
             print(line)
-        _print_table(planning.rows(answer))
+        print_table(planning.rows(answer))
         for line in planning.conclusion(answer):
             print(line)
     if config_out is not None:
@@ -290,14 +269,12 @@ def plan(
 @app.command()
 def bench(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Time the training step of CONFIG on synthetic tokens."""
-    from moe_train import config_file
-
-    resolved = config_file.load(config, overrides or ())
+    resolved = load_run(config, overrides)
     from moe_train import bench as benchmark
 
-    with _waiting("timing the training step"):
+    with waiting("timing the training step"):
         answer = benchmark.bench(resolved)
-    _print_answers(answer, as_json)
+    print_answers(answer, as_json)
 
 
 @tokenizer.command("train")
@@ -314,175 +291,9 @@ def train_tokenizer(
     from moe_train.data.tokenizer import train_bpe
 
     source = config.FileSource(name="files", files=tuple(files), record=config.TextRecord(name="text", column=column))
-    with _waiting("training the tokenizer"):
+    with waiting("training the tokenizer"):
         trained = train_bpe(texts(source), vocab_size, out)
-    _print_answers({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
-
-
-@data.command("check")
-def check_data(
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="FILES", help="JSON lines, JSON, CSV, Parquet, Arrow, text; packed or not; folders, globs."),
-    ] = None,
-    tokenizer: TokenizerPath = None,
-    run: Annotated[Path | None, typer.Option("--config", help="A run, for its data, tokenizer, seq_len and batch_size.")] = None,
-    layout: RecordFormat = "auto",
-    columns: Columns = None,
-    chat_template: ChatTemplate = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Positions of a training row.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of an optimizer step.")] = None,
-    against: Annotated[
-        list[str] | None, typer.Option(metavar="EVAL_FILES", help="Files of the evaluation set; may be repeated.")
-    ] = None,
-    bench: Annotated[Path | None, typer.Option(metavar="FILE", help="What `bench --json` wrote: how long an epoch takes.")] = None,
-    fix: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Write a corrected copy, and what was changed, to this folder.")
-    ] = None,
-    sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read about N records from all over the files.")] = None,
-    allow: Annotated[list[str] | None, typer.Option(metavar="RULE", help="A rule that may be broken; may be repeated.")] = None,
-    show: Annotated[int, typer.Option(min=1, help="Problems to name for each rule; all are counted.")] = 10,
-    num_proc: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core where not given.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Find what is wrong with records, and say what training on them will take.
-
-    Exit code: 0 no problem, 1 problems found, 2 it could not be checked.
-    """
-    from moe_train import config_file
-    from moe_train.data import check as checks
-    from moe_train.data.chat import load_template
-    from moe_train.data.tokenizer import load_tokenizer, tokenizer_at
-
-    config = None if run is None else config_file.load(run)
-    if (config is None) == (not files):
-        raise ValueError("name files, or a run with --config, whose data.train is checked")
-    chosen = config.data if config else None
-    if config and not chosen:
-        raise ValueError(f"{run} has no data section")
-    if tokenizer is None and chosen and chosen.tokenizer is None and config and config.init_from:
-        tokenizer = Path(config.init_from)
-    section = tokenizer_at(tokenizer) if tokenizer else chosen.tokenizer if chosen else None
-    if section is None:
-        raise ValueError("state --tokenizer: tokens and chat format depend on it")
-    loaded = load_tokenizer(section)
-    if chosen:
-        sources = checks.sources_of(chosen.train)
-        evaluation = checks.sources_of(chosen.eval)
-    else:
-        sources = (checks.Source(tuple(files or ()), layout, checks.section_of(columns or ())),)
-        evaluation = ()
-    settings = checks.Settings(
-        template=load_template(chat_template or (chosen.chat_template if chosen else None), loaded),
-        allowed=frozenset(allow or ()),
-        seq_len=seq_len or (config.train.seq_len if config else None),
-        batch_size=batch_size or (config.train.batch_size if config else None),
-        against=(checks.Source(tuple(against)),) if against else evaluation,
-        bench=bench,
-        fix=fix,
-        sample=sample,
-        num_proc=num_proc or len(os.sched_getaffinity(0)),
-        shown=show,
-    )
-    with _progress("checking") as progress:
-        answer = checks.check(sources, loaded, settings, progress)
-    if as_json:
-        _print_json(answer)
-    else:
-        from moe_train.data.report import print_report
-
-        print_report(answer, _console())
-    raise typer.Exit(1 if answer["problem_counts"] else 0)
-
-
-@data.command("show")
-def show_data(
-    file: Annotated[str, typer.Argument(metavar="FILE_OR_CONFIG", help="A file of records, or a run's YAML with its data.")],
-    count: Annotated[int, typer.Option("-n", min=1, help="Records of a file, or rows of a run's step.")] = 3,
-    tokenizer: TokenizerPath = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser instead.")] = None,
-    positions: Annotated[bool, typer.Option("--positions", help="With each token's position and id.")] = False,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Pack a file's records into rows of so many positions.")] = None,
-    step: Annotated[int, typer.Option(min=1, help="The training step of a run.")] = 1,
-    layout: RecordFormat = "auto",
-    columns: Columns = None,
-    chat_template: ChatTemplate = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show records as training sees them: tokens, those that are learnt in green, segments, positions."""
-    from moe_train import config as sections
-    from moe_train import config_file
-    from moe_train.data import check, show
-    from moe_train.data.chat import load_template
-    from moe_train.data.tokenizer import load_tokenizer, tokenizer_at
-
-    is_run = file.endswith((".yaml", ".yml"))
-    run = config_file.load(Path(file)) if is_run else None
-    stated = run.data.tokenizer if run and run.data else None
-    if tokenizer is None and stated is None and run and run.init_from:
-        tokenizer = Path(run.init_from)
-    section = tokenizer_at(tokenizer) if tokenizer else stated
-    if section is None:
-        raise ValueError("state --tokenizer: tokens and chat format depend on it")
-    loaded = load_tokenizer(section)
-    if run is not None:
-        rows = show.rows_of_run(run, count, loaded, step)
-    else:
-        record = check.section_of(columns or ()) or show.record_of([file], layout)
-        source = sections.FileSource(name="files", files=(file,), format=layout, record=record)
-        rows = show.rows_of_records(source, count, loaded, load_template(chat_template, loaded), seq_len)
-    if html is not None:
-        show.write_page(html, rows, loaded, file, positions)
-        print(f"{html}: {show.summary(rows)}")
-    elif as_json:
-        _print_json(show.as_json(rows, loaded))
-    else:
-        show.print_rows(rows, loaded, _console(), positions)
-
-
-@data.command("prepare")
-def prepare_data(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    to: Annotated[
-        str | None, typer.Option("--to", metavar="DIR_OR_URL", help="Copy the prepared sets there, a bucket too.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Tokenise and pack what CONFIG trains on ahead, in data.num_proc processes; started again, goes on where it stopped."""
-    from moe_train import config_file
-
-    resolved = config_file.load(config, overrides or ())
-    from moe_train.prepare import prepare
-
-    answer = prepare(resolved, to)
-    if as_json:
-        _print_json(answer)
-    else:
-        _print_table(answer.pop("sets"))
-        _print_answers(answer)
-
-
-@data.command("trace")
-def trace_data(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    step: Annotated[int, typer.Option(help="The training step, from 1.")] = 1,
-    row: Annotated[int | None, typer.Option(help="Of its rows, from 0; all where not stated.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Name the file and line of every record that a training step of CONFIG learns from."""
-    from moe_train import config_file
-
-    resolved = config_file.load(config, overrides or ())
-    from moe_train.prepare import trace
-
-    with _waiting("looking up"):
-        segments = trace(resolved, step, row)
-    if as_json:
-        _print_json(segments)
-    else:
-        _print_table(segments)
+    print_answers({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
 
 
 AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A run with adapters, a PEFT adapter, or Mistral's own.")]
@@ -499,11 +310,11 @@ def diff_adapters(
     """Show how far each module, layer and expert moved: the norm of its change over the norm of its weight."""
     from moe_train.adapters import diff, show
 
-    with _waiting("comparing"):
+    with waiting("comparing"):
         found = diff(adapter, base, against)
     if as_json:
         moved = [{**m._asdict(), "relative": m.relative if m.weight else None} for m in found.moved]
-        _print_json({"base": found.base, "moved": moved, "experts": found.experts()})
+        print_json({"base": found.base, "moved": moved, "experts": found.experts()})
         return
     from rich.console import Console
 
@@ -522,12 +333,12 @@ def merge_adapter(
     """Write BASE with the adapter added, as a Hugging Face model, proved."""
     from moe_train.adapters import merge_into
 
-    with _waiting("merging"):
+    with waiting("merging"):
         record = merge_into(base, adapter, out_dir, dtype)
     if as_json:
-        _print_json({"directory": str(out_dir), "checks": record["checks"]})
+        print_json({"directory": str(out_dir), "checks": record["checks"]})
     else:
-        _print_checks(record["checks"])
+        print_checks(record["checks"])
 
 
 @adapters.command("scale")
@@ -540,7 +351,7 @@ def scale_adapter(
     """Write a PEFT adapter that does FACTOR as much; every tensor keeps its bytes."""
     from moe_train.adapters import scale
 
-    _print_answers(scale(adapter, factor, out_dir), as_json)
+    print_answers(scale(adapter, factor, out_dir), as_json)
 
 
 @app.command()
@@ -548,7 +359,7 @@ def schema() -> None:
     """Write the JSON schema of a config, with which editors complete keys."""
     from moe_train import config_file
 
-    _print_json(config_file.json_schema())
+    print_json(config_file.json_schema())
 
 
 @app.command()
@@ -557,92 +368,6 @@ def quickstart() -> None:
     from moe_train.quickstart import quickstart as run
 
     raise typer.Exit(run())
-
-
-# --- what a command says ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    """A spinner on a terminal's stderr while a person waits."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"{what} …"):
-        yield
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int, int], None]]:
-    """A bar on a terminal's stderr; it is told the bytes done, the bytes in all, and the records done."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TextColumn("{task.fields[records]:,} records"),
-    )
-    console = Console(stderr=True)
-    with bars.Progress(
-        *columns, bars.TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=None, records=0)
-        yield lambda done, total, records: bar.update(task, completed=done, total=total, records=records)
-
-
-def _print_json(answer: Any) -> None:
-    print(json.dumps(answer, indent=2, ensure_ascii=False))
-
-
-def _print_answers(answers: Mapping[str, Any], as_json: bool = False) -> None:
-    if as_json:
-        _print_json(answers)
-    else:
-        _print_table([{"": key.replace("_", " "), " ": _text(value, key)} for key, value in answers.items()])
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 200)
-
-
-def _print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
-    marks = {True: "ok", False: "FAILED", None: "not checked"}
-    _print_table(
-        [
-            {
-                "check": check["name"],
-                "result": marks[check["passed"]],
-                "what": check["said"],
-                "tolerance": str(check["figures"].get("tolerance", "")),
-                "seconds": round(check["seconds"], 2),
-            }
-            for check in checks
-        ]
-    )
-
-
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=any(key.strip() for key in rows[0]))
-    for key, value in rows[0].items():
-        table.add_column(key.replace("_", " "), justify="right" if isinstance(value, int | float) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_text(value, str(key)) for key, value in row.items()))
-    _console().print(table, markup=False)
-
-
-def _text(value: Any, key: str = "") -> str:
-    if key.startswith("bytes") and isinstance(value, int):
-        return f"{value / 2**20:,.2f} MiB"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @contextmanager

@@ -72,7 +72,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "adapters"), LEFT_OF_LOOP),
     "verify": (*LEFT_OF_LOOP, "export", "adapters"),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
-    "cli": ("config", "config_file", "processes", "data", *COMMANDS, "quickstart"),
+    "terminal": (),
+    "arguments": ("config", "config_file"),
+    "cli_data": ("config", "arguments", "terminal", "data", "prepare"),
+    "cli": ("config", "config_file", "processes", "data", *COMMANDS, "quickstart", "terminal", "arguments", "cli_data"),
     "__main__": ("cli",),
 }
 
@@ -80,7 +83,8 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Outside packages that a module must not import, whatever it is for.
 MUST_NOT_IMPORT: dict[str, set[str]] = {
     "": {"torch", "transformers", "peft", "pickle", "dill", "cloudpickle", "tests"},
-    **dict.fromkeys(("config", "foreign_keys", "config_file", "processes", "atomic", "json_file", "data", "cli", "__main__"), JAX),
+    **dict.fromkeys(("config", "foreign_keys", "config_file", "processes", "atomic", "json_file", "data"), JAX),
+    **dict.fromkeys(("terminal", "arguments", "cli_data", "cli", "__main__"), JAX),
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "registry", "factory", "misc", "core", "lib"}
 

@@ -181,7 +181,7 @@ def test_local_starts_processes_that_find_each_other(tmp_path: Path) -> None:
     assert script("local.sh", "2", "--", "train", **settings).returncode == 2
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True), (137, True)])
+@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True), (134, True), (137, True)])
 def test_slurm_requeues_what_is_unfinished_or_was_killed(tmp_path: Path, code: int, again: bool) -> None:
     stand_in(tmp_path / "srun", f'echo "$*" > {tmp_path}/srun.calls; exit {code}')
     stand_in(tmp_path / "scontrol", f'echo "$*" > {tmp_path}/scontrol.calls')
@@ -251,7 +251,7 @@ def test_a_jobset_is_one_of_kubernetes(name: str) -> None:
 
 def test_skypilot_tells_each_host_of_the_others(tmp_path: Path) -> None:
     task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
-    assert task["resources"]["job_recovery"] == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75, 137]}
+    assert task["resources"]["job_recovery"] == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75, 134, 137]}
     stand_in(tmp_path / ".venv/bin/moe-train", f'echo "$*"; {SAYS_JOB}')
     env = (
         os.environ

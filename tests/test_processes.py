@@ -141,6 +141,41 @@ def test_a_process_that_dies_ends_the_others_with_75_and_one_line(gone: int) -> 
     assert found[1][1] in (lost, "moe-train: process 0 of 3 has stopped with exit code 75, and says why\n")
 
 
+OF_JAX = """
+import os, sys, time
+from jaxlib import _jax
+from moe_train import processes
+index, port = int(sys.argv[1]), sys.argv[2]
+if index == 0:
+    service = _jax.get_distributed_runtime_service(f"[::]:{port}", 2)
+client = _jax.get_distributed_runtime_client(f"localhost:{port}", index)
+client.connect()
+if index == 0:
+    client.key_value_set("watch", processes.listen(2))
+    client.wait_at_barrier("watched", 20_000)
+    time.sleep(0.5)
+    os.kill(os.getpid(), 9)
+processes.connect("localhost", client.blocking_key_value_get("watch", 20_000), index, 2)
+client.wait_at_barrier("watched", 20_000)
+sys.setswitchinterval(2)
+while True:  # the watch has to wait two seconds until Python lets it run; JAX does not wait
+    pass
+"""
+
+
+def test_jax_does_not_abort_the_others_before_they_miss_the_first_process() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    commands = [[sys.executable, "-c", OF_JAX, str(index), port] for index in range(2)]
+    job = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for command in commands]
+    said = [process.communicate(timeout=60)[1] for process in job]
+    assert [process.returncode for process in job] == [-9, 75], said
+    assert "detected fatal errors" in said[1]  # it would have aborted
+    assert said[1].endswith("moe-train: process 0 of 2 was lost; what is saved stays: start again to continue\n")
+
+
 def test_a_process_that_fails_ends_the_others_with_its_exit_code() -> None:
     found = job_of_three("waits", "fails", "waits")
     assert [code for code, _ in found] == [2, 2, 2]

@@ -284,7 +284,9 @@ def _collective(i: Instruction, kind: str, shapes: dict[str, list[Shape]], scatt
     size = sum(s.bytes for s in results)
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes.split("source_target_pairs=")[1].split("}}")[0] + "}")
-        groups: Groups = tuple((int(a), int(b)) for a, b in pairs)
+        groups: Groups = tuple((int(a), int(b)) for a, b in pairs if a != b)
+        if not groups:  # everything stays where it is
+            return None
     else:
         groups = _groups(i.attributes)
         if len(groups[0]) == 1:

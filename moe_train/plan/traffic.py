@@ -75,7 +75,7 @@ def flows(run: config.Config, laid: Layout, platform: str | None = None) -> list
     assert run.model is not None
     sizes, shape, M = axis_sizes(run.mesh), shape_of(run), run.train.microbatches
     found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings, platform)]
-    found += _of_tokens(run, run.model, sizes, shape)
+    found += _of_tokens(run, run.model, sizes, shape, platform)
     found = [flow._replace(bytes=M * flow.bytes) for flow in found]
     gradients = sum(w.stored_bytes(sizes) for w in laid.weights if w.trainable)
     found.append(Flow("gradients", "all-reduce", "data", _received("all-reduce", sizes["data"], gradients), True))
@@ -128,7 +128,7 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool, plat
     return found
 
 
-def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], shape: Shape) -> list[Flow]:
+def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
     """Activations, all layers, one microbatch."""
     m, b, D, L = shape.tokens, shape.itemsize, model.model_dim, model.num_layers
     a, tensor, context = model.attention, sizes["tensor"], sizes["context"]
@@ -141,10 +141,11 @@ def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], s
         else:
             found.append(Flow("tokens to experts", shape.transport.replace("_", "-"), "expert", L * moved, False))
     # Along `tensor` (Megatron-LM, arXiv:1909.08053, section 3): the outputs of attention (again where recomputed) and of
-    # the feed-forward layer are summed, and so are the gradients of the inputs of both.
+    # the feed-forward layer are summed, and so are the gradients of the inputs of both. With all_gather the outputs are of
+    # the tokens of all devices of `expert`; XLA:TPU scatters them before it sums, so that only a device's own are left.
     if isinstance(model.ffn, config.MoeFfn):
         wide = 4 if shape.transport not in (None, "all_gather") else b
-        X = sizes["expert"] if shape.transport == "all_gather" else 1
+        X = sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1
         ffn = _received("all-reduce", tensor, X * m * D * wide) + _received("all-reduce", tensor, m * D * b)
     else:
         ffn = (1 + 2) * _received("all-reduce", tensor, m * D * b)
@@ -152,7 +153,11 @@ def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], s
     found.append(Flow("activations", "all-reduce", "tensor", L * (ffn + attention), False))
     found.append(Flow("activations", "all-reduce", "tensor", 2 * _received("all-reduce", tensor, m * D * b), False))  # both ends
     # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
-    keys = context * m * 2 * a.num_kv_heads * a.head_dim // tensor * b
+    # Queries, and what attention makes of them, change places there and back (`attention._balanced`): forward, recomputed,
+    # and their gradients; of two devices' halves one stays where it is.
+    keys, queries = (m * n * a.head_dim // tensor * b for n in (context * 2 * a.num_kv_heads, a.num_heads))
+    moved = 0 if context == 1 else queries // 2 if context == 2 else queries
     found.append(Flow("keys and values", "all-gather", "context", 2 * L * _received("all-gather", context, keys), False))
     found.append(Flow("keys and values", "reduce-scatter", "context", L * _received("reduce-scatter", context, keys), False))
+    found.append(Flow("queries", "collective-permute", "context", 6 * L * moved, False))
     return found

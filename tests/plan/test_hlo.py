@@ -53,8 +53,16 @@ def test_a_ragged_all_to_all_counts_its_smaller_side() -> None:
     assert counts.bytes == 16 * 4 * 7 / 8
 
 
-def test_a_group_of_one_device_sends_nothing() -> None:
-    assert hlo.read(entry("%c = f32[8]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add")).bytes == 0
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%c = f32[8]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add",
+        "%c = f32[8]{0} collective-permute(%p), source_target_pairs={{0,0},{1,1}}",
+    ],
+    ids=["a group of one device", "a permute that moves nothing"],
+)
+def test_what_stays_is_not_received(line: str) -> None:
+    assert hlo.read(entry(line)).bytes == 0
 
 
 WHILE = """

@@ -30,8 +30,13 @@ def modelled(run: config.Config) -> list[Flow]:
 
 @pytest.mark.parametrize(
     "mesh",
-    [pytest.param(("mesh.fsdp=2", "mesh.expert=4"), marks=pytest.mark.slow), ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2")],
-    ids=["expert", "data"],
+    [
+        ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"),
+        pytest.param(("mesh.fsdp=2", "mesh.expert=4"), marks=pytest.mark.slow),
+        pytest.param(("mesh.fsdp=1", "mesh.expert=2", "mesh.context=2", "mesh.tensor=2"), marks=pytest.mark.slow),
+        pytest.param(("mesh.fsdp=2", "mesh.expert=1", "mesh.context=4"), marks=pytest.mark.slow),
+    ],
+    ids=["data", "expert", "context and tensor", "context"],
 )
 def test_bytes_are_those_of_the_compiled_program(mesh: tuple[str, ...]) -> None:
     run = load(*SMALL, *mesh)

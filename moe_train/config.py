@@ -714,4 +714,5 @@ def check_model(config: Config, model: Model) -> None:
 
 def _divides(size: int, axis: str, dim: int, name: str) -> None:
     if size > 0 and dim % size:
-        raise ValueError(f"mesh.{axis} {size} does not divide {name} {dim}")
+        nearest = next(n for n in range(size, 0, -1) if dim % n == 0)
+        raise ValueError(f"mesh.{axis} {size} does not divide {name} {dim}; use {nearest}")

@@ -94,7 +94,7 @@ def test_a_small_run_is_accepted() -> None:
         ({"export": "none"}, "export: none has no effect on family mixtral"),
         ({"loss.bias_update_rate": 0.001}, "loss.bias_update_rate has no effect: the routers' bias is not there"),
         ({"model.ffn.router": {**SIGMOID, "bias": True}, "export": "none"}, "state loss.bias_update_rate where"),
-        ({"mesh.expert": 3, "train.batch_size": 12}, "mesh.expert 3 does not divide num_experts 4"),
+        ({"mesh.expert": 3, "train.batch_size": 12}, "mesh.expert 3 does not divide num_experts 4; use 2"),
         ({"mesh.fsdp": 3, "train.batch_size": 12}, "mesh.fsdp 3 does not divide model_dim 16"),
         ({"mesh.tensor": 4}, "mesh.tensor 4 does not divide num_kv_heads 2"),
         ({"mesh.fsdp": 16}, "use a multiple of 16"),

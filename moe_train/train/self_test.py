@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.mesh import BATCH, axis_size, make_mesh
-from moe_train.model import attention
+from moe_train.model import attention, splash_attention
 from moe_train.model import grouped_matmul as gm
 from moe_train.model.dispatch import ExpertMatrix, ExpertWeights, run_experts
 from moe_train.model.fsdp import activation_spec
@@ -44,7 +44,7 @@ def kernels(run: config.Config) -> dict[str, Any]:
     dtype, ffn, T = jnp.dtype(run.compute.dtype), run.model.ffn, run.train.seq_len
     found: dict[str, Any] = {"attention": attention.choose_kernel(run.compute.attention, T, dtype)}
     if found["attention"] == "splash":
-        found["attention_block"] = attention.splash_block(T)
+        found["attention_block"] = splash_attention.block_size(T)
     if isinstance(ffn, config.MoeFfn):
         found["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
         if found["grouped_matmul"] == "megablox":

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.mesh import BATCH, make_mesh
-from moe_train.model import attention
+from moe_train.model import attention, context
 from tests.model.conftest import quick_jit
 
 B, N, K, H = 2, 4, 2, 6
@@ -119,7 +119,7 @@ def test_every_device_attends_to_as_many_pairs(c: int) -> None:
     """And every query has one device."""
     T = 16 * c
     with jax.set_mesh(make_mesh(config.Mesh(context=c), jax.devices()[:c])):
-        parts = attention._parts(T)
+        parts = context.parts(T)
     run = T // c // len(parts[0])
     queries = [[t for start in starts for t in range(start, start + run)] for starts in parts]
     assert sorted(t for device in queries for t in device) == list(range(T))

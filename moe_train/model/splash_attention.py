@@ -1,0 +1,64 @@
+"""Attention for TPUs: JAX's Pallas kernel (splash attention), with segment ids, windows and sequences split over `context`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train.mesh import axis_size, platform
+from moe_train.model.blocked_attention import heads_first
+from moe_train.model.context import parts, run_len
+
+
+def block_size(T: int) -> int:
+    """Queries, and keys, of a block of sequences of T tokens: whole blocks make up a run of queries."""
+    return next(block for block in (512, 256, 128) if run_len(T) % block == 0)
+
+
+def make_splash(T: int, group: int, window: int | None) -> Any:
+    """The kernel for `group` query heads of a key head, and its tables of the blocks that are not masked. Global view:
+    the tables are split over `context` as the queries are, after `balanced`."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    run, side = run_len(T), block_size(T)
+    mask.q_sequence = np.concatenate([np.arange(start, start + run, dtype=np.int32) for part in parts(T) for start in part])
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": side for name in names}
+    splash = kernel.make_splash_mqa(
+        masks.MultiHeadMask([mask] * group),
+        block_sizes=kernel.BlockSizes(**blocks),
+        head_shards=1,
+        q_seq_shards=axis_size("context"),
+        residual_checkpoint_name="attention",
+        interpret=platform() == "cpu",
+    )
+    return jax.tree.map(jax.sharding.reshard, splash, spec_of(splash))
+
+
+def spec_of(splash: Any) -> Any:
+    # of `context` alone: it asks for shapes of shards, which JAX has not of a mesh of which an axis is manual
+    alone = AbstractMesh((axis_size("context"),), ("context",), axis_types=(AxisType.Explicit,))
+    return splash.manual_sharding_spec(NamedSharding(alone, P(None, "context")))
+
+
+def splash_attention(
+    splash: Any, q_BtNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_Bt: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """Arguments and result as of `blocked`; splash: what `make_splash` gave, this device's part of its tables."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+
+    B, t, N, H = q_BtNH.shape
+    K = k_BTKH.shape[2]
+    q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
+    k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    of_group = jax.vmap(splash, in_axes=(0, 0, 0, None))  # over kv heads
+    y = jax.vmap(of_group)(q, k, v, kernel.SegmentIds(segments_Bt, segments_BT))
+    return y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)

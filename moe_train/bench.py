@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_train import config, metrics, model_dir
+from moe_train import config, model_dir
 from moe_train.data.batch import Batch
+from moe_train.flops import flops_per_token, peak_flops
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train.optimizer import make_optimizer
@@ -52,8 +53,8 @@ def bench(run: config.Config) -> dict[str, Any]:
         median = statistics.median(seconds[-TIMED:])
         tokens = run.train.batch_size * run.train.seq_len
         adapters = state.trainable if run.lora else None
-        flops = tokens * metrics.flops_per_token(run.model, run.train.seq_len, adapters) / median
-        peak, source = metrics.peak_flops(list(mesh.devices.flat))
+        flops = tokens * flops_per_token(run.model, run.train.seq_len, adapters) / median
+        peak, source = peak_flops(list(mesh.devices.flat))
         return {
             "compile_seconds": compiled,
             "first_step_seconds": compiled + seconds[0],

@@ -31,7 +31,7 @@ LEFT_OF_LOOP = (
         "checkpoint",
         "model_dir",
     ),
-    *("metrics", "plan"),
+    *("devices", "flops", "metrics", "plan"),
 )
 COMMANDS = (
     "plan",
@@ -49,7 +49,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config_file": ("config", "foreign_keys"),
     "processes": (),
     "mesh": ("config", "processes"),
-    "metrics": ("config", "mesh", "model", "atomic"),
+    "devices": (),
+    "flops": ("config", "devices", "model"),
+    "metrics": ("config", "atomic"),
     "model": ("config", "mesh", "model"),
     "data": ("config", "data", "atomic", "json_file"),
     "weights": (
@@ -63,7 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train.self_test": ("config", "mesh", "model"),
     "checkpoint": (*LEFT_OF_STEP, "config_file", "weights"),
     "model_dir": (*LEFT_OF_STEP, "config_file", "weights", "checkpoint", "data.tokenizer", "data.chat"),
-    "plan": (*LEFT_OF_STEP, "config_file", "atomic", "metrics", "model_dir", "plan"),
+    "plan": (*LEFT_OF_STEP, "config_file", "atomic", "devices", "flops", "model_dir", "plan"),
     "train.evaluate": LEFT_OF_LOOP,
     "train.ready": LEFT_OF_LOOP,
     "train.start": LEFT_OF_LOOP,

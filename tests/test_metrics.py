@@ -1,91 +1,17 @@
-"""FLOPs against figures counted elsewhere, and what a writer leaves in its files."""
+"""What a writer leaves in its files."""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from moe_train import config, metrics
 from moe_train.model.moe import RouterStats
-from moe_train.model.transformer import init_model, parameters
-
-
-def mixtral(vocab_size: int, model_dim: int, num_layers: int, head_dim: int, ffn_dim: int) -> config.Model:
-    return config.Model(
-        family="mixtral",
-        vocab_size=vocab_size,
-        model_dim=model_dim,
-        num_layers=num_layers,
-        attention=config.Attention(num_heads=8, num_kv_heads=4, head_dim=head_dim),
-        ffn=config.MoeFfn(name="moe", ffn_dim=ffn_dim, num_experts=8, experts_per_token=2),
-    )
-
-
-S = mixtral(vocab_size=8192, model_dim=256, num_layers=4, head_dim=32, ffn_dim=896)
-M = mixtral(vocab_size=32000, model_dim=512, num_layers=8, head_dim=64, ffn_dim=1792)
-
-
-@pytest.mark.parametrize(("model", "batch_size", "gflop"), [(S, 8, 219.2), (M, 4, 846.0)], ids=["S", "M"])
-def test_flops_of_a_step(model, batch_size, gflop):
-    """Figures of another program, which counts one step of transformers' Mixtral of the same sizes."""
-    step = metrics.flops_per_token(model, 512) * batch_size * 512
-    assert round(step / 1e9, 1) == gflop
-
-
-def test_flops_of_dense_windowed_layers():
-    """By hand: 6 per weight but the embedding's, and 12 * N * H per visible key."""
-    attention = config.Attention(num_heads=2, num_kv_heads=1, head_dim=4, windows=(None, 8))
-    ffn = config.DenseFfn(name="dense", ffn_dim=16)
-    model = config.Model(family="ministral", vocab_size=10, model_dim=8, num_layers=2, attention=attention, ffn=ffn)
-    weights = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 10 * 8
-    keys = 32 / 2 + (8 - 8 * 8 / 64)  # 16 on average without a window; 7 with: 1, 2, … 8, then 8
-    assert metrics.flops_per_token(model, 32) == 6 * weights + 12 * 2 * 4 * keys
-    assert np.mean([min(t + 0.5, 8) for t in range(32)]) == pytest.approx(7, abs=0.01)
-
-
-def test_flops_with_adapters():
-    """Frozen weights cost 4, adapters 6, an expert's adapter only where a token meets it."""
-    lora = config.Lora(targets=(config.LoraTarget(modules=("*",), rank=16, alpha=16.0),))
-    with jax.set_mesh(jax.make_mesh((1,) * 5, ("data", "fsdp", "expert", "context", "tensor"), devices=jax.devices()[:1])):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, S, config.Compute(), lora)))[1]
-    adapters = {path: x for path, x in shapes.items() if path.endswith(("lora_a", "lora_b"))}
-    D, F, NH, KH = 256, 896, 256, 128
-    beside = 4 * 16 * ((D + NH) * 2 + (D + KH) * 2 + 2 * 3 * (D + F))
-    pairs = 3 * 4 * 4 * NH * 256
-    full = metrics.flops_per_token(S, 512)
-    assert metrics.flops_per_token(S, 512, adapters) == pytest.approx((full - pairs) * 4 / 6 + pairs + 6 * beside, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("kind", "teraflops"),
-    [("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v6 lite", 918), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756)],
-)
-def test_peak_of_known_chips(kind, teraflops):
-    device = SimpleNamespace(platform="tpu", device_kind=kind, process_index=0)
-    assert metrics.peak_flops([device] * 4)[0] == 4 * teraflops * 1e12
-
-
-def test_peak_of_an_unknown_chip_is_not_invented():
-    assert metrics.peak_flops([SimpleNamespace(platform="gpu", device_kind="Abacus 9", process_index=0)]) == (
-        None,
-        "no figure for Abacus 9",
-    )
-
-
-def test_peak_of_a_cpu_is_measured_once_for_its_fake_devices(monkeypatch):
-    monkeypatch.setattr(metrics, "measured_matmul_flops", lambda: 1e11)
-    assert metrics.peak_flops(jax.devices())[0] == 1e11
-
-
-def test_measured_product():
-    assert 1e8 < metrics.measured_matmul_flops(128) < 1e14
 
 
 def test_router_figures_stay_per_layer():

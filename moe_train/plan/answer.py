@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from moe_train import config, config_file, model_dir
 from moe_train.atomic import write_text
 from moe_train.plan import search
-from moe_train.plan.devices import DEVICES, GIB
+from moe_train.devices import DEVICES, GIB
+from moe_train.plan.compile import check_installed
 from moe_train.plan.search import Choice
 from moe_train.plan.topology import Topology, parse
 from moe_train.plan.weights import axis_sizes
@@ -96,11 +97,9 @@ def whole(run: config.Config, topology: Topology) -> config.Config:
 
 
 def _covers(mesh: config.Mesh, topology: Topology) -> bool:
-    sizes = list(axis_sizes(mesh).values())
-    product = 1
-    for size in sizes:
-        product *= abs(size)
-    return topology.num_devices % product == 0 if -1 in sizes else product == topology.num_devices
+    sizes = axis_sizes(mesh).values()
+    stated = math.prod(abs(size) for size in sizes)
+    return topology.num_devices % stated == 0 if -1 in sizes else stated == topology.num_devices
 
 
 def _commonest(faults: list[str], run: config.Config, topology: Topology) -> str:

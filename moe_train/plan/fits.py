@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 
 from moe_train import config
+from moe_train.devices import GIB
 from moe_train.plan import search
-from moe_train.plan.devices import GIB
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.topology import Topology
 from moe_train.plan.weights import layout

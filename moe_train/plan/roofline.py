@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moe_train import config, metrics
+from moe_train import config
+from moe_train.devices import Device
+from moe_train.flops import flops_per_token
 from moe_train.mesh import AXES
-from moe_train.plan.devices import Device
 from moe_train.plan.topology import Topology
 from moe_train.plan.traffic import Flow, Shape, shape_of
 from moe_train.plan.weights import Layout, axis_sizes
@@ -70,7 +71,7 @@ def work(run: config.Config, laid: Layout, flows: list[Flow], topology: Topology
     train, model, shape = run.train, run.model, shape_of(run)
     tokens = train.batch_size * train.seq_len / topology.num_devices
     trained = laid.trainable if run.lora is not None else None
-    useful = tokens * metrics.flops_per_token(model, train.seq_len, trained)
+    useful = tokens * flops_per_token(model, train.seq_len, trained)
     again = tokens * _recomputed(run, model, shape)
     far = [_far(flow, axis_sizes(run.mesh), topology.devices_per_slice) for flow in flows]
     near = sum(flow.bytes for flow in flows) - sum(far)
@@ -81,7 +82,7 @@ def _recomputed(run: config.Config, model: config.Model, shape: Shape) -> float:
     """FLOPs per token: with remat `full` the layers' forward pass, otherwise that of experts that tokens were sent to."""
     D, V = model.model_dim, model.vocab_size
     if run.compute.remat == "full":
-        return metrics.flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
+        return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
     if isinstance(model.ffn, config.MoeFfn) and shape.transport not in (None, "all_gather"):
         return model.num_layers * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
     return 0.0

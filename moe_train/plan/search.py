@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from moe_train import config
+from moe_train.devices import DEVICES, GIB, Device
 from moe_train.plan import compile as compiler
-from moe_train.plan.devices import DEVICES, GIB, Device
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.roofline import Time, Work, time, work
 from moe_train.plan.topology import Topology, parse, shapes
@@ -91,7 +91,10 @@ def meshes(run: config.Config, topology: Topology) -> Iterator[config.Mesh]:
     them, since their other axes would cross the slow network in every layer."""
     context = max(run.mesh.context, 1)
     if topology.num_devices % context:
-        raise ValueError(f"mesh.context {context} does not divide the {topology.num_devices} devices of {topology.name}")
+        nearest = next(n for n in range(context, 0, -1) if topology.num_devices % n == 0)
+        raise ValueError(
+            f"mesh.context {context} does not divide the {topology.num_devices} devices of {topology.name}; use {nearest}"
+        )
     slices = topology.num_slices if topology.platform == "tpu" else 1
     for data, fsdp, expert, tensor in divisions(topology.num_devices // context, 4):
         if data % slices == 0:

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_train.devices import DEVICES
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -48,8 +50,8 @@ class Topology:
 
     @property
     def devices_per_chip(self) -> int:
-        """Devices that JAX sees on a chip: a tpu7x chip is two of them."""
-        return 2 if self.device == "tpu7x" else 1
+        """Devices that JAX sees on a chip."""
+        return DEVICES[self.device].devices_per_chip
 
     @property
     def devices_per_slice(self) -> int:

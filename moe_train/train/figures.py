@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_train import config, metrics
+from moe_train.flops import flops_per_token, peak_flops
 from moe_train.model.moe import RouterStats
 from moe_train.model.transformer import Parameters
 from moe_train.train.optimizer import make_schedule
@@ -27,8 +28,8 @@ class Figures:
         assert run.model is not None
         self._run, self._skipped = run, skipped
         self._tokens = run.train.batch_size * run.train.seq_len
-        self._flops = self._tokens * metrics.flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
-        self._peak, self.peak_source = metrics.peak_flops(list(mesh.devices.flat))
+        self._flops = self._tokens * flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
+        self._peak, self.peak_source = peak_flops(list(mesh.devices.flat))
         # A table, since a schedule's own arithmetic would queue behind the steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
         self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))

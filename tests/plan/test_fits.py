@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_train import config, config_file
-from moe_train.plan.devices import GIB
+from moe_train.devices import GIB
 from moe_train.plan.fits import check_fits
 from moe_train.plan.memory import memory
 from moe_train.plan.weights import layout

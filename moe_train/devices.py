@@ -20,7 +20,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One chip; a tpu7x chip is two devices to JAX, and each of them gets half."""
+    """One chip."""
 
     flops: dict[str, float]
     """FLOP/s of matrix products by the dtype of their operands."""
@@ -37,6 +37,8 @@ class Device:
     dollars_per_hour: float | None
     """None where no list price is known."""
     priced: str
+    devices_per_chip: int = 1
+    """To JAX; each of them gets its share of the chip."""
 
 
 DEVICES = {
@@ -51,7 +53,7 @@ DEVICES = {
     "v6e": Device(
         {"bfloat16": 918e12, "float32": 918e12}, int(31.25 * GIB), 1640 * GB, 400 * GB, 2, 100 / 8 * GB, 2.70, "2025, unconfirmed"
     ),
-    "tpu7x": Device({"bfloat16": 2307e12, "float32": 2307e12}, 192 * GIB, 7380 * GB, 600 * GB, 3, 100 / 8 * GB, None, ""),
+    "tpu7x": Device({"bfloat16": 2307e12, "float32": 2307e12}, 192 * GIB, 7380 * GB, 600 * GB, 3, 100 / 8 * GB, None, "", 2),
     "a100": Device({"bfloat16": 312e12, "float32": 156e12}, 80 * 10**9, 2039 * GB, 300 * GB, 0, 25 * GB, None, ""),
     "h100": Device({"bfloat16": 989e12, "float32": 494e12}, 80 * 10**9, 3350 * GB, 450 * GB, 0, 50 * GB, 4.92, "December 2024"),
     "h200": Device({"bfloat16": 989e12, "float32": 494e12}, 141 * 10**9, 4800 * GB, 450 * GB, 0, 50 * GB, 5.41, "December 2024"),

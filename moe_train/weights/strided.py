@@ -15,10 +15,7 @@ def contiguous(x: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
     dtype = x.dtype if dtype is None else dtype
     if x.ndim < 2 or x.flags.c_contiguous:
         return np.ascontiguousarray(x, dtype)
-    out = np.empty(x.shape, dtype)
-    step = max(1, LINE // x.itemsize)
-    for start in range(0, len(x), step):
-        out[start : start + step] = x[start : start + step]
+    copy_into(out := np.empty(x.shape, dtype), x)
     return out
 
 

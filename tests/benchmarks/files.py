@@ -1,11 +1,11 @@
 """Files beside transformers': seconds and memory to save and to load a Mixtral of 995 MiB in float32, a process each.
 
-    python tests/benchmarks/files.py [--cores 1] [--rounds 2]
+    python tests/benchmarks/files.py [--cores 1] [--rounds 3] [--modes save write tensors full load]
 
 Saving is until the directory has its name: ours is synced to the disk, transformers' is not. `write` is without the proof;
 `tensors` and `full` are with it. Loading touches every number. Memory is the most that was resident above the model's own
 (for loading: above the interpreter's, less the model), from /proc/self/status, in MiB; warm cache, and memory that was
-touched once before.
+touched once before. Rounds go there and back again; figures, and ratios to transformers in the same round, are medians.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -125,23 +127,31 @@ def one(whose: str, mode: str, folder: Path, cores: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(cores: int, rounds: int) -> None:
+SAVES = [("theirs", "save"), ("ours", "write"), ("ours", "tensors"), ("ours", "full")]
+LOADS = [("theirs", "load"), ("ours", "load")]
+
+
+def main(cores: int, rounds: int, modes: list[str]) -> None:
+    kept: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in SAVES + LOADS if pair[1] in modes}
     for number in range(rounds):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
-            folder = Path(scratch)
-            found = {("theirs", "save"): one("theirs", "save", folder, cores)}
-            for mode in ("write", "tensors", "full"):
-                if mode != "write":
-                    (folder / "hf").rename(folder / f"before-{mode}")
-                found["ours", mode] = one("ours", mode, folder, cores)
-            found["theirs", "load"], found["ours", "load"] = (one(whose, "load", folder, cores) for whose in ("theirs", "ours"))
-        print(f"round {number + 1}, {cores} core{'s' * (cores > 1)}")
-        for (whose, mode), figures in found.items():
-            base = found["theirs", "load" if mode == "load" else "save"]
-            ratios = f"{base['seconds'] / figures['seconds']:5.2f}x {base['cpu'] / figures['cpu']:5.2f}x"
-            print(
-                f"{whose:7} {mode:8} {figures['seconds']:6.2f} s {figures['cpu']:6.2f} CPU s {figures['above']:7.0f} MiB  {ratios}"
-            )
+            turn = list(kept)[:: 1 if number % 2 == 0 else -1]
+            for whose, mode in sorted(turn, key=lambda pair: pair[1] == "load"):
+                folder = Path(scratch) / (whose if mode == "load" else mode)
+                folder.mkdir(exist_ok=True)
+                kept[whose, mode].append(one(whose, mode, folder, cores))
+                if mode in ("save", "write"):  # what is loaded then
+                    folder.rename(folder.with_name(whose))
+                else:
+                    shutil.rmtree(folder)
+            print(f"round {number + 1}", {" ".join(pair): round(runs[-1]["seconds"], 2) for pair, runs in kept.items()}, flush=True)
+    for (whose, mode), runs in kept.items():
+        base = kept["theirs", "load" if mode == "load" else "save"]
+        seconds, cpu, above = (statistics.median(run[key] for run in runs) for key in ("seconds", "cpu", "above"))
+        ratios = [
+            f"{statistics.median(b[key] / run[key] for b, run in zip(base, runs, strict=True)):5.2f}x" for key in ("seconds", "cpu")
+        ]
+        print(f"{whose:7} {mode:8} {seconds:6.2f} s {cpu:6.2f} CPU s {above:7.0f} MiB  {' '.join(ratios)}")
 
 
 if __name__ == "__main__":
@@ -150,6 +160,6 @@ if __name__ == "__main__":
     else:
         parser = argparse.ArgumentParser(description=__doc__)
         parser.add_argument("--cores", type=int, default=1)
-        parser.add_argument("--rounds", type=int, default=2)
-        arguments = parser.parse_args()
-        main(arguments.cores, arguments.rounds)
+        parser.add_argument("--rounds", type=int, default=3)
+        parser.add_argument("--modes", nargs="+", default=["save", "write", "tensors", "full", "load"])
+        main(**vars(parser.parse_args()))

@@ -41,10 +41,15 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file whole; where several processes do, with one's text or another's."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`."""
     beside = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

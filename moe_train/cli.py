@@ -280,6 +280,18 @@ def bench(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
 @tokenizer.command("train")
 def train_tokenizer(
     files: Annotated[list[str], typer.Argument(metavar="FILES...", help="Text, JSON lines, Parquet or Arrow; paths or globs.")],
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs, drawn over each other.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A .png, .svg or .pdf; replaced where it exists.")],
+) -> None:
+    """Draw what runs have measured: losses, speed, gradients, balance, the load of each expert."""
+    from moe_train.plot import plot as draw
+
+    draw(runs, out)
+    print(out)
+
+
     vocab_size: Annotated[int, typer.Option(min=1, help="Tokens of the vocabulary, special ones included.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
     column: Annotated[str, typer.Option(help="Where records have several columns, the one with text.")] = "text",

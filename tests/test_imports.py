@@ -75,9 +75,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "verify": (*LEFT_OF_LOOP, "export", "adapters"),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
     "terminal": (),
+    "plot": ("atomic",),
     "arguments": ("config", "config_file"),
     "cli_data": ("config", "arguments", "terminal", "data", "prepare"),
-    "cli": ("config", "config_file", "processes", "data", *COMMANDS, "quickstart", "terminal", "arguments", "cli_data"),
+    "cli": ("config", "config_file", "processes", "data", *COMMANDS, "quickstart", "terminal", "arguments", "cli_data", "plot"),
     "__main__": ("cli",),
 }
 
@@ -86,7 +87,7 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MUST_NOT_IMPORT: dict[str, set[str]] = {
     "": {"torch", "transformers", "peft", "pickle", "dill", "cloudpickle", "tests"},
     **dict.fromkeys(("config", "foreign_keys", "config_file", "processes", "atomic", "json_file", "data"), JAX),
-    **dict.fromkeys(("terminal", "arguments", "cli_data", "cli", "__main__"), JAX),
+    **dict.fromkeys(("plot", "terminal", "arguments", "cli_data", "cli", "__main__"), JAX),
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "registry", "factory", "misc", "core", "lib"}
 

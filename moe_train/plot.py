@@ -1,0 +1,120 @@
+"""The figures of runs as a picture: losses, speed, gradients, and what the experts got."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_train.atomic import write_bytes
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+class Story(NamedTuple):
+    """What a run has left in `metrics.jsonl` and `run.json`."""
+
+    name: str
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    resumed: list[int]
+    """Steps after which it was started again."""
+
+
+def read(run_dir: Path) -> Story:
+    """Raises FileNotFoundError where `run_dir` is no run, ValueError where it has no figures yet."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} has no metrics.jsonl; name the run_dir of a run")
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break  # a run that is writing just now
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from None
+    train = [line for line in lines if line["kind"] == "train"]
+    if not train:
+        raise ValueError(f"{path} has no figures of a training step yet")
+    diary = run_dir / "run.json"
+    events = json.loads(diary.read_text(encoding="utf-8"))["events"] if diary.is_file() else []
+    resumed = [event["step"] for event in events if event["event"] == "resume"]
+    return Story(str(run_dir), train, [line for line in lines if line["kind"] == "eval"], resumed)
+
+
+def plot(run_dirs: list[Path], out: Path) -> None:
+    """Draw runs over each other, and the experts of the last one; `out` is replaced whole. Needs the extra `report`."""
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"{out}: a picture ends in {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'moe-train[report]'")
+    stories = [read(run_dir) for run_dir in run_dirs]
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    loss, speed, experts, norms, balance, drift = panels.flat
+    for i, story in enumerate(stories):
+        color = f"C{i % 10}"
+        _line(loss, story.train, "loss", color, alpha=0.5, label=story.name)
+        _line(loss, story.evaluations, "loss", color, marker="o", label=f"{story.name}, held out")
+        _line(speed, story.train, "tokens_per_second", color)
+        _line(norms, story.train, "grad_norm", color)
+        _line(balance, story.train, "balance", color)
+        _line(drift, story.evaluations, "routing_drift", color, marker="o")
+        for step in story.resumed:
+            for panel in (loss, speed, norms, balance):
+                panel.axvline(step, color=color, linestyle=":", linewidth=0.8)
+    loss.legend(fontsize="small")
+    titles = {
+        loss: "loss, nats a token (dotted: started again)",
+        speed: "tokens/s",
+        norms: "norm of the gradient before clipping",
+        balance: "load of the fullest expert (1: even)",
+        drift: "assignments that differ from the base model's",
+    }
+    norms.set_yscale("log")
+    for panel, title in titles.items():
+        panel.set_title(title, fontsize="medium")
+        panel.set_xlabel("step")
+        if not panel.lines:
+            _say_nothing(panel)
+    _heat(figure, experts, stories[-1])
+    picture = io.BytesIO()
+    figure.savefig(picture, format=out.suffix[1:], dpi=110)
+    pyplot.close(figure)
+    write_bytes(out, picture.getvalue())
+
+
+def _line(panel: Any, lines: list[dict[str, Any]], key: str, color: str, **how: Any) -> None:
+    """A figure over steps; of one that is kept per layer, the mean."""
+    found = [(line["step"], np.mean(line[key])) for line in lines if line.get(key) is not None]
+    if found:
+        panel.plot(*zip(*found, strict=True), color=color, linewidth=1.2, markersize=4, **how)
+
+
+def _heat(figure: Any, panel: Any, story: Story) -> None:
+    """Each expert's share of its layer's assignments over the last tenth of the steps; 1 is an even share."""
+    loads = [line["load"] for line in story.train if "load" in line]
+    panel.set_title(f"load of experts, last tenth of {story.name}", fontsize="medium")
+    if not loads:
+        _say_nothing(panel)
+        return
+    load_LE = np.mean(loads[-max(1, len(loads) // 10) :], axis=0)
+    image = panel.imshow(load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    panel.set(xlabel="expert", ylabel="layer")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=panel)
+
+
+def _say_nothing(panel: Any) -> None:
+    panel.text(0.5, 0.5, "none in this run", ha="center", va="center", transform=panel.transAxes, color="gray")
+    panel.set(xticks=[], yticks=[])

@@ -1,8 +1,10 @@
 """Ours and transformers' training step, in turn, each in a process of its own, with the ratio pair by pair.
 
-    python tests/benchmarks/side_by_side.py [--workload S|M] [--lora RANK] [--experts grouped_mm|eager] [--cores 0,1]
+    python tests/benchmarks/side_by_side.py [--workload S|M] [--lora RANK] [--quantize nf4|int8] [--experts grouped_mm|eager]
+        [--cores 0,1]
 
-Ratios above 1 are in our favour. Needs the extra `judges`, and a machine that does nothing else.
+Ratios above 1 are in our favour. quantize: our frozen weights in few bits, beside our own without and PEFT's without, which
+has none on CPUs. Needs the extra `judges`, and a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -37,24 +39,35 @@ def measure(command: list[str], cores: str) -> dict[str, float]:
 arguments = argparse.ArgumentParser()
 arguments.add_argument("--workload", default="S")
 arguments.add_argument("--lora", type=int, default=0)
+arguments.add_argument("--quantize", choices=("nf4", "int8"))
 arguments.add_argument("--experts", default="grouped_mm")
 arguments.add_argument("--cores", default="0")
 arguments.add_argument("--pairs", type=int, default=3)
-arguments = arguments.parse_args()
+parser, arguments = arguments, arguments.parse_args()
+if arguments.quantize and not arguments.lora:
+    parser.error("--quantize is of what stands beside adapters; give --lora RANK")
 config = f"tests/benchmarks/workload_{arguments.workload}.yaml"
 ours = ["-m", "moe_train", "bench", config, "--json"]
 theirs = ["tests/benchmarks/step_transformers.py", config, "--experts", arguments.experts]
+others = {"theirs": theirs}
 if arguments.lora:
-    ours.insert(
-        4, f'lora={{targets: [{{modules: ["attention.*", "ffn.*"], rank: {arguments.lora}, alpha: {2 * arguments.lora}}}]}}'
-    )
+    targets = f'targets: [{{modules: ["attention.*", "ffn.*"], rank: {arguments.lora}, alpha: {2 * arguments.lora}}}]'
     theirs += ["--lora", str(arguments.lora)]
+    unquantized = [*ours, f"lora={{{targets}}}"]
+    if arguments.quantize:
+        others["ours unquantized"] = unquantized
+        ours.append(f"lora={{{targets}, quantize: {{name: {arguments.quantize}, block_size: 32}}}}")
+    else:
+        ours = unquantized
 
-pairs = []
-for _ in range(arguments.pairs):
-    a, b = measure(ours, arguments.cores), measure(theirs, arguments.cores)
-    pairs.append((a, b))
-    print(" | ".join(f"{name} {a[name]:,.4g} : {b[name]:,.4g}" for name in FIGURES), flush=True)
 better = {name: 1 if name == "tokens_per_second" else -1 for name in FIGURES}
-ratios = {name: statistics.median((a[name] / b[name]) ** better[name] for a, b in pairs) for name in FIGURES}
-print(json.dumps({"workload": arguments.workload, "lora": arguments.lora, "cores": arguments.cores, "median ratio": ratios}))
+ratios: dict[str, list[dict[str, float]]] = {other: [] for other in others}
+for _ in range(arguments.pairs):
+    a = measure(ours, arguments.cores)
+    for other, command in others.items():
+        b = measure(command, arguments.cores)
+        ratios[other].append({name: (a[name] / b[name]) ** better[name] for name in FIGURES})
+        print(f"{other}: " + " | ".join(f"{name} {a[name]:,.4g} : {b[name]:,.4g}" for name in FIGURES), flush=True)
+asked = {key: getattr(arguments, key) for key in ("workload", "lora", "quantize", "cores")}
+for other, found in ratios.items():
+    print(json.dumps({**asked, "beside": other, "median ratio": {n: statistics.median(r[n] for r in found) for n in FIGURES}}))

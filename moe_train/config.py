@@ -234,14 +234,14 @@ class Nf4(Section):
     one of 16 levels; 4 bits a weight, and a scale of the weight's own dtype a block."""
 
     name: Literal["nf4"]
-    block_size: Annotated[Positive, Field(multiple_of=2)] = 64
+    block_size: Annotated[Positive, Field(multiple_of=4)] = 64
 
 
 class Int8(Section):
     """Whole numbers from -127 to 127 times a scale for each block of `block_size` weights."""
 
     name: Literal["int8"]
-    block_size: Positive = 64
+    block_size: Annotated[Positive, Field(ge=2)] = 64
 
 
 class Lora(Section):

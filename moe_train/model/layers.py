@@ -73,6 +73,12 @@ class Linear(Adapted):
         super().__init__(normal(rngs, shape, spec, stddev, dtype))
         self.equation = equation
 
+    @property
+    def summed_dim(self) -> int:
+        """The last dim of the weight that the product sums over, from the end."""
+        w, y = self.equation.split(",")[1].split("->")
+        return max(i for i, letter in enumerate(w) if letter not in y) - len(w)
+
     def __call__(self, x: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
         """key: of the dropout on the adapter's input."""
         y = fsdp.project(self.equation, x, self.weight[...])

@@ -57,6 +57,9 @@ def over_microbatches(stats: RouterStats) -> RouterStats:
 class ExpertLinear(Adapted):
     """The same linear map for each expert, with its own weight (E, in, out) and adapter."""
 
+    summed_dim = -2
+    """As `Linear.summed_dim`."""
+
     def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int, int], spec: P, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, shape, spec, stddev, dtype))
 

@@ -1,5 +1,8 @@
-"""Frozen weights in few bits (QLoRA, arXiv:2305.14314): codes, and a scale for each block of the last dim.
+"""Frozen weights in few bits (QLoRA, arXiv:2305.14314): codes, and a scale for each block.
 
+A block is some of the inputs of one output, as in bitsandbytes: it lies along the last dim that the product sums over,
+which is not the last of the weight. So neither codes nor numbers ever change lanes on a TPU; for blocks along the last
+dim XLA lays out the codes of all layers anew, beside the old ones, before it loops over the layers.
 A block is divided by its largest magnitude, and each quotient becomes the nearest of 16 levels (nf4) or of the whole
 127ths (int8). The codes and scales of a weight are split over the mesh as it was; blocks lie whole on a device. They
 travel in its place (`fsdp.project`, `dispatch`), and become numbers again just before a product.
@@ -10,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import EllipsisType
 from typing import Any, Literal, NamedTuple
 
@@ -33,53 +37,58 @@ Kind = Literal["nf4", "int8"]
 
 
 class Quantized(NamedTuple):
-    """A weight (…, n · block_size) in few bits."""
+    """A weight (…, n · block_size, …) in few bits."""
 
     codes: Any
     """int8 of the weight's shape; or nf4, uint8: of each block the first half in the low four bits, the second in the high."""
     scales: Any
-    """(…, n), in the dtype of the weight."""
+    """(…, n, …), in the dtype of the weight."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        return (*self.codes.shape[:-1], self.codes.shape[-1] * _per_code(self.codes.dtype))
+        shape = list(self.codes.shape)
+        shape[self.dim] *= 2 if self.codes.dtype == np.uint8 else 1
+        return tuple(shape)
+
+    @property
+    def dim(self) -> int:
+        """Along which blocks lie, from the end: where a code stands for fewer weights than a scale."""
+        pairs = zip(self.codes.shape, self.scales.shape, strict=True)
+        return next(i for i, (codes, scales) in enumerate(pairs) if codes != scales) - len(self.codes.shape)
 
 
-def _per_code(dtype: Any) -> int:
-    return 2 if dtype == np.uint8 else 1
-
-
-def quantize(w: Any, kind: Kind, block_size: int, dtype: Any) -> Quantized:
-    """A weight of numpy's or, in local view, of jax's; `dtype` is that of the scales."""
+def quantize(w: Any, kind: Kind, block_size: int, dtype: Any, dim: int) -> Quantized:
+    """A weight of numpy's or, in local view, of jax's, in blocks along `dim`, from the end; `dtype` is that of the scales."""
     xp: Any = np if isinstance(w, np.ndarray) else jnp
-    blocks = w.astype(np.float32).reshape(*w.shape[:-1], -1, block_size)
+    lead, tail = w.shape[:dim], w.shape[w.ndim + dim + 1 :]
+    blocks = w.astype(np.float32).reshape(*lead, -1, block_size, *tail)
     largest = 1 if kind == "nf4" else 127
-    scales = (xp.max(xp.abs(blocks), axis=-1) / largest).astype(dtype)
-    divisor = xp.where(scales == 0, 1, scales).astype(np.float32)[..., None]
-    blocks = blocks / divisor
+    scales = (xp.max(xp.abs(blocks), axis=dim) / largest).astype(dtype)
+    blocks = blocks / xp.expand_dims(xp.where(scales == 0, 1, scales).astype(np.float32), dim)
     if kind == "int8":
         return Quantized(xp.clip(xp.round(blocks), -127, 127).astype(np.int8).reshape(w.shape), scales)
     codes = xp.zeros(blocks.shape, np.uint8)
     for low, high in itertools.pairwise(NF4):
         codes = codes + (blocks > (low + high) / 2).astype(np.uint8)
-    first, second = codes[..., : block_size // 2], codes[..., block_size // 2 :]
-    return Quantized((first | second << 4).reshape(*w.shape[:-1], -1), scales)
+    first, second = xp.split(codes, 2, axis=dim)
+    return Quantized((first | second << 4).reshape(*lead, -1, *tail), scales)
 
 
 def quantize_like(w: Any, like: Quantized) -> Quantized:
     """A weight, or a part of it, as codes and scales of the dtypes and block size of `like`."""
     kind: Kind = "nf4" if like.codes.dtype == np.uint8 else "int8"
-    return quantize(w, kind, like.shape[-1] // like.scales.shape[-1], like.scales.dtype)
+    return quantize(w, kind, like.shape[like.dim] // like.scales.shape[like.dim], like.scales.dtype, like.dim)
 
 
 def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
     """The numbers that the codes stand for. Local view."""
     codes, scales = weight
-    blocks = codes.reshape(*scales.shape, -1)
+    dim, after = weight.dim, codes.ndim + weight.dim + 1
+    blocks = codes.reshape(*scales.shape[:after], -1, *scales.shape[after:])
     if codes.dtype == jnp.uint8:
-        blocks = _levels(jnp.concatenate([blocks & 15, blocks >> 4], axis=-1))
-    return (blocks.astype(jnp.float32) * scales[..., None].astype(jnp.float32)).reshape(weight.shape).astype(dtype)
+        blocks = _levels(jnp.concatenate([blocks & 15, blocks >> 4], axis=dim))
+    return (blocks.astype(jnp.float32) * jnp.expand_dims(scales.astype(jnp.float32), dim)).reshape(weight.shape).astype(dtype)
 
 
 def _levels(codes: jax.Array) -> jax.Array:
@@ -112,19 +121,19 @@ class QuantizedWeight(nnx.Module):
 def quantize_weights(modules: Iterable[tuple[str, Any]], how: config.Nf4 | config.Int8) -> None:
     """Replace the weight of each (name, linear map) in place. Raises ValueError where blocks do not divide it."""
     for name, module in modules:
-        weight = module.weight[...]
+        weight, dim = module.weight[...], module.summed_dim
         spec = jax.typeof(weight).sharding.spec
-        split = spec[-1] if len(spec) == weight.ndim else None
+        split = (*spec, *(None,) * (weight.ndim - len(spec)))[dim]
         parts = math.prod(axis_size(axis) for axis in ((split,) if isinstance(split, str) else split or ()))
-        size = weight.shape[-1] // parts
+        size = weight.shape[dim] // parts
         if size % how.block_size:
             over = f" over mesh.{split} {parts} = {size}" if parts > 1 else ""
             raise ValueError(
-                f"lora.quantize.block_size {how.block_size} does not divide the last dim of {name}, {weight.shape[-1]}{over}; "
+                f"lora.quantize.block_size {how.block_size} does not divide the inputs of {name}, {weight.shape[dim]}{over}; "
                 f"use {math.gcd(size, how.block_size)}"
             )
-        local = jax.shard_map(lambda w: quantize(w, how.name, how.block_size, w.dtype), in_specs=spec, out_specs=spec)
-        module.weight = QuantizedWeight(local(weight))
+        local = partial(quantize, kind=how.name, block_size=how.block_size, dtype=weight.dtype, dim=dim)
+        module.weight = QuantizedWeight(jax.shard_map(local, in_specs=spec, out_specs=spec)(weight))
 
 
 def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

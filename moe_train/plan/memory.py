@@ -64,9 +64,6 @@ def memory(run: config.Config, laid: Layout) -> Memory:
     # XLA casts these weights of all layers before the loop over layers
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
 
-    # and lays out anew, before that loop, the codes of all experts' weights in few bits
-    saved += sum(w.stored_bytes(sizes) for w in stacked if w.kind == "expert" and w.path.endswith(".codes"))
-
     forward, backward = _layer(run, model, stacked, sizes, shape)
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
@@ -107,8 +104,8 @@ def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes
         exchanged = shape.transport not in (None, "all_gather")
         trained = any(w.trainable for w in matrices)
         experts = whole * (2 if exchanged and trained else 1)
-        if any(w.path.endswith(".codes") for w in matrices):  # one matrix at a time on its way from codes to numbers
-            experts += whole // 3 * 4 // b
+        if _is_nf4(run):  # one matrix at a time: the halves of its blocks, a byte a number
+            experts += whole // 3 // b
         products, inputs = R * f * b, R * D * b * (3 if exchanged else 2)
         if shape.transport == "all_gather":
             inputs += sizes["expert"] * m * D * b

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train import config, config_file, model_dir
 from moe_train.atomic import write_text
-from moe_train.plan import search
 from moe_train.devices import DEVICES, GIB
+from moe_train.plan import search
 from moe_train.plan.compile import check_installed
 from moe_train.plan.search import Choice
 from moe_train.plan.topology import Topology, parse
@@ -53,21 +54,20 @@ def plan(
     Raises ValueError for a topology that does not exist, a model that no mesh of it divides, or a compiler that is missing.
     """
     place = parse(topology)
+    if compile_best or compile_only:
+        check_installed(place)
     run = resolved(run)
-    assert run.model is not None
     dollars, priced = search.price_of(DEVICES[place.device], price)
     if compile_only:
         choice = search.compiled(search.model_choice(whole(run, place), place), place)
         return Answer(place, choice, [choice], 1, int(choice.fits), dollars, priced)
+    given = search.model_choice(whole(run, place), place) if _covers(run.mesh, place) else None
     found, faults = search.choices(run, place, free_batch)
     if not found:
         raise ValueError(f"no mesh of {place.name}'s {place.num_devices} devices takes this run: {_commonest(faults, run, place)}")
     considered, fitting = len(found), sum(choice.fits for choice in found)
     if compile_best:
         found = search.confirm(found, place, compile_best, say, by)
-    given = None
-    if _covers(run.mesh, place):
-        given = search.model_choice(whole(run, place), place)
     return Answer(place, given, search.best_of_meshes(found, by), considered, fitting, dollars, priced)
 
 
@@ -79,9 +79,7 @@ def resolved(run: config.Config) -> config.Config:
 def whole(run: config.Config, topology: Topology) -> config.Config:
     """The run with the devices of `topology` in place of an axis of -1. Raises ValueError where they do not divide."""
     sizes = axis_sizes(run.mesh)
-    stated = 1
-    for size in sizes.values():
-        stated *= size if size != -1 else 1
+    stated = math.prod(abs(size) for size in sizes.values())
     if -1 in sizes.values() and topology.num_devices % stated == 0:
         sizes = {axis: topology.num_devices // stated if size == -1 else size for axis, size in sizes.items()}
     elif -1 in sizes.values() or stated != topology.num_devices:
@@ -258,6 +256,8 @@ def conclusion(answer: Answer) -> list[str]:
                 f"it fits on {larger.name} ({larger.num_chips} chips): {search.in_words(choice.run.mesh)}, remat full, "
                 f"one sequence on each device at a time, {choice.memory.total / GIB:.2f} GiB"
             )
+        else:
+            said.append(f"nor does it on any larger slice or number of hosts of {place.device}: use a device with more memory")
         return said
     lines = ["Times are the roofline's, and so the least; a real step is longer."]
     if lost := answer.choices[SHOWN:]:

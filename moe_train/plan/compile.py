@@ -92,7 +92,7 @@ def compile_config(run: config.Config, topology: Topology, *, timeout_seconds: f
     """
     if run.model is None:
         raise ValueError(f"init_from {run.init_from} is not here, and the architecture with it; state model as well")
-    _check_installed(topology)
+    check_installed(topology)
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
         asked.write_text(json.dumps({"run": run.model_dump(mode="json"), "topology": topology.name}), encoding="utf-8")
@@ -117,12 +117,15 @@ def compile_config(run: config.Config, topology: Topology, *, timeout_seconds: f
     return Compiled(**answer, traffic=traffic, warnings=_warnings(done.stderr))
 
 
-def _check_installed(topology: Topology) -> None:
-    if topology.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"compiling for {topology.name} needs libtpu; run: pip install 'moe-train[tpu]'")
-    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    if topology.platform == "gpu" and not any(importlib.util.find_spec(name) for name in plugins):
-        raise ValueError(f"compiling for {topology.name} needs JAX's CUDA plugin; run: pip install 'moe-train[cuda]'")
+def check_installed(topology: Topology) -> None:
+    """Raise ValueError where the compiler for `topology` is not."""
+    what, extra, modules = {
+        "tpu": ("libtpu", "tpu", ("libtpu",)),
+        "gpu": ("JAX's CUDA plugin", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
+    }[topology.platform]
+    if not any(importlib.util.find_spec(module) for module in modules):
+        remedy = f"run: pip install 'moe-train[{extra}]', or plan with --no-compile"
+        raise ValueError(f"compiling for {topology.name} needs {what}, which is not here; {remedy}")
 
 
 def _environment(topology: Topology) -> dict[str, str]:

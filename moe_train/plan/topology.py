@@ -90,6 +90,8 @@ def _slice(name: str) -> tuple[str, tuple[int, ...]]:
     """One slice or host: its device and shape."""
     if found := re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name):
         device, shape = found[1], tuple(int(side) for side in found[2].split("x"))
+        if device in GPUS:
+            raise _no_such_host(name, device, math.prod(shape))
         _known(device, ("v5p", "v5e", "v6e", "tpu7x"), name)
         if shape not in shapes(device):
             raise _no_such(name, device, math.prod(shape), "chips")
@@ -98,9 +100,7 @@ def _slice(name: str) -> tuple[str, tuple[int, ...]]:
         device, count = found[1], int(found[2])
         _known(device, GPUS, name)
         if count not in GPUS_PER_HOST:
-            nearest = min(GPUS_PER_HOST, key=lambda size: abs(size - count))
-            hosts = f"; several hosts are {count // 8}x{device}x8" if count > 8 and count % 8 == 0 else ""
-            raise ValueError(f"topology {name}: a host has 1, 2, 4 or 8 GPUs, not {count}; nearest: {device}x{nearest}{hosts}")
+            raise _no_such_host(name, device, count)
         return device, (count,)
     if found := re.fullmatch(r"([a-z0-9]+)-(\d+)", name):
         word, number = found[1], int(found[2])
@@ -139,3 +139,9 @@ def _no_such(name: str, device: str, chips: float, said: str) -> ValueError:
     return ValueError(
         f"topology {name} does not exist: {chips_said}; nearest: {_name(device, nearest)}, {math.prod(nearest)} chips"
     )
+
+
+def _no_such_host(name: str, device: str, count: int) -> ValueError:
+    nearest = min(GPUS_PER_HOST, key=lambda size: abs(size - count))
+    hosts = f"; several hosts are {count // 8}x{device}x8" if count > 8 and count % 8 == 0 else ""
+    return ValueError(f"topology {name}: a host has 1, 2, 4 or 8 GPUs, and no shape; nearest: {device}x{nearest}{hosts}")

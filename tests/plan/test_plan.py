@@ -78,11 +78,16 @@ def test_only_replicas_stand_in_different_slices() -> None:
     assert all(choice.work.dcn_bytes == 0 for choice in one.choices)
 
 
-def test_a_model_that_fits_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
-    small_batch = ["train.batch_size=4", "train.microbatches=1", "mesh={fsdp: 4}"]
-    assert run("plan", PRETRAIN, "--topology", "v5e:2x2", "--no-compile", *small_batch) == 1
-    said = capsys.readouterr().out
-    assert "nothing fits on v5e:2x2: the closest is" in said and "it fits on v5e:" in said
+@pytest.mark.parametrize(
+    ("layers", "last"),
+    [(32, "it fits on v5e:8x16 (128 chips): "), (4000, "nor does it on any larger slice")],
+    ids=["here", "anywhere"],
+)
+def test_a_model_that_does_not_fit(layers: int, last: str, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [f"model.num_layers={layers}", "train.batch_size=4", "train.microbatches=1", "mesh={fsdp: 4}"]
+    assert run("plan", PRETRAIN, "--topology", "v5e:2x2", "--no-compile", *few) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("nothing fits on v5e:2x2: the closest is") and said[-1].startswith(last)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +95,10 @@ def test_a_model_that_fits_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--topology", "v5p:4x4x5"], "topology v5p:4x4x5 does not exist: 80 chips; nearest: v5p:4x4x4, 64 chips"),
         (["--topology", "v5p:2x2x2", "--compile-only"], "--no-compile leaves nothing for --compile-only; leave one out"),
+        (["--topology", "v5p:2x2x2", "--config-out", "nowhere/best.yaml"], "nowhere/best.yaml: there is no folder nowhere"),
         (["--topology", "v5p:2x2x2", "train.batch_size=12"], "batch_size 12"),
         (["--topology", "v5p:2x2x2", "mesh={fsdp: 1, context: 3}"], "context 3"),
+        (["--topology", "v5p:2x2x2", "mesh={context: 16}"], "mesh.context 16 does not divide the 8 devices of v5p:2x2x2; use 8"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,35 +96,29 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool, plat
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
     # codes and scales of few bits travel as they are; other weights in the dtype of the computation
     b = w.itemsize if not w.is_float or w.path.endswith(".scales") else min(w.itemsize, itemsize)
-    split = [
-        axis for entry in w.spec for axis in entry if axis in ("fsdp", "expert") and not (w.kind == "expert" and axis == "expert")
-    ]
+    own = ("expert",) if w.kind == "expert" else ()  # axes that no two devices of share this weight
+    split = {axis for entry in w.spec for axis in entry if axis in ("fsdp", "expert")} - {*own}
     order = [axis for axis in (("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")) if axis in split]
-    times = (2 if tied and w.path == "embed.weight" else 1) if w.kind == "table" else 2
+    uses = 2 if tied and w.path == "embed.weight" else 1
+    gathers = uses if w.kind == "table" else 2
+
+    def flow(kind: str, axis: str, devices: int, whole: float, times: int) -> Flow:
+        return Flow(name, kind, axis, times * w.layers * _received(kind, devices, whole), True)
+
     found, gathered = [], w.elements(sizes)
     for axis in order:
         gathered *= sizes[axis]
-        found.append(Flow(name, "all-gather", axis, times * w.layers * _received("all-gather", sizes[axis], gathered * b), True))
+        found.append(flow("all-gather", axis, sizes[axis], gathered * b, gathers))
     if not w.trainable:
         return found
     for axis in order[::-1]:
-        uses = times if w.kind == "table" else 1
         kind = "all-reduce" if platform == "tpu" and sizes[axis] == math.prod(sizes.values()) else "reduce-scatter"
-        found.append(Flow(name, kind, axis, uses * w.layers * _received(kind, sizes[axis], gathered * b), True))
+        found.append(flow(kind, axis, sizes[axis], gathered * b, uses))
         gathered //= sizes[axis]
     # what is split along none of these axes has its gradient summed: experts' and small weights' as they are stored
     b = w.itemsize if w.kind in ("expert", "small") else b
-    summed = [axis for axis in SUMMED if axis not in split and not (w.kind == "expert" and axis == "expert")]
-    devices = math.prod(sizes[axis] for axis in summed)
-    found.append(
-        Flow(
-            name,
-            "all-reduce",
-            "+".join(a for a in summed if sizes[a] > 1),
-            w.layers * _received("all-reduce", devices, gathered * b),
-            True,
-        )
-    )
+    summed = [axis for axis in SUMMED if sizes[axis] > 1 and axis not in (*split, *own)]
+    found.append(flow("all-reduce", "+".join(summed), math.prod(sizes[axis] for axis in summed), gathered * b, 1))
     return found
 
 
@@ -133,31 +127,33 @@ def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], s
     m, b, D, L = shape.tokens, shape.itemsize, model.model_dim, model.num_layers
     a, tensor, context = model.attention, sizes["tensor"], sizes["context"]
     found = []
+
+    def flow(what: str, kind: str, axis: str, whole: float, times: int = 1) -> None:
+        found.append(Flow(what, kind, axis, times * _received(kind, sizes[axis], whole), False))
+
     if shape.transport is not None and isinstance(model.ffn, config.MoeFfn):
-        moved = transport_bytes(shape.transport, along_expert(run, sizes))
+        moved = L * transport_bytes(shape.transport, along_expert(run, sizes))
         if shape.transport == "all_gather":  # there, and there again in the recomputed layer; the gradient of what came back
-            found.append(Flow("tokens to experts", "all-gather", "expert", L * moved * 3 / 5, False))
-            found.append(Flow("tokens to experts", "reduce-scatter", "expert", L * moved * 2 / 5, False))
+            found.append(Flow("tokens to experts", "all-gather", "expert", moved * 3 / 5, False))
+            found.append(Flow("tokens to experts", "reduce-scatter", "expert", moved * 2 / 5, False))
         else:
-            found.append(Flow("tokens to experts", shape.transport.replace("_", "-"), "expert", L * moved, False))
+            found.append(Flow("tokens to experts", shape.transport.replace("_", "-"), "expert", moved, False))
     # Along `tensor` (Megatron-LM, arXiv:1909.08053, section 3): the outputs of attention (again where recomputed) and of
     # the feed-forward layer are summed, and so are the gradients of the inputs of both. With all_gather the outputs are of
     # the tokens of all devices of `expert`; XLA:TPU scatters them before it sums, so that only a device's own are left.
+    x = m * D * b
+    attention = x * ((2 if run.compute.remat == "full" else 1) + 3)
+    ffn = x * (1 + 2)
     if isinstance(model.ffn, config.MoeFfn):
-        wide = 4 if shape.transport not in (None, "all_gather") else b
-        X = sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1
-        ffn = _received("all-reduce", tensor, X * m * D * wide) + _received("all-reduce", tensor, m * D * b)
-    else:
-        ffn = (1 + 2) * _received("all-reduce", tensor, m * D * b)
-    attention = ((2 if run.compute.remat == "full" else 1) + 3) * _received("all-reduce", tensor, m * D * b)
-    found.append(Flow("activations", "all-reduce", "tensor", L * (ffn + attention), False))
-    found.append(Flow("activations", "all-reduce", "tensor", 2 * _received("all-reduce", tensor, m * D * b), False))  # both ends
+        y = x if shape.transport in (None, "all_gather") else m * D * 4
+        ffn = y * (sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1) + x
+    flow("activations", "all-reduce", "tensor", L * (attention + ffn) + 2 * x)  # and at both ends
     # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
     # Queries, and what attention makes of them, change places there and back (`attention._balanced`): forward, recomputed,
     # and their gradients; of two devices' halves one stays where it is.
     keys, queries = (m * n * a.head_dim // tensor * b for n in (context * 2 * a.num_kv_heads, a.num_heads))
-    moved = 0 if context == 1 else queries // 2 if context == 2 else queries
-    found.append(Flow("keys and values", "all-gather", "context", 2 * L * _received("all-gather", context, keys), False))
-    found.append(Flow("keys and values", "reduce-scatter", "context", L * _received("reduce-scatter", context, keys), False))
-    found.append(Flow("queries", "collective-permute", "context", 6 * L * moved, False))
+    flow("keys and values", "all-gather", "context", keys, 2 * L)
+    flow("keys and values", "reduce-scatter", "context", keys, L)
+    changed = {1: 0.0, 2: queries / 2}.get(context, queries)
+    found.append(Flow("queries", "collective-permute", "context", 6 * L * changed, False))
     return found

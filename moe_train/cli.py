@@ -237,6 +237,9 @@ def plan(
     resolved = load_run(config, overrides)
     if no_compile and (compile_only or hlo):
         raise ValueError(f"--no-compile leaves nothing for {'--compile-only' if compile_only else '--hlo'}; leave one out")
+    for file in (hlo, config_out):
+        if file is not None and not file.parent.is_dir():
+            raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
     from moe_train.plan import answer as planning
 
     with waiting("modelling" if no_compile else "modelling and compiling"):
@@ -277,9 +280,6 @@ def bench(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
     print_answers(answer, as_json)
 
 
-@tokenizer.command("train")
-def train_tokenizer(
-    files: Annotated[list[str], typer.Argument(metavar="FILES...", help="Text, JSON lines, Parquet or Arrow; paths or globs.")],
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs, drawn over each other.")],
@@ -292,6 +292,9 @@ def plot(
     print(out)
 
 
+@tokenizer.command("train")
+def train_tokenizer(
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", help="Text, JSON lines, Parquet or Arrow; paths or globs.")],
     vocab_size: Annotated[int, typer.Option(min=1, help="Tokens of the vocabulary, special ones included.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
     column: Annotated[str, typer.Option(help="Where records have several columns, the one with text.")] = "text",

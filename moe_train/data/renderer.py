@@ -160,8 +160,13 @@ def _read(*_: object) -> Any:
 class _Open:
     """What depends on contents, and can be used only as the classes below say."""
 
-    __getattr__ = __hash__ = __bool__ = __str__ = __repr__ = __format__ = __len__ = __iter__ = __reversed__ = __contains__ = _read
-    __getitem__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __int__ = __float__ = __index__ = __mul__ = __mod__ = _read
+    def __init_subclass__(cls) -> None:
+        for name in (
+            *("getattr", "hash", "bool", "str", "repr", "format", "len", "iter", "reversed", "contains", "getitem"),
+            *("eq", "lt", "le", "gt", "ge", "int", "float", "index", "mul", "mod"),
+        ):
+            if vars(cls).get(f"__{name}__") is None:
+                setattr(cls, f"__{name}__", _read)
 
 
 class _Content(_Open):
@@ -182,8 +187,6 @@ class _Content(_Open):
     def __eq__(self, other: object) -> bool:
         return not self if other == "" else _read() if isinstance(other, str | _Open) else False
 
-    __hash__ = _Open.__hash__
-
     def strip(self) -> _Content:
         whole = re.fullmatch(f"{PLACE[0]}\\d+{PLACE[2]}", self._written)
         return _Content(PLACE[1] + self._written[1:]) if whole else _read()
@@ -200,8 +203,6 @@ class _Length(_Open):
 
     def __eq__(self, other: object) -> bool:
         return False if other == 0 else _read()
-
-    __hash__ = _Open.__hash__
 
 
 def _written(value: Any) -> Any:
@@ -242,7 +243,8 @@ def _of_outlines(environment: Any) -> Callable[[str], Any]:
         if attribute is not None:
             raise _Read
         parts = [part for value in values for part in (between, value if isinstance(value, _Content) else str(value))][1:]
-        return sum(parts, start=_Content("")) if any(isinstance(part, _Content) for part in parts) else "".join(parts)
+        written = "".join(map(_text, parts))
+        return _Content(written) if any(isinstance(part, _Content) for part in parts) else written
 
     def call(context: Any, function: Any, *positional: Any, **named: Any) -> Any:
         """A macro gives the text that it has written: still with contents in it."""
@@ -260,18 +262,20 @@ def _of_outlines(environment: Any) -> Callable[[str], Any]:
     environment.finalize = lambda value: _text(value) if isinstance(value, _Open) else value
     filters["join"] = join
     for name, mine in {"trim": _Content.strip, "string": lambda text: text, "length": length, "count": length}.items():
-        filters[name] = _either(mine, filters[name])
+        filters[name] = _either(_Content, mine, filters[name])
     for name in ("string", "iterable", "sequence"):
-        tests[name] = _either(lambda value: True, tests[name])
+        tests[name] = _either(_Content, lambda value: True, tests[name])
+    for name in ("number", "integer"):
+        tests[name] = _either(_Length, lambda value: True, tests[name])
     tests["sameas"] = lambda one, other: _read() if isinstance(one, _Open) else one is other
     return compiled
 
 
-def _either(mine: Callable[[_Content], Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """What is done with a content that is left open, and what with all else."""
+def _either(kind: type, mine: Callable[[Any], Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """What is done with what is of that kind, and what with all else."""
 
     def done(value: Any, *positional: Any, **named: Any) -> Any:
-        if not isinstance(value, _Content):
+        if not isinstance(value, kind):
             return theirs(value, *positional, **named)
         return _read() if positional or named else mine(value)
 

@@ -5,49 +5,40 @@ an endless loop or from a string that fills the memory: so it runs in a child pr
 processor time is up, and which can neither write files nor grow. What depends on the day or on chance (`strftime_now`,
 `random`, `lipsum`) is left out: a record's tokens must be the same tomorrow.
 
-This file is both sides: `render` for the others, and the child's program, which imports nothing of ours.
+The child's program is `renderer`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-GENERATION = ("\ufdd2", "\ufdd3")
-"""Unicode noncharacters around what a template marks with {% generation %}."""
+from moe_train.data import renderer
+from moe_train.data.renderer import Limits
 
+GENERATION = renderer.GENERATION
 _BATCH = 1 << 20  # bytes of requests that cross at once
-
-
-class Limits(NamedTuple):
-    """What one record may cost: characters of the template and of all its texts, processor seconds, bytes of memory."""
-
-    template: int = 1 << 18
-    output: int = 1 << 26
-    seconds: int = 10
-    memory: int = 1 << 31
-
 
 Prefix = tuple[int, bool]
 """How many messages, and whether the assistant comes next."""
 
 
 class Request(NamedTuple):
-    """Variables of a template, plain JSON values; prefixes: those of `messages` to render (none: all as it is)."""
+    """Variables of a template, plain JSON values; prefixes: those of `messages` to render (none: all as it is); outline:
+    whether their contents are to be left open (see `renderer`)."""
 
     variables: dict[str, Any]
     prefixes: Sequence[Prefix] = ()
+    outline: bool = False
 
 
 def render(template: str, requests: Sequence[dict[str, Any]], limits: Limits = Limits()) -> list[str]:  # noqa: B008 (immutable)
@@ -108,10 +99,10 @@ def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes
     """The requests as JSON, about `_BATCH` bytes at a time."""
     batch: list[bytes] = []
     room = _BATCH
-    for variables, prefixes in requests:
+    for variables, prefixes, outline in requests:
         text = json.dumps(variables)
         allowed = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records cannot fill the memory either
-        batch.append(f"[{text}, {json.dumps(prefixes)}, {allowed}]".encode())
+        batch.append(f"[{text}, {json.dumps(prefixes)}, {json.dumps(outline)}, {allowed}]".encode())
         room -= len(text)
         if room <= 0:
             yield batch
@@ -126,7 +117,7 @@ def _texts(answer: list[str | int | list[str]]) -> list[str | ValueError]:
     return [ValueError(*a) if isinstance(a, list) else a if isinstance(a, str) else cast(str, whole)[:a] for a in answer]
 
 
-# --- this side -------------------------------------------------------------------------------------------------
+# --- the process -----------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache
@@ -163,114 +154,9 @@ class _Child:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            # -P: this file's folder is no place to import from. Its own session: an interrupt is ours to handle.
-            command = [sys.executable, "-P", str(Path(__file__)), str(theirs.fileno()), *map(str, self._limits)]
+            # -P: that file's folder is no place to import from. Its own session: an interrupt is ours to handle.
+            command = [sys.executable, "-P", str(Path(renderer.__file__)), str(theirs.fileno()), *map(str, self._limits)]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True, cwd="/"
             )
         self._connection = Connection(ours.detach())
-
-
-# --- the child's side ------------------------------------------------------------------------------------------
-
-
-def _serve(connection: Connection, limits: Limits) -> None:
-    """Answer until the other side is gone."""
-    compiled = functools.lru_cache(maxsize=8)(functools.partial(_environment().from_string))
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    while True:
-        try:
-            question = json.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # SIGPROF, where nobody handles it, ends the process
-        answer = json.dumps(_answer(question, compiled, limits)).encode()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.send_bytes(answer)
-
-
-def _answer(question: dict[str, Any], compiled: Any, limits: Limits) -> dict[str, Any]:
-    import jinja2
-
-    try:
-        template = compiled(question["template"])
-    except (jinja2.TemplateError, RecursionError, MemoryError) as error:
-        return {"unreadable": f"the chat template cannot be read: {_line(error)}"}
-    answers = []
-    for variables, prefixes, room in question["requests"]:
-        texts: list[str | int | list[str]] = []
-        left = room
-        for prefix in prefixes or [None]:
-            if prefix is not None:
-                end, add_generation_prompt = prefix
-                some = {"messages": variables["messages"][:end], "add_generation_prompt": add_generation_prompt}
-            try:
-                text = _limited(template.generate(variables if prefix is None else variables | some), left)
-            except Exception as error:  # a template is a program: it can fail in any way
-                if isinstance(error, MemoryError):
-                    return {"over": f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"}
-                texts.append([f"the chat template refuses the record: {_line(error)}"])
-                continue
-            if text is None:
-                return {"over": f"the chat template writes more than {room:,} characters for one record"}
-            begins = texts and isinstance(texts[0], str) and texts[0].startswith(text)
-            texts.append(len(text) if begins else text)
-            left -= 0 if begins else len(text)
-        answers.append(texts)
-    return {"texts": answers}
-
-
-def _limited(pieces: Iterable[str], room: int) -> str | None:
-    kept = []
-    for piece in pieces:
-        room -= len(piece)
-        if room < 0:
-            return None
-        kept.append(piece)
-    return "".join(kept)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-def _environment() -> Any:
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %} … {% endgeneration %}`: transformers' mark of what the assistant wrote."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Any) -> str:
-            return GENERATION[0] + caller() + GENERATION[1]
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        """jinja2's own filter escapes HTML."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    del environment.filters["random"], environment.globals["lipsum"]
-    return environment
-
-
-if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])), Limits(*map(int, sys.argv[2:])))
-    os._exit(0)

@@ -3,12 +3,16 @@
 Learnt is what the assistant wrote, its end token included: what the template marks with {% generation %}, or else what
 a turn adds to the rendering of the turns before it; where both can be had, they have to agree. With tools a conversation
 becomes its prefixes, and of each only the last turn is learnt. A call's id is random, and never learnt.
+
+Most templates do nothing with contents but write them. Then texts without tools are rendered once for each order of roles,
+with contents left open (see `renderer`), and filled in.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import json
 import re
 import string
@@ -19,7 +23,8 @@ from moe_train.data import sandbox
 from moe_train.data.conversation import Conversation, Message
 from moe_train.data.example import Example, bears_loss, turns, uses_tools, without_tools
 from moe_train.data.fields import Problem, brief
-from moe_train.data.sandbox import GENERATION, Prefix, Request
+from moe_train.data.renderer import GENERATION, PLACE
+from moe_train.data.sandbox import Prefix, Request
 from moe_train.data.tokenizer import HuggingFace, Span
 
 # Unicode noncharacters, which no text contains: what was written and looks like a control token stands between these.
@@ -34,7 +39,10 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
     That is a ValueError (one line) for what the template refuses, and where turns cannot be told apart. Tools need
     `check_has_tools` before. Texts are rendered and encoded for all conversations at once.
     """
-    made = _rendered([_wanted(conversation, tokenizer) for conversation in conversations], template)
+    filled = _filled(conversations, template, tokenizer)
+    others = [_wanted(each, tokenizer) for each, some in zip(conversations, filled, strict=True) if some is None]
+    rendered = iter(_rendered(others, template))
+    made = [next(rendered) if some is None else some for some in filled]
     texts = [text for some in made if not isinstance(some, ValueError) for text in some]
     encoded = iter(_encode(texts, tokenizer))
     return [some if isinstance(some, ValueError) else [next(encoded) for _ in some] for some in made]
@@ -137,7 +145,7 @@ def _rendering(text: str | ValueError) -> str:
     return text
 
 
-def _ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace) -> _Asked:
+def _ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace, outline: bool = False) -> _Asked:
     """For prefixes of a conversation; what looks like a control token stands between marks. Raises Problem."""
     escapes = False  # by whoever made the record, and not by a template that escapes the mark
 
@@ -145,11 +153,8 @@ def _ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: Hugg
         match value:
             case str():
                 nonlocal escapes
-                if not value.isascii() and _MARKS.search(value):
-                    what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(value)}"
-                    raise Problem("unicode", what, "remove it")
                 escapes |= _ESCAPED in value
-                return tokenizer.special_pattern.sub(lambda found: _PLAIN[0] + found[0] + _PLAIN[1], value)
+                return _marked(value, tokenizer)
             case list():
                 return [marked(item) for item in value]
             case dict():
@@ -164,7 +169,15 @@ def _ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: Hugg
         "documents": None,
         **tokenizer.named_tokens,
     }
-    return _Asked(Request(variables, prefixes), escapes)
+    return _Asked(Request(variables, prefixes, outline), escapes)
+
+
+def _marked(text: str, tokenizer: HuggingFace) -> str:
+    """What looks like a control token stands between marks. Raises Problem where the text has such marks."""
+    if not text.isascii() and _MARKS.search(text):
+        what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(text)}"
+        raise Problem("unicode", what, "remove it")
+    return tokenizer.special_pattern.sub(lambda found: _PLAIN[0] + found[0] + _PLAIN[1], text)
 
 
 def _as_templates_read(message: Message) -> Message:
@@ -341,6 +354,111 @@ def _differing(text: str, other: str) -> list[Span]:
 
 _KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 _OTHER = str.maketrans("".join(_KINDS), "".join(kind[1:] + kind[0] for kind in _KINDS))
+
+
+# --- outlines --------------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """Of the content of a message, as it is or stripped."""
+
+    message: int
+    stripped: bool
+
+
+class _Outline(NamedTuple):
+    """A text but for its contents; learnt: from which piece to which (behind the last)."""
+
+    pieces: list[str | _Place]
+    learnt: list[Span]
+
+
+_Order = tuple[tuple[str, bool, bool], ...]
+"""Of each message its role, whether it is learnt, and whether it is empty."""
+
+
+def _filled(conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace) -> list[list[_Text] | ValueError | None]:
+    """The text of each conversation whose order has an outline."""
+    known = _outlines(template, tokenizer)
+    orders = [_order(conversation) for conversation in conversations]
+    if new := [order for order in dict.fromkeys(orders) if order is not None and order not in known]:
+        if len(known) > _MOST_OUTLINES:
+            known.clear()
+        steps = [_outlined(order, tokenizer) for order in new]
+        for one, made in zip(new, _rendered(steps, template), strict=True):
+            known[one] = None if isinstance(made, ValueError) else _outline(*made)
+    found: list[list[_Text] | ValueError | None] = []
+    for (messages, _), order in zip(conversations, orders, strict=True):
+        outline = None if order is None else known[order]
+        try:
+            found.append(outline and [_fill(outline, [_marked(message["content"], tokenizer) for message in messages])])
+        except ValueError as error:
+            found.append(error)
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _outlines(template: str, tokenizer: HuggingFace) -> dict[_Order, _Outline | None]:
+    """Those made so far; None where texts have to be rendered one by one."""
+    return {}
+
+
+_MOST_OUTLINES = 1 << 12
+_LONGEST_ORDER = 32  # messages; longer conversations seldom have the same
+
+
+def _order(conversation: Conversation) -> _Order | None:
+    messages, tools = conversation
+    if tools or len(messages) > _LONGEST_ORDER:
+        return None
+    order = []
+    for message in messages:
+        if len(message) - ("weight" in message) != 2 or "content" not in message or message["role"] == "tool":
+            return None
+        order.append((message["role"], bears_loss(message), not message["content"]))
+    return tuple(order)
+
+
+def _outlined(order: _Order, tokenizer: HuggingFace) -> _Steps:
+    """The text of conversations of that order with their contents left open. Raises ValueError where what is learnt, or
+    what the text is, may depend on them."""
+    messages = [{"role": role, "content": "" if empty else "any"} for role, _, empty in order]
+    learnt = [i for i, (_, learnt, _) in enumerate(order) if learnt]
+    prefixes = list(dict.fromkeys([(len(order), False), *_around(learnt)]))
+    (answers,) = yield [_ask(Conversation(messages, []), prefixes, tokenizer, outline=True)]
+    renderings = _Renderings(Conversation(messages, []), dict(zip(prefixes, answers, strict=True)), tokenizer)
+    text = _without_marks(_rendering(renderings.known[len(order), False]))
+    for through, _, end in _added(renderings, learnt).values():
+        if through is None or not text.startswith(through) or not through[:end].endswith(tokenizer.special_tokens):
+            raise ValueError("where the assistant's turns stand may depend on what is said")
+    return [(yield from _part(renderings, learnt, None))]
+
+
+_PLACES = re.compile(f"([{PLACE[0]}{PLACE[1]}])(\\d+){PLACE[2]}")
+
+
+def _outline(text: _Text) -> _Outline | None:
+    """None where a content stands in a text twice: texts are not to be longer than what is in them."""
+    places = {found.start(): found for found in _PLACES.finditer(text.text)}
+    ends = {found.end() for found in places.values()}
+    borders = sorted({0, len(text.text), *places, *ends, *itertools.chain.from_iterable(text.learnt)})
+    pieces = [
+        _Place(int(places[start][2]), places[start][1] == PLACE[1]) if start in places else text.text[start:end]
+        for start, end in itertools.pairwise(borders)
+    ]
+    numbers = [piece.message for piece in pieces if isinstance(piece, _Place)]
+    if len(set(numbers)) < len(numbers):
+        return None
+    return _Outline(pieces, [(borders.index(start), borders.index(end)) for start, end in text.learnt])
+
+
+def _fill(outline: _Outline, contents: list[str]) -> _Text:
+    parts = [
+        piece if isinstance(piece, str) else contents[piece.message].strip() if piece.stripped else contents[piece.message]
+        for piece in outline.pieces
+    ]
+    ends = [0, *itertools.accumulate(map(len, parts))]
+    return _Text("".join(parts), [(ends[start], ends[end]) for start, end in outline.learnt], [])
 
 
 # --- text to ids -----------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_the_tokens_are_mistral_commons(pair: tuple[str, HuggingFace, Mistral], 
 @pytest.mark.parametrize("tools", [False, True])
 def test_the_tokens_are_mistral_commons_over_many_conversations(pair: tuple[str, HuggingFace, Mistral], tools: bool) -> None:
     if pair[0] != "v1" or not tools:
-        count = check_equal(pair, tools, 150)
+        count = check_equal(pair, tools, 1000 if pair[0] == "v1" else 500)
         print(pair[0], "with tools" if tools else "without tools", count, "examples")
 
 
@@ -168,6 +168,73 @@ def test_marks_that_reach_too_far_do_not_agree(tokenizer: HuggingFace) -> None:
     template = "{% generation %}" + CHATML + "{% endgeneration %}"
     with pytest.raises(ValueError, match=r"generation %} marks .*unlike"):
         chat.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
+
+
+WRITING = [
+    "BODY",
+    "{% generation %}BODY{% endgeneration %}",
+    "{{ m.content|trim + eos_token }}",
+    "{{ '' ~ m.content ~ eos_token }}",
+    "{{ [m.content, eos_token]|join(' ') }}",
+    "{% if m.content and m['content'] != '' and m.content is string %}BODY{% endif %}",
+    "{% if 0 < m['content']|length is number %}BODY{% endif %}",
+    "{% if m.content|length > 0 and not m.content is mapping and m.content is not none %}BODY{% endif %}",
+    "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(m.content) + eos_token }}",
+    "{% macro f(x) %}{{ x }}{% endmacro %}{% if f(m.content) != '' %}BODY{% endif %}",
+    "{% set x = namespace(y=m.content|default('')) %}{{ x.y + eos_token }}",
+]
+READING = [
+    "{% if 'b' in m.content %}b{% endif %}BODY",
+    "{% if m.content in 'b c' %}b{% endif %}BODY",
+    "{% if m.content in ['b c'] %}b{% endif %}BODY",
+    "{% if m.content == 'b c' %}b{% endif %}BODY",
+    "{% if m.content > 'b' %}b{% endif %}BODY",
+    "{% if m.content|trim %}b{% endif %}BODY",
+    "{% if m.content|trim|length > 0 %}b{% endif %}BODY",
+    "{% if m.content|length > 1 %}b{% endif %}BODY",
+    "{% if m.content|int %}b{% endif %}BODY",
+    "{% if {'b c': 1}[m.content] %}b{% endif %}BODY",
+    "{% if 'upper'[m.content] %}b{% endif %}BODY",
+    "{% if (m.content ~ '') == 'b c' %}b{% endif %}BODY",
+    "{% if m.content.startswith('b') %}b{% endif %}BODY",
+    "{% if m.content.strip == 1 or m.content.foo %}b{% endif %}BODY",
+    "{% set x %}{{ m.content }}{% endset %}{% if x == 'b c' %}b{% endif %}BODY",
+    "{% filter upper %}{{ m.content }}{% endfilter %}BODY",
+    "{% autoescape true %}{{ m.content }}{% endautoescape %}BODY",
+    "{% block x %}{% endblock %}{% if self.x() %}b{% endif %}BODY",
+    "{% macro f(x) %}{{ x }}{% endmacro %}{% if f(m.content) == 'b c' %}b{% endif %}BODY",
+    "{% macro f() %}{% if caller() == 'b c' %}b{% endif %}{% endmacro %}{% call f() %}{{ m.content }}{% endcall %}BODY",
+    "{{ m|tojson }}BODY",
+    "{{ m.content|tojson }}BODY",
+    "{{ m.content[0] }}BODY",
+    "{{ m.content|upper }}BODY",
+    "{{ '%s'|format(m.content) }}BODY",
+    "{{ '{}'.format(m.content) }}BODY",
+    "{{ m.content|length }}BODY",
+    "{% for c in m.content %}{{ c }}{% endfor %}BODY",
+    "{{ m.content + m.content }}BODY",
+    "{{ m.content }}",
+]
+
+
+@pytest.mark.parametrize(("body", "writes"), [*((body, True) for body in WRITING), *((body, False) for body in READING)])
+def test_an_outline_filled_in_is_what_rendering_gives(
+    tokenizer: HuggingFace, body: str, writes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = MARKED.replace("BODY", body.replace("BODY", "{{ m.content + eos_token }}"))
+    said = ["", " ", "b c", " b\n", "5", "</s>a", "東京 </", "\ufdd0"]
+    drawn = [
+        Conversation([QUESTION | {"content": one}, ANSWER | {"content": two}, QUESTION, ANSWER | {"weight": weight}], [])
+        for one in said
+        for two in said
+        for weight in (0, 1)
+    ]
+    found = chat.examples_batch(drawn, template, tokenizer)
+    outlines = templates._outlines(template, tokenizer).items()
+    assert {outline is not None for order, outline in outlines if not any(empty for _, _, empty in order)} == {writes}
+    monkeypatch.setattr(templates, "_order", lambda conversation: None)
+    for one, other in zip(found, chat.examples_batch(drawn, template, tokenizer), strict=True):
+        assert str(one) == str(other)
 
 
 CALLS = (

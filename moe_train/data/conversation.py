@@ -159,6 +159,12 @@ def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Messag
 
 
 def _message(entry: Message, record: config.ChatRecord) -> Message:
+    if (
+        tuple(entry) == (record.role, record.content) == ("role", "content")
+        and isinstance(entry["content"], str)
+        and not record.roles
+    ):
+        return entry  # as almost all are
     role = entry.get(record.role)
     renamed = {"role": record.roles.get(role, role) if isinstance(role, str) else role, "content": entry.get(record.content)}
     rest = {key: item for key, item in entry.items() if key not in (record.role, record.content, *renamed)}

@@ -122,9 +122,15 @@ def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer
         request: ChatCompletionRequest = ChatCompletionRequest.model_validate(
             {"messages": [_plain(message) for message in messages], "tools": known}
         )
-        version, settings = tokenizer.finetuning.version, _instruct(tokenizer).tokenizer.model_settings_builder
-        get_validator(version, mode).validate_request(request)
-        return get_normalizer(version, settings).from_chat_completion_request(request)
+        validator, normalizer = _rules(tokenizer, mode)
+        validator.validate_request(request)
+        return normalizer.from_chat_completion_request(request)
+
+
+@functools.lru_cache(maxsize=8)
+def _rules(tokenizer: Mistral, mode: ValidationMode) -> tuple[Any, Any]:
+    version, settings = tokenizer.finetuning.version, _instruct(tokenizer).tokenizer.model_settings_builder
+    return get_validator(version, mode), get_normalizer(version, settings)
 
 
 _KEYS = {"assistant": ("content", "tool_calls"), "tool": ("content", "tool_call_id", "name")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,34 +78,32 @@ class _Arrays:
     """The files of a shard, growing by some thousand ids at a time."""
 
     def __init__(self, directory: Path, dtype: str, masked: bool) -> None:
-        self._dtypes = {"tokens": dtype, "offsets": "int64", "origins": "int64"} | ({"loss_mask": "bool"} if masked else {})
         self._directory = directory
+        self._held = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
+        self._held |= {"loss_mask": array("B")} if masked else {}
         self.num_examples = self.num_tokens = self.loss_tokens = 0
 
     def __enter__(self) -> _Arrays:
-        self._files = {name: (self._directory / name).open("wb") for name in self._dtypes}
-        self._held: dict[str, list] = {name: [] for name in self._dtypes}
-        self._held["offsets"].append(0)
+        self._files = {name: (self._directory / name).open("wb") for name in self._held}
         return self
 
     def add(self, example: Example, origin: tuple[int, int]) -> None:
         held = self._held
-        held["tokens"] += example.tokens
+        held["tokens"].fromlist(example.tokens)
         if example.loss_mask is not None:
-            held["loss_mask"] += example.loss_mask
+            held["loss_mask"].frombytes(bytes(example.loss_mask))
         self.num_examples += 1
         self.num_tokens += len(example.tokens)
         held["offsets"].append(self.num_tokens)
-        held["origins"] += origin
+        held["origins"].extend(origin)
         if len(held["tokens"]) > _FLUSH:
             self._flush()
 
     def _flush(self) -> None:
-        tokens, mask = self._held["tokens"], self._held.get("loss_mask")
-        self.loss_tokens += len(tokens) if mask is None else sum(mask)
-        for name, dtype in self._dtypes.items():
-            self._files[name].write(np.array(self._held[name], dtype).tobytes())
-            self._held[name] = []
+        self.loss_tokens += self._held["loss_mask"].count(1) if "loss_mask" in self._held else len(self._held["tokens"])
+        for name, numbers in self._held.items():
+            self._files[name].write(numbers)
+            del numbers[:]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.ExitStack() as stack:

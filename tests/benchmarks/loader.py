@@ -2,9 +2,10 @@
 
     taskset -c 0 python tests/benchmarks/loader.py [NUM_PROC]
 
-The bar is 1M packed tokens a second. Also timed: tokenising, beside the library's own `encode_batch` on the same text and
-cores (bar: 1.2 times as long, three pairs in turn; of conversations the rendered text), opening again, and the packing plan
-of a million records. For a mistral-common tokenizer, which has no batches, the peer is a loop over its own calls.
+The bar is 1M packed tokens a second. Also timed: tokenising, beside the library's own batches on the same text and cores
+(bar: 1.2 times as long, in CPU seconds, pairs in turn; of conversations `encode_batch` of the rendered text, of text
+`encode_batch_fast`, which finds no offsets), opening again, and the packing plan of a million records. For a mistral-common
+tokenizer, which has no batches, the peer is a loop over its own calls.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -39,67 +44,97 @@ MARKED = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}{% else %}"
     "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )
+READ = MARKED.replace("m.content + eos", "m.content.lstrip() + eos")
+"""It does more with a content than write it, so that every record is rendered."""
+PAIRS = 3
 METHODS: tuple[Method, ...] = ("best_fit", "first_fit")
 
 
-def library(root: Path, texts: list[str]) -> float:
-    """CPU seconds that the tokenizer library takes for the texts, a thousand at a time."""
+class Seconds(NamedTuple):
+    cpu: float
+    wall: float
+
+
+def library(root: Path, texts: list[str], fast: bool) -> Seconds:
+    """What the tokenizer library takes for the texts, a thousand at a time."""
     tokenizer = tokenizers.Tokenizer.from_file(str(root / "tokenizer" / "tokenizer.json"))
-    start = cpu_seconds()
-    for i in range(0, len(texts), 1000):
-        tokenizer.encode_batch(texts[i : i + 1000], add_special_tokens=False)
-    return cpu_seconds() - start
+    encode_batch = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
+    with timed() as taken:
+        for i in range(0, len(texts), 1000):
+            encode_batch(texts[i : i + 1000], add_special_tokens=False)
+    return taken()
 
 
-def mistral_common(file: Path, conversations: list[list[dict[str, str]]]) -> float:
-    """CPU seconds that mistral-common takes for the conversations, one after the other."""
+def mistral_common(file: Path, conversations: list[list[dict[str, str]]]) -> Seconds:
+    """What mistral-common takes for the conversations, one after the other."""
     tokenizer = MistralTokenizer.from_file(file, mode=ValidationMode.finetuning)
-    start = cpu_seconds()
-    for messages in conversations:
-        tokenizer.encode_chat_completion(ChatCompletionRequest.model_validate({"messages": messages}))
-    return cpu_seconds() - start
+    with timed() as taken:
+        for messages in conversations:
+            tokenizer.encode_chat_completion(ChatCompletionRequest.model_validate({"messages": messages}))
+    return taken()
 
 
-def ahead(source: config.FileSource, tokenizer: Tokenizer, root: Path, num_proc: int) -> float:
-    """CPU seconds that `data prepare` takes for the same, from the file to the prepared set."""
+def ahead(source: config.FileSource, tokenizer: Tokenizer, root: Path, num_proc: int) -> Seconds:
+    """What `data prepare` takes for the same, from the file to the prepared set."""
     shutil.rmtree(root / "cache", ignore_errors=True)
-    start = cpu_seconds()
-    prepare(source, open_source(source), tokenizer, tokenizer.chat_template, root / "cache", num_proc)
-    return cpu_seconds() - start
+    with timed() as taken:
+        prepare(source, open_source(source), tokenizer, tokenizer.chat_template, root / "cache", num_proc)
+    return taken()
 
 
-def chats(root: Path, texts: list[str], tokenizer: HuggingFace, num_proc: int) -> None:
+def compare(name: str, pairs: int, ours: Callable[[], Seconds], theirs: Callable[[], Seconds]) -> None:
+    for _ in range(pairs):
+        a, b = theirs(), ours()
+        print(
+            f"{name}: CPU s of prepare {b.cpu:5.2f}, of the library {a.cpu:5.2f}: ratio {b.cpu / a.cpu:.2f}; "
+            f"wall {b.wall:5.2f}, {a.wall:5.2f}: {b.wall / a.wall:.2f}",
+            flush=True,
+        )
+
+
+def chats(root: Path, texts: list[str], tokenizer: HuggingFace, num_proc: int, pairs: int) -> None:
     """Conversations of one to three turns, and the standard library's short questions and answers."""
     write_records(root / "long chats.jsonl", "chat", 6, " ".join(texts).split(" "))
     shutil.copy(root / "text" / "chat_train.jsonl", root / "short chats.jsonl")
     mistral = Mistral(V3)
+    chat_record = config.ChatRecord(name="chat")
     for name in ("long chats", "short chats"):
         conversations = [json.loads(line)["messages"] for line in (root / f"{name}.jsonl").open()]
-        chat_record = config.ChatRecord(name="chat")
         source = config.FileSource(name="files", files=(str(root / f"{name}.jsonl"),), record=chat_record)
-        for template, kind in ((str(tokenizer.chat_template), "by prefixes"), (MARKED, "by {% generation %}")):
+        for template, kind in (
+            (str(tokenizer.chat_template), "by prefixes"),
+            (MARKED, "by {% generation %}"),
+            (READ, "by records"),
+        ):
             tokenizer.chat_template = template
             variables = [{"messages": messages, **tokenizer.named_tokens} for messages in conversations]
             texts = [re.sub(f"[{''.join(sandbox.GENERATION)}]", "", text) for text in sandbox.render(template, variables)]
-            for _ in range(3):
-                theirs, ours = library(root, texts), ahead(source, tokenizer, root, num_proc)
-                print(
-                    f"{name}, {len(texts)} records, {kind}: CPU s of prepare {ours:5.2f}, of encode_batch {theirs:5.2f}: "
-                    f"ratio {ours / theirs:.2f}, {len(texts) / ours:,.0f} records/s"
-                )
+            compare(
+                f"{name}, {len(texts)} records, {kind}",
+                pairs,
+                partial(ahead, source, tokenizer, root, num_proc),
+                partial(library, root, texts, False),
+            )
         some = conversations[:2000]
         (root / "some.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in some))
         source = config.FileSource(name="files", files=(str(root / "some.jsonl"),), record=chat_record)
-        for _ in range(3):
-            theirs, ours = mistral_common(V3, some), ahead(source, mistral, root, num_proc)
-            print(
-                f"{name}, {len(some)} records, v3: CPU s of prepare {ours:5.2f}, of mistral-common {theirs:5.2f}: "
-                f"ratio {ours / theirs:.2f}"
-            )
+        compare(
+            f"{name}, {len(some)} records, v3",
+            pairs,
+            partial(ahead, source, mistral, root, num_proc),
+            partial(mistral_common, V3, some),
+        )
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], Seconds]]:
+    """CPU seconds of this process, those that it has waited for and those that render for it: what others do does not count."""
+    begun, taken = (cpu_seconds(), time.perf_counter()), []
+    yield lambda: Seconds(*taken)
+    taken += [cpu_seconds() - begun[0], time.perf_counter() - begun[1]]
 
 
 def cpu_seconds() -> float:
-    """Of this process, those that it has waited for and those that render for it: what others do does not count."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -117,17 +152,14 @@ def main(num_proc: int) -> None:
         gather(root / "text")
         texts = [json.loads(line)["text"] for line in (root / "text" / "text_train.jsonl").open()]
         tokenizer = train_bpe(texts, 4096, root / "tokenizer")
-        chats(root, texts, tokenizer, num_proc)
-        tokenizer = HuggingFace(root / "tokenizer")
+        chats(root, texts, tokenizer, num_proc, PAIRS)
         paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]
         for name, records in (("documents", texts), ("paragraphs", paragraphs)):
             file = root / f"{name}.jsonl"
             file.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
             source = config.FileSource(name="files", files=(str(file),), record=config.TextRecord(name="text"))
             data = config.Data(train=(source,), cache_dir=str(root / "cache"), num_proc=num_proc)
-            for _ in range(3):
-                theirs, ours = library(root, records), ahead(source, tokenizer, root, num_proc)
-                print(f"{name:10} CPU s of prepare {ours:5.2f}, of encode_batch {theirs:5.2f}: ratio {ours / theirs:.2f}")
+            compare(name, PAIRS, partial(ahead, source, tokenizer, root, num_proc), partial(library, root, records, True))
             for seq_len, batch_size in ((512, 8), (4096, 8)):
                 start = time.perf_counter()
                 loader = Loader(data, "train", tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)

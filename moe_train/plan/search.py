@@ -21,7 +21,7 @@ LARGEST_BATCH = 64
 
 
 TRANSPORTS = {"tpu": ("all_gather", "all_to_all", "ragged_all_to_all"), "gpu": ("all_gather", "all_to_all")}
-"""Those that `auto` chooses from on each platform (`dispatch.choose_transport`)."""
+"""Those that `auto` chooses from on each platform (`transport.choose_transport`)."""
 
 
 class Choice(NamedTuple):

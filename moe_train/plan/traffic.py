@@ -15,7 +15,7 @@ import math
 from typing import NamedTuple
 
 from moe_train import config
-from moe_train.model.dispatch import along_expert, choose_transport, transport_bytes
+from moe_train.model.transport import along_expert, choose_transport, transport_bytes
 from moe_train.plan.weights import Layout, Weight, axis_sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}

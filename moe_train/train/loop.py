@@ -18,7 +18,7 @@ from moe_train.checkpoint import About
 from moe_train.data.loader import Loader
 from moe_train.data.tokenizer import load_tokenizer
 from moe_train.mesh import join_processes, make_mesh, put_batch
-from moe_train.model.dispatch import check_transport, transport_in_words, transport_of
+from moe_train.model.transport import check_transport, transport_in_words, transport_of
 from moe_train.plan.fits import check_fits
 from moe_train.processes import UNFINISHED
 from moe_train.train.evaluate import Drift, evaluate, make_batch_sums, make_drift_sums

@@ -206,18 +206,6 @@ def test_a_platform_without_the_collective_says_so() -> None:
         check("random", mesh_of(expert=2), transport="ragged_all_to_all")
 
 
-def test_auto_moves_the_fewest_bytes() -> None:
-    """Balanced, all_to_all sends SLACK * A / X of the rows that all_gather does; the whole is rounded up to tiles."""
-    *_, along = several = [dispatch.AlongExpert(4096, 1024, 2, devices) for devices in (1, 2, 4, 8)]
-    choose = partial(dispatch.choose_transport, "auto")
-    assert [choose(each) for each in several] == ["all_gather", "all_gather", "all_to_all", "all_to_all"]
-    assert [choose(each, on="tpu") for each in several] == ["all_gather"] * 2 + ["ragged_all_to_all"] * 2
-    assert dispatch.transport_bytes("all_gather", along) == 5 * 7 * 4096 * 1024 * 2
-    assert dispatch.transport_bytes("all_to_all", along) == 5 * 7 * 1280 * 1024 * 2
-    assert dispatch.transport_bytes("ragged_all_to_all", along) == 5 * 7 * 1024 * 1024 * 2
-    assert dispatch.transport_bytes("all_to_all", along._replace(most=1024)) == 5 * 7 * 1024 * 1024 * 2
-
-
 @pytest.mark.parametrize("kernel", ["reference", "ragged_dot", "megablox"])
 @pytest.mark.parametrize("case", ["random", "single expert"])
 def test_every_kernel_is_right_on_a_mesh(kernel: str, case: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_train import config, config_file
 from moe_train.mesh import make_mesh
-from moe_train.model.dispatch import AlongExpert, transport_bytes
+from moe_train.model.transport import AlongExpert, transport_bytes
 from moe_train.plan.compile import compile_on
 from moe_train.plan.traffic import Flow, flows, shape_of
 from moe_train.plan.weights import layout

@@ -324,8 +324,11 @@ class _Parser:
             text = line.decode()
         except UnicodeDecodeError as error:
             return _not_utf8(error, line)
+        self._faults.clear()  # of a line that was no JSON
         try:
-            value = self._decoder.decode(text)
+            value, end = self._decoder.raw_decode(text)
+            if end < len(text):
+                self._decoder.decode(text)  # says what is wrong with the rest
         except json.JSONDecodeError as error:
             if "\0" in text:
                 return Problem("not-json", f"not JSON: a NUL at column {text.index(chr(0)) + 1}", "is it a damaged text file?")

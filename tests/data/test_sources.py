@@ -176,6 +176,12 @@ def test_what_is_malformed_is_named_by_file_and_line(tmp_path: Path, name: str, 
         texts(opened(tmp_path / name))
 
 
+def test_a_line_is_not_blamed_for_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": NaN} x\n{"text": "good"}\n', encoding="utf-8")
+    (_, first), (_, second) = files.read_lines(tmp_path / "a.jsonl")
+    assert "Extra data at column 15" in str(first) and second == {"text": "good"}
+
+
 def test_the_identity_is_the_content_not_the_path(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
     first, same, other = write_lines("a.jsonl", ROWS), write_lines("b.jsonl", ROWS), write_lines("c.jsonl", ROWS[:2])
     assert opened(first).identity == opened(same).identity != opened(other).identity

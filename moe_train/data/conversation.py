@@ -77,13 +77,13 @@ def normalise(fields: Mapping[str, Any], record: config.Record) -> str | Convers
     """The text, or the conversation, of a record read as `record` says. Raises Problem for what has no such form."""
     match record:
         case config.TextRecord(column=column):
-            if column in _TEXT and all(fields.get(name) is not None for name in _TEXT):
+            if column in _TEXT and len(fields) > 1 and all(fields.get(name) is not None for name in _TEXT):
                 raise Problem("text-and-content", "the record has both text and content", "keep the one that is meant")
-            return text_field(dict(fields), column)
+            return text_field(fields, column)
         case config.ChatRecord():
             return _conversation(fields, record)
         case config.CompletionRecord(prompt=prompt, completion=completion):
-            return _completion(field(dict(fields), prompt), field(dict(fields), completion), record)
+            return _completion(field(fields, prompt), field(fields, completion), record)
 
 
 def columns(record: config.Record) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def _conversation(fields: Mapping[str, Any], record: config.ChatRecord) -> Conve
     if len(names) > 1:
         raise Problem("columns", f"the record has both {names[0]} and {names[1]}", "keep the one that is meant")
     column = names[0] if names else record.column
-    messages = _messages(field(dict(fields), column), column, record)
+    messages = _messages(field(fields, column), column, record)
     prompts = [name for name in _SYSTEM if fields.get(name)]
     if prompts:
         messages.insert(0, {"role": "system", "content": fields[prompts[0]]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -28,7 +28,7 @@ def located(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def field(fields: dict[str, Any], column: str) -> Any:
+def field(fields: Mapping[str, Any], column: str) -> Any:
     if column not in fields:
         raise Problem(
             "columns",
@@ -38,7 +38,7 @@ def field(fields: dict[str, Any], column: str) -> Any:
     return fields[column]
 
 
-def text_field(fields: dict[str, Any], column: str) -> str:
+def text_field(fields: Mapping[str, Any], column: str) -> str:
     return checked_text(field(fields, column), f"column {column!r}")
 
 

@@ -10,10 +10,11 @@ SHARD/tokens      uint16 or uint32: the ids of all examples end to end
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def write_shard(
     per_span = []  # (records, tokens)
     empty = 0
     with new_directory(directory) as unfinished:
-        with _Arrays(unfinished, dtype, record.name != "text") as arrays:
+        with _uncollected(), _Arrays(unfinished, dtype, record.name != "text") as arrays:
             for i, span in enumerate(shard.spans):
                 numbered = ((Origin(span.place, number), fields) for number, fields in records.read(span))
                 num_records, told_records, told_tokens = 0, 0, arrays.num_tokens
@@ -72,6 +73,18 @@ def write_shard(
             "sha256": digest.hexdigest(),
         }
         (unfinished / "facts.json").write_text(json.dumps(facts) + "\n")
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles: records hold none, and it would look through thousands of them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Arrays:

@@ -8,12 +8,8 @@ problems of one rule the first few are kept and the others counted.
 from __future__ import annotations
 
 import collections
-import contextlib
-import itertools
-import json
 import multiprocessing
 import os
-import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,36 +17,25 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from moe_train import config
-from moe_train.atomic import new_directory, refuse_existing
-from moe_train.data import files, packing, rules
+from moe_train.atomic import refuse_existing
+from moe_train.data import packing, rules
+from moe_train.data.chunks import Coverage, Place, Source, all_chunks, places_of, read, some_chunks
 from moe_train.data.conversation import Conversation, normalise, recognise
+from moe_train.data.corrected import corrected_copy
 from moe_train.data.duplicates import SIMILAR, Spool
 from moe_train.data.duplicates import WORDS as DUPLICATE_WORDS
 from moe_train.data.examine import OVERLAP_WORDS, Chunk, Findings, Question, Stop, examine, held_out_hashes
 from moe_train.data.fields import Problem
-from moe_train.data.files import Block
-from moe_train.data.sources import resolve
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.json_file import read_object
 
-_ROWS, _CHARACTERS = 256, 1 << 20  # records that are no lines, and characters of their columns, in one chunk
 _WORTH_PROCESSES = 8 << 20  # bytes; less is done before processes have started
 _PACKED_AT_ONCE = 1 << 21  # examples; of more, a fraction with the same lengths is packed
-
-
-@dataclass(frozen=True)
-class Source:
-    """Files, how their records are read (None: each recognised by its columns), and their share in a mixture."""
-
-    files: tuple[str, ...]
-    format: str = "auto"
-    record: config.Record | None = None
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,18 +93,6 @@ def section_of(columns: Sequence[str]) -> config.Record | None:
             return config.CompletionRecord(name="completion", prompt=pairs["prompt"], completion=pairs["completion"])
 
 
-class Place(NamedTuple):
-    """A file, its format, the source it belongs to, and what its records are counted by."""
-
-    file: Path
-    kind: str
-    source: int
-    counted: str  # line, row, or byte where lines were picked out
-
-    def where(self, number: int) -> str:
-        return f"{self.file}:{number}" if self.counted == "line" else f"{self.file}: {self.counted} {number}"
-
-
 Progress = Callable[[int, int, int], None]
 """Told how many bytes of the files are done, how many they have, and how many records are done."""
 
@@ -138,7 +111,7 @@ def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, p
     if unknown:
         raise ValueError(f"there is no rule {unknown[0]}; the rules are {', '.join(sorted(RULES))}")
     tokens_per_second = _tokens_per_second(settings.bench)
-    places = _places(sources, settings.sample is not None)
+    places = places_of(sources, settings.sample is not None)
     held_out = _HeldOut(settings.against)
     question = Question(
         records=tuple(sources[place.source].record for place in places),
@@ -151,9 +124,9 @@ def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, p
     )
     sizes = [place.file.stat().st_size for place in places]
     num_proc = settings.num_proc if sum(sizes) > _WORTH_PROCESSES or settings.sample else 1
-    coverage = None if settings.sample is None else _Coverage(settings.sample, sizes)
-    chunks = _all_chunks(places, question) if coverage is None else _some_chunks(places, question, coverage)
-    with tempfile.TemporaryDirectory(prefix="moe-train-check-") as scratch, _output(settings.fix, places) as fixed:
+    coverage = None if settings.sample is None else Coverage(settings.sample, sizes)
+    chunks = all_chunks(places, question) if coverage is None else some_chunks(places, question, coverage)
+    with tempfile.TemporaryDirectory(prefix="moe-train-check-") as scratch, corrected_copy(settings.fix, places) as fixed:
         gathered = _Gathered(places, Path(scratch), settings.shown, held_out)
         for found, done in _examined(chunks, question, num_proc, places):
             gathered.add(found)
@@ -176,130 +149,6 @@ RULES = frozenset(rule.name for rule in rules.RULES) | {
     *("not-json", "not-a-record", "not-utf-8", "unreadable", "empty-file"),
 }
 """What can be wrong. Those of the last line are of files, before a record is one."""
-
-
-# --- reading ---------------------------------------------------------------------------------------------------
-
-
-def _places(sources: Sequence[Source], picked: bool) -> list[Place]:
-    places = []
-    for i, source in enumerate(sources):
-        record = source.record or config.TextRecord(name="text")
-        section = config.FileSource.model_validate(
-            {"name": "files", "files": source.files, "format": source.format, "record": record}
-        )
-        for file, kind in resolve(section):
-            lines = kind == "json" and not files.is_array(file)
-            anywhere = picked and lines and file.suffix.lower() not in files.COMPRESSIONS
-            places.append(Place(file, kind, i, "byte" if anywhere else "line" if lines or kind == "text" else "row"))
-    return places
-
-
-def _read(place: Place, section: config.Record | None) -> Iterator[tuple[int, files.Item]]:
-    """The records of a file, one after the other."""
-    match place.kind:
-        case "json" if place.counted == "line":
-            yield from files.read_lines(place.file)
-        case "text":
-            column = section.column if isinstance(section, config.TextRecord) else "text"
-            for line, text in files.read_text(place.file):
-                yield line, text if isinstance(text, Problem) else {column: text}
-        case "json":
-            yield from files.read_array(place.file)
-        case "csv":
-            yield from files.read_csv(place.file)
-        case _:
-            yield from files.read_rows(place.file, place.kind, None)
-
-
-def _all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk, int]]:
-    """Every record, and how many bytes of the files have been read."""
-    before = 0
-    for i, place in enumerate(places):
-        size = place.file.stat().st_size
-        if place.kind == "json" and place.counted == "line":
-            packed = place.file.suffix.lower() in files.COMPRESSIONS
-            done = 0
-            for block in files.blocks(place.file):
-                done += len(block.lines) if isinstance(block.lines, bytes) else 0
-                yield Chunk(i, block), before + (0 if packed else min(done, size))
-        else:
-            rows = _read(place, question.records[i])
-            for some in _grouped(rows):
-                yield Chunk(i, some), before
-        before += size
-
-
-def _grouped(rows: Iterator[tuple[int, files.Item]]) -> Iterator[list[tuple[int, files.Item]]]:
-    some: list[tuple[int, files.Item]] = []
-    room = _CHARACTERS
-    for number, item in rows:
-        some.append((number, item))
-        room -= sum(len(value) for value in item.values() if isinstance(value, str)) if isinstance(item, dict) else 0
-        if len(some) == _ROWS or room <= 0:
-            yield some
-            some, room = [], _CHARACTERS
-    if some:
-        yield some
-
-
-class _Coverage:
-    """How much of the files a sample has read."""
-
-    def __init__(self, wanted: int, sizes: list[int]) -> None:
-        self.sizes = sizes
-        total = max(sum(sizes), 1)
-        self.quota = [max(1, round(wanted * size / total)) if size else 0 for size in sizes]
-        self.picked_bytes = self.picked = self.picked_of = 0
-        self.only_begun: list[str] = []
-
-    def answer(self, records: int) -> dict[str, Any]:
-        """of_about: what the length of the picked lines suggests; None where some file's records have no known number."""
-        about = round(self.picked_of * self.picked / self.picked_bytes) if self.picked_bytes and not self.only_begun else None
-        return {
-            "records": records,
-            "of_about": None if about is None else max(about, records),
-            "share": None if about is None else min(1.0, records / max(about, 1)),
-            "files": len(self.sizes),
-            "bytes": sum(self.sizes),
-            "only_begun": self.only_begun,
-        }
-
-
-def _some_chunks(places: list[Place], question: Question, coverage: _Coverage) -> Iterator[tuple[Chunk, int]]:
-    """Lines from all over a file, one in each of as many equal parts; of files that cannot be entered anywhere, the first
-    records. The same every time."""
-    before = 0
-    for i, (place, size, quota) in enumerate(zip(places, coverage.sizes, coverage.quota, strict=True)):
-        if place.counted == "byte":
-            lines: list[Block] = []
-            with place.file.open("rb") as stream:
-                last = -1
-                chosen = random.Random(0)
-                for k in range(quota):
-                    goal = int((k + chosen.random()) * size / quota)
-                    stream.seek(max(goal - 1, 0))
-                    if goal:
-                        stream.readline(files.MAX_RECORD)  # the rest of the line that the goal is in
-                    at = stream.tell()
-                    line = stream.readline(files.MAX_RECORD)
-                    if at <= last or not line.strip():
-                        continue
-                    last = at
-                    coverage.picked += 1
-                    coverage.picked_bytes += len(line)
-                    lines.append(Block(at + 1, line))
-            coverage.picked_of += size
-            for start in range(0, len(lines), _ROWS):
-                yield Chunk(i, lines[start : start + _ROWS]), before
-        else:
-            rows = _read(place, question.records[i])
-            some = list(itertools.islice(rows, quota))
-            if next(rows, None) is not None:
-                coverage.only_begun.append(str(place.file))
-            for group in _grouped(iter(some)):
-                yield Chunk(i, group), before
-        before += size
 
 
 # --- processes -------------------------------------------------------------------------------------------------
@@ -361,9 +210,9 @@ class _HeldOut:
         if not sources:
             return
         records: list[str | Conversation] = []
-        for place in _places(sources, picked=False):
+        for place in places_of(sources, picked=False):
             section = sources[place.source].record
-            for number, item in _read(place, section):
+            for number, item in read(place, section):
                 try:
                     if isinstance(item, Problem):
                         raise item
@@ -566,68 +415,3 @@ def _tokens_per_second(bench: Path | None) -> float | None:
     if not isinstance(found, int | float) or found <= 0:
         raise ValueError(f"{bench} has no tokens_per_second; write it with: moe-train bench CONFIG --json > {bench}")
     return float(found)
-
-
-# --- the corrected copy ----------------------------------------------------------------------------------------
-
-
-class _Fixed:
-    """A folder with a copy of each file as JSON lines, and `changes.jsonl`, which says what is not as it was."""
-
-    def __init__(self, directory: Path, places: list[Place]) -> None:
-        self._directory, self._places = directory, places
-        self._changes = (directory / "changes.jsonl").open("w", encoding="utf-8")
-        self._names = _copy_names([place.file for place in places])
-        self._open: tuple[int, IO[bytes]] | None = None
-        self.kept = 0
-        self.counts: Counter[str] = Counter()
-        self._dropped: set[int] = set()
-
-    def add(self, found: Findings) -> None:
-        assert found.kept is not None
-        if self._open is None or self._open[0] != found.place:
-            self._close_file()
-            path = self._directory / self._names[found.place]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._open = found.place, path.open("wb")
-        self._open[1].write(found.kept.lines)
-        self.kept += found.kept.num_records
-        for action in ("changed", "dropped"):
-            self.counts[action] += len({change.number for change in found.kept.changes if change.action == action})
-        for change in found.kept.changes:
-            said = {"where": self._places[found.place].where(change.number), **change._asdict()}
-            del said["number"]
-            self._changes.write(json.dumps(said, ensure_ascii=True) + "\n")
-
-    def close(self, written: Path | None) -> dict[str, Any]:
-        self._close_file()
-        self._changes.close()
-        return {"directory": str(written), "kept": self.kept, "changed": self.counts["changed"], "dropped": self.counts["dropped"]}
-
-    def _close_file(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-
-
-def _copy_names(paths: list[Path]) -> list[str]:
-    """Names below one folder that keep the tree that the files stand in; all are JSON lines, whatever they were."""
-    absolute = [path.absolute() for path in paths]
-    root = Path(os.path.commonpath([path.parent for path in absolute]))
-    names: list[str] = []
-    for path in absolute:
-        inside = path.relative_to(root)
-        name = Path(inside.stem) if inside.suffix.lower() in files.COMPRESSIONS else Path(inside.name)
-        name = inside.parent / (name if name.suffix.lower() in (".jsonl", ".ndjson") else f"{name}.jsonl")
-        taken = {*names, "changes.jsonl"}
-        unique = itertools.chain([name], (name.with_name(f"{name.stem}-{k}{name.suffix}") for k in itertools.count(2)))
-        names.append(next(str(n) for n in unique if str(n) not in taken))
-    return names
-
-
-@contextlib.contextmanager
-def _output(fix: Path | None, places: list[Place]) -> Iterator[_Fixed | None]:
-    if fix is None:
-        yield None
-        return
-    with new_directory(fix) as directory:
-        yield _Fixed(directory, places)

@@ -20,6 +20,7 @@ import pytest
 
 from moe_train import cli, config
 from moe_train.data import check as checks
+from moe_train.data import corrected, files
 from moe_train.data.chat import examples
 from moe_train.data.check import Settings, Source, check, sources_of
 from moe_train.data.conversation import Conversation, normalise, recognise
@@ -286,7 +287,7 @@ def test_any_number_of_processes_finds_the_same(
     tokenizer: HuggingFace, write_lines: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "_WORTH_PROCESSES", 0)
-    monkeypatch.setattr(checks.files, "BLOCK", 5000)
+    monkeypatch.setattr(files, "BLOCK", 5000)
     paths = [write_lines("a.jsonl", varied(300)), write_lines("eval.jsonl", varied(4))]
     (tmp_path / "b.json").write_text(json.dumps(varied(300)[::-1]))
     settings = {"seq_len": 64, "batch_size": 2, "against": (Source((str(paths[1]),)),), "shown": 5}
@@ -303,7 +304,7 @@ def test_any_number_of_processes_finds_the_same(
 
 
 def test_progress_ends_with_everything(tokenizer: HuggingFace, write_lines: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.files, "BLOCK", 2000)
+    monkeypatch.setattr(files, "BLOCK", 2000)
     path = write_lines("a.jsonl", varied(100))
     told: list[tuple[int, int, int]] = []
     check([Source((str(path),))], tokenizer, Settings(template=tokenizer.chat_template), lambda *done: told.append(done))
@@ -391,7 +392,7 @@ def test_a_copy_appears_whole_or_not_at_all(tokenizer: HuggingFace, write_lines:
 
 def test_names_of_copies() -> None:
     paths = ["/d/a.jsonl", "/d/a.jsonl.gz", "/d/x/b.parquet", "/d/x/b.txt.zst", "/d/changes.jsonl"]
-    assert checks._copy_names([Path(path) for path in paths]) == [
+    assert corrected._copy_names([Path(path) for path in paths]) == [
         *("a.jsonl", "a-2.jsonl", "x/b.parquet.jsonl", "x/b.txt.jsonl", "changes-2.jsonl")
     ]
 

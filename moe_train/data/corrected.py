@@ -1,0 +1,79 @@
+"""The corrected copy that `check` writes: a folder with the good records of each file, and what was changed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from moe_train.atomic import new_directory
+from moe_train.data import files
+from moe_train.data.chunks import Place
+from moe_train.data.examine import Findings
+
+
+@contextlib.contextmanager
+def corrected_copy(fix: Path | None, places: list[Place]) -> Iterator[Corrected | None]:
+    if fix is None:
+        yield None
+        return
+    with new_directory(fix) as directory:
+        yield Corrected(directory, places)
+
+
+class Corrected:
+    """A folder with a copy of each file as JSON lines, and `changes.jsonl`, which says what is not as it was."""
+
+    def __init__(self, directory: Path, places: list[Place]) -> None:
+        self._directory, self._places = directory, places
+        self._changes = (directory / "changes.jsonl").open("w", encoding="utf-8")
+        self._names = _copy_names([place.file for place in places])
+        self._open: tuple[int, IO[bytes]] | None = None
+        self.kept = 0
+        self.counts: Counter[str] = Counter()
+        self._dropped: set[int] = set()
+
+    def add(self, found: Findings) -> None:
+        assert found.kept is not None
+        if self._open is None or self._open[0] != found.place:
+            self._close_file()
+            path = self._directory / self._names[found.place]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open = found.place, path.open("wb")
+        self._open[1].write(found.kept.lines)
+        self.kept += found.kept.num_records
+        for action in ("changed", "dropped"):
+            self.counts[action] += len({change.number for change in found.kept.changes if change.action == action})
+        for change in found.kept.changes:
+            said = {"where": self._places[found.place].where(change.number), **change._asdict()}
+            del said["number"]
+            self._changes.write(json.dumps(said, ensure_ascii=True) + "\n")
+
+    def close(self, written: Path | None) -> dict[str, Any]:
+        self._close_file()
+        self._changes.close()
+        return {"directory": str(written), "kept": self.kept, "changed": self.counts["changed"], "dropped": self.counts["dropped"]}
+
+    def _close_file(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+
+
+def _copy_names(paths: list[Path]) -> list[str]:
+    """Names below one folder that keep the tree that the files stand in; all are JSON lines, whatever they were."""
+    absolute = [path.absolute() for path in paths]
+    root = Path(os.path.commonpath([path.parent for path in absolute]))
+    names: list[str] = []
+    for path in absolute:
+        inside = path.relative_to(root)
+        name = Path(inside.stem) if inside.suffix.lower() in files.COMPRESSIONS else Path(inside.name)
+        name = inside.parent / (name if name.suffix.lower() in (".jsonl", ".ndjson") else f"{name}.jsonl")
+        taken = {*names, "changes.jsonl"}
+        unique = itertools.chain([name], (name.with_name(f"{name.stem}-{k}{name.suffix}") for k in itertools.count(2)))
+        names.append(next(str(n) for n in unique if str(n) not in taken))
+    return names

@@ -36,7 +36,6 @@ class Corrected:
         self._open: tuple[int, IO[bytes]] | None = None
         self.kept = 0
         self.counts: Counter[str] = Counter()
-        self._dropped: set[int] = set()
 
     def add(self, found: Findings) -> None:
         assert found.kept is not None

@@ -94,8 +94,8 @@ def run_experts(
 
     axes = global_axes()
 
-    def whole(experts: ExpertWeights, true: jax.Array) -> ExpertWeights:
-        return jax.tree.map(lambda w, spec: _whole(w, spec, x_BTD.dtype, true, axes), experts, specs, is_leaf=_is_quantized)
+    def whole(experts: ExpertWeights) -> ExpertWeights:
+        return jax.tree.map(lambda w, spec: _whole(w, spec, x_BTD.dtype, axes), experts, specs, is_leaf=_is_quantized)
 
     def run(x_RD: jax.Array, group_sizes_e: jax.Array, experts: ExpertWeights, key: Any, numbers_R: Any) -> jax.Array:
         drops: list[Drop | None] = [None] * 3
@@ -132,7 +132,22 @@ def run_experts(
         out_specs=(tokens, P()),
         check_vma=choose_kernel(kernel) != "megablox",
     )
+    experts = _cast(experts, x_BTD.dtype, jnp.max(expert_ids_BTA) >= 0)
     return everywhere(x_BTD, expert_ids_BTA, expert_weights_BTA, valid_BT, experts, key, numbers_BT)
+
+
+def _cast(experts: ExpertWeights, dtype: jnp.dtype, true: jax.Array) -> ExpertWeights:
+    """Weights in the compute dtype, in which their gradients are then summed over all devices: global view, before any of
+    these sums.
+
+    true: a truth that only this layer's routing can tell. A cast that depends on nothing but the weight is taken out of
+    the loop over layers by XLA, which then holds a second copy of the experts of all layers; a barrier does not stop it.
+    """
+
+    def cast(w: jax.Array | Quantized) -> jax.Array | Quantized:
+        return w if isinstance(w, Quantized) or w.dtype == dtype else (w * true.astype(w.dtype)).astype(dtype)
+
+    return jax.tree.map(cast, experts, is_leaf=_is_quantized)
 
 
 def all_gather(
@@ -147,7 +162,7 @@ def all_gather(
 ) -> tuple[jax.Array, jax.Array]:
     """Each device sees all tokens of its `expert` axis, and computes the assignments of its own experts; the sums are
     scattered back. Arguments and results as `exchange` has them."""
-    experts = whole(experts, jnp.max(ids_mA) >= 0)
+    experts = whole(experts)
     key, numbers_mA = draws
     x_mD, ids_mA, weights_mA = (gather(x, "expert", 0) for x in (x_mD, ids_mA, weights_mA))
     e, A = experts.gate.weight.shape[0], ids_mA.shape[1]
@@ -169,27 +184,17 @@ def _is_quantized(w: object) -> bool:
     return isinstance(w, Quantized)
 
 
-def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype, true: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back.
-
-    true: a truth that only this layer's routing can tell. A cast that depends on nothing but the weight is taken out
-    of the loop over layers by XLA, which then holds a second copy of the experts of all layers.
-    """
+def _whole(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype, axes: tuple[str, ...]) -> jax.Array:
+    """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
     if isinstance(w, Quantized):
         assert isinstance(spec, Quantized)
         return dequantize(Quantized(*(_gathered(part, s, axes) for part, s in zip(w, spec, strict=True))), dtype)
     assert not isinstance(spec, Quantized)
-    if w.dtype != dtype:
-        w = (vary_with_spec(w, spec, axes) * true.astype(w.dtype)).astype(dtype)
-        return _gathered_varying(w, spec)
     return _gathered(w, spec, axes)
 
 
 def _gathered(w: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
-    return _gathered_varying(vary_with_spec(w, spec, axes), spec)
-
-
-def _gathered_varying(w: jax.Array, spec: P) -> jax.Array:
+    w = vary_with_spec(w, spec, axes)
     for dim, axis in enumerate(spec):
         if axis == "fsdp":
             w = gather(w, "fsdp", dim)

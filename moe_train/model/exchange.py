@@ -73,14 +73,14 @@ def exchange(
     experts: Any,
     draws: tuple[Any, Any],
     run: Experts,
-    whole: Callable[[Any, jax.Array], Any],
+    whole: Callable[[Any], Any],
     most: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over its assignments of weight * expert(x), and the number of assignments of this device.
 
-    ids: of all experts of the axis; their number, for an assignment that goes nowhere. experts: this device's weights
-    as they are stored; whole: these, and a truth that the routing tells -> as `run` wants them. draws: the key of
-    dropout and the number of each assignment, or None. most: assignments of a device that can go to one other.
+    ids: of all experts of the axis; their number, for an assignment that goes nowhere. experts: this device's part of
+    the weights; whole: these -> as `run` wants them. draws: the key of dropout and the number of each assignment, or None.
+    most: assignments of a device that can go to one other.
     """
     slots = slots_of(ids_mA.size, axis_size("expert"), most)
     plan = make_plan(ids_mA, jax.tree.leaves(experts)[0].shape[0], slots)
@@ -95,14 +95,14 @@ def in_rounds(
     experts: Any,
     plan: Any,
     draws: Any,
-    whole: Callable[[Any, jax.Array], Any],
+    whole: Callable[[Any], Any],
 ) -> jax.Array:
     """Sum of what `plan.rounds` rounds add to each token, over `tensor` too. one: (i, x, weights, experts as `whole` has
     them, plan, draws) -> what round i adds."""
 
     @jax.custom_vjp
     def rounds(x_mD: jax.Array, weights_mA: jax.Array, experts: Any, plan: Any, draws: Any) -> jax.Array:
-        here = whole(experts, plan.rounds >= 0)
+        here = whole(experts)
 
         def add(i: jax.Array, y_mD: jax.Array) -> jax.Array:
             return y_mD + one(i, x_mD, weights_mA, here, plan, draws)
@@ -114,7 +114,7 @@ def in_rounds(
 
     def backward(saved, dy_mD):
         x_mD, weights_mA, experts, plan, draws = saved
-        here, scatter = jax.vjp(lambda experts: whole(experts, plan.rounds >= 0), experts)
+        here, scatter = jax.vjp(whole, experts)
 
         def add(i: jax.Array, total: Any) -> Any:
             _, vjp = jax.vjp(lambda x, weights, here: one(i, x, weights, here, plan, draws), x_mD, weights_mA, here)

@@ -65,7 +65,7 @@ def exchange(
     experts: Any,
     draws: tuple[Any, Any],
     run: Experts,
-    whole: Callable[[Any, jax.Array], Any],
+    whole: Callable[[Any], Any],
     most: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Arguments and results as `exchange.exchange` has them."""

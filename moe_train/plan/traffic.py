@@ -77,7 +77,8 @@ def flows(run: config.Config, laid: Layout, platform: str | None = None) -> list
     found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings, platform)]
     found += _of_tokens(run, run.model, sizes, shape, platform)
     found = [flow._replace(bytes=M * flow.bytes) for flow in found]
-    gradients = sum(w.stored_bytes(sizes) for w in laid.weights if w.trainable)
+    trained = (w for w in laid.weights if w.trainable)
+    gradients = sum(w.layers * w.elements(sizes) * min(w.itemsize, shape.itemsize) for w in trained)
     found.append(Flow("gradients", "all-reduce", "data", _received("all-reduce", sizes["data"], gradients), True))
     sums: dict[tuple[str, str, str, bool], float] = {}
     for flow in found:

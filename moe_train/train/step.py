@@ -45,10 +45,12 @@ def train_step(
     loss: config.Loss,
     microbatches: int = 1,
     dropout_seed: int | None = None,
+    gradient_dtype: jnp.dtype | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """`structure` is the model's (see `transformer.parameters`); batch holds global (B, T) arrays.
 
-    dropout_seed: of the adapters' dropout, with the step; None where they have none.
+    dropout_seed: of the adapters' dropout, with the step; None where they have none. gradient_dtype: in which accumulated
+    gradients go from replica to replica; None: in the parameters' own.
     """
     loss_tokens = jnp.sum(batch.loss_mask)
     key = None
@@ -61,7 +63,8 @@ def train_step(
         return microbatch_loss(model, part, loss_tokens, microbatches, loss, key)
 
     weights = state.trainable, (state.buffers, state.frozen, loss_tokens)
-    (value, parts), grads = _accumulate(jax.value_and_grad(objective, has_aux=True), weights, batch, key, microbatches)
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    (value, parts), grads = _accumulate(value_and_grad, weights, batch, key, microbatches, gradient_dtype)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -98,15 +101,25 @@ def compile_step(
         loss=run.loss,
         microbatches=run.train.microbatches,
         dropout_seed=run.seed if run.lora and run.lora.dropout else None,
+        gradient_dtype=jnp.dtype(run.compute.dtype),
     )
     return jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
 
 
-def _accumulate(value_and_grad: Any, weights: tuple[Parameters, Any], batch: Batch, key: Array | None, microbatches: int) -> Any:
+def _accumulate(
+    value_and_grad: Any,
+    weights: tuple[Parameters, Any],
+    batch: Batch,
+    key: Array | None,
+    microbatches: int,
+    gradient_dtype: jnp.dtype | None,
+) -> Any:
     """Sum of ((loss, parts), gradients) over microbatches, in float32; the gradients have the parameters' dtype.
 
     weights: (those that gradients are wanted of, all else that the loss needs). With several replicas (the axis `data`,
-    over the slow network) each one sums the gradients of its own rows, and the sums of all meet once.
+    over the slow network) each one sums the gradients of its own rows, and the sums of all meet once, in gradient_dtype;
+    those of a single microbatch meet in the dtype of the computation: bfloat16 of matrices, float32 of norms and routers,
+    which are small and computed in it.
     """
     if microbatches == 1:
         return value_and_grad(*weights, batch, key)
@@ -115,12 +128,17 @@ def _accumulate(value_and_grad: Any, weights: tuple[Parameters, Any], batch: Bat
         return run(weights, batch, key)
     # The check is off: where it is on, JAX 0.10 to 0.12 give what a shard_map in here saves for its backward pass a spec
     # that names `data` twice.
-    in_specs = (P(), P("data"), P())
+    run, in_specs = partial(run, gradient_dtype=gradient_dtype), (P(), P("data"), P())
     return jax.shard_map(run, in_specs=in_specs, out_specs=P(), axis_names={"data"}, check_vma=False)(weights, batch, key)
 
 
 def _accumulate_here(
-    value_and_grad: Any, weights: tuple[Parameters, Any], batch: Batch, key: Array | None, microbatches: int
+    value_and_grad: Any,
+    weights: tuple[Parameters, Any],
+    batch: Batch,
+    key: Array | None,
+    microbatches: int,
+    gradient_dtype: jnp.dtype | None = None,
 ) -> Any:
     """Of all rows; inside a `shard_map` over `data`, gradients of this replica's rows, which are summed at the end."""
 
@@ -140,8 +158,8 @@ def _accumulate_here(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype), out_sharding=s.sharding), shapes)
     ((value, sums), grads), routers = jax.lax.scan(one, zeros, (parts, keys))
     routers = None if routers is None else over_microbatches(routers)
-    grads = over_replicas(jax.tree.map(lambda g, x: g.astype(x.dtype), grads, weights[0]))
-    return (value, sums._replace(routers=routers)), grads
+    grads = over_replicas(jax.tree.map(lambda g, x: g.astype(gradient_dtype or x.dtype), grads, weights[0]))
+    return (value, sums._replace(routers=routers)), jax.tree.map(lambda g, x: g.astype(x.dtype), grads, weights[0])
 
 
 def _split_rows(x: Array, microbatches: int) -> Array:

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "moe_train"
 STEP = ("train.state", "train.loss", "train.optimizer", "train.step")
-LEFT_OF_STEP = ("config", "mesh", "model", "data.batch", *STEP)
+LEFT_OF_STEP = ("config", "mesh", "compiler_options", "model", "data.batch", *STEP)
 LEFT_OF_LOOP = (
     *LEFT_OF_STEP,
     *(
@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "json_file": (),
     "config_file": ("config", "foreign_keys"),
     "processes": (),
+    "compiler_options": (),
     "mesh": ("config", "processes"),
     "devices": (),
     "flops": ("config", "devices", "model"),

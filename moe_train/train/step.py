@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from moe_train import config
+from moe_train.compiler_options import compiler_options
 from moe_train.data.batch import Batch
 from moe_train.mesh import axis_size, batch_axes
 from moe_train.model.fsdp import over_replicas
@@ -103,7 +104,9 @@ def compile_step(
         dropout_seed=run.seed if run.lora and run.lora.dropout else None,
         gradient_dtype=jnp.dtype(run.compute.dtype),
     )
-    return jax.jit(step_of, donate_argnums=0).lower(state, batch).compile()
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    options = compiler_options("" if device is None else device.device_kind)
+    return jax.jit(step_of, donate_argnums=0).lower(state, batch).compile(options or None)
 
 
 def _accumulate(

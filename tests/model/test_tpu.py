@@ -126,3 +126,10 @@ def test_mixtral_8x7b(collectives: Any) -> None:
     memory = program.memory_analysis()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept < 18 * GIB
+    sizes = {"data": 1, "fsdp": 8, "expert": 8, "context": 1, "tensor": 1}
+    scattered, beside_products = 0.0, 0.0  # as compiler_options says
+    for c, times in hlo.read(program.as_text()).collectives.items():
+        if c.kind == "reduce-scatter" and hlo.axes_of(c.groups, sizes) == ("fsdp",):
+            scattered += c.bytes * times
+            beside_products += c.bytes * times * (c.hidden_flops > 0)
+    assert scattered == pytest.approx(11.4e9, rel=0.02) and beside_products > 0.95 * scattered

@@ -1,0 +1,17 @@
+"""What is asked of the compilers, for which devices; tests/model/test_tpu.py has what comes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_train.compiler_options import compiler_options
+
+
+@pytest.mark.parametrize("device_kind", ["", "cpu", "NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU v6 lite"])
+def test_only_what_was_compiled_for_is_asked_of(device_kind: str) -> None:
+    assert compiler_options(device_kind) == {}
+
+
+@pytest.mark.parametrize("device_kind", ["TPU v5", "TPU v5p"])
+def test_scatters_run_on_the_sparse_cores_of_a_v5p(device_kind: str) -> None:
+    assert compiler_options(device_kind) == {"xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True}

@@ -380,10 +380,10 @@ _Order = tuple[tuple[str, bool, bool], ...]
 def _filled(conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace) -> list[list[_Text] | ValueError | None]:
     """The text of each conversation whose order has an outline."""
     known = _outlines(template, tokenizer)
+    if len(known) > _MOST_OUTLINES:
+        known.clear()
     orders = [_order(conversation) for conversation in conversations]
     if new := [order for order in dict.fromkeys(orders) if order is not None and order not in known]:
-        if len(known) > _MOST_OUTLINES:
-            known.clear()
         steps = [_outlined(order, tokenizer) for order in new]
         for one, made in zip(new, _rendered(steps, template), strict=True):
             known[one] = None if isinstance(made, ValueError) else _outline(*made)

@@ -237,6 +237,14 @@ def test_an_outline_filled_in_is_what_rendering_gives(
         assert str(one) == str(other)
 
 
+def test_outlines_that_are_too_many_are_made_again(tokenizer: HuggingFace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "_MOST_OUTLINES", 1)
+    template = MARKED.replace("BODY", "{{ m.content ~ eos_token }}")
+    drawn = [Conversation([QUESTION, ANSWER] * count, []) for count in (1, 2, 3, 1, 2, 3)]
+    once = chat.examples_batch(drawn, template, tokenizer)
+    assert chat.examples_batch(drawn, template, tokenizer) == once and once[:3] == once[3:]
+
+
 CALLS = (
     "{% if tools %}{{ tools|tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
     "{{ c.function.name + c.function.arguments|tojson + ' id ' + c.id }}{% endfor %}{{ eos_token }}"

@@ -240,9 +240,9 @@ def test_an_outline_filled_in_is_what_rendering_gives(
 def test_outlines_that_are_too_many_are_made_again(tokenizer: HuggingFace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "_MOST_OUTLINES", 1)
     template = MARKED.replace("BODY", "{{ m.content ~ eos_token }}")
-    drawn = [Conversation([QUESTION, ANSWER] * count, []) for count in (1, 2, 3, 1, 2, 3)]
-    once = chat.examples_batch(drawn, template, tokenizer)
-    assert chat.examples_batch(drawn, template, tokenizer) == once and once[:3] == once[3:]
+    drawn = [Conversation([QUESTION, ANSWER] * count, []) for count in range(1, 5)]
+    once = chat.examples_batch(drawn[:3], template, tokenizer)
+    assert chat.examples_batch(drawn, template, tokenizer)[:3] == once
 
 
 CALLS = (

@@ -82,8 +82,8 @@ def ahead(source: config.FileSource, tokenizer: Tokenizer, root: Path, num_proc:
     return taken()
 
 
-def compare(name: str, pairs: int, ours: Callable[[], Seconds], theirs: Callable[[], Seconds]) -> None:
-    for _ in range(pairs):
+def compare(name: str, ours: Callable[[], Seconds], theirs: Callable[[], Seconds]) -> None:
+    for _ in range(PAIRS):
         a, b = theirs(), ours()
         print(
             f"{name}: CPU s of prepare {b.cpu:5.2f}, of the library {a.cpu:5.2f}: ratio {b.cpu / a.cpu:.2f}; "
@@ -92,26 +92,22 @@ def compare(name: str, pairs: int, ours: Callable[[], Seconds], theirs: Callable
         )
 
 
-def chats(root: Path, texts: list[str], tokenizer: HuggingFace, num_proc: int, pairs: int) -> None:
+def chats(root: Path, texts: list[str], tokenizer: HuggingFace, num_proc: int) -> None:
     """Conversations of one to three turns, and the standard library's short questions and answers."""
     write_records(root / "long chats.jsonl", "chat", 6, " ".join(texts).split(" "))
     shutil.copy(root / "text" / "chat_train.jsonl", root / "short chats.jsonl")
     mistral = Mistral(V3)
     chat_record = config.ChatRecord(name="chat")
+    kinds = {"by prefixes": str(tokenizer.chat_template), "by {% generation %}": MARKED, "each rendered": READ}
     for name in ("long chats", "short chats"):
         conversations = [json.loads(line)["messages"] for line in (root / f"{name}.jsonl").open()]
         source = config.FileSource(name="files", files=(str(root / f"{name}.jsonl"),), record=chat_record)
-        for template, kind in (
-            (str(tokenizer.chat_template), "by prefixes"),
-            (MARKED, "by {% generation %}"),
-            (READ, "by records"),
-        ):
+        for kind, template in kinds.items():
             tokenizer.chat_template = template
             variables = [{"messages": messages, **tokenizer.named_tokens} for messages in conversations]
             texts = [re.sub(f"[{''.join(sandbox.GENERATION)}]", "", text) for text in sandbox.render(template, variables)]
             compare(
                 f"{name}, {len(texts)} records, {kind}",
-                pairs,
                 partial(ahead, source, tokenizer, root, num_proc),
                 partial(library, root, texts, False),
             )
@@ -120,7 +116,6 @@ def chats(root: Path, texts: list[str], tokenizer: HuggingFace, num_proc: int, p
         source = config.FileSource(name="files", files=(str(root / "some.jsonl"),), record=chat_record)
         compare(
             f"{name}, {len(some)} records, v3",
-            pairs,
             partial(ahead, source, mistral, root, num_proc),
             partial(mistral_common, V3, some),
         )
@@ -152,14 +147,14 @@ def main(num_proc: int) -> None:
         gather(root / "text")
         texts = [json.loads(line)["text"] for line in (root / "text" / "text_train.jsonl").open()]
         tokenizer = train_bpe(texts, 4096, root / "tokenizer")
-        chats(root, texts, tokenizer, num_proc, PAIRS)
+        chats(root, texts, tokenizer, num_proc)
         paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]
         for name, records in (("documents", texts), ("paragraphs", paragraphs)):
             file = root / f"{name}.jsonl"
             file.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
             source = config.FileSource(name="files", files=(str(file),), record=config.TextRecord(name="text"))
             data = config.Data(train=(source,), cache_dir=str(root / "cache"), num_proc=num_proc)
-            compare(name, PAIRS, partial(ahead, source, tokenizer, root, num_proc), partial(library, root, records, True))
+            compare(name, partial(ahead, source, tokenizer, root, num_proc), partial(library, root, records, True))
             for seq_len, batch_size in ((512, 8), (4096, 8)):
                 start = time.perf_counter()
                 loader = Loader(data, "train", tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)

@@ -116,8 +116,8 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool, plat
         kind = "all-reduce" if platform == "tpu" and sizes[axis] == math.prod(sizes.values()) else "reduce-scatter"
         found.append(flow(kind, axis, sizes[axis], gathered * b, uses))
         gathered //= sizes[axis]
-    # what is split along none of these axes has its gradient summed: experts' and small weights' as they are stored
-    b = w.itemsize if w.kind in ("expert", "small") else b
+    # what is split along none of these axes has its gradient summed: that of small weights as they are stored
+    b = w.itemsize if w.kind == "small" else b
     summed = [axis for axis in SUMMED if sizes[axis] > 1 and axis not in (*split, *own)]
     found.append(flow("all-reduce", "+".join(summed), math.prod(sizes[axis] for axis in summed), gathered * b, 1))
     return found

@@ -2,7 +2,8 @@
 
 Runs the command line with ARGUMENTS, then `export RUN_DIR OUT_DIR/LAYOUT` for each layout, then once more with process 1's
 disk full; RUN_DIR and OUT_DIR are in the environment. Writes OUT_DIR.PROCESS.json: the bytes of tensors that this process
-read when it loaded the first of these, the files of tensors that it wrote, and what is said of a folder that it cannot see.
+`loaded` of the first of these, and `read` to work out its `hashes`, the files of tensors that it wrote, and what is said of a
+folder that it cannot see.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +44,7 @@ def export(run_dir: Path, out_dir: Path, layout: str) -> None:
 
 def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
     command(*arguments)
-    seen = {"read": 0, "written": []}
+    seen: dict[str, Any] = {"read": 0, "written": []}
     read, write = safetensors_io.Tensor._read_into, safetensors_io.write_file
 
     def counting(self: safetensors_io.Tensor, out: np.ndarray, offset: int) -> None:
@@ -65,6 +67,8 @@ def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
     with jax.set_mesh(mesh.make_mesh(config.Mesh(fsdp=4, expert=2))):
         seen["read"] = 0
         foreign.load_parameters(out_dir / "hf", parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1])
+        seen["loaded"], seen["read"] = seen["read"], 0
+        seen["hashes"] = foreign.hashes(out_dir / "hf")
         try:
             together.require_shared(out_dir if index == 0 else out_dir / "of another host")
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -114,13 +115,35 @@ def gathered(parameters: Mapping[str, jax.Array]) -> Parameters:
         return {path: jax.device_put(array, NamedSharding(mesh, P())) for path, array in whole.items()}
 
 
+def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]]) -> dict[str, str]:
+    """sha256 of what all processes see, by name: each works out its share, `of(names)`, and then all know all of them.
+
+    sizes: bytes by name; the largest first, each goes to the process that has the fewest. Raises ValueError, in all of
+    them, where they do not see the same.
+    """
+    if jax.process_count() == 1:
+        return dict(of(list(sizes)))
+    names = sorted(sizes, key=lambda name: (-sizes[name], name))
+    seen = hashlib.sha256(repr([(name, sizes[name]) for name in names]).encode()).digest()
+    everyones = _over_processes(np.frombuffer(seen, np.int32))
+    if (everyones != everyones[0]).any():
+        raise ValueError(f"the processes do not see the same files under the names {names[0]}, …; let them share a file system")
+    owner, loads = {}, [0] * jax.process_count()
+    for name in names:
+        owner[name] = loads.index(min(loads))
+        loads[owner[name]] += sizes[name]
+    mine = of([name for name in names if owner[name] == jax.process_index()])
+    found = np.stack([np.frombuffer(bytes.fromhex(mine.get(name, "00" * 32)), np.int32) for name in names])
+    return {name: row.tobytes().hex() for name, row in zip(names, np.bitwise_or.reduce(_over_processes(found)), strict=True)}
+
+
 # --- between processes ---------------------------------------------------------------------------------------------
 
 
 def _over_processes(mine: np.ndarray) -> np.ndarray:
     """(devices, …): every device's row is its process's `mine`, in the order of processes."""
     mesh = jax.sharding.get_mesh()
-    rows = np.tile(mine, (len(mesh.local_devices), 1))
+    rows = np.stack([mine] * len(mesh.local_devices))
     spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), rows)
     owner = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), np.full(len(rows), jax.process_index(), np.int32))
     found, owners = (np.asarray(x) for x in _whole(spread, owner))

@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,16 +234,27 @@ def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> A
     items = {item: ocp.args.StandardRestore(on_mesh(tree)) for item, tree in abstract.items()}
     found = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
     for item in items:
-        if bit_sums(found[item]) != found.about["sums"][item]:
-            raise ValueError(f"{checkpoints.directory}/{step}/{item} does not hold what was saved: its arrays have other sums")
+        _check_sums(checkpoints, step, item, found[item], found.about["sums"][item])
     return found
 
 
-def load_params(run_dir: str | Path, abstract: Parameters, step: int | None = None) -> tuple[Parameters, About]:
+def _check_sums(checkpoints: ocp.CheckpointManager, step: int, item: str, tree: Any, sums: list[int]) -> None:
+    if bit_sums(tree) != sums:
+        raise ValueError(f"{checkpoints.directory}/{step}/{item} does not hold what was saved: its arrays have other sums")
+
+
+Keep = Mapping[str, Callable[[jax.Array], Parameters]]
+"""By an array's path, what makes of it that which is kept."""
+
+
+def load_params(
+    run_dir: str | Path, abstract: Parameters, step: int | None = None, keep: Keep | None = None
+) -> tuple[Parameters, About]:
     """The trainable weights of a run's newest checkpoint that can be read (or of the one of `step`), and what it says.
 
-    On the mesh in force. Passing a damaged one over is logged; nothing is renamed. Raises FileNotFoundError where
-    there is none, RuntimeError where none can be read.
+    On the mesh in force. keep: read these alone, and hold of each no more than this says. They are read one after the
+    other. Passing a damaged checkpoint over is logged; nothing is renamed. Raises FileNotFoundError where there is none,
+    RuntimeError where none can be read.
     """
     with reading(run_dir) as checkpoints:
         there = sorted(checkpoints.all_steps(), reverse=True)
@@ -252,12 +263,26 @@ def load_params(run_dir: str | Path, abstract: Parameters, step: int | None = No
             raise FileNotFoundError(f"{run_dir} has no checkpoint" + (f" of step {step}" if step is not None else ""))
         for step in steps:
             try:
-                params = _arrays(checkpoints, step, params=abstract).params
-                return dict(params), _about(checkpoints, step)
+                return _one_by_one(checkpoints, step, abstract, keep), _about(checkpoints, step)
             except Exception as error:
                 fault = f"the checkpoint of step {step} in {run_dir} cannot be read: {_brief(error)}"
                 log.warning("%s", fault)
     raise RuntimeError(fault)
+
+
+def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Parameters, keep: Keep | None) -> Parameters:
+    """As `_arrays`, for all the weights of `abstract`, or what is to be kept of some."""
+    about = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    sums = dict(zip(sorted(abstract), about["sums"]["params"], strict=True))
+    kept: Parameters = {}
+    for path in abstract if keep is None else keep:
+        like = on_mesh({path: abstract[path]})
+        args = ocp.args.PyTreeRestore(like, ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True)
+        found = checkpoints.restore(step, args=ocp.args.Composite(params=args)).params
+        _check_sums(checkpoints, step, "params", found, [sums[path]])
+        kept |= found if keep is None else keep[path](found.pop(path))
+        jax.block_until_ready(kept)  # the next one may need its room
+    return kept
 
 
 class Restored(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,7 @@ from moe_train.model.lora import is_trainable, module_of, names_module, targets_
 from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.state import partition
-from moe_train.weights import adapter, foreign, gguf, names
-
-log = logging.getLogger(__name__)
+from moe_train.weights import adapter, foreign, gguf, names, together
 
 
 class Opened(NamedTuple):
@@ -192,11 +190,13 @@ def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: in
         return foreign.load_parameters(directory, abstract)
     run = run_config(directory)
     trainable, frozen = partition(dict(abstract), run.lora)
-    if any(path.endswith(".codes") for path in abstract):
-        log.warning("%s is a run, whose checkpoint is read whole before it is held in few bits; its export is streamed", directory)
-    params, about = checkpoint.load_params(directory, _trained_by(run), step)  # a checkpoint is read whole
-    params = {path: params[path].astype(like.dtype) for path, like in unquantized(trainable).items()}
-    params = quantized(params, trainable)
+
+    def held(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
+        few_bits = {part: x for part, x in trainable.items() if part.startswith(f"{path}.")}
+        return quantized({path: array.astype(like.dtype)}, few_bits)
+
+    keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
+    params, about = checkpoint.load_params(directory, _trained_by(run), step, keep)
     if frozen:
         assert about.base is not None
         check_base(about.base)
@@ -268,9 +268,13 @@ def check_base(base: Base) -> None:
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    hashes = {}
-    for file in files:
-        with file.open("rb") as content:
-            hashes[str(file.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()
-    return hashes
+    """sha256 of each file, by its name in the folder; several processes read a share each."""
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+
+    def digest(name: str) -> str:
+        with files[name].open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    return together.hashes(
+        {name: file.stat().st_size for name, file in files.items()}, lambda names: {name: digest(name) for name in names}
+    )

@@ -248,6 +248,9 @@ def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_pa
     shapes = jax.eval_shape(new_state).learned
     params, about = checkpoint.load_params(tmp_path, shapes)
     assert same(params, saved[2].learned) and about == ABOUT
+    first, *_ = shapes
+    negated, _ = checkpoint.load_params(tmp_path, shapes, keep={first: lambda x: {first: -x}})
+    assert same(negated, {first: -saved[2].learned[first]})
     damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
     params, _ = checkpoint.load_params(tmp_path, shapes)
     assert same(params, saved[1].learned) and steps_in(tmp_path) == ["1", "2"]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import config, model_dir
+from moe_train import checkpoint, config, model_dir
 from moe_train.export import export
 from moe_train.generate import generate_dir
 from moe_train.mesh import make_mesh
@@ -102,6 +102,28 @@ def test_a_run_beside_quantised_weights(
         wanted = quantized(dict(full), {p: x for p, x in shapes_of(run, run.lora.quantize).items() if "lora" not in p})
         for path, x in wanted.items():
             np.testing.assert_array_equal(np.asarray(held[path]), np.asarray(x), err_msg=path)
+
+
+def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, check, restored = model_dir.run_config(base / "run"), checkpoint._check_sums, []
+
+    def noting(checkpoints: Any, step: int, item: str, tree: dict[str, Any], sums: list[int]) -> None:
+        restored.append(list(tree))
+        check(checkpoints, step, item, tree, sums)
+
+    lora = config.Lora.model_validate_json(json.dumps({"targets": TARGETS}))
+    with jax.set_mesh(make_mesh(run.mesh)):
+        few_bits, whole = (
+            {path: x for path, x in shapes_of(run.model_copy(update={"lora": lora}), how).items() if "lora" not in path}
+            for how in (config.Nf4(name="nf4", block_size=8), None)
+        )
+        wanted = quantized(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
+        monkeypatch.setattr(checkpoint, "_check_sums", noting)
+        held = model_dir.load_parameters(base / "run", few_bits)
+    assert held.keys() == few_bits.keys() == wanted.keys()
+    assert sorted(restored) == sorted([path] for path in whole)  # never two arrays that are not in few bits yet
+    for path, x in wanted.items():
+        np.testing.assert_array_equal(np.asarray(held[path]), np.asarray(x), err_msg=path)
 
 
 def test_merged_into_the_weights_before_they_were_quantised(

@@ -202,6 +202,18 @@ def _settings(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a PEFT adapter")
     settings = read_object(file)
+    for key in ("target_parameters", "modules_to_save"):
+        if not isinstance(given := settings.get(key) or [], list) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"{file}: {key} is {given!r}; it has to be a list of names")
+    if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
+        raise ValueError(f"{file}: alpha_pattern is {patterns!r}; it has to be an object")
+    for key, alpha in {"lora_alpha": settings.get("lora_alpha"), **patterns}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise ValueError(f"{file}: {key} is {alpha!r}; an alpha is a positive number")
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{file}: alpha_pattern has {key!r}, which is no pattern: {error}") from error
     only = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False}
     only |= dict.fromkeys(("layers_to_transform", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"))
     for key, value in only.items():

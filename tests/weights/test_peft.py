@@ -139,6 +139,11 @@ def test_a_model_without_adapter_has_none_to_export(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save has 'lm_head', and adapter_model.safetensors has no weight of it"),
         ({"target_parameters": ["mlp.experts.bias"]}, "target_parameters has .*; read are those that end in"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; it has to be a list of names"),
+        ({"lora_alpha": None}, "lora_alpha is None; an alpha is a positive number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; it has to be an object"),
+        ({"alpha_pattern": {"q_proj": -1}}, "q_proj is -1; an alpha is a positive number"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', which is no pattern: missing \)"),
     ],
 )
 def test_what_is_not_built_here_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

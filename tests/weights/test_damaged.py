@@ -17,7 +17,7 @@ from moe_train import config
 from moe_train.mesh import make_mesh
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import adapter, foreign, gguf, gguf_lora, hf, mistral, names, peft, reread, safetensors_io
+from moe_train.weights import adapter, foreign, gguf, gguf_lora, hf, mistral, mistral_lora, names, peft, reread, safetensors_io
 
 MODEL = config.Model(
     family="mixtral",
@@ -62,6 +62,8 @@ def write_adapter(folder: Path, layout: str) -> None:
         match layout:
             case "peft":
                 peft.export_adapter(weights, MODEL, LORA, folder / "out", base_model="base")
+            case "mistral-lora":
+                mistral_lora.export_adapter(weights, MODEL, LORA, folder / "out", dtype="float32")
             case _:
                 gguf_lora.export_adapter(weights, MODEL, LORA, folder / "out", base_model="base")
     for file in (folder / "out").iterdir():
@@ -87,10 +89,14 @@ KINDS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], None], str]
     "mistral": (write_model, read_model, "*.safetensors"),
     "q8_0": (write_model, read_model, "*.gguf"),
     "peft": (write_adapter, read_adapter, "*.safetensors"),
+    "mistral-lora": (write_adapter, read_adapter, "*.safetensors"),
     "gguf-lora": (write_adapter, read_adapter, "*.gguf"),
 }
 # Beside the weights: what says their architecture, and which files they are in.
-SIDE = {"hf": ["config.json", safetensors_io.INDEX], "mistral": ["params.json"], "peft": ["adapter_config.json"]}
+SIDE = {
+    **{"hf": ["config.json", safetensors_io.INDEX], "mistral": ["params.json"]},
+    **{"peft": ["adapter_config.json"], "mistral-lora": ["params.json"]},
+}
 BYTES = st.integers(0, 255) | st.sampled_from(b'0129"{}[]:,-.eE\n\xff\x80\x00 tfn')
 
 

@@ -138,6 +138,8 @@ def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], s
             found.append(Flow("tokens to experts", "all-gather", "expert", moved * 3 / 5, False))
             found.append(Flow("tokens to experts", "reduce-scatter", "expert", moved * 2 / 5, False))
         else:
+            if shape.transport == "ragged_all_to_all":  # a row's weight, alone in 128 lanes: twice, and its gradient in float32
+                moved += moved / (5 * D * b) * 128 * (2 * b + 4)
             found.append(Flow("tokens to experts", shape.transport.replace("_", "-"), "expert", moved, False))
     # Along `tensor` (Megatron-LM, arXiv:1909.08053, section 3): the outputs of attention (again where recomputed) and of
     # the feed-forward layer are summed, and so are the gradients of the inputs of both. With all_gather the outputs are of

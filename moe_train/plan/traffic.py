@@ -133,7 +133,7 @@ def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], s
         found.append(Flow(what, kind, axis, times * _received(kind, sizes[axis], whole), False))
 
     if shape.transport is not None and isinstance(model.ffn, config.MoeFfn):
-        moved = L * transport_bytes(shape.transport, along_expert(run, sizes))
+        moved: float = L * transport_bytes(shape.transport, along_expert(run, sizes))
         if shape.transport == "all_gather":  # there, and there again in the recomputed layer; the gradient of what came back
             found.append(Flow("tokens to experts", "all-gather", "expert", moved * 3 / 5, False))
             found.append(Flow("tokens to experts", "reduce-scatter", "expert", moved * 2 / 5, False))

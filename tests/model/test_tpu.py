@@ -18,10 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config_file
 from moe_train.data.batch import Batch
+from moe_train.devices import DEVICES
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model.fsdp import SPLIT
 from moe_train.model.transformer import init_model, parameters
 from moe_train.plan import hlo
+from moe_train.plan.compile import compile_config
+from moe_train.plan.search import model_choice
+from moe_train.plan.topology import parse
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
 from moe_train.train.step import compile_step
@@ -133,3 +137,27 @@ def test_mixtral_8x7b(collectives: Any) -> None:
             scattered += c.bytes * times
             beside_products += c.bytes * times * (c.hidden_flops > 0)
     assert scattered == pytest.approx(11.4e9, rel=0.02) and beside_products > 0.95 * scattered
+
+
+ONE_EACH = {"v5e:2x2": ("mesh={expert: 4}", "train.batch_size=4"), "v5e:2x4": ("mesh={expert: 8}", "train.batch_size=8")}
+
+
+@pytest.mark.parametrize(
+    ("topology", "num_layers", "overrides"),
+    [
+        ("v5e:2x2", 32, ("lora.quantize={name: nf4}", "train.seq_len=4096")),
+        ("v5e:2x2", 2, ("lora.quantize={name: nf4}", "train.seq_len=1024")),
+        ("v5e:2x4", 32, ("train.seq_len=2048",)),
+    ],
+    ids=["nf4", "nf4 in two layers", "bfloat16"],
+)
+def test_adapters_of_mixtral_8x7b_fit_into_16_gb_a_chip(topology: str, num_layers: int, overrides: tuple[str, ...]) -> None:
+    """A sequence on each chip; `plan` says so too. Codes of all layers exist once: laid out anew beside, they would not fit."""
+    model, place = config_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml").model, parse(topology)
+    assert model is not None
+    adapters = [*ONE_EACH[topology], *overrides, "train.microbatches=1"]
+    run = config_file.load(ROOT / "configs" / "mixtral_8x7b_lora_v5e.yaml", adapters)
+    choice = model_choice(run.model_copy(update={"model": model.model_copy(update={"num_layers": num_layers})}), place)
+    needed = compile_config(choice.run, place).bytes_per_device
+    assert needed < DEVICES["v5e"].hbm_bytes
+    assert choice.memory.total == pytest.approx(needed, rel=0.1)

@@ -7,9 +7,9 @@ import math
 import jax
 
 from moe_train import config
+from moe_train.flops import flops_per_token
 from moe_train.inspect import inspect
 from moe_train.mesh import make_mesh
-from moe_train.flops import flops_per_token
 from moe_train.model.transformer import init_model, parameters
 
 MODEL = config.Model(

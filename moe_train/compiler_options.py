@@ -18,7 +18,7 @@ V5P = ("TPU v5", "TPU v5p")
 """As the compiler and as the device call it."""
 
 
-def compiler_options(device_kind: str) -> dict[str, bool]:
+def compiler_options(device_kind: str) -> dict[str, str | bool]:
     """For `jax.stages.Lowered.compile`."""
     if device_kind in V5P:
         return {

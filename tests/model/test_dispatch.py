@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.mesh import BATCH, make_mesh
-from moe_train.model import dispatch
+from moe_train.model import dispatch, transport
 from moe_train.model.dispatch import ExpertMatrix, ExpertWeights
 from tests.model.conftest import quick_jit, ragged_all_to_all
 
@@ -159,16 +159,16 @@ def check(
 @pytest.fixture
 def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-    monkeypatch.setattr(dispatch, "platform", lambda: "a platform that has it")
+    monkeypatch.setattr(transport, "platform", lambda: "a platform that has it")
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "data {} fsdp {} expert {} tensor {}".format(*sizes))
 def test_equals_the_loop_over_experts_on_every_mesh(sizes: tuple[int, ...], ragged: None) -> None:
     data, _, expert, _ = sizes
     ragged_too = ("ragged_all_to_all",) if data == 1 else ()  # replicas have it in the test below
-    for transport in ("all_gather",) if expert == 1 else ("all_gather", "all_to_all", *ragged_too):
+    for name in ("all_gather",) if expert == 1 else ("all_gather", "all_to_all", *ragged_too):
         for case in CASES:
-            check(case, mesh_of(*sizes), transport=transport, adapted=False)
+            check(case, mesh_of(*sizes), transport=name, adapted=False)
 
 
 @pytest.mark.parametrize("transport", ["all_gather", "all_to_all", "ragged_all_to_all"])

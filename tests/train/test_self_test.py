@@ -9,7 +9,7 @@ import pytest
 
 from moe_train import config
 from moe_train.mesh import make_mesh
-from moe_train.model import attention, dispatch
+from moe_train.model import attention, transport
 from moe_train.model import grouped_matmul as gm
 from moe_train.train.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul, kernels
 from tests.model.conftest import ragged_all_to_all
@@ -81,7 +81,7 @@ def late_by_a_row(rows, output, starts, sizes, ats, coming, *, axis_name):
 
 
 def test_a_transport_is_compared_with_all_gather(monkeypatch):
-    monkeypatch.setattr(dispatch, "platform", lambda: "a platform that has it")
+    monkeypatch.setattr(transport, "platform", lambda: "a platform that has it")
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     with jax.set_mesh(make_mesh(config.Mesh(expert=2), jax.devices()[:2])):
         assert check_against_all_gather("ragged_all_to_all") < 1e-5

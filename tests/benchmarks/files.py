@@ -162,4 +162,5 @@ if __name__ == "__main__":
         parser.add_argument("--cores", type=int, default=1)
         parser.add_argument("--rounds", type=int, default=3)
         parser.add_argument("--modes", nargs="+", default=["save", "write", "tensors", "full", "load"])
-        main(**vars(parser.parse_args()))
+        args = parser.parse_args()
+        main(args.cores, args.rounds, [*args.modes, *(("save", "write") if "load" in args.modes else ("save",))])

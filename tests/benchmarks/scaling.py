@@ -70,6 +70,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         panel.plot([r["chips"] for r in rows], [r[key] for r in rows], marker="o")
         panel.set(title=title, xlabel="chips", ylim=(0, None))
         panel.set_xscale("log", base=2)
+        panel.set_xticks([r["chips"] for r in rows], [str(r["chips"]) for r in rows])
     figure.savefig(file, dpi=120)
 
 

@@ -65,9 +65,8 @@ def memory(run: config.Config, laid: Layout) -> Memory:
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
 
     forward, backward = _layer(run, model, stacked, sizes, shape)
-    beside = min(forward, saved + gradients)
     if run.compute.remat == "minimal":  # as seen: the gradients of two of the experts' three matrices find no room among it
-        beside += sum(w.stored_bytes(sizes) for w in trained if w.kind == "expert") * 2 // 3
+        forward += sum(w.stored_bytes(sizes) for w in trained if w.kind == "expert") * 2 // 3
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
         optimizer=laid.optimizer_bytes,
@@ -75,7 +74,7 @@ def memory(run: config.Config, laid: Layout) -> Memory:
         gradients=gradients,
         saved=saved,
         layer=backward,
-        beside=beside,
+        beside=min(forward, saved + gradients),
         loss=_loss(model, laid, sizes, shape),
     )
 

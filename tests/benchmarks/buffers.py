@@ -17,8 +17,8 @@ rows were in use.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from moe_train.mesh import BATCH, axis_size, make_mesh
 from moe_train.model import dispatch, exchange, ragged
 from moe_train.model.moe import MoE
 from moe_train.plan import hlo
-from moe_train.plan.compile import _environment
+from moe_train.plan.compile import _environment, check_installed
 from moe_train.plan.topology import parse
 
 KINDS = ("common", "fallback", "rounds", "worst", "ragged")
@@ -124,10 +124,19 @@ def measure(kind: str) -> dict[str, Any]:
     }
 
 
-def main(kinds: list[str]) -> None:
-    os.environ.update(_environment(parse("v5p:2x2x2")))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; all where none is named")
+    kinds, place = parser.parse_args().kinds or KINDS, parse("v5p:2x2x2")
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"{min(unknown)} is none of {', '.join(KINDS)}")
+    try:
+        check_installed(place)
+    except ValueError as error:
+        parser.error(str(error))
+    os.environ.update(_environment(place))
     jax.config.update("jax_platforms", "cpu")
-    for n, kind in enumerate(kinds or KINDS):
+    for n, kind in enumerate(kinds):
         row = measure(kind)
         if n == 0:
             print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
@@ -135,4 +144,4 @@ def main(kinds: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,16 +12,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from moe_train import cli_data, processes
 from moe_train.arguments import AsJson, ConfigPath, ModelDir, Overrides, load_run
 from moe_train.terminal import print_answers, print_checks, print_json, print_table, waiting
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="moe-train",

@@ -152,11 +152,11 @@ client = _jax.get_distributed_runtime_client(f"localhost:{port}", index)
 client.connect()
 if index == 0:
     client.key_value_set("watch", processes.listen(2))
-    client.wait_at_barrier("watched", 20_000)
+    client.wait_at_barrier("watched", 100_000)
     time.sleep(0.5)
     os.kill(os.getpid(), 9)
-processes.connect("localhost", client.blocking_key_value_get("watch", 20_000), index, 2)
-client.wait_at_barrier("watched", 20_000)
+processes.connect("localhost", client.blocking_key_value_get("watch", 100_000), index, 2)
+client.wait_at_barrier("watched", 100_000)
 sys.setswitchinterval(2)
 while True:  # the watch has to wait two seconds until Python lets it run; JAX does not wait
     pass

@@ -56,7 +56,11 @@ def recognise(fields: Mapping[str, Any]) -> config.Record:
         if column in present:
             return config.ChatRecord(name="chat", column=column)
     if present >= _PAIRS:
-        raise Problem("columns", "the record is a preference pair (chosen, rejected), which is not trained on", "drop it")
+        raise Problem(
+            "columns",
+            "the record is a preference pair (chosen, rejected), which is not trained on",
+            "map completion to chosen, or drop it",
+        )
     for prompt, completion in _TURNS:
         if {prompt, completion} <= present:
             return config.CompletionRecord(name="completion", prompt=prompt, completion=completion)

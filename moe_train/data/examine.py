@@ -191,7 +191,7 @@ def _judge(read: list[_Read], place: int, question: Question, form: rules.Form) 
         for one in read:
             longest = max((len(example.tokens) - 1 for example in one.examples), default=0)
             if longest > question.seq_len and one.section.too_long == "error" and "too-long" not in question.allowed:
-                what = f"the record has {longest} tokens, the sequence {question.seq_len}"
+                what = f"the record takes {longest} positions, the sequence has {question.seq_len}"
                 one.problems.append(Problem("too-long", what, "raise seq_len, set record.too_long, or shorten it"))
 
 

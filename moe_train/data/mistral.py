@@ -9,6 +9,7 @@ learnt call is written without its id, which is random and which the server adds
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -104,9 +105,13 @@ def _closing(tokenizer: Mistral) -> frozenset[int]:
     return frozenset(number for number in tokenizer.control_ids if text.id_to_piece(number) in pieces)
 
 
+@functools.lru_cache(maxsize=8)
 def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
-    encoder = tokenizer.finetuning.instruct_tokenizer
+    """mistral-common's encoder, but without the text that it decodes its tokens to again: most of its time, for a field
+    that nobody reads."""
+    encoder = copy.copy(tokenizer.finetuning.instruct_tokenizer)
     assert isinstance(encoder, InstructTokenizerBase)
+    vars(encoder)["decode"] = lambda *_, **__: ""
     return encoder
 
 

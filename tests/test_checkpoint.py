@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,9 +69,9 @@ def save_steps(run_dir: Path, losses: dict[int, float | None]) -> dict[int, Trai
     return saved
 
 
-def restored(run_dir: Path) -> checkpoint.Restored | None:
+def restored(run_dir: Path, new: Callable[[], TrainState] = new_state) -> checkpoint.Restored | None:
     with checkpoint.opened(run_dir, SETTINGS) as checkpoints:
-        return checkpoint.restore(checkpoints, jax.eval_shape(new_state))
+        return checkpoint.restore(checkpoints, jax.eval_shape(new))
 
 
 def steps_in(run_dir: Path) -> list[str]:
@@ -241,6 +242,45 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
     assert "\n" not in said and len(said) < 500
     assert steps_in(tmp_path) == ["1"]
     assert same(restored(tmp_path).state, saved[1])
+
+
+@pytest.mark.parametrize("mesh_there", sorted(MESHES))
+def test_a_stacked_array_is_read_layer_by_layer(tmp_path, monkeypatch, mesh_there):
+    monkeypatch.setattr(checkpoint, "CHUNK", 4096)  # a device's part is more, and a layer of it less
+
+    def stacked() -> TrainState:
+        w = jax.random.normal(jax.random.key(0), (5, 64, 128), jnp.bfloat16, out_sharding=P(None, "fsdp", "tensor"))
+        table = jax.random.normal(jax.random.key(1), (512, 64), out_sharding=P(None, "fsdp"))
+        return create_state({"w": w, "embed": table}, OPTIMIZER)
+
+    with jax.set_mesh(make_mesh(MESHES["one"])), checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
+        state = jax.jit(stacked)()
+        wanted = numpy_of(state)
+        checkpoint.save(checkpoints, 1, state, ABOUT)
+    seen = []
+
+    def noting(part: jax.Array) -> dict[str, jax.Array]:
+        seen.append(part.shape)
+        return {"w.negated": -part, "w.sums": part.sum(-1)}
+
+    with jax.set_mesh(make_mesh(MESHES[mesh_there])):
+        shapes = jax.eval_shape(stacked).learned
+        assert same(checkpoint.load_params(tmp_path, shapes)[0], wanted.learned)
+        kept, _ = checkpoint.load_params(tmp_path, shapes, keep={"w": noting})
+        assert same(kept, {"w.negated": -wanted.learned["w"], "w.sums": np.asarray(jnp.asarray(wanted.learned["w"]).sum(-1))})
+        assert kept["w.negated"].sharding.spec == shapes["w"].sharding.spec
+        assert same(restored(tmp_path, stacked).state, wanted)
+    assert seen == [(1, 64, 128)] * 5
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_sums_of_bits_are_the_same_on_the_host_and_in_a_program(dtype):
+    for settings in MESHES.values():
+        with jax.set_mesh(make_mesh(settings)):
+            x = jax.jit(lambda: jax.random.normal(jax.random.key(0), (8, 64), dtype, out_sharding=P("fsdp")))()
+            bits = np.asarray(x).view({2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+            wanted = sum(map(int, bits.reshape(-1))) % 2**32
+            assert checkpoint.bit_sums(x) == [wanted] == [int(s) for s in checkpoint._bit_sums([x])]
 
 
 def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_path, mesh, caplog):

@@ -77,8 +77,13 @@ def quantize(w: Any, kind: Kind, block_size: int, dtype: Any, dim: int) -> Quant
 
 def quantize_like(w: Any, like: Quantized) -> Quantized:
     """A weight, or a part of it, as codes and scales of the dtypes and block size of `like`."""
+    return quantize(w, *how_of(like))
+
+
+def how_of(like: Quantized) -> tuple[Kind, int, Any, int]:
+    """Arguments of `quantize` that make such codes and scales."""
     kind: Kind = "nf4" if like.codes.dtype == np.uint8 else "int8"
-    return quantize(w, kind, like.shape[like.dim] // like.scales.shape[like.dim], like.scales.dtype, like.dim)
+    return kind, like.shape[like.dim] // like.scales.shape[like.dim], like.scales.dtype, like.dim
 
 
 def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
@@ -154,7 +159,12 @@ def quantized(arrays: dict[str, jax.Array], abstract: Mapping[str, Any]) -> dict
     for path, like in abstract.items():
         weight, _, part = path.rpartition(".")
         if part == "codes":
-            both, spec = Quantized(like, abstract[f"{weight}.scales"]), like.sharding.spec
-            local = jax.shard_map(lambda w, both=both: quantize_like(w, both), in_specs=spec, out_specs=spec)
-            arrays[path], arrays[f"{weight}.scales"] = jax.jit(local)(arrays.pop(weight))
+            how = how_of(Quantized(like, abstract[f"{weight}.scales"]))
+            arrays[path], arrays[f"{weight}.scales"] = _quantized(arrays.pop(weight), *how)
     return arrays
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantized(w: jax.Array, *how: Any) -> Quantized:
+    spec = jax.typeof(w).sharding.spec
+    return jax.shard_map(lambda w: quantize(w, *how), in_specs=spec, out_specs=spec)(w)

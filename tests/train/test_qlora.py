@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,11 @@ def test_a_run_beside_quantised_weights(
 
 
 def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, check, restored = model_dir.run_config(base / "run"), checkpoint._check_sums, []
+    run, read, restored = model_dir.run_config(base / "run"), checkpoint._parts, []
 
-    def noting(checkpoints: Any, step: int, item: str, tree: dict[str, Any], sums: list[int]) -> None:
-        restored.append(list(tree))
-        check(checkpoints, step, item, tree, sums)
+    def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
+        restored.append(path)
+        return read(params, path, like)
 
     lora = config.Lora.model_validate_json(json.dumps({"targets": TARGETS}))
     with jax.set_mesh(make_mesh(run.mesh)):
@@ -118,10 +118,10 @@ def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytes
             for how in (config.Nf4(name="nf4", block_size=8), None)
         )
         wanted = quantized(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
-        monkeypatch.setattr(checkpoint, "_check_sums", noting)
+        monkeypatch.setattr(checkpoint, "_parts", noting)
         held = model_dir.load_parameters(base / "run", few_bits)
     assert held.keys() == few_bits.keys() == wanted.keys()
-    assert sorted(restored) == sorted([path] for path in whole)  # never two arrays that are not in few bits yet
+    assert sorted(restored) == sorted(whole)  # never two arrays that are not in few bits yet
     for path, x in wanted.items():
         np.testing.assert_array_equal(np.asarray(held[path]), np.asarray(x), err_msg=path)
 

@@ -1,8 +1,9 @@
 """A process that exports, loads or extends a large random model, and says how much memory that took: `streaming.py MODE
 FOLDER`.
 
-MODE is `tensors` or `full` (the proof's depth), `load`, or `extend` (the vocabulary, to v3's). Prints JSON: MiB that were
-resident at most above what was before, those of the model, those of its largest tensor, and those of the files.
+MODE is `tensors` or `full` (the proof's depth), `load`, `extend` (the vocabulary, to v3's), or `run` (a checkpoint, into 4
+bits). Prints JSON: MiB that were resident at most above what was before and stays, those of the model, those of its largest
+tensor, and those of the files.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 
-from moe_train import config
+from moe_train import checkpoint, config, model_dir
 from moe_train.extend_vocab import extend_vocab
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
+from moe_train.train.state import create_state
 from moe_train.weights import expected, foreign, write
+from moe_train.weights.arrays import Abstract, Parameters
 
 MODEL = config.Model(
     family="mixtral",
@@ -36,6 +40,7 @@ MODEL = config.Model(
     attention=config.Attention(num_heads=16, num_kv_heads=4, head_dim=64),
     ffn=config.MoeFfn(name="moe", ffn_dim=2816, num_experts=8, experts_per_token=2),
 )
+COMPUTE = config.Compute(param_dtype="bfloat16")
 LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*"), rank=2, alpha=3.0),))
 
 
@@ -52,28 +57,58 @@ def above(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, status("VmHWM") - before
 
 
+def shapes_of(lora: config.Lora | None) -> Abstract:
+    return parameters(jax.eval_shape(lambda: init_model(0, MODEL, COMPUTE, lora)))[1]
+
+
+def random_weights(shapes: Abstract) -> Parameters:
+    some = np.random.default_rng(0).normal(0, 0.02, 2**20).astype(ml_dtypes.bfloat16)
+    here = jax.sharding.get_mesh()
+    weights = {
+        path: jax.device_put(np.resize(some, x.shape).astype(x.dtype), NamedSharding(here, x.sharding.spec))
+        for path, x in shapes.items()
+    }
+    return jax.block_until_ready(weights)
+
+
+def save_run(run_dir: Path) -> None:
+    """A run in which nothing but a checkpoint is."""
+    sections = {
+        "model": MODEL,
+        "compute": COMPUTE,
+        "train": {"steps": 1, "batch_size": 1, "seq_len": 8},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+        "loss": {"load_balance_loss_coef": 0, "router_z_loss_coef": 0},
+    }
+    run = config.Config.model_validate({"name": "run", "run_dir": str(run_dir), **sections})
+    state = create_state(random_weights(shapes_of(None)), optax.identity())
+    with checkpoint.opened(run_dir, run.checkpoint) as checkpoints:
+        checkpoint.save(checkpoints, 1, state, checkpoint.About(run.model_dump(mode="json"), 0, "", None))
+
+
 def main(mode: str, folder: Path) -> dict[str, float]:
     with jax.set_mesh(make_mesh(config.Mesh())):
-        lora = LORA if mode in ("tensors", "full") else None
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(param_dtype="bfloat16"), lora)))[1]
+        shapes = shapes_of(LORA if mode in ("tensors", "full") else None)
         own = sum(x.size * x.dtype.itemsize for path, x in shapes.items() if ".lora_" not in path) / 2**20
+        largest = max(np.prod(tensor.shape) * 2 for tensor in expected.model_tensors("hf", MODEL)) / 2**20
         if mode == "load":
             _, most = above(lambda: foreign.load_parameters(folder / "tensors", shapes))
             most -= own
+        elif mode == "run":
+            if not (folder / "run").exists():  # in a process of its own: what saving took is not to count
+                save_run(folder / "run")
+            largest = max(x.size * x.dtype.itemsize for x in shapes.values()) / 2**20  # a checkpoint's tensors are all layers'
+            few_bits = shapes_of(LORA.model_copy(update={"quantize": config.Nf4(name="nf4")}))
+            few_bits = {path: x for path, x in few_bits.items() if ".lora_" not in path}
+            held, most = above(lambda: jax.block_until_ready(model_dir.load_parameters(folder / "run", few_bits)))
+            most -= sum(x.nbytes for x in held.values()) / 2**20
         elif mode == "extend":
             shutil.copy(str(resources.files("mistral_common") / "data" / "tokenizer.model.v1"), folder / "tensors")
             _, most = above(lambda: extend_vocab(folder / "tensors", folder / "extended", "v3"))
         else:
-            rng, here = np.random.default_rng(0), jax.sharding.get_mesh()
-            some = rng.normal(0, 0.02, 2**20).astype(ml_dtypes.bfloat16)
-            weights = {
-                path: jax.device_put(np.resize(some, x.shape).astype(x.dtype), NamedSharding(here, x.sharding.spec))
-                for path, x in shapes.items()
-            }
-            jax.block_until_ready(weights)
+            weights = random_weights(shapes)
             out = folder / mode
             _, most = above(lambda: write.export(weights, MODEL, out, dtype="bfloat16", lora=LORA, merge=True, depth=mode))  # type: ignore[arg-type]
-    largest = max(np.prod(tensor.shape) * 2 for tensor in expected.model_tensors("hf", MODEL)) / 2**20
     files = sum(file.stat().st_size for file in (folder / "tensors").glob("*.safetensors")) / 2**20
     return {"above": most, "model": own, "largest": float(largest), "files": files}
 

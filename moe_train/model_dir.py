@@ -25,6 +25,9 @@ from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.state import partition
 from moe_train.weights import adapter, foreign, gguf, names, together
 
+TOKENIZER = "tokenizer"
+"""The folder of a run with its tokenizer's files."""
+
 
 class Opened(NamedTuple):
     """A model that is ready to be loaded."""
@@ -93,6 +96,8 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
     Raises FileNotFoundError where there is none.
     """
     if is_run(directory):
+        with contextlib.suppress(FileNotFoundError):  # the run's own copy
+            return tokenizer_at(Path(directory) / TOKENIZER)
         data = run_config(directory).data
         if data is not None and data.tokenizer is not None:
             return data.tokenizer

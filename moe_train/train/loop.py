@@ -23,7 +23,7 @@ from moe_train.plan.fits import check_fits
 from moe_train.processes import UNFINISHED
 from moe_train.train.evaluate import Drift, evaluate, make_batch_sums, make_drift_sums
 from moe_train.train.figures import Figures
-from moe_train.train.ready import check_ready, settled
+from moe_train.train.ready import check_ready, keep_tokenizer, settled
 from moe_train.train.record import diary, only_one
 from moe_train.train.self_test import check_against_all_gather, check_attention, check_grouped_matmul, kernels
 from moe_train.train.start import Start, starting_state
@@ -79,6 +79,7 @@ def train(run: config.Config) -> int:
                 leaving.enter_context(only_one(run_dir))
             write_text(run_dir / "config.yaml", config_file.dump(run))
             write_text(run_dir / "manifest.json", loader.manifest)
+            keep_tokenizer(run)
         require_shared(run_dir)
         writer = metrics.Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
         leaving.enter_context(writer)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train import config, model_dir
+from moe_train.atomic import new_directory
 from moe_train.data import chat
 from moe_train.data.conversation import Conversation, normalise
 from moe_train.data.fields import brief, located
@@ -26,6 +27,14 @@ def settled(run: config.Config) -> config.Config:
         return run
     template = chat.load_template(run.data.chat_template, load_tokenizer(run.data.tokenizer))
     return run.model_copy(update={"data": run.data.model_copy(update={"chat_template": template})})
+
+
+def keep_tokenizer(run: config.Config) -> None:
+    """Copy the tokenizer's files into the run, so that it can be moved, and exported whatever becomes of them."""
+    assert run.data is not None and run.data.tokenizer is not None
+    if not (kept := Path(run.run_dir) / model_dir.TOKENIZER).exists():
+        with new_directory(kept) as folder:
+            write.write_texts(folder, write.Texts(load_tokenizer(run.data.tokenizer)))
 
 
 def check_ready(run: config.Config, tokenizer: Tokenizer) -> None:

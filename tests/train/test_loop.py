@@ -18,7 +18,7 @@ import pytest
 
 from moe_train import checkpoint, config, config_file, metrics, model_dir
 from moe_train.data.loader import Loader
-from moe_train.data.tokenizer import load_tokenizer
+from moe_train.data.tokenizer import load_tokenizer, tokenizer_at
 from moe_train.export import export
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
@@ -81,6 +81,14 @@ def test_what_a_run_leaves(finished, small_run):
     start, stop = events(finished)
     assert (start["event"], stop["event"], stop["step"], stop["reason"]) == ("start", "stop", 6, "finished")
     assert start["versions"]["jax"] == jax.__version__ and start["hardware"]["devices"] == 8 and len(start["config_sha256"]) == 64
+
+
+def test_a_run_has_its_tokenizer(finished, text, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved, ignore=shutil.ignore_patterns("[23]"))
+    opened = model_dir.open_model(moved)
+    assert opened.tokenizer.files[0] == moved / "tokenizer" / "tokenizer.json"
+    assert opened.tokenizer.identity == load_tokenizer(tokenizer_at(text / "tokenizer")).identity
 
 
 def test_a_finished_run_is_left_alone(finished, small_run, capsys):
@@ -323,7 +331,7 @@ def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, tex
     assert loop.train(run) == loop.FINISHED
 
     said = model_dir.run_config(run_dir)
-    assert said.model == small_run(base).model and said.data.tokenizer == small_run(base).data.tokenizer
+    assert said.model == small_run(base).model and said.data.tokenizer.path == str(base / "tokenizer")
     full, adapted = weights(small_run(base), base), weights(said, run_dir)
     assert {path for path in full if not np.array_equal(full[path], adapted[path])} == {"final_norm.scale"}  # the base's bytes
     assert {path for path in adapted if path not in full} == {path for path in adapted if path.endswith(("lora_a", "lora_b"))}

@@ -58,26 +58,20 @@ class Quantized(NamedTuple):
         return next(i for i, (codes, scales) in enumerate(pairs) if codes != scales) - len(self.codes.shape)
 
 
-def quantize(w: Any, kind: Kind, block_size: int, dtype: Any, dim: int) -> Quantized:
-    """A weight of numpy's or, in local view, of jax's, in blocks along `dim`, from the end; `dtype` is that of the scales."""
-    xp: Any = np if isinstance(w, np.ndarray) else jnp
+def quantize(w: jax.Array, kind: Kind, block_size: int, dtype: Any, dim: int) -> Quantized:
+    """A weight in blocks along `dim`, from the end; `dtype` is that of the scales. Local view."""
     lead, tail = w.shape[:dim], w.shape[w.ndim + dim + 1 :]
-    blocks = w.astype(np.float32).reshape(*lead, -1, block_size, *tail)
+    blocks = w.astype(jnp.float32).reshape(*lead, -1, block_size, *tail)
     largest = 1 if kind == "nf4" else 127
-    scales = (xp.max(xp.abs(blocks), axis=dim) / largest).astype(dtype)
-    blocks = blocks / xp.expand_dims(xp.where(scales == 0, 1, scales).astype(np.float32), dim)
+    scales = (jnp.max(jnp.abs(blocks), axis=dim) / largest).astype(dtype)
+    blocks = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales).astype(jnp.float32), dim)
     if kind == "int8":
-        return Quantized(xp.clip(xp.round(blocks), -127, 127).astype(np.int8).reshape(w.shape), scales)
-    codes = xp.zeros(blocks.shape, np.uint8)
+        return Quantized(jnp.clip(jnp.round(blocks), -127, 127).astype(jnp.int8).reshape(w.shape), scales)
+    codes = jnp.zeros(blocks.shape, jnp.uint8)
     for low, high in itertools.pairwise(NF4):
-        codes = codes + (blocks > (low + high) / 2).astype(np.uint8)
-    first, second = xp.split(codes, 2, axis=dim)
+        codes = codes + (blocks > (low + high) / 2).astype(jnp.uint8)
+    first, second = jnp.split(codes, 2, axis=dim)
     return Quantized((first | second << 4).reshape(*lead, -1, *tail), scales)
-
-
-def quantize_like(w: Any, like: Quantized) -> Quantized:
-    """A weight, or a part of it, as codes and scales of the dtypes and block size of `like`."""
-    return quantize(w, *how_of(like))
 
 
 def how_of(like: Quantized) -> tuple[Kind, int, Any, int]:

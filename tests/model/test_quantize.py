@@ -63,20 +63,17 @@ def test_levels_are_selected_without_a_lookup_too() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kind", "dim"), [("nf4", -1), ("nf4", -2), ("int8", -3)])
 def test_values_are_the_nearest_of_a_float64_reference(kind: Any, dim: int, dtype: str) -> None:
-    """Except near the middle between two levels, where float32 may take either; numpy and jax agree."""
+    """Except near the middle between two levels, where float32 may take either."""
     rng = np.random.default_rng(0)
     w = (rng.normal(size=(3, 5, 256)) * np.exp(rng.normal(size=(3, 5, 1)) * 3)).astype(np.dtype(dtype))
     w[0, 0, :64] = 0
     w[0, 1, :64] = 2.5
     w[0, 2, 3] = 1e4  # an outlier spoils its own block alone
     turned = np.moveaxis(w, -1, dim)
-    found = quantize(turned, kind, 64, np.dtype(dtype), dim)
+    found = Quantized(*map(np.asarray, quick_jit(lambda w: quantize(w, kind, 64, w.dtype, dim))(turned)))
     assert found.shape == turned.shape and found.dim == dim and found.scales.dtype == w.dtype
     assert np.moveaxis(found.scales, dim, -1).shape == (3, 5, 4)
     assert found.codes.nbytes == w.size // (2 if kind == "nf4" else 1)
-    traced = quick_jit(lambda w: quantize(w, kind, 64, w.dtype, dim))(turned)
-    np.testing.assert_array_equal(found.codes, np.asarray(traced.codes))
-    np.testing.assert_allclose(found.scales, np.asarray(traced.scales), rtol=1e-6)  # XLA divides by 127 as it likes
     back = np.asarray(quick_jit(lambda q: dequantize(q, F32))(Quantized(*map(jnp.asarray, found))), np.float64)
     back = np.moveaxis(back, dim, -1)
     wanted, least = reference(w, kind, 64, np.dtype(dtype))
@@ -87,8 +84,7 @@ def test_values_are_the_nearest_of_a_float64_reference(kind: Any, dim: int, dtyp
     assert not back[0, 0, :64].any()
     np.testing.assert_allclose(back[0, 1, :64], 2.5, rtol=1e-6 if dtype == "float32" else 5e-3)
     normal = rng.normal(size=(64, 1024)).astype(np.float32)
-    codes = Quantized(*map(jnp.asarray, quantize(normal, kind, 64, F32, -1)))
-    lost = np.sqrt(np.mean((np.asarray(dequantize(codes, F32)) - normal) ** 2))
+    lost = np.sqrt(np.mean((np.asarray(dequantize(quantize(jnp.asarray(normal), kind, 64, F32, -1), F32)) - normal) ** 2))
     assert (0.07 < lost < 0.1) if kind == "nf4" else (0.004 < lost < 0.008)  # of normal numbers
 
 
@@ -129,7 +125,7 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
         if path not in held:
             return host[path]
         dim = -3 if ".attention." in path and "o_proj" not in path else -2  # (D, N, H); (N, H, D), (E, in, out)
-        return np.asarray(dequantize(Quantized(*map(jnp.asarray, quantize(host[path], how.name, 8, F32, dim))), F32))
+        return np.asarray(dequantize(quantize(jnp.asarray(host[path]), how.name, 8, F32, dim), F32))
 
     with jax.set_mesh(ONE):
         full = {p: jax.device_put(values(p), jax.sharding.NamedSharding(ONE, P())) for p in host}

@@ -149,6 +149,10 @@ def _whole_dtype(dtype: str) -> config.Dtype:
 def _dtype(opened: Opened) -> config.Dtype:
     """That of the files it started from, so that untouched weights keep their bytes; otherwise that of the training."""
     files = opened.run.init_from if opened.run else opened.directory
+    if files is not None and not Path(files).exists():
+        raise FileNotFoundError(
+            f"{files}, from which the run started, is not here to say the dtype of the files; state it (--dtype)"
+        )
     if files is not None and not is_run(files):
         found = {tensor.dtype.name for tensor in foreign.open_weights(files).tensors.values()}
         if found == {"float32"}:

@@ -54,6 +54,11 @@ def open_model(directory: str | Path) -> Opened:
     Raises FileNotFoundError where there is no model or no tokenizer, ValueError where they do not go together.
     """
     run = run_config(directory) if is_run(directory) else None
+    if run and run.lora and run.init_from and not Path(run.init_from).exists():
+        raise FileNotFoundError(
+            f"the adapters of {directory} belong to the weights in {run.init_from}, which {Path.cwd()} has not; "
+            "bring them there, or go to where the run was started"
+        )
     model = run.model if run else read_model(directory)
     assert model is not None
     tokenizer = load_tokenizer(find_tokenizer(directory))

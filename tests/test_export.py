@@ -102,6 +102,9 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(tokenizer: HuggingFace
         export(tmp_path / "run", tmp_path / "other", "peft", merge=True)
     with pytest.raises(FileExistsError, match="exists already"):
         export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
+    (tmp_path / "base").rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"the adapters of .*run belong to the weights in .*base, which .* has not"):
+        export(tmp_path / "run", tmp_path / "other", "hf", merge=True)
     assert not (tmp_path / "other").exists()
 
 
@@ -114,6 +117,11 @@ def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_p
         weights = random_parameters(None)
         save_run(tmp_path / "run", weights, tokenizer)
         export(tmp_path / "run", tmp_path / "hf")
+        save_run(tmp_path / "tuned", weights, tokenizer, init_from=str(tmp_path / "hf"))
+        (tmp_path / "hf").rename(tmp_path / "gone")
+        with pytest.raises(FileNotFoundError, match=r"hf, from which the run started, is not here .* \(--dtype\)"):
+            export(tmp_path / "tuned", tmp_path / "other")
+        export(tmp_path / "tuned", tmp_path / "hf", dtype="float32")
         loaded = foreign.load_parameters(tmp_path / "hf", plain_shapes(weights))
     assert all(np.array_equal(np.asarray(loaded[path]), np.asarray(x)) for path, x in weights.items())
     with pytest.raises(ValueError, match="nothing to merge"):

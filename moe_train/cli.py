@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -399,13 +399,23 @@ def _log_on_stderr() -> Iterator[None]:
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)  # which typer does not export
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; `arguments` are sys.argv's where not given."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     try:
+        given = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
         with _log_on_stderr():
-            app(["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments, prog_name="moe-train")
+            sys.exit(app(given, prog_name="moe-train", standalone_mode=False))
+    except _UsageError as error:
+        if said := error.format_message():  # nothing where help was shown in its place
+            print(
+                f"moe-train: {said.rstrip('.')}; see {error.ctx.command_path if error.ctx else 'moe-train'} --help", file=sys.stderr
+            )
+        sys.exit(2)
     except Exception as error:
         if type(error).__name__ == "JaxRuntimeError":
             processes.wait_for_loss()

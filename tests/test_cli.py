@@ -65,6 +65,21 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert done.stdout.splitlines()[-1].strip() == "heavy:"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["expotr"], "No such command 'expotr'. Did you mean 'export'"),
+        (["train"], "Missing argument 'CONFIG'; see moe-train train --help"),
+        (["generate", "x", "--prompt", "a", "--max-token", "3"], "No such option: --max-token (Possible options: --max-tokens)"),
+        (["plan", "x", "--topology", "v5p-8", "--price", "-1"], "Invalid value for '--price': "),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith(f"moe-train: {said}") and len(error.splitlines()) == 1 and not out
+
+
 @pytest.mark.parametrize("code", [0, 75])
 def test_train_hands_on_the_config_and_its_exit_code(stand_in, config: str, code: int) -> None:
     given: list[Config] = []
@@ -132,7 +147,10 @@ def test_usage_errors_end_with_2(config: str, capsys) -> None:
     assert run("generate", "runs/tiny") == 2
     assert run("export", "runs/tiny", "out", "--format", "onnx") == 2
     assert run("fly") == 2
-    assert capsys.readouterr().out == ""
+    assert run("plan", config, "--topology", "v5p:4x4x4", "--price", "-1") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 5
+    assert said.err.splitlines()[-1].startswith("moe-train: Invalid value for '--price': ")
 
 
 def test_inspect(tmp_path: Path, capsys) -> None:

@@ -67,6 +67,7 @@ SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Slices smaller than 64 chips; larger ones are built of cubes of 4x4x4."""
 LARGEST_CUBES = {"v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
+MOST_CHIPS = 2**20
 GPUS = ("a100", "h100", "h200", "b200")
 GPUS_PER_HOST = (1, 2, 4, 8)
 CLOUD_NAMES = {"v5p": ("v5p", 2), "tpu7x": ("tpu7x", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}
@@ -83,7 +84,10 @@ def parse(name: str) -> Topology:
     device, shape = _slice(one)
     platform: Literal["tpu", "gpu"] = "gpu" if device in GPUS else "tpu"
     whole = _name(device, shape)
-    return Topology(whole if count == 1 else f"{count}x{whole}", platform, device, shape, count)
+    found = Topology(whole if count == 1 else f"{count}x{whole}", platform, device, shape, count)
+    if found.num_chips > MOST_CHIPS:
+        raise ValueError(f"topology {name} has {found.num_chips:,} chips; plans are for at most {MOST_CHIPS:,}")
+    return found
 
 
 def _slice(name: str) -> tuple[str, tuple[int, ...]]:

@@ -133,5 +133,11 @@ def divisions(number: int, parts: int) -> Iterator[tuple[int, ...]]:
     if parts == 1:
         yield (number,)
         return
-    for first in (n for n in range(1, number + 1) if number % n == 0):
+    for first in _divisors(number):
         yield from ((first, *rest) for rest in divisions(number // first, parts - 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

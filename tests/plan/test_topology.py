@@ -56,6 +56,7 @@ def test_a_slice_of_several() -> None:
         ("h100:2x2", "topology h100:2x2: a host has 1, 2, 4 or 8 GPUs, and no shape; nearest: h100x4"),
         ("p100x8", "topology p100x8: there is no p100; nearest: h100 (known: a100, h100, h200, b200)"),
         ("0xv5p:4x4x4", "topology 0xv5p:4x4x4 has 0 slices; use at least 1"),
+        ("1000000xv5p:4x4x4", "topology 1000000xv5p:4x4x4 has 64,000,000 chips; plans are for at most 1,048,576"),
     ],
 )
 def test_what_does_not_exist(name: str, said: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed  # for its store of keys, which has no public name
+from jax._src.mesh import get_concrete_mesh  # has one that may not be called while tracing
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_train import config, processes
@@ -83,6 +84,13 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
 def axis_size(axis: str) -> int:
     """Size of a mesh axis inside a traced function or under `jax.set_mesh`."""
     return jax.sharding.get_abstract_mesh().shape[axis]
+
+
+def within_slices() -> bool:
+    """Whether each replica of the mesh in force lies in one TPU slice, so that `data` alone is between them."""
+    devices = get_concrete_mesh().devices
+    slices = {getattr(device, "slice_index", 0) for device in devices.flat} if devices is not None else {0}
+    return axis_size("data") % len(slices) == 0
 
 
 def global_axes() -> tuple[str, ...]:

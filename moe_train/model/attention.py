@@ -22,8 +22,9 @@ from moe_train import config
 from moe_train.mesh import BATCH, batch_axes, platform
 from moe_train.model import rope
 from moe_train.model.blocked_attention import NEG, blocked
+from moe_train.model.collectives import gather, scatter
 from moe_train.model.context import balanced, in_order, parts, run_len
-from moe_train.model.fsdp import gather, split
+from moe_train.model.fsdp import split
 from moe_train.model.layers import Linear, keys_of
 from moe_train.model.splash_attention import make_splash, spec_of, splash_attention
 
@@ -110,7 +111,7 @@ def _attend_cache(q_BTNH: jax.Array, cache: Cache, positions_BT: jax.Array, wind
         weights = jnp.exp(scores - jax.lax.pmax(jnp.max(scores, axis=-1, keepdims=True), "context"))
         weights /= jax.lax.psum(jnp.sum(weights, axis=-1, keepdims=True), "context")
         y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return jax.lax.psum_scatter(y, "context", scatter_dimension=1, tiled=True).reshape(part).astype(q.dtype)
+        return scatter(y, "context", 1).reshape(part).astype(q.dtype)
 
     spec = P(BATCH, "context", "tensor", None)
     return jax.shard_map(local, in_specs=(spec, spec, spec, P(BATCH, "context")), out_specs=spec)(q_BTNH, *cache, positions_BT)

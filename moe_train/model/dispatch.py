@@ -22,8 +22,9 @@ from jax.sharding import PartitionSpec as P
 from moe_train.mesh import axis_size, batch_axes, global_axes
 from moe_train.model import ragged
 from moe_train.model.capacity import capacity, within_capacity
+from moe_train.model.collectives import gather, scatter
 from moe_train.model.exchange import exchange
-from moe_train.model.fsdp import gather, replicas, spec_of, vary_with_spec
+from moe_train.model.fsdp import replicas, spec_of, vary_with_spec
 from moe_train.model.grouped_matmul import choose_kernel, grouped_matmul
 from moe_train.model.quantize import Quantized, dequantize
 from moe_train.model.transport import AlongExpert, check_transport, choose_transport
@@ -174,10 +175,7 @@ def all_gather(
     numbers_R = None if numbers_mA is None else gather(numbers_mA, "expert", 0).reshape(-1)[order_R]
     y_RD = run(dispatch(x_mD, order_R, inverse_mA), group_sizes_e, experts, key, numbers_R)
     y_mD = combine(y_RD, jnp.where(own_mA < e, weights_mA, 0), order_R, inverse_mA).astype(x_mD.dtype)
-    y_mD = jax.lax.psum(y_mD, "tensor")
-    if axis_size("expert") > 1:
-        y_mD = jax.lax.psum_scatter(y_mD, "expert", scatter_dimension=0, tiled=True)
-    return y_mD, jnp.sum(group_sizes_e)
+    return scatter(jax.lax.psum(y_mD, "tensor"), "expert", 0), jnp.sum(group_sizes_e)
 
 
 def _is_quantized(w: object) -> bool:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_train.mesh import axis_size, batch_axes, global_axes
+from moe_train.model.collectives import gather, scatter
 from moe_train.model.quantize import Quantized, dequantize
 
 ACTIVATION = {"T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
@@ -42,7 +43,7 @@ def without_fsdp(spec: P) -> P:
 def split(size: int) -> str | tuple[str, str]:
     """The axes of a weight's N, K or V, where every token meets that weight: `tensor`, and `expert` too where it
     divides them, which has no other use here. D is split over `fsdp` alone: over both, its parts would be narrower
-    than the 128 lanes of a TPU, and XLA would all-reduce whole gradients instead of scattering them."""
+    than the 128 lanes of a TPU."""
     return SPLIT if size % (axis_size("tensor") * axis_size("expert")) == 0 else "tensor"
 
 
@@ -104,7 +105,7 @@ def _weight_gradient(x_letters: str, y_letters: str, w_letters: str, x: jax.Arra
         for dim, entry in enumerate(spec):
             for axis in entry if isinstance(entry, tuple) else (entry,):
                 if axis in sums and axis_size(axis) > 1:
-                    dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dim, tiled=True)
+                    dw = scatter(dw, axis, dim)
                     sums.remove(axis)
         return jax.lax.psum(dw, tuple(sums))
 
@@ -167,18 +168,6 @@ def whole_rows(table_vd: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array
     if "fsdp" in spec:
         table_vd = gather(table_vd, "fsdp", 1)
     return gather(table_vd, "expert", 0) if SPLIT in spec else table_vd
-
-
-def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Inside `shard_map`: x's parts along a mesh axis, concatenated on `dim`; the gradient is scattered back.
-
-    An axis of one device is passed over: XLA would keep the collective, and lay the weight out for it.
-    """
-    if axis_size(axis) == 1:
-        return x
-    if x.shape[0] == 1 and dim > 0:  # one expert a device: with that dim, XLA:TPU would all-reduce the whole gradient
-        return gather(x[0], axis, dim - 1)[None]
-    return jax.lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
 def vary_with_spec(w: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:

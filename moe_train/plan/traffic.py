@@ -67,14 +67,10 @@ def shape_of(run: config.Config, platform: str | None = None) -> Shape:
 
 
 def flows(run: config.Config, laid: Layout, platform: str | None = None) -> list[Flow]:
-    """Every collective of a step that moves more than a few numbers, the largest first.
-
-    platform: of the compiler. XLA:TPU makes whole all-reduces of the scatters along an axis that all devices lie on
-    (libtpu of JAX 0.10, 8 and 16 chips); along an axis beside others it scatters.
-    """
+    """Every collective of a step that moves more than a few numbers, the largest first; platform: of the compiler."""
     assert run.model is not None
     sizes, shape, M = axis_sizes(run.mesh), shape_of(run), run.train.microbatches
-    found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings, platform)]
+    found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings)]
     found += _of_tokens(run, run.model, sizes, shape, platform)
     found = [flow._replace(bytes=M * flow.bytes) for flow in found]
     trained = (w for w in laid.weights if w.trainable)
@@ -92,7 +88,7 @@ def _received(kind: str, devices: int, whole: float) -> float:
     return (devices - 1) / devices * whole * (2 if kind == "all-reduce" else 1)
 
 
-def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool, platform: str | None) -> list[Flow]:
+def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
     """Gathers of a weight and sums of its gradient, all layers, one microbatch."""
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
     # codes and scales of few bits travel as they are; other weights in the dtype of the computation
@@ -113,8 +109,7 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool, plat
     if not w.trainable:
         return found
     for axis in order[::-1]:
-        kind = "all-reduce" if platform == "tpu" and sizes[axis] == math.prod(sizes.values()) else "reduce-scatter"
-        found.append(flow(kind, axis, sizes[axis], gathered * b, uses))
+        found.append(flow("reduce-scatter", axis, sizes[axis], gathered * b, uses))
         gathered //= sizes[axis]
     # what is split along none of these axes has its gradient summed: that of small weights as they are stored
     b = w.itemsize if w.kind == "small" else b

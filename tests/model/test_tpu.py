@@ -110,6 +110,25 @@ def test_a_sequence_on_two_chips(collectives: Any) -> None:
     assert (2, 2, 128, 1024) in gathered and (2, 8, 128, 1024) not in gathered  # two sequences, two key heads, eight of queries
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [("mesh.fsdp=8",), ("mesh.data=2", "mesh.fsdp=4", "model.model_dim=512")],
+    ids=["of all chips", "of half the chips, whose parts have 128 lanes"],
+)
+def test_fsdp_alone_scatters_gradients(mesh: tuple[str, ...]) -> None:
+    """Along an axis of all chips of a replica, and where parts are narrow, the compiler would sum whole gradients."""
+    program, params = compiled("2x2x2", *TINY, "mesh.expert=1", *mesh)
+    gradients = sum(2 * math.prod(x.shape) for x in params.values())
+    sizes = next(iter(params.values())).sharding.mesh.shape
+    received = dict.fromkeys(("all-reduce", "reduce-scatter"), 0.0)
+    for c, times in hlo.read(program.as_text()).collectives.items():
+        if c.kind in received and hlo.axes_of(c.groups, sizes) == ("fsdp",):
+            received[c.kind] += c.bytes * times
+    fsdp = sizes["fsdp"]
+    assert received["reduce-scatter"] == pytest.approx((fsdp - 1) / fsdp * gradients, rel=0.05)
+    assert received["all-reduce"] < 0.02 * gradients
+
+
 def test_gradients_cross_the_data_axis_once(collectives: Any) -> None:
     """Two microbatches in each of two replicas, each with a part of the weights on four chips: what crosses has the size
     of a chip's part of a stack's weights, and so is summed after all layers and microbatches."""

@@ -59,13 +59,6 @@ def test_mixtral_8x7b_on_64_chips() -> None:
     assert sum(found.values()) == pytest.approx(50.3e9, rel=0.005)
 
 
-def test_a_tpu_sums_whole_gradients_along_an_axis_of_all_devices() -> None:
-    """As compiled for 8 and 16 chips of v5p: a quarter of the bytes is the second half of these all-reduces."""
-    run = load("train.batch_size=64", "train.microbatches=1", "mesh.fsdp=64", "mesh.expert=1")
-    elsewhere, tpu = (sum(flow.bytes for flow in flows(run, layout(run), platform)) for platform in (None, "tpu"))
-    assert tpu == pytest.approx(4 / 3 * elsewhere, rel=0.01)
-
-
 def test_frozen_weights_are_gathered_and_have_no_gradients() -> None:
     lora = "lora={targets: [{modules: ['attention.*'], rank: 4, alpha: 8}]}"
     found = modelled(load(*SMALL, lora, "loss={}", "mesh.fsdp=2", "mesh.expert=4"))

@@ -1,0 +1,60 @@
+"""Gathers and the scatters of their gradients, as every platform has them and in the stages that TPUs are asked for."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config
+from moe_train.mesh import make_mesh
+from moe_train.model import collectives
+from tests.model.conftest import quick_jit
+
+MESHES = {"all devices": config.Mesh(fsdp=8), "a replica": config.Mesh(data=2, fsdp=4), "some": config.Mesh(fsdp=4, expert=2)}
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("on", ["cpu", "tpu"])
+def test_gather_concatenates_and_its_gradient_is_summed_and_scattered(
+    sizes: config.Mesh, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "platform", lambda: on)
+    mesh, rng = make_mesh(sizes), np.random.default_rng(0)
+    x, dy = rng.normal(size=(8, 16, 24)).astype(np.float32), rng.normal(size=(sizes.fsdp, 8, 16, 24)).astype(np.float32)
+
+    def run(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        found: list[jax.Array] = []
+        for dim in range(3):
+            spec = P(*("fsdp" if d == dim else None for d in range(3)))
+
+            def local(x: jax.Array, dy: jax.Array, dim: int = dim) -> tuple[jax.Array, jax.Array]:
+                y, vjp = jax.vjp(lambda x: collectives.gather(x, "fsdp", dim), x)
+                return y[None], *vjp(dy[0])
+
+            out_specs = (P("fsdp"), spec)
+            found += jax.shard_map(local, in_specs=(spec, P("fsdp")), out_specs=out_specs)(jax.reshard(x, spec), dy)
+        return tuple(found)
+
+    with jax.set_mesh(mesh):
+        found = quick_jit(run)(x, jax.device_put(dy, NamedSharding(mesh, P("fsdp"))))
+    for y, dx in zip(found[::2], found[1::2], strict=True):
+        np.testing.assert_array_equal(y, jnp.broadcast_to(x, y.shape))
+        np.testing.assert_allclose(dx, dy.sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_stages_of_an_axis_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stages(**sizes: int) -> list[collectives.Groups] | list[None]:
+        with jax.set_mesh(make_mesh(config.Mesh(**sizes))):
+            return collectives._stages("fsdp")
+
+    assert stages(fsdp=8) == [None]
+    monkeypatch.setattr(collectives, "platform", lambda: "tpu")
+    assert stages(fsdp=8) == [[[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]]
+    assert stages(fsdp=4, data=2) == [[[0, 2], [1, 3]], [[0, 1], [2, 3]]]
+    assert stages(fsdp=4, expert=2) == [None]
+    monkeypatch.setattr(collectives, "within_slices", lambda: False)
+    assert stages(fsdp=8) == [None]

@@ -213,7 +213,8 @@ def _faults(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyP
         elif kind == "extra_forbidden":
             yield path, f"unknown key; {_instead(path, section)}{value}"
         elif kind == "missing":
-            yield path, "required, and missing"
+            names = f"; a section whose name is one of {', '.join(_members(section))}" if "discriminator" in section else ""
+            yield path, f"required, and missing{names}"
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             tags = re.findall(r"'([^']*)'", context.get("expected_tags", "")) or list(section["discriminator"]["mapping"])
             tag = context["discriminator"].strip("'")

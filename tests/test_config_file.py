@@ -94,6 +94,9 @@ def test_missing_key_is_named_where_its_section_is(run: Path) -> None:
     assert faults(run, text=edited("  name: adamw\n", "")) == [
         "run.yaml:22: optimizer.name: required, and missing; one of adafactor, adamw, lion, muon"
     ]
+    assert faults(run, text=edited(", record: {name: text}", "")) == [
+        "run.yaml:13: data.train.0.record: required, and missing; a section whose name is one of chat, completion, text"
+    ]
 
 
 def test_a_check_across_keys_blames_a_stated_key(run: Path) -> None:

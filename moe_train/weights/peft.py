@@ -61,7 +61,7 @@ def export_adapter(
     shapes = _in_file(model, {module: _shape(lora, module, parameters[f"{module}.lora_a"].shape[-1]) for module in adapted})
     saved = _saved_pieces(model, lora)
     if server is not None:
-        shapes = adapter_shapes(server, shapes, {piece.path.rpartition(".")[0] for piece in saved})
+        shapes = adapter_shapes(server, model.family, shapes, {piece.path.rpartition(".")[0] for piece in saved})
     table = names.adapter_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
 

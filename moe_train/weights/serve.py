@@ -1,10 +1,13 @@
 """What vLLM, llama.cpp and transformers read of an export, where that is less than the layout can say.
 
-As their sources have it in 2026:
-- vLLM takes one `r` and one `lora_alpha` (or alpha / sqrt(r)) from adapter_config.json for all modules, refuses
-  `modules_to_save` (vllm/lora/peft_helper.py), and knows the ranks of `MaxLoRARanks` (vllm/config/lora.py).
-- vLLM has no MinistralForCausalLM (vllm/model_executor/models/registry.py), but reads a period of windows from
-  params.json (vllm/transformers_utils/configs/mistral.py).
+As their sources have it in 2026, and as vLLM 0.32.0 was seen to do (tests/weights/test_vllm.py):
+- vLLM refuses `modules_to_save` (vllm/lora/peft_helper.py), and knows the ranks of `MaxLoRARanks` (vllm/config/lora.py).
+  Of its releases, 0.32 has `rank_pattern` and `alpha_pattern`; earlier ones have one `r` and one `lora_alpha` for all modules.
+- Adapters of routed experts and of the router it applies; of embedding and head in Mixtral and Llama, and refuses them in what
+  it runs as MistralForCausalLM (`embedding_modules`, vllm/model_executor/models/mistral.py).
+- It knows no tensor of a Mixtral by Mistral's names (vllm/model_executor/models/mixtral.py); dense models it reads by both.
+- Interleaved windows it has from params.json (vllm/transformers_utils/configs/mistral.py); from config.json, a Ministral runs
+  by way of transformers' layers.
 - llama.cpp has one alpha a file and scales by alpha / rank whatever rsLoRA says (src/llama-adapter.h, `get_scale`); its
   converter stops at whole tensors of embeddings and head (convert_lora_to_gguf.py).
 - transformers and PEFT read everything that we write.
@@ -55,11 +58,13 @@ class Shape(NamedTuple):
     alpha: float
 
 
-def adapter_shapes(server: Server, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()) -> dict[str, Shape]:
+def adapter_shapes(
+    server: Server, family: str, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()
+) -> dict[str, Shape]:
     """Rank and alpha that the file has to state for each module, so that `server` applies what was trained.
 
-    shapes: of our modules, alpha / rank being the scale. trained_in_full: modules that have no adapter, but other weights
-    than the base. For vLLM and llama.cpp all modules get one rank, up to which the writer fills A and B with zeros, and
+    family: the model's. shapes: of our modules, alpha / rank being the scale. trained_in_full: modules that have no adapter,
+    but other weights than the base. For vLLM and llama.cpp all modules get one rank, up to which the writer fills with zeros, and
     one alpha, that of most modules' scale; the writer multiplies the B of the others by (scale here / scale there).
     Raises ValueError for what the server cannot be made to apply.
     """
@@ -76,8 +81,8 @@ def adapter_shapes(server: Server, shapes: Mapping[str, Shape], trained_in_full:
             raise ValueError(
                 f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; export the whole model with --merge"
             )
-        if routers := sorted(module for module in shapes if module.endswith(".router")):
-            raise ValueError(f"vLLM is not known to apply an adapter of {routers[0]}; export the whole model with --merge")
+        if (ends := sorted({"embed", "head"} & shapes.keys())) and family not in ("mixtral", "llama"):
+            raise ValueError(f"vLLM refuses an adapter of {ends[0]} in a {family}; export the whole model with --merge")
     ((scale, _),) = Counter(shape.alpha / shape.rank for shape in shapes.values()).most_common(1)
     return dict.fromkeys(shapes, Shape(rank, scale * rank))
 
@@ -99,8 +104,8 @@ def command(
     readable = READS[server]
     if layout not in readable:
         raise ValueError(f"{server} does not read --format {layout}; it reads --format {' or '.join(readable)}")
-    if server == "vllm" and layout == "hf" and len(set(model.attention.windows)) > 1:
-        raise ValueError("vLLM does not read interleaved attention windows from a config.json; use --format mistral")
+    if server == "vllm" and layout == "mistral" and isinstance(model.ffn, config.MoeFfn):
+        raise ValueError("vLLM does not read experts by the names of --format mistral; use --format hf")
     base = base_model or "BASE_MODEL"
     return readable[layout].format(
         out=shlex.quote(str(out_dir)),

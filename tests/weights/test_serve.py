@@ -24,10 +24,10 @@ Q, K, UP = "stacks.0.layers.0.attention.q_proj", "stacks.0.layers.0.attention.k_
 @pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
 def test_one_rank_and_the_alpha_of_most_scales(server: serve.Server) -> None:
     """Scale 2 twice, 0.5 once: the file says 2 for all, and the writer quarters the B of the third."""
-    shapes = serve.adapter_shapes(server, {Q: Shape(4, 8.0), K: Shape(16, 8.0), UP: Shape(8, 16.0)})
+    shapes = serve.adapter_shapes(server, "mixtral", {Q: Shape(4, 8.0), K: Shape(16, 8.0), UP: Shape(8, 16.0)})
     assert shapes == dict.fromkeys((Q, K, UP), Shape(16, 32.0))
     alike = dict.fromkeys((Q, K), Shape(12, 7.0))
-    assert serve.adapter_shapes(server, alike) == alike
+    assert serve.adapter_shapes(server, "mixtral", alike) == alike
 
 
 def as_vllm_reads(directory: Path) -> tuple[dict[str, np.ndarray], int]:
@@ -73,21 +73,24 @@ def test_what_was_trained_in_full_is_refused_where_it_would_be_left_out(tmp_path
 
 def test_transformers_takes_every_shape() -> None:
     shapes = {Q: Shape(4, 8.0), K: Shape(600, 8.0)}
-    assert serve.adapter_shapes("transformers", shapes, {UP}) == shapes
+    assert serve.adapter_shapes("transformers", "mixtral", shapes, {UP}) == shapes
 
 
 def test_what_a_server_cannot_apply_is_refused() -> None:
     with pytest.raises(ValueError, match=r"vllm takes adapters alone, but .*up_proj was trained in full.*--merge --format hf"):
-        serve.adapter_shapes("vllm", {Q: Shape(4, 8.0)}, {UP})
+        serve.adapter_shapes("vllm", "mixtral", {Q: Shape(4, 8.0)}, {UP})
     with pytest.raises(ValueError, match=r"llama\.cpp takes adapters alone.*--merge --format gguf"):
-        serve.adapter_shapes("llama.cpp", {Q: Shape(4, 8.0)}, {UP})
+        serve.adapter_shapes("llama.cpp", "mixtral", {Q: Shape(4, 8.0)}, {UP})
     with pytest.raises(ValueError, match=r"up to rank 512, this one has 513"):
-        serve.adapter_shapes("vllm", {Q: Shape(513, 8.0)})
-    assert serve.adapter_shapes("llama.cpp", {Q: Shape(513, 8.0)})[Q].rank == 513
-    with pytest.raises(ValueError, match=r"not known to apply an adapter of .*router"):
-        serve.adapter_shapes("vllm", {"stacks.0.layers.0.ffn.router": Shape(4, 8.0)})
-    with pytest.raises(ValueError, match=r"interleaved attention windows.*--format mistral"):
-        serve.command("vllm", "hf", MINISTRAL, "out")
+        serve.adapter_shapes("vllm", "mixtral", {Q: Shape(513, 8.0)})
+    assert serve.adapter_shapes("llama.cpp", "mixtral", {Q: Shape(513, 8.0)})[Q].rank == 513
+    ends = {"embed": Shape(4, 8.0), "head": Shape(4, 8.0)}
+    assert serve.adapter_shapes("vllm", "llama", ends) == serve.adapter_shapes("vllm", "mixtral", ends) == ends
+    for family in ("mistral", "ministral", "ministral3"):
+        with pytest.raises(ValueError, match=rf"vLLM refuses an adapter of embed in a {family}; .*--merge"):
+            serve.adapter_shapes("vllm", family, ends)
+    with pytest.raises(ValueError, match=r"experts by the names of --format mistral; use --format hf"):
+        serve.command("vllm", "mistral", MIXTRAL, "out")
     for server, layout, reads in (("llama.cpp", "hf", "gguf or gguf-lora"), ("transformers", "mistral", "hf or peft")):
         with pytest.raises(ValueError, match=f"does not read --format {layout}; it reads --format {reads}"):
             serve.command(server, layout, MIXTRAL, "out")

@@ -115,6 +115,8 @@ def _message_columns(record: config.ChatRecord) -> tuple[str, ...]:
 
 
 def _conversation(fields: Mapping[str, Any], record: config.ChatRecord) -> Conversation:
+    if len(fields) == 1 and record.column in fields:
+        return Conversation(_messages(fields[record.column], record.column, record), [])
     names = [name for name in _message_columns(record) if fields.get(name) is not None]
     if len(names) > 1:
         raise Problem("columns", f"the record has both {names[0]} and {names[1]}", "keep the one that is meant")
@@ -132,10 +134,10 @@ def _conversation(fields: Mapping[str, Any], record: config.ChatRecord) -> Conve
 def _completion(prompt: Any, completion: Any, record: config.CompletionRecord) -> Conversation:
     if isinstance(prompt, list) and isinstance(completion, list):
         plain = config.ChatRecord(name="chat")
-        before = _messages(prompt, record.prompt, plain)
-        for message in before:
-            if message.get("role") == "assistant":
-                message["weight"] = 0
+        before = [
+            message | {"weight": 0} if message.get("role") == "assistant" else message
+            for message in _messages(prompt, record.prompt, plain)
+        ]
         return Conversation(before + _messages(completion, record.completion, plain), [])
     for column, value in ((record.prompt, prompt), (record.completion, completion)):
         if not isinstance(value, str):
@@ -150,7 +152,11 @@ def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Messag
         what = f"{column} should be a list with at least one message, not {brief(value)}"
         raise Problem("type", what, "write one object with role and content for each turn")
     messages: list[Message] = []
+    plain = record.role == "role" and record.content == "content" and not record.roles
     for i, entry in enumerate(value):
+        if plain and _is_plain(entry):
+            messages.append(entry)  # as almost all are
+            continue
         if not isinstance(entry, dict):
             what = f"message {i} should be an object with role and content, not {brief(entry)}"
             raise Problem("type", what, 'write {"role": …, "content": …}')
@@ -162,13 +168,12 @@ def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Messag
     return messages
 
 
+def _is_plain(entry: Any) -> bool:
+    """Whether it is a message in the one form, with role and content alone."""
+    return entry.__class__ is dict and len(entry) == 2 and isinstance(entry.get("content"), str) and entry.get("role") is not None
+
+
 def _message(entry: Message, record: config.ChatRecord) -> Message:
-    if (
-        tuple(entry) == (record.role, record.content) == ("role", "content")
-        and isinstance(entry["content"], str)
-        and not record.roles
-    ):
-        return entry  # as almost all are
     role = entry.get(record.role)
     renamed = {"role": record.roles.get(role, role) if isinstance(role, str) else role, "content": entry.get(record.content)}
     rest = {key: item for key, item in entry.items() if key not in (record.role, record.content, *renamed)}

@@ -25,7 +25,7 @@ from moe_train.data.example import Example, bears_loss, turns, uses_tools, witho
 from moe_train.data.fields import Problem, brief
 from moe_train.data.renderer import GENERATION, PLACE
 from moe_train.data.sandbox import Prefix, Request
-from moe_train.data.tokenizer import HuggingFace, Span
+from moe_train.data.tokenizer import HuggingFace, Marked, Span
 
 # Unicode noncharacters, which no text contains: what was written and looks like a control token stands between these.
 _PLAIN = ("\ufdd0", "\ufdd1")
@@ -41,7 +41,7 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
     """
     filled = _filled(conversations, template, tokenizer)
     others = [_wanted(each, tokenizer) for each, some in zip(conversations, filled, strict=True) if some is None]
-    rendered = iter(_rendered(others, template))
+    rendered = iter(_rendered(others, template, tokenizer))
     made = [next(rendered) if some is None else some for some in filled]
     texts = [text for some in made if not isinstance(some, ValueError) for text in some]
     encoded = iter(_encode(texts, tokenizer))
@@ -50,8 +50,8 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
 
 def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:
     """The tokens up to where the assistant's next turn begins."""
-    text = _without_marks(_text(conversation, True, template, tokenizer))
-    return _encode([_Text(text, [], [])], tokenizer)[0].tokens
+    text = _Text(_without_marks(_text(conversation, True, template, tokenizer)), [], [])
+    return _encode([_written(text, tokenizer)], tokenizer)[0].tokens
 
 
 @functools.lru_cache(maxsize=8)
@@ -89,6 +89,13 @@ class _Text(NamedTuple):
     random: list[Span]
 
 
+class _Written(NamedTuple):
+    """The same for the tokenizer; of its spans the first `num_learnt` are learnt, the others random."""
+
+    marked: Marked
+    num_learnt: int
+
+
 class _Asked(NamedTuple):
     """A request, and whether what it is of holds what an escaped mark looks like."""
 
@@ -100,9 +107,9 @@ _Steps = Generator[list[_Asked], list[list[str | ValueError]], list[_Text]]
 """Asks for renderings, is told them, and so on until its texts are made. Raises ValueError."""
 
 
-def _rendered(steps: list[_Steps], template: str) -> list[list[_Text] | ValueError]:
+def _rendered(steps: list[_Steps], template: str, tokenizer: HuggingFace) -> list[list[_Written] | ValueError]:
     """What the steps of each conversation lead to, those of all taken together."""
-    found: list[list[_Text] | ValueError] = [[] for _ in steps]
+    found: list[list[_Written] | ValueError] = [[] for _ in steps]
     told: list[tuple[int, list[list[str | ValueError]] | None]] = [(i, None) for i in range(len(steps))]
     while told:
         asking: list[tuple[int, list[_Asked]]] = []
@@ -110,7 +117,7 @@ def _rendered(steps: list[_Steps], template: str) -> list[list[_Text] | ValueErr
             try:
                 asking.append((i, next(steps[i]) if answers is None else steps[i].send(answers)))
             except StopIteration as done:
-                found[i] = done.value
+                found[i] = [_written(text, tokenizer) for text in done.value]
             except ValueError as error:
                 found[i] = error
         try:
@@ -174,10 +181,14 @@ def _ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: Hugg
 
 def _marked(text: str, tokenizer: HuggingFace) -> str:
     """What looks like a control token stands between marks. Raises Problem where the text has such marks."""
+    return tokenizer.special_pattern.sub(lambda found: _PLAIN[0] + found[0] + _PLAIN[1], _unmarked(text))
+
+
+def _unmarked(text: str) -> str:
     if not text.isascii() and _MARKS.search(text):
         what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(text)}"
         raise Problem("unicode", what, "remove it")
-    return tokenizer.special_pattern.sub(lambda found: _PLAIN[0] + found[0] + _PLAIN[1], text)
+    return text
 
 
 def _as_templates_read(message: Message) -> Message:
@@ -367,17 +378,22 @@ class _Place(NamedTuple):
 
 
 class _Outline(NamedTuple):
-    """A text but for its contents; learnt: from which piece to which (behind the last)."""
+    """A text in pieces, empty where contents belong; of which pieces these are, and its spans, from which piece to which (behind
+    the last)."""
 
-    pieces: list[str | _Place]
-    learnt: list[Span]
+    marked: Marked
+    pieces: list[str]
+    places: list[tuple[int, _Place]]
+    spans: list[Span]
 
 
 _Order = tuple[tuple[str, bool, bool], ...]
 """Of each message its role, whether it is learnt, and whether it is empty."""
 
 
-def _filled(conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace) -> list[list[_Text] | ValueError | None]:
+def _filled(
+    conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace
+) -> list[list[_Written] | ValueError | None]:
     """The text of each conversation whose order has an outline."""
     known = _outlines(template, tokenizer)
     if len(known) > _MOST_OUTLINES:
@@ -385,13 +401,13 @@ def _filled(conversations: Sequence[Conversation], template: str, tokenizer: Hug
     orders = [_order(conversation) for conversation in conversations]
     if new := [order for order in dict.fromkeys(orders) if order is not None and order not in known]:
         steps = [_outlined(order, tokenizer) for order in new]
-        for one, made in zip(new, _rendered(steps, template), strict=True):
+        for one, made in zip(new, _rendered(steps, template, tokenizer), strict=True):
             known[one] = None if isinstance(made, ValueError) else _outline(*made)
-    found: list[list[_Text] | ValueError | None] = []
+    found: list[list[_Written] | ValueError | None] = []
     for (messages, _), order in zip(conversations, orders, strict=True):
         outline = None if order is None else known[order]
         try:
-            found.append(outline and [_fill(outline, [_marked(message["content"], tokenizer) for message in messages])])
+            found.append(outline and [_fill(outline, messages)])
         except ValueError as error:
             found.append(error)
     return found
@@ -437,50 +453,52 @@ def _outlined(order: _Order, tokenizer: HuggingFace) -> _Steps:
 _PLACES = re.compile(f"([{PLACE[0]}{PLACE[1]}])(\\d+){PLACE[2]}")
 
 
-def _outline(text: _Text) -> _Outline | None:
+def _outline(text: _Written) -> _Outline | None:
     """None where a content stands in a text twice: texts are not to be longer than what is in them."""
-    places = {found.start(): found for found in _PLACES.finditer(text.text)}
+    written, spans = text.marked.text, text.marked.spans
+    places = {found.start(): found for found in _PLACES.finditer(written)}
     ends = {found.end() for found in places.values()}
-    borders = sorted({0, len(text.text), *places, *ends, *itertools.chain.from_iterable(text.learnt)})
-    pieces = [
-        _Place(int(places[start][2]), places[start][1] == PLACE[1]) if start in places else text.text[start:end]
-        for start, end in itertools.pairwise(borders)
-    ]
-    numbers = [piece.message for piece in pieces if isinstance(piece, _Place)]
-    if len(set(numbers)) < len(numbers):
+    borders = sorted({0, len(written), *places, *ends, *itertools.chain.from_iterable(spans)})
+    pieces = ["" if start in places else written[start:end] for start, end in itertools.pairwise(borders)]
+    contents = [(borders.index(start), _Place(int(found[2]), found[1] == PLACE[1])) for start, found in places.items()]
+    if len({place.message for _, place in contents}) < len(contents):
         return None
-    return _Outline(pieces, [(borders.index(start), borders.index(end)) for start, end in text.learnt])
+    return _Outline(text.marked, pieces, contents, [(borders.index(start), borders.index(end)) for start, end in spans])
 
 
-def _fill(outline: _Outline, contents: list[str]) -> _Text:
-    parts = [
-        piece if isinstance(piece, str) else contents[piece.message].strip() if piece.stripped else contents[piece.message]
-        for piece in outline.pieces
-    ]
+def _fill(outline: _Outline, messages: list[Message]) -> _Written:
+    """Raises Problem for a content that has our marks in it."""
+    marked, parts, places, spans = outline
+    contents = [_unmarked(message["content"]) for message in messages]
+    parts = parts.copy()
+    for at, (message, stripped) in places:
+        parts[at] = contents[message].strip() if stripped else contents[message]
     ends = [0, *itertools.accumulate(map(len, parts))]
-    return _Text("".join(parts), [(ends[start], ends[end]) for start, end in outline.learnt], [])
+    characters = [(ends[start], ends[end]) for start, end in spans]
+    return _Written(Marked("".join(parts), characters, marked.control, marked.edges), len(spans))
 
 
 # --- text to ids -----------------------------------------------------------------------------------------------
 
 
-def _encode(texts: list[_Text], tokenizer: HuggingFace) -> list[Example]:
+_SPLIT = re.compile("[" + "".join(_PLAIN) + "]")
+
+
+def _written(text: _Text, tokenizer: HuggingFace) -> _Written:
+    """With marks around control tokens instead of around what is none."""
+    pieces, spans = _SPLIT.split(text.text), text.learnt + text.random
+    if len(pieces) > 1:  # from places in a text with marks to places in one without
+        marks = [end + i for i, end in enumerate(itertools.accumulate(map(len, pieces[:-1])))]
+        spans = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]
+    return _Written(tokenizer.marked(pieces, spans), len(text.learnt))
+
+
+def _encode(texts: list[_Written], tokenizer: HuggingFace) -> list[Example]:
     """Ids of each text; those that touch a learnt span bear loss, unless they touch a random one."""
-    plain = re.compile("[" + "".join(_PLAIN) + "]")
-    pieces = [plain.split(text) if _PLAIN[0] in text else [text] for text, _, _ in texts]
-    wanted = []
-    for some, (_, learnt, random) in zip(pieces, texts, strict=True):
-        spans = learnt + random
-        if len(some) > 1:  # from places in a text with marks to places in one without
-            marks: list[int] = []
-            for piece in some[:-1]:
-                marks.append((marks[-1] + 1 if marks else 0) + len(piece))
-            spans = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]
-        wanted.append(spans)
     found = []
-    for (ids, touched), (_, learnt, _) in zip(tokenizer.encode_control_batch(pieces, wanted), texts, strict=True):
+    for (ids, touched), text in zip(tokenizer.encode_marked([text.marked for text in texts]), texts, strict=True):
         mask = [False] * len(ids)
         for i, (first, last) in enumerate(touched):
-            mask[first:last] = [i < len(learnt)] * (last - first)
+            mask[first:last] = [i < text.num_learnt] * (last - first)
         found.append(Example(ids, mask))
     return found

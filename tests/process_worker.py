@@ -2,8 +2,8 @@
 
 Runs the command line with ARGUMENTS, then `export RUN_DIR OUT_DIR/LAYOUT` for each layout, then once more with process 1's
 disk full; RUN_DIR and OUT_DIR are in the environment. Writes OUT_DIR.PROCESS.json: the bytes of tensors that this process
-`loaded` of the first of these, and `read` to work out its `hashes`, the files of tensors that it wrote, and what is said of a
-folder that it cannot see.
+`loaded` of the first of these, and `read` to work out its `hashes`, those of the adapters likewise, the files of tensors that
+it wrote, and what is said of a folder that it cannot see.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_train import cli, config, mesh
 from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import foreign, safetensors_io, together
+from moe_train.weights import adapter, foreign, safetensors_io, together
 
 LAYOUTS = {
     "hf": ("--merge", "--max-shard-size", "20KB"),
@@ -69,6 +69,9 @@ def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
         foreign.load_parameters(out_dir / "hf", parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1])
         seen["loaded"], seen["read"] = seen["read"], 0
         seen["hashes"] = foreign.hashes(out_dir / "hf")
+        seen["read"], before = 0, seen["read"]
+        seen["adapter_hashes"] = adapter.hashes(out_dir / "peft")
+        seen["read"], seen["adapter_read"] = before, seen["read"]
         try:
             together.require_shared(out_dir if index == 0 else out_dir / "of another host")
         except ValueError as error:

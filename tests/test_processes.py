@@ -28,7 +28,7 @@ from moe_train.export import export
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train import loop
-from moe_train.weights import foreign, write
+from moe_train.weights import adapter, foreign, on_disk, peft, safetensors_io, write
 from tests.process_worker import LAYOUTS
 from tests.train.conftest import compiled, small_run, text  # noqa: F401
 
@@ -395,10 +395,13 @@ def test_two_processes_write_what_one_writes(both: tuple[Run, Path, subprocess.C
 
     total = sum(file.stat().st_size for file in (two / "hf").glob("*.safetensors"))
     shares = [json.loads(Path(f"{two}.{i}.json").read_text()) for i in range(2)]
+    tensors = safetensors_io.open_file(two / "peft" / peft.WEIGHTS).values()
+    assert sum(share["adapter_read"] for share in shares) == sum(on_disk.nbytes(t.shape, t.dtype) for t in tensors)
     written = [{name for name in share["written"] if name.startswith("model-")} for share in shares]
     assert not written[0] & written[1] and len(written[0]) == len(written[1]) == 2
     assert shares[1]["written"] == sorted(written[1])  # of one file the first process is the writer
     for share, seen in zip(shares, (two, two / "of another host"), strict=True):
         assert share["loaded"] < 0.6 * total  # half of what is split, and what all devices have
         assert 0.4 * total < share["read"] < 0.6 * total and share["hashes"] == foreign.hashes(two / "hf")
+        assert share["adapter_read"] and share["adapter_hashes"] == adapter.hashes(two / "peft")
         assert share["shared"].startswith(f"{seen.parent} is not on a file system that all processes share: process ")

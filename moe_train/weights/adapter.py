@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from moe_train import config
-from moe_train.weights import gguf, gguf_lora, mistral_lora, on_disk, peft, safetensors_io
+from moe_train.weights import gguf, gguf_lora, mistral_lora, peft, safetensors_io, together
 from moe_train.weights.arrays import Abstract, Parameters
 
 
@@ -23,13 +23,13 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
 
 
 def hashes(path: str | Path) -> dict[str, str]:
-    """sha256 of each tensor by its name, and of the settings."""
+    """sha256 of each tensor by its name, and of the settings; several processes read a share each of the tensors."""
     directory, layout = Path(path), _layout_of(path)
     if layout is gguf_lora:
         opened = gguf_lora.open_adapter(path)
         alpha = repr(opened.settings.get("adapter.lora.alpha"))
-        return on_disk.hashes(opened.tensors) | {"adapter.lora.alpha": hashlib.sha256(alpha.encode()).hexdigest()}
-    found = on_disk.hashes(safetensors_io.open_file(directory / (peft.WEIGHTS if layout is peft else mistral_lora.FILE)))
+        return together.tensor_hashes(opened.tensors) | {"adapter.lora.alpha": hashlib.sha256(alpha.encode()).hexdigest()}
+    found = together.tensor_hashes(safetensors_io.open_file(directory / (peft.WEIGHTS if layout is peft else mistral_lora.FILE)))
     settings = directory / (peft.CONFIG if layout is peft else "params.json")
     return found | ({settings.name: hashlib.sha256(settings.read_bytes()).hexdigest()} if settings.is_file() else {})
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from moe_train import config
 from moe_train.model.quantize import unquantized
-from moe_train.weights import gguf, hf, hf_config, mistral, mistral_params, names, on_disk, safetensors_io, together
+from moe_train.weights import gguf, hf, hf_config, mistral, mistral_params, names, safetensors_io, together
 from moe_train.weights.arrays import Abstract, Parameters, fill
 from moe_train.weights.on_disk import Weights
 
@@ -76,6 +76,4 @@ def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:
 
 def hashes(path: str | Path) -> dict[str, str]:
     """sha256 of each tensor that `load_parameters` reads, by its name in the files; several processes read a share each."""
-    tensors = open_weights(path).tensors
-    sizes = {name: on_disk.nbytes(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    return together.hashes(sizes, lambda names: on_disk.hashes({name: tensors[name] for name in names}))
+    return together.tensor_hashes(open_weights(path).tensors)

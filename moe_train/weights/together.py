@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.atomic import new_directory
 from moe_train.mesh import AXES
+from moe_train.weights import on_disk
 from moe_train.weights.arrays import Parameters, fetch
+from moe_train.weights.on_disk import Tensor
 
 T = TypeVar("T")
 
@@ -135,6 +137,12 @@ def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]
     mine = of([name for name in names if owner[name] == jax.process_index()])
     found = np.stack([np.frombuffer(bytes.fromhex(mine.get(name, "00" * 32)), np.int32) for name in names])
     return {name: row.tobytes().hex() for name, row in zip(names, np.bitwise_or.reduce(_over_processes(found)), strict=True)}
+
+
+def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """`on_disk.hashes` of files that all processes see; each reads a share of them. Raises as `hashes`."""
+    sizes = {name: on_disk.nbytes(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return hashes(sizes, lambda names: on_disk.hashes({name: tensors[name] for name in names}))
 
 
 # --- between processes ---------------------------------------------------------------------------------------------

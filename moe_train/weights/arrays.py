@@ -79,13 +79,13 @@ def _arrays(
     for ranges, devices in replicas.items():
 
         def read(lead: tuple[int, ...], outs: Sequence[np.ndarray], ranges: Ranges = ranges) -> None:
-            piece = pieces[lead]
+            piece, tensor = pieces[lead], tensors[pieces[lead].name]
             blocks_along = likes.dim if isinstance(likes, Quantized) else None
-            for at, part in _parts(piece, tensors[piece.name], ranges[stacked:], blocks_along):
+            for at, cut in _cuts(piece, tensor, ranges[stacked:], blocks_along):
                 if not isinstance(likes, Quantized):
-                    strided.copy_into(outs[0][at], part)
+                    strided.copy_into(outs[0][at], piece.from_file(tensor.read, cut))
                     continue
-                in_few_bits = _quantized(strided.contiguous(part), *how_of(likes))
+                in_few_bits = _quantized(strided.contiguous(piece.from_file(tensor.read, cut)), *how_of(likes))
                 for out, x in zip(outs, in_few_bits, strict=True):
                     out[at] = x
 
@@ -155,12 +155,12 @@ def _leads(ranges: Ranges) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(*r) for r in ranges))
 
 
-def _parts(
+def _cuts(
     piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None
-) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """The entries `ranges` of a matrix, about a MiB of the file at a time, and where in the matrix each part lies.
+) -> Iterator[tuple[tuple[slice, ...], Ranges]]:
+    """The entries `ranges` of a matrix, about a MiB of the file at a time: where they lie among these, and their own ranges.
 
-    never: a dim, from the end, that is never cut.
+    never: a dim, from the end, that is not cut.
     """
     rows = piece.axes.index((0,))  # the dim of ours that goes over rows of the file
     start, stop = ranges[rows]
@@ -168,8 +168,8 @@ def _parts(
     step = stop - start if never is not None and rows == len(ranges) + never else CHUNK // max(1, row)
     for first in range(start, stop, max(1, step)):
         last = min(first + max(1, step), stop)
-        cut = (*ranges[:rows], (first, last), *ranges[rows + 1 :])
-        yield (slice(None),) * rows + (slice(first - start, last - start),), piece.from_file(tensor.read, cut)
+        into = (slice(None),) * rows + (slice(first - start, last - start),)
+        yield into, (*ranges[:rows], (first, last), *ranges[rows + 1 :])
 
 
 _quantized = jax.jit(quantize, static_argnums=(1, 2, 3, 4))

@@ -8,6 +8,7 @@ tensor, and those of the files.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -51,6 +52,7 @@ def status(key: str) -> float:
 
 def above(work: Callable[[], Any]) -> tuple[Any, float]:
     """(what `work` returns, MiB that were resident at most above those before)."""
+    gc.collect()  # what is resident and not in use any more would hide as much of the work's
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     before = status("VmRSS")
     result = work()

@@ -2,7 +2,7 @@
 
 Router in float32: logits, the top-k of them, softmax over the chosen (Mixtral, arXiv:2401.04088). A sigmoid router
 (DeepSeek-V3, arXiv:2412.19437) weights its experts by sigmoid_i / sum of the chosen sigmoids, which is the softmax over
-the chosen logarithms of sigmoids: both are a softmax over `log_scores`. `dispatch` runs the experts.
+the chosen logarithms of sigmoids: both are a softmax over `log_scores`. `experts` runs them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
-from moe_train.model.dispatch import Dropout, ExpertMatrix, ExpertWeights, run_experts, top_k
+from moe_train.mesh import batch_axes
+from moe_train.model.experts import Dropout, ExpertMatrix, ExpertWeights, run_experts
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.fsdp import activation_spec, over_replicas
 from moe_train.model.layers import Adapted, keys_of, normal
@@ -159,6 +160,21 @@ class MoE(nnx.Module):
         if self.router.bias is not None:
             by_BTE += self.router.bias[...]
         return by_BTE if self.groups == (1, 1) else within_groups(by_BTE, *self.groups)
+
+
+def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The k largest of each token, or those where `by` is largest, and their indices; computed where the token is: left
+    alone, XLA:CPU gathers the whole batch. `by` has no gradient."""
+    tokens = P(batch_axes(), "context")
+
+    def local(logits_btE: jax.Array, by_btE: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        if by_btE is None:
+            values, ids = jax.lax.top_k(logits_btE, k)
+            return values, ids
+        _, ids = jax.lax.top_k(jax.lax.stop_gradient(by_btE), k)
+        return jnp.take_along_axis(logits_btE, ids, axis=-1), ids
+
+    return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(logits_BTE, by_BTE)
 
 
 def within_groups(by_BTE: Float[Array, "B T E"], num_groups: int, groups_per_token: int) -> Float[Array, "B T E"]:

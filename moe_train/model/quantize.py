@@ -5,7 +5,7 @@ which is not the last of the weight. So neither codes nor numbers ever change la
 dim XLA lays out the codes of all layers anew, beside the old ones, before it loops over the layers.
 A block is divided by its largest magnitude, and each quotient becomes the nearest of 16 levels (nf4) or of the whole
 127ths (int8). The codes and scales of a weight are split over the mesh as it was; blocks lie whole on a device. They
-travel in its place (`fsdp.project`, `dispatch`), and become numbers again just before a product.
+travel in its place (`fsdp.project`, `experts`), and become numbers again just before a product.
 """
 
 from __future__ import annotations

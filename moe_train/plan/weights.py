@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 
     path: str
     kind: Kind
-    """expert: of routed experts, gathered over `fsdp` inside `dispatch`; linear: of `fsdp.project`; table: embedding or head,
+    """expert: of routed experts, gathered over `fsdp` inside `experts`; linear: of `fsdp.project`; table: embedding or head,
     rows split over V; small: norms, routers, biases, whole on each device."""
     layers: int
     """Entries of its leading dim of layers; 1 outside the stacks."""

@@ -23,7 +23,7 @@ from moe_train import config
 from moe_train.mesh import BATCH, axis_size, make_mesh
 from moe_train.model import attention, splash_attention
 from moe_train.model import grouped_matmul as gm
-from moe_train.model.dispatch import ExpertMatrix, ExpertWeights, run_experts
+from moe_train.model.experts import ExpertMatrix, ExpertWeights, run_experts
 from moe_train.model.fsdp import activation_spec
 
 ROWS, IN, OUT = 1024, 256, 128

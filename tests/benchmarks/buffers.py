@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config_file
 from moe_train.mesh import BATCH, axis_size, make_mesh
-from moe_train.model import dispatch, exchange, ragged
+from moe_train.model import exchange, experts, ragged
 from moe_train.model.moe import MoE
 from moe_train.plan import hlo
 from moe_train.plan.compile import _environment, check_installed
@@ -78,7 +78,7 @@ def program(kind: str) -> jax.stages.Compiled:
 
     assert run.model is not None
     compute = run.compute.model_copy(update={"transport": "ragged_all_to_all" if kind == "ragged" else "all_to_all"})
-    with jax.set_mesh(mesh), mock.patch.object(dispatch, "exchange", transport(kind)):
+    with jax.set_mesh(mesh), mock.patch.object(experts, "exchange", transport(kind)):
         layer = jax.tree.map(placed, jax.eval_shape(lambda: MoE(nnx.Rngs(0), run.model, compute)))
         tokens = NamedSharding(mesh, P(BATCH, "context"))
         x = jax.ShapeDtypeStruct((8, TOKENS, run.model.model_dim), jnp.dtype(compute.dtype), sharding=tokens)

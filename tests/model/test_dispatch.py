@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.mesh import BATCH, make_mesh
 from moe_train.model import dispatch, transport
-from moe_train.model.dispatch import ExpertMatrix, ExpertWeights
+from moe_train.model.experts import ExpertMatrix, ExpertWeights, run_experts
 from tests.model.conftest import quick_jit, ragged_all_to_all
 
 B, T, D, F, J, E, A = 8, 6, 8, 16, 3, 8, 2
@@ -122,7 +122,7 @@ def compiled(kernel: str, mesh: Mesh, transport: str, capacity_factor: float | N
 
         def f(x: jax.Array, weights: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, jax.Array]:
             how = {"transport": transport, "capacity_factor": capacity_factor}
-            return dispatch.run_experts(x, ids, weights, valid, experts, kernel, **how)
+            return run_experts(x, ids, weights, valid, experts, kernel, **how)
 
         y, vjp, computed = jax.vjp(f, *primals, has_aux=True)
         return y, vjp(dy), computed

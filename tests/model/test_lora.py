@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.data.batch import Batch
 from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.dispatch import _dropped
+from moe_train.model.experts import _dropped
 from moe_train.model.lora import is_lora
 from moe_train.model.transformer import Parameters, Transformer, combine, init_model, parameters
 from moe_train.train.loss import microbatch_loss

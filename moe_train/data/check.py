@@ -35,7 +35,6 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.json_file import read_object
 
 _WORTH_PROCESSES = 8 << 20  # bytes; less is done before processes have started
-_PACKED_AT_ONCE = 1 << 21  # examples; of more, a fraction with the same lengths is packed
 
 
 @dataclass(frozen=True)
@@ -379,12 +378,10 @@ def _packing(
     for (source, kind), counter in lengths.items():
         record = sources[source].record
         too_long: packing.TooLong = record.too_long if record is not None else "split" if kind == "text" else "drop"
-        each = np.array(sorted(counter), np.int64)
-        counts = np.array([counter[ids] for ids in each.tolist()], np.int64)
-        part = -(-int(counts.sum()) // _PACKED_AT_ONCE)
-        plan = packing.make_plan(np.repeat(each - 1, -(-counts // part)), T, "drop" if too_long == "error" else too_long)
-        rows[source] += plan.num_rows * part
-        positions += plan.num_tokens * part
+        counts = {ids - 1: count for ids, count in counter.items()}
+        num_rows, num_tokens = packing.packed(counts, T, "drop" if too_long == "error" else too_long)
+        rows[source] += num_rows
+        positions += num_tokens
     total = sum(rows.values())
     shares = np.array([sources[source].weight for source in rows if rows[source]])
     seen = max((rows[s] * shares.sum() / sources[s].weight for s in rows if rows[s]), default=0)  # until each row was seen

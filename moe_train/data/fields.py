@@ -39,6 +39,9 @@ def field(fields: Mapping[str, Any], column: str) -> Any:
 
 
 def text_field(fields: Mapping[str, Any], column: str) -> str:
+    value = fields.get(column)
+    if value.__class__ is str and value.isascii():
+        return value  # as most are
     return checked_text(field(fields, column), f"column {column!r}")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.data.batch import Batch
-from moe_train.data.packing import Method, Plan, TooLong, _best_fit, _first_fit, empty_batch, fill_row, make_plan
+from moe_train.data.packing import Method, Plan, TooLong, _best_fit, _first_fit, empty_batch, fill_row, make_plan, packed
 
 
 def all_rows(plan: Plan, ids: list[np.ndarray], masks: list[np.ndarray] | None = None) -> Batch:
@@ -69,6 +69,16 @@ def test_every_record_is_there_once(lengths: list[int], seq_len: int, too_long: 
     assert plan.num_tokens == sum(len(tokens) for tokens, _, _ in expected)
     fill = np.sort(np.add.reduceat(plan.length, plan.row_pieces[:-1])) if plan.num_rows else np.zeros(0)
     assert len(fill) < 2 or fill[0] + fill[1] > seq_len, "no two rows would go into one"
+
+
+@given(
+    counts=st.dictionaries(st.integers(0, 40), st.integers(0, 30), max_size=12),
+    seq_len=st.integers(1, 25),
+    too_long=st.sampled_from(["split", "truncate", "drop"]),
+)
+def test_counted_lengths_pack_like_the_examples(counts: dict[int, int], seq_len: int, too_long: TooLong) -> None:
+    plan = make_plan(np.repeat(list(counts), list(counts.values())).astype(np.int64), seq_len, too_long)
+    assert packed(counts, seq_len, too_long) == (plan.num_rows, plan.num_tokens)
 
 
 def test_rows_come_in_the_order_of_their_first_record() -> None:

@@ -155,9 +155,7 @@ def _leads(ranges: Ranges) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(*r) for r in ranges))
 
 
-def _cuts(
-    piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None
-) -> Iterator[tuple[tuple[slice, ...], Ranges]]:
+def _cuts(piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None) -> Iterator[tuple[tuple[slice, ...], Ranges]]:
     """The entries `ranges` of a matrix, about a MiB of the file at a time: where they lie among these, and their own ranges.
 
     never: a dim, from the end, that is not cut.

@@ -30,7 +30,7 @@ TARGETS = (config.LoraTarget(modules=("ffn.*",), rank=1, alpha=1.0),)
 
 @pytest.mark.parametrize("how", [config.Nf4(name="nf4"), config.Int8(name="int8")], ids=["nf4", "int8"])
 def test_weights_are_quantised_matrix_by_matrix(how: Any, tmp_path: Path) -> None:
-    """The host never has a stacked array in full: its peak is codes, and some of the 192 matrices."""
+    """The host never has a stacked array in full: beside what is kept there are parts of some of the 192 matrices."""
     draw = np.random.default_rng(0).normal
     hf.write(tmp_path, MODEL, "float32", lambda piece: draw(size=piece.shape).astype(np.float32))
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
@@ -39,6 +39,7 @@ def test_weights_are_quantised_matrix_by_matrix(how: Any, tmp_path: Path) -> Non
         )[1]
         shapes = {path: x for path, x in shapes.items() if "lora" not in path}
         assert all(isinstance(x.sharding, NamedSharding) for x in shapes.values())
+        foreign.load_parameters(tmp_path, shapes)  # compiles
         tracemalloc.start()
         found = foreign.load_parameters(tmp_path, shapes)
         _, peak = tracemalloc.get_traced_memory()
@@ -46,4 +47,4 @@ def test_weights_are_quantised_matrix_by_matrix(how: Any, tmp_path: Path) -> Non
     whole = unquantized(shapes)["stacks.0.layers.0.ffn.gate_proj.weight"]
     held = sum(found[f"stacks.0.layers.0.ffn.gate_proj.weight.{part}"].nbytes for part in ("codes", "scales"))
     assert held <= whole.size * (4.5 if how.name == "nf4" else 8.5) / 8
-    assert held < peak < sum(x.nbytes for x in found.values()) + whole.size * 4, (held, peak)
+    assert held < peak < sum(x.nbytes for x in found.values()) + whole.size * 2, (held, peak)

@@ -71,16 +71,18 @@ class Duplicates(NamedTuple):
 
 
 class Spool:
-    """The fingerprints of a corpus, in files of `directory`, in the order of the records."""
+    """The fingerprints of a corpus, in files of `directory`, in the order of the records; each band in a file of its own, so
+    that one at a time is in memory."""
 
     def __init__(self, directory: Path) -> None:
-        self._paths = {name: directory / name for name in ("whole", "with_words", "bands", "minima")}
+        self._paths = {name: directory / name for name in ("whole", "with_words", "minima", *map(str, range(_BANDS)))}
         self._files = {name: path.open("wb") for name, path in self._paths.items()}
         self.num_records = 0
 
     def add(self, found: Fingerprints) -> None:
-        for name, array in found._replace(with_words=found.with_words + self.num_records)._asdict().items():
-            self._files[name].write(np.ascontiguousarray(array).tobytes())
+        arrays = {"whole": found.whole, "with_words": found.with_words + self.num_records, "minima": found.minima}
+        for name, array in (arrays | {str(band): keys for band, keys in enumerate(found.bands.T)}).items():
+            self._files[name].write(array.tobytes())
         self.num_records += len(found.whole)
 
     def close(self) -> None:
@@ -104,12 +106,11 @@ class Spool:
         if not self._paths["with_words"].stat().st_size:
             return Duplicates(int(is_exact.sum()), 0, examples)
         record = np.memmap(self._paths["with_words"], np.int64, "r")
-        bands = np.memmap(self._paths["bands"], np.uint32, "r").reshape(-1, _BANDS)
-        minima = np.memmap(self._paths["minima"], np.uint16, "r").reshape(-1, _MINIMA)
         is_near = np.zeros(self.num_records, bool)
         near: list[Twin] = []
         for band in range(_BANDS):
-            for one, two in _alike(bands[:, band]):
+            minima = np.memmap(self._paths["minima"], np.uint16, "r").reshape(-1, _MINIMA)  # anew: pages of the last one go
+            for one, two in _alike(np.memmap(self._paths[str(band)], np.uint32, "r")):
                 new = ~(is_exact[record[two]] | is_near[record[two]])
                 one, two = one[new], two[new]
                 for start in range(0, len(one), 1 << 14):

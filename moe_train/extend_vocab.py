@@ -8,7 +8,7 @@ gradient is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -27,7 +27,8 @@ Format = Literal["hf", "mistral"]
 _ROWS = ("embed.weight", names.HUGGING_FACE.head.path)
 """Our arrays whose first dim is the vocabulary."""
 ROWS = 2**12
-"""Of embeddings, that are compared at a time."""
+"""Of embeddings, that are read at a time."""
+Read = Callable[[tuple[int | slice, ...]], np.ndarray]
 
 
 def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: Format = "hf") -> dict[str, Any]:
@@ -50,8 +51,9 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
 
     def matrix(piece: names.Piece) -> np.ndarray:
         of_base = source[piece.path, piece.lead]
-        w = of_base.from_file(weights.tensors[of_base.name].read)
-        return piece.to_file(extended(w, ids, new.vocab_size) if piece.path in _ROWS else w).astype(dtype, copy=False)
+        read = weights.tensors[of_base.name].read
+        w = extended(of_base, read, ids, new.vocab_size) if piece.path in _ROWS else of_base.from_file(read)
+        return piece.to_file(w).astype(dtype, copy=False)
 
     check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in names.pieces(model)))
     with new_directory(out_dir) as directory:
@@ -127,15 +129,26 @@ def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
     return pieces
 
 
-def extended(rows: np.ndarray, ids: Mapping[int, int], size: int) -> np.ndarray:
-    """(V, D) -> (size, D): row i at ids[i], the mean of those rows everywhere else."""
-    out, total, new = np.empty((size, *rows.shape[1:]), rows.dtype), np.zeros(rows.shape[1:]), np.ones(size, bool)
-    for old_id, new_id in ids.items():
-        out[new_id] = rows[old_id]
-        total += rows[old_id]
-        new[new_id] = False
-    out[new] = (total / len(ids)).astype(rows.dtype)
+def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) -> np.ndarray:
+    """(V, D) in a file -> (size, D): row i at ids[i], the mean of those rows everywhere else."""
+    dim = piece.ours_shape[1]
+    total, new, out = np.zeros(dim), np.ones(size, bool), None
+    for old, rows in _rows(piece, read, list(ids)):
+        out = np.empty((size, dim), rows.dtype) if out is None else out
+        out[at := [ids[i] for i in old]] = rows
+        total += rows.sum(0, dtype=np.float64)
+        new[at] = False
+    assert out is not None
+    out[new] = (total / len(ids)).astype(out.dtype)
     return out
+
+
+def _rows(piece: names.Piece, read: Read, ids: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(some of the ids, their rows), until there were all: a tensor of embeddings is not in memory whole."""
+    for start in range(0, piece.ours_shape[0], ROWS):
+        stop = min(start + ROWS, piece.ours_shape[0])
+        if some := [i for i in ids if start <= i < stop]:
+            yield some, piece.from_file(read, [(start, stop), (0, piece.ours_shape[1])])[np.array(some) - start]
 
 
 def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
@@ -144,14 +157,13 @@ def _check_written(directory: Path, model: config.Model, weights: Weights, ids: 
     names.check(directory, written.table, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
     if written.model.vocab_size != model.vocab_size:
         raise RuntimeError(f"{directory} was written with {written.model.vocab_size} tokens, not {model.vocab_size}")
-    kept, at = list(ids.keys()), list(ids.values())
     for piece in written.table:
         of_base = source[piece.path, piece.lead]
-        was, now = of_base.from_file(weights.tensors[of_base.name].read), piece.from_file(written.tensors[piece.name].read)
-        if piece.path in _ROWS:  # some at a time, of which numpy makes copies
-            same = all(np.array_equal(was[kept[i : i + ROWS]], now[at[i : i + ROWS]]) for i in range(0, len(kept), ROWS))
+        read, now = weights.tensors[of_base.name].read, piece.from_file(written.tensors[piece.name].read)
+        if piece.path in _ROWS:
+            same = all(np.array_equal(was, now[[ids[i] for i in old]]) for old, was in _rows(of_base, read, list(ids)))
         else:
-            same = np.array_equal(was, now)
+            same = np.array_equal(of_base.from_file(read), now)
         if not same:  # widening a 16-bit number changes no value
             raise RuntimeError(f"{piece.name} in the file is not that of the base")
 

@@ -123,7 +123,7 @@ def test_a_row_that_is_written_wrong_is_found(tmp_path: Path, monkeypatch: pytes
     from moe_train import extend_vocab as module
 
     base, right = make_base(tmp_path / "base", MODEL), module.extended
-    monkeypatch.setattr(module, "extended", lambda rows, ids, size: np.roll(right(rows, ids, size), 1, 0))
+    monkeypatch.setattr(module, "extended", lambda *given: np.roll(right(*given), 1, 0))
     with pytest.raises(RuntimeError, match=r"embed_tokens\.weight in the file is not that of the base"):
         extend_vocab(base, tmp_path / "out", "v3")
     assert not (tmp_path / "out").exists()

@@ -1,9 +1,11 @@
-"""How fast data are checked: MB/s, beside the tokenizer library's own batch encoding, and peak memory for files of two sizes.
+"""How fast data are checked and prepared: MB/s, beside the tokenizer library's own batch encoding, and peak memory for files of
+two sizes.
 
     taskset -c 0 python tests/benchmarks/data_check.py --num-proc 1
     python tests/benchmarks/data_check.py --num-proc 2
+    python tests/benchmarks/data_check.py --sizes 100 1000   # takes an hour
 
-The bar: 100 MB of JSON lines in under a minute on two cores, and memory that does not grow with the file. Text is the
+The bar: 100 MB of JSON lines checked in under a minute on two cores, and memory that does not grow with the file. Text is the
 standard library's, cut anew for each record, so that there are few duplicates. Memory is of all processes together.
 """
 
@@ -23,7 +25,7 @@ from pathlib import Path
 import mistral_common
 
 from moe_train.data.standard_library import gather
-from moe_train.data.tokenizer import train_bpe
+from moe_train.data.tokenizer import tokenizer_at, train_bpe
 
 SIZES = (10, 100)  # MB
 V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
@@ -46,11 +48,13 @@ def main() -> None:
                 file = root / f"{kind}-{size}.jsonl"
                 write_records(file, kind, size, words)
                 for name, path in (("tokenizers", root / "tokenizer"), ("mistral-common v3", V3)):
-                    wall, cpu, peak = _timed(file, path, arguments.num_proc)
-                    print(
-                        f"{kind} {size:4} MB, {name:17} {arguments.num_proc} processes: {wall:6.1f} s, {size / wall:5.2f} MB/s, "
-                        f"{size / cpu:5.2f} MB per CPU second, peak {peak / 2**20:,.0f} MiB"
-                    )
+                    for command in (checking(file, path, arguments.num_proc), preparing(file, kind, path, arguments.num_proc)):
+                        wall, cpu, peak = _timed(command)
+                        print(
+                            f"data {command[1]:7} {kind} {size:4} MB, {name:17} {arguments.num_proc} processes: {wall:6.1f} s, "
+                            f"{size / wall:5.2f} MB/s, {size / cpu:5.2f} MB per CPU second, peak {peak / 2**20:,.0f} MiB",
+                            flush=True,
+                        )
         sample = [json.loads(line)["text"] for line in (root / f"text-{arguments.sizes[0]}.jsonl").open()]
         begun = time.perf_counter()
         tokenizer.encode_batch(sample)
@@ -84,23 +88,41 @@ def write_records(file: Path, kind: str, megabytes: int, words: list[str]) -> No
                 stream.write(json.dumps(record) + "\n")
 
 
-def _timed(file: Path, tokenizer: Path, num_proc: int) -> tuple[float, float, int]:
+def checking(file: Path, tokenizer: Path, num_proc: int) -> list[str]:
+    """`moe-train data check` of a file."""
+    return ["data", "check", str(file), "--tokenizer", str(tokenizer), "--seq-len", "2048", "--json", "--num-proc", str(num_proc)]
+
+
+def preparing(file: Path, kind: str, tokenizer: Path, num_proc: int) -> list[str]:
+    """`moe-train data prepare` of the same, for a run whose config is written beside it."""
+    run = {
+        "name": "prepared",
+        "run_dir": str(file.parent / "run"),
+        "model": {
+            "family": "mistral",
+            **{"vocab_size": 1 << 17, "model_dim": 64, "num_layers": 1, "max_seq_len": 2048},
+            "attention": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 64},
+            "ffn": {"name": "dense", "ffn_dim": 64},
+        },
+        "data": {
+            "tokenizer": tokenizer_at(tokenizer).model_dump(),
+            "train": [{"name": "files", "files": [str(file)], "record": {"name": kind, "too_long": "drop"}}],
+            "cache_dir": tempfile.mkdtemp(dir=file.parent),
+            "num_proc": num_proc,
+        },
+        "train": {"steps": 1, "batch_size": 8, "seq_len": 2048},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+    }
+    config = file.with_suffix(".yaml")
+    config.write_text(json.dumps(run))
+    return ["data", "prepare", str(config), "--json"]
+
+
+def _timed(command: list[str]) -> tuple[float, float, int]:
     """Wall seconds, CPU seconds, and the most bytes that all processes had at once, at the quarter second."""
-    command = [
-        sys.executable,
-        "-m",
-        "moe_train",
-        "data",
-        "check",
-        str(file),
-        "--tokenizer",
-        str(tokenizer),
-        "--seq-len",
-        "2048",
-        "--json",
-    ]
     before, begun, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
-    with subprocess.Popen([*command, "--num-proc", str(num_proc)], stdout=subprocess.DEVNULL, start_new_session=True) as process:
+    arguments = [sys.executable, "-m", "moe_train", *command]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         while process.poll() is None:
             peak = max(peak, sum(_resident(pid) for pid in _session(process.pid)))
             time.sleep(0.25)

@@ -5,7 +5,7 @@ a turn adds to the rendering of the turns before it; where both can be had, they
 becomes its prefixes, and of each only the last turn is learnt. A call's id is random, and never learnt.
 
 Most templates do nothing with contents but write them. Then texts without tools are rendered once for each order of roles,
-with contents left open (see `renderer`), and filled in.
+with contents left open, and filled in (see `outline`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from moe_train.data import sandbox
 from moe_train.data.conversation import Conversation, Message
 from moe_train.data.example import Example, bears_loss, turns, uses_tools, without_tools
 from moe_train.data.fields import Problem, brief
-from moe_train.data.renderer import GENERATION, PLACE
+from moe_train.data.outline import Order, Outline, fill, order_of, outline_of
+from moe_train.data.renderer import GENERATION
 from moe_train.data.sandbox import Prefix, Request
 from moe_train.data.tokenizer import HuggingFace, Marked, Span
 
@@ -370,27 +371,6 @@ _OTHER = str.maketrans("".join(_KINDS), "".join(kind[1:] + kind[0] for kind in _
 # --- outlines --------------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
-    """Of the content of a message, as it is or stripped."""
-
-    message: int
-    stripped: bool
-
-
-class _Outline(NamedTuple):
-    """A text in pieces, empty where contents belong; of which pieces these are, and its spans, from which piece to which (behind
-    the last)."""
-
-    marked: Marked
-    pieces: list[str]
-    places: list[tuple[int, _Place]]
-    spans: list[Span]
-
-
-_Order = tuple[tuple[str, bool, bool], ...]
-"""Of each message its role, whether it is learnt, and whether it is empty."""
-
-
 def _filled(
     conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace
 ) -> list[list[_Written] | ValueError | None]:
@@ -398,44 +378,35 @@ def _filled(
     known = _outlines(template, tokenizer)
     if len(known) > _MOST_OUTLINES:
         known.clear()
-    orders = [_order(conversation) for conversation in conversations]
+    orders = [order_of(conversation) for conversation in conversations]
     if new := [order for order in dict.fromkeys(orders) if order is not None and order not in known]:
         steps = [_outlined(order, tokenizer) for order in new]
         for one, made in zip(new, _rendered(steps, template, tokenizer), strict=True):
-            known[one] = None if isinstance(made, ValueError) else _outline(*made)
+            known[one] = None if isinstance(made, ValueError) else outline_of(made[0].marked)
     found: list[list[_Written] | ValueError | None] = []
     for (messages, _), order in zip(conversations, orders, strict=True):
         outline = None if order is None else known[order]
+        if outline is None:
+            found.append(None)
+            continue
         try:
-            found.append(outline and [_fill(outline, messages)])
+            text = fill(outline, [_unmarked(message["content"]) for message in messages])
+            found.append([_Written(text, len(text.spans))])
         except ValueError as error:
             found.append(error)
     return found
 
 
 @functools.lru_cache(maxsize=8)
-def _outlines(template: str, tokenizer: HuggingFace) -> dict[_Order, _Outline | None]:
+def _outlines(template: str, tokenizer: HuggingFace) -> dict[Order, Outline | None]:
     """Those made so far; None where texts have to be rendered one by one."""
     return {}
 
 
 _MOST_OUTLINES = 1 << 12
-_LONGEST_ORDER = 32  # messages; longer conversations seldom have the same
 
 
-def _order(conversation: Conversation) -> _Order | None:
-    messages, tools = conversation
-    if tools or len(messages) > _LONGEST_ORDER:
-        return None
-    order = []
-    for message in messages:
-        if len(message) - ("weight" in message) != 2 or "content" not in message or message["role"] == "tool":
-            return None
-        order.append((message["role"], bears_loss(message), not message["content"]))
-    return tuple(order)
-
-
-def _outlined(order: _Order, tokenizer: HuggingFace) -> _Steps:
+def _outlined(order: Order, tokenizer: HuggingFace) -> _Steps:
     """The text of conversations of that order with their contents left open. Raises ValueError where what is learnt, or
     what the text is, may depend on them."""
     messages = [{"role": role, "content": "" if empty else "any"} for role, _, empty in order]
@@ -448,34 +419,6 @@ def _outlined(order: _Order, tokenizer: HuggingFace) -> _Steps:
         if through is None or not text.startswith(through) or not through[:end].endswith(tokenizer.special_tokens):
             raise ValueError("where the assistant's turns stand may depend on what is said")
     return [(yield from _part(renderings, learnt, None))]
-
-
-_PLACES = re.compile(f"([{PLACE[0]}{PLACE[1]}])(\\d+){PLACE[2]}")
-
-
-def _outline(text: _Written) -> _Outline | None:
-    """None where a content stands in a text twice: texts are not to be longer than what is in them."""
-    written, spans = text.marked.text, text.marked.spans
-    places = {found.start(): found for found in _PLACES.finditer(written)}
-    ends = {found.end() for found in places.values()}
-    borders = sorted({0, len(written), *places, *ends, *itertools.chain.from_iterable(spans)})
-    pieces = ["" if start in places else written[start:end] for start, end in itertools.pairwise(borders)]
-    contents = [(borders.index(start), _Place(int(found[2]), found[1] == PLACE[1])) for start, found in places.items()]
-    if len({place.message for _, place in contents}) < len(contents):
-        return None
-    return _Outline(text.marked, pieces, contents, [(borders.index(start), borders.index(end)) for start, end in spans])
-
-
-def _fill(outline: _Outline, messages: list[Message]) -> _Written:
-    """Raises Problem for a content that has our marks in it."""
-    marked, parts, places, spans = outline
-    contents = [_unmarked(message["content"]) for message in messages]
-    parts = parts.copy()
-    for at, (message, stripped) in places:
-        parts[at] = contents[message].strip() if stripped else contents[message]
-    ends = [0, *itertools.accumulate(map(len, parts))]
-    characters = [(ends[start], ends[end]) for start, end in spans]
-    return _Written(Marked("".join(parts), characters, marked.control, marked.edges), len(spans))
 
 
 # --- text to ids -----------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_an_outline_filled_in_is_what_rendering_gives(
     found = chat.examples_batch(drawn, template, tokenizer)
     outlines = templates._outlines(template, tokenizer).items()
     assert {outline is not None for order, outline in outlines if not any(empty for _, _, empty in order)} == {writes}
-    monkeypatch.setattr(templates, "_order", lambda conversation: None)
+    monkeypatch.setattr(templates, "order_of", lambda conversation: None)
     for one, other in zip(found, chat.examples_batch(drawn, template, tokenizer), strict=True):
         assert str(one) == str(other)
 

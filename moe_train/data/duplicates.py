@@ -9,6 +9,7 @@ sorted by parts.
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,8 @@ _BANDS, _ROWS = 16, 8
 _MINIMA = _BANDS * _ROWS
 _FACTORS = mixed(np.arange(1, _MINIMA + 1, dtype=np.uint64)) | np.uint64(1)
 _MASKS = mixed(np.arange(1000, 1000 + _MINIMA, dtype=np.uint64))
-_AT_ONCE = 1 << 20  # records sorted or compared at once
+_AT_ONCE = 1 << 20  # records sorted at once
+_COMPARED = 1 << 7  # pairs compared at once: each brings in up to 128 KiB
 
 
 class Fingerprints(NamedTuple):
@@ -106,15 +108,18 @@ class Spool:
         if not self._paths["with_words"].stat().st_size:
             return Duplicates(int(is_exact.sum()), 0, examples)
         record = np.memmap(self._paths["with_words"], np.int64, "r")
+        with self._paths["minima"].open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        minima = np.frombuffer(mapped, np.uint16).reshape(-1, _MINIMA)
         is_near = np.zeros(self.num_records, bool)
         near: list[Twin] = []
         for band in range(_BANDS):
-            minima = np.memmap(self._paths["minima"], np.uint16, "r").reshape(-1, _MINIMA)  # anew: pages of the last one go
             for one, two in _alike(np.memmap(self._paths[str(band)], np.uint32, "r")):
                 new = ~(is_exact[record[two]] | is_near[record[two]])
                 one, two = one[new], two[new]
-                for start in range(0, len(one), 1 << 14):
-                    a, b = one[start : start + (1 << 14)], two[start : start + (1 << 14)]
+                for start in range(0, len(one), _COMPARED):
+                    a, b = one[start : start + _COMPARED], two[start : start + _COMPARED]
+                    mapped.madvise(mmap.MADV_DONTNEED)  # pages of those before
                     similarity = (minima[a] == minima[b]).mean(1)
                     found = similarity >= SIMILAR
                     is_near[record[b[found]]] = True

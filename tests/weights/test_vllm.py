@@ -24,6 +24,9 @@ from moe_train.weights import peft, serve, write
 from tests.weights.test_hf import ONE, random_parameters
 from tests.weights.test_judges import lora_of, without_padding
 
+PYTHON = os.environ.get("VLLM_PYTHON", "")
+pytestmark = [pytest.mark.judges, pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no interpreter that has vLLM")]
+
 SIZES: dict[str, Any] = {"vocab_size": 128, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}  # heads of 32: its smallest
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=32)
 SCALED = ATTENTION.model_copy(update={"query_scaling": config.QueryScaling(beta=0.1, original_max_seq_len=16)})
@@ -84,14 +87,13 @@ def ours(parameters: dict[str, jax.Array], model: config.Model, lora: config.Lor
 
 def vllms(base: Path, adapters: dict[str, Path], work: Path) -> tuple[dict[str, Answer], dict[str, str]]:
     """Answers of the base ("") and of each adapter, and what it said of those that it refused."""
-    python = os.environ.get("VLLM_PYTHON") or pytest.skip("VLLM_PYTHON does not name an interpreter that has vLLM")
     request = {"model": str(base), "prompt": PROMPT.tolist(), "max_tokens": MORE, "options": {}}
     request |= {"adapters": {name: str(directory) for name, directory in adapters.items()}}
     request |= {"max_lora_rank": next(r for r in serve.VLLM_RANKS if r >= RANK)}
     (work / "request.json").write_text(json.dumps(request))
     script, out = Path(__file__).with_name("vllm_answers.py"), work / "answers.npz"
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XLA_FLAGS")}
-    done = subprocess.run([python, script, work / "request.json", out], env=clean, capture_output=True, text=True)
+    done = subprocess.run([PYTHON, script, work / "request.json", out], env=clean, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     found = dict(np.load(out))
@@ -119,7 +121,6 @@ CASES = {
 }
 
 
-@pytest.mark.judges
 @pytest.mark.parametrize("case", CASES)
 def test_vllm_answers_as_we_do(case: str, tmp_path: Path) -> None:
     family, layout = case.split()
@@ -148,7 +149,6 @@ def test_vllm_answers_as_we_do(case: str, tmp_path: Path) -> None:
         assert name == "" or np.abs(theirs.logprobs - answers[""].logprobs).max() > 0.1  # the adapter matters
 
 
-@pytest.mark.judges
 def test_vllm_does_not_read_experts_by_mistrals_names(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = random_parameters(MODELS["mixtral"])

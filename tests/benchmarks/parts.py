@@ -1,9 +1,10 @@
-"""Where a step's time goes: attention, head, MoE layer and optimizer apart, each against a dense product of its FLOPs.
+"""Where a step's time goes: attention, head and MoE layer apart, each against a dense product of its FLOPs.
 
     JAX_PLATFORMS=cpu taskset -c 0 python tests/benchmarks/parts.py tests/benchmarks/workload_M.yaml
 
 A line per part: milliseconds of the forward pass, of forward and backward together, and the share of the dense product's
-speed (the product of the layer's own shape, three of them for forward and backward) that it reaches.
+speed (the product of the layer's own shape, three of them for forward and backward) that it reaches. Of the processor's
+time, medians of rounds in which each has its turn: a busy machine slows all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,38 +28,35 @@ from moe_train.model.moe import MoE
 from moe_train.train.loss import cross_entropy_sum
 
 
-def seconds(f: Callable[..., Any], *args: Any, runs: int = 5) -> float:
-    jax.block_until_ready(f(*args))
-    found = []
-    for _ in range(runs):
-        begun = time.perf_counter()
-        jax.block_until_ready(f(*args))
-        found.append(time.perf_counter() - begun)
-    return statistics.median(found)
+def seconds(calls: list[Callable[[], Any]], rounds: int = 9) -> list[float]:
+    """Of each call, in turns."""
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(1 + rounds):
+        for call, times in zip(calls, found, strict=True):
+            begun = time.process_time()
+            jax.block_until_ready(call())
+            times.append(time.process_time() - begun)
+    return [statistics.median(times[1:]) for times in found]  # the first compiles
 
 
 def normal(seed: int, *shape: int, spec: P | None = None) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, out_sharding=spec or P())
 
 
-def dense_seconds(rows: int, inner: int, outer: int) -> float:
+def dense(rows: int, inner: int, outer: int) -> list[Callable[[], Any]]:
     """A (rows, inner) x (inner, outer) product, the gradient of its input and that of its weight."""
     x, w, dy = normal(0, rows, inner), normal(1, inner, outer), normal(2, rows, outer)
     parts = [lambda x, w, dy: x @ w, lambda x, w, dy: dy @ w.T, lambda x, w, dy: x.T @ dy]
-    return sum(seconds(jax.jit(part), x, w, dy) for part in parts)
+    return [partial(jax.jit(part), x, w, dy) for part in parts]
 
 
-def report(name: str, f: Callable[..., Any], weights: Any, x: jax.Array, dense: float) -> None:
-    dy = normal(3, *x.shape, spec=jax.typeof(x).sharding.spec)
-    forward = seconds(jax.jit(f), weights, x)
-    both = seconds(jax.jit(jax.grad(lambda weights, x: jnp.sum(f(weights, x) * dy), argnums=(0, 1))), weights, x)
-    print(
-        f"{name:10} forward {forward * 1e3:7.1f} ms   with backward {both * 1e3:7.1f} ms   {dense / both:.2f} of the dense product"
-    )
-
-
-def line(name: str, both: float, dense: float, forward: str = "") -> None:
-    print(f"{name:10} {forward:20}   with backward {both * 1e3:7.1f} ms   {dense / both:.2f} of the dense product")
+def report(name: str, f: Callable[..., Any], weights: Any, x: jax.Array, products: list[Callable[[], Any]], times: int = 1) -> None:
+    """`times`: how often f does the work of the dense products."""
+    dy = normal(3, *(like := jax.eval_shape(f, weights, x)).shape, spec=like.sharding.spec)
+    backward = jax.jit(jax.grad(lambda weights, x: jnp.sum(f(weights, x) * dy), argnums=(0, 1)))
+    forward, both, *apart = seconds([partial(jax.jit(f), weights, x), partial(backward, weights, x), *products])
+    share = times * sum(apart) / both
+    print(f"{name:10} forward {forward * 1e3:7.1f} ms   with backward {both * 1e3:7.1f} ms   {share:.2f} of the dense product")
 
 
 run = config_file.load(sys.argv[1])
@@ -73,14 +72,11 @@ with jax.set_mesh(make_mesh(config.Mesh())):
 
     moe = MoE(nnx.Rngs(0), m, run.compute)
     rows = B * T * m.ffn.experts_per_token
-    report("moe", lambda moe, x: moe(x, segments)[0], moe, x, 3 * dense_seconds(rows, D, F))
+    report("moe", lambda moe, x: moe(x, segments)[0], moe, x, dense(rows, D, F), times=3)
 
     q, kv = normal(0, B, T, N, H, spec=heads), normal(1, B, T, K, H, spec=heads)
     # the FLOPs of scores and values over the causal half are those of a (B·T, N·H) x (N·H, T) product
-    report("attention", lambda kv, q: attend(q, *kv, positions, segments), (kv, kv), q, dense_seconds(B * T, N * H, T))
+    report("attention", lambda kv, q: attend(q, *kv, positions, segments), (kv, kv), q, dense(B * T, N * H, T))
 
     head, mask = normal(2, V, D, spec=P("tensor", "fsdp")), segments > 0
-    both = seconds(jax.jit(jax.grad(lambda head, x: cross_entropy_sum(x, head, segments, mask), argnums=(0, 1))), head, x)
-    print(
-        f"{'head':10} {'':20}   with backward {both * 1e3:7.1f} ms   {dense_seconds(B * T, D, V) / both:.2f} of the dense product"
-    )
+    report("head", lambda head, x: cross_entropy_sum(x, head, segments, mask), head, x, dense(B * T, D, V))

@@ -409,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         given = ["--debug", *(a for a in arguments if a != "--debug")] if debug else arguments
         with _log_on_stderr():
-            sys.exit(app(given, prog_name="moe-train", standalone_mode=False))
+            sys.exit(app(given, prog_name="moe-train", standalone_mode=False) or 0)
     except _UsageError as error:
         if said := error.format_message():  # nothing where help was shown in its place
             print(

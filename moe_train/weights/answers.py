@@ -6,7 +6,7 @@ In float32, with plain kernels that every platform has, so that two sets of weig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,10 @@ TEXTS = (
     "The proof of the pudding is in the eating; the proof of a file is in the reading.",
     "def add(a: int, b: int) -> int:\n    return a + b\n\nprint(add(2, 3))  # 5, as it has to be",
 )
+
+
+Altered = Callable[[Parameters], Parameters]
+"""Weights -> those that are run in their place."""
 
 
 class Prompts(NamedTuple):
@@ -65,8 +69,11 @@ def structure_and_shapes(
     return parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
 
 
-def answers(structure: Any, weights: Mapping[str, jax.Array], prompts: Prompts) -> Answers:
-    """What these weights answer, on the mesh in force, of which several processes may have parts."""
+def answers(structure: Any, weights: Mapping[str, jax.Array], prompts: Prompts, altered: Altered = dict) -> Answers:
+    """What these weights answer, on the mesh in force, of which several processes may have parts.
+
+    altered: what becomes of a part of the weights, such as one layer's, before it is run; `structure` is that of the result.
+    """
     mesh = jax.sharding.get_mesh()
     rows, length = prompts.tokens_PT.shape
     pad = (0, -rows % math.prod(mesh.shape[axis] for axis in BATCH)), (0, -length % mesh.shape["context"])
@@ -76,24 +83,34 @@ def answers(structure: Any, weights: Mapping[str, jax.Array], prompts: Prompts) 
         return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P(BATCH, "context")), lambda index: whole[index])
 
     with jax.default_matmul_precision("highest"):
-        logits, routers = _forward(structure, dict(weights), put(prompts.tokens_PT, 0), put(prompts.positions_PT, -1))
+        logits, routers = _forward(structure, weights, altered, put(prompts.tokens_PT, 0), put(prompts.positions_PT, -1))
     of_prompts = (slice(rows), slice(length))
     return Answers(np.asarray(logits)[of_prompts], None if routers is None else np.asarray(routers)[:, *of_prompts])
 
 
 def _forward(
-    structure: Any, weights: Parameters, tokens_BT: jax.Array, positions_BT: jax.Array
+    structure: Any, weights: Mapping[str, jax.Array], altered: Altered, tokens_BT: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Float32 logits (B, T, V) and those of the routers (L, B, T, E), whole on every device.
 
     Period by period: of one program for all of them XLA would make float32 copies of all weights at once.
     """
-    x_BTD, seen = _embed(structure, weights, tokens_BT), []
-    repeats = next(x.shape[0] for path, x in weights.items() if path.startswith("stacks."))
-    for i in range(repeats):
-        x_BTD, routers = _period(structure, weights, i, x_BTD, positions_BT)
+    stacks = {path: x for path, x in weights.items() if path.startswith("stacks.")}
+    ends = altered({path: x for path, x in weights.items() if path not in stacks})
+    x_BTD, seen = jnp.zeros(()), list[jax.Array]()
+    for i in range(next(iter(stacks.values())).shape[0]):
+        period = altered(_at(stacks, i)) | ends
+        x_BTD = _embed(structure, period, tokens_BT) if i == 0 else x_BTD
+        x_BTD, routers = _period(structure, period, x_BTD, positions_BT)
         seen += routers
-    return _logits(structure, weights, x_BTD), jnp.stack(seen) if seen else None
+        x_BTD.block_until_ready()  # no weights of the next one before
+    return _logits(structure, period, x_BTD), jnp.stack(seen) if seen else None
+
+
+@jax.jit
+def _at(stacks: Parameters, i: jax.Array) -> Parameters:
+    """The weights of one period, dims as before."""
+    return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, i, 1), stacks)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -103,13 +120,11 @@ def _embed(structure: Any, weights: Parameters, tokens_BT: jax.Array) -> jax.Arr
 
 
 @partial(jax.jit, static_argnums=0)
-def _period(
-    structure: Any, weights: Parameters, i: jax.Array, x_BTD: jax.Array, positions_BT: jax.Array
-) -> tuple[jax.Array, list[jax.Array]]:
-    """x after period i, and its routers' logits."""
+def _period(structure: Any, weights: Parameters, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """x after a period, and its routers' logits."""
     segment_ids_BT, seen = (positions_BT >= 0).astype(jnp.int32), []
     (stack,) = combine(structure, weights).stacks
-    for layer in jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), stack.layers):
+    for layer in jax.tree.map(lambda w: w[0], stack.layers):
         if isinstance(layer.ffn, MoE):
             y_BTD, *_ = layer.attention(layer.attention_norm(x_BTD), positions_BT, segment_ids_BT)
             seen.append(jax.sharding.reshard(layer.ffn.router(layer.ffn_norm(x_BTD + y_BTD)), P()))

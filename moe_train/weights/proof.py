@@ -181,9 +181,8 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     as_trained = answers.answers(trained, export.parameters, prompts)
     compared_with, rounding = as_trained, kind in ("bfloat16", "float16") and bool(wider)
     if rounding:
-        rounded = round_weights(export.parameters, lora, jnp.dtype(kind))
-        compared_with = answers.answers(plain, rounded, prompts)
-        del rounded
+        rounded = partial(round_weights, lora=lora, dtype=jnp.dtype(kind))
+        compared_with = answers.answers(plain, export.parameters, prompts, rounded)
     found = load_answers(export.directory, model, kind, prompts)
     difference = answers.compare(
         found, answers.reference(compared_with, model), prompts, model, math.inf if tolerance is None else tolerance

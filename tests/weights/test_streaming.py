@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.weights import streaming
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,9 +29,10 @@ def test_host_memory_is_bounded_by_the_largest_tensor_both_ways(tmp_path: Path) 
         found = in_a_process(mode, tmp_path)
         bound = found["largest"] + 256
         assert found["model"] > 1.5 * 1024 and found["model"] > 4 * bound
-        # to run the files they are loaded as a second model, onto devices whose memory is the host's here
-        second = found["model"] if mode == "full" else 0
-        assert found["above"] - second < bound, (mode, found)
+        # To run the files they are loaded as a second model, of which a layer at a time is taken out and made float32:
+        # on devices, whose memory is the host's here.
+        on_devices = found["model"] * (1 + 3 / streaming.MODEL.num_layers) if mode == "full" else 0
+        assert found["above"] - on_devices < bound, (mode, found)
         print(mode, found)
 
 

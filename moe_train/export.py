@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import shlex
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -135,8 +136,10 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
     run = opened.run
     rank = max((target.rank for target in opened.lora.targets), default=1) if opened.lora else 1
     kind = "huggingface" if opened.tokenizer.chat_template is not None else "mistral"
-    base = str(run.init_from) if run and run.init_from else None
-    return serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
+    base, first = run.init_from if run else None, ""
+    if layout == "peft" and base is not None and (is_run(base) or foreign.layout_of(base) != "hf"):
+        first, base = f"moe-train export {shlex.quote(base)} BASE_MODEL && ", None
+    return first + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
 
 
 def _whole_dtype(dtype: str) -> config.Dtype:

@@ -16,9 +16,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from moe_train import checkpoint, cli, config
+from moe_train import checkpoint, cli, config, model_dir
 from moe_train.data.tokenizer import HuggingFace, train_bpe
-from moe_train.export import export
+from moe_train.export import _command, export
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.train.state import create_state
@@ -92,7 +92,15 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(tokenizer: HuggingFace
     (merge,) = (check["figures"] for check in report["checks"] if check["name"] == "merge")
     assert merge["count"] == 2 * (4 + 3 * 4)
     same_files(tmp_path / "hf", tmp_path / "merged", "moe_train.yaml", "export_proof.json")
-    export(tmp_path / "run", tmp_path / "peft", "peft")
+    line = export(tmp_path / "run", tmp_path / "peft", "peft", server="vllm")["serve"]
+    assert line == f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 8 --lora-modules peft={tmp_path}/peft"
+    opened = model_dir.open_model(tmp_path / "run")
+    assert opened.run is not None
+    on_a_run = opened._replace(run=opened.run.model_copy(update={"init_from": str(tmp_path / "run")}))
+    line = _command("vllm", "peft", on_a_run, "out")
+    assert line is not None and line.startswith(
+        f"moe-train export {tmp_path}/run BASE_MODEL && vllm serve BASE_MODEL --enable-lora"
+    )
     assert (tmp_path / "peft/export_proof.json").is_file()
     assert "rank: 2" in (tmp_path / "hf/moe_train.yaml").read_text()
     assert (tmp_path / "hf/tokenizer.json").read_bytes() == tokenizer.files[0].read_bytes()

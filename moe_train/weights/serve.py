@@ -8,8 +8,7 @@ As their sources have it in 2026, and as vLLM 0.32.0 was seen to do (tests/weigh
 - It knows no tensor of a Mixtral by Mistral's names (vllm/model_executor/models/mixtral.py); dense models it reads by both.
 - Interleaved windows it has from params.json (vllm/transformers_utils/configs/mistral.py); from config.json, a Ministral runs
   by way of transformers' layers.
-- llama.cpp has one alpha a file and scales by alpha / rank whatever rsLoRA says (src/llama-adapter.h, `get_scale`); its
-  converter stops at whole tensors of embeddings and head (convert_lora_to_gguf.py).
+- llama.cpp reads GGUF alone, adapters too (`gguf_lora`).
 - transformers and PEFT read everything that we write.
 """
 
@@ -44,8 +43,8 @@ READS: dict[Server, dict[Layout, str]] = {
 """The command that serves what lies at `out`, by server and layout."""
 
 _PEFT_CODE = (
-    "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
-    "m, t = M.from_pretrained({out!r}), T.from_pretrained({out!r}); "
+    "from peft import PeftModel; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+    "m, t = PeftModel.from_pretrained(M.from_pretrained({base!r}), {out!r}), T.from_pretrained({out!r}); "
     "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
 )
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -61,28 +60,27 @@ class Shape(NamedTuple):
 def adapter_shapes(
     server: Server, family: str, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()
 ) -> dict[str, Shape]:
-    """Rank and alpha that the file has to state for each module, so that `server` applies what was trained.
+    """Rank and alpha that an adapter's file in PEFT's layout has to state for each module, so that `server` applies what was
+    trained.
 
     family: the model's. shapes: of our modules, alpha / rank being the scale. trained_in_full: modules that have no adapter,
-    but other weights than the base. For vLLM and llama.cpp all modules get one rank, up to which the writer fills with zeros, and
-    one alpha, that of most modules' scale; the writer multiplies the B of the others by (scale here / scale there).
-    Raises ValueError for what the server cannot be made to apply.
+    but other weights than the base. For vLLM all modules get one rank, up to which the writer fills with zeros, and one alpha,
+    that of most modules' scale; the writer multiplies the B of the others by (scale here / scale there).
+    Raises ValueError for what vLLM cannot be made to apply.
     """
-    if server == "transformers":
+    if server != "vllm":
         return dict(shapes)
     if trained_in_full:
         raise ValueError(
-            f"{server} takes adapters alone, but {sorted(trained_in_full)[0]} was trained in full; export the whole model with "
-            f"--merge --format {'gguf' if server == 'llama.cpp' else 'hf'}"
+            f"vLLM takes adapters alone, but {sorted(trained_in_full)[0]} was trained in full; export the whole model with --merge"
         )
     rank = max(shape.rank for shape in shapes.values())
-    if server == "vllm":
-        if rank > VLLM_RANKS[-1]:
-            raise ValueError(
-                f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; export the whole model with --merge"
-            )
-        if (ends := sorted({"embed", "head"} & shapes.keys())) and family not in ("mixtral", "llama"):
-            raise ValueError(f"vLLM refuses an adapter of {ends[0]} in a {family}; export the whole model with --merge")
+    if rank > VLLM_RANKS[-1]:
+        raise ValueError(
+            f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; export the whole model with --merge"
+        )
+    if (ends := sorted({"embed", "head"} & shapes.keys())) and family not in ("mixtral", "llama"):
+        raise ValueError(f"vLLM refuses an adapter of {ends[0]} in a {family}; export the whole model with --merge")
     ((scale, _),) = Counter(shape.alpha / shape.rank for shape in shapes.values()).most_common(1)
     return dict.fromkeys(shapes, Shape(rank, scale * rank))
 
@@ -99,7 +97,8 @@ def command(
 ) -> str:
     """The command line that serves an export. Raises ValueError where the server does not read it, naming what it reads.
 
-    base_model and rank: of an adapter. tokenizer: the kind that travels with the weights.
+    base_model and rank: of an adapter; base_model has Hugging Face's layout, and without it the line says BASE_MODEL.
+    tokenizer: the kind that travels with the weights.
     """
     readable = READS[server]
     if layout not in readable:
@@ -113,5 +112,5 @@ def command(
         name=shlex.quote(Path(out_dir).name),
         rank=next(r for r in VLLM_RANKS if r >= rank) if server == "vllm" else rank,
         tokenizer="mistral" if tokenizer == "mistral" else "auto",
-        code=shlex.quote(_PEFT_CODE.format(out=str(out_dir))),
+        code=shlex.quote(_PEFT_CODE.format(out=str(out_dir), base=base)),
     )

@@ -166,13 +166,13 @@ def _ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: Hugg
             case list():
                 return [marked(item) for item in value]
             case dict():
-                return {marked(key): item if key in ("role", "id", "tool_call_id") else marked(item) for key, item in value.items()}
+                return {marked(key): marked(item) for key, item in value.items()}
             case None | bool() | int() | float():
                 return value
         raise Problem("type", f"{brief(value)} has no form in JSON, nor in a chat template", "write it as text")
 
     variables = {
-        "messages": [marked(_as_templates_read(message)) for message in conversation.messages],
+        "messages": [marked(_as_templates_read(message)) | {"role": message["role"]} for message in conversation.messages],
         "tools": marked(conversation.tools) or None,
         "documents": None,
         **tokenizer.named_tokens,

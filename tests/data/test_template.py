@@ -108,8 +108,11 @@ def test_the_tokens_are_mistral_commons_over_many_conversations(pair: tuple[str,
 
 def typed(text: str) -> Conversation:
     """A conversation with `text` wherever somebody can write."""
-    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": json.dumps({text: [text]})}}
-    tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": {"title": text}}}
+    of_messages = dict.fromkeys(("role", "id", "tool_call_id", "content"), text)  # arguments may have any names
+    arguments = json.dumps({text: [text], **of_messages})
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    parameters = {"title": text, **of_messages}
+    tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": parameters}}
     messages = [
         {"role": "system", "content": text},
         {"role": "user", "content": text},

@@ -34,7 +34,7 @@ from moe_train.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_RULES = 3
+_RULES = 4
 """Goes up with every change of what ids a record gives, so that older ones are made again."""
 
 

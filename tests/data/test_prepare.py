@@ -268,7 +268,7 @@ def test_the_version_of_the_rules_goes_up_with_what_a_record_becomes(
     fields = {"text": "naïve </s> café", "messages": turns, "prompt": "a", "completion": "b"}
     path = write_lines("a.jsonl", [fields])
     made = [stored(path, record=r, tokenizer=tokenizer, cache=tmp_path / "cache").manifest for r in (TEXT, CHAT, COMPLETION)]
-    assert (prepare._RULES, [manifest.shards[0].sha256[:8] for manifest in made]) == (3, ["01e76226", "dac944c4", "59ff2519"])
+    assert (prepare._RULES, [manifest.shards[0].sha256[:8] for manifest in made]) == (4, ["01e76226", "dac944c4", "59ff2519"])
 
 
 def test_a_file_that_changes_while_it_is_read(

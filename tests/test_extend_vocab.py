@@ -85,7 +85,7 @@ def test_the_files_of_an_extended_model(tmp_path: Path, capsys: pytest.CaptureFi
     base = make_base(tmp_path / "base", tied, dtype="bfloat16")
     with pytest.raises(SystemExit) as done:
         cli.main(["extend-vocab", str(base), str(tmp_path / "out"), "--tokenizer", "v3", "--json"])
-    assert not done.value.code
+    assert done.value.code == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "config.json",

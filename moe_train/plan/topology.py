@@ -68,6 +68,7 @@ BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Slices smaller than 64 chips; larger ones are built of cubes of 4x4x4."""
 LARGEST_CUBES = {"v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
 MOST_CHIPS = 2**20
+"""Of a topology; its meshes are still ranked within seconds."""
 GPUS = ("a100", "h100", "h200", "b200")
 GPUS_PER_HOST = (1, 2, 4, 8)
 CLOUD_NAMES = {"v5p": ("v5p", 2), "tpu7x": ("tpu7x", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}

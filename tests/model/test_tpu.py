@@ -165,7 +165,12 @@ ONE_EACH = {"v5e:2x2": ("mesh={expert: 4}", "train.batch_size=4"), "v5e:2x4": ("
     ("topology", "num_layers", "overrides"),
     [
         ("v5e:2x2", 32, ("lora.quantize={name: nf4}", "train.seq_len=4096")),
-        ("v5e:2x2", 2, ("lora.quantize={name: nf4}", "train.seq_len=1024")),
+        pytest.param(
+            *("v5e:2x2", 2, ("lora.quantize={name: nf4}", "train.seq_len=1024")),
+            marks=pytest.mark.xfail(
+                strict=True, raises=AssertionError, reason="2.56 GB modelled, 2.24 taken since weights are gathered in stages"
+            ),
+        ),
         ("v5e:2x4", 32, ("train.seq_len=2048",)),
     ],
     ids=["nf4", "nf4 in two layers", "bfloat16"],
@@ -179,5 +184,4 @@ def test_adapters_of_mixtral_8x7b_fit_into_16_gb_a_chip(topology: str, num_layer
     choice = model_choice(run.model_copy(update={"model": model.model_copy(update={"num_layers": num_layers})}), place)
     needed = compile_config(choice.run, place).bytes_per_device
     assert needed < DEVICES["v5e"].hbm_bytes
-    within = 0.1 if num_layers == 32 else 0.15  # of few layers, what is fitted counts for more
-    assert choice.memory.total == pytest.approx(needed, rel=within)
+    assert choice.memory.total == pytest.approx(needed, rel=0.1)

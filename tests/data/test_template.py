@@ -297,6 +297,7 @@ def test_transformers_has_the_same_tokens_for_tools(pair: tuple[str, HuggingFace
     messages, tools = typed("Grüße 東京")
     *_, whole = chat.examples(Conversation(messages, tools), ours.chat_template, ours)
     plain = json.loads(json.dumps(messages))
-    plain[2]["tool_calls"][0]["function"]["arguments"] = {"Grüße 東京": ["Grüße 東京"]}
+    function = plain[2]["tool_calls"][0]["function"]
+    function["arguments"] = json.loads(function["arguments"])  # transformers' templates take an object
     expected = theirs.apply_chat_template(plain, tools=tools, chat_template=ours.chat_template, return_dict=True)
     assert whole.tokens == expected["input_ids"]

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from moe_train import config
 from moe_train.data import files
 from moe_train.data.examine import Chunk, Question
-from moe_train.data.fields import Problem
-from moe_train.data.files import Block
+from moe_train.data.fields import Item
+from moe_train.data.file_bytes import MAX_RECORD, is_compressed
+from moe_train.data.json_lines import Block, blocks
 from moe_train.data.sources import resolve
 
 _ROWS, _CHARACTERS = 256, 1 << 20  # records that are no lines, and characters of their columns, in one chunk
@@ -49,27 +50,16 @@ def places_of(sources: Sequence[Source], picked: bool) -> list[Place]:
             {"name": "files", "files": source.files, "format": source.format, "record": record}
         )
         for file, kind in resolve(section):
-            lines = kind == "json" and not files.is_array(file)
-            anywhere = picked and lines and file.suffix.lower() not in files.COMPRESSIONS
+            lines = files.is_json_lines(file, kind)
+            anywhere = picked and lines and not is_compressed(file)
             places.append(Place(file, kind, i, "byte" if anywhere else "line" if lines or kind == "text" else "row"))
     return places
 
 
-def read(place: Place, section: config.Record | None) -> Iterator[tuple[int, files.Item]]:
+def read(place: Place, section: config.Record | None) -> Iterator[tuple[int, Item]]:
     """The records of a file, one after the other."""
-    match place.kind:
-        case "json" if place.counted == "line":
-            yield from files.read_lines(place.file)
-        case "text":
-            column = section.column if isinstance(section, config.TextRecord) else "text"
-            for line, text in files.read_text(place.file):
-                yield line, text if isinstance(text, Problem) else {column: text}
-        case "json":
-            yield from files.read_array(place.file)
-        case "csv":
-            yield from files.read_csv(place.file)
-        case _:
-            yield from files.read_rows(place.file, place.kind, None)
+    text_column = section.column if isinstance(section, config.TextRecord) else "text"
+    return files.read(place.file, place.kind, place.counted == "line", text_column)
 
 
 def all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk, int]]:
@@ -78,11 +68,10 @@ def all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk,
     for i, place in enumerate(places):
         size = place.file.stat().st_size
         if place.kind == "json" and place.counted == "line":
-            packed = place.file.suffix.lower() in files.COMPRESSIONS
             done = 0
-            for block in files.blocks(place.file):
+            for block in blocks(place.file):
                 done += len(block.lines) if isinstance(block.lines, bytes) else 0
-                yield Chunk(i, block), before + (0 if packed else min(done, size))
+                yield Chunk(i, block), before + (0 if is_compressed(place.file) else min(done, size))
         else:
             rows = read(place, question.records[i])
             for some in _grouped(rows):
@@ -90,8 +79,8 @@ def all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk,
         before += size
 
 
-def _grouped(rows: Iterator[tuple[int, files.Item]]) -> Iterator[list[tuple[int, files.Item]]]:
-    some: list[tuple[int, files.Item]] = []
+def _grouped(rows: Iterator[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]]:
+    some: list[tuple[int, Item]] = []
     room = _CHARACTERS
     for number, item in rows:
         some.append((number, item))
@@ -140,9 +129,9 @@ def some_chunks(places: list[Place], question: Question, coverage: Coverage) -> 
                     goal = int((k + chosen.random()) * size / quota)
                     stream.seek(max(goal - 1, 0))
                     if goal:
-                        stream.readline(files.MAX_RECORD)  # the rest of the line that the goal is in
+                        stream.readline(MAX_RECORD)  # the rest of the line that the goal is in
                     at = stream.tell()
-                    line = stream.readline(files.MAX_RECORD)
+                    line = stream.readline(MAX_RECORD)
                     if at <= last or not line.strip():
                         continue
                     last = at

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from moe_train.atomic import new_directory
-from moe_train.data import files
 from moe_train.data.chunks import Place
 from moe_train.data.examine import Findings
+from moe_train.data.file_bytes import is_compressed
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def _copy_names(paths: list[Path]) -> list[str]:
     names: list[str] = []
     for path in absolute:
         inside = path.relative_to(root)
-        name = Path(inside.stem) if inside.suffix.lower() in files.COMPRESSIONS else Path(inside.name)
+        name = Path(inside.stem) if is_compressed(inside) else Path(inside.name)
         name = inside.parent / (name if name.suffix.lower() in (".jsonl", ".ndjson") else f"{name}.jsonl")
         taken = {*names, "changes.jsonl"}
         unique = itertools.chain([name], (name.with_name(f"{name.stem}-{k}{name.suffix}") for k in itertools.count(2)))

@@ -19,8 +19,9 @@ from moe_train.data.conversation import Conversation, denormalise, normalise, re
 from moe_train.data.duplicates import Fingerprints, fingerprints
 from moe_train.data.encoding import encode
 from moe_train.data.example import Example, uses_tools
-from moe_train.data.fields import Problem
-from moe_train.data.files import Block, Item, records_in
+from moe_train.data.fields import Item, Problem
+from moe_train.data.file_bytes import BOM
+from moe_train.data.json_lines import Block, records_in
 from moe_train.data.ngrams import grams, words
 from moe_train.data.sources import Origin, Records
 from moe_train.data.tokenizer import HuggingFace, Tokenizer
@@ -273,7 +274,7 @@ def _repaired(
     for one in read:
         if not one.problems:
             line = raw.get(one.number)
-            lines[one.number] = line.removeprefix(b"\xef\xbb\xbf").strip() if line is not None else _line(one.fields)
+            lines[one.number] = line.removeprefix(BOM).strip() if line is not None else _line(one.fields)
             continue
         record, done[one.number] = rules.repair_text(one.record) if isinstance(one.record, str) else rules.repair(one.record, form)
         if done[one.number] and (isinstance(record, str) or record.messages):

@@ -20,6 +20,10 @@ class Problem(ValueError):
         return f"{self.message}; {self.remedy}"
 
 
+Item = dict[str, Any] | Problem
+"""What stands where a record should: its columns, or what is wrong with it."""
+
+
 def located(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result; its ValueError with `where` in front."""
     try:

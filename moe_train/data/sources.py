@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from moe_train import config
 from moe_train.data import files
 from moe_train.data.conversation import columns
-from moe_train.data.fields import Problem, located, text_field
-from moe_train.data.files import Item
+from moe_train.data.fields import Item, Problem, located, text_field
+from moe_train.data.file_bytes import is_compressed
 
 # What `datasets` writes beside its Arrow files (save_to_disk), and is no data.
 _BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}
@@ -117,31 +117,17 @@ def _open_files(source: config.FileSource) -> Records:
     wanted = columns(source.record)
 
     def examine(span: Span) -> Iterator[tuple[int, Item]]:
-        file, kind = found[span.place]
-        match kind:
-            case "text":
-                for line, text in files.read_text(file):
-                    yield line, text if isinstance(text, Problem) else {wanted[0]: text}
-            case "json" if by_line[span.place]:
-                yield from files.read_lines(file, span.start, span.stop, span.line)
-            case "json":
-                yield from files.read_array(file)
-            case "csv":
-                yield from files.read_csv(file)
-            case _:
-                yield from files.read_rows(file, kind, wanted)
+        return files.read(*found[span.place], by_line[span.place], wanted[0], wanted, span[1:])
 
-    by_line = tuple(kind == "text" or (kind == "json" and not files.is_array(file)) for file, kind in found)
+    json_lines = [files.is_json_lines(file, kind) for file, kind in found]
+    by_line = tuple(lines or kind == "text" for (_, kind), lines in zip(found, json_lines, strict=True))
     return Records(
         places=tuple(str(file) for file, _ in found),
         by_line=by_line,
         examine=examine,
         files=tuple(file for file, _ in found),
         kinds=tuple(kind for _, kind in found),
-        cuttable=tuple(
-            lines and kind == "json" and file.suffix.lower() not in files.COMPRESSIONS
-            for (file, kind), lines in zip(found, by_line, strict=True)
-        ),
+        cuttable=tuple(lines and not is_compressed(file) for (file, _), lines in zip(found, json_lines, strict=True)),
     )
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from moe_train import cli, config
 from moe_train.data import check as checks
-from moe_train.data import corrected, files
+from moe_train.data import corrected, json_array, json_lines
 from moe_train.data.chat import examples
 from moe_train.data.check import Settings, Source, check, sources_of
 from moe_train.data.conversation import Conversation, normalise, recognise
@@ -287,7 +287,8 @@ def test_any_number_of_processes_finds_the_same(
     tokenizer: HuggingFace, write_lines: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "_WORTH_PROCESSES", 0)
-    monkeypatch.setattr(files, "BLOCK", 5000)
+    monkeypatch.setattr(json_lines, "BLOCK", 5000)
+    monkeypatch.setattr(json_array, "BLOCK", 5000)
     paths = [write_lines("a.jsonl", varied(300)), write_lines("eval.jsonl", varied(4))]
     (tmp_path / "b.json").write_text(json.dumps(varied(300)[::-1]))
     settings = {"seq_len": 64, "batch_size": 2, "against": (Source((str(paths[1]),)),), "shown": 5}
@@ -304,7 +305,7 @@ def test_any_number_of_processes_finds_the_same(
 
 
 def test_progress_ends_with_everything(tokenizer: HuggingFace, write_lines: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BLOCK", 2000)
+    monkeypatch.setattr(json_lines, "BLOCK", 2000)
     path = write_lines("a.jsonl", varied(100))
     told: list[tuple[int, int, int]] = []
     check([Source((str(path),))], tokenizer, Settings(template=tokenizer.chat_template), lambda *done: told.append(done))

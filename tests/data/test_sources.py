@@ -17,7 +17,6 @@ import pyarrow.parquet
 import pytest
 
 from moe_train import config
-from moe_train.data import files
 from moe_train.data.sources import Records, open_source
 from moe_train.data.sources import texts as text_of
 
@@ -176,12 +175,6 @@ def test_what_is_malformed_is_named_by_file_and_line(tmp_path: Path, name: str, 
         texts(opened(tmp_path / name))
 
 
-def test_a_line_is_not_blamed_for_the_one_before(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": NaN} x\n{"text": "good"}\n', encoding="utf-8")
-    (_, first), (_, second) = files.read_lines(tmp_path / "a.jsonl")
-    assert "Extra data at column 15" in str(first) and second == {"text": "good"}
-
-
 def test_the_identity_is_the_content_not_the_path(tmp_path: Path, write_lines: Callable[..., Path]) -> None:
     first, same, other = write_lines("a.jsonl", ROWS), write_lines("b.jsonl", ROWS), write_lines("c.jsonl", ROWS[:2])
     assert opened(first).identity == opened(same).identity != opened(other).identity
@@ -230,65 +223,3 @@ def test_the_texts_of_a_source(write_lines: Callable[..., Path]) -> None:
         next(found)
     with pytest.raises(ValueError, match="not chat records"):
         next(text_of(section.model_copy(update={"record": config.ChatRecord(name="chat")})))
-
-
-def test_blocks_hold_whole_lines_and_number_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.jsonl"
-    lines = [json.dumps({"text": "x" * (37 * n % 101)}).encode() for n in range(200)]
-    path.write_bytes(b"\n".join(lines))
-    monkeypatch.setattr(files, "BLOCK", 64)
-    found = list(files.blocks(path))
-    assert b"".join(block.lines for block in found if isinstance(block.lines, bytes)) == path.read_bytes()
-    assert [number for number, _ in files.read_lines(path)] == list(range(1, 201))
-    at = len(b"\n".join(lines[:50])) + 1
-    stop = len(b"\n".join(lines[:70])) + 1
-    assert [number for number, _ in files.read_lines(path, at, stop, 51)] == list(range(51, 71))
-    assert [number for number, _ in files.read_lines(path, at, stop + 3, 51)] == list(range(51, 72))
-
-
-def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n{"text": "' + "b" * 5000 + '"}\n{"text": "c"}\n{"text": "' + "d" * 5000)
-    monkeypatch.setattr(files, "BLOCK", 64)
-    monkeypatch.setattr(files, "MAX_RECORD", 1000)
-    found = dict(files.read_lines(path))
-    assert found[1] == {"text": "a"} and found[3] == {"text": "c"} and len(found) == 4
-    assert all("longer than" in str(found[line]) for line in (2, 4))
-
-
-def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = [{"text": "ü" * (n % 7), "n": [n, {"m": -n / 3}]} for n in range(100)]
-    path = tmp_path / "a.json"
-    for indent in (None, 2):
-        path.write_text(json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
-        for size in (1, 2, 3, 7, 64, 1000):
-            monkeypatch.setattr(files, "BLOCK", size)
-            assert list(files.read_array(path)) == list(enumerate(values, start=1))
-    path.write_text("[ ]")
-    assert list(files.read_array(path)) == []
-    path.write_text("[1]")
-    assert [str(item) for _, item in files.read_array(path)] == [
-        "a record should be an object {…}, not a number; write one object for each record"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("unit", "border"),
-    [("Grüße.\n\nfrom\n", "\n\n"), ("one line\n", "\n"), ("words ", " "), ("東", ""), ("ab", "")],
-)
-def test_a_long_text_file_becomes_several_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str, border: str) -> None:
-    monkeypatch.setattr(files, "MAX_TEXT", 1000)
-    text = unit * 1200
-    for name, content in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(b"\xef\xbb\xbf" + text.encode()))):
-        (tmp_path / name).write_bytes(content)
-        found = list(files.read_text(tmp_path / name))
-        pieces = [piece for _, piece in found if isinstance(piece, str)]
-        assert "".join(pieces) == text and len(pieces) == len(found) > 2
-        assert all(len(piece.encode()) <= 1000 for piece in pieces) and all(piece.endswith(border) for piece in pieces[:-1])
-        assert [line for line, _ in found] == [1 + "".join(pieces[:i]).count("\n") for i in range(len(pieces))]
-    (tmp_path / "b.txt").write_bytes(b"x\n" * 450 + b"y" * 99 + b"\n" + b"x\n" * 200 + b"\xff" + b"z" * 900)
-    found = list(files.read_text(tmp_path / "b.txt"))
-    assert [(line, str(item)[:40]) for line, item in found if not isinstance(item, str)] == [
-        (652, "not UTF-8 (invalid start byte, byte 0xff")
-    ]
-    assert " at 1400)" in str(next(item for _, item in found if not isinstance(item, str)))

@@ -1,0 +1,119 @@
+"""Records of one JSON array, read element by element with no more than a few of them in memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_train.data.fields import Item, Problem, brief
+from moe_train.data.file_bytes import BLOCK, BOM, CUT_SHORT, MAX_RECORD, not_utf8, opened
+from moe_train.data.json_parser import Parser, unusable
+
+
+def is_array(file: Path) -> bool:
+    """Whether a JSON file is one array, not a record a line."""
+    try:
+        with opened(file) as stream:
+            while block := stream.read(1 << 12):
+                text = block.removeprefix(BOM).lstrip()
+                if text:
+                    return text.startswith(b"[")
+    except Problem:  # reading it says so again, with a line
+        pass
+    return False
+
+
+def read_array(file: Path) -> Iterator[tuple[int, Item]]:
+    """The elements of the array, counted from 1; a Problem ends it where nothing behind it can be read."""
+    number = 0
+    try:
+        with opened(file) as stream:
+            for number, item in _elements(_Window(stream)):
+                yield number, item
+    except Problem as problem:
+        yield number + 1, problem
+
+
+class _Window:
+    """The part of a stream's text that is held, where reading stands in it, and the line that its first character is on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._line = 1
+        self.at = 0
+        first = stream.read(BLOCK).removeprefix(BOM)
+        self.text = self._decoded(first) if first else ""
+
+    def _decoded(self, data: bytes) -> str:
+        try:
+            return self._decoder.decode(data, not data)
+        except UnicodeDecodeError as error:
+            raise not_utf8(error) from error
+
+    def read_on(self, size: int) -> bool:
+        """Hold more of the text, and let go what lies before `at`, which is 0 then. False at the end of the stream."""
+        data = self._stream.read(size)
+        self._line = self.line_of(self.at)
+        self.text, self.at = self.text[self.at :] + self._decoded(data), 0
+        return bool(data)
+
+    def line_of(self, at: int) -> int:
+        return self._line + self.text.count("\n", 0, at)
+
+    def take(self, characters: str) -> bool:
+        """Pass over white space, and over the character behind it if that is one of these: whether it is."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text):
+                break
+            if not self.read_on(BLOCK):
+                raise Problem("not-json", f"not JSON: the array ends on line {self.line_of(self.at)} without ]", CUT_SHORT)
+        found = self.text[self.at] in characters
+        self.at += found
+        return found
+
+    def is_at_end(self) -> bool:
+        """Whether nothing but white space follows."""
+        return not self.text[self.at :].strip() and not any(block.strip() for block in iter(lambda: self._stream.read(BLOCK), b""))
+
+
+def _elements(window: _Window) -> Iterator[tuple[int, Item]]:
+    """Raises Problem where the array goes wrong, so that nothing behind it can be read."""
+    parser, number = Parser(), 0
+    assert window.take("["), "is_array has found it"
+    while not window.take("]"):
+        if number and not window.take(","):
+            seen = brief(window.text[window.at : window.at + 20])
+            raise Problem("not-json", f"not JSON: no , before {seen} on line {window.line_of(window.at)}", "put it there")
+        window.take("")
+        number += 1
+        value, end = _element(window, parser)
+        yield number, parser.checked(value, window.text[window.at : end])
+        window.at = end
+    if not window.is_at_end():
+        what = f"not JSON: something follows the array on line {window.line_of(window.at)}"
+        raise Problem("not-json", what, "write one array, or one object a line")
+
+
+def _element(window: _Window, parser: Parser) -> tuple[Any, int]:
+    """The value that the window stands at, and where it ends there; reads on until all of it is held."""
+    while True:
+        try:
+            value, end = parser.value(window.text, window.at)
+        except json.JSONDecodeError as error:
+            held, fault = len(window.text) - window.at, error.pos - window.at
+            if held > MAX_RECORD or not window.read_on(max(BLOCK, held)):
+                what = f"not JSON: {error.msg} on line {window.line_of(window.at + fault)}"
+                raise Problem("not-json", what, "write an array of objects, or one object a line") from error
+        except (RecursionError, ValueError) as error:
+            raise unusable(error) from error
+        else:
+            if end < len(window.text):
+                return value, end
+            if not window.read_on(BLOCK):  # a number may go on, and only the end of the file says that it does not
+                return value, len(window.text)

@@ -1,0 +1,88 @@
+"""One JSON value, parsed as the standard says: no NaN, no key twice in an object, no nesting without end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from moe_train.data.fields import Item, Problem, brief
+from moe_train.data.file_bytes import not_utf8
+
+MAX_DEPTH = 100
+
+
+class Parser:
+    """Python's JSON decoder, which notes what it lets pass and the standard forbids."""
+
+    def __init__(self) -> None:
+        self._faults: list[str] = []  # of the value that was decoded last
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            self._faults.append(f"the key {brief(twice)} stands twice in an object")
+        return made
+
+    def _constant(self, name: str) -> float:
+        self._faults.append(f"{name} is no JSON number")
+        return 0.0
+
+    def record(self, line: bytes) -> Item:
+        """The record that a line holds, white space around it taken off."""
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            return not_utf8(error)
+        try:
+            value, end = self.value(text, 0)
+            if end < len(text):
+                self._decoder.decode(text)  # says what is wrong with the rest
+        except json.JSONDecodeError as error:
+            if "\0" in text:
+                return Problem("not-json", f"not JSON: a NUL at column {text.index(chr(0)) + 1}", "is it a damaged text file?")
+            return Problem("not-json", f"not JSON: {error.msg} at column {error.colno}", "write one JSON object a line")
+        except (RecursionError, ValueError) as error:
+            return unusable(error)
+        return self.checked(value, text)
+
+    def value(self, text: str, at: int) -> tuple[Any, int]:
+        """The value that begins at character `at`, and where it ends; to be `checked` before the next.
+
+        Raises JSONDecodeError, or RecursionError or another ValueError for what is `unusable`.
+        """
+        self._faults.clear()
+        return self._decoder.raw_decode(text, at)
+
+    def checked(self, value: Any, text: str) -> Item:
+        """The value that was decoded last, from `text`; a Problem where it is not a record as the standard has it."""
+        if self._faults:
+            return Problem("not-json", f"not JSON: {self._faults[0]}", "write each key once, and numbers as JSON has them")
+        if not isinstance(value, dict):
+            kind = {list: "a list", str: "text", type(None): "null", bool: "a truth value"}.get(type(value), "a number")
+            return Problem("not-a-record", f"a record should be an object {{…}}, not {kind}", "write one object for each record")
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            return unusable(RecursionError())
+        return value
+
+
+def unusable(error: Exception) -> Problem:
+    """What to say of JSON that Python cannot hold."""
+    if isinstance(error, RecursionError):
+        return Problem("not-json", f"not JSON that can be used: nested deeper than {MAX_DEPTH} levels", "write it flatter")
+    return Problem("not-json", f"not JSON that can be used: {error}", "write long numbers as text")
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if inner.__class__ in (dict, list)
+        ]
+    return depth

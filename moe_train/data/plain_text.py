@@ -1,0 +1,42 @@
+"""Records of a text file: one, or several of bounded size where it is long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_train.data.fields import Problem
+from moe_train.data.file_bytes import BOM, not_utf8, opened
+
+MAX_TEXT = 4 << 20  # bytes in one record
+
+
+def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
+    """The file as texts of at most `MAX_TEXT` bytes, and the line that each begins on; where one is none, the line at fault.
+
+    A file that is no longer is one text. Others are cut behind an empty line, or else a line, a word or a character.
+    """
+    line, at, held, more = 1, 0, b"", True
+    try:
+        with opened(file) as stream:
+            while more:
+                while len(held) <= MAX_TEXT and (data := stream.read(MAX_TEXT + 1 - len(held))):
+                    held += data
+                more = len(held) > MAX_TEXT
+                cut = _text_end(held) if more else len(held)
+                try:
+                    yield line, held[:cut].removeprefix(b"" if at else BOM).decode()
+                except UnicodeDecodeError as error:
+                    yield line + held.count(b"\n", 0, error.start), not_utf8(error, at)
+                line, at, held = line + held.count(b"\n", 0, cut), at + cut, held[cut:]
+    except Problem as problem:
+        yield line, problem
+
+
+def _text_end(data: bytes) -> int:
+    """Where to cut what is longer than `MAX_TEXT`, in its last half if that has any border."""
+    for border in (b"\n\n", b"\n", b" "):
+        if found := data.rfind(border, MAX_TEXT // 2, MAX_TEXT) + 1:
+            return found + len(border) - 1
+    # no continuation byte of UTF-8 follows; what is none is cut anywhere
+    return next((k for k in range(MAX_TEXT, MAX_TEXT - 4, -1) if data[k] & 0xC0 != 0x80), MAX_TEXT)

@@ -1,0 +1,84 @@
+"""Records of tables: the rows of CSV, Parquet and Arrow files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_train.data.fields import Item, Problem, brief
+from moe_train.data.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, opened
+
+
+def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
+    """The rows of a table with a header, counted from 1; every value is text."""
+    number = 0
+    csv.field_size_limit(MAX_RECORD)
+    try:
+        with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+            rows = csv.reader(text, strict=True)
+            header = next(rows, [])
+            if len(set(header)) < len(header):
+                yield 0, Problem("unreadable", f"the header names a column twice: {brief(header)}", "give each its own name")
+                return
+            for row in rows:
+                if row:
+                    number += 1
+                    if len(row) == len(header):
+                        yield number, dict(zip(header, row, strict=True))
+                    else:
+                        what = f"line {rows.line_num} has {len(row)} values for {len(header)} columns"
+                        yield number, Problem("unreadable", what, "put text with commas in it into quotes")
+    except UnicodeDecodeError as error:
+        yield number + 1, not_utf8(error)
+    except csv.Error as error:
+        yield number + 1, Problem("unreadable", f"line {rows.line_num} is no CSV: {error}", "double the quotes inside of quotes")
+    except Problem as problem:
+        yield number + 1, problem
+
+
+def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[tuple[int, Item]]:
+    """The rows of a Parquet or Arrow file, counted from 1; of the columns `wanted`, where they are there (None: all)."""
+    import pyarrow
+
+    number = 1
+    try:
+        for batch in _batches(file, kind, wanted):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+    except (OSError, ValueError, pyarrow.ArrowException, NotImplementedError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        yield number, Problem("unreadable", f"cannot be read as {kind} ({reason})", CUT_SHORT)
+
+
+def _batches(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[Any]:
+    import pyarrow
+
+    rows = 1024
+    if kind == "parquet":
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = None if wanted is None else [name for name in table.schema_arrow.names if name in wanted]
+            if names == [] and table.metadata.num_rows:  # the record's own error names what is there
+                names = table.schema_arrow.names
+            yield from table.iter_batches(rows, columns=names)
+        return
+    with pyarrow.memory_map(str(file)) as source:
+        try:
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            reader = batches = pyarrow.ipc.open_stream(source)
+        names = [name for name in reader.schema.names if wanted is None or name in wanted] or reader.schema.names
+        for batch in batches:
+            batch.validate(full=True)  # offsets of a damaged file point anywhere
+            batch = batch.select(names)
+            for start in range(0, batch.num_rows, rows):
+                yield batch.slice(start, rows)

@@ -1,0 +1,35 @@
+"""A JSON array: the same records however it is cut, and each fault at its own line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_train.data import json_array
+
+
+def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [{"text": "ü" * (n % 7), "n": [n, {"m": -n / 3}]} for n in range(100)]
+    path = tmp_path / "a.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
+        for size in (1, 2, 3, 7, 64, 1000):
+            monkeypatch.setattr(json_array, "BLOCK", size)
+            assert list(json_array.read_array(path)) == list(enumerate(values, start=1))
+    path.write_text("[ ]")
+    assert list(json_array.read_array(path)) == []
+    path.write_text("[1]")
+    assert [str(item) for _, item in json_array.read_array(path)] == [
+        "a record should be an object {…}, not a number; write one object for each record"
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_fault_is_at_its_own_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(json_array, "BLOCK", size)
+    path = tmp_path / "a.json"
+    path.write_text('[\n{"a": 1},\n{"b":\n 2, "c" 3},\n{"d": 4},\n{"e": 5}]')
+    *_, (number, fault) = json_array.read_array(path)
+    assert number == 2 and "on line 4;" in str(fault)

@@ -31,6 +31,7 @@ from moe_train.data.duplicates import SIMILAR, Spool
 from moe_train.data.duplicates import WORDS as DUPLICATE_WORDS
 from moe_train.data.examine import OVERLAP_WORDS, Chunk, Findings, Question, Stop, examine, held_out_hashes
 from moe_train.data.fields import Problem
+from moe_train.data.form import Form, form_of
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.json_file import read_object
 
@@ -158,7 +159,7 @@ def _examined(
 ) -> Iterator[tuple[Findings, int]]:
     try:
         if num_proc == 1:
-            form = rules.form_of(question.tokenizer, question.template)
+            form = form_of(question.tokenizer, question.template)
             for chunk, done in chunks:
                 yield examine(chunk, question, form), done
             return
@@ -184,13 +185,13 @@ def _examined(
         raise RuntimeError("a process that examined records died, for want of memory perhaps; use --num-proc 1") from error
 
 
-_asked: tuple[Question, rules.Form] | None = None
+_asked: tuple[Question, Form] | None = None
 
 
 def _begin(question: Question) -> None:
     global _asked
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _asked = question, rules.form_of(question.tokenizer, question.template)
+    _asked = question, form_of(question.tokenizer, question.template)
 
 
 def _work(chunk: Chunk) -> Findings:

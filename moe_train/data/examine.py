@@ -21,6 +21,7 @@ from moe_train.data.encoding import encode
 from moe_train.data.example import Example, uses_tools
 from moe_train.data.fields import Item, Problem
 from moe_train.data.file_bytes import BOM
+from moe_train.data.form import Form
 from moe_train.data.json_lines import Block, records_in
 from moe_train.data.ngrams import grams, words
 from moe_train.data.sources import Origin, Records
@@ -110,8 +111,8 @@ class _Read:
     examples: list[Example] = field(default_factory=list)
 
 
-def examine(chunk: Chunk, question: Question, form: rules.Form) -> Findings:
-    """Raises Stop for the first record of a kind that the tokenizer has no form for. form: `rules.form_of` the tokenizer."""
+def examine(chunk: Chunk, question: Question, form: Form) -> Findings:
+    """Raises Stop for the first record of a kind that the tokenizer has no form for. form: `form_of` the tokenizer."""
     read: list[_Read] = []
     unreadable: list[tuple[int, Problem]] = []
     raw: dict[int, bytes] = {}
@@ -164,7 +165,7 @@ def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]
                 yield number, item, None
 
 
-def _judge(read: list[_Read], place: int, question: Question, form: rules.Form) -> None:
+def _judge(read: list[_Read], place: int, question: Question, form: Form) -> None:
     """Fill in the problems and examples of each record."""
     texts: list[_Read] = []
     conversations: list[tuple[_Read, Conversation]] = []
@@ -264,7 +265,7 @@ def _repaired(
     raw: dict[int, bytes],
     place: int,
     question: Question,
-    form: rules.Form,
+    form: Form,
 ) -> Kept:
     """Every record that breaks no rule, as it was; others changed where that makes them right, or dropped."""
     changes = [Change(number, "dropped", problem.rule, problem.message) for number, problem in unreadable]
@@ -276,7 +277,7 @@ def _repaired(
             line = raw.get(one.number)
             lines[one.number] = line.removeprefix(BOM).strip() if line is not None else _line(one.fields)
             continue
-        record, done[one.number] = rules.repair_text(one.record) if isinstance(one.record, str) else rules.repair(one.record, form)
+        record, done[one.number] = rules.repair(one.record, form)
         if done[one.number] and (isinstance(record, str) or record.messages):
             tried.append(_Read(one.number, one.fields, one.section, record))
         else:

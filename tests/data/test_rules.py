@@ -17,8 +17,9 @@ from moe_train import config
 from moe_train.data import rules
 from moe_train.data.chat import examples
 from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.rules import Form, form_of, problems, repair, repair_text
-from moe_train.data.tokenizer import HuggingFace, Mistral
+from moe_train.data.form import Form, form_of
+from moe_train.data.rules import problems, repair
+from moe_train.data.tokenizer import Mistral
 from tests.data.conversations import conversations
 
 FORM = Form(re.compile(r"</s>|\[INST\]"), nine_character_ids=True)
@@ -164,34 +165,9 @@ def test_ids_are_renamed_the_same_way_on_both_sides() -> None:
 )
 def test_texts(text: str, rule: str) -> None:
     assert [problem.rule for problem in problems(text, FORM)] == [rule]
-    repaired, changes = repair_text(text)
+    repaired, changes = repair(text, FORM)
     assert bool(changes) == (rule == "unicode") == (repaired != text)
     assert not changes or not list(problems(repaired, FORM))
-
-
-DATA = Path(mistral_common.__file__).parent / "data"
-
-
-@pytest.mark.parametrize(
-    ("file", "nine", "control"),
-    [
-        ("tokenizer.model.v1", False, "[INST]"),
-        ("mistral_instruct_tokenizer_240323.model.v3", True, "[TOOL_CALLS]"),
-        ("mistral_instruct_tokenizer_241114.model.v7", True, "[SYSTEM_PROMPT]"),
-        ("tekken_240911.json", True, "<pad>"),
-    ],
-)
-def test_the_form_of_mistral_tokenizers(file: str, nine: bool, control: str) -> None:
-    form = form_of(Mistral(DATA / file), None)
-    assert form.nine_character_ids == nine
-    assert form.control.search(f"a{control}b") and not form.control.search("[INSTALL] <span> </script>")
-
-
-def test_the_form_of_a_template(tokenizer: HuggingFace) -> None:
-    form = form_of(tokenizer, tokenizer.chat_template)
-    assert form.control.search("</s>") and not form.control.search("</spam>")
-    assert not form.nine_character_ids
-    assert form_of(tokenizer, "{{ '[TOOL_CALLS]' }}").nine_character_ids
 
 
 PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cn"], exclude_characters="<[ "), min_size=1, max_size=20).filter(
@@ -227,7 +203,7 @@ MESSAGES = st.lists(
     min_size=1,
     max_size=6,
 )
-V3 = Mistral(DATA / "mistral_instruct_tokenizer_240323.model.v3")
+V3 = Mistral(Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3")
 
 
 @settings(max_examples=300, deadline=None)

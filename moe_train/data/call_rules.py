@@ -1,0 +1,164 @@
+"""Rules of tool calls: names, arguments and ids, and a result for each call.
+
+A rule yields a message for each place that breaks it. Its `fix_…` changes the conversation in place where there is one
+right answer, and yields what it did.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from moe_train.data.conversation import Conversation, Message
+from moe_train.data.fields import brief
+from moe_train.data.form import Form
+
+_NINE = re.compile(r"[a-zA-Z0-9]{9}")
+_FUNCTION = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+def _calls(conversation: Conversation) -> Iterator[tuple[int, dict[str, Any], bool]]:
+    """Message number, call, and whether it is of the last message, which nothing answers."""
+    last = len(conversation.messages) - 1
+    for i, message in enumerate(conversation.messages):
+        for call in message.get("tool_calls", ()):
+            yield i, call, i == last
+
+
+def caller(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, message in enumerate(conversation.messages):
+        if "tool_calls" in message and message["role"] != "assistant":
+            yield f"message {i} is {message['role']}, and has tool_calls"
+
+
+def function_name(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, call, _ in _calls(conversation):
+        if not _FUNCTION.fullmatch(call["function"]["name"]):
+            yield f"message {i} calls {brief(call['function']['name'])}"
+    for i, tool in enumerate(conversation.tools):
+        if not _FUNCTION.fullmatch(tool["function"]["name"]):
+            yield f"tool {i} is named {brief(tool['function']['name'])}"
+
+
+def arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, call, _ in _calls(conversation):
+        arguments = call["function"].get("arguments")
+        if not isinstance(arguments, str):
+            yield f"message {i} calls {call['function']['name']} with arguments that are no JSON text: {brief(arguments)}"
+        elif not _is_json(arguments):
+            yield f"message {i} calls {call['function']['name']} with arguments that are not JSON: {brief(arguments)}"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def fix_arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, call, _ in _calls(conversation):
+        function = call["function"]
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, dict):
+            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+            yield f"message {i}: the arguments of {function['name']} written as JSON text"
+
+
+def call_id(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, call, is_last in _calls(conversation):
+        name = call.get("id")
+        if name is None and is_last:
+            continue  # an id serves to find the result
+        if not name:
+            yield f"message {i} calls {call['function']['name']} without an id"
+        elif form.nine_character_ids and not _NINE.fullmatch(name):
+            yield f"message {i} calls {call['function']['name']} with the id {brief(name)}"
+
+
+def fix_call_id(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Results without an id answer calls in their order; ids that do not fit are renamed on both sides."""
+    for i, message in enumerate(conversation.messages):
+        calls = message.get("tool_calls", [])
+        results = [result for _, result in _results(conversation.messages, i)]
+        if all(call.get("id") for call in calls):
+            yield from _join_the_last_pair(calls, results)
+        elif len(results) == len(calls):
+            yield from _name_in_order(i, calls, results)
+        if form.nine_character_ids:
+            yield from _rename_to_nine(i, calls, results)
+
+
+def _join_the_last_pair(calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
+    """Where one call has no result and one result no call, they belong together."""
+    called, answered = {call["id"] for call in calls}, {result.get("tool_call_id") for result in results}
+    missing = [call for call in calls if call["id"] not in answered]
+    unclaimed = [result for result in results if result.get("tool_call_id") not in called]
+    if len(missing) == len(unclaimed) == 1:
+        yield f"the result of {missing[0]['function']['name']} had the id {brief(unclaimed[0].get('tool_call_id'))}"
+        unclaimed[0]["tool_call_id"] = missing[0]["id"]
+
+
+def _name_in_order(i: int, calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
+    """Calls without an id get those of the results that no other call has, or new ones where these have none either."""
+    taken = {call.get("id") for call in calls}
+    unnamed = [call for call in calls if not call.get("id")]
+    unclaimed = [result for result in results if result.get("tool_call_id") not in taken - {None, ""}]
+    if len(unnamed) == len(unclaimed):
+        for call, result in zip(unnamed, unclaimed, strict=True):
+            call["id"] = result["tool_call_id"] = _new_id(result.get("tool_call_id") or f"{i}.{calls.index(call)}", taken)
+            yield f"message {i}: the call of {call['function']['name']} got the id {call['id']}"
+
+
+def _rename_to_nine(i: int, calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
+    taken = {call.get("id") for call in calls}
+    for call in calls:
+        old = call.get("id")
+        if old and not _NINE.fullmatch(old):
+            call["id"] = _new_id(old, taken)
+            for result in results:
+                if result.get("tool_call_id") == old:
+                    result["tool_call_id"] = call["id"]
+            yield f"message {i}: the id {brief(old)} written as {call['id']}"
+
+
+def _new_id(name: str, taken: set[Any]) -> str:
+    """Nine characters that follow from `name`, so that a file is fixed the same way every time."""
+    while (new := name if _NINE.fullmatch(name) else hashlib.sha256(name.encode()).hexdigest()[:9]) in taken:
+        name += "."
+    taken.add(new)
+    return new
+
+
+def _results(messages: list[Message], i: int) -> Iterator[tuple[int, Message]]:
+    """The tool messages right after message `i`."""
+    for k in range(i + 1, len(messages)):
+        if messages[k]["role"] != "tool":
+            return
+        yield k, messages[k]
+
+
+def unpaired(conversation: Conversation, form: Form) -> Iterator[str]:
+    messages = conversation.messages
+    for i, message in enumerate(messages):
+        if "tool_calls" not in message or i == len(messages) - 1:
+            continue
+        ids = [call.get("id") for call in message["tool_calls"]]
+        results = list(_results(messages, i))
+        answered = collections.Counter(result.get("tool_call_id") for _, result in results)
+        for name, count in collections.Counter(ids).items():
+            if count > 1:
+                yield f"message {i} has {count} calls with the id {brief(name)}"
+            if not answered[name]:
+                yield f"message {i} has a call with the id {brief(name)}, which no result answers"
+        for k, result in results:
+            name = result.get("tool_call_id")
+            if name not in ids:
+                yield f"message {k} is the result of {brief(name)}, which message {i} does not call"
+            elif answered[name] > 1:
+                yield f"message {k} answers {brief(name)}, which has {answered[name]} results"

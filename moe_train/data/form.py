@@ -1,0 +1,32 @@
+"""What a tokenizer asks of records: the form that `rules` hold them to."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
+
+
+class Form(NamedTuple):
+    """What a tokenizer asks of records: the control tokens that no text should hold, ids of nine characters."""
+
+    control: re.Pattern[str]
+    nine_character_ids: bool
+
+
+def form_of(tokenizer: Tokenizer, template: str | None) -> Form:
+    """The form that records should have for a tokenizer and its chat template."""
+    if isinstance(tokenizer, Mistral):
+        text = tokenizer.finetuning.instruct_tokenizer.tokenizer
+        special = {text.id_to_piece(i) for i in range(text.n_words) if text.is_special(i)}
+        # v1 writes its turns as plain text, so there [INST] is one too.
+        special = {token for token in special if not re.fullmatch(r"\[control_\d+\]|<SPECIAL_\d+>", token)} | {"[INST]", "[/INST]"}
+        version = int(re.sub(r"\D.*", "", text.version.value.lstrip("v")) or 0)
+        return Form(_any_of(special), 3 <= version < 13)
+    assert isinstance(tokenizer, HuggingFace)
+    return Form(_any_of(set(tokenizer.special_tokens)), "[TOOL_CALLS]" in (template or ""))
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")

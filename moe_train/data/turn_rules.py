@@ -1,0 +1,150 @@
+"""Rules of turns: who speaks, in which order, ending with an answer, and which answers bear loss.
+
+A rule yields a message for each place that breaks it. Its `fix_…` changes the conversation in place where there is one
+right answer, and yields what it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moe_train.data.conversation import Conversation, Message
+from moe_train.data.fields import brief
+from moe_train.data.form import Form
+
+ROLES = ("system", "user", "assistant", "tool")
+OTHER_NAMES = {
+    "human": "user", "customer": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
+    "ai": "assistant", "developer": "system", "function": "tool", "observation": "tool", "ipython": "tool",
+}  # fmt: skip
+
+
+def bad_role(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, message in enumerate(conversation.messages):
+        if message["role"] not in ROLES:
+            yield f"message {i} has the unknown role {brief(message['role'])}"
+
+
+def known_role(role: Any) -> str:
+    name = str(role).strip().lower()
+    return OTHER_NAMES.get(name, name)
+
+
+def fix_role(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, message in enumerate(conversation.messages):
+        role = message["role"]
+        known = known_role(role)
+        if known != role and known in ROLES:
+            message["role"] = known
+            yield f"message {i}: role {role} is {known} here"
+
+
+def system_not_first(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, message in enumerate(conversation.messages[1:], start=1):
+        if message["role"] == "system":
+            yield f"message {i} is a system message, which stands first and once"
+
+
+def fix_system_not_first(conversation: Conversation, form: Form) -> Iterator[str]:
+    messages = conversation.messages
+    systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
+    if len(systems) == 1 and systems[0] > 0:
+        messages.insert(0, messages.pop(systems[0]))
+        yield f"the system message moved from place {systems[0]} to the start"
+    elif len(systems) > 1 and systems == list(range(len(systems))):
+        messages[: len(systems)] = [{"role": "system", "content": "\n\n".join(m["content"] for m in messages[: len(systems)])}]
+        yield f"{len(systems)} system messages joined"
+
+
+def role_order(conversation: Conversation, form: Form) -> Iterator[str]:
+    turns = [(i, message) for i, message in enumerate(conversation.messages) if message["role"] != "system"]
+    before: Message | None = None
+    for i, message in turns:
+        role = message["role"]
+        if role not in ROLES:
+            return  # named already; what may follow it is anyone's guess
+        wanted: tuple[str, ...]
+        if before is None:
+            after, wanted = "at the start", ("user",)
+        elif before["role"] == "user":
+            after, wanted = "after user", ("assistant",)
+        elif before["role"] == "tool":
+            after, wanted = "after tool", ("assistant", "tool")
+        elif "tool_calls" in before:
+            after, wanted = "after a call", ("tool",)
+        else:
+            after, wanted = "after assistant", ("user",)
+        if role not in wanted and not (after == "after a call" and role == "assistant"):  # `call-result` says that better
+            yield f"message {i} is {role} {after}, where {' or '.join(wanted)} should be"
+        before = message
+
+
+def fix_role_order(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Neighbours of one role become one message, as mistral-common joins them, where both are text of one weight."""
+    messages = conversation.messages
+    i = 1
+    while i < len(messages):
+        one, two = messages[i - 1], messages[i]
+        alike = one["role"] == two["role"] in ("user", "assistant") and one.get("weight") == two.get("weight")
+        if alike and "tool_calls" not in one and "tool_calls" not in two:
+            one["content"] += "\n\n" + two["content"]
+            del messages[i]
+            yield f"message {i} joined to the {one['role']} message before it"
+        else:
+            i += 1
+
+
+def unanswered_end(conversation: Conversation, form: Form) -> Iterator[str]:
+    last = conversation.messages[-1]
+    if last["role"] != "assistant":
+        yield f"the last message is {last['role']}, so nothing answers it"
+
+
+def fix_unanswered_end(conversation: Conversation, form: Form) -> Iterator[str]:
+    cut = 0
+    while conversation.messages and conversation.messages[-1]["role"] != "assistant":
+        conversation.messages.pop()
+        cut += 1
+    if cut:
+        yield f"{cut} messages after the last answer cut off"
+
+
+def empty_answer(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, message in enumerate(conversation.messages):
+        if message["role"] == "assistant" and "tool_calls" not in message and not message["content"].strip():
+            yield f"message {i} is an assistant turn without text"
+
+
+def fix_empty_answer(conversation: Conversation, form: Form) -> Iterator[str]:
+    """What stands before the empty turn is whole; what comes after it answers an odd history."""
+    for i, message in enumerate(conversation.messages):
+        if message["role"] == "assistant" and "tool_calls" not in message and not message["content"].strip():
+            keep = max((k for k in range(i) if conversation.messages[k]["role"] == "assistant"), default=-1) + 1
+            cut = len(conversation.messages) - keep
+            del conversation.messages[keep:]
+            yield f"{cut} messages cut off, from the question that message {i} leaves unanswered"
+            return
+
+
+def weight(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, message in enumerate(conversation.messages):
+        weight = message.get("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
+            yield f"message {i} has weight {brief(weight)}"
+
+
+def fix_weight(conversation: Conversation, form: Form) -> Iterator[str]:
+    for i, message in enumerate(conversation.messages):
+        weight = message.get("weight", 1)
+        text = str(weight).lower()
+        meant = 1 if text in ("true", "1", "1.0") else 0 if text in ("false", "0", "0.0") else None
+        if meant is not None and (weight != meant or type(weight) is not int):
+            message["weight"] = meant
+            yield f"message {i}: weight {brief(weight)} written as {meant}"
+
+
+def no_loss(conversation: Conversation, form: Form) -> Iterator[str]:
+    answers = [message for message in conversation.messages if message["role"] == "assistant"]
+    if not any(message.get("weight", 1) for message in answers):
+        yield "the record has no assistant turn" if not answers else "every assistant turn has weight 0"

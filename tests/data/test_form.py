@@ -1,0 +1,35 @@
+"""What tokenizers ask of records: their control tokens, and ids of nine characters where their templates want them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mistral_common
+import pytest
+
+from moe_train.data.form import form_of
+from moe_train.data.tokenizer import HuggingFace, Mistral
+
+DATA = Path(mistral_common.__file__).parent / "data"
+
+
+@pytest.mark.parametrize(
+    ("file", "nine", "control"),
+    [
+        ("tokenizer.model.v1", False, "[INST]"),
+        ("mistral_instruct_tokenizer_240323.model.v3", True, "[TOOL_CALLS]"),
+        ("mistral_instruct_tokenizer_241114.model.v7", True, "[SYSTEM_PROMPT]"),
+        ("tekken_240911.json", True, "<pad>"),
+    ],
+)
+def test_the_form_of_mistral_tokenizers(file: str, nine: bool, control: str) -> None:
+    form = form_of(Mistral(DATA / file), None)
+    assert form.nine_character_ids == nine
+    assert form.control.search(f"a{control}b") and not form.control.search("[INSTALL] <span> </script>")
+
+
+def test_the_form_of_a_template(tokenizer: HuggingFace) -> None:
+    form = form_of(tokenizer, tokenizer.chat_template)
+    assert form.control.search("</s>") and not form.control.search("</spam>")
+    assert not form.nine_character_ids
+    assert form_of(tokenizer, "{{ '[TOOL_CALLS]' }}").nine_character_ids

@@ -28,7 +28,6 @@ from moe_train.data.packing import make_plan
 from moe_train.data.tokenizer import HuggingFace, Mistral
 
 Write = Callable[..., Path]
-GSM8K = Path("/work/shared/data/gsm8k/train.jsonl")
 DATA = Path(mistral_common.__file__).parent / "data"
 USER = {"role": "user", "content": "What is 2 + 3?"}
 ANSWER = {"role": "assistant", "content": "It is 5."}
@@ -480,12 +479,3 @@ def test_no_jax_is_imported(tokenizer: HuggingFace, write_lines: Write) -> None:
         f"import sys\nfrom moe_train.cli import main\ntry:\n    main({arguments})\nfinally:\n    assert 'jax' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not GSM8K.exists(), reason=f"{GSM8K} is not there")
-def test_real_records(tokenizer: HuggingFace, tmp_path: Path) -> None:
-    path = tmp_path / "gsm8k.jsonl"
-    path.write_text("".join(GSM8K.read_text(encoding="utf-8").splitlines(keepends=True)[:500]), encoding="utf-8")
-    answer = asked(tokenizer, path, seq_len=2048, batch_size=4)
-    assert answer["records"] == 500 and answer["shapes"] == {"completion": 500} and answer["problems"] == []
-    assert answer["duplicates"]["exact"] == 0 and 0.5 < answer["packing"]["efficiency"] <= 1

@@ -23,17 +23,17 @@ import numpy as np
 
 from moe_train import config
 from moe_train.atomic import refuse_existing
-from moe_train.data import packing, rules
-from moe_train.data.chunks import Coverage, Place, Source, all_chunks, places_of, read, some_chunks
-from moe_train.data.conversation import Conversation, normalise, recognise
+from moe_train.data import estimate, rules
+from moe_train.data.chunks import Coverage, Place, Source, all_chunks, places_of, some_chunks
 from moe_train.data.corrected import corrected_copy
 from moe_train.data.duplicates import SIMILAR, Spool
 from moe_train.data.duplicates import WORDS as DUPLICATE_WORDS
-from moe_train.data.examine import OVERLAP_WORDS, Chunk, Findings, Question, Stop, examine, held_out_hashes
+from moe_train.data.examine import Chunk, Findings, Question, Stop, examine
 from moe_train.data.fields import Problem
 from moe_train.data.form import Form, form_of
+from moe_train.data.held_out import HeldOut
+from moe_train.data.overlap import OVERLAP_WORDS
 from moe_train.data.tokenizer import Tokenizer
-from moe_train.json_file import read_object
 
 _WORTH_PROCESSES = 8 << 20  # bytes; less is done before processes have started
 
@@ -110,9 +110,9 @@ def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, p
     unknown = sorted(settings.allowed - RULES)
     if unknown:
         raise ValueError(f"there is no rule {unknown[0]}; the rules are {', '.join(sorted(RULES))}")
-    tokens_per_second = _tokens_per_second(settings.bench)
+    tokens_per_second = estimate.tokens_per_second(settings.bench)
     places = places_of(sources, settings.sample is not None)
-    held_out = _HeldOut(settings.against)
+    held_out = HeldOut(settings.against)
     question = Question(
         records=tuple(sources[place.source].record for place in places),
         tokenizer=tokenizer,
@@ -199,42 +199,6 @@ def _work(chunk: Chunk) -> Findings:
     return examine(chunk, *_asked)
 
 
-# --- the evaluation set ----------------------------------------------------------------------------------------
-
-
-class _HeldOut:
-    """hashes: of the word sequences of the evaluation set, sorted, each once; None where there is none."""
-
-    def __init__(self, sources: tuple[Source, ...]) -> None:
-        self.hashes: np.ndarray | None = None
-        if not sources:
-            return
-        records: list[str | Conversation] = []
-        for place in places_of(sources, picked=False):
-            section = sources[place.source].record
-            for number, item in read(place, section):
-                try:
-                    if isinstance(item, Problem):
-                        raise item
-                    records.append(normalise(item, section or recognise(item)))
-                except Problem as problem:
-                    raise ValueError(f"{place.where(number)}: {problem}") from problem
-        if not records:
-            raise ValueError("the evaluation set has no records to compare with")
-        self.num_records = len(records)
-        hashes, self._record = held_out_hashes(records)
-        self.hashes, self._group = np.unique(hashes, return_inverse=True)
-        self._hit = np.zeros(len(self.hashes), bool)
-
-    def add(self, hit: np.ndarray) -> None:
-        self._hit[hit] = True
-
-    @property
-    def num_hit(self) -> int:
-        """Records of the evaluation set that have something in common with the corpus."""
-        return len(np.unique(self._record[self._hit[self._group]]))
-
-
 # --- gathering -------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +209,7 @@ class _Gathered:
     places: list[Place]
     scratch: Path
     shown: int
-    held_out: _HeldOut
+    held_out: HeldOut
     records: int = 0
     loss_tokens: int = 0
     overlapping: int = 0
@@ -293,7 +257,10 @@ class _Gathered:
     def answer(self, sources: Sequence[Source], settings: Settings, tokens_per_second: float | None) -> dict[str, Any]:
         self._origins.close()
         lengths: Counter[int] = sum(self.lengths.values(), Counter())
-        feeding = _packing(self.lengths, sources, settings, tokens_per_second)
+        truncation = epoch = None
+        if settings.seq_len is not None:
+            truncation = estimate.truncation(self.lengths, settings.seq_len)
+            epoch = estimate.epoch(self.lengths, sources, settings.seq_len, settings.batch_size, tokens_per_second)
         return {
             "files": len(self.places),
             "bytes": sum(place.file.stat().st_size for place in self.places),
@@ -303,8 +270,9 @@ class _Gathered:
             "examples": lengths.total(),
             "tokens": sum(ids * count for ids, count in lengths.items()),
             "loss_tokens": self.loss_tokens,
-            "lengths": _histogram(lengths),
-            **feeding,
+            "lengths": estimate.histogram(lengths),
+            "truncation": truncation,
+            "packing": epoch,
             "duplicates": self._duplicates(),
             "overlap": self._overlap(),
             "problem_counts": dict(self.broken.most_common()),
@@ -339,77 +307,3 @@ class _Gathered:
             "words": OVERLAP_WORDS,
             "examples": self.overlaps,
         }
-
-
-def _histogram(lengths: Counter[int]) -> dict[str, Any] | None:
-    """Of ids in an example; records in bins up to each power of two."""
-    if not lengths:
-        return None
-    values = np.array(sorted(lengths))
-    counts = np.array([lengths[value] for value in values.tolist()])
-    below = np.cumsum(counts)
-    total = int(below[-1])
-
-    def quantile(share: float) -> int:
-        return int(values[np.searchsorted(below, share * total)])
-
-    bins = Counter({1 << (value - 1).bit_length(): 0 for value in (int(values[0]), int(values[-1]))})
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        bins[1 << (value - 1).bit_length()] += count
-    tops = [1 << k for k in range(min(bins).bit_length() - 1, max(bins).bit_length())]
-    return {
-        "mean": round(float((values * counts).sum() / total), 1),
-        "median": quantile(0.5),
-        "p95": quantile(0.95),
-        "max": int(values[-1]),
-        "histogram": [{"up_to": top, "examples": bins[top]} for top in tops],
-    }
-
-
-def _packing(
-    lengths: dict[tuple[int, str], Counter[int]], sources: Sequence[Source], settings: Settings, tokens_per_second: float | None
-) -> dict[str, Any]:
-    """What training's own packing plan makes of the lengths. A row holds seq_len positions, an example one less than its ids."""
-    T = settings.seq_len
-    if T is None:
-        return {"truncation": None, "packing": None}
-    longer = [(ids - 1 - T, count) for counter in lengths.values() for ids, count in counter.items() if ids - 1 > T]
-    rows = dict.fromkeys(range(len(sources)), 0)
-    positions = 0
-    for (source, kind), counter in lengths.items():
-        record = sources[source].record
-        too_long: packing.TooLong = record.too_long if record is not None else "split" if kind == "text" else "drop"
-        counts = {ids - 1: count for ids, count in counter.items()}
-        num_rows, num_tokens = packing.packed(counts, T, "drop" if too_long == "error" else too_long)
-        rows[source] += num_rows
-        positions += num_tokens
-    total = sum(rows.values())
-    shares = np.array([sources[source].weight for source in rows if rows[source]])
-    seen = max((rows[s] * shares.sum() / sources[s].weight for s in rows if rows[s]), default=0)  # until each row was seen
-    steps = None if settings.batch_size is None else -(-int(np.ceil(seen)) // settings.batch_size)
-    seconds = None
-    if tokens_per_second is not None:
-        seconds = (int(np.ceil(seen)) if steps is None else steps * settings.batch_size) * T / tokens_per_second  # type: ignore[operator]
-    return {
-        "truncation": {
-            "seq_len": T,
-            "examples_longer": sum(count for _, count in longer),
-            "tokens_beyond": sum(beyond * count for beyond, count in longer),
-        },
-        "packing": {
-            "rows": total,
-            "efficiency": round(positions / (total * T), 4) if total else None,
-            "batch_size": settings.batch_size,
-            "steps_per_epoch": steps,
-            "seconds_per_epoch": seconds,
-        },
-    }
-
-
-def _tokens_per_second(bench: Path | None) -> float | None:
-    if bench is None:
-        return None
-    found = read_object(bench).get("tokens_per_second")
-    if not isinstance(found, int | float) or found <= 0:
-        raise ValueError(f"{bench} has no tokens_per_second; write it with: moe-train bench CONFIG --json > {bench}")
-    return float(found)

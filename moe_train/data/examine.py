@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,12 +23,10 @@ from moe_train.data.fields import Item, Problem
 from moe_train.data.file_bytes import BOM
 from moe_train.data.form import Form
 from moe_train.data.json_lines import Block, records_in
-from moe_train.data.ngrams import grams, words
+from moe_train.data.ngrams import words
+from moe_train.data.overlap import overlap, said_in
 from moe_train.data.sources import Origin, Records
 from moe_train.data.tokenizer import HuggingFace, Tokenizer
-
-OVERLAP_WORDS = 13
-"""So many consecutive words in common with the evaluation set are an overlap (GPT-3, arXiv:2005.14165, appendix C)."""
 
 _STILL_TOKENISED = {"control-token"}  # training takes a record that breaks these, as plain text
 
@@ -132,8 +130,8 @@ def examine(chunk: Chunk, question: Question, form: Form) -> Findings:
     _judge(read, chunk.place, question, form)
     problems = unreadable + [(one.number, problem) for one in read for problem in one.problems]
     lengths: Counter[tuple[str, int]] = Counter((one.section.name, len(example.tokens)) for one in read for example in one.examples)
-    texts = words([_similar(one.record) for one in read])
-    overlapping, held_out = _overlap(texts, question.held_out)
+    texts = words([said_in(one.record) for one in read])
+    overlapping, held_out = overlap(texts, question.held_out)
     numbers = np.array([one.number for one in read], np.int64)
     return Findings(
         place=chunk.place,
@@ -225,35 +223,6 @@ def _loss_tokens(example: Example) -> int:
 def _content(record: str | Conversation) -> str:
     """What makes two records the same."""
     return record if isinstance(record, str) else json.dumps(record, sort_keys=True, default=str)
-
-
-def _similar(record: str | Conversation) -> str:
-    """What makes two records similar: what is said in them. Many share their system text and tools."""
-    if isinstance(record, str):
-        return record
-    said = []
-    for message in record.messages:
-        if message.get("role") != "system":
-            said.append(message.get("content"))
-            said += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
-    return "\n".join(text for text in said if isinstance(text, str))
-
-
-def _overlap(texts: Any, held_out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Which texts have a hash of `held_out`, and which hashes."""
-    none = np.zeros(0, np.int64)
-    if held_out is None or not len(held_out):
-        return none, none
-    hashes, offsets = grams(texts, OVERLAP_WORDS)
-    at = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
-    hit = held_out[at] == hashes
-    return np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[hit]), np.unique(at[hit])
-
-
-def held_out_hashes(records: Sequence[str | Conversation]) -> tuple[np.ndarray, np.ndarray]:
-    """Hash of each word sequence of an evaluation set, and the record that it is of."""
-    hashes, offsets = grams(words([_similar(record) for record in records]), OVERLAP_WORDS)
-    return hashes, np.repeat(np.arange(len(records)), np.diff(offsets))
 
 
 # --- putting right ---------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""What training on examples of known lengths takes: how long they are, what is cut off, rows, steps and seconds of an epoch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_train.data import packing
+from moe_train.data.chunks import Source
+from moe_train.json_file import read_object
+
+Lengths = Mapping[tuple[int, str], Mapping[int, int]]
+"""Of each source and kind of record, how many examples have so many ids. An example takes one position less than its ids."""
+
+
+def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
+    """Of ids in an example; records in bins up to each power of two."""
+    if not lengths:
+        return None
+    values = np.array(sorted(lengths))
+    counts = np.array([lengths[value] for value in values.tolist()])
+    below = np.cumsum(counts)
+    total = int(below[-1])
+
+    def quantile(share: float) -> int:
+        return int(values[np.searchsorted(below, share * total)])
+
+    bins = Counter({1 << (value - 1).bit_length(): 0 for value in (int(values[0]), int(values[-1]))})
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        bins[1 << (value - 1).bit_length()] += count
+    tops = [1 << k for k in range(min(bins).bit_length() - 1, max(bins).bit_length())]
+    return {
+        "mean": round(float((values * counts).sum() / total), 1),
+        "median": quantile(0.5),
+        "p95": quantile(0.95),
+        "max": int(values[-1]),
+        "histogram": [{"up_to": top, "examples": bins[top]} for top in tops],
+    }
+
+
+def truncation(lengths: Lengths, seq_len: int) -> dict[str, int]:
+    """How much of the examples does not fit into a row of its own."""
+    beyond = [(ids - 1 - seq_len, count) for counts in lengths.values() for ids, count in counts.items() if ids - 1 > seq_len]
+    return {
+        "seq_len": seq_len,
+        "examples_longer": sum(count for _, count in beyond),
+        "tokens_beyond": sum(positions * count for positions, count in beyond),
+    }
+
+
+def epoch(
+    lengths: Lengths, sources: Sequence[Source], seq_len: int, batch_size: int | None, tokens_per_second: float | None
+) -> dict[str, Any]:
+    """What training's own packing plan makes of the lengths, and how long it takes until each row was seen once."""
+    rows = dict.fromkeys(range(len(sources)), 0)
+    positions = 0
+    for (source, kind), counts in lengths.items():
+        record = sources[source].record
+        too_long: packing.TooLong = record.too_long if record is not None else "split" if kind == "text" else "drop"
+        needed = {ids - 1: count for ids, count in counts.items()}
+        num_rows, num_tokens = packing.packed(needed, seq_len, "drop" if too_long == "error" else too_long)
+        rows[source] += num_rows
+        positions += num_tokens
+    total = sum(rows.values())
+    # Rows are drawn by the sources' weights, so an epoch is as long as the source that takes longest to be seen.
+    shares = np.array([sources[source].weight for source in rows if rows[source]])
+    seen = int(np.ceil(max((rows[s] * shares.sum() / sources[s].weight for s in rows if rows[s]), default=0)))
+    steps = None if batch_size is None else -(-seen // batch_size)
+    rows_seen = seen if batch_size is None or steps is None else steps * batch_size
+    return {
+        "rows": total,
+        "efficiency": round(positions / (total * seq_len), 4) if total else None,
+        "batch_size": batch_size,
+        "steps_per_epoch": steps,
+        "seconds_per_epoch": None if tokens_per_second is None else rows_seen * seq_len / tokens_per_second,
+    }
+
+
+def tokens_per_second(bench: Path | None) -> float | None:
+    """As `bench --json` wrote it; None where no file is named. Raises ValueError where the file has none."""
+    if bench is None:
+        return None
+    found = read_object(bench).get("tokens_per_second")
+    if not isinstance(found, int | float) or found <= 0:
+        raise ValueError(f"{bench} has no tokens_per_second; write it with: moe-train bench CONFIG --json > {bench}")
+    return float(found)

@@ -1,0 +1,43 @@
+"""The evaluation set of a check: the word sequences of its records, and those of them that the corpus has too."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_train.data.chunks import Source, places_of, read
+from moe_train.data.conversation import Conversation, normalise, recognise
+from moe_train.data.fields import Problem
+from moe_train.data.overlap import held_out_hashes
+
+
+class HeldOut:
+    """hashes: of the word sequences of the evaluation set, sorted, each once; None where there is none."""
+
+    def __init__(self, sources: tuple[Source, ...]) -> None:
+        self.hashes: np.ndarray | None = None
+        if not sources:
+            return
+        records: list[str | Conversation] = []
+        for place in places_of(sources, picked=False):
+            section = sources[place.source].record
+            for number, item in read(place, section):
+                try:
+                    if isinstance(item, Problem):
+                        raise item
+                    records.append(normalise(item, section or recognise(item)))
+                except Problem as problem:
+                    raise ValueError(f"{place.where(number)}: {problem}") from problem
+        if not records:
+            raise ValueError("the evaluation set has no records to compare with")
+        self.num_records = len(records)
+        hashes, self._record = held_out_hashes(records)
+        self.hashes, self._group = np.unique(hashes, return_inverse=True)
+        self._hit = np.zeros(len(self.hashes), bool)
+
+    def add(self, hit: np.ndarray) -> None:
+        self._hit[hit] = True
+
+    @property
+    def num_hit(self) -> int:
+        """Records of the evaluation set that have something in common with the corpus."""
+        return len(np.unique(self._record[self._hit[self._group]]))

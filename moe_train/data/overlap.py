@@ -1,0 +1,46 @@
+"""Word sequences that records have in common with an evaluation set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_train.data.conversation import Conversation
+from moe_train.data.ngrams import Words, grams, words
+
+OVERLAP_WORDS = 13
+"""So many consecutive words in common with the evaluation set are an overlap (GPT-3, arXiv:2005.14165, appendix C)."""
+
+
+def said_in(record: str | Conversation) -> str:
+    """The words of a record that tell it from others: many records share their system text and tools."""
+    if isinstance(record, str):
+        return record
+    said = []
+    for message in record.messages:
+        if message.get("role") != "system":
+            said.append(message.get("content"))
+            said += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
+    return "\n".join(text for text in said if isinstance(text, str))
+
+
+def overlap(texts: Words, held_out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the texts have a word sequence of the evaluation set, and which places of `held_out` they have.
+
+    held_out: the hashes of its word sequences, sorted, each once; None where there is no evaluation set.
+    """
+    none = np.zeros(0, np.int64)
+    if held_out is None or not len(held_out):
+        return none, none
+    hashes, offsets = grams(texts, OVERLAP_WORDS)
+    at = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
+    hit = held_out[at] == hashes
+    return np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[hit]), np.unique(at[hit])
+
+
+def held_out_hashes(records: Sequence[str | Conversation]) -> tuple[np.ndarray, np.ndarray]:
+    """Hash of each word sequence of an evaluation set, and the record that it is of."""
+    hashes, offsets = grams(words([said_in(record) for record in records]), OVERLAP_WORDS)
+    return hashes, np.repeat(np.arange(len(records)), np.diff(offsets))

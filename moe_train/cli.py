@@ -369,9 +369,9 @@ def scale_adapter(
 @app.command()
 def schema() -> None:
     """Write the JSON schema of a config, with which editors complete keys."""
-    from moe_train import config_file
+    from moe_train.config_schema import json_schema
 
-    print_json(config_file.json_schema())
+    print_json(json_schema())
 
 
 @app.command()

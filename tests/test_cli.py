@@ -266,7 +266,7 @@ def test_schema_is_json(capsys) -> None:
 
 def test_what_takes_a_while_says_what_it_does(monkeypatch, capsys):
     log = logging.getLogger("moe_train.data.store")
-    monkeypatch.setattr("moe_train.config_file.json_schema", lambda: log.info("tokenising %s", "a.jsonl") or {})
+    monkeypatch.setattr("moe_train.config_schema.json_schema", lambda: log.info("tokenising %s", "a.jsonl") or {})
     with pytest.raises(SystemExit):
         cli.main(["schema"])
     shown = capsys.readouterr()

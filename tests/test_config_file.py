@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train import foreign_keys
 from moe_train.config import Config
-from moe_train.config_file import ConfigError, _all_keys, dump, json_schema, load
+from moe_train.config_file import dump, load
+from moe_train.strict_yaml import ConfigError
 
 RUN = """\
 name: tiny
@@ -127,24 +127,6 @@ def test_a_check_across_keys_blames_a_stated_key(run: Path) -> None:
 def test_an_unknown_key_names_ours(run: Path, old: str, new: str, said: str) -> None:
     lines = faults(run, text=edited(old, new))
     assert [line for line in lines if f"unknown key; {said}" in line], lines
-
-
-def test_other_tools_words_lead_to_keys_that_exist() -> None:
-    ours = set(_all_keys())
-    assert set(foreign_keys.RENAMED) <= ours
-    theirs = [word for words in foreign_keys.RENAMED.values() for word in words.split()]
-    assert len(theirs) == len(set(theirs)), "a word with two meanings"
-    own_words = {path.rpartition(".")[2] for path in ours}
-    assert not own_words & (set(theirs) | set(foreign_keys.REMARKS)), "a key of ours is never unknown everywhere"
-    asked = (
-        "lora_r lora_alpha micro_batch_size per_device_train_batch_size gradient_accumulation_steps num_experts_per_tok "
-        "num_local_experts base_model model_name_or_path ici_expert_parallelism ici_fsdp_parallelism max_seq_length "
-        "max_target_length sequence_len num_train_epochs max_steps warmup_ratio hidden_size intermediate_size num_hidden_layers "
-        "num_attention_heads num_key_value_heads rope_theta router_aux_loss_coef output_dir save_steps eval_steps "
-        "gradient_checkpointing remat_policy per_device_batch_size dataset_path"
-    )
-    for word in asked.split():
-        assert (foreign_keys.remark(word) or "").startswith("here it is "), word
 
 
 def test_overrides(run: Path) -> None:
@@ -266,17 +248,3 @@ def test_dump_states_every_default(run: Path) -> None:
     assert stated["optimizer"]["eps"] == 1e-8
     assert stated["checkpoint"]["every_minutes"] == 30.0
     assert list(stated) == list(Config.model_fields)
-
-
-def test_json_schema_is_of_the_config() -> None:
-    schema = json_schema()
-    assert schema["additionalProperties"] is False
-    assert set(schema["properties"]) == set(Config.model_fields)
-    assert schema["$defs"]["Train"]["properties"]["batch_size"]["minimum"] == 1
-    json.dumps(schema)
-
-
-def test_key_paths_cover_lists_and_unions() -> None:
-    keys = _all_keys()
-    assert {"optimizer.ns_steps", "data.train.0.record.column", "lora.targets.0.rank", "model.ffn.num_experts"} <= set(keys)
-    assert len(keys) == len(set(keys))

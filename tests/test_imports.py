@@ -46,7 +46,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "foreign_keys": (),
     "atomic": (),
     "json_file": (),
-    "config_file": ("config", "foreign_keys"),
+    "strict_yaml": (),
+    "config_schema": ("config", "strict_yaml"),
+    "config_faults": ("config_schema", "foreign_keys", "strict_yaml"),
+    "config_file": ("config", "config_faults", "strict_yaml"),
     "processes": (),
     "compiler_options": (),
     "mesh": ("config", "processes"),
@@ -79,7 +82,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plot": ("atomic",),
     "arguments": ("config", "config_file"),
     "cli_data": ("config", "arguments", "terminal", "data", "prepare"),
-    "cli": ("config", "config_file", "processes", "data", *COMMANDS, "quickstart", "terminal", "arguments", "cli_data", "plot"),
+    "cli": (
+        *("config", "config_file", "config_schema", "processes", "data", *COMMANDS, "quickstart"),
+        *("terminal", "arguments", "cli_data", "plot"),
+    ),
     "__main__": ("cli",),
 }
 
@@ -87,7 +93,8 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Outside packages that a module must not import, whatever it is for.
 MUST_NOT_IMPORT: dict[str, set[str]] = {
     "": {"torch", "transformers", "peft", "pickle", "dill", "cloudpickle", "tests"},
-    **dict.fromkeys(("config", "foreign_keys", "config_file", "processes", "atomic", "json_file", "data"), JAX),
+    **dict.fromkeys(("config", "foreign_keys", "strict_yaml", "config_schema", "config_faults", "config_file"), JAX),
+    **dict.fromkeys(("processes", "atomic", "json_file", "data"), JAX),
     **dict.fromkeys(("plot", "terminal", "arguments", "cli_data", "cli", "__main__"), JAX),
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "registry", "factory", "misc", "core", "lib"}

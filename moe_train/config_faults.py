@@ -1,0 +1,105 @@
+"""What is wrong with a config, in words: the key at fault, what it should be, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from moe_train.config_schema import all_keys, key_path, members, owners
+from moe_train.foreign_keys import remark
+from moe_train.strict_yaml import KeyPath, shown
+
+
+def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    for fault in error.errors(include_url=False):
+        path, section = key_path(fault["loc"])
+        kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
+        value = f" (value {shown(given)})"
+        if kind == "value_error":
+            message = " ".join(str(context["error"]).split())
+            yield _blamed(path, message, tree), message
+        elif kind == "extra_forbidden":
+            yield path, f"unknown key; {_instead(path, section)}{value}"
+        elif kind == "missing":
+            names = f"; a section whose name is one of {', '.join(members(section))}" if "discriminator" in section else ""
+            yield path, f"required, and missing{names}"
+        elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            tags = re.findall(r"'([^']*)'", context.get("expected_tags", "")) or list(section["discriminator"]["mapping"])
+            tag = context["discriminator"].strip("'")
+            given = given.get(tag) if isinstance(given, dict) else given
+            yield (
+                (*path, tag),
+                f"required, and missing; one of {', '.join(tags)}"
+                if kind == "union_tag_not_found"
+                else f"one of {', '.join(_nearest_first(str(given), tags))} (value {shown(given)})",
+            )
+        elif kind == "literal_error":
+            yield path, f"has to be {context['expected']}{value}"
+        elif kind == "too_short" and len(given) >= context["min_length"]:
+            continue  # counted after its faulty items, which have their own lines, were left out
+        else:
+            yield path, f"{_of_pydantic(kind, fault['msg'])}{_quote_it(kind, given)}{value}"
+
+
+def _of_pydantic(kind: str, message: str) -> str:
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
+        return "has to be a section of keys"
+    if kind == "tuple_type":
+        return "has to be a list"
+    if kind == "int_type":
+        return "has to be a whole number"
+    if kind == "bool_type":
+        return "has to be true or false"
+    if kind == "too_short":
+        return "the list is too short; it needs 1 item or more"
+    for theirs, ours in (("Input should be a valid", "has to be a"), ("Input should be", "has to be"), ("String should", "has to")):
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _quote_it(kind: str, given: Any) -> str:
+    return "; quote it" if kind == "string_type" and isinstance(given, bool | int | float) else ""
+
+
+def _blamed(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
+    """The key, stated in the config, that a check of a whole section names first; else the section."""
+    here: Any = tree
+    for part in section:
+        here = here[part]
+    for name in re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*", message):
+        for base, prefix in ((here, section), (tree, ())):
+            parts = name.split(".")
+            for part in parts:
+                base = base.get(part) if isinstance(base, dict) else None
+            if base is not None:
+                return (*prefix, *parts)
+    return section
+
+
+def _instead(path: KeyPath, section: dict[str, Any]) -> str:
+    """What was probably meant by an unknown key: another tool's word, a near key of its section, or a near key elsewhere."""
+    *above, key = path
+    known = list(section.get("properties", {}))
+    elsewhere = [p for p in all_keys() if p.rpartition(".")[2] == key]
+    here = ".".join("0" if isinstance(part, int) else part for part in above)
+    siblings = [p for p in elsewhere if p.rpartition(".")[0] == here]
+    if siblings:
+        return f"{section['properties']['name']['const']} has none; it belongs to {' and '.join(owners(key, here))}"
+    if theirs := remark(str(key)):
+        return theirs
+    if near := difflib.get_close_matches(str(key), known, n=1, cutoff=0.7):
+        return f"did you mean {near[0]}?"
+    if elsewhere:
+        return f"did you mean {' or '.join(dict.fromkeys(elsewhere))}?"
+    names = {p.rpartition(".")[2]: p for p in reversed(all_keys())}
+    if near := difflib.get_close_matches(str(key), names, n=1, cutoff=0.75):
+        return f"did you mean {names[near[0]]}?"
+    return f"{'.'.join(map(str, above)) or 'a config'} has {', '.join(_nearest_first(str(key), known))}"
+
+
+def _nearest_first(word: str, choices: Sequence[str]) -> list[str]:
+    return sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, word.lower(), choice.lower()).ratio())

@@ -16,8 +16,8 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from moe_train import cli_data, processes
-from moe_train.arguments import AsJson, ConfigPath, ModelDir, Overrides, load_run
+from moe_train import cli_adapters, cli_data, processes
+from moe_train.arguments import AsJson, ConfigPath, ModelDir, OutDir, Overrides, ProofDepth, load_run
 from moe_train.terminal import print_answers, print_checks, print_json, print_table, waiting
 
 app = typer.Typer(
@@ -31,8 +31,7 @@ app = typer.Typer(
 tokenizer = typer.Typer(name="tokenizer", help="Make a tokenizer.", no_args_is_help=True)
 app.add_typer(tokenizer)
 app.add_typer(cli_data.app)
-adapters = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
-app.add_typer(adapters)
+app.add_typer(cli_adapters.app)
 
 
 @app.callback()
@@ -104,7 +103,7 @@ def generate(
 @app.command()
 def export(
     source: ModelDir,
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that does not exist yet.")],
+    out_dir: OutDir,
     layout: Annotated[
         Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"],
         typer.Option("--format", help="A whole model (hf, mistral, gguf), or an adapter."),
@@ -117,9 +116,7 @@ def export(
         Literal["vllm", "llama.cpp", "transformers"] | None,
         typer.Option("--for", help="Write what this server reads, and say how to start it."),
     ] = None,
-    depth: Annotated[
-        Literal["full", "tensors"], typer.Option("--proof", help="tensors: do not run the files; needs no accelerator.")
-    ] = "full",
+    depth: ProofDepth = "full",
     max_shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Of one file of weights, such as 5GB.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -146,9 +143,7 @@ def verify(
     base: Annotated[Path | None, typer.Option(help="The model it started from: whether this is a merge into it.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="With --base: the adapter that was merged, every tensor anew.")] = None,
     run: Annotated[Path | None, typer.Option(help="The run that was exported: every tensor, merged anew.")] = None,
-    depth: Annotated[
-        Literal["full", "tensors"], typer.Option("--proof", help="tensors: do not run the files; needs no accelerator.")
-    ] = "full",
+    depth: ProofDepth = "full",
     as_json: AsJson = False,
 ) -> None:
     """Repeat the proof of an export, as far as it can be repeated here. Exit code 1 where something is not as it was."""
@@ -169,7 +164,7 @@ def verify(
 @app.command("extend-vocab")
 def extend_vocab(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="A model in Hugging Face's or Mistral's layout.")],
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that does not exist yet.")],
+    out_dir: OutDir,
     tokenizer: Annotated[
         str, typer.Option(help="A version of Mistral's sentencepiece model (v3), a tokenizer's file, or its folder.")
     ],
@@ -187,7 +182,7 @@ def extend_vocab(
 @app.command()
 def upcycle(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="A dense model of the family, in any layout that is read.")],
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that does not exist yet.")],
+    out_dir: OutDir,
     experts: Annotated[int, typer.Option(min=2, help="Copies of each feed-forward part.")] = 8,
     experts_per_token: Annotated[int, typer.Option(min=1, help="Experts that a token goes to.")] = 2,
     noise: Annotated[float, typer.Option(min=0.0, help="Parts the copies: a share of each matrix's standard deviation.")] = 0.0,
@@ -306,64 +301,6 @@ def train_tokenizer(
     with waiting("training the tokenizer"):
         trained = train_bpe(texts(source), vocab_size, out)
     print_answers({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
-
-
-AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A run with adapters, a PEFT adapter, or Mistral's own.")]
-
-
-@adapters.command("diff")
-def diff_adapters(
-    adapter: AdapterDir,
-    base: Annotated[Path | None, typer.Option(help="The base model, where the adapter names none that is here.")] = None,
-    against: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="Compare with these adapters of the same base.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Matrices to name; --json has all.")] = 20,
-    as_json: AsJson = False,
-) -> None:
-    """Show how far each module, layer and expert moved: the norm of its change over the norm of its weight."""
-    from moe_train.adapters import diff, show
-
-    with waiting("comparing"):
-        found = diff(adapter, base, against)
-    if as_json:
-        moved = [{**m._asdict(), "relative": m.relative if m.weight else None} for m in found.moved]
-        print_json({"base": found.base, "moved": moved, "experts": found.experts()})
-        return
-    from rich.console import Console
-
-    for table in show(found, top):
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-@adapters.command("merge")
-def merge_adapter(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model that the adapter belongs to.")],
-    adapter: AdapterDir,
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Of the files; else that of the base's.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write BASE with the adapter added, as a Hugging Face model, proved."""
-    from moe_train.adapters import merge_into
-
-    with waiting("merging"):
-        record = merge_into(base, adapter, out_dir, dtype)
-    if as_json:
-        print_json({"directory": str(out_dir), "checks": record["checks"]})
-    else:
-        print_checks(record["checks"])
-
-
-@adapters.command("scale")
-def scale_adapter(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT adapter.")],
-    factor: Annotated[float, typer.Argument(metavar="FACTOR", help="What its deltas are multiplied with.")],
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    as_json: AsJson = False,
-) -> None:
-    """Write a PEFT adapter that does FACTOR as much; every tensor keeps its bytes."""
-    from moe_train.adapters import scale
-
-    print_answers(scale(adapter, factor, out_dir), as_json)
 
 
 @app.command()

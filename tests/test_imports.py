@@ -81,10 +81,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "terminal": (),
     "plot": ("atomic",),
     "arguments": ("config", "config_file"),
+    "cli_adapters": ("arguments", "terminal", "adapters"),
     "cli_data": ("config", "arguments", "terminal", "data", "prepare"),
     "cli": (
         *("config", "config_file", "config_schema", "processes", "data", *COMMANDS, "quickstart"),
-        *("terminal", "arguments", "cli_data", "plot"),
+        *("terminal", "arguments", "cli_adapters", "cli_data", "plot"),
     ),
     "__main__": ("cli",),
 }
@@ -95,7 +96,7 @@ MUST_NOT_IMPORT: dict[str, set[str]] = {
     "": {"torch", "transformers", "peft", "pickle", "dill", "cloudpickle", "tests"},
     **dict.fromkeys(("config", "foreign_keys", "strict_yaml", "config_schema", "config_faults", "config_file"), JAX),
     **dict.fromkeys(("processes", "atomic", "json_file", "data"), JAX),
-    **dict.fromkeys(("plot", "terminal", "arguments", "cli_data", "cli", "__main__"), JAX),
+    **dict.fromkeys(("plot", "terminal", "arguments", "cli_adapters", "cli_data", "cli", "__main__"), JAX),
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "registry", "factory", "misc", "core", "lib"}
 

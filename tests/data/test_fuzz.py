@@ -14,7 +14,6 @@ import json
 import lzma
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ from moe_train.data.prepare import prepare
 from moe_train.data.sources import open_source
 from moe_train.data.tokenizer import HuggingFace
 
-SECONDS = 20  # of one file; a few KB take milliseconds
+SECONDS = 20  # of the processor, for one file; a few KB take milliseconds
 USER = {"role": "user", "content": "What is 2 + 3?"}
 RECORDS = [
     {"text": "Grüße, 東京"},
@@ -56,13 +55,13 @@ def no_hang(seconds: int = SECONDS) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # counts the processor's time, however busy the machine is
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, seconds: int = SECONDS) -> dict[str, Any] | None:
@@ -335,7 +334,6 @@ def test_lines_of_ten_megabytes(tokenizer: HuggingFace, unit: str) -> None:
     """Ten for the plainest; a tokenizer takes a while for others, which are a tenth as long."""
     size = 10_000_000 if unit == "ab " else 1_000_000
     content = b'{"text": "' + (unit * (size // len(unit.encode()))).encode() + b'"}\n{"text": "after"}\n'
-    start = time.perf_counter()
     answer = checked(tokenizer, "long.jsonl", content, "long lines", seconds=60)
-    assert answer is not None and answer["records"] == 2 and time.perf_counter() - start < 60
+    assert answer is not None and answer["records"] == 2
     assert answer["problem_counts"] == {"\\u0000": {"unicode": 1}, "<s>": {"control-token": 1}}.get(unit, {})

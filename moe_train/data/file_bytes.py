@@ -53,9 +53,18 @@ def _stream(file: Path) -> Any:
             return file.open("rb")
 
 
+def utf16() -> Problem:
+    return Problem("not-utf-8", "not UTF-8 (it looks like UTF-16)", "save it as UTF-8: iconv -f utf-16 -t utf-8")
+
+
+def looks_like_utf16(line: bytes) -> bool:
+    """Of a line that can be decoded as UTF-8: whether about half of it is NUL, or it is the rest of a file's last line end."""
+    return line == b"\0" or 1 <= 4 * line.count(0) / len(line) <= 3
+
+
 def not_utf8(error: UnicodeDecodeError, before: int = 0) -> Problem:
     """before: bytes of the file that stand before those that were decoded, where the message should count from its start."""
     if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in error.object[:100]:
-        return Problem("not-utf-8", "not UTF-8 (it looks like UTF-16)", "save it as UTF-8: iconv -f utf-16 -t utf-8")
+        return utf16()
     what = f"not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x} at {before + error.start})"
     return Problem("not-utf-8", what, "save it as UTF-8: iconv -f ENCODING -t utf-8")

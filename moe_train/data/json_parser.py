@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from moe_train.data.fields import Item, Problem, brief
-from moe_train.data.file_bytes import not_utf8
+from moe_train.data.file_bytes import looks_like_utf16, not_utf8, utf16
 
 MAX_DEPTH = 100
 
@@ -41,9 +41,12 @@ class Parser:
             if end < len(text):
                 self._decoder.decode(text)  # says what is wrong with the rest
         except json.JSONDecodeError as error:
+            if looks_like_utf16(line):
+                return utf16()
             if "\0" in text:
                 return Problem("not-json", f"not JSON: a NUL at column {text.index(chr(0)) + 1}", "is it a damaged text file?")
-            return Problem("not-json", f"not JSON: {error.msg} at column {error.colno}", "write one JSON object a line")
+            what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            return Problem("not-json", f"not JSON: {what}", "write one JSON object a line")
         except (RecursionError, ValueError) as error:
             return unusable(error)
         return self.checked(value, text)

@@ -154,6 +154,8 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: not JSON that can be used: .*digits"),
         ("a.jsonl", b'{"a": ' * 200 + b"1" + b"}" * 200, r"a\.jsonl:1: .*nested deeper than 100"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 \(it looks like UTF-16\)"),
+        ("a.jsonl", '{"text": 1\n'.encode("utf-16-le"), r"a\.jsonl:1: not UTF-8 \(it looks like UTF-16\)"),
+        ("a.jsonl", b'{"text": "a', r"a\.jsonl:1: not JSON: Unterminated string starting at column 10"),
         ("a.jsonl", b'{"text": "a"}\n\0\0\0\n', r"a\.jsonl:2: not JSON: a NUL"),
         ("a.txt", b"a\nb\n\xff", r"a\.txt:3: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], r"a\.jsonl\.gz:\d+: cannot be unpacked to its end"),

@@ -27,11 +27,12 @@ def corrected_copy(fix: Path | None, places: list[Place]) -> Iterator[Corrected 
 
 
 class Corrected:
-    """A folder with a copy of each file as JSON lines, and `changes.jsonl`, which says what is not as it was."""
+    """A folder with a copy of each file as JSON lines, and `changes.log`, which says what is not as it was: JSON lines too,
+    with a name that keeps it out of the data where the folder is named as such."""
 
     def __init__(self, directory: Path, places: list[Place]) -> None:
         self._directory, self._places = directory, places
-        self._changes = (directory / "changes.jsonl").open("w", encoding="utf-8")
+        self._changes = (directory / "changes.log").open("w", encoding="utf-8")
         self._names = _copy_names([place.file for place in places])
         self._open: tuple[int, IO[bytes]] | None = None
         self.kept = 0
@@ -72,7 +73,6 @@ def _copy_names(paths: list[Path]) -> list[str]:
         inside = path.relative_to(root)
         name = Path(inside.stem) if is_compressed(inside) else Path(inside.name)
         name = inside.parent / (name if name.suffix.lower() in (".jsonl", ".ndjson") else f"{name}.jsonl")
-        taken = {*names, "changes.jsonl"}
         unique = itertools.chain([name], (name.with_name(f"{name.stem}-{k}{name.suffix}") for k in itertools.count(2)))
-        names.append(next(str(n) for n in unique if str(n) not in taken))
+        names.append(next(str(n) for n in unique if str(n) not in names))
     return names

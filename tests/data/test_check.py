@@ -352,13 +352,13 @@ def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
     out = tmp_path / "out"
     answer = asked(tokenizer, tmp_path / "data", seq_len=128, fix=out)
     assert {file: file.read_bytes() for file in source.parent.rglob("*.*")} == before
-    assert sorted(str(file.relative_to(out)) for file in out.rglob("*.*")) == ["b.csv.jsonl", "changes.jsonl", "sub/a.jsonl"]
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*.*")) == ["b.csv.jsonl", "changes.log", "sub/a.jsonl"]
 
     kept = (out / "sub" / "a.jsonl").read_bytes().splitlines()
     assert kept[:2] == [good, b'{"text": "a"}']
     assert json.loads(kept[-1]) == {"messages": [USER | {"content": "What is 2 + 3?\n\nWhat is 2 + 3?"}, ANSWER], "id": 2}
     assert json.loads((out / "b.csv.jsonl").read_text()) == {"question": "a\ufffdb", "answer": "5", "id": "7"}
-    changes = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
+    changes = [json.loads(line) for line in (out / "changes.log").read_text().splitlines()]
     assert {change["action"] for change in changes} == {"changed", "dropped"}
     assert all(set(change) == {"where", "action", "rule", "what"} for change in changes)
     dropped = {change["where"] for change in changes if change["action"] == "dropped"}
@@ -368,7 +368,7 @@ def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
     last = f"{source / 'a.jsonl'}:{len(lines)}"
     assert [change["rule"] for change in changes if change["where"] == last] == ["role-order", "last-turn"]
 
-    again = asked(tokenizer, out / "sub", out / "b.csv.jsonl", seq_len=128)
+    again = asked(tokenizer, out, seq_len=128)
     assert again["problems"] == [] and again["records"] == answer["fixed"]["kept"]
 
 
@@ -391,9 +391,9 @@ def test_a_copy_appears_whole_or_not_at_all(tokenizer: HuggingFace, write_lines:
 
 
 def test_names_of_copies() -> None:
-    paths = ["/d/a.jsonl", "/d/a.jsonl.gz", "/d/x/b.parquet", "/d/x/b.txt.zst", "/d/changes.jsonl"]
+    paths = ["/d/a.jsonl", "/d/a.jsonl.gz", "/d/x/b.parquet", "/d/x/b.txt.zst"]
     assert corrected._copy_names([Path(path) for path in paths]) == [
-        *("a.jsonl", "a-2.jsonl", "x/b.parquet.jsonl", "x/b.txt.jsonl", "changes-2.jsonl")
+        *("a.jsonl", "a-2.jsonl", "x/b.parquet.jsonl", "x/b.txt.jsonl")
     ]
 
 

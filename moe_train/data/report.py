@@ -16,27 +16,29 @@ def print_report(answer: dict[str, Any], console: Console) -> None:
     """answer: what `check.check` returned."""
     for rule, count in answer["problem_counts"].items():
         named = [problem for problem in answer["problems"] if problem["rule"] == rule]
-        console.print(f"[bold]{rule}[/bold]: {count:,} × — {escape(named[0]['remedy'])}")
-        for problem in named:
-            console.print(f"  {problem['where']}: {problem['message']}", markup=False, highlight=False, soft_wrap=True)
-        if count > len(named):
-            console.print(f"  … and {count - len(named):,} more")
-        console.print()
-    duplicates, overlap = answer["duplicates"], answer["overlap"]
-    for twin in duplicates["examples"] if duplicates else ():
-        console.print(
-            f"{twin['where']}: like {twin['like']} ({twin['similarity']:.0%})", markup=False, highlight=False, soft_wrap=True
-        )
-    for where in overlap["examples"] if overlap else ():
-        console.print(f"{where}: overlaps with the evaluation set", markup=False, highlight=False, soft_wrap=True)
-    if (duplicates and duplicates["examples"]) or (overlap and overlap["examples"]):
-        console.print()
+        _print_named(console, rule, count, named[0]["remedy"], [f"{p['where']}: {p['message']}" for p in named])
+    if (duplicates := answer["duplicates"]) and duplicates["examples"]:
+        twins = [f"{twin['where']}: like {twin['like']} ({twin['similarity']:.0%})" for twin in duplicates["examples"]]
+        remedy = "no fault; learnt as often as they stand there, so leave out what is not meant"
+        _print_named(console, "duplicates", duplicates["exact"] + duplicates["near"], remedy, twins)
+    if (overlap := answer["overlap"]) and overlap["examples"]:
+        remedy = "no fault of theirs; what they share is not held out, so leave them out of one of the two"
+        _print_named(console, "overlap with the evaluation set", overlap["records"], remedy, overlap["examples"])
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for name, value in _rows(answer):
         table.add_row(name, escape(value))
     console.print(table)
+
+
+def _print_named(console: Console, what: str, count: int, remedy: str, named: list[str]) -> None:
+    console.print(f"[bold]{what}[/bold]: {count:,} × — {escape(remedy)}")
+    for line in named:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    if count > len(named):
+        console.print(f"  … and {count - len(named):,} more")
+    console.print()
 
 
 def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -79,7 +81,7 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "evaluation set", f"{with_it} {overlap['evaluation_records']:,} of its {overlap['of']:,}"
     if fixed := answer.get("fixed"):
         counts = f"{fixed['kept']:,} records kept ({fixed['changed']:,} of them changed), {fixed['dropped']:,} dropped"
-        yield "fixed", f"{fixed['directory']}: {counts}; each change is in changes.jsonl"
+        yield "fixed", f"{fixed['directory']}: {counts}; changes.log there has each change"
 
 
 def _sample(sample: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
         with beside.open("wb") as file:

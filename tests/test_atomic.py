@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.atomic import new_directory
+from moe_train.atomic import new_directory, write_text
 
 
 def test_it_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -45,3 +45,8 @@ def test_what_is_there_is_refused_before_the_work_and_after_it(tmp_path: Path) -
         (tmp_path / "raced").mkdir()
         (tmp_path / "raced" / "file").write_text("first")
     assert [(p / "file").read_text() for p in sorted(tmp_path.iterdir())] == ["first", "first"]
+
+
+def test_a_file_brings_its_folder(tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "page.html", "x")
+    assert (tmp_path / "new" / "page.html").read_text() == "x"

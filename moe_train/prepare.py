@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_train import config, model_dir
 from moe_train.data import chat
@@ -87,8 +87,9 @@ def _data(run: config.Config) -> tuple[config.Data, Tokenizer]:
 @contextmanager
 def _bar(name: str) -> Iterator[Any]:
     """A progress bar on a terminal's stderr."""
-    columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[said]}"), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[said]}")
+    left, console = TimeRemainingColumn(elapsed_when_finished=True), Console(stderr=True)
+    with Progress(*columns, left, console=console, refresh_per_second=4, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=None, said="")
         start = now = time.monotonic()
 

@@ -234,7 +234,7 @@ def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
         longest = int(over[np.argmax(lengths[over])])
         raise ValueError(
             f"{store.where(longest)}: the record has {lengths[longest]} tokens, train.seq_len is {seq_len} ({len(over)} of "
-            f"{len(lengths)} records are too long); raise train.seq_len or set record.too_long"
+            f"{len(lengths)} records are too long); raise train.seq_len, or set record.too_long: drop"
         )
     if too_long == "truncate":
         for example in over.tolist():

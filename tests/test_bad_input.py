@@ -182,7 +182,7 @@ def test_a_run_is_not_continued_as_another(capsys: pytest.CaptureFixture) -> Non
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("list.json", '[{"prompt": "one"}]', "list.json: row 1: has prompt; needs messages, prompt and completion, or text"),
+        ("list.json", '[{"prompt": "one"}]', "list.json: row 1: no column is one of text, messages,"),
         ("number.jsonl", "3\n", "number.jsonl:1: a record should be an object"),
         ("broken.jsonl", '\n{"text"\n', "broken.jsonl:2: not JSON"),
         ("empty.jsonl", "", "empty.jsonl: no record with any text"),

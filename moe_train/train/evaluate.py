@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_train import config
+from moe_train.data.conversation import normalise, recognise
+from moe_train.data.fields import located
 from moe_train.data.loader import Loader
 from moe_train.data.sources import open_source
 from moe_train.mesh import BATCH, put_batch
@@ -141,7 +143,7 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
     replicas = math.prod(mesh.shape[axis] for axis in BATCH)
     batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
     batch_size += -batch_size % replicas
-    sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file)) for file in files)
+    sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
     template = run.data.chat_template if run and run.data else None
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
@@ -161,18 +163,23 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _record(file: Path) -> config.Record:
-    """What the records of a file are, by the first one's columns."""
+def _record(file: Path, run: config.Config | None) -> config.Record:
+    """How to read a file, by its first record: as the run reads its own, where that is possible, else as its columns say."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file to evaluate on")
     text = config.TextRecord(name="text")
     records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
-    origin, columns = next(iter(records), (None, {"text": ""}))  # without any, the loader says so
-    if "messages" in columns:
-        return config.ChatRecord(name="chat", too_long="truncate")
-    if {"prompt", "completion"} <= set(columns):
-        return config.CompletionRecord(name="completion", too_long="truncate")
-    if "text" not in columns:
-        where = str(file) if origin is None else records.where(origin)
-        raise ValueError(f"{where}: has {', '.join(columns) or 'nothing'}; needs messages, prompt and completion, or text")
-    return text
+    origin, first = next(iter(records), (None, {"text": ""}))  # without any, the loader says so
+    where = str(file) if origin is None else records.where(origin)
+    sources = (*run.data.eval, *run.data.train) if run and run.data else ()
+    own = [source.record for source in sources if isinstance(source, config.RecordSource)]
+    record = next((r for r in own if _readable(first, r)), None) or located(where, recognise, first)
+    return record if isinstance(record, config.TextRecord) else record.model_copy(update={"too_long": "truncate"})
+
+
+def _readable(fields: dict[str, Any], record: config.Record) -> bool:
+    try:
+        normalise(fields, record)
+    except ValueError:
+        return False
+    return True

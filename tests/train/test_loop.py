@@ -22,7 +22,7 @@ from moe_train.data.tokenizer import load_tokenizer, tokenizer_at
 from moe_train.export import export
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
-from moe_train.train import loop, step
+from moe_train.train import evaluate, loop, step
 from moe_train.train.evaluate import evaluate_dir
 
 LORA = {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 4.0}]}
@@ -116,6 +116,18 @@ def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text):
     answer = evaluate_dir(finished, [text / "eval.jsonl"])
     assert answer["loss"] == pytest.approx(said["loss"], rel=1e-5) and answer["loss_tokens"] == count
     assert answer["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_a_file_is_evaluated_as_the_run_reads_its_own(small_run, tmp_path):
+    own = {"name": "completion", "prompt": "ask", "completion": "say"}
+    run = small_run(tmp_path / "run", data__train=[{"name": "files", "files": ["a.jsonl"], "record": own}])
+    file = tmp_path / "held_out.jsonl"
+    file.write_text('{"ask": "2 + 3?", "say": "5", "id": 1}')
+    assert evaluate._record(file, run) == config.CompletionRecord(**own, too_long="truncate")
+    with pytest.raises(ValueError, match=r"held_out\.jsonl:1: no column is one of .*; the record has 'ask, say, id'"):
+        evaluate._record(file, None)
+    file.write_text('{"question": "2 + 3?", "answer": "5"}')
+    assert evaluate._record(file, run).prompt == "question"
 
 
 def test_interrupted_and_started_again(tmp_path, finished, small_run, monkeypatch, capsys):

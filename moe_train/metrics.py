@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -67,6 +68,7 @@ class Writer:
         if settings.tensorboard:
             from tensorboardX import SummaryWriter
 
+            logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a figure that is not finite is told by the loop
             self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
         self._console = Console(stderr=True, highlight=False)
         self._total = total_steps

@@ -105,13 +105,13 @@ elif how == "fails":
 elif how == "dies":
     os.kill(os.getpid(), 9)
 else:
-    time.sleep(30)
+    time.sleep(100)
 """
 
 
 def job_of_three(*hows: str, strangers: tuple[bytes, ...] = ()) -> list[tuple[int, str]]:
-    """(exit code, stderr) of three processes; those that go do so when all are there. Strangers say something to the first
-    one before the others come."""
+    """(exit code, stderr) of three processes; those that go do so when all are there, and those that wait would do so for
+    longer than this does. Strangers say something to the first one before the others come."""
     env, started, told = {**os.environ, "PYTHONPATH": str(ROOT)}, [], ""
     for i, how in enumerate(hows):
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -126,15 +126,13 @@ def job_of_three(*hows: str, strangers: tuple[bytes, ...] = ()) -> list[tuple[in
     for process in started:
         process.stdin.write("\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=20)[1] for process in started]
+    said = [process.communicate(timeout=60)[1] for process in started]
     return [(process.returncode, lines) for process, lines in zip(started, said, strict=True)]
 
 
 @pytest.mark.parametrize("gone", [0, 2])
 def test_a_process_that_dies_ends_the_others_with_75_and_one_line(gone: int) -> None:
-    begun = time.monotonic()
     found = job_of_three(*("dies" if i == gone else "waits" for i in range(3)))
-    assert time.monotonic() - begun < 10
     assert [code for code, _ in found] == [-9 if i == gone else 75 for i in range(3)]
     lost = f"moe-train: process {gone} of 3 was lost; what is saved stays: start again to continue\n"
     assert found[0 if gone else 1][1] == lost
@@ -238,7 +236,7 @@ class Run:
         return len((self.run_dir / "metrics.jsonl").read_text().splitlines())
 
     def until(self, there: Callable[[], Any], process: subprocess.Popen) -> None:
-        limit = time.monotonic() + 150
+        limit = time.monotonic() + 600  # for a hang alone: a busy machine takes minutes
         while not there():
             assert process.poll() is None and time.monotonic() < limit, self.events()
             time.sleep(0.02)
@@ -302,7 +300,7 @@ def process_of(run: Run, index: int) -> int:
 
 def test_a_lost_process_ends_the_other_and_both_are_started_again(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> None:
     run, job, seconds = stopped
-    assert job.returncode == 75 and seconds < 10, job.stderr
+    assert job.returncode == 75 and seconds < 60, job.stderr  # JAX itself would take 100 s
     said = [line for line in job.stderr.splitlines() if not line.startswith(("[process 1]", "[Gloo]"))]
     lost = said.index("moe-train: process 1 of 2 was lost; what is saved stays: start again to continue")
     assert said[lost - 1].startswith("step ")  # one line, and no more

@@ -295,7 +295,7 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer with Mistral's chat format."""
     from moe_train import config
     from moe_train.data.sources import texts
-    from moe_train.data.tokenizer import train_bpe
+    from moe_train.data.train_tokenizer import train_bpe
 
     source = config.FileSource(name="files", files=tuple(files), record=config.TextRecord(name="text", column=column))
     with waiting("training the tokenizer"):

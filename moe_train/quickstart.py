@@ -17,7 +17,7 @@ from rich.table import Table
 from moe_train import config, config_file
 from moe_train.data.sources import texts
 from moe_train.data.standard_library import gather
-from moe_train.data.tokenizer import train_bpe
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.export import export
 from moe_train.generate import generate_dir
 from moe_train.train.loop import FINISHED, train

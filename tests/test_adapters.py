@@ -14,7 +14,7 @@ import safetensors.numpy
 from jax.sharding import NamedSharding
 
 from moe_train import adapters, cli, config
-from moe_train.data.tokenizer import train_bpe
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh
 from moe_train.model.lora import is_trainable
 from moe_train.model.transformer import Parameters, init_model, parameters

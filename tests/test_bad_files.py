@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_train import cli, config
-from moe_train.data.tokenizer import train_bpe
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
 from moe_train.weights import gguf, gguf_lora, hf, mistral, mistral_lora, peft

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from moe_train import cli, config
-from moe_train.data.tokenizer import train_bpe
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import init_model, parameters
 from moe_train.weights import write

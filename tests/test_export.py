@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_train import checkpoint, cli, config, model_dir
-from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.export import _command, export
 from moe_train.mesh import make_mesh
 from moe_train.model.transformer import Parameters, init_model, parameters

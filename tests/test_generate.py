@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.data.tokenizer import train_bpe
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.generate import generate, generate_dir
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import Parameters, combine, init_model, parameters

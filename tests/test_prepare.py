@@ -12,7 +12,8 @@ import pytest
 from moe_train import cli
 from moe_train.data import prepare as tokenising
 from moe_train.data.loader import Loader
-from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.prepare import trace
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away".split()

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.data.tokenizer import train_bpe
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import combine, init_model, parameters
 from moe_train.upcycle import upcycle

@@ -1,8 +1,8 @@
 """The program of the process that renders chat templates for `sandbox`; it imports nothing of ours.
 
-An outline is a text with a place for the content of each message. It is had by rendering with contents that the template
-may only write, join and strip, and ask whether they are empty, which none is: whatever else it does with one raises. So
-the text is the same for any contents, but for what stands in their places.
+An outline is a text with a placeholder for the content of each message. To make one, the template is rendered with stand-ins
+for the contents. It may write, join and strip them, and ask whether one is empty (none is); any other use raises. So where
+an outline can be made, the text is the same for all contents, apart from the contents in their places.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _line(error: BaseException) -> str:
 
 
 class _Compiled:
-    """The last few templates."""
+    """Templates compiled lately, whole and for outlines."""
 
     def __init__(self) -> None:
         self.whole = functools.lru_cache(maxsize=8)(_environment().from_string)
@@ -150,7 +150,7 @@ def _environment() -> Any:
 
 
 class _Read(BaseException):
-    """What a template does depends on what some content is. Not an Exception, which filters and tests may catch."""
+    """A template has looked into a content, so that it has no outline. Not an Exception, which filters and tests may catch."""
 
 
 def _read(*_: object) -> Any:
@@ -158,7 +158,7 @@ def _read(*_: object) -> Any:
 
 
 class _Open:
-    """What depends on contents, and can be used only as the classes below say."""
+    """A stand-in for a value that depends on contents: every use raises, but for those that the classes below define."""
 
     def __init_subclass__(cls) -> None:
         for name in (
@@ -170,7 +170,7 @@ class _Open:
 
 
 class _Content(_Open):
-    """Text with the contents of messages in it, whatever these are but empty."""
+    """Stands for a text with the contents of messages in it, none of them empty."""
 
     def __init__(self, written: str) -> None:
         self._written = written
@@ -193,7 +193,7 @@ class _Content(_Open):
 
 
 class _Length(_Open):
-    """Of a text that is not empty."""
+    """Stands for the length of a text that is not empty."""
 
     def __bool__(self) -> bool:
         return True
@@ -214,16 +214,16 @@ def _text(value: object) -> str:
 
 
 def _left_open(number: int, message: dict[str, Any]) -> dict[str, Any]:
-    """The message with any content in place of its own."""
+    """The message with a stand-in for its content."""
     return message | {"content": _Content(f"{PLACE[0]}{number}{PLACE[2]}")} if message.get("content") else message
 
 
 def _of_outlines(environment: Any) -> Callable[[str], Any]:
-    """What compiles templates so that they write contents that are left open, in an environment of its own."""
+    """A function that compiles templates to be rendered with stand-ins, in an environment of its own."""
     import jinja2.nodes
     import jinja2.visitor
 
-    # Of statements those whose text goes nowhere but to the output, or through `call`.
+    # Statements whose text goes to the output or through `call`, and nowhere that would show what a stand-in is.
     known = ("Output", "For", "If", "Assign", "With", "ExprStmt", "Scope", "Macro", "CallBlock", "Break", "Continue")
 
     class Joined(jinja2.visitor.NodeTransformer):
@@ -247,7 +247,7 @@ def _of_outlines(environment: Any) -> Callable[[str], Any]:
         return _Content(written) if any(isinstance(part, _Content) for part in parts) else written
 
     def call(context: Any, function: Any, *positional: Any, **named: Any) -> Any:
-        """A macro gives the text that it has written: still with contents in it."""
+        """A macro returns what it wrote as plain text: where that has contents in it, it has to be a stand-in again."""
         found = called(context, function, *positional, **named)
         return _Content(found) if isinstance(found, str) and PLACE[2] in found else found
 
@@ -272,7 +272,7 @@ def _of_outlines(environment: Any) -> Callable[[str], Any]:
 
 
 def _either(kind: type, mine: Callable[[Any], Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """What is done with what is of that kind, and what with all else."""
+    """A filter or test that is `mine` for values of `kind`, and `theirs` for all others."""
 
     def done(value: Any, *positional: Any, **named: Any) -> Any:
         if not isinstance(value, kind):

@@ -12,14 +12,13 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import tokenizers
 
 from moe_train import config
-from moe_train.atomic import new_directory, refuse_existing
 from moe_train.json_file import read_object
 
 log = logging.getLogger(__name__)
@@ -346,87 +345,3 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template
-
-
-# --- training ----------------------------------------------------------------------------------------------------
-
-PAD, BOS, EOS, BEGIN_USER, END_USER = "<pad>", "<s>", "</s>", "[INST]", "[/INST]"
-
-# Mistral's instruct format (v3 tekken: no spaces around the markers); the system text goes before the first user turn.
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system, turns = messages[0]['content'] + '\\n\\n', messages[1:] %}
-{%- else %}
-    {%- set system, turns = '', messages %}
-{%- endif %}
-{%- for message in turns %}
-    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
-        {{- raise_exception('after an optional system message, roles alternate user, assistant, user, …') }}
-    {%- endif %}
-    {%- if message['role'] == 'user' %}
-        {{- '[INST]' + (system if loop.first else '') + message['content'] + '[/INST]' }}
-    {%- else %}
-        {{- message['content'] + eos_token }}
-    {%- endif %}
-{%- endfor %}
-"""
-
-
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, out_dir: str | Path, *, min_frequency: int = 2, progress: bool = False
-) -> HuggingFace:
-    """Train a byte-level BPE with Mistral's chat format on `texts`, write it to `out_dir` and return it, loaded.
-
-    Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers' AutoTokenizer reads too.
-    The same texts in the same order give the same files. Little text gives fewer than `vocab_size` ids (a warning).
-    Raises FileExistsError where `out_dir` holds something, ValueError for a vocab_size without room or no text.
-    """
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    specials = [PAD, BOS, EOS, BEGIN_USER, END_USER]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(specials) + len(alphabet):
-        raise ValueError(f"vocab_size {vocab_size} is less than the {len(alphabet)} bytes and {len(specials)} control tokens")
-    refuse_existing(Path(out_dir))  # before the work, not after it
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    seen = 0
-
-    def counted() -> Iterable[str]:
-        nonlocal seen
-        for text in texts:
-            seen += len(text)
-            yield text
-
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=specials,
-        initial_alphabet=alphabet,
-        show_progress=progress,
-    )
-    tokenizer.train_from_iterator(counted(), trainer)
-    if not seen:
-        raise ValueError("no text to train a tokenizer on")
-    if tokenizer.get_vocab_size() < vocab_size:
-        log.warning("%d characters of text gave %d ids, not %d", seen, tokenizer.get_vocab_size(), vocab_size)
-    # Other tools put BOS before plain text by this rule.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "add_bos_token": True,
-        "clean_up_tokenization_spaces": False,
-    }
-    with new_directory(out_dir) as directory:
-        tokenizer.save(str(directory / "tokenizer.json"))
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return HuggingFace(out_dir)

@@ -25,7 +25,8 @@ from pathlib import Path
 import mistral_common
 
 from moe_train.data.standard_library import gather
-from moe_train.data.tokenizer import tokenizer_at, train_bpe
+from moe_train.data.tokenizer import tokenizer_at
+from moe_train.data.train_tokenizer import train_bpe
 
 SIZES = (10, 100)  # MB
 V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"

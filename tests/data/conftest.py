@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.train_tokenizer import train_bpe
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from moe_train import config
-from moe_train.data.tokenizer import train_bpe
+from moe_train.data.train_tokenizer import train_bpe
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.train.ready import check_ready, settled
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "What is 2 + 3? It is 5."] * 8

@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding
 
 from moe_train import config, model_dir
 from moe_train.data import sandbox
-from moe_train.data.tokenizer import HuggingFace, Mistral, train_bpe
+from moe_train.data.tokenizer import HuggingFace, Mistral
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh
 from moe_train.model import transformer
 from moe_train.weights import adapter, chat_format, foreign, gguf, gguf_file, gguf_lora, gguf_settings, gguf_tokenizer, merge, names

@@ -24,7 +24,8 @@ import pytest
 
 from moe_train import config, model_dir
 from moe_train.data import chat, sandbox
-from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer, train_bpe
+from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model import transformer
 from moe_train.weights import chat_format, checks, foreign, gguf, gguf_file, gguf_lora, merge, names, proof, reread

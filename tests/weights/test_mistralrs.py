@@ -12,7 +12,8 @@ import pytest
 
 from moe_train import config
 from moe_train.data.chat import render_prompt
-from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh
 from moe_train.weights import peft, write
 from tests.weights.test_llama_cpp import DENSE, MOE, SIZES, our_logits, random_parameters

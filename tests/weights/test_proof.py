@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding
 
 from moe_train import config
 from moe_train.data.conversation import Conversation
-from moe_train.data.tokenizer import HuggingFace, train_bpe
+from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh, put_batch
 from moe_train.model.transformer import init_model, parameters
 from moe_train.verify import verify

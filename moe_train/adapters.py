@@ -239,11 +239,12 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
 
 
 def show(found: Comparison, top: int) -> Iterator[Any]:
-    """Tables for a terminal: the `top` matrices that moved farthest, and layer by expert as a heat map."""
+    """Titles and tables for a terminal: the `top` matrices that moved farthest, and layer by expert as a heat map."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, title=f"change over weight, beside {found.base}", title_justify="left")
+    yield f"change over weight, beside {found.base}"
+    table = Table(box=None)
     for column in ("layer", "module", "expert", "change", "weight", "change / weight"):
         table.add_column(column, justify="left" if column == "module" else "right")
     for m in found.moved[:top]:
@@ -252,7 +253,8 @@ def show(found: Comparison, top: int) -> Iterator[Any]:
     yield table
     if experts := found.experts():
         largest = max(map(max, experts)) or 1.0
-        heat = Table(box=None, title="experts: change over weight, in %", title_justify="left")
+        yield "change over weight of each expert, over its layer's modules, in %"
+        heat = Table(box=None)
         heat.add_column("layer", justify="right")
         for e in range(len(experts[0])):
             heat.add_column(str(e), justify="right")

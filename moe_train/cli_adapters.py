@@ -32,8 +32,8 @@ def diff_adapters(
         moved = [{**m._asdict(), "relative": m.relative if m.weight else None} for m in found.moved]
         print_json({"base": found.base, "moved": moved, "experts": found.experts()})
         return
-    for table in show(found, top):
-        console().print(table)
+    for part in show(found, top):
+        console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
 
 @app.command("merge")

@@ -111,7 +111,10 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
             return tokenizer_at(directory)
     if (gguf_file := gguf.file_in(directory)) is not None:
         return config.HuggingFaceTokenizer(name="huggingface", path=str(gguf.unpack_tokenizer(gguf_file)))
-    raise FileNotFoundError(f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; name one in data.tokenizer")
+    raise FileNotFoundError(
+        f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; put the model's own there, or for training name it "
+        "in data.tokenizer"
+    )
 
 
 def resolve(run: config.Config) -> config.Config:

@@ -52,7 +52,7 @@ def plot(run_dirs: list[Path], out: Path) -> None:
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: a picture ends in {', '.join(SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install 'moe-train[report]'")
+        raise ValueError("plots need matplotlib; run: bash launch/install.sh report, or pip install matplotlib")
     stories = [read(run_dir) for run_dir in run_dirs]
     import matplotlib
 

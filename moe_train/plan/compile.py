@@ -124,7 +124,7 @@ def check_installed(topology: Topology) -> None:
         "gpu": ("JAX's CUDA plugin", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
     }[topology.platform]
     if not any(importlib.util.find_spec(module) for module in modules):
-        remedy = f"run: pip install 'moe-train[{extra}]', or plan with --no-compile"
+        remedy = f"run: bash launch/install.sh {extra}, or plan with --no-compile"
         raise ValueError(f"compiling for {topology.name} needs {what}, which is not here; {remedy}")
 
 

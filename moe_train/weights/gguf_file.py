@@ -302,7 +302,7 @@ def package(why: str) -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(f"{why}, which needs the package gguf; install it: pip install 'moe-train[gguf]'") from error
+        raise ValueError(f"{why}, which needs the package gguf; run: bash launch/install.sh gguf, or pip install gguf") from error
     return gguf
 
 

@@ -7,6 +7,7 @@ is left alone, so that an interrupted quickstart continues.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +49,7 @@ def quickstart() -> int:
             tokenizer,
         )
     for what, run in (("pretraining a small Mixtral", pretrain), ("fine-tuning it with LoRA", lora)):
-        console.rule(f"{what}: moe-train train {CONFIGS.name}/{run.name}.yaml")
+        _begin(console, what, f"moe-train train {CONFIGS.name}/{run.name}.yaml")
         code = train(run)
         if code != FINISHED:
             return code
@@ -57,15 +58,23 @@ def quickstart() -> int:
     layout: Literal["hf", "peft"]
     for directory, layout, options in ((merged, "hf", " --merge"), (adapter, "peft", "")):
         if not directory.exists():
-            console.rule(f"exporting: moe-train export {lora.run_dir} {directory} --format {layout}{options}")
+            _begin(console, "exporting", f"moe-train export {lora.run_dir} {directory} --format {layout}{options}")
             for check in export(lora.run_dir, directory, layout, merge=bool(options))["checks"]:
                 console.print(f"{check['name']}: {check['said']}")
 
-    console.rule(f"generating from the exported files: moe-train generate {merged} --prompt …")
+    asked = " ".join(f"--prompt {shlex.quote(question)}" for question in QUESTIONS)
+    _begin(console, "generating from the exported files", f"moe-train generate {merged} --chat --max-tokens 40 {asked}")
     for question, answer in zip(QUESTIONS, generate_dir(merged, QUESTIONS, max_tokens=40, chat=True), strict=True):
         console.print(f"[bold]{question}[/bold]", answer.strip(), sep="\n", markup=True)
     _summary(console, [pretrain, lora], [merged, adapter])
+    console.print(f"next, your own data: moe-train data check FILES --tokenizer {tokenizer}", soft_wrap=True)
+    console.print(f"then name them in data.train of a copy of {CONFIGS.name}/{lora.name}.yaml, with a run_dir of its own", soft_wrap=True)
     return FINISHED
+
+
+def _begin(console: Console, what: str, command: str) -> None:
+    console.rule(what)
+    console.print(command, style="bold", markup=False, soft_wrap=True)
 
 
 def _load(name: str) -> config.Config:

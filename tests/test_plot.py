@@ -59,5 +59,5 @@ def test_what_cannot_be_drawn_is_said_in_one_line(run_dir: Path, tmp_path: Path,
     with pytest.raises(ValueError, match=r"metrics\.jsonl:1: not JSON"):
         read(run_dir)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"plots need matplotlib: pip install 'moe-train\[report\]'"):
+    with pytest.raises(ValueError, match=r"plots need matplotlib; run: bash launch/install\.sh report"):
         plot([run_dir], tmp_path / "a.png")

@@ -155,7 +155,7 @@ def train(run: config.Config) -> int:
         checkpoint.finish_saving(checkpoints)
         writer.say(f"finished {total_steps} steps; the checkpoints are in {run_dir / checkpoint.FOLDER}")
         if run.export == "all":
-            writer.say(f"for other tools: moe-train export {run_dir} OUT_DIR{' --merge, or --format peft' if run.lora else ''}")
+            writer.say(f"for other tools: moe-train export {run_dir} {run_dir}-hf{' --merge' if run.lora else ''}")
         return FINISHED
 
 

@@ -105,9 +105,9 @@ def export(
     source: ModelDir,
     out_dir: OutDir,
     layout: Annotated[
-        Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"],
-        typer.Option("--format", help="A whole model (hf, mistral, gguf), or an adapter."),
-    ] = "hf",
+        Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"] | None,
+        typer.Option("--format", help="A whole model (hf, mistral, gguf), or an adapter. Else hf, or gguf for llama.cpp."),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add the adapters to the weights they adapt.")] = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16; of gguf also float16, q8_0, …; else that of the files it started from.")
@@ -126,6 +126,7 @@ def export(
     """
     from moe_train.export import export as write
 
+    layout = layout or ("gguf" if server == "llama.cpp" else "hf")
     with waiting("exporting"):
         record = write(source, out_dir, layout, merge, dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size)
     command = record.get("serve")

@@ -223,7 +223,9 @@ def test_export(stand_in, capsys) -> None:
     assert "3 tensors" in shown and "bits" in shown and "serve it: serve it" in shown
     none = {"dtype": None, "depth": "full", "server": None, "max_shard_size": None}
     some = {"dtype": "q8_0", "depth": "tensors", "server": "llama.cpp", "max_shard_size": "1GB"}
-    assert given == [(Path("runs/tiny"), Path("out"), "peft", False, none), (Path("runs/tiny"), Path("out"), "hf", True, some)]
+    assert given == [(Path("runs/tiny"), Path("out"), "peft", False, none), (Path("runs/tiny"), Path("out"), "gguf", True, some)]
+    assert run("export", "runs/tiny", "out") == 0
+    assert given[-1] == (Path("runs/tiny"), Path("out"), "hf", False, none)
 
 
 def test_verify(stand_in, capsys) -> None:

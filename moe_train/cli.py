@@ -340,6 +340,12 @@ USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryErro
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)  # which typer does not export
 
 
+def _in_words(error: Exception) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; `arguments` are sys.argv's where not given."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -360,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         expected = isinstance(error, (*USER_ERRORS, OSError)) or type(error) is RuntimeError
         if debug or not expected:
             traceback.print_exc()
-        said = str(error) if expected else f"{type(error).__name__}: {error}"
+        said = _in_words(error) if expected else f"{type(error).__name__}: {error}"
         for fault in said.splitlines():  # a config may have several
             print(f"moe-train: {fault}", file=sys.stderr)
         code = 2 if isinstance(error, USER_ERRORS) else 1

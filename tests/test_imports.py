@@ -31,7 +31,7 @@ LEFT_OF_LOOP = (
         "checkpoint",
         "model_dir",
     ),
-    *("devices", "flops", "metrics", "plan"),
+    *("devices", "flops", "metrics", "plan", "room"),
 )
 COMMANDS = (
     "plan",
@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config_faults": ("config_schema", "foreign_keys", "strict_yaml"),
     "config_file": ("config", "config_faults", "strict_yaml"),
     "processes": (),
+    "room": (),
     "compiler_options": (),
     "mesh": ("config", "processes"),
     "devices": (),
@@ -67,8 +68,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train.record": ("config", "config_file", "atomic"),
     "train.stopping": ("mesh",),
     "train.self_test": ("config", "mesh", "model"),
-    "checkpoint": (*LEFT_OF_STEP, "config_file", "weights"),
-    "model_dir": (*LEFT_OF_STEP, "config_file", "weights", "checkpoint", "data.tokenizer", "data.chat"),
+    "checkpoint_arrays": ("mesh",),
+    "checkpoint": (*LEFT_OF_STEP, "checkpoint_arrays"),
+    "model_dir": (*LEFT_OF_STEP, "config_file", "room", "weights", "checkpoint", "data.tokenizer", "data.chat"),
     "plan": (*LEFT_OF_STEP, "config_file", "atomic", "devices", "flops", "model_dir", "plan"),
     "train.evaluate": LEFT_OF_LOOP,
     "train.ready": LEFT_OF_LOOP,

@@ -17,6 +17,7 @@ from moe_train.data.loader import Loader
 from moe_train.model.lora import is_lora
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.room import require_room
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import TrainState, create_state, partition
 
@@ -53,6 +54,8 @@ def starting_state(run: config.Config, loader: Loader, checkpoints: ocp.Checkpoi
     learned, frozen = partition(shapes, run.lora)
     optimizer = make_optimizer(run.optimizer, total_steps)
     new_state = jax.jit(partial(create_state, optimizer=optimizer))
+    learned_state = jax.eval_shape(new_state, learned)
+    require_room((learned_state, frozen), run.name)
 
     last = checkpoint.newest(checkpoints)
     changed = {} if last is None else _changes(run, last, loader)
@@ -63,7 +66,7 @@ def starting_state(run: config.Config, loader: Loader, checkpoints: ocp.Checkpoi
         weights = model_dir.load_parameters(base.source, wanted, base.step)
     originals = {path: x for path, x in weights.items() if path in learned}
 
-    restored = checkpoint.restore(checkpoints, jax.eval_shape(new_state, learned))
+    restored = checkpoint.restore(checkpoints, learned_state)
     if restored is not None:
         state = restored.state
     elif base is not None and not frozen:

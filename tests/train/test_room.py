@@ -1,0 +1,38 @@
+"""A model that the host's memory has no room for is refused in one line, before anything is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config, room
+from moe_train.mesh import make_mesh
+from moe_train.train.loop import train
+
+
+def test_what_every_device_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with jax.set_mesh(make_mesh(config.Mesh(fsdp=2, tensor=4))):
+        halves = jax.eval_shape(lambda: jax.numpy.zeros((16, 32), "bfloat16", out_sharding=P("fsdp", None)))
+        monkeypatch.setattr(room, "available", lambda: 4 * 16 * 32 * 2)  # each half on four devices
+        room.require_room({"weight": halves}, "it")
+        monkeypatch.setattr(room, "available", lambda: 4 * 16 * 32 * 2 - 1)
+        with pytest.raises(ValueError, match=r"it needs 3.81e-06 GiB .* has 3.81e-06 GiB available; use a machine"):
+            room.require_room({"weight": halves}, "it")
+
+
+def test_a_run_without_room_is_refused_before_anything_is_written(
+    small_run: Callable[..., config.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "available", lambda: 10_000)
+    with pytest.raises(ValueError, match=r"small needs .* GiB of memory for its weights") as error:
+        train(small_run(tmp_path / "run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_linux_says_what_is_available() -> None:
+    here = room.available()
+    assert here is None or 2**20 < here < 2**50

@@ -23,7 +23,7 @@ from moe_train.mesh import make_mesh
 from moe_train.model.lora import is_trainable, module_of
 from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.weights import foreign, gguf, gguf_lora, merge, names, peft, write
-from moe_train.weights.arrays import fetch
+from moe_train.weights.arrays import Held, fetch
 
 Weight = Callable[[names.Piece], np.ndarray]
 """Gives the base's own weight of a piece."""
@@ -76,7 +76,7 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
     model = model_dir.read_model(base)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         both = [_load(path, model) for path in (source, against) if path is not None]
-        weight = _weights_of(base, model, both)
+        weight = _weights_of(base, model)
         moved = [m for piece in names.pieces(model) if (m := _moved(piece, model, both, weight)) is not None]
     return Comparison(str(base), sorted(moved, key=lambda m: -m.relative))
 
@@ -102,19 +102,10 @@ def _load(source: str | Path, model: config.Model) -> tuple[config.Lora, Paramet
     return lora, model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
 
 
-def _weights_of(base: str | Path, model: config.Model, both: list[tuple[config.Lora, Parameters]]) -> Weight:
-    if not model_dir.is_run(base):
-        found = foreign.open_weights(base)
-        there = {(piece.path, piece.lead): piece for piece in found.table}
-
-        def in_file(piece: names.Piece) -> np.ndarray:
-            own = there[piece.path, piece.lead]
-            return own.from_file(found.tensors[own.name].read)
-
-        return in_file
+def _weights_of(base: str | Path, model: config.Model) -> Weight:
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
-    loaded = model_dir.load_parameters(base, shapes)
-    return lambda piece: fetch(loaded[piece.path], piece.lead)
+    held = model_dir.load_parameters(base, shapes, load=model_dir.left_in_files)
+    return lambda piece: fetch(held[piece.path], piece.lead)
 
 
 def _moved(piece: names.Piece, model: config.Model, both: list[tuple[config.Lora, Parameters]], weight: Weight) -> Moved | None:
@@ -189,15 +180,15 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
 
 def base_and_adapter(
     base: str | Path, source: str | Path, model: config.Model, dtype: config.Dtype | None = None
-) -> tuple[config.Lora, Parameters]:
+) -> tuple[config.Lora, Held]:
     """The section `lora` of the adapters of `source`, and all weights: the base's, in `dtype`, or that of its files where it
-    is not stated, and what was trained. The mesh is in force."""
+    is not stated, and what was trained. Those of another tool's files stay there. The mesh is in force."""
     compute = config.Compute(param_dtype=dtype or _dtype_of(base, model_dir.compute_here()))
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
     trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
     plain = {path: like for path, like in shapes.items() if not is_trainable(path, lora)}
-    return lora, model_dir.load_parameters(base, plain) | trained
+    return lora, {**model_dir.load_parameters(base, plain, load=model_dir.left_in_files), **trained}
 
 
 def _dtype_of(base: str | Path, compute: config.Compute) -> config.Dtype:

@@ -21,7 +21,7 @@ from moe_train.mesh import join_processes
 from moe_train.model.lora import is_trainable
 from moe_train.model_dir import Opened, is_run, open_model
 from moe_train.weights import expected, foreign, gguf_lora, mistral_lora, peft, proof, serve, together, write
-from moe_train.weights.arrays import Parameters
+from moe_train.weights.arrays import Held
 from moe_train.weights.safetensors_io import MAX_SHARD_BYTES
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def export(
     filetype = dtype or _dtype(opened)
     about = _about(opened)
     with jax.set_mesh(opened.mesh):
-        _, weights = opened.load()
+        weights = opened.to_export()
         if whole:
             record = write.export(
                 weights,
@@ -102,7 +102,7 @@ def export(
 def _write_adapter(
     directory: Path,
     layout: serve.Layout,
-    weights: Parameters,
+    weights: Held,
     opened: Opened,
     filetype: str,
     texts: write.Texts,

@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 from jax.sharding import Mesh
@@ -22,8 +22,10 @@ from moe_train.mesh import AXES, make_mesh
 from moe_train.model.lora import is_trainable, module_of, names_module, targets_of
 from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.room import require_room
 from moe_train.train.state import partition
 from moe_train.weights import adapter, foreign, gguf, names, together
+from moe_train.weights.arrays import Held
 
 TOKENIZER = "tokenizer"
 """The folder of a run with its tokenizer's files."""
@@ -45,7 +47,13 @@ class Opened(NamedTuple):
     def load(self) -> tuple[Any, Parameters]:
         """(structure, weights, adapters included); `mesh` is in force."""
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
+        require_room(shapes, str(self.directory))
         return structure, load_parameters(self.directory, shapes)
+
+    def to_export(self) -> Held:
+        """The weights, adapters included, of which those in other tools' files stay there (see `left_in_files`)."""
+        _, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
+        return load_parameters(self.directory, shapes, load=left_in_files)
 
 
 def open_model(directory: str | Path) -> Opened:
@@ -193,14 +201,34 @@ def mesh_here(run: config.Config | None, model: config.Model) -> config.Mesh:
     return config.Mesh(fsdp=devices)
 
 
-def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: int | None = None) -> Parameters:
-    """All weights of a run or of a Hugging Face model, as arrays of the shapes, dtypes and shardings of `abstract`.
+def left_in_files(path: str | Path, abstract: Mapping[str, Any]) -> Held:
+    """Another tool's model for an export, which asks for each matrix a few times: not in memory, however large it is.
+
+    Several processes would each read all of it; they load their parts.
+    """
+    return (foreign.leave_parameters if jax.process_count() == 1 else foreign.load_parameters)(path, abstract)
+
+
+@overload
+def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: int | None = None) -> Parameters: ...
+@overload
+def load_parameters(
+    directory: str | Path, abstract: Mapping[str, Any], step: int | None = None, *, load: Callable[..., Held]
+) -> Held: ...
+def load_parameters(
+    directory: str | Path,
+    abstract: Mapping[str, Any],
+    step: int | None = None,
+    *,
+    load: Callable[..., Held] = foreign.load_parameters,
+) -> Held:
+    """All weights of a run or of another tool's model, as arrays of the shapes, dtypes and shardings of `abstract`.
 
     Of a run: what was trained from its newest checkpoint (or that of `step`), what was frozen from where it was
-    loaded at first. Raises ValueError where that has changed since.
+    loaded at first. load: what is done with another tool's model. Raises ValueError where that has changed since.
     """
     if not is_run(directory):
-        return foreign.load_parameters(directory, abstract)
+        return load(directory, abstract)
     run = run_config(directory)
     trainable, frozen = partition(dict(abstract), run.lora)
 
@@ -210,11 +238,11 @@ def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: in
 
     keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
     params, about = checkpoint.load_params(directory, _trained_by(run), step, keep)
-    if frozen:
-        assert about.base is not None
-        check_base(about.base)
-        params |= load_parameters(about.base.source, frozen, about.base.step)
-    return params
+    if not frozen:
+        return params
+    assert about.base is not None
+    check_base(about.base)
+    return {**params, **load_parameters(about.base.source, frozen, about.base.step, load=load)}
 
 
 def _trained_by(run: config.Config) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def verify(
             raise ValueError(f"--run {run} is no run; give the run that was exported")
         opened = unquantised(open_model(run))
         with jax.set_mesh(opened.mesh):
-            _, weights = opened.load()
+            weights = opened.to_export()
             lora = opened.lora if record["format"] not in get_args(expected.Model) or record.get("adapted") else None
             trained = proof.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)
             return record, repeat.repeat(directory, depth, record, model, trained)

@@ -6,7 +6,7 @@ In float32, with plain kernels that every platform has, so that two sets of weig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.mesh import BATCH
 from moe_train.model.moe import MoE
 from moe_train.model.transformer import Parameters, combine, init_model, parameters
+from moe_train.weights import arrays
+from moe_train.weights.arrays import Held, InFiles
 
 LENGTH = 16
 TEXTS = (
@@ -69,8 +71,9 @@ def structure_and_shapes(
     return parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
 
 
-def answers(structure: Any, weights: Mapping[str, jax.Array], prompts: Prompts, altered: Altered = dict) -> Answers:
-    """What these weights answer, on the mesh in force, of which several processes may have parts.
+def answers(structure: Any, weights: Held, prompts: Prompts, altered: Altered = dict) -> Answers:
+    """What these weights answer, on the mesh in force, of which several processes may have parts. Of those in files one
+    period is in memory at a time.
 
     altered: what becomes of a part of the weights, such as one layer's, before it is run; `structure` is that of the result.
     """
@@ -89,17 +92,17 @@ def answers(structure: Any, weights: Mapping[str, jax.Array], prompts: Prompts, 
 
 
 def _forward(
-    structure: Any, weights: Mapping[str, jax.Array], altered: Altered, tokens_BT: jax.Array, positions_BT: jax.Array
+    structure: Any, weights: Held, altered: Altered, tokens_BT: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Float32 logits (B, T, V) and those of the routers (L, B, T, E), whole on every device.
 
     Period by period: of one program for all of them XLA would make float32 copies of all weights at once.
     """
     stacks = {path: x for path, x in weights.items() if path.startswith("stacks.")}
-    ends = altered({path: x for path, x in weights.items() if path not in stacks})
+    ends = altered(arrays.load({path: x for path, x in weights.items() if path not in stacks}))
     x_BTD, seen = jnp.zeros(()), list[jax.Array]()
     for i in range(next(iter(stacks.values())).shape[0]):
-        period = altered(_at(stacks, i)) | ends
+        period = altered(_period_of(stacks, i)) | ends
         x_BTD = _embed(structure, period, tokens_BT) if i == 0 else x_BTD
         x_BTD, routers = _period(structure, period, x_BTD, positions_BT)
         seen += routers
@@ -107,9 +110,14 @@ def _forward(
     return _logits(structure, period, x_BTD), jnp.stack(seen) if seen else None
 
 
-@jax.jit
-def _at(stacks: Parameters, i: jax.Array) -> Parameters:
+def _period_of(stacks: Held, i: int) -> Parameters:
     """The weights of one period, dims as before."""
+    here = {path: x for path, x in stacks.items() if isinstance(x, jax.Array)}
+    return _at(here, i) | arrays.load({path: x.layers(i) for path, x in stacks.items() if isinstance(x, InFiles)})
+
+
+@jax.jit
+def _at(stacks: Parameters, i: jax.Array | int) -> Parameters:
     return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, i, 1), stacks)
 
 

@@ -7,7 +7,7 @@ import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,63 @@ BESIDE = 2**27
 """Bytes of weights that are on the host at a time on their way to an accelerator, unless one matrix is larger."""
 
 
+class InFiles(NamedTuple):
+    """What an array would hold, left in the files: read a matrix, or a layer, at a time."""
+
+    like: jax.ShapeDtypeStruct
+    pieces: Mapping[tuple[int, ...], Piece]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.like.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.like.dtype
+
+    @property
+    def size(self) -> int:
+        return self.like.size
+
+    def entry(self, lead: tuple[int, ...]) -> np.ndarray:
+        """The matrix with this entry in the stacked dims."""
+        piece = self.pieces[lead]
+        return piece.from_file(self.tensors[piece.name].read).astype(self.dtype, copy=False)
+
+    def layers(self, first: int) -> InFiles:
+        """Entry `first` of the first dim, which stays."""
+        like = jax.ShapeDtypeStruct((1, *self.shape[1:]), self.dtype, sharding=self.like.sharding)
+        pieces = {(0, *lead[1:]): piece for lead, piece in self.pieces.items() if lead[0] == first}
+        return InFiles(like, pieces, self.tensors)
+
+
+Held = Mapping[str, jax.Array | InFiles]
+"""Weights by path, in memory or in files."""
+
+
+def leave(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> dict[str, InFiles]:
+    """As `fill`, but nothing is read yet, nor may weights be quantised."""
+    by_path = _by_path(table)
+    return {path: InFiles(like, by_path[path], tensors) for path, like in abstract.items()}
+
+
+def load(weights: Held) -> Parameters:
+    """All of them as arrays."""
+    with ThreadPoolExecutor() as pool:
+        return {
+            path: _arrays(x.shape, [x.like], x.pieces, x.tensors, pool)[0] if isinstance(x, InFiles) else x
+            for path, x in weights.items()
+        }
+
+
+def _by_path(table: Collection[Piece]) -> dict[str, dict[tuple[int, ...], Piece]]:
+    by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
+    for piece in table:
+        by_path.setdefault(piece.path, {})[piece.lead] = piece
+    return by_path
+
+
 def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> Parameters:
     """Arrays with the shapes, dtypes and shardings of `abstract`, read from `tensors` as `table` says.
 
@@ -42,9 +99,7 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
     the file at a time. `names.check` has found the three to fit. The mesh in force is the one of the shardings.
     """
     filled: Parameters = {}
-    by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
-    for piece in table:
-        by_path.setdefault(piece.path, {})[piece.lead] = piece
+    by_path = _by_path(table)
     with ThreadPoolExecutor() as pool:
         for path, like in abstract.items():
             weight, _, part = path.rpartition(".")
@@ -189,11 +244,13 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def fetch(array: jax.Array, lead: tuple[int, ...] = ()) -> np.ndarray:
+def fetch(array: jax.Array | InFiles, lead: tuple[int, ...] = ()) -> np.ndarray:
     """Entry `lead` of a stacked array, on the host; a view where a CPU device holds all of it.
 
     An array that is spread over several processes is gathered, so all of them have to ask for the same at a time.
     """
+    if isinstance(array, InFiles):
+        return array.entry(lead)
     if not array.is_fully_addressable:
         return np.asarray(_entry(array, lead))
     whole = None

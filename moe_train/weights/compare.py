@@ -17,19 +17,21 @@ import numpy as np
 from moe_train import config
 from moe_train.model.lora import is_trainable
 from moe_train.weights import expected, reread, together
-from moe_train.weights.arrays import fetch
+from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.checks import Fault, NotChecked
 from moe_train.weights.expected import Part, Wanted
 from moe_train.weights.merge import scale_of
 from moe_train.weights.reread import Q8_0, Stored
 from moe_train.weights.strided import contiguous
 
-CHUNK = 2**20
+CHUNK = 2**18
 """Bytes of a file that are looked at together."""
 BESIDE = 2**27
 """Bytes of weights that are on the host at a time, unless one matrix is larger."""
 MANTISSA = {"F32": 23, "F16": 10, "BF16": 7}
 SMALLEST = {"F32": -126, "F16": -14, "BF16": -126}
+EXPONENT = np.uint64(0x7FF << 52)
+"""Its bits in a float64."""
 
 
 class Grid(NamedTuple):
@@ -116,7 +118,7 @@ def check_names(stored: Mapping[str, Stored], wanted: Sequence[Wanted], kinds: M
 def examine(
     stored: Mapping[str, Stored],
     wanted: Sequence[Wanted],
-    parameters: Mapping[str, jax.Array] | None,
+    parameters: Held | None,
     lora: config.Lora | None,
 ) -> Tensors:
     """Hash every tensor, and compare it with `parameters` (None: hash alone), merged with adapters where `lora` is given."""
@@ -131,7 +133,7 @@ def examine(
         return Tensors(stored, dict(zip((w.name for w in wanted), pool.map(one, wanted), strict=True)))
 
 
-def _examine(stored: Stored, wanted: Wanted, parameters: Mapping[str, jax.Array] | None, lora: config.Lora | None) -> Examined:
+def _examine(stored: Stored, wanted: Wanted, parameters: Held | None, lora: config.Lora | None) -> Examined:
     total, fault, merged = hashlib.sha256(), None, []
     rows = stored.rows // len(wanted.parts)
     step = max(1, CHUNK * rows // max(1, stored.nbytes // len(wanted.parts)))
@@ -155,7 +157,7 @@ def _examine(stored: Stored, wanted: Wanted, parameters: Mapping[str, jax.Array]
 class _Values:
     """What a part of a tensor has to hold, in the file's order, and what was seen of its delta so far."""
 
-    def __init__(self, part: Part, parameters: Mapping[str, jax.Array], lora: config.Lora | None) -> None:
+    def __init__(self, part: Part, parameters: Held, lora: config.Lora | None) -> None:
         self.part, self.module = part, part.path.removesuffix(".weight")
         base = part.form(fetch(parameters[part.path], part.lead))
         self.base = base.reshape(1, -1) if base.ndim == 1 else base
@@ -205,7 +207,7 @@ class _Values:
         return Merged(self.module, self.part.lead, self.wanted, self.kept, lost)
 
 
-def in_file_order(part: Part, parameters: Mapping[str, jax.Array], lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:
+def in_file_order(part: Part, parameters: Held, lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:
     """A (J, in) and B (out, J) in float64, the scale in B."""
     module = part.path.removesuffix(".weight")
     a, b = (fetch(parameters[f"{module}.{name}"], part.lead).astype(np.float64) for name in ("lora_a", "lora_b"))
@@ -231,9 +233,9 @@ def decoded(kind: str, raw: bytearray, right: np.ndarray) -> tuple[np.ndarray, n
         allowed = np.broadcast_to(share * blocks.max(-1, keepdims=True) * 1.01 + levels * 2.0**-25, blocks.shape)
         return written, allowed.reshape(right.shape)
     if kind != "Q8_0":
-        exponent = np.floor(np.log2(np.maximum(np.abs(right), 2.0 ** SMALLEST[kind])))
+        power = (right.view(np.uint64) & EXPONENT).view(np.float64)  # of two, at most |right|
         written = np.frombuffer(raw, reread.PLAIN[kind]).astype(np.float64).reshape(right.shape)
-        return written, np.exp2(exponent - MANTISSA[kind])
+        return written, np.maximum(power, 2.0 ** SMALLEST[kind]) * 2.0 ** -MANTISSA[kind]
     blocks = np.frombuffer(raw, Q8_0).reshape(len(right), -1)
     written = (blocks["scale"].astype(np.float64)[..., None] * blocks["q"]).reshape(right.shape)
     step = np.abs(right).reshape(*blocks.shape, 32).max(-1, keepdims=True) / 127
@@ -286,7 +288,7 @@ def examine_adapter(
     layout: expected.Adapter,
     stored: Mapping[str, Stored],
     model: config.Model,
-    parameters: Mapping[str, jax.Array],
+    parameters: Held,
     lora: config.Lora,
     scale_in_file: Callable[[str, int], float],
 ) -> tuple[Tensors, list[Delta]]:
@@ -323,7 +325,7 @@ def _deltas(
     wanted: Wanted,
     a: Stored,
     b: Stored,
-    parameters: Mapping[str, jax.Array] | None,
+    parameters: Held | None,
     lora: config.Lora,
     scale_in_file: Callable[[str, int], float],
 ) -> list[Delta]:

@@ -8,7 +8,7 @@ from typing import Literal
 from moe_train import config
 from moe_train.model.quantize import unquantized
 from moe_train.weights import gguf, hf, hf_config, mistral, mistral_params, names, peft, safetensors_io, together
-from moe_train.weights.arrays import Abstract, Parameters, fill
+from moe_train.weights.arrays import Abstract, InFiles, Parameters, fill, leave
 from moe_train.weights.on_disk import Weights
 
 
@@ -70,10 +70,21 @@ def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:
     `abstract` may name some of the weights; adapters are in no such model. The host holds one device's part of one
     array at a time. Raises ValueError unless the tensors are those of the architecture and fill every array.
     """
+    found = _checked(path, abstract)
+    return fill(abstract, found.table, found.tensors)
+
+
+def leave_parameters(path: str | Path, abstract: Abstract) -> dict[str, InFiles]:
+    """The same, left in the files until they are asked for. Raises as `load_parameters`."""
+    found = _checked(path, abstract)
+    return leave(abstract, found.table, found.tensors)
+
+
+def _checked(path: str | Path, abstract: Abstract) -> Weights:
     found = open_weights(path)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     names.check(path, found.table, shapes, {path: like.shape for path, like in unquantized(abstract).items()})
-    return fill(abstract, found.table, found.tensors)
+    return found
 
 
 def hashes(path: str | Path) -> dict[str, str]:

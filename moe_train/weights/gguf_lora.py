@@ -16,19 +16,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moe_train import config
 from moe_train.atomic import new_directory
 from moe_train.model.lora import module_of
 from moe_train.weights import gguf, gguf_file, gguf_settings, merge, names
-from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
+from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
 
 FILE = "adapter.gguf"
@@ -38,7 +37,7 @@ _ROUNDED = 2.0**-22
 
 
 def export_adapter(
-    parameters: Parameters,
+    parameters: Held,
     model: config.Model,
     lora: config.Lora,
     out_dir: str | Path,
@@ -163,7 +162,7 @@ def _module(piece: names.Piece) -> str:
     return piece.path.rpartition(".")[0]
 
 
-def _prove(file: Path, table: list[names.Piece], parameters: Mapping[str, jax.Array], lora: config.Lora) -> dict[str, Any]:
+def _prove(file: Path, table: list[names.Piece], parameters: Held, lora: config.Lora) -> dict[str, Any]:
     """Compare the deltas that the file stands for with those in memory, matrix by matrix.
 
     Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at

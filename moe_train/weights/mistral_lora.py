@@ -8,19 +8,17 @@ rank. B's rows of q and k are in interleaved rotary order, as the weights' are.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moe_train import config
 from moe_train.atomic import new_directory
 from moe_train.json_file import read_object
 from moe_train.weights import merge, mistral_params, names, safetensors_io
-from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
+from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.on_disk import nbytes
 from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
 
@@ -31,7 +29,7 @@ _ROUNDED_TWICE = {"float32": 2.0**-22, "bfloat16": 2.0**-7}
 
 
 def export_adapter(
-    parameters: Parameters,
+    parameters: Held,
     model: config.Model,
     lora: config.Lora,
     out_dir: str | Path,
@@ -134,7 +132,7 @@ def _module(piece: names.Piece) -> str:
     return piece.path.rpartition(".")[0]
 
 
-def _prove(directory: Path, table: list[names.Piece], parameters: Mapping[str, jax.Array], lora: config.Lora) -> dict[str, Any]:
+def _prove(directory: Path, table: list[names.Piece], parameters: Held, lora: config.Lora) -> dict[str, Any]:
     """Compare the deltas that the files stand for with those in memory, matrix by matrix.
 
     Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at

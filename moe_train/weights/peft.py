@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from moe_train import config
@@ -27,7 +26,7 @@ from moe_train.atomic import new_directory
 from moe_train.json_file import read_object
 from moe_train.model.lora import is_trainable, module_of, targets_of
 from moe_train.weights import hf, merge, names, on_disk, peft_fused, safetensors_io
-from moe_train.weights.arrays import Abstract, Parameters, fetch, fill
+from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.on_disk import Tensor, nbytes
 from moe_train.weights.serve import Server, Shape, adapter_shapes
 from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
@@ -39,7 +38,7 @@ _ROUTER = ("block_sparse_moe.gate", "mlp.gate")
 
 
 def export_adapter(
-    parameters: Parameters,
+    parameters: Held,
     model: config.Model,
     lora: config.Lora,
     out_dir: str | Path,
@@ -352,7 +351,7 @@ def _number(x: float) -> int | float:
 # --- the proof ---------------------------------------------------------------------------------------------------
 
 
-def _prove(directory: Path, parameters: Mapping[str, jax.Array], model: config.Model, lora: config.Lora) -> dict[str, Any]:
+def _prove(directory: Path, parameters: Held, model: config.Model, lora: config.Lora) -> dict[str, Any]:
     """Compare the deltas that the files stand for with those in memory, matrix by matrix; saved modules bit for bit.
 
     Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at

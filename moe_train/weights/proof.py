@@ -1,4 +1,4 @@
-"""The proof of an export: files are read back by a second reader and compared with the weights in memory.
+"""The proof of an export: files are read back by a second reader and compared with the weights that were exported.
 
 `expected` says what the files must hold, `reread` reads them, `compare` and `answers` compare; none shares code with
 the writers. Every check says what it compared, how many, and within which tolerance; the record of it all is kept in
@@ -31,6 +31,7 @@ from moe_train.json_file import read_object
 from moe_train.model.fsdp import spec_of
 from moe_train.model.lora import is_lora
 from moe_train.weights import answers, compare, expected, foreign, proof_texts, reread, together
+from moe_train.weights.arrays import Held
 from moe_train.weights.checks import Check, Fault, NotChecked, require, run
 from moe_train.weights.merge import scale_of
 
@@ -43,12 +44,12 @@ tell a fault from what that does to a model."""
 
 
 class Export(NamedTuple):
-    """A directory of files, and the weights in memory that it was written from."""
+    """A directory of files, and the weights that it was written from."""
 
     directory: Path
     layout: expected.Model
     dtype: str
-    parameters: Mapping[str, jax.Array]
+    parameters: Held
     model: config.Model
     lora: config.Lora | None
     """Of the adapters that were merged."""
@@ -154,7 +155,7 @@ def check_tensors(export: Export, out: list[compare.Tensors]) -> tuple[str, dict
         figures["tolerance_of_few_bits"] = {
             kind: f"{compare.GRIDS[kind].share:.3g} of the largest of {compare.GRIDS[kind].block} numbers" for kind in few
         }
-    return f"{len(stored):,} tensors, each once, with shape, dtype and the values in memory", figures
+    return f"{len(stored):,} tensors, each once, with shape, dtype and the values that were exported", figures
 
 
 def _merge(export: Export, tensors: list[compare.Tensors]) -> tuple[str, dict[str, Any]]:
@@ -211,7 +212,7 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
 def load_answers(directory: Path, model: config.Model, kind: str, prompts: answers.Prompts) -> answers.Answers:
     """What the files answer, loaded as anybody's model on the mesh in force."""
     structure, shapes = answers.structure_and_shapes(model, None, "bfloat16" if kind == "bfloat16" else "float32")
-    return answers.answers(structure, foreign.load_parameters(directory, shapes), prompts)
+    return answers.answers(structure, foreign.leave_parameters(directory, shapes), prompts)
 
 
 def kind_of(dtype: str) -> str:
@@ -284,7 +285,7 @@ def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, scales: np.ndarray, d
 def prove_adapter(
     directory: Path,
     layout: expected.Adapter,
-    parameters: Mapping[str, jax.Array],
+    parameters: Held,
     model: config.Model,
     lora: config.Lora,
     tokenizer: Tokenizer | None,

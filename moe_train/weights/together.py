@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from moe_train.atomic import new_directory
 from moe_train.mesh import AXES
 from moe_train.weights import on_disk
-from moe_train.weights.arrays import Parameters, fetch
+from moe_train.weights.arrays import Held, Parameters, fetch
 from moe_train.weights.on_disk import Tensor
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def first_writes(made: Iterator[T], write: Callable[[Iterator[T]], object]) -> N
             pass
 
 
-def gathered(parameters: Mapping[str, jax.Array]) -> Parameters:
+def gathered(parameters: Held) -> Parameters:
     """The same arrays whole in each process, on its first device: for few and small ones, such as adapters."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("here",))
     whole = {path: fetch(array) for path, array in parameters.items()}

@@ -17,7 +17,7 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.model.lora import is_lora
 from moe_train.weights import expected, gguf, hf, mistral, names, proof, together
 from moe_train.weights import merge as merging
-from moe_train.weights.arrays import Parameters
+from moe_train.weights.arrays import Held
 from moe_train.weights.safetensors_io import MAX_SHARD_BYTES, Share
 
 Format = expected.Model
@@ -40,7 +40,7 @@ Matrix = Callable[[names.Piece, np.dtype], np.ndarray]
 
 
 def export(
-    parameters: Parameters,
+    parameters: Held,
     model: config.Model,
     out_dir: str | Path,
     layout: Format = "hf",

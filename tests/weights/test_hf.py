@@ -74,6 +74,27 @@ def test_an_export_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dty
         assert_equal(foreign.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
 
 
+@pytest.mark.parametrize("layout", ["hf", "mistral", "gguf"])
+@pytest.mark.parametrize("model", [MIXTRAL, MINISTRAL], ids=["mixtral", "ministral"])
+def test_weights_left_in_their_files_are_merged_and_proved_as_those_in_memory(
+    model: config.Model, layout: Any, tmp_path: Path
+) -> None:
+    depth: Any = "full" if layout == "hf" else "tensors"
+    with jax.set_mesh(EIGHT):
+        weights = random_parameters(model, "bfloat16", LORA)
+        plain = {path: x for path, x in weights.items() if not is_lora(path)}
+        write.export(plain, model, tmp_path / "base", layout, dtype="bf16" if layout == "gguf" else "bfloat16", depth="tensors")
+        left = foreign.leave_parameters(tmp_path / "base", abstract(model, "bfloat16"))
+        reports = [
+            write.export(source, model, tmp_path / name, dtype="bfloat16", lora=LORA, merge=True, depth=depth)
+            for name, source in (("memory", weights), ("files", weights | left))
+        ]
+    for name in ("model-00001-of-00001.safetensors", "config.json"):
+        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "files" / name).read_bytes()
+    for check in ("merge", "answers") if depth == "full" else ("merge",):
+        assert figures(reports[0], check) == figures(reports[1], check)
+
+
 def test_the_files_of_an_export(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         write.export(

@@ -13,6 +13,9 @@ import numpy as np
 from moe_train import config
 from moe_train.weights.names import Piece
 
+CHUNK = 2**22
+"""Bytes that are hashed together: of much more the system would give and take back the memory each time."""
+
 
 class Tensor(Protocol):
     """A tensor in a file."""
@@ -43,12 +46,12 @@ def nbytes(shape: Sequence[int], dtype: np.dtype) -> int:
 
 
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's dtype, shape and bytes, by name; several at a time, each in parts of 64 MB."""
+    """sha256 of each tensor's dtype, shape and bytes, by name; several at a time, each in parts of 4 MiB."""
 
     def digest(tensor: Tensor) -> str:
         total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
         (length, *row) = tensor.shape or (0,)
-        step = max(1, 2**26 // max(1, nbytes(row, tensor.dtype)))
+        step = max(1, CHUNK // max(1, nbytes(row, tensor.dtype)))
         for start in range(0, length, step):
             total.update(np.ascontiguousarray(tensor.read((slice(start, min(start + step, length)),))).view(np.uint8).data)
         return total.hexdigest()

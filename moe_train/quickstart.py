@@ -68,7 +68,7 @@ def quickstart() -> int:
         console.print(f"[bold]{question}[/bold]", answer.strip(), sep="\n", markup=True)
     _summary(console, [pretrain, lora], [merged, adapter])
     console.print(f"next, your own data: moe-train data check FILES --tokenizer {tokenizer}", soft_wrap=True)
-    console.print(f"then name them in data.train of a copy of {CONFIGS.name}/{lora.name}.yaml, with a run_dir of its own", soft_wrap=True)
+    console.print(f"then name them in data.train of a copy of {CONFIGS.name}/{lora.name}.yaml, its run_dir another", soft_wrap=True)
     return FINISHED
 
 

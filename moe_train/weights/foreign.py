@@ -7,7 +7,7 @@ from typing import Literal
 
 from moe_train import config
 from moe_train.model.quantize import unquantized
-from moe_train.weights import gguf, hf, hf_config, mistral, mistral_params, names, peft, safetensors_io, together
+from moe_train.weights import gguf, hf, hf_config, mistral, mistral_params, names, safetensors_io, together
 from moe_train.weights.arrays import Abstract, InFiles, Parameters, fill, leave
 from moe_train.weights.on_disk import Weights
 
@@ -31,6 +31,8 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
         return "mistral"
     if gguf.file_in(path) is not None:
         return "gguf"
+    from moe_train.weights import peft  # whose exports are proved, with what is here
+
     if (path / peft.CONFIG).is_file():
         raise FileNotFoundError(f"{path} is an adapter, not a model; add it to its base: moe-train adapters merge BASE {path} OUT")
     raise FileNotFoundError(

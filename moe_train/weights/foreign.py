@@ -31,9 +31,7 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
         return "mistral"
     if gguf.file_in(path) is not None:
         return "gguf"
-    from moe_train.weights import peft  # whose exports are proved, with what is here
-
-    if (path / peft.CONFIG).is_file():
+    if (path / "adapter_config.json").is_file():  # PEFT's
         raise FileNotFoundError(f"{path} is an adapter, not a model; add it to its base: moe-train adapters merge BASE {path} OUT")
     raise FileNotFoundError(
         f"{path} holds no model: looked for {hf_config.FILE} (Hugging Face), {mistral_params.FILE} (Mistral's own layout) and "

@@ -86,11 +86,17 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape[axis]
 
 
-def within_slices() -> bool:
-    """Whether each replica of the mesh in force lies in one TPU slice, so that `data` alone is between them."""
-    devices = get_concrete_mesh().devices
-    slices = {getattr(device, "slice_index", 0) for device in devices.flat} if devices is not None else {0}
-    return axis_size("data") % len(slices) == 0
+def slices_along(axis: str) -> int:
+    """Number of TPU slices that the devices along an axis of the mesh in force lie in, an equal part of the axis in each; where
+    it lies otherwise, as if each device were a slice."""
+    mesh, size = get_concrete_mesh(), axis_size(axis)
+    if mesh.empty or size == 1:
+        return 1
+    slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+    along = np.moveaxis(slices, AXES.index(axis), -1).reshape(-1, size)
+    count = len(set(along[0].tolist()))
+    in_turn = size % count == 0 and (along == np.repeat(along[:, :: size // count], size // count, axis=1)).all()
+    return count if in_turn else size
 
 
 def global_axes() -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,19 +12,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import make_mesh
+from moe_train.mesh import make_mesh, slices_along
 from moe_train.model import collectives
 from tests.model.conftest import quick_jit
 
 MESHES = {"all devices": config.Mesh(fsdp=8), "a replica": config.Mesh(data=2, fsdp=4), "some": config.Mesh(fsdp=4, expert=2)}
+PLACES = {"cpu": ("cpu", 1), "tpu": ("tpu", 1), "two slices": ("tpu", 2), "a slice each": ("tpu", 4)}
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("on", ["cpu", "tpu"])
+@pytest.mark.parametrize(("on", "slices"), PLACES.values(), ids=PLACES)
 def test_gather_concatenates_and_its_gradient_is_summed_and_scattered(
-    sizes: config.Mesh, on: str, monkeypatch: pytest.MonkeyPatch
+    sizes: config.Mesh, on: str, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collectives, "platform", lambda: on)
+    monkeypatch.setattr(collectives, "slices_along", lambda axis: slices)
     mesh, rng = make_mesh(sizes), np.random.default_rng(0)
     x, dy = rng.normal(size=(8, 16, 24)).astype(np.float32), rng.normal(size=(sizes.fsdp, 8, 16, 24)).astype(np.float32)
 
@@ -46,15 +50,36 @@ def test_gather_concatenates_and_its_gradient_is_summed_and_scattered(
         np.testing.assert_allclose(dx, dy.sum(0), rtol=1e-5, atol=1e-5)
 
 
-def test_stages_of_an_axis_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stages(**sizes: int) -> list[collectives.Groups] | list[None]:
+def test_stages_of_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stages(**sizes: int) -> tuple[list[collectives.Groups] | list[None], collectives.Groups]:
         with jax.set_mesh(make_mesh(config.Mesh(**sizes))):
             return collectives._stages("fsdp")
 
-    assert stages(fsdp=8) == [None]
+    assert stages(fsdp=8) == ([None], [])
     monkeypatch.setattr(collectives, "platform", lambda: "tpu")
-    assert stages(fsdp=8) == [[[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]]
-    assert stages(fsdp=4, data=2) == [[[0, 2], [1, 3]], [[0, 1], [2, 3]]]
-    assert stages(fsdp=4, expert=2) == [None]
-    monkeypatch.setattr(collectives, "within_slices", lambda: False)
-    assert stages(fsdp=8) == [None]
+    assert stages(fsdp=8) == ([[[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]], [])
+    assert stages(fsdp=4, data=2) == ([[[0, 2], [1, 3]], [[0, 1], [2, 3]]], [])
+    assert stages(fsdp=4, expert=2) == ([None], [])
+    monkeypatch.setattr(collectives, "slices_along", lambda axis: 2)
+    between = [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert stages(fsdp=8) == ([[[0, 2], [1, 3], [4, 6], [5, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]], between)
+    assert stages(fsdp=4, expert=2) == ([[[0, 1], [2, 3]]], [[0, 2], [1, 3]])
+    assert stages(fsdp=2, expert=4) == ([], [[0, 1]])
+
+
+def test_slices_along_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slices(order: list[int], **sizes: int) -> int:
+        mesh = make_mesh(config.Mesh(**sizes))
+        chips = np.empty(mesh.devices.shape, object)
+        chips.flat = [SimpleNamespace(slice_index=i) for i in order]
+        monkeypatch.setattr("moe_train.mesh.get_concrete_mesh", lambda: SimpleNamespace(devices=chips, empty=False))
+        with jax.set_mesh(mesh):
+            return slices_along("fsdp")
+
+    one_after_the_other = [0, 0, 0, 0, 1, 1, 1, 1]
+    assert slices([0] * 8, fsdp=8) == 1
+    assert slices(one_after_the_other, fsdp=8) == 2
+    assert slices(one_after_the_other, fsdp=2, expert=4) == 2
+    assert slices(one_after_the_other, data=2, fsdp=4) == 1
+    assert slices([0, 1] * 4, fsdp=8) == 8
+    assert slices([0, 0, 0, 1, 1, 1, 2, 2], fsdp=8) == 8

@@ -59,6 +59,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def refuse_existing(path: Path) -> None:
+    if (scheme := path.parts[0] if path.parts else "").endswith(":") and len(scheme) > 2:  # a drive of Windows is one letter
+        raise ValueError(f"{path} is a URL where a folder is needed; write to a file system, and copy what is there")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; remove it or choose another directory")
 

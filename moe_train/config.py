@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _integral(value: object) -> object:
@@ -17,6 +17,17 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _path(value: str) -> str:
+    """A URL would become a folder of that name."""
+    if "://" in value:
+        raise ValueError(
+            "a URL where a path is needed; name a path of this machine, or of a file system (NFS, Lustre, a mounted bucket) "
+            "that all hosts share. Only prepared data are read from buckets: {name: prepared, path: …}"
+        )
+    return value
+
+
+LocalPath = Annotated[str, AfterValidator(_path)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
 NonNegative = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -257,7 +268,7 @@ class Lora(Section):
     rslora: bool = False
     dropout: Decay = 0.0
     train: tuple[str, ...] = ()
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     quantize: Annotated[Nf4 | Int8, Field(discriminator="name")] | None = None
 
     @model_validator(mode="after")
@@ -282,14 +293,14 @@ class HuggingFaceTokenizer(Section):
     """A directory with `tokenizer.json` (and `tokenizer_config.json`, `chat_template.jinja`), or that file."""
 
     name: Literal["huggingface"]
-    path: str
+    path: LocalPath
 
 
 class MistralTokenizer(Section):
     """A `tekken.json` or a sentencepiece `tokenizer.model.v*`, read by mistral-common."""
 
     name: Literal["mistral"]
-    path: str
+    path: LocalPath
 
 
 Tokenizer = Annotated[HuggingFaceTokenizer | MistralTokenizer, Field(discriminator="name")]
@@ -403,7 +414,7 @@ class Data(Section):
     eval: tuple[Source, ...] = ()
     packing: Packing = BestFit(name="best_fit")
     shuffle_tokens: Positive | None = None
-    cache_dir: str = "runs/cache"
+    cache_dir: LocalPath = "runs/cache"
     num_proc: Positive = 1
     prefetch: Positive = 2
 
@@ -622,9 +633,9 @@ class Config(Section):
     """One complete run. export: none lets an architecture train that no file format has words for."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    run_dir: str
+    run_dir: LocalPath
     seed: NonNegative = 0
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     model: Model | None = None
     lora: Lora | None = None
     data: Data | None = None

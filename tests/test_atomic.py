@@ -50,3 +50,10 @@ def test_what_is_there_is_refused_before_the_work_and_after_it(tmp_path: Path) -
 def test_a_file_brings_its_folder(tmp_path: Path) -> None:
     write_text(tmp_path / "new" / "page.html", "x")
     assert (tmp_path / "new" / "page.html").read_text() == "x"
+
+
+def test_a_url_becomes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gs:/bucket/out is a URL where a folder is needed"), new_directory("gs://bucket/out"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -144,6 +144,12 @@ def test_a_whole_number_may_be_written_as_a_float(steps: float) -> None:
     assert config(**{"train.steps": steps}).train.steps == 10
 
 
+@pytest.mark.parametrize("key", ["run_dir", "init_from"])
+def test_a_url_is_no_folder(key: str) -> None:
+    with pytest.raises(ValidationError, match="a URL where a path is needed; name a path of this machine, or of a file system"):
+        config(**{key: "gs://bucket/run"})
+
+
 def test_config_comes_without_jax() -> None:
     code = "import sys; import moe_train.config_file; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -138,6 +138,11 @@ def resolve(source: config.FileSource) -> list[tuple[Path, str]]:
     """
     found: dict[Path, str] = {}
     for pattern in source.files:
+        if "://" in pattern:
+            raise ValueError(
+                f"data: {pattern} is a URL; records are read from this machine's file systems only: copy or mount them, or run "
+                "`moe-train data prepare CONFIG --to URL` where they are, and train from {name: prepared, path: URL/tokens-…}"
+            )
         path = Path(pattern).expanduser()
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]

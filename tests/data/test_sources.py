@@ -123,6 +123,8 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.xls").write_text("a")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^data: s3://bucket/\*.jsonl is a URL; records are read from this machine's"):
+        opened("s3://bucket/*.jsonl")
     for missing in ("nothing.jsonl", "*.parquet", "empty"):
         with pytest.raises(FileNotFoundError, match="no file matches"):
             opened(tmp_path / missing)

@@ -17,28 +17,22 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from moe_train import config
-from moe_train.mesh import platform
+from moe_train.checkpoint_arrays import bit_sums, in_chunks, joined, parts
 from moe_train.model.transformer import Parameters
 from moe_train.train.state import TrainState, split_buffers
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-CHUNK = 2**25
-"""Bytes of an array that are read at a time: Orbax would keep an array, or a device's part, in one piece."""
 
 
 class Base(NamedTuple):
@@ -146,44 +140,13 @@ def save(
     sums = {item: bit_sums(tree) for item, tree in arrays.items()}
     args = ocp.args.Composite(
         about=ocp.args.JsonSave({"about": said, "sums": sums}),
-        **{item: ocp.args.StandardSave(tree, _in_chunks(tree)) for item, tree in arrays.items()},
+        **{item: ocp.args.StandardSave(tree, in_chunks(tree)) for item, tree in arrays.items()},
     )
     metrics = {"held_out_loss": held_out_loss if held_out_loss is not None and math.isfinite(held_out_loss) else None}
     try:
         checkpoints.save(step, args=args, metrics=metrics, force=True)
     except Exception as error:
         raise _cannot_save(checkpoints, error) from error
-
-
-def _in_chunks(tree: Any) -> Any:
-    """How to save arrays so that a part can be read without the rest: of large stacked ones each layer on its own."""
-
-    def one(x: jax.Array) -> ocp.SaveArgs:
-        large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > CHUNK
-        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if large and x.ndim > 2 else ())
-
-    return jax.tree.map(one, tree)
-
-
-def bit_sums(tree: Any) -> list[int]:
-    """Of each array the sum of its elements' bits modulo 2^32, on any mesh the same: Orbax takes a flipped bit, or a
-    missing part (as zeros), for a value."""
-    arrays = jax.tree.leaves(tree)
-    if platform() == "cpu" and all(x.is_fully_addressable for x in arrays):  # XLA:CPU would widen a whole array first
-        return [sum(_bit_sum(np.asarray(s.data)) for s in x.addressable_shards if s.replica_id == 0) % 2**32 for x in arrays]
-    return [int(x) for x in jax.device_get(_bit_sums(arrays))]
-
-
-def _bit_sum(x: np.ndarray) -> int:
-    return int(np.sum(x.view(_BITS[x.itemsize]), dtype=np.uint32))
-
-
-_BITS = {2: np.uint16, 4: np.uint32}
-
-
-@jax.jit
-def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.sum(jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]), dtype=jnp.uint32) for x in arrays]
 
 
 def finish_saving(checkpoints: ocp.CheckpointManager) -> None:
@@ -300,51 +263,17 @@ def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Paramet
     for path in abstract if keep is None else keep:
         found: Parameters = {}
         total, length = 0, abstract[path].shape[0]
-        for start, part in _parts(Path(checkpoints.directory) / str(step) / "params", path, on_mesh(abstract[path])):
+        for start, part in parts(Path(checkpoints.directory) / str(step) / "params", path, on_mesh(abstract[path])):
             total += bit_sums(part)[0]
             made = {path: part} if keep is None else keep[path](part)
             for name, x in made.items():
-                if len(part) == length:
-                    found[name] = x
-                else:
-                    found[name] = _placed(found[name] if start else _room(length, x), x, start)
+                found[name] = joined(found.get(name), x, start, length)
             del part, made
             jax.block_until_ready(found)  # the next part may need the room of this one
         if total % 2**32 != sums[path]:
             raise _other_sums(checkpoints, step, "params")
         kept |= found
     return kept
-
-
-def _parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
-    """A stored array in parts of its first dim, as many entries of it as lie together, and where each starts.
-
-    Orbax reads arrays whole, and holds them twice then. Raises ValueError where it has another shape.
-    """
-    place = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params.absolute()}/"}, "path": f"{path}/"}
-    stored = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
-    if stored.shape != like.shape:
-        raise ValueError(f"{path} has the shape {stored.shape}, not {like.shape}")
-    assert isinstance(like.sharding, NamedSharding)
-    (length, *_), (split, *_) = stored.shape, (*like.sharding.spec, None)
-    together = stored.chunk_layout.read_chunk.shape
-    step = length if split or together is None else together[0] or length
-    for start in range(0, length, step):
-        part = stored[tensorstore.d[0][start : min(start + step, length)].translate_to[0]]
-        yield start, jax.make_array_from_callback(part.shape, like.sharding, partial(_read, part))
-
-
-def _read(stored: tensorstore.TensorStore, at: Any) -> np.ndarray:
-    return np.asarray(stored[at].read().result())
-
-
-def _room(length: int, part: jax.Array) -> jax.Array:
-    return jnp.zeros((length, *part.shape[1:]), part.dtype, device=part.sharding)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _placed(whole: jax.Array, part: jax.Array, start: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
 
 
 class Restored(NamedTuple):

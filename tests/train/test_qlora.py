@@ -105,7 +105,7 @@ def test_a_run_beside_quantised_weights(
 
 
 def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, read, restored = model_dir.run_config(base / "run"), checkpoint._parts, []
+    run, read, restored = model_dir.run_config(base / "run"), checkpoint.parts, []
 
     def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
         restored.append(path)
@@ -118,7 +118,7 @@ def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytes
             for how in (config.Nf4(name="nf4", block_size=8), None)
         )
         wanted = quantized(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
-        monkeypatch.setattr(checkpoint, "_parts", noting)
+        monkeypatch.setattr(checkpoint, "parts", noting)
         held = model_dir.load_parameters(base / "run", few_bits)
     assert held.keys() == few_bits.keys() == wanted.keys()
     assert sorted(restored) == sorted(whole)  # never two arrays that are not in few bits yet

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from moe_train.data.manifest import NAME
+from moe_train.data.remote import fault, open_files
 
 
 def upload(directory: str, to: str) -> str:
     """Copy a prepared set into the folder or bucket `to` (any file system of fsspec); return where it is now.
 
     The manifest comes last, so that what has one is whole; shards that are there already stay.
+    Raises ValueError, FileNotFoundError, PermissionError or OSError in one line.
     """
-    import fsspec
-
-    try:
-        files, root = fsspec.core.url_to_fs(to)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{to} cannot be opened: {' '.join(str(error).split())}") from error
+    files, root = open_files(to)
     name = Path(directory).name
     there = f"{root.rstrip('/')}/{name}"
-    if not files.exists(f"{there}/{NAME}"):
-        every = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != NAME)
-        for path in [*every, Path(directory) / NAME]:
-            goal = f"{there}/{path.relative_to(directory).as_posix()}"
-            if path.name == NAME or not files.exists(goal) or files.size(goal) != path.stat().st_size:
-                files.makedirs(goal.rpartition("/")[0], exist_ok=True)
-                files.put_file(str(path), goal)
+    try:
+        if not files.exists(f"{there}/{NAME}"):
+            every = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != NAME)
+            for path in [*every, Path(directory) / NAME]:
+                _copy(path, files, f"{there}/{path.relative_to(directory).as_posix()}")
+    except Exception as error:  # each file system has its own
+        raise fault(to, error) from error
     return f"{to.rstrip('/')}/{name}"
+
+
+def _copy(path: Path, files: Any, goal: str) -> None:
+    if path.name != NAME and files.exists(goal) and files.size(goal) == path.stat().st_size:
+        return
+    if not files.async_impl:  # a store of objects has no folders, and would make a bucket of a misspelt name
+        files.makedirs(goal.rpartition("/")[0], exist_ok=True)
+    files.put_file(str(path), goal)

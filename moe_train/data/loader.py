@@ -27,6 +27,7 @@ from moe_train.data.sources import open_source
 from moe_train.data.store import Piece, TokenStore
 from moe_train.data.tokenizer import Tokenizer
 
+_TOGETHER = 1024  # loss masks
 _ROWS = 1 << 40  # more than any source gives in a run: row r of source i has the number i * _ROWS + r
 
 
@@ -89,6 +90,8 @@ class Loader:
             too_long = store.manifest.too_long if isinstance(source, config.PreparedSource) else source.record.too_long
             if isinstance(source, config.PreparedSource) and source.too_long is not None:
                 too_long = source.too_long
+            if sources == "train":
+                store.warn_of_cache(data.shuffle_tokens)
             lengths = _lengths(store, seq_len, too_long)
             order_seed = (seed, i) if sources == "train" else None
             self._stores.append(store)
@@ -237,8 +240,7 @@ def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
             f"{len(lengths)} records are too long); raise train.seq_len, or set record.too_long: drop"
         )
     if too_long == "truncate":
-        for example in over.tolist():
-            [(_, mask)] = store.read([Piece(example, 0, seq_len)])
-            if not learns(mask, seq_len):
-                lengths[example] = 0
+        for some in np.split(over, range(_TOGETHER, len(over), _TOGETHER)):
+            masks = store.masks([Piece(example, 0, seq_len) for example in some.tolist()])
+            lengths[[example for example, mask in zip(some, masks, strict=True) if not learns(mask, seq_len)]] = 0
     return lengths

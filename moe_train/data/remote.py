@@ -6,12 +6,15 @@ range, and the last ones used stay in memory, up to a bound.
 
 from __future__ import annotations
 
+import errno
 import functools
+import itertools
 import logging
-import time
-from collections.abc import Iterable
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +22,21 @@ log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
 _REQUESTS = 16  # at once
+_PATIENCE = 60  # seconds for an answer
 _WAITS = 1.0, 5.0, 25.0  # seconds before what failed is read again
+_LATER_WAITS = 60.0, 120.0, 240.0  # where the store has answered before, so that a run outlives its restart
+
+_ending = threading.Event()
+"""Set when the interpreter begins to end, before it waits for the threads of pools, which `atexit` comes after."""
+threading._register_atexit(_ending.set)  # type: ignore[attr-defined]
+
+
+class File(NamedTuple):
+    """Of a prepared set: its name in the folder, what it holds, and its bytes."""
+
+    name: str
+    dtype: str
+    size: int
 
 
 class Local:
@@ -31,96 +48,142 @@ class Local:
     def text(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def array(self, name: str, dtype: str, size: int) -> np.ndarray:
-        """The file as an array. Raises ValueError where it has not `size` bytes."""
-        file = self.path / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise ValueError(f"{file} is damaged (not {size} bytes); remove {self.path}, and prepare the data again")
-        return np.memmap(file, dtype=dtype, mode="r").view(np.ndarray) if size else np.zeros(0, dtype)
+    def array(self, file: File) -> np.ndarray:
+        """The file as an array. Raises ValueError where it has another size."""
+        path = self.path / file.name
+        if not path.is_file() or path.stat().st_size != file.size:
+            raise ValueError(f"{path} is damaged (not {file.size} bytes); remove {self.path}, and prepare the data again")
+        return np.memmap(path, dtype=file.dtype, mode="r").view(np.ndarray) if file.size else np.zeros(0, file.dtype)
 
-    whole = array
+    def whole(self, files: Sequence[File]) -> list[np.ndarray]:
+        return [self.array(file) for file in files]
+
+    def read(self, parts: Sequence[tuple[np.ndarray, int, int]]) -> list[np.ndarray]:
+        """Elements start to stop of arrays."""
+        return [array[start:stop] for array, start, stop in parts]
 
 
 class Remote:
     """A folder of a bucket; `cache_mib`: of its files in memory at most."""
 
     def __init__(self, url: str, cache_mib: int, block: int = _BLOCK) -> None:
-        import fsspec
-
         self.path = url
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"{url} cannot be opened: {' '.join(str(error).split())}") from error
+        self._files, self._root = open_files(url)
+        self._limit = {"timeout": _PATIENCE} if self._files.async_impl else {}
         self._size = block
-        self.block = functools.lru_cache(max(1, (cache_mib << 20) // block))(self._block)
+        self.cache_bytes = cache_mib << 20
+        self._most = max(1, self.cache_bytes // block)
+        self.block = functools.lru_cache(self._most)(self._block)
         self._threads = ThreadPoolExecutor(_REQUESTS, "range")
 
-    def _block(self, name: str, number: int, size: int) -> bytes:
+    def text(self, name: str) -> bytes:
+        return self._threads.submit(self._read, name, _WAITS).result()
+
+    def array(self, file: File) -> Ranges:
+        return Ranges(self, file)
+
+    def whole(self, files: Sequence[File]) -> list[np.ndarray]:
+        """Files as arrays in memory, of which the cache keeps nothing. Raises ValueError where one has another size."""
+        keys = [[(file, number) for number in self._numbers(0, file.size)] for file in files]
+        blocks = self._threads.map(lambda key: self._block(*key), itertools.chain(*keys))
+        return [np.frombuffer(b"".join(next(blocks) for _ in mine), file.dtype) for file, mine in zip(files, keys, strict=True)]
+
+    def read(self, parts: Sequence[tuple[Ranges, int, int]]) -> list[np.ndarray]:
+        """Elements start to stop of arrays. Their blocks are fetched several at a time, and no more of them than the cache
+        holds, so that each is fetched once."""
+        spans = [(array.file, a * array.dtype.itemsize, b * array.dtype.itemsize) for array, a, b in parts]
+        wanted = [[(file, number) for number in self._numbers(start, stop)] for file, start, stop in spans]
+        found: dict[int, np.ndarray] = {}
+        todo = sorted(range(len(parts)), key=wanted.__getitem__, reverse=True)  # neighbours together
+        while todo:
+            group = [todo.pop()]
+            keys = dict.fromkeys(wanted[group[0]])
+            while todo and len(more := keys | dict.fromkeys(wanted[todo[-1]])) <= self._most:
+                keys = more
+                group.append(todo.pop())
+            blocks = dict(zip(keys, self._threads.map(lambda key: self.block(*key), keys), strict=True))
+            for i in group:
+                data = b"".join(blocks[key] for key in wanted[i])
+                _, start, stop = spans[i]
+                start, stop = start % self._size, stop - start // self._size * self._size
+                found[i] = np.frombuffer(data[start:stop], parts[i][0].dtype)
+        return [found[i] for i in range(len(parts))]
+
+    def _numbers(self, start: int, stop: int) -> range:
+        """Of the blocks that hold bytes start to stop."""
+        return range(start // self._size, -(-stop // self._size)) if start < stop else range(0)
+
+    def _block(self, file: File, number: int) -> bytes:
         start = number * self._size
-        found = self._read(name, start, min(start + self._size, size))
-        if len(found) != min(self._size, size - start):
-            raise ValueError(f"{self.path}/{name} is damaged (not {size} bytes); copy the prepared data there again")
+        stop = min(start + self._size, file.size)
+        found = self._read(file.name, _WAITS + _LATER_WAITS, start=start, end=stop)
+        if len(found) != stop - start:
+            raise ValueError(f"{self.path}/{file.name} is damaged (not {file.size} bytes); copy the prepared data there again")
         return found
 
-    def _read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Raises FileNotFoundError, and OSError for what goes wrong again and again."""
-        for wait in (*_WAITS, None):
+    def _read(self, name: str, waits: tuple[float, ...], **part: int) -> bytes:
+        """A file, or bytes `start` to `end` of it. In a thread of the pool, so that the end of the program ends a wait.
+
+        Raises FileNotFoundError, PermissionError, and OSError for what goes wrong again and again.
+        """
+        path = f"{self.path}/{name}"
+        for wait in (*waits, None):
+            if _ending.is_set():
+                raise OSError(f"{path} is not read any more: the program ends")
             try:
-                return self._files.cat_file(f"{self._root}/{name}", start=start, end=stop)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{self.path}/{name} is missing") from error
+                return self._files.cat_file(f"{self._root}/{name}", **part, **self._limit)
             except Exception as error:  # each file system has its own
-                reason = " ".join(str(error).split()) or type(error).__name__
-                if wait is None or isinstance(error, PermissionError):
-                    raise OSError(f"{self.path}/{name} cannot be read: {reason}") from error
-                log.warning("%s/%s: %s; once more in %g s", self.path, name, reason, wait)
-                time.sleep(wait)
+                if part and isinstance(error, OSError) and error.errno == errno.EINVAL:
+                    return b""  # S3's word for a range behind the end
+                told = fault(path, error)
+                if wait is None or isinstance(told, FileNotFoundError | PermissionError):
+                    raise told from error
+                log.warning("%s: %s; once more in %g s", path, _reason(error), wait)
+                _ending.wait(wait)
         raise AssertionError
-
-    def text(self, name: str) -> bytes:
-        return self._read(name)
-
-    def array(self, name: str, dtype: str, size: int) -> Ranges:
-        return Ranges(self, name, np.dtype(dtype), size)
-
-    def whole(self, name: str, dtype: str, size: int) -> np.ndarray:
-        """The file as an array in memory, fetched at once. Raises ValueError where it has not `size` bytes."""
-        found = self._read(name)
-        if len(found) != size:
-            raise ValueError(f"{self.path}/{name} is damaged (not {size} bytes); copy the prepared data there again")
-        return np.frombuffer(found, dtype)
-
-    def fetch(self, parts: Iterable[tuple[Ranges, int, int]]) -> None:
-        """Fetch what elements start to stop of arrays need, several blocks at a time."""
-        wanted = {(array.name, number, array.size) for array, a, b in parts for number in self.numbers(*array.bytes(a, b))}
-        for _ in self._threads.map(lambda block: self.block(*block), sorted(wanted)):
-            pass
-
-    def numbers(self, start: int, stop: int) -> range:
-        """Of the blocks that hold bytes start to stop."""
-        return range(start // self._size, -(-stop // self._size))
-
-    def read(self, name: str, start: int, stop: int, size: int) -> bytes:
-        """Bytes start to stop of a file."""
-        numbers = self.numbers(start, stop)
-        found = [self.block(name, number, size) for number in numbers]
-        return b"".join(found)[start - numbers.start * self._size :][: stop - start]
 
 
 class Ranges:
-    """A file of a bucket, of `size` bytes, as an array of which slices are read."""
+    """A file of a bucket as an array of which slices are read."""
 
-    def __init__(self, folder: Remote, name: str, dtype: np.dtype, size: int) -> None:
-        self._folder, self.name, self._dtype, self.size = folder, name, dtype, size
-
-    def bytes(self, start: int, stop: int) -> tuple[int, int]:
-        return start * self._dtype.itemsize, stop * self._dtype.itemsize
+    def __init__(self, folder: Remote, file: File) -> None:
+        self._folder, self.file, self.dtype = folder, file, np.dtype(file.dtype)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        return np.frombuffer(self._folder.read(self.name, *self.bytes(part.start, part.stop), self.size), self._dtype)
+        return self._folder.read([(self, part.start, part.stop)])[0]
 
 
 def open_folder(path: str, cache_mib: int) -> Local | Remote:
     """`Remote` where the path is a URL."""
     return Remote(path, cache_mib) if "://" in path else Local(path)
+
+
+def open_files(url: str) -> tuple[Any, str]:
+    """The file system of a URL (or path), and where in it the URL is. Raises ValueError, PermissionError or OSError."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be opened: {_reason(error)}") from error
+    except Exception as error:  # each file system has its own
+        raise fault(url, error) from error
+
+
+def fault(path: str, error: Exception) -> OSError:
+    """What to raise where a file system of a bucket raised `error`."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{path} is missing; is the bucket's name right, and was all of it copied there?")
+    status = getattr(error, "status_code", getattr(error, "code", None))  # of Azure's and Google's errors
+    if isinstance(error, PermissionError) or str(status) in ("401", "403") or "Credential" in type(error).__name__:
+        remedy = "state credentials with the right to it, as the store's own tools read them (variables of the environment, login)"
+        return PermissionError(f"{path} is refused: {_reason(error)}; {remedy}")
+    return OSError(f"{path} cannot be reached: {_reason(error)}; start again when the store answers")
+
+
+def _reason(error: Exception) -> str:
+    """On one line, without the documents that stores append."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_PATIENCE} s"
+    said = " ".join(str(error).split())
+    return f"{said[:160]}…" if len(said) > 160 else said or type(error).__name__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_train.data import manifest
-from moe_train.data.manifest import Manifest
-from moe_train.data.remote import Remote, open_folder
+from moe_train.data.manifest import Manifest, ShardEntry
+from moe_train.data.remote import File, Remote, open_folder
+
+log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -45,40 +49,62 @@ class TokenStore:
     def __len__(self) -> int:
         return self.manifest.examples
 
+    def warn_of_cache(self, window: int | None) -> None:
+        """Tell where the records that are shuffled together (`window` positions, None: all) do not stay in memory, so that
+        nearly each is fetched as a block of its own."""
+        if not isinstance(self._folder, Remote):
+            return
+        size = sum(shard.sizes[name] for shard in self.manifest.shards for name in ("tokens", "loss_mask") if name in shard.sizes)
+        a_token = size / self.manifest.tokens
+        at_once = size if window is None else min(size, 2 * window * a_token)
+        if at_once > self._folder.cache_bytes:
+            log.warning(
+                "%s: %d MiB of records are shuffled at a time, and %d MiB stay in memory, so that most records are fetched with a "
+                "MiB around them; set data.shuffle_tokens to %d at most, or cache_mib to %d",
+                *(self.path, at_once / 2**20, self._folder.cache_bytes / 2**20),
+                *(self._folder.cache_bytes / 2 / a_token, math.ceil(at_once / 2**20)),
+            )
+
     def lengths(self) -> np.ndarray:
         """(N,) positions that an example takes in a sequence: one less than its ids, as the last is only a target."""
-        shards = self.manifest.shards
-        found = [np.diff(self._folder.whole(f"{s.name}/offsets", "int64", s.sizes["offsets"])) - 1 for s in shards]
-        return np.concatenate(found)
+        offsets = self._folder.whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
+        return np.concatenate([np.diff(ends) - 1 for ends in offsets])
 
-    def _shard(self, number: int) -> tuple[Any, Any, np.ndarray]:
+    def _shard(self, number: int) -> tuple[Any, Any, Any]:
         """(ids, loss mask or None, offsets) of a shard."""
         shard = self.manifest.shards[number]
-
-        def array(name: str, dtype: str) -> Any:
-            return self._folder.array(f"{shard.name}/{name}", dtype, shard.sizes[name])
-
-        offsets = self._folder.whole(f"{shard.name}/offsets", "int64", shard.sizes["offsets"])
-        mask = array("loss_mask", "bool") if "loss_mask" in shard.sizes else None
-        return array("tokens", self.manifest.dtype), mask, offsets
+        mask = self._folder.array(_file(shard, "loss_mask", "bool")) if "loss_mask" in shard.sizes else None
+        tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
+        return tokens, mask, self._folder.array(_file(shard, "offsets", "int64"))
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Of each piece its ids (length + 1,) and their loss mask; None where every id bears loss."""
+        places = self._places_of(pieces)
+        parts = [(array, a, b) for tokens, mask, a, b in places for array in (tokens, mask) if array is not None]
+        found = iter(self._folder.read(parts))
+        return [(next(found), None if mask is None else next(found)) for _, mask, _, _ in places]
+
+    def masks(self, pieces: Sequence[Piece]) -> list[np.ndarray | None]:
+        """As `read`, the loss masks alone."""
+        places = self._places_of(pieces)
+        found = iter(self._folder.read([(mask, a, b) for _, mask, a, b in places if mask is not None]))
+        return [None if mask is None else next(found) for _, mask, _, _ in places]
+
+    def _places_of(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
+        """(ids, loss mask or None, start, stop) of each piece."""
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
-        found = []
-        for number, piece in zip(shards, pieces, strict=True):
-            tokens, mask, offsets = self._open(number)
-            start = int(offsets[piece.example - self._first[number]]) + piece.start
-            found.append((tokens, mask, start, start + piece.length + 1))
-        if isinstance(self._folder, Remote):
-            self._folder.fetch((array, a, b) for tokens, mask, a, b in found for array in (tokens, mask) if array is not None)
-        return [(tokens[a:b], None if mask is None else mask[a:b]) for tokens, mask, a, b in found]
+        opened = [self._open(number) for number in shards]
+        rows = [int(piece.example - self._first[number]) for number, piece in zip(shards, pieces, strict=True)]
+        begin = self._folder.read([(offsets, row, row + 1) for (_, _, offsets), row in zip(opened, rows, strict=True)])
+        starts = [int(offset[0]) + piece.start for offset, piece in zip(begin, pieces, strict=True)]
+        ends = [start + piece.length + 1 for start, piece in zip(starts, pieces, strict=True)]
+        return [(tokens, mask, a, b) for (tokens, mask, _), a, b in zip(opened, starts, ends, strict=True)]
 
     def origin(self, example: int) -> tuple[str, int, bool]:
         """(file, line or row counted from 1, whether it is a line) of the record that an example is of."""
         number = int(np.searchsorted(self._first, example, side="right")) - 1
         shard = self.manifest.shards[number]
-        pairs = self._folder.array(f"{shard.name}/origins", "int64", shard.sizes["origins"])
+        pairs = self._folder.array(_file(shard, "origins", "int64"))
         at = 2 * (example - int(self._first[number]))
         span, line = (int(x) for x in pairs[at : at + 2])
         place = shard.spans[span][0]
@@ -88,3 +114,7 @@ class TokenStore:
         """`path:line`, or `path: row N`."""
         file, number, by_line = self.origin(example)
         return f"{file}{':' if by_line else ': row '}{number}"
+
+
+def _file(shard: ShardEntry, name: str, dtype: str) -> File:
+    return File(f"{shard.name}/{name}", dtype, shard.sizes[name])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from moe_train import config
 from moe_train.data import remote
 from moe_train.data.bucket import upload
 from moe_train.data.loader import Loader, open_store
-from moe_train.data.remote import Remote
+from moe_train.data.remote import File, Remote
 from moe_train.data.tokenizer import HuggingFace
 
 ANSWER = config.CompletionRecord(name="completion", too_long="truncate")
@@ -88,16 +91,23 @@ def test_a_bucket_is_read_by_range_within_a_bound(
     assert folder.block.cache_parameters()["maxsize"] == 4
     small = Remote(f"memory://bucket/{Path(store.path).name}/{shard.name}", cache_mib=1, block=64)
     size = shard.sizes["tokens"]
-    tokens = small.array("tokens", store.manifest.dtype, size)
+    tokens = small.array(File("tokens", store.manifest.dtype, size))
     expected = np.fromfile(Path(store.path) / shard.name / "tokens", store.manifest.dtype)
     reads.clear()
-    small.fetch([(tokens, 10, 20), (tokens, 12, 50), (tokens, 300, 301)])
+    found = small.read([(tokens, 300, 301), (tokens, 10, 20), (tokens, 12, 50)])
+    assert [array.tolist() for array in found] == [expected[a:b].tolist() for a, b in ((300, 301), (10, 20), (12, 50))]
     assert sorted(read[1:] for read in reads) == [(0, 64), (64, 128), (576, 640)]
     assert tokens[10:50].tolist() == expected[10:50].tolist() and len(reads) == 3, "from memory"
     assert tokens[len(expected) - 5 : len(expected)].tolist() == expected[-5:].tolist() and reads[-1][2] == size
     assert tokens[7:7].tolist() == []
     small.block.cache_clear()
     monkeypatch.setattr(small, "block", functools.lru_cache(2)(small._block))
+    monkeypatch.setattr(small, "_most", 2)
+    reads.clear()
+    found = small.read([(tokens, a, a + 40) for a in (256, 0, 128, 64, 192)])
+    assert [array.tolist() for array in found] == [expected[a : a + 40].tolist() for a in (256, 0, 128, 64, 192)]
+    assert len(reads) == 10, "more blocks than are kept, each once"
+    small.block.cache_clear()
     reads.clear()
     for start in range(0, 200, 32):
         assert tokens[start : start + 1][0] == expected[start]
@@ -119,20 +129,102 @@ def test_a_read_that_fails_is_tried_again(bucket: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(type(bucket), "cat_file", failing)
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
     folder = Remote("memory://bucket", cache_mib=1, block=16)
-    tokens = folder.array("tokens", "uint8", 100)
+    tokens = folder.array(File("tokens", "uint8", 100))
+    monkeypatch.setattr(remote, "_LATER_WAITS", ())
     failures[:] = [TimeoutError(), RuntimeError("503\nSlow down")]
     assert tokens[3:40].tolist() == list(range(3, 40)) and not failures
     assert [record.getMessage() for record in caplog.records] == [
         "memory://bucket/tokens: 503 Slow down; once more in 0.01 s",
-        "memory://bucket/tokens: TimeoutError; once more in 0.01 s",
+        "memory://bucket/tokens: no answer within 60 s; once more in 0.01 s",
     ]
-    failures[:] = [ConnectionResetError("reset by peer")] * 3
-    with pytest.raises(OSError, match=r"^memory://bucket/tokens cannot be read: reset by peer$"):
+    failures[:] = [ConnectionResetError("reset by peer" + "." * 1000)] * 3
+    with pytest.raises(OSError, match=r"^memory://bucket/tokens cannot be reached: reset by peer\.{147}…; start again"):
         tokens[50:60]
-    failures[:] = [PermissionError("no right")] * 2
-    with pytest.raises(OSError, match="cannot be read: no right"):
-        tokens[50:60]
-    assert len(failures) == 1, "no right is none a second later"
+
+
+class HttpResponseError(Exception):
+    """As Azure's library names and fills its own."""
+
+    status_code = 403
+
+
+class NoCredentialsError(Exception):
+    """As Amazon's library names its own."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (PermissionError("Forbidden"), PermissionError, "is refused: Forbidden; state credentials with the right to it"),
+        (HttpResponseError("Server failed"), PermissionError, "is refused: Server failed; state credentials"),
+        (NoCredentialsError("Unable to locate"), PermissionError, "is refused: Unable to locate; state credentials"),
+        (FileNotFoundError("x"), FileNotFoundError, "is missing; is the bucket's name right"),
+        (OSError(errno.EINVAL, "None"), ValueError, r"is damaged \(not 100 bytes\)"),
+    ],
+)
+def test_what_will_not_change_is_not_tried_again(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], said: str
+) -> None:
+    asked: list[str] = []
+
+    def refuse(self: Any, path: str, **part: Any) -> bytes:
+        asked.append(path)
+        raise raised
+
+    monkeypatch.setattr(type(bucket), "cat_file", refuse)
+    with pytest.raises(kind, match=f"^memory://bucket/tokens {said}"):
+        Remote("memory://bucket", cache_mib=1).array(File("tokens", "uint8", 100))[0:1]
+    assert asked == ["/bucket/tokens"]
+
+
+def test_a_store_that_refuses_an_upload_is_told_in_a_line(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        raise NoCredentialsError("Unable to locate\ncredentials")
+
+    (tmp_path / "manifest.json").write_text("{}")
+    monkeypatch.setattr(type(bucket), "put_file", refuse)
+    with pytest.raises(PermissionError, match=r"^memory://bucket is refused: Unable to locate credentials; state credentials"):
+        upload(str(tmp_path), "memory://bucket")
+
+
+def test_the_end_of_the_program_ends_a_wait(tmp_path: Path) -> None:
+    """It would be joined before the interpreter ends."""
+    program = """if True:
+        import fsspec, threading, time
+        from moe_train.data.remote import File, Remote
+        asked = threading.Event()
+        def refuse(self, path, **part):
+            asked.set()
+            raise OSError("down")
+        type(fsspec.filesystem("memory")).cat_file = refuse
+        tokens = Remote("memory://bucket", 1).array(File("tokens", "uint8", 50 << 20))
+        threading.Thread(target=lambda: tokens[0:50 << 20], daemon=True).start()
+        asked.wait()"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert "down; once more in 1 s" in done.stderr and "in 5 s" not in done.stderr
+
+
+def test_a_cache_too_small_for_the_shuffling_is_told(
+    data: config.Data, tokenizer: HuggingFace, bucket: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
+    there = prepared(data, upload(store.path, "memory://bucket"), cache_mib=1)
+    shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 0}
+    Loader(there, "train", tokenizer, **shape)
+    assert not caplog.records
+    original = Remote.__init__
+
+    def small(self: Remote, url: str, cache_mib: int) -> None:
+        original(self, url, cache_mib, block=64)
+        self.cache_bytes = 3000  # 1000 ids of two bytes, and their loss mask
+
+    monkeypatch.setattr(Remote, "__init__", small)
+    for window, told in ((None, 1), (600, 1), (500, 0)):
+        caplog.clear()
+        Loader(there.model_copy(update={"shuffle_tokens": window}), "train", tokenizer, **shape)
+        assert [record.getMessage().split("; ")[1] for record in caplog.records] == told * [
+            "set data.shuffle_tokens to 500 at most, or cache_mib to 1"
+        ]
 
 
 def test_windows_fetch_every_block_about_once(
@@ -152,7 +244,7 @@ def test_windows_fetch_every_block_about_once(
         for step in range(loader.steps()):
             loader.batch(step)
         fetched.append(len(reads))
-    blocks = -(-shard.sizes["tokens"] // 64) + -(-shard.sizes["loss_mask"] // 64)
+    blocks = sum(-(-shard.sizes[name] // 64) for name in ("tokens", "loss_mask", "offsets"))
     assert fetched[1] < 1.2 * blocks < 1.8 * blocks < fetched[0]
 
 

@@ -149,7 +149,7 @@ def _examine(stored: Stored, wanted: Wanted, parameters: Held | None, lora: conf
                 total.update(raw)
                 if values is not None and fault is None and (found := values.compare(stored, raw, start, stop)):
                     fault = f"{stored.name} {found}"
-            if values is not None and values.merged is not None:
+            if values is not None and values.adapter is not None:
                 merged.append(values.merged())
     return Examined(total.hexdigest(), fault, tuple(merged))
 
@@ -162,10 +162,8 @@ class _Values:
         base = part.form(fetch(parameters[part.path], part.lead))
         self.base = base.reshape(1, -1) if base.ndim == 1 else base
         self.adapter: tuple[np.ndarray, np.ndarray] | None = None
-        self.merged: Callable[[], Merged] | None = None
         if lora is not None and f"{self.module}.lora_a" in parameters:
             self.adapter = in_file_order(part, parameters, lora)
-            self.merged = self._merged
         self.wanted = self.kept = self.noise = 0.0
         self.changed = False
 
@@ -200,7 +198,7 @@ class _Values:
             return f"{where}: off by {off.max():.3g}"
         return f"in {stored.file.name} is not {self.part.path}{list(self.part.lead)} with its adapter: off by {off.max():.3g}"
 
-    def _merged(self) -> Merged:
+    def merged(self) -> Merged:
         lost = self.wanted > 0 and not self.changed
         if self.noise and self.wanted > FOUND**2 * self.noise:
             lost = self.kept < self.wanted / 2

@@ -70,8 +70,7 @@ def test_stages_of_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slices_along_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     def slices(order: list[int], **sizes: int) -> int:
         mesh = make_mesh(config.Mesh(**sizes))
-        chips = np.empty(mesh.devices.shape, object)
-        chips.flat = [SimpleNamespace(slice_index=i) for i in order]
+        chips = np.array([SimpleNamespace(slice_index=i) for i in order]).reshape(mesh.devices.shape)
         monkeypatch.setattr("moe_train.mesh.get_concrete_mesh", lambda: SimpleNamespace(devices=chips, empty=False))
         with jax.set_mesh(mesh):
             return slices_along("fsdp")

@@ -1,11 +1,9 @@
 """Device memory that a training step takes, part by part, from shapes alone.
 
 What is kept is counted from the arrays themselves. What a step needs besides is counted from what the layers hold at
-their fullest moment (activations after Korthikanti et al., arXiv:2205.05198, section 4, for this model's own layers), and
-laid out as XLA:TPU was seen to do it (libtpu of JAX 0.10; `memory_analysis` of a dozen programs, 2 to 56 layers):
-what forward and backward passes need for themselves lies in one place as long as little is kept between the passes, and
-side by side where what is kept (layers' inputs, gradients) is larger. The compiler's own account of live bytes is lower
-by that; the room that it asks for is what has to be there.
+their fullest moment (activations after Korthikanti et al., arXiv:2205.05198, section 4, for this model's own layers): in the
+backward pass, when gradients are there too. The forward pass and the loss find room where these come to lie, as XLA:TPU
+was seen to place its buffers (libtpu of JAX 0.10; the assignments of two dozen programs, 2 to 32 layers).
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moe_train import config
+from moe_train.model.collectives import LANES
 from moe_train.plan.traffic import Shape, shape_of
 from moe_train.plan.weights import Layout, Weight, axis_sizes
 from moe_train.train.loss import CHUNK_ELEMENTS
@@ -30,13 +29,11 @@ class Memory(NamedTuple):
     gradients: int
     """Their sums over microbatches included."""
     saved: int
-    """What layers keep for the backward pass, and weights in the compute dtype for all layers at once."""
+    """What layers keep for the backward pass, and weights in the dtype or layout of their use for all layers at once."""
     layer: int
     """Gathered weights, rows on their way and products of the one layer that is at work, at its fullest moment."""
-    beside: int
-    """What the forward pass needs that does not lie in the room of the backward pass."""
     loss: int
-    """The head, its gradient, and logits of a chunk."""
+    """The head, its gradient, and logits of a chunk, as far as they exceed gradients and layer, which come after them."""
 
     @property
     def total(self) -> int:
@@ -56,27 +53,35 @@ def memory(run: config.Config, laid: Layout) -> Memory:
     stacked = [w for w in laid.weights if w.layers > 1 or w.path.startswith("stacks.")]
     trained = [w for w in laid.weights if w.trainable]
 
-    gradients = sum(w.stored_bytes(sizes) for w in trained)
+    gradients = sum(_in_lanes(w, sizes) for w in trained)
+    layer = _layer(run, model, stacked, sizes, shape)
+    loss = max(0, _loss(model, laid, sizes, shape) - gradients - layer)
     if M > 1:  # the sum so far, and the next one, in float32
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
     inputs = model.num_layers // len(model.attention.windows) * shape.tokens * model.model_dim * b
     saved = inputs + (model.num_layers * _named(run, model, sizes, shape) if run.compute.remat == "minimal" else 0)
-    # XLA casts these weights of all layers before the loop over layers
+    # XLA casts these weights of all layers before the loop over layers, and lays those out whose lanes are not full
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
-
-    forward, backward = _layer(run, model, stacked, sizes, shape)
-    if run.compute.remat == "minimal":  # as seen: the gradients of two of the experts' three matrices find no room among it
-        forward += sum(w.stored_bytes(sizes) for w in trained if w.kind == "expert") * 2 // 3
+    saved += sum(_in_lanes(w, sizes) for w in stacked if _is_narrow(w))
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
         optimizer=laid.optimizer_bytes,
         batch=M * shape.tokens * BATCH_BYTES,
         gradients=gradients,
         saved=saved,
-        layer=backward,
-        beside=min(forward, saved + gradients),
-        loss=_loss(model, laid, sizes, shape),
+        layer=layer,
+        loss=loss,
     )
+
+
+def _in_lanes(w: Weight, sizes: dict[str, int]) -> int:
+    """Bytes of a weight of all layers, or of its gradient, as it is computed with."""
+    return w.stored_bytes(sizes) * LANES // w.shape[-1] if _is_narrow(w) else w.stored_bytes(sizes)
+
+
+def _is_narrow(w: Weight) -> bool:
+    """Whether kernels, which read rows, have it fill whole lanes with a rank: the adapters of experts. Others XLA turns."""
+    return w.kind == "expert" and w.is_lora and w.shape[-1] < LANES
 
 
 def _named(run: config.Config, model: config.Model, sizes: dict[str, int], shape: Shape) -> int:
@@ -93,8 +98,8 @@ def _named(run: config.Config, model: config.Model, sizes: dict[str, int], shape
     return kept + m * 2 * f * model.ffn.num_shared_experts * b
 
 
-def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes: dict[str, int], shape: Shape) -> tuple[int, int]:
-    """What one period of layers needs beside what is saved: (forward beside backward, backward)."""
+def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes: dict[str, int], shape: Shape) -> int:
+    """What the backward pass of one period of layers needs beside what is saved and gradients."""
     m, b, t, D, R = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, shape.rows
     a, f = model.attention, model.ffn.ffn_dim // sizes["tensor"]
     over = ("fsdp", "expert")
@@ -102,10 +107,10 @@ def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes
     if isinstance(model.ffn, config.MoeFfn):
         matrices = [w for w in stacked if w.kind == "expert" and not w.is_lora and not w.path.endswith(".scales")]
         per_code = {w.path: 2 if w.path.endswith(".codes") and _is_nf4(run) else 1 for w in matrices}
-        whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
+        experts = whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
         exchanged = shape.transport not in (None, "all_gather")
-        trained = any(w.trainable for w in matrices)
-        experts = whole * (2 if exchanged and trained else 1)
+        if exchanged and any(w.trainable for w in matrices):  # gradients are summed over rounds
+            experts += whole
         if _is_nf4(run):  # one matrix at a time: the halves of its blocks, a byte a number
             experts += whole // 3 // b
         products, inputs = R * f * b, R * D * b * (3 if exchanged else 2)
@@ -114,17 +119,15 @@ def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes
     else:
         mine = [w for w in stacked if w.kind == "linear" and _is_ffn(w) and not w.is_lora and not w.path.endswith(".scales")]
         per_code = {w.path: 2 if w.path.endswith(".codes") and _is_nf4(run) else 1 for w in mine}
-        whole = experts = sum(w.elements(sizes, over) * per_code[w.path] * b for w in mine)
+        experts = sum(w.elements(sizes, over) * per_code[w.path] * b for w in mine)
         products, inputs = m * f * b, m * D * b
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
     heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
     attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * D * b
     # Of the six arrays that the product of gate and up has to do with in the backward pass (both, their product, and the
-    # gradient of each) three lie in the place of the others; not where adapters stand beside, whose two are there too.
+    # gradient of each) three lie in the place of the others; not where adapters need them once more.
     adapted = any(w.is_lora and _is_ffn(w) for w in stacked)
-    backward = experts + (8 if adapted else 3) * products + inputs + gathered * 9 // 5 + attention
-    forward = whole + 4 * products + inputs + gathered * 9 // 5 + m * D * b + 3 * products
-    return forward, backward
+    return experts + (6 if adapted else 3) * products + inputs + gathered * 9 // 5 + attention
 
 
 def _is_ffn(w: Weight) -> bool:

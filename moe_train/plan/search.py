@@ -209,7 +209,6 @@ NAMES = {
     "gradients": "gradients",
     "saved": "saved activations",
     "layer": "the layer at work",
-    "beside": "the forward pass",
     "loss": "head and logits",
 }
 

@@ -83,6 +83,17 @@ def test_remat_full_saves_the_inputs_of_layers_alone() -> None:
 REMAT = ("full", "minimal")
 
 
+def test_adapters_of_experts_fill_whole_lanes_with_their_rank() -> None:
+    run = small("mesh.fsdp=2", "mesh.expert=4", LORA, "compute.param_dtype=bfloat16", "loss={}")
+    laid = layout(run)
+    sizes = {"data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 1}
+    trained = {w.path: w.stored_bytes(sizes) for w in laid.weights if w.trainable}
+    lanes = {path: 128 // 4 for path in trained if ".ffn." in path and path.endswith("lora_a")}  # of a rank
+    lanes |= {path: 128 // 64 for path in trained if path.endswith("ffn.down_proj.lora_b")}  # of so narrow a model
+    assert len(lanes) == 4
+    assert memory(run, laid).gradients == sum(size * lanes.get(path, 1) for path, size in trained.items())
+
+
 def test_divisions() -> None:
     assert sorted(divisions(4, 2)) == [(1, 4), (2, 2), (4, 1)]
     assert len(list(divisions(64, 4))) == 84  # ways to hand six factors of two to four axes
@@ -108,9 +119,9 @@ OTHERS = {
 }
 
 
-def against_the_compiler(*overrides: str) -> tuple[float, float]:
+def against_the_compiler(*overrides: str, topology: str = "v5p:2x2x2") -> tuple[float, float]:
     """Bytes received, (modelled, counted), of a program whose memory and bytes are modelled within 10%; prints both errors."""
-    place = parse("v5p:2x2x2")
+    place = parse(topology)
     choice = model_choice(config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*MIDDLE, *overrides]), place)
     program = compile_config(choice.run, place)
     memory_error = choice.memory.total / program.bytes_per_device - 1
@@ -138,3 +149,10 @@ def test_six_meshes_are_ranked_as_the_compiler_counts_them() -> None:
 @pytest.mark.parametrize("overrides", OTHERS.values(), ids=OTHERS)
 def test_other_programs_take_what_the_compiler_says(overrides: tuple[str, ...]) -> None:
     against_the_compiler(*overrides)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_fsdp_over_two_slices_takes_what_the_compiler_says() -> None:
+    """Gradients are scattered inside a slice before they cross, where XLA:TPU would sum whole ones in it."""
+    against_the_compiler("mesh.fsdp=4", "mesh.expert=2", topology="2xv5e:2x2")

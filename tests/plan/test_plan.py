@@ -80,7 +80,7 @@ def test_only_replicas_stand_in_different_slices() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "last"),
-    [(32, "it fits on v5e:8x16 (128 chips): "), (4000, "nor does it on any larger slice")],
+    [(32, "it fits on v5e:8x8 (64 chips): "), (4000, "nor does it on any larger slice")],
     ids=["here", "anywhere"],
 )
 def test_a_model_that_does_not_fit(layers: int, last: str, capsys: pytest.CaptureFixture[str]) -> None:

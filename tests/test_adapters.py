@@ -11,14 +11,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from jax.sharding import NamedSharding
 
 from moe_train import adapters, cli, config
 from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh
 from moe_train.model.lora import is_trainable
-from moe_train.model.transformer import Parameters, init_model, parameters
 from moe_train.weights import peft, write
+from tests.random_parameters import random_parameters
 
 MODEL = config.Model(
     family="mixtral",
@@ -37,26 +36,19 @@ LORA = config.Lora(
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 
 
-def random_parameters(lora: config.Lora, seed: int) -> Parameters:
-    shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora)))[1]
-    draw = np.random.default_rng(seed).normal
-    return {
-        path: jax.device_put(draw(0, 0.3, like.shape).astype(np.float32), NamedSharding(ONE, like.sharding.spec))
-        for path, like in shapes.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`base`, a model with its tokenizer, and PEFT adapters of it: `one`, `two`, and `full` with modules trained in full."""
     folder = tmp_path_factory.mktemp("files")
     tokenizer = train_bpe(["some text to learn from"] * 5, 270, folder / "tokenizer")
     with jax.set_mesh(ONE):
-        weights = {path: x for path, x in random_parameters(LORA, 0).items() if ".lora_" not in path}
+        weights = {path: x for path, x in random_parameters(MODEL, lora=LORA, scale=0.3).items() if ".lora_" not in path}
         write.export(weights, MODEL, folder / "base", dtype="float32", texts=write.Texts(tokenizer))
         full = LORA.model_copy(update={"train": ("ffn.router", "final_norm")})
         for name, seed, lora in (("one", 1, LORA), ("two", 2, LORA), ("full", 3, full)):
-            trained = {path: x for path, x in random_parameters(lora, seed).items() if is_trainable(path, lora)}
+            trained = {
+                path: x for path, x in random_parameters(MODEL, lora=lora, scale=0.3, seed=seed).items() if is_trainable(path, lora)
+            }
             peft.export_adapter(trained, MODEL, lora, folder / name, base_model=str(folder / "base"))
     return lambda name: folder / name
 

@@ -14,16 +14,16 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
 
 from moe_train import checkpoint, cli, config, model_dir
 from moe_train.data.tokenizer import HuggingFace
 from moe_train.data.train_tokenizer import train_bpe
 from moe_train.export import _command, export
 from moe_train.mesh import make_mesh
-from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.model.transformer import Parameters
 from moe_train.train.state import create_state
 from moe_train.weights import foreign, peft, write
+from tests.random_parameters import random_parameters
 
 MODEL = config.Model(
     family="mixtral",
@@ -35,15 +35,6 @@ MODEL = config.Model(
 )
 LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*"), rank=2, alpha=3.0),))
 MESH = config.Mesh(fsdp=2, expert=2, tensor=2)
-
-
-def random_parameters(lora: config.Lora | None) -> Parameters:
-    shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora)))[1]
-    mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
-    return {
-        path: jax.device_put(draw(0, 0.1, like.shape).astype(np.float32), NamedSharding(mesh, like.sharding.spec))
-        for path, like in shapes.items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +72,7 @@ def same_files(one: Path, other: Path, *but: str) -> None:
 
 def test_a_lora_run_becomes_a_merged_model_and_an_adapter(tokenizer: HuggingFace, tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh(MESH)):
-        weights = random_parameters(LORA)
+        weights = random_parameters(MODEL, lora=LORA)
         plain = {path: x for path, x in weights.items() if ".lora_" not in path}
         write.export(plain, MODEL, tmp_path / "base", dtype="bfloat16")
         weights |= foreign.load_parameters(tmp_path / "base", plain_shapes(plain))
@@ -123,7 +114,7 @@ def plain_shapes(weights: Parameters) -> dict[str, jax.ShapeDtypeStruct]:
 
 def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh(MESH)):
-        weights = random_parameters(None)
+        weights = random_parameters(MODEL)
         save_run(tmp_path / "run", weights, tokenizer)
         export(tmp_path / "run", tmp_path / "hf")
         save_run(tmp_path / "tuned", weights, tokenizer, init_from=str(tmp_path / "hf"))
@@ -144,7 +135,7 @@ def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_p
 
 def test_another_tools_model_is_turned_into_every_layout_and_back(tokenizer: HuggingFace, tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh(MESH)):
-        weights = random_parameters(None)
+        weights = random_parameters(MODEL)
         texts = write.Texts(tokenizer, tokenizer.chat_template)
         write.export(weights, MODEL, tmp_path / "hf", dtype="bfloat16", texts=texts, depth="tensors")
     before = foreign.hashes(tmp_path / "hf")
@@ -167,7 +158,7 @@ def test_verify_says_what_it_found_with_its_exit_code(
     tokenizer: HuggingFace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with jax.set_mesh(make_mesh(MESH)):
-        save_run(tmp_path / "run", random_parameters(None), tokenizer)
+        save_run(tmp_path / "run", random_parameters(MODEL), tokenizer)
 
     def verify(*arguments: str) -> tuple[int, dict[str, Any]]:
         with pytest.raises(SystemExit) as ended:

@@ -18,16 +18,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
 
 from moe_train import config, model_dir
 from moe_train.data import sandbox
 from moe_train.data.tokenizer import HuggingFace, Mistral
 from moe_train.data.train_tokenizer import train_bpe
 from moe_train.mesh import make_mesh
-from moe_train.model import transformer
 from moe_train.weights import adapter, chat_format, foreign, gguf, gguf_file, gguf_lora, gguf_settings, gguf_tokenizer, merge, names
 from moe_train.weights.arrays import fetch
+from tests.random_parameters import random_parameters
 
 SIZES: dict[str, Any] = {"vocab_size": 352, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=24)
@@ -49,16 +48,6 @@ LORA = config.Lora(
     )
 )
 COMMON = Path(mistral_common.__file__).parent / "data"
-
-
-def random_parameters(model: config.Model, lora: config.Lora | None = None, dtype: str = "float32") -> dict[str, jax.Array]:
-    compute = config.Compute(param_dtype=dtype)
-    abstract = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute, lora)))[1]
-    mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
-    return {
-        path: jax.device_put(draw(0, 0.1, like.shape).astype(like.dtype), NamedSharding(mesh, like.sharding.spec))
-        for path, like in abstract.items()
-    }
 
 
 def shapes(parameters: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -252,7 +241,7 @@ def test_k_quants_are_llama_cpps_work(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_an_adapter_alone(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
-        parameters = random_parameters(MIXTRAL, LORA)
+        parameters = random_parameters(MIXTRAL, lora=LORA)
         report = gguf_lora.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="base")
     reader = package.GGUFReader(tmp_path / "out" / gguf_lora.FILE)
     alpha = reader.get_field("adapter.lora.alpha").contents()
@@ -279,12 +268,12 @@ def test_an_adapter_is_read_back_on_any_mesh(tmp_path: Path) -> None:
         )
     )
     with jax.set_mesh(EIGHT):
-        parameters = random_parameters(MIXTRAL, lora)
+        parameters = random_parameters(MIXTRAL, lora=lora)
         gguf_lora.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", base_model="base")
     with jax.set_mesh(ONE):
         found = adapter.read_lora(tmp_path / "out", MIXTRAL)
         assert {target.rank: target.alpha for target in found.targets} == {2: 3.0, 3: 3.0}
-        wanted = {path: x for path, x in random_parameters(MIXTRAL, found).items() if ".lora_" in path}
+        wanted = {path: x for path, x in random_parameters(MIXTRAL, lora=found).items() if ".lora_" in path}
         for source in (tmp_path / "out", tmp_path / "out" / gguf_lora.FILE):
             loaded = adapter.load_adapter(source, MIXTRAL, shapes(wanted))
             assert loaded.keys() == {path for path in parameters if ".lora_" in path}

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from jax.sharding import NamedSharding
 
 from moe_train import config
 from moe_train.mesh import make_mesh
 from moe_train.model import transformer
 from moe_train.model.lora import is_lora
 from moe_train.weights import foreign, names, safetensors_io, write
+from tests.random_parameters import random_parameters
 
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)
 SIZES: dict[str, Any] = {"vocab_size": 24, "model_dim": 8, "num_layers": 4, "max_seq_len": 32}
@@ -39,15 +39,6 @@ EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
 def abstract(model: config.Model, dtype: str = "float32", lora: config.Lora | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     compute = config.Compute(param_dtype=dtype)
     return transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute, lora)))[1]
-
-
-def random_parameters(model: config.Model, dtype: str = "float32", lora: config.Lora | None = None) -> dict[str, jax.Array]:
-    """Normal weights, the adapters' B included, on the mesh in force."""
-    mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
-    return {
-        path: jax.device_put(draw(0, 0.1, like.shape).astype(like.dtype), NamedSharding(mesh, like.sharding.spec))
-        for path, like in abstract(model, dtype, lora).items()
-    }
 
 
 def assert_equal(ours: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> None:

@@ -19,7 +19,8 @@ from moe_train.mesh import put_batch
 from moe_train.model import transformer
 from moe_train.weights import foreign, mistral, mistral_params
 from moe_train.weights import merge as merging
-from tests.weights.test_hf import EIGHT, MINISTRAL, MIXTRAL, ONE, SIZES, abstract, assert_equal, random_parameters
+from tests.random_parameters import random_parameters
+from tests.weights.test_hf import EIGHT, MINISTRAL, MIXTRAL, ONE, SIZES, abstract, assert_equal
 
 DENSE = config.DenseFfn(name="dense", ffn_dim=12)
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)

@@ -18,7 +18,8 @@ from moe_train import config
 from moe_train.mesh import put_batch
 from moe_train.model import transformer
 from moe_train.weights import mistral_lora
-from tests.weights.test_hf import LORA, MIXTRAL, ONE, random_parameters
+from tests.random_parameters import random_parameters
+from tests.weights.test_hf import LORA, MIXTRAL, ONE
 from tests.weights.test_mistral import MODELS, write
 
 pytestmark = pytest.mark.judges

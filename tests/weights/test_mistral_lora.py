@@ -13,7 +13,8 @@ import safetensors.numpy
 
 from moe_train import config
 from moe_train.weights import mistral_lora
-from tests.weights.test_hf import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE, abstract, assert_equal, random_parameters
+from tests.random_parameters import random_parameters
+from tests.weights.test_hf import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE, abstract, assert_equal
 
 AT_TWO = config.Lora(  # alpha / rank is 2, as where nothing is stated
     targets=(config.LoraTarget(modules=("attention.q_proj", "attention.k_proj", "ffn.*_proj"), rank=2, alpha=4.0),)

@@ -21,7 +21,8 @@ from moe_train.generate import generate
 from moe_train.mesh import put_batch
 from moe_train.model import transformer
 from moe_train.weights import peft, serve, write
-from tests.weights.test_hf import ONE, random_parameters
+from tests.random_parameters import random_parameters
+from tests.weights.test_hf import ONE
 from tests.weights.test_judges import lora_of, without_padding
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")

@@ -1,9 +1,9 @@
 """A process that exports, loads or extends a large random model, and says how much memory that took: `streaming.py MODE
 FOLDER`.
 
-MODE is `tensors` or `full` (the proof's depth), `load`, `extend` (the vocabulary, to v3's), or `run` (a checkpoint, into 4
-bits). Prints JSON: MiB that were resident at most above what was before and stays, those of the model, those of its largest
-tensor, and those of the files.
+MODE is `tensors` or `full` (the proof's depth), `files` (as `tensors`, the base left in the files that that one wrote),
+`load`, `extend` (the vocabulary, to v3's), or `run` (a checkpoint, into 4 bits). Prints JSON: MiB that were resident at most
+above what was before and stays, those of the model, those of its largest tensor, and those of the files.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 from moe_train import checkpoint, config, model_dir
 from moe_train.extend_vocab import extend_vocab
 from moe_train.mesh import make_mesh
+from moe_train.model.lora import is_lora
 from moe_train.model.transformer import init_model, parameters
 from moe_train.train.state import create_state
 from moe_train.weights import expected, foreign, write
@@ -90,7 +91,7 @@ def save_run(run_dir: Path) -> None:
 
 def main(mode: str, folder: Path) -> dict[str, float]:
     with jax.set_mesh(make_mesh(config.Mesh())):
-        shapes = shapes_of(LORA if mode in ("tensors", "full") else None)
+        shapes = shapes_of(LORA if mode in ("tensors", "full", "files") else None)
         own = sum(x.size * x.dtype.itemsize for path, x in shapes.items() if ".lora_" not in path) / 2**20
         largest = max(np.prod(tensor.shape) * 2 for tensor in expected.model_tensors("hf", MODEL)) / 2**20
         if mode == "load":
@@ -108,9 +109,11 @@ def main(mode: str, folder: Path) -> dict[str, float]:
             shutil.copy(str(resources.files("mistral_common") / "data" / "tokenizer.model.v1"), folder / "tensors")
             _, most = above(lambda: extend_vocab(folder / "tensors", folder / "extended", "v3"))
         else:
-            weights = random_weights(shapes)
-            out = folder / mode
-            _, most = above(lambda: write.export(weights, MODEL, out, dtype="bfloat16", lora=LORA, merge=True, depth=mode))  # type: ignore[arg-type]
+            out, depth = folder / mode, "tensors" if mode == "files" else mode
+            base = {path: x for path, x in shapes.items() if not is_lora(path)}
+            left = foreign.leave_parameters(folder / "tensors", base) if mode == "files" else {}
+            weights = random_weights({path: x for path, x in shapes.items() if path not in left}) | left
+            _, most = above(lambda: write.export(weights, MODEL, out, dtype="bfloat16", lora=LORA, merge=True, depth=depth))  # type: ignore[arg-type]
     files = sum(file.stat().st_size for file in (folder / "tensors").glob("*.safetensors")) / 2**20
     return {"above": most, "model": own, "largest": float(largest), "files": files}
 

@@ -92,7 +92,7 @@ def main() -> None:
     if importlib.util.find_spec("matplotlib"):
         plot([r for r in rows if r["layers"] == args.layers], args.out / "scaling.png")
     else:
-        print("no plot: matplotlib is not here; run: pip install 'moe-train[report]'")
+        print("no plot: matplotlib is not here; run: bash launch/install.sh report")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ GIB = 2**30
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here; run: pip install 'moe-train[tpu]'"),
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here; run: bash launch/install.sh tpu"),
 ]
 
 

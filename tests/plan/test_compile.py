@@ -33,9 +33,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra(
     find = importlib.util.find_spec
     missing = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more))
-    with pytest.raises(
-        ValueError, match=rf"compiling for {topology} needs .* pip install 'moe-train\[{extra}\]', or .* --no-compile"
-    ):
+    with pytest.raises(ValueError, match=rf"compiling for {topology} needs .* bash launch/install.sh {extra}, or .* --no-compile"):
         compile_config(small(), parse(topology))
 
 
@@ -67,7 +65,7 @@ def test_descriptions_of_gpus_are_complete(gpu: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not here; run: pip install 'moe-train[tpu]'")
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not here; run: bash launch/install.sh tpu")
 def test_a_slice_sends_16_bit_numbers() -> None:
     compiled = compile_config(small(), parse("v5p:2x2x2"))
     assert not compiled.warnings  # of a rematerialisation that nobody asked for
@@ -76,7 +74,7 @@ def test_a_slice_sends_16_bit_numbers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not here; run: pip install 'moe-train[tpu]'")
+@pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not here; run: bash launch/install.sh tpu")
 def test_several_slices_send_gradients_once_over_the_slow_network() -> None:
     run = small("train.batch_size=16", "mesh.data=2")
     compiled = compile_config(run, parse("2xv5p:2x2x2"))
@@ -87,7 +85,7 @@ def test_several_slices_send_gradients_once_over_the_slow_network() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_CUDA, reason="JAX's CUDA plugin is not here; run: pip install 'moe-train[cuda]'")
+@pytest.mark.skipif(not HAS_CUDA, reason="JAX's CUDA plugin is not here; run: bash launch/install.sh cuda")
 @pytest.mark.parametrize("gpu", gpu_targets.GPUS)
 def test_gpus_that_are_not_here(gpu: str) -> None:
     compiled = compile_config(small(), parse(f"{gpu}x8"))

@@ -132,7 +132,7 @@ def against_the_compiler(*overrides: str, topology: str = "v5p:2x2x2") -> tuple[
 
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not here; run: pip install 'moe-train[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not here; run: bash launch/install.sh tpu"
 )
 
 

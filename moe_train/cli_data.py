@@ -73,8 +73,8 @@ def check_data(
 
     Exit code: 0 no problem, 1 problems found, 2 it could not be checked.
     """
-    from moe_train.data import check as checks
     from moe_train.data.chat import load_template
+    from moe_train.data.checking import check as checks
 
     config = None if run is None else load_run(run)
     if (config is None) == (not files):
@@ -106,7 +106,7 @@ def check_data(
     if as_json:
         print_json(answer)
     else:
-        from moe_train.data.report import print_report
+        from moe_train.data.checking.report import print_report
 
         print_report(answer, console())
     raise typer.Exit(1 if answer["problem_counts"] else 0)
@@ -128,8 +128,9 @@ def show_data(
 ) -> None:
     """Show records as training sees them: tokens, those that are learnt in green, segments, positions."""
     from moe_train import config as sections
-    from moe_train.data import check, show
+    from moe_train.data import show
     from moe_train.data.chat import load_template
+    from moe_train.data.checking import check
 
     run = load_run(Path(file)) if file.endswith((".yaml", ".yml")) else None
     loaded = _tokenizer(tokenizer, run)

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from moe_train import config
 from moe_train.data import show
 from moe_train.data.batch import Batch
-from moe_train.data.check import RULES, Settings, Source, check
+from moe_train.data.checking.check import RULES, Settings, Source, check
 from moe_train.data.prepare import prepare
 from moe_train.data.sources import open_source
 from moe_train.data.tokenizer import HuggingFace

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.data.fields import Problem
-from moe_train.data.file_bytes import BOM, not_utf8, opened
+from moe_train.data.formats.file_bytes import BOM, not_utf8, opened
 
 MAX_TEXT = 4 << 20  # bytes in one record
 

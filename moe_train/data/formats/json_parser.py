@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from moe_train.data.fields import Item, Problem, brief
-from moe_train.data.file_bytes import looks_like_utf16, not_utf8, utf16
+from moe_train.data.formats.file_bytes import looks_like_utf16, not_utf8, utf16
 
 MAX_DEPTH = 100
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_train.data import packing
-from moe_train.data.chunks import Source
+from moe_train.data.checking.chunks import Source
 from moe_train.json_file import read_object
 
 Lengths = Mapping[tuple[int, str], Mapping[int, int]]

@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_train import config
-from moe_train.data import chat, rules
+from moe_train.data import chat
+from moe_train.data.checking import rules
+from moe_train.data.checking.duplicates import Fingerprints, fingerprints
+from moe_train.data.checking.form import Form
+from moe_train.data.checking.ngrams import words
+from moe_train.data.checking.overlap import overlap, said_in
 from moe_train.data.conversation import Conversation, denormalise, normalise, recognise
-from moe_train.data.duplicates import Fingerprints, fingerprints
 from moe_train.data.encoding import encode
 from moe_train.data.example import Example, uses_tools
 from moe_train.data.fields import Item, Problem
-from moe_train.data.file_bytes import BOM
-from moe_train.data.form import Form
-from moe_train.data.json_lines import Block, records_in
-from moe_train.data.ngrams import words
-from moe_train.data.overlap import overlap, said_in
+from moe_train.data.formats.file_bytes import BOM
+from moe_train.data.formats.json_lines import Block, records_in
 from moe_train.data.sources import Origin, Records
 from moe_train.data.tokenizer import HuggingFace, Tokenizer
 

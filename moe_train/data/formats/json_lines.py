@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_train.data.fields import Item, Problem
-from moe_train.data.file_bytes import BLOCK, BOM, MAX_RECORD, opened
-from moe_train.data.json_parser import Parser
+from moe_train.data.formats.file_bytes import BLOCK, BOM, MAX_RECORD, opened
+from moe_train.data.formats.json_parser import Parser
 
 
 class Block(NamedTuple):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from moe_train.data.checking.form import Form
 from moe_train.data.conversation import Conversation, Message
 from moe_train.data.fields import brief
-from moe_train.data.form import Form
 
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_NAMES = {

@@ -19,11 +19,12 @@ import pyarrow.parquet
 import pytest
 
 from moe_train import cli, config
-from moe_train.data import check as checks
-from moe_train.data import corrected, json_array, json_lines
 from moe_train.data.chat import examples
-from moe_train.data.check import Settings, Source, check, sources_of
+from moe_train.data.checking import check as checks
+from moe_train.data.checking import corrected
+from moe_train.data.checking.check import Settings, Source, check, sources_of
 from moe_train.data.conversation import Conversation, normalise, recognise
+from moe_train.data.formats import json_array, json_lines
 from moe_train.data.packing import make_plan
 from moe_train.data.tokenizer import HuggingFace, Mistral
 

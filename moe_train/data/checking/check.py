@@ -23,16 +23,16 @@ import numpy as np
 
 from moe_train import config
 from moe_train.atomic import refuse_existing
-from moe_train.data import estimate, rules
-from moe_train.data.chunks import Coverage, Place, Source, all_chunks, places_of, some_chunks
-from moe_train.data.corrected import corrected_copy
-from moe_train.data.duplicates import SIMILAR, Spool
-from moe_train.data.duplicates import WORDS as DUPLICATE_WORDS
-from moe_train.data.examine import Chunk, Findings, Question, Stop, examine
+from moe_train.data.checking import estimate, rules
+from moe_train.data.checking.chunks import Coverage, Place, Source, all_chunks, places_of, some_chunks
+from moe_train.data.checking.corrected import corrected_copy
+from moe_train.data.checking.duplicates import SIMILAR, Spool
+from moe_train.data.checking.duplicates import WORDS as DUPLICATE_WORDS
+from moe_train.data.checking.examine import Chunk, Findings, Question, Stop, examine
+from moe_train.data.checking.form import Form, form_of
+from moe_train.data.checking.held_out import HeldOut
+from moe_train.data.checking.overlap import OVERLAP_WORDS
 from moe_train.data.fields import Problem
-from moe_train.data.form import Form, form_of
-from moe_train.data.held_out import HeldOut
-from moe_train.data.overlap import OVERLAP_WORDS
 from moe_train.data.tokenizer import Tokenizer
 
 _WORTH_PROCESSES = 8 << 20  # bytes; less is done before processes have started

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from moe_train.atomic import new_directory
-from moe_train.data.chunks import Place
-from moe_train.data.examine import Findings
-from moe_train.data.file_bytes import is_compressed
+from moe_train.data.checking.chunks import Place
+from moe_train.data.checking.examine import Findings
+from moe_train.data.formats.file_bytes import is_compressed
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_train.data.check import Settings, Source, check
-from moe_train.data.report import print_report
+from moe_train.data.checking.check import Settings, Source, check
+from moe_train.data.checking.report import print_report
 from moe_train.data.tokenizer import HuggingFace
 
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train import config
-from moe_train.data import rules
 from moe_train.data.chat import examples
+from moe_train.data.checking import rules
+from moe_train.data.checking.form import Form, form_of
+from moe_train.data.checking.rules import problems, repair
 from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.form import Form, form_of
-from moe_train.data.rules import problems, repair
 from moe_train.data.tokenizer import Mistral
 from tests.data.conversations import conversations
 

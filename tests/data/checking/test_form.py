@@ -7,7 +7,7 @@ from pathlib import Path
 import mistral_common
 import pytest
 
-from moe_train.data.form import form_of
+from moe_train.data.checking.form import form_of
 from moe_train.data.tokenizer import HuggingFace, Mistral
 
 DATA = Path(mistral_common.__file__).parent / "data"

@@ -1,0 +1,1 @@
+"""Files to records: each format that is read, and where a record stands in its file."""

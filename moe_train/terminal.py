@@ -8,17 +8,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from moe_train.progress import listening
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A spinner on a terminal's stderr while a person waits."""
+    """One line on a terminal's stderr while a person waits: a bar, with the time left where the work says how far it is."""
+    from rich import progress as bars
     from rich.console import Console
 
-    with Console(stderr=True).status(f"{what} …"):
-        yield
+    console = Console(stderr=True)
+    columns = bars.SpinnerColumn(), bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeRemainingColumn()
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{what} …", total=None)
+
+        def told(part: str, done: int, total: int) -> None:
+            if done == 0:
+                bar.reset(task, total=total, description=f"{what}: {part}")
+            bar.update(task, completed=done)
+
+        with listening(told):
+            yield
 
 
 @contextmanager

@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": ("config", "data", "atomic", "json_file"),
     "weights": (
         *("config", "mesh", "model", "weights", "data.tokenizer", "data.chat", "data.conversation", "data.sandbox"),
-        *("atomic", "json_file"),
+        *("atomic", "json_file", "progress"),
     ),
     "train": (),  # the package itself; its modules stand below
     **dict.fromkeys(STEP, LEFT_OF_STEP),
@@ -80,7 +80,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("generate", "bench", "inspect", "export", "upcycle", "extend_vocab", "prepare", "adapters"), LEFT_OF_LOOP),
     "verify": (*LEFT_OF_LOOP, "export", "adapters"),
     "quickstart": (*LEFT_OF_LOOP, *COMMANDS),
-    "terminal": (),
+    "terminal": ("progress",),
+    "progress": (),
     "plot": ("atomic",),
     "arguments": ("config", "config_file"),
     "cli_adapters": ("arguments", "terminal", "adapters"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_train import config
+from moe_train import config, progress
 from moe_train.model.lora import is_trainable, module_of, scale_of_expert, targets_of
 from moe_train.weights import compare, expected, reread
 from moe_train.weights.checks import Fault
@@ -40,7 +40,10 @@ def check(
     same = in_full = 0
     adapted: list[tuple[str, int, float]] = []
     unmoved: list[str] = []
-    for wanted in expected.model_tensors(layout, base.model):
+    every = expected.model_tensors(layout, base.model)
+    compared = progress.counted("comparing with the base", len(every))
+    for wanted in every:
+        compared(1)
         found = stored[wanted.name]
         if found.shape != wanted.shape:
             raise Fault(f"{found.name} has the shape {found.shape}, the base's is {wanted.shape}: another model")

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train import config
+from moe_train import config, progress
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.mesh import BATCH
 from moe_train.model.moe import MoE
@@ -101,12 +101,15 @@ def _forward(
     stacks = {path: x for path, x in weights.items() if path.startswith("stacks.")}
     ends = altered(arrays.load({path: x for path, x in weights.items() if path not in stacks}))
     x_BTD, seen = jnp.zeros(()), list[jax.Array]()
-    for i in range(next(iter(stacks.values())).shape[0]):
+    periods = next(iter(stacks.values())).shape[0]
+    run = progress.counted("answering prompts", periods)
+    for i in range(periods):
         period = altered(_period_of(stacks, i)) | ends
         x_BTD = _embed(structure, period, tokens_BT) if i == 0 else x_BTD
         x_BTD, routers = _period(structure, period, x_BTD, positions_BT)
         seen += routers
         x_BTD.block_until_ready()  # no weights of the next one before
+        run(1)
     return _logits(structure, period, x_BTD), jnp.stack(seen) if seen else None
 
 

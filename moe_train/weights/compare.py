@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_train import config
+from moe_train import config, progress
 from moe_train.model.lora import is_trainable
 from moe_train.weights import expected, reread, together
 from moe_train.weights.arrays import Held, fetch
@@ -123,8 +123,12 @@ def examine(
 ) -> Tensors:
     """Hash every tensor, and compare it with `parameters` (None: hash alone), merged with adapters where `lora` is given."""
 
+    compared = progress.counted("reading the files", sum(stored[w.name].nbytes for w in wanted))
+
     def one(w: Wanted) -> Examined:
-        return _examine(stored[w.name], w, parameters, lora)
+        found = _examine(stored[w.name], w, parameters, lora)
+        compared(stored[w.name].nbytes)
+        return found
 
     if jax.process_count() > 1 and parameters is not None:  # gathering from other processes has one order
         return Tensors(stored, {w.name: one(w) for w in wanted})

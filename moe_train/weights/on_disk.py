@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from moe_train import config
+from moe_train import config, progress
 from moe_train.weights.names import Piece
 
 CHUNK = 2**22
@@ -48,12 +48,15 @@ def nbytes(shape: Sequence[int], dtype: np.dtype) -> int:
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """sha256 of each tensor's dtype, shape and bytes, by name; several at a time, each in parts of 4 MiB."""
 
+    hashed = progress.counted("hashing the base", sum(nbytes(tensor.shape, tensor.dtype) for tensor in tensors.values()))
+
     def digest(tensor: Tensor) -> str:
         total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
         (length, *row) = tensor.shape or (0,)
         step = max(1, CHUNK // max(1, nbytes(row, tensor.dtype)))
         for start in range(0, length, step):
             total.update(np.ascontiguousarray(tensor.read((slice(start, min(start + step, length)),))).view(np.uint8).data)
+        hashed(nbytes(tensor.shape, tensor.dtype))
         return total.hexdigest()
 
     with ThreadPoolExecutor() as pool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
-from moe_train import config
+from moe_train import config, progress
 from moe_train.data.conversation import Conversation
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.model.lora import is_lora
@@ -72,11 +72,15 @@ def export(
     check_dtype(layout, dtype)
     section = lora if merge else None
 
-    def matrix(piece: names.Piece, filetype: np.dtype) -> np.ndarray:
-        return piece.to_file(merging.merged(parameters, section, piece, filetype))
-
     numbers = sum(array.size for path, array in parameters.items() if not is_lora(path))
     check_space(out_dir, numbers * {"float32": 4, "f32": 4, "q8_0": 1}.get(dtype, 2))
+    written = progress.counted("writing", numbers)
+
+    def matrix(piece: names.Piece, filetype: np.dtype) -> np.ndarray:
+        made = piece.to_file(merging.merged(parameters, section, piece, filetype))
+        written(made.size)
+        return made
+
     with together.one_directory(out_dir) as directory:
         with together.all_or_none():
             write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)

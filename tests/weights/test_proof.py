@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from jax.sharding import NamedSharding
 
-from moe_train import config
+from moe_train import config, progress
 from moe_train.data.conversation import Conversation
 from moe_train.data.tokenizer import HuggingFace
 from moe_train.data.train_tokenizer import train_bpe
@@ -382,6 +382,17 @@ def test_base_and_adapter_show_every_delta(layout: str, dtype: str, exports: Any
         write.export(one, other, tmp_path / "other", dtype="float32", depth="tensors")
     _, checks = verify(export, base=tmp_path / "other", depth="tensors")
     assert [check.said for check in checks if check.name == "merge"] == ["the files describe another model: num_layers is 1, not 2"]
+
+
+@pytest.mark.parametrize("layout", ["hf", "mistral", "gguf"])
+def test_whoever_listens_hears_how_far_it_is(layout: str, weights: Any, texts: write.Texts, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    with progress.listening(lambda *told: heard.append(told)):
+        make(tmp_path / "made", weights, texts, layout, "bf16" if layout == "gguf" else "bfloat16", depth="tensors")
+        verify(tmp_path / "made", base=tmp_path / "made", depth="tensors")
+    ended = [what for what, done, total in heard if done == total]
+    assert ended == ["writing", "reading the files", "reading the files", "comparing with the base"]
+    assert all(0 <= done <= total for _, done, total in heard) and len(heard) > 50
 
 
 # --- answers -------------------------------------------------------------------------------------------------------

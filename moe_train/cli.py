@@ -369,6 +369,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         said = _in_words(error) if expected else f"{type(error).__name__}: {error}"
         for fault in said.splitlines():  # a config may have several
             print(f"moe-train: {fault}", file=sys.stderr)
-        code = 2 if isinstance(error, USER_ERRORS) else 1
+        code = 2 if isinstance(error, USER_ERRORS) else processes.UNFINISHED if isinstance(error, ConnectionError) else 1
         processes.end(code)
         sys.exit(code)

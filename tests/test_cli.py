@@ -98,6 +98,7 @@ def test_train_hands_on_the_config_and_its_exit_code(stand_in, config: str, code
     [
         (ValueError("mesh.expert 3 does not divide num_experts 8"), 2, "moe-train: mesh.expert 3 does not divide num_experts 8\n"),
         (FileNotFoundError("a.jsonl: no such file"), 2, "moe-train: a.jsonl: no such file\n"),
+        (ConnectionError("s3://a cannot be reached"), 75, "moe-train: s3://a cannot be reached\n"),
         (FileExistsError("out exists"), 2, "moe-train: out exists\n"),
         (OSError(28, "No space left on device", "step_5"), 1, "moe-train: step_5: No space left on device\n"),
         (RuntimeError("4 steps in a row were not finite"), 1, "moe-train: 4 steps in a row were not finite\n"),

@@ -124,7 +124,7 @@ class Remote:
     def _read(self, name: str, waits: tuple[float, ...], **part: int) -> bytes:
         """A file, or bytes `start` to `end` of it. In a thread of the pool, so that the end of the program ends a wait.
 
-        Raises FileNotFoundError, PermissionError, and OSError for what goes wrong again and again.
+        Raises FileNotFoundError, PermissionError, and OSError for what goes wrong again and again: of a part ConnectionError.
         """
         path = f"{self.path}/{name}"
         for wait in (*waits, None):
@@ -136,8 +136,10 @@ class Remote:
                 if part and isinstance(error, OSError) and error.errno == errno.EINVAL:
                     return b""  # S3's word for a range behind the end
                 told = fault(path, error)
-                if wait is None or isinstance(told, FileNotFoundError | PermissionError):
+                if isinstance(told, FileNotFoundError | PermissionError):
                     raise told from error
+                if wait is None:  # a store that has answered before is worth starting again for
+                    raise (ConnectionError(str(told)) if part else told) from error
                 log.warning("%s: %s; once more in %g s", path, _reason(error), wait)
                 _ending.wait(wait)
         raise AssertionError

@@ -138,7 +138,7 @@ def test_a_read_that_fails_is_tried_again(bucket: Any, monkeypatch: pytest.Monke
         "memory://bucket/tokens: no answer within 60 s; once more in 0.01 s",
     ]
     failures[:] = [ConnectionResetError("reset by peer" + "." * 1000)] * 3
-    with pytest.raises(OSError, match=r"^memory://bucket/tokens cannot be reached: reset by peer\.{147}…; start again"):
+    with pytest.raises(ConnectionError, match=r"^memory://bucket/tokens cannot be reached: reset by peer\.{147}…; start again"):
         tokens[50:60]
 
 

@@ -207,6 +207,7 @@ def test_the_end_of_the_program_ends_a_wait(tmp_path: Path) -> None:
 def test_a_cache_too_small_for_the_shuffling_is_told(
     data: config.Data, tokenizer: HuggingFace, bucket: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING", "moe_train")  # whatever tests before this one have asked for
     store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
     there = prepared(data, upload(store.path, "memory://bucket"), cache_mib=1)
     shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 0}

@@ -4,8 +4,8 @@
 
 The bar is 1M packed tokens a second. Also timed: tokenising, beside the library's own batches on the same text and cores
 (bar: 1.2 times as long, in CPU seconds, the fastest of five rounds, each in a process of its own; of conversations
-`encode_batch` of the rendered text, of text `encode_batch_fast`, which finds no offsets), opening again, and the packing plan of a million records. For a mistral-common
-tokenizer, which has no batches, the peer is a loop over its own calls.
+`encode_batch` of the rendered text, of text `encode_batch_fast`, which finds no offsets), opening again, and the packing
+plan of a million records. For a mistral-common tokenizer, which has no batches, the peer is a loop over its own calls.
 """
 
 from __future__ import annotations

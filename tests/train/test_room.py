@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def test_a_run_without_room_is_refused_before_anything_is_written(
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_linux_says_what_is_available() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is available")
+def test_linux_says_what_is_available_and_a_container_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = room.available()
-    assert here is None or 2**20 < here < 2**50
+    assert here is not None and 2**20 < here < 2**50
+    (tmp_path / "of_version_2").write_text("max\n")
+    (tmp_path / "of_version_1").write_text("12345\n")
+    monkeypatch.setattr(room, "LIMITS", (str(tmp_path / "of_version_2"), str(tmp_path / "none"), str(tmp_path / "of_version_1")))
+    assert room.available() == 12345

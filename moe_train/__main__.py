@@ -1,5 +1,5 @@
 """`python -m moe_train` is `moe-train`."""
 
-from moe_train.cli import main
+from moe_train.cli.main import main
 
 main()

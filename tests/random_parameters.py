@@ -7,7 +7,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.model.transformer import Parameters, init_model, parameters
+from moe_train.model.parameters import Parameters, parameters
+from moe_train.model.transformer import init_model
 
 
 def random_parameters(

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from jax.sharding import NamedSharding
 
-from moe_train.mesh import platform
+from moe_train.machine.mesh import platform
 
 CHUNK = 2**25
 """Bytes that lie together, and are read at a time: Orbax alone would keep an array, or a device's part of it, in one piece."""

@@ -27,8 +27,8 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from moe_train import config
-from moe_train.checkpoint_arrays import bit_sums, in_chunks, joined, parts
-from moe_train.model.transformer import Parameters
+from moe_train.checkpoint.arrays import bit_sums, in_chunks, joined, parts
+from moe_train.model.parameters import Parameters
 from moe_train.train.state import TrainState, split_buffers
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,21 +12,24 @@ from typing import Any, NamedTuple, overload
 import jax
 from jax.sharding import Mesh
 
-from moe_train import checkpoint, config, config_file
-from moe_train.checkpoint import FOLDER, Base
-from moe_train.data.chat import load_template
-from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer, tokenizer_at
-from moe_train.mesh import AXES, make_mesh
-from moe_train.model.lora import is_trainable, module_of, names_module, targets_of
+from moe_train import config
+from moe_train.checkpoint import manager
+from moe_train.checkpoint.identity import check_base
+from moe_train.checkpoint.manager import Base
+from moe_train.checkpoint.runs import TOKENIZER, is_run, run_config
+from moe_train.config import yaml_file
+from moe_train.data.chat.conversation_to_tokens import load_template
+from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
+from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
+from moe_train.machine.host_memory import require_room
+from moe_train.machine.mesh import AXES, make_mesh
+from moe_train.model.parameters import Parameters, parameters
+from moe_train.model.paths import is_trainable, module_of, names_module, targets_of
 from moe_train.model.quantize import quantized, unquantized
-from moe_train.model.transformer import Parameters, init_model, parameters
-from moe_train.room import require_room
+from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
-from moe_train.weights import adapter, foreign, gguf, names, together
+from moe_train.weights import external, external_adapter, gguf, names
 from moe_train.weights.arrays import Held
-
-TOKENIZER = "tokenizer"
-"""The folder of a run with its tokenizer's files."""
 
 
 class Opened(NamedTuple):
@@ -77,27 +78,10 @@ def open_model(directory: str | Path) -> Opened:
     return Opened(Path(directory), run, model, run.lora if run else None, compute, tokenizer, template, mesh)
 
 
-def is_run(directory: str | Path) -> bool:
-    """Whether the directory is one of our runs."""
-    return (Path(directory) / FOLDER).is_dir()
-
-
-def run_config(run_dir: str | Path) -> config.Config:
-    """The resolved config of a run's newest checkpoint; `model` is always stated.
-
-    Raises FileNotFoundError where the run has no checkpoint.
-    """
-    with checkpoint.reading(run_dir) as checkpoints:
-        about = checkpoint.newest(checkpoints)
-    if about is None:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read")
-    return config.Config.model_validate_json(json.dumps(about.config))
-
-
 def read_model(directory: str | Path) -> config.Model:
     """The architecture of a run or of another tool's model."""
     if not is_run(directory):
-        return foreign.read_model(directory)
+        return external.read_model(directory)
     model = run_config(directory).model
     assert model is not None
     return model
@@ -134,7 +118,7 @@ def resolve(run: config.Config) -> config.Config:
         return run
     model = read_model(run.init_from)
     if run.model is not None and run.model != model:
-        theirs, ours = config_file.flat(model.model_dump(mode="json")), config_file.flat(run.model.model_dump(mode="json"))
+        theirs, ours = yaml_file.flat(model.model_dump(mode="json")), yaml_file.flat(run.model.model_dump(mode="json"))
         key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
         raise ValueError(
             f"model.{key} is {ours.get(key)}, but {theirs.get(key)} in {run.init_from}; leave model out where init_from is given"
@@ -206,7 +190,7 @@ def left_in_files(path: str | Path, abstract: Mapping[str, Any]) -> Held:
 
     Several processes would each read all of it; they load their parts.
     """
-    return (foreign.leave_parameters if jax.process_count() == 1 else foreign.load_parameters)(path, abstract)
+    return (external.leave_parameters if jax.process_count() == 1 else external.load_parameters)(path, abstract)
 
 
 @overload
@@ -220,7 +204,7 @@ def load_parameters(
     abstract: Mapping[str, Any],
     step: int | None = None,
     *,
-    load: Callable[..., Held] = foreign.load_parameters,
+    load: Callable[..., Held] = external.load_parameters,
 ) -> Held:
     """All weights of a run or of another tool's model, as arrays of the shapes, dtypes and shardings of `abstract`.
 
@@ -237,7 +221,7 @@ def load_parameters(
         return quantized({path: array.astype(like.dtype)}, few_bits)
 
     keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
-    params, about = checkpoint.load_params(directory, _trained_by(run), step, keep)
+    params, about = manager.load_params(directory, _trained_by(run), step, keep)
     if not frozen:
         return params
     assert about.base is not None
@@ -252,22 +236,11 @@ def _trained_by(run: config.Config) -> dict[str, Any]:
     return partition(parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, lora)))[1], lora)[0]
 
 
-def base_of(directory: str | Path) -> Base:
-    """The identity of the weights that `load_parameters` would read: their hashes, of every byte."""
-    if not is_run(directory):
-        return Base(str(directory), None, foreign.hashes(directory))
-    with checkpoint.reading(directory) as checkpoints:
-        step = checkpoints.latest_step()
-    if step is None:
-        raise FileNotFoundError(f"{directory} has no checkpoint")
-    return Base(str(directory), step, _file_hashes(Path(directory) / FOLDER / str(step) / "params"))
-
-
 def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
     """The section `lora` of the adapters of a run, or of another tool's files. Raises ValueError where they are another
     model's, FileNotFoundError where there are none."""
     if not is_run(source):
-        return adapter.read_lora(source, model)
+        return external_adapter.read_lora(source, model)
     run = run_config(source)
     if run.lora is None:
         raise ValueError(f"{source} is a run without adapters: it was trained in full")
@@ -276,46 +249,11 @@ def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
     return run.lora
 
 
-def adapter_of(source: str | Path) -> Base:
-    """The identity of an adapter's files, as `base_of` has it of a model's."""
-    return base_of(source) if is_run(source) else Base(str(source), None, adapter.hashes(source))
-
-
 def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any]) -> Parameters:
     """The adapters of a run or of another tool's files, and what was trained in full beside them, as arrays like
     `abstract`: its paths of `lora` as `read_adapter` has it, and no others."""
     theirs = read_adapter(origin.source, model)
     wanted = {path: like for path, like in abstract.items() if is_trainable(path, theirs)}
     if is_run(origin.source):
-        return checkpoint.load_params(origin.source, wanted, origin.step)[0]
-    return adapter.load_adapter(origin.source, model, wanted)
-
-
-def check_base(base: Base) -> None:
-    """Raise ValueError where the weights that `base` names are not the same any more."""
-    if base.step is None:
-        now = foreign.hashes(base.source)
-    else:
-        folder = Path(base.source) / FOLDER / str(base.step) / "params"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is gone, and holds the weights that this run's adapters belong to")
-        now = _file_hashes(folder)
-    changed = sorted(name for name in {*now, *base.hashes} if now.get(name) != base.hashes.get(name))
-    if changed:
-        raise ValueError(
-            f"the base weights in {base.source} have changed since this run started ({len(changed)} tensors or files, the first "
-            f"{changed[0]}); bring the old ones back, or start a new run_dir"
-        )
-
-
-def _file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file, by its name in the folder; several processes read a share each."""
-    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-
-    def digest(name: str) -> str:
-        with files[name].open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
-    return together.hashes(
-        {name: file.stat().st_size for name, file in files.items()}, lambda names: {name: digest(name) for name in names}
-    )
+        return manager.load_params(origin.source, wanted, origin.step)[0]
+    return external_adapter.load_adapter(origin.source, model, wanted)

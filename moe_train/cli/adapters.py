@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.arguments import AsJson, OutDir
-from moe_train.terminal import console, print_answers, print_checks, print_json, waiting
+from moe_train.cli.arguments import AsJson, OutDir
+from moe_train.cli.terminal import console, print_answers, print_checks, print_json, waiting
 
 app = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
 
@@ -24,7 +24,7 @@ def diff_adapters(
     as_json: AsJson = False,
 ) -> None:
     """Show how far each module, layer and expert moved: the norm of its change over the norm of its weight."""
-    from moe_train.adapters import diff, show
+    from moe_train.commands.adapters import diff, show
 
     with waiting("comparing"):
         found = diff(adapter, base, against)
@@ -45,7 +45,7 @@ def merge_adapter(
     as_json: AsJson = False,
 ) -> None:
     """Write BASE with the adapter added, as a Hugging Face model, proved."""
-    from moe_train.adapters import merge_into
+    from moe_train.commands.adapters import merge_into
 
     with waiting("merging"):
         record = merge_into(base, adapter, out_dir, dtype)
@@ -63,6 +63,6 @@ def scale_adapter(
     as_json: AsJson = False,
 ) -> None:
     """Write a PEFT adapter that does FACTOR as much; every tensor keeps its bytes."""
-    from moe_train.adapters import scale
+    from moe_train.commands.adapters import scale
 
     print_answers(scale(adapter, factor, out_dir), as_json)

@@ -22,6 +22,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Write the answer as JSON."
 
 def load_run(config: Path, overrides: list[str] | None = None) -> Config:
     """The run that CONFIG and overrides describe. Raises ValueError with a line for each fault."""
-    from moe_train import config_file
+    from moe_train.config import yaml_file
 
-    return config_file.load(config, overrides or ())
+    return yaml_file.load(config, overrides or ())

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_train.arguments import AsJson, ConfigPath, Overrides, load_run
-from moe_train.terminal import console, print_answers, print_json, print_table, progress, waiting
+from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, load_run
+from moe_train.cli.terminal import console, print_answers, print_json, print_table, progress, waiting
 
 if TYPE_CHECKING:
     from moe_train.config import Config
-    from moe_train.data.tokenizer import Tokenizer
+    from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 app = typer.Typer(name="data", help="Look at data before anything is trained on it.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ ChatTemplate = Annotated[str | None, typer.Option(help="A jinja file, where the 
 
 def _tokenizer(stated: Path | None, run: Config | None) -> Tokenizer:
     """The one that is stated, or that `run` trains with: its own, or that of the model it starts from."""
-    from moe_train.data.tokenizer import load_tokenizer, tokenizer_at
+    from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 
     section = run.data.tokenizer if run and run.data else None
     if stated is None and section is None and run and run.init_from:
@@ -73,8 +73,8 @@ def check_data(
 
     Exit code: 0 no problem, 1 problems found, 2 it could not be checked.
     """
-    from moe_train.data.chat import load_template
-    from moe_train.data.checking import check as checks
+    from moe_train.data.chat.conversation_to_tokens import load_template
+    from moe_train.data.check import check as checks
 
     config = None if run is None else load_run(run)
     if (config is None) == (not files):
@@ -106,7 +106,7 @@ def check_data(
     if as_json:
         print_json(answer)
     else:
-        from moe_train.data.checking.report import print_report
+        from moe_train.data.check.report import print_report
 
         print_report(answer, console())
     raise typer.Exit(1 if answer["problem_counts"] else 0)
@@ -128,9 +128,9 @@ def show_data(
 ) -> None:
     """Show records as training sees them: tokens, those that are learnt in green, segments, positions."""
     from moe_train import config as sections
-    from moe_train.data import show
-    from moe_train.data.chat import load_template
-    from moe_train.data.checking import check
+    from moe_train.commands import show
+    from moe_train.data.chat.conversation_to_tokens import load_template
+    from moe_train.data.check import check
 
     run = load_run(Path(file)) if file.endswith((".yaml", ".yml")) else None
     loaded = _tokenizer(tokenizer, run)
@@ -160,7 +160,7 @@ def prepare_data(
 ) -> None:
     """Tokenise and pack what CONFIG trains on ahead, in data.num_proc processes; started again, goes on where it stopped."""
     resolved = load_run(config, overrides)
-    from moe_train.prepare import prepare
+    from moe_train.commands.prepare import prepare
 
     answer = prepare(resolved, to)
     if as_json:
@@ -180,7 +180,7 @@ def trace_data(
 ) -> None:
     """Name the file and line of every record that a training step of CONFIG learns from."""
     resolved = load_run(config, overrides)
-    from moe_train.prepare import trace
+    from moe_train.commands.prepare import trace
 
     with waiting("looking up"):
         segments = trace(resolved, step, row)

@@ -16,9 +16,11 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from moe_train import cli_adapters, cli_data, processes
-from moe_train.arguments import AsJson, ConfigPath, ModelDir, OutDir, Overrides, ProofDepth, load_run
-from moe_train.terminal import print_answers, print_checks, print_json, print_table, waiting
+from moe_train.cli import adapters
+from moe_train.cli import data as cli_data
+from moe_train.cli.arguments import AsJson, ConfigPath, ModelDir, OutDir, Overrides, ProofDepth, load_run
+from moe_train.cli.terminal import print_answers, print_checks, print_json, print_table, waiting
+from moe_train.machine import processes
 
 app = typer.Typer(
     name="moe-train",
@@ -31,7 +33,7 @@ app = typer.Typer(
 tokenizer = typer.Typer(name="tokenizer", help="Make a tokenizer.", no_args_is_help=True)
 app.add_typer(tokenizer)
 app.add_typer(cli_data.app)
-app.add_typer(cli_adapters.app)
+app.add_typer(adapters.app)
 
 
 @app.callback()
@@ -43,7 +45,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train as CONFIG says; a run that was stopped continues from its last checkpoint."""
     resolved = load_run(config, overrides)
-    from moe_train.train import loop
+    from moe_train.run import loop
 
     raise typer.Exit(loop.train(resolved))
 
@@ -52,15 +54,15 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 def inspect(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show the resolved config and every parameter (shape, dtype, sharding, bytes per device), then stop."""
     resolved = load_run(config, overrides)
-    from moe_train import config_file
-    from moe_train import inspect as inspection
+    from moe_train.commands import inspect as inspection
+    from moe_train.config import yaml_file
 
     with waiting("working out shapes"):
         report = inspection.inspect(resolved)
     if as_json:
         print_json({"config": report.config.model_dump(mode="json"), "parameters": report.parameters, **report.totals})
     else:
-        print(config_file.dump(report.config))
+        print(yaml_file.dump(report.config))
         print_table(report.parameters)
         print_answers(report.totals)
 
@@ -72,7 +74,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Held-out loss of a run or a model on files of text or conversations."""
-    from moe_train.train.evaluate import evaluate_dir
+    from moe_train.commands.evaluate import evaluate_dir
 
     with waiting("evaluating"):
         answer = evaluate_dir(directory, data)
@@ -90,7 +92,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue each prompt with a run's or a model's weights."""
-    from moe_train.generate import generate_dir
+    from moe_train.commands.generate import generate_dir
 
     with waiting("generating"):
         completions = generate_dir(directory, prompt, max_tokens, temperature, seed, chat=chat)
@@ -124,7 +126,7 @@ def export(
 
     OUT_DIR appears whole or not at all; the proof lies in it as export_proof.json.
     """
-    from moe_train.export import export as write
+    from moe_train.commands.export import export as write
 
     layout = layout or ("gguf" if server == "llama.cpp" else "hf")
     with waiting("exporting"):
@@ -148,7 +150,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Repeat the proof of an export, as far as it can be repeated here. Exit code 1 where something is not as it was."""
-    from moe_train.verify import verify as again
+    from moe_train.commands.verify import verify as again
 
     with waiting("verifying"):
         _, checks = again(directory, base, run, depth, adapter)
@@ -173,7 +175,7 @@ def extend_vocab(
     as_json: AsJson = False,
 ) -> None:
     """Grow a model's vocabulary to a larger tokenizer's: 32000 tokens to the 32768 of v3, which tool calls need."""
-    from moe_train.extend_vocab import extend_vocab as extend
+    from moe_train.commands.extend_vocab import extend_vocab as extend
 
     with waiting("writing the model"):
         answer = extend(base, out_dir, tokenizer, layout)
@@ -191,7 +193,7 @@ def upcycle(
     as_json: AsJson = False,
 ) -> None:
     """Make a Mixtral of a dense model: its feed-forward parts copied into experts, behind new routers."""
-    from moe_train.upcycle import upcycle as write
+    from moe_train.commands.upcycle import upcycle as write
 
     with waiting("copying experts"):
         answer = write(base, out_dir, experts, experts_per_token, noise, seed)
@@ -266,7 +268,7 @@ def plan(
 def bench(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Time the training step of CONFIG on synthetic tokens."""
     resolved = load_run(config, overrides)
-    from moe_train import bench as benchmark
+    from moe_train.commands import bench as benchmark
 
     with waiting("timing the training step"):
         answer = benchmark.bench(resolved)
@@ -279,7 +281,7 @@ def plot(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A .png, .svg or .pdf; replaced where it exists.")],
 ) -> None:
     """Draw what runs have measured: losses, speed, gradients, balance, the load of each expert."""
-    from moe_train.plot import plot as draw
+    from moe_train.commands.plot import plot as draw
 
     draw(runs, out)
     print(out)
@@ -295,8 +297,8 @@ def train_tokenizer(
 ) -> None:
     """Train a byte-level BPE tokenizer with Mistral's chat format."""
     from moe_train import config
-    from moe_train.data.sources import texts
-    from moe_train.data.train_tokenizer import train_bpe
+    from moe_train.commands.train_tokenizer import train_bpe
+    from moe_train.data.records.sources import texts
 
     source = config.FileSource(name="files", files=tuple(files), record=config.TextRecord(name="text", column=column))
     with waiting("training the tokenizer"):
@@ -307,7 +309,7 @@ def train_tokenizer(
 @app.command()
 def schema() -> None:
     """Write the JSON schema of a config, with which editors complete keys."""
-    from moe_train.config_schema import json_schema
+    from moe_train.config.schema import json_schema
 
     print_json(json_schema())
 
@@ -315,7 +317,7 @@ def schema() -> None:
 @app.command()
 def quickstart() -> None:
     """Text of this machine -> tokenizer -> a small Mixtral -> LoRA -> files that other tools load, in minutes."""
-    from moe_train.quickstart import quickstart as run
+    from moe_train.commands.quickstart import quickstart as run
 
     raise typer.Exit(run())
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moe_train.progress import listening
+from moe_train.machine.progress import listening
 
 if TYPE_CHECKING:
     from rich.console import Console

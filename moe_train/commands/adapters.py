@@ -15,15 +15,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_train import config, model_dir
-from moe_train.atomic import new_directory, refuse_existing
-from moe_train.checkpoint import Base
-from moe_train.json_file import read_object
-from moe_train.mesh import make_mesh
-from moe_train.model.lora import is_trainable, module_of
-from moe_train.model.transformer import Parameters, init_model, parameters
-from moe_train.weights import foreign, gguf, gguf_lora, merge, names, peft, write
+from moe_train import config
+from moe_train.checkpoint import model_dir, runs
+from moe_train.checkpoint.manager import Base
+from moe_train.commands import write_and_prove
+from moe_train.machine.files import new_directory, read_object, refuse_existing
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import Parameters, parameters
+from moe_train.model.paths import is_trainable, module_of
+from moe_train.model.transformer import init_model
+from moe_train.weights import external, gguf, merge, names, peft, texts
 from moe_train.weights.arrays import Held, fetch
+from moe_train.weights.gguf import lora as gguf_lora
 
 Weight = Callable[[names.Piece], np.ndarray]
 """Gives the base's own weight of a piece."""
@@ -82,8 +85,8 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
 
 
 def _base_of(source: str | Path) -> str:
-    if model_dir.is_run(source):
-        named = model_dir.run_config(source).init_from
+    if runs.is_run(source):
+        named = runs.run_config(source).init_from
     elif (file := Path(source) / peft.CONFIG).is_file():
         named = read_object(file).get("base_model_name_or_path")
     elif gguf.file_in(source) is not None:
@@ -166,14 +169,14 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
     dtype = dtype or _dtype_of(base, opened.compute)
     with jax.set_mesh(opened.mesh):
         lora, weights = base_and_adapter(base, source, opened.model, dtype)
-        return write.export(
+        return write_and_prove.export(
             weights,
             opened.model,
             out_dir,
             dtype=dtype,
             lora=lora,
             merge=True,
-            texts=write.Texts(opened.tokenizer, opened.chat_template),
+            texts=texts.Texts(opened.tokenizer, opened.chat_template),
             about={"source": str(base), "adapter": str(source)},
         )
 
@@ -193,8 +196,8 @@ def base_and_adapter(
 
 def _dtype_of(base: str | Path, compute: config.Compute) -> config.Dtype:
     """That of the files, so that untouched weights keep their bytes."""
-    if not model_dir.is_run(base):
-        found = {tensor.dtype.name for tensor in foreign.open_weights(base).tensors.values()}
+    if not runs.is_run(base):
+        found = {tensor.dtype.name for tensor in external.open_weights(base).tensors.values()}
         for dtype in ("float32", "bfloat16"):
             if found == {dtype}:
                 return dtype
@@ -209,7 +212,7 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"factor is {factor}; it has to be positive: 1 leaves the adapter as it is, 0 would be the base itself")
     directory = Path(source)
-    if model_dir.is_run(directory):
+    if runs.is_run(directory):
         raise ValueError(f"{source} is a run; export its adapter with --format peft, and scale that")
     if not (directory / peft.CONFIG).is_file():
         raise FileNotFoundError(f"{directory / peft.CONFIG} is missing; give a directory with a PEFT adapter")

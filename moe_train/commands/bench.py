@@ -12,11 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_train import config, model_dir
-from moe_train.data.batch import Batch
-from moe_train.flops import flops_per_token, peak_flops
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.transformer import init_model, parameters
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.devices import peak_flops
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.flops import flops_per_token
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state, partition
 from moe_train.train.step import compile_step

@@ -13,16 +13,24 @@ from typing import Any, get_args
 
 import jax
 
-from moe_train import checkpoint, config, config_file
-from moe_train.atomic import refuse_existing
-from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.sources import open_source
-from moe_train.mesh import join_processes
-from moe_train.model.lora import is_trainable
-from moe_train.model_dir import Opened, is_run, open_model
-from moe_train.weights import expected, foreign, gguf_lora, mistral_lora, peft, proof, serve, together, write
+from moe_train import config
+from moe_train.checkpoint import manager
+from moe_train.checkpoint.model_dir import Opened, open_model
+from moe_train.checkpoint.runs import is_run
+from moe_train.commands import write_and_prove
+from moe_train.config import yaml_file
+from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.sources import open_source
+from moe_train.machine.files import refuse_existing
+from moe_train.machine.mesh import join_processes
+from moe_train.model.paths import is_trainable
+from moe_train.proof import expected, prove
+from moe_train.weights import external, peft, serve, together
 from moe_train.weights.arrays import Held
-from moe_train.weights.safetensors_io import MAX_SHARD_BYTES
+from moe_train.weights.gguf import lora as gguf_lora
+from moe_train.weights.mistral import lora as mistral_lora
+from moe_train.weights.safetensors_files import MAX_SHARD_BYTES
+from moe_train.weights.texts import Texts
 
 log = logging.getLogger(__name__)
 CONVERSATIONS = 32
@@ -36,7 +44,7 @@ def export(
     merge: bool = False,
     *,
     dtype: str | None = None,
-    depth: proof.Depth = "full",
+    depth: prove.Depth = "full",
     server: serve.Server | None = None,
     max_shard_size: str | None = None,
 ) -> dict[str, Any]:
@@ -62,14 +70,14 @@ def export(
         why = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"
         raise ValueError(f"{source} gives no adapter: {why}; use --format hf")
     command = _command(server, layout, opened, out_dir)
-    texts = write.Texts(opened.tokenizer, opened.chat_template, config_file.dump(run) if run else None)
+    texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run) if run else None)
     conversations = list(islice(_conversations(run), CONVERSATIONS)) if run else []
     filetype = dtype or _dtype(opened)
     about = _about(opened)
     with jax.set_mesh(opened.mesh):
         weights = opened.to_export()
         if whole:
-            record = write.export(
+            record = write_and_prove.export(
                 weights,
                 model,
                 out_dir,
@@ -91,11 +99,11 @@ def export(
                 with together.all_or_none():
                     if together.is_first():
                         _write_adapter(directory, layout, weights, opened, filetype, texts, server, Path(out_dir).name)
-                record = proof.prove_adapter(
+                record = prove.prove_adapter(
                     *(directory, layout, weights, model, lora, opened.tokenizer, opened.chat_template, conversations, about)  # type: ignore[arg-type]
                 )
                 if together.is_first():
-                    proof.write(directory, record)
+                    prove.write(directory, record)
     return record | ({"serve": command} if command else {})
 
 
@@ -105,7 +113,7 @@ def _write_adapter(
     weights: Held,
     opened: Opened,
     filetype: str,
-    texts: write.Texts,
+    texts: Texts,
     server: serve.Server | None,
     name: str,
 ) -> None:
@@ -137,7 +145,7 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
     rank = max((target.rank for target in opened.lora.targets), default=1) if opened.lora else 1
     kind = "huggingface" if opened.tokenizer.chat_template is not None else "mistral"
     base, first = run.init_from if run else None, ""
-    if layout == "peft" and base is not None and (is_run(base) or foreign.layout_of(base) != "hf"):
+    if layout == "peft" and base is not None and (is_run(base) or external.layout_of(base) != "hf"):
         first, base = f"moe-train export {shlex.quote(base)} BASE_MODEL && ", None
     return first + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
 
@@ -157,7 +165,7 @@ def _dtype(opened: Opened) -> config.Dtype:
             f"{files}, from which the run started, is not here to say the dtype of the files; state it (--dtype)"
         )
     if files is not None and not is_run(files):
-        found = {tensor.dtype.name for tensor in foreign.open_weights(files).tensors.values()}
+        found = {tensor.dtype.name for tensor in external.open_weights(files).tensors.values()}
         if found == {"float32"}:
             return "float32"
         if found == {"bfloat16"}:
@@ -170,11 +178,11 @@ def _about(opened: Opened) -> dict[str, Any]:
     found: dict[str, Any] = {"source": str(opened.directory)}
     if opened.run is None:
         return found
-    with checkpoint.reading(opened.directory) as checkpoints:
-        step, about = checkpoints.latest_step(), checkpoint.newest(checkpoints)
+    with manager.reading(opened.directory) as checkpoints:
+        step, about = checkpoints.latest_step(), manager.newest(checkpoints)
     assert about is not None
     found |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
-    found["config_sha256"] = hashlib.sha256(config_file.dump(opened.run).encode()).hexdigest()
+    found["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run).encode()).hexdigest()
     if about.base is not None:
         hashes = "".join(f"{name} {digest}\n" for name, digest in sorted(about.base.hashes.items()))
         found["base"] = {

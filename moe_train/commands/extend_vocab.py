@@ -16,12 +16,16 @@ from typing import Any, Literal, assert_never
 import numpy as np
 import tokenizers
 
-from moe_train import config, model_dir
-from moe_train.atomic import new_directory, refuse_existing
-from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer, check_vocab, load_tokenizer
-from moe_train.weights import foreign, hf, mistral, names
+from moe_train import config
+from moe_train.checkpoint import model_dir, runs
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
+from moe_train.machine.files import new_directory, refuse_existing
+from moe_train.weights import external, hf, mistral, names
 from moe_train.weights.on_disk import Weights, nbytes
-from moe_train.weights.write import Texts, check_space, write_texts
+from moe_train.weights.texts import Texts, check_space, write_texts
 
 Format = Literal["hf", "mistral"]
 _ROWS = ("embed.weight", names.HUGGING_FACE.head.path)
@@ -39,10 +43,10 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     tokens of the base would be lost, or none is new; FileNotFoundError, FileExistsError, OSError for a full disk.
     """
     refuse_existing(Path(out_dir))
-    if model_dir.is_run(base):
+    if runs.is_run(base):
         raise ValueError(f"{base} is a run; export it, and start from the export")
     old, new = load_tokenizer(model_dir.find_tokenizer(base)), find_tokenizer(tokenizer)
-    weights = foreign.open_weights(base)
+    weights = external.open_weights(base)
     names.check(base, weights.table, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
     ids = new_ids(old, new)
     check_vocab(old, weights.model.vocab_size)
@@ -153,7 +157,7 @@ def _rows(piece: names.Piece, read: Read, ids: Sequence[int]) -> Iterator[tuple[
 
 def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
     """Read the files back: old tokens' rows and all other tensors bit for bit as in the base. Raises RuntimeError."""
-    written, source = foreign.open_weights(directory), {(piece.path, piece.lead): piece for piece in weights.table}
+    written, source = external.open_weights(directory), {(piece.path, piece.lead): piece for piece in weights.table}
     names.check(directory, written.table, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
     if written.model.vocab_size != model.vocab_size:
         raise RuntimeError(f"{directory} was written with {written.model.vocab_size} tokens, not {model.vocab_size}")

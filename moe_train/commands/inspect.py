@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from moe_train import config, model_dir
-from moe_train.mesh import AXES, make_mesh
-from moe_train.model.moe import is_of_experts
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.machine.mesh import AXES, make_mesh
+from moe_train.model.moe.transport.choose import transport_in_words
+from moe_train.model.parameters import parameters
+from moe_train.model.paths import is_of_experts
 from moe_train.model.quantize import unquantized
-from moe_train.model.transformer import init_model, parameters
-from moe_train.model.transport import transport_in_words
+from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_train.atomic import write_bytes
+from moe_train.machine.files import write_bytes
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

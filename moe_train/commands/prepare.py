@@ -10,12 +10,14 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moe_train import config, model_dir
-from moe_train.data import chat
-from moe_train.data.bucket import upload
-from moe_train.data.loader import Loader, open_store
-from moe_train.data.prepare import Progress as Done
-from moe_train.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.data.batches.loader import Loader, open_store
+from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.prepared.tokenize_ahead import Progress as Done
+from moe_train.data.prepared.upload import upload
+from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 
 
 def prepare(run: config.Config, to: str | None = None) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def prepare(run: config.Config, to: str | None = None) -> dict[str, Any]:
     Raises ValueError with file and line for a record that cannot be used.
     """
     data, tokenizer = _data(run)
-    template = chat.load_template(data.chat_template, tokenizer)
+    template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
     sets: list[dict[str, Any]] = []
     kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
     for kind, sources in kinds:

@@ -15,15 +15,16 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from moe_train import config, config_file
-from moe_train.data.sources import texts
-from moe_train.data.standard_library import gather
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.export import export
-from moe_train.generate import generate_dir
-from moe_train.train.loop import FINISHED, train
+from moe_train import config
+from moe_train.commands.export import export
+from moe_train.commands.generate import generate_dir
+from moe_train.commands.quickstart_text import gather
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.config import yaml_file
+from moe_train.data.records.sources import texts
+from moe_train.run.loop import FINISHED, train
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 WORK = Path("runs/quickstart")
 QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?", "What is a list?")
 
@@ -80,7 +81,7 @@ def _begin(console: Console, what: str, command: str) -> None:
 def _load(name: str) -> config.Config:
     if not (CONFIGS / name).is_file():
         raise FileNotFoundError(f"{CONFIGS / name} is missing: the quickstart runs from a checkout (pip install --editable .)")
-    return config_file.load(CONFIGS / name)
+    return yaml_file.load(CONFIGS / name)
 
 
 def _summary(console: Console, runs: list[config.Config], exports: list[Path]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_train.atomic import new_directory, refuse_existing
+from moe_train.machine.files import new_directory, refuse_existing
 
 FILES = ("text_train.jsonl", "text_heldout.jsonl", "chat_train.jsonl", "chat_heldout.jsonl")
 # Not prose: tests, other people's packages, character tables.

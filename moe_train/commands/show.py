@@ -18,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train import config
-from moe_train.atomic import write_text
-from moe_train.data.batch import Batch
-from moe_train.data.conversation import recognise
-from moe_train.data.encoding import encode
-from moe_train.data.example import Example, learns
-from moe_train.data.fields import located
-from moe_train.data.packing import empty_batch, fill_row, make_plan
-from moe_train.data.sources import open_source
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.batches.batch import Batch, empty_batch, fill_row
+from moe_train.data.batches.packing import make_plan
+from moe_train.data.chat.encode import encode
+from moe_train.data.chat.example import Example, learns
+from moe_train.data.records.conversation import recognise
+from moe_train.data.records.problem import located
+from moe_train.data.records.sources import open_source
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import write_text
 
 
 class Rows(NamedTuple):
@@ -97,7 +97,7 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     """The first `count` rows of a training step (from 1) of a run. Raises ValueError where its data cannot be used."""
     if run.data is None:
         raise ValueError("the config has no data section; state data.train")
-    from moe_train.data.loader import Loader  # a second that only this needs
+    from moe_train.data.batches.loader import Loader  # a second that only this needs
 
     loader = Loader(run.data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
     count = min(count, run.train.batch_size)

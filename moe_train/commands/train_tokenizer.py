@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
-from moe_train.atomic import new_directory, refuse_existing
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.machine.files import new_directory, refuse_existing
 
 log = logging.getLogger(__name__)
 

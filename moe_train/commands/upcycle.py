@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from moe_train import config, model_dir
-from moe_train.atomic import new_directory, refuse_existing
-from moe_train.data.tokenizer import check_vocab, load_tokenizer
-from moe_train.weights import foreign, hf, names, safetensors_io
+from moe_train import config
+from moe_train.checkpoint import model_dir, runs
+from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.data.tokenizers.tokenizer import check_vocab
+from moe_train.machine.files import new_directory, refuse_existing
+from moe_train.weights import external, hf, names, safetensors_files
 from moe_train.weights.on_disk import Weights, nbytes
-from moe_train.weights.write import Texts, check_space, write_texts
+from moe_train.weights.texts import Texts, check_space, write_texts
 
 
 def upcycle(
@@ -31,7 +33,7 @@ def upcycle(
     experts_per_token: int = 2,
     noise: float = 0.0,
     seed: int = 0,
-    max_shard_bytes: int = safetensors_io.MAX_SHARD_BYTES,
+    max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write a Hugging Face Mixtral made from the dense model at `base`, in any layout that is read; read it back and compare.
 
@@ -41,11 +43,11 @@ def upcycle(
     dense model of the family, FileExistsError where out_dir is taken, OSError for a full disk.
     """
     refuse_existing(Path(out_dir))
-    if model_dir.is_run(base):
+    if runs.is_run(base):
         raise ValueError(f"{base} is a run; export it, and start from the export")
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise is {noise}; it is a standard deviation: 0 or more")
-    dense = foreign.open_weights(base)
+    dense = external.open_weights(base)
     model = mixtral_of(dense.model, num_experts, experts_per_token, base)
     names.check(base, dense.table, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer(base))
@@ -71,7 +73,7 @@ def upcycle(
         write_texts(directory, texts)
         if (generation := Path(base) / "generation_config.json").is_file():
             shutil.copyfile(generation, directory / generation.name)
-        written = foreign.open_weights(directory)
+        written = external.open_weights(directory)
         if written.model != model:
             raise RuntimeError(f"{directory / 'config.json'} was written as a different model: {written.model}")
         for piece in table:

@@ -7,19 +7,21 @@ from typing import Any, get_args
 
 import jax
 
-from moe_train.adapters import base_and_adapter
-from moe_train.export import unquantised
-from moe_train.mesh import make_mesh
-from moe_train.model_dir import is_run, mesh_here, open_model
-from moe_train.weights import expected, foreign, proof, repeat
-from moe_train.weights.checks import Check
+from moe_train.checkpoint.model_dir import mesh_here, open_model
+from moe_train.checkpoint.runs import is_run
+from moe_train.commands.adapters import base_and_adapter
+from moe_train.commands.export import unquantised
+from moe_train.machine.mesh import make_mesh
+from moe_train.proof import expected, prove, repeat, surroundings
+from moe_train.proof.checks import Check
+from moe_train.weights import external
 
 
 def verify(
     directory: str | Path,
     base: str | Path | None = None,
     run: str | Path | None = None,
-    depth: proof.Depth = "full",
+    depth: prove.Depth = "full",
     adapter: str | Path | None = None,
 ) -> tuple[dict[str, Any], list[Check]]:
     """(the record of the export, what came of every check).
@@ -30,8 +32,8 @@ def verify(
     no accelerator. Raises FileNotFoundError or ValueError where there is no record to repeat.
     """
     directory = Path(directory)
-    if not (directory / proof.FILE).is_file():
-        raise FileNotFoundError(f"{directory} has no {proof.FILE}; only what moe-train export wrote can be verified")
+    if not (directory / surroundings.FILE).is_file():
+        raise FileNotFoundError(f"{directory} has no {surroundings.FILE}; only what moe-train export wrote can be verified")
     record, model = repeat.read_record(directory)
     if adapter is not None and (base is None or run is not None):
         raise ValueError("--adapter says what was merged into --base: give both, or --run")
@@ -42,7 +44,7 @@ def verify(
         with jax.set_mesh(opened.mesh):
             weights = opened.to_export()
             lora = opened.lora if record["format"] not in get_args(expected.Model) or record.get("adapted") else None
-            trained = proof.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)
+            trained = prove.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if adapter is not None:
         assert base is not None
@@ -50,11 +52,11 @@ def verify(
             raise ValueError(f"{directory} holds an adapter, not a merged model; compare it with --run")
         with jax.set_mesh(make_mesh(mesh_here(None, model))):
             lora, weights = base_and_adapter(base, adapter, model)
-            trained = proof.Export(directory, record["format"], record["dtype"], weights, model, lora, None, None)
+            trained = prove.Export(directory, record["format"], record["dtype"], weights, model, lora, None, None)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if base is not None and is_run(base):
         raise ValueError(f"--base {base} is a run; give the files that it started from, or --run")
-    opened_base = None if base is None else foreign.open_weights(base)
+    opened_base = None if base is None else external.open_weights(base)
     if depth == "tensors" or "prompts" not in record:
         return record, repeat.repeat(directory, depth, record, model, None, opened_base)
     with jax.set_mesh(make_mesh(mesh_here(None, model))):

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from moe_train import config, progress
-from moe_train.data.conversation import Conversation
-from moe_train.data.tokenizer import Tokenizer
-from moe_train.model.lora import is_lora
-from moe_train.weights import expected, gguf, hf, mistral, names, proof, together
+from moe_train import config
+from moe_train.data.records.conversation import Conversation
+from moe_train.machine import progress
+from moe_train.model.paths import is_lora
+from moe_train.proof import expected, prove
+from moe_train.weights import gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
 from moe_train.weights.arrays import Held
-from moe_train.weights.safetensors_io import MAX_SHARD_BYTES, Share
+from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, Share
+from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
 
 Format = expected.Model
 
 
-class Texts(NamedTuple):
-    """What an export holds besides weights."""
-
-    tokenizer: Tokenizer | None = None
-    """Its files are copied byte for byte."""
-    chat_template: str | None = None
-    """Replaces the tokenizer's own."""
-    config: str | None = None
-    """The resolved config of the run, kept as `moe_train.yaml`."""
-
-
-NO_TEXTS = Texts()
 Matrix = Callable[[names.Piece, np.dtype], np.ndarray]
 """What a piece of the file's tensors is to hold, rounded once to a dtype."""
 
@@ -50,7 +38,7 @@ def export(
     merge: bool = False,
     texts: Texts = NO_TEXTS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    depth: proof.Depth = "full",
+    depth: prove.Depth = "full",
     conversations: Sequence[Conversation] = (),
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -86,13 +74,13 @@ def export(
             write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)
             if together.is_first():
                 write_texts(directory, texts)
-        made = proof.Export(
+        made = prove.Export(
             *(directory, layout, dtype, parameters, model, section),
             *(texts.tokenizer, texts.chat_template, conversations, about or {}),
         )
-        record = proof.prove(made, depth)
+        record = prove.prove(made, depth)
         if together.is_first():
-            proof.write(directory, record)
+            prove.write(directory, record)
         return record
 
 
@@ -115,21 +103,3 @@ def check_dtype(layout: Format, dtype: str) -> None:
     """Raise ValueError for a dtype that the layout has not."""
     if layout != "gguf" and dtype not in get_args(config.Dtype):
         raise ValueError(f"dtype {dtype} is not one of {layout}'s, which are {', '.join(get_args(config.Dtype))}")
-
-
-def check_space(out_dir: str | Path, needed: int) -> None:
-    """Raise OSError before anything is written where the disk has not the room."""
-    there = next(path for path in Path(out_dir).absolute().parents if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{out_dir} needs {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")
-
-
-def write_texts(directory: Path, texts: Texts) -> None:
-    """Tokenizer, chat template and the run's config, under the names that other tools, and we, look for."""
-    for file in texts.tokenizer.files if texts.tokenizer else ():
-        shutil.copyfile(file, directory / mistral.tokenizer_file_name(file))
-    if texts.chat_template is not None:
-        (directory / "chat_template.jinja").write_text(texts.chat_template, encoding="utf-8")
-    if texts.config is not None:
-        (directory / "moe_train.yaml").write_text(texts.config, encoding="utf-8")

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_train.config_schema import all_keys, key_path, members, owners
-from moe_train.foreign_keys import remark
-from moe_train.strict_yaml import KeyPath, shown
+from moe_train.config.other_trainers import remark
+from moe_train.config.schema import all_keys, key_path, members, owners
+from moe_train.config.strict_yaml import KeyPath, shown
 
 
 def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_train.config import Config
-from moe_train.strict_yaml import KeyPath
+from moe_train.config.strict_yaml import KeyPath
 
 
 def json_schema() -> dict[str, Any]:

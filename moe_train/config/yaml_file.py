@@ -13,10 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_train import strict_yaml
-from moe_train.config import Config
-from moe_train.config_faults import in_words
-from moe_train.strict_yaml import ConfigError, KeyPath, dotted, parse, shown
+from moe_train.config import Config, strict_yaml
+from moe_train.config.faults import in_words
+from moe_train.config.strict_yaml import ConfigError, KeyPath, dotted, parse, shown
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -12,7 +12,14 @@ https://aws.amazon.com/ec2/capacityblocks/pricing (December 2024).
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 GB = 1e9
 GIB = 2**30
@@ -59,3 +66,46 @@ DEVICES = {
     "h200": Device({"bfloat16": 989e12, "float32": 494e12}, 141 * 10**9, 4800 * GB, 450 * GB, 0, 50 * GB, 5.41, "December 2024"),
     "b200": Device({"bfloat16": 2250e12, "float32": 1100e12}, 180 * 10**9, 8000 * GB, 900 * GB, 0, 50 * GB, None, ""),
 }
+
+
+KINDS: dict[str, str | float] = {
+    **{"v5p": "v5p", "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e", "tpu7x": "tpu7x"},
+    "v4": 275e12,  # cloud.google.com/tpu/docs/v4
+    "h100 pcie": 756e12,  # nvidia.com H100 data sheet, without sparsity
+    **{"h200": "h200", "h100": "h100", "b200": "b200", "a100": "a100"},
+    "l40s": 362e12,  # nvidia.com L40S data sheet, without sparsity
+}
+"""Words of jax's device_kind, the first that match -> the row of `DEVICES`, or bfloat16 FLOP/s of a chip that has none there.
+jax calls a v5p "TPU v5"."""
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
+    """(FLOP/s that all `devices` could reach, where the figure is from).
+
+    Accelerators: the bfloat16 figure of `devices`. CPUs: a float32 product measured here, once for each process, since a
+    process's devices share its cores. (None, why) for a chip that is not in the table.
+    """
+    device = devices[0]
+    if device.platform == "cpu":
+        processes = len({d.process_index for d in devices})
+        return processes * measured_matmul_flops(), "a float32 product of 1024^3, measured"
+    kind = device.device_kind.lower()
+    for words, chip in KINDS.items():
+        if words in kind:
+            flops = DEVICES[chip].flops["bfloat16"] / DEVICES[chip].devices_per_chip if isinstance(chip, str) else chip
+            return len(devices) * flops, f"{len(devices)} x {flops / 1e12:g} TFLOP/s (bfloat16, {device.device_kind})"
+    return None, f"no figure for {device.device_kind}"
+
+
+def measured_matmul_flops(size: int = 1024) -> float:
+    """FLOP/s of the best of three float32 products on the first device of this process."""
+    with jax.default_device(jax.local_devices()[0]):
+        x = jnp.asarray(np.ones((size, size), np.float32))
+        product = jax.jit(jnp.matmul)
+        jax.block_until_ready(product(x, x))
+        best = math.inf
+        for _ in range(3):
+            begun = time.perf_counter()
+            jax.block_until_ready(product(x, x))
+            best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best

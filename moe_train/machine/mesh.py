@@ -23,7 +23,8 @@ from jax._src import distributed  # for its store of keys, which has no public n
 from jax._src.mesh import get_concrete_mesh  # has one that may not be called while tracing
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_train import config, processes
+from moe_train import config
+from moe_train.machine import processes
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH = ("data", "fsdp", "expert")

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from moe_train.model import fsdp
+from moe_train.model.sharding import fsdp, specs
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype) -> nnx.Param:
@@ -55,8 +55,8 @@ class Adapted(nnx.Module):
         """The adapter's input: with a key, a share `lora_dropout` of x's entries is zero, the same ones on every mesh."""
         if key is None or self.lora_dropout == 0:
             return x
-        count, replica = fsdp.replicas()
-        shape, spec = (count, *x.shape), P(None, *fsdp.spec_of(x))
+        count, replica = specs.replicas()
+        shape, spec = (count, *x.shape), P(None, *specs.spec_of(x))
         kept = jax.random.bernoulli(key, 1 - self.lora_dropout, shape, out_sharding=spec)[replica]
         return jnp.where(kept, x / (1 - self.lora_dropout), 0)
 
@@ -103,7 +103,7 @@ class Embedding(Adapted):
     """Token embeddings; a tied head uses the same table. Its adapter is A (V, J), B (J, D), without dropout as PEFT's."""
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
-        super().__init__(normal(rngs, (vocab_size, dim), P(fsdp.split(vocab_size), "fsdp"), stddev, dtype))
+        super().__init__(normal(rngs, (vocab_size, dim), P(specs.split(vocab_size), "fsdp"), stddev, dtype))
 
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         x_BTD = fsdp.lookup(self.weight[...], tokens_BT, dtype)
@@ -117,7 +117,7 @@ class Head(Adapted):
     """The output matrix (V, D), which the loss applies; its adapter is A (D, J), B (J, V)."""
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
-        super().__init__(normal(rngs, (vocab_size, dim), P(fsdp.split(vocab_size), "fsdp"), stddev, dtype))
+        super().__init__(normal(rngs, (vocab_size, dim), P(specs.split(vocab_size), "fsdp"), stddev, dtype))
 
     def beside(
         self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None

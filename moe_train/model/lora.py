@@ -9,7 +9,6 @@ stay so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -19,35 +18,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.model.fsdp import spec_of, without_fsdp
 from moe_train.model.layers import Adapted, Embedding, Head, Linear, RMSNorm, lora_equations
-from moe_train.model.moe import ExpertLinear
-
-
-def is_lora(path: str) -> bool:
-    """True for the path of an adapter's array."""
-    return path.endswith((".lora_a", ".lora_b"))
-
-
-def is_trainable(path: str, lora: config.Lora) -> bool:
-    """True for the path of an adapter's array, and of a weight that is trained in full beside the adapters."""
-    return is_lora(path) or any(names_module(pattern, module_of(path)) for pattern in lora.train)
-
-
-def module_of(path: str) -> str:
-    """`stacks.0.layers.1.ffn.router.lora_a` -> `ffn.router`; `final_norm.scale` -> `final_norm`."""
-    parts = path.split(".")[:-1]
-    return ".".join(parts[4:] if parts[0] == "stacks" else parts)
-
-
-def names_module(pattern: str, module: str) -> bool:
-    """Whether a pattern of the section `lora` names a module."""
-    return pattern == module if module in config.NAMED_IN_FULL else fnmatchcase(module, pattern)
-
-
-def targets_of(lora: config.Lora, module: str) -> list[config.LoraTarget]:
-    """The targets that put the adapter beside a module: one, or several that share its experts."""
-    return [target for target in lora.targets if any(names_module(pattern, module) for pattern in target.modules)]
+from moe_train.model.moe.layer import ExpertLinear
+from moe_train.model.paths import names_module, targets_of
+from moe_train.model.sharding.specs import spec_of, without_fsdp
 
 
 def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:

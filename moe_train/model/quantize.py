@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from moe_train import config
-from moe_train.mesh import axis_size, platform
+from moe_train.machine.mesh import axis_size, platform
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),

@@ -10,8 +10,6 @@ checkpoints, in masks, in the tables of foreign layouts. Layer i * period + j is
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,16 +19,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_train import config
-from moe_train.mesh import BATCH
-from moe_train.model import fsdp
-from moe_train.model.attention import Attention, Cache
+from moe_train.machine.mesh import BATCH
+from moe_train.model.attention.gqa import Attention, Cache
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Embedding, Head, Linear, RMSNorm, keys_of
-from moe_train.model.lora import adaptable, add_lora, names_module
-from moe_train.model.moe import ExpertLinear, MoE, RouterStats
+from moe_train.model.lora import adaptable, add_lora
+from moe_train.model.moe.layer import ExpertLinear, MoE
+from moe_train.model.moe.router import RouterStats
+from moe_train.model.paths import names_module
 from moe_train.model.quantize import quantize_weights
-
-Parameters = dict[str, jax.Array]
+from moe_train.model.sharding import fsdp
 
 SAVED = ("projection", "attention", "routing", "experts")
 """Names (`jax.ad_checkpoint.checkpoint_name`) of the values that are worth their memory in the backward pass."""
@@ -197,47 +195,3 @@ def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.
 
 
 # --- a model as a flat dict of arrays ------------------------------------------------------------------------------
-
-
-def parameters(model: Transformer) -> tuple[Any, dict[str, Any]]:
-    """(structure, {path: array}); `combine(structure, …)` is the way back. Works on abstract models too."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    return structure, {_path(keys): leaf for keys, leaf in leaves}
-
-
-def combine(structure: Any, *parts: Parameters) -> Transformer:
-    """A model from its structure and its parameters, which may be split over several dicts (trainable, frozen)."""
-    merged = {path: array for part in parts for path, array in part.items()}
-    paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))[0]]
-    return structure.unflatten([merged[path] for path in paths])
-
-
-def with_expert_ids(structure: Any, adapters: bool = True) -> Any:
-    """The structure of the same model, with or without its adapters, whose `RouterStats` hold the chosen experts."""
-    model = structure.unflatten(range(structure.num_leaves))
-    for _, module in adaptable(model):
-        if not adapters and module.lora_a is not None:
-            module.lora_a, module.lora_b = nnx.data(None), nnx.data(None)
-    for layer in _sparse(model):
-        layer.keeps_expert_ids = True
-    return jax.tree_util.tree_structure(model)
-
-
-def with_capacity(structure: Any, capacity_factor: float | None) -> Any:
-    """The structure of the same model, whose experts take a limited number of assignments (see `capacity`)."""
-    model = structure.unflatten(range(structure.num_leaves))
-    for layer in _sparse(model):
-        layer.capacity_factor = capacity_factor
-    return jax.tree_util.tree_structure(model)
-
-
-def _sparse(model: Transformer) -> Iterator[MoE]:
-    for layer in itertools.chain.from_iterable(stack.layers for stack in model.stacks):
-        if isinstance(layer.ffn, MoE):
-            yield layer.ffn
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    """Key path of the pytree -> `stacks.0.layers.0.attention.q_proj.weight`; a Param's own `.value` is left out."""
-    names = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in keys]
-    return ".".join(names[:-1] if names[-1] == "value" else names)

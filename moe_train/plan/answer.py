@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_train import config, config_file, model_dir
-from moe_train.atomic import write_text
-from moe_train.devices import DEVICES, GIB
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.config import yaml_file
+from moe_train.machine.devices import DEVICES, GIB
+from moe_train.machine.files import write_text
 from moe_train.plan import search
 from moe_train.plan.compile import check_installed
 from moe_train.plan.search import Choice
@@ -183,7 +185,7 @@ def write_config(answer: Answer, path: Path) -> None:
     """The best choice as a complete config, that `moe-train train` takes. Raises ValueError where nothing fits."""
     if answer.best is None:
         raise ValueError(f"nothing fits on {answer.topology.name}, so there is no config to write to {path}")
-    write_text(path, config_file.dump(answer.best.run))
+    write_text(path, yaml_file.dump(answer.best.run))
 
 
 def write_hlo(answer: Answer, path: Path) -> None:

@@ -27,9 +27,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.data.batch import Batch
-from moe_train.mesh import BATCH, make_mesh
-from moe_train.model.transformer import init_model, parameters
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
 from moe_train.plan import gpu_targets, hlo
 from moe_train.plan.topology import Topology, parse
 from moe_train.train.optimizer import make_optimizer

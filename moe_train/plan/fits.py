@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from moe_train import config
-from moe_train.devices import GIB
+from moe_train.machine.devices import GIB
 from moe_train.plan import search
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.topology import Topology

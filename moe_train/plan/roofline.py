@@ -16,9 +16,9 @@ import math
 from typing import NamedTuple
 
 from moe_train import config
-from moe_train.devices import Device
-from moe_train.flops import flops_per_token
-from moe_train.mesh import AXES
+from moe_train.machine.devices import Device
+from moe_train.machine.mesh import AXES
+from moe_train.model.flops import flops_per_token
 from moe_train.plan.topology import Topology
 from moe_train.plan.traffic import Flow, Shape, shape_of
 from moe_train.plan.weights import Layout, axis_sizes

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from moe_train import config
-from moe_train.devices import DEVICES, GIB, Device
+from moe_train.machine.devices import DEVICES, GIB, Device
 from moe_train.plan import compile as compiler
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.roofline import Time, Work, time, work

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_train.devices import DEVICES
+from moe_train.machine.devices import DEVICES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import math
 from typing import NamedTuple
 
 from moe_train import config
-from moe_train.model.transport import along_expert, choose_transport, transport_bytes
+from moe_train.model.moe.transport.choose import along_expert, choose_transport, transport_bytes
 from moe_train.plan.weights import Layout, Weight, axis_sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -61,7 +61,7 @@ def shape_of(run: config.Config, platform: str | None = None) -> Shape:
     transport = choose_transport(run.compute.transport, along, platform)
     if transport == "all_gather":
         return Shape(tokens, itemsize, transport, X * tokens * A)
-    from moe_train.model.exchange import slots_of
+    from moe_train.model.moe.transport.all_to_all import slots_of
 
     return Shape(tokens, itemsize, transport, X * slots_of(tokens * A, X, along.most))
 

@@ -12,9 +12,10 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from moe_train import config
-from moe_train.mesh import AXES
-from moe_train.model.lora import is_lora
-from moe_train.model.transformer import init_model, parameters
+from moe_train.machine.mesh import AXES
+from moe_train.model.parameters import parameters
+from moe_train.model.paths import is_lora
+from moe_train.model.transformer import init_model
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state, partition
 

@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from moe_train import config, progress
-from moe_train.model.lora import is_trainable, module_of, scale_of_expert, targets_of
-from moe_train.weights import compare, expected, reread
-from moe_train.weights.checks import Fault
-from moe_train.weights.expected import Part
+from moe_train import config
+from moe_train.machine import progress
+from moe_train.model.lora import scale_of_expert
+from moe_train.model.paths import is_trainable, module_of, targets_of
+from moe_train.proof import compare, expected, reread
+from moe_train.proof.checks import Fault
+from moe_train.proof.expected import Part
+from moe_train.proof.reread import Stored
 from moe_train.weights.on_disk import Weights
-from moe_train.weights.reread import Stored
 
 CHUNK = 2**22
 """Bytes of a file that are looked at together."""

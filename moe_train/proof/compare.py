@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_train import config, progress
-from moe_train.model.lora import is_trainable
-from moe_train.weights import expected, reread, together
+from moe_train import config
+from moe_train.machine import progress
+from moe_train.model.paths import is_trainable
+from moe_train.proof import expected, reread
+from moe_train.proof.checks import Fault, NotChecked
+from moe_train.proof.expected import Part, Wanted
+from moe_train.proof.reread import Q8_0, Stored
+from moe_train.weights import together
 from moe_train.weights.arrays import Held, fetch
-from moe_train.weights.checks import Fault, NotChecked
-from moe_train.weights.expected import Part, Wanted
 from moe_train.weights.merge import scale_of
-from moe_train.weights.reread import Q8_0, Stored
 from moe_train.weights.strided import contiguous
 
 CHUNK = 2**18

@@ -16,11 +16,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train import config, progress
-from moe_train.data.tokenizer import Tokenizer
-from moe_train.mesh import BATCH
-from moe_train.model.moe import MoE
-from moe_train.model.transformer import Parameters, combine, init_model, parameters
+from moe_train import config
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine import progress
+from moe_train.machine.mesh import BATCH
+from moe_train.model.moe.layer import MoE
+from moe_train.model.parameters import Parameters, combine, parameters
+from moe_train.model.transformer import init_model
 from moe_train.weights import arrays
 from moe_train.weights.arrays import Held, InFiles
 

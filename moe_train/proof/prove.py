@@ -7,15 +7,11 @@ the directory, so that `moe-train verify` can repeat it.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import math
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,17 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_train import config
-from moe_train.data.conversation import Conversation
-from moe_train.data.tokenizer import Tokenizer
-from moe_train.json_file import read_object
-from moe_train.model.fsdp import spec_of
-from moe_train.model.lora import is_lora
-from moe_train.weights import answers, compare, expected, foreign, proof_texts, reread, together
+from moe_train.data.records.conversation import Conversation
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import read_object
+from moe_train.model.paths import is_lora
+from moe_train.model.sharding.specs import spec_of
+from moe_train.proof import compare, expected, logits, reread, texts
+from moe_train.proof.checks import Check, Fault, NotChecked, require, run
+from moe_train.proof.surroundings import FILE, file_hashes, hardware, versions
+from moe_train.weights import external, together
 from moe_train.weights.arrays import Held
-from moe_train.weights.checks import Check, Fault, NotChecked, require, run
 from moe_train.weights.merge import scale_of
 
-FILE = "export_proof.json"
 Depth = Literal["full", "tensors"]
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3, "float16": 2e-3, "q8_0": 0.1}
 """Of logits: largest difference over the largest logit. The weights that they are compared with are rounded to the
@@ -80,7 +77,7 @@ def prove(export: Export, depth: Depth) -> dict[str, Any]:
     checks.append(run("tensors", partial(check_tensors, export, tensors)))
     checks.append(run("merge", partial(_merge, export, tensors)))
     checks.append(run("answers", partial(_answers, export, depth, record)))
-    checks += proof_texts.check_texts(
+    checks += texts.check_texts(
         export.directory, export.layout, export.tokenizer, export.chat_template, export.conversations, record
     )
     record["adapted"] = [name for t in tensors for name, found in t.examined.items() if found.merged]
@@ -123,7 +120,7 @@ def _agree(checks: list[Check]) -> None:
 
 
 def _architecture(export: Export) -> tuple[str, dict[str, Any]]:
-    found = foreign.read_model(export.directory)
+    found = external.read_model(export.directory)
     check_architecture(found, export.model, export.layout)
     return "what the files say of the architecture is the run's", {}
 
@@ -175,18 +172,18 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     model, lora = export.model, export.lora
     kind = kind_of(export.dtype)
     tolerance = TOLERANCES.get(kind)
-    prompts = answers.fixed_prompts(model, export.tokenizer)
-    trained, _ = answers.structure_and_shapes(model, lora, "float32")
-    plain, _ = answers.structure_and_shapes(model, None, "float32")
+    prompts = logits.fixed_prompts(model, export.tokenizer)
+    trained, _ = logits.structure_and_shapes(model, lora, "float32")
+    plain, _ = logits.structure_and_shapes(model, None, "float32")
     wider = [x for path, x in export.parameters.items() if x.dtype.itemsize > 2 or is_lora(path)]
-    as_trained = answers.answers(trained, export.parameters, prompts)
+    as_trained = logits.answers(trained, export.parameters, prompts)
     compared_with, rounding = as_trained, kind in ("bfloat16", "float16") and bool(wider)
     if rounding:
         rounded = partial(round_weights, lora=lora, dtype=jnp.dtype(kind))
-        compared_with = answers.answers(plain, export.parameters, prompts, rounded)
+        compared_with = logits.answers(plain, export.parameters, prompts, rounded)
     found = load_answers(export.directory, model, kind, prompts)
-    difference = answers.compare(
-        found, answers.reference(compared_with, model), prompts, model, math.inf if tolerance is None else tolerance
+    difference = logits.compare(
+        found, logits.reference(compared_with, model), prompts, model, math.inf if tolerance is None else tolerance
     )
     figures: dict[str, Any] = {
         "compared_with": f"the trainer's weights, merged and rounded to {kind}" if rounding else "the trainer's weights",
@@ -194,7 +191,7 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
         **difference._asdict(),
     }
     if rounding:
-        unrounded = answers.compare(found, answers.reference(as_trained, model), prompts, model, 1.0)
+        unrounded = logits.compare(found, logits.reference(as_trained, model), prompts, model, 1.0)
         figures["logits_moved_by_rounding"] = unrounded.logits
     if tolerance is not None:
         check_difference(difference, tolerance)
@@ -203,16 +200,16 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     record["prompts"] = {
         "tokens": prompts.tokens_PT.tolist(),
         "positions": prompts.positions_PT.tolist(),
-        **{key: None if x is None else x.tolist() for key, x in answers.reference(found, model, 8)._asdict().items()},
+        **{key: None if x is None else x.tolist() for key, x in logits.reference(found, model, 8)._asdict().items()},
     }
     said = say(difference, figures["compared_with"])
     return said + ("; measured, not judged, in so few bits" if tolerance is None else ""), figures
 
 
-def load_answers(directory: Path, model: config.Model, kind: str, prompts: answers.Prompts) -> answers.Answers:
+def load_answers(directory: Path, model: config.Model, kind: str, prompts: logits.Prompts) -> logits.Answers:
     """What the files answer, loaded as anybody's model on the mesh in force."""
-    structure, shapes = answers.structure_and_shapes(model, None, "bfloat16" if kind == "bfloat16" else "float32")
-    return answers.answers(structure, foreign.leave_parameters(directory, shapes), prompts)
+    structure, shapes = logits.structure_and_shapes(model, None, "bfloat16" if kind == "bfloat16" else "float32")
+    return logits.answers(structure, external.leave_parameters(directory, shapes), prompts)
 
 
 def kind_of(dtype: str) -> str:
@@ -220,7 +217,7 @@ def kind_of(dtype: str) -> str:
     return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
 
 
-def check_difference(difference: answers.Difference, tolerance: float) -> None:
+def check_difference(difference: logits.Difference, tolerance: float) -> None:
     """Raise Fault where the routers chose others, the logits are too far apart, or nothing could be compared."""
     if difference.wrong and difference.first_wrong is not None:
         layer, prompt, position = difference.first_wrong
@@ -234,7 +231,7 @@ def check_difference(difference: answers.Difference, tolerance: float) -> None:
         raise Fault(f"logits are off by {difference.logits:.3g} of the largest; the tolerance is {tolerance:g}")
 
 
-def say(difference: answers.Difference, what: str) -> str:
+def say(difference: logits.Difference, what: str) -> str:
     said = f"logits at {difference.positions} positions are those of {what}, off by {difference.logits:.1e} of the largest"
     if difference.choices:
         said += f"; {difference.choices:,} choices of routers the same, {difference.near_ties} near-ties aside"
@@ -309,7 +306,7 @@ def prove_adapter(
 
     checks = [run("tensors", look), run("deltas", partial(compare.delta_figures, deltas))]
     checks.append(run("answers", partial(_left_out, "an adapter answers with its base alone; its deltas were compared")))
-    checks += proof_texts.check_texts(directory, layout, tokenizer, chat_template, conversations, record)
+    checks += texts.check_texts(directory, layout, tokenizer, chat_template, conversations, record)
     record |= {"tensors": _described(tensors), **_finish(directory, checks, start)}
     return record
 
@@ -350,33 +347,5 @@ def scale_in_file(layout: expected.Adapter, directory: Path) -> Callable[[str, i
 # --- the record ----------------------------------------------------------------------------------------------------
 
 
-def file_hashes(directory: Path) -> dict[str, str]:
-    """sha256 of every file but the record itself, by its name."""
-
-    def digest(file: Path) -> str:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
-    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name != FILE]
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((str(file.relative_to(directory)) for file in files), pool.map(digest, files), strict=True))
-
-
 def write(directory: Path, record: Mapping[str, Any]) -> None:
     (directory / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def hardware() -> dict[str, Any]:
-    kinds = [device.device_kind for device in jax.devices()]
-    return {"devices": {kind: kinds.count(kind) for kind in kinds}, "processes": jax.process_count(), "host": platform.machine()}
-
-
-def versions() -> dict[str, str]:
-    packages = ("moe_train", "jax", "flax", "numpy", "safetensors", "tokenizers", "jinja2", "mistral_common", "gguf")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

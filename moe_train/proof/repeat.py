@@ -11,10 +11,11 @@ from typing import Any, get_args
 import numpy as np
 
 from moe_train import config
-from moe_train.json_file import read_object
-from moe_train.weights import against_base, answers, compare, expected, foreign, proof, proof_texts, reread
-from moe_train.weights.adapter import read_lora
-from moe_train.weights.checks import Check, Fault, NotChecked, run
+from moe_train.machine.files import read_object
+from moe_train.proof import against_base, compare, expected, logits, prove, reread, surroundings, texts
+from moe_train.proof.checks import Check, Fault, NotChecked, run
+from moe_train.weights import external
+from moe_train.weights.external_adapter import read_lora
 from moe_train.weights.on_disk import Weights
 
 REPEATED = 1e-3
@@ -26,7 +27,7 @@ def read_record(directory: Path) -> tuple[dict[str, Any], config.Model]:
 
     Raises FileNotFoundError or ValueError where there is none that can be read.
     """
-    record = read_object(directory / proof.FILE)
+    record = read_object(directory / surroundings.FILE)
     try:
         if not all(isinstance(record[key], dict) for key in ("files", "tensors")):
             raise TypeError("files and tensors should be objects")
@@ -35,15 +36,15 @@ def read_record(directory: Path) -> tuple[dict[str, Any], config.Model]:
         return record, config.Model.model_validate_json(json.dumps(record["model"]))
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{directory / proof.FILE} is no record of an export: {why}") from error
+        raise ValueError(f"{directory / surroundings.FILE} is no record of an export: {why}") from error
 
 
 def repeat(
     directory: Path,
-    depth: proof.Depth,
+    depth: prove.Depth,
     record: Mapping[str, Any],
     model: config.Model,
-    trained: proof.Export | None = None,
+    trained: prove.Export | None = None,
     base: Weights | None = None,
 ) -> list[Check]:
     """Every check that can be repeated with what is here.
@@ -71,7 +72,7 @@ def as_stored(stored: Mapping[str, reread.Stored]) -> list[expected.Wanted]:
 
 
 def _same_files(directory: Path, files: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    found = proof.file_hashes(directory)
+    found = surroundings.file_hashes(directory)
     if changed := sorted(name for name in {*found, *files} if found.get(name) != files.get(name)):
         what = "is missing" if changed[0] not in found else "has been added" if changed[0] not in files else "has changed"
         raise Fault(f"{changed[0]} {what}" + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""))
@@ -79,7 +80,7 @@ def _same_files(directory: Path, files: Mapping[str, str]) -> tuple[str, dict[st
 
 
 def _same_architecture(directory: Path, model: config.Model, layout: str) -> tuple[str, dict[str, Any]]:
-    proof.check_architecture(foreign.read_model(directory), model, layout)
+    prove.check_architecture(external.read_model(directory), model, layout)
     return "what the files say of the architecture is what they said", {}
 
 
@@ -97,22 +98,22 @@ def _same_tensors(directory: Path, record: Mapping[str, Any], model: config.Mode
 
 
 def _same_weights(
-    directory: Path, record: Mapping[str, Any], model: config.Model, trained: proof.Export | None, base: Weights | None
+    directory: Path, record: Mapping[str, Any], model: config.Model, trained: prove.Export | None, base: Weights | None
 ) -> tuple[str, dict[str, Any]]:
     layout = record["format"]
     if trained is not None:
         if layout not in get_args(expected.Model):
             assert trained.lora is not None
-            stored, scale = reread.tensors(directory), proof.scale_in_file(layout, directory)
+            stored, scale = reread.tensors(directory), prove.scale_in_file(layout, directory)
             found, deltas = compare.examine_adapter(layout, stored, trained.model, trained.parameters, trained.lora, scale)
             found.raise_faults()
             return compare.delta_figures(deltas)
         tensors: list[compare.Tensors] = []
-        said, figures = proof.check_tensors(trained, tensors)
+        said, figures = prove.check_tensors(trained, tensors)
         return compare.merge_figures(tensors[0]) if trained.lora is not None else (said, figures)
     if base is None:
         raise NotChecked("the weights that were exported are not here; give --run, or --base, or --base and --adapter")
-    proof.check_architecture(base.model, model, "mistral")  # families of the same mathematics
+    prove.check_architecture(base.model, model, "mistral")  # families of the same mathematics
     if layout not in get_args(expected.Model):
         read_lora(directory, model)
         return "the adapter fits the base; its deltas are compared with --run", {}
@@ -124,31 +125,29 @@ def _same_weights(
 
 
 def _same_answers(
-    directory: Path, depth: proof.Depth, record: Mapping[str, Any], model: config.Model
+    directory: Path, depth: prove.Depth, record: Mapping[str, Any], model: config.Model
 ) -> tuple[str, dict[str, Any]]:
     if depth == "tensors":
         raise NotChecked("left out by --proof tensors: the files were not run")
     if not (kept := record.get("prompts")):
         raise NotChecked("the export was proved with --proof tensors, and has no answers to compare with")
-    prompts = answers.Prompts(np.array(kept["tokens"]), np.array(kept["positions"]))
-    arrays = {key: None if kept[key] is None else np.array(kept[key]) for key in answers.Reference._fields}
-    wanted = answers.Reference(**arrays)  # type: ignore[arg-type]  # the experts alone may be None
-    found = proof.load_answers(directory, model, proof.kind_of(record["dtype"]), prompts)
-    difference = answers.compare(found, wanted, prompts, model, REPEATED)
-    proof.check_difference(difference, REPEATED)
-    return proof.say(difference, "the export"), {"tolerance": REPEATED, **difference._asdict()}
+    prompts = logits.Prompts(np.array(kept["tokens"]), np.array(kept["positions"]))
+    arrays = {key: None if kept[key] is None else np.array(kept[key]) for key in logits.Reference._fields}
+    wanted = logits.Reference(**arrays)  # type: ignore[arg-type]  # the experts alone may be None
+    found = prove.load_answers(directory, model, prove.kind_of(record["dtype"]), prompts)
+    difference = logits.compare(found, wanted, prompts, model, REPEATED)
+    prove.check_difference(difference, REPEATED)
+    return prove.say(difference, "the export"), {"tolerance": REPEATED, **difference._asdict()}
 
 
 def _same_template(directory: Path, record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if not (kept := record.get("conversations")):
         raise NotChecked("the export rendered no conversations")
-    tokenizer, template = proof_texts.reopened(directory, record["format"])
+    tokenizer, template = texts.reopened(directory, record["format"])
     for i, tokens in kept.items():
-        proof_texts.check_tokens(
-            f"fixed conversation {i}", proof_texts.rendered(proof_texts.FIXED[int(i)], template, tokenizer), tokens
-        )
+        texts.check_tokens(f"fixed conversation {i}", texts.rendered(texts.FIXED[int(i)], template, tokenizer), tokens)
     return f"{len(kept)} fixed conversations give the export's tokens", {"fixed": len(kept)}
 
 
 def _same_generation(directory: Path, layout: str) -> tuple[str, dict[str, Any]]:
-    return proof_texts.check_generation(directory, layout, proof_texts.reopened(directory, layout)[0].eos_id)
+    return texts.check_generation(directory, layout, texts.reopened(directory, layout)[0].eos_id)

@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_train.data import chat
-from moe_train.data.conversation import Conversation
-from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
-from moe_train.json_file import read_object
-from moe_train.weights import gguf, reread
-from moe_train.weights.checks import Check, Fault, NotChecked, run
+from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.records.conversation import Conversation
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import read_object
+from moe_train.proof import reread
+from moe_train.proof.checks import Check, Fault, NotChecked, run
+from moe_train.weights import gguf
 
 FIXED = (
     Conversation([{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}], []),
@@ -70,7 +73,7 @@ def reopened(directory: Path, layout: str) -> tuple[Tokenizer, str | None]:
         if not files:
             raise NotChecked("the export has no tokenizer")
         tokenizer = Mistral(files[0])
-    template = chat.load_template(None, tokenizer)
+    template = conversation_to_tokens.load_template(None, tokenizer)
     if layout == "gguf" and (file := gguf.file_in(directory)) is not None:
         template = reread.gguf_settings(file).get("tokenizer.chat_template")
     return tokenizer, template
@@ -113,7 +116,7 @@ def _template(
 
 def rendered(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> list[list[int]]:
     """Tokens of each example that a conversation is trained as."""
-    return [example.tokens for example in chat.examples(conversation, template, tokenizer)]
+    return [example.tokens for example in conversation_to_tokens.examples(conversation, template, tokenizer)]
 
 
 def check_tokens(what: str, found: list[list[int]], wanted: list[list[int]]) -> None:

@@ -12,23 +12,28 @@ from typing import Any
 
 import jax
 
-from moe_train import checkpoint, config, config_file, metrics, model_dir
-from moe_train.atomic import write_text
-from moe_train.checkpoint import About
-from moe_train.data.loader import Loader
-from moe_train.data.tokenizer import load_tokenizer
-from moe_train.mesh import join_processes, make_mesh, put_batch
-from moe_train.model.transport import check_transport, transport_in_words, transport_of
+from moe_train import config
+from moe_train.checkpoint import manager, model_dir
+from moe_train.checkpoint.manager import About
+from moe_train.config import yaml_file
+from moe_train.data.batches.loader import Loader
+from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.evaluate.held_out import evaluate
+from moe_train.evaluate.loss import make_batch_sums
+from moe_train.evaluate.routing import Drift, make_drift_sums
+from moe_train.machine.files import write_text
+from moe_train.machine.mesh import join_processes, make_mesh, put_batch
+from moe_train.machine.processes import UNFINISHED
+from moe_train.model.moe.transport.choose import check_transport, transport_in_words, transport_of
 from moe_train.plan.fits import check_fits
-from moe_train.processes import UNFINISHED
-from moe_train.train.evaluate import Drift, evaluate, make_batch_sums, make_drift_sums
-from moe_train.train.figures import Figures
-from moe_train.train.ready import check_ready, keep_tokenizer, settled
-from moe_train.train.record import diary, only_one
-from moe_train.train.self_test import check_against_all_gather, check_attention, check_grouped_matmul, kernels
-from moe_train.train.start import Start, starting_state
+from moe_train.run.metrics import Figures
+from moe_train.run.preflight import check_ready, keep_tokenizer, settled
+from moe_train.run.record import diary, only_one
+from moe_train.run.self_test import check_against_all_gather, check_attention, check_grouped_matmul, chosen_kernels
+from moe_train.run.start import Start, starting_state
+from moe_train.run.stopping import Votes, signals, vote
+from moe_train.run.writer import Writer
 from moe_train.train.step import compile_step
-from moe_train.train.stopping import Votes, signals, vote
 from moe_train.weights.together import require_shared
 
 FINISHED = 0
@@ -60,7 +65,7 @@ def train(run: config.Config) -> int:
             raise ValueError(f"run_dir {run_dir} is a file; name a folder")
         if first_process and not is_new:
             leaving.enter_context(only_one(run_dir))
-        checkpoints = leaving.enter_context(checkpoint.opened(run_dir, run.checkpoint))
+        checkpoints = leaving.enter_context(manager.opened(run_dir, run.checkpoint))
         begin = starting_state(run, loader, checkpoints, total_steps)
         state, start = begin.state, int(begin.state.step)
         if first_process:
@@ -77,15 +82,15 @@ def train(run: config.Config) -> int:
             run_dir.mkdir(parents=True, exist_ok=True)
             if is_new:
                 leaving.enter_context(only_one(run_dir))
-            write_text(run_dir / "config.yaml", config_file.dump(run))
+            write_text(run_dir / "config.yaml", yaml_file.dump(run))
             write_text(run_dir / "manifest.json", loader.manifest)
             keep_tokenizer(run)
         require_shared(run_dir)
-        writer = metrics.Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
+        writer = Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
         leaving.enter_context(writer)
         story = {"epochs": loader.epochs(total_steps), "changed": begin.changed, "damaged": begin.damaged}
         story |= {"base": begin.base and begin.base._asdict(), "adapter": begin.adapter and begin.adapter._asdict()}
-        stopped = leaving.enter_context(diary(run, run_dir, start, begin.resumed, **story, kernels=kernels(run)))
+        stopped = leaving.enter_context(diary(run, run_dir, start, begin.resumed, **story, kernels=chosen_kernels(run)))
         _introduce(run, writer.say, loader, begin, total_steps)
 
         # A kernel that is wrong on this device stops the run before it spoils anything.
@@ -109,7 +114,7 @@ def train(run: config.Config) -> int:
         if held_out is not None and start == 0:
             found = evaluate(held_out_sums, state.learned, state.frozen, held_out, mesh, run.evaluation.batches, drift)
             writer.evaluation(0, found)
-        best = checkpoint.best_loss(checkpoints)
+        best = manager.best_loss(checkpoints)
         figures = Figures(run, mesh, state.learned, total_steps, start, int(state.skipped))
         writer.say(f"MFU is the share of {figures.peak_source}")
         saved_at, late = time.monotonic(), None
@@ -128,7 +133,7 @@ def train(run: config.Config) -> int:
             evaluates = held_out is not None and (step % run.evaluation.every_steps == 0 or step == total_steps)
             saves = step % run.checkpoint.every_steps == 0 or step == total_steps
             if not (evaluates or saves or votes.stop or votes.save):
-                checkpoint.check_saving(checkpoints)
+                manager.check_saving(checkpoints)
                 continue
             votes = figures.read(*late, now, writer).joined(votes)
             late, held_out_loss = None, None
@@ -143,17 +148,17 @@ def train(run: config.Config) -> int:
             if saves and (figures.finite or votes.stop or step == total_steps):
                 row, data = step * run.train.batch_size, (loader.identity, begin.base, loader.manifest_hash, begin.adapter)
                 about = About(run.model_dump(mode="json"), row, *data)
-                checkpoint.save(checkpoints, step, state, about, held_out_loss)
+                manager.save(checkpoints, step, state, about, held_out_loss)
                 saved_at = time.monotonic()
             figures.go_on(step)
             if votes.stop and step < total_steps:
-                checkpoint.finish_saving(checkpoints)
+                manager.finish_saving(checkpoints)
                 stopped.reason = asked.reason or "another process was asked to stop"
                 writer.say(f"stopped after step {step} of {total_steps} ({stopped.reason}) and saved; start again to continue")
                 return UNFINISHED
 
-        checkpoint.finish_saving(checkpoints)
-        writer.say(f"finished {total_steps} steps; the checkpoints are in {run_dir / checkpoint.FOLDER}")
+        manager.finish_saving(checkpoints)
+        writer.say(f"finished {total_steps} steps; the checkpoints are in {run_dir / manager.FOLDER}")
         if run.export == "all":
             writer.say(f"for other tools: moe-train export {run_dir} {run_dir}-hf{' --merge' if run.lora else ''}")
         return FINISHED

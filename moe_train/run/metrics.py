@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_train import config, metrics
-from moe_train.flops import flops_per_token, peak_flops
-from moe_train.model.moe import RouterStats
-from moe_train.model.transformer import Parameters
+from moe_train import config
+from moe_train.machine.devices import peak_flops
+from moe_train.model.flops import flops_per_token
+from moe_train.model.moe.router import RouterStats
+from moe_train.model.parameters import Parameters
+from moe_train.run.stopping import Votes
+from moe_train.run.writer import Writer
 from moe_train.train.optimizer import make_schedule
 from moe_train.train.step import StepMetrics
-from moe_train.train.stopping import Votes
 
 
 class Figures:
@@ -36,7 +38,7 @@ class Figures:
         self._seconds, self._input_wait, self.finite = math.nan, math.nan, True
         self.go_on(start)
 
-    def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: metrics.Writer) -> Votes:
+    def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: Writer) -> Votes:
         """Wait for a step's figures and write them; what the processes voted at that step.
 
         newest: the figures of the last step that was started, this one or the next.
@@ -88,7 +90,7 @@ class Figures:
             "tokens_per_second": self._tokens / self._seconds,
             "input_wait": self._input_wait,
             "mfu": None if self._peak is None else self._flops / self._seconds / self._peak,
-            **({} if now.routers is None else metrics.router_figures(now.routers)),
+            **({} if now.routers is None else router_figures(now.routers)),
         }
 
 
@@ -105,3 +107,26 @@ def check_dropped(step: int, routers: RouterStats, settings: config.Train) -> No
             f"{said}; train.max_drop_rate is {settings.max_drop_rate:.2%}: raise train.capacity_factor "
             f"({settings.capacity_factor:g}), or balance the routers more (loss)"
         )
+
+
+def router_figures(routers: Any) -> dict[str, Any]:
+    """Figures of a step's `RouterStats` (arrays of (L, …)), each kept per layer: a mean would hide a dead one.
+
+    load[l][e]: share of layer l's assignments that expert e got; balance: E * largest share, worst layer (1 is even).
+    dead_experts[l]: share of experts that got less than 1% of an even share.
+    """
+    load_LE = np.asarray(routers.load_E, np.float64)
+    E = load_LE.shape[1]
+    return {
+        "load_balance_loss": _rounded(routers.load_balance_loss),
+        "router_z_loss": _rounded(routers.router_z_loss),
+        "router_entropy": _rounded(routers.entropy),
+        "dead_experts": _rounded(np.mean(load_LE < 0.01 / E, axis=1)),
+        "balance": float(E * load_LE.max()),
+        "dropped": [int(n) for n in routers.dropped],
+        "load": [_rounded(row) for row in load_LE],
+    }
+
+
+def _rounded(xs: Any) -> list[float]:
+    return [float(f"{x:.6g}") for x in np.asarray(xs, np.float64)]

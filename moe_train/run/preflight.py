@@ -7,14 +7,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_train import config, model_dir
-from moe_train.atomic import new_directory
-from moe_train.data import chat
-from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.fields import brief, located
-from moe_train.data.sources import open_source
-from moe_train.data.tokenizer import HuggingFace, Tokenizer, check_vocab, load_tokenizer
-from moe_train.weights import proof_texts, write
+from moe_train import config
+from moe_train.checkpoint import model_dir, runs
+from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.problem import brief, located
+from moe_train.data.records.sources import open_source
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
+from moe_train.machine.files import new_directory
+from moe_train.proof import texts
+from moe_train.weights.texts import Texts, write_texts
 
 _CONVERSATIONS = 8  # of each source, that are rendered both ways
 _IDS = 512  # that are compared of two vocabularies
@@ -25,16 +29,16 @@ def settled(run: config.Config) -> config.Config:
     consequence: the checkpoints carry the text, and so does the export."""
     if run.data is None or run.data.tokenizer is None or run.data.chat_template is None:
         return run
-    template = chat.load_template(run.data.chat_template, load_tokenizer(run.data.tokenizer))
+    template = conversation_to_tokens.load_template(run.data.chat_template, load_tokenizer(run.data.tokenizer))
     return run.model_copy(update={"data": run.data.model_copy(update={"chat_template": template})})
 
 
 def keep_tokenizer(run: config.Config) -> None:
     """Copy the tokenizer's files into the run, so that it can be moved, and exported whatever becomes of them."""
     assert run.data is not None and run.data.tokenizer is not None
-    if not (kept := Path(run.run_dir) / model_dir.TOKENIZER).exists():
+    if not (kept := Path(run.run_dir) / runs.TOKENIZER).exists():
         with new_directory(kept) as folder:
-            write.write_texts(folder, write.Texts(load_tokenizer(run.data.tokenizer)))
+            write_texts(folder, Texts(load_tokenizer(run.data.tokenizer)))
 
 
 def check_ready(run: config.Config, tokenizer: Tokenizer) -> None:
@@ -43,7 +47,7 @@ def check_ready(run: config.Config, tokenizer: Tokenizer) -> None:
     check_vocab(tokenizer, run.model.vocab_size)
     if run.init_from is not None:
         _check_is_the_models(tokenizer, run.init_from)
-    template = chat.load_template(run.data.chat_template, tokenizer)
+    template = conversation_to_tokens.load_template(run.data.chat_template, tokenizer)
     if isinstance(tokenizer, HuggingFace) and template is not None and (conversations := list(_conversations(run.data))):
         _check_carried(tokenizer, template, conversations)
 
@@ -84,7 +88,7 @@ def _conversations(data: config.Data) -> Iterator[tuple[str, Conversation]]:
 def _check_carried(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        write.write_texts(directory, write.Texts(tokenizer, template))
+        write_texts(directory, Texts(tokenizer, template))
         try:
             theirs = HuggingFace(directory)
         except (FileNotFoundError, ValueError) as error:
@@ -93,10 +97,10 @@ def _check_carried(tokenizer: HuggingFace, template: str, conversations: list[tu
                 f"an export would carry {files}, which nothing reads as a tokenizer ({str(error).replace(scratch, 'it')}); "
                 "let data.tokenizer.path be a folder with tokenizer.json"
             ) from error
-        carried = chat.load_template(None, theirs)
+        carried = conversation_to_tokens.load_template(None, theirs)
         for where, conversation in conversations:
-            ours = located(where, proof_texts.rendered, conversation, template, tokenizer)
-            if proof_texts.rendered(conversation, carried, theirs) != ours:
+            ours = located(where, texts.rendered, conversation, template, tokenizer)
+            if texts.rendered(conversation, carried, theirs) != ours:
                 raise ValueError(
                     f"{where}: an export's chat template would render the record to other tokens than training does; "
                     "check data.chat_template and the files beside the tokenizer"

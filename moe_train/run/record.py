@@ -18,8 +18,9 @@ from typing import Any
 
 import jax
 
-from moe_train import config, config_file
-from moe_train.atomic import write_text
+from moe_train import config
+from moe_train.config import yaml_file
+from moe_train.machine.files import write_text
 
 PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -41,7 +42,7 @@ def only_one(run_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def diary(run: config.Config, run_dir: Path, start: int, resumed: bool, **more: Any) -> Iterator[SimpleNamespace]:
     """Write down in `run.json` how the run starts, and how it stops."""
-    digest = hashlib.sha256(config_file.dump(run).encode()).hexdigest()
+    digest = hashlib.sha256(yaml_file.dump(run).encode()).hexdigest()
     write_event(run_dir, "resume" if resumed else "start", start, **surroundings(), config_sha256=digest, **more)
     stopped = SimpleNamespace(step=start, reason="finished")
     try:

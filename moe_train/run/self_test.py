@@ -20,11 +20,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import BATCH, axis_size, make_mesh
-from moe_train.model import attention, splash_attention
-from moe_train.model import grouped_matmul as gm
-from moe_train.model.experts import ExpertMatrix, ExpertWeights, run_experts
-from moe_train.model.fsdp import activation_spec
+from moe_train.machine.mesh import BATCH, axis_size, make_mesh
+from moe_train.model.attention import kernels, splash
+from moe_train.model.moe import grouped_matmul as gm
+from moe_train.model.moe.experts import ExpertMatrix, ExpertWeights, run_experts
+from moe_train.model.sharding.specs import activation_spec
 
 ROWS, IN, OUT = 1024, 256, 128
 CASES = {
@@ -37,14 +37,14 @@ CASES = {
 """Rows of each of 8 experts; what is left of ROWS belongs to nobody."""
 
 
-def kernels(run: config.Config) -> dict[str, Any]:
+def chosen_kernels(run: config.Config) -> dict[str, Any]:
     """What `auto` stands for on the mesh in force, with the sizes of blocks where a kernel has a choice of them: for the
     record of a run."""
     assert run.model is not None
     dtype, ffn, T = jnp.dtype(run.compute.dtype), run.model.ffn, run.train.seq_len
-    found: dict[str, Any] = {"attention": attention.choose_kernel(run.compute.attention, T, dtype)}
+    found: dict[str, Any] = {"attention": kernels.choose_kernel(run.compute.attention, T, dtype)}
     if found["attention"] == "splash":
-        found["attention_block"] = splash_attention.block_size(T)
+        found["attention_block"] = splash.block_size(T)
     if isinstance(ffn, config.MoeFfn):
         found["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
         if found["grouped_matmul"] == "megablox":
@@ -101,7 +101,7 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     Raises RuntimeError where it is more than rounding in the compute dtype explains.
     """
     dtype, sizes = jnp.dtype(compute.dtype), model.attention
-    kernel = attention.choose_kernel(compute.attention, seq_len, dtype)
+    kernel = kernels.choose_kernel(compute.attention, seq_len, dtype)
     device = jax.local_devices()[0]
     T, K, N = 256 if device.platform == "cpu" else 1024, 2, 2 * sizes.num_heads // sizes.num_kv_heads
     # One row whole, and one of segments that end beside the edges of blocks; its end is padding.
@@ -119,7 +119,7 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
         def run(arrays: Any, tokens: Any, kernel: str, window: int | None = window or None) -> Any:
             arrays, tokens = ([jax.sharding.reshard(x, activation_spec("BTNH"[: x.ndim])) for x in xs] for xs in (arrays, tokens))
             (*arrays, dy), (positions, segments) = arrays, tokens
-            y, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, positions, segments, window, kernel), *arrays)
+            y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), *arrays)
             return y, *vjp(dy)
 
         with jax.set_mesh(make_mesh(config.Mesh(), [device])):

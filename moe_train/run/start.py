@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from moe_train import checkpoint, config, config_file, model_dir
-from moe_train.checkpoint import About, Base
-from moe_train.data.loader import Loader
-from moe_train.model.lora import is_lora
+from moe_train import config
+from moe_train.checkpoint import identity, manager, model_dir
+from moe_train.checkpoint.manager import About, Base
+from moe_train.config import yaml_file
+from moe_train.data.batches.loader import Loader
+from moe_train.machine.host_memory import require_room
+from moe_train.model.parameters import Parameters, parameters
+from moe_train.model.paths import is_lora
 from moe_train.model.quantize import unquantized
-from moe_train.model.transformer import Parameters, init_model, parameters
-from moe_train.room import require_room
+from moe_train.model.transformer import init_model
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import TrainState, create_state, partition
 
@@ -57,7 +60,7 @@ def starting_state(run: config.Config, loader: Loader, checkpoints: ocp.Checkpoi
     learned_state = jax.eval_shape(new_state, learned)
     require_room((learned_state, frozen), run.name)
 
-    last = checkpoint.newest(checkpoints)
+    last = manager.newest(checkpoints)
     changed = {} if last is None else _changes(run, last, loader)
     base, adapter = _base(run, last, bool(frozen)), _adapter(run, last)
     weights: Parameters = {}
@@ -66,7 +69,7 @@ def starting_state(run: config.Config, loader: Loader, checkpoints: ocp.Checkpoi
         weights = model_dir.load_parameters(base.source, wanted, base.step)
     originals = {path: x for path, x in weights.items() if path in learned}
 
-    restored = checkpoint.restore(checkpoints, learned_state)
+    restored = manager.restore(checkpoints, learned_state)
     if restored is not None:
         state = restored.state
     elif base is not None and not frozen:
@@ -101,7 +104,7 @@ _DECIDED_AT_START = (
 def _changes(run: config.Config, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the checkpoint's, {key: (then, now)}. Raises ValueError where one must not."""
     before = config.Config.model_validate_json(json.dumps(last.config))  # an older version's lacks what has since been added
-    then, now = (config_file.flat(each.model_dump(mode="json")) for each in (before, run))
+    then, now = (yaml_file.flat(each.model_dump(mode="json")) for each in (before, run))
     changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
     for key, (old, new) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
@@ -124,11 +127,11 @@ def _base(run: config.Config, last: About | None, frozen: bool) -> Base | None:
             raise ValueError("lora needs init_from: adapters belong to weights that can be loaded again")
         return None
     if last is None:
-        return model_dir.base_of(run.init_from)
+        return identity.base_of(run.init_from)
     assert last.base is not None
     base = last.base._replace(source=run.init_from)
     if frozen:
-        model_dir.check_base(base)
+        identity.check_base(base)
     return base
 
 
@@ -136,7 +139,7 @@ def _adapter(run: config.Config, last: About | None) -> Base | None:
     """The identity of the adapter that the run starts from; at a resume the same one as then."""
     if run.lora is None or run.lora.init_from is None:
         return None
-    now = model_dir.adapter_of(run.lora.init_from)
+    now = identity.adapter_of(run.lora.init_from)
     if last is not None and last.adapter is not None and last.adapter.hashes != now.hashes:
         raise ValueError(
             f"the adapter in {run.lora.init_from} has changed since this run started; bring it back, or start a new run_dir"

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train.mesh import AXES
+from moe_train.machine.mesh import AXES
 
 
 @contextlib.contextmanager

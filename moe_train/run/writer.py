@@ -17,32 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_train import config
-from moe_train.atomic import write_text
+from moe_train.machine.files import write_text
 
 # --- figures of a step ---------------------------------------------------------------------------------------------
-
-
-def router_figures(routers: Any) -> dict[str, Any]:
-    """Figures of a step's `RouterStats` (arrays of (L, …)), each kept per layer: a mean would hide a dead one.
-
-    load[l][e]: share of layer l's assignments that expert e got; balance: E * largest share, worst layer (1 is even).
-    dead_experts[l]: share of experts that got less than 1% of an even share.
-    """
-    load_LE = np.asarray(routers.load_E, np.float64)
-    E = load_LE.shape[1]
-    return {
-        "load_balance_loss": _rounded(routers.load_balance_loss),
-        "router_z_loss": _rounded(routers.router_z_loss),
-        "router_entropy": _rounded(routers.entropy),
-        "dead_experts": _rounded(np.mean(load_LE < 0.01 / E, axis=1)),
-        "balance": float(E * load_LE.max()),
-        "dropped": [int(n) for n in routers.dropped],
-        "load": [_rounded(row) for row in load_LE],
-    }
-
-
-def _rounded(xs: Any) -> list[float]:
-    return [float(f"{x:.6g}") for x in np.asarray(xs, np.float64)]
 
 
 LINE_SECONDS = 5.0

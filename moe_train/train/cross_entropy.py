@@ -7,51 +7,18 @@ a time, and never in the backward pass: the gradient of a chunk is formed where 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_train import config
-from moe_train.mesh import batch_axes, global_axes
-from moe_train.model.fsdp import over_replicas, spec_of, whole_rows
-from moe_train.model.layers import keys_of
-from moe_train.model.moe import RouterStats
-from moe_train.model.transformer import Transformer
+from moe_train.machine.mesh import batch_axes, global_axes
+from moe_train.model.sharding.fsdp import whole_rows
+from moe_train.model.sharding.specs import over_replicas, spec_of
 
 CHUNK_ELEMENTS = 2**23
 """Logits of one chunk (32 MiB in float32)."""
-
-
-class LossParts(NamedTuple):
-    """Sums and figures of one microbatch."""
-
-    cross_entropy_sum: Array
-    loss_tokens: Array
-    routers: RouterStats | None
-
-
-def microbatch_loss(
-    model: Transformer, batch: Any, loss_tokens: Array, microbatches: int, coefs: config.Loss, key: Array | None = None
-) -> tuple[Array, LossParts]:
-    """This microbatch's share of the step's loss.
-
-    batch: the five (B, T) arrays of a `Batch`; loss_tokens: the number of loss-bearing tokens in the whole
-    optimizer step. The shares of all microbatches sum to: mean cross-entropy over those tokens + the routers'
-    losses, summed over layers, averaged over microbatches. key: of the adapters' dropout.
-    """
-    body_key, head_key = keys_of(key, 2)
-    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
-    beside = model.beside_head(hidden_BTD, head_key)
-    total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, beside)
-    loss = total / jnp.maximum(loss_tokens, 1)
-    if routers is not None:
-        balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(routers.load_balance_loss)
-        z = (coefs.router_z_loss_coef or 0.0) * jnp.sum(routers.router_z_loss)
-        loss += (balance + z) / microbatches
-    return loss, LossParts(total, over_replicas(jnp.sum(batch.loss_mask)), routers)
 
 
 def cross_entropy_sum(

@@ -6,19 +6,15 @@ multiply by the learning rate. What decays, and what is a matrix to Muon, is dec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import jax
 import optax
-from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import axis_size
-from moe_train.model.fsdp import spec_of
-from moe_train.model.transformer import Parameters
+from moe_train.model.paths import _kind
+from moe_train.train.muon import matrix_dims, orthogonalise
 
 
 def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> optax.Schedule:
@@ -86,84 +82,4 @@ def decay_mask(params: Mapping[str, Any], no_decay: tuple[str, ...]) -> dict[str
     return {path: _kind(path) not in no_decay for path in params}
 
 
-def _kind(path: str) -> str:
-    if path.endswith(".scale"):
-        return "norms"
-    if path.endswith(".bias"):
-        return "biases"
-    if ".router." in path:
-        return "router"
-    if path.startswith(("embed.", "head")):
-        return "embeddings"
-    return "matrices"
-
-
 # --- Muon ----------------------------------------------------------------------------------------------------------
-
-_MATRICES = {
-    # module: the dims of its weight, its lora_a and its lora_b, from the last: (into the sum, out of it)
-    "q_proj": (((-3,), (-2, -1)), ((-2,), (-1,)), ((-3,), (-2, -1))),
-    "k_proj": (((-3,), (-2, -1)), ((-2,), (-1,)), ((-3,), (-2, -1))),
-    "v_proj": (((-3,), (-2, -1)), ((-2,), (-1,)), ((-3,), (-2, -1))),
-    "o_proj": (((-3, -2), (-1,)), ((-3, -2), (-1,)), ((-2,), (-1,))),
-    "gate_proj": (((-2,), (-1,)),) * 3,
-    "up_proj": (((-2,), (-1,)),) * 3,
-    "down_proj": (((-2,), (-1,)),) * 3,
-}
-
-
-def matrix_dims(path: str) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which dims of a weight are the rows and columns of a matrix; the others count matrices (layers, experts).
-
-    None for what is no matrix to Muon: embeddings, head, router and norms.
-    """
-    module, _, name = path.rpartition(".")
-    dims = _MATRICES.get(module.rpartition(".")[2])
-    return None if dims is None else optax.contrib.MuonDimensionNumbers(*dims[("weight", "lora_a", "lora_b").index(name)])
-
-
-def orthogonalise(updates: Parameters, ns_steps: int) -> Parameters:
-    """Each matrix U S V^T -> about U V^T, times sqrt(max(1, outputs / inputs)), by Newton-Schulz iterations
-    (https://kellerjordan.github.io/posts/muon).
-
-    Optax's iteration knows nothing of explicit shardings, so it runs in a local view: layers are dealt out to the
-    devices that share a layer's matrices, each matrix is whole on one of them, and the result goes back.
-    """
-    return {path: x if isinstance(x, optax.MaskedNode) else _orthogonalise(path, x, ns_steps) for path, x in updates.items()}
-
-
-def _orthogonalise(path: str, x: jax.Array, ns_steps: int) -> jax.Array:
-    dims = matrix_dims(path)
-    assert dims is not None
-    inputs, outputs = (math.prod(x.shape[dim] for dim in axes) for axes in dims)
-    specs = _to_whole_matrices(x.shape, spec_of(x), {dim % x.ndim for axes in dims for dim in axes})
-    # with a momentum of 0 it is the iteration alone
-    iteration = optax.contrib.scale_by_muon(ns_steps=ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims)
-
-    def local(x: jax.Array) -> jax.Array:
-        return iteration.update(x, iteration.init(x))[0]
-
-    for spec in specs[1:]:
-        x = jax.sharding.reshard(x, spec)
-    y = jax.shard_map(local, in_specs=specs[-1], out_specs=specs[-1])(x)
-    for spec in reversed(specs[:-1]):
-        y = jax.sharding.reshard(y, spec)
-    return y * math.sqrt(max(1.0, outputs / inputs))
-
-
-def _to_whole_matrices(shape: tuple[int, ...], spec: P, matrix: set[int]) -> list[P]:
-    """Specs on the way from a weight's own to one with its matrix dims whole. The axes that split them split the
-    layers (dim 0) instead, as far as they divide; one axis a step, since each such step is an all-to-all."""
-    entries = [*spec, *[None] * (len(shape) - len(spec))]
-    specs = [spec]
-    layers: tuple[str, ...] = ()
-    assert entries[0] is None
-    for dim in sorted(matrix):
-        split = entries[dim] if isinstance(entries[dim], tuple) else (entries[dim],) if entries[dim] else ()
-        for axis in reversed(split):  # the innermost first: what is left is a split by the others
-            split = split[:-1]
-            entries[dim] = split or None
-            if shape[0] % math.prod(axis_size(a) for a in (*layers, axis)) == 0:
-                layers = (*layers, axis)
-            specs.append(P(layers or None, *entries[1:]))
-    return specs

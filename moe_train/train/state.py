@@ -10,9 +10,8 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.model.lora import is_trainable
-from moe_train.model.moe import is_bias
-from moe_train.model.transformer import Parameters
+from moe_train.model.parameters import Parameters
+from moe_train.model.paths import is_bias, is_trainable
 
 
 class TrainState(NamedTuple):

@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from moe_train import config
-from moe_train.compiler_options import compiler_options
-from moe_train.data.batch import Batch
-from moe_train.mesh import axis_size, batch_axes
-from moe_train.model.fsdp import over_replicas
-from moe_train.model.moe import RouterStats, next_bias, over_microbatches
-from moe_train.model.transformer import Parameters, combine, with_capacity
-from moe_train.train.loss import LossParts, microbatch_loss
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.compiler_options import compiler_options
+from moe_train.machine.mesh import axis_size, batch_axes
+from moe_train.model.moe.router import RouterStats, next_bias, over_microbatches
+from moe_train.model.parameters import Parameters, combine, with_capacity
+from moe_train.model.sharding.specs import over_replicas
+from moe_train.train.objectives.next_token import LossParts, microbatch_loss
 from moe_train.train.state import TrainState
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train.model.fsdp import spec_of
 from moe_train.model.quantize import Quantized, how_of, quantize
+from moe_train.model.sharding.specs import spec_of
 from moe_train.weights import strided
 from moe_train.weights.names import Piece
 from moe_train.weights.on_disk import Tensor, nbytes

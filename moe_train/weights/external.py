@@ -7,8 +7,10 @@ from typing import Literal
 
 from moe_train import config
 from moe_train.model.quantize import unquantized
-from moe_train.weights import gguf, hf, hf_config, mistral, mistral_params, names, safetensors_io, together
+from moe_train.weights import gguf, hf, mistral, names, safetensors_files, together
 from moe_train.weights.arrays import Abstract, InFiles, Parameters, fill, leave
+from moe_train.weights.hf import config_json
+from moe_train.weights.mistral import params_json
 from moe_train.weights.on_disk import Weights
 
 
@@ -22,10 +24,10 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
         return "gguf"
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path}: no such folder; a model is a folder with {hf_config.FILE} or {mistral_params.FILE}, or a .gguf file"
+            f"{path}: no such folder; a model is a folder with {config_json.FILE} or {params_json.FILE}, or a .gguf file"
         )
-    described = {"hf": path / hf_config.FILE, "mistral": path / mistral_params.FILE}
-    if described["hf"].is_file() and (safetensors_io.has_model(path) or not described["mistral"].is_file()):
+    described = {"hf": path / config_json.FILE, "mistral": path / params_json.FILE}
+    if described["hf"].is_file() and (safetensors_files.has_model(path) or not described["mistral"].is_file()):
         return "hf"
     if described["mistral"].is_file():
         return "mistral"
@@ -34,7 +36,7 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
     if (path / "adapter_config.json").is_file():  # PEFT's
         raise FileNotFoundError(f"{path} is an adapter, not a model; add it to its base: moe-train adapters merge BASE {path} OUT")
     raise FileNotFoundError(
-        f"{path} holds no model: looked for {hf_config.FILE} (Hugging Face), {mistral_params.FILE} (Mistral's own layout) and "
+        f"{path} holds no model: looked for {config_json.FILE} (Hugging Face), {params_json.FILE} (Mistral's own layout) and "
         "one .gguf file"
     )
 

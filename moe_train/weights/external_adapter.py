@@ -7,8 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 from moe_train import config
-from moe_train.weights import gguf, gguf_lora, mistral_lora, peft, safetensors_io, together
+from moe_train.weights import gguf, peft, safetensors_files, together
 from moe_train.weights.arrays import Abstract, Parameters
+from moe_train.weights.gguf import lora as gguf_lora
+from moe_train.weights.mistral import lora as mistral_lora
 
 
 def read_lora(path: str | Path, model: config.Model) -> config.Lora:
@@ -29,7 +31,7 @@ def hashes(path: str | Path) -> dict[str, str]:
         opened = gguf_lora.open_adapter(path)
         alpha = repr(opened.settings.get("adapter.lora.alpha"))
         return together.tensor_hashes(opened.tensors) | {"adapter.lora.alpha": hashlib.sha256(alpha.encode()).hexdigest()}
-    found = together.tensor_hashes(safetensors_io.open_file(directory / (peft.WEIGHTS if layout is peft else mistral_lora.FILE)))
+    found = together.tensor_hashes(safetensors_files.open_file(directory / (peft.WEIGHTS if layout is peft else mistral_lora.FILE)))
     settings = directory / (peft.CONFIG if layout is peft else "params.json")
     return found | ({settings.name: hashlib.sha256(settings.read_bytes()).hexdigest()} if settings.is_file() else {})
 

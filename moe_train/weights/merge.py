@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from moe_train import config
-from moe_train.model.lora import module_of, scale_of_expert, targets_of
+from moe_train.model.lora import scale_of_expert
+from moe_train.model.paths import module_of, targets_of
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.names import Piece
 

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from moe_train import config, progress
+from moe_train import config
+from moe_train.machine import progress
 from moe_train.weights.names import Piece
 
 CHUNK = 2**22

@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train.atomic import new_directory
-from moe_train.mesh import AXES
+from moe_train.machine.files import new_directory
+from moe_train.machine.mesh import AXES
 from moe_train.weights import on_disk
 from moe_train.weights.arrays import Held, Parameters, fetch
 from moe_train.weights.on_disk import Tensor

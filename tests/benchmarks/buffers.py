@@ -31,10 +31,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train import config_file
-from moe_train.mesh import BATCH, axis_size, make_mesh
-from moe_train.model import exchange, experts, ragged
-from moe_train.model.moe import MoE
+from moe_train.config import yaml_file
+from moe_train.machine.mesh import BATCH, axis_size, make_mesh
+from moe_train.model.moe import experts
+from moe_train.model.moe.layer import MoE
+from moe_train.model.moe.transport import all_to_all, ragged_all_to_all
 from moe_train.plan import hlo
 from moe_train.plan.compile import _environment, check_installed
 from moe_train.plan.topology import parse
@@ -48,13 +49,13 @@ NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "cu
 def transport(kind: str) -> Any:
     """As `exchange.exchange`, with the buffers of this kind."""
     if kind in ("rounds", "ragged"):
-        return {"rounds": exchange.exchange, "ragged": ragged.exchange}[kind]
+        return {"rounds": all_to_all.exchange, "ragged": ragged_all_to_all.exchange}[kind]
 
     def once(x_mD, ids_mA, weights_mA, experts, draws, run, whole, most=None):
         e = jax.tree.leaves(experts)[0].shape[0]
-        common, worst = exchange.slots_of(ids_mA.size, axis_size("expert")), x_mD.shape[0] * min(e, ids_mA.shape[1])
-        plan = exchange.make_plan(ids_mA, e, common)
-        small, large = (partial(exchange._round, slots=slots, run=run) for slots in (common, worst))
+        common, worst = all_to_all.slots_of(ids_mA.size, axis_size("expert")), x_mD.shape[0] * min(e, ids_mA.shape[1])
+        plan = all_to_all.make_plan(ids_mA, e, common)
+        small, large = (partial(all_to_all._round, slots=slots, run=run) for slots in (common, worst))
 
         def either(i, x_mD, weights_mA, experts, plan, draws):
             fits = jax.lax.pmax(jnp.max(plan.counts_X), ("fsdp", "expert", "context")) <= common
@@ -64,13 +65,13 @@ def transport(kind: str) -> Any:
 
         one = {"common": small, "worst": large, "fallback": either}[kind]
         plan = plan._replace(rounds=jnp.ones_like(plan.rounds))
-        return exchange.in_rounds(one, x_mD, weights_mA, experts, plan, draws, whole), jnp.sum(plan.counts_X)
+        return all_to_all.in_rounds(one, x_mD, weights_mA, experts, plan, draws, whole), jnp.sum(plan.counts_X)
 
     return once
 
 
 def program(kind: str) -> jax.stages.Compiled:
-    run = config_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml")
+    run = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml")
     mesh = make_mesh(run.mesh.model_copy(update={"fsdp": 1}), topologies.get_topology_desc("v5p:2x2x2", platform="tpu").devices)
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:

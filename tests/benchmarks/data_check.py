@@ -24,9 +24,9 @@ from pathlib import Path
 
 import mistral_common
 
-from moe_train.data.standard_library import gather
-from moe_train.data.tokenizer import tokenizer_at
-from moe_train.data.train_tokenizer import train_bpe
+from moe_train.commands.quickstart_text import gather
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.data.tokenizers.load import tokenizer_at
 
 SIZES = (10, 100)  # MB
 V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"

@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moe_train.weights import texts
+
 ROOT = Path(__file__).parents[2]
 SIZES = {"vocab": 32000, "hidden": 512, "intermediate": 1792, "layers": 10, "heads": 8, "kv_heads": 4, "head_dim": 64, "experts": 8}
 
@@ -48,10 +50,12 @@ def ours(mode: str, folder: Path) -> dict[str, float]:
     from jax.sharding import NamedSharding
 
     from moe_train import config
-    from moe_train.atomic import new_directory
-    from moe_train.mesh import make_mesh
-    from moe_train.model.transformer import init_model, parameters
-    from moe_train.weights import foreign, merge, write
+    from moe_train.commands import write_and_prove
+    from moe_train.machine.files import new_directory
+    from moe_train.machine.mesh import make_mesh
+    from moe_train.model.parameters import parameters
+    from moe_train.model.transformer import init_model
+    from moe_train.weights import external, merge
 
     s = SIZES
     model = config.Model(
@@ -65,7 +69,7 @@ def ours(mode: str, folder: Path) -> dict[str, float]:
     with jax.set_mesh(make_mesh(config.Mesh())):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
         if mode == "load":
-            loaded, figures = measure(lambda: foreign.load_parameters(folder / "hf", shapes))
+            loaded, figures = measure(lambda: external.load_parameters(folder / "hf", shapes))
             sums, more = measure(lambda: sum(float(np.asarray(x).sum()) for x in loaded.values()))
             own = sum(x.nbytes for x in loaded.values()) / 2**20
             return {key: figures[key] + more[key] for key in ("seconds", "cpu")} | {"above": figures["above"] - own, "sum": sums}
@@ -81,11 +85,11 @@ def ours(mode: str, folder: Path) -> dict[str, float]:
                 return piece.to_file(merge.merged(weights, None, piece, dtype))
 
             with new_directory(folder / "hf") as directory:
-                write.write(directory, "hf", model, "float32", matrix, write.NO_TEXTS, write.MAX_SHARD_BYTES)
+                write_and_prove.write(directory, "hf", model, "float32", matrix, texts.NO_TEXTS, write_and_prove.MAX_SHARD_BYTES)
 
         if mode == "write":
             return measure(plain)[1]
-        return measure(lambda: write.export(weights, model, folder / "hf", dtype="float32", depth=mode))[1]  # type: ignore[arg-type]
+        return measure(lambda: write_and_prove.export(weights, model, folder / "hf", dtype="float32", depth=mode))[1]  # type: ignore[arg-type]
 
 
 def theirs(mode: str, folder: Path) -> dict[str, float]:

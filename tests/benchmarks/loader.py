@@ -33,14 +33,16 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from moe_train import config
-from moe_train.data import sandbox
-from moe_train.data.loader import Loader
-from moe_train.data.packing import Method, make_plan
-from moe_train.data.prepare import prepare
-from moe_train.data.sources import open_source
-from moe_train.data.standard_library import gather
-from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
-from moe_train.data.train_tokenizer import train_bpe
+from moe_train.commands.quickstart_text import gather
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.data.batches.loader import Loader
+from moe_train.data.batches.packing import Method, make_plan
+from moe_train.data.chat import sandbox
+from moe_train.data.prepared.tokenize_ahead import prepare
+from moe_train.data.records.sources import open_source
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 from tests.benchmarks.data_check import V3, write_records
 
 MARKED = (

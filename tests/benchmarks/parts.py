@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_train import config, config_file
-from moe_train.mesh import BATCH, make_mesh
-from moe_train.model.attention import attend
-from moe_train.model.moe import MoE
-from moe_train.train.loss import cross_entropy_sum
+from moe_train import config
+from moe_train.config import yaml_file
+from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.model.attention.kernels import attend
+from moe_train.model.moe.layer import MoE
+from moe_train.train.cross_entropy import cross_entropy_sum
 
 
 def seconds(calls: list[Callable[[], Any]], rounds: int = 9) -> list[float]:
@@ -59,7 +60,7 @@ def report(name: str, f: Callable[..., Any], weights: Any, x: jax.Array, product
     print(f"{name:10} forward {forward * 1e3:7.1f} ms   with backward {both * 1e3:7.1f} ms   {share:.2f} of the dense product")
 
 
-run = config_file.load(sys.argv[1])
+run = yaml_file.load(sys.argv[1])
 m = run.model
 assert m is not None and isinstance(m.ffn, config.MoeFfn)
 B, T, D, F, V = run.train.batch_size, run.train.seq_len, m.model_dim, m.ffn.ffn_dim, m.vocab_size

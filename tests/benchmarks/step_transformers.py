@@ -16,7 +16,7 @@ import time
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_train import config_file
+from moe_train.config import yaml_file
 
 WARM_UP, TIMED = 2, 7
 
@@ -26,7 +26,7 @@ arguments.add_argument("--experts", default="grouped_mm")
 arguments.add_argument("--lora", type=int, default=0)
 arguments = arguments.parse_args()
 
-run = config_file.load(arguments.workload)
+run = yaml_file.load(arguments.workload)
 m, train = run.model, run.train
 torch.manual_seed(0)
 model = MixtralForCausalLM(

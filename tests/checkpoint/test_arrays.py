@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.checkpoint_arrays import _bit_sums, bit_sums
-from moe_train.mesh import make_mesh
+from moe_train.checkpoint.arrays import _bit_sums, bit_sums
+from moe_train.machine.mesh import make_mesh
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

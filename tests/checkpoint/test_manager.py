@@ -16,9 +16,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_train import checkpoint, checkpoint_arrays, config, model_dir
-from moe_train.checkpoint import About, Base
-from moe_train.mesh import make_mesh
+from moe_train import config
+from moe_train.checkpoint import arrays, identity, manager
+from moe_train.checkpoint.manager import About, Base
+from moe_train.machine.mesh import make_mesh
 from moe_train.train.state import TrainState, create_state
 
 # of the threads of Orbax that a failure cuts short
@@ -60,18 +61,18 @@ def same(a: TrainState, b: TrainState) -> bool:
 def save_steps(run_dir: Path, losses: dict[int, float | None]) -> dict[int, TrainState]:
     """A checkpoint for each step, of another state each; the states as numpy."""
     saved = {}
-    with checkpoint.opened(run_dir, SETTINGS) as checkpoints:
+    with manager.opened(run_dir, SETTINGS) as checkpoints:
         state = jax.jit(new_state)()
         for step, loss in losses.items():
             saved[step] = numpy_of(state)
-            checkpoint.save(checkpoints, step, state, ABOUT, loss)
+            manager.save(checkpoints, step, state, ABOUT, loss)
             state = changed(state)
     return saved
 
 
-def restored(run_dir: Path, new: Callable[[], TrainState] = new_state) -> checkpoint.Restored | None:
-    with checkpoint.opened(run_dir, SETTINGS) as checkpoints:
-        return checkpoint.restore(checkpoints, jax.eval_shape(new))
+def restored(run_dir: Path, new: Callable[[], TrainState] = new_state) -> manager.Restored | None:
+    with manager.opened(run_dir, SETTINGS) as checkpoints:
+        return manager.restore(checkpoints, jax.eval_shape(new))
 
 
 def steps_in(run_dir: Path) -> list[str]:
@@ -93,9 +94,9 @@ def test_what_is_saved_comes_back(tmp_path, mesh):
 
 def test_frozen_weights_are_not_in_it(tmp_path, mesh):
     base = Base("models/base", None, {"a": "0" * 64})
-    with checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
+    with manager.opened(tmp_path, SETTINGS) as checkpoints:
         state = jax.jit(new_state)()._replace(frozen={"large": jnp.ones((1000, 1000))})
-        checkpoint.save(checkpoints, 1, state, ABOUT._replace(base=base))
+        manager.save(checkpoints, 1, state, ABOUT._replace(base=base))
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 200_000
     found = restored(tmp_path)
     assert found.state.frozen == {} and found.about.base == base
@@ -115,10 +116,10 @@ def test_another_mesh_gets_the_same_numbers(tmp_path):
 
 def test_a_donated_state_does_not_change_what_is_being_saved(tmp_path, mesh):
     donating = jax.jit(lambda state: changed(state), donate_argnums=0)
-    with checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
+    with manager.opened(tmp_path, SETTINGS) as checkpoints:
         state = jax.jit(new_state)()
         wanted = numpy_of(state)
-        checkpoint.save(checkpoints, 1, state, ABOUT)
+        manager.save(checkpoints, 1, state, ABOUT)
         for _ in range(5):
             state = donating(state)
     assert same(restored(tmp_path).state, wanted)
@@ -127,17 +128,17 @@ def test_a_donated_state_does_not_change_what_is_being_saved(tmp_path, mesh):
 def test_the_last_and_the_best_stay(tmp_path, mesh):
     save_steps(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: None, 6: 4.0})
     assert steps_in(tmp_path) == ["2", "5", "6"]
-    with checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
-        assert checkpoint.best_loss(checkpoints) == 1.0
-        checkpoint.save(checkpoints, 7, jax.jit(new_state)(), ABOUT, 0.5)
+    with manager.opened(tmp_path, SETTINGS) as checkpoints:
+        assert manager.best_loss(checkpoints) == 1.0
+        manager.save(checkpoints, 7, jax.jit(new_state)(), ABOUT, 0.5)
     assert steps_in(tmp_path) == ["6", "7"]
 
 
 def test_without_the_best(tmp_path, mesh):
     settings = config.Checkpoint(keep_last=1, keep_best=False)
-    with checkpoint.opened(tmp_path, settings) as checkpoints:
+    with manager.opened(tmp_path, settings) as checkpoints:
         for step, loss in ((1, 1.0), (2, 2.0)):
-            checkpoint.save(checkpoints, step, jax.jit(new_state)(), ABOUT, loss)
+            manager.save(checkpoints, step, jax.jit(new_state)(), ABOUT, loss)
     assert steps_in(tmp_path) == ["2"]
 
 
@@ -198,8 +199,8 @@ def test_a_damaged_description_is_damage_too(tmp_path, mesh):
     saved = save_steps(tmp_path, {1: None, 2: None})
     for file in (tmp_path / "checkpoints" / "2" / "about").rglob("metadata"):
         file.write_text("{")
-    with checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
-        assert checkpoint.newest(checkpoints) == ABOUT
+    with manager.opened(tmp_path, SETTINGS) as checkpoints:
+        assert manager.newest(checkpoints) == ABOUT
     assert same(restored(tmp_path).state, saved[1])
 
 
@@ -234,9 +235,9 @@ def full_disk(limit: int = 2000):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
     saved = save_steps(tmp_path, {1: None})
-    with pytest.raises(RuntimeError) as caught, checkpoint.opened(tmp_path, SETTINGS) as checkpoints, full_disk():
-        checkpoint.save(checkpoints, 2, changed(jax.jit(new_state)()), ABOUT)
-        checkpoint.finish_saving(checkpoints)
+    with pytest.raises(RuntimeError) as caught, manager.opened(tmp_path, SETTINGS) as checkpoints, full_disk():
+        manager.save(checkpoints, 2, changed(jax.jit(new_state)()), ABOUT)
+        manager.finish_saving(checkpoints)
     said = str(caught.value)
     assert said.startswith(f"could not save a checkpoint in {tmp_path}") and said.endswith("the one of step 1 is intact")
     assert "\n" not in said and len(said) < 500
@@ -246,17 +247,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
 
 @pytest.mark.parametrize("mesh_there", sorted(MESHES))
 def test_a_stacked_array_is_read_layer_by_layer(tmp_path, monkeypatch, mesh_there):
-    monkeypatch.setattr(checkpoint_arrays, "CHUNK", 4096)  # a device's part is more, and a layer of it less
+    monkeypatch.setattr(arrays, "CHUNK", 4096)  # a device's part is more, and a layer of it less
 
     def stacked() -> TrainState:
         w = jax.random.normal(jax.random.key(0), (5, 64, 128), jnp.bfloat16, out_sharding=P(None, "fsdp", "tensor"))
         table = jax.random.normal(jax.random.key(1), (512, 64), out_sharding=P(None, "fsdp"))
         return create_state({"w": w, "embed": table}, OPTIMIZER)
 
-    with jax.set_mesh(make_mesh(MESHES["one"])), checkpoint.opened(tmp_path, SETTINGS) as checkpoints:
+    with jax.set_mesh(make_mesh(MESHES["one"])), manager.opened(tmp_path, SETTINGS) as checkpoints:
         state = jax.jit(stacked)()
         wanted = numpy_of(state)
-        checkpoint.save(checkpoints, 1, state, ABOUT)
+        manager.save(checkpoints, 1, state, ABOUT)
     seen = []
 
     def noting(part: jax.Array) -> dict[str, jax.Array]:
@@ -265,8 +266,8 @@ def test_a_stacked_array_is_read_layer_by_layer(tmp_path, monkeypatch, mesh_ther
 
     with jax.set_mesh(make_mesh(MESHES[mesh_there])):
         shapes = jax.eval_shape(stacked).learned
-        assert same(checkpoint.load_params(tmp_path, shapes)[0], wanted.learned)
-        kept, _ = checkpoint.load_params(tmp_path, shapes, keep={"w": noting})
+        assert same(manager.load_params(tmp_path, shapes)[0], wanted.learned)
+        kept, _ = manager.load_params(tmp_path, shapes, keep={"w": noting})
         assert same(kept, {"w.negated": -wanted.learned["w"], "w.sums": np.asarray(jnp.asarray(wanted.learned["w"]).sum(-1))})
         assert kept["w.negated"].sharding.spec == shapes["w"].sharding.spec
         assert same(restored(tmp_path, stacked).state, wanted)
@@ -276,19 +277,19 @@ def test_a_stacked_array_is_read_layer_by_layer(tmp_path, monkeypatch, mesh_ther
 def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_path, mesh, caplog):
     saved = save_steps(tmp_path, {1: None, 2: None})
     shapes = jax.eval_shape(new_state).learned
-    params, about = checkpoint.load_params(tmp_path, shapes)
+    params, about = manager.load_params(tmp_path, shapes)
     assert same(params, saved[2].learned) and about == ABOUT
     first, *_ = shapes
-    negated, _ = checkpoint.load_params(tmp_path, shapes, keep={first: lambda x: {first: -x}})
+    negated, _ = manager.load_params(tmp_path, shapes, keep={first: lambda x: {first: -x}})
     assert same(negated, {first: -saved[2].learned[first]})
     damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
-    params, _ = checkpoint.load_params(tmp_path, shapes)
+    params, _ = manager.load_params(tmp_path, shapes)
     assert same(params, saved[1].learned) and steps_in(tmp_path) == ["1", "2"]
     assert "the checkpoint of step 2 in" in caplog.text
     with pytest.raises(RuntimeError, match=r"the checkpoint of step 2 in .* cannot be read"):
-        checkpoint.load_params(tmp_path, shapes, 2)
+        manager.load_params(tmp_path, shapes, 2)
     with pytest.raises(FileNotFoundError, match="has no checkpoint of step 7"):
-        checkpoint.load_params(tmp_path, shapes, 7)
+        manager.load_params(tmp_path, shapes, 7)
 
 
 # --- what the weights of another run are -------------------------------------------------------------------------------
@@ -296,14 +297,14 @@ def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_pa
 
 def test_a_changed_base_is_refused(tmp_path, mesh):
     save_steps(tmp_path, {1: None, 2: None})
-    base = model_dir.base_of(tmp_path)
+    base = identity.base_of(tmp_path)
     assert base.source == str(tmp_path) and base.step == 2 and all(len(digest) == 64 for digest in base.hashes.values())
-    model_dir.check_base(base)
+    identity.check_base(base)
     damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
     with pytest.raises(
         ValueError, match=r"base weights in .* have changed since this run started \([0-9]+ tensors or files, the first"
     ):
-        model_dir.check_base(base)
+        identity.check_base(base)
     shutil.rmtree(tmp_path / "checkpoints" / "2")
     with pytest.raises(FileNotFoundError, match="is gone, and holds the weights that this run's adapters belong to"):
-        model_dir.check_base(base)
+        identity.check_base(base)

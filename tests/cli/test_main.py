@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moe_train import cli
+from moe_train.cli import main
 from moe_train.config import Config
 
 RUN = """\
@@ -22,7 +22,7 @@ init_from: models/tiny
 train: {steps: 10, batch_size: 8, seq_len: 32}
 optimizer: {name: adamw, learning_rate: 1e-4}
 """
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "verify", "upcycle", "bench", "tokenizer", "schema", "quickstart"]
 
 
@@ -49,14 +49,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch):
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        main.main(arguments)
     return int(stop.value.code or 0)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["tokenizer", "train"]], ids=" ".join)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (
-        "import sys\nfrom moe_train.cli import main\ntry:\n    main([*sys.argv[1:], '--help'])\nfinally:\n"
+        "import sys\nfrom moe_train.cli.main import main\ntry:\n    main([*sys.argv[1:], '--help'])\nfinally:\n"
         "    heavy = {'jax', 'numpy', 'flax', 'orbax', 'datasets', 'tokenizers', 'moe_train.config'} & set(sys.modules)\n"
         "    print('heavy:', *sorted(heavy))"
     )
@@ -88,7 +88,7 @@ def test_train_hands_on_the_config_and_its_exit_code(stand_in, config: str, code
         given.append(resolved)
         return code
 
-    stand_in("moe_train.train.loop", train=train)
+    stand_in("moe_train.run.loop", train=train)
     assert run("train", config, "train.steps=3", "name=other") == code
     assert (given[0].train.steps, given[0].name) == (3, "other")
 
@@ -108,7 +108,7 @@ def test_an_error_is_one_line(stand_in, config: str, capsys, error: Exception, c
     def train(resolved: Config) -> int:
         raise error
 
-    stand_in("moe_train.train.loop", train=train)
+    stand_in("moe_train.run.loop", train=train)
     assert run("train", config) == code
     assert capsys.readouterr() == ("", said)
     assert run("train", config, "--debug") == code
@@ -119,7 +119,7 @@ def test_an_unforeseen_error_shows_its_traceback(stand_in, config: str, capsys) 
     def train(resolved: Config) -> int:
         return {}["no such key"]
 
-    stand_in("moe_train.train.loop", train=train)
+    stand_in("moe_train.run.loop", train=train)
     assert run("train", config) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback")
@@ -178,7 +178,7 @@ def test_evaluate(stand_in, capsys) -> None:
         given.append((directory, files))
         return {"loss": 2.5, "tokens": 1000}
 
-    stand_in("moe_train.train.evaluate", evaluate_dir=evaluate_dir)
+    stand_in("moe_train.commands.evaluate", evaluate_dir=evaluate_dir)
     assert run("evaluate", "runs/tiny", "--data", "a.jsonl", "--data", "b.jsonl", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"loss": 2.5, "tokens": 1000}
     assert given == [(Path("runs/tiny"), [Path("a.jsonl"), Path("b.jsonl")])]
@@ -192,7 +192,7 @@ def test_generate(stand_in, capsys) -> None:
     ) -> list[str]:
         return [f" {max_tokens} {temperature} {seed} {chat}" for _ in prompts]
 
-    stand_in("moe_train.generate", generate_dir=generate_dir)
+    stand_in("moe_train.commands.generate", generate_dir=generate_dir)
     options = ["--max-tokens", "3", "--temperature", "0.5", "--seed", "7"]
     assert run("generate", "runs/tiny", "--prompt", "a", "--prompt", "b", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == [
@@ -215,7 +215,7 @@ def test_export(stand_in, capsys) -> None:
         given.append((source, out_dir, layout, merge, options))
         return {"tensors": {}, "checks": [CHECK], "serve": "serve it"}
 
-    stand_in("moe_train.export", export=export)
+    stand_in("moe_train.commands.export", export=export)
     assert run("export", "runs/tiny", "out", "--format", "peft", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"directory": "out", "checks": [CHECK], "serve": "serve it"}
     options = ("--dtype", "q8_0", "--for", "llama.cpp", "--proof", "tensors", "--max-shard-size", "1GB")
@@ -231,7 +231,7 @@ def test_export(stand_in, capsys) -> None:
 
 def test_verify(stand_in, capsys) -> None:
     found = [SimpleNamespace(**CHECK, _asdict=lambda: CHECK)]
-    stand_in("moe_train.verify", verify=lambda directory, base, run, depth, adapter: ({}, found))
+    stand_in("moe_train.commands.verify", verify=lambda directory, base, run, depth, adapter: ({}, found))
     assert run("verify", "out") == 0
     assert "3 tensors" in capsys.readouterr().out
     failed = {**CHECK, "passed": False, "said": "w has changed"}
@@ -255,10 +255,12 @@ def test_tokenizer_train(tmp_path: Path, capsys) -> None:
 
 
 def test_bench_and_quickstart(stand_in, config: str, capsys) -> None:
-    stand_in("moe_train.bench", bench=lambda resolved: {"median_step_seconds": 0.5, "batch_size": resolved.train.batch_size})
+    stand_in(
+        "moe_train.commands.bench", bench=lambda resolved: {"median_step_seconds": 0.5, "batch_size": resolved.train.batch_size}
+    )
     assert run("bench", config, "train.batch_size=4", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"median_step_seconds": 0.5, "batch_size": 4}
-    stand_in("moe_train.quickstart", quickstart=lambda: 75)
+    stand_in("moe_train.commands.quickstart", quickstart=lambda: 75)
     assert run("quickstart") == 75
 
 
@@ -268,10 +270,10 @@ def test_schema_is_json(capsys) -> None:
 
 
 def test_what_takes_a_while_says_what_it_does(monkeypatch, capsys):
-    log = logging.getLogger("moe_train.data.store")
-    monkeypatch.setattr("moe_train.config_schema.json_schema", lambda: log.info("tokenising %s", "a.jsonl") or {})
+    log = logging.getLogger("moe_train.data.prepared.store")
+    monkeypatch.setattr("moe_train.config.schema.json_schema", lambda: log.info("tokenising %s", "a.jsonl") or {})
     with pytest.raises(SystemExit):
-        cli.main(["schema"])
+        main.main(["schema"])
     shown = capsys.readouterr()
     assert shown.err == "tokenising a.jsonl\n" and json.loads(shown.out) == {}
     log.info("after the command, the library is quiet again")

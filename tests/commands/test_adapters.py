@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from moe_train import adapters, cli, config
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh
-from moe_train.model.lora import is_trainable
-from moe_train.weights import peft, write
+from moe_train import config
+from moe_train.cli import main
+from moe_train.commands import adapters, write_and_prove
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.paths import is_trainable
+from moe_train.weights import peft, texts
 from tests.random_parameters import random_parameters
 
 MODEL = config.Model(
@@ -43,7 +45,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     tokenizer = train_bpe(["some text to learn from"] * 5, 270, folder / "tokenizer")
     with jax.set_mesh(ONE):
         weights = {path: x for path, x in random_parameters(MODEL, lora=LORA, scale=0.3).items() if ".lora_" not in path}
-        write.export(weights, MODEL, folder / "base", dtype="float32", texts=write.Texts(tokenizer))
+        write_and_prove.export(weights, MODEL, folder / "base", dtype="float32", texts=texts.Texts(tokenizer))
         full = LORA.model_copy(update={"train": ("ffn.router", "final_norm")})
         for name, seed, lora in (("one", 1, LORA), ("two", 2, LORA), ("full", 3, full)):
             trained = {
@@ -153,7 +155,7 @@ def test_errors_are_one_line_and_leave_nothing(
     paths = {"OUT": tmp_path / "out", **{name: tmp_path / name for name in ("other", "moved")}}
     paths |= {name: files(name) for name in ("one", "full", "base")}
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["adapters", arguments[0], *(str(paths.get(a, a)) for a in arguments[1:])])
+        main.main(["adapters", arguments[0], *(str(paths.get(a, a)) for a in arguments[1:])])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and message in said and said.count("\n") == 1
     assert sorted(x.name for x in tmp_path.iterdir()) == ["moved", "other"]
@@ -162,7 +164,7 @@ def test_errors_are_one_line_and_leave_nothing(
 def test_the_command_shows_tables_or_json(files: Callable[[str], Path], capsys: Any) -> None:
     for options in ((), ("--json",)):
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["adapters", "diff", str(files("one")), *options])
+            main.main(["adapters", "diff", str(files("one")), *options])
         assert not stopped.value.code
         said = capsys.readouterr().out
         if options:

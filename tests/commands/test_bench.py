@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from moe_train import config
-from moe_train.bench import TIMED, WARM_UP, bench
+from moe_train.commands.bench import TIMED, WARM_UP, bench
 
 RUN = config.Config.model_validate_json(
     """{"name": "tiny", "run_dir": "run", "mesh": {"fsdp": 4, "expert": 2},

@@ -15,14 +15,18 @@ import numpy as np
 import optax
 import pytest
 
-from moe_train import checkpoint, cli, config, model_dir
-from moe_train.data.tokenizer import HuggingFace
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.export import _command, export
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import Parameters
+from moe_train import config
+from moe_train.checkpoint import manager, model_dir
+from moe_train.cli import main
+from moe_train.commands import write_and_prove
+from moe_train.commands.export import _command, export
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import Parameters
 from moe_train.train.state import create_state
-from moe_train.weights import foreign, peft, write
+from moe_train.weights import external, peft
+from moe_train.weights.texts import Texts
 from tests.random_parameters import random_parameters
 
 MODEL = config.Model(
@@ -57,10 +61,10 @@ def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **mor
         loss=config.Loss(load_balance_loss_coef=0.02, router_z_loss_coef=0.0),
         **more,
     )
-    base = checkpoint.Base(run.init_from, None, foreign.hashes(run.init_from)) if run.init_from else None
-    about = checkpoint.About(config=run.model_dump(mode="json"), row=0, data="", base=base)
-    with checkpoint.opened(directory, run.checkpoint) as checkpoints:
-        checkpoint.save(checkpoints, 1, create_state(weights, optax.sgd(0.1), run.lora), about)
+    base = manager.Base(run.init_from, None, external.hashes(run.init_from)) if run.init_from else None
+    about = manager.About(config=run.model_dump(mode="json"), row=0, data="", base=base)
+    with manager.opened(directory, run.checkpoint) as checkpoints:
+        manager.save(checkpoints, 1, create_state(weights, optax.sgd(0.1), run.lora), about)
     return run
 
 
@@ -74,11 +78,11 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(tokenizer: HuggingFace
     with jax.set_mesh(make_mesh(MESH)):
         weights = random_parameters(MODEL, lora=LORA)
         plain = {path: x for path, x in weights.items() if ".lora_" not in path}
-        write.export(plain, MODEL, tmp_path / "base", dtype="bfloat16")
-        weights |= foreign.load_parameters(tmp_path / "base", plain_shapes(plain))
+        write_and_prove.export(plain, MODEL, tmp_path / "base", dtype="bfloat16")
+        weights |= external.load_parameters(tmp_path / "base", plain_shapes(plain))
         save_run(tmp_path / "run", weights, tokenizer, init_from=str(tmp_path / "base"), lora=LORA)
-        texts = write.Texts(tokenizer, tokenizer.chat_template, "")
-        write.export(weights, MODEL, tmp_path / "merged", dtype="bfloat16", lora=LORA, merge=True, texts=texts)
+        texts = Texts(tokenizer, tokenizer.chat_template, "")
+        write_and_prove.export(weights, MODEL, tmp_path / "merged", dtype="bfloat16", lora=LORA, merge=True, texts=texts)
         peft.export_adapter(weights, MODEL, LORA, tmp_path / "adapter", base_model=str(tmp_path / "base"), texts=texts)
     report = export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
     (merge,) = (check["figures"] for check in report["checks"] if check["name"] == "merge")
@@ -122,7 +126,7 @@ def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_p
         with pytest.raises(FileNotFoundError, match=r"hf, from which the run started, is not here .* \(--dtype\)"):
             export(tmp_path / "tuned", tmp_path / "other")
         export(tmp_path / "tuned", tmp_path / "hf", dtype="float32")
-        loaded = foreign.load_parameters(tmp_path / "hf", plain_shapes(weights))
+        loaded = external.load_parameters(tmp_path / "hf", plain_shapes(weights))
     assert all(np.array_equal(np.asarray(loaded[path]), np.asarray(x)) for path, x in weights.items())
     with pytest.raises(ValueError, match="nothing to merge"):
         export(tmp_path / "run", tmp_path / "other", merge=True)
@@ -136,15 +140,15 @@ def test_a_run_from_random_weights_becomes_a_model(tokenizer: HuggingFace, tmp_p
 def test_another_tools_model_is_turned_into_every_layout_and_back(tokenizer: HuggingFace, tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh(MESH)):
         weights = random_parameters(MODEL)
-        texts = write.Texts(tokenizer, tokenizer.chat_template)
-        write.export(weights, MODEL, tmp_path / "hf", dtype="bfloat16", texts=texts, depth="tensors")
-    before = foreign.hashes(tmp_path / "hf")
+        texts = Texts(tokenizer, tokenizer.chat_template)
+        write_and_prove.export(weights, MODEL, tmp_path / "hf", dtype="bfloat16", texts=texts, depth="tensors")
+    before = external.hashes(tmp_path / "hf")
     for layout in ("mistral", "gguf"):
         export(tmp_path / "hf", tmp_path / layout, layout, depth="tensors")
         record = export(tmp_path / layout, tmp_path / f"{layout}-hf", dtype="bfloat16", depth="tensors")
         assert record["dtype"] == "bfloat16" and record["source"] == str(tmp_path / layout)
-        assert foreign.hashes(tmp_path / f"{layout}-hf") == before
-        assert foreign.read_model(tmp_path / f"{layout}-hf") == MODEL
+        assert external.hashes(tmp_path / f"{layout}-hf") == before
+        assert external.read_model(tmp_path / f"{layout}-hf") == MODEL
     with pytest.raises(ValueError, match="dtype q8_0 is not one of hf's"):
         export(tmp_path / "hf", tmp_path / "other", dtype="q8_0")
     with pytest.raises(ValueError, match="max-shard-size is 'much'"):
@@ -162,11 +166,11 @@ def test_verify_says_what_it_found_with_its_exit_code(
 
     def verify(*arguments: str) -> tuple[int, dict[str, Any]]:
         with pytest.raises(SystemExit) as ended:
-            cli.main(["verify", str(tmp_path / "hf"), "--json", *arguments])
+            main.main(["verify", str(tmp_path / "hf"), "--json", *arguments])
         return int(ended.value.code or 0), json.loads(capsys.readouterr().out)
 
     with pytest.raises(SystemExit) as ended:
-        cli.main(["export", str(tmp_path / "run"), str(tmp_path / "hf"), "--proof", "tensors"])
+        main.main(["export", str(tmp_path / "run"), str(tmp_path / "hf"), "--proof", "tensors"])
     assert not ended.value.code and "not checked" in capsys.readouterr().out
     record = json.loads((tmp_path / "hf/export_proof.json").read_text())
     assert record["step"] == 1 and len(record["config_sha256"]) == 64 and record["run"] == "run"
@@ -216,7 +220,7 @@ with jax.set_mesh(make_mesh(config.Mesh())):
 
 @pytest.mark.parametrize("how", ["kill", "no room"])
 def test_an_export_that_is_killed_or_cannot_write_leaves_nothing_that_looks_finished(how: str, tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "out"), how]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)

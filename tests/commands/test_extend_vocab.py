@@ -12,13 +12,17 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import cli, config, model_dir
-from moe_train.atomic import new_directory
-from moe_train.data.tokenizer import Mistral, Tokenizer, load_tokenizer
-from moe_train.extend_vocab import extend_vocab, find_tokenizer, new_ids
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model import transformer
-from moe_train.weights import foreign, hf, mistral, names
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.cli import main
+from moe_train.commands.extend_vocab import extend_vocab, find_tokenizer, new_ids
+from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import new_directory
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model import parameters, transformer
+from moe_train.weights import external, hf, mistral, names
 
 DATA = Path(str(resources.files("mistral_common") / "data"))
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
@@ -44,11 +48,11 @@ def make_base(
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    model = foreign.read_model(folder)
+    model = external.read_model(folder)
     with jax.set_mesh(ONE):
         abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute()))
-        structure, shapes = transformer.parameters(abstract)
-        module = transformer.combine(structure, foreign.load_parameters(folder, shapes))
+        structure, shapes = parameters.parameters(abstract)
+        module = parameters.combine(structure, external.load_parameters(folder, shapes))
         batch = put_batch((tokens[None], np.arange(len(tokens))[None], np.ones((1, len(tokens)), int)), ONE)
         return np.asarray(jax.jit(lambda batch: module.logits(module(*batch)[0]))(batch))[0]
 
@@ -84,7 +88,7 @@ def test_the_files_of_an_extended_model(tmp_path: Path, capsys: pytest.CaptureFi
     tied = MODEL.model_copy(update={"tie_embeddings": True, "vocab_size": 32064})  # rows to spare, which no id has
     base = make_base(tmp_path / "base", tied, dtype="bfloat16")
     with pytest.raises(SystemExit) as done:
-        cli.main(["extend-vocab", str(base), str(tmp_path / "out"), "--tokenizer", "v3", "--json"])
+        main.main(["extend-vocab", str(base), str(tmp_path / "out"), "--tokenizer", "v3", "--json"])
     assert done.value.code == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
@@ -97,7 +101,7 @@ def test_the_files_of_an_extended_model(tmp_path: Path, capsys: pytest.CaptureFi
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((tmp_path / "out" / name).read_text())
         assert (fields["bos_token_id"], fields["eos_token_id"]) == (1, 2)
-    assert foreign.read_model(tmp_path / "out") == tied.model_copy(update={"vocab_size": 32768})
+    assert external.read_model(tmp_path / "out") == tied.model_copy(update={"vocab_size": 32768})
 
 
 def test_what_cannot_be_extended_is_refused_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,14 +117,14 @@ def test_what_cannot_be_extended_is_refused_and_leaves_nothing(tmp_path: Path, c
     }
     for (model, tokenizer), said in faults.items():
         with pytest.raises(SystemExit) as done:
-            cli.main(["extend-vocab", str(model), str(tmp_path / "out"), "--tokenizer", tokenizer])
+            main.main(["extend-vocab", str(model), str(tmp_path / "out"), "--tokenizer", tokenizer])
         (line,) = capsys.readouterr().err.splitlines()
         assert done.value.code == 2 and said in line, line
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "small"]
 
 
 def test_a_row_that_is_written_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_train import extend_vocab as module
+    from moe_train.commands import extend_vocab as module
 
     base, right = make_base(tmp_path / "base", MODEL), module.extended
     monkeypatch.setattr(module, "extended", lambda *given: np.roll(right(*given), 1, 0))

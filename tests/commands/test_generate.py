@@ -11,11 +11,14 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.generate import generate, generate_dir
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.transformer import Parameters, combine, init_model, parameters
-from moe_train.weights import write
+from moe_train.commands import write_and_prove
+from moe_train.commands.generate import generate_dir
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.evaluate.generate import generate
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.parameters import Parameters, combine, parameters
+from moe_train.model.transformer import init_model
+from moe_train.weights import texts
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "model_dim": 16, "num_layers": 2, "max_seq_len": 256}
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=8)
@@ -117,7 +120,7 @@ def test_draws_depend_on_the_seed_alone() -> None:
 
 
 def test_drawn_tokens_have_the_softmax_frequencies() -> None:
-    from moe_train.generate import _choose
+    from moe_train.evaluate.generate import _choose
 
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05])) * 2.0
     counts = np.bincount([_choose(logits, 2.0, (0, 0, i)) for i in range(4000)], minlength=4) / 4000
@@ -129,7 +132,7 @@ def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> 
     mesh = mesh_of(ONE)
     with jax.set_mesh(mesh):
         structure, weights = random_model(MIXTRAL)
-        write.export(weights, MIXTRAL, tmp_path / "model", dtype="float32", texts=write.Texts(tokenizer))
+        write_and_prove.export(weights, MIXTRAL, tmp_path / "model", dtype="float32", texts=texts.Texts(tokenizer))
         ids = [tokenizer.bos_id, *tokenizer.encode("the quick")]
         (new,) = generate(structure, weights, MIXTRAL, mesh, [ids], 6, eos_id=tokenizer.eos_id)
     (completion, other) = generate_dir(tmp_path / "model", ["the quick", "a dog"], 6)

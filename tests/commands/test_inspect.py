@@ -7,10 +7,11 @@ import math
 import jax
 
 from moe_train import config
-from moe_train.flops import flops_per_token
-from moe_train.inspect import inspect
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
+from moe_train.commands.inspect import inspect
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.flops import flops_per_token
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
 
 MODEL = config.Model(
     family="mixtral",

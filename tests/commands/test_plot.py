@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moe_train.plot import plot, read
+from moe_train.commands.plot import plot, read
 
 
 @pytest.fixture

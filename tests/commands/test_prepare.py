@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from moe_train import cli
-from moe_train.data import prepare as tokenising
-from moe_train.data.loader import Loader
-from moe_train.data.tokenizer import HuggingFace
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.prepare import trace
+from moe_train.cli import main
+from moe_train.commands.prepare import trace
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.data.batches.loader import Loader
+from moe_train.data.prepared import tokenize_ahead as tokenising
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away".split()
 
@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     with pytest.raises(SystemExit) as left:
-        cli.main(["data", *arguments, "--json"])
+        main.main(["data", *arguments, "--json"])
     captured = capsys.readouterr()
     assert left.value.code == 0, captured.err
     return json.loads(captured.out)
@@ -77,9 +77,9 @@ def test_the_run_finds_what_was_prepared(
 
 
 def cli_config(path: Path) -> Any:
-    from moe_train import config_file
+    from moe_train.config import yaml_file
 
-    return config_file.load(path, ())
+    return yaml_file.load(path, ())
 
 
 def test_from_a_folder_that_holds_the_sets(run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_a_row_is_traced_to_its_lines(run: Callable[..., Path], tmp_path: Path, 
 def test_a_config_without_data_is_told_so(run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for changes, said in (({"tokenizer": None}, "preparing data needs data.tokenizer"), ({"train": []}, "data.train")):
         with pytest.raises(SystemExit) as left:
-            cli.main(["data", "prepare", str(run(**changes))])
+            main.main(["data", "prepare", str(run(**changes))])
         captured = capsys.readouterr()
         assert left.value.code == 2 and said in captured.err and "Traceback" not in captured.err
     assert not (tmp_path / "cache").exists()

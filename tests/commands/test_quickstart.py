@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_train import config_file, quickstart
-from moe_train.data.standard_library import gather
+from moe_train.commands import quickstart
+from moe_train.commands.quickstart_text import gather
+from moe_train.config import yaml_file
 
 SMALLER = (
     "model.vocab_size=512",
@@ -47,7 +48,7 @@ def test_every_part_runs_and_what_is_done_is_left_alone(here: Path, monkeypatch:
     theirs = quickstart.CONFIGS
     (here / "configs").mkdir()
     for name, overrides in (("quickstart_pretrain.yaml", SMALLER + SHORTER), ("quickstart_lora.yaml", SHORTER)):
-        (here / "configs" / name).write_text(config_file.dump(config_file.load(theirs / name, overrides)))
+        (here / "configs" / name).write_text(yaml_file.dump(yaml_file.load(theirs / name, overrides)))
     monkeypatch.setattr(quickstart, "CONFIGS", here / "configs")
     monkeypatch.setattr(quickstart, "gather", partial(gather, max_bytes=400_000))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.data.standard_library import FILES, gather
+from moe_train.commands.quickstart_text import FILES, gather
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from moe_train import config
-from moe_train.cli import app
-from moe_train.data import show
-from moe_train.data.batch import Batch
-from moe_train.data.loader import Loader
-from moe_train.data.tokenizer import HuggingFace, Mistral
+from moe_train.cli.main import app
+from moe_train.commands import show
+from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.loader import Loader
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
 
 V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
 CHAT, TEXT = config.ChatRecord(name="chat", too_long="truncate"), config.TextRecord(name="text")

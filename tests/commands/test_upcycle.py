@@ -12,11 +12,13 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.transformer import combine, init_model, parameters
-from moe_train.upcycle import upcycle
-from moe_train.weights import foreign, safetensors_io, write
+from moe_train.commands import write_and_prove
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.upcycle import upcycle
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.parameters import combine, parameters
+from moe_train.model.transformer import init_model
+from moe_train.weights import external, safetensors_files, texts
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "model_dim": 16, "num_layers": 2, "max_seq_len": 64, "init_stddev": 0.02}
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6, windows=(None,))
@@ -41,17 +43,17 @@ def dense_dir(directory: Path, model: config.Model, tokenizer: Any, dtype: confi
             path: jax.device_put(draw(0, 0.3, x.shape).astype(x.dtype), NamedSharding(ONE, x.sharding.spec))
             for path, x in shapes.items()
         }
-        write.export(weights, model, directory, dtype=dtype, texts=write.Texts(tokenizer))
+        write_and_prove.export(weights, model, directory, dtype=dtype, texts=texts.Texts(tokenizer))
     (directory / "generation_config.json").write_text('{"eos_token_id": [2, 7], "temperature": 0.3}')
     return directory
 
 
 def logits(directory: Path) -> np.ndarray:
-    model = foreign.read_model(directory)
+    model = external.read_model(directory)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 20)).astype(np.int32)
     with jax.set_mesh(ONE):
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))
-        weights = foreign.load_parameters(directory, shapes)
+        weights = external.load_parameters(directory, shapes)
         batch = put_batch((tokens, np.tile(np.arange(20, dtype=np.int32), (2, 1)), np.ones_like(tokens)), ONE)
 
         @jax.jit
@@ -66,7 +68,7 @@ def logits(directory: Path) -> np.ndarray:
 def test_without_noise_the_logits_are_the_dense_models(model: config.Model, tokenizer: Any, tmp_path: Path) -> None:
     base = dense_dir(tmp_path / "dense", model, tokenizer)
     report = upcycle(base, tmp_path / "sparse", num_experts=4, experts_per_token=2, max_shard_bytes=5000)
-    made = foreign.read_model(tmp_path / "sparse")
+    made = external.read_model(tmp_path / "sparse")
     assert made.family == "mixtral" and made.ffn == config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2)
     assert (made.tie_embeddings, made.attention.windows) == (model.tie_embeddings, model.attention.windows)
     wanted, found = logits(base), logits(tmp_path / "sparse")
@@ -79,7 +81,7 @@ def test_without_noise_the_logits_are_the_dense_models(model: config.Model, toke
 def test_every_tensor_is_from_its_place(tokenizer: Any, tmp_path: Path) -> None:
     base = dense_dir(tmp_path / "dense", MISTRAL, tokenizer, "bfloat16")
     upcycle(base, tmp_path / "sparse", num_experts=3)
-    old, new = (safetensors_io.open_model(path) for path in (base, tmp_path / "sparse"))
+    old, new = (safetensors_files.open_model(path) for path in (base, tmp_path / "sparse"))
     renamed = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     routers = []
     for name, tensor in new.items():
@@ -102,8 +104,8 @@ def test_noise_parts_the_experts_and_nothing_else(tokenizer: Any, tmp_path: Path
     base = dense_dir(tmp_path / "dense", LLAMA, tokenizer)
     for out, seed in (("a", 1), ("again", 1), ("b", 2)):
         upcycle(base, tmp_path / out, num_experts=2, noise=0.1, seed=seed)
-    plain = safetensors_io.open_model(base)
-    a, again, b = (safetensors_io.open_model(tmp_path / out) for out in ("a", "again", "b"))
+    plain = safetensors_files.open_model(base)
+    a, again, b = (safetensors_files.open_model(tmp_path / out) for out in ("a", "again", "b"))
     shares = []
     for name in a:
         np.testing.assert_array_equal(a[name].read(), again[name].read())

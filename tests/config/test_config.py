@@ -151,5 +151,5 @@ def test_a_url_is_no_folder(key: str) -> None:
 
 
 def test_config_comes_without_jax() -> None:
-    code = "import sys; import moe_train.config_file; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys; import moe_train.config.yaml_file; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

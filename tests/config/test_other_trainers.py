@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from moe_train import foreign_keys
-from moe_train.config_schema import all_keys
+from moe_train.config import other_trainers
+from moe_train.config.schema import all_keys
 
 
 def test_other_tools_words_lead_to_keys_that_exist() -> None:
     ours = set(all_keys())
-    assert set(foreign_keys.RENAMED) <= ours
-    theirs = [word for words in foreign_keys.RENAMED.values() for word in words.split()]
+    assert set(other_trainers.RENAMED) <= ours
+    theirs = [word for words in other_trainers.RENAMED.values() for word in words.split()]
     assert len(theirs) == len(set(theirs)), "a word with two meanings"
     own_words = {path.rpartition(".")[2] for path in ours}
-    assert not own_words & (set(theirs) | set(foreign_keys.REMARKS)), "a key of ours is never unknown everywhere"
+    assert not own_words & (set(theirs) | set(other_trainers.REMARKS)), "a key of ours is never unknown everywhere"
     asked = (
         "lora_r lora_alpha micro_batch_size per_device_train_batch_size gradient_accumulation_steps num_experts_per_tok "
         "num_local_experts base_model model_name_or_path ici_expert_parallelism ici_fsdp_parallelism max_seq_length "
@@ -21,4 +21,4 @@ def test_other_tools_words_lead_to_keys_that_exist() -> None:
         "gradient_checkpointing remat_policy per_device_batch_size dataset_path"
     )
     for word in asked.split():
-        assert (foreign_keys.remark(word) or "").startswith("here it is "), word
+        assert (other_trainers.remark(word) or "").startswith("here it is "), word

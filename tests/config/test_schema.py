@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from moe_train.config import Config
-from moe_train.config_schema import all_keys, json_schema
+from moe_train.config.schema import all_keys, json_schema
 
 
 def test_json_schema_is_of_the_config() -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.config import Config
-from moe_train.config_file import dump, load
-from moe_train.strict_yaml import ConfigError
+from moe_train.config.strict_yaml import ConfigError
+from moe_train.config.yaml_file import dump, load
 
 RUN = """\
 name: tiny

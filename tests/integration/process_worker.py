@@ -17,9 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_train import cli, config, mesh
-from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import adapter, foreign, safetensors_io, together
+from moe_train import config
+from moe_train.cli import main as cli
+from moe_train.machine import mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.weights import external, external_adapter, safetensors_files, together
 
 LAYOUTS = {
     "hf": ("--merge", "--max-shard-size", "20KB"),
@@ -45,9 +48,9 @@ def export(run_dir: Path, out_dir: Path, layout: str) -> None:
 def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
     command(*arguments)
     seen: dict[str, Any] = {"read": 0, "written": []}
-    read, write = safetensors_io.Tensor._read_into, safetensors_io.write_file
+    read, write = safetensors_files.Tensor._read_into, safetensors_files.write_file
 
-    def counting(self: safetensors_io.Tensor, out: np.ndarray, offset: int) -> None:
+    def counting(self: safetensors_files.Tensor, out: np.ndarray, offset: int) -> None:
         seen["read"] += out.nbytes
         read(self, out, offset)
 
@@ -58,19 +61,19 @@ def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
     def no_space(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    safetensors_io.Tensor._read_into, safetensors_io.write_file = counting, noting  # type: ignore[method-assign]
+    safetensors_files.Tensor._read_into, safetensors_files.write_file = counting, noting  # type: ignore[method-assign]
     for layout in LAYOUTS:
         export(run_dir, out_dir, layout)
     index = jax.process_index()
     together.SEEN_WITHIN_SECONDS = 0.0
-    model = foreign.read_model(out_dir / "hf")
+    model = external.read_model(out_dir / "hf")
     with jax.set_mesh(mesh.make_mesh(config.Mesh(fsdp=4, expert=2))):
         seen["read"] = 0
-        foreign.load_parameters(out_dir / "hf", parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1])
+        external.load_parameters(out_dir / "hf", parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1])
         seen["loaded"], seen["read"] = seen["read"], 0
-        seen["hashes"] = foreign.hashes(out_dir / "hf")
+        seen["hashes"] = external.hashes(out_dir / "hf")
         seen["read"], before = 0, seen["read"]
-        seen["adapter_hashes"] = adapter.hashes(out_dir / "peft")
+        seen["adapter_hashes"] = external_adapter.hashes(out_dir / "peft")
         seen["read"], seen["adapter_read"] = before, seen["read"]
         try:
             together.require_shared(out_dir if index == 0 else out_dir / "of another host")
@@ -78,7 +81,7 @@ def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
             seen["shared"] = str(error)
     Path(f"{out_dir}.{index}.json").write_text(json.dumps(seen))
     if index == 1:
-        safetensors_io.write_file = no_space
+        safetensors_files.write_file = no_space
     LAYOUTS["hf full"] = LAYOUTS["hf"]
     export(run_dir, out_dir, "hf full")
 

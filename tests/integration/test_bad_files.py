@@ -13,11 +13,15 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import cli, config
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import gguf, gguf_lora, hf, mistral, mistral_lora, peft
+from moe_train import config
+from moe_train.cli import main
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.weights import gguf, hf, mistral, peft
+from moe_train.weights.gguf import lora as gguf_lora
+from moe_train.weights.mistral import lora as mistral_lora
 
 MODEL = config.Model(
     family="mixtral",
@@ -71,7 +75,7 @@ def refused(capsys: pytest.CaptureFixture[str], said: str, *arguments: str) -> N
     before = {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        main.main(arguments)
     err = capsys.readouterr().err
     assert stop.value.code == 2, err
     assert err.startswith("moe-train: ") and err.count("\n") == 1 and len(err) < 600, err

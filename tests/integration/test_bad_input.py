@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import pytest
 
-from moe_train import cli, config
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import write
+from moe_train import config
+from moe_train.cli import main
+from moe_train.commands import write_and_prove
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
 
 MODEL = """\
 model:
@@ -81,13 +83,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
         _, weights = parameters(jax.jit(lambda: init_model(0, section, config.Compute()))())
-        write.export(weights, section, path, dtype="float32")
+        write_and_prove.export(weights, section, path, dtype="float32")
     return path
 
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        main.main(arguments)
     return int(stop.value.code or 0)
 
 

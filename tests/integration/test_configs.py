@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from moe_train import config
-from moe_train.config_file import dump, load
-from moe_train.inspect import abstract_parameters, inspect
+from moe_train.commands.inspect import abstract_parameters, inspect
+from moe_train.config.yaml_file import dump, load
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 # The published sizes of what the fine-tuning recipes start from: (model, parameters in all, of them active).
 MIXTRAL = config.Model.model_validate_json(

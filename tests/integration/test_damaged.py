@@ -14,10 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_train import config
-from moe_train.mesh import make_mesh
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
 from moe_train.model.quantize import unquantized
-from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import adapter, foreign, gguf, gguf_lora, hf, mistral, mistral_lora, names, peft, reread, safetensors_io
+from moe_train.model.transformer import init_model
+from moe_train.proof import reread
+from moe_train.weights import external, external_adapter, gguf, hf, mistral, names, peft, safetensors_files
+from moe_train.weights.gguf import lora as gguf_lora
+from moe_train.weights.mistral import lora as mistral_lora
 
 MODEL = config.Model(
     family="mixtral",
@@ -48,7 +52,7 @@ def write_model(folder: Path, layout: str) -> None:
 
 def read_model(folder: Path) -> None:
     """Everything that a start from it reads, and the second reader of the proof."""
-    found = foreign.open_weights(folder)
+    found = external.open_weights(folder)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     names.check(folder, found.table, shapes, {path: like.shape for path, like in unquantized(SHAPES[""]).items()})
     for tensor in found.tensors.values():
@@ -72,12 +76,12 @@ def write_adapter(folder: Path, layout: str) -> None:
 
 
 def read_adapter(folder: Path) -> None:
-    lora = adapter.read_lora(folder, MODEL)
+    lora = external_adapter.read_lora(folder, MODEL)
     if lora.targets != LORA.targets and sum(target.rank for target in lora.targets) > 8:
         return  # a changed adapter of other ranks is an adapter as well
     with jax.set_mesh(ONE):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora)))[1]
-        adapter.load_adapter(folder, MODEL, {path: like for path, like in shapes.items() if ".lora_" in path})
+        external_adapter.load_adapter(folder, MODEL, {path: like for path, like in shapes.items() if ".lora_" in path})
 
 
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
@@ -94,7 +98,7 @@ KINDS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], None], str]
 }
 # Beside the weights: what says their architecture, and which files they are in.
 SIDE = {
-    **{"hf": ["config.json", safetensors_io.INDEX], "mistral": ["params.json"]},
+    **{"hf": ["config.json", safetensors_files.INDEX], "mistral": ["params.json"]},
     **{"peft": ["adapter_config.json"], "mistral-lora": ["params.json"]},
 }
 BYTES = st.integers(0, 255) | st.sampled_from(b'0129"{}[]:,-.eE\n\xff\x80\x00 tfn')
@@ -184,4 +188,4 @@ def test_more_layers_or_experts_than_tensors_are_refused_before_a_table_is_made(
     for key, what in (("num_hidden_layers", "layers"), ("num_local_experts", "experts")):
         (tmp_path / "config.json").write_text(json.dumps({**settings, key: 10**9}))
         with pytest.raises(ValueError, match=rf"states 1,000,000,000 {what}, but has 16 tensors"):
-            foreign.open_weights(tmp_path)
+            external.open_weights(tmp_path)

@@ -26,12 +26,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_train import config
-from moe_train.data import show
-from moe_train.data.batch import Batch
-from moe_train.data.checking.check import RULES, Settings, Source, check
-from moe_train.data.prepare import prepare
-from moe_train.data.sources import open_source
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.commands import show
+from moe_train.data.batches.batch import Batch
+from moe_train.data.check.check import RULES, Settings, Source, check
+from moe_train.data.prepared.tokenize_ahead import prepare
+from moe_train.data.records.sources import open_source
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 SECONDS = 20  # of the processor, for one file; a few KB take milliseconds
 USER = {"role": "user", "content": "What is 2 + 3?"}

@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import config, model_dir
-from moe_train.export import export
-from moe_train.mesh import make_mesh
-from moe_train.model.moe import RouterStats
-from moe_train.model.transformer import init_model, parameters
-from moe_train.train import loop
-from moe_train.train.figures import check_dropped
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.commands.export import export
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.moe.router import RouterStats
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.run import loop
+from moe_train.run.metrics import check_dropped
 
 MOE = {
     **{"name": "moe", "ffn_dim": 16, "num_experts": 4, "experts_per_token": 2},

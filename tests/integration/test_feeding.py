@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_train import checkpoint
-from moe_train.train import loop
+from moe_train.checkpoint import manager
+from moe_train.run import loop
 
 
 def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_path: Path, capfd) -> None:
     run = small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)
     assert loop.train(run) == loop.FINISHED
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    with checkpoint.opened(tmp_path / "run", run.checkpoint) as checkpoints:
-        about = checkpoint.newest(checkpoints)
+    with manager.opened(tmp_path / "run", run.checkpoint) as checkpoints:
+        about = manager.newest(checkpoints)
     assert about is not None and about.manifest == manifest["hash"] == manifest["sets"][0]["hash"]
     [event, *_] = json.loads((tmp_path / "run" / "run.json").read_text())["events"]
     [(source, epochs)] = event["epochs"].items()

@@ -12,11 +12,14 @@ from typing import Any
 import jax
 import pytest
 
-from moe_train import cli, config
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import write
+from moe_train import config
+from moe_train.cli import main
+from moe_train.commands import write_and_prove
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.weights.texts import Texts
 
 pytestmark = pytest.mark.slow
 
@@ -78,14 +81,14 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     tokenizer = train_bpe(["what is a number? 1 2 3"] * 5, 270, folder / "tokenizer")
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
         weights = parameters(jax.jit(lambda: init_model(0, MODEL, config.Compute()))())[1]
-        texts = write.Texts(tokenizer, tokenizer.chat_template)
-        write.export(weights, MODEL, folder / "base", dtype="float32", texts=texts, depth="tensors")
+        texts = Texts(tokenizer, tokenizer.chat_template)
+        write_and_prove.export(weights, MODEL, folder / "base", dtype="float32", texts=texts, depth="tensors")
     Path("run.yaml").write_text(RUN)
 
     def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
+            main.main(arguments)
         out, err = capsys.readouterr()
         assert int(stop.value.code or 0) == code, err
         return json.loads(out) if "--json" in arguments else out

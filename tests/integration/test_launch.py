@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_train import processes
+from moe_train.machine import processes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = ("PYTHON", "VENV", "WHEELHOUSE", "RESTARTS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
@@ -300,7 +300,7 @@ def test_it_installs_and_runs_without_a_network(tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("PIP_") and key not in SETTINGS}
     env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PIP_INDEX_URL": "http://192.0.2.1/simple"}
     env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PYTHON": sys.executable, "HOME": str(tmp_path)}
-    command = [*prefix, "bash", "launch/test.sh", "-q", "tests/test_config.py", "tests/test_configs.py", "tests/test_cli.py"]
+    command = [*prefix, "bash", "launch/test.sh", "-q", "tests/config", "tests/integration/test_configs.py", "tests/cli"]
     done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

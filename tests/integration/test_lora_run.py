@@ -11,13 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import config, model_dir
-from moe_train.adapters import diff
-from moe_train.export import export
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
-from moe_train.train import loop
-from moe_train.weights import write
+from moe_train import config
+from moe_train.checkpoint import model_dir, runs
+from moe_train.commands import write_and_prove
+from moe_train.commands.adapters import diff
+from moe_train.commands.export import export
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.run import loop
 
 MIXTRAL = {
     "family": "mixtral",
@@ -47,7 +49,7 @@ def base(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = config.Model.model_validate_json(json.dumps(MIXTRAL))
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         weights = parameters(init_model(0, model, config.Compute()))[1]
-        write.export(weights, model, directory, dtype="float32")
+        write_and_prove.export(weights, model, directory, dtype="float32")
     return directory
 
 
@@ -84,7 +86,7 @@ def weights_of(directory: Path, run: config.Config, lora: config.Lora | None) ->
 
 
 def test_what_is_trained_and_what_stays(adapted: Path, base: Path) -> None:
-    run = model_dir.run_config(adapted)
+    run = runs.run_config(adapted)
     before, after = weights_of(base, run, None), weights_of(adapted, run, run.lora)
     changed = {path for path, x in before.items() if not np.array_equal(x, after[path])}
     assert changed == {"stacks.0.layers.0.ffn.router.weight", "final_norm.scale"}  # all others to the last bit
@@ -120,7 +122,7 @@ def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[
         first = lines(Path(run.run_dir), "eval")[0]
         assert first["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         assert first["routing_drift"] == pytest.approx(wanted["routing_drift"], abs=0.01)  # near-ties may fall otherwise
-        said = model_dir.run_config(run.run_dir).lora
+        said = runs.run_config(run.run_dir).lora
         assert said is not None and said.targets and set(said.train) == {"ffn.router", "final_norm"}
     assert loop.train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=2)) == loop.FINISHED  # resumed
     assert [line["step"] for line in lines(Path(run.run_dir), "train")] == [1, 2]

@@ -23,16 +23,19 @@ from typing import Any
 import jax
 import pytest
 
-from moe_train import config, config_file, processes
-from moe_train.export import export
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
-from moe_train.train import loop
-from moe_train.weights import adapter, foreign, on_disk, peft, safetensors_io, write
-from tests.process_worker import LAYOUTS
-from tests.train.conftest import compiled, small_run, text  # noqa: F401
+from moe_train import config
+from moe_train.commands import write_and_prove
+from moe_train.commands.export import export
+from moe_train.config import yaml_file
+from moe_train.machine import processes
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.run import loop
+from moe_train.weights import external, external_adapter, on_disk, peft, safetensors_files
+from tests.integration.process_worker import LAYOUTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # --- which processes there are -------------------------------------------------------------------------------------
 
@@ -218,7 +221,7 @@ class Run:
 
     def __init__(self, make: Callable[..., config.Config], cache: Path, folder: Path) -> None:
         self.make, self.folder, self.run_dir, self.yaml = make, folder, folder / "run", folder / "run.yaml"
-        self.yaml.write_text(config_file.dump(make(self.run_dir)))
+        self.yaml.write_text(yaml_file.dump(make(self.run_dir)))
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "JAX_", "TPU_"))}
         self.env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
         self.env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -243,11 +246,11 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(small_run: Any, compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:  # noqa: F811
+def run(small_run: Any, compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("job")
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         weights = parameters(init_model(0, config.Model.model_validate_json(json.dumps(MODEL)), config.Compute()))[1]
-        write.export(
+        write_and_prove.export(
             weights, config.Model.model_validate_json(json.dumps(MODEL)), folder / "base", dtype="float32", depth="tensors"
         )
     changes = {
@@ -331,7 +334,7 @@ def both(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> tuple[Run, 
     shutil.copytree(run.run_dir, copy)
     programs = run.folder / "bin"
     programs.mkdir()
-    worker = f'#!/bin/sh\nshift 2\nexec {sys.executable} {ROOT}/tests/process_worker.py "$@"\n'
+    worker = f'#!/bin/sh\nshift 2\nexec {sys.executable} {ROOT}/tests/integration/process_worker.py "$@"\n'
     for name, program in {"srun": SRUN, "python": worker}.items():
         (programs / name).write_text(program)
         (programs / name).chmod(0o755)
@@ -393,13 +396,13 @@ def test_two_processes_write_what_one_writes(both: tuple[Run, Path, subprocess.C
 
     total = sum(file.stat().st_size for file in (two / "hf").glob("*.safetensors"))
     shares = [json.loads(Path(f"{two}.{i}.json").read_text()) for i in range(2)]
-    tensors = safetensors_io.open_file(two / "peft" / peft.WEIGHTS).values()
+    tensors = safetensors_files.open_file(two / "peft" / peft.WEIGHTS).values()
     assert sum(share["adapter_read"] for share in shares) == sum(on_disk.nbytes(t.shape, t.dtype) for t in tensors)
     written = [{name for name in share["written"] if name.startswith("model-")} for share in shares]
     assert not written[0] & written[1] and len(written[0]) == len(written[1]) == 2
     assert shares[1]["written"] == sorted(written[1])  # of one file the first process is the writer
     for share, seen in zip(shares, (two, two / "of another host"), strict=True):
         assert share["loaded"] < 0.6 * total  # half of what is split, and what all devices have
-        assert 0.4 * total < share["read"] < 0.6 * total and share["hashes"] == foreign.hashes(two / "hf")
-        assert share["adapter_read"] and share["adapter_hashes"] == adapter.hashes(two / "peft")
+        assert 0.4 * total < share["read"] < 0.6 * total and share["hashes"] == external.hashes(two / "hf")
+        assert share["adapter_read"] and share["adapter_hashes"] == external_adapter.hashes(two / "peft")
         assert share["shared"].startswith(f"{seen.parent} is not on a file system that all processes share: process ")

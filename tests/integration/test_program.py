@@ -18,13 +18,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import AXES, BATCH, make_mesh
-from moe_train.model.exchange import slots_of
-from moe_train.model.moe import MoE
+from moe_train.machine.mesh import AXES, BATCH, make_mesh
+from moe_train.model.moe.layer import MoE
+from moe_train.model.moe.transport.all_to_all import slots_of
 from moe_train.plan import hlo
 from moe_train.plan.compile import abstract_step
 from moe_train.train.step import train_step
-from tests.model.conftest import quick_jit
+from tests.compiled_programs import quick_jit
 
 B, T, D, F, E, A, N, H, V = 8, 16, 32, 64, 8, 2, 8, 4, 64
 MESHES = {

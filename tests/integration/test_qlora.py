@@ -12,15 +12,17 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import checkpoint, config, model_dir
-from moe_train.export import export
-from moe_train.generate import generate_dir
-from moe_train.mesh import make_mesh
+from moe_train import config
+from moe_train.checkpoint import manager, model_dir, runs
+from moe_train.commands.evaluate import evaluate_dir
+from moe_train.commands.export import export
+from moe_train.commands.generate import generate_dir
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.quantize import quantized
-from moe_train.model.transformer import Parameters, init_model, parameters
-from moe_train.train import loop
-from moe_train.train.evaluate import evaluate_dir
-from moe_train.weights import foreign
+from moe_train.model.transformer import init_model
+from moe_train.run import loop
+from moe_train.weights import external
 
 TARGETS = [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 4.0}]
 MOE = {
@@ -92,7 +94,7 @@ def test_a_run_beside_quantised_weights(
     assert len(generate_dir(run_dir, ["able"], 3)) == 1
 
     # weights are those of the base, each quantised as it was read
-    run = model_dir.run_config(run_dir)
+    run = runs.run_config(run_dir)
     with jax.set_mesh(make_mesh(run.mesh)):
         held = model_dir.load_parameters(run_dir, shapes_of(run, run.lora.quantize))
         plain = {p: x for p, x in shapes_of(run).items() if "lora" not in p}
@@ -105,7 +107,7 @@ def test_a_run_beside_quantised_weights(
 
 
 def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, read, restored = model_dir.run_config(base / "run"), checkpoint.parts, []
+    run, read, restored = runs.run_config(base / "run"), manager.parts, []
 
     def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
         restored.append(path)
@@ -118,7 +120,7 @@ def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytes
             for how in (config.Nf4(name="nf4", block_size=8), None)
         )
         wanted = quantized(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
-        monkeypatch.setattr(checkpoint, "parts", noting)
+        monkeypatch.setattr(manager, "parts", noting)
         held = model_dir.load_parameters(base / "run", few_bits)
     assert held.keys() == few_bits.keys() == wanted.keys()
     assert sorted(restored) == sorted(whole)  # never two arrays that are not in few bits yet
@@ -132,12 +134,12 @@ def test_merged_into_the_weights_before_they_were_quantised(
     with caplog.at_level("INFO", "moe_train"):
         export(whole, tmp_path / "merged", merge=True)
     assert f"trained beside weights in nf4; merged into those of {base / 'hf'}" in caplog.text
-    run = model_dir.run_config(whole)
+    run = runs.run_config(whole)
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = shapes_of(run)
         adapters = model_dir.load_parameters(whole, shapes)
         plain = {p: x for p, x in shapes.items() if "lora" not in p}
-        before, after = (foreign.load_parameters(path, plain) for path in (base / "hf", tmp_path / "merged"))
+        before, after = (external.load_parameters(path, plain) for path in (base / "hf", tmp_path / "merged"))
         for path, x in before.items():
             wanted = np.asarray(x, np.float64)
             if path.endswith("ffn.up_proj.weight"):
@@ -165,7 +167,7 @@ def test_interrupted_and_started_again_is_the_run_undisturbed(
     assert loop.train(qlora(tmp_path / "parts", "hf", "nf4")) == loop.FINISHED
     with pytest.raises(ValueError, match=r"lora.quantize.* was started with"):
         loop.train(qlora(tmp_path / "parts", "hf", "int8", train__steps=5))
-    run = model_dir.run_config(whole)
+    run = runs.run_config(whole)
     with jax.set_mesh(make_mesh(run.mesh)):
         adapters = {p: x for p, x in shapes_of(run).items() if "lora" in p}
 

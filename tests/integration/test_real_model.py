@@ -19,15 +19,16 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import config, model_dir
-from moe_train.data.chat import render_prompt
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.transformer import combine
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.data.chat.conversation_to_tokens import render_prompt
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.parameters import combine
 
 pytestmark = [pytest.mark.slow, pytest.mark.judges]
 
 QUESTION = "What is the capital of France?"
-RECIPE = Path(__file__).parents[1] / "configs/smollm2_upcycle_lora.yaml"
+RECIPE = Path(__file__).parents[2] / "configs/smollm2_upcycle_lora.yaml"
 GSM8K = Path(os.environ.get("GSM8K_TRAIN", "data/gsm8k/train.jsonl"))
 needs_gsm8k = pytest.mark.skipif(not GSM8K.is_file(), reason="needs GSM8K's train.jsonl: GSM8K_TRAIN names it")
 needs_llama_cpp = pytest.mark.skipif("LLAMA_CPP_NODE" not in os.environ, reason="needs llama.cpp: LLAMA_CPP_NODE names its folder")
@@ -119,7 +120,7 @@ def judges_logits(model: Any, ids: list[int]) -> np.ndarray:
 
 
 def llama_cpp(*jobs: dict[str, Any]) -> list[dict[str, Any]]:
-    from tests.weights.test_llama_cpp import llama_cpp
+    from tests.judges.test_llama_cpp import llama_cpp
 
     return llama_cpp(*jobs)
 

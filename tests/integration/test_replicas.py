@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data.batch import Batch
-from moe_train.mesh import make_mesh, put_batch
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.plan import hlo
 from moe_train.train.step import train_step
 from tests.train.test_step import LORA, LOSS, ONE, OPTIMIZER, POISON, V, close, quick_jit, started, step

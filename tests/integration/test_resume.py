@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train import config_file
+from moe_train.config import yaml_file
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def moe_run(small_run):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_ten_steps_equal_five_then_kill_then_five(tmp_path: Path, moe_run, compiled: Path, devices: int):
     path = tmp_path / "run.yaml"
-    path.write_text(config_file.dump(moe_run(tmp_path, {"fsdp": 2, "expert": 2, "tensor": 2} if devices == 8 else {})))
+    path.write_text(yaml_file.dump(moe_run(tmp_path, {"fsdp": 2, "expert": 2, "tensor": 2} if devices == 8 else {})))
     whole, broken, moved = (tmp_path / name for name in ("whole", "broken", "moved"))
 
     died = work(devices, compiled, str(path), "7", "SIGKILL", f"run_dir={broken}")
@@ -92,7 +92,7 @@ def test_ten_steps_equal_five_then_kill_then_five(tmp_path: Path, moe_run, compi
 def test_sigterm_saves_and_says_unfinished(tmp_path: Path, moe_run, compiled: Path):
     """As a scheduler does it to a process; `test_loop` starts such a run again."""
     path = tmp_path / "run.yaml"
-    path.write_text(config_file.dump(moe_run(tmp_path, {})))
+    path.write_text(yaml_file.dump(moe_run(tmp_path, {})))
     stopped = work(1, compiled, str(path), "6", "SIGTERM", f"run_dir={tmp_path / 'stopped'}")
     assert stopped.returncode == 75, stopped.stderr
     steps = sorted(int(folder.name) for folder in (tmp_path / "stopped" / "checkpoints").iterdir())

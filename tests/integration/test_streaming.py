@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.weights import streaming
+from tests.integration import streaming
 
 ROOT = Path(__file__).parents[2]
 
 
 def in_a_process(mode: str, folder: Path) -> dict[str, float]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/weights/streaming.py"), mode, str(folder)]
+    command = [sys.executable, str(ROOT / "tests/integration/streaming.py"), mode, str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

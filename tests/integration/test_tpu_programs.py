@@ -16,12 +16,13 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train import config_file
-from moe_train.data.batch import Batch
-from moe_train.devices import DEVICES
-from moe_train.mesh import BATCH, make_mesh
-from moe_train.model.fsdp import SPLIT
-from moe_train.model.transformer import init_model, parameters
+from moe_train.config import yaml_file
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.devices import DEVICES
+from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.sharding.specs import SPLIT
+from moe_train.model.transformer import init_model
 from moe_train.plan import hlo
 from moe_train.plan.compile import compile_config
 from moe_train.plan.search import model_choice
@@ -50,7 +51,7 @@ def no_tpu_to_ask() -> Iterator[None]:
 
 def compiled(topology: str, *overrides: str) -> tuple[Any, dict[str, Any]]:
     """The recipe's step, and {path: abstract weight}."""
-    run = config_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides)
+    run = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides)
     assert run.model is not None
     mesh = make_mesh(run.mesh, topologies.get_topology_desc(f"v5p:{topology}", platform="tpu").devices)
 
@@ -172,10 +173,10 @@ ONE_EACH = {"v5e:2x2": ("mesh={expert: 4}", "train.batch_size=4"), "v5e:2x4": ("
 )
 def test_adapters_of_mixtral_8x7b_fit_into_16_gb_a_chip(topology: str, num_layers: int, overrides: tuple[str, ...]) -> None:
     """A sequence on each chip; `plan` says so too. Codes of all layers exist once: laid out anew beside, they would not fit."""
-    model, place = config_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml").model, parse(topology)
+    model, place = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml").model, parse(topology)
     assert model is not None
     adapters = [*ONE_EACH[topology], *overrides, "train.microbatches=1"]
-    run = config_file.load(ROOT / "configs" / "mixtral_8x7b_lora_v5e.yaml", adapters)
+    run = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_lora_v5e.yaml", adapters)
     choice = model_choice(run.model_copy(update={"model": model.model_copy(update={"num_layers": num_layers})}), place)
     needed = compile_config(choice.run, place).bytes_per_device
     assert needed < DEVICES["v5e"].hbm_bytes

@@ -14,18 +14,18 @@ import sys
 import time
 from pathlib import Path
 
-from moe_train import config_file, metrics
-from moe_train.train import loop
+from moe_train.config import yaml_file
+from moe_train.run import loop, writer
 
 CHECKPOINT = 5
 path, step_to_die, signal_name, *runs = sys.argv[1:]
-write, put = metrics.Writer.train, loop.put_batch
+write, put = writer.Writer.train, loop.put_batch
 
 for overrides in runs:
-    config = config_file.load(path, overrides.split(","))
+    config = yaml_file.load(path, overrides.split(","))
     run_dir = Path(config.run_dir)
 
-    def write_and_die(self: metrics.Writer, step: int, figures: dict, run_dir: Path = run_dir) -> None:
+    def write_and_die(self: writer.Writer, step: int, figures: dict, run_dir: Path = run_dir) -> None:
         write(self, step, figures)
         if step == int(step_to_die):
             while not (run_dir / "checkpoints" / str(CHECKPOINT)).is_dir():
@@ -38,7 +38,7 @@ for overrides in runs:
             file.write(hashlib.sha256(b"".join(array.tobytes() for array in batch)).hexdigest() + "\n")
         return put(batch, mesh)
 
-    metrics.Writer.train, loop.put_batch = write_and_die, note_and_put  # type: ignore[method-assign]
+    writer.Writer.train, loop.put_batch = write_and_die, note_and_put  # type: ignore[method-assign]
     code = loop.train(config)
     if code:
         sys.exit(code)

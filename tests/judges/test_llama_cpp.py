@@ -22,14 +22,22 @@ import mistral_common
 import numpy as np
 import pytest
 
-from moe_train import config, model_dir
-from moe_train.data import chat, sandbox
-from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh, put_batch
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.write_and_prove import export
+from moe_train.data.chat import conversation_to_tokens, sandbox
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model import parameters as flat
 from moe_train.model import transformer
-from moe_train.weights import chat_format, checks, foreign, gguf, gguf_file, gguf_lora, merge, names, proof, reread
-from moe_train.weights.write import Texts, export
+from moe_train.proof import checks, prove, reread
+from moe_train.weights import external, gguf, merge, names
+from moe_train.weights.gguf import chat_format, container
+from moe_train.weights.gguf import lora as gguf_lora
+from moe_train.weights.texts import Texts
 
 NODE = os.environ.get("LLAMA_CPP_NODE")
 pytestmark = [
@@ -88,7 +96,7 @@ def distance(ours: Any, theirs: Any) -> float:
 
 def random_parameters(model: config.Model, lora: config.Lora | None = None) -> tuple[Any, dict[str, jax.Array]]:
     """Structure and normal weights, large enough that positions and experts matter."""
-    structure, parameters = transformer.parameters(transformer.init_model(0, model, config.Compute(), lora))
+    structure, parameters = flat.parameters(transformer.init_model(0, model, config.Compute(), lora))
     draw = np.random.default_rng(1).normal
     return structure, {
         path: jax.device_put(draw(0, 0.15, x.shape).astype(np.float32), x.sharding) for path, x in parameters.items()
@@ -102,7 +110,7 @@ def our_logits(structure: Any, parameters: dict[str, jax.Array], ids: list[int])
 
     @jax.jit
     def run(parameters: dict[str, jax.Array]) -> jax.Array:
-        module = transformer.combine(structure, parameters)
+        module = flat.combine(structure, parameters)
         return module.logits(module(*arrays)[0])
 
     return np.asarray(run(parameters))[0]
@@ -163,7 +171,7 @@ def test_k_quants_by_llama_cpps_own_hand(
     file = write(tmp_path / "q4_k_m", model, parameters, "q4_k_m", tokenizer)
     opened = gguf.open_weights(file)
     assert {tensor.encoding.name for tensor in opened.tensors.values()} == {"F32", "Q4_K", "Q6_K"}  # type: ignore[attr-defined]
-    read = foreign.load_parameters(file, {path: jax.typeof(array) for path, array in parameters.items()})
+    read = external.load_parameters(file, {path: jax.typeof(array) for path, array in parameters.items()})
     (answer,) = llama_cpp({"model": file, "prompts": PROMPTS})
     for ids, logits in zip(PROMPTS, answer["logits"], strict=True):
         assert distance(logits, our_logits(structure, read, ids)) < 0.2  # llama.cpp rounds activations to 8 bits, routers' too
@@ -179,9 +187,9 @@ def test_k_quants_by_llama_cpps_own_hand(
     for fault in (swap_experts, zero_a_row):
         shutil.copytree(tmp_path / "q6_k-proved", tmp_path / fault.__name__)
         fault(reread.tensors(tmp_path / fault.__name__)[name])
-        made = proof.Export(tmp_path / fault.__name__, "gguf", "q6_k", parameters, model, None, tokenizer, None)
+        made = prove.Export(tmp_path / fault.__name__, "gguf", "q6_k", parameters, model, None, tokenizer, None)
         with pytest.raises(checks.Fault, match=rf"{name} in model.gguf is not stacks.0.layers.0.ffn.down_proj.weight\[1, \d\] in"):
-            proof.check_tensors(made, [])
+            prove.check_tensors(made, [])
 
 
 def swap_experts(stored: reread.Stored) -> None:
@@ -322,14 +330,16 @@ def test_llama_cpp_tokenises_texts_and_chats_alike(tokenizer_of: Any, tmp_path: 
     texts = random_texts(200)
     tokenizers = {which: tokenizer_of(which) for which in TOKENIZERS}
     files = {which: vocabulary_only(tmp_path / which, tokenizer) for which, tokenizer in tokenizers.items()}
-    templates = {which: gguf_file.open_file(file).settings["tokenizer.chat_template"] for which, file in files.items()}
+    templates = {which: container.open_file(file).settings["tokenizer.chat_template"] for which, file in files.items()}
     jobs, wanted = [], []
     for which, tokenizer in tokenizers.items():
         variables = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
         prompts = sandbox.render(templates[which], [{**variables, "messages": messages} for messages in CONVERSATIONS])
         jobs += [{"model": files[which], "texts": texts}, {"model": files[which], "texts": prompts, "special": True}]
         wanted.append([tokenizer.encode(text) for text in texts])
-        wanted.append([chat.render_prompt(messages, tokenizer.chat_template, tokenizer) for messages in CONVERSATIONS])
+        wanted.append(
+            [conversation_to_tokens.render_prompt(messages, tokenizer.chat_template, tokenizer) for messages in CONVERSATIONS]
+        )
     for job, answer, ids in zip(jobs, llama_cpp(*jobs), wanted, strict=True):
         assert answer["bos"] == 1
         different = [(text, *pair) for text, *pair in zip(job["texts"], answer["ids"], ids, strict=True) if pair[0] != pair[1]]
@@ -364,7 +374,7 @@ def smollm2(tmp_path: Path) -> Path:
 def ask(model: Path, question: str = "Name the capital city of France.", count: int = 12) -> str:
     """llama.cpp's likeliest answer, by the file's own chat template."""
     opened = model_dir.open_model(model)
-    ids = chat.render_prompt([{"role": "user", "content": question}], opened.chat_template, opened.tokenizer)
+    ids = conversation_to_tokens.render_prompt([{"role": "user", "content": question}], opened.chat_template, opened.tokenizer)
     return llama_cpp({"model": gguf.file_in(model), "generate": {"ids": ids, "count": count}})[0]["text"]
 
 

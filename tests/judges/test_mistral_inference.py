@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.mesh import put_batch
+from moe_train.machine.mesh import put_batch
 from moe_train.model import transformer
-from moe_train.weights import mistral_lora
+from moe_train.weights.mistral import lora as mistral_lora
 from tests.random_parameters import random_parameters
-from tests.weights.test_hf import LORA, MIXTRAL, ONE
-from tests.weights.test_mistral import MODELS, write
+from tests.weights.hf.test_files import LORA, MIXTRAL, ONE
+from tests.weights.mistral.test_files import MODELS, write
 
 pytestmark = pytest.mark.judges
 
@@ -56,11 +56,11 @@ def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def our_logits(parameters: dict[str, jax.Array], model: config.Model, lora: config.Lora | None = None) -> np.ndarray:
     abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora))
-    structure, _ = transformer.parameters(abstract)
+    structure, _ = parameters.parameters(abstract)
     batch = put_batch((TOKENS[None], np.arange(len(TOKENS))[None], np.ones((1, len(TOKENS)), int)), ONE)
 
     def logits(parameters: dict[str, jax.Array]) -> jax.Array:
-        module = transformer.combine(structure, parameters)
+        module = parameters.combine(structure, parameters)
         return module.logits(module(*batch)[0])
 
     return np.asarray(jax.jit(logits)(parameters))[0]

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data.chat import render_prompt
-from moe_train.data.tokenizer import HuggingFace
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh
-from moe_train.weights import peft, write
-from tests.weights.test_llama_cpp import DENSE, MOE, SIZES, our_logits, random_parameters
+from moe_train.commands import write_and_prove
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.data.chat.conversation_to_tokens import render_prompt
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.machine.mesh import make_mesh
+from moe_train.weights import peft
+from moe_train.weights.texts import Texts
+from tests.judges.test_llama_cpp import DENSE, MOE, SIZES, our_logits, random_parameters
 
 pytestmark = pytest.mark.judges
 
@@ -83,8 +85,8 @@ def assert_ours(told: list[dict[int, float]], structure: Any, parameters: dict[s
 def test_a_model_answers_as_ours(judge: Any, name: str, layout: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
     model = MODELS[name]
     structure, parameters = random_parameters(model)
-    texts = write.Texts(tokenizer, tokenizer.chat_template)
-    write.export(
+    texts = Texts(tokenizer, tokenizer.chat_template)
+    write_and_prove.export(
         parameters, model, tmp_path / "out", layout, dtype="float32" if layout == "hf" else "f32", texts=texts, depth="tensors"
     )
     if layout == "hf":
@@ -99,8 +101,8 @@ def test_an_adapter_beside_its_base_answers_as_ours(judge: Any, name: str, token
     model = MODELS[name]
     structure, parameters = random_parameters(model, ADAPTER)
     base = {path: array for path, array in parameters.items() if not path.endswith((".lora_a", ".lora_b"))}
-    texts = write.Texts(tokenizer, tokenizer.chat_template)
-    write.export(base, model, tmp_path / "base", "hf", dtype="float32", texts=texts, depth="tensors")
+    texts = Texts(tokenizer, tokenizer.chat_template)
+    write_and_prove.export(base, model, tmp_path / "base", "hf", dtype="float32", texts=texts, depth="tensors")
     peft.export_adapter(parameters, model, ADAPTER, tmp_path / "adapter", base_model="base")
     which = judge.Which.Lora(
         str(tmp_path / "base"),

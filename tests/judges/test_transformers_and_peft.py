@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.mesh import make_mesh, put_batch
+from moe_train.commands import write_and_prove
+from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model import lora as lora_module
-from moe_train.model import transformer
-from moe_train.model.lora import is_trainable
-from moe_train.weights import foreign, names, peft, write
-from tests.model.conftest import quick_jit
+from moe_train.model import parameters as flat
+from moe_train.model import paths, transformer
+from moe_train.model.paths import is_trainable
+from moe_train.weights import external, names, peft
+from tests.compiled_programs import quick_jit
 
 pytestmark = pytest.mark.judges
 
@@ -74,10 +76,10 @@ def random_judge(family: str) -> Any:
 
 
 def load(directory: Path) -> tuple[config.Model, Any, dict[str, jax.Array]]:
-    model = foreign.read_model(directory)
+    model = external.read_model(directory)
     abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute()))
-    structure, shapes = transformer.parameters(abstract)
-    return model, structure, foreign.load_parameters(directory, shapes)
+    structure, shapes = flat.parameters(abstract)
+    return model, structure, external.load_parameters(directory, shapes)
 
 
 def batch(mesh: jax.sharding.Mesh) -> tuple[np.ndarray, Any]:
@@ -112,7 +114,7 @@ def test_logits_and_gradients_equal_transformers(family: str, mesh: jax.sharding
         tokens, arrays = batch(mesh)
 
         def loss(parameters: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            module = transformer.combine(structure, parameters)
+            module = flat.combine(structure, parameters)
             logits = module.logits(module(*arrays)[0])
             # the next token of the same document
             scores = jax.nn.log_softmax(logits[:, :-1])
@@ -142,7 +144,7 @@ def test_logits_and_gradients_equal_transformers(family: str, mesh: jax.sharding
 
 def random_parameters(model: config.Model, lora: config.Lora | None = None) -> tuple[Any, dict[str, jax.Array]]:
     """Structure and normal weights, the adapters' B included."""
-    structure, parameters = transformer.parameters(transformer.init_model(0, model, config.Compute(), lora))
+    structure, parameters = flat.parameters(transformer.init_model(0, model, config.Compute(), lora))
     draw = np.random.default_rng(1).normal
     return structure, {path: jax.device_put(draw(0, 0.2, x.shape).astype(np.float32), x.sharding) for path, x in parameters.items()}
 
@@ -150,7 +152,7 @@ def random_parameters(model: config.Model, lora: config.Lora | None = None) -> t
 def our_logits(structure: Any, parameters: dict[str, jax.Array], arrays: Any) -> np.ndarray:
     @quick_jit
     def run(parameters: dict[str, jax.Array]) -> jax.Array:
-        module = transformer.combine(structure, parameters)
+        module = flat.combine(structure, parameters)
         return module.logits(module(*arrays)[0])
 
     return np.asarray(run(parameters))
@@ -178,12 +180,12 @@ def test_transformers_reads_an_export(family: str, mesh: jax.sharding.Mesh, tmp_
     settings = settings_of(family)
     settings.architectures = [f"{settings.model_type.capitalize()}ForCausalLM"]
     settings.save_pretrained(tmp_path)
-    model = foreign.read_model(tmp_path)
+    model = external.read_model(tmp_path)
     with jax.set_mesh(mesh):
         structure, parameters = random_parameters(model)
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
-        write.export(parameters, model, tmp_path / "export", dtype="float32", max_shard_bytes=20_000)
+        write_and_prove.export(parameters, model, tmp_path / "export", dtype="float32", max_shard_bytes=20_000)
     assert len(list((tmp_path / "export").glob("model-*.safetensors"))) > 2
     assert_same_logits(read_by_transformers(tmp_path / "export"), ours, tokens)
 
@@ -230,7 +232,7 @@ def test_peft_and_transformers_read_an_adapter(family: str, adapters: str, mesh:
         parameters = base | {path: without_padding(path, x, lora) for path, x in random.items() if is_trainable(path, lora)}
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
-        write.export(parameters, model, tmp_path / "merged", dtype="float32", lora=lora, merge=True)
+        write_and_prove.export(parameters, model, tmp_path / "merged", dtype="float32", lora=lora, merge=True)
         peft.export_adapter(parameters, model, lora, tmp_path / "adapter", base_model=str(tmp_path / "base"))
     assert_same_logits(read_by_transformers(tmp_path / "merged"), ours, tokens)
     judge = read_by_transformers(tmp_path / "base")
@@ -243,7 +245,7 @@ def test_peft_and_transformers_read_an_adapter(family: str, adapters: str, mesh:
 
 def without_padding(path: str, x: jax.Array, lora: config.Lora) -> jax.Array:
     """Zeros past an expert's own rank, as training leaves them."""
-    targets = lora_module.targets_of(lora, lora_module.module_of(path))
+    targets = paths.targets_of(lora, paths.module_of(path))
     if ".lora_" not in path or all(target.experts is None for target in targets):
         return x
     values = np.array(x)
@@ -282,7 +284,7 @@ def test_an_adapter_that_peft_wrote_is_read(family: str, mesh: jax.sharding.Mesh
     with jax.set_mesh(mesh):
         model, _, base = load(tmp_path / "base")
         lora = peft.read_lora(tmp_path / "adapter", model)
-        structure, shapes = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
+        structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
         wanted = {path: like for path, like in shapes.items() if is_trainable(path, lora)}
         parameters = base | peft.load_adapter(tmp_path / "adapter", model, wanted)
         tokens, arrays = batch(mesh)
@@ -297,4 +299,4 @@ def test_an_end_that_peft_untied_is_refused(mesh: jax.sharding.Mesh, tmp_path: P
     settings = judges.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"], modules_to_save=["embed_tokens"])
     judges.get_peft_model(judge, settings).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="was trained apart from the other end"):
-        peft.read_lora(tmp_path / "adapter", foreign.read_model(tmp_path / "base"))
+        peft.read_lora(tmp_path / "adapter", external.read_model(tmp_path / "base"))

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.generate import generate
-from moe_train.mesh import put_batch
+from moe_train.commands import write_and_prove
+from moe_train.evaluate.generate import generate
+from moe_train.machine.mesh import put_batch
 from moe_train.model import transformer
-from moe_train.weights import peft, serve, write
+from moe_train.weights import peft, serve
+from tests.judges.test_transformers_and_peft import lora_of, without_padding
 from tests.random_parameters import random_parameters
-from tests.weights.test_hf import ONE
-from tests.weights.test_judges import lora_of, without_padding
+from tests.weights.hf.test_files import ONE
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
 pytestmark = [pytest.mark.judges, pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no interpreter that has vLLM")]
@@ -75,11 +76,11 @@ class Answer(NamedTuple):
 
 
 def ours(parameters: dict[str, jax.Array], model: config.Model, lora: config.Lora | None = None) -> Answer:
-    structure, _ = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
+    structure, _ = parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
     batch = put_batch((PROMPT[None], np.arange(len(PROMPT))[None], np.ones((1, len(PROMPT)), int)), ONE)
 
     def logprobs(parameters: dict[str, jax.Array]) -> jax.Array:
-        module = transformer.combine(structure, parameters)
+        module = parameters.combine(structure, parameters)
         return jax.nn.log_softmax(module.logits(module(*batch)[0]))
 
     (tokens,) = generate(structure, parameters, model, ONE, [PROMPT.tolist()], MORE)
@@ -129,7 +130,7 @@ def test_vllm_answers_as_we_do(case: str, tmp_path: Path) -> None:
     refused = {"both ends"} & set(CASES[case]) if family == "mistral" else set()
     with jax.set_mesh(ONE):
         base = {path: x * 3 for path, x in random_parameters(model).items()}
-        write.export(base, model, tmp_path / "base", layout, dtype="float32", depth="tensors")  # type: ignore[arg-type]
+        write_and_prove.export(base, model, tmp_path / "base", layout, dtype="float32", depth="tensors")  # type: ignore[arg-type]
         wanted[""] = ours(base, model)
         for name in CASES[case]:
             lora = LORAS[name]
@@ -153,6 +154,6 @@ def test_vllm_answers_as_we_do(case: str, tmp_path: Path) -> None:
 def test_vllm_does_not_read_experts_by_mistrals_names(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = random_parameters(MODELS["mixtral"])
-        write.export(parameters, MODELS["mixtral"], tmp_path / "base", "mistral", dtype="float32", depth="tensors")
+        write_and_prove.export(parameters, MODELS["mixtral"], tmp_path / "base", "mistral", dtype="float32", depth="tensors")
     with pytest.raises(RuntimeError, match="num_local_experts"):
         vllms(tmp_path / "base", {}, tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.compiler_options import compiler_options
+from moe_train.machine.compiler_options import compiler_options
 
 
 @pytest.mark.parametrize("device_kind", ["", "cpu", "NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU v6 lite"])

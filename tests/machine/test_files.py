@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.atomic import new_directory, write_text
+from moe_train.machine.files import new_directory, write_text
 
 
 def test_it_appears_when_it_is_complete(tmp_path: Path) -> None:

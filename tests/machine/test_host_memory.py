@@ -10,25 +10,26 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_train import config, room
-from moe_train.mesh import make_mesh
-from moe_train.train.loop import train
+from moe_train import config
+from moe_train.machine import host_memory
+from moe_train.machine.mesh import make_mesh
+from moe_train.run.loop import train
 
 
 def test_what_every_device_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=2, tensor=4))):
         halves = jax.eval_shape(lambda: jax.numpy.zeros((16, 32), "bfloat16", out_sharding=P("fsdp", None)))
-        monkeypatch.setattr(room, "available", lambda: 4 * 16 * 32 * 2)  # each half on four devices
-        room.require_room({"weight": halves}, "it")
-        monkeypatch.setattr(room, "available", lambda: 4 * 16 * 32 * 2 - 1)
+        monkeypatch.setattr(host_memory, "available", lambda: 4 * 16 * 32 * 2)  # each half on four devices
+        host_memory.require_room({"weight": halves}, "it")
+        monkeypatch.setattr(host_memory, "available", lambda: 4 * 16 * 32 * 2 - 1)
         with pytest.raises(ValueError, match=r"it needs 3.81e-06 GiB .* has 3.81e-06 GiB available; use a machine"):
-            room.require_room({"weight": halves}, "it")
+            host_memory.require_room({"weight": halves}, "it")
 
 
 def test_a_run_without_room_is_refused_before_anything_is_written(
     small_run: Callable[..., config.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "available", lambda: 10_000)
+    monkeypatch.setattr(host_memory, "available", lambda: 10_000)
     with pytest.raises(ValueError, match=r"small needs .* GiB of memory for its weights") as error:
         train(small_run(tmp_path / "run"))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
@@ -36,9 +37,11 @@ def test_a_run_without_room_is_refused_before_anything_is_written(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is available")
 def test_linux_says_what_is_available_and_a_container_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = room.available()
+    here = host_memory.available()
     assert here is not None and 2**20 < here < 2**50
     (tmp_path / "of_version_2").write_text("max\n")
     (tmp_path / "of_version_1").write_text("12345\n")
-    monkeypatch.setattr(room, "LIMITS", (str(tmp_path / "of_version_2"), str(tmp_path / "none"), str(tmp_path / "of_version_1")))
-    assert room.available() == 12345
+    monkeypatch.setattr(
+        host_memory, "LIMITS", (str(tmp_path / "of_version_2"), str(tmp_path / "none"), str(tmp_path / "of_version_1"))
+    )
+    assert host_memory.available() == 12345

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import AXES, BATCH, axis_size, check_rows, make_mesh, platform, put_batch
+from moe_train.machine.mesh import AXES, BATCH, axis_size, check_rows, make_mesh, platform, put_batch
 
 
 def test_all_axes_exist_and_one_takes_the_rest():

@@ -1,6 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 
-from moe_train.progress import counted, listening
+from moe_train.machine.progress import counted, listening
 
 
 def test_whoever_listens_hears_of_the_beginning_and_of_every_part() -> None:

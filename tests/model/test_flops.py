@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import config, flops
-from moe_train.model.transformer import init_model, parameters
+from moe_train import config
+from moe_train.machine import devices
+from moe_train.model import flops
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
 
 
 def mixtral(vocab_size: int, model_dim: int, num_layers: int, head_dim: int, ffn_dim: int) -> config.Model:
@@ -71,11 +74,11 @@ def test_flops_with_adapters():
 )
 def test_peak_of_known_chips(kind, teraflops):
     device = SimpleNamespace(platform="tpu", device_kind=kind, process_index=0)
-    assert flops.peak_flops([device] * 4)[0] == 4 * teraflops * 1e12
+    assert devices.peak_flops([device] * 4)[0] == 4 * teraflops * 1e12
 
 
 def test_peak_of_an_unknown_chip_is_not_invented():
-    assert flops.peak_flops([SimpleNamespace(platform="gpu", device_kind="Abacus 9", process_index=0)]) == (
+    assert devices.peak_flops([SimpleNamespace(platform="gpu", device_kind="Abacus 9", process_index=0)]) == (
         None,
         "no figure for Abacus 9",
     )
@@ -83,8 +86,8 @@ def test_peak_of_an_unknown_chip_is_not_invented():
 
 def test_peak_of_a_cpu_is_measured_once_for_its_fake_devices(monkeypatch):
     monkeypatch.setattr(flops, "measured_matmul_flops", lambda: 1e11)
-    assert flops.peak_flops(jax.devices())[0] == 1e11
+    assert devices.peak_flops(jax.devices())[0] == 1e11
 
 
 def test_measured_product():
-    assert 1e8 < flops.measured_matmul_flops(128) < 1e14
+    assert 1e8 < devices.measured_matmul_flops(128) < 1e14

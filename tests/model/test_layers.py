@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import make_mesh
+from moe_train.machine.mesh import make_mesh
 from moe_train.model import layers
 
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])

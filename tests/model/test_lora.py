@@ -12,14 +12,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.data.batch import Batch
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.experts import _dropped
-from moe_train.model.lora import is_lora
-from moe_train.model.transformer import Parameters, Transformer, combine, init_model, parameters
-from moe_train.train.loss import microbatch_loss
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.moe.experts import _dropped
+from moe_train.model.parameters import Parameters, combine, parameters
+from moe_train.model.paths import is_lora
+from moe_train.model.transformer import Transformer, init_model
+from moe_train.train.objectives.next_token import microbatch_loss
 from moe_train.train.state import partition
-from tests.model.conftest import quick_jit
+from tests.compiled_programs import quick_jit
 
 MODEL = config.Model(
     family="mixtral",

@@ -11,11 +11,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.lora import is_lora
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.parameters import combine, parameters
+from moe_train.model.paths import is_lora
 from moe_train.model.quantize import NF4, Quantized, _selected, dequantize, quantize, quantized, unquantized
-from moe_train.model.transformer import combine, init_model, parameters
-from tests.model.conftest import quick_jit
+from moe_train.model.transformer import init_model
+from tests.compiled_programs import quick_jit
 
 # bitsandbytes 0.45, functional.py, get_4bit_type("nf4")
 LEVELS = [

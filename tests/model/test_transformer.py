@@ -13,11 +13,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from moe_train import config
-from moe_train.data.batch import Batch
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.transformer import combine, empty_caches, init_model, parameters
-from moe_train.train.loss import LossParts, microbatch_loss
-from tests.model.conftest import quick_jit
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.parameters import combine, parameters
+from moe_train.model.transformer import empty_caches, init_model
+from moe_train.train.objectives.next_token import LossParts, microbatch_loss
+from tests.compiled_programs import quick_jit
 
 B, T, V = 8, 16, 32
 ATTENTION = config.Attention(num_heads=8, num_kv_heads=4, head_dim=4)

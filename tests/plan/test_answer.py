@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_train import cli, config_file
+from moe_train.cli import main
+from moe_train.config import yaml_file
 from moe_train.plan.answer import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -19,7 +20,7 @@ SMALL += ["model.attention={num_heads: 8, num_kv_heads: 4, head_dim: 64}", "mesh
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stop:
-        cli.main([*arguments])
+        main.main([*arguments])
     return int(stop.value.code or 0)
 
 
@@ -51,10 +52,10 @@ def test_the_best_choice_is_written_as_a_config(tmp_path: Path, capsys: pytest.C
     assert run("plan", PRETRAIN, "--topology", "v5p:2x2x2", "--no-compile", "--config-out", str(out), *SMALL) == 0
     said = capsys.readouterr().out
     assert "v5p:2x2x2: 8 chips of 95.0 GiB" in said and "confirmed: no" in said
-    given = config_file.load(PRETRAIN, SMALL)
+    given = yaml_file.load(PRETRAIN, SMALL)
     best = plan(given, "v5p:2x2x2", compile_best=0).best
     assert best is not None
-    written = config_file.load(out)
+    written = yaml_file.load(out)
     assert written == best.run
     unchanged = {"mesh": given.mesh, "compute": given.compute, "train": given.train}
     assert written.model_copy(update=unchanged) == given  # nothing else is touched
@@ -62,7 +63,7 @@ def test_the_best_choice_is_written_as_a_config(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_free_batch_moves_fewer_bytes_a_token() -> None:
-    given = config_file.load(PRETRAIN, SMALL)
+    given = yaml_file.load(PRETRAIN, SMALL)
     kept, free = (plan(given, "v5p:2x2x2", compile_best=0, free_batch=free).best for free in (False, True))
     assert kept is not None and free is not None
     assert kept.run.train.batch_size == 16 < free.run.train.batch_size
@@ -70,7 +71,7 @@ def test_a_free_batch_moves_fewer_bytes_a_token() -> None:
 
 
 def test_only_replicas_stand_in_different_slices() -> None:
-    given = config_file.load(PRETRAIN, [*SMALL, "mesh={data: 2, fsdp: 4}"])
+    given = yaml_file.load(PRETRAIN, [*SMALL, "mesh={data: 2, fsdp: 4}"])
     answer = plan(given, "2xv5p:2x2x1", compile_best=0)
     assert all(choice.run.mesh.data % 2 == 0 for choice in answer.choices)
     assert all(choice.work.dcn_bytes > 0 for choice in answer.choices)

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_train import config, config_file
+from moe_train import config
+from moe_train.config import yaml_file
 from moe_train.plan import compile as compiler
 from moe_train.plan import gpu_targets
 from moe_train.plan.compile import compile_config
@@ -23,7 +24,7 @@ HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 
 def small(*overrides: str) -> config.Config:
-    return config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
+    return yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("v5p:2x2x2", "tpu"), ("h100x8", "cuda")])
@@ -38,7 +39,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra(
 
 
 def test_a_run_whose_architecture_is_elsewhere_is_refused() -> None:
-    run = config_file.load(CONFIGS / "mixtral_8x7b_lora_v5e.yaml")
+    run = yaml_file.load(CONFIGS / "mixtral_8x7b_lora_v5e.yaml")
     with pytest.raises(ValueError, match=r"init_from models/Mixtral-8x7B-Instruct-v0.1 is not here.*state model"):
         compile_config(run, parse("v5e:4x4"))
 

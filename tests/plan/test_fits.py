@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from moe_train import config, config_file
-from moe_train.devices import GIB
+from moe_train import config
+from moe_train.config import yaml_file
+from moe_train.machine.devices import GIB
 from moe_train.plan.fits import check_fits
 from moe_train.plan.memory import memory
 from moe_train.plan.weights import layout
@@ -20,7 +21,7 @@ SMALL += ("model.attention={num_heads: 8, num_kv_heads: 2, head_dim: 32}", "trai
 
 
 def small(*overrides: str) -> config.Config:
-    return config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
+    return yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
 
 
 def device(limit: int | None, platform: str = "tpu", kind: str = "TPU v5 lite") -> Any:

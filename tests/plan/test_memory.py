@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import pytest
 
-from moe_train import config, config_file
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
+from moe_train import config
+from moe_train.config import yaml_file
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
 from moe_train.plan.compile import compile_config
 from moe_train.plan.memory import memory
 from moe_train.plan.search import model_choice
@@ -30,7 +32,7 @@ LORA = "lora={targets: [{modules: ['attention.*', 'ffn.*'], rank: 4, alpha: 8}],
 
 
 def small(*overrides: str) -> config.Config:
-    return config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
+    return yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ OTHERS = {
 def against_the_compiler(*overrides: str, topology: str = "v5p:2x2x2") -> tuple[float, float]:
     """Bytes received, (modelled, counted), of a program whose memory and bytes are modelled within 10%; prints both errors."""
     place = parse(topology)
-    choice = model_choice(config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*MIDDLE, *overrides]), place)
+    choice = model_choice(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*MIDDLE, *overrides]), place)
     program = compile_config(choice.run, place)
     memory_error = choice.memory.total / program.bytes_per_device - 1
     received_error = choice.received / program.network_bytes - 1

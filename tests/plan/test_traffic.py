@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_train import config, config_file
-from moe_train.mesh import make_mesh
-from moe_train.model.transport import AlongExpert, transport_bytes
+from moe_train import config
+from moe_train.config import yaml_file
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.moe.transport.choose import AlongExpert, transport_bytes
 from moe_train.plan.compile import compile_on
 from moe_train.plan.traffic import Flow, flows, shape_of
 from moe_train.plan.weights import layout
@@ -21,7 +22,7 @@ SMALL += ("compute.dtype=float32",)
 
 
 def load(*overrides: str) -> config.Config:
-    return config_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", overrides)
+    return yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", overrides)
 
 
 def modelled(run: config.Config) -> list[Flow]:

@@ -17,14 +17,24 @@ import pytest
 import safetensors.numpy
 from jax.sharding import NamedSharding
 
-from moe_train import config, progress
-from moe_train.data.conversation import Conversation
-from moe_train.data.tokenizer import HuggingFace
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.transformer import init_model, parameters
-from moe_train.verify import verify
-from moe_train.weights import answers, expected, foreign, gguf_lora, mistral_lora, names, peft, proof, repeat, reread, write
+from moe_train import config
+from moe_train.commands import write_and_prove
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.verify import verify
+from moe_train.data.records.conversation import Conversation
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.machine import progress
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.proof import expected, repeat, reread, surroundings
+from moe_train.proof import logits as answers
+from moe_train.proof import prove as proof
+from moe_train.weights import external, names, peft
+from moe_train.weights import texts as text_files
+from moe_train.weights.gguf import lora as gguf_lora
+from moe_train.weights.mistral import lora as mistral_lora
+from moe_train.weights.texts import Texts
 
 MODEL = config.Model(
     family="mixtral",
@@ -42,9 +52,9 @@ CHAT = Conversation([{"role": "user", "content": "one"}, {"role": "assistant", "
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> write.Texts:
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     tokenizer = train_bpe(["one two three four"] * 5, 270, tmp_path_factory.mktemp("tokenizer") / "t")
-    return write.Texts(tokenizer, tokenizer.chat_template, "name: run\n")
+    return Texts(tokenizer, tokenizer.chat_template, "name: run\n")
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +68,10 @@ def weights() -> dict[str, jax.Array]:
         }
 
 
-def make(out: Path, weights: dict[str, jax.Array], texts: write.Texts, layout: Any, dtype: str, **options: Any) -> dict[str, Any]:
+def make(out: Path, weights: dict[str, jax.Array], texts: Texts, layout: Any, dtype: str, **options: Any) -> dict[str, Any]:
     lora = LORA if any(".lora_" in path for path in weights) else None
     with jax.set_mesh(ONE):
-        return write.export(
+        return write_and_prove.export(
             *(weights, MODEL, out, layout),
             **{"dtype": dtype, "lora": lora, "merge": lora is not None, "texts": texts, "conversations": [CHAT], **options},
         )
@@ -69,7 +79,7 @@ def make(out: Path, weights: dict[str, jax.Array], texts: write.Texts, layout: A
 
 @pytest.fixture(scope="module")
 def exports(
-    weights: dict[str, jax.Array], texts: write.Texts, tmp_path_factory: pytest.TempPathFactory
+    weights: dict[str, jax.Array], texts: Texts, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], tuple[Path, Path]]:
     """(a merged export, one of the base alone) of a layout and dtype."""
     folder, made = tmp_path_factory.mktemp("exports"), {}
@@ -225,18 +235,18 @@ def test_a_planted_fault_stops_the_export_and_is_found_later(
     check: str,
     exports: Any,
     weights: Any,
-    texts: write.Texts,
+    texts: Texts,
     tmp_path: Path,
     monkeypatch: Any,
 ) -> None:
     export, base = exports(layout, dtype)
-    copy_texts = write.write_texts
+    copy_texts = text_files.write_texts
 
     def faulty(directory: Path, *arguments: Any) -> None:
         copy_texts(directory, *arguments)
         fault(directory, base, layout)
 
-    monkeypatch.setattr(write, "write_texts", faulty)
+    monkeypatch.setattr(write_and_prove, "write_texts", faulty)
     with pytest.raises(RuntimeError, match=rf"the proof failed \([^)]*{check}"):
         make(tmp_path / "out", weights, texts, layout, dtype, depth="tensors")
     assert not list(tmp_path.iterdir())
@@ -265,12 +275,12 @@ def test_a_good_export_passes_everything_again(layout: str, dtype: str, exports:
 
 def forge(directory: Path) -> None:
     """Bring the record's hashes in line with the files: somebody changed them, and made a new record of hashes."""
-    record = json.loads((directory / proof.FILE).read_text())
-    record["files"] = proof.file_hashes(directory)
+    record = json.loads((directory / surroundings.FILE).read_text())
+    record["files"] = surroundings.file_hashes(directory)
     stored = reread.tensors(directory)
     found = repeat.compare.examine(stored, repeat.as_stored(stored), None, None).examined
     record["tensors"] = {name: {**record["tensors"][name], "sha256": found[name].sha256} for name in stored}
-    (directory / proof.FILE).write_text(json.dumps(record))
+    (directory / surroundings.FILE).write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("fault", [drop_expert_delta, swap_experts, transpose_rotary])
@@ -284,7 +294,7 @@ def test_the_answers_alone_find_what_changes_the_model(layout: str, dtype: str, 
     assert [check.name for check in checks if check.passed is False] == ["answers"]
 
 
-def test_a_slip_in_the_table_of_names_is_found(weights: Any, texts: write.Texts, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_slip_in_the_table_of_names_is_found(weights: Any, texts: Texts, tmp_path: Path, monkeypatch: Any) -> None:
     """Both the writer and the loader use the table: what they agree upon may still be wrong."""
     gate, up, down = names.MISTRAL.experts
     swapped = (gate._replace(name=up.name), up._replace(name=gate.name), down)
@@ -308,7 +318,7 @@ def test_merged_again_from_the_weights_in_memory(exports: Any, weights: Any, tmp
     path = "stacks.0.layers.0.ffn.up_proj.lora_b"
     other = merge(export, {**weights, path: weights[path] * 1.5})
     assert other.passed is False and "with its adapter" in other.said
-    of_base = merge(export, {}, base=foreign.open_weights(base))
+    of_base = merge(export, {}, base=external.open_weights(base))
     assert of_base.passed and of_base.figures["count"] == 3 + 2 * 3  # norms, router, both ends
     assert of_base.figures["adapted"] == 2 * (4 + 3 * 4) and of_base.figures["untrained"] == 0
 
@@ -379,13 +389,13 @@ def test_base_and_adapter_show_every_delta(layout: str, dtype: str, exports: Any
     other = MODEL.model_copy(update={"num_layers": 1})
     with jax.set_mesh(ONE):
         one = {path: x[:1] if path.startswith("stacks.") else x for path, x in weights.items() if ".lora_" not in path}
-        write.export(one, other, tmp_path / "other", dtype="float32", depth="tensors")
+        write_and_prove.export(one, other, tmp_path / "other", dtype="float32", depth="tensors")
     _, checks = verify(export, base=tmp_path / "other", depth="tensors")
     assert [check.said for check in checks if check.name == "merge"] == ["the files describe another model: num_layers is 1, not 2"]
 
 
 @pytest.mark.parametrize("layout", ["hf", "mistral", "gguf"])
-def test_whoever_listens_hears_how_far_it_is(layout: str, weights: Any, texts: write.Texts, tmp_path: Path) -> None:
+def test_whoever_listens_hears_how_far_it_is(layout: str, weights: Any, texts: Texts, tmp_path: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     with progress.listening(lambda *told: heard.append(told)):
         make(tmp_path / "made", weights, texts, layout, "bf16" if layout == "gguf" else "bfloat16", depth="tensors")
@@ -436,7 +446,7 @@ def test_the_answers_are_the_models_own(weights: dict[str, jax.Array]) -> None:
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(layout: str, directory: Path, weights: dict[str, jax.Array], texts: write.Texts) -> None:
+def write_adapter(layout: str, directory: Path, weights: dict[str, jax.Array], texts: Texts) -> None:
     if layout == "peft":
         peft.export_adapter(weights, MODEL, LORA, directory, base_model="base", texts=texts)
     elif layout == "gguf-lora":
@@ -446,7 +456,7 @@ def write_adapter(layout: str, directory: Path, weights: dict[str, jax.Array], t
 
 
 @pytest.mark.parametrize("layout", ["peft", "mistral-lora"])
-def test_a_fault_in_an_adapter_is_found(layout: Any, weights: Any, texts: write.Texts, tmp_path: Path) -> None:
+def test_a_fault_in_an_adapter_is_found(layout: Any, weights: Any, texts: Texts, tmp_path: Path) -> None:
     def prove(directory: Path) -> dict[str, Any]:
         with jax.set_mesh(ONE):
             return proof.prove_adapter(directory, layout, weights, MODEL, LORA, texts.tokenizer, texts.chat_template, [CHAT], {})
@@ -479,7 +489,7 @@ def test_a_fault_in_an_adapter_is_found(layout: Any, weights: Any, texts: write.
         assert {"files", "tensors"} <= {check.name for check in checks if check.passed is False}
 
 
-def test_a_fault_in_a_gguf_adapter_is_found(weights: Any, texts: write.Texts, tmp_path: Path) -> None:
+def test_a_fault_in_a_gguf_adapter_is_found(weights: Any, texts: Texts, tmp_path: Path) -> None:
     write_adapter("gguf-lora", tmp_path / "good", weights, texts)
     arguments = ("gguf-lora", weights, MODEL, LORA, None, None, [], {})
     with jax.set_mesh(ONE):
@@ -494,7 +504,7 @@ def test_a_fault_in_a_gguf_adapter_is_found(weights: Any, texts: write.Texts, tm
     assert {check.name for check in checks if check.passed is False} == {"files", "tensors"}
 
 
-def test_what_was_trained_in_full_beside_an_adapter_is_compared(weights: Any, texts: write.Texts, tmp_path: Path) -> None:
+def test_what_was_trained_in_full_beside_an_adapter_is_compared(weights: Any, texts: Texts, tmp_path: Path) -> None:
     lora = LORA.model_copy(update={"train": ("*norm", "ffn.router", "embed")})
     peft.export_adapter(weights, MODEL, lora, tmp_path / "out", base_model="base", texts=texts)
     with jax.set_mesh(ONE):
@@ -508,7 +518,7 @@ def test_a_record_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no export_proof\.json; only what moe-train export wrote"):
         verify(tmp_path)
     for text in ("{}", "[]", "{", '{"format": "hf", "files": {}, "tensors": {}, "model": 3}', '{"format": 1, "files": 1}'):
-        (tmp_path / proof.FILE).write_text(text)
+        (tmp_path / surroundings.FILE).write_text(text)
         with pytest.raises(ValueError, match=r"^[^\n]*export_proof\.json[^\n]*$"):
             verify(tmp_path)
 

@@ -16,14 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_train import checkpoint, config, config_file, metrics, model_dir
-from moe_train.data.loader import Loader
-from moe_train.data.tokenizer import load_tokenizer, tokenizer_at
-from moe_train.export import export
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
-from moe_train.train import evaluate, loop, step
-from moe_train.train.evaluate import evaluate_dir
+from moe_train import config
+from moe_train.checkpoint import manager, model_dir, runs
+from moe_train.commands import evaluate
+from moe_train.commands.evaluate import evaluate_dir
+from moe_train.commands.export import export
+from moe_train.config import yaml_file
+from moe_train.data.batches.loader import Loader
+from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.run import loop
+from moe_train.run.writer import Writer
+from moe_train.train import step
 
 LORA = {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 4.0}]}
 
@@ -77,7 +83,7 @@ def test_what_a_run_leaves(finished, small_run):
     assert first["cross_entropy"] == pytest.approx(math.log(288), rel=0.02) and last["loss"] < first["loss"] - 0.3
     assert last["tokens_per_second"] == pytest.approx(8 * 32 / last["seconds"]) and 0 < last["mfu"] < 1
     assert steps_in(finished) == [2, 3, 4, 6]  # 3 because it was the best so far
-    assert config_file.load(finished / "config.yaml") == run
+    assert yaml_file.load(finished / "config.yaml") == run
     start, stop = events(finished)
     assert (start["event"], stop["event"], stop["step"], stop["reason"]) == ("start", "stop", 6, "finished")
     assert start["versions"]["jax"] == jax.__version__ and start["hardware"]["devices"] == 8 and len(start["config_sha256"]) == 64
@@ -132,14 +138,14 @@ def test_a_file_is_evaluated_as_the_run_reads_its_own(small_run, tmp_path):
 
 def test_interrupted_and_started_again(tmp_path, finished, small_run, monkeypatch, capsys):
     """Ctrl-C during step 3, in this process; the handlers are as before afterwards."""
-    write, before = metrics.Writer.train, signal.getsignal(signal.SIGINT)
+    write, before = Writer.train, signal.getsignal(signal.SIGINT)
 
-    def interrupt(writer: metrics.Writer, step: int, figures: dict) -> None:
+    def interrupt(writer: Writer, step: int, figures: dict) -> None:
         write(writer, step, figures)
         if step == 3:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(metrics.Writer, "train", interrupt)
+    monkeypatch.setattr(Writer, "train", interrupt)
     run = small_run(tmp_path)
     assert loop.train(run) == loop.UNFINISHED
     assert signal.getsignal(signal.SIGINT) is before
@@ -281,8 +287,8 @@ def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, s
 
 
 def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, monkeypatch):
-    found, restore = [], checkpoint.restore
-    monkeypatch.setattr(checkpoint, "restore", lambda *args: found.append(restore(*args)) or found[-1])
+    found, restore = [], manager.restore
+    monkeypatch.setattr(manager, "restore", lambda *args: found.append(restore(*args)) or found[-1])
     assert loop.train(small_run(after_two, train__steps=2)) == loop.FINISHED
     state = found[0].state
     (adam,) = (part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
@@ -294,14 +300,14 @@ def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads, cut short
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, small_run, monkeypatch, capfd):
     """Files cannot grow past 4 kB from the figures of step 3 on: neither the checkpoint nor metrics.jsonl fit."""
-    write, limits = metrics.Writer.train, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, limits = Writer.train, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill_the_disk(writer: metrics.Writer, step: int, figures: dict) -> None:
+    def fill_the_disk(writer: Writer, step: int, figures: dict) -> None:
         write(writer, step, figures)
         if step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
 
-    monkeypatch.setattr(metrics.Writer, "train", fill_the_disk)
+    monkeypatch.setattr(Writer, "train", fill_the_disk)
     run = small_run(after_two, data__eval=[])
     try:
         with pytest.raises(RuntimeError, match=r"could not save a checkpoint in .*; the one of step 2 is intact$"):
@@ -330,19 +336,19 @@ def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, tex
     shutil.copytree(finished, base)
     lora = LORA | {"train": ["final_norm"]}
     run = small_run(run_dir, init_from=str(base), model=None, lora=lora, train__steps=4, data__tokenizer=None)
-    write = metrics.Writer.train
+    write = Writer.train
 
-    def interrupt(writer: metrics.Writer, step: int, figures: dict) -> None:
+    def interrupt(writer: Writer, step: int, figures: dict) -> None:
         write(writer, step, figures)
         if step == 1:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.Writer, "train", interrupt)
+        patch.setattr(Writer, "train", interrupt)
         assert loop.train(run) == loop.UNFINISHED
     assert loop.train(run) == loop.FINISHED
 
-    said = model_dir.run_config(run_dir)
+    said = runs.run_config(run_dir)
     assert said.model == small_run(base).model and said.data.tokenizer.path == str(base / "tokenizer")
     full, adapted = weights(small_run(base), base), weights(said, run_dir)
     assert {path for path in full if not np.array_equal(full[path], adapted[path])} == {"final_norm.scale"}  # the base's bytes

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.data.tokenizer import HuggingFace
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.train.ready import check_ready, settled
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.run.preflight import check_ready, settled
+from moe_train.weights import texts
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "What is 2 + 3? It is 5."] * 8
 CHATS = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(3)]
@@ -79,16 +80,16 @@ def test_an_export_that_nothing_would_read(run: Any, tokenizer: HuggingFace, tmp
 
 
 def test_a_template_that_the_export_would_not_carry(run: Any, tokenizer: HuggingFace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_train.weights import write
+    from moe_train.commands import write_and_prove
 
-    original = write.write_texts
+    original = texts.write_texts
 
-    def forgets(directory: Path, texts: write.Texts) -> None:
+    def forgets(directory: Path, texts: texts.Texts) -> None:
         original(directory, texts._replace(chat_template=None))
 
     template = "{% for m in messages %}{{ '[INST]' + m.role + ' ' + m.content + eos_token }}{% endfor %}"
     check_ready(run(chat_template=template), tokenizer)
-    monkeypatch.setattr(write, "write_texts", forgets)
+    monkeypatch.setattr(write_and_prove, "write_texts", forgets)
     with pytest.raises(ValueError, match=r"a\.jsonl:1: an export's chat template would render the record to other tokens"):
         check_ready(run(chat_template=template), tokenizer)
 

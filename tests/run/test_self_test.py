@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.mesh import make_mesh
-from moe_train.model import attention, transport
-from moe_train.model import grouped_matmul as gm
-from moe_train.train.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul, kernels
-from tests.model.conftest import ragged_all_to_all
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.attention import gqa
+from moe_train.model.moe import grouped_matmul as gm
+from moe_train.model.moe.transport import choose as transport
+from moe_train.run.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul, kernels
+from tests.compiled_programs import ragged_all_to_all
 
 MODEL = config.Model(
     family="ministral",
@@ -122,7 +123,7 @@ def with_the_gradient_of_some_keys(q, k, v, *rest):
     return right(q, jnp.concatenate([k[:, :128], jax.lax.stop_gradient(k[:, 128:])], axis=1), v, *rest)
 
 
-right = attention.blocked
+right = gqa.blocked
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ right = attention.blocked
     ],
 )
 def test_stops_at_attention_that_is_wrong(monkeypatch, wrong, said):
-    monkeypatch.setattr(attention, "blocked", wrong)
+    monkeypatch.setattr(gqa, "blocked", wrong)
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))), pytest.raises(RuntimeError, match=said):
         check_attention(MODEL, config.Compute(), 512)
 

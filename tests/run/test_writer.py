@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from moe_train import config, metrics
-from moe_train.model.moe import RouterStats
+from moe_train import config
+from moe_train.model.moe.router import RouterStats
+from moe_train.run import metrics
+from moe_train.run import writer as writers
 
 
 def test_router_figures_stay_per_layer():
@@ -32,8 +34,8 @@ def lines(run_dir):
 
 
 def test_lines_files_and_events(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "LINE_SECONDS", 0)
-    writer = metrics.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4)
+    monkeypatch.setattr(writers, "LINE_SECONDS", 0)
+    writer = writers.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4)
     for step in (1, 2):
         writer.train(step, FIGURES)
     writer.evaluation(2, {"loss": 2.25, "loss_tokens": 1000})
@@ -67,13 +69,13 @@ def tensorboard_values(run_dir):
 def test_steps_that_are_done_again_are_written_once(tmp_path):
     """A process died after step 4, without a checkpoint since step 2, in the middle of a line."""
     settings = config.Metrics(tensorboard=False)
-    writer = metrics.Writer(tmp_path, settings, start_step=0, total_steps=6)
+    writer = writers.Writer(tmp_path, settings, start_step=0, total_steps=6)
     for step in (1, 2, 3, 4):
         writer.train(step, FIGURES)
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    writer = metrics.Writer(tmp_path, settings, start_step=2, total_steps=6)
+    writer = writers.Writer(tmp_path, settings, start_step=2, total_steps=6)
     writer.train(3, FIGURES)
     writer.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -81,7 +83,7 @@ def test_steps_that_are_done_again_are_written_once(tmp_path):
 
 
 def test_a_log_gets_a_line_now_and_then(tmp_path, capsys):
-    with metrics.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=50) as writer:
+    with writers.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=50) as writer:
         for step in range(1, 51):
             writer.train(step, FIGURES)
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/50", "50/50"]
@@ -89,7 +91,7 @@ def test_a_log_gets_a_line_now_and_then(tmp_path, capsys):
 
 
 def test_other_processes_write_nothing(tmp_path):
-    writer = metrics.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4, write=False)
+    writer = writers.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4, write=False)
     writer.train(1, FIGURES)
     writer.evaluation(1, {"loss": 1.0, "loss_tokens": 1})
     writer.say("hello")
@@ -100,7 +102,7 @@ def test_other_processes_write_nothing(tmp_path):
 def test_a_terminal_gets_one_progress_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
-    writer = metrics.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=4)
+    writer = writers.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=4)
     for step in range(1, 5):
         writer.train(step, FIGURES)
     writer.close()

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import BATCH, make_mesh
-from moe_train.train import loss
+from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.train import cross_entropy
 
 B, T, D, V = 8, 150, 12, 48
 MESHES = {
@@ -31,7 +31,7 @@ MASKS = ("random", "everything", "nothing", "one token")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 tokens at a time, which no mesh's part is a multiple of."""
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 128 * V)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 128 * V)
 
 
 def operands(mask: str) -> tuple[np.ndarray, ...]:
@@ -60,7 +60,7 @@ def exact(hidden: Any, head: Any, targets: Any, mask: Any) -> tuple[Any, tuple[A
 @cache
 def compiled(mesh: Mesh, scale: float = 1.0) -> Any:
     def total(hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-        return loss.cross_entropy_sum(hidden, head, targets, mask) * scale
+        return cross_entropy.cross_entropy_sum(hidden, head, targets, mask) * scale
 
     return jax.jit(jax.value_and_grad(total, (0, 1)))
 
@@ -131,7 +131,10 @@ def test_a_frozen_head_costs_no_gradient() -> None:
     one, arrays = MESHES["one device"], operands("random")
     with jax.set_mesh(one):
         both, hidden_alone = (
-            jax.jit(jax.grad(loss.cross_entropy_sum, wanted)).lower(*placed(one, *arrays)).compile().cost_analysis()["flops"]
+            jax.jit(jax.grad(cross_entropy.cross_entropy_sum, wanted))
+            .lower(*placed(one, *arrays))
+            .compile()
+            .cost_analysis()["flops"]
             for wanted in ((0, 1), 0)
         )
     assert both - hidden_alone >= 2 * 128 * V * D  # of the one chunk that is counted

@@ -14,9 +14,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import make_mesh
-from moe_train.model.transformer import init_model, parameters
-from moe_train.train.optimizer import decay_mask, make_optimizer, make_schedule, matrix_dims, orthogonalise
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.train.muon import matrix_dims, orthogonalise
+from moe_train.train.optimizer import decay_mask, make_optimizer, make_schedule
 
 MODEL = config.Model(
     family="mixtral",

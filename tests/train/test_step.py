@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.data.batch import Batch
-from moe_train.mesh import make_mesh, put_batch
-from moe_train.model.lora import is_lora
-from moe_train.model.transformer import combine, init_model, parameters
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.parameters import combine, parameters
+from moe_train.model.paths import is_lora
+from moe_train.model.transformer import init_model
 from moe_train.train.state import TrainState, create_state
 from moe_train.train.step import StepMetrics, train_step
 

@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.mesh import make_mesh
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
 from moe_train.model.quantize import unquantized
-from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import foreign, hf
+from moe_train.model.transformer import init_model
+from moe_train.weights import external, hf
 
 MODEL = config.Model(
     family="mixtral",
@@ -39,9 +40,9 @@ def test_weights_are_quantised_matrix_by_matrix(how: Any, tmp_path: Path) -> Non
         )[1]
         shapes = {path: x for path, x in shapes.items() if "lora" not in path}
         assert all(isinstance(x.sharding, NamedSharding) for x in shapes.values())
-        foreign.load_parameters(tmp_path, shapes)  # compiles
+        external.load_parameters(tmp_path, shapes)  # compiles
         tracemalloc.start()
-        found = foreign.load_parameters(tmp_path, shapes)
+        found = external.load_parameters(tmp_path, shapes)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     whole = unquantized(shapes)["stacks.0.layers.0.ffn.gate_proj.weight"]

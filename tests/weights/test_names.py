@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.mesh import make_mesh
-from moe_train.model import transformer
+from moe_train.machine.mesh import make_mesh
+from moe_train.model import parameters, transformer
 from moe_train.weights import names
 
 
@@ -55,7 +55,7 @@ PUBLISHED = {
 def shapes_of(m: config.Model) -> dict[str, tuple[int, ...]]:
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         abstract = jax.eval_shape(lambda: transformer.init_model(0, m, config.Compute()))
-    return {path: array.shape for path, array in transformer.parameters(abstract)[1].items()}
+    return {path: array.shape for path, array in parameters.parameters(abstract)[1].items()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -184,7 +184,7 @@ def test_adapters_have_the_dims_of_their_layers() -> None:
     lora = config.Lora(targets=(config.LoraTarget(modules=modules, rank=3, alpha=3.0),))
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         abstract = jax.eval_shape(lambda: transformer.init_model(0, SMALL, config.Compute(), lora))
-    shapes = {path: a.shape for path, a in transformer.parameters(abstract)[1].items() if ".lora_" in path}
+    shapes = {path: a.shape for path, a in parameters.parameters(abstract)[1].items() if ".lora_" in path}
     table = names.adapter_pieces(SMALL, ranks)
     in_file = {piece.name: piece.shape for piece in table}
     names.check("here", table, in_file, shapes)

@@ -11,13 +11,13 @@ import pytest
 import safetensors.numpy
 
 from moe_train import config
-from moe_train.json_file import read_object
+from moe_train.machine.files import read_object
 from moe_train.weights import merge, names, peft, serve
-from moe_train.weights.hf_config import write_model_config
+from moe_train.weights.hf.config_json import write_model_config
 from moe_train.weights.serve import Shape
 from tests.random_parameters import random_parameters
-from tests.weights.test_hf import LORA, MINISTRAL, MIXTRAL, ONE
-from tests.weights.test_mistral import MODELS
+from tests.weights.hf.test_files import LORA, MINISTRAL, MIXTRAL, ONE
+from tests.weights.mistral.test_files import MODELS
 
 Q, K, UP = "stacks.0.layers.0.attention.q_proj", "stacks.0.layers.0.attention.k_proj", "stacks.0.layers.0.ffn.up_proj"
 

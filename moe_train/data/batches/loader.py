@@ -17,15 +17,16 @@ import grain
 import numpy as np
 
 from moe_train import config
-from moe_train.data import chat, manifest
-from moe_train.data.batch import Batch
-from moe_train.data.example import learns
-from moe_train.data.order import Order
-from moe_train.data.packing import TooLong, empty_batch, fill_row
-from moe_train.data.prepare import Progress, prepare
-from moe_train.data.sources import open_source
-from moe_train.data.store import Piece, TokenStore
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.batches.batch import Batch, empty_batch, fill_row
+from moe_train.data.batches.order import Order
+from moe_train.data.batches.packing import TooLong
+from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat.example import learns
+from moe_train.data.prepared import manifest
+from moe_train.data.prepared.store import Piece, TokenStore
+from moe_train.data.prepared.tokenize_ahead import Progress, prepare
+from moe_train.data.records.sources import open_source
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _TOGETHER = 1024  # loss masks
 _ROWS = 1 << 40  # more than any source gives in a run: row r of source i has the number i * _ROWS + r
@@ -77,7 +78,7 @@ class Loader:
         chosen = data.train if sources == "train" else data.eval
         if not chosen:
             raise ValueError(f"data.{sources} names no source")
-        template = chat.load_template(data.chat_template, tokenizer)
+        template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
         self._batch_size, self._seq_len, self._prefetch = batch_size, seq_len, data.prefetch
         per_process = batch_size // process_count
         self._slice = slice(process_index * per_process, (process_index + 1) * per_process)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_train.atomic import new_directory
-from moe_train.data.packing import Method, Plan, TooLong, joined, make_plan
-from moe_train.data.store import Piece, TokenStore
+from moe_train.data.batches.packing import Method, Plan, TooLong, joined, make_plan
+from moe_train.data.prepared.store import Piece, TokenStore
+from moe_train.machine.files import new_directory
 
 _LAYOUT = 1
 _KEPT = 100_000  # examples from which on a plan is kept on disk: smaller ones are made in no time

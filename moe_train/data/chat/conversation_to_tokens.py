@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_train.data import template as templates
-from moe_train.data.conversation import Conversation, Message
-from moe_train.data.example import Example, uses_tools
-from moe_train.data.fields import Problem, brief, checked_text
-from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
+from moe_train.data.chat import template as templates
+from moe_train.data.chat.example import Example, uses_tools
+from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.problem import Problem, brief, checked_text
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 
 def examples(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> list[Example]:
@@ -56,7 +58,7 @@ def _refused(conversation: Conversation, template: str | None, tokenizer: Tokeni
 def _made(conversations: list[Conversation], template: str | None, tokenizer: Tokenizer) -> list[list[Example] | ValueError]:
     match tokenizer:
         case Mistral():
-            from moe_train.data import mistral  # half a second that only its users pay
+            from moe_train.data.chat import mistral  # half a second that only its users pay
 
             found: list[list[Example] | ValueError] = []
             for conversation in conversations:
@@ -77,7 +79,7 @@ def render_prompt(messages: list[Message], template: str | None, tokenizer: Toke
     _check(conversation)
     match tokenizer:
         case Mistral():
-            from moe_train.data import mistral
+            from moe_train.data.chat import mistral
 
             return mistral.prompt(conversation, tokenizer)
         case HuggingFace():
@@ -90,7 +92,7 @@ def check_has_tools(template: str | None, tokenizer: Tokenizer) -> None:
     """Raise Problem where records with tools cannot be written with this tokenizer and template."""
     match tokenizer:
         case Mistral():
-            from moe_train.data import mistral
+            from moe_train.data.chat import mistral
 
             mistral.check_has_tools(tokenizer)
         case HuggingFace():

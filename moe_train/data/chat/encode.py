@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from moe_train import config
-from moe_train.data import chat
-from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.example import Example
-from moe_train.data.sources import Origin, Records
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat.example import Example
+from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.sources import Origin, Records
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _CHARACTERS, _RECORDS = 1 << 17, 1024  # tokenised at once: with more the library takes longer, for want of cache
 
@@ -29,7 +29,7 @@ def encode(
     """
     if not isinstance(record, config.TextRecord):
         for conversations in _chunks(numbered, records, record, _size):
-            found = chat.examples_batch([conversation for _, conversation in conversations], template, tokenizer)
+            found = conversation_to_tokens.examples_batch([conversation for _, conversation in conversations], template, tokenizer)
             for (origin, _), examples in zip(conversations, found, strict=True):
                 if isinstance(examples, ValueError):
                     raise ValueError(f"{records.where(origin)}: {examples}") from examples

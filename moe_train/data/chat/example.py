@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_train.data.conversation import Conversation, Message
-from moe_train.data.fields import Problem
+from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.problem import Problem
 
 
 class Example(NamedTuple):

@@ -12,13 +12,14 @@ import string
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from moe_train.data.conversation import Conversation, Message
-from moe_train.data.example import bears_loss, turns, uses_tools
-from moe_train.data.fields import brief
-from moe_train.data.renderer import GENERATION
-from moe_train.data.renderings import PLAIN, Asked, ask, text_or_raise, without_marks
-from moe_train.data.sandbox import Prefix
-from moe_train.data.tokenizer import HuggingFace, Span
+from moe_train.data.chat.example import bears_loss, turns, uses_tools
+from moe_train.data.chat.renderer import GENERATION
+from moe_train.data.chat.renderings import PLAIN, Asked, ask, text_or_raise, without_marks
+from moe_train.data.chat.sandbox import Prefix
+from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.problem import brief
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.tokenizer import Span
 
 
 class Text(NamedTuple):

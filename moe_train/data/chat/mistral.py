@@ -24,9 +24,9 @@ from mistral_common.tokens.tokenizers.base import SpecialTokens, TokenizerVersio
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from pydantic import ValidationError
 
-from moe_train.data.conversation import Conversation, Message
-from moe_train.data.example import Example, turns, uses_tools, without_tools
-from moe_train.data.tokenizer import Mistral
+from moe_train.data.chat.example import Example, turns, uses_tools, without_tools
+from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.tokenizers.mistral import Mistral
 
 _FIRST_WITH_TOOLS = TokenizerVersion.v2
 _FIRST_WITHOUT_IDS = TokenizerVersion.v13  # from here on, ids are never encoded

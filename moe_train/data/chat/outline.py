@@ -9,10 +9,11 @@ import itertools
 import re
 from typing import NamedTuple
 
-from moe_train.data.conversation import Conversation
-from moe_train.data.example import bears_loss
-from moe_train.data.renderer import PLACE
-from moe_train.data.tokenizer import Marked, Span
+from moe_train.data.chat.example import bears_loss
+from moe_train.data.chat.renderer import PLACE
+from moe_train.data.records.conversation import Conversation
+from moe_train.data.tokenizers.huggingface import Marked
+from moe_train.data.tokenizers.tokenizer import Span
 
 Order = tuple[tuple[str, bool, bool], ...]
 """Of each message its role, whether it is learnt, and whether it is empty."""

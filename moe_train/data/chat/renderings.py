@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_train.data.conversation import Conversation, Message
-from moe_train.data.fields import Problem, brief
-from moe_train.data.renderer import GENERATION
-from moe_train.data.sandbox import Prefix, Request
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.chat.renderer import GENERATION
+from moe_train.data.chat.sandbox import Prefix, Request
+from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.problem import Problem, brief
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 # Unicode noncharacters, which no text contains: what was written and looks like a control token stands between these.
 PLAIN = ("\ufdd0", "\ufdd1")

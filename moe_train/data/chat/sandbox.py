@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from moe_train.data import renderer
-from moe_train.data.renderer import Limits
+from moe_train.data.chat import renderer
+from moe_train.data.chat.renderer import Limits
 
 GENERATION = renderer.GENERATION
 _BATCH = 1 << 20  # bytes of requests that cross at once

@@ -14,13 +14,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moe_train.data import sandbox
-from moe_train.data.conversation import Conversation, Message
-from moe_train.data.example import Example, without_tools
-from moe_train.data.learnt import Renderings, Steps, Text, added_spans, around, learnt_text, learnt_texts
-from moe_train.data.outline import Order, Outline, fill, order_of, outline_of
-from moe_train.data.renderings import PLAIN, Asked, ask, checked, text_or_raise, unmarked, without_marks
-from moe_train.data.tokenizer import HuggingFace, Marked
+from moe_train.data.chat import sandbox
+from moe_train.data.chat.example import Example, without_tools
+from moe_train.data.chat.loss_mask import Renderings, Steps, Text, added_spans, around, learnt_text, learnt_texts
+from moe_train.data.chat.outline import Order, Outline, fill, order_of, outline_of
+from moe_train.data.chat.renderings import PLAIN, Asked, ask, checked, text_or_raise, unmarked, without_marks
+from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.tokenizers.huggingface import HuggingFace, Marked
 
 
 def examples(conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace) -> list[list[Example] | ValueError]:

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from moe_train.data.checking.form import Form
-from moe_train.data.conversation import Conversation, Message
-from moe_train.data.fields import brief
+from moe_train.data.check.form import Form
+from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.problem import brief
 
 _NINE = re.compile(r"[a-zA-Z0-9]{9}")
 _FUNCTION = re.compile(r"[a-zA-Z0-9_-]{1,64}")

@@ -22,18 +22,18 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
-from moe_train.atomic import refuse_existing
-from moe_train.data.checking import estimate, rules
-from moe_train.data.checking.chunks import Coverage, Place, Source, all_chunks, places_of, some_chunks
-from moe_train.data.checking.corrected import corrected_copy
-from moe_train.data.checking.duplicates import SIMILAR, Spool
-from moe_train.data.checking.duplicates import WORDS as DUPLICATE_WORDS
-from moe_train.data.checking.examine import Chunk, Findings, Question, Stop, examine
-from moe_train.data.checking.form import Form, form_of
-from moe_train.data.checking.held_out import HeldOut
-from moe_train.data.checking.overlap import OVERLAP_WORDS
-from moe_train.data.fields import Problem
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.check import estimate, rules
+from moe_train.data.check.chunks import Coverage, Place, Source, all_chunks, places_of, some_chunks
+from moe_train.data.check.corrected import corrected_copy
+from moe_train.data.check.duplicates import SIMILAR, Spool
+from moe_train.data.check.duplicates import WORDS as DUPLICATE_WORDS
+from moe_train.data.check.examine import Chunk, Findings, Question, Stop, examine
+from moe_train.data.check.form import Form, form_of
+from moe_train.data.check.held_out import HeldOut
+from moe_train.data.check.overlap import OVERLAP_WORDS
+from moe_train.data.records.problem import Problem
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import refuse_existing
 
 _WORTH_PROCESSES = 8 << 20  # bytes; less is done before processes have started
 
@@ -98,7 +98,7 @@ Progress = Callable[[int, int, int], None]
 
 
 def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
-    """Everything that is known of the records, as JSON would have it (see `tests/data/test_check.py` for the keys).
+    """Everything that is known of the records, as JSON would have it (see `tests/data/check/test_check.py` for the keys).
 
     Raises FileNotFoundError, FileExistsError and ValueError where the check cannot be made as asked: nothing to read, a
     `fix` folder that is there, records with tools for a tokenizer without tool tokens.

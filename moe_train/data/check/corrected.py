@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moe_train.atomic import new_directory
-from moe_train.data.checking.chunks import Place
-from moe_train.data.checking.examine import Findings
-from moe_train.data.formats.file_bytes import is_compressed
+from moe_train.data.check.chunks import Place
+from moe_train.data.check.examine import Findings
+from moe_train.data.records.file_bytes import is_compressed
+from moe_train.machine.files import new_directory
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_train.data.checking.ngrams import Words, grams, mixed
+from moe_train.data.check.ngrams import Words, grams, mixed
 
 WORDS, SIMILAR = 5, 0.8
 _BANDS, _ROWS = 16, 8

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_train.data import packing
-from moe_train.data.checking.chunks import Source
-from moe_train.json_file import read_object
+from moe_train.data.batches import packing
+from moe_train.data.check.chunks import Source
+from moe_train.machine.files import read_object
 
 Lengths = Mapping[tuple[int, str], Mapping[int, int]]
 """Of each source and kind of record, how many examples have so many ids. An example takes one position less than its ids."""

@@ -14,20 +14,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_train import config
-from moe_train.data import chat
-from moe_train.data.checking import rules
-from moe_train.data.checking.duplicates import Fingerprints, fingerprints
-from moe_train.data.checking.form import Form
-from moe_train.data.checking.ngrams import words
-from moe_train.data.checking.overlap import overlap, said_in
-from moe_train.data.conversation import Conversation, denormalise, normalise, recognise
-from moe_train.data.encoding import encode
-from moe_train.data.example import Example, uses_tools
-from moe_train.data.fields import Item, Problem
-from moe_train.data.formats.file_bytes import BOM
-from moe_train.data.formats.json_lines import Block, records_in
-from moe_train.data.sources import Origin, Records
-from moe_train.data.tokenizer import HuggingFace, Tokenizer
+from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat.encode import encode
+from moe_train.data.chat.example import Example, uses_tools
+from moe_train.data.check import rules
+from moe_train.data.check.duplicates import Fingerprints, fingerprints
+from moe_train.data.check.form import Form
+from moe_train.data.check.ngrams import words
+from moe_train.data.check.overlap import overlap, said_in
+from moe_train.data.records.conversation import Conversation, denormalise, normalise, recognise
+from moe_train.data.records.file_bytes import BOM
+from moe_train.data.records.json_lines import Block, records_in
+from moe_train.data.records.problem import Item, Problem
+from moe_train.data.records.sources import Origin, Records
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _STILL_TOKENISED = {"control-token"}  # training takes a record that breaks these, as plain text
 
@@ -178,7 +179,7 @@ def _judge(read: list[_Read], place: int, question: Question, form: Form) -> Non
             texts.append(one)
         else:
             conversations.append((one, one.record))
-    made = chat.examples_batch([record for _, record in conversations], question.template, question.tokenizer)
+    made = conversation_to_tokens.examples_batch([record for _, record in conversations], question.template, question.tokenizer)
     for (one, _), found in zip(conversations, made, strict=True):
         if isinstance(found, ValueError):
             one.problems.append(found if isinstance(found, Problem) else Problem("refused", str(found), "change or drop it"))
@@ -205,7 +206,7 @@ def _stop_where_there_is_no_form(one: _Read, conversation: Conversation, place: 
         raise Stop(place, one.number, what, "name a jinja file with --chat-template (in a config: data.chat_template)")
     if not any(problem.rule == "type" for problem in one.problems) and uses_tools(conversation):
         try:
-            chat.check_has_tools(question.template, question.tokenizer)
+            conversation_to_tokens.check_has_tools(question.template, question.tokenizer)
         except Problem as problem:
             raise Stop(place, one.number, problem.message, problem.remedy) from problem
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_train.data.checking.chunks import Source, places_of, read
-from moe_train.data.checking.overlap import held_out_hashes
-from moe_train.data.conversation import Conversation, normalise, recognise
-from moe_train.data.fields import Problem
+from moe_train.data.check.chunks import Source, places_of, read
+from moe_train.data.check.overlap import held_out_hashes
+from moe_train.data.records.conversation import Conversation, normalise, recognise
+from moe_train.data.records.problem import Problem
 
 
 class HeldOut:

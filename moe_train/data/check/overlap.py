@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_train.data.checking.ngrams import Words, grams, words
-from moe_train.data.conversation import Conversation
+from moe_train.data.check.ngrams import Words, grams, words
+from moe_train.data.records.conversation import Conversation
 
 OVERLAP_WORDS = 13
 """So many consecutive words in common with the evaluation set are an overlap (GPT-3, arXiv:2005.14165, appendix C)."""

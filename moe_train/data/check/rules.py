@@ -12,12 +12,12 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from moe_train.data.checking import call_rules as calls
-from moe_train.data.checking import text_rules as texts
-from moe_train.data.checking import turn_rules as turns
-from moe_train.data.checking.form import Form
-from moe_train.data.conversation import Conversation
-from moe_train.data.fields import Problem, brief
+from moe_train.data.check import call_rules as calls
+from moe_train.data.check import text_rules as texts
+from moe_train.data.check import turn_rules as turns
+from moe_train.data.check.form import Form
+from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.problem import Problem, brief
 
 
 class Rule(NamedTuple):

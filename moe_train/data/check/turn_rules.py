@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moe_train.data.checking.form import Form
-from moe_train.data.conversation import Conversation, Message
-from moe_train.data.fields import brief
+from moe_train.data.check.form import Form
+from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.problem import brief
 
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_NAMES = {

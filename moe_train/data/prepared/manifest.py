@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moe_train.atomic import write_text
+from moe_train.machine.files import write_text
 
 NAME = "manifest.json"
 

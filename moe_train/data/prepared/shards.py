@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_train.atomic import write_text
-from moe_train.data.sources import Records, Span
+from moe_train.data.records.sources import Records, Span
+from moe_train.machine.files import write_text
 
 _BYTES = 1 << 22, 1 << 28  # of a shard: a sixteenth of its file, within these
 _BLOCK = 1 << 22

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_train.data import manifest
-from moe_train.data.manifest import Manifest, ShardEntry
-from moe_train.data.remote import File, Remote, open_folder
+from moe_train.data.prepared import manifest
+from moe_train.data.prepared.bucket import File, Remote, open_folder
+from moe_train.data.prepared.manifest import Manifest, ShardEntry
 
 log = logging.getLogger(__name__)
 

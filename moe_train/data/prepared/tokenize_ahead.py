@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train import config
-from moe_train.data.manifest import Manifest, Rules, ShardEntry, SourceFile
-from moe_train.data.shards import Scan, Shard, cut, scan
-from moe_train.data.sources import Records, open_source
-from moe_train.data.tokenise import Told, write_shard
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.prepared.manifest import Manifest, Rules, ShardEntry, SourceFile
+from moe_train.data.prepared.shards import Scan, Shard, cut, scan
+from moe_train.data.prepared.tokenize_shard import Told, write_shard
+from moe_train.data.records.sources import Records, open_source
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

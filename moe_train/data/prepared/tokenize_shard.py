@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from moe_train import config
-from moe_train.atomic import new_directory
-from moe_train.data.encoding import encode
-from moe_train.data.example import Example
-from moe_train.data.shards import Shard
-from moe_train.data.sources import Origin, Records
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.chat.encode import encode
+from moe_train.data.chat.example import Example
+from moe_train.data.prepared.shards import Shard
+from moe_train.data.records.sources import Origin, Records
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import new_directory
 
 Told = Callable[[int, int], None]  # of records and tokens more
 _FLUSH = 1 << 16  # ids held before they are written

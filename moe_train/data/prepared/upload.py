@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.manifest import NAME
-from moe_train.data.remote import fault, open_files
+from moe_train.data.prepared.bucket import fault, open_files
+from moe_train.data.prepared.manifest import NAME
 
 
 def upload(directory: str, to: str) -> str:

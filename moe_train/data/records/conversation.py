@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moe_train import config
-from moe_train.data.fields import Problem, brief, field, text_field
+from moe_train.data.records.problem import Problem, brief, field, text_field
 
 Message = dict[str, Any]
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.fields import Problem
+from moe_train.data.records.problem import Problem
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 BLOCK = 1 << 20  # bytes to read at a time

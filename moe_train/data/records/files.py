@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moe_train.data.fields import Item, Problem
-from moe_train.data.formats.file_bytes import COMPRESSIONS, is_compressed
-from moe_train.data.formats.json_array import is_array, read_array
-from moe_train.data.formats.json_lines import read_lines
-from moe_train.data.formats.plain_text import read_text
-from moe_train.data.formats.tables import read_csv, read_rows
+from moe_train.data.records.file_bytes import COMPRESSIONS, is_compressed
+from moe_train.data.records.json_array import is_array, read_array
+from moe_train.data.records.json_lines import read_lines
+from moe_train.data.records.plain_text import read_text
+from moe_train.data.records.problem import Item, Problem
+from moe_train.data.records.tables import read_csv, read_rows
 
 FORMATS = {
     ".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.fields import Item, Problem, brief
-from moe_train.data.formats.file_bytes import BLOCK, BOM, CUT_SHORT, MAX_RECORD, not_utf8, opened
-from moe_train.data.formats.json_parser import Parser, unusable
+from moe_train.data.records.file_bytes import BLOCK, BOM, CUT_SHORT, MAX_RECORD, not_utf8, opened
+from moe_train.data.records.json_parser import Parser, unusable
+from moe_train.data.records.problem import Item, Problem, brief
 
 
 def is_array(file: Path) -> bool:

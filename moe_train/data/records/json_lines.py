@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_train.data.fields import Item, Problem
-from moe_train.data.formats.file_bytes import BLOCK, BOM, MAX_RECORD, opened
-from moe_train.data.formats.json_parser import Parser
+from moe_train.data.records.file_bytes import BLOCK, BOM, MAX_RECORD, opened
+from moe_train.data.records.json_parser import Parser
+from moe_train.data.records.problem import Item, Problem
 
 
 class Block(NamedTuple):

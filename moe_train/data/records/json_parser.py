@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moe_train.data.fields import Item, Problem, brief
-from moe_train.data.formats.file_bytes import looks_like_utf16, not_utf8, utf16
+from moe_train.data.records.file_bytes import looks_like_utf16, not_utf8, utf16
+from moe_train.data.records.problem import Item, Problem, brief
 
 MAX_DEPTH = 100
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_train.data.fields import Problem
-from moe_train.data.formats.file_bytes import BOM, not_utf8, opened
+from moe_train.data.records.file_bytes import BOM, not_utf8, opened
+from moe_train.data.records.problem import Problem
 
 MAX_TEXT = 4 << 20  # bytes in one record
 

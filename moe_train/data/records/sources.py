@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train import config
-from moe_train.data.conversation import columns
-from moe_train.data.fields import Item, Problem, located, text_field
-from moe_train.data.formats import files
-from moe_train.data.formats.file_bytes import is_compressed
+from moe_train.data.records import files
+from moe_train.data.records.conversation import columns
+from moe_train.data.records.file_bytes import is_compressed
+from moe_train.data.records.problem import Item, Problem, located, text_field
 
 # What `datasets` writes beside its Arrow files (save_to_disk), and is no data.
 _BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}

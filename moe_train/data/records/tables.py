@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.fields import Item, Problem, brief
-from moe_train.data.formats.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, opened
+from moe_train.data.records.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, opened
+from moe_train.data.records.problem import Item, Problem, brief
 
 
 def read_csv(file: Path) -> Iterator[tuple[int, Item]]:

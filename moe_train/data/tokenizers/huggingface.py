@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
 import json
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import tokenizers
 
-from moe_train import config
-from moe_train.json_file import read_object
+from moe_train.data.tokenizers.tokenizer import Span, Tokenizer, _identity
+from moe_train.machine.files import read_object
 
 log = logging.getLogger(__name__)
 
 _MARK = "\ufdd0"  # a Unicode noncharacter, which no text contains
-
-Span = tuple[int, int]
-"""Start and end of a part."""
 
 
 class Marked(NamedTuple):
@@ -44,66 +40,6 @@ class Marked(NamedTuple):
 
 # What travels with an export, where it exists. The order is that of the identity.
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back.
-
-    files: what an export has to carry. identity: sha256 over those files. vocab_size: the largest id plus one.
-    """
-
-    files: tuple[Path, ...]
-    identity: str
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int
-    chat_template: str | None
-
-    @property
-    def control_ids(self) -> frozenset[int]:
-        """Ids of control tokens, which no plain text has."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without any control token."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str: ...
-
-
-def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
-    """The tokenizer that a config section names. Reads local files alone, never the network.
-
-    Raises FileNotFoundError where the files are missing, ValueError where they cannot be used.
-    """
-    match section:
-        case config.HuggingFaceTokenizer():
-            return HuggingFace(section.path)
-        case config.MistralTokenizer():
-            return Mistral(section.path)
-
-
-def tokenizer_at(path: str | Path) -> config.Tokenizer:
-    """What kind of tokenizer lies at `path`, a folder or a file. Raises FileNotFoundError where there is none."""
-    path = Path(path)
-    if (path / "tokenizer.json").is_file() or path.name == "tokenizer.json":
-        return config.HuggingFaceTokenizer(name="huggingface", path=str(path))
-    if (path / "tekken.json").is_file():
-        return config.MistralTokenizer(name="mistral", path=str(path / "tekken.json"))
-    if path.is_file() or any((*path.glob("tekken*.json"), *path.glob("*.model*"))):
-        return config.MistralTokenizer(name="mistral", path=str(path))
-    raise FileNotFoundError(f"no tokenizer at {path}; give a folder with tokenizer.json, a tekken.json or a tokenizer.model.v*")
-
-
-def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise ValueError where the tokenizer has ids that the model's embedding (vocab_size rows) has not."""
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer {tokenizer.files[0]} has {tokenizer.vocab_size} ids, the model's vocab_size is {vocab_size}; "
-            f"use the model's own tokenizer or a model.vocab_size of at least {tokenizer.vocab_size}"
-        )
 
 
 class HuggingFace(Tokenizer):
@@ -229,59 +165,6 @@ class HuggingFace(Tokenizer):
         return HuggingFace, (self.path,)
 
 
-class Mistral(Tokenizer):
-    """A `tekken.json` or `tokenizer.model.v*`; text, chat format and validation are mistral-common's."""
-
-    chat_template = None
-
-    def __init__(self, path: str | Path) -> None:
-        from mistral_common.exceptions import MistralCommonException
-        from mistral_common.protocol.instruct.validator import ValidationMode
-        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-        from mistral_common.tokens.tokenizers.sentencepiece import is_sentencepiece
-        from mistral_common.tokens.tokenizers.tekken import is_tekken
-
-        self.path = Path(path)
-        file = self.path
-        if file.is_dir():
-            found = sorted(entry for entry in file.iterdir() if is_tekken(entry) or is_sentencepiece(entry))
-            if len(found) != 1:
-                names = ", ".join(entry.name for entry in found) or "none"
-                raise FileNotFoundError(f"{file} should hold one tekken.json or tokenizer.model.v*; found: {names}")
-            file = found[0]
-        if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer at {file}; give a tekken.json or a tokenizer.model.v*")
-        self.files = (file,)
-        self.identity = _identity(self.files)
-        try:
-            self.finetuning = MistralTokenizer.from_file(file, mode=ValidationMode.finetuning)
-        except ImportError as error:
-            raise ValueError(f"{file} is a sentencepiece model; install sentencepiece, or use tekken.json") from error
-        except (MistralCommonException, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not a tokenizer that mistral-common reads: {error}") from error
-        self._text = self.finetuning.instruct_tokenizer.tokenizer
-        self.vocab_size, self.bos_id, self.eos_id = self._text.n_words, self._text.bos_id, self._text.eos_id
-
-    @functools.cached_property
-    def control_ids(self) -> frozenset[int]:
-        return frozenset(number for number in range(self.vocab_size) if self._text.is_special(number))
-
-    def encode(self, text: str) -> list[int]:
-        return self._text.encode(text, bos=False, eos=False)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
-        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
-
-        policy = SpecialTokenPolicy.KEEP if keep_special else SpecialTokenPolicy.IGNORE
-        return self._text.decode(list(ids), special_token_policy=policy)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Mistral, (self.path,)
-
-
 def _between_marks(found: re.Match[str]) -> str:
     return _MARK + found[0] + _MARK
 
@@ -318,13 +201,6 @@ def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
     while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < stop:
         last += 1
     return first, last + 1
-
-
-def _identity(files: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

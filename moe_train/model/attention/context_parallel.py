@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moe_train.mesh import axis_size
+from moe_train.machine.mesh import axis_size
 
 
 def parts(T: int) -> tuple[tuple[int, ...], ...]:

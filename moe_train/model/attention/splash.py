@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_train.mesh import axis_size, platform
-from moe_train.model.blocked_attention import heads_first
-from moe_train.model.context import parts, run_len
+from moe_train.machine.mesh import axis_size, platform
+from moe_train.model.attention.blocked import heads_first
+from moe_train.model.attention.context_parallel import parts, run_len
 
 
 def block_size(T: int) -> int:

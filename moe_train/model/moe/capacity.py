@@ -15,7 +15,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from moe_train.mesh import axis_size
+from moe_train.machine.mesh import axis_size
 
 
 def capacity(capacity_factor: float, seq_len: int, experts_per_token: int, num_experts: int) -> int:

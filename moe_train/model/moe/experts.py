@@ -20,16 +20,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
-from moe_train.mesh import axis_size, batch_axes, global_axes
-from moe_train.model import ragged
-from moe_train.model.capacity import capacity, within_capacity
-from moe_train.model.collectives import gather
-from moe_train.model.dispatch import all_gather
-from moe_train.model.exchange import exchange
-from moe_train.model.fsdp import replicas, spec_of, vary_with_spec
-from moe_train.model.grouped_matmul import choose_kernel, grouped_matmul
+from moe_train.machine.mesh import axis_size, batch_axes, global_axes
+from moe_train.model.moe.capacity import capacity, within_capacity
+from moe_train.model.moe.grouped_matmul import choose_kernel, grouped_matmul
+from moe_train.model.moe.transport import ragged_all_to_all
+from moe_train.model.moe.transport.all_gather import all_gather
+from moe_train.model.moe.transport.all_to_all import exchange
+from moe_train.model.moe.transport.choose import AlongExpert, check_transport, choose_transport
 from moe_train.model.quantize import Quantized, dequantize
-from moe_train.model.transport import AlongExpert, check_transport, choose_transport
+from moe_train.model.sharding.collectives import gather
+from moe_train.model.sharding.fsdp import vary_with_spec
+from moe_train.model.sharding.specs import replicas, spec_of
 
 
 class ExpertMatrix(NamedTuple):
@@ -109,7 +110,7 @@ def run_experts(
         check_transport(transport)
         along = AlongExpert(b * t, D, ids_mA.shape[1], axis_size("expert"), x_btD.dtype.itemsize, most)
         name = choose_transport(transport, along)
-        move = {"all_gather": all_gather, "all_to_all": exchange, "ragged_all_to_all": ragged.exchange}[name]
+        move = {"all_gather": all_gather, "all_to_all": exchange, "ragged_all_to_all": ragged_all_to_all.exchange}[name]
         y_mD, computed = move(x_mD, ids_mA, weights_mA, experts, (key, numbers_mA), run, whole, most)
         return y_mD.reshape(b, t, D), jax.lax.psum(computed, (*tokens[0], "context"))
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_train.mesh import platform
+from moe_train.machine.mesh import platform
 
 
 def grouped_matmul(

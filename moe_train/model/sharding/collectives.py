@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from moe_train.mesh import axis_size, platform, slices_along
+from moe_train.machine.mesh import axis_size, platform, slices_along
 
 LANES = 128
 

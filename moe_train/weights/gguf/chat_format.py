@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from moe_train.data import sandbox
-from moe_train.data.tokenizer import Mistral, Tokenizer
+from moe_train.data.chat import sandbox
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 
 class Format(NamedTuple):

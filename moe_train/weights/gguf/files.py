@@ -23,9 +23,13 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
-from moe_train.atomic import new_directory
-from moe_train.data.tokenizer import Mistral, Tokenizer
-from moe_train.weights import chat_format, gguf_file, gguf_settings, gguf_tokenizer, names, ollama, together
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import new_directory
+from moe_train.weights import names, together
+from moe_train.weights.gguf import chat_format, container, ollama
+from moe_train.weights.gguf import settings as gguf_settings
+from moe_train.weights.gguf import tokenizer as gguf_tokenizer
 from moe_train.weights.on_disk import Weights
 
 log = logging.getLogger(__name__)
@@ -81,7 +85,7 @@ def unpack_tokenizer(file: Path) -> Path:
     Its name says what it was made of, so that it never outlives another file's. Raises ValueError for a tokenizer that is
     not read here.
     """
-    found = gguf_tokenizer.keys(gguf_file.open_file(file).settings)
+    found = gguf_tokenizer.keys(container.open_file(file).settings)
     folder = file.with_name(f"{file.stem}.tokenizer-{gguf_tokenizer.identity(found)[:8]}")
     if not folder.is_dir():
         try:
@@ -94,11 +98,11 @@ def unpack_tokenizer(file: Path) -> Path:
     return folder
 
 
-def _open(path: str | Path) -> gguf_file.Gguf:
+def _open(path: str | Path) -> container.Gguf:
     file = file_in(path)
     if file is None:
         raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
-    return gguf_file.open_file(file)
+    return container.open_file(file)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -156,13 +160,13 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, sett
     tensors: dict[str, list[names.Piece]] = {}
     for piece in names.pieces(model, names.GGUF):
         tensors.setdefault(piece.name, []).append(piece)
-    specs = [gguf_file.Spec(name, pieces[0].shape, _encoding(pieces[0], usual)) for name, pieces in tensors.items()]
-    if usual not in gguf_file.PLAIN:
-        gguf_file.package(f"{kind} is quantised")
+    specs = [container.Spec(name, pieces[0].shape, _encoding(pieces[0], usual)) for name, pieces in tensors.items()]
+    if usual not in container.PLAIN:
+        container.package(f"{kind} is quantised")
 
-    def parts(spec: gguf_file.Spec) -> Iterator[np.ndarray]:
+    def parts(spec: container.Spec) -> Iterator[np.ndarray]:
         for piece in tensors[spec.name]:
-            part = matrix(piece, gguf_file.PLAIN.get(spec.encoding, gguf_file.PLAIN["F32"]))
+            part = matrix(piece, container.PLAIN.get(spec.encoding, container.PLAIN["F32"]))
             if spec.encoding == "F16" and not np.all(np.isfinite(part)):
                 raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
             yield part
@@ -171,14 +175,14 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, sett
     made = (part for spec in specs for part in parts(spec))
     each = {name: len(pieces) for name, pieces in tensors.items()}
     together.first_writes(
-        made, lambda made: gguf_file.write_file(file, settings, specs, lambda spec: islice(made, each[spec.name]))
+        made, lambda made: container.write_file(file, settings, specs, lambda spec: islice(made, each[spec.name]))
     )
 
 
 def _encoding(piece: names.Piece, usual: str) -> str:
     if len(piece.shape) == 1 or piece.path.endswith("router.weight"):
         return "F32"
-    return usual if gguf_file.fits(usual, piece.shape) else "F16"
+    return usual if container.fits(usual, piece.shape) else "F16"
 
 
 # --- llama.cpp's own quantisation ---------------------------------------------------------------------------------

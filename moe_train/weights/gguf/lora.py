@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
-from moe_train.atomic import new_directory
-from moe_train.model.lora import module_of
-from moe_train.weights import gguf, gguf_file, gguf_settings, merge, names
+from moe_train.machine.files import new_directory
+from moe_train.model.paths import module_of
+from moe_train.weights import gguf, merge, names
 from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
-from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.gguf import container
+from moe_train.weights.gguf import settings as gguf_settings
+from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
 
 FILE = "adapter.gguf"
 _LAYOUT = replace(names.GGUF, adapters_of_embed=names.GGUF.adapters)
@@ -65,7 +67,7 @@ def export_adapter(
     for piece in table:
         tensors.setdefault(piece.name, []).append(piece)
 
-    def parts(spec: gguf_file.Spec) -> Iterator[np.ndarray]:
+    def parts(spec: container.Spec) -> Iterator[np.ndarray]:
         for piece in tensors[spec.name]:
             ours, module = fetch(parameters[piece.path], piece.lead), _module(piece)
             if piece.path.endswith(".lora_b"):
@@ -82,21 +84,21 @@ def export_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
     }
-    specs = [gguf_file.Spec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
-    check_space(out_dir, sum(gguf_file.nbytes(spec) for spec in specs))
+    specs = [container.Spec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
+    check_space(out_dir, sum(container.nbytes(spec) for spec in specs))
     with new_directory(out_dir) as directory:
-        gguf_file.write_file(directory / FILE, settings, specs, parts)
+        container.write_file(directory / FILE, settings, specs, parts)
         write_texts(directory, texts)
         return _prove(directory / FILE, table, parameters, lora)
 
 
-def open_adapter(path: str | Path) -> gguf_file.Gguf:
+def open_adapter(path: str | Path) -> container.Gguf:
     """The adapter of one file, or of the only one in a folder. Raises FileNotFoundError where there is none, ValueError
     where the file is something else."""
     file = gguf.file_in(path)
     if file is None:
         raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
-    opened = gguf_file.open_file(file)
+    opened = container.open_file(file)
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         if (found := opened.settings.get(key)) != wanted:
             raise ValueError(f"{file} is no adapter: {key} is {found!r}, not {wanted!r}")
@@ -168,7 +170,7 @@ def _prove(file: Path, table: list[names.Piece], parameters: Held, lora: config.
     Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at
     the first difference that rounding does not explain.
     """
-    opened = gguf_file.open_file(file)
+    opened = container.open_file(file)
     tensors, alpha = opened.tensors, opened.settings["adapter.lora.alpha"]
     names.check(file, table, {name: tensor.shape for name, tensor in tensors.items()}, {})
     zero = 0

@@ -7,7 +7,7 @@ Format of the file: https://docs.ollama.com/modelfile.
 
 from __future__ import annotations
 
-from moe_train.weights.chat_format import Format, go
+from moe_train.weights.gguf.chat_format import Format, go
 
 
 def modelfile(model: str, chat: Format | None) -> str:

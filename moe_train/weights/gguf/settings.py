@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.weights import names
-from moe_train.weights.gguf_file import Gguf
+from moe_train.weights.gguf.container import Gguf
 
 log = logging.getLogger(__name__)
 

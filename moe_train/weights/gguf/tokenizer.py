@@ -16,8 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
-from moe_train.data.tokenizer import HuggingFace, Mistral, Tokenizer
-from moe_train.json_file import read_object
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import read_object
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens; llama.cpp's numbers."""

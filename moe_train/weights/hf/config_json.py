@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_train import config
-from moe_train.json_file import read_object
+from moe_train.machine.files import read_object
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
-from moe_train.data.tokenizer import Tokenizer
-from moe_train.weights import names, on_disk, safetensors_io
-from moe_train.weights.hf_config import read_model_config, write_model_config
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.weights import names, on_disk, safetensors_files
+from moe_train.weights.hf.config_json import read_model_config, write_model_config
 from moe_train.weights.on_disk import Weights
 
 
@@ -25,7 +25,7 @@ def open_weights(directory: str | Path) -> Weights:
     return Weights(Path(directory), model, names.pieces(model, names.hugging_face_of(tensors)), tensors)
 
 
-def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_io.Tensor]) -> None:
+def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_files.Tensor]) -> None:
     """Some tools write a tied head out. Raise ValueError where it is not the embedding."""
     for head in [name for name in tensors if name.endswith("lm_head.weight")]:
         embedding = next((t for name, t in tensors.items() if name.endswith("embed_tokens.weight")), None)
@@ -34,9 +34,9 @@ def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_io.T
         del tensors[head]
 
 
-def open_tensors(directory: str | Path) -> dict[str, safetensors_io.Tensor]:
+def open_tensors(directory: str | Path) -> dict[str, safetensors_files.Tensor]:
     """The tensors of the text model, those that hold no weight of it left out."""
-    found = safetensors_io.open_model(directory)
+    found = safetensors_files.open_model(directory)
     return {name: tensor for name, tensor in found.items() if not any(part in name for part in names.IGNORED)}
 
 
@@ -46,8 +46,8 @@ def write(
     dtype: config.Dtype,
     matrix: Callable[[names.Piece], np.ndarray],
     tokenizer: Tokenizer | None = None,
-    max_shard_bytes: int = safetensors_io.MAX_SHARD_BYTES,
-    share: safetensors_io.Share = safetensors_io.ALL,
+    max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
+    share: safetensors_files.Share = safetensors_files.ALL,
 ) -> None:
     """Shards, their index, config.json and generation_config.json; `matrix` is asked for one piece at a time.
 
@@ -61,8 +61,8 @@ def write(
     )
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     pieces = {piece.name: piece for piece in names.pieces(model)}
-    specs = [safetensors_io.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
-    safetensors_io.write_model(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
+    specs = [safetensors_files.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
+    safetensors_files.write_model(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
     if share.first != 0:
         return
     write_json(directory / "config.json", settings)

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from moe_train import config
-from moe_train.data.tokenizer import HuggingFace, Tokenizer
-from moe_train.weights import names, on_disk, safetensors_io, together
-from moe_train.weights.mistral_params import FILE as PARAMS
-from moe_train.weights.mistral_params import read_model_config, write_model_config
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.weights import names, on_disk, safetensors_files, together
+from moe_train.weights.mistral.params_json import FILE as PARAMS
+from moe_train.weights.mistral.params_json import read_model_config, write_model_config
 from moe_train.weights.on_disk import Weights
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def open_weights(directory: str | Path) -> Weights:
     Raises ValueError for a tied model with an output of its own.
     """
     model = read_model_config(directory)
-    tensors = safetensors_io.open_model(directory, STEM)
+    tensors = safetensors_files.open_model(directory, STEM)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_VISION)}
     head, embed = names.MISTRAL.head.name, names.MISTRAL.embed.name
     if model.tie_embeddings and head in tensors:
@@ -61,9 +62,9 @@ def write(
             "is for moe-train and for vLLM with --tokenizer-mode auto"
         )
     pieces = {piece.name: piece for piece in names.pieces(model, names.MISTRAL)}
-    specs = [safetensors_io.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
+    specs = [safetensors_files.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
     file, made = directory / f"{STEM}.safetensors", (matrix(pieces[spec.name]) for spec in specs)
-    together.first_writes(made, lambda made: safetensors_io.write_file(file, specs, lambda spec: next(made)))
+    together.first_writes(made, lambda made: safetensors_files.write_file(file, specs, lambda spec: next(made)))
     if together.is_first():
         (directory / PARAMS).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
-from moe_train.atomic import new_directory
-from moe_train.json_file import read_object
-from moe_train.weights import merge, mistral_params, names, safetensors_io
+from moe_train.machine.files import new_directory, read_object
+from moe_train.weights import merge, names, safetensors_files
 from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
+from moe_train.weights.mistral import params_json
 from moe_train.weights.on_disk import nbytes
-from moe_train.weights.write import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
 
 FILE = "lora.safetensors"
 SCALING = 2.0
@@ -55,10 +55,10 @@ def export_adapter(
             f"lora.safetensors has no place for {lora.train[0]}, trained in full; export with --format mistral --merge"
         )
     pieces = {piece.name: piece for piece in table}
-    params = mistral_params.write_model_config(model)
+    params = params_json.write_model_config(model)
     params["lora"] = {"enable": True, "rank": rank, "dropout": 0.0, "scaling": SCALING}
 
-    def tensor(spec: safetensors_io.Spec) -> np.ndarray:
+    def tensor(spec: safetensors_files.Spec) -> np.ndarray:
         piece = pieces[spec.name]
         ours = fetch(parameters[piece.path], piece.lead).astype(np.float64)
         if piece.path.endswith(".lora_b"):
@@ -66,11 +66,11 @@ def export_adapter(
         more = [(0, size - had) for size, had in zip(piece.ours_shape, ours.shape, strict=True)]
         return piece.to_file(np.pad(ours.astype(filetype), more))
 
-    specs = [safetensors_io.Spec(piece.name, piece.shape, filetype) for piece in table]
+    specs = [safetensors_files.Spec(piece.name, piece.shape, filetype) for piece in table]
     check_space(out_dir, sum(nbytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
-        safetensors_io.write_file(directory / FILE, specs, tensor)
-        (directory / mistral_params.FILE).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
+        safetensors_files.write_file(directory / FILE, specs, tensor)
+        (directory / params_json.FILE).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
         write_texts(directory, texts)
         return _prove(directory, table, parameters, lora)
 
@@ -115,10 +115,10 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     return fill(abstract, table, tensors)
 
 
-def _open(directory: str | Path) -> tuple[dict[str, safetensors_io.Tensor], float]:
+def _open(directory: str | Path) -> tuple[dict[str, safetensors_files.Tensor], float]:
     """(tensors, scaling)"""
     directory = Path(directory)
-    tensors, params = safetensors_io.open_file(directory / FILE), directory / mistral_params.FILE
+    tensors, params = safetensors_files.open_file(directory / FILE), directory / params_json.FILE
     if not params.is_file():
         return tensors, SCALING
     section = read_object(params).get("lora") or {}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_train import config
 from moe_train.config import Positive, PositiveFloat
-from moe_train.json_file import read_object
+from moe_train.machine.files import read_object
 
 log = logging.getLogger(__name__)
 

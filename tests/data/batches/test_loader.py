@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data.batch import Batch
-from moe_train.data.loader import Loader
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.loader import Loader
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 TEXT = config.TextRecord(name="text")

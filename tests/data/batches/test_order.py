@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_train.data import order
-from moe_train.data.order import Order
-from moe_train.data.packing import make_plan
+from moe_train.data.batches import order
+from moe_train.data.batches.order import Order
+from moe_train.data.batches.packing import make_plan
 
 LENGTHS = np.random.default_rng(0).integers(0, 40, 500)
 

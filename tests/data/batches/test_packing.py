@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.data.batch import Batch
-from moe_train.data.packing import Method, Plan, TooLong, _best_fit, _first_fit, empty_batch, fill_row, make_plan, packed
+from moe_train.data.batches.batch import Batch, empty_batch, fill_row
+from moe_train.data.batches.packing import Method, Plan, TooLong, _best_fit, _first_fit, make_plan, packed
 
 
 def all_rows(plan: Plan, ids: list[np.ndarray], masks: list[np.ndarray] | None = None) -> Batch:

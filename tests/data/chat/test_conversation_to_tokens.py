@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, trainers
 
 from moe_train import config
-from moe_train.data.chat import examples, load_template, render_prompt
-from moe_train.data.conversation import Conversation, Message, normalise
-from moe_train.data.example import Example
-from moe_train.data.tokenizer import HuggingFace, Mistral
+from moe_train.data.chat.conversation_to_tokens import examples, load_template, render_prompt
+from moe_train.data.chat.example import Example
+from moe_train.data.records.conversation import Conversation, Message, normalise
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.conversations import conversations
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"

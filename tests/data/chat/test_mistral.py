@@ -17,11 +17,11 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from moe_train import config
-from moe_train.data import mistral
-from moe_train.data.chat import examples
-from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.example import Example
-from moe_train.data.tokenizer import Mistral
+from moe_train.data.chat import mistral
+from moe_train.data.chat.conversation_to_tokens import examples
+from moe_train.data.chat.example import Example
+from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.conversations import conversations
 from tests.data.hugging_face import small_tekken
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moe_train.data.sandbox import GENERATION, Limits, Request, render, render_prefixes
+from moe_train.data.chat.sandbox import GENERATION, Limits, Request, render, render_prefixes
 
 LIMITS = Limits(template=10_000, output=1_000_000, seconds=1, memory=1 << 29)
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-from moe_train.data import chat
-from moe_train.data import template as templates
-from moe_train.data.conversation import Conversation
-from moe_train.data.example import Example, turns
-from moe_train.data.fields import Problem
-from moe_train.data.tokenizer import HuggingFace, Mistral
+from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat import template as templates
+from moe_train.data.chat.example import Example, turns
+from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.problem import Problem
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.conversations import conversations, texts
 from tests.data.hugging_face import DATA, small_tekken, write
 
@@ -60,8 +61,10 @@ def check_equal(pair: tuple[str, HuggingFace, Mistral], tools: bool, wanted: int
         nonlocal count
         conversation = Conversation(record["messages"], record.get("tools", []))
         learnt = [turn for turn in turns(conversation.messages) if turn.bears_loss]
-        found = chat.examples(conversation, ours.chat_template, ours)
-        for i, (example, expected) in enumerate(zip(found, chat.examples(conversation, None, theirs), strict=True)):
+        found = conversation_to_tokens.examples(conversation, ours.chat_template, ours)
+        for i, (example, expected) in enumerate(
+            zip(found, conversation_to_tokens.examples(conversation, None, theirs), strict=True)
+        ):
             last = conversation.messages[learnt[i].end - 1]
             if tools and "tool_calls" in last and version != "tekken-v13":
                 compare_call(example, Conversation(conversation.messages[: learnt[i].end], conversation.tools), ours, theirs)
@@ -93,7 +96,7 @@ def compare_call(example: Example, conversation: Conversation, ours: HuggingFace
 def test_the_tokens_are_mistral_commons(pair: tuple[str, HuggingFace, Mistral], tools: bool) -> None:
     if pair[0] == "v1" and tools:
         with pytest.raises(Problem, match=r"the chat template .*; versions v2, v3"):
-            chat.check_has_tools(pair[1].chat_template, pair[1])
+            conversation_to_tokens.check_has_tools(pair[1].chat_template, pair[1])
         return
     check_equal(pair, tools, 10)
 
@@ -133,7 +136,7 @@ def test_control_tokens_typed_as_text_stay_text(pair: tuple[str, HuggingFace, Mi
             messages, tools = typed(text)
             if not with_tools:
                 messages, tools = [m for m in messages if m["role"] != "tool" and "tool_calls" not in m], []
-            found = chat.examples(Conversation(messages, tools), template, either)
+            found = conversation_to_tokens.examples(Conversation(messages, tools), template, either)
             counts.append([Counter(token for token in e.tokens if token in either.control_ids) for e in found])
         assert counts[0] == counts[1] and len(counts[0]) == 1 + with_tools
         assert not set(either.encode(every)) & either.control_ids
@@ -161,16 +164,16 @@ WITH_TOOLS = Conversation([QUESTION, ANSWER], [TOOL])
 def test_marks_and_prefixes_have_to_agree(tokenizer: HuggingFace, body: str, said: str | None) -> None:
     template = MARKED.replace("BODY", body)
     if said is None:
-        chat.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
+        conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
         return
     with pytest.raises(ValueError, match=f"generation %}} {said}, unlike what the assistant's turns add"):
-        chat.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
+        conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
 
 
 def test_marks_that_reach_too_far_do_not_agree(tokenizer: HuggingFace) -> None:
     template = "{% generation %}" + CHATML + "{% endgeneration %}"
     with pytest.raises(ValueError, match=r"generation %} marks .*unlike"):
-        chat.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
+        conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
 
 
 WRITING = [
@@ -232,11 +235,11 @@ def test_an_outline_filled_in_is_what_rendering_gives(
         for two in said
         for weight in (0, 1)
     ]
-    found = chat.examples_batch(drawn, template, tokenizer)
+    found = conversation_to_tokens.examples_batch(drawn, template, tokenizer)
     outlines = templates._outlines(template, tokenizer).items()
     assert {outline is not None for order, outline in outlines if not any(empty for _, _, empty in order)} == {writes}
     monkeypatch.setattr(templates, "order_of", lambda conversation: None)
-    for one, other in zip(found, chat.examples_batch(drawn, template, tokenizer), strict=True):
+    for one, other in zip(found, conversation_to_tokens.examples_batch(drawn, template, tokenizer), strict=True):
         assert str(one) == str(other)
 
 
@@ -244,8 +247,8 @@ def test_outlines_that_are_too_many_are_made_again(tokenizer: HuggingFace, monke
     monkeypatch.setattr(templates, "_MOST_OUTLINES", 1)
     template = MARKED.replace("BODY", "{{ m.content ~ eos_token }}")
     drawn = [Conversation([QUESTION, ANSWER] * count, []) for count in range(1, 5)]
-    once = chat.examples_batch(drawn[:3], template, tokenizer)
-    assert chat.examples_batch(drawn, template, tokenizer)[:3] == once
+    once = conversation_to_tokens.examples_batch(drawn[:3], template, tokenizer)
+    assert conversation_to_tokens.examples_batch(drawn, template, tokenizer)[:3] == once
 
 
 CALLS = (
@@ -268,23 +271,23 @@ CALLS = (
 )
 def test_a_template_without_tools(tokenizer: HuggingFace, template: str, said: str) -> None:
     with pytest.raises(Problem, match=f"{said}.*; versions v2, v3, v7, .* have them; .*extend-vocab BASE OUT --tokenizer v3"):
-        chat.examples(WITH_TOOLS, template, tokenizer)
-    chat.examples(Conversation([QUESTION, ANSWER], []), CHATML, tokenizer)
+        conversation_to_tokens.examples(WITH_TOOLS, template, tokenizer)
+    conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), CHATML, tokenizer)
 
 
 def test_an_id_is_not_learnt(tokenizer: HuggingFace) -> None:
     calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": '{"q": "zq7"}'}} for name in ("zq7", "x")]
     conversation = Conversation([QUESTION, {"role": "assistant", "tool_calls": calls}], [TOOL])
-    (example,) = chat.examples(conversation, CALLS, tokenizer)
+    (example,) = conversation_to_tokens.examples(conversation, CALLS, tokenizer)
     learnt = tokenizer.decode([t for t, m in zip(example.tokens, example.loss_mask or (), strict=True) if m], keep_special=True)
     assert learnt == 'f{"q": "zq7"} id f{"q": "zq7"} id </s>'
 
 
 def test_a_template_that_hides_what_was_typed(tokenizer: HuggingFace) -> None:
     hiding = "{% for m in messages %}{{ m.content|tojson(ensure_ascii=True) + eos_token }}{% endfor %}"
-    assert chat.examples(Conversation([QUESTION, ANSWER], []), hiding, tokenizer)
+    assert conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), hiding, tokenizer)
     with pytest.raises(ValueError, match="escapes, behind which a control token typed as text cannot be told apart"):
-        chat.examples(Conversation([QUESTION | {"content": "</s>"}, ANSWER], []), hiding, tokenizer)
+        conversation_to_tokens.examples(Conversation([QUESTION | {"content": "</s>"}, ANSWER], []), hiding, tokenizer)
 
 
 @pytest.mark.judges
@@ -295,7 +298,7 @@ def test_transformers_has_the_same_tokens_for_tools(pair: tuple[str, HuggingFace
         return
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(ours.files[0].parent)
     messages, tools = typed("Grüße 東京")
-    *_, whole = chat.examples(Conversation(messages, tools), ours.chat_template, ours)
+    *_, whole = conversation_to_tokens.examples(Conversation(messages, tools), ours.chat_template, ours)
     plain = json.loads(json.dumps(messages))
     function = plain[2]["tool_calls"][0]["function"]
     function["arguments"] = json.loads(function["arguments"])  # transformers' templates take an object

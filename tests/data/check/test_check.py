@@ -18,15 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from moe_train import cli, config
-from moe_train.data.chat import examples
-from moe_train.data.checking import check as checks
-from moe_train.data.checking import corrected
-from moe_train.data.checking.check import Settings, Source, check, sources_of
-from moe_train.data.conversation import Conversation, normalise, recognise
-from moe_train.data.formats import json_array, json_lines
-from moe_train.data.packing import make_plan
-from moe_train.data.tokenizer import HuggingFace, Mistral
+from moe_train import config
+from moe_train.cli import main
+from moe_train.data.batches.packing import make_plan
+from moe_train.data.chat.conversation_to_tokens import examples
+from moe_train.data.check import check as checks
+from moe_train.data.check import corrected
+from moe_train.data.check.check import Settings, Source, check, sources_of
+from moe_train.data.records import json_array, json_lines
+from moe_train.data.records.conversation import Conversation, normalise, recognise
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
 
 Write = Callable[..., Path]
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -403,7 +405,7 @@ def test_names_of_copies() -> None:
 
 def run(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["data", "check", *map(str, arguments)])
+        main.main(["data", "check", *map(str, arguments)])
     shown = capsys.readouterr()
     return int(caught.value.code or 0), shown.out, shown.err
 
@@ -477,6 +479,7 @@ def test_the_command_on_a_run(
 def test_no_jax_is_imported(tokenizer: HuggingFace, write_lines: Write) -> None:
     arguments = ["data", "check", str(write_lines("a.jsonl", KINDS)), "--tokenizer", str(tokenizer.path)]
     script = (
-        f"import sys\nfrom moe_train.cli import main\ntry:\n    main({arguments})\nfinally:\n    assert 'jax' not in sys.modules"
+        "import sys\nfrom moe_train.cli.main import main\n"
+        f"try:\n    main({arguments})\nfinally:\n    assert 'jax' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.data.checking import duplicates
-from moe_train.data.checking.duplicates import Fingerprints, Spool, fingerprints
-from moe_train.data.checking.ngrams import grams, words
+from moe_train.data.check import duplicates
+from moe_train.data.check.duplicates import Fingerprints, Spool, fingerprints
+from moe_train.data.check.ngrams import grams, words
 
 VOCABULARY = [f"word{i}" for i in range(2000)]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import mistral_common
 import pytest
 
-from moe_train.data.checking.form import form_of
-from moe_train.data.tokenizer import HuggingFace, Mistral
+from moe_train.data.check.form import form_of
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
 
 DATA = Path(mistral_common.__file__).parent / "data"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_train.data.checking.check import Settings, Source, check
-from moe_train.data.checking.report import print_report
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.check.check import Settings, Source, check
+from moe_train.data.check.report import print_report
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 
 def shown(answer: dict[str, Any]) -> str:

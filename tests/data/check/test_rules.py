@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train import config
-from moe_train.data.chat import examples
-from moe_train.data.checking import rules
-from moe_train.data.checking.form import Form, form_of
-from moe_train.data.checking.rules import problems, repair
-from moe_train.data.conversation import Conversation, normalise
-from moe_train.data.tokenizer import Mistral
+from moe_train.data.chat.conversation_to_tokens import examples
+from moe_train.data.check import rules
+from moe_train.data.check.form import Form, form_of
+from moe_train.data.check.rules import problems, repair
+from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.conversations import conversations
 
 FORM = Form(re.compile(r"</s>|\[INST\]"), nine_character_ids=True)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data import remote
-from moe_train.data.bucket import upload
-from moe_train.data.loader import Loader, open_store
-from moe_train.data.remote import File, Remote
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.batches.loader import Loader, open_store
+from moe_train.data.prepared import bucket as remote
+from moe_train.data.prepared.bucket import File, Remote
+from moe_train.data.prepared.upload import upload
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 ANSWER = config.CompletionRecord(name="completion", too_long="truncate")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from moe_train import config
-from moe_train.data import manifest
-from moe_train.data.manifest import Manifest
-from moe_train.data.prepare import prepare
-from moe_train.data.sources import open_source
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.prepared import manifest
+from moe_train.data.prepared.manifest import Manifest
+from moe_train.data.prepared.tokenize_ahead import prepare
+from moe_train.data.records.sources import open_source
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train import config
-from moe_train.data import shards
-from moe_train.data.shards import cut, scan
-from moe_train.data.sources import Records, open_source
+from moe_train.data.prepared import shards
+from moe_train.data.prepared.shards import cut, scan
+from moe_train.data.records.sources import Records, open_source
 
 TEXT = config.TextRecord(name="text")
 

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data import chat, prepare, shards, tokenise
-from moe_train.data.conversation import Conversation
-from moe_train.data.prepare import Progress
-from moe_train.data.sources import open_source
-from moe_train.data.store import Piece, TokenStore
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.prepared import shards, tokenize_ahead, tokenize_shard
+from moe_train.data.prepared.store import Piece, TokenStore
+from moe_train.data.prepared.tokenize_ahead import Progress
+from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.sources import open_source
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 TEXT = config.TextRecord(name="text")
 CHAT = config.ChatRecord(name="chat")
@@ -35,7 +36,7 @@ def stored(*paths: Path, record: config.Record = TEXT, tokenizer: HuggingFace, c
     records = open_source(source)
     more.setdefault("template", tokenizer.chat_template)
     template = more.pop("template")
-    return TokenStore(prepare.prepare(source, records, tokenizer, template, cache, **more), records.places)
+    return TokenStore(tokenize_ahead.prepare(source, records, tokenizer, template, cache, **more), records.places)
 
 
 def ids(store: TokenStore) -> list[list[int]]:
@@ -54,13 +55,13 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the key of each shard that is tokenised in this process."""
     keys: list[str] = []
-    original = tokenise.write_shard
+    original = tokenize_shard.write_shard
 
     def noted(directory: Path, *arguments) -> None:
         keys.append(directory.name)
         original(directory, *arguments)
 
-    monkeypatch.setattr(prepare, "write_shard", noted)
+    monkeypatch.setattr(tokenize_ahead, "write_shard", noted)
     return keys
 
 
@@ -81,7 +82,7 @@ def test_text_begins_with_bos_ends_with_eos_and_bears_loss(
 def test_conversations_and_completions_are_rendered(
     tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]
 ) -> None:
-    (rendered,) = chat.examples(Conversation(MESSAGES, []), tokenizer.chat_template, tokenizer)
+    (rendered,) = conversation_to_tokens.examples(Conversation(MESSAGES, []), tokenizer.chat_template, tokenizer)
     pair = {"prompt": MESSAGES[0]["content"], "completion": MESSAGES[1]["content"]}
     for record, fields in ((CHAT, {"messages": MESSAGES}), (COMPLETION, pair)):
         path = write_lines("a.jsonl", [fields])
@@ -195,7 +196,7 @@ def test_what_was_done_before_a_kill_stays_done(
     path = write_lines("a.jsonl", [{"text": " ".join(rng.choice(words, 40))} for _ in range(6000)])
     script, cache = tmp_path / "killed.py", tmp_path / "cache"
     script.write_text(KILLED)
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     command = [sys.executable, str(script), root, str(tokenizer.path), str(path), str(cache), str(num_proc)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
@@ -268,21 +269,24 @@ def test_the_version_of_the_rules_goes_up_with_what_a_record_becomes(
     fields = {"text": "naïve </s> café", "messages": turns, "prompt": "a", "completion": "b"}
     path = write_lines("a.jsonl", [fields])
     made = [stored(path, record=r, tokenizer=tokenizer, cache=tmp_path / "cache").manifest for r in (TEXT, CHAT, COMPLETION)]
-    assert (prepare._RULES, [manifest.shards[0].sha256[:8] for manifest in made]) == (4, ["01e76226", "dac944c4", "59ff2519"])
+    assert (tokenize_ahead._RULES, [manifest.shards[0].sha256[:8] for manifest in made]) == (
+        4,
+        ["01e76226", "dac944c4", "59ff2519"],
+    )
 
 
 def test_a_file_that_changes_while_it_is_read(
     tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_lines("a.jsonl", [{"text": "some text"}])
-    original = tokenise.write_shard
+    original = tokenize_shard.write_shard
 
     def and_append(*arguments) -> None:
         original(*arguments)
         with path.open("a") as file:
             file.write('{"text": "more"}\n')
 
-    monkeypatch.setattr(prepare, "write_shard", and_append)
+    monkeypatch.setattr(tokenize_ahead, "write_shard", and_append)
     with pytest.raises(ValueError, match=r"a\.jsonl: files were changed while they were read"):
         stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.data.formats import json_array
+from moe_train.data.records import json_array
 
 
 def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.data.formats import json_lines
+from moe_train.data.records import json_lines
 
 
 def test_blocks_hold_whole_lines_and_number_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.data.formats import plain_text
+from moe_train.data.records import plain_text
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import pyarrow.parquet
 import pytest
 
 from moe_train import config
-from moe_train.data.sources import Records, open_source
-from moe_train.data.sources import texts as text_of
+from moe_train.data.records.sources import Records, open_source
+from moe_train.data.records.sources import texts as text_of
 
 ROWS = [{"text": "one"}, {"text": "zwei, ü"}, {"text": "三"}]
 TEXT = config.TextRecord(name="text")

@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train import config
-from moe_train.data.tokenizer import HuggingFace, Mistral, check_vocab, load_tokenizer, tokenizer_at
-from moe_train.data.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.tokenizer import check_vocab
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 TEXTS = ["some words to learn from, again and again"] * 20

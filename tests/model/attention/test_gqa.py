@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import BATCH, make_mesh
-from moe_train.model import attention, context
-from tests.model.conftest import quick_jit
+from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.model.attention import context_parallel, gqa, kernels
+from tests.compiled_programs import quick_jit
 
 B, N, K, H = 2, 4, 2, 6
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
@@ -42,7 +42,7 @@ def operands(T: int, dtype: Any = np.float32, heads: tuple[int, int, int] = (N, 
 def compiled(kernel: str, window: int | None, mesh: Mesh = ONE) -> Any:
     @quick_jit
     def run(q: Any, k: Any, v: Any, dy: Any, segments: Any, positions: Any) -> Any:
-        y, vjp = jax.vjp(lambda q, k, v: attention.attend(q, k, v, positions, segments, window, kernel), q, k, v)
+        y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), q, k, v)
         return y, *vjp(dy)
 
     return run
@@ -119,7 +119,7 @@ def test_every_device_attends_to_as_many_pairs(c: int) -> None:
     """And every query has one device."""
     T = 16 * c
     with jax.set_mesh(make_mesh(config.Mesh(context=c), jax.devices()[:c])):
-        parts = context.parts(T)
+        parts = context_parallel.parts(T)
     run = T // c // len(parts[0])
     queries = [[t for start in starts for t in range(start, start + run)] for starts in parts]
     assert sorted(t for device in queries for t in device) == list(range(T))
@@ -163,5 +163,5 @@ def test_query_scaling() -> None:
     scaling = config.QueryScaling(beta=0.1, original_max_seq_len=8)
     positions = np.array([[0, 7, 8, 15, 16, 80]])
     wanted = 1 + 0.1 * np.log([1, 1, 2, 2, 3, 11])
-    found = attention._query_scale(scaling, jnp.asarray(positions))
+    found = gqa._query_scale(scaling, jnp.asarray(positions))
     np.testing.assert_allclose(found[0, :, 0, 0], wanted, rtol=1e-6)

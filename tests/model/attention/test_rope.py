@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.model import rope
+from moe_train.model.attention import rope
 
 DEFAULT = config.DefaultRope(name="default", theta=1e4)
 YARN = config.YarnRope(name="yarn", theta=1e6, factor=16.0, original_max_seq_len=16384)

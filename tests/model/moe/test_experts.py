@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import BATCH, make_mesh
-from moe_train.model import dispatch, transport
-from moe_train.model.experts import ExpertMatrix, ExpertWeights, run_experts
-from tests.model.conftest import quick_jit, ragged_all_to_all
+from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.model.moe.experts import ExpertMatrix, ExpertWeights, run_experts
+from moe_train.model.moe.transport import all_gather
+from moe_train.model.moe.transport import choose as transport
+from tests.compiled_programs import quick_jit, ragged_all_to_all
 
 B, T, D, F, J, E, A = 8, 6, 8, 16, 3, 8, 2
 SHUFFLED = [3, 6, 0, 5, 7, 1, 4, 2]
@@ -229,7 +230,7 @@ def test_dispatch_and_combine_differentiate_as_indexing_does() -> None:
         for a, b in zip(ours, plain, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
-    ours = pull(lambda x: dispatch.dispatch(x, order, inverse), (x,), dy)
+    ours = pull(lambda x: all_gather.dispatch(x, order, inverse), (x,), dy)
     close(ours, pull(lambda x: jnp.repeat(x, A, axis=0)[order], (x,), dy))
-    ours = pull(lambda y, w: dispatch.combine(y, w, order, inverse), (y, weights), d)
+    ours = pull(lambda y, w: all_gather.combine(y, w, order, inverse), (y, weights), d)
     close(ours, pull(lambda y, w: jnp.sum(w[..., None] * y[inverse], axis=1), (y, weights), d))

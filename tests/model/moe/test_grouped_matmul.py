@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_train.model import grouped_matmul as gm
-from tests.model.conftest import quick_jit
+from moe_train.model.moe import grouped_matmul as gm
+from tests.compiled_programs import quick_jit
 
 KERNELS = ("reference", "blocked", "ragged_dot", "megablox")
 E, D, F = 5, 12, 20

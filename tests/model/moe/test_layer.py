@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import BATCH, make_mesh
-from moe_train.model import moe
-from tests.model.conftest import quick_jit
+from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.model.moe import layer as moe
+from moe_train.model.moe import router
+from tests.compiled_programs import quick_jit
 
 B, T, D, F, E = 8, 6, 16, 24, 4
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
@@ -98,12 +99,12 @@ def place(mesh: Mesh, weights: Any, x: Any, segments: Any, d: Any) -> Any:
     return weights, put(x, BATCH, "context", None), put(segments, BATCH, "context"), put(d, BATCH, "context", None)
 
 
-def found(A: int, mesh: Mesh, *arrays: Any) -> tuple[Any, moe.RouterStats, Any]:
+def found(A: int, mesh: Mesh, *arrays: Any) -> tuple[Any, router.RouterStats, Any]:
     with jax.set_mesh(mesh):
         return jax.device_get(compiled(A, mesh)(*place(mesh, *arrays)))
 
 
-def plain(weights: Any, x: Any, segments: Any, A: int) -> tuple[Any, moe.RouterStats]:
+def plain(weights: Any, x: Any, segments: Any, A: int) -> tuple[Any, router.RouterStats]:
     """Softmax over all experts, the chosen renormalised; then each expert on every token."""
     valid = (segments != 0)[..., None]
     logits = x @ weights["router.weight"]
@@ -119,7 +120,7 @@ def plain(weights: Any, x: Any, segments: Any, A: int) -> tuple[Any, moe.RouterS
     z = mean(jax.scipy.special.logsumexp(logits, axis=-1, keepdims=True) ** 2)[0]
     entropy = mean(-jnp.sum(probs * jnp.log(probs), axis=-1, keepdims=True))[0]
     counts = jnp.sum(chosen & valid, axis=(0, 1))
-    return y, moe.RouterStats(counts, E * jnp.sum(jax.lax.stop_gradient(load) * mean(probs)), z, entropy, jnp.zeros((), int))
+    return y, router.RouterStats(counts, E * jnp.sum(jax.lax.stop_gradient(load) * mean(probs)), z, entropy, jnp.zeros((), int))
 
 
 @partial(quick_jit, static_argnums=0)
@@ -133,7 +134,7 @@ def exact(A: int, weights: Any, x: Any, segments: Any, d: Any) -> Any:
 
 
 @cache
-def expected(routing: str) -> tuple[Any, moe.RouterStats, Any]:
+def expected(routing: str) -> tuple[Any, router.RouterStats, Any]:
     weights, x, segments, d = operands(routing)
     with jax.enable_x64(True):
         return jax.device_get(exact(ROUTING[routing][0], *jax.tree.map(np.float64, (weights, x)), segments, np.float64(d)))
@@ -198,8 +199,8 @@ def test_assignments_that_vanish_are_counted(mesh: Mesh, fault: str, monkeypatch
 
 
 @quick_jit
-def stats_of(logits: jax.Array, ids: jax.Array, valid: jax.Array) -> moe.RouterStats:
-    return moe.router_stats(logits, logits, ids, valid, jnp.sum(valid) * ids.shape[-1])
+def stats_of(logits: jax.Array, ids: jax.Array, valid: jax.Array) -> router.RouterStats:
+    return router.router_stats(logits, logits, ids, valid, jnp.sum(valid) * ids.shape[-1])
 
 
 def test_balanced_and_undecided_router() -> None:
@@ -229,9 +230,9 @@ def test_bfloat16_activations_are_routed_in_float32() -> None:
     rng = np.random.default_rng(1)
     x, w = jnp.asarray(rng.normal(size=(B, T, D)), jnp.bfloat16), rng.normal(size=(D, E)).astype(np.float32)
     with jax.set_mesh(ONE):
-        router = moe.Router(nnx.Rngs(0), D, E, 1.0, jnp.dtype("float32"))
-        router.weight = nnx.Param(jnp.asarray(w))
-        logits = router(x)
+        layer_router = router.Router(nnx.Rngs(0), D, E, 1.0, jnp.dtype("float32"))
+        layer_router.weight = nnx.Param(jnp.asarray(w))
+        logits = layer_router(x)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, np.asarray(x, np.float64) @ w, rtol=1e-5, atol=1e-5)
 

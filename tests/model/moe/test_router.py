@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import BATCH, make_mesh
-from moe_train.model import moe
-from tests.model.conftest import quick_jit
+from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.model.moe import layer, router
+from tests.compiled_programs import quick_jit
 
 B, T, D, F, E, A = 8, 4, 16, 12, 8, 2
 MESH = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
@@ -29,13 +29,13 @@ ROUTERS: dict[str, config.Router] = {
 SHARED = {"softmax": 1, "sigmoid": 2, "sigmoid with a bias": 0, "sigmoid in groups": 0}
 
 
-def made(name: str) -> moe.MoE:
+def made(name: str) -> layer.MoE:
     ffn = config.MoeFfn(
         name="moe", ffn_dim=F, num_experts=E, experts_per_token=A, router=ROUTERS[name], num_shared_experts=SHARED[name]
     )
     attention = config.Attention(num_heads=2, num_kv_heads=1, head_dim=8)
     model = config.Model(family="mixtral", vocab_size=8, model_dim=D, num_layers=1, attention=attention, ffn=ffn)
-    return moe.MoE(nnx.Rngs(0), model, config.Compute())
+    return layer.MoE(nnx.Rngs(0), model, config.Compute())
 
 
 def flat(name: str) -> tuple[Any, dict[str, Any]]:
@@ -137,5 +137,5 @@ def test_a_bias_chooses_and_does_not_weigh() -> None:
 
 def test_the_next_bias_follows_the_load() -> None:
     chosen = np.array([[4, 4, 4, 4], [0, 2, 6, 8]], np.int32)
-    moved = moe.next_bias(jnp.zeros((2, 4)), jnp.asarray(chosen), 0.5)
+    moved = router.next_bias(jnp.zeros((2, 4)), jnp.asarray(chosen), 0.5)
     np.testing.assert_array_equal(moved, [[0, 0, 0, 0], [0.5, 0.5, -0.5, -0.5]])

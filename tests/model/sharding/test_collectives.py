@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.mesh import make_mesh, slices_along
-from moe_train.model import collectives
-from tests.model.conftest import quick_jit
+from moe_train.machine.mesh import make_mesh, slices_along
+from moe_train.model.sharding import collectives
+from tests.compiled_programs import quick_jit
 
 MESHES = {"all devices": config.Mesh(fsdp=8), "a replica": config.Mesh(data=2, fsdp=4), "some": config.Mesh(fsdp=4, expert=2)}
 PLACES = {"cpu": ("cpu", 1), "tpu": ("tpu", 1), "two slices": ("tpu", 2), "a slice each": ("tpu", 4)}
@@ -71,7 +71,7 @@ def test_slices_along_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     def slices(order: list[int], **sizes: int) -> int:
         mesh = make_mesh(config.Mesh(**sizes))
         chips = np.array([SimpleNamespace(slice_index=i) for i in order]).reshape(mesh.devices.shape)
-        monkeypatch.setattr("moe_train.mesh.get_concrete_mesh", lambda: SimpleNamespace(devices=chips, empty=False))
+        monkeypatch.setattr("moe_train.machine.mesh.get_concrete_mesh", lambda: SimpleNamespace(devices=chips, empty=False))
         with jax.set_mesh(mesh):
             return slices_along("fsdp")
 

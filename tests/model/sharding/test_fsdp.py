@@ -12,12 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.data.batch import Batch
-from moe_train.mesh import BATCH, make_mesh, put_batch
-from moe_train.model import fsdp
-from moe_train.model.transformer import combine, init_model, parameters
-from moe_train.train.loss import microbatch_loss
-from tests.model.conftest import QUICK, quick_jit
+from moe_train.data.batches.batch import Batch
+from moe_train.machine.mesh import BATCH, make_mesh, put_batch
+from moe_train.model.parameters import combine, parameters
+from moe_train.model.sharding import fsdp, specs
+from moe_train.model.transformer import init_model
+from moe_train.train.objectives.next_token import microbatch_loss
+from tests.compiled_programs import QUICK, quick_jit
 
 MESHES = {
     "fsdp, tensor": make_mesh(config.Mesh(fsdp=4, tensor=2)),
@@ -25,8 +26,8 @@ MESHES = {
     "expert, tensor": make_mesh(config.Mesh(expert=4, tensor=2)),
 }
 EQUATIONS = {  # equation: shape of the weight, and its spec
-    "BTD,DNH->BTNH": ((16, 8, 6), P("fsdp", fsdp.SPLIT, None)),
-    "BTNH,NHD->BTD": ((8, 6, 16), P(fsdp.SPLIT, None, "fsdp")),
+    "BTD,DNH->BTNH": ((16, 8, 6), P("fsdp", specs.SPLIT, None)),
+    "BTNH,NHD->BTD": ((8, 6, 16), P(specs.SPLIT, None, "fsdp")),
     "BTD,DF->BTF": ((16, 10), P("fsdp", "tensor")),
     "BTF,FD->BTD": ((10, 16), P("tensor", "fsdp")),
     "BTD,VD->BTV": ((12, 16), P("tensor", "fsdp")),
@@ -56,7 +57,7 @@ def test_project_is_einsum(equation: str, mesh: Mesh) -> None:
         return y, *vjp(dy)
 
     with jax.set_mesh(mesh):
-        x_spec, y_spec = (fsdp.activation_spec(letters) for letters in (x_letters, y_letters))
+        x_spec, y_spec = (specs.activation_spec(letters) for letters in (x_letters, y_letters))
         y, dx, dw = run(put(mesh, x, x_spec), put(mesh, w, spec), put(mesh, dy, y_spec))
         assert (y.sharding.spec, dx.sharding.spec, dw.sharding.spec) == (y_spec, x_spec, spec)
     close(y, np.einsum(equation, x, w))
@@ -66,7 +67,7 @@ def test_project_is_einsum(equation: str, mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("rows", ["tensor", fsdp.SPLIT])
+@pytest.mark.parametrize("rows", ["tensor", specs.SPLIT])
 def test_lookup_is_indexing(mesh: Mesh, rows: Any) -> None:
     rng = np.random.default_rng(0)
     table, tokens = rng.normal(size=(16, 16)).astype(np.float32), rng.integers(0, 16, (8, 3)).astype(np.int32)
@@ -136,8 +137,8 @@ def program(collectives: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], li
         stored = x.sharding.shard_shape(x.shape)[layer]
         spec = (tuple(x.sharding.spec) + (None,) * x.ndim)[: x.ndim][layer]
         over_fsdp = tuple(2 * n if axis == "fsdp" else n for n, axis in zip(stored, spec, strict=True))
-        over_expert = tuple(2 * n if axis == fsdp.SPLIT else n for n, axis in zip(stored, spec, strict=True))
-        whole = tuple(2 * n if axis == fsdp.SPLIT else n for n, axis in zip(over_fsdp, spec, strict=True))
+        over_expert = tuple(2 * n if axis == specs.SPLIT else n for n, axis in zip(stored, spec, strict=True))
+        whole = tuple(2 * n if axis == specs.SPLIT else n for n, axis in zip(over_fsdp, spec, strict=True))
         if "fsdp" in spec:
             shapes[path] = {"stored": stored, "over fsdp": over_fsdp, "over expert": over_expert, "whole": whole}
     return shapes, collectives(compiled.as_text())

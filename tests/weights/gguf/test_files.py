@@ -19,13 +19,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_train import config, model_dir
-from moe_train.data import sandbox
-from moe_train.data.tokenizer import HuggingFace, Mistral
-from moe_train.data.train_tokenizer import train_bpe
-from moe_train.mesh import make_mesh
-from moe_train.weights import adapter, chat_format, foreign, gguf, gguf_file, gguf_lora, gguf_settings, gguf_tokenizer, merge, names
+from moe_train import config
+from moe_train.checkpoint import model_dir
+from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.data.chat import sandbox
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.machine.mesh import make_mesh
+from moe_train.weights import external, external_adapter, gguf, merge, names
 from moe_train.weights.arrays import fetch
+from moe_train.weights.gguf import chat_format, container
+from moe_train.weights.gguf import lora as gguf_lora
+from moe_train.weights.gguf import settings as gguf_settings
+from moe_train.weights.gguf import tokenizer as gguf_tokenizer
 from tests.random_parameters import random_parameters
 
 SIZES: dict[str, Any] = {"vocab_size": 352, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}
@@ -79,9 +85,9 @@ def test_a_file_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dtype:
     with jax.set_mesh(EIGHT):
         sharded = random_parameters(model, dtype=dtype)
         file = write(tmp_path, model, sharded, dtype)
-        assert foreign.layout_of(file) == foreign.layout_of(tmp_path) == "gguf"
-        assert foreign.read_model(tmp_path) == model
-        found = foreign.load_parameters(file, shapes(sharded))
+        assert external.layout_of(file) == external.layout_of(tmp_path) == "gguf"
+        assert external.read_model(tmp_path) == model
+        found = external.load_parameters(file, shapes(sharded))
     for path, array in sharded.items():
         assert found[path].sharding == array.sharding
         assert np.array_equal(np.asarray(found[path]), np.asarray(array)), path
@@ -102,7 +108,7 @@ def test_the_package_gguf_reads_what_is_written(dtype: str, tmp_path: Path, toke
     found = {tensor.name: package.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     table = names.pieces(model, names.GGUF)
     assert {piece.name for piece in table} == set(found)
-    ours = gguf_file.open_file(tmp_path / gguf.FILE).tensors
+    ours = container.open_file(tmp_path / gguf.FILE).tensors
     for piece in table:
         theirs = found[piece.name].reshape(piece.shape)[piece.part]
         assert np.array_equal(theirs, ours[piece.name].read(piece.part).astype(np.float32))
@@ -123,7 +129,7 @@ def test_parts_of_quantised_tensors_are_read_alone(kind: str, tmp_path: Path) ->
     writer.add_tensor("x", stored, raw_dtype=encoding)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    tensor = gguf_file.open_file(tmp_path / "x.gguf").tensors["x"]
+    tensor = container.open_file(tmp_path / "x.gguf").tensors["x"]
     whole = package.dequantize(stored, encoding)
     assert tensor.shape == (3, 8, 64)
     for index in ((), (1,), (slice(1, 3),), (2, slice(3, 5)), (0, slice(0, 8), slice(5, 40)), (slice(0, 2), 7, slice(33, 34))):
@@ -138,23 +144,23 @@ def test_other_tools_files_are_read(model: config.Model, per_expert: bool, tmp_p
         return
     with jax.set_mesh(ONE):
         parameters = random_parameters(model)
-        opened = gguf_file.open_file(write(tmp_path, model, parameters))
+        opened = container.open_file(write(tmp_path, model, parameters))
         arrays = {name: tensor.read() for name, tensor in opened.tensors.items()}
         if per_expert:
             for name in [name for name in arrays if "_exps" in name]:
                 arrays |= {name.replace("_exps", f".{e}"): expert for e, expert in enumerate(arrays.pop(name))}
         file = tmp_path / "theirs.gguf"
         rewrite(file, {k: v for k, v in opened.settings.items() if k != gguf_settings.OURS}, arrays)
-        found = foreign.load_parameters(file, shapes(parameters))
-    assert foreign.read_model(file) == model
+        found = external.load_parameters(file, shapes(parameters))
+    assert external.read_model(file) == model
     assert all(np.array_equal(np.asarray(found[path]), np.asarray(array)) for path, array in parameters.items())
 
 
 def rewrite(file: Path, keys: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     typed = {k: np.uint32(v) if type(v) is int else np.float32(v) if type(v) is float else np.bool_(v) if type(v) is bool else v
              for k, v in keys.items()}  # fmt: skip
-    specs = [gguf_file.Spec(name, array.shape, "F32") for name, array in arrays.items()]
-    gguf_file.write_file(file, typed, specs, lambda spec: [arrays[spec.name]])
+    specs = [container.Spec(name, array.shape, "F32") for name, array in arrays.items()]
+    container.write_file(file, typed, specs, lambda spec: [arrays[spec.name]])
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -179,17 +185,17 @@ def test_what_is_not_built_is_refused(name: str, tmp_path: Path) -> None:
     changes, said = CHANGES[name]
     with jax.set_mesh(ONE):
         parameters = random_parameters(MISTRAL)
-        opened = gguf_file.open_file(write(tmp_path, MISTRAL, parameters))
+        opened = container.open_file(write(tmp_path, MISTRAL, parameters))
         keys = {k: v for k, v in ({**opened.settings, **changes}).items() if k != gguf_settings.OURS and v is not None}
         rewrite(tmp_path / "x.gguf", keys, {name: tensor.read() for name, tensor in opened.tensors.items()})
         with pytest.raises(ValueError, match=said) as error:
-            foreign.load_parameters(tmp_path / "x.gguf", shapes(parameters))
+            external.load_parameters(tmp_path / "x.gguf", shapes(parameters))
     assert "\n" not in str(error.value) and "x.gguf" in str(error.value)
 
 
 def test_changed_frequencies_and_changed_keys_are_refused(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
-        opened = gguf_file.open_file(write(tmp_path, MISTRAL, random_parameters(MISTRAL)))
+        opened = container.open_file(write(tmp_path, MISTRAL, random_parameters(MISTRAL)))
     arrays = {"rope_freqs.weight": np.full(12, 2, np.float32), "token_embd.weight": opened.tensors["token_embd.weight"].read()}
     rewrite(tmp_path / "x.gguf", {k: v for k, v in opened.settings.items() if k != gguf_settings.OURS}, arrays)
     with pytest.raises(ValueError, match=r"rope_freqs.weight changes the rotary frequencies"):
@@ -202,7 +208,7 @@ def test_changed_frequencies_and_changed_keys_are_refused(tmp_path: Path) -> Non
 def test_a_window_becomes_the_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with jax.set_mesh(ONE):
         file = write(tmp_path, MINISTRAL, random_parameters(MINISTRAL))
-    assert gguf_file.open_file(file).settings["llama.context_length"] == 48
+    assert container.open_file(file).settings["llama.context_length"] == 48
     assert "a context of 48 tokens, up to which it is exact" in caplog.text
 
 
@@ -233,7 +239,7 @@ def test_k_quants_are_llama_cpps_work(tmp_path: Path, monkeypatch: pytest.Monkey
         file = write(tmp_path / "b", MISTRAL, parameters, "q4_k_m")
         assert (tmp_path / "b" / "model.gguf.kind").read_text() == "Q4_K_M\n"
         assert sorted(path.name for path in file.parent.iterdir()) == ["Modelfile", "model.gguf", "model.gguf.kind"]
-        assert gguf_file.open_file(file).tensors["token_embd.weight"].encoding.name == "BF16"
+        assert container.open_file(file).tensors["token_embd.weight"].encoding.name == "BF16"
         tool.write_text('#!/bin/sh\necho "no such type $3" >&2\nexit 1\n')
         with pytest.raises(ValueError, match=r"could not make q9_x \(exit code 1\); it said: no such type Q9_X"):
             write(tmp_path / "c", MISTRAL, parameters, "q9_x")
@@ -271,18 +277,18 @@ def test_an_adapter_is_read_back_on_any_mesh(tmp_path: Path) -> None:
         parameters = random_parameters(MIXTRAL, lora=lora)
         gguf_lora.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", base_model="base")
     with jax.set_mesh(ONE):
-        found = adapter.read_lora(tmp_path / "out", MIXTRAL)
+        found = external_adapter.read_lora(tmp_path / "out", MIXTRAL)
         assert {target.rank: target.alpha for target in found.targets} == {2: 3.0, 3: 3.0}
         wanted = {path: x for path, x in random_parameters(MIXTRAL, lora=found).items() if ".lora_" in path}
         for source in (tmp_path / "out", tmp_path / "out" / gguf_lora.FILE):
-            loaded = adapter.load_adapter(source, MIXTRAL, shapes(wanted))
+            loaded = external_adapter.load_adapter(source, MIXTRAL, shapes(wanted))
             assert loaded.keys() == {path for path in parameters if ".lora_" in path}
             assert all(np.array_equal(np.asarray(x), np.asarray(parameters[path])) for path, x in loaded.items())
-    assert len(adapter.hashes(tmp_path / "out")) == 2 * (2 * 8 + 1) + 1
+    assert len(external_adapter.hashes(tmp_path / "out")) == 2 * (2 * 8 + 1) + 1
     with pytest.raises(ValueError, match=r"is for another base: general.architecture is 'llama', not 'mistral3'"):
-        adapter.read_lora(tmp_path / "out", MINISTRAL3)
+        external_adapter.read_lora(tmp_path / "out", MINISTRAL3)
     with pytest.raises(ValueError, match=r"has blk.0.ffn_down_exps.weight.lora_a, which is no adapter of this model"):
-        adapter.read_lora(tmp_path / "out", MISTRAL)
+        external_adapter.read_lora(tmp_path / "out", MISTRAL)
 
 
 @pytest.mark.parametrize(
@@ -300,21 +306,21 @@ def test_a_file_that_is_no_adapter_is_refused(change: dict[str, Any], said: str,
     ranks = {"blk.0.attn_q": 2, "blk.1.attn_q": 2}
 
     def write_adapter(ranks: dict[str, int]) -> None:
-        specs = [gguf_file.Spec(f"{name}.weight.lora_a", (rank, 64), "F32") for name, rank in ranks.items()]
-        specs += [gguf_file.Spec(f"{name}.weight.lora_b", (96, rank), "F32") for name, rank in ranks.items()]
-        gguf_file.write_file(tmp_path / "x.gguf", keys, specs, lambda spec: [np.zeros(spec.shape, np.float32)])
+        specs = [container.Spec(f"{name}.weight.lora_a", (rank, 64), "F32") for name, rank in ranks.items()]
+        specs += [container.Spec(f"{name}.weight.lora_b", (96, rank), "F32") for name, rank in ranks.items()]
+        container.write_file(tmp_path / "x.gguf", keys, specs, lambda spec: [np.zeros(spec.shape, np.float32)])
 
     write_adapter(ranks)
     with pytest.raises(ValueError, match=said):
-        adapter.read_lora(tmp_path, MISTRAL)
+        external_adapter.read_lora(tmp_path, MISTRAL)
     keys |= {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": np.float32(0)}
     write_adapter(ranks)
-    (target,) = adapter.read_lora(tmp_path, MISTRAL).targets
+    (target,) = external_adapter.read_lora(tmp_path, MISTRAL).targets
     assert (target.rank, target.alpha, target.modules) == (2, 2.0, ("attention.q_proj",))  # 0 stands for a scale of 1
     for others in ({"blk.0.attn_q": 2}, {**ranks, "blk.1.attn_q": 3}):
         write_adapter(others)
         with pytest.raises(ValueError, match=r"blk.0.attn_q.weight.lora_a has rank 2, blk.1.attn_q.weight.lora_a another"):
-            adapter.read_lora(tmp_path, MISTRAL)
+            external_adapter.read_lora(tmp_path, MISTRAL)
 
 
 # --- tokenizers ----------------------------------------------------------------------------------------------------
@@ -510,14 +516,14 @@ def test_a_damaged_file_is_refused_in_one_line(name: str, tmp_path: Path) -> Non
     (tmp_path / "x.gguf").write_bytes(content)
     before = time.monotonic()
     with pytest.raises(ValueError, match=said) as error:
-        gguf_file.open_file(tmp_path / "x.gguf")
+        container.open_file(tmp_path / "x.gguf")
     assert time.monotonic() - before < 2 and "\n" not in str(error.value) and "x.gguf" in str(error.value)
 
 
 def test_a_whole_file_is_read(tmp_path: Path) -> None:
     """What the damaged ones are made of."""
     (tmp_path / "x.gguf").write_bytes(file_of((key("a", 9, struct.pack("<IQ2I", 4, 2, 7, 8)), key("b", 7, b"\1")), data=16))
-    opened = gguf_file.open_file(tmp_path / "x.gguf")
+    opened = container.open_file(tmp_path / "x.gguf")
     assert opened.settings["a"].tolist() == [7, 8] and opened.settings["b"] is True
     assert opened.tensors["x"].read().tolist() == [0, 0, 0, 0]
 
@@ -537,7 +543,7 @@ def test_a_file_with_changed_bytes_is_read_or_refused(tmp_path: Path, data: st.D
     end = data.draw(st.integers(24, len(content)) | st.just(len(content)))
     (tmp_path / "x.gguf").write_bytes(content[:end])
     try:
-        opened = gguf_file.open_file(tmp_path / "x.gguf")
+        opened = container.open_file(tmp_path / "x.gguf")
     except ValueError as error:
         assert "\n" not in str(error)
         return

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.weights.hf_config import read_model_config, write_model_config
+from moe_train.weights.hf.config_json import read_model_config, write_model_config
 
 # as on the hub: transformers 4.36
 MIXTRAL = {

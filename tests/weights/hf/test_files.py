@@ -13,10 +13,11 @@ import pytest
 import safetensors.numpy
 
 from moe_train import config
-from moe_train.mesh import make_mesh
-from moe_train.model import transformer
-from moe_train.model.lora import is_lora
-from moe_train.weights import foreign, names, safetensors_io, write
+from moe_train.commands import write_and_prove as write
+from moe_train.machine.mesh import make_mesh
+from moe_train.model import parameters, transformer
+from moe_train.model.paths import is_lora
+from moe_train.weights import external, names, safetensors_files, texts
 from tests.random_parameters import random_parameters
 
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)
@@ -38,7 +39,7 @@ EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
 
 def abstract(model: config.Model, dtype: str = "float32", lora: config.Lora | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     compute = config.Compute(param_dtype=dtype)
-    return transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute, lora)))[1]
+    return parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute, lora)))[1]
 
 
 def assert_equal(ours: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> None:
@@ -54,15 +55,15 @@ def test_an_export_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dty
     with jax.set_mesh(EIGHT):
         sharded = random_parameters(model, dtype)
         report = write.export(sharded, model, tmp_path / "out", dtype=dtype, max_shard_bytes=2000)
-        assert_equal(foreign.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
-        for path, array in foreign.load_parameters(tmp_path / "out", abstract(model, dtype)).items():
+        assert_equal(external.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
+        for path, array in external.load_parameters(tmp_path / "out", abstract(model, dtype)).items():
             assert array.sharding == sharded[path].sharding
-    assert foreign.read_model(tmp_path / "out") == model
+    assert external.read_model(tmp_path / "out") == model
     tensors = figures(report, "tensors")
     assert tensors["parameters"] == sum(array.size for array in sharded.values())
     assert tensors["bytes"] == tensors["parameters"] * np.dtype(dtype).itemsize
     with jax.set_mesh(ONE):
-        assert_equal(foreign.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
+        assert_equal(external.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
 
 
 @pytest.mark.parametrize("layout", ["hf", "mistral", "gguf"])
@@ -75,7 +76,7 @@ def test_weights_left_in_their_files_are_merged_and_proved_as_those_in_memory(
         weights = random_parameters(model, "bfloat16", LORA)
         plain = {path: x for path, x in weights.items() if not is_lora(path)}
         write.export(plain, model, tmp_path / "base", layout, dtype="bf16" if layout == "gguf" else "bfloat16", depth="tensors")
-        left = foreign.leave_parameters(tmp_path / "base", abstract(model, "bfloat16"))
+        left = external.leave_parameters(tmp_path / "base", abstract(model, "bfloat16"))
         reports = [
             write.export(source, model, tmp_path / name, dtype="bfloat16", lora=LORA, merge=True, depth=depth)
             for name, source in (("memory", weights), ("files", weights | left))
@@ -93,7 +94,7 @@ def test_the_files_of_an_export(tmp_path: Path) -> None:
             MIXTRAL,
             tmp_path / "out",
             dtype="bfloat16",
-            texts=write.Texts(chat_template="{{ x }}", config="a: 1\n"),
+            texts=texts.Texts(chat_template="{{ x }}", config="a: 1\n"),
         )
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",
@@ -122,7 +123,7 @@ def test_the_fused_layout_and_the_prefix_of_a_wrapper_are_read(tmp_path: Path) -
         for file in (tmp_path / "out").glob("model*"):
             file.unlink()
         safetensors.numpy.save_file(fused, tmp_path / "out/model.safetensors")
-        assert_equal(foreign.load_parameters(tmp_path / "out", abstract(MIXTRAL)), parameters)
+        assert_equal(external.load_parameters(tmp_path / "out", abstract(MIXTRAL)), parameters)
 
 
 def figures(report: dict[str, Any], check: str) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def test_merged_weights_are_base_plus_delta_rounded_once(dtype: Any, tmp_path: P
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(MIXTRAL, lora=LORA)
         report = write.export(parameters, MIXTRAL, tmp_path / "out", dtype=dtype, lora=LORA, merge=True)
-        loaded = foreign.load_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
+        loaded = external.load_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
     for path, array in loaded.items():
         assert np.array_equal(np.asarray(array), plain_merge(parameters, path).astype(dtype)), path
     merge = figures(report, "merge")
@@ -177,11 +178,11 @@ def test_the_report_tells_of_deltas_that_the_dtype_swallows(tmp_path: Path) -> N
 def test_weights_without_adapter_keep_their_bytes_through_a_lora_export(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         write.export(random_parameters(MIXTRAL, "bfloat16"), MIXTRAL, tmp_path / "base", dtype="bfloat16")
-        before = foreign.hashes(tmp_path / "base")
-        base = foreign.load_parameters(tmp_path / "base", abstract(MIXTRAL))  # float32 in memory
+        before = external.hashes(tmp_path / "base")
+        base = external.load_parameters(tmp_path / "base", abstract(MIXTRAL))  # float32 in memory
         parameters = random_parameters(MIXTRAL, lora=LORA) | base
         write.export(parameters, MIXTRAL, tmp_path / "out", dtype="bfloat16", lora=LORA, merge=True)
-        after = foreign.hashes(tmp_path / "out")
+        after = external.hashes(tmp_path / "out")
     adapted = ("q_proj", "o_proj", ".w1.", ".w2.", ".w3.")
     assert {name for name in before if before[name] != after[name]} == {n for n in before if any(part in n for part in adapted)}
 
@@ -191,13 +192,13 @@ def test_weights_without_adapter_keep_their_bytes_through_a_lora_export(tmp_path
 
 def plant(monkeypatch: pytest.MonkeyPatch, alter: Callable[[str, Callable[[str], np.ndarray]], np.ndarray]) -> None:
     """Let the writer get `alter(name, tensor)` instead of `tensor(name)`."""
-    write = safetensors_io.write_file
+    write = safetensors_files.write_file
 
-    def faulty(file: Path, specs: list[safetensors_io.Spec], tensor: Callable[[safetensors_io.Spec], np.ndarray]) -> None:
+    def faulty(file: Path, specs: list[safetensors_files.Spec], tensor: Callable[[safetensors_files.Spec], np.ndarray]) -> None:
         by_name = {spec.name: spec for spec in specs}
         write(file, specs, lambda spec: alter(spec.name, lambda name: tensor(by_name[name])))
 
-    monkeypatch.setattr(safetensors_io, "write_file", faulty)
+    monkeypatch.setattr(safetensors_files, "write_file", faulty)
 
 
 def swap_experts(name: str, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -288,11 +289,11 @@ def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None
         ):
             file.write_text(json.dumps(settings | change))
             with pytest.raises(ValueError, match=message):
-                foreign.load_parameters(tmp_path / "out", abstract(MIXTRAL))
+                external.load_parameters(tmp_path / "out", abstract(MIXTRAL))
         file.write_text(json.dumps(settings))
         wider = MIXTRAL.model_copy(update={"model_dim": 16})
         with pytest.raises(ValueError, match=r"gives .*\(24, 8\)"):
-            foreign.load_parameters(tmp_path / "out", abstract(wider))
+            external.load_parameters(tmp_path / "out", abstract(wider))
 
 
 def test_a_tied_head_that_was_written_out_is_dropped_where_it_is_the_embedding(tmp_path: Path) -> None:
@@ -300,11 +301,11 @@ def test_a_tied_head_that_was_written_out_is_dropped_where_it_is_the_embedding(t
         parameters = random_parameters(MINISTRAL)
         write.export(parameters, MINISTRAL, tmp_path / "out", dtype="float32")
         (shard,) = (tmp_path / "out").glob("model-*")
-        (tmp_path / "out" / safetensors_io.INDEX).unlink()
+        (tmp_path / "out" / safetensors_files.INDEX).unlink()
         found = safetensors.numpy.load_file(shard)
         single = tmp_path / "out/model.safetensors"
         safetensors.numpy.save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"]}, single)
-        assert_equal(foreign.load_parameters(tmp_path / "out", abstract(MINISTRAL)), parameters)
+        assert_equal(external.load_parameters(tmp_path / "out", abstract(MINISTRAL)), parameters)
         safetensors.numpy.save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"] + 1}, single)
         with pytest.raises(ValueError, match=r"lm_head\.weight of its own"):
-            foreign.load_parameters(tmp_path / "out", abstract(MINISTRAL))
+            external.load_parameters(tmp_path / "out", abstract(MINISTRAL))

@@ -14,13 +14,15 @@ import pytest
 import safetensors.numpy
 
 from moe_train import config
-from moe_train.atomic import new_directory
-from moe_train.mesh import put_batch
+from moe_train.machine.files import new_directory
+from moe_train.machine.mesh import put_batch
+from moe_train.model import parameters as flat
 from moe_train.model import transformer
-from moe_train.weights import foreign, mistral, mistral_params
+from moe_train.weights import external, mistral
 from moe_train.weights import merge as merging
+from moe_train.weights.mistral import params_json
 from tests.random_parameters import random_parameters
-from tests.weights.test_hf import EIGHT, MINISTRAL, MIXTRAL, ONE, SIZES, abstract, assert_equal
+from tests.weights.hf.test_files import EIGHT, MINISTRAL, MIXTRAL, ONE, SIZES, abstract, assert_equal
 
 DENSE = config.DenseFfn(name="dense", ffn_dim=12)
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)
@@ -57,8 +59,8 @@ def test_a_model_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dtype
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(model, dtype)
         out = write(parameters, model, tmp_path / "out", dtype)
-        assert_equal(foreign.load_parameters(out, abstract(model, dtype)), parameters)
-    assert foreign.read_model(out) == model
+        assert_equal(external.load_parameters(out, abstract(model, dtype)), parameters)
+    assert external.read_model(out) == model
     assert sorted(file.name for file in out.iterdir()) == ["consolidated.safetensors", "params.json"]
 
 
@@ -115,10 +117,10 @@ def test_the_plain_native_model_has_our_logits(model: config.Model, tmp_path: Pa
     tokens = np.random.default_rng(1).integers(0, model.vocab_size, 24)
     with jax.set_mesh(ONE):
         compute = config.Compute()
-        structure, _ = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute)))
+        structure, _ = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute)))
         parameters = {path: array * 3 for path, array in random_parameters(model).items()}
         batch = put_batch((tokens[None], np.arange(24)[None], np.ones((1, 24), int)), ONE)
-        module = transformer.combine(structure, parameters)
+        module = flat.combine(structure, parameters)
         ours = np.asarray(jax.jit(lambda batch: module.logits(module(*batch)[0]))(batch))[0]
     theirs = native_logits(write(parameters, model, tmp_path / "out"), tokens)
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-4
@@ -126,13 +128,13 @@ def test_the_plain_native_model_has_our_logits(model: config.Model, tmp_path: Pa
 
 # --- what other people's files hold ------------------------------------------------------------------------------
 
-PARAMS = mistral_params.write_model_config(MIXTRAL)
+PARAMS = params_json.write_model_config(MIXTRAL)
 
 
 def read(params: Any, folder: Path) -> config.Model:
     folder.mkdir(exist_ok=True)
     (folder / "params.json").write_text(params if isinstance(params, str) else json.dumps(params))
-    return foreign.read_model(folder)
+    return external.read_model(folder)
 
 
 def test_the_files_of_released_models_are_understood(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,27 +216,27 @@ def test_a_params_json_that_is_none_is_refused(tmp_path: Path) -> None:
             read(text, tmp_path)
     (tmp_path / "params.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no model: looked for config\.json .*params\.json"):
-        foreign.read_model(tmp_path)
+        external.read_model(tmp_path)
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(FileNotFoundError, match="is an adapter, not a model; add it to its base: moe-train adapters merge BASE"):
-        foreign.read_model(tmp_path)
+        external.read_model(tmp_path)
 
 
 def test_what_params_json_has_no_words_for_is_refused() -> None:
     model = MODELS["ministral3"]
     uneven = model.model_copy(update={"rope": YARN.model_copy(update={"mscale": 0.7})})
     with pytest.raises(ValueError, match=r"rope\.mscale 0\.7 and rope\.mscale_all_dim 1\.0 differ"):
-        mistral_params.write_model_config(uneven)
+        params_json.write_model_config(uneven)
 
 
 def test_families_that_mean_the_same_are_read_as_one(tmp_path: Path) -> None:
     llama = config.Model(family="llama", attention=ATTENTION, ffn=DENSE, init_stddev=0.1, **SIZES)
-    written = mistral_params.as_written(llama)
-    assert read(mistral_params.write_model_config(llama), tmp_path) == written
+    written = params_json.as_written(llama)
+    assert read(params_json.write_model_config(llama), tmp_path) == written
     assert (written.family, written.init_stddev) == ("mistral", 0.02)
     halves = YARN.model_copy(update={"mscale": 0.5, "mscale_all_dim": 0.5})
     same = MODELS["ministral3"].model_copy(update={"rope": halves})  # 0.5 over 0.5 is 1, too
-    assert mistral_params.as_written(same) == MODELS["ministral3"]
+    assert params_json.as_written(same) == MODELS["ministral3"]
 
 
 def test_shards_with_an_index_and_the_vision_part_of_a_release(tmp_path: Path) -> None:
@@ -251,11 +253,11 @@ def test_shards_with_an_index_and_the_vision_part_of_a_release(tmp_path: Path) -
             places |= dict.fromkeys(half, f"consolidated-0000{i}-of-00002.safetensors")
         index = folder / "consolidated.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-        assert_equal(foreign.load_parameters(folder, abstract(MIXTRAL)), parameters)
+        assert_equal(external.load_parameters(folder, abstract(MIXTRAL)), parameters)
     for name in ("../consolidated.safetensors", "/etc/passwd"):
         index.write_text(json.dumps({"weight_map": {**places, "norm.weight": name}}))
         with pytest.raises(ValueError, match=r"consolidated\.safetensors\.index\.json names .*; files of a model lie beside"):
-            foreign.open_weights(folder)
+            external.open_weights(folder)
 
 
 def test_a_tied_model_with_an_output_of_its_own_is_refused_and_a_copy_left_out(tmp_path: Path) -> None:
@@ -266,10 +268,10 @@ def test_a_tied_model_with_an_output_of_its_own_is_refused_and_a_copy_left_out(t
         file = folder / "consolidated.safetensors"
         tensors = safetensors.numpy.load_file(file)
         safetensors.numpy.save_file({**tensors, "output.weight": tensors["tok_embeddings.weight"]}, file)
-        assert_equal(foreign.load_parameters(folder, abstract(model)), parameters)
+        assert_equal(external.load_parameters(folder, abstract(model)), parameters)
         safetensors.numpy.save_file({**tensors, "output.weight": tensors["tok_embeddings.weight"] + 1}, file)
         with pytest.raises(ValueError, match=r"output\.weight of its own, but tied_embeddings is true in its params\.json"):
-            foreign.open_weights(folder)
+            external.open_weights(folder)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
         changed = {**tensors, "layers.3.gate.weight": gate, "norm.weight": np.ones(9, np.float32)}
         safetensors.numpy.save_file(changed, file)
         with pytest.raises(ValueError, match="does not hold the model") as refused:
-            foreign.load_parameters(folder, abstract(MIXTRAL))
+            external.load_parameters(folder, abstract(MIXTRAL))
     for said in (
         "lacks layers.3.feed_forward.gate.weight",
         "has layers.3.gate.weight",
@@ -324,6 +326,6 @@ def test_a_damaged_header_is_one_clear_line(content: tuple[str, bytes], tmp_path
     read(PARAMS, tmp_path)
     (tmp_path / "consolidated.safetensors").write_bytes(content[1])
     with pytest.raises(ValueError) as refused:
-        foreign.open_weights(tmp_path)
+        external.open_weights(tmp_path)
     message = str(refused.value)
     assert "consolidated.safetensors" in message and "\n" not in message and len(message) < 500

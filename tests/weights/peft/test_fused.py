@@ -12,10 +12,11 @@ import pytest
 import safetensors.numpy
 
 from moe_train import config
-from moe_train.mesh import put_batch
+from moe_train.machine.mesh import put_batch
+from moe_train.model import parameters as flat
 from moe_train.model import transformer
-from moe_train.weights import foreign, peft
-from tests.weights.test_hf import MIXTRAL, ONE, abstract
+from moe_train.weights import external, peft
+from tests.weights.hf.test_files import MIXTRAL, ONE, abstract
 
 E, D, F = 4, MIXTRAL.model_dim, MIXTRAL.ffn.ffn_dim
 RANK, ALPHA = {"gate_up_proj": 2, "down_proj": 3}, {"gate_up_proj": 3.0, "down_proj": 12.0}
@@ -132,13 +133,13 @@ def test_a_fused_adapter_that_peft_writes_gives_pefts_logits(tmp_path: Path) -> 
         with judge.disable_adapter():
             plain = judge(torch.tensor(tokens)).logits.numpy()
 
-    model = foreign.read_model(tmp_path / "base")
+    model = external.read_model(tmp_path / "base")
     lora = peft.read_lora(tmp_path / "adapter", model)
     with jax.set_mesh(ONE):
-        structure, shapes = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
+        structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
         adapters = {path: like for path, like in shapes.items() if path.endswith((".lora_a", ".lora_b"))}
-        parameters = foreign.load_parameters(tmp_path / "base", {p: x for p, x in shapes.items() if p not in adapters})
-        module = transformer.combine(structure, parameters | peft.load_adapter(tmp_path / "adapter", model, adapters))
+        parameters = external.load_parameters(tmp_path / "base", {p: x for p, x in shapes.items() if p not in adapters})
+        module = flat.combine(structure, parameters | peft.load_adapter(tmp_path / "adapter", model, adapters))
         batch = put_batch((tokens, np.arange(20)[None], np.ones((1, 20), int)), ONE)
         ours = np.asarray(jax.jit(lambda batch: module.logits(module(*batch)[0]))(batch))
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-4

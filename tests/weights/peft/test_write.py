@@ -15,10 +15,11 @@ import safetensors.numpy
 from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.mesh import make_mesh
-from moe_train.model import transformer
-from moe_train.model.lora import is_lora, is_trainable, module_of, scale_of_expert, targets_of
-from moe_train.weights import peft, safetensors_io, write
+from moe_train.machine.mesh import make_mesh
+from moe_train.model import parameters, transformer
+from moe_train.model.lora import scale_of_expert
+from moe_train.model.paths import is_lora, is_trainable, module_of, targets_of
+from moe_train.weights import peft, safetensors_files, texts
 
 MIXTRAL = config.Model(
     family="mixtral",
@@ -37,7 +38,7 @@ def lora_of(*targets: tuple[str, int, float]) -> config.Lora:
 
 
 def abstract(lora: config.Lora, dtype: str = "float32") -> dict[str, jax.ShapeDtypeStruct]:
-    _, shapes = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
+    _, shapes = parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
     return {p: jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding) for p, like in shapes.items() if is_lora(p)}
 
 
@@ -77,7 +78,7 @@ def test_an_adapter_is_read_back_bit_for_bit_on_any_mesh(dtype: str, tmp_path: P
 def test_the_files_of_an_adapter(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = adapters(LORA)
-        peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="some/base", texts=write.Texts(config="a: 1\n"))
+        peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="some/base", texts=texts.Texts(config="a: 1\n"))
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -105,11 +106,11 @@ def test_experts_come_with_all_three_matrices_and_one_rank(tmp_path: Path) -> No
 
 
 def test_the_proof_finds_an_expert_whose_delta_was_dropped_or_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = safetensors_io.write_file
+    write = safetensors_files.write_file
     victim = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w1.lora_B.weight"
 
     def planted(change: Callable[[Any, Any], np.ndarray]) -> Callable[..., None]:
-        def faulty(file: Path, specs: list[safetensors_io.Spec], tensor: Any) -> None:
+        def faulty(file: Path, specs: list[safetensors_files.Spec], tensor: Any) -> None:
             write(file, specs, lambda spec: change(spec, tensor) if spec.name == victim else tensor(spec))
 
         return faulty
@@ -118,7 +119,7 @@ def test_the_proof_finds_an_expert_whose_delta_was_dropped_or_swapped(tmp_path: 
     swapped = planted(lambda spec, tensor: tensor(spec._replace(name=victim.replace("experts.3", "experts.0"))))
     with jax.set_mesh(ONE):
         for fault in (zero, swapped):
-            monkeypatch.setattr(safetensors_io, "write_file", fault)
+            monkeypatch.setattr(safetensors_files, "write_file", fault)
             with pytest.raises(
                 RuntimeError, match=r"layers\.1\.block_sparse_moe\.experts\.3\.w1\.lora_A\.weight and its lora_B are not"
             ):
@@ -194,7 +195,7 @@ def test_a_bfloat16_file_fills_float32_arrays(tmp_path: Path) -> None:
 
 def trained(lora: config.Lora) -> dict[str, jax.Array]:
     """Adapters, and what is trained in full beside them."""
-    _, shapes = transformer.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
+    _, shapes = parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
     mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
     found = {}
     for path, like in shapes.items():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_train.model.collectives import gather, scatter
+from moe_train.model.sharding.collectives import gather, scatter
 
 
 def all_gather(

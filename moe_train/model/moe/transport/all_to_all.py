@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_train.mesh import axis_size
+from moe_train.machine.mesh import axis_size
 
 SLACK = 1.25
 """Rows of a buffer over those that balanced routing fills."""

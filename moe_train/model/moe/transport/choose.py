@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from moe_train import config
-from moe_train.mesh import BATCH, platform
-from moe_train.model.capacity import capacity
-from moe_train.model.exchange import slots_of
+from moe_train.machine.mesh import BATCH, platform
+from moe_train.model.moe.capacity import capacity
+from moe_train.model.moe.transport.all_to_all import slots_of
 
 
 class AlongExpert(NamedTuple):

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_train.mesh import axis_size
-from moe_train.model.exchange import Experts, from_slots, in_rounds, permute, slots_of, to_slots
+from moe_train.machine.mesh import axis_size
+from moe_train.model.moe.transport.all_to_all import Experts, from_slots, in_rounds, permute, slots_of, to_slots
 
 
 class Plan(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from moe_train.model import transport
+from moe_train.model.moe.transport import choose as transport
 
 
 def test_auto_moves_the_fewest_bytes() -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 12):
@@ -44,12 +42,7 @@ class Collective(NamedTuple):
     """Of its results."""
 
 
-@pytest.fixture(scope="session")
-def collectives() -> Callable[[str], list[Collective]]:
-    return read
-
-
-def read(hlo: str) -> list[Collective]:
+def collectives_of(hlo: str) -> list[Collective]:
     """XLA:TPU writes some reduce-scatters as computations named all-reduce-scatter, around an all-reduce."""
     found, scattered = [], None
     for line in hlo.splitlines():

@@ -1,0 +1,57 @@
+"""The identity of weights: hashes of every byte, and whether they are still the same."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from moe_train.checkpoint import manager
+from moe_train.checkpoint.manager import FOLDER, Base
+from moe_train.checkpoint.runs import is_run
+from moe_train.weights import external, external_adapter, together
+
+
+def base_of(directory: str | Path) -> Base:
+    """The identity of the weights that `load_parameters` would read: their hashes, of every byte."""
+    if not is_run(directory):
+        return Base(str(directory), None, external.hashes(directory))
+    with manager.reading(directory) as checkpoints:
+        step = checkpoints.latest_step()
+    if step is None:
+        raise FileNotFoundError(f"{directory} has no checkpoint")
+    return Base(str(directory), step, _file_hashes(Path(directory) / FOLDER / str(step) / "params"))
+
+
+def adapter_of(source: str | Path) -> Base:
+    """The identity of an adapter's files, as `base_of` has it of a model's."""
+    return base_of(source) if is_run(source) else Base(str(source), None, external_adapter.hashes(source))
+
+
+def check_base(base: Base) -> None:
+    """Raise ValueError where the weights that `base` names are not the same any more."""
+    if base.step is None:
+        now = external.hashes(base.source)
+    else:
+        folder = Path(base.source) / FOLDER / str(base.step) / "params"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is gone, and holds the weights that this run's adapters belong to")
+        now = _file_hashes(folder)
+    changed = sorted(name for name in {*now, *base.hashes} if now.get(name) != base.hashes.get(name))
+    if changed:
+        raise ValueError(
+            f"the base weights in {base.source} have changed since this run started ({len(changed)} tensors or files, the first "
+            f"{changed[0]}); bring the old ones back, or start a new run_dir"
+        )
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each file, by its name in the folder; several processes read a share each."""
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+
+    def digest(name: str) -> str:
+        with files[name].open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    return together.hashes(
+        {name: file.stat().st_size for name, file in files.items()}, lambda names: {name: digest(name) for name in names}
+    )

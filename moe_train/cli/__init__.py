@@ -1,0 +1,1 @@
+"""What a person types: arguments and printing. Each command calls one function of `commands`."""

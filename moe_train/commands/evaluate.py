@@ -1,0 +1,74 @@
+"""`moe-train evaluate`: the loss of a run or a model on files."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_train import config
+from moe_train.checkpoint.model_dir import open_model
+from moe_train.data.batches.loader import Loader
+from moe_train.data.records.conversation import normalise, recognise
+from moe_train.data.records.problem import located
+from moe_train.data.records.sources import open_source
+from moe_train.evaluate.held_out import evaluate
+from moe_train.evaluate.loss import make_batch_sums
+from moe_train.machine.mesh import BATCH
+
+
+def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
+
+    Rows are as long as the run's; of a model that is no run, at most 2048.
+    """
+    opened = open_model(directory)
+    run, mesh = opened.run, opened.mesh
+    seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
+    replicas = math.prod(mesh.shape[axis] for axis in BATCH)
+    batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
+    batch_size += -batch_size % replicas
+    sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
+    template = run.data.chat_template if run and run.data else None
+    with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
+        data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
+        loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
+        structure, params = opened.load()
+        found = evaluate(make_batch_sums(structure), params, {}, loader, mesh)
+    if not math.isfinite(found["loss"]):
+        raise RuntimeError(
+            f"the loss of {directory} on {found['loss_tokens']} tokens is {found['loss']}: its weights are past help"
+        )
+    return {
+        **found,
+        "perplexity": math.exp(min(found["loss"], 700)),
+        "records": loader.num_records,
+        "records_truncated": loader.num_truncated,
+        "seq_len": seq_len,
+    }
+
+
+def _record(file: Path, run: config.Config | None) -> config.Record:
+    """How to read a file, by its first record: as the run reads its own, where that is possible, else as its columns say."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file to evaluate on")
+    text = config.TextRecord(name="text")
+    records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
+    origin, first = next(iter(records), (None, {"text": ""}))  # without any, the loader says so
+    where = str(file) if origin is None else records.where(origin)
+    sources = (*run.data.eval, *run.data.train) if run and run.data else ()
+    own = [source.record for source in sources if isinstance(source, config.RecordSource)]
+    record = next((r for r in own if _readable(first, r)), None) or located(where, recognise, first)
+    return record if isinstance(record, config.TextRecord) else record.model_copy(update={"too_long": "truncate"})
+
+
+def _readable(fields: dict[str, Any], record: config.Record) -> bool:
+    try:
+        normalise(fields, record)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""Schedules, optimizers, and the losses that keep routers balanced."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_train.config.section import (
+    Decay,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
+
+class ConstantSchedule(Section):
+    name: Literal["constant"]
+    warmup_steps: NonNegative = 0
+
+
+class CosineSchedule(Section):
+    """Linear warm-up, then half a cosine down to `final_fraction` of the peak at the last step."""
+
+    name: Literal["cosine"]
+    warmup_steps: NonNegative = 0
+    final_fraction: Fraction = 0.1
+
+
+class LinearSchedule(Section):
+    """Linear warm-up, then a line down to `final_fraction` of the peak at the last step."""
+
+    name: Literal["linear"]
+    warmup_steps: NonNegative = 0
+    final_fraction: Fraction = 0.0
+
+
+class WsdSchedule(Section):
+    """Warm-up, stable, decay (arXiv:2404.06395): the last `decay_steps` fall on a line to `final_fraction`."""
+
+    name: Literal["wsd"]
+    warmup_steps: NonNegative = 0
+    decay_steps: Positive
+    final_fraction: Fraction = 0.0
+
+
+Schedule = Annotated[ConstantSchedule | CosineSchedule | LinearSchedule | WsdSchedule, Field(discriminator="name")]
+
+
+class _OptimizerBase(Section):
+    learning_rate: PositiveFloat
+    schedule: Schedule = ConstantSchedule(name="constant")
+    weight_decay: NonNegativeFloat = 0.0
+    no_decay: tuple[Literal["norms", "biases", "router", "embeddings"], ...] = ("norms", "biases")
+    max_grad_norm: PositiveFloat | None = 1.0
+
+
+class AdamW(_OptimizerBase):
+    """Adam with decoupled weight decay, arXiv:1711.05101."""
+
+    name: Literal["adamw"]
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: PositiveFloat = 1e-8
+
+
+class Lion(_OptimizerBase):
+    """Sign of an interpolated momentum, arXiv:2302.06675."""
+
+    name: Literal["lion"]
+    b1: Decay = 0.9
+    b2: Decay = 0.99
+
+
+class Adafactor(_OptimizerBase):
+    """Factored second moments, arXiv:1804.04235."""
+
+    name: Literal["adafactor"]
+    decay_rate: Decay = 0.8
+    min_dim_size_to_factor: Positive = 128
+
+
+class Muon(_OptimizerBase):
+    """Orthogonalised momentum for the matrices of attention and (expert) FFN, chosen by name; AdamW for
+    embeddings, head, router and norms with `adamw_learning_rate` (https://kellerjordan.github.io/posts/muon)."""
+
+    name: Literal["muon"]
+    momentum: Decay = 0.95
+    ns_steps: Positive = 5
+    nesterov: bool = True
+    adamw_learning_rate: PositiveFloat
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: PositiveFloat = 1e-8
+
+
+Optimizer = Annotated[AdamW | Lion | Adafactor | Muon, Field(discriminator="name")]
+
+
+class Loss(Section):
+    """How routers are kept balanced: coefficients of their two losses, per layer, which full training of a sparse model
+    must state; and by how much a step moves the bias of a router that has one, up for an expert with less than the mean
+    load of the step, down for one with more (0.001 is DeepSeek-V3's)."""
+
+    load_balance_loss_coef: NonNegativeFloat | None = None
+    router_z_loss_coef: NonNegativeFloat | None = None
+    bias_update_rate: NonNegativeFloat | None = None

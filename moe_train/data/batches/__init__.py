@@ -1,0 +1,1 @@
+"""The order of records, their packing into rows, and the loader."""

@@ -1,0 +1,1 @@
+"""Tokenized once, memory-mapped afterwards, here or in a bucket."""

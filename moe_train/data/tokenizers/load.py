@@ -1,0 +1,33 @@
+"""A tokenizer from its section of the config, or from what lies in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_train import config
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+
+
+def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
+    """The tokenizer that a config section names. Reads local files alone, never the network.
+
+    Raises FileNotFoundError where the files are missing, ValueError where they cannot be used.
+    """
+    match section:
+        case config.HuggingFaceTokenizer():
+            return HuggingFace(section.path)
+        case config.MistralTokenizer():
+            return Mistral(section.path)
+
+
+def tokenizer_at(path: str | Path) -> config.Tokenizer:
+    """What kind of tokenizer lies at `path`, a folder or a file. Raises FileNotFoundError where there is none."""
+    path = Path(path)
+    if (path / "tokenizer.json").is_file() or path.name == "tokenizer.json":
+        return config.HuggingFaceTokenizer(name="huggingface", path=str(path))
+    if (path / "tekken.json").is_file():
+        return config.MistralTokenizer(name="mistral", path=str(path / "tekken.json"))
+    if path.is_file() or any((*path.glob("tekken*.json"), *path.glob("*.model*"))):
+        return config.MistralTokenizer(name="mistral", path=str(path))
+    raise FileNotFoundError(f"no tokenizer at {path}; give a folder with tokenizer.json, a tekken.json or a tokenizer.model.v*")

@@ -1,0 +1,63 @@
+"""Mistral's tokenizers, read by mistral-common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_train.data.tokenizers.tokenizer import Tokenizer, _identity
+
+
+class Mistral(Tokenizer):
+    """A `tekken.json` or `tokenizer.model.v*`; text, chat format and validation are mistral-common's."""
+
+    chat_template = None
+
+    def __init__(self, path: str | Path) -> None:
+        from mistral_common.exceptions import MistralCommonException
+        from mistral_common.protocol.instruct.validator import ValidationMode
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+        from mistral_common.tokens.tokenizers.sentencepiece import is_sentencepiece
+        from mistral_common.tokens.tokenizers.tekken import is_tekken
+
+        self.path = Path(path)
+        file = self.path
+        if file.is_dir():
+            found = sorted(entry for entry in file.iterdir() if is_tekken(entry) or is_sentencepiece(entry))
+            if len(found) != 1:
+                names = ", ".join(entry.name for entry in found) or "none"
+                raise FileNotFoundError(f"{file} should hold one tekken.json or tokenizer.model.v*; found: {names}")
+            file = found[0]
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer at {file}; give a tekken.json or a tokenizer.model.v*")
+        self.files = (file,)
+        self.identity = _identity(self.files)
+        try:
+            self.finetuning = MistralTokenizer.from_file(file, mode=ValidationMode.finetuning)
+        except ImportError as error:
+            raise ValueError(f"{file} is a sentencepiece model; install sentencepiece, or use tekken.json") from error
+        except (MistralCommonException, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a tokenizer that mistral-common reads: {error}") from error
+        self._text = self.finetuning.instruct_tokenizer.tokenizer
+        self.vocab_size, self.bos_id, self.eos_id = self._text.n_words, self._text.bos_id, self._text.eos_id
+
+    @functools.cached_property
+    def control_ids(self) -> frozenset[int]:
+        return frozenset(number for number in range(self.vocab_size) if self._text.is_special(number))
+
+    def encode(self, text: str) -> list[int]:
+        return self._text.encode(text, bos=False, eos=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+        policy = SpecialTokenPolicy.KEEP if keep_special else SpecialTokenPolicy.IGNORE
+        return self._text.decode(list(ids), special_token_policy=policy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Mistral, (self.path,)

@@ -1,0 +1,1 @@
+"""What a model is worth: generation, held-out loss, drift of the routing."""

@@ -1,0 +1,100 @@
+"""Tokens generated on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_train import config
+from moe_train.machine.mesh import BATCH, put_batch
+from moe_train.model.parameters import Parameters, combine
+from moe_train.model.transformer import empty_caches
+
+CHUNK = 64
+"""Tokens of a prompt that are read at a time."""
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, model: config.Model) -> None:
+    """Raise ValueError for a prompt without tokens, or without room for `max_tokens` more."""
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i + 1} has no tokens, and the tokenizer has no token that begins a text; write something")
+        if len(prompt) + max_tokens > model.max_seq_len:
+            raise ValueError(
+                f"prompt {i + 1} has {len(prompt)} tokens; with {max_tokens} more it exceeds the model's max_seq_len "
+                f"{model.max_seq_len}"
+            )
+
+
+def generate(
+    structure: Any,
+    weights: Parameters,
+    model: config.Model,
+    mesh: Mesh,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: config.Dtype = "float32",
+) -> list[list[int]]:
+    """New tokens of each prompt, without the `eos_id` that ends it; `dtype`: of the cache.
+
+    At temperature 0 the likeliest token each time; above, a draw that depends on the seed, the prompt's number and
+    the position alone. Runs under `mesh`, which is in force.
+    """
+    check_lengths(prompts, max_tokens, model)
+    rows = len(prompts) + -len(prompts) % math.prod(mesh.shape[axis] for axis in BATCH)
+    lengths = np.array([len(prompt) for prompt in prompts] + [0] * (rows - len(prompts)))
+    longest = int(lengths.max())
+    room = max(CHUNK, 2 ** math.ceil(math.log2(longest + max_tokens)))
+    room += -room % mesh.shape["context"]
+
+    def read(tokens: np.ndarray, positions: np.ndarray, caches: Any) -> tuple[np.ndarray, Any]:
+        padding = ((0, 0), (0, -tokens.shape[1] % mesh.shape["context"]))
+        padded = np.pad(tokens, padding).astype(np.int32), np.pad(positions, padding, constant_values=-1).astype(np.int32)
+        logits, caches = _step(structure, weights, *put_batch(padded, mesh), caches)
+        return np.asarray(logits), caches
+
+    caches = empty_caches(model, rows, room, jnp.dtype(dtype))
+    last = np.zeros((rows, model.vocab_size), np.float32)
+    for start in range(0, longest, CHUNK):
+        tokens, positions = np.zeros((rows, CHUNK), int), np.arange(start, start + CHUNK) + np.zeros((rows, 1), int)
+        for row, prompt in enumerate(prompts):
+            part = prompt[start : start + CHUNK]
+            tokens[row, : len(part)] = part
+        logits, caches = read(tokens, np.where(positions < lengths[:, None], positions, -1), caches)
+        ends = np.flatnonzero((lengths > start) & (lengths <= start + CHUNK))
+        last[ends] = logits[ends, lengths[ends] - 1 - start]
+
+    new: list[list[int]] = [[] for _ in prompts]
+    running = np.arange(rows) < len(prompts)
+    for i in range(max_tokens):
+        chosen = np.array([_choose(last[row], temperature, (seed, row, i)) for row in range(rows)])
+        running &= chosen != eos_id
+        for row in np.flatnonzero(running):
+            new[row].append(int(chosen[row]))
+        if i + 1 == max_tokens or not running.any():
+            break
+        logits, caches = read(chosen[:, None], np.where(running, lengths + i, -1)[:, None], caches)
+        last = logits[:, 0]
+    return new
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _step(structure: Any, weights: Parameters, tokens: jax.Array, positions: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+    return combine(structure, weights).decode(tokens, positions, caches)
+
+
+def _choose(logits: np.ndarray, temperature: float, key: tuple[int, ...]) -> int:
+    """The likeliest token, or one drawn from softmax(logits / temperature) (Gumbel's trick)."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    return int(np.argmax(logits / temperature + np.random.default_rng(key).gumbel(size=logits.shape)))

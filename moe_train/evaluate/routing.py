@@ -1,0 +1,70 @@
+"""How the routing of a model with adapters differs from that of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_train.evaluate.loss import _batch_sums
+from moe_train.model.parameters import Parameters, combine, with_expert_ids
+
+
+class Drift(NamedTuple):
+    """How the routing of a model with adapters is compared with that of its base."""
+
+    sums: Callable[..., tuple[DriftSums, tuple[jax.Array, jax.Array]]]
+    """What `make_drift_sums` made."""
+    originals: Parameters
+    """The base's weights of what is trained in full beside the adapters."""
+    batches: int
+    """The first ones, each with a second forward pass."""
+
+
+class DriftSums(NamedTuple):
+    """Of one batch, or of several."""
+
+    changed_L: Any
+    """Assignments to experts that the base does not choose for the token."""
+    load_LE: Any
+    """Assignments to each expert."""
+    assignments: Any
+    """Of one layer."""
+
+
+def drift_sums(
+    params: Parameters, frozen: Parameters, batch: Any, originals: Parameters, structure: Any
+) -> tuple[DriftSums, tuple[jax.Array, jax.Array]]:
+    """The assignments of a batch beside the base model's, and its `batch_sums`."""
+    tokens = batch.tokens, batch.positions, batch.segment_ids
+    model = combine(with_expert_ids(structure), params, frozen)
+    hidden_BTD, routers = model(*tokens)
+    _, base = combine(with_expert_ids(structure, adapters=False), originals, frozen)(*tokens)
+    assert routers is not None and base is not None and routers.expert_ids is not None and base.expert_ids is not None
+    ids_LBTA, base_LBTA = routers.expert_ids, base.expert_ids
+    kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_LBTA[..., None, :], axis=-1)
+    valid_BT = batch.segment_ids != 0
+    assignments = jnp.sum(valid_BT) * ids_LBTA.shape[-1]
+    changed_L = jnp.sum(~kept_LBTA & valid_BT[None, ..., None], axis=(1, 2, 3))
+    sums = DriftSums(changed_L, routers.chosen_E, assignments)
+    return sums, _batch_sums(model, hidden_BTD, batch)
+
+
+def make_drift_sums(structure: Any) -> Callable[..., tuple[DriftSums, tuple[jax.Array, jax.Array]]]:
+    """`drift_sums` of a model's structure, compiled once for all evaluations of a run."""
+    return jax.jit(partial(drift_sums, structure=structure))
+
+
+def _drift_figures(drifted: Sequence[DriftSums]) -> dict[str, Any]:
+    if not drifted:
+        return {}
+    sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(drifted))
+    share_LE = sums.load_LE / sums.assignments
+    return {
+        "routing_drift": (sums.changed_L / sums.assignments).tolist(),
+        "dead_experts": np.mean(share_LE < 0.01 / share_LE.shape[1], axis=1).tolist(),
+    }

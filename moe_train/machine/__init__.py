@@ -1,0 +1,1 @@
+"""The machine: mesh, processes, devices, host memory, files, progress."""

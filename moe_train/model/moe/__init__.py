@@ -1,0 +1,1 @@
+"""The sparse Mixture-of-Experts layer."""

@@ -1,0 +1,133 @@
+"""The router: scores of tokens for experts, the choice among them, and the statistics of the choice."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_train.machine.mesh import batch_axes
+from moe_train.model.layers import Adapted, normal
+from moe_train.model.sharding.specs import activation_spec, over_replicas
+
+
+class RouterStats(NamedTuple):
+    """What a layer's router did with the tokens that are no padding; stacked on layers as (L, …)."""
+
+    chosen_E: Array
+    """Assignments that the router made to each expert, int32: before any is dropped."""
+    load_balance_loss: Array
+    """E * sum_e load_e * mean router probability of e; 1 where balanced (Switch, arXiv:2101.03961, eq. 4). A sigmoid
+    router's probabilities are its sigmoids over their sum (DeepSeek-V3, eq. 19)."""
+    router_z_loss: Array
+    """Mean squared log-sum-exp of the logits (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    entropy: Array
+    """Mean entropy of the router's distribution over all experts, in nats; log E where undecided."""
+    dropped: Array
+    """Assignments that no expert computed."""
+    expert_ids: Array | None = None
+    """(B, T, A), where `MoE.keeps_expert_ids` asks for them."""
+
+    @property
+    def load_E(self) -> Any:
+        """Share of the assignments that each expert got; sums to 1."""
+        total = self.chosen_E.sum(axis=-1, keepdims=True)
+        return self.chosen_E / (total + (total == 0))
+
+
+def over_microbatches(stats: RouterStats) -> RouterStats:
+    """Statistics of the parts of a step, stacked on dim 0 -> the step's: counts are summed, means averaged."""
+    summed = {"chosen_E", "dropped"}
+    merged = {k: (jnp.sum if k in summed else jnp.mean)(x, axis=0) for k, x in stats._asdict().items() if x is not None}
+    return RouterStats(**merged)
+
+
+class Router(Adapted):
+    """Scores of all experts for each token, (D, E). `bias` (E,), float32: see `config.SoftmaxRouter`."""
+
+    def __init__(self, rngs: nnx.Rngs, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype, bias: bool = False):
+        super().__init__(normal(rngs, (dim, num_experts), P(None, None), stddev, dtype))
+        zeros = jnp.zeros((num_experts,), jnp.float32, out_sharding=P(None)) if bias else None
+        self.bias: nnx.Param | None = nnx.data(None if zeros is None else nnx.Param(zeros))
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T E"]:
+        """key: of the dropout on the adapter's input."""
+        x_BTD = x_BTD.astype(jnp.float32)
+        logits_BTE = _float32_product("BTD,DE->BTE", x_BTD, self.weight[...])
+        if beside := self.adapter():
+            a_DJ, b_JE = beside
+            logits_BTE += _float32_product("BTJ,JE->BTE", _float32_product("BTD,DJ->BTJ", self.dropped(x_BTD, key), a_DJ), b_JE)
+        return logits_BTE
+
+
+def _float32_product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """float32 in earnest: a TPU would round the operands of a default product to bfloat16."""
+    spec = activation_spec(equation.split("->")[1])
+    return jnp.einsum(equation, x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST, out_sharding=spec)
+
+
+def next_bias(bias_E: Float[Array, "*L E"], chosen_E: Int[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:
+    """b_e + rate * sign(mean load - load of e), from the assignments of a whole step (arXiv:2408.15664, algorithm 1)."""
+    mean = jnp.mean(chosen_E.astype(jnp.float32), axis=-1, keepdims=True)
+    return bias_E + rate * jnp.sign(mean - chosen_E)
+
+
+def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The k largest of each token, or those where `by` is largest, and their indices; computed where the token is: left
+    alone, XLA:CPU gathers the whole batch. `by` has no gradient."""
+    tokens = P(batch_axes(), "context")
+
+    def local(logits_btE: jax.Array, by_btE: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        if by_btE is None:
+            values, ids = jax.lax.top_k(logits_btE, k)
+            return values, ids
+        _, ids = jax.lax.top_k(jax.lax.stop_gradient(by_btE), k)
+        return jnp.take_along_axis(logits_btE, ids, axis=-1), ids
+
+    return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(logits_BTE, by_BTE)
+
+
+def within_groups(by_BTE: Float[Array, "B T E"], num_groups: int, groups_per_token: int) -> Float[Array, "B T E"]:
+    """Minus infinity for experts outside of the token's groups: those whose two best sum to most."""
+    B, T, E = by_BTE.shape
+    best_BTG2, _ = top_k(by_BTE.reshape(B, T, num_groups, -1), 2)
+    _, groups_BTg = top_k(jnp.sum(best_BTG2, axis=-1), groups_per_token)
+    within_BTE = jnp.any(groups_BTg[..., None] == jnp.arange(E) // (E // num_groups), axis=2)
+    return jnp.where(within_BTE, by_BTE, -jnp.inf)
+
+
+def router_stats(
+    logits_BTE: Float[Array, "B T E"],
+    log_scores_BTE: Float[Array, "B T E"],
+    expert_ids_BTA: Int[Array, "B T A"],
+    valid_BT: Bool[Array, "B T"],
+    computed: Array,
+) -> RouterStats:
+    """Losses and figures of one layer, over the whole mesh; a token's probabilities are the softmax of its log_scores."""
+    E, A = logits_BTE.shape[-1], expert_ids_BTA.shape[-1]
+    chosen_BTE = jnp.sum(expert_ids_BTA[..., None] == jnp.arange(E), axis=2) * valid_BT[..., None]
+    lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
+    log_probs_BTE = jax.nn.log_softmax(log_scores_BTE)
+    probs_BTE = jnp.exp(log_probs_BTE)
+    count, chosen_E, probs_E, squares, entropy, computed = over_replicas(
+        (
+            jnp.sum(valid_BT),
+            jnp.sum(chosen_BTE, axis=(0, 1), dtype=jnp.int32),
+            jnp.sum(probs_BTE * valid_BT[..., None], axis=(0, 1)),
+            jnp.sum(jnp.square(lse_BT) * valid_BT),
+            -jnp.sum(probs_BTE * log_probs_BTE * valid_BT[..., None]),
+            computed,
+        )
+    )
+    tokens = jnp.maximum(count, 1).astype(jnp.float32)
+    return RouterStats(
+        chosen_E=chosen_E,
+        load_balance_loss=E * jnp.sum(chosen_E / (tokens * A) * probs_E / tokens),
+        router_z_loss=squares / tokens,
+        entropy=entropy / tokens,
+        dropped=count * A - computed,
+    )

@@ -1,0 +1,1 @@
+"""How tokens reach their experts across the mesh axis `expert`."""

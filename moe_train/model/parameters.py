@@ -1,0 +1,55 @@
+"""A model as a flat dict of arrays, {path: array}, and back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_train.model.lora import adaptable
+from moe_train.model.moe.layer import MoE
+from moe_train.model.paths import _path
+from moe_train.model.transformer import Transformer
+
+Parameters = dict[str, jax.Array]
+
+
+def parameters(model: Transformer) -> tuple[Any, dict[str, Any]]:
+    """(structure, {path: array}); `combine(structure, …)` is the way back. Works on abstract models too."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    return structure, {_path(keys): leaf for keys, leaf in leaves}
+
+
+def combine(structure: Any, *parts: Parameters) -> Transformer:
+    """A model from its structure and its parameters, which may be split over several dicts (trainable, frozen)."""
+    merged = {path: array for part in parts for path, array in part.items()}
+    paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))[0]]
+    return structure.unflatten([merged[path] for path in paths])
+
+
+def with_expert_ids(structure: Any, adapters: bool = True) -> Any:
+    """The structure of the same model, with or without its adapters, whose `RouterStats` hold the chosen experts."""
+    model = structure.unflatten(range(structure.num_leaves))
+    for _, module in adaptable(model):
+        if not adapters and module.lora_a is not None:
+            module.lora_a, module.lora_b = nnx.data(None), nnx.data(None)
+    for layer in _sparse(model):
+        layer.keeps_expert_ids = True
+    return jax.tree_util.tree_structure(model)
+
+
+def with_capacity(structure: Any, capacity_factor: float | None) -> Any:
+    """The structure of the same model, whose experts take a limited number of assignments (see `capacity`)."""
+    model = structure.unflatten(range(structure.num_leaves))
+    for layer in _sparse(model):
+        layer.capacity_factor = capacity_factor
+    return jax.tree_util.tree_structure(model)
+
+
+def _sparse(model: Transformer) -> Iterator[MoE]:
+    for layer in itertools.chain.from_iterable(stack.layers for stack in model.stacks):
+        if isinstance(layer.ffn, MoE):
+            yield layer.ffn

@@ -1,0 +1,1 @@
+"""How weights and activations are laid out, gathered and reduced."""

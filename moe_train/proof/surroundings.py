@@ -1,0 +1,42 @@
+"""What a proof records of its surroundings: hashes of files, versions, hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FILE = "export_proof.json"
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """sha256 of every file but the record itself, by its name."""
+
+    def digest(file: Path) -> str:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name != FILE]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((str(file.relative_to(directory)) for file in files), pool.map(digest, files), strict=True))
+
+
+def hardware() -> dict[str, Any]:
+    kinds = [device.device_kind for device in jax.devices()]
+    return {"devices": {kind: kinds.count(kind) for kind in kinds}, "processes": jax.process_count(), "host": platform.machine()}
+
+
+def versions() -> dict[str, str]:
+    packages = ("moe_train", "jax", "flax", "numpy", "safetensors", "tokenizers", "jinja2", "mistral_common", "gguf")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

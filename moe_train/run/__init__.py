@@ -1,0 +1,1 @@
+"""A training run: from a config to its last checkpoint."""

@@ -1,0 +1,43 @@
+"""The files of an export that hold no weights: tokenizer, chat template, config, licence."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.weights import mistral
+
+
+class Texts(NamedTuple):
+    """What an export holds besides weights."""
+
+    tokenizer: Tokenizer | None = None
+    """Its files are copied byte for byte."""
+    chat_template: str | None = None
+    """Replaces the tokenizer's own."""
+    config: str | None = None
+    """The resolved config of the run, kept as `moe_train.yaml`."""
+
+
+NO_TEXTS = Texts()
+
+
+def check_space(out_dir: str | Path, needed: int) -> None:
+    """Raise OSError before anything is written where the disk has not the room."""
+    there = next(path for path in Path(out_dir).absolute().parents if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{out_dir} needs {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")
+
+
+def write_texts(directory: Path, texts: Texts) -> None:
+    """Tokenizer, chat template and the run's config, under the names that other tools, and we, look for."""
+    for file in texts.tokenizer.files if texts.tokenizer else ():
+        shutil.copyfile(file, directory / mistral.tokenizer_file_name(file))
+    if texts.chat_template is not None:
+        (directory / "chat_template.jinja").write_text(texts.chat_template, encoding="utf-8")
+    if texts.config is not None:
+        (directory / "moe_train.yaml").write_text(texts.config, encoding="utf-8")

@@ -16,19 +16,18 @@ from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.identity import check_base
 from moe_train.checkpoint.manager import Base
-from moe_train.checkpoint.runs import TOKENIZER, is_run, run_config
-from moe_train.config import yaml_file
+from moe_train.checkpoint.runs import TOKENIZER, is_run, read_run
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine.host_memory import require_room
-from moe_train.machine.mesh import AXES, make_mesh
+from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.paths import is_trainable, module_of, names_module, targets_of
+from moe_train.model.paths import is_trainable
 from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
-from moe_train.weights import external, external_adapter, gguf, names
+from moe_train.weights import external, external_adapter, gguf
 from moe_train.weights.arrays import Held
 
 
@@ -36,8 +35,8 @@ class Opened(NamedTuple):
     """A model that is ready to be loaded."""
 
     directory: Path
-    run: config.Config | None
-    """Resolved, where the directory is a run."""
+    run: config.Run | None
+    """Where the directory is a run."""
     model: config.Model
     lora: config.Lora | None
     compute: config.Compute
@@ -62,17 +61,16 @@ def open_model(directory: str | Path) -> Opened:
 
     Raises FileNotFoundError where there is no model or no tokenizer, ValueError where they do not go together.
     """
-    run = run_config(directory) if is_run(directory) else None
+    run = read_run(directory) if is_run(directory) else None
     if run and run.lora and run.init_from and not Path(run.init_from).exists():
         raise FileNotFoundError(
             f"the adapters of {directory} belong to the weights in {run.init_from}, which {Path.cwd()} has not; "
             "bring them there, or go to where the run was started"
         )
     model = run.model if run else read_model(directory)
-    assert model is not None
     tokenizer = load_tokenizer(find_tokenizer(directory))
     check_vocab(tokenizer, model.vocab_size)
-    template = load_template(run.data.chat_template if run and run.data else None, tokenizer)
+    template = load_template(run.data.chat_template if run and isinstance(run.data, config.RunData) else None, tokenizer)
     compute = run.compute if run else compute_here()
     mesh = make_mesh(mesh_here(run, model))
     return Opened(Path(directory), run, model, run.lora if run else None, compute, tokenizer, template, mesh)
@@ -80,11 +78,7 @@ def open_model(directory: str | Path) -> Opened:
 
 def read_model(directory: str | Path) -> config.Model:
     """The architecture of a run or of another tool's model."""
-    if not is_run(directory):
-        return external.read_model(directory)
-    model = run_config(directory).model
-    assert model is not None
-    return model
+    return read_run(directory).model if is_run(directory) else external.read_model(directory)
 
 
 def find_tokenizer(directory: str | Path) -> config.Tokenizer:
@@ -95,8 +89,8 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
     if is_run(directory):
         with contextlib.suppress(FileNotFoundError):  # the run's own copy
             return tokenizer_at(Path(directory) / TOKENIZER)
-        data = run_config(directory).data
-        if data is not None and data.tokenizer is not None:
+        data = read_run(directory).data
+        if isinstance(data, config.RunData):
             return data.tokenizer
     if Path(directory).is_dir():
         with contextlib.suppress(FileNotFoundError):
@@ -109,71 +103,13 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
     )
 
 
-def resolve(run: config.Config) -> config.Config:
-    """The config with everything stated that it leaves to `init_from`: the architecture and the tokenizer.
-
-    Raises ValueError where config and checkpoint contradict each other, or the architecture does not go with the rest.
-    """
-    if run.init_from is None:
-        return run
-    model = read_model(run.init_from)
-    if run.model is not None and run.model != model:
-        theirs, ours = yaml_file.flat(model.model_dump(mode="json")), yaml_file.flat(run.model.model_dump(mode="json"))
-        key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
-        raise ValueError(
-            f"model.{key} is {ours.get(key)}, but {theirs.get(key)} in {run.init_from}; leave model out where init_from is given"
-        )
-    config.check_model(run, model)
-    if is_run(run.init_from) and run_config(run.init_from).lora is not None:
-        raise ValueError(f"init_from {run.init_from} is a run with adapters; export it with --merge, and start from the export")
-    changes: dict[str, Any] = {"model": model}
-    if run.lora is not None and run.lora.init_from is not None:
-        changes["lora"] = _with_adapter(run.lora, run.lora.init_from, model)
-        config.check_model(run.model_copy(update=changes), model)
-    if run.data is not None and run.data.tokenizer is None:
-        changes["data"] = run.data.model_copy(update={"tokenizer": find_tokenizer(run.init_from)})
-    return run.model_copy(update=changes)
-
-
-def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config.Lora:
-    """The section with what it leaves to the adapter that it starts from. Raises ValueError where they contradict."""
-    theirs = read_adapter(source, model)
-    if not lora.targets:
-        lora = lora.model_copy(update={"targets": theirs.targets, "rslora": theirs.rslora})
-    if not lora.train:
-        lora = lora.model_copy(update={"train": theirs.train})
-    for module in sorted({module_of(piece.path) for piece in names.pieces(model)}):
-        (ours, said), (others, found) = (_described(section, module) for section in (lora, theirs))
-        if said != found:
-            raise ValueError(f"lora.targets: {module} has {ours}; the adapter in {source} has {others}; leave targets out")
-        if any(names_module(p, module) for p in theirs.train) and not any(names_module(p, module) for p in lora.train):
-            raise ValueError(f"lora.train does not name {module}, of which {source} has the trained weights; name it")
-    return lora
-
-
-def _described(lora: config.Lora, module: str) -> tuple[str, Any]:
-    """A module's adapter in words, and as what can be compared."""
-    found = sorted((t.experts or (), t.rank, float(f"{lora.scale(t):.9g}")) for t in targets_of(lora, module))
-    words = [f"rank {rank}, scale {scale:g}" + (f" (experts {list(e)})" if e else "") for e, rank, scale in found]
-    return "; ".join(words) or "no adapter", found
-
-
-def with_mesh(run: config.Config, mesh: Mesh) -> config.Config:
-    """The config with the sizes of the mesh that is here, checked: an axis of -1 could not be before."""
-    assert run.model is not None
-    here = run.model_copy(update={"mesh": config.Mesh.model_validate({axis: mesh.shape[axis] for axis in AXES})})
-    config.check_model(here, run.model)
-    config.check_batch(here)
-    return here
-
-
 def compute_here() -> config.Compute:
     """Number formats for a model that no run's config speaks for."""
     dtype: config.Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return config.Compute(dtype=dtype, param_dtype=dtype)
 
 
-def mesh_here(run: config.Config | None, model: config.Model) -> config.Mesh:
+def mesh_here(run: config.Run | None, model: config.Model) -> config.Mesh:
     """The run's mesh where its devices are here; otherwise all devices along `fsdp`."""
     devices = jax.device_count()
     if run is not None and math.prod(run.mesh.model_dump().values()) == devices:
@@ -213,7 +149,7 @@ def load_parameters(
     """
     if not is_run(directory):
         return load(directory, abstract)
-    run = run_config(directory)
+    run = read_run(directory)
     trainable, frozen = partition(dict(abstract), run.lora)
 
     def held(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
@@ -229,9 +165,8 @@ def load_parameters(
     return {**params, **load_parameters(about.base.source, frozen, about.base.step, load=load)}
 
 
-def _trained_by(run: config.Config) -> dict[str, Any]:
+def _trained_by(run: config.Run) -> dict[str, Any]:
     """The shapes of what a run trains, and so of what its checkpoints hold, on the mesh in force."""
-    assert run.model is not None
     model, lora = run.model, run.lora and run.lora.model_copy(update={"quantize": None})
     return partition(parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, lora)))[1], lora)[0]
 
@@ -241,7 +176,7 @@ def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
     model's, FileNotFoundError where there are none."""
     if not is_run(source):
         return external_adapter.read_lora(source, model)
-    run = run_config(source)
+    run = read_run(source)
     if run.lora is None:
         raise ValueError(f"{source} is a run without adapters: it was trained in full")
     if run.model != model:

@@ -18,8 +18,8 @@ def is_run(directory: str | Path) -> bool:
     return (Path(directory) / FOLDER).is_dir()
 
 
-def run_config(run_dir: str | Path) -> config.Config:
-    """The resolved config of a run's newest checkpoint; `model` is always stated.
+def read_run(run_dir: str | Path) -> config.Run:
+    """The record of a run, as its newest checkpoint has it.
 
     Raises FileNotFoundError where the run has no checkpoint.
     """
@@ -27,4 +27,4 @@ def run_config(run_dir: str | Path) -> config.Config:
         about = manager.newest(checkpoints)
     if about is None:
         raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read")
-    return config.Config.model_validate_json(json.dumps(about.config))
+    return config.run_of(config.Config.model_validate_json(json.dumps(about.config)))

@@ -44,21 +44,21 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train as CONFIG says; a run that was stopped continues from its last checkpoint."""
-    resolved = load_run(config, overrides)
-    from moe_train.run import loop
+    written = load_run(config, overrides)
+    from moe_train.commands.train import train as run_training
 
-    raise typer.Exit(loop.train(resolved))
+    raise typer.Exit(run_training(written))
 
 
 @app.command()
 def inspect(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show the resolved config and every parameter (shape, dtype, sharding, bytes per device), then stop."""
-    resolved = load_run(config, overrides)
+    written = load_run(config, overrides)
     from moe_train.commands import inspect as inspection
     from moe_train.config import yaml_file
 
     with waiting("working out shapes"):
-        report = inspection.inspect(resolved)
+        report = inspection.inspect(written)
     if as_json:
         print_json({"config": report.config.model_dump(mode="json"), "parameters": report.parameters, **report.totals})
     else:
@@ -229,17 +229,20 @@ def plan(
 ) -> None:
     """Say what CONFIG takes on hardware that is not here: memory, bytes, time, money; and which mesh, transport, remat and
     microbatches are best. Needs libtpu, or JAX's CUDA plugin, unless --no-compile."""
-    resolved = load_run(config, overrides)
+    written = load_run(config, overrides)
     if no_compile and (compile_only or hlo):
         raise ValueError(f"--no-compile leaves nothing for {'--compile-only' if compile_only else '--hlo'}; leave one out")
     for file in (hlo, config_out):
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
+    from moe_train.commands.plan import plan as make_plan
+    from moe_train.config import yaml_file
+    from moe_train.machine.files import write_text
     from moe_train.plan import answer as planning
 
     with waiting("modelling" if no_compile else "modelling and compiling"):
-        answer = planning.plan(
-            resolved,
+        answer = make_plan(
+            written,
             topology,
             compile_best=0 if no_compile else compile_best,
             compile_only=compile_only,
@@ -259,7 +262,7 @@ def plan(
         for line in planning.conclusion(answer):
             print(line)
     if config_out is not None:
-        planning.write_config(answer, config_out)
+        write_text(config_out, yaml_file.dump(planning.best_config(answer, written)))
     if answer.best is None:
         raise typer.Exit(1)
 
@@ -267,11 +270,11 @@ def plan(
 @app.command()
 def bench(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Time the training step of CONFIG on synthetic tokens."""
-    resolved = load_run(config, overrides)
+    written = load_run(config, overrides)
     from moe_train.commands import bench as benchmark
 
     with waiting("timing the training step"):
-        answer = benchmark.bench(resolved)
+        answer = benchmark.bench(written)
     print_answers(answer, as_json)
 
 

@@ -86,7 +86,7 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
 
 def _base_of(source: str | Path) -> str:
     if runs.is_run(source):
-        named = runs.run_config(source).init_from
+        named = runs.read_run(source).init_from
     elif (file := Path(source) / peft.CONFIG).is_file():
         named = read_object(file).get("base_model_name_or_path")
     elif gguf.file_in(source) is not None:

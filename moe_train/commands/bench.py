@@ -13,13 +13,13 @@ import jax
 import numpy as np
 
 from moe_train import config
-from moe_train.checkpoint import model_dir
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
+from moe_train.run.resolve import resolve
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state, partition
 from moe_train.train.step import compile_step
@@ -27,17 +27,14 @@ from moe_train.train.step import compile_step
 WARM_UP, TIMED = 2, 7
 
 
-def bench(run: config.Config) -> dict[str, Any]:
-    """Time the training step of `run`: weights are random, every sequence is full, tokens are uniform.
+def bench(written: config.Config) -> dict[str, Any]:
+    """Time the training step of a run: weights are random, every sequence is full, tokens are uniform.
 
     Seconds: `first_step_seconds` holds tracing, compilation and one step; `median_step_seconds` is of the steps
     after two more. `share_of_attainable` is model FLOP/s over what the devices could do (see `attainable`).
     """
-    run = model_dir.resolve(run)
-    assert run.model is not None
+    run = resolve(written, jax.device_count())
     mesh = make_mesh(run.mesh)
-    run = model_dir.with_mesh(run, mesh)
-    assert run.model is not None
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)
         batch = put_batch(_synthetic_batch(run), mesh)
@@ -74,8 +71,7 @@ def bench(run: config.Config) -> dict[str, Any]:
         }
 
 
-def _random_state(run: config.Config) -> tuple[Any, Any, Any]:
-    assert run.model is not None
+def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
     structure, _ = parameters(jax.eval_shape(model))
     constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
@@ -85,9 +81,8 @@ def _random_state(run: config.Config) -> tuple[Any, Any, Any]:
     return state._replace(frozen=frozen), structure, optimizer
 
 
-def _synthetic_batch(run: config.Config) -> Batch:
+def _synthetic_batch(run: config.Run) -> Batch:
     """This process's share of a batch of uniform tokens, one segment a sequence."""
-    assert run.model is not None
     rows, T = run.train.batch_size // jax.process_count(), run.train.seq_len
     tokens = np.random.default_rng(run.seed).integers(0, run.model.vocab_size, (rows, T), dtype=np.int32)
     ones = np.ones((rows, T), np.int32)

@@ -33,7 +33,7 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
     batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
     batch_size += -batch_size % replicas
     sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
-    template = run.data.chat_template if run and run.data else None
+    template = run.data.chat_template if run and isinstance(run.data, config.RunData) else None
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
@@ -52,7 +52,7 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _record(file: Path, run: config.Config | None) -> config.Record:
+def _record(file: Path, run: config.Run | None) -> config.Record:
     """How to read a file, by its first record: as the run reads its own, where that is possible, else as its columns say."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file to evaluate on")
@@ -60,7 +60,7 @@ def _record(file: Path, run: config.Config | None) -> config.Record:
     records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
     origin, first = next(iter(records), (None, {"text": ""}))  # without any, the loader says so
     where = str(file) if origin is None else records.where(origin)
-    sources = (*run.data.eval, *run.data.train) if run and run.data else ()
+    sources = (*run.data.eval, *run.data.train) if run and isinstance(run.data, config.RunData) else ()
     own = [source.record for source in sources if isinstance(source, config.RecordSource)]
     record = next((r for r in own if _readable(first, r)), None) or located(where, recognise, first)
     return record if isinstance(record, config.TextRecord) else record.model_copy(update={"too_long": "truncate"})

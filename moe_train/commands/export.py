@@ -70,7 +70,7 @@ def export(
         why = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"
         raise ValueError(f"{source} gives no adapter: {why}; use --format hf")
     command = _command(server, layout, opened, out_dir)
-    texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run) if run else None)
+    texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()) if run else None)
     conversations = list(islice(_conversations(run), CONVERSATIONS)) if run else []
     filetype = dtype or _dtype(opened)
     about = _about(opened)
@@ -182,7 +182,7 @@ def _about(opened: Opened) -> dict[str, Any]:
         step, about = checkpoints.latest_step(), manager.newest(checkpoints)
     assert about is not None
     found |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
-    found["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run).encode()).hexdigest()
+    found["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()
     if about.base is not None:
         hashes = "".join(f"{name} {digest}\n" for name, digest in sorted(about.base.hashes.items()))
         found["base"] = {
@@ -193,9 +193,9 @@ def _about(opened: Opened) -> dict[str, Any]:
     return found
 
 
-def _conversations(run: config.Config) -> Iterator[Conversation]:
+def _conversations(run: config.Run) -> Iterator[Conversation]:
     """The first conversations of the training data that are in files here."""
-    for source in run.data.train if run.data else ():
+    for source in run.data.train if isinstance(run.data, config.RunData) else ():
         if not isinstance(source, config.FileSource) or isinstance(source.record, config.TextRecord):
             continue
         try:

@@ -12,30 +12,32 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from moe_train import config
-from moe_train.checkpoint import model_dir
-from moe_train.machine.mesh import AXES, make_mesh
+from moe_train.machine.mesh import AXES
 from moe_train.model.moe.transport.choose import transport_in_words
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import is_of_experts
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import init_model
+from moe_train.run.resolve import resolve
 from moe_train.train.state import partition
 
 
 class Report(NamedTuple):
     config: config.Config
-    """Resolved: every default, and the architecture and tokenizer of `init_from`."""
+    """Every default stated, with the architecture and tokenizer of `init_from`."""
     parameters: list[dict[str, Any]]
     """path, shape, dtype, spec (the mesh axis of each dim), bytes_per_device, trainable."""
     totals: dict[str, int | str]
     """`transport`: what crosses the mesh axis `expert`, where it has more than one device."""
 
 
-def inspect(run: config.Config) -> Report:
-    """Raises ValueError or FileNotFoundError where config, mesh and checkpoint do not go together."""
-    run = model_dir.resolve(run)
-    assert run.model is not None
-    shapes = abstract_parameters(run, run.model)
+def inspect(written: config.Config) -> Report:
+    """Every parameter of a run, from shapes alone; an axis of -1 takes the devices that are here.
+
+    Raises ValueError or FileNotFoundError where config, mesh and checkpoint do not go together.
+    """
+    run = resolve(written, jax.device_count())
+    shapes = abstract_parameters(run)
     trainable, _ = partition(shapes, run.lora)
     rows = [
         {
@@ -56,21 +58,18 @@ def inspect(run: config.Config) -> Report:
     }
     if transport := transport_in_words(run, _abstract_mesh(run.mesh).shape):
         totals["transport"] = transport
-    return Report(run, rows, totals)
+    return Report(run.to_config(), rows, totals)
 
 
-def abstract_parameters(run: config.Config, model: config.Model) -> dict[str, Any]:
+def abstract_parameters(run: config.Run) -> dict[str, Any]:
     """{path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
     with jax.sharding.use_abstract_mesh(_abstract_mesh(run.mesh)):
-        return parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, run.lora)))[1]
+        return parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, run.lora)))[1]
 
 
 def _abstract_mesh(sizes: config.Mesh) -> AbstractMesh:
-    """The mesh without devices; an axis of -1 takes the devices that are here."""
-    shape = tuple(getattr(sizes, axis) for axis in AXES)
-    if -1 in shape:
-        return make_mesh(sizes).abstract_mesh
-    return AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    """The mesh without devices, which need not be here."""
+    return AbstractMesh(tuple(getattr(sizes, axis) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:

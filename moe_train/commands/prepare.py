@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,22 +12,24 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_train import config
-from moe_train.checkpoint import model_dir
 from moe_train.data.batches.loader import Loader, open_store
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared.tokenize_ahead import Progress as Done
 from moe_train.data.prepared.upload import upload
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
+from moe_train.run.resolve import resolve
 
 
-def prepare(run: config.Config, to: str | None = None) -> dict[str, Any]:
-    """Tokenise every source of `run` that is not there yet, and plan the rows of its first epoch.
+def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
+    """Tokenize every source of a run that is not there yet, and plan the rows of its first epoch.
 
     to: a folder or bucket that gets a copy of each set. Returns the sets with their figures, and what training will see.
     Raises ValueError with file and line for a record that cannot be used.
     """
-    data, tokenizer = _data(run)
+    run = _resolve(written)
+    data = run.training_data()
+    tokenizer = _open_tokenizer(run)
     template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
     sets: list[dict[str, Any]] = []
     kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
@@ -60,9 +63,11 @@ def prepare(run: config.Config, to: str | None = None) -> dict[str, Any]:
     }
 
 
-def trace(run: config.Config, step: int, row: int | None = None) -> list[dict[str, Any]]:
+def trace(written: config.Config, step: int, row: int | None = None) -> list[dict[str, Any]]:
     """The file and line of every segment that training step `step` (from 1) learns from; of one row, or of all."""
-    data, tokenizer = _data(run)
+    run = _resolve(written)
+    data = run.training_data()
+    tokenizer = _open_tokenizer(run)
     loader = Loader(data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
     if step < 1:
         raise ValueError(f"step {step}: steps count from 1")
@@ -72,18 +77,16 @@ def trace(run: config.Config, step: int, row: int | None = None) -> list[dict[st
     return [{"row": r, "segment": i, **s._asdict()} for r in rows for i, s in enumerate(loader.trace(step - 1, r), start=1)]
 
 
-def _data(run: config.Config) -> tuple[config.Data, Tokenizer]:
-    if run.data is None:
-        raise ValueError("the config has no data section; state data.train and data.tokenizer")
-    if run.init_from is not None:
-        run = model_dir.resolve(run)
-    assert run.data is not None
-    if run.data.tokenizer is None:
-        raise ValueError("preparing data needs data.tokenizer; state it")
-    tokenizer = load_tokenizer(run.data.tokenizer)
-    if run.model is not None:
-        check_vocab(tokenizer, run.model.vocab_size)
-    return run.data, tokenizer
+def _resolve(written: config.Config) -> config.Run:
+    """The run on as many devices as its mesh states: preparing data needs none, and an axis of -1 may be 1."""
+    return resolve(written, math.prod(abs(size) for size in written.mesh.model_dump().values()))
+
+
+def _open_tokenizer(run: config.Run) -> Tokenizer:
+    """The tokenizer of a run. Raises ValueError where it is not stated, or has more tokens than the model."""
+    tokenizer = load_tokenizer(run.training_data().tokenizer)
+    check_vocab(tokenizer, run.model.vocab_size)
+    return tokenizer
 
 
 @contextmanager

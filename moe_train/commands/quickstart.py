@@ -19,10 +19,11 @@ from moe_train import config
 from moe_train.commands.export import export
 from moe_train.commands.generate import generate_dir
 from moe_train.commands.quickstart_text import gather
+from moe_train.commands.train import train
 from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.config import yaml_file
 from moe_train.data.records.sources import texts
-from moe_train.run.loop import FINISHED, train
+from moe_train.run.loop import FINISHED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORK = Path("runs/quickstart")

@@ -1,7 +1,8 @@
 """Every section of a run's configuration and every check that needs no hardware; YAML and back.
 
 One YAML file holds one complete run. A choice between kinds is a tagged union (`optimizer: {name: adamw, …}`); a default is
-written once. Nothing in this folder imports jax, so that `--help` and editors stay quick.
+written once. Nothing in this folder imports jax, so that `--help` and editors stay quick. `Config` is what a person wrote,
+`Run` what will happen.
 """
 
 from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4
@@ -20,8 +21,9 @@ from moe_train.config.architecture import (
     YarnRope,
     without_format,
 )
+from moe_train.config.checks import Sections, check_batch, check_model
 from moe_train.config.compute import AxisSize, Compute, Mesh
-from moe_train.config.config import Checkpoint, Config, Evaluation, Metrics, Train, check_batch, check_model
+from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
     BestFit,
     ChatRecord,
@@ -53,6 +55,7 @@ from moe_train.config.optimization import (
     Schedule,
     WsdSchedule,
 )
+from moe_train.config.run import FullTraining, InitialWeights, NoData, PretrainedWeights, RandomWeights, Run, RunData, run_of
 from moe_train.config.section import (
     Decay,
     Dtype,
@@ -64,6 +67,7 @@ from moe_train.config.section import (
     PositiveFloat,
     Section,
 )
+from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
 __all__ = [
     "NAMED_IN_FULL",
@@ -89,8 +93,10 @@ __all__ = [
     "FileSource",
     "FirstFit",
     "Fraction",
+    "FullTraining",
     "HubSource",
     "HuggingFaceTokenizer",
+    "InitialWeights",
     "Int8",
     "LinearSchedule",
     "Lion",
@@ -105,6 +111,7 @@ __all__ = [
     "MoeFfn",
     "Muon",
     "Nf4",
+    "NoData",
     "NonNegative",
     "NonNegativeFloat",
     "Optimizer",
@@ -112,13 +119,19 @@ __all__ = [
     "Positive",
     "PositiveFloat",
     "PreparedSource",
+    "PretrainedWeights",
     "QueryScaling",
+    "RandomWeights",
     "Record",
     "RecordSource",
     "Rope",
     "Router",
+    "Run",
+    "RunData",
+    "RunName",
     "Schedule",
     "Section",
+    "Sections",
     "SigmoidRouter",
     "SoftmaxRouter",
     "Source",
@@ -129,5 +142,6 @@ __all__ = [
     "YarnRope",
     "check_batch",
     "check_model",
+    "run_of",
     "without_format",
 ]

@@ -61,21 +61,33 @@ def join_processes() -> None:
     atexit.register(processes.leave)  # after JAX's own, and so called before it
 
 
+def mesh_sizes(sizes: config.Mesh, device_count: int) -> config.Mesh:
+    """The sizes with the devices that the other axes leave in place of an axis of -1.
+
+    Raises ValueError where the other axes do not divide `device_count`.
+    """
+    shape = {axis: getattr(sizes, axis) for axis in AXES}
+    if -1 not in shape.values():
+        return sizes
+    stated = math.prod(size for size in shape.values() if size != -1)
+    if device_count % stated:
+        raise ValueError(f"mesh axes of {stated} devices do not divide the {device_count} devices that are here")
+    return config.Mesh(**{axis: device_count // stated if size == -1 else size for axis, size in shape.items()})
+
+
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lay `devices` (default: all) out along the five axes, explicit axis types throughout.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     chosen = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(sizes, len(chosen))
     shape = [getattr(sizes, axis) for axis in AXES]
-    stated = math.prod(size for size in shape if size != -1)
-    if -1 in shape:
-        if len(chosen) % stated:
-            raise ValueError(f"mesh axes of {stated} devices do not divide the {len(chosen)} devices that are here")
-        shape[shape.index(-1)] = len(chosen) // stated
-    elif stated != len(chosen):
+    if math.prod(shape) != len(chosen):
         axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True) if size > 1) or "one device"
-        raise ValueError(f"mesh ({axes}) needs {stated} devices, but {len(chosen)} are here; set one axis to -1 for the rest")
+        raise ValueError(
+            f"mesh ({axes}) needs {math.prod(shape)} devices, but {len(chosen)} are here; set one axis to -1 for the rest"
+        )
     types = (AxisType.Explicit,) * len(AXES)
     if devices is None:
         return jax.make_mesh(tuple(shape), AXES, axis_types=types)

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train import config
-from moe_train.checkpoint import model_dir
-from moe_train.config import yaml_file
 from moe_train.machine.devices import DEVICES, GIB
 from moe_train.machine.files import write_text
 from moe_train.plan import search
 from moe_train.plan.compile import check_installed
 from moe_train.plan.search import Choice
-from moe_train.plan.topology import Topology, parse
+from moe_train.plan.topology import Topology
 from moe_train.plan.weights import axis_sizes
 
 SHOWN = 12
@@ -40,69 +38,51 @@ class Answer(NamedTuple):
         return self.choices[0] if self.choices and self.choices[0].fits else None
 
 
-def plan(
-    run: config.Config,
-    topology: str,
-    *,
-    compile_best: int = 1,
-    compile_only: bool = False,
-    free_batch: bool = False,
-    by: search.By = "speed",
-    price: float | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Answer:
-    """Rank the ways to train `run` on `topology`, and compile the best few; with `compile_only`, the run as it is.
+class Options(NamedTuple):
+    """What is asked of a plan."""
 
-    Raises ValueError for a topology that does not exist, a model that no mesh of it divides, or a compiler that is missing.
+    compile_best: int = 1
+    """Choices to compile until that many fit; 0 to rank by the model alone."""
+    compile_only: bool = False
+    """Compile the run as it is and choose nothing."""
+    free_batch: bool = False
+    """Whether the batch size may change."""
+    by: search.By = "speed"
+    price: float | None = None
+    """Dollars per chip and hour; None for the list price."""
+
+
+def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[str], None] = lambda _: None) -> Answer:
+    """Rank the ways to train `run` on `topology` and compile the best few, or compile the run as it is.
+
+    Raises ValueError where no mesh of the topology divides the model, where the run's own mesh is not of the topology's size
+    and nothing else is asked for, or where the compiler is missing.
     """
-    place = parse(topology)
-    if compile_best or compile_only:
-        check_installed(place)
-    run = resolved(run)
-    dollars, priced = search.price_of(DEVICES[place.device], price)
-    if compile_only:
-        choice = search.compiled(search.model_choice(whole(run, place), place), place)
-        return Answer(place, choice, [choice], 1, int(choice.fits), dollars, priced)
-    given = search.model_choice(whole(run, place), place) if _covers(run.mesh, place) else None
-    found, faults = search.choices(run, place, free_batch)
+    if options.compile_best or options.compile_only:
+        check_installed(topology)
+    dollars, priced = search.price_of(DEVICES[topology.device], options.price)
+    fits_topology = math.prod(axis_sizes(run.mesh).values()) == topology.num_devices
+    if options.compile_only:
+        if not fits_topology:
+            raise ValueError(
+                f"mesh ({search.in_words(run.mesh)}) is of {math.prod(axis_sizes(run.mesh).values())} devices, but {topology.name} "
+                f"has {topology.num_devices}; set one axis to -1, or leave --compile-only out to have a mesh chosen"
+            )
+        choice = search.compiled(search.model_choice(run, topology), topology)
+        return Answer(topology, choice, [choice], 1, int(choice.fits), dollars, priced)
+    given = search.model_choice(run, topology) if fits_topology else None
+    found, faults = search.choices(run, topology, options.free_batch)
     if not found:
-        raise ValueError(f"no mesh of {place.name}'s {place.num_devices} devices takes this run: {_commonest(faults, run, place)}")
+        fault = _commonest(faults, run, topology)
+        raise ValueError(f"no mesh of {topology.name}'s {topology.num_devices} devices takes this run: {fault}")
     considered, fitting = len(found), sum(choice.fits for choice in found)
-    if compile_best:
-        found = search.confirm(found, place, compile_best, say, by)
-    return Answer(place, given, search.best_of_meshes(found, by), considered, fitting, dollars, priced)
+    if options.compile_best:
+        found = search.confirm(found, topology, options.compile_best, say, options.by)
+    best = search.best_of_meshes(found, options.by)
+    return Answer(topology, given, best, considered, fitting, dollars, priced)
 
 
-def resolved(run: config.Config) -> config.Config:
-    """The run with its architecture; a stated one is taken as it is, since the weights need not be here."""
-    return run if run.model is not None else model_dir.resolve(run)
-
-
-def whole(run: config.Config, topology: Topology) -> config.Config:
-    """The run with the devices of `topology` in place of an axis of -1. Raises ValueError where they do not divide."""
-    sizes = axis_sizes(run.mesh)
-    stated = math.prod(abs(size) for size in sizes.values())
-    if -1 in sizes.values() and topology.num_devices % stated == 0:
-        sizes = {axis: topology.num_devices // stated if size == -1 else size for axis, size in sizes.items()}
-    elif -1 in sizes.values() or stated != topology.num_devices:
-        raise ValueError(
-            f"mesh ({search.in_words(run.mesh)}) is of {stated} devices, but {topology.name} has {topology.num_devices}; "
-            f"set one axis to -1, or leave --compile-only out to have a mesh chosen"
-        )
-    here = run.model_copy(update={"mesh": config.Mesh.model_validate(sizes)})
-    assert here.model is not None
-    config.check_model(here, here.model)
-    config.check_batch(here)
-    return here
-
-
-def _covers(mesh: config.Mesh, topology: Topology) -> bool:
-    sizes = axis_sizes(mesh).values()
-    stated = math.prod(abs(size) for size in sizes)
-    return topology.num_devices % stated == 0 if -1 in sizes else stated == topology.num_devices
-
-
-def _commonest(faults: list[str], run: config.Config, topology: Topology) -> str:
+def _commonest(faults: list[str], run: config.Run, topology: Topology) -> str:
     if not faults:
         smallest = topology.num_devices if topology.num_slices == 1 else topology.num_slices
         return f"batch_size {run.train.batch_size} divides over none of them; use a multiple of {smallest}, or --batch any"
@@ -181,11 +161,13 @@ def share_of_peak(choice: Choice, place: Topology) -> float:
     return choice.work.model_flops / peak / choice.time.step
 
 
-def write_config(answer: Answer, path: Path) -> None:
+def best_config(answer: Answer, written: config.Config) -> config.Config:
     """The best choice as a complete config, that `moe-train train` takes. Raises ValueError where nothing fits."""
     if answer.best is None:
-        raise ValueError(f"nothing fits on {answer.topology.name}, so there is no config to write to {path}")
-    write_text(path, yaml_file.dump(answer.best.run))
+        raise ValueError(f"nothing fits on {answer.topology.name}, so there is no config to write")
+    run = answer.best.run
+    changes = {key: getattr(run, key) for key in ("model", "mesh", "compute", "train")}
+    return written.model_copy(update=changes)
 
 
 def write_hlo(answer: Answer, path: Path) -> None:

@@ -78,7 +78,7 @@ class Compiled:
         return sum(t.bytes for t in self.traffic)
 
 
-def compile_config(run: config.Config, topology: Topology, *, timeout_seconds: float = 3600) -> Compiled:
+def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: float = 3600) -> Compiled:
     """Compile the training step of `run`, whose `model` is stated, for `topology`.
 
     Raises ValueError where the run has no architecture, its mesh is not of the topology's size, the compiler is not
@@ -149,10 +149,9 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
     return topologies.get_topology_desc(topology.slice_name, platform="tpu", **several).devices
 
 
-def abstract_step(run: config.Config, mesh: Mesh) -> tuple[Any, Any, Any, Batch]:
+def abstract_step(run: config.Run, mesh: Mesh) -> tuple[Any, Any, Any, Batch]:
     """(structure, optimizer, state, batch) as `compile_step` takes them, all arrays as shapes with their shardings; `mesh` is
     in force."""
-    assert run.model is not None
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         spec = P() if x.sharding is None else x.sharding.spec
@@ -170,7 +169,7 @@ def abstract_step(run: config.Config, mesh: Mesh) -> tuple[Any, Any, Any, Batch]
     return structure, optimizer, state, Batch(*arrays)
 
 
-def compile_on(run: config.Config, mesh: Mesh) -> Compiled:
+def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
     """Compile the step of `run` for the devices of `mesh`, in this process."""
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
@@ -209,7 +208,7 @@ def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
 
 def _answer(asked: Path) -> dict[str, Any]:
     question = json.loads(asked.read_text(encoding="utf-8"))
-    run = config.Config.model_validate_json(json.dumps(question["run"]))
+    run = config.Run.model_validate_json(json.dumps(question["run"]))
     try:
         answer = asdict(compile_on(run, make_mesh(run.mesh, devices_of(parse(question["topology"])))))
     except (ValueError, jax.errors.JaxRuntimeError) as error:

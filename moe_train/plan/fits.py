@@ -28,7 +28,7 @@ KINDS = {
 }
 
 
-def check_fits(run: config.Config, device: jax.Device) -> None:
+def check_fits(run: config.Run, device: jax.Device) -> None:
     """Raise ValueError, with the numbers and the nearest choice that fits, where the step of a resolved `run` needs more
     memory than `device` has. A CPU has no memory of its own to exceed, and one that does not tell its limit is trusted."""
     limit = bytes_limit(device)
@@ -57,7 +57,7 @@ def parts(needed: Memory) -> str:
     return ", ".join(f"{search.NAMES[name]} {size / GIB:.2f}" for name, size in largest)
 
 
-def _remedy(run: config.Config, device: jax.Device, limit: int) -> str:
+def _remedy(run: config.Run, device: jax.Device, limit: int) -> str:
     """The settings that change least among those that fit on as many devices of this kind."""
     kind = next((key for words, key in KINDS.items() if words in device.device_kind.lower()), None)
     if kind is None:

@@ -45,9 +45,8 @@ class Memory(NamedTuple):
         return self.parameters + self.optimizer + self.batch
 
 
-def memory(run: config.Config, laid: Layout) -> Memory:
+def memory(run: config.Run, laid: Layout) -> Memory:
     """Of a resolved run whose mesh has no -1."""
-    assert run.model is not None
     model, sizes, shape = run.model, axis_sizes(run.mesh), shape_of(run)
     M, b = run.train.microbatches, shape.itemsize
     stacked = [w for w in laid.weights if w.layers > 1 or w.path.startswith("stacks.")]
@@ -84,7 +83,7 @@ def _is_narrow(w: Weight) -> bool:
     return w.kind == "expert" and w.is_lora and w.shape[-1] < LANES
 
 
-def _named(run: config.Config, model: config.Model, sizes: dict[str, int], shape: Shape) -> int:
+def _named(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape) -> int:
     """What remat `minimal` keeps of a layer besides its input (`transformer.SAVED`)."""
     m, b, t, D, a = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, model.attention
     heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
@@ -98,7 +97,7 @@ def _named(run: config.Config, model: config.Model, sizes: dict[str, int], shape
     return kept + m * 2 * f * model.ffn.num_shared_experts * b
 
 
-def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes: dict[str, int], shape: Shape) -> int:
+def _layer(run: config.Run, model: config.Model, stacked: list[Weight], sizes: dict[str, int], shape: Shape) -> int:
     """What the backward pass of one period of layers needs beside what is saved and gradients."""
     m, b, t, D, R = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, shape.rows
     a, f = model.attention, model.ffn.ffn_dim // sizes["tensor"]
@@ -134,7 +133,7 @@ def _is_ffn(w: Weight) -> bool:
     return ".ffn." in w.path
 
 
-def _is_nf4(run: config.Config) -> bool:
+def _is_nf4(run: config.Run) -> bool:
     return run.lora is not None and isinstance(run.lora.quantize, config.Nf4)
 
 

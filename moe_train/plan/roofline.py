@@ -66,8 +66,7 @@ class Work(NamedTuple):
     """Received from other slices or hosts."""
 
 
-def work(run: config.Config, laid: Layout, flows: list[Flow], topology: Topology) -> Work:
-    assert run.model is not None
+def work(run: config.Run, laid: Layout, flows: list[Flow], topology: Topology) -> Work:
     train, model, shape = run.train, run.model, shape_of(run)
     tokens = train.batch_size * train.seq_len / topology.num_devices
     trained = laid.trainable if run.lora is not None else None
@@ -78,7 +77,7 @@ def work(run: config.Config, laid: Layout, flows: list[Flow], topology: Topology
     return Work(useful, useful + again, _hbm_bytes(run, model, laid, shape), near, sum(far))
 
 
-def _recomputed(run: config.Config, model: config.Model, shape: Shape) -> float:
+def _recomputed(run: config.Run, model: config.Model, shape: Shape) -> float:
     """FLOPs per token: with remat `full` the layers' forward pass, otherwise that of experts that tokens were sent to."""
     D, V = model.model_dim, model.vocab_size
     if run.compute.remat == "full":
@@ -88,7 +87,7 @@ def _recomputed(run: config.Config, model: config.Model, shape: Shape) -> float:
     return 0.0
 
 
-def _hbm_bytes(run: config.Config, model: config.Model, laid: Layout, shape: Shape) -> float:
+def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape) -> float:
     """Weights: written once where they are gathered, and read by each product, in each microbatch; gradients written and
     read. Activations: operands and results of a layer's products, three times (forward and both gradients), once more where
     recomputed. The update: gradients read, weights and moments read and written."""
@@ -108,7 +107,7 @@ def _hbm_bytes(run: config.Config, model: config.Model, laid: Layout, shape: Sha
     return total + M * model.num_layers * layer * (3 + again) + M * 3 * m * (model.vocab_size // t) * 4
 
 
-def time(work: Work, flows: list[Flow], run: config.Config, topology: Topology, device: Device) -> Time:
+def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, device: Device) -> Time:
     """`device` is a chip; where a chip is two devices, each has half of it."""
     share, sizes = topology.devices_per_chip, axis_sizes(run.mesh)
     near = {True: 0.0, False: 0.0}

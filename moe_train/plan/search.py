@@ -27,7 +27,7 @@ TRANSPORTS = {"tpu": ("all_gather", "all_to_all", "ragged_all_to_all"), "gpu": (
 class Choice(NamedTuple):
     """One way to run, and what it takes as modelled."""
 
-    run: config.Config
+    run: config.Run
     memory: Memory
     flows: list[Flow]
     work: Work
@@ -74,9 +74,9 @@ def device_limit(topology: Topology) -> int:
     return DEVICES[topology.device].hbm_bytes // topology.devices_per_chip
 
 
-def model_choice(run: config.Config, topology: Topology) -> Choice:
+def model_choice(run: config.Run, topology: Topology) -> Choice:
     """A resolved run with a mesh without -1, as modelled. Raises ValueError where mesh and model do not go together."""
-    if run.compute.transport == "auto" and run.mesh.expert > 1 and isinstance(run.model and run.model.ffn, config.MoeFfn):
+    if run.compute.transport == "auto" and run.mesh.expert > 1 and isinstance(run.model.ffn, config.MoeFfn):
         transport = shape_of(run, topology.platform).transport
         run = run.model_copy(update={"compute": run.compute.model_copy(update={"transport": transport})})
     laid = layout(run)
@@ -86,7 +86,7 @@ def model_choice(run: config.Config, topology: Topology) -> Choice:
     return Choice(run, memory(run, laid), moved, done, spent, device_limit(topology))
 
 
-def meshes(run: config.Config, topology: Topology) -> Iterator[config.Mesh]:
+def meshes(run: config.Run, topology: Topology) -> Iterator[config.Mesh]:
     """Every way to lay the devices out for this model; the size of `context` stays. Slices of TPUs have only `data` between
     them, since their other axes would cross the slow network in every layer."""
     context = max(run.mesh.context, 1)
@@ -101,7 +101,7 @@ def meshes(run: config.Config, topology: Topology) -> Iterator[config.Mesh]:
             yield config.Mesh(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
 
 
-def batches(run: config.Config, mesh: config.Mesh, free: bool) -> Iterator[tuple[int, int]]:
+def batches(run: config.Run, mesh: config.Mesh, free: bool) -> Iterator[tuple[int, int]]:
     """(batch_size, microbatches): the run's own batch in every division, or where it is free as many sequences as a device
     can take at once."""
     replicas = mesh.data * mesh.fsdp * mesh.expert
@@ -113,9 +113,8 @@ def batches(run: config.Config, mesh: config.Mesh, free: bool) -> Iterator[tuple
         yield from ((run.train.batch_size, m) for m in range(1, sequences + 1) if sequences % m == 0)
 
 
-def choices(run: config.Config, topology: Topology, free_batch: bool = False) -> tuple[list[Choice], list[str]]:
+def choices(run: config.Run, topology: Topology, free_batch: bool = False) -> tuple[list[Choice], list[str]]:
     """(choices that are possible, faults of the meshes that are not); `run` is resolved."""
-    assert run.model is not None
     found, faults = [], []
     for mesh in meshes(run, topology):
         transports = TRANSPORTS[topology.platform] if mesh.expert > 1 else ("auto",)
@@ -221,17 +220,16 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
-def nearest_that_fits(run: config.Config, topology: Topology, limit: int) -> Choice | None:
+def nearest_that_fits(run: config.Run, topology: Topology, limit: int) -> Choice | None:
     """The choice within `limit` bytes of a device that changes least: fewest settings that differ, then the fastest."""
     found, _ = choices(run, topology)
     fitting = [choice for choice in found if choice.memory.total <= limit]
     return min(fitting, key=lambda c: (len(changed(run, c.run)), -c.tokens_per_second), default=None)
 
 
-def smallest_that_fits(run: config.Config, topology: Topology, chips: int = 4096) -> tuple[Topology, Choice] | None:
+def smallest_that_fits(run: config.Run, topology: Topology, chips: int = 4096) -> tuple[Topology, Choice] | None:
     """The first larger slice (or number of hosts) of the same device that holds the run with one sequence on each device at
     a time, everything rematerialised; None where there is none of so many chips."""
-    assert run.model is not None
     for name in larger(topology, chips):
         place = parse(name)
         for mesh in meshes(run.model_copy(update={"mesh": config.Mesh()}), place):
@@ -263,7 +261,7 @@ def larger(topology: Topology, chips: int) -> list[str]:
     return [f"{topology.device}:{'x'.join(map(str, sizes[n]))}" for n in powers]
 
 
-def changed(run: config.Config, other: config.Config) -> dict[str, Any]:
+def changed(run: config.Run, other: config.Run) -> dict[str, Any]:
     """{key.path: value} of what `other` says otherwise about mesh, transport, remat and batch."""
     found: dict[str, Any] = {}
     for section in ("mesh", "compute", "train"):

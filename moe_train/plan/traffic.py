@@ -46,9 +46,8 @@ class Shape(NamedTuple):
     """Rows that experts (or a dense feed-forward layer) work on at once."""
 
 
-def shape_of(run: config.Config, platform: str | None = None) -> Shape:
+def shape_of(run: config.Run, platform: str | None = None) -> Shape:
     """Of a resolved run whose mesh has no -1; `platform` is where transport `auto` is chosen for, this process's by default."""
-    assert run.model is not None
     model, train, sizes = run.model, run.train, axis_sizes(run.mesh)
     sequences = train.batch_size // train.microbatches // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens, itemsize = sequences * train.seq_len // sizes["context"], ITEMSIZE[run.compute.dtype]
@@ -66,9 +65,8 @@ def shape_of(run: config.Config, platform: str | None = None) -> Shape:
     return Shape(tokens, itemsize, transport, X * slots_of(tokens * A, X, along.most))
 
 
-def flows(run: config.Config, laid: Layout, platform: str | None = None) -> list[Flow]:
+def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Flow]:
     """Every collective of a step that moves more than a few numbers, the largest first; platform: of the compiler."""
-    assert run.model is not None
     sizes, shape, M = axis_sizes(run.mesh), shape_of(run), run.train.microbatches
     found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings)]
     found += _of_tokens(run, run.model, sizes, shape, platform)
@@ -118,7 +116,7 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
     return found
 
 
-def _of_tokens(run: config.Config, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
+def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
     """Activations, all layers, one microbatch."""
     m, b, D, L = shape.tokens, shape.itemsize, model.model_dim, model.num_layers
     a, tensor, context = model.attention, sizes["tensor"], sizes["context"]

@@ -70,12 +70,11 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def layout(run: config.Config) -> Layout:
+def layout(run: config.Run) -> Layout:
     """Of a run whose model is stated and whose mesh has no -1.
 
     Raises ValueError where mesh and model do not go together.
     """
-    assert run.model is not None
     depends_on: Any = {"model": True, "lora": True, "optimizer": True, "compute": {"dtype", "param_dtype"}}
     return _layout(run.model_dump_json(include=depends_on), run.mesh, _Hidden(run))
 
@@ -83,7 +82,7 @@ def layout(run: config.Config) -> Layout:
 class _Hidden(NamedTuple):
     """An argument that a cache passes over: its text stands beside it."""
 
-    run: config.Config
+    run: config.Run
 
     def __hash__(self) -> int:
         return 0
@@ -95,7 +94,6 @@ class _Hidden(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _layout(text: str, mesh: config.Mesh, hidden: _Hidden) -> Layout:
     run, sizes = hidden.run, axis_sizes(mesh)
-    assert run.model is not None
     model, compute, lora = run.model, run.compute, run.lora
     constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
     optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)

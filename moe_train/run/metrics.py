@@ -26,8 +26,7 @@ from moe_train.train.step import StepMetrics
 class Figures:
     """Reads the figures of steps, counts the skipped ones, and knows how fast it goes."""
 
-    def __init__(self, run: config.Config, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
-        assert run.model is not None
+    def __init__(self, run: config.Run, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
         self._run, self._skipped = run, skipped
         self._tokens = run.train.batch_size * run.train.seq_len
         self._flops = self._tokens * flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)

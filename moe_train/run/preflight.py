@@ -1,4 +1,4 @@
-"""What has to be in order before a run starts: the tokenizer is the model's, and the export will speak as it was trained."""
+"""Preflight checks: the tokenizer is the model's, and the exported chat template renders exactly as in training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train import config
-from moe_train.checkpoint import model_dir, runs
+from moe_train.checkpoint import model_dir
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.records.conversation import Conversation, normalise
 from moe_train.data.records.problem import brief, located
@@ -16,7 +16,6 @@ from moe_train.data.records.sources import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
-from moe_train.machine.files import new_directory
 from moe_train.proof import texts
 from moe_train.weights.texts import Texts, write_texts
 
@@ -24,39 +23,24 @@ _CONVERSATIONS = 8  # of each source, that are rendered both ways
 _IDS = 512  # that are compared of two vocabularies
 
 
-def settled(run: config.Config) -> config.Config:
-    """The config with a chat template's text in place of its file's name, so that what becomes of the file is of no
-    consequence: the checkpoints carry the text, and so does the export."""
-    if run.data is None or run.data.tokenizer is None or run.data.chat_template is None:
-        return run
-    template = conversation_to_tokens.load_template(run.data.chat_template, load_tokenizer(run.data.tokenizer))
-    return run.model_copy(update={"data": run.data.model_copy(update={"chat_template": template})})
-
-
-def keep_tokenizer(run: config.Config) -> None:
-    """Copy the tokenizer's files into the run, so that it can be moved, and exported whatever becomes of them."""
-    assert run.data is not None and run.data.tokenizer is not None
-    if not (kept := Path(run.run_dir) / runs.TOKENIZER).exists():
-        with new_directory(kept) as folder:
-            write_texts(folder, Texts(load_tokenizer(run.data.tokenizer)))
-
-
-def check_ready(run: config.Config, tokenizer: Tokenizer) -> None:
+def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> None:
     """Raise ValueError where the tokenizer is not the model's, or an export would render conversations differently."""
-    assert run.model is not None and run.data is not None
     check_vocab(tokenizer, run.model.vocab_size)
     if run.init_from is not None:
-        _check_is_the_models(tokenizer, run.init_from)
-    template = conversation_to_tokens.load_template(run.data.chat_template, tokenizer)
-    if isinstance(tokenizer, HuggingFace) and template is not None and (conversations := list(_conversations(run.data))):
+        _check_is_the_models(data.tokenizer, tokenizer, run.init_from)
+    template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
+    if isinstance(tokenizer, HuggingFace) and template is not None and (conversations := list(_conversations(data))):
         _check_carried(tokenizer, template, conversations)
 
 
-def _check_is_the_models(tokenizer: Tokenizer, init_from: str) -> None:
+def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
     try:
-        theirs = load_tokenizer(model_dir.find_tokenizer(init_from))
+        models_own = model_dir.find_tokenizer(init_from)
     except FileNotFoundError:  # weights alone: there is nothing to compare
         return
+    if models_own == section:
+        return
+    theirs = load_tokenizer(models_own)
     if theirs.identity == tokenizer.identity:
         return
     count = min(theirs.vocab_size, tokenizer.vocab_size)

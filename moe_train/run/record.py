@@ -1,10 +1,9 @@
-"""`run.json`: the diary of a run, one entry for each start, resume and stop."""
+"""`run.json`: the log of a run, one entry for each start, resume and stop."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -21,29 +20,32 @@ import jax
 from moe_train import config
 from moe_train.config import yaml_file
 from moe_train.machine.files import write_text
+from moe_train.run.inputs import Inputs
+from moe_train.run.self_test import chosen_kernels
+from moe_train.run.start import Start
 
 PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @contextlib.contextmanager
-def only_one(run_dir: Path) -> Iterator[None]:
-    """Keep a second job from the same machine out of `run_dir`, which exists, until this one has left it.
+def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: Inputs) -> Iterator[SimpleNamespace]:
+    """Write to `run.json` how the run starts and, when the block ends, how it stops.
 
-    Raises ValueError where another one is in there. The lock dies with its process, however that ends.
+    Yields what the caller keeps up to date: `step`, the last one done, and `reason`, why the run stops.
     """
-    with (run_dir / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {run_dir}; wait for it, or choose another run_dir") from None
-        yield
-
-
-@contextlib.contextmanager
-def diary(run: config.Config, run_dir: Path, start: int, resumed: bool, **more: Any) -> Iterator[SimpleNamespace]:
-    """Write down in `run.json` how the run starts, and how it stops."""
-    digest = hashlib.sha256(yaml_file.dump(run).encode()).hexdigest()
-    write_event(run_dir, "resume" if resumed else "start", start, **surroundings(), config_sha256=digest, **more)
+    start = int(begin.state.step)
+    digest = hashlib.sha256(yaml_file.dump(run.to_config()).encode()).hexdigest()
+    entry = {
+        **surroundings(),
+        "config_sha256": digest,
+        "epochs": inputs.train.epochs(inputs.total_steps),
+        "changed": begin.changed,
+        "damaged": begin.damaged,
+        "base": begin.base and begin.base._asdict(),
+        "adapter": begin.adapter and begin.adapter._asdict(),
+        "kernels": chosen_kernels(run),
+    }
+    write_event(run_dir, "resume" if begin.resumed else "start", start, **entry)
     stopped = SimpleNamespace(step=start, reason="finished")
     try:
         yield stopped

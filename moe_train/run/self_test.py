@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from moe_train.machine.mesh import BATCH, axis_size, make_mesh
 from moe_train.model.attention import kernels, splash
 from moe_train.model.moe import grouped_matmul as gm
 from moe_train.model.moe.experts import ExpertMatrix, ExpertWeights, run_experts
+from moe_train.model.moe.transport.choose import transport_of
 from moe_train.model.sharding.specs import activation_spec
 
 ROWS, IN, OUT = 1024, 256, 128
@@ -37,10 +38,9 @@ CASES = {
 """Rows of each of 8 experts; what is left of ROWS belongs to nobody."""
 
 
-def chosen_kernels(run: config.Config) -> dict[str, Any]:
+def chosen_kernels(run: config.Run) -> dict[str, Any]:
     """What `auto` stands for on the mesh in force, with the sizes of blocks where a kernel has a choice of them: for the
     record of a run."""
-    assert run.model is not None
     dtype, ffn, T = jnp.dtype(run.compute.dtype), run.model.ffn, run.train.seq_len
     found: dict[str, Any] = {"attention": kernels.choose_kernel(run.compute.attention, T, dtype)}
     if found["attention"] == "splash":
@@ -52,6 +52,21 @@ def chosen_kernels(run: config.Config) -> dict[str, Any]:
             rows = run.train.batch_size * T * ffn.experts_per_token  # at the most; few rows have smaller tiles
             found["grouped_matmul_tiles"] = {"gate, up": gm.tiles(rows, D, f, dtype), "down": gm.tiles(rows, f, D, dtype)}
     return found
+
+
+def run_self_tests(run: config.Run, say: Callable[[str], None]) -> None:
+    """Test the kernels that the run uses, on the mesh in force, and say how exact they are.
+
+    Raises RuntimeError where a kernel is wrong on this device, before it spoils anything.
+    """
+    error = check_attention(run.model, run.compute, run.train.seq_len)
+    say(f"self-test of attention: largest relative error {error:.1e}")
+    if not isinstance(run.model.ffn, config.MoeFfn):
+        return
+    say(f"self-test of grouped_matmul: largest relative error {check_grouped_matmul(run.compute):.1e}")
+    transport = transport_of(run, jax.sharding.get_mesh().shape)
+    if transport == "ragged_all_to_all":
+        say(f"self-test of {transport}: largest relative error {check_against_all_gather(transport):.1e}")
 
 
 def check_grouped_matmul(compute: config.Compute) -> float:

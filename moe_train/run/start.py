@@ -45,12 +45,11 @@ class Start(NamedTuple):
     """Parameters: (all, trained)."""
 
 
-def starting_state(run: config.Config, loader: Loader, checkpoints: ocp.CheckpointManager, total_steps: int) -> Start:
+def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointManager, total_steps: int) -> Start:
     """The state of a resolved run on the mesh in force. Nothing is written, but a damaged checkpoint is renamed.
 
     Raises ValueError where the config, the data or the base are not those of the checkpoint.
     """
-    assert run.model is not None
     # Shapes first, so that no more than one copy of the weights is ever made.
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
     structure, shapes = parameters(jax.eval_shape(model))
@@ -101,10 +100,10 @@ _DECIDED_AT_START = (
 """Settings that a run cannot change: its checkpoint would not fit, or its batches would be others."""
 
 
-def _changes(run: config.Config, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
+def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the checkpoint's, {key: (then, now)}. Raises ValueError where one must not."""
     before = config.Config.model_validate_json(json.dumps(last.config))  # an older version's lacks what has since been added
-    then, now = (yaml_file.flat(each.model_dump(mode="json")) for each in (before, run))
+    then, now = (yaml_file.flat(each.model_dump(mode="json")) for each in (before, run.to_config()))
     changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
     for key, (old, new) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
@@ -120,7 +119,7 @@ def _changes(run: config.Config, last: About, loader: Loader) -> dict[str, tuple
     return changed
 
 
-def _base(run: config.Config, last: About | None, frozen: bool) -> Base | None:
+def _base(run: config.Run, last: About | None, frozen: bool) -> Base | None:
     """The identity of the weights of `init_from`; at a resume that loads them again, checked against the checkpoint."""
     if run.init_from is None:
         if frozen:
@@ -135,7 +134,7 @@ def _base(run: config.Config, last: About | None, frozen: bool) -> Base | None:
     return base
 
 
-def _adapter(run: config.Config, last: About | None) -> Base | None:
+def _adapter(run: config.Run, last: About | None) -> Base | None:
     """The identity of the adapter that the run starts from; at a resume the same one as then."""
     if run.lora is None or run.lora.init_from is None:
         return None

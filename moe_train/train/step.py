@@ -92,7 +92,7 @@ def _balanced(buffers: Parameters, routers: RouterStats | None, rate: float | No
 
 
 def compile_step(
-    run: config.Config, structure: Any, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+    run: config.Run, structure: Any, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
 ) -> jax.stages.Compiled:
     """`train_step` of a run, compiled for a state (which it takes over) and a batch like these."""
     step_of = partial(

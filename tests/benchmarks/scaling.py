@@ -17,6 +17,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+from moe_train import config
 from moe_train.config import yaml_file
 from moe_train.plan.compile import compile_config
 from moe_train.plan.topology import parse
@@ -31,7 +32,7 @@ def measure(chips: int, layers: int) -> dict[str, Any]:
     overrides = [f"model.num_layers={layers}", f"train.batch_size={chips}", "train.microbatches=1"]
     overrides += [f"mesh.{axis}={size}" for axis, size in mesh.items()]
     before = core_seconds()
-    compiled = compile_config(yaml_file.load(RECIPE, overrides), parse(f"v5p:{SLICES[chips]}"))
+    compiled = compile_config(config.run_of(yaml_file.load(RECIPE, overrides)), parse(f"v5p:{SLICES[chips]}"))
     return {
         "chips": chips,
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1),

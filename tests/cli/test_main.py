@@ -88,7 +88,7 @@ def test_train_hands_on_the_config_and_its_exit_code(stand_in, config: str, code
         given.append(resolved)
         return code
 
-    stand_in("moe_train.run.loop", train=train)
+    stand_in("moe_train.commands.train", train=train)
     assert run("train", config, "train.steps=3", "name=other") == code
     assert (given[0].train.steps, given[0].name) == (3, "other")
 
@@ -108,7 +108,7 @@ def test_an_error_is_one_line(stand_in, config: str, capsys, error: Exception, c
     def train(resolved: Config) -> int:
         raise error
 
-    stand_in("moe_train.run.loop", train=train)
+    stand_in("moe_train.commands.train", train=train)
     assert run("train", config) == code
     assert capsys.readouterr() == ("", said)
     assert run("train", config, "--debug") == code
@@ -119,7 +119,7 @@ def test_an_unforeseen_error_shows_its_traceback(stand_in, config: str, capsys) 
     def train(resolved: Config) -> int:
         return {}["no such key"]
 
-    stand_in("moe_train.run.loop", train=train)
+    stand_in("moe_train.commands.train", train=train)
     assert run("train", config) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback")

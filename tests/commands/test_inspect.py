@@ -55,7 +55,8 @@ def test_shared_experts_are_met_by_every_token_and_take_adapters():
     ffn = MODEL.ffn.model_copy(update={"num_shared_experts": 2, "router": config.SigmoidRouter(name="sigmoid", bias=True)})
     lora = config.Lora(targets=(config.LoraTarget(modules=("ffn.shared.*",), rank=2, alpha=4.0),))
     model = MODEL.model_copy(update={"ffn": ffn})
-    report = inspect(RUN.model_copy(update={"model": model, "export": "none"}))
+    loss = RUN.loss.model_copy(update={"bias_update_rate": 0.001})
+    report = inspect(RUN.model_copy(update={"model": model, "export": "none", "loss": loss}))
     more = 2 * (3 * 16 * 2 * 24 + 4)  # layers; three matrices as wide as two experts, and a bias
     assert report.totals["total_parameters"] == inspect(RUN).totals["total_parameters"] + more
     assert report.totals["active_parameters"] == inspect(RUN).totals["active_parameters"] + more
@@ -71,7 +72,7 @@ def test_no_device_is_needed_and_adapters_alone_are_trained():
     run = far.model_copy(update={"train": config.Train(steps=1, batch_size=2048, seq_len=8)})
     said = "all_to_all over 4 devices, chosen by bytes on cpu: each receives 0.0 MiB in a layer of a microbatch (all_gather 0.0)"
     assert inspect(run).totals["transport"] == said and "transport" not in inspect(replicas).totals
-    assert inspect(far).totals["bytes_per_device"] < inspect(RUN).totals["bytes_per_device"]
+    assert inspect(run).totals["bytes_per_device"] < inspect(RUN).totals["bytes_per_device"]
     lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*_proj"), rank=2, alpha=4.0),))
     report = inspect(RUN.model_copy(update={"lora": lora}))
     assert all((".lora_" in row["path"]) == row["trainable"] for row in report.parameters)

@@ -111,7 +111,7 @@ def test_a_row_is_traced_to_its_lines(run: Callable[..., Path], tmp_path: Path, 
 
 
 def test_a_config_without_data_is_told_so(run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for changes, said in (({"tokenizer": None}, "preparing data needs data.tokenizer"), ({"train": []}, "data.train")):
+    for changes, said in (({"tokenizer": None}, "data.tokenizer is not stated; state it"), ({"train": []}, "data.train")):
         with pytest.raises(SystemExit) as left:
             main.main(["data", "prepare", str(run(**changes))])
         captured = capsys.readouterr()

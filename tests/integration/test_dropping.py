@@ -9,6 +9,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.commands.export import export
+from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import parameters
@@ -27,7 +28,7 @@ def test_a_run_without_a_format_trains_and_stops_where_it_drops_too_much(small_r
     settings = {"model__family": "mixtral", "model__ffn": MOE, "loss": LOSS, "export": "none", "mesh": {"expert": 4, "fsdp": 2}}
     settings |= {"train__capacity_factor": 0.5, "model__num_layers": 1, "evaluation": {"every_steps": 100}}
     run = small_run(tmp_path / "run", train__steps=1, train__max_drop_rate=1.0, **settings)
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
     said = capsys.readouterr().err
     assert "experts: all_to_all over 4 devices, chosen by bytes on cpu: each receives" in said
     assert "export: none, since no file format has a place for a router bias and shared experts" in said
@@ -41,7 +42,7 @@ def test_a_run_without_a_format_trains_and_stops_where_it_drops_too_much(small_r
     assert bias.shape == (1, 4) and {*np.abs(bias).ravel()} <= {np.float32(0), np.float32(0.01)} and bias.any()
     again = small_run(tmp_path / "run", train__steps=2, train__max_drop_rate=0.25, **settings)
     with pytest.raises(RuntimeError, match=r"step 2: layer 0 dropped [3-6]\d\.\d\d% of its assignments; train.max_drop_rate is 25"):
-        loop.train(again)
+        train(again)
 
 
 def test_a_layer_that_drops_is_named() -> None:

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 from moe_train.checkpoint import manager
+from moe_train.commands.train import train
+from moe_train.data.batches.loader import Loader
 from moe_train.run import loop
+from moe_train.run.inputs import open_inputs
+from moe_train.run.resolve import resolve
 
 
 def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_path: Path, capfd) -> None:
     run = small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     with manager.opened(tmp_path / "run", run.checkpoint) as checkpoints:
         about = manager.newest(checkpoints)
@@ -19,7 +23,7 @@ def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_pa
     [event, *_] = json.loads((tmp_path / "run" / "run.json").read_text())["events"]
     [(source, epochs)] = event["epochs"].items()
     assert source == manifest["sets"][0]["files"][0]["path"]
-    rows = loop._loaders(run)[0].num_rows
+    rows = open_inputs(resolve(run, 8)).train.num_rows
     assert epochs == round(4 * 8 / rows, 3)
     assert f"epochs in 4 steps: {epochs:.2f} of {source}" in capfd.readouterr().err.replace("\n", "")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
@@ -30,14 +34,14 @@ def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_pa
 def test_a_slow_source_is_seen(small_run, tmp_path: Path, monkeypatch) -> None:
     import time
 
-    original = loop.Loader.iterate
+    original = Loader.iterate
 
     def slowly(self, start: int = 0):
         for batch in original(self, start):
             time.sleep(0.3)
             yield batch
 
-    monkeypatch.setattr(loop.Loader, "iterate", slowly)
-    assert loop.train(small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)) == loop.FINISHED
+    monkeypatch.setattr(Loader, "iterate", slowly)
+    assert train(small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)) == loop.FINISHED
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert max(step["input_wait"] for step in steps if step["kind"] == "train") > 0.3

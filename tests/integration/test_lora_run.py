@@ -16,6 +16,7 @@ from moe_train.checkpoint import model_dir, runs
 from moe_train.commands import write_and_prove
 from moe_train.commands.adapters import diff
 from moe_train.commands.export import export
+from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
@@ -56,7 +57,7 @@ def base(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapted(base: Path, small_run: Callable[..., config.Config], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("run") / "lora"
-    assert loop.train(make(small_run, run_dir, base)) == loop.FINISHED
+    assert train(make(small_run, run_dir, base)) == loop.FINISHED
     return run_dir
 
 
@@ -78,15 +79,14 @@ def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in found if line["kind"] == kind]
 
 
-def weights_of(directory: Path, run: config.Config, lora: config.Lora | None) -> dict[str, np.ndarray]:
+def weights_of(directory: Path, run: config.Run, lora: config.Lora | None) -> dict[str, np.ndarray]:
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        assert run.model is not None
         shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, lora)))[1]
         return jax.device_get(model_dir.load_parameters(directory, shapes))
 
 
 def test_what_is_trained_and_what_stays(adapted: Path, base: Path) -> None:
-    run = runs.run_config(adapted)
+    run = runs.read_run(adapted)
     before, after = weights_of(base, run, None), weights_of(adapted, run, run.lora)
     changed = {path for path, x in before.items() if not np.array_equal(x, after[path])}
     assert changed == {"stacks.0.layers.0.ffn.router.weight", "final_norm.scale"}  # all others to the last bit
@@ -118,20 +118,20 @@ def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[
     for source in (adapted, tmp_path / "peft"):
         lora = {"init_from": str(source), "dropout": 0.1}
         run = make(small_run, tmp_path / f"from_{source.name}", base, lora=lora, train__steps=1)
-        assert loop.train(run) == loop.FINISHED
+        assert train(run) == loop.FINISHED
         first = lines(Path(run.run_dir), "eval")[0]
         assert first["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         assert first["routing_drift"] == pytest.approx(wanted["routing_drift"], abs=0.01)  # near-ties may fall otherwise
-        said = runs.run_config(run.run_dir).lora
+        said = runs.read_run(run.run_dir).lora
         assert said is not None and said.targets and set(said.train) == {"ffn.router", "final_norm"}
-    assert loop.train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=2)) == loop.FINISHED  # resumed
+    assert train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=2)) == loop.FINISHED  # resumed
     assert [line["step"] for line in lines(Path(run.run_dir), "train")] == [1, 2]
     weights = tmp_path / "peft/adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ValueError, match=r"the adapter in .*peft has changed since this run started"):
-        loop.train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=3))
+        train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=3))
 
 
 @pytest.mark.parametrize(
@@ -149,14 +149,14 @@ def test_an_adapter_that_is_another(
 ) -> None:
     run = make(small_run, tmp_path / "run", base, lora={"init_from": str(adapted), **changes})
     with pytest.raises(ValueError, match=message):
-        loop.train(run)
+        train(run)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_trained_router_wants_its_coefficients(small_run: Callable[..., config.Config], base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"state loss.load_balance_loss_coef, loss.router_z_loss_coef where routers are trained"):
-        loop.train(make(small_run, tmp_path / "run", base, loss={}))
+        train(make(small_run, tmp_path / "run", base, loss={}))
     frozen = LORA | {"train": ["final_norm"]}
     with pytest.raises(ValueError, match=r"evaluation.drift_batches compares"):
-        loop.train(small_run(tmp_path / "run", evaluation={"drift_batches": 2}))
+        train(small_run(tmp_path / "run", evaluation={"drift_batches": 2}))
     config.check_model(make(small_run, tmp_path / "run", base, loss={}, lora=frozen), config.Model.model_validate(MIXTRAL))

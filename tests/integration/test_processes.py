@@ -26,6 +26,7 @@ import pytest
 from moe_train import config
 from moe_train.commands import write_and_prove
 from moe_train.commands.export import export
+from moe_train.commands.train import train
 from moe_train.config import yaml_file
 from moe_train.machine import processes
 from moe_train.machine.mesh import make_mesh
@@ -344,14 +345,14 @@ def both(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> tuple[Run, 
     steps = run.saved()[-1] + 3
     command = ["bash", "launch/slurm.sbatch", "train", str(run.yaml), f"train.steps={steps}"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert loop.train(run.make(copy, train__steps=steps)) == loop.FINISHED
+    assert train(run.make(copy, train__steps=steps)) == loop.FINISHED
     return run, copy, done
 
 
 def test_batches_and_losses_are_those_of_one_process(both: tuple[Run, Path, subprocess.CompletedProcess]) -> None:
     run, copy, done = both
     steps, alone = run.saved()[-1], run.folder / "alone"
-    assert loop.train(run.make(alone, train__steps=steps, checkpoint={"every_steps": 10**6})) == loop.FINISHED
+    assert train(run.make(alone, train__steps=steps, checkpoint={"every_steps": 10**6})) == loop.FINISHED
     two, moved, one = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run.run_dir, copy, alone)
     )

@@ -17,11 +17,13 @@ from moe_train.checkpoint import manager, model_dir, runs
 from moe_train.commands.evaluate import evaluate_dir
 from moe_train.commands.export import export
 from moe_train.commands.generate import generate_dir
+from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.quantize import quantized
 from moe_train.model.transformer import init_model
 from moe_train.run import loop
+from moe_train.run.writer import Writer
 from moe_train.weights import external
 
 TARGETS = [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 4.0}]
@@ -43,8 +45,7 @@ def held_out(run_dir: Path) -> list[float]:
     return [line["loss"] for line in said if line["kind"] == "eval"]
 
 
-def shapes_of(run: config.Config, how: Any = None) -> dict[str, Any]:
-    assert run.model is not None
+def shapes_of(run: config.Run, how: Any = None) -> dict[str, Any]:
     lora = run.lora and run.lora.model_copy(update={"quantize": how})
     return parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, lora)))[1]
 
@@ -54,7 +55,7 @@ def base(small_run: Callable[..., config.Config], tmp_path_factory: pytest.TempP
     """A folder with a Mixtral as a run (`run`) and as files (`hf`)."""
     folder = tmp_path_factory.mktemp("base")
     zero = {"load_balance_loss_coef": 0.0, "router_z_loss_coef": 0.0}
-    assert loop.train(small_run(folder / "run", model=MOE, mesh=ON, loss=zero, train__steps=2)) == loop.FINISHED
+    assert train(small_run(folder / "run", model=MOE, mesh=ON, loss=zero, train__steps=2)) == loop.FINISHED
     export(folder / "run", folder / "hf")
     return folder
 
@@ -75,7 +76,7 @@ def qlora(
 def whole(qlora: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run beside nf4 that nobody disturbed."""
     run_dir = tmp_path_factory.mktemp("qlora") / "run"
-    assert loop.train(qlora(run_dir, "hf", "nf4")) == loop.FINISHED
+    assert train(qlora(run_dir, "hf", "nf4")) == loop.FINISHED
     return run_dir
 
 
@@ -84,7 +85,7 @@ def test_a_run_beside_quantised_weights(
     base: Path, qlora: Any, whole: Path, text: Path, tmp_path: Path, source: str, how: str
 ) -> None:
     run_dir = whole if source == "hf" else tmp_path / "run"
-    assert source == "hf" or loop.train(qlora(run_dir, source, how)) == loop.FINISHED
+    assert source == "hf" or train(qlora(run_dir, source, how)) == loop.FINISHED
     losses = held_out(run_dir)
     assert losses[-1] < losses[0] - 0.01
     # a checkpoint holds adapters alone, and what was read again is what the run had
@@ -94,7 +95,7 @@ def test_a_run_beside_quantised_weights(
     assert len(generate_dir(run_dir, ["able"], 3)) == 1
 
     # weights are those of the base, each quantised as it was read
-    run = runs.run_config(run_dir)
+    run = runs.read_run(run_dir)
     with jax.set_mesh(make_mesh(run.mesh)):
         held = model_dir.load_parameters(run_dir, shapes_of(run, run.lora.quantize))
         plain = {p: x for p, x in shapes_of(run).items() if "lora" not in p}
@@ -107,7 +108,7 @@ def test_a_run_beside_quantised_weights(
 
 
 def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, read, restored = runs.run_config(base / "run"), manager.parts, []
+    run, read, restored = runs.read_run(base / "run"), manager.parts, []
 
     def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
         restored.append(path)
@@ -134,7 +135,7 @@ def test_merged_into_the_weights_before_they_were_quantised(
     with caplog.at_level("INFO", "moe_train"):
         export(whole, tmp_path / "merged", merge=True)
     assert f"trained beside weights in nf4; merged into those of {base / 'hf'}" in caplog.text
-    run = runs.run_config(whole)
+    run = runs.read_run(whole)
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = shapes_of(run)
         adapters = model_dir.load_parameters(whole, shapes)
@@ -154,7 +155,7 @@ def test_merged_into_the_weights_before_they_were_quantised(
 def test_interrupted_and_started_again_is_the_run_undisturbed(
     qlora: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = loop.metrics.Writer.train
+    write = Writer.train
 
     def interrupt(writer: Any, step: int, figures: dict[str, Any]) -> None:
         write(writer, step, figures)
@@ -162,17 +163,17 @@ def test_interrupted_and_started_again_is_the_run_undisturbed(
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.metrics.Writer, "train", interrupt)
-        assert loop.train(qlora(tmp_path / "parts", "hf", "nf4")) == loop.UNFINISHED
-    assert loop.train(qlora(tmp_path / "parts", "hf", "nf4")) == loop.FINISHED
+        patch.setattr(Writer, "train", interrupt)
+        assert train(qlora(tmp_path / "parts", "hf", "nf4")) == loop.UNFINISHED
+    assert train(qlora(tmp_path / "parts", "hf", "nf4")) == loop.FINISHED
     with pytest.raises(ValueError, match=r"lora.quantize.* was started with"):
-        loop.train(qlora(tmp_path / "parts", "hf", "int8", train__steps=5))
-    run = runs.run_config(whole)
+        train(qlora(tmp_path / "parts", "hf", "int8", train__steps=5))
+    run = runs.read_run(whole)
     with jax.set_mesh(make_mesh(run.mesh)):
         adapters = {p: x for p, x in shapes_of(run).items() if "lora" in p}
 
         def trained(run_dir: Path) -> Parameters:
-            return loop.checkpoint.load_params(run_dir, adapters)[0]
+            return manager.load_params(run_dir, adapters)[0]
 
         for path, x in trained(whole).items():
             np.testing.assert_array_equal(np.asarray(x), np.asarray(trained(tmp_path / "parts")[path]), err_msg=path)

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_train import config
 from moe_train.config import yaml_file
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.devices import DEVICES
@@ -51,8 +52,7 @@ def no_tpu_to_ask() -> Iterator[None]:
 
 def compiled(topology: str, *overrides: str) -> tuple[Any, dict[str, Any]]:
     """The recipe's step, and {path: abstract weight}."""
-    run = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides)
-    assert run.model is not None
+    run = config.run_of(yaml_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides))
     mesh = make_mesh(run.mesh, topologies.get_topology_desc(f"v5p:{topology}", platform="tpu").devices)
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
@@ -177,7 +177,8 @@ def test_adapters_of_mixtral_8x7b_fit_into_16_gb_a_chip(topology: str, num_layer
     assert model is not None
     adapters = [*ONE_EACH[topology], *overrides, "train.microbatches=1"]
     run = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_lora_v5e.yaml", adapters)
-    choice = model_choice(run.model_copy(update={"model": model.model_copy(update={"num_layers": num_layers})}), place)
+    run = run.model_copy(update={"model": model.model_copy(update={"num_layers": num_layers})})
+    choice = model_choice(config.run_of(run), place)
     needed = compile_config(choice.run, place).bytes_per_device
     assert needed < DEVICES["v5e"].hbm_bytes
     assert choice.memory.total == pytest.approx(needed, rel=0.1)

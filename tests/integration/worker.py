@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from moe_train.commands.train import train
 from moe_train.config import yaml_file
 from moe_train.run import loop, writer
 
@@ -39,6 +40,6 @@ for overrides in runs:
         return put(batch, mesh)
 
     writer.Writer.train, loop.put_batch = write_and_die, note_and_put  # type: ignore[method-assign]
-    code = loop.train(config)
+    code = train(config)
     if code:
         sys.exit(code)

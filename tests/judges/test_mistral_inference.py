@@ -16,6 +16,7 @@ import pytest
 
 from moe_train import config
 from moe_train.machine.mesh import put_batch
+from moe_train.model import parameters as flat
 from moe_train.model import transformer
 from moe_train.weights.mistral import lora as mistral_lora
 from tests.random_parameters import random_parameters
@@ -56,11 +57,11 @@ def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def our_logits(parameters: dict[str, jax.Array], model: config.Model, lora: config.Lora | None = None) -> np.ndarray:
     abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora))
-    structure, _ = parameters.parameters(abstract)
+    structure, _ = flat.parameters(abstract)
     batch = put_batch((TOKENS[None], np.arange(len(TOKENS))[None], np.ones((1, len(TOKENS)), int)), ONE)
 
     def logits(parameters: dict[str, jax.Array]) -> jax.Array:
-        module = parameters.combine(structure, parameters)
+        module = flat.combine(structure, parameters)
         return module.logits(module(*batch)[0])
 
     return np.asarray(jax.jit(logits)(parameters))[0]

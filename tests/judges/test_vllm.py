@@ -20,6 +20,7 @@ from moe_train import config
 from moe_train.commands import write_and_prove
 from moe_train.evaluate.generate import generate
 from moe_train.machine.mesh import put_batch
+from moe_train.model import parameters as flat
 from moe_train.model import transformer
 from moe_train.weights import peft, serve
 from tests.judges.test_transformers_and_peft import lora_of, without_padding
@@ -76,11 +77,11 @@ class Answer(NamedTuple):
 
 
 def ours(parameters: dict[str, jax.Array], model: config.Model, lora: config.Lora | None = None) -> Answer:
-    structure, _ = parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
+    structure, _ = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
     batch = put_batch((PROMPT[None], np.arange(len(PROMPT))[None], np.ones((1, len(PROMPT)), int)), ONE)
 
     def logprobs(parameters: dict[str, jax.Array]) -> jax.Array:
-        module = parameters.combine(structure, parameters)
+        module = flat.combine(structure, parameters)
         return jax.nn.log_softmax(module.logits(module(*batch)[0]))
 
     (tokens,) = generate(structure, parameters, model, ONE, [PROMPT.tolist()], MORE)

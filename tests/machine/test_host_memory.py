@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
+from moe_train.commands.train import train
 from moe_train.machine import host_memory
 from moe_train.machine.mesh import make_mesh
-from moe_train.run.loop import train
 
 
 def test_what_every_device_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

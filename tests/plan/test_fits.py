@@ -20,8 +20,8 @@ SMALL = ("model.num_layers=8", "model.model_dim=256", "model.ffn.ffn_dim=512", "
 SMALL += ("model.attention={num_heads: 8, num_kv_heads: 2, head_dim: 32}", "train.batch_size=64", "train.microbatches=1")
 
 
-def small(*overrides: str) -> config.Config:
-    return yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
+def small(*overrides: str) -> config.Run:
+    return config.run_of(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides]))
 
 
 def device(limit: int | None, platform: str = "tpu", kind: str = "TPU v5 lite") -> Any:

@@ -31,8 +31,8 @@ MUON = "optimizer={name: muon, learning_rate: 1e-3, adamw_learning_rate: 1e-3}"
 LORA = "lora={targets: [{modules: ['attention.*', 'ffn.*'], rank: 4, alpha: 8}], quantize: {name: nf4, block_size: 16}}"
 
 
-def small(*overrides: str) -> config.Config:
-    return yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides])
+def small(*overrides: str) -> config.Run:
+    return config.run_of(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ OTHERS = {
 def against_the_compiler(*overrides: str, topology: str = "v5p:2x2x2") -> tuple[float, float]:
     """Bytes received, (modelled, counted), of a program whose memory and bytes are modelled within 10%; prints both errors."""
     place = parse(topology)
-    choice = model_choice(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*MIDDLE, *overrides]), place)
+    choice = model_choice(config.run_of(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*MIDDLE, *overrides])), place)
     program = compile_config(choice.run, place)
     memory_error = choice.memory.total / program.bytes_per_device - 1
     received_error = choice.received / program.network_bytes - 1

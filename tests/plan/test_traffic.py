@@ -21,11 +21,11 @@ SMALL += ("model.attention={num_heads: 8, num_kv_heads: 8, head_dim: 16}", "trai
 SMALL += ("compute.dtype=float32",)
 
 
-def load(*overrides: str) -> config.Config:
-    return yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", overrides)
+def load(*overrides: str) -> config.Run:
+    return config.run_of(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", overrides))
 
 
-def modelled(run: config.Config) -> list[Flow]:
+def modelled(run: config.Run) -> list[Flow]:
     return flows(run, layout(run))
 
 

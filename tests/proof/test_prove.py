@@ -30,6 +30,7 @@ from moe_train.model.transformer import init_model
 from moe_train.proof import expected, repeat, reread, surroundings
 from moe_train.proof import logits as answers
 from moe_train.proof import prove as proof
+from moe_train.proof import texts as proof_texts
 from moe_train.weights import external, names, peft
 from moe_train.weights import texts as text_files
 from moe_train.weights.gguf import lora as gguf_lora
@@ -525,5 +526,5 @@ def test_a_record_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_tokenizers_are_read_from_the_directory(exports: Any) -> None:
     export, _ = exports("hf", "float32")
-    tokenizer, template = repeat.proof_texts.reopened(export, "hf")
+    tokenizer, template = proof_texts.reopened(export, "hf")
     assert isinstance(tokenizer, HuggingFace) and tokenizer.path == export and template

@@ -21,6 +21,7 @@ from moe_train.checkpoint import manager, model_dir, runs
 from moe_train.commands import evaluate
 from moe_train.commands.evaluate import evaluate_dir
 from moe_train.commands.export import export
+from moe_train.commands.train import train
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
@@ -28,6 +29,8 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
 from moe_train.run import loop
+from moe_train.run.inputs import open_inputs
+from moe_train.run.resolve import resolve
 from moe_train.run.writer import Writer
 from moe_train.train import step
 
@@ -61,7 +64,7 @@ def weights(run: config.Config, run_dir: Path) -> dict[str, np.ndarray]:
 def finished(small_run: Callable[..., config.Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 6 steps that nobody disturbed."""
     run_dir = tmp_path_factory.mktemp("run")
-    assert loop.train(small_run(run_dir)) == loop.FINISHED
+    assert train(small_run(run_dir)) == loop.FINISHED
     return run_dir
 
 
@@ -99,7 +102,7 @@ def test_a_run_has_its_tokenizer(finished, text, tmp_path):
 
 def test_a_finished_run_is_left_alone(finished, small_run, capsys):
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
-    assert loop.train(small_run(finished)) == loop.FINISHED
+    assert train(small_run(finished)) == loop.FINISHED
     assert "all 6 steps are done; raise train.steps, epochs or tokens to go on" in capsys.readouterr().out
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
@@ -129,11 +132,11 @@ def test_a_file_is_evaluated_as_the_run_reads_its_own(small_run, tmp_path):
     run = small_run(tmp_path / "run", data__train=[{"name": "files", "files": ["a.jsonl"], "record": own}])
     file = tmp_path / "held_out.jsonl"
     file.write_text('{"ask": "2 + 3?", "say": "5", "id": 1}')
-    assert evaluate._record(file, run) == config.CompletionRecord(**own, too_long="truncate")
+    assert evaluate._record(file, resolve(run, 8)) == config.CompletionRecord(**own, too_long="truncate")
     with pytest.raises(ValueError, match=r"held_out\.jsonl:1: no column is one of .*; the record has 'ask, say, id'"):
         evaluate._record(file, None)
     file.write_text('{"question": "2 + 3?", "answer": "5"}')
-    assert evaluate._record(file, run).prompt == "question"
+    assert evaluate._record(file, resolve(run, 8)).prompt == "question"
 
 
 def test_interrupted_and_started_again(tmp_path, finished, small_run, monkeypatch, capsys):
@@ -147,10 +150,10 @@ def test_interrupted_and_started_again(tmp_path, finished, small_run, monkeypatc
 
     monkeypatch.setattr(Writer, "train", interrupt)
     run = small_run(tmp_path)
-    assert loop.train(run) == loop.UNFINISHED
+    assert train(run) == loop.UNFINISHED
     assert signal.getsignal(signal.SIGINT) is before
     assert events(tmp_path)[-1]["reason"] == "SIGINT" and steps_in(tmp_path)[-1] == events(tmp_path)[-1]["step"] == 4
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
     assert losses(tmp_path) == losses(finished)
     assert "continuing after step 4" in capsys.readouterr().err
 
@@ -159,7 +162,7 @@ def test_saves_every_so_many_minutes(tmp_path, small_run):
     run = small_run(
         tmp_path, checkpoint={"every_steps": 1000, "every_minutes": 1e-6, "keep_last": 100, "keep_best": False}, data__eval=[]
     )
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
     assert steps_in(tmp_path) == [2, 4, 6]  # agreed one step late, then the clock starts again
     assert not lines(tmp_path, "eval")
 
@@ -190,7 +193,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> Callab
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, small_run, poison, capsys):
     poison(2, 6)
     run = small_run(tmp_path, checkpoint={"every_steps": 1, "keep_last": 10})
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
     assert [loss is None for loss in losses(tmp_path)] == [False, True, False, False, False, True]
     assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 1, 1, 1, 2]
     assert steps_in(tmp_path) == [1, 3, 4, 5, 6]  # a skipped step rotates no good checkpoint away; the last is always saved
@@ -208,11 +211,11 @@ def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
     with pytest.raises(
         RuntimeError, match=r"2 steps had a loss or gradient that is not finite, the last step 4; train.max_skipped_steps is 1"
     ):
-        loop.train(run)
+        train(run)
     assert steps_in(tmp_path) == [3]
     assert events(tmp_path)[-1]["reason"].startswith("RuntimeError: 2 steps")
     with pytest.raises(RuntimeError, match="2 steps had"):  # the count is in the checkpoint
-        loop.train(run)
+        train(run)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -238,7 +241,7 @@ def test_a_config_that_contradicts_the_checkpoint(finished, small_run, text, tmp
         changes = {"data__train": [{"name": "files", "files": [str(fewer)], "record": {"name": "text"}}]}
     before = events(finished)
     with pytest.raises(ValueError, match=re.escape(said.format(run_dir=finished))) as caught:
-        loop.train(small_run(finished, train__steps=8, **changes))
+        train(small_run(finished, train__steps=8, **changes))
     assert "\n" not in str(caught.value)
     assert events(finished) == before
 
@@ -249,7 +252,7 @@ def test_a_config_that_contradicts_the_checkpoint(finished, small_run, text, tmp
         ({"mesh": {"data": 4}}, ValueError, "needs 4 devices, but 8 are here"),
         ({"mesh": {"fsdp": -1}, "train__batch_size": 4}, ValueError, "do not divide over mesh data x fsdp x expert = 8"),
         ({"mesh": {"tensor": -1}}, ValueError, "mesh.tensor 8 does not divide num_kv_heads 2"),
-        ({"data": None}, ValueError, "training needs data.train and data.tokenizer"),
+        ({"data": None}, ValueError, "the config has no data section; state data.train and data.tokenizer"),
         ({"model__vocab_size": 256}, ValueError, "vocab_size is 256"),
         ({"init_from": "nowhere", "model": None}, FileNotFoundError, "nowhere: no such folder"),
         ({"lora": LORA}, ValueError, "lora needs init_from"),
@@ -259,7 +262,7 @@ def test_a_config_that_contradicts_the_checkpoint(finished, small_run, text, tmp
 )
 def test_refused_before_anything_is_written(tmp_path, small_run, changes, error, said):
     with pytest.raises(error, match=said):
-        loop.train(small_run(tmp_path / "run", **changes))
+        train(small_run(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -268,7 +271,7 @@ def test_refused_before_anything_is_written(tmp_path, small_run, changes, error,
 
 def test_other_settings_may_change_and_are_written_down(after_two, small_run, capsys):
     run = small_run(after_two, evaluation__batches=1, train__steps=3)
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
     assert "changed since the checkpoint: evaluation.batches None -> 1" in capsys.readouterr().err
     assert events(after_two)[-2]["changed"].keys() == {"evaluation.batches", "train.steps", "run_dir"}  # it was copied
     assert [line["step"] for line in lines(after_two)] == [1, 2, 3]
@@ -280,7 +283,7 @@ def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, s
     shutil.copytree(finished, run_dir)
     for file in (run_dir / "checkpoints" / "6" / "optimizer").rglob("d/*"):
         file.write_bytes(b"")
-    assert loop.train(small_run(run_dir)) == loop.FINISHED
+    assert train(small_run(run_dir)) == loop.FINISHED
     assert "WARNING: the checkpoint of step 6 is damaged, and was renamed to damaged-6" in capsys.readouterr().err
     assert events(run_dir)[-2]["event"] == "resume" and events(run_dir)[-2]["step"] == 4 and "6" in events(run_dir)[-2]["damaged"]
     assert losses(run_dir) == losses(finished)
@@ -289,7 +292,7 @@ def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, s
 def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, monkeypatch):
     found, restore = [], manager.restore
     monkeypatch.setattr(manager, "restore", lambda *args: found.append(restore(*args)) or found[-1])
-    assert loop.train(small_run(after_two, train__steps=2)) == loop.FINISHED
+    assert train(small_run(after_two, train__steps=2)) == loop.FINISHED
     state = found[0].state
     (adam,) = (part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
     for path, x in state.trainable.items():
@@ -311,18 +314,19 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, smal
     run = small_run(after_two, data__eval=[])
     try:
         with pytest.raises(RuntimeError, match=r"could not save a checkpoint in .*; the one of step 2 is intact$"):
-            loop.train(run)
+            train(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (after_two / "checkpoints").iterdir()] == ["2"]
     assert "Traceback" not in capfd.readouterr().err
     monkeypatch.undo()
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
 
 
 def test_length_in_epochs_and_tokens(small_run, tmp_path):
     run = small_run(tmp_path, train={"epochs": 2, "batch_size": 8, "seq_len": 32})
-    loader, _ = loop._loaders(run)
+    with jax.set_mesh(make_mesh(run.mesh)):
+        loader = open_inputs(resolve(run, 8)).train
     assert loader.total_steps(run.train) == loader.steps(2) == pytest.approx(2 * loader.num_rows / 8, abs=1)
     tokens = config.Train(tokens=8 * 32 * 5 + 1, batch_size=8, seq_len=32)
     assert loader.total_steps(tokens) == 6
@@ -345,11 +349,11 @@ def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, tex
 
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "train", interrupt)
-        assert loop.train(run) == loop.UNFINISHED
-    assert loop.train(run) == loop.FINISHED
+        assert train(run) == loop.UNFINISHED
+    assert train(run) == loop.FINISHED
 
-    said = runs.run_config(run_dir)
-    assert said.model == small_run(base).model and said.data.tokenizer.path == str(base / "tokenizer")
+    said = runs.read_run(run_dir)
+    assert said.model == small_run(base).model and said.training_data().tokenizer.path == str(base / "tokenizer")
     full, adapted = weights(small_run(base), base), weights(said, run_dir)
     assert {path for path in full if not np.array_equal(full[path], adapted[path])} == {"final_norm.scale"}  # the base's bytes
     assert {path for path in adapted if path not in full} == {path for path in adapted if path.endswith(("lora_a", "lora_b"))}
@@ -362,17 +366,17 @@ def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, tex
     assert held and not any("embed" in name for name in held)
 
     # The base goes on training: its newest checkpoint is another one, and the adapters stay with theirs.
-    assert loop.train(small_run(base, train__steps=7)) == loop.FINISHED
+    assert train(small_run(base, train__steps=7)) == loop.FINISHED
     longer = run.model_copy(update={"train": run.train.model_copy(update={"steps": 5})})
-    assert loop.train(longer) == loop.FINISHED
+    assert train(longer) == loop.FINISHED
 
     for file in (base / "checkpoints" / "6" / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:-1])
     longer = run.model_copy(update={"train": run.train.model_copy(update={"steps": 6})})
     with pytest.raises(ValueError, match=r"the base weights in .* have changed since this run started"):
-        loop.train(longer)
+        train(longer)
     with pytest.raises(ValueError, match="is a run with adapters; export it with --merge"):
-        loop.train(small_run(tmp_path / "next", init_from=str(run_dir), model=None, data__tokenizer=None))
+        train(small_run(tmp_path / "next", init_from=str(run_dir), model=None, data__tokenizer=None))
 
 
 def test_adapters_on_files(finished, tmp_path, small_run, text):
@@ -381,7 +385,7 @@ def test_adapters_on_files(finished, tmp_path, small_run, text):
     run = small_run(
         tmp_path / "lora", init_from=str(tmp_path / "model"), model=None, lora=LORA, train__steps=2, data__tokenizer=None
     )
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
     base = events(tmp_path / "lora")[0]["base"]
     assert base["step"] is None and base["hashes"].keys() >= {"lm_head.weight", "model.norm.weight"}
     start = lines(tmp_path / "lora", "eval")[0]["loss"]
@@ -396,12 +400,12 @@ def test_adapters_on_files(finished, tmp_path, small_run, text):
     with pytest.raises(
         ValueError, match=r"the base weights in .*model have changed since this run started \(1 tensors or files, the first"
     ):
-        loop.train(longer)
+        train(longer)
 
 
 def test_all_weights_of_another_run(finished, tmp_path, small_run):
     run = small_run(tmp_path, init_from=str(finished), model=None, train__steps=2)
-    assert loop.train(run) == loop.FINISHED
+    assert train(run) == loop.FINISHED
     assert lines(tmp_path, "eval")[0]["loss"] == pytest.approx(lines(finished, "eval")[-1]["loss"], rel=1e-6)
     with pytest.raises(ValueError, match=r"model.norm_eps is 0.001, but 1e-05 in .*; leave model out where init_from is given"):
-        loop.train(small_run(tmp_path, init_from=str(finished), model__norm_eps=1e-3))
+        train(small_run(tmp_path, init_from=str(finished), model__norm_eps=1e-3))

@@ -13,7 +13,7 @@ import pytest
 from moe_train import config
 from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.data.tokenizers.huggingface import HuggingFace
-from moe_train.run.preflight import check_ready, settled
+from moe_train.run.preflight import check_ready
 from moe_train.weights import texts
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "What is 2 + 3? It is 5."] * 8
@@ -31,7 +31,7 @@ def run(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., config.Config]:
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in CHATS))
 
-    def run(path: Path | None = None, vocab_size: int = 300, init_from: Path | None = None, **data: Any) -> config.Config:
+    def run(path: Path | None = None, vocab_size: int = 300, init_from: Path | None = None, **data: Any) -> config.Run:
         source = config.FileSource(name="files", files=(str(file),), record=config.ChatRecord(name="chat"))
         section = config.HuggingFaceTokenizer(name="huggingface", path=str(path or tokenizer.path))
         made = config.Config.model_validate(
@@ -45,20 +45,24 @@ def run(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., config.Config]:
                 "train": {"batch_size": 4, "seq_len": 128, "steps": 5},
             }
         )  # fmt: skip
-        return made.model_copy(update={"init_from": init_from and str(init_from)})
+        return config.run_of(made.model_copy(update={"init_from": init_from and str(init_from)}))
 
     return run
 
 
+def check(run: config.Run, tokenizer: HuggingFace) -> None:
+    check_ready(run, run.training_data(), tokenizer)
+
+
 def test_what_is_in_order(run: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
-    check_ready(run(), tokenizer)
-    check_ready(run(init_from=tokenizer.path), tokenizer)
-    check_ready(run(init_from=tmp_path), tokenizer)  # weights without a tokenizer
+    check(run(), tokenizer)
+    check(run(init_from=tokenizer.path), tokenizer)
+    check(run(init_from=tmp_path), tokenizer)  # weights without a tokenizer
 
 
 def test_a_tokenizer_of_another_size(run: Any, tokenizer: HuggingFace) -> None:
     with pytest.raises(ValueError, match="has 300 ids, the model's vocab_size is 299"):
-        check_ready(run(vocab_size=299), tokenizer)
+        check(run(vocab_size=299), tokenizer)
 
 
 def test_a_tokenizer_that_is_not_the_models(run: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
@@ -69,18 +73,18 @@ def test_a_tokenizer_that_is_not_the_models(run: Any, tokenizer: HuggingFace, tm
     }
     (other.path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"is not that of .*other: id \d+ is .*, there .*; leave data.tokenizer out"):
-        check_ready(run(init_from=other.path), tokenizer)
+        check(run(init_from=other.path), tokenizer)
 
 
 def test_an_export_that_nothing_would_read(run: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
     shutil.copytree(tokenizer.path, tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").rename(tmp_path / "t" / "mine.json")
     with pytest.raises(ValueError, match=r"an export would carry mine\.json, .*folder with tokenizer\.json"):
-        check_ready(run(tmp_path / "t" / "mine.json"), HuggingFace(tmp_path / "t" / "mine.json"))
+        check(run(tmp_path / "t" / "mine.json"), HuggingFace(tmp_path / "t" / "mine.json"))
 
 
 def test_a_template_that_the_export_would_not_carry(run: Any, tokenizer: HuggingFace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_train.commands import write_and_prove
+    from moe_train.run import preflight
 
     original = texts.write_texts
 
@@ -88,21 +92,12 @@ def test_a_template_that_the_export_would_not_carry(run: Any, tokenizer: Hugging
         original(directory, texts._replace(chat_template=None))
 
     template = "{% for m in messages %}{{ '[INST]' + m.role + ' ' + m.content + eos_token }}{% endfor %}"
-    check_ready(run(chat_template=template), tokenizer)
-    monkeypatch.setattr(write_and_prove, "write_texts", forgets)
+    check(run(chat_template=template), tokenizer)
+    monkeypatch.setattr(preflight, "write_texts", forgets)
     with pytest.raises(ValueError, match=r"a\.jsonl:1: an export's chat template would render the record to other tokens"):
-        check_ready(run(chat_template=template), tokenizer)
+        check(run(chat_template=template), tokenizer)
 
 
 def test_a_record_that_cannot_be_rendered_is_named(run: Any, tokenizer: HuggingFace) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat template refuses the record: no"):
-        check_ready(run(chat_template="{{ raise_exception('no') }}"), tokenizer)
-
-
-def test_the_config_carries_the_templates_text(run: Any, tmp_path: Path) -> None:
-    file = tmp_path / "own.jinja"
-    file.write_text("{{ messages[0].content }}é")
-    now = settled(run(chat_template=str(file)))
-    file.unlink()
-    assert settled(now) == now and now.data.chat_template == "{{ messages[0].content }}é"
-    assert settled(run()).data.chat_template is None
+        check(run(chat_template="{{ raise_exception('no') }}"), tokenizer)

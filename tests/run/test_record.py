@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.run.record import PACKAGES, only_one, surroundings, write_event
+from moe_train.run.folder import only_one
+from moe_train.run.record import PACKAGES, surroundings, write_event
 
 
 def test_a_second_process_is_kept_out_until_the_first_has_left(tmp_path: Path) -> None:

@@ -107,6 +107,11 @@ def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:
         return tokenizer.chat_template
     if isinstance(tokenizer, Mistral):
         raise ValueError("data.chat_template has no effect with a mistral tokenizer, whose format is fixed; leave it out")
+    return read_template(setting)
+
+
+def read_template(setting: str) -> str:
+    """The text of a template, stated itself or by the name of its file. Raises FileNotFoundError where there is no such file."""
     if "{{" in setting or "{%" in setting:
         return setting
     if not Path(setting).is_file():

@@ -28,9 +28,9 @@ class AlongExpert(NamedTuple):
     """Where a capacity is set: assignments of a device that can go to one other."""
 
 
-def along_expert(run: config.Config, sizes: Mapping[str, int]) -> AlongExpert:
+def along_expert(run: config.Run, sizes: Mapping[str, int]) -> AlongExpert:
     """Of a run with experts; sizes: of the mesh's axes."""
-    assert run.model is not None and isinstance(run.model.ffn, config.MoeFfn)
+    assert isinstance(run.model.ffn, config.MoeFfn)
     X, ffn = sizes["expert"], run.model.ffn
     T, cf = run.train.seq_len, run.train.capacity_factor
     rows = run.train.batch_size // (run.train.microbatches * math.prod(sizes[axis] for axis in BATCH))
@@ -75,7 +75,7 @@ def check_transport(transport: str) -> None:
         raise ValueError("compute.transport ragged_all_to_all: CPUs have no such collective; use all_to_all")
 
 
-def transport_in_words(run: config.Config, sizes: Mapping[str, int]) -> str | None:
+def transport_in_words(run: config.Run, sizes: Mapping[str, int]) -> str | None:
     """What moves assignments along `expert`, and what that costs; None where the axis has one device. sizes: of the mesh's
     axes."""
     if (name := transport_of(run, sizes)) is None:
@@ -88,7 +88,7 @@ def transport_in_words(run: config.Config, sizes: Mapping[str, int]) -> str | No
     return f"{chosen} over {sizes['expert']} devices{how}: each receives {mib:,.1f} MiB in a layer of a microbatch ({than})"
 
 
-def transport_of(run: config.Config, sizes: Mapping[str, int]) -> str | None:
+def transport_of(run: config.Run, sizes: Mapping[str, int]) -> str | None:
     """The transport of a run; None where `expert` has one device."""
     if sizes["expert"] == 1:
         return None

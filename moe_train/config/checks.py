@@ -1,0 +1,98 @@
+"""Checks across sections: whether model, mesh, batch and losses go together."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from moe_train.config.adapters import Lora
+from moe_train.config.architecture import Model, MoeFfn, without_format
+from moe_train.config.compute import Compute, Mesh
+from moe_train.config.optimization import Loss
+from moe_train.config.training import Evaluation, Train
+
+
+class Sections(Protocol):
+    """What a `Config` and a resolved `Run` have in common, as far as the checks read it."""
+
+    @property
+    def lora(self) -> Lora | None: ...
+    @property
+    def train(self) -> Train: ...
+    @property
+    def loss(self) -> Loss: ...
+    @property
+    def compute(self) -> Compute: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def evaluation(self) -> Evaluation: ...
+    @property
+    def export(self) -> Literal["all", "none"]: ...
+
+
+def check_batch(sections: Sections) -> None:
+    """Raise ValueError where a microbatch, or a sequence, does not divide over the mesh."""
+    mesh, train = sections.mesh, sections.train
+    replicas = mesh.data * mesh.fsdp * mesh.expert
+    per_microbatch = train.batch_size // train.microbatches
+    if replicas > 0 and per_microbatch % replicas:
+        raise ValueError(
+            f"batch_size {train.batch_size} / microbatches {train.microbatches} = {per_microbatch} sequences do not divide "
+            f"over mesh data x fsdp x expert = {replicas}; use a multiple of {replicas * train.microbatches}"
+        )
+    chunks = 1 if mesh.context == 1 else 2 * mesh.context  # two for each device, so that all have as much to attend to
+    if mesh.context > 0 and train.seq_len % chunks:
+        down = train.seq_len // chunks * chunks
+        raise ValueError(
+            f"train.seq_len {train.seq_len} does not divide into two chunks for each of mesh.context {mesh.context}; "
+            f"use a multiple of {chunks}: {f'{down} or ' if down else ''}{down + chunks}"
+        )
+    if mesh.context > 0 and sections.compute.attention == "splash" and train.seq_len % (128 * chunks):
+        raise ValueError(
+            f"compute.attention splash wants a train.seq_len of whole {128 * chunks}s"
+            f"{'' if chunks == 1 else f' on mesh.context {mesh.context}'}, not {train.seq_len}; use auto"
+        )
+
+
+def check_model(sections: Sections, model: Model) -> None:
+    """Raise ValueError where `model` (stated, or read from `init_from`) does not go with the other sections."""
+    mesh, loss, attention = sections.mesh, sections.loss, model.attention
+    _divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
+    _divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
+    _divides(mesh.tensor, "tensor", model.ffn.ffn_dim, "ffn_dim")
+    _divides(mesh.tensor, "tensor", model.vocab_size, "vocab_size")
+    if sections.train.seq_len > model.max_seq_len:
+        raise ValueError(f"train.seq_len {sections.train.seq_len} exceeds the model's max_seq_len {model.max_seq_len}")
+    if sections.evaluation.drift_batches and (sections.lora is None or not isinstance(model.ffn, MoeFfn)):
+        raise ValueError("evaluation.drift_batches compares the routing of adapters with their base's; here is none: leave it out")
+    if sections.compute.transport != "auto" and mesh.expert == 1:
+        raise ValueError(f"compute.transport {sections.compute.transport} has no effect where mesh.expert is 1; leave it out")
+    if (has := without_format(model)) and sections.export != "none":
+        raise ValueError(f"no file format has a place for {has} of family {model.family}; set export: none to train it anyway")
+    if not has and sections.export == "none":
+        raise ValueError(f"export: none has no effect on family {model.family}, which has its formats; leave it out")
+    coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
+    if isinstance(model.ffn, MoeFfn):
+        _divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
+        if (sections.lora is None or sections.lora.trains_router) and None in coefs.values():
+            missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
+            raise ValueError(f"state {missing} where routers are trained (0.01 and 0.001 are usual; 0 is off)")
+        moves = model.ffn.router.bias and (sections.lora is None or "ffn.router" in sections.lora.train)
+        if moves and loss.bias_update_rate is None:
+            raise ValueError("state loss.bias_update_rate where routers have a bias (0.001 is usual; 0 is off)")
+        if not moves and loss.bias_update_rate is not None:
+            why = "is frozen" if model.ffn.router.bias else "is not there (model.ffn.router.bias)"
+            raise ValueError(f"loss.bias_update_rate has no effect: the routers' bias {why}; leave it out")
+    else:
+        if mesh.expert != 1:
+            raise ValueError(f"mesh.expert is {mesh.expert}, but a {model.family} model has no experts; use fsdp or data")
+        if sections.train.capacity_factor is not None:
+            raise ValueError("train.capacity_factor is of experts, but the model has none; leave it out")
+        if any(coefs.values()) or loss.bias_update_rate is not None:
+            raise ValueError("loss has router coefficients, but the model has no router; leave them out")
+
+
+def _divides(size: int, axis: str, dim: int, name: str) -> None:
+    if size > 0 and dim % size:
+        nearest = next(n for n in range(size, 0, -1) if dim % n == 0)
+        raise ValueError(f"mesh.{axis} {size} does not divide {name} {dim}; use {nearest}")

@@ -1,0 +1,128 @@
+"""The resolved record of a run: what will happen, with every choice made.
+
+`run.resolve.resolve` makes a `Run` from a `Config`; everything below the command line takes a `Run` or a part of it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_train.config.adapters import Lora
+from moe_train.config.architecture import Model
+from moe_train.config.compute import Compute, Mesh
+from moe_train.config.config import Config, RunName
+from moe_train.config.data import Data, Tokenizer
+from moe_train.config.optimization import Loss, Optimizer
+from moe_train.config.section import LocalPath, NonNegative, Section
+from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
+
+
+class RandomWeights(Section):
+    """Training starts from weights drawn at random."""
+
+    name: Literal["random"] = "random"
+
+
+class PretrainedWeights(Section):
+    """Training starts from the weights of a run or of another tool's model."""
+
+    name: Literal["pretrained"] = "pretrained"
+    path: LocalPath
+
+
+InitialWeights = Annotated[RandomWeights | PretrainedWeights, Field(discriminator="name")]
+
+
+class FullTraining(Section):
+    """Every weight is trained."""
+
+    name: Literal["full"] = "full"
+
+
+class RunData(Data):
+    """The `data` section with its tokenizer decided. chat_template: its text; None for the tokenizer's own."""
+
+    tokenizer: Tokenizer
+
+
+class NoData(Section):
+    """Data cannot be read: the config has none, or names no tokenizer. reason: an error message with the remedy."""
+
+    reason: str
+
+
+class Run(Section):
+    """What will happen, all stated; compare `Config`, which is what a person wrote.
+
+    method: full training, or adapters (LoRA) whose targets are stated. mesh: the size of each axis; no -1.
+    """
+
+    name: RunName
+    run_dir: LocalPath
+    seed: NonNegative
+    initial_weights: InitialWeights
+    model: Model
+    method: FullTraining | Lora
+    data: RunData | NoData
+    train: Train
+    optimizer: Optimizer
+    loss: Loss
+    compute: Compute
+    mesh: Mesh
+    evaluation: Evaluation
+    checkpoint: Checkpoint
+    metrics: Metrics
+    export: Literal["all", "none"]
+
+    @property
+    def lora(self) -> Lora | None:
+        """The section of the adapters; None in full training."""
+        return self.method if isinstance(self.method, Lora) else None
+
+    @property
+    def init_from(self) -> str | None:
+        """Where the first weights are read from; None for random ones."""
+        return self.initial_weights.path if isinstance(self.initial_weights, PretrainedWeights) else None
+
+    def training_data(self) -> RunData:
+        """The data section. Raises ValueError where there is none, with the remedy."""
+        if isinstance(self.data, NoData):
+            raise ValueError(self.data.reason)
+        return self.data
+
+    def to_config(self) -> Config:
+        """The config that states all of this, for files: it resolves to an equal `Run`."""
+        sections = {key: getattr(self, key) for key in _SHARED_WITH_CONFIG}
+        data = Data(**dict(self.data)) if isinstance(self.data, RunData) else None
+        return Config(**sections, init_from=self.init_from, lora=self.lora, data=data)
+
+
+_SHARED_WITH_CONFIG = tuple(key for key in Run.model_fields if key in Config.model_fields and key != "data")
+
+
+def run_of(config: Config) -> Run:
+    """The `Run` of a config that states everything: one that `Run.to_config` made, or that `resolve` has completed.
+
+    Raises ValueError for a config that leaves something to a checkpoint or to the devices.
+    """
+    if config.model is None:
+        raise ValueError("the config does not state model, and so is not a resolved one")
+    if -1 in config.mesh.model_dump().values():
+        raise ValueError("the config has a mesh axis of -1, and so is not a resolved one")
+    return Run(
+        **{key: getattr(config, key) for key in _SHARED_WITH_CONFIG},
+        initial_weights=RandomWeights() if config.init_from is None else PretrainedWeights(path=config.init_from),
+        method=FullTraining() if config.lora is None else config.lora,
+        data=_decided_data(config),
+    )
+
+
+def _decided_data(config: Config) -> RunData | NoData:
+    if config.data is None:
+        return NoData(reason="the config has no data section; state data.train and data.tokenizer")
+    if config.data.tokenizer is None:
+        where = "" if config.init_from is None else f", and {config.init_from} has none"
+        return NoData(reason=f"data.tokenizer is not stated{where}; state it")
+    return RunData(**dict(config.data))

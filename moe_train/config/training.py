@@ -1,0 +1,72 @@
+"""Length and shape of a training run; when it is evaluated, saved and measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from moe_train.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+
+
+class Train(Section):
+    """Length and shape of the optimisation. Exactly one of `steps`, `epochs`, `tokens` sets the length.
+
+    batch_size is the number of sequences in an optimizer step over all devices; microbatches splits it.
+    capacity_factor limits an expert to capacity_factor * T * A / E assignments of a sequence of T tokens, in training
+    alone; what is beyond is dropped, earlier tokens first served (null: nothing is dropped). The run stops where a layer
+    drops more than max_drop_rate of its assignments in a step.
+    """
+
+    steps: Annotated[Positive, Field(le=100_000_000)] | None = None
+    epochs: Positive | None = None
+    tokens: Positive | None = None
+    batch_size: Positive
+    seq_len: Positive
+    microbatches: Positive = 1
+    max_skipped_steps: NonNegative = 3
+    capacity_factor: PositiveFloat | None = None
+    max_drop_rate: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [k for k in ("steps", "epochs", "tokens") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"the length of a run is exactly one of steps, epochs, tokens; here: {', '.join(given) or 'none'}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of microbatches {self.microbatches}")
+        if self.capacity_factor is not None and self.max_drop_rate is None:
+            raise ValueError("state max_drop_rate where there is a capacity_factor (0.1 stops at a tenth dropped; 1 never stops)")
+        if self.capacity_factor is None and self.max_drop_rate is not None:
+            raise ValueError("max_drop_rate has no effect without a capacity_factor: nothing is dropped; leave it out")
+        if self.tokens is not None and self.tokens < self.batch_size * self.seq_len:
+            raise ValueError(f"tokens {self.tokens} is less than one step of {self.batch_size * self.seq_len}")
+        return self
+
+
+class Evaluation(Section):
+    """Held-out loss on `data.eval`: every `every_steps` and at the end, on `batches` batches (null: all).
+
+    drift_batches: on how many of them the routing of a model with adapters is compared with that of its base, which takes
+    a second forward pass (null: 4 where there are adapters and routers; 0: none).
+    """
+
+    every_steps: Positive = 100
+    batches: Positive | None = None
+    drift_batches: NonNegative | None = None
+
+
+class Checkpoint(Section):
+    """When the run's state is saved, and how many saves stay: the last `keep_last`, plus the best held-out loss."""
+
+    every_steps: Positive = 100
+    every_minutes: PositiveFloat | None = 30.0
+    keep_last: Positive = 2
+    keep_best: bool = True
+
+
+class Metrics(Section):
+    """Where figures go besides the terminal and `metrics.jsonl`."""
+
+    every_steps: Positive = 1
+    tensorboard: bool = True

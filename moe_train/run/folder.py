@@ -1,0 +1,78 @@
+"""The folder of a run: one process at a time trains in it, and it carries what the run was started with."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import jax
+
+from moe_train import config
+from moe_train.checkpoint.runs import TOKENIZER
+from moe_train.config import yaml_file
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import new_directory, write_text
+from moe_train.run.inputs import Inputs
+from moe_train.weights.texts import Texts, write_texts
+from moe_train.weights.together import require_shared
+
+
+class RunFolder:
+    """Locks the folder for this job while the block runs; a folder that does not exist is made by `write` alone.
+
+    Raises ValueError where the path is a file, or another job of this machine trains there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"run_dir {path} is a file; name a folder")
+        self.path = path
+        self._lock = contextlib.ExitStack()
+        self._is_locked = False
+
+    def __enter__(self) -> RunFolder:
+        if self.path.exists():
+            self._enter_lock()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.close()
+
+    def _enter_lock(self) -> None:
+        if jax.process_index() == 0 and not self._is_locked:
+            self._lock.enter_context(only_one(self.path))
+            self._is_locked = True
+
+    def write(self, run: config.Run, inputs: Inputs) -> None:
+        """Make the folder and write the config, the manifest of the data and a copy of the tokenizer into it."""
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._enter_lock()
+            write_text(self.path / "config.yaml", yaml_file.dump(run.to_config()))
+            write_text(self.path / "manifest.json", inputs.train.manifest)
+            _keep_tokenizer(self.path / TOKENIZER, inputs.tokenizer)
+        require_shared(self.path)
+
+
+def _keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Copy the tokenizer's files, so that the run can be moved and exported whatever becomes of them."""
+    if not folder.exists():
+        with new_directory(folder) as unfinished:
+            write_texts(unfinished, Texts(tokenizer))
+
+
+@contextlib.contextmanager
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Keep a second job of this machine out of `run_dir`, which exists, until this one has left it.
+
+    Raises ValueError where another one is in there. The lock dies with its process, however that ends.
+    """
+    with (run_dir / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {run_dir}; wait for it, or choose another run_dir") from None
+        yield

@@ -1,0 +1,53 @@
+"""The held-out loss during a run, and the drift of the routing of a model with adapters."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from moe_train import config
+from moe_train.evaluate.held_out import evaluate
+from moe_train.evaluate.loss import make_batch_sums
+from moe_train.evaluate.routing import Drift, make_drift_sums
+from moe_train.run.inputs import Inputs
+from moe_train.run.start import Start
+from moe_train.run.writer import Writer
+from moe_train.train.state import TrainState
+
+DRIFT_BATCHES = 4
+"""Held-out batches on which the routing is compared where `evaluation.drift_batches` does not say how many."""
+
+
+class HeldOut:
+    """Measures the held-out loss where it is due; never due without held-out data."""
+
+    def __init__(self, run: config.Run, mesh: Mesh, inputs: Inputs, begin: Start, writer: Writer) -> None:
+        self._run, self._mesh, self._loader, self._writer = run, mesh, inputs.held_out, writer
+        self._total_steps = inputs.total_steps
+        self._sums = make_batch_sums(begin.structure)
+        self._drift: Drift | None = None
+        batches = drift_batches(run)
+        if self._loader is not None and batches and begin.base is not None:
+            self._drift = Drift(make_drift_sums(begin.structure), begin.originals, batches)
+            writer.say(f"routing is compared with the base model's on {batches} held-out batches, a second forward pass each")
+
+    def is_due(self, step: int) -> bool:
+        """Whether the loss is measured after `step`."""
+        is_step = step % self._run.evaluation.every_steps == 0 or step == self._total_steps
+        return self._loader is not None and is_step
+
+    def measure(self, step: int, state: TrainState) -> float | None:
+        """Measure, write the figures and return the loss; None without held-out data."""
+        if self._loader is None:
+            return None
+        batches = self._run.evaluation.batches
+        measured = evaluate(self._sums, state.learned, state.frozen, self._loader, self._mesh, batches, self._drift)
+        self._writer.evaluation(step, measured)
+        return measured["loss"]
+
+
+def drift_batches(run: config.Run) -> int:
+    """Held-out batches on which the routing is compared with the base model's; 0 without adapters or routers."""
+    if run.lora is None or not isinstance(run.model.ffn, config.MoeFfn):
+        return 0
+    stated = run.evaluation.drift_batches
+    return DRIFT_BATCHES if stated is None else stated

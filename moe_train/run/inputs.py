@@ -1,0 +1,47 @@
+"""What a run learns from and is measured on: the tokenizer, loaded once, and the loaders."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+
+from moe_train import config
+from moe_train.data.batches.loader import Loader
+from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.run.preflight import check_ready
+
+
+class Inputs(NamedTuple):
+    """The opened data of a run. held_out: None where `data.eval` names no source."""
+
+    tokenizer: Tokenizer
+    train: Loader
+    held_out: Loader | None
+    total_steps: int
+    """Optimizer steps of the whole run."""
+
+
+def open_inputs(run: config.Run) -> Inputs:
+    """Load the tokenizer, check that it is the model's, and open the data of this process.
+
+    Raises ValueError or FileNotFoundError where the data or the tokenizer cannot be used.
+    """
+    data = run.training_data()
+    tokenizer = load_tokenizer(data.tokenizer)
+    check_ready(run, data, tokenizer)
+    open_loader = partial(
+        Loader,
+        data,
+        tokenizer=tokenizer,
+        seq_len=run.train.seq_len,
+        seed=run.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    train = open_loader("train", batch_size=run.train.batch_size)
+    microbatch = run.train.batch_size // run.train.microbatches
+    held_out = open_loader("eval", batch_size=microbatch) if data.eval else None
+    return Inputs(tokenizer, train, held_out, train.total_steps(run.train))

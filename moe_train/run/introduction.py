@@ -1,0 +1,67 @@
+"""What a person is told before the first step and after the last."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from moe_train import config
+from moe_train.checkpoint import manager
+from moe_train.model.moe.transport.choose import transport_in_words
+from moe_train.run.inputs import Inputs
+from moe_train.run.start import Start
+
+Say = Callable[[str], None]
+
+
+def introduce(run: config.Run, say: Say, inputs: Inputs, begin: Start) -> None:
+    """Model, mesh, transport, data, epochs; where the run continues, and which settings have changed since."""
+    mesh_shape = jax.sharding.get_mesh().shape
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh_shape.items() if size > 1) or "one device"
+    say(f"{run.name}: {begin.sizes[0]:,} parameters, {begin.sizes[1]:,} trained, on {axes}")
+    if transport := transport_in_words(run, mesh_shape):
+        say(f"experts: {transport}")
+    if run.export == "none":
+        say(f"export: none, since no file format has a place for {config.without_format(run.model)}")
+    loader = inputs.train
+    parts = [f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"]
+    left_out = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
+    parts += [f"{count:,} {what}" for what, count in left_out.items() if count]
+    say("; ".join(parts))
+    epochs = loader.epochs(inputs.total_steps)
+    say(f"epochs in {inputs.total_steps:,} steps: " + ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items()))
+    if begin.resumed:
+        say(f"continuing after step {int(begin.state.step)}")
+    for change in _changes(begin):
+        say(f"changed since the checkpoint: {change}")
+
+
+def print_damage(begin: Start) -> None:
+    """Warn of checkpoints that could not be read, on the first process's stderr."""
+    if jax.process_index() == 0:
+        for step, why in begin.damaged.items():
+            renamed = f"was renamed to damaged-{step}"
+            print(f"WARNING: the checkpoint of step {step} is damaged, and {renamed}: {why}", file=sys.stderr)
+
+
+def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
+    """Say that nothing is left to do, and which changed settings therefore have no effect."""
+    print(f"{run.name}: all {total_steps} steps are done; raise train.steps, epochs or tokens to go on")
+    if jax.process_index() == 0:
+        for change in _changes(begin):
+            print(f"WARNING: changed since the checkpoint, without effect on a finished run: {change}", file=sys.stderr)
+
+
+def conclude(run: config.Run, say: Say, total_steps: int) -> None:
+    """Where the checkpoints are, and the command that makes files of them."""
+    say(f"finished {total_steps} steps; the checkpoints are in {Path(run.run_dir) / manager.FOLDER}")
+    if run.export == "all":
+        merge = " --merge" if run.lora else ""
+        say(f"for other tools: moe-train export {run.run_dir} {run.run_dir}-hf{merge}")
+
+
+def _changes(begin: Start) -> list[str]:
+    return [f"{key} {before} -> {now}" for key, (before, now) in begin.changed.items()]

@@ -1,0 +1,115 @@
+"""`Config` -> `Run`: everything that a config leaves to `init_from`, to its tokenizer and to the devices is decided here."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_train import config
+from moe_train.checkpoint.model_dir import find_tokenizer, read_adapter, read_model
+from moe_train.checkpoint.runs import is_run, read_run
+from moe_train.config import yaml_file
+from moe_train.data.chat.conversation_to_tokens import read_template
+from moe_train.machine.mesh import mesh_sizes
+from moe_train.model.paths import module_of, names_module, targets_of
+from moe_train.weights import names
+
+
+def resolve(written: config.Config, device_count: int) -> config.Run:
+    """Decide everything that `written` leaves open.
+
+    The architecture comes from `init_from` (its config.json, or its saved run) where `model` is left out; the adapters' targets
+    from `lora.init_from`; the tokenizer from `init_from`; a mesh axis of -1 from `device_count`. Neither weights nor a
+    tokenizer need to be there: without a tokenizer `Run.data` says what is missing, and whoever needs data says so.
+
+    Raises:
+        ValueError: the config contradicts the checkpoint or the adapter, or model, mesh and batch do not go together.
+        FileNotFoundError: a checkpoint, an adapter or a template that is named is not there.
+    """
+    model = _architecture(written)
+    changes: dict[str, Any] = {"model": model, "mesh": mesh_sizes(written.mesh, device_count)}
+    if written.lora is not None and written.lora.init_from is not None:
+        changes["lora"] = _with_adapter(written.lora, written.lora.init_from, model)
+    if written.data is not None:
+        changes["data"] = _with_tokenizer(written.data, written.init_from)
+    complete = written.model_copy(update=changes)
+    config.check_model(complete, model)
+    config.check_batch(complete)
+    return config.run_of(complete)
+
+
+def _architecture(written: config.Config) -> config.Model:
+    """The stated architecture, or that of `init_from`; where both are there they have to agree."""
+    if written.init_from is None or not Path(written.init_from).exists():
+        if written.model is None:
+            raise FileNotFoundError(f"init_from {written.init_from}: no such folder or file; bring it here, or state model to plan without it")
+        return written.model
+    if is_run(written.init_from) and read_run(written.init_from).lora is not None:
+        raise ValueError(f"init_from {written.init_from} is a run with adapters; export it with --merge, and start from the export")
+    read = read_model(written.init_from)
+    if written.model is not None and written.model != read:
+        stated_keys = yaml_file.flat(written.model.model_dump(mode="json"))
+        read_keys = yaml_file.flat(read.model_dump(mode="json"))
+        key = next(key for key in {**stated_keys, **read_keys} if stated_keys.get(key) != read_keys.get(key))
+        raise ValueError(
+            f"model.{key} is {stated_keys.get(key)}, but {read_keys.get(key)} in {written.init_from}; "
+            "leave model out where init_from is given"
+        )
+    return read
+
+
+def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:
+    """The section with the tokenizer of `init_from` where it names none and there is one, and a template's text for its file."""
+    changes: dict[str, Any] = {}
+    if data.chat_template is not None:
+        # The text itself, so that checkpoints and exports carry it whatever becomes of the file.
+        changes["chat_template"] = read_template(data.chat_template)
+    if data.tokenizer is None and init_from is not None:
+        with contextlib.suppress(FileNotFoundError):  # `config.run_of` notes that there is none
+            changes["tokenizer"] = find_tokenizer(init_from)
+    return data.model_copy(update=changes)
+
+
+def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config.Lora:
+    """The section with the targets of the adapter that it starts from. Raises ValueError where the two contradict."""
+    saved = read_adapter(source, model)
+    if not lora.targets:
+        lora = lora.model_copy(update={"targets": saved.targets, "rslora": saved.rslora})
+    if not lora.train:
+        lora = lora.model_copy(update={"train": saved.train})
+    for module in sorted({module_of(piece.path) for piece in names.pieces(model)}):
+        stated = _module_adapters(lora, module)
+        expected = _module_adapters(saved, module)
+        if stated != expected:
+            raise ValueError(
+                f"lora.targets: {module} has {_in_words(stated)}; the adapter in {source} has {_in_words(expected)}; "
+                "leave targets out"
+            )
+        is_saved = any(names_module(pattern, module) for pattern in saved.train)
+        if is_saved and not any(names_module(pattern, module) for pattern in lora.train):
+            raise ValueError(f"lora.train does not name {module}, of which {source} has the trained weights; name it")
+    return lora
+
+
+class _ModuleAdapter(NamedTuple):
+    """One adapter of a module, as far as two sections can contradict each other."""
+
+    experts: tuple[int, ...]
+    rank: int
+    scale: float
+
+
+def _module_adapters(lora: config.Lora, module: str) -> list[_ModuleAdapter]:
+    adapters = [
+        _ModuleAdapter(target.experts or (), target.rank, float(f"{lora.scale(target):.9g}")) for target in targets_of(lora, module)
+    ]
+    return sorted(adapters)
+
+
+def _in_words(adapters: list[_ModuleAdapter]) -> str:
+    words = []
+    for adapter in adapters:
+        experts = f" (experts {list(adapter.experts)})" if adapter.experts else ""
+        words.append(f"rank {adapter.rank}, scale {adapter.scale:g}{experts}")
+    return "; ".join(words) or "no adapter"

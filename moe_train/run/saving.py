@@ -1,0 +1,61 @@
+"""When a run saves a checkpoint, and what the checkpoint says of itself."""
+
+from __future__ import annotations
+
+import time
+
+import orbax.checkpoint as ocp
+
+from moe_train import config
+from moe_train.checkpoint import manager
+from moe_train.checkpoint.manager import About
+from moe_train.run.inputs import Inputs
+from moe_train.run.start import Start
+from moe_train.train.state import TrainState
+
+
+class Saving:
+    """Saves every so many steps and minutes, at the end, and where the held-out loss is the best so far."""
+
+    def __init__(self, run: config.Run, checkpoints: ocp.CheckpointManager, begin: Start, inputs: Inputs) -> None:
+        self._run, self._checkpoints, self._begin, self._inputs = run, checkpoints, begin, inputs
+        self._best = manager.best_loss(checkpoints)
+        self._saved_at = time.monotonic()
+
+    def is_overdue(self) -> bool:
+        """Whether `checkpoint.every_minutes` have passed since the last save."""
+        minutes = self._run.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state is saved after `step` whatever else happens."""
+        return step % self._run.checkpoint.every_steps == 0 or step == self._inputs.total_steps
+
+    def is_best(self, held_out_loss: float | None) -> bool:
+        """Whether the loss is lower than any before and such checkpoints are kept; it is then the one to beat."""
+        if held_out_loss is None or not self._run.checkpoint.keep_best or not held_out_loss < self._best:
+            return False
+        self._best = held_out_loss
+        return True
+
+    def save(self, step: int, state: TrainState, held_out_loss: float | None) -> None:
+        """Start saving. Raises RuntimeError where this save, or the one before, could not be written."""
+        loader = self._inputs.train
+        about = About(
+            config=self._run.to_config().model_dump(mode="json"),
+            row=step * self._run.train.batch_size,
+            data=loader.identity,
+            base=self._begin.base,
+            manifest=loader.manifest_hash,
+            adapter=self._begin.adapter,
+        )
+        manager.save(self._checkpoints, step, state, about, held_out_loss)
+        self._saved_at = time.monotonic()
+
+    def check(self) -> None:
+        """Raise RuntimeError if the save under way has failed so far; does not wait."""
+        manager.check_saving(self._checkpoints)
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises RuntimeError where it failed."""
+        manager.finish_saving(self._checkpoints)

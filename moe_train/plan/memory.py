@@ -93,7 +93,7 @@ def _named(run: config.Config, model: config.Model, sizes: dict[str, int], shape
     if not isinstance(model.ffn, config.MoeFfn):
         return kept + m * 2 * f * b
     kept += m * model.ffn.num_experts * 4 + 2 * m * model.ffn.experts_per_token * 4
-    if shape.transport in (None, "all_gather"):
+    if not shape.recomputes_experts:
         kept += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
     return kept + m * 2 * f * model.ffn.num_shared_experts * b
 
@@ -108,12 +108,11 @@ def _layer(run: config.Config, model: config.Model, stacked: list[Weight], sizes
         matrices = [w for w in stacked if w.kind == "expert" and not w.is_lora and not w.path.endswith(".scales")]
         per_code = {w.path: 2 if w.path.endswith(".codes") and _is_nf4(run) else 1 for w in matrices}
         experts = whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
-        exchanged = shape.transport not in (None, "all_gather")
-        if exchanged and any(w.trainable for w in matrices):  # gradients are summed over rounds
+        if shape.recomputes_experts and any(w.trainable for w in matrices):  # gradients are summed over chunks
             experts += whole
         if _is_nf4(run):  # one matrix at a time: the halves of its blocks, a byte a number
             experts += whole // 3 // b
-        products, inputs = R * f * b, R * D * b * (3 if exchanged else 2)
+        products, inputs = R * f * b, R * D * b * (3 if shape.recomputes_experts else 2)
         if shape.transport == "all_gather":
             inputs += sizes["expert"] * m * D * b
     else:

@@ -83,7 +83,7 @@ def _recomputed(run: config.Config, model: config.Model, shape: Shape) -> float:
     D, V = model.model_dim, model.vocab_size
     if run.compute.remat == "full":
         return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
-    if isinstance(model.ffn, config.MoeFfn) and shape.transport not in (None, "all_gather"):
+    if isinstance(model.ffn, config.MoeFfn) and shape.recomputes_experts:
         return model.num_layers * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
     return 0.0
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from moe_train import config
 from moe_train.machine.devices import DEVICES, GIB, Device
+from moe_train.model.moe.transport.choose import transports_of
 from moe_train.plan import compile as compiler
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.roofline import Time, Work, time, work
@@ -18,10 +19,6 @@ from moe_train.plan.weights import divisions, layout
 
 LARGEST_BATCH = 64
 """Sequences of a device and microbatch that are tried where the batch is free."""
-
-
-TRANSPORTS = {"tpu": ("all_gather", "all_to_all", "ragged_all_to_all"), "gpu": ("all_gather", "all_to_all")}
-"""Those that `auto` chooses from on each platform (`transport.choose_transport`)."""
 
 
 class Choice(NamedTuple):
@@ -118,7 +115,7 @@ def choices(run: config.Config, topology: Topology, free_batch: bool = False) ->
     assert run.model is not None
     found, faults = [], []
     for mesh in meshes(run, topology):
-        transports = TRANSPORTS[topology.platform] if mesh.expert > 1 else ("auto",)
+        transports = transports_of(topology.platform) if mesh.expert > 1 else ("auto",)
         for transport, remat in itertools.product(transports, ("full", "minimal")):
             compute = run.compute.model_copy(update={"transport": transport, "remat": remat})
             for batch_size, microbatches in batches(run, mesh, free_batch):

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.machine.mesh import AXES, BATCH, make_mesh
 from moe_train.model.moe.layer import MoE
-from moe_train.model.moe.transport.all_to_all import slots_of
+from moe_train.model.moe.transport.chunks import bucket_size
+from moe_train.model.moe.transport.transport import ExchangeSizes
 from moe_train.plan import hlo
 from moe_train.plan.compile import abstract_step
 from moe_train.train.step import train_step
@@ -119,7 +120,7 @@ def contract(mesh: str) -> Counter[tuple[str, tuple[str, ...]]]:
         add("all-gather", "expert", layers * of(e, 4 * e * tokens * (3 * D + 2 * A + 2 * A)))
         add("reduce-scatter", "expert", layers * of(e, 4 * e * tokens * (2 * D + A)))
     elif e > 1:  # x there, y back; x and dy there, dx back; ids and weights, and the gradient of the weights
-        rows = e * slots_of(tokens * A, e)
+        rows = e * bucket_size(ExchangeSizes(tokens, D, A, e))
         add("all-to-all", "expert", layers * of(e, 4 * rows * (5 * D + 2 + 3)))
     return Counter({key: received for key, received in sums.items() if received})
 

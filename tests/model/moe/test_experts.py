@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.machine.mesh import BATCH, make_mesh
-from moe_train.model.moe.experts import ExpertMatrix, ExpertWeights, run_experts
+from moe_train.model.moe.experts import ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
 from moe_train.model.moe.transport import all_gather
 from moe_train.model.moe.transport import choose as transport
 from tests.compiled_programs import quick_jit, ragged_all_to_all
@@ -122,8 +122,8 @@ def compiled(kernel: str, mesh: Mesh, transport: str, capacity_factor: float | N
         ids, valid = fixed
 
         def f(x: jax.Array, weights: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, jax.Array]:
-            how = {"transport": transport, "capacity_factor": capacity_factor}
-            return run_experts(x, ids, weights, valid, experts, kernel, **how)
+            settings = ExpertSettings(kernel, transport, capacity_factor)
+            return run_experts(x, Routing(ids, weights, valid), experts, settings)
 
         y, vjp, computed = jax.vjp(f, *primals, has_aux=True)
         return y, vjp(dy), computed

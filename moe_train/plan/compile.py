@@ -33,7 +33,7 @@ from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
 from moe_train.plan import gpu_targets, hlo
 from moe_train.plan.topology import Topology, parse
-from moe_train.train.optimizer import make_optimizer
+from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state
 from moe_train.train.step import compile_step
 
@@ -159,8 +159,7 @@ def abstract_step(run: config.Config, mesh: Mesh) -> tuple[Any, Any, Any, Batch]
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
-    constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
-    optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
+    optimizer = make_optimizer_of_any_length(run.optimizer)
     structure, params = parameters(jax.eval_shape(model))
     state = jax.eval_shape(lambda params: create_state(params, optimizer, run.lora), jax.tree.map(placed, params))
     state = jax.tree.map(placed, state)

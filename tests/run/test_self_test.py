@@ -9,10 +9,10 @@ import pytest
 
 from moe_train import config
 from moe_train.machine.mesh import make_mesh
-from moe_train.model.attention import gqa
+from moe_train.model.attention import kernels
 from moe_train.model.moe import grouped_matmul as gm
 from moe_train.model.moe.transport import choose as transport
-from moe_train.run.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul, kernels
+from moe_train.run.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul, chosen_kernels
 from tests.compiled_programs import ragged_all_to_all
 
 MODEL = config.Model(
@@ -123,7 +123,7 @@ def with_the_gradient_of_some_keys(q, k, v, *rest):
     return right(q, jnp.concatenate([k[:, :128], jax.lax.stop_gradient(k[:, 128:])], axis=1), v, *rest)
 
 
-right = gqa.blocked
+right = kernels.blocked
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ right = gqa.blocked
     ],
 )
 def test_stops_at_attention_that_is_wrong(monkeypatch, wrong, said):
-    monkeypatch.setattr(gqa, "blocked", wrong)
+    monkeypatch.setattr(kernels, "blocked", wrong)
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))), pytest.raises(RuntimeError, match=said):
         check_attention(MODEL, config.Compute(), 512)
 
@@ -154,7 +154,7 @@ def test_says_which_kernels_a_run_has():
         mesh=config.Mesh(context=2, tensor=2),
     )
     with jax.set_mesh(make_mesh(run.mesh, jax.devices()[:4])):
-        assert kernels(run) == {
+        assert chosen_kernels(run) == {
             "attention": "splash",
             "attention_block": 128,  # of the 384 queries of a run
             "grouped_matmul": "megablox",

@@ -173,6 +173,16 @@ def compute_here() -> config.Compute:
     return config.Compute(dtype=dtype, param_dtype=dtype)
 
 
+def dtype_of_files(directory: str | Path, otherwise: config.Dtype) -> config.Dtype:
+    """The dtype of another tool's weights, so that what is written from them unchanged keeps its bytes.
+
+    otherwise: for one of our runs, and for files of several dtypes or of one that is not written here.
+    """
+    if is_run(directory):
+        return otherwise
+    return external.open_weights(directory).dtype or otherwise
+
+
 def mesh_here(run: config.Config | None, model: config.Model) -> config.Mesh:
     """The run's mesh where its devices are here; otherwise all devices along `fsdp`."""
     devices = jax.device_count()

@@ -32,6 +32,8 @@ from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
 from moe_train.plan import gpu_targets, hlo
+from moe_train.plan.hlo_text import num_instructions
+from moe_train.plan.replica_groups import axes_of
 from moe_train.plan.topology import Topology, parse
 from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state
@@ -185,7 +187,7 @@ def compile_on(run: config.Config, mesh: Mesh) -> Compiled:
         fallback_bytes=counts.fallback_bytes,
         flops=counts.flops,
         kernel_flops=counts.kernel_flops,
-        instructions=hlo.size(text),
+        instructions=num_instructions(text),
         warnings=(),
         compile_seconds=seconds,
         hlo=text,
@@ -197,7 +199,7 @@ def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
     slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
     sums: dict[tuple[str, tuple[str, ...], str, bool], list[float]] = {}
     for c, times in counts.collectives.items():
-        axes = hlo.axes_of(c.groups, mesh.shape)
+        axes = axes_of(c.groups, mesh.shape)
         crosses = any(len({slices[device] for device in group}) > 1 for group in c.groups)
         total = sums.setdefault((c.kind, axes, c.dtype, crosses), [0, 0, 0])
         more = (times, c.bytes * times, c.bytes * times if c.hidden_flops else 0)

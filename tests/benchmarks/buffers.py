@@ -37,7 +37,7 @@ from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.moe.layer import MoE
 from moe_train.model.moe.transport import all_to_all, chunks, ragged_all_to_all
 from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts
-from moe_train.plan import hlo
+from moe_train.plan import hlo, hlo_collectives, hlo_text
 from moe_train.plan.compile import _environment, check_installed
 from moe_train.plan.topology import parse
 
@@ -97,7 +97,7 @@ def program(kind: str) -> jax.stages.Compiled:
 
 def written(text: str) -> float:
     """Bytes that operations write which are neither kernels nor collectives."""
-    computations, entry = hlo._computations(text)
+    computations, entry = hlo_text.computations(text)
 
     def of(name: str) -> float:
         total = 0.0
@@ -108,8 +108,12 @@ def written(text: str) -> float:
                 total += min(of(n) for n in i.called("branch_computations", "true_computation", "false_computation"))
             elif i.opcode == "call":
                 total += sum(of(n) for n in i.called("to_apply"))
-            elif i.opcode not in NO_WORK and not i.opcode.startswith(hlo.KINDS) and not i.opcode.endswith(("-start", "-done")):
-                total += sum(shape.bytes for shape in hlo._shapes(i.result))
+            elif (
+                i.opcode not in NO_WORK
+                and not i.opcode.startswith(hlo_collectives.KINDS)
+                and not i.opcode.endswith(("-start", "-done"))
+            ):
+                total += sum(shape.bytes for shape in hlo_text.stated_shapes(i.result))
         return total
 
     return of(entry)

@@ -24,6 +24,7 @@ from moe_train.model.moe.transport.chunks import bucket_size
 from moe_train.model.moe.transport.transport import ExchangeSizes
 from moe_train.plan import hlo
 from moe_train.plan.compile import abstract_step
+from moe_train.plan.replica_groups import axes_of
 from moe_train.train.step import train_step
 from tests.compiled_programs import quick_jit
 
@@ -84,7 +85,7 @@ def sent(counts: hlo.Counts, mesh: str) -> Counter[tuple[str, tuple[str, ...]]]:
     axes = {axis: MESHES[mesh].get(axis, 1) for axis in ("data", "fsdp", "expert", "context", "tensor")}
     found: Counter[tuple[str, tuple[str, ...]]] = Counter()
     for c, times in counts.collectives.items():
-        found[c.kind, hlo.axes_of(c.groups, axes)] += c.bytes * times  # type: ignore[assignment]
+        found[c.kind, axes_of(c.groups, axes)] += c.bytes * times  # type: ignore[assignment]
     return found
 
 
@@ -151,7 +152,7 @@ def test_gradients_cross_replicas_in_the_dtype_of_the_computation(microbatches: 
     """As the program asks for it: XLA:CPU makes float32 of every sum. All matrices do; float32 are figures of the routers."""
     asked = hlo.read(lowered("data 2 x fsdp 4", dtype="bfloat16", microbatches=microbatches).as_text(dialect="hlo"))
     sizes = dict.fromkeys(AXES, 1) | MESHES["data 2 x fsdp 4"]
-    crossing = [c for c in asked.collectives if "data" in hlo.axes_of(c.groups, sizes)]
+    crossing = [c for c in asked.collectives if "data" in axes_of(c.groups, sizes)]
     gathered = {"float32": [c for c in crossing if c.dtype == "f32"], "bfloat16": [c for c in crossing if c.dtype == "bf16"]}
     assert max(c.bytes for c in gathered["bfloat16"]) >= 2 * E * D * F / 4
     assert max((c.bytes for c in gathered["float32"]), default=0) <= 4 * max(E, 2 * D)

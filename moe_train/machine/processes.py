@@ -2,18 +2,18 @@
 
 Alone, or where one has failed, a process would wait in a collective for ever, or until JAX's coordination service misses
 its heartbeats after 100 s and aborts it with a page of C++. So each holds a TCP connection to the first, which the
-kernel closes when its process dies: at once, or within a minute where a whole host has vanished.
+kernel closes when its process dies: at once, or within a minute where a whole host has vanished. JAX's coordination client
+aborts a process whose first process is lost, too, a fifth of a second later than the watch: where one call of C code holds
+Python's lock for so long, the exit code is 134 instead of 75, and the launchers start the job again after either.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
 import secrets
-import signal
 import socket
 import struct
 import sys
@@ -166,16 +166,6 @@ def connect(host: str, told: str, index: int, count: int) -> None:
     peer.settimeout(None)
     peer.sendall(password.encode() + _NUMBER.pack(index))
     _start(0, peer)
-    _delay_abort()
-
-
-def _delay_abort() -> None:
-    """Let the watch be first where the first process is lost: JAX's coordination client sees it as soon, and aborts this one
-    with 134 where the watch ends it with 75. An abort first calls the handler of SIGABRT with the signal's number, 6: here
-    libc's sleep. To be called after the devices are there, since libtpu has a handler of its own."""
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def first_alone_speaks(index: int) -> None:

@@ -21,7 +21,7 @@ from moe_train.config import yaml_file
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
-from moe_train.machine.host_memory import require_room
+from moe_train.machine.host_memory import check_host_memory
 from moe_train.machine.mesh import AXES, make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import is_trainable, module_of, names_module, targets_of
@@ -48,7 +48,7 @@ class Opened(NamedTuple):
     def load(self) -> tuple[Any, Parameters]:
         """(structure, weights, adapters included); `mesh` is in force."""
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
-        require_room(shapes, str(self.directory))
+        check_host_memory(shapes, str(self.directory))
         return structure, load_parameters(self.directory, shapes)
 
     def to_export(self) -> Held:

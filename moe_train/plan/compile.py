@@ -1,7 +1,7 @@
-"""A run's training step through the real compiler, for devices that are not here.
+"""Compile the training step of a run with the real compiler, for devices that need not be present.
 
-The TPU compiler comes with libtpu, that of GPUs with JAX's CUDA plugin; neither needs the hardware. Both settle in the
-environment and take the process with them where they fail, so the work is done by a process of its own.
+The TPU compiler comes with libtpu, the one for GPUs with JAX's CUDA plugin; neither needs the hardware. Both read the
+environment once and end the process where they fail, so they run in a process of their own.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ class Traffic:
     times: int
     bytes: float
     bytes_overlapped: float
-    """Of these by asynchronous collectives, with matrix products scheduled between start and done."""
+    """The part received by asynchronous collectives with matrix products scheduled between start and done."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One training step as the compiler made it; bytes and FLOPs are those of one device."""
+    """One compiled training step; bytes and FLOPs are those of one device."""
 
     bytes_per_device: int
-    """Memory in use at the fullest moment, arguments included. The sum of arguments and temporaries that `memory_analysis`
-    states besides is up to half more: XLA:TPU places, and refuses programs by, no more than this and gaps of a few percent."""
+    """Peak memory, arguments included. The sum of arguments and temporaries that `memory_analysis` also states is up to half
+    more; XLA:TPU places programs in this size and gaps of a few percent, and refuses them by it."""
     traffic: tuple[Traffic, ...]
     fallback_bytes: float
-    """Received besides, where every conditional takes its dearest branch."""
+    """Received in addition where every conditional takes its most expensive branch."""
     flops: float
-    """Of matrix products outside kernels, loops times their trips."""
+    """FLOPs of matrix products outside kernels, loops times their trips."""
     kernel_flops: float
-    """What Pallas kernels estimate for themselves: the worst case where group sizes are dynamic."""
+    """The estimates that Pallas kernels state: the worst case where group sizes are dynamic."""
     instructions: int
     warnings: tuple[str, ...]
-    """Lines of the compiler about memory or rematerialisation."""
+    """Lines of the compiler about memory or rematerialization."""
     compile_seconds: float
     """Tracing, lowering and compiling."""
     hlo: str
@@ -114,7 +114,7 @@ def compile_config(run: config.Config, topology: Topology, *, timeout_seconds: f
 
 
 def check_installed(topology: Topology) -> None:
-    """Raise ValueError where the compiler for `topology` is not."""
+    """Raise ValueError where the compiler for `topology` is not installed."""
     what, extra, modules = {
         "tpu": ("libtpu", "tpu", ("libtpu",)),
         "gpu": ("JAX's CUDA plugin", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
@@ -125,7 +125,7 @@ def check_installed(topology: Topology) -> None:
 
 
 def _environment(topology: Topology) -> dict[str, str]:
-    """What keeps the compilers from looking for hardware: on CPU alone, and no question to a cloud's metadata server."""
+    """Variables that keep the compilers from looking for hardware and from asking a cloud's metadata server."""
     quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
     if topology.platform == "tpu":
         quiet |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
@@ -142,7 +142,7 @@ def _warnings(said: str) -> tuple[str, ...]:
 
 
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
-    """Devices that can be compiled for and nothing else."""
+    """Devices that programs can be compiled for, but not run on."""
     if topology.platform == "gpu":
         shape = f"1x{topology.num_slices}x{topology.chips_per_slice}"  # partitions of the network, hosts, GPUs of a host
         target = gpu_targets.description(topology.device)

@@ -1,4 +1,4 @@
-"""Before anything is allocated: can this run fit into the devices that are here?"""
+"""Check that a run fits into the memory of the devices here, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_train.plan.topology import Topology
 from moe_train.plan.weights import layout
 
 ERROR = 1.1
-"""What is refused exceeds the device by more than the memory model errs against the compiler."""
+"""A run is refused where it exceeds the device by more than the error of the memory model against the compiler."""
 
 
 def check_fits(run: config.Config, device: jax.Device) -> None:
@@ -31,7 +31,7 @@ def check_fits(run: config.Config, device: jax.Device) -> None:
 
 
 def bytes_limit(device: jax.Device) -> int | None:
-    """Bytes that programs may use, as the device tells; None on CPU."""
+    """Bytes that programs may use, as the device states; None on CPU, and where it states none."""
     if device.platform == "cpu":
         return None
     stats = device.memory_stats()
@@ -45,7 +45,7 @@ def parts(needed: Memory) -> str:
 
 
 def _remedy(run: config.Config, device: jax.Device, limit: int) -> str:
-    """The settings that change least among those that fit on as many devices of this kind."""
+    """The settings that fit on as many devices of this kind and change least of the run."""
     kind = chip_name(device)
     if kind not in DEVICES:
         return "use more devices, compute.remat full or more train.microbatches"

@@ -1,9 +1,9 @@
 """Device memory that a training step takes, part by part, from shapes alone.
 
-What is kept is counted from the arrays themselves. What a step needs besides is counted from what the layers hold at
-their fullest moment (activations after Korthikanti et al., arXiv:2205.05198, section 4, for this model's own layers): in the
-backward pass, when gradients are there too. The forward pass and the loss find room where these come to lie, as XLA:TPU
-was seen to place its buffers (libtpu of JAX 0.10; the assignments of two dozen programs, 2 to 32 layers).
+State is counted from the arrays themselves. Temporaries are counted at their peak (activations after Korthikanti et al.,
+arXiv:2205.05198, section 4, for the layers of this model): in the backward pass, when gradients exist too. The forward pass
+and the loss reuse the space of gradients, as XLA:TPU was seen to place its buffers (libtpu of JAX 0.10; the buffer
+assignments of two dozen programs, 2 to 32 layers).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moe_train.plan.weights import Layout, Weight, axis_sizes
 from moe_train.train.cross_entropy import CHUNK_ELEMENTS
 
 BATCH_BYTES = 4 + 4 + 1 + 4 + 4
-"""Of one token of a `Batch`: tokens, targets, loss_mask, segment_ids, positions."""
+"""Bytes of one token of a `Batch`: tokens, targets, loss_mask, segment_ids, positions."""
 
 
 class Memory(NamedTuple):
@@ -27,13 +27,13 @@ class Memory(NamedTuple):
     optimizer: int
     batch: int
     gradients: int
-    """Their sums over microbatches included."""
+    """Including their sums over microbatches."""
     saved: int
-    """What layers keep for the backward pass, and weights in the dtype or layout of their use for all layers at once."""
+    """Activations that layers keep for the backward pass, and weights that are cast or laid out for all layers at once."""
     layer: int
-    """Gathered weights, rows on their way and products of the one layer that is at work, at its fullest moment."""
+    """Gathered weights, exchanged rows and products of the one layer that is being computed, at its peak."""
     loss: int
-    """The head, its gradient, and logits of a chunk, as far as they exceed gradients and layer, which come after them."""
+    """The head, its gradient and the logits of a chunk, as far as they exceed gradients and layer, which reuse their space."""
 
     @property
     def total(self) -> int:
@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """From step to step."""
+        """Bytes that stay from step to step."""
         return self.parameters + self.optimizer + self.batch
 
 
@@ -60,7 +60,7 @@ def memory(run: config.Config, laid: Layout) -> Memory:
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
     inputs = model.num_layers // len(model.attention.windows) * shape.tokens * model.model_dim * b
     saved = inputs + (model.num_layers * _named(run, model, sizes, shape) if run.compute.remat == "minimal" else 0)
-    # XLA casts these weights of all layers before the loop over layers, and lays those out whose lanes are not full
+    # XLA casts these weights of all layers before the loop over layers, and pads those that do not fill their lanes
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
     saved += sum(_in_lanes(w, sizes) for w in stacked if _is_narrow(w))
     return Memory(
@@ -75,12 +75,12 @@ def memory(run: config.Config, laid: Layout) -> Memory:
 
 
 def _in_lanes(w: Weight, sizes: dict[str, int]) -> int:
-    """Bytes of a weight of all layers, or of its gradient, as it is computed with."""
+    """Bytes of a weight of all layers, or of its gradient, in the layout that kernels use."""
     return w.stored_bytes(sizes) * LANES // w.shape[-1] if _is_narrow(w) else w.stored_bytes(sizes)
 
 
 def _is_narrow(w: Weight) -> bool:
-    """Whether kernels, which read rows, have it fill whole lanes with a rank: the adapters of experts. Others XLA turns."""
+    """Whether kernels, which read rows, pad its rank to whole lanes: the adapters of experts. XLA transposes others."""
     return w.kind == "expert" and w.is_lora and w.shape[-1] < LANES
 
 

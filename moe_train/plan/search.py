@@ -1,4 +1,4 @@
-"""Which mesh, transport, rematerialisation and batch: every choice modelled, those that fit ranked, the best compiled."""
+"""The search for mesh, transport, rematerialization and batch: model every choice, rank those that fit, compile the best."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moe_train.plan.traffic import Flow, flows, shape_of
 from moe_train.plan.weights import divisions, layout
 
 LARGEST_BATCH = 64
-"""Sequences of a device and microbatch that are tried where the batch is free."""
+"""The most sequences of a device and microbatch that are tried where the batch is free."""
 
 
 class Choice(NamedTuple):
-    """One way to run, and what it takes as modelled."""
+    """One way to run, with what it takes according to the model."""
 
     run: config.Config
     memory: Memory
@@ -30,10 +30,10 @@ class Choice(NamedTuple):
     work: Work
     time: Time
     limit: int
-    """Bytes of a device."""
+    """Bytes of a device that a program may use."""
     compiled: compiler.Compiled | None = None
     refused: str | None = None
-    """What the compiler said against it."""
+    """The compiler's message where it cannot place the program."""
 
     @property
     def transport(self) -> str | None:
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 
     @property
     def bytes_per_device(self) -> int:
-        """As compiled, or as modelled where it was not."""
+        """The compiler's figure, or the model's where the choice was not compiled."""
         return self.compiled.bytes_per_device if self.compiled else self.memory.total
 
     @property
@@ -58,11 +58,11 @@ class Choice(NamedTuple):
 
     @property
     def received(self) -> float:
-        """Bytes by one device and step."""
+        """Bytes that one device receives in a step."""
         return self.work.network_bytes + self.work.dcn_bytes
 
     def received_per_token(self, devices: int) -> float:
-        """Bytes for each token that a device is given."""
+        """Received bytes for each token that a device processes."""
         return self.received / (self.tokens / devices)
 
 
@@ -134,8 +134,8 @@ By = Literal["speed", "bytes"]
 
 
 def ranked(found: list[Choice], by: By = "speed") -> list[Choice]:
-    """Those that fit first, by tokens a second or by the bytes that a token makes a device receive; of equal ones the one
-    that moves and holds less. Then those that do not fit, by how much they exceed the device."""
+    """Choices that fit, by tokens per second or by received bytes per token, ties by bytes and memory; then those that do not
+    fit, by how far they exceed the device."""
 
     def order(choice: Choice) -> tuple[Any, ...]:
         moved = choice.received / choice.tokens
@@ -170,7 +170,7 @@ def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[
 
 
 def compiled(choice: Choice, topology: Topology) -> Choice:
-    """The choice with the compiler's word on it; a program that it cannot place is a choice that does not fit."""
+    """The choice with the compiler's figures; where the compiler cannot place the program, it does not fit."""
     try:
         return choice._replace(compiled=compiler.compile_config(choice.run, topology))
     except ValueError as fault:
@@ -180,7 +180,7 @@ def compiled(choice: Choice, topology: Topology) -> Choice:
 
 
 def why(choice: Choice, best: Choice) -> str:
-    """Why `choice` is not the best one, in a few words; bytes are those that a token makes a device receive."""
+    """Why `choice` is not the best one, in a few words; bytes are those received per token."""
     if choice.refused is not None:
         return f"the compiler refuses it: {choice.refused}"
     if not choice.fits:
@@ -249,7 +249,7 @@ def smallest_that_fits(run: config.Config, topology: Topology, chips: int = 4096
 
 
 def larger(topology: Topology, chips: int) -> list[str]:
-    """Names of what has more chips than `topology`, the smallest first."""
+    """Names of topologies of the same device with more chips than `topology`, the smallest first."""
     if topology.platform == "gpu":
         hosts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if topology.num_chips < 8 * n <= chips]
         return [f"{topology.device}x8" if n == 1 else f"{n}x{topology.device}x8" for n in hosts]
@@ -261,7 +261,7 @@ def larger(topology: Topology, chips: int) -> list[str]:
 
 
 def changed(run: config.Config, other: config.Config) -> dict[str, Any]:
-    """{key.path: value} of what `other` says otherwise about mesh, transport, remat and batch."""
+    """{key.path: value} of the settings of mesh, transport, remat and batch that differ in `other`."""
     found: dict[str, Any] = {}
     for section in ("mesh", "compute", "train"):
         ours, theirs = getattr(run, section).model_dump(), getattr(other, section).model_dump()
@@ -272,7 +272,7 @@ def changed(run: config.Config, other: config.Config) -> dict[str, Any]:
 
 
 def dollars_per_billion(choice: Choice, topology: Topology, price: float | None) -> float | None:
-    """At the roofline, so at least; `price` is of a chip and hour."""
+    """Dollars per 1e9 tokens at the roofline, a lower bound; price: of a chip and hour."""
     return None if price is None else price * topology.num_chips / 3600 / choice.tokens_per_second * 1e9
 
 

@@ -1,6 +1,6 @@
-"""What a device receives from others in one step, collective by collective, as the model's own code sends it.
+"""Bytes that a device receives from others in one step, collective by collective, modelled after the code of the model.
 
-With g devices along an axis and a whole of W bytes, a device receives (g - 1) / g * W of an all-gather (W its result), a
+With g devices along an axis and an array of W bytes in all, a device receives (g - 1) / g * W of an all-gather (W its result), a
 reduce-scatter (W its operand) or an all-to-all (W its operand), and twice that of an all-reduce (a reduce-scatter and an
 all-gather; Rabenseifner 2004, as in Megatron-LM's and DeepSpeed's accounts, arXiv:1910.02054 section 7).
 
@@ -25,14 +25,14 @@ SUMMED = ("fsdp", "expert", "context")
 
 
 class Flow(NamedTuple):
-    """Received by one device in a step."""
+    """What one device receives in a step by collectives of one kind."""
 
     what: str
     kind: str
     axis: str
     bytes: float
     overlaps: bool
-    """Whether it can go on beside products that do not wait for it: true of weights and gradients, not of tokens."""
+    """Whether it can overlap with products: true of weights and gradients; products wait for tokens."""
 
 
 class Shape(NamedTuple):
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
     tokens: int
     itemsize: int
-    """Bytes of an activation's element."""
+    """Bytes of an element of an activation."""
     transport: Name | None
     """None where the device holds all experts, or the model has none."""
     rows: int
@@ -81,8 +81,8 @@ def flows(run: config.Config, laid: Layout, platform: str | None = None) -> list
     for flow in found:
         key = flow.what, flow.kind, flow.axis, flow.overlaps
         sums[key] = sums.get(key, 0.0) + flow.bytes
-    joined = [Flow(what, kind, axis, received, overlaps) for (what, kind, axis, overlaps), received in sums.items() if received]
-    return sorted(joined, key=lambda flow: -flow.bytes)
+    combined = [Flow(what, kind, axis, received, overlaps) for (what, kind, axis, overlaps), received in sums.items() if received]
+    return sorted(combined, key=lambda flow: -flow.bytes)
 
 
 def _received(kind: str, devices: int, whole: float) -> float:

@@ -1,4 +1,4 @@
-"""The weights of a run as they lie on a device of its mesh, from shapes alone: what memory and traffic are counted from."""
+"""The weights of a run with their shardings, from shapes alone: the basis of the models of memory and traffic."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Weight(NamedTuple):
 
     path: str
     kind: Kind
-    """expert: of routed experts, gathered over `fsdp` inside `experts`; linear: of `fsdp.project`; table: embedding or head,
-    rows split over V; small: norms, routers, biases, whole on each device."""
+    """expert: of routed experts, gathered over `fsdp` inside `run_experts`; linear: used by `fsdp.project`; table: embedding or
+    head, rows split over V; small: norms, routers, biases, replicated."""
     layers: int
-    """Entries of its leading dim of layers; 1 outside the stacks."""
+    """Size of its leading dim of layers; 1 outside the stacks."""
     shape: tuple[int, ...]
-    """Of one layer, over the whole mesh."""
+    """The global shape of one layer."""
     spec: tuple[tuple[str, ...], ...]
     """The mesh axes of each dim of that shape."""
     itemsize: int
@@ -42,12 +42,12 @@ class Weight(NamedTuple):
     is_lora: bool
 
     def elements(self, sizes: dict[str, int], whole_over: tuple[str, ...] = ()) -> int:
-        """Of one layer on a device, gathered over some axes."""
+        """Elements of one layer on a device, gathered over the axes `whole_over`."""
         split = (sizes[axis] for axis in itertools.chain.from_iterable(self.spec) if axis not in whole_over)
         return math.prod(self.shape) // math.prod(split)
 
     def stored_bytes(self, sizes: dict[str, int]) -> int:
-        """Of all layers on a device."""
+        """Bytes of all layers on a device."""
         return self.layers * self.elements(sizes) * self.itemsize
 
 
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
     optimizer_bytes: int
     """Moments and counters."""
     trainable: dict[str, Any]
-    """{path: shape} of what is trained."""
+    """{path: shape} of the trained parameters."""
 
 
 def axis_sizes(mesh: config.Mesh) -> dict[str, int]:

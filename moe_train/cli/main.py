@@ -236,6 +236,7 @@ def plan(
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
     from moe_train.plan import answer as planning
+    from moe_train.plan import answer_json, answer_table
 
     with waiting("modelling" if no_compile else "modelling and compiling"):
         answer = planning.plan(
@@ -251,12 +252,12 @@ def plan(
     if hlo is not None:
         planning.write_hlo(answer, hlo)
     if as_json:
-        print_json(planning.as_json(answer))
+        print_json(answer_json.as_json(answer))
     else:
-        for line in planning.introduction(answer):
+        for line in answer_table.introduction(answer):
             print(line)
-        print_table(planning.rows(answer))
-        for line in planning.conclusion(answer):
+        print_table(answer_table.rows(answer))
+        for line in answer_table.conclusion(answer):
             print(line)
     if config_out is not None:
         planning.write_config(answer, config_out)

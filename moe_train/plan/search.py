@@ -61,6 +61,19 @@ class Choice(NamedTuple):
         """Bytes that one device receives in a step."""
         return self.work.network_bytes + self.work.dcn_bytes
 
+    @property
+    def memory_error(self) -> float:
+        """By how much the model exceeds the compiler's figure of memory, as a share of it."""
+        assert self.compiled is not None
+        return self.memory.total / self.compiled.bytes_per_device - 1
+
+    @property
+    def received_error(self) -> float:
+        """By how much the model exceeds the compiler's figure of received bytes, as a share of it; 1 where that is 0."""
+        assert self.compiled is not None
+        counted = self.compiled.network_bytes
+        return self.received / counted - 1 if counted else float(self.received > 0)
+
     def received_per_token(self, devices: int) -> float:
         """Received bytes for each token that a device processes."""
         return self.received / (self.tokens / devices)
@@ -269,6 +282,12 @@ def changed(run: config.Config, other: config.Config) -> dict[str, Any]:
     if run.compute.transport == "auto":
         found.pop("compute.transport", None)
     return found
+
+
+def share_of_peak(choice: Choice, topology: Topology) -> float:
+    """Model FLOPs over what the device could do in the step: an upper bound on MFU."""
+    peak = DEVICES[topology.device].flops[choice.run.compute.dtype] / topology.devices_per_chip
+    return choice.work.model_flops / peak / choice.time.step
 
 
 def dollars_per_billion(choice: Choice, topology: Topology, price: float | None) -> float | None:

@@ -20,7 +20,7 @@ from moe_train.checkpoint.runs import TOKENIZER, is_run, read_run
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
-from moe_train.machine.host_memory import require_room
+from moe_train.machine.host_memory import check_host_memory
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import is_trainable
@@ -47,7 +47,7 @@ class Opened(NamedTuple):
     def load(self) -> tuple[Any, Parameters]:
         """(structure, weights, adapters included); `mesh` is in force."""
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
-        require_room(shapes, str(self.directory))
+        check_host_memory(shapes, str(self.directory))
         return structure, load_parameters(self.directory, shapes)
 
     def to_export(self) -> Held:
@@ -107,6 +107,16 @@ def compute_here() -> config.Compute:
     """Number formats for a model that no run's config speaks for."""
     dtype: config.Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return config.Compute(dtype=dtype, param_dtype=dtype)
+
+
+def dtype_of_files(directory: str | Path, otherwise: config.Dtype) -> config.Dtype:
+    """The dtype of another tool's weights, so that what is written from them unchanged keeps its bytes.
+
+    otherwise: for one of our runs, and for files of several dtypes or of one that is not written here.
+    """
+    if is_run(directory):
+        return otherwise
+    return external.open_weights(directory).dtype or otherwise
 
 
 def mesh_here(run: config.Run | None, model: config.Model) -> config.Mesh:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, load_run
-from moe_train.cli.terminal import console, print_answers, print_json, print_table, progress, waiting
+from moe_train.cli.terminal import console, print_answers, print_json, print_table, waiting
+from moe_train.machine import progress
 
 if TYPE_CHECKING:
     from moe_train.config import Config
@@ -101,8 +102,12 @@ def check_data(
         num_proc=num_proc or len(os.sched_getaffinity(0)),
         shown=show,
     )
-    with progress("checking") as told:
-        answer = checks.check(sources, loaded, settings, told)
+
+    def report(done: int, total: int, records: int) -> None:
+        progress.report(progress.Progress("", done, total, "bytes", f"{records:,} records"))
+
+    with waiting("checking"):
+        answer = checks.check(sources, loaded, settings, report)
     if as_json:
         print_json(answer)
     else:
@@ -162,7 +167,8 @@ def prepare_data(
     resolved = load_run(config, overrides)
     from moe_train.commands.prepare import prepare
 
-    answer = prepare(resolved, to)
+    with waiting("preparing"):
+        answer = prepare(resolved, to)
     if as_json:
         print_json(answer)
     else:

@@ -239,6 +239,7 @@ def plan(
     from moe_train.config import yaml_file
     from moe_train.machine.files import write_text
     from moe_train.plan import answer as planning
+    from moe_train.plan import answer_json, answer_table
 
     with waiting("modelling" if no_compile else "modelling and compiling"):
         answer = make_plan(
@@ -254,12 +255,12 @@ def plan(
     if hlo is not None:
         planning.write_hlo(answer, hlo)
     if as_json:
-        print_json(planning.as_json(answer))
+        print_json(answer_json.as_json(answer))
     else:
-        for line in planning.introduction(answer):
+        for line in answer_table.introduction(answer):
             print(line)
-        print_table(planning.rows(answer))
-        for line in planning.conclusion(answer):
+        print_table(answer_table.rows(answer))
+        for line in answer_table.conclusion(answer):
             print(line)
     if config_out is not None:
         write_text(config_out, yaml_file.dump(planning.best_config(answer, written)))

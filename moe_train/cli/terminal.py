@@ -1,10 +1,10 @@
-"""What a command says: a spinner or a bar while a person waits, then tables for people or JSON for programs."""
+"""What a command prints: progress while a person waits, then tables for people or JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,42 +16,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """One line on a terminal's stderr while a person waits: a bar, with the time left where the work says how far it is."""
-    from rich import progress as bars
+    """Show one line on a terminal's stderr while a command works: a bar with the time left where the work reports how far it
+    is (`machine.progress`), otherwise a spinner."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    columns = bars.SpinnerColumn(), bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TimeRemainingColumn()
-    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{what} …", total=None)
+    from moe_train.machine.progress_bar import ProgressBar
 
-        def told(part: str, done: int, total: int) -> None:
-            if done == 0:
-                bar.reset(task, total=total, description=f"{what}: {part}")
-            bar.update(task, completed=done)
-
-        with listening(told):
-            yield
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int, int], None]]:
-    """A bar on a terminal's stderr; it is told the bytes done, the bytes in all, and the records done."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TextColumn("{task.fields[records]:,} records"),
-    )
-    console = Console(stderr=True)
-    with bars.Progress(
-        *columns, bars.TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=None, records=0)
-        yield lambda done, total, records: bar.update(task, completed=done, total=total, records=records)
+    with ProgressBar(what, Console(stderr=True)) as bar, listening(bar.show):
+        yield
 
 
 def print_json(answer: Any) -> None:

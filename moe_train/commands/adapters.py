@@ -24,7 +24,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import is_trainable, module_of
 from moe_train.model.transformer import init_model
-from moe_train.weights import external, gguf, merge, names, peft, texts
+from moe_train.weights import gguf, merge, names, peft, texts
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.gguf import lora as gguf_lora
 
@@ -166,7 +166,7 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
     opened = model_dir.open_model(base)
     if opened.lora is not None:
         raise ValueError(f"{base} is a run with adapters of its own; export it with --merge, and merge into the export")
-    dtype = dtype or _dtype_of(base, opened.compute)
+    dtype = dtype or model_dir.dtype_of_files(base, otherwise=opened.compute.param_dtype)
     with jax.set_mesh(opened.mesh):
         lora, weights = base_and_adapter(base, source, opened.model, dtype)
         return write_and_prove.export(
@@ -186,22 +186,13 @@ def base_and_adapter(
 ) -> tuple[config.Lora, Held]:
     """The section `lora` of the adapters of `source`, and all weights: the base's, in `dtype`, or that of its files where it
     is not stated, and what was trained. Those of another tool's files stay there. The mesh is in force."""
-    compute = config.Compute(param_dtype=dtype or _dtype_of(base, model_dir.compute_here()))
+    dtype = dtype or model_dir.dtype_of_files(base, otherwise=model_dir.compute_here().param_dtype)
+    compute = config.Compute(param_dtype=dtype)
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
     trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
     plain = {path: like for path, like in shapes.items() if not is_trainable(path, lora)}
     return lora, {**model_dir.load_parameters(base, plain, load=model_dir.left_in_files), **trained}
-
-
-def _dtype_of(base: str | Path, compute: config.Compute) -> config.Dtype:
-    """That of the files, so that untouched weights keep their bytes."""
-    if not runs.is_run(base):
-        found = {tensor.dtype.name for tensor in external.open_weights(base).tensors.values()}
-        for dtype in ("float32", "bfloat16"):
-            if found == {dtype}:
-                return dtype
-    return compute.param_dtype
 
 
 def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
 from moe_train.run.resolve import resolve
-from moe_train.train.optimizer import make_optimizer
+from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state, partition
 from moe_train.train.step import compile_step
 
@@ -74,8 +74,7 @@ def bench(written: config.Config) -> dict[str, Any]:
 def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
     structure, _ = parameters(jax.eval_shape(model))
-    constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
-    optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
+    optimizer = make_optimizer_of_any_length(run.optimizer)
     trainable, frozen = partition(jax.jit(lambda: parameters(model())[1])(), run.lora)
     state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0)(trainable)
     return state._replace(frozen=frozen), structure, optimizer

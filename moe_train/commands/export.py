@@ -15,7 +15,7 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.model_dir import Opened, open_model
+from moe_train.checkpoint.model_dir import Opened, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands import write_and_prove
 from moe_train.config import yaml_file
@@ -158,19 +158,16 @@ def _whole_dtype(dtype: str) -> config.Dtype:
 
 
 def _dtype(opened: Opened) -> config.Dtype:
-    """That of the files it started from, so that untouched weights keep their bytes; otherwise that of the training."""
+    """The dtype of the files that training started from, so that untouched weights keep their bytes; otherwise that of the
+    training."""
     files = opened.run.init_from if opened.run else opened.directory
     if files is not None and not Path(files).exists():
         raise FileNotFoundError(
             f"{files}, from which the run started, is not here to say the dtype of the files; state it (--dtype)"
         )
-    if files is not None and not is_run(files):
-        found = {tensor.dtype.name for tensor in external.open_weights(files).tensors.values()}
-        if found == {"float32"}:
-            return "float32"
-        if found == {"bfloat16"}:
-            return "bfloat16"
-    return opened.compute.param_dtype
+    if files is None:
+        return opened.compute.param_dtype
+    return dtype_of_files(files, otherwise=opened.compute.param_dtype)
 
 
 def _about(opened: Opened) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     ids = new_ids(old, new)
     check_vocab(old, weights.model.vocab_size)
     model = weights.model.model_copy(update={"vocab_size": new.vocab_size})
-    dtype, source = _dtype(weights), {(piece.path, piece.lead): piece for piece in weights.table}
+    dtype, source = weights.dtype or "float32", {(piece.path, piece.lead): piece for piece in weights.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:
         of_base = source[piece.path, piece.lead]
@@ -170,8 +170,3 @@ def _check_written(directory: Path, model: config.Model, weights: Weights, ids: 
             same = np.array_equal(of_base.from_file(read), now)
         if not same:  # widening a 16-bit number changes no value
             raise RuntimeError(f"{piece.name} in the file is not that of the base")
-
-
-def _dtype(weights: Weights) -> config.Dtype:
-    """That of the base's files; float32 where they have several, or none that is written here."""
-    return "bfloat16" if {tensor.dtype.name for tensor in weights.tensors.values()} == {"bfloat16"} else "float32"

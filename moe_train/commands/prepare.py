@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_train import config
 from moe_train.data.batches.loader import Loader, open_store
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.prepared.tokenize_ahead import Progress as Done
+from moe_train.data.prepared.tokenize_ahead import Progress as Shards
 from moe_train.data.prepared.upload import upload
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
+from moe_train.machine import progress
 from moe_train.run.resolve import resolve
 
 
@@ -36,8 +33,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
     for kind, sources in kinds:
         for i, source in enumerate(sources):
             begun = time.perf_counter()
-            with _bar(f"data.{kind}.{i}") as shown:
-                store = open_store(source, data, tokenizer, template, shown)
+            store = open_store(source, data, tokenizer, template, _reporter(f"data.{kind}.{i}"))
             made = store.manifest
             sets.append(
                 {
@@ -89,22 +85,13 @@ def _open_tokenizer(run: config.Run) -> Tokenizer:
     return tokenizer
 
 
-@contextmanager
-def _bar(name: str) -> Iterator[Any]:
-    """A progress bar on a terminal's stderr."""
-    columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[said]}")
-    left, console = TimeRemainingColumn(elapsed_when_finished=True), Console(stderr=True)
-    with Progress(*columns, left, console=console, refresh_per_second=4, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=None, said="")
-        start = now = time.monotonic()
+def _reporter(source: str) -> Callable[[Shards], None]:
+    """Passes on how many shards of a source are done, and how fast their tokens come."""
+    begun = time.monotonic()
 
-        def shown(done: Done) -> None:
-            nonlocal now
-            if done.done < done.shards and time.monotonic() - now < 0.2:
-                return
-            now = time.monotonic()
-            rate = done.tokens / max(now - start, 1e-9)
-            said = f"{done.done}/{done.shards} shards  {done.records:,} records  {done.tokens:,} tokens  {rate:,.0f} tokens/s"
-            progress.update(task, total=done.shards, completed=done.done, said=said)
+    def report(now: Shards) -> None:
+        rate = now.tokens / max(time.monotonic() - begun, 1e-9)
+        detail = f"{now.records:,} records  {now.tokens:,} tokens  {rate:,.0f} tokens/s"
+        progress.report(progress.Progress(source, now.done, now.shards, "shards", detail))
 
-        yield shown
+    return report

@@ -22,7 +22,7 @@ from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import check_vocab
 from moe_train.machine.files import new_directory, refuse_existing
 from moe_train.weights import external, hf, names, safetensors_files
-from moe_train.weights.on_disk import Weights, nbytes
+from moe_train.weights.on_disk import nbytes
 from moe_train.weights.texts import Texts, check_space, write_texts
 
 
@@ -52,7 +52,7 @@ def upcycle(
     names.check(base, dense.table, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer(base))
     check_vocab(tokenizer, model.vocab_size)
-    texts, dtype = Texts(tokenizer), _dtype(dense)
+    texts, dtype = Texts(tokenizer), dense.dtype or "float32"
     source = {(piece.path, piece.lead): piece for piece in dense.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:
@@ -106,8 +106,3 @@ def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, wh
     except ValidationError as error:
         why = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ValueError(f"{where} is a {dense.family} that cannot become a Mixtral: {why}") from error
-
-
-def _dtype(weights: Weights) -> config.Dtype:
-    """That of the base's files; float32 where they have several, or none that we write."""
-    return "bfloat16" if {tensor.dtype.name for tensor in weights.tensors.values()} == {"bfloat16"} else "float32"

@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all: written beside, synced, renamed."""
+"""Directories and files that appear complete or not at all: written under another name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any
 
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; when the block ends well, sync its files and rename it to `path`.
+    """Yield an empty directory next to `path`; when the block succeeds, sync its files and rename it to `path`.
 
-    Raises FileExistsError where `path` is there already (an empty directory is replaced): nothing is overwritten.
+    Raises FileExistsError where `path` exists (an empty directory is replaced): nothing is overwritten.
     """
     path = Path(path)
-    refuse_existing(path)  # before the work, not after it
+    refuse_existing(path)  # before the work rather than after it
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
     try:
@@ -42,12 +42,12 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file whole; where several processes do, with one's text or another's."""
+    """Replace a file atomically: if several processes do so, it holds the text of one of them."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`."""
+    """Replace a file atomically, like `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
@@ -61,6 +61,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def refuse_existing(path: Path) -> None:
+    """Raise FileExistsError where `path` is anything but an empty directory, ValueError where it is a URL."""
     if (scheme := path.parts[0] if path.parts else "").endswith(":") and len(scheme) > 2:  # a drive of Windows is one letter
         raise ValueError(f"{path} is a URL where a folder is needed; write to a file system, and copy what is there")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -82,7 +83,7 @@ def _sync(path: Path) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FileNotFoundError, or ValueError in one line for anything else that it holds."""
+    """Read the object in a JSON file. Raises FileNotFoundError, or ValueError in one line where it holds anything else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

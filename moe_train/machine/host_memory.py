@@ -1,4 +1,4 @@
-"""Whether arrays find room in the host's memory, before any of them is made."""
+"""Whether arrays fit into the host's memory, checked before any of them is allocated."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import jax
 from jax.sharding import NamedSharding
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Of a container, as either version of Linux's control groups has it."""
+"""The memory limit of a container, in the two versions of Linux's control groups."""
 
 
-def require_room(arrays: Any, whose: str) -> None:
-    """Raise ValueError where arrays, a pytree of shapes with specs of the mesh in force, need more memory on this process's
-    devices than the host has available. An accelerator's own memory is not looked at: it is refused with a message, where
-    Linux would end the process without a word."""
+def check_host_memory(arrays: Any, whose: str) -> None:
+    """Raise ValueError where arrays need more memory on this process's devices than the host has available.
+
+    The memory of an accelerator is not checked: there an allocation fails with a message, where Linux would kill the process
+    without one.
+
+    Args:
+        arrays: a pytree of shapes with specs of the mesh in force.
+        whose: what the arrays belong to, for the message.
+    """
     mesh = jax.sharding.get_mesh()
     here = available()
     if here is None or mesh.local_devices[0].platform != "cpu":
@@ -35,7 +41,7 @@ def require_room(arrays: Any, whose: str) -> None:
 
 
 def available() -> int | None:
-    """Bytes that Linux would give programs without swapping, or a container's limit; None where it is not said."""
+    """Bytes that Linux can give programs without swapping, or the limit of a container; None where neither is known."""
     try:
         found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
     except OSError:  # no Linux

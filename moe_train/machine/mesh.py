@@ -32,15 +32,15 @@ BATCH = ("data", "fsdp", "expert")
 
 
 def join_processes() -> None:
-    """Join the other processes of this job, where the environment says that there are some (`processes.job`).
+    """Join the other processes of this job, if the environment describes any (`processes.job`).
 
-    To be called before anything touches a device; where it was called before, it does nothing. Raises ValueError where
-    the environment says half of it, RuntimeError where they do not find each other.
+    Call it before anything touches a device; a second call does nothing. Raises ValueError where the environment is
+    incomplete, RuntimeError where the processes do not find each other.
     """
     job = processes.job(os.environ)
     if job is None or jax.distributed.is_initialized():
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is train's
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM, which `train` handles
     try:
         if isinstance(job, processes.Job):
             jax.distributed.initialize(*job, cluster_detection_method="deactivate")

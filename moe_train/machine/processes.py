@@ -1,19 +1,21 @@
-"""The processes of one job: which they are, as the environment says, and how one notices that another has gone.
+"""The processes of one job: how the environment describes them, and how one detects that another is lost.
 
-Alone, or where one has failed, a process would wait in a collective for ever, or until JAX's coordination service misses
-its heartbeats after 100 s and aborts it with a page of C++. So each holds a TCP connection to the first, which the
-kernel closes when its process dies: at once, or within a minute where a whole host has vanished.
+A process whose peer has died would wait in a collective for ever, or until JAX's coordination service misses heartbeats for
+100 s and aborts it with a page of C++. So each process holds a TCP connection to the first one, which the kernel closes when
+either dies: at once, or within a minute where a whole host has vanished.
+
+When the first process is lost, JAX's coordination client aborts the others too, which takes it about 0.2 s; the watch has
+ended them with exit code 75 before. If a single call of C code holds the GIL for longer, the exit code is 134 instead. Every
+launcher restarts after both.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
 import secrets
-import signal
 import socket
 import struct
 import sys
@@ -23,30 +25,30 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 UNFINISHED = 75
-"""Exit code (EX_TEMPFAIL of sysexits.h): stopped before the end; start me again."""
+"""Exit code (EX_TEMPFAIL of sysexits.h): stopped before the end; to be started again."""
 GRACE_SECONDS = 10
-"""For a process whose peer has failed to come to its own end, which may be the same failure."""
+"""Time for a process whose peer has failed to report its own error, which may have the same cause."""
 STRANGER_SECONDS = 5
-"""For somebody who has connected to say who it is."""
+"""Time for a new connection to identify itself."""
 _NUMBER = struct.Struct("<i")
-"""All that is sent, after the password: a process's index when it comes, its exit code when it goes."""
+"""All that is sent after the password: the index of a process when it connects, its exit code when it leaves."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
-"""A host that answers nothing is given up after 20 + 4 · 10 s."""
+"""A host that does not answer is given up after 20 + 4 · 10 s."""
 
 
 class Job(NamedTuple):
-    """The processes that work together, and which of them this one is."""
+    """The processes that work together, and the index of this one."""
 
     coordinator: str
     """host:port, where the first one listens."""
     num_processes: int
     process_id: int
     local_devices: tuple[int, ...] | None = None
-    """Of a host's GPUs those that are this process's; None is all."""
+    """The GPUs of the host that belong to this process; None for all."""
 
 
 class Found(NamedTuple):
-    """There are others, and JAX finds out by itself who (Cloud TPU)."""
+    """There are several processes, and JAX detects them itself (Cloud TPU)."""
 
 
 _OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -54,12 +56,12 @@ _OF_SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
 
 
 def job(env: Mapping[str, str]) -> Job | Found | None:
-    """The job that an environment describes; None for a process alone.
+    """The job that an environment describes; None for a single process.
 
     - JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; or JAX_NUM_PROCESSES=auto alone;
     - a step of Slurm (`srun`) with several tasks;
     - Google's TPU pods on Kubernetes: TPU_WORKER_HOSTNAMES with several names, MEGASCALE_NUM_SLICES.
-    Raises ValueError where something of that is missing or is no number.
+    Raises ValueError where one of these is missing or is not a number.
     """
     if env.get("JAX_NUM_PROCESSES") == "auto":
         if also := [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]:
@@ -76,10 +78,10 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         return Job(address, count, index) if count > 1 else None
     if "SLURM_STEP_NUM_TASKS" in env and (count := _number(env, "SLURM_STEP_NUM_TASKS")) > 1:
         _need(env, _OF_SLURM, "srun sets it; start the processes with srun")
-        # A step on hosts of one task each has all their devices; otherwise each task has one, as under JAX's own rule.
+        # With one task on each host, a task has all devices of its host; otherwise one device, which is JAX's own rule.
         spread = set(re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")) == {"1"}
         local = None if spread else (_number(env, "SLURM_LOCALID"),)
-        # A port out of the last 4096, so that jobs which share a host have different ones.
+        # One of the last 4096 ports, so that jobs that share a host use different ones.
         port = env.get("JAX_COORDINATOR_PORT") or 61440 + _number(env, "SLURM_JOB_ID") % 4096
         return Job(f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}", count, _number(env, "SLURM_PROCID"), local)
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
@@ -105,11 +107,11 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+).*", r"\1", nodes.split(",")[0])
 
 
-# --- while they work -----------------------------------------------------------------------------------------------
+# --- the watch -----------------------------------------------------------------------------------------------------
 
 
 class _Watch:
-    """This process's connections to its peers: the first one's to all, the others' to the first."""
+    """The connections of this process: from the first process to all others, from each other one to the first."""
 
     def __init__(self) -> None:
         self.index, self.count = 0, 1
@@ -122,8 +124,10 @@ _watch = _Watch()
 
 
 def listen(count: int) -> str:
-    """Of the first process: take the others' connections, and watch them. Returns what `connect` has to be told: the port,
-    and a password, since anybody on the network may knock there."""
+    """Accept and watch the connections of the other processes; called by the first one.
+
+    Returns the `invitation` of `connect`: the port and a password, since anybody on the network can connect to the port.
+    """
     _watch.count = count
     password = secrets.token_hex(16)
     both = socket.has_dualstack_ipv6()
@@ -146,7 +150,7 @@ def listen(count: int) -> str:
 
 
 def _introduced(peer: socket.socket, password: str) -> int | None:
-    """The index of a process that knows the password; None for a stranger, who is given a few seconds."""
+    """The index of a peer that knows the password; None for anybody else, and after a few seconds of silence."""
     peer.settimeout(STRANGER_SECONDS)
     try:
         said = peer.recv(len(password) + _NUMBER.size, socket.MSG_WAITALL)
@@ -158,30 +162,20 @@ def _introduced(peer: socket.socket, password: str) -> int | None:
     return int(_NUMBER.unpack(said[-_NUMBER.size :])[0])
 
 
-def connect(host: str, told: str, index: int, count: int) -> None:
-    """Of another process: watch the first one, as it watches this one. told: what `listen` returned there."""
+def connect(host: str, invitation: str, index: int, count: int) -> None:
+    """Watch the first process, as it watches this one; called by all others. invitation: what `listen` returned there."""
     _watch.index, _watch.count = index, count
-    port, password = told.split()
+    port, password = invitation.split()
     peer = socket.create_connection((host, int(port)), timeout=60)
     peer.settimeout(None)
     peer.sendall(password.encode() + _NUMBER.pack(index))
     _start(0, peer)
-    _delay_abort()
-
-
-def _delay_abort() -> None:
-    """Let the watch be first where the first process is lost: JAX's coordination client sees it as soon, and aborts this one
-    with 134 where the watch ends it with 75. An abort first calls the handler of SIGABRT with the signal's number, 6: here
-    libc's sleep. To be called after the devices are there, since libtpu has a handler of its own."""
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def first_alone_speaks(index: int) -> None:
-    """Mute what this process would tell people, unless it is the first one; errors go to stderr from any.
+    """Silence the output of this process unless it is the first one; errors go to stderr from any process.
 
-    What libraries in C write to stdout (Gloo counts its ranks) is to be in nobody's way: it goes to stderr, or nowhere.
+    What C libraries write to stdout (Gloo counts its ranks) would break JSON output, so it goes to stderr, or nowhere.
     """
     sys.stdout.flush()
     if index:
@@ -193,22 +187,22 @@ def first_alone_speaks(index: int) -> None:
 
 
 def leave(code: int = 0) -> None:
-    """Tell the others that this process ends; with another code than 0, that it failed. Then its end is no loss."""
+    """Tell the others that this process ends on purpose; with a code other than 0, that it failed."""
     if not _watch.left:
         _watch.left = True
         for peer in _watch.peers:
-            with contextlib.suppress(OSError):  # it has gone too
+            with contextlib.suppress(OSError):  # the peer has left already
                 peer.sendall(_NUMBER.pack(code))
 
 
 def end(code: int) -> None:
-    """End this process if it is one of several: one that fails must not wait for the others at JAX's exit barrier."""
+    """End this process if it is one of several: after a failure it must not wait for the others at JAX's exit barrier."""
     if _watch.count == 1:
         return
     leave(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if _watch.index == 0:  # it has JAX's coordination service, which aborts the others when it goes before them
+    if _watch.index == 0:  # hosts JAX's coordination service, which aborts the others if it ends before them
         until = time.monotonic() + GRACE_SECONDS + 5
         for thread in _watch.threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -216,7 +210,8 @@ def end(code: int) -> None:
 
 
 def wait_for_loss() -> None:
-    """To be called where an error of the network may mean that another process has gone: the watch tells of it better."""
+    """Wait for the watch to end this process. Call it after a network error that may mean a lost process, which the watch
+    reports more clearly."""
     if _watch.count > 1:
         time.sleep(GRACE_SECONDS + 1)
 
@@ -224,7 +219,7 @@ def wait_for_loss() -> None:
 def _start(index: int, peer: socket.socket) -> None:
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE.items():
-        if hasattr(socket, option):  # not on every system
+        if hasattr(socket, option):  # some systems lack it
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     _watch.peers.append(peer)
     thread = threading.Thread(target=_follow, args=(index, peer), daemon=True)
@@ -233,7 +228,7 @@ def _start(index: int, peer: socket.socket) -> None:
 
 
 def _follow(index: int, peer: socket.socket) -> None:
-    """Wait for a peer's last word; end this process where there is none, or where it failed and this one does not end."""
+    """Wait until a peer leaves. End this process if the peer is lost, or if it failed and this one has not ended by then."""
     try:
         said = peer.recv(_NUMBER.size, socket.MSG_WAITALL)
     except OSError:

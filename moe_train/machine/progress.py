@@ -1,4 +1,4 @@
-"""How far long work has come, told to whoever listens: a command draws a bar, a program need not listen."""
+"""How far work has come: reported by what works, without knowing who listens. A command draws a bar, a program need not."""
 
 from __future__ import annotations
 
@@ -6,16 +6,31 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
-Listener = Callable[[str, int, int], None]
-"""Takes what is being done, how much of it is done (0 as it begins), and how much there is in all, in any unit."""
+
+class Progress(NamedTuple):
+    """How far one piece of work is."""
+
+    what: str
+    """What is being done; empty for the one thing that a command does."""
+    done: int
+    """0 as it begins."""
+    total: int
+    unit: str = ""
+    """Of done and total: "bytes", "shards", …; empty where the numbers themselves tell people nothing."""
+    detail: str = ""
+    """Further figures, in words."""
+
+
+Listener = Callable[[Progress], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """`listener` hears of all work that begins in the block, in this thread."""
+    """Pass to `listener` the progress of all work that begins inside the block, in this thread."""
     before = _listener.set(listener)
     try:
         yield
@@ -23,8 +38,15 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(before)
 
 
-def counted(what: str, total: int) -> Callable[[int], None]:
-    """Begin some work; the function returned is called, from any thread, with how much more of it is done."""
+def report(progress: Progress) -> None:
+    """Say how far work of this thread is."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(progress)
+
+
+def counted(what: str, total: int, unit: str = "") -> Callable[[int], None]:
+    """Begin some work. The function returned is called, from any thread, with how much more of it is done."""
     listener, lock, done = _listener.get(), threading.Lock(), 0
 
     def add(more: int) -> None:
@@ -32,7 +54,7 @@ def counted(what: str, total: int) -> Callable[[int], None]:
         with lock:
             done += more
             if listener is not None:
-                listener(what, done, total)
+                listener(Progress(what, done, total, unit))
 
     add(0)
     return add

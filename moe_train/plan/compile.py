@@ -1,7 +1,7 @@
-"""A run's training step through the real compiler, for devices that are not here.
+"""Compile the training step of a run with the real compiler, for devices that need not be present.
 
-The TPU compiler comes with libtpu, that of GPUs with JAX's CUDA plugin; neither needs the hardware. Both settle in the
-environment and take the process with them where they fail, so the work is done by a process of its own.
+The TPU compiler comes with libtpu, the one for GPUs with JAX's CUDA plugin; neither needs the hardware. Both read the
+environment once and end the process where they fail, so they run in a process of their own.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
 from moe_train.plan import gpu_targets, hlo
+from moe_train.plan.hlo_text import num_instructions
+from moe_train.plan.replica_groups import axes_of
 from moe_train.plan.topology import Topology, parse
-from moe_train.train.optimizer import make_optimizer
+from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state
 from moe_train.train.step import compile_step
 
@@ -49,26 +51,26 @@ class Traffic:
     times: int
     bytes: float
     bytes_overlapped: float
-    """Of these by asynchronous collectives, with matrix products scheduled between start and done."""
+    """The part received by asynchronous collectives with matrix products scheduled between start and done."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One training step as the compiler made it; bytes and FLOPs are those of one device."""
+    """One compiled training step; bytes and FLOPs are those of one device."""
 
     bytes_per_device: int
-    """Memory in use at the fullest moment, arguments included. The sum of arguments and temporaries that `memory_analysis`
-    states besides is up to half more: XLA:TPU places, and refuses programs by, no more than this and gaps of a few percent."""
+    """Peak memory, arguments included. The sum of arguments and temporaries that `memory_analysis` also states is up to half
+    more; XLA:TPU places programs in this size and gaps of a few percent, and refuses them by it."""
     traffic: tuple[Traffic, ...]
     fallback_bytes: float
-    """Received besides, where every conditional takes its dearest branch."""
+    """Received in addition where every conditional takes its most expensive branch."""
     flops: float
-    """Of matrix products outside kernels, loops times their trips."""
+    """FLOPs of matrix products outside kernels, loops times their trips."""
     kernel_flops: float
-    """What Pallas kernels estimate for themselves: the worst case where group sizes are dynamic."""
+    """The estimates that Pallas kernels state: the worst case where group sizes are dynamic."""
     instructions: int
     warnings: tuple[str, ...]
-    """Lines of the compiler about memory or rematerialisation."""
+    """Lines of the compiler about memory or rematerialization."""
     compile_seconds: float
     """Tracing, lowering and compiling."""
     hlo: str
@@ -112,7 +114,7 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
 
 
 def check_installed(topology: Topology) -> None:
-    """Raise ValueError where the compiler for `topology` is not."""
+    """Raise ValueError where the compiler for `topology` is not installed."""
     what, extra, modules = {
         "tpu": ("libtpu", "tpu", ("libtpu",)),
         "gpu": ("JAX's CUDA plugin", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
@@ -123,7 +125,7 @@ def check_installed(topology: Topology) -> None:
 
 
 def _environment(topology: Topology) -> dict[str, str]:
-    """What keeps the compilers from looking for hardware: on CPU alone, and no question to a cloud's metadata server."""
+    """Variables that keep the compilers from looking for hardware and from asking a cloud's metadata server."""
     quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
     if topology.platform == "tpu":
         quiet |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
@@ -140,7 +142,7 @@ def _warnings(said: str) -> tuple[str, ...]:
 
 
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
-    """Devices that can be compiled for and nothing else."""
+    """Devices that programs can be compiled for, but not run on."""
     if topology.platform == "gpu":
         shape = f"1x{topology.num_slices}x{topology.chips_per_slice}"  # partitions of the network, hosts, GPUs of a host
         target = gpu_targets.description(topology.device)
@@ -158,8 +160,7 @@ def abstract_step(run: config.Run, mesh: Mesh) -> tuple[Any, Any, Any, Batch]:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
-    constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
-    optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
+    optimizer = make_optimizer_of_any_length(run.optimizer)
     structure, params = parameters(jax.eval_shape(model))
     state = jax.eval_shape(lambda params: create_state(params, optimizer, run.lora), jax.tree.map(placed, params))
     state = jax.tree.map(placed, state)
@@ -185,7 +186,7 @@ def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
         fallback_bytes=counts.fallback_bytes,
         flops=counts.flops,
         kernel_flops=counts.kernel_flops,
-        instructions=hlo.size(text),
+        instructions=num_instructions(text),
         warnings=(),
         compile_seconds=seconds,
         hlo=text,
@@ -197,7 +198,7 @@ def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
     slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
     sums: dict[tuple[str, tuple[str, ...], str, bool], list[float]] = {}
     for c, times in counts.collectives.items():
-        axes = hlo.axes_of(c.groups, mesh.shape)
+        axes = axes_of(c.groups, mesh.shape)
         crosses = any(len({slices[device] for device in group}) > 1 for group in c.groups)
         total = sums.setdefault((c.kind, axes, c.dtype, crosses), [0, 0, 0])
         more = (times, c.bytes * times, c.bytes * times if c.hidden_flops else 0)

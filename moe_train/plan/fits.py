@@ -1,31 +1,18 @@
-"""Before anything is allocated: can this run fit into the devices that are here?"""
+"""Check that a run fits into the memory of the devices here, before anything is allocated."""
 
 from __future__ import annotations
 
 import jax
 
 from moe_train import config
-from moe_train.machine.devices import GIB
+from moe_train.machine.devices import DEVICES, GIB, chip_name
 from moe_train.plan import search
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.topology import Topology
 from moe_train.plan.weights import layout
 
 ERROR = 1.1
-"""What is refused exceeds the device by more than the memory model errs against the compiler."""
-
-KINDS = {
-    # words of jax's device_kind, the first that match
-    "v5 lite": "v5e",
-    "v5e": "v5e",
-    "v5": "v5p",
-    "v6": "v6e",
-    "tpu7x": "tpu7x",
-    "a100": "a100",
-    "h100": "h100",
-    "h200": "h200",
-    "b200": "b200",
-}
+"""A run is refused where it exceeds the device by more than the error of the memory model against the compiler."""
 
 
 def check_fits(run: config.Run, device: jax.Device) -> None:
@@ -44,7 +31,7 @@ def check_fits(run: config.Run, device: jax.Device) -> None:
 
 
 def bytes_limit(device: jax.Device) -> int | None:
-    """Bytes that programs may use, as the device tells; None on CPU."""
+    """Bytes that programs may use, as the device states; None on CPU, and where it states none."""
     if device.platform == "cpu":
         return None
     stats = device.memory_stats()
@@ -58,9 +45,9 @@ def parts(needed: Memory) -> str:
 
 
 def _remedy(run: config.Run, device: jax.Device, limit: int) -> str:
-    """The settings that change least among those that fit on as many devices of this kind."""
-    kind = next((key for words, key in KINDS.items() if words in device.device_kind.lower()), None)
-    if kind is None:
+    """The settings that fit on as many devices of this kind and change least of the run."""
+    kind = chip_name(device)
+    if kind not in DEVICES:
         return "use more devices, compute.remat full or more train.microbatches"
     here = Topology(f"{jax.device_count()} x {kind}", "gpu" if device.platform == "gpu" else "tpu", kind, (jax.device_count(),), 1)
     if here.devices_per_chip > 1:

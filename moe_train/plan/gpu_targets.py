@@ -1,4 +1,4 @@
-"""GPUs as XLA's compiler wants them described, so that none has to be here.
+"""Descriptions of GPUs for XLA's compiler, so that it can compile without one.
 
 Figures: NVIDIA's CUDA C++ programming guide (compute capabilities: threads, registers and shared memory of a
 multiprocessor) and data sheets (multiprocessors, L2, clocks, bandwidth); memory is what the driver reports as usable.
@@ -14,10 +14,10 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     multiprocessors: int
     float32_units: int
-    """Of a multiprocessor, as are the two below."""
+    """Of a multiprocessor, like the two below."""
     shared_bytes: int
     shared_bytes_per_block: int
-    """That a kernel can ask for."""
+    """The most that a kernel can request."""
     l2_bytes: int
     clock_ghz: float
     bytes_per_second: int

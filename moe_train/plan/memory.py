@@ -1,9 +1,9 @@
 """Device memory that a training step takes, part by part, from shapes alone.
 
-What is kept is counted from the arrays themselves. What a step needs besides is counted from what the layers hold at
-their fullest moment (activations after Korthikanti et al., arXiv:2205.05198, section 4, for this model's own layers): in the
-backward pass, when gradients are there too. The forward pass and the loss find room where these come to lie, as XLA:TPU
-was seen to place its buffers (libtpu of JAX 0.10; the assignments of two dozen programs, 2 to 32 layers).
+State is counted from the arrays themselves. Temporaries are counted at their peak (activations after Korthikanti et al.,
+arXiv:2205.05198, section 4, for the layers of this model): in the backward pass, when gradients exist too. The forward pass
+and the loss reuse the space of gradients, as XLA:TPU was seen to place its buffers (libtpu of JAX 0.10; the buffer
+assignments of two dozen programs, 2 to 32 layers).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moe_train.plan.weights import Layout, Weight, axis_sizes
 from moe_train.train.cross_entropy import CHUNK_ELEMENTS
 
 BATCH_BYTES = 4 + 4 + 1 + 4 + 4
-"""Of one token of a `Batch`: tokens, targets, loss_mask, segment_ids, positions."""
+"""Bytes of one token of a `Batch`: tokens, targets, loss_mask, segment_ids, positions."""
 
 
 class Memory(NamedTuple):
@@ -27,13 +27,13 @@ class Memory(NamedTuple):
     optimizer: int
     batch: int
     gradients: int
-    """Their sums over microbatches included."""
+    """Including their sums over microbatches."""
     saved: int
-    """What layers keep for the backward pass, and weights in the dtype or layout of their use for all layers at once."""
+    """Activations that layers keep for the backward pass, and weights that are cast or laid out for all layers at once."""
     layer: int
-    """Gathered weights, rows on their way and products of the one layer that is at work, at its fullest moment."""
+    """Gathered weights, exchanged rows and products of the one layer that is being computed, at its peak."""
     loss: int
-    """The head, its gradient, and logits of a chunk, as far as they exceed gradients and layer, which come after them."""
+    """The head, its gradient and the logits of a chunk, as far as they exceed gradients and layer, which reuse their space."""
 
     @property
     def total(self) -> int:
@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """From step to step."""
+        """Bytes that stay from step to step."""
         return self.parameters + self.optimizer + self.batch
 
 
@@ -59,7 +59,7 @@ def memory(run: config.Run, laid: Layout) -> Memory:
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
     inputs = model.num_layers // len(model.attention.windows) * shape.tokens * model.model_dim * b
     saved = inputs + (model.num_layers * _named(run, model, sizes, shape) if run.compute.remat == "minimal" else 0)
-    # XLA casts these weights of all layers before the loop over layers, and lays those out whose lanes are not full
+    # XLA casts these weights of all layers before the loop over layers, and pads those that do not fill their lanes
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
     saved += sum(_in_lanes(w, sizes) for w in stacked if _is_narrow(w))
     return Memory(
@@ -74,12 +74,12 @@ def memory(run: config.Run, laid: Layout) -> Memory:
 
 
 def _in_lanes(w: Weight, sizes: dict[str, int]) -> int:
-    """Bytes of a weight of all layers, or of its gradient, as it is computed with."""
+    """Bytes of a weight of all layers, or of its gradient, in the layout that kernels use."""
     return w.stored_bytes(sizes) * LANES // w.shape[-1] if _is_narrow(w) else w.stored_bytes(sizes)
 
 
 def _is_narrow(w: Weight) -> bool:
-    """Whether kernels, which read rows, have it fill whole lanes with a rank: the adapters of experts. Others XLA turns."""
+    """Whether kernels, which read rows, pad its rank to whole lanes: the adapters of experts. XLA transposes others."""
     return w.kind == "expert" and w.is_lora and w.shape[-1] < LANES
 
 
@@ -92,7 +92,7 @@ def _named(run: config.Run, model: config.Model, sizes: dict[str, int], shape: S
     if not isinstance(model.ffn, config.MoeFfn):
         return kept + m * 2 * f * b
     kept += m * model.ffn.num_experts * 4 + 2 * m * model.ffn.experts_per_token * 4
-    if shape.transport in (None, "all_gather"):
+    if not shape.recomputes_experts:
         kept += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
     return kept + m * 2 * f * model.ffn.num_shared_experts * b
 
@@ -107,12 +107,11 @@ def _layer(run: config.Run, model: config.Model, stacked: list[Weight], sizes: d
         matrices = [w for w in stacked if w.kind == "expert" and not w.is_lora and not w.path.endswith(".scales")]
         per_code = {w.path: 2 if w.path.endswith(".codes") and _is_nf4(run) else 1 for w in matrices}
         experts = whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
-        exchanged = shape.transport not in (None, "all_gather")
-        if exchanged and any(w.trainable for w in matrices):  # gradients are summed over rounds
+        if shape.recomputes_experts and any(w.trainable for w in matrices):  # gradients are summed over chunks
             experts += whole
         if _is_nf4(run):  # one matrix at a time: the halves of its blocks, a byte a number
             experts += whole // 3 // b
-        products, inputs = R * f * b, R * D * b * (3 if exchanged else 2)
+        products, inputs = R * f * b, R * D * b * (3 if shape.recomputes_experts else 2)
         if shape.transport == "all_gather":
             inputs += sizes["expert"] * m * D * b
     else:

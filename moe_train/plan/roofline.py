@@ -1,13 +1,12 @@
-"""How long a step takes at least, and what binds it: FLOPs, HBM bytes and received bytes over what the device can do.
+"""A lower bound on the time of a step, and what limits it: FLOPs, HBM bytes and received bytes over the peaks of the device.
 
-Roofline of Williams et al. (doi:10.1145/1498765.1498785): no part is faster than its peak allows. Products, HBM and the
-gathers of weights go on beside each other, so the slowest of them counts; tokens on their way to experts, activations
-summed over `tensor`, and keys and values are waited for, and come on top:
+Roofline of Williams et al. (doi:10.1145/1498765.1498785). Products, HBM and the gathers of weights overlap, so the slowest of
+them counts; products wait for tokens sent to experts, activations summed over `tensor`, and keys and values, which add up:
 
     step = max(FLOPs / peak, HBM bytes / bandwidth, overlapping bytes / network) + waited-for bytes / network
 
-Real steps are longer: MaxText reports 53% of the peak FLOP/s for Mixtral 8x7B on 256 v5p chips (its README), and this
-bound's own share is printed beside each choice.
+Real steps are longer: MaxText reports 53% of the peak FLOP/s for Mixtral 8x7B on 256 v5p chips (its README). The share of
+the peak at this bound is printed with each choice.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ class Time(NamedTuple):
     compute: float
     hbm: float
     network: float
-    """Inside a slice or host, beside the products."""
+    """Inside a slice or host, overlapping with products."""
     waited: float
-    """Inside a slice or host, while nothing else goes on."""
+    """Inside a slice or host, while nothing else runs."""
     dcn: float
-    """Between slices or hosts, beside the products."""
+    """Between slices or hosts, overlapping with products."""
     dcn_waited: float
 
     @property
@@ -43,7 +42,7 @@ class Time(NamedTuple):
 
     @property
     def binds(self) -> str:
-        """compute, HBM, network (inside a slice) or DCN: what the most of the step is spent on."""
+        """compute, HBM, network (inside a slice) or DCN: what takes the largest part of the step."""
         parts = {
             "compute": self.compute,
             "HBM": self.hbm,
@@ -54,11 +53,11 @@ class Time(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Of one device in one step."""
+    """What one device does in one step."""
 
     model_flops: float
     flops: float
-    """With what is computed again in the backward pass."""
+    """Including what is recomputed in the backward pass."""
     hbm_bytes: float
     network_bytes: float
     """Received inside the slice or host."""
@@ -82,7 +81,7 @@ def _recomputed(run: config.Run, model: config.Model, shape: Shape) -> float:
     D, V = model.model_dim, model.vocab_size
     if run.compute.remat == "full":
         return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
-    if isinstance(model.ffn, config.MoeFfn) and shape.transport not in (None, "all_gather"):
+    if isinstance(model.ffn, config.MoeFfn) and shape.recomputes_experts:
         return model.num_layers * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
     return 0.0
 
@@ -108,7 +107,7 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
 
 
 def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, device: Device) -> Time:
-    """`device` is a chip; where a chip is two devices, each has half of it."""
+    """The roofline of a step. device: a chip; where a chip is two devices to JAX, each has half of it."""
     share, sizes = topology.devices_per_chip, axis_sizes(run.mesh)
     near = {True: 0.0, False: 0.0}
     far = {True: 0.0, False: 0.0}

@@ -1,4 +1,4 @@
-"""Which mesh, transport, rematerialisation and batch: every choice modelled, those that fit ranked, the best compiled."""
+"""The search for mesh, transport, rematerialization and batch: model every choice, rank those that fit, compile the best."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from moe_train import config
 from moe_train.machine.devices import DEVICES, GIB, Device
+from moe_train.model.moe.transport.choose import transports_of
 from moe_train.plan import compile as compiler
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.roofline import Time, Work, time, work
@@ -17,15 +18,11 @@ from moe_train.plan.traffic import Flow, flows, shape_of
 from moe_train.plan.weights import divisions, layout
 
 LARGEST_BATCH = 64
-"""Sequences of a device and microbatch that are tried where the batch is free."""
-
-
-TRANSPORTS = {"tpu": ("all_gather", "all_to_all", "ragged_all_to_all"), "gpu": ("all_gather", "all_to_all")}
-"""Those that `auto` chooses from on each platform (`transport.choose_transport`)."""
+"""The most sequences of a device and microbatch that are tried where the batch is free."""
 
 
 class Choice(NamedTuple):
-    """One way to run, and what it takes as modelled."""
+    """One way to run, with what it takes according to the model."""
 
     run: config.Run
     memory: Memory
@@ -33,10 +30,10 @@ class Choice(NamedTuple):
     work: Work
     time: Time
     limit: int
-    """Bytes of a device."""
+    """Bytes of a device that a program may use."""
     compiled: compiler.Compiled | None = None
     refused: str | None = None
-    """What the compiler said against it."""
+    """The compiler's message where it cannot place the program."""
 
     @property
     def transport(self) -> str | None:
@@ -44,7 +41,7 @@ class Choice(NamedTuple):
 
     @property
     def bytes_per_device(self) -> int:
-        """As compiled, or as modelled where it was not."""
+        """The compiler's figure, or the model's where the choice was not compiled."""
         return self.compiled.bytes_per_device if self.compiled else self.memory.total
 
     @property
@@ -61,11 +58,24 @@ class Choice(NamedTuple):
 
     @property
     def received(self) -> float:
-        """Bytes by one device and step."""
+        """Bytes that one device receives in a step."""
         return self.work.network_bytes + self.work.dcn_bytes
 
+    @property
+    def memory_error(self) -> float:
+        """By how much the model exceeds the compiler's figure of memory, as a share of it."""
+        assert self.compiled is not None
+        return self.memory.total / self.compiled.bytes_per_device - 1
+
+    @property
+    def received_error(self) -> float:
+        """By how much the model exceeds the compiler's figure of received bytes, as a share of it; 1 where that is 0."""
+        assert self.compiled is not None
+        counted = self.compiled.network_bytes
+        return self.received / counted - 1 if counted else float(self.received > 0)
+
     def received_per_token(self, devices: int) -> float:
-        """Bytes for each token that a device is given."""
+        """Received bytes for each token that a device processes."""
         return self.received / (self.tokens / devices)
 
 
@@ -117,7 +127,7 @@ def choices(run: config.Run, topology: Topology, free_batch: bool = False) -> tu
     """(choices that are possible, faults of the meshes that are not); `run` is resolved."""
     found, faults = [], []
     for mesh in meshes(run, topology):
-        transports = TRANSPORTS[topology.platform] if mesh.expert > 1 else ("auto",)
+        transports = transports_of(topology.platform) if mesh.expert > 1 else ("auto",)
         for transport, remat in itertools.product(transports, ("full", "minimal")):
             compute = run.compute.model_copy(update={"transport": transport, "remat": remat})
             for batch_size, microbatches in batches(run, mesh, free_batch):
@@ -136,8 +146,8 @@ By = Literal["speed", "bytes"]
 
 
 def ranked(found: list[Choice], by: By = "speed") -> list[Choice]:
-    """Those that fit first, by tokens a second or by the bytes that a token makes a device receive; of equal ones the one
-    that moves and holds less. Then those that do not fit, by how much they exceed the device."""
+    """Choices that fit, by tokens per second or by received bytes per token, ties by bytes and memory; then those that do not
+    fit, by how far they exceed the device."""
 
     def order(choice: Choice) -> tuple[Any, ...]:
         moved = choice.received / choice.tokens
@@ -172,7 +182,7 @@ def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[
 
 
 def compiled(choice: Choice, topology: Topology) -> Choice:
-    """The choice with the compiler's word on it; a program that it cannot place is a choice that does not fit."""
+    """The choice with the compiler's figures; where the compiler cannot place the program, it does not fit."""
     try:
         return choice._replace(compiled=compiler.compile_config(choice.run, topology))
     except ValueError as fault:
@@ -182,7 +192,7 @@ def compiled(choice: Choice, topology: Topology) -> Choice:
 
 
 def why(choice: Choice, best: Choice) -> str:
-    """Why `choice` is not the best one, in a few words; bytes are those that a token makes a device receive."""
+    """Why `choice` is not the best one, in a few words; bytes are those received per token."""
     if choice.refused is not None:
         return f"the compiler refuses it: {choice.refused}"
     if not choice.fits:
@@ -250,7 +260,7 @@ def smallest_that_fits(run: config.Run, topology: Topology, chips: int = 4096) -
 
 
 def larger(topology: Topology, chips: int) -> list[str]:
-    """Names of what has more chips than `topology`, the smallest first."""
+    """Names of topologies of the same device with more chips than `topology`, the smallest first."""
     if topology.platform == "gpu":
         hosts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if topology.num_chips < 8 * n <= chips]
         return [f"{topology.device}x8" if n == 1 else f"{n}x{topology.device}x8" for n in hosts]
@@ -262,7 +272,7 @@ def larger(topology: Topology, chips: int) -> list[str]:
 
 
 def changed(run: config.Run, other: config.Run) -> dict[str, Any]:
-    """{key.path: value} of what `other` says otherwise about mesh, transport, remat and batch."""
+    """{key.path: value} of the settings of mesh, transport, remat and batch that differ in `other`."""
     found: dict[str, Any] = {}
     for section in ("mesh", "compute", "train"):
         ours, theirs = getattr(run, section).model_dump(), getattr(other, section).model_dump()
@@ -272,8 +282,14 @@ def changed(run: config.Run, other: config.Run) -> dict[str, Any]:
     return found
 
 
+def share_of_peak(choice: Choice, topology: Topology) -> float:
+    """Model FLOPs over what the device could do in the step: an upper bound on MFU."""
+    peak = DEVICES[topology.device].flops[choice.run.compute.dtype] / topology.devices_per_chip
+    return choice.work.model_flops / peak / choice.time.step
+
+
 def dollars_per_billion(choice: Choice, topology: Topology, price: float | None) -> float | None:
-    """At the roofline, so at least; `price` is of a chip and hour."""
+    """Dollars per 1e9 tokens at the roofline, a lower bound; price: of a chip and hour."""
     return None if price is None else price * topology.num_chips / 3600 / choice.tokens_per_second * 1e9
 
 

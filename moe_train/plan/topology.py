@@ -1,4 +1,4 @@
-"""Names of accelerators that are not here -> how many there are and how they hang together.
+"""Names of hardware that need not be present -> the number of chips and how they are connected.
 
     v5p:4x4x4      one slice, by its shape in chips; v5e:4x4, v6e:8x8, tpu7x:2x2x2
     v5p-64         the same by its name in the cloud: v5p and tpu7x count TensorCores, two to a chip, so 32 chips;
@@ -28,16 +28,16 @@ class Topology:
     data-centre network."""
 
     name: str
-    """As `parse` reads it, shapes in place of names of the cloud: v5p:4x4x4, 2xv5p:4x4x4, h100x8."""
+    """A name that `parse` reads, with the shape instead of a cloud name: v5p:4x4x4, 2xv5p:4x4x4, h100x8."""
     platform: Literal["tpu", "gpu"]
     device: str
-    """The key of its row in `devices.DEVICES`: v5p, v5e, v6e, tpu7x, a100, h100, h200, b200."""
+    """The key of its row in `devices.DEVICES`."""
     shape: tuple[int, ...]
     num_slices: int
 
     @property
     def slice_name(self) -> str:
-        """The name of one slice or host alone."""
+        """The name of one slice or host."""
         return _name(self.device, self.shape)
 
     @property
@@ -59,7 +59,7 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """What a mesh is laid over."""
+        """Devices that JAX sees, over which a mesh is laid."""
         return self.num_chips * self.devices_per_chip
 
 
@@ -68,16 +68,16 @@ BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Slices smaller than 64 chips; larger ones are built of cubes of 4x4x4."""
 LARGEST_CUBES = {"v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
 MOST_CHIPS = 2**20
-"""Of a topology; its meshes are still ranked within seconds."""
+"""The largest topology; its meshes are still ranked within seconds."""
 GPUS = ("a100", "h100", "h200", "b200")
 GPUS_PER_HOST = (1, 2, 4, 8)
 CLOUD_NAMES = {"v5p": ("v5p", 2), "tpu7x": ("tpu7x", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}
-"""The word of a cloud's name -> the device, and how many of what the name counts are on a chip."""
+"""The first word of a cloud name -> the device, and how many of the units that the name counts are on a chip."""
 EXAMPLES = "v5p:4x4x4, v5e:4x4, v6e:8x8, tpu7x:2x2x2, v5p-64, v5litepod-16, 2xv5p:4x4x4, h100x8, 4xh100x8"
 
 
 def parse(name: str) -> Topology:
-    """Raises ValueError, naming the nearest that exists, where there is no such hardware."""
+    """Read a name. Raises ValueError, with the nearest hardware that exists, where there is no such hardware."""
     several = re.fullmatch(r"(\d+)[x*](?=[a-z])(.+)", name.lower())
     count, one = (int(several[1]), several[2]) if several else (1, name.lower())
     if count < 1:
@@ -120,7 +120,7 @@ def _slice(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def shapes(device: str) -> Iterator[tuple[int, ...]]:
-    """Every slice of a TPU that is offered, in chips."""
+    """The shape of every slice of a TPU that is offered, in chips."""
     if device not in LARGEST_CUBES:
         return iter(SQUARES)
     sides = [range(4, largest + 1, 4) for largest in LARGEST_CUBES[device]]

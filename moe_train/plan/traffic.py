@@ -1,6 +1,6 @@
-"""What a device receives from others in one step, collective by collective, as the model's own code sends it.
+"""Bytes that a device receives from others in one step, collective by collective, modelled after the code of the model.
 
-With g devices along an axis and a whole of W bytes, a device receives (g - 1) / g * W of an all-gather (W its result), a
+With g devices along an axis and an array of W bytes in all, a device receives (g - 1) / g * W of an all-gather (W its result), a
 reduce-scatter (W its operand) or an all-to-all (W its operand), and twice that of an all-reduce (a reduce-scatter and an
 all-gather; Rabenseifner 2004, as in Megatron-LM's and DeepSpeed's accounts, arXiv:1910.02054 section 7).
 
@@ -15,7 +15,8 @@ import math
 from typing import NamedTuple
 
 from moe_train import config
-from moe_train.model.moe.transport.choose import along_expert, choose_transport, transport_bytes
+from moe_train.model.moe.transport.choose import choose_transport, exchange_sizes
+from moe_train.model.moe.transport.transport import Name
 from moe_train.plan.weights import Layout, Weight, axis_sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -24,14 +25,14 @@ SUMMED = ("fsdp", "expert", "context")
 
 
 class Flow(NamedTuple):
-    """Received by one device in a step."""
+    """What one device receives in a step by collectives of one kind."""
 
     what: str
     kind: str
     axis: str
     bytes: float
     overlaps: bool
-    """Whether it can go on beside products that do not wait for it: true of weights and gradients, not of tokens."""
+    """Whether it can overlap with products: true of weights and gradients; products wait for tokens."""
 
 
 class Shape(NamedTuple):
@@ -39,30 +40,30 @@ class Shape(NamedTuple):
 
     tokens: int
     itemsize: int
-    """Bytes of an activation's element."""
-    transport: str | None
-    """None where the experts are all here, or where there are none."""
+    """Bytes of an element of an activation."""
+    transport: Name | None
+    """None where the device holds all experts, or the model has none."""
     rows: int
-    """Rows that experts (or a dense feed-forward layer) work on at once."""
+    """Rows that experts (or a dense feed-forward layer) are applied to at once."""
+    recomputes_experts: bool = False
+    """Whether the transport runs the experts again in the backward pass, whatever `compute.remat` says."""
 
 
 def shape_of(run: config.Run, platform: str | None = None) -> Shape:
-    """Of a resolved run whose mesh has no -1; `platform` is where transport `auto` is chosen for, this process's by default."""
+    """One microbatch on one device of a resolved run whose mesh has no -1.
+
+    platform: the platform that transport `auto` is chosen for; by default that of this process.
+    """
     model, train, sizes = run.model, run.train, axis_sizes(run.mesh)
     sequences = train.batch_size // train.microbatches // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens, itemsize = sequences * train.seq_len // sizes["context"], ITEMSIZE[run.compute.dtype]
     if not isinstance(model.ffn, config.MoeFfn):
         return Shape(tokens, itemsize, None, tokens)
-    along = along_expert(run, sizes)
-    X, A = along.devices, along.experts_per_token
-    if X == 1:
-        return Shape(tokens, itemsize, None, tokens * A)
-    transport = choose_transport(run.compute.transport, along, platform)
-    if transport == "all_gather":
-        return Shape(tokens, itemsize, transport, X * tokens * A)
-    from moe_train.model.moe.transport.all_to_all import slots_of
-
-    return Shape(tokens, itemsize, transport, X * slots_of(tokens * A, X, along.most))
+    exchange = exchange_sizes(run, sizes)
+    if exchange.devices == 1:
+        return Shape(tokens, itemsize, None, exchange.assignments)
+    transport = choose_transport(run.compute.transport, exchange, platform)
+    return Shape(tokens, itemsize, transport.NAME, transport.rows_at_once(exchange), transport.RECOMPUTES_EXPERTS)
 
 
 def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Flow]:
@@ -78,8 +79,8 @@ def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Fl
     for flow in found:
         key = flow.what, flow.kind, flow.axis, flow.overlaps
         sums[key] = sums.get(key, 0.0) + flow.bytes
-    joined = [Flow(what, kind, axis, received, overlaps) for (what, kind, axis, overlaps), received in sums.items() if received]
-    return sorted(joined, key=lambda flow: -flow.bytes)
+    combined = [Flow(what, kind, axis, received, overlaps) for (what, kind, axis, overlaps), received in sums.items() if received]
+    return sorted(combined, key=lambda flow: -flow.bytes)
 
 
 def _received(kind: str, devices: int, whole: float) -> float:
@@ -126,14 +127,12 @@ def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shap
         found.append(Flow(what, kind, axis, times * _received(kind, sizes[axis], whole), False))
 
     if shape.transport is not None and isinstance(model.ffn, config.MoeFfn):
-        moved: float = L * transport_bytes(shape.transport, along_expert(run, sizes))
-        if shape.transport == "all_gather":  # there, and there again in the recomputed layer; the gradient of what came back
-            found.append(Flow("tokens to experts", "all-gather", "expert", moved * 3 / 5, False))
-            found.append(Flow("tokens to experts", "reduce-scatter", "expert", moved * 2 / 5, False))
-        else:
-            if shape.transport == "ragged_all_to_all":  # a row's weight, alone in 128 lanes: twice, and its gradient in float32
+        exchange = exchange_sizes(run, sizes)
+        for kind, received in choose_transport(shape.transport, exchange).received(exchange).items():
+            moved: float = L * received
+            if kind == "ragged-all-to-all":  # a row's weight fills 128 lanes: sent twice, and its gradient in float32
                 moved += moved / (5 * D * b) * 128 * (2 * b + 4)
-            found.append(Flow("tokens to experts", shape.transport.replace("_", "-"), "expert", moved, False))
+            found.append(Flow("tokens to experts", kind, "expert", moved, False))
     # Along `tensor` (Megatron-LM, arXiv:1909.08053, section 3): the outputs of attention (again where recomputed) and of
     # the feed-forward layer are summed, and so are the gradients of the inputs of both. With all_gather the outputs are of
     # the tokens of all devices of `expert`; XLA:TPU scatters them before it sums, so that only a device's own are left.

@@ -1,4 +1,4 @@
-"""The weights of a run as they lie on a device of its mesh, from shapes alone: what memory and traffic are counted from."""
+"""The weights of a run with their shardings, from shapes alone: the basis of the models of memory and traffic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_train.machine.mesh import AXES
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import is_lora
 from moe_train.model.transformer import init_model
-from moe_train.train.optimizer import make_optimizer
+from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state, partition
 
 Kind = Literal["expert", "linear", "table", "small"]
@@ -27,12 +27,12 @@ class Weight(NamedTuple):
 
     path: str
     kind: Kind
-    """expert: of routed experts, gathered over `fsdp` inside `experts`; linear: of `fsdp.project`; table: embedding or head,
-    rows split over V; small: norms, routers, biases, whole on each device."""
+    """expert: of routed experts, gathered over `fsdp` inside `run_experts`; linear: used by `fsdp.project`; table: embedding or
+    head, rows split over V; small: norms, routers, biases, replicated."""
     layers: int
-    """Entries of its leading dim of layers; 1 outside the stacks."""
+    """Size of its leading dim of layers; 1 outside the stacks."""
     shape: tuple[int, ...]
-    """Of one layer, over the whole mesh."""
+    """The global shape of one layer."""
     spec: tuple[tuple[str, ...], ...]
     """The mesh axes of each dim of that shape."""
     itemsize: int
@@ -42,12 +42,12 @@ class Weight(NamedTuple):
     is_lora: bool
 
     def elements(self, sizes: dict[str, int], whole_over: tuple[str, ...] = ()) -> int:
-        """Of one layer on a device, gathered over some axes."""
+        """Elements of one layer on a device, gathered over the axes `whole_over`."""
         split = (sizes[axis] for axis in itertools.chain.from_iterable(self.spec) if axis not in whole_over)
         return math.prod(self.shape) // math.prod(split)
 
     def stored_bytes(self, sizes: dict[str, int]) -> int:
-        """Of all layers on a device."""
+        """Bytes of all layers on a device."""
         return self.layers * self.elements(sizes) * self.itemsize
 
 
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
     optimizer_bytes: int
     """Moments and counters."""
     trainable: dict[str, Any]
-    """{path: shape} of what is trained."""
+    """{path: shape} of the trained parameters."""
 
 
 def axis_sizes(mesh: config.Mesh) -> dict[str, int]:
@@ -71,36 +71,34 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 
 def layout(run: config.Run) -> Layout:
-    """Of a run whose model is stated and whose mesh has no -1.
+    """The layout of a run whose model is stated and whose mesh has no -1.
 
     Raises ValueError where mesh and model do not go together.
     """
-    depends_on: Any = {"model": True, "lora": True, "optimizer": True, "compute": {"dtype", "param_dtype"}}
-    return _layout(run.model_dump_json(include=depends_on), run.mesh, _Hidden(run))
+    compute = config.Compute(dtype=run.compute.dtype, param_dtype=run.compute.param_dtype)
+    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh))
 
 
-class _Hidden(NamedTuple):
-    """An argument that a cache passes over: its text stands beside it."""
+class _Inputs(NamedTuple):
+    """All that a layout depends on: the key of the cache, since a search asks for each mesh many times."""
 
-    run: config.Run
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hidden)
+    model: config.Model
+    lora: config.Lora | None
+    optimizer: config.Optimizer
+    compute: config.Compute
+    """Dtypes alone are stated: kernels and transports change no weight."""
+    mesh: config.Mesh
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(text: str, mesh: config.Mesh, hidden: _Hidden) -> Layout:
-    run, sizes = hidden.run, axis_sizes(mesh)
-    model, compute, lora = run.model, run.compute, run.lora
-    constant = config.ConstantSchedule(name="constant")  # costs what any does, and fits a run of any length
-    optimizer = make_optimizer(run.optimizer.model_copy(update={"schedule": constant}), total_steps=1)
+def _layout(inputs: _Inputs) -> Layout:
+    sizes = axis_sizes(inputs.mesh)
+    optimizer = make_optimizer_of_any_length(inputs.optimizer)
     with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
-        shapes = parameters(jax.eval_shape(lambda: init_model(run.seed, model, compute, lora)))[1]
-        learned, _ = partition(shapes, lora)
-        state = jax.eval_shape(lambda learned: create_state(learned, optimizer), learned)
+        model = jax.eval_shape(lambda: init_model(0, inputs.model, inputs.compute, inputs.lora))
+        _, shapes = parameters(model)
+        trained, _ = partition(shapes, inputs.lora)
+        state = jax.eval_shape(lambda trained: create_state(trained, optimizer), trained)
     weights = tuple(_weight(path, x, path in state.trainable) for path, x in shapes.items())
     moments = sum(_local_bytes(x) for x in jax.tree.leaves(state.opt_state))
     return Layout(weights, moments, state.trainable)

@@ -43,7 +43,7 @@ def check(
     adapted: list[tuple[str, int, float]] = []
     unmoved: list[str] = []
     every = expected.model_tensors(layout, base.model)
-    compared = progress.counted("comparing with the base", len(every))
+    compared = progress.counted("comparing with the base", len(every), "tensors")
     for wanted in every:
         compared(1)
         found = stored[wanted.name]

@@ -125,7 +125,7 @@ def examine(
 ) -> Tensors:
     """Hash every tensor, and compare it with `parameters` (None: hash alone), merged with adapters where `lora` is given."""
 
-    compared = progress.counted("reading the files", sum(stored[w.name].nbytes for w in wanted))
+    compared = progress.counted("reading the files", sum(stored[w.name].nbytes for w in wanted), "bytes")
 
     def one(w: Wanted) -> Examined:
         found = _examine(stored[w.name], w, parameters, lora)

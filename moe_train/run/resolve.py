@@ -43,7 +43,9 @@ def _architecture(written: config.Config) -> config.Model:
     """The stated architecture, or that of `init_from`; where both are there they have to agree."""
     if written.init_from is None or not Path(written.init_from).exists():
         if written.model is None:
-            raise FileNotFoundError(f"init_from {written.init_from}: no such folder or file; bring it here, or state model to plan without it")
+            raise FileNotFoundError(
+                f"init_from {written.init_from}: no such folder or file; bring it here, or state model to plan without it"
+            )
         return written.model
     if is_run(written.init_from) and read_run(written.init_from).lora is not None:
         raise ValueError(f"init_from {written.init_from} is a run with adapters; export it with --merge, and start from the export")

@@ -23,8 +23,9 @@ from moe_train import config
 from moe_train.machine.mesh import BATCH, axis_size, make_mesh
 from moe_train.model.attention import kernels, splash
 from moe_train.model.moe import grouped_matmul as gm
-from moe_train.model.moe.experts import ExpertMatrix, ExpertWeights, run_experts
+from moe_train.model.moe.experts import ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
 from moe_train.model.moe.transport.choose import transport_of
+from moe_train.model.moe.transport.transport import Name
 from moe_train.model.sharding.specs import activation_spec
 
 ROWS, IN, OUT = 1024, 256, 128
@@ -162,7 +163,7 @@ def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:
     return 1e-5 if dtype == jnp.float32 and device.platform == "cpu" else 3e-2
 
 
-def check_against_all_gather(transport: str) -> float:
+def check_against_all_gather(transport: Name) -> float:
     """The largest relative error of what a transport makes of a small layer, result and gradients, against all_gather: on
     the mesh in force, with even routing and with every token at one expert, which takes several rounds.
 
@@ -182,7 +183,7 @@ def check_against_all_gather(transport: str) -> float:
     return worst
 
 
-def _transport_errors(transport: str) -> Any:
+def _transport_errors(transport: Name) -> Any:
     """The program: 1, or 0 for one expert alone -> the error of the result and of each gradient."""
     rows, T = math.prod(axis_size(axis) for axis in BATCH), 32 * axis_size("context")
     D, F, E, A = math.lcm(128, axis_size("fsdp")), 128 * axis_size("tensor"), 2 * axis_size("expert"), 2
@@ -199,10 +200,11 @@ def _transport_errors(transport: str) -> Any:
         row, column, choice = (jax.lax.broadcasted_iota(jnp.int32, (rows, T, A), dim, out_sharding=tokens) for dim in range(3))
         ids = (row * T + column + choice) % E * spread
 
-        def through(transport: str) -> Any:
+        def through(transport: Name) -> Any:
             def layer(*primals: Any) -> jax.Array:
                 x, weights, experts = primals
-                return run_experts(x, ids, weights, ids[..., 0] >= 0, experts, "auto", transport=transport)[0]
+                routing = Routing(ids, weights, ids[..., 0] >= 0)
+                return run_experts(x, routing, experts, ExpertSettings("auto", transport))[0]
 
             y, vjp = jax.vjp(layer, x, weights, experts)
             return jax.tree.leaves((y, vjp(dy)))

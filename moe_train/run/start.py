@@ -16,7 +16,7 @@ from moe_train.checkpoint import identity, manager, model_dir
 from moe_train.checkpoint.manager import About, Base
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
-from moe_train.machine.host_memory import require_room
+from moe_train.machine.host_memory import check_host_memory
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import is_lora
 from moe_train.model.quantize import unquantized
@@ -57,7 +57,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     optimizer = make_optimizer(run.optimizer, total_steps)
     new_state = jax.jit(partial(create_state, optimizer=optimizer))
     learned_state = jax.eval_shape(new_state, learned)
-    require_room((learned_state, frozen), run.name)
+    check_host_memory((learned_state, frozen), run.name)
 
     last = manager.newest(checkpoints)
     changed = {} if last is None else _changes(run, last, loader)

@@ -14,10 +14,11 @@ from typing import Any, TextIO
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_train import config
 from moe_train.machine.files import write_text
+from moe_train.machine.progress import Progress
+from moe_train.machine.progress_bar import ProgressBar
 
 # --- figures of a step ---------------------------------------------------------------------------------------------
 
@@ -51,14 +52,11 @@ class Writer:
         self._total = total_steps
         self._first: tuple[float, int] | None = None  # when and after which step the first figures came
         self._said = 0.0
-        self._progress: Progress | None = None
+        self._bar: ProgressBar | None = None
         if self._console.is_terminal:
-            left = TimeRemainingColumn(elapsed_when_finished=True)
-            self._progress = Progress(
-                MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), left, console=self._console
-            )
-            self._task = self._progress.add_task("first step: compiling", total=total_steps, completed=start_step)
-            self._progress.start()
+            self._bar = ProgressBar("training", self._console, keep=True)
+            self._bar.show(Progress("", start_step, total_steps, "steps", "first step: compiling"))
+            self._bar.start()
 
     def say(self, text: str) -> None:
         """A line for people, above the progress line."""
@@ -71,8 +69,8 @@ class Writer:
             return
         self._record("train", step, figures)
         line = _line(figures)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=line)
+        if self._bar is not None:
+            self._bar.show(Progress("", step, self._total, "steps", line))
         else:
             now = time.monotonic()
             since, after = self._first = self._first or (now, step)
@@ -109,8 +107,8 @@ class Writer:
         """Finish the files; on a terminal, leave the progress line as it is."""
         if not self._write:
             return
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None:
+            self._bar.stop()
         if self._events is not None:
             self._events.close()
         os.fsync(self._file.fileno())

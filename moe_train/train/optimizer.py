@@ -77,6 +77,15 @@ def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.Gradi
     return optax.chain(clip, update)
 
 
+def make_optimizer_of_any_length(optimizer: config.Optimizer) -> optax.GradientTransformation:
+    """The optimizer of a config section with a constant learning rate, for what measures or plans a step.
+
+    A constant schedule costs as much as any other and, unlike them, fits a run of any number of steps.
+    """
+    constant = config.ConstantSchedule(name="constant")
+    return make_optimizer(optimizer.model_copy(update={"schedule": constant}), total_steps=1)
+
+
 def decay_mask(params: Mapping[str, Any], no_decay: tuple[str, ...]) -> dict[str, bool]:
     """{path: whether weight decay applies}; `no_decay` as in the config."""
     return {path: _kind(path) not in no_decay for path in params}

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -41,6 +41,15 @@ class Weights(NamedTuple):
     tensors: Mapping[str, Tensor]
     """Those of the text model alone."""
 
+    @property
+    def dtype(self) -> config.Dtype | None:
+        """The dtype of all tensors; None where they have several, or one that is not written here."""
+        found = {tensor.dtype.name for tensor in self.tensors.values()}
+        for dtype in get_args(config.Dtype):
+            if found == {dtype}:
+                return dtype
+        return None
+
 
 def nbytes(shape: Sequence[int], dtype: np.dtype) -> int:
     return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -49,7 +58,8 @@ def nbytes(shape: Sequence[int], dtype: np.dtype) -> int:
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """sha256 of each tensor's dtype, shape and bytes, by name; several at a time, each in parts of 4 MiB."""
 
-    hashed = progress.counted("hashing the base", sum(nbytes(tensor.shape, tensor.dtype) for tensor in tensors.values()))
+    total_bytes = sum(nbytes(tensor.shape, tensor.dtype) for tensor in tensors.values())
+    hashed = progress.counted("hashing the base", total_bytes, "bytes")
 
     def digest(tensor: Tensor) -> str:
         total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())

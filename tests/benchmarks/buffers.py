@@ -1,14 +1,14 @@
 """What buffers for all that routing may send would cost, as the compiler sees it.
 
-    python -m tests.benchmarks.buffers [common fallback rounds worst ragged]        (needs libtpu)
+    python -m tests.benchmarks.buffers [common fallback chunks worst ragged]        (needs libtpu)
 
 One sparse layer of Mixtral 8x7B, forward and backward, for 8 v5p chips that hold one expert each, 4096 tokens a chip:
 
-- common: one round of `exchange`'s buffers and nothing else; what does not fit would be lost
+- common: one chunk of `all_to_all`'s buckets and nothing else; what does not fit would be lost
 - fallback: these, and buffers for the worst case under a `lax.cond` where something does not fit
-- rounds: `exchange`, with as many rounds of the common buffers as the fullest needs
+- chunks: `all_to_all`, with as many chunks of the common buckets as the fullest needs
 - worst: buffers for the worst case always: all tokens of all chips, 4 times the balanced load
-- ragged: `ragged.exchange`, in rounds too
+- ragged: `ragged_all_to_all`, in chunks too
 
 Each takes half a minute of one core. Written is what all operations write but kernels and collectives, a loop once and of
 a conditional the cheaper branch; accessed and FLOPs are the compiler's, which takes the dearest. Kernels estimate as if all
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,42 +33,47 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train.config import yaml_file
-from moe_train.machine.mesh import BATCH, axis_size, make_mesh
-from moe_train.model.moe import experts
+from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.moe.layer import MoE
-from moe_train.model.moe.transport import all_to_all, ragged_all_to_all
-from moe_train.plan import hlo
+from moe_train.model.moe.transport import all_to_all, chunks, ragged_all_to_all
+from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts
+from moe_train.plan import hlo, hlo_collectives, hlo_text
 from moe_train.plan.compile import _environment, check_installed
 from moe_train.plan.topology import parse
 
-KINDS = ("common", "fallback", "rounds", "worst", "ragged")
+KINDS = ("common", "fallback", "chunks", "worst", "ragged")
 ROOT = Path(__file__).parents[2]
 TOKENS = 4096
+RunExperts = Callable[[Assignments, LocalExperts, ExchangeSizes], Combined]
 NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call", "while", "conditional", "call")
 
 
-def transport(kind: str) -> Any:
-    """As `exchange.exchange`, with the buffers of this kind."""
-    if kind in ("rounds", "ragged"):
-        return {"rounds": all_to_all.exchange, "ragged": ragged_all_to_all.exchange}[kind]
+def run_experts(kind: str) -> RunExperts:
+    """`run_experts` of a transport, with the buffers of this kind."""
+    if kind == "ragged":
+        return ragged_all_to_all.run_experts
+    if kind == "chunks":
+        return all_to_all.run_experts
 
-    def once(x_mD, ids_mA, weights_mA, experts, draws, run, whole, most=None):
-        e = jax.tree.leaves(experts)[0].shape[0]
-        common, worst = all_to_all.slots_of(ids_mA.size, axis_size("expert")), x_mD.shape[0] * min(e, ids_mA.shape[1])
-        plan = all_to_all.make_plan(ids_mA, e, common)
-        small, large = (partial(all_to_all._round, slots=slots, run=run) for slots in (common, worst))
+    def one_chunk(assignments: Assignments, experts: LocalExperts, sizes: ExchangeSizes) -> Combined:
+        common = chunks.bucket_size(sizes)
+        worst = sizes.tokens * min(experts.count, sizes.experts_per_token)
+        routes, num_chunks = all_to_all.bucket_routes(assignments.expert_ids_mA, experts.count, common)
+        small, large = (partial(all_to_all.exchange_chunk, size=size, experts=experts) for size in (common, worst))
 
-        def either(i, x_mD, weights_mA, experts, plan, draws):
-            fits = jax.lax.pmax(jnp.max(plan.counts_X), ("fsdp", "expert", "context")) <= common
-            # computed again in the backward pass; or else it is handed what both of them save (13 GiB)
+        def either(i: jax.Array, inputs: chunks.ChunkInputs, routing: chunks.ChunkRouting) -> jax.Array:
+            fits = jax.lax.pmax(jnp.max(routing.routes.counts_X), ("fsdp", "expert", "context")) <= common
+            # recomputed in the backward pass; otherwise it receives what both of them save (13 GiB)
             branches = jax.checkpoint(small), jax.checkpoint(large)
-            return jax.lax.cond(fits, *branches, i, x_mD, weights_mA, experts, plan, draws)
+            return jax.lax.cond(fits, *branches, i, inputs, routing)
 
-        one = {"common": small, "worst": large, "fallback": either}[kind]
-        plan = plan._replace(rounds=jnp.ones_like(plan.rounds))
-        return all_to_all.in_rounds(one, x_mD, weights_mA, experts, plan, draws, whole), jnp.sum(plan.counts_X)
+        compute_chunk = {"common": small, "worst": large, "fallback": either}[kind]
+        inputs = chunks.ChunkInputs(assignments.x_mD, assignments.weights_mA, experts.weights)
+        routing = chunks.ChunkRouting(routes, jnp.ones_like(num_chunks), assignments.dropout_mA)
+        y_mD = chunks.sum_over_chunks(compute_chunk, experts.unshard, inputs, routing)
+        return Combined(y_mD, jnp.sum(routes.counts_X))
 
-    return once
+    return one_chunk
 
 
 def program(kind: str) -> jax.stages.Compiled:
@@ -78,8 +84,9 @@ def program(kind: str) -> jax.stages.Compiled:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
 
     assert run.model is not None
-    compute = run.compute.model_copy(update={"transport": "ragged_all_to_all" if kind == "ragged" else "all_to_all"})
-    with jax.set_mesh(mesh), mock.patch.object(experts, "exchange", transport(kind)):
+    transport = ragged_all_to_all if kind == "ragged" else all_to_all
+    compute = run.compute.model_copy(update={"transport": transport.NAME})
+    with jax.set_mesh(mesh), mock.patch.object(transport, "run_experts", run_experts(kind)):
         layer = jax.tree.map(placed, jax.eval_shape(lambda: MoE(nnx.Rngs(0), run.model, compute)))
         tokens = NamedSharding(mesh, P(BATCH, "context"))
         x = jax.ShapeDtypeStruct((8, TOKENS, run.model.model_dim), jnp.dtype(compute.dtype), sharding=tokens)
@@ -90,7 +97,7 @@ def program(kind: str) -> jax.stages.Compiled:
 
 def written(text: str) -> float:
     """Bytes that operations write which are neither kernels nor collectives."""
-    computations, entry = hlo._computations(text)
+    computations, entry = hlo_text.computations(text)
 
     def of(name: str) -> float:
         total = 0.0
@@ -101,8 +108,12 @@ def written(text: str) -> float:
                 total += min(of(n) for n in i.called("branch_computations", "true_computation", "false_computation"))
             elif i.opcode == "call":
                 total += sum(of(n) for n in i.called("to_apply"))
-            elif i.opcode not in NO_WORK and not i.opcode.startswith(hlo.KINDS) and not i.opcode.endswith(("-start", "-done")):
-                total += sum(shape.bytes for shape in hlo._shapes(i.result))
+            elif (
+                i.opcode not in NO_WORK
+                and not i.opcode.startswith(hlo_collectives.KINDS)
+                and not i.opcode.endswith(("-start", "-done"))
+            ):
+                total += sum(shape.bytes for shape in hlo_text.stated_shapes(i.result))
         return total
 
     return of(entry)

@@ -92,7 +92,7 @@ def test_half_an_environment_is_refused_in_one_line(env: dict[str, str], said: s
 
 PEER = """
 import os, sys, time
-from moe_train import processes
+from moe_train.machine import processes
 processes.GRACE_SECONDS = 0.5
 index, how, told = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 if index == 0:
@@ -146,7 +146,7 @@ def test_a_process_that_dies_ends_the_others_with_75_and_one_line(gone: int) -> 
 OF_JAX = """
 import os, sys, time
 from jaxlib import _jax
-from moe_train import processes
+from moe_train.machine import processes
 index, port = int(sys.argv[1]), sys.argv[2]
 if index == 0:
     service = _jax.get_distributed_runtime_service(f"[::]:{port}", 2)
@@ -159,13 +159,12 @@ if index == 0:
     os.kill(os.getpid(), 9)
 processes.connect("localhost", client.blocking_key_value_get("watch", 100_000), index, 2)
 client.wait_at_barrier("watched", 100_000)
-sys.setswitchinterval(2)
-while True:  # the watch has to wait two seconds until Python lets it run; JAX does not wait
+while True:  # the watch has to take Python's lock from this
     pass
 """
 
 
-def test_jax_does_not_abort_the_others_before_they_miss_the_first_process() -> None:
+def test_the_others_miss_the_first_process_before_jax_aborts_them() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -174,7 +173,6 @@ def test_jax_does_not_abort_the_others_before_they_miss_the_first_process() -> N
     job = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for command in commands]
     said = [process.communicate(timeout=60)[1] for process in job]
     assert [process.returncode for process in job] == [-9, 75], said
-    assert "detected fatal errors" in said[1]  # it would have aborted
     assert said[1].endswith("moe-train: process 0 of 2 was lost; what is saved stays: start again to continue\n")
 
 

@@ -20,9 +20,11 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.machine.mesh import AXES, BATCH, make_mesh
 from moe_train.model.moe.layer import MoE
-from moe_train.model.moe.transport.all_to_all import slots_of
+from moe_train.model.moe.transport.chunks import bucket_size
+from moe_train.model.moe.transport.transport import ExchangeSizes
 from moe_train.plan import hlo
 from moe_train.plan.compile import abstract_step
+from moe_train.plan.replica_groups import axes_of
 from moe_train.train.step import train_step
 from tests.compiled_programs import quick_jit
 
@@ -83,7 +85,7 @@ def sent(counts: hlo.Counts, mesh: str) -> Counter[tuple[str, tuple[str, ...]]]:
     axes = {axis: MESHES[mesh].get(axis, 1) for axis in ("data", "fsdp", "expert", "context", "tensor")}
     found: Counter[tuple[str, tuple[str, ...]]] = Counter()
     for c, times in counts.collectives.items():
-        found[c.kind, hlo.axes_of(c.groups, axes)] += c.bytes * times  # type: ignore[assignment]
+        found[c.kind, axes_of(c.groups, axes)] += c.bytes * times  # type: ignore[assignment]
     return found
 
 
@@ -119,7 +121,7 @@ def contract(mesh: str) -> Counter[tuple[str, tuple[str, ...]]]:
         add("all-gather", "expert", layers * of(e, 4 * e * tokens * (3 * D + 2 * A + 2 * A)))
         add("reduce-scatter", "expert", layers * of(e, 4 * e * tokens * (2 * D + A)))
     elif e > 1:  # x there, y back; x and dy there, dx back; ids and weights, and the gradient of the weights
-        rows = e * slots_of(tokens * A, e)
+        rows = e * bucket_size(ExchangeSizes(tokens, D, A, e))
         add("all-to-all", "expert", layers * of(e, 4 * rows * (5 * D + 2 + 3)))
     return Counter({key: received for key, received in sums.items() if received})
 
@@ -150,7 +152,7 @@ def test_gradients_cross_replicas_in_the_dtype_of_the_computation(microbatches: 
     """As the program asks for it: XLA:CPU makes float32 of every sum. All matrices do; float32 are figures of the routers."""
     asked = hlo.read(lowered("data 2 x fsdp 4", dtype="bfloat16", microbatches=microbatches).as_text(dialect="hlo"))
     sizes = dict.fromkeys(AXES, 1) | MESHES["data 2 x fsdp 4"]
-    crossing = [c for c in asked.collectives if "data" in hlo.axes_of(c.groups, sizes)]
+    crossing = [c for c in asked.collectives if "data" in axes_of(c.groups, sizes)]
     gathered = {"float32": [c for c in crossing if c.dtype == "f32"], "bfloat16": [c for c in crossing if c.dtype == "bf16"]}
     assert max(c.bytes for c in gathered["bfloat16"]) >= 2 * E * D * F / 4
     assert max((c.bytes for c in gathered["float32"]), default=0) <= 4 * max(E, 2 * D)

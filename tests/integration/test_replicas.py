@@ -13,6 +13,7 @@ from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.plan import hlo
+from moe_train.plan.replica_groups import axes_of
 from moe_train.train.step import train_step
 from tests.train.test_step import LORA, LOSS, ONE, OPTIMIZER, POISON, V, close, quick_jit, started, step
 
@@ -72,7 +73,7 @@ def test_gradients_cross_the_slow_network_once() -> None:
     gradients = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in state.trainable.values())
     bytes_by_axes: Counter[tuple[str, ...]] = Counter()
     for c, times in hlo.read(text).collectives.items():
-        axes = hlo.axes_of(c.groups, mesh.shape)
+        axes = axes_of(c.groups, mesh.shape)
         if "data" in axes:
             bytes_by_axes[axes] += times * c.bytes
             assert times == 1 or c.bytes < 4 * 2 * V, f"{c} runs {times} times"

@@ -26,6 +26,7 @@ from moe_train.model.sharding.specs import SPLIT
 from moe_train.model.transformer import init_model
 from moe_train.plan import hlo
 from moe_train.plan.compile import compile_config
+from moe_train.plan.replica_groups import axes_of
 from moe_train.plan.search import model_choice
 from moe_train.plan.topology import parse
 from moe_train.train.optimizer import make_optimizer
@@ -123,7 +124,7 @@ def test_fsdp_alone_scatters_gradients(mesh: tuple[str, ...]) -> None:
     sizes = next(iter(params.values())).sharding.mesh.shape
     received = dict.fromkeys(("all-reduce", "reduce-scatter"), 0.0)
     for c, times in hlo.read(program.as_text()).collectives.items():
-        if c.kind in received and hlo.axes_of(c.groups, sizes) == ("fsdp",):
+        if c.kind in received and axes_of(c.groups, sizes) == ("fsdp",):
             received[c.kind] += c.bytes * times
     fsdp = sizes["fsdp"]
     assert received["reduce-scatter"] == pytest.approx((fsdp - 1) / fsdp * gradients, rel=0.05)
@@ -137,7 +138,7 @@ def test_gradients_cross_the_data_axis_once(collectives: Any) -> None:
     program, params = compiled("2x2x2", *TINY, *meshes)
     found = hlo.read(program.as_text()).collectives
     sizes = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 1}
-    across = [(c, times) for c, times in found.items() if "data" in hlo.axes_of(c.groups, sizes)]
+    across = [(c, times) for c, times in found.items() if "data" in axes_of(c.groups, sizes)]
     gradients = sum(2 * math.prod(x.sharding.shard_shape(x.shape)) for x in params.values())  # in bfloat16, as computed
     assert gradients <= sum(times * c.bytes for c, times in across) < 1.05 * gradients
     assert all(times == 1 for c, times in across if c.bytes > 20_000)
@@ -153,7 +154,7 @@ def test_mixtral_8x7b(collectives: Any) -> None:
     sizes = {"data": 1, "fsdp": 8, "expert": 8, "context": 1, "tensor": 1}
     scattered, beside_products = 0.0, 0.0  # as compiler_options says
     for c, times in hlo.read(program.as_text()).collectives.items():
-        if c.kind == "reduce-scatter" and hlo.axes_of(c.groups, sizes) == ("fsdp",):
+        if c.kind == "reduce-scatter" and axes_of(c.groups, sizes) == ("fsdp",):
             scattered += c.bytes * times
             beside_products += c.bytes * times * (c.hidden_flops > 0)
     assert scattered == pytest.approx(11.4e9, rel=0.02) and beside_products > 0.95 * scattered

@@ -20,10 +20,10 @@ def test_what_every_device_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=2, tensor=4))):
         halves = jax.eval_shape(lambda: jax.numpy.zeros((16, 32), "bfloat16", out_sharding=P("fsdp", None)))
         monkeypatch.setattr(host_memory, "available", lambda: 4 * 16 * 32 * 2)  # each half on four devices
-        host_memory.require_room({"weight": halves}, "it")
+        host_memory.check_host_memory({"weight": halves}, "it")
         monkeypatch.setattr(host_memory, "available", lambda: 4 * 16 * 32 * 2 - 1)
         with pytest.raises(ValueError, match=r"it needs 3.81e-06 GiB .* has 3.81e-06 GiB available; use a machine"):
-            host_memory.require_room({"weight": halves}, "it")
+            host_memory.check_host_memory({"weight": halves}, "it")
 
 
 def test_a_run_without_room_is_refused_before_anything_is_written(

@@ -1,15 +1,12 @@
-"""FLOPs against figures counted elsewhere, and what devices can reach."""
+"""FLOPs against figures counted elsewhere."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.machine import devices
 from moe_train.model import flops
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
@@ -59,35 +56,3 @@ def test_flops_with_adapters():
     pairs = 3 * 4 * 4 * NH * 256
     full = flops.flops_per_token(S, 512)
     assert flops.flops_per_token(S, 512, adapters) == pytest.approx((full - pairs) * 4 / 6 + pairs + 6 * beside, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("kind", "teraflops"),
-    [
-        ("TPU v5 lite", 197),
-        ("TPU v5", 459),
-        ("TPU v6 lite", 918),
-        ("TPU7x", 1153.5),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-    ],
-)
-def test_peak_of_known_chips(kind, teraflops):
-    device = SimpleNamespace(platform="tpu", device_kind=kind, process_index=0)
-    assert devices.peak_flops([device] * 4)[0] == 4 * teraflops * 1e12
-
-
-def test_peak_of_an_unknown_chip_is_not_invented():
-    assert devices.peak_flops([SimpleNamespace(platform="gpu", device_kind="Abacus 9", process_index=0)]) == (
-        None,
-        "no figure for Abacus 9",
-    )
-
-
-def test_peak_of_a_cpu_is_measured_once_for_its_fake_devices(monkeypatch):
-    monkeypatch.setattr(flops, "measured_matmul_flops", lambda: 1e11)
-    assert devices.peak_flops(jax.devices())[0] == 1e11
-
-
-def test_measured_product():
-    assert 1e8 < devices.measured_matmul_flops(128) < 1e14

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_train.plan import hlo
+from moe_train.plan.hlo_text import num_instructions
 
 REST = "channel_id=1, use_global_device_ids=true"
 
@@ -208,29 +209,6 @@ def test_kernels_state_their_own_estimate() -> None:
     assert (counts.flops, counts.kernel_flops, dict(counts.kernels)) == (0, 36, {"gmm": 3})
 
 
-@pytest.mark.parametrize(
-    ("text", "groups"),
-    [
-        ("{{0,2},{1,3}}", ((0, 2), (1, 3))),
-        ("[2,2]<=[4]", ((0, 1), (2, 3))),
-        ("[4,2]<=[2,2,2]T(2,1,0)", ((0, 4), (2, 6), (1, 5), (3, 7))),
-        ("mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
-        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
-    ],
-)
-def test_the_ways_to_write_groups(text: str, groups: hlo.Groups) -> None:
-    counts = hlo.read(entry(f"%c = f32[8]{{0}} all-reduce(%p), replica_groups={text}, use_global_device_ids=true, to_apply=%add"))
-    (collective,) = counts.collectives
-    assert collective.groups == groups
-
-
-def test_axes_along_which_a_group_lies() -> None:
-    mesh = {"data": 2, "fsdp": 2, "expert": 2}
-    assert hlo.axes_of(((0, 1), (2, 3)), mesh) == ("expert",)
-    assert hlo.axes_of(((0, 4),), mesh) == ("data",)
-    assert hlo.axes_of(((0, 1, 2, 3),), mesh) == ("fsdp", "expert")
-
-
 @pytest.mark.parametrize("taps", ["same", "valid", "full"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_convolution_counts_the_taps_that_meet_its_operand(taps: str, stride: int) -> None:
@@ -259,7 +237,7 @@ def test_a_real_program_is_read_as_it_was_written() -> None:
     counts = hlo.read(text)
     assert counts.flops == 5 * 2 * (64 // 8) * 16 * 16
     assert counts.bytes_by("kind") == {"all-reduce": 16 * 4 * 2 * 7 / 8}
-    assert hlo.size(text) == sum(" = " in line for line in text.splitlines() if line.startswith("  "))
+    assert num_instructions(text) == sum(" = " in line for line in text.splitlines() if line.startswith("  "))
 
 
 def test_other_text_is_refused() -> None:

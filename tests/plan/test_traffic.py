@@ -10,7 +10,8 @@ import pytest
 from moe_train import config
 from moe_train.config import yaml_file
 from moe_train.machine.mesh import make_mesh
-from moe_train.model.moe.transport.choose import AlongExpert, transport_bytes
+from moe_train.model.moe.transport import all_gather, all_to_all
+from moe_train.model.moe.transport.transport import ExchangeSizes, bytes_received
 from moe_train.plan.compile import compile_on
 from moe_train.plan.traffic import Flow, flows, shape_of
 from moe_train.plan.weights import layout
@@ -79,8 +80,8 @@ def test_microbatches_gather_weights_again_and_sum_over_replicas_once() -> None:
 def test_the_transport_is_the_one_that_the_model_chooses() -> None:
     run = load("train.batch_size=64", "train.microbatches=1")
     assert shape_of(run).transport == "all_to_all"
-    bytes_of = lambda name: transport_bytes(name, AlongExpert(4096, 4096, 2, 8))  # noqa: E731
-    assert bytes_of("all_to_all") < bytes_of("all_gather")
+    sizes = ExchangeSizes(4096, 4096, 2, 8)
+    assert bytes_received(all_to_all, sizes) < bytes_received(all_gather, sizes)
     assert shape_of(load("train.batch_size=64", "train.microbatches=1", "mesh.fsdp=32", "mesh.expert=2")).transport == "all_gather"
 
 

@@ -1,10 +1,10 @@
-"""A limited number of assignments for each expert: what it has no room for is dropped, and the token goes on without it.
+"""A limited number of assignments for each expert: those beyond it are dropped, and the token continues without them.
 
 An expert takes at most C = ceil(capacity_factor * T * A / E) assignments of a sequence (a row of T tokens, padding
-included); over all M tokens of a microbatch that is capacity_factor * M * A / E. Earlier tokens come first, and of a
-token its best expert. So what is dropped depends on the row alone, on no mesh, microbatch or neighbour, and on no later
-token, which a causal model must not see. (GShard, arXiv:2006.16668, limits groups of tokens too; all first choices come
-before the second ones there, which looks ahead.)
+included); over all M tokens of a microbatch that is capacity_factor * M * A / E. Earlier tokens take precedence, and
+for each token its best expert. So what is dropped depends on the row alone: not on the mesh, the microbatch or other rows,
+and not on later tokens, which a causal model must not see. (GShard, arXiv:2006.16668, limits groups of tokens too; there all
+first choices take precedence over second ones, which looks ahead.)
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from moe_train.machine.mesh import axis_size
 
 
 def capacity(capacity_factor: float, seq_len: int, experts_per_token: int, num_experts: int) -> int:
-    """C: the assignments of one sequence that an expert takes."""
+    """C, the most assignments of one sequence that an expert takes."""
     return math.ceil(Fraction(str(capacity_factor)) * seq_len * experts_per_token / num_experts)
 
 
 def within_capacity(ids_btA: jax.Array, num_experts: int, capacity_factor: float) -> jax.Array:
-    """Inside `shard_map`: expert ids with `num_experts` in place of those that are dropped; those that have it already
-    (padding) take no room."""
+    """Expert ids with `num_experts` in place of those that are dropped. Local view.
+
+    Assignments that have the id `num_experts` already (padding) count towards no capacity.
+    """
     (b, t, A), E = ids_btA.shape, num_experts
     ids_bn = ids_btA.reshape(b, t * A)
     counts_bE = jnp.sum(ids_bn[..., None] == jnp.arange(E), axis=1, dtype=jnp.int32)

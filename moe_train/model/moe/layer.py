@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from moe_train import config
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Adapted, keys_of, normal
-from moe_train.model.moe.experts import Dropout, ExpertMatrix, ExpertWeights, run_experts
+from moe_train.model.moe.experts import Dropout, ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
 from moe_train.model.moe.router import Router, RouterStats, router_stats, top_k, within_groups
 
 
@@ -54,12 +54,12 @@ class MoE(nnx.Module):
             self.groups = ffn.router.num_groups, ffn.router.groups_per_token
         self.keeps_expert_ids = False
         self.capacity_factor: float | None = None
-        """Of training alone (`transformer.with_capacity`): evaluation and generation drop nothing, as readers of an export."""
+        """Set in training alone (`parameters.with_capacity`): evaluation and generation drop nothing."""
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """key: of the adapters' dropout."""
+        """key: for the dropout of adapters; None without dropout."""
         router_key, experts_key, shared_key = keys_of(key, 3)
         valid_BT = segment_ids_BT != 0
         logits_BTE = checkpoint_name(self.router(x_BTD, router_key), "routing")
@@ -71,15 +71,15 @@ class MoE(nnx.Module):
         experts = ExpertWeights(*(m.matrix() for m in matrices))
         rates = tuple(m.lora_dropout for m in matrices)
         dropout = None if experts_key is None or not any(rates) else Dropout(experts_key, rates)
-        how = (self.kernel, dropout, self.transport, self.capacity_factor)
-        y_BTD, computed = run_experts(x_BTD, ids_BTA, weights_BTA, valid_BT, experts, *how)
+        settings = ExpertSettings(self.kernel, self.transport, self.capacity_factor)
+        y_BTD, computed = run_experts(x_BTD, Routing(ids_BTA, weights_BTA, valid_BT), experts, settings, dropout)
         if self.shared is not None:
             y_BTD += self.shared(x_BTD, shared_key)
         stats = router_stats(logits_BTE, log_scores_BTE, ids_BTA, valid_BT, computed)
         return y_BTD, stats._replace(expert_ids=ids_BTA) if self.keeps_expert_ids else stats
 
     def _chosen_by(self, log_scores_BTE: jax.Array) -> jax.Array | None:
-        """What the chosen experts have most of; None: of the scores themselves."""
+        """Selection scores for top-k (probabilities plus router bias, masked by expert group); None to select by router scores."""
         if self.router.bias is None and self.groups == (1, 1):
             return None
         by_BTE = jnp.exp(log_scores_BTE if self.sigmoid else jax.nn.log_softmax(log_scores_BTE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.machine.mesh import BATCH, make_mesh
-from moe_train.model.moe.experts import ExpertMatrix, ExpertWeights, run_experts
-from moe_train.model.moe.transport import all_gather
+from moe_train.model.moe.experts import ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
 from moe_train.model.moe.transport import choose as transport
 from tests.compiled_programs import quick_jit, ragged_all_to_all
 
@@ -122,8 +121,8 @@ def compiled(kernel: str, mesh: Mesh, transport: str, capacity_factor: float | N
         ids, valid = fixed
 
         def f(x: jax.Array, weights: jax.Array, experts: ExpertWeights) -> tuple[jax.Array, jax.Array]:
-            how = {"transport": transport, "capacity_factor": capacity_factor}
-            return run_experts(x, ids, weights, valid, experts, kernel, **how)
+            settings = ExpertSettings(kernel, transport, capacity_factor)
+            return run_experts(x, Routing(ids, weights, valid), experts, settings)
 
         y, vjp, computed = jax.vjp(f, *primals, has_aux=True)
         return y, vjp(dy), computed
@@ -211,26 +210,3 @@ def test_a_platform_without_the_collective_says_so() -> None:
 @pytest.mark.parametrize("case", ["random", "single expert"])
 def test_every_kernel_is_right_on_a_mesh(kernel: str, case: str) -> None:
     check(case, MIXED, kernel)
-
-
-def test_dispatch_and_combine_differentiate_as_indexing_does() -> None:
-    rng = np.random.default_rng(0)
-    m, R = 6, 6 * A
-    x, y, d, dy = (jnp.asarray(rng.normal(size=(n, D)), jnp.float32) for n in (m, R, m, R))
-    weights = jnp.asarray(rng.random((m, A)), jnp.float32)
-    order = jnp.asarray(rng.permutation(R))
-    inverse = jnp.argsort(order).reshape(m, A)
-
-    @partial(quick_jit, static_argnums=0)
-    def pull(f: Any, primals: Any, d: Any) -> Any:
-        y, vjp = jax.vjp(f, *primals)
-        return y, *vjp(d)
-
-    def close(ours: Any, plain: Any) -> None:
-        for a, b in zip(ours, plain, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-    ours = pull(lambda x: all_gather.dispatch(x, order, inverse), (x,), dy)
-    close(ours, pull(lambda x: jnp.repeat(x, A, axis=0)[order], (x,), dy))
-    ours = pull(lambda y, w: all_gather.combine(y, w, order, inverse), (y, weights), d)
-    close(ours, pull(lambda y, w: jnp.sum(w[..., None] * y[inverse], axis=1), (y, weights), d))

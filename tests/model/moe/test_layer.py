@@ -183,11 +183,14 @@ def test_nothing_but_padding_counts_nothing() -> None:
 def test_assignments_that_vanish_are_counted(mesh: Mesh, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = moe.run_experts
 
-    def wrong(x: Any, ids: Any, weights: Any, valid: Any, *rest: Any) -> Any:
+    def wrong(x: Any, routing: Any, *rest: Any) -> Any:
         first = jnp.arange(T) == 0
+        ids = routing.expert_ids_BTA
         if fault == "an id that no expert has":
-            return right(x, ids.at[:, :, 0].set(jnp.where(first, E, ids[:, :, 0])), weights, valid, *rest)
-        return right(x, ids, weights, valid & ~first, *rest)
+            routing = routing._replace(expert_ids_BTA=ids.at[:, :, 0].set(jnp.where(first, E, ids[:, :, 0])))
+        else:
+            routing = routing._replace(valid_BT=routing.valid_BT & ~first)
+        return right(x, routing, *rest)
 
     monkeypatch.setattr(moe, "run_experts", wrong)
     weights, x, segments, d = operands("random")

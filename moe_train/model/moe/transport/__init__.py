@@ -1,1 +1,1 @@
-"""How tokens reach their experts across the mesh axis `expert`."""
+"""Transports: how tokens reach their experts across the mesh axis `expert`, and how the results come back."""

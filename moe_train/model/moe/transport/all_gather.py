@@ -1,47 +1,56 @@
-"""Tokens to their experts and back where each device sees all tokens of its `expert` axis: the transport `all_gather`.
+"""The transport `all_gather`: every device sees all tokens of its axis `expert` and computes the assignments of its own experts.
 
-Local view, inside `shard_map`: lower-case letters are this device's part of a dim. R rows, one for each assignment.
+Tokens, expert ids and weights are all-gathered; outputs are partial sums over the experts, which a reduce-scatter adds up
+and returns to the devices of the tokens. Local view; R rows, one for each assignment of all X devices.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_train.model.moe.transport.transport import Assignments, Combined, DropoutCounters, ExchangeSizes, LocalExperts, Name
 from moe_train.model.sharding.collectives import gather, scatter
 
+NAME: Final[Name] = "all_gather"
+RECOMPUTES_EXPERTS: Final = False
 
-def all_gather(
-    x_mD: jax.Array,
-    ids_mA: jax.Array,
-    weights_mA: jax.Array,
-    experts: Any,
-    draws: Any,
-    run: Any,
-    whole: Any,
-    most: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Each device sees all tokens of its `expert` axis, and computes the assignments of its own experts; the sums are
-    scattered back. Arguments and results as `exchange` has them."""
-    experts = whole(experts)
-    key, numbers_mA = draws
-    x_mD, ids_mA, weights_mA = (gather(x, "expert", 0) for x in (x_mD, ids_mA, weights_mA))
-    e, A = experts.gate.weight.shape[0], ids_mA.shape[1]
+
+def run_experts(assignments: Assignments, experts: LocalExperts, sizes: ExchangeSizes) -> Combined:
+    """Gather all tokens, apply this device's experts to their rows, scatter the sums (`transport.Transport`)."""
+    weights = experts.unshard(experts.weights)
+    x_mD, ids_mA, weights_mA = (gather(x, "expert", 0) for x in assignments[:3])
+    e, A = experts.count, ids_mA.shape[1]
     own_mA = ids_mA - jax.lax.axis_index("expert") * e
-    own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)  # e: not ours
+    own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)  # e: an expert of another device, or none
     order_R = checkpoint_name(jnp.argsort(own_mA.reshape(-1), stable=True), "routing")
     inverse_mA = checkpoint_name(jnp.argsort(order_R).reshape(-1, A), "routing")
     group_sizes_e = jnp.sum(own_mA.reshape(-1, 1) == jnp.arange(e), axis=0, dtype=jnp.int32)
-    numbers_R = None if numbers_mA is None else gather(numbers_mA, "expert", 0).reshape(-1)[order_R]
-    y_RD = run(dispatch(x_mD, order_R, inverse_mA), group_sizes_e, experts, key, numbers_R)
+    dropout_R = None
+    if assignments.dropout_mA is not None:
+        key, counters_mA = assignments.dropout_mA
+        dropout_R = DropoutCounters(key, gather(counters_mA, "expert", 0).reshape(-1)[order_R])
+    y_RD = experts.apply(dispatch(x_mD, order_R, inverse_mA), group_sizes_e, weights, dropout_R)
     y_mD = combine(y_RD, jnp.where(own_mA < e, weights_mA, 0), order_R, inverse_mA).astype(x_mD.dtype)
-    return scatter(jax.lax.psum(y_mD, "tensor"), "expert", 0), jnp.sum(group_sizes_e)
+    return Combined(scatter(jax.lax.psum(y_mD, "tensor"), "expert", 0), jnp.sum(group_sizes_e))
 
 
-# Both ways are gathers, and so are their gradients: a scatter-add is serial on CPU and unordered on GPU.
+def received(sizes: ExchangeSizes) -> dict[str, int]:
+    """The tokens of the other devices, m rows each: gathered forward and again for the recomputed layer, and so is the
+    gradient of the outputs; outputs and the gradient of the tokens are reduce-scattered."""
+    once = (sizes.devices - 1) * sizes.tokens * sizes.model_dim * sizes.itemsize
+    return {"all-gather": 3 * once, "reduce-scatter": 2 * once}
+
+
+def rows_at_once(sizes: ExchangeSizes) -> int:
+    """All assignments of all devices: any of them may go to this device's experts."""
+    return sizes.devices * sizes.assignments
+
+
+# Dispatch and combine are gathers, and so are their gradients: a scatter-add is serial on CPU and unordered on GPU.
 
 
 @jax.custom_vjp

@@ -1,197 +1,108 @@
 """The transport `all_to_all`: assignments travel to the device of the `expert` axis that holds their expert, and back.
 
-Buffers are fixed: every device has `slots` rows for every other one, a quarter more than balanced routing fills.
-What does not fit goes in a further round, and all devices do as many rounds as the fullest buffer of any of them
-needs: nothing is dropped whatever the routing, and balanced routing takes one round. The backward pass goes through
-the same rounds again, from the layer's inputs: no round leaves anything in memory.
+Every device has a bucket of rows for every other one; `jax.lax.all_to_all` exchanges whole buckets, full or not, of rows,
+expert ids and router weights. `chunks` repeats the exchange until every assignment has been sent.
 
-Buffers for the worst case, compiled for 8 v5p chips (tests/benchmarks/buffers.py), would take 3.7 GiB in a layer where these
-take 1.8, 2.5 times the operations beside kernels, and 3.2 times the bytes received. As the other branch of a `lax.cond` they
-are seldom used, and take the memory still: 4.1 GiB.
-
-Local view: inside `shard_map`; lower-case letters are this device's part of a dim. X devices of the axis, S = X *
-slots rows of a round, n = m * A assignments of this device's tokens.
+Local view; X devices of the axis, S = X * bucket size rows of a chunk, n = m * A assignments of this device's tokens.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_train.machine.mesh import axis_size
+from moe_train.model.moe.transport.chunks import ChunkInputs, ChunkRouting, bucket_size, sum_over_chunks
+from moe_train.model.moe.transport.rows import Placement, ReceivedRows, apply_experts, from_rows, to_rows
+from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts, Name
 
-SLACK = 1.25
-"""Rows of a buffer over those that balanced routing fills."""
-
-Experts = Callable[[jax.Array, jax.Array, Any, Any, Any], jax.Array]
-"""(rows in the order of their experts, rows of each expert, weights, key, number of each row) -> rows."""
+NAME: Final[Name] = "all_to_all"
+RECOMPUTES_EXPERTS: Final = True
 
 
-class Plan(NamedTuple):
+def run_experts(assignments: Assignments, experts: LocalExperts, sizes: ExchangeSizes) -> Combined:
+    """Exchange buckets until every assignment has met its expert (`transport.Transport`)."""
+    size = bucket_size(sizes)
+    routes, num_chunks = bucket_routes(assignments.expert_ids_mA, experts.count, size)
+    inputs = ChunkInputs(assignments.x_mD, assignments.weights_mA, experts.weights)
+    routing = ChunkRouting(routes, num_chunks, assignments.dropout_mA)
+    y_mD = sum_over_chunks(partial(exchange_chunk, size=size, experts=experts), experts.unshard, inputs, routing)
+    return Combined(y_mD, jnp.sum(routes.counts_X))
+
+
+def received(sizes: ExchangeSizes) -> dict[str, int]:
+    """X - 1 buckets, five ways: whole buckets travel, whatever they hold."""
+    rows = (sizes.devices - 1) * bucket_size(sizes)
+    return {"all-to-all": 5 * rows * sizes.model_dim * sizes.itemsize}
+
+
+def rows_at_once(sizes: ExchangeSizes) -> int:
+    """A bucket from each device."""
+    return sizes.devices * bucket_size(sizes)
+
+
+class BucketRoutes(NamedTuple):
     """Where each assignment of this device goes."""
 
     order_n: jax.Array
     """Assignments in the order of their experts."""
     rank_mA: jax.Array
-    """Place of each assignment in that order, counted from the first one of its device."""
+    """Place of each assignment in that order, counted from the first one for the same device."""
     device_mA: jax.Array
     """Device that holds the expert; X for an assignment that goes nowhere."""
     expert_n: jax.Array
     """In that order: number of the expert on its device."""
     starts_X: jax.Array
-    """In that order: the first assignment of each device."""
+    """In that order: the first assignment for each device."""
     counts_X: jax.Array
-    rounds: jax.Array
-    """The same number on every device of a replica."""
+    """Number of assignments for each device."""
 
 
-def slots_of(assignments: int, devices: int, most: int | None = None) -> int:
-    """Rows of one buffer, for a device with so many assignments, of which at most `most` go to one other device."""
-    unit = max(1, min(512, assignments) // devices)  # whole tiles of the kernels' rows, together
-    rows = math.ceil(SLACK * assignments / devices)
-    return -(-min(rows, most or rows) // unit) * unit
+def bucket_routes(expert_ids_mA: jax.Array, experts_per_device: int, size: int) -> tuple[BucketRoutes, jax.Array]:
+    """The routes of this device's assignments, and the number of chunks that buckets of `size` rows take on all devices.
 
-
-def make_plan(expert_ids_mA: jax.Array, experts_here: int, slots: int) -> Plan:
-    """expert_ids: of all experts of the axis; their number, X * experts_here, for an assignment that goes nowhere."""
-    X, e, A = axis_size("expert"), experts_here, expert_ids_mA.shape[1]
+    expert_ids: among all experts; X * experts_per_device for an assignment that goes nowhere.
+    """
+    X, e, A = axis_size("expert"), experts_per_device, expert_ids_mA.shape[1]
     order_n = jnp.argsort(expert_ids_mA.reshape(-1), stable=True)
     place_mA = jnp.argsort(order_n).reshape(-1, A)
     device_mA = expert_ids_mA // e
     counts_X = jnp.sum(device_mA.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     starts_X = jnp.cumsum(counts_X) - counts_X
     rank_mA = place_mA - jnp.append(starts_X, 0)[device_mA]
-    rounds = jax.lax.pmax(jnp.max(-(-counts_X // slots)), ("fsdp", "expert", "context"))
-    return Plan(order_n, rank_mA, device_mA, expert_ids_mA.reshape(-1)[order_n] % e, starts_X, counts_X, rounds)
+    num_chunks = jax.lax.pmax(jnp.max(-(-counts_X // size)), ("fsdp", "expert", "context"))
+    expert_n = expert_ids_mA.reshape(-1)[order_n] % e
+    return BucketRoutes(order_n, rank_mA, device_mA, expert_n, starts_X, counts_X), num_chunks
 
 
-def exchange(
-    x_mD: jax.Array,
-    ids_mA: jax.Array,
-    weights_mA: jax.Array,
-    experts: Any,
-    draws: tuple[Any, Any],
-    run: Experts,
-    whole: Callable[[Any], Any],
-    most: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Sum over its assignments of weight * expert(x), and the number of assignments of this device.
+def exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, size: int, experts: LocalExperts) -> jax.Array:
+    """What chunk i adds to each token: the assignments with ranks i * size … (i + 1) * size - 1 of every bucket."""
+    routes: BucketRoutes = routing.routes
+    X, A = routes.counts_X.shape[0], inputs.weights_mA.shape[1]
+    rank_Xs = i * size + jnp.arange(size) + jnp.zeros((X, 1), jnp.int32)
+    used_S = (rank_Xs < routes.counts_X[:, None]).reshape(-1)
+    at_S = jnp.where(used_S, (routes.starts_X[:, None] + rank_Xs).reshape(-1), 0)
+    assignment_S = routes.order_n[at_S]
+    present_mA = (routes.rank_mA // size == i) & (routes.device_mA < X)
+    row_mA = jnp.where(present_mA, routes.device_mA * size + routes.rank_mA % size, 0)
+    placement = Placement(assignment_S // A, used_S, row_mA, present_mA)
 
-    ids: of all experts of the axis; their number, for an assignment that goes nowhere. experts: this device's part of
-    the weights; whole: these -> as `run` wants them. draws: the key of dropout and the number of each assignment, or None.
-    most: assignments of a device that can go to one other.
-    """
-    slots = slots_of(ids_mA.size, axis_size("expert"), most)
-    plan = make_plan(ids_mA, jax.tree.leaves(experts)[0].shape[0], slots)
-    y_mD = in_rounds(partial(_round, slots=slots, run=run), x_mD, weights_mA, experts, plan, draws, whole)
-    return y_mD, jnp.sum(plan.counts_X)
-
-
-def in_rounds(
-    one: Callable[..., jax.Array],
-    x_mD: jax.Array,
-    weights_mA: jax.Array,
-    experts: Any,
-    plan: Any,
-    draws: Any,
-    whole: Callable[[Any], Any],
-) -> jax.Array:
-    """Sum of what `plan.rounds` rounds add to each token, over `tensor` too. one: (i, x, weights, experts as `whole` has
-    them, plan, draws) -> what round i adds."""
-
-    @jax.custom_vjp
-    def rounds(x_mD: jax.Array, weights_mA: jax.Array, experts: Any, plan: Any, draws: Any) -> jax.Array:
-        here = whole(experts)
-
-        def add(i: jax.Array, y_mD: jax.Array) -> jax.Array:
-            return y_mD + one(i, x_mD, weights_mA, here, plan, draws)
-
-        return jax.lax.fori_loop(0, plan.rounds, add, jax.lax.full_like(x_mD, 0, jnp.float32))
-
-    def forward(*inputs):
-        return rounds(*inputs), inputs
-
-    def backward(saved, dy_mD):
-        x_mD, weights_mA, experts, plan, draws = saved
-        here, scatter = jax.vjp(whole, experts)
-
-        def add(i: jax.Array, total: Any) -> Any:
-            _, vjp = jax.vjp(lambda x, weights, here: one(i, x, weights, here, plan, draws), x_mD, weights_mA, here)
-            return jax.tree.map(jnp.add, total, vjp(dy_mD))
-
-        zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0), (x_mD, weights_mA, here))
-        dx_mD, dweights_mA, dhere = jax.lax.fori_loop(0, plan.rounds, add, zeros)
-        return dx_mD, dweights_mA, *scatter(dhere), None, None
-
-    rounds.defvjp(forward, backward)
-    return jax.lax.psum(rounds(x_mD, weights_mA, experts, plan, draws), "tensor").astype(x_mD.dtype)
+    # To the experts: every device receives a bucket from each device.
+    expert_S = _exchange(jnp.where(used_S, routes.expert_n[at_S], experts.count))
+    weight_S = _exchange(jnp.where(used_S, inputs.weights_mA.reshape(-1)[assignment_S], 0))
+    x_SD = _exchange(to_rows(inputs.x_mD, placement))
+    dropout_S = None
+    if routing.dropout_mA is not None:
+        counters_n = routing.dropout_mA.counters.reshape(-1)
+        dropout_S = routing.dropout_mA._replace(counters=_exchange(counters_n[assignment_S]))
+    y_SD = apply_experts(ReceivedRows(x_SD, expert_S, weight_S[:, None], dropout_S), experts, inputs.experts)
+    # And back to the tokens.
+    return from_rows(_exchange(y_SD).astype(jnp.float32), placement)
 
 
-def _round(
-    i: jax.Array, x_mD: jax.Array, weights_mA: jax.Array, experts: Any, plan: Plan, draws: Any, slots: int, run: Experts
-) -> jax.Array:
-    """What round i adds to each token's sum."""
-    X, A = plan.counts_X.shape[0], weights_mA.shape[1]
-    rank_XC = i * slots + jnp.arange(slots) + jnp.zeros((X, 1), jnp.int32)
-    used_S = (rank_XC < plan.counts_X[:, None]).reshape(-1)
-    at_S = jnp.where(used_S, (plan.starts_X[:, None] + rank_XC).reshape(-1), 0)
-    assignment_S = plan.order_n[at_S]
-    in_round_mA = (plan.rank_mA // slots == i) & (plan.device_mA < X)
-    slot_mA = jnp.where(in_round_mA, plan.device_mA * slots + plan.rank_mA % slots, 0)
-    slots_of_tokens = (assignment_S // A, used_S, slot_mA, in_round_mA)
-
-    # There: every device receives `slots` rows of each other one, and sorts them by expert.
-    e = jax.tree.leaves(experts)[0].shape[0]
-    expert_S = _swap(jnp.where(used_S, plan.expert_n[at_S], e))
-    weight_S = _swap(jnp.where(used_S, weights_mA.reshape(-1)[assignment_S], 0))
-    x_SD = _swap(to_slots(x_mD, slots_of_tokens))
-    order_S = jnp.argsort(expert_S, stable=True)
-    inverse_S = jnp.argsort(order_S)
-    sizes_e = jnp.sum(expert_S[:, None] == jnp.arange(e), axis=0, dtype=jnp.int32)
-    key, numbers_mA = draws
-    numbers_S = None if numbers_mA is None else _swap(numbers_mA.reshape(-1)[assignment_S])[order_S]
-    y_SD = run(permute(x_SD, order_S, inverse_S), sizes_e, experts, key, numbers_S)
-    # The weights are applied here, not at home: then no gradient needs y, and the backward pass does not send it again.
-    y_SD = permute(y_SD, inverse_S, order_S) * weight_S[:, None].astype(y_SD.dtype)
-    # And back.
-    return from_slots(_swap(y_SD).astype(jnp.float32), slots_of_tokens)
-
-
-def _swap(x_S: jax.Array) -> jax.Array:
-    """Rows for each device -> rows from each device."""
+def _exchange(x_S: jax.Array) -> jax.Array:
+    """A bucket for each device -> a bucket from each device."""
     return jax.lax.all_to_all(x_S, "expert", split_axis=0, concat_axis=0, tiled=True)
-
-
-# All of these are gathers, and so are their gradients: a scatter-add is serial on CPU and unordered on GPU.
-
-
-@jax.custom_vjp
-def to_slots(x_mD: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
-    """(m, D) -> (S, D): the token of each used slot, zeros elsewhere."""
-    token_S, used_S, _, _ = at
-    return jnp.where(used_S[:, None], x_mD[token_S], 0)
-
-
-@jax.custom_vjp
-def from_slots(y_SD: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
-    """(S, D) -> (m, D): the sum of each token's slots."""
-    _, _, slot_mA, in_round_mA = at
-    first, *others = (jnp.where(in_round_mA[:, a, None], y_SD[slot_mA[:, a]], 0) for a in range(slot_mA.shape[1]))
-    return sum(others, start=first)
-
-
-to_slots.defvjp(lambda x, at: (to_slots(x, at), at), lambda at, dx: (from_slots(dx, at), None))
-from_slots.defvjp(lambda y, at: (from_slots(y, at), at), lambda at, dy: (to_slots(dy, at), None))
-
-
-@jax.custom_vjp
-def permute(x_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
-    return x_SD[order_S]
-
-
-permute.defvjp(lambda x, o, i: (x[o], (o, i)), lambda saved, dx: (dx[saved[1]], None, None))

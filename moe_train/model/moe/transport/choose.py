@@ -1,95 +1,90 @@
-"""Which transport brings assignments to their experts: what each one moves along the mesh axis `expert`."""
+"""Which transport a layer uses: the stated one, or under `auto` the one that moves the fewest bytes along the axis `expert`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, assert_never
 
 import jax.numpy as jnp
 
 from moe_train import config
 from moe_train.machine.mesh import BATCH, platform
 from moe_train.model.moe.capacity import capacity
-from moe_train.model.moe.transport.all_to_all import slots_of
+from moe_train.model.moe.transport import all_gather, all_to_all, ragged_all_to_all
+from moe_train.model.moe.transport.transport import ExchangeSizes, Name, Transport, bytes_received
 
 
-class AlongExpert(NamedTuple):
-    """What one device has to bring to its experts in a layer of a microbatch."""
-
-    tokens: int
-    """m, of this device."""
-    model_dim: int
-    experts_per_token: int
-    devices: int
-    """X, of the mesh axis `expert`."""
-    itemsize: int = 2
-    most: int | None = None
-    """Where a capacity is set: assignments of a device that can go to one other."""
-
-
-def along_expert(run: config.Run, sizes: Mapping[str, int]) -> AlongExpert:
-    """Of a run with experts; sizes: of the mesh's axes."""
-    assert isinstance(run.model.ffn, config.MoeFfn)
-    X, ffn = sizes["expert"], run.model.ffn
-    T, cf = run.train.seq_len, run.train.capacity_factor
-    rows = run.train.batch_size // (run.train.microbatches * math.prod(sizes[axis] for axis in BATCH))
-    A, E, itemsize = ffn.experts_per_token, ffn.num_experts, jnp.dtype(run.compute.dtype).itemsize
-    most = None if cf is None else rows * E // X * capacity(cf, T, A, E)
-    return AlongExpert(rows * T // sizes["context"], run.model.model_dim, A, X, itemsize, most)
-
-
-def transport_bytes(transport: str, along: AlongExpert) -> int:
-    """Bytes that a device receives from the others of `expert` in one layer of a training step, while routing is balanced.
-
-    Rows of model_dim go five ways, whatever the rematerialisation: out and back, out once more and the gradients both
-    ways. With all_gather a way is (X - 1) * m rows; with all_to_all (X - 1) buffers of `slots_of`; with ragged_all_to_all
-    the assignments that other devices hold, (X - 1) / X * m * A. What the routing itself needs (ids, weights) is left
-    out: 8 bytes beside the 2 * D of a row.
-    """
-    tokens, model_dim, experts_per_token, devices, itemsize, most = along
-    match transport:
+def choose_transport(setting: Name | Literal["auto"], sizes: ExchangeSizes, on: str | None = None) -> Transport:
+    """The transport of `compute.transport`; on: the platform that `auto` chooses for, by default that of the mesh in force."""
+    match setting:
+        case "auto":
+            candidates = [choose_transport(name, sizes) for name in transports_of(on or platform())]
+            return min(candidates, key=lambda transport: bytes_received(transport, sizes))
         case "all_gather":
-            rows = (devices - 1) * tokens
+            return all_gather
         case "all_to_all":
-            rows = (devices - 1) * slots_of(tokens * experts_per_token, devices, most)
+            return all_to_all
         case "ragged_all_to_all":
-            rows = (devices - 1) * tokens * experts_per_token // devices
-        case _:
-            raise AssertionError(transport)
-    return 5 * rows * model_dim * itemsize
+            return ragged_all_to_all
+    assert_never(setting)
 
 
-def choose_transport(transport: str, along: AlongExpert, on: str | None = None) -> str:
-    """`auto` -> the transport of the platform `on` (the mesh's in force) that moves the fewest bytes. `ragged` says where
-    it is one of them, and why."""
-    if transport != "auto":
-        return transport
-    names = ("all_gather", "all_to_all", *(("ragged_all_to_all",) if (on or platform()) == "tpu" else ()))
-    return min(names, key=lambda name: transport_bytes(name, along))
+def transports_of(on: str) -> tuple[Name, ...]:
+    """The names of the transports that `auto` chooses from on a platform; of equal ones it takes the first.
+
+    ragged_all_to_all is not implemented on CPUs and not measured on GPUs.
+    """
+    return ("all_gather", "all_to_all", "ragged_all_to_all") if on == "tpu" else ("all_gather", "all_to_all")
 
 
-def check_transport(transport: str) -> None:
-    """Raise ValueError for one that the platform of the mesh in force has not."""
-    if transport == "ragged_all_to_all" and platform() == "cpu":
+def check_transport(setting: str) -> None:
+    """Raise ValueError for a transport that the platform of the mesh in force does not implement."""
+    if setting == "ragged_all_to_all" and platform() == "cpu":
         raise ValueError("compute.transport ragged_all_to_all: CPUs have no such collective; use all_to_all")
 
 
-def transport_in_words(run: config.Run, sizes: Mapping[str, int]) -> str | None:
-    """What moves assignments along `expert`, and what that costs; None where the axis has one device. sizes: of the mesh's
-    axes."""
-    if (name := transport_of(run, sizes)) is None:
-        return None
-    along = along_expert(run, sizes)
-    costs = {other: transport_bytes(other, along) / 2**20 for other in (name, *{"all_gather", "all_to_all"} - {name})}
-    (chosen, mib), *others = costs.items()
-    than = ", ".join(f"{other} {cost:,.1f}" for other, cost in sorted(others))
-    how = f", chosen by bytes on {platform()}" if run.compute.transport == "auto" else ""
-    return f"{chosen} over {sizes['expert']} devices{how}: each receives {mib:,.1f} MiB in a layer of a microbatch ({than})"
+def exchange_sizes(run: config.Run, mesh_sizes: Mapping[str, int]) -> ExchangeSizes:
+    """What a device exchanges in each layer of a run with experts, on a mesh with axes of these sizes."""
+    assert isinstance(run.model.ffn, config.MoeFfn)
+    ffn, T, capacity_factor = run.model.ffn, run.train.seq_len, run.train.capacity_factor
+    rows = run.train.batch_size // (run.train.microbatches * math.prod(mesh_sizes[axis] for axis in BATCH))
+    peer_capacity = None
+    if capacity_factor is not None:
+        per_expert = rows * capacity(capacity_factor, T, ffn.experts_per_token, ffn.num_experts)
+        peer_capacity = ffn.num_experts // mesh_sizes["expert"] * per_expert
+    return ExchangeSizes(
+        tokens=rows * T // mesh_sizes["context"],
+        model_dim=run.model.model_dim,
+        experts_per_token=ffn.experts_per_token,
+        devices=mesh_sizes["expert"],
+        itemsize=jnp.dtype(run.compute.dtype).itemsize,
+        peer_capacity=peer_capacity,
+    )
 
 
-def transport_of(run: config.Run, sizes: Mapping[str, int]) -> str | None:
-    """The transport of a run; None where `expert` has one device."""
-    if sizes["expert"] == 1:
+def transport_of(run: config.Run, mesh_sizes: Mapping[str, int]) -> Name | None:
+    """The name of a run's transport; None where the axis `expert` has one device."""
+    if mesh_sizes["expert"] == 1:
         return None
-    return choose_transport(run.compute.transport, along_expert(run, sizes))
+    return choose_transport(run.compute.transport, exchange_sizes(run, mesh_sizes)).NAME
+
+
+def transport_in_words(run: config.Run, mesh_sizes: Mapping[str, int]) -> str | None:
+    """A line about the transport of a run and the bytes that it and the others move; None where the axis `expert` has one
+    device."""
+    chosen = transport_of(run, mesh_sizes)
+    if chosen is None:
+        return None
+    sizes = exchange_sizes(run, mesh_sizes)
+    mib = {name: _mib(name, sizes) for name in {chosen, "all_gather", "all_to_all"}}
+    others = ", ".join(f"{name} {mib[name]:,.1f}" for name in sorted(mib) if name != chosen)
+    reason = f", chosen by bytes on {platform()}" if run.compute.transport == "auto" else ""
+    return (
+        f"{chosen} over {mesh_sizes['expert']} devices{reason}: each receives {mib[chosen]:,.1f} MiB "
+        f"in a layer of a microbatch ({others})"
+    )
+
+
+def _mib(name: Name, sizes: ExchangeSizes) -> float:
+    return bytes_received(choose_transport(name, sizes), sizes) / 2**20

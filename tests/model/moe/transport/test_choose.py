@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import get_args
 
-from moe_train.model.moe.transport import choose as transport
+import pytest
+
+from moe_train import config
+from moe_train.model.moe.transport import all_gather, all_to_all, ragged_all_to_all
+from moe_train.model.moe.transport.choose import choose_transport, transports_of
+from moe_train.model.moe.transport.transport import ExchangeSizes, Name, bytes_received
+
+SIZES = ExchangeSizes(tokens=4096, model_dim=1024, experts_per_token=2, devices=8)
 
 
-def test_auto_moves_the_fewest_bytes() -> None:
-    """Balanced, all_to_all sends SLACK * A / X of the rows that all_gather does; the whole is rounded up to tiles."""
-    *_, along = several = [transport.AlongExpert(4096, 1024, 2, devices) for devices in (1, 2, 4, 8)]
-    choose = partial(transport.choose_transport, "auto")
-    assert [choose(each) for each in several] == ["all_gather", "all_gather", "all_to_all", "all_to_all"]
-    assert [choose(each, on="tpu") for each in several] == ["all_gather"] * 2 + ["ragged_all_to_all"] * 2
-    assert transport.transport_bytes("all_gather", along) == 5 * 7 * 4096 * 1024 * 2
-    assert transport.transport_bytes("all_to_all", along) == 5 * 7 * 1280 * 1024 * 2
-    assert transport.transport_bytes("ragged_all_to_all", along) == 5 * 7 * 1024 * 1024 * 2
-    assert transport.transport_bytes("all_to_all", along._replace(most=1024)) == 5 * 7 * 1024 * 1024 * 2
+@pytest.mark.parametrize(
+    ("devices", "on", "chosen"),
+    [
+        *((1, "cpu", all_gather), (2, "cpu", all_gather), (4, "cpu", all_to_all), (8, "cpu", all_to_all)),
+        *((2, "tpu", all_gather), (4, "tpu", ragged_all_to_all), (8, "gpu", all_to_all)),
+    ],
+)
+def test_auto_moves_the_fewest_bytes(devices: int, on: str, chosen: object) -> None:
+    assert choose_transport("auto", SIZES._replace(devices=devices), on) is chosen
+
+
+def test_bytes_by_hand() -> None:
+    """Balanced, all_to_all sends SLACK * A / X of the rows that all_gather does, rounded up to tiles; 5 ways of 7 devices."""
+    assert bytes_received(all_gather, SIZES) == 5 * 7 * 4096 * 1024 * 2
+    assert bytes_received(all_to_all, SIZES) == 5 * 7 * 1280 * 1024 * 2
+    assert bytes_received(ragged_all_to_all, SIZES) == 5 * 7 * 1024 * 1024 * 2
+    assert bytes_received(all_to_all, SIZES._replace(peer_capacity=1024)) == 5 * 7 * 1024 * 1024 * 2
+
+
+def test_names_are_those_of_the_config() -> None:
+    setting = config.Compute.model_fields["transport"].annotation
+    assert get_args(setting) == ("auto", *get_args(Name))
+    assert tuple(choose_transport(name, SIZES).NAME for name in transports_of("tpu")) == get_args(Name)

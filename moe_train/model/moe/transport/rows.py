@@ -1,0 +1,79 @@
+"""Tokens copied to the rows of a buffer, computed there by their experts, and summed from rows back to tokens. Local view.
+
+All copies are gathers, and so are their gradients: a scatter-add is serial on CPU and unordered on GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_train.model.moe.transport.transport import DropoutCounters, LocalExperts
+
+
+class Placement(NamedTuple):
+    """Which token is in which of the S rows of a buffer, read from either side."""
+
+    token_S: jax.Array
+    used_S: jax.Array
+    """Whether the row holds an assignment."""
+    row_mA: jax.Array
+    present_mA: jax.Array
+    """Whether the assignment is in this buffer."""
+
+
+@jax.custom_vjp
+def to_rows(x_mD: jax.Array, placement: Placement) -> jax.Array:
+    """(m, D) -> (S, D): the token of each used row, zeros elsewhere."""
+    return jnp.where(placement.used_S[:, None], x_mD[placement.token_S], 0)
+
+
+@jax.custom_vjp
+def from_rows(y_SD: jax.Array, placement: Placement) -> jax.Array:
+    """(S, D) -> (m, D): the sum of each token's rows."""
+    row_mA, present_mA = placement.row_mA, placement.present_mA
+    first, *others = (jnp.where(present_mA[:, a, None], y_SD[row_mA[:, a]], 0) for a in range(row_mA.shape[1]))
+    return sum(others, start=first)
+
+
+to_rows.defvjp(lambda x, at: (to_rows(x, at), at), lambda at, dx: (from_rows(dx, at), None))
+from_rows.defvjp(lambda y, at: (from_rows(y, at), at), lambda at, dy: (to_rows(dy, at), None))
+
+
+@jax.custom_vjp
+def permute(x_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
+    """The rows in another order: x[order], where order[inverse] is 0, 1, 2, …"""
+    return x_SD[order_S]
+
+
+permute.defvjp(lambda x, o, i: (x[o], (o, i)), lambda saved, dx: (dx[saved[1]], None, None))
+
+
+class ReceivedRows(NamedTuple):
+    """Rows that arrived for this device's experts, in any order."""
+
+    x_SD: jax.Array
+    expert_S: jax.Array
+    """Among this device's e experts; e for an unused row."""
+    weight_S1: jax.Array
+    """Router weight of the assignment; 0 for an unused row."""
+    dropout_S: DropoutCounters | None
+
+
+def apply_experts(rows: ReceivedRows, experts: LocalExperts, weights: Any) -> jax.Array:
+    """Sort rows by expert, apply the experts, restore the order and multiply by the router weights: (S, D).
+
+    weights: those of `experts`, unsharded.
+    The router weights are applied here rather than at the token's own device: then no gradient needs the experts' outputs,
+    and the backward pass does not send them again.
+    """
+    order_S = jnp.argsort(rows.expert_S, stable=True)
+    inverse_S = jnp.argsort(order_S)
+    group_sizes_e = jnp.sum(rows.expert_S[:, None] == jnp.arange(experts.count), axis=0, dtype=jnp.int32)
+    dropout_S = None
+    if rows.dropout_S is not None:
+        dropout_S = rows.dropout_S._replace(counters=rows.dropout_S.counters[order_S])
+    y_SD = experts.apply(permute(rows.x_SD, order_S, inverse_S), group_sizes_e, weights, dropout_S)
+    return permute(y_SD, inverse_S, order_S) * rows.weight_S1.astype(y_SD.dtype)

@@ -1,0 +1,69 @@
+"""The answer of `moe-train plan` as JSON. Keys are stable, so that programs can build on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_train.plan import search
+from moe_train.plan.answer import Answer
+from moe_train.plan.search import Choice
+
+
+def as_json(answer: Answer) -> dict[str, Any]:
+    """All that is known: the topology, the price, and the best choice of each mesh."""
+    place, best = answer.topology, answer.best
+    return {
+        "topology": {
+            "name": place.name,
+            "device": place.device,
+            "slices": place.num_slices,
+            "chips": place.num_chips,
+            "devices": place.num_devices,
+            "hbm_bytes_per_device": search.device_limit(place),
+        },
+        "price": {"dollars_per_chip_hour": answer.price, "source": answer.priced},
+        "considered": answer.considered,
+        "fitting": answer.fitting,
+        "given": None if answer.given is None else choice_as_json(answer, answer.given),
+        "best": None if best is None else choice_as_json(answer, best),
+        "choices": [choice_as_json(answer, choice) for choice in answer.choices],
+    }
+
+
+def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
+    """One choice: what is set, what it takes as modelled and as compiled, and why it is not the best."""
+    place, run, compiled = answer.topology, choice.run, choice.compiled
+    reference = answer.best
+    found: dict[str, Any] = {
+        "mesh": run.mesh.model_dump(),
+        "transport": choice.transport,
+        "remat": run.compute.remat,
+        "batch_size": run.train.batch_size,
+        "microbatches": run.train.microbatches,
+        "fits": choice.fits,
+        "memory_bytes": {**choice.memory._asdict(), "total": choice.memory.total},
+        "received_bytes": {"network": choice.work.network_bytes, "dcn": choice.work.dcn_bytes},
+        "received_bytes_per_token": choice.received_per_token(place.num_devices),
+        "flows": [flow._asdict() for flow in choice.flows],
+        "model_flops": choice.work.model_flops,
+        "flops": choice.work.flops,
+        "hbm_bytes": choice.work.hbm_bytes,
+        "seconds": {**choice.time._asdict(), "step": choice.time.step},
+        "binds": choice.time.binds,
+        "tokens_per_second": choice.tokens_per_second,
+        "mfu": search.share_of_peak(choice, place),
+        "dollars_per_billion_tokens": search.dollars_per_billion(choice, place, answer.price),
+        "compiled": None,
+        "why_not": None if choice is reference else search.why(choice, reference or choice),
+    }
+    if compiled is not None:
+        found["compiled"] = {
+            "bytes_per_device": compiled.bytes_per_device,
+            "received_bytes": compiled.network_bytes,
+            "seconds": compiled.compile_seconds,
+            "memory_error": choice.memory_error,
+            "received_error": choice.received_error,
+        }
+    elif choice.refused is not None:
+        found["compiled"] = {"refused": choice.refused}
+    return found

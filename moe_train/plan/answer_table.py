@@ -1,0 +1,92 @@
+"""The answer of `moe-train plan` for people: a table of choices, with lines above and below it."""
+
+from __future__ import annotations
+
+from moe_train.machine.devices import DEVICES, GIB
+from moe_train.plan import search
+from moe_train.plan.answer import Answer
+from moe_train.plan.search import Choice
+
+SHOWN = 12
+"""Meshes in the table; JSON has all."""
+
+
+def introduction(answer: Answer) -> list[str]:
+    """Lines above the table."""
+    place, device = answer.topology, DEVICES[answer.topology.device]
+    chips = f"{place.num_chips} chips" + (f", {place.num_devices} devices" if place.devices_per_chip > 1 else "")
+    price = answer.priced if answer.price is None else f"{answer.price:g} dollars per chip and hour ({answer.priced})"
+    lines = [f"{place.name}: {chips} of {device.hbm_bytes / GIB:.1f} GiB; {price}"]
+    if answer.considered > 1:
+        lines.append(f"{answer.considered} choices modelled, {answer.fitting} fit; the best of each mesh, in order")
+    return lines
+
+
+def rows(answer: Answer) -> list[dict[str, str]]:
+    """The table: one row a mesh."""
+    found = []
+    for choice in answer.choices[:SHOWN]:
+        dollars = search.dollars_per_billion(choice, answer.topology, answer.price)
+        run, reference = choice.run, answer.best
+        found.append(
+            {
+                "mesh": search.in_words(run.mesh),
+                "transport": choice.transport or "-",
+                "remat": run.compute.remat,
+                "batch": f"{run.train.batch_size}" + (f" / {run.train.microbatches}" if run.train.microbatches > 1 else ""),
+                "HBM GiB": f"{choice.memory.total / GIB:.2f}",
+                "compiled": _compiled(choice),
+                "step s": f"{choice.time.step:.3f}",
+                "tokens/s": f"{choice.tokens_per_second:,.0f}",
+                "MFU at most": f"{search.share_of_peak(choice, answer.topology):.0%}",
+                "GB received": f"{choice.received / 1e9:.1f}",
+                "MB a token": f"{choice.received_per_token(answer.topology.num_devices) / 1e6:.2f}",
+                "binds": choice.time.binds,
+                "$ per 1e9 tokens": "-" if dollars is None else f"{dollars:,.0f}",
+                "why not": "" if choice is reference else search.why(choice, reference or choice),
+            }
+        )
+    return found
+
+
+def _compiled(choice: Choice) -> str:
+    if choice.refused is not None:
+        return "refused"
+    if choice.compiled is None:
+        return "-"
+    return f"{choice.compiled.bytes_per_device / GIB:.2f}, {choice.compiled.network_bytes / 1e9:.1f} GB"
+
+
+def conclusion(answer: Answer) -> list[str]:
+    """Lines below the table."""
+    best, given, place = answer.best, answer.given, answer.topology
+    if best is None:
+        closest = answer.choices[0]
+        said = [f"nothing fits on {place.name}: the closest is {search.in_words(closest.run.mesh)}, {search.why(closest, closest)}"]
+        if found := search.smallest_that_fits(closest.run, place):
+            larger, choice = found
+            said.append(
+                f"it fits on {larger.name} ({larger.num_chips} chips): {search.in_words(choice.run.mesh)}, remat full, "
+                f"one sequence on each device at a time, {choice.memory.total / GIB:.2f} GiB"
+            )
+        else:
+            said.append(f"nor does it on any larger slice or number of hosts of {place.device}: use a device with more memory")
+        return said
+    lines = ["Times are the roofline's, and so the least; a real step is longer."]
+    if lost := answer.choices[SHOWN:]:
+        slow = [choice for choice in lost if choice.fits]
+        fates = [f"{len(slow)} are slower"] if slow else []
+        if large := [choice for choice in lost if not choice.fits]:
+            fates.append(f"{len(large)} do not fit, by {min(c.bytes_per_device - c.limit for c in large) / GIB:.2f} GiB and more")
+        lines.append(f"{len(lost)} more meshes: {', '.join(fates)} (--json has them)")
+    if best.compiled is None:
+        lines.append("confirmed: no (the model alone)")
+    else:
+        lines.append(
+            f"confirmed by the compiler: the model is off by {best.memory_error:+.1%} in memory "
+            f"and {best.received_error:+.1%} in bytes received"
+        )
+    if given is not None and given is not best and (differs := search.changed(given.run, best.run)):
+        settings = " ".join(f"{key}={value}" for key, value in differs.items())
+        lines.append(f"the config as it is: {search.why(given, best)}; better: {settings}")
+    return lines

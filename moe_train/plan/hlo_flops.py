@@ -1,0 +1,66 @@
+"""FLOPs of the matrix products of an HLO module; XLA:TPU writes them as convolutions."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+
+import numpy as np
+
+from moe_train.plan.hlo_text import Instruction, ShapesByName, operand_shapes, stated_shapes
+
+
+def dot_flops(i: Instruction, known: ShapesByName) -> float:
+    """Two for each entry of the result and of the contracted dims."""
+    lhs = operand_shapes(i, known)[0]
+    dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
+    depth = math.prod(lhs.dims[int(d)] for d in dims[1].split(",") if d) if dims else 1
+    return 2 * math.prod(stated_shapes(i.result)[0].dims) * depth
+
+
+def cublas_flops(i: Instruction, known: ShapesByName) -> float:
+    """As `dot_flops`, for a call of cuBLAS; 0 where it states no contracted dims."""
+    dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
+    if dims is None:
+        return 0
+    lhs = operand_shapes(i, known)[0]
+    depth = math.prod(lhs.dims[int(d.strip('"'))] for d in dims[1].split(",") if d)
+    return 2 * math.prod(stated_shapes(i.result)[0].dims) * depth
+
+
+def convolution_flops(i: Instruction, known: ShapesByName) -> float:
+    """Two for each pair of a kernel's tap and an entry of the operand that meet, over all channels."""
+    lhs, rhs = operand_shapes(i, known)[:2]
+    (out,) = stated_shapes(i.result)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+    assert labels, i
+    window = re.search(r"window=\{([^}]*)\}", i.attributes)
+    stated = dict(part.split("=") for part in window[1].split()) if window else {}
+    flops = 2 * out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")] * rhs.dims[labels[2].index("i")]
+    spatial = sorted(c for c in labels[1] if c.isdigit())
+    for n, label in enumerate(spatial):
+        entry = lambda key, default, n=n: stated[key].split("x")[n] if key in stated else default  # noqa: E731
+        low = int(entry("pad", "0_0").split("_")[0])
+        flops *= _meetings(
+            lhs.dims[labels[1].index(label)],
+            out.dims[labels[3].index(label)],
+            int(entry("size", "1")),
+            int(entry("stride", "1")),
+            int(entry("lhs_dilate", "1")),
+            int(entry("rhs_dilate", "1")),
+            low,
+        )
+    groups = re.search(r"batch_group_count=(\d+)", i.attributes)
+    return flops / (int(groups[1]) if groups else 1)
+
+
+@cache
+def _meetings(inputs: int, outputs: int, taps: int, stride: int, lhs_dilate: int, rhs_dilate: int, pad: int) -> int:
+    """Pairs (output, tap) along one spatial dim whose input exists: not padding, not a hole of the dilation."""
+    met = 0
+    at = np.arange(outputs) * stride - pad
+    for tap in range(taps):
+        place = at + tap * rhs_dilate
+        met += int(np.sum((place >= 0) & (place % lhs_dilate == 0) & (place // lhs_dilate < inputs)))
+    return met

@@ -1,0 +1,111 @@
+"""The text of an HLO module, as XLA prints it: computations, instructions and the shapes that they state."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128} | {
+    f"{sign}{bits}": bits for sign in "su" for bits in (2, 4, 8, 16, 32, 64)
+}
+_SHAPE = re.compile(r"\b([a-z]+[0-9][a-z0-9]*|pred)\[([\d,]*)\]")
+
+
+class Shape(NamedTuple):
+    """An array."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def bytes(self) -> float:
+        bits = 8 if self.dtype.startswith("f8") else 4 if self.dtype.startswith("f4") else _BITS[self.dtype]
+        return math.prod(self.dims) * bits / 8
+
+
+ShapesByName = dict[str, list[Shape]]
+"""The shapes of the result of each instruction of a computation."""
+
+
+class Instruction(NamedTuple):
+    """One line of a computation: name = result opcode(operands), attributes."""
+
+    name: str
+    result: str
+    opcode: str
+    operands: str
+    attributes: str
+
+    def called(self, *attributes: str) -> list[str]:
+        """Names of the computations under these attributes."""
+        found = re.findall(rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
+        return [name.lstrip("%") for several, one in found for name in (several.split(", ") if several else [one])]
+
+
+def num_instructions(text: str) -> int:
+    """Number of instructions of a module."""
+    return sum(len(instructions) for instructions in computations(text)[0].values())
+
+
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """{computation: its instructions, as scheduled}, and the name of the entry."""
+    found: dict[str, list[Instruction]] = {}
+    entry, now = "", None
+    for line in text.splitlines():
+        if not line.startswith(" ") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)):
+            now = found.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif now is not None and (instruction := _instruction(line)):
+            now.append(instruction)
+    if not entry:
+        raise ValueError("the text has no ENTRY computation; is it the text of an HLO module?")
+    return found, entry
+
+
+def _instruction(line: str) -> Instruction | None:
+    start = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+    if not start:
+        return None
+    rest = line[start.end() :]
+    end = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
+    opcode = re.match(r" ?([\w\-]+)\(", rest[end:])
+    if not opcode:
+        return None
+    at = end + opcode.end() - 1
+    close = at + _closing(rest[at:])
+    return Instruction(start[1], rest[:end], opcode[1], rest[at + 1 : close], rest[close + 1 :])
+
+
+def _closing(text: str) -> int:
+    """Where the bracket closes that `text` starts with."""
+    depth = 0
+    for bracket in re.finditer(r"[()]", text):
+        depth += 1 if bracket[0] == "(" else -1
+        if not depth:
+            return bracket.start()
+    return len(text)
+
+
+def stated_shapes(text: str) -> list[Shape]:
+    """Every shape in a part of an instruction's text."""
+    return [Shape(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)]
+
+
+def operand_shapes(i: Instruction, known: ShapesByName) -> list[Shape]:
+    """The shape of each operand (of a tuple its first), stated with it or by the instruction that computes it."""
+    stated = stated_shapes(i.operands)
+    if stated:
+        return stated
+    return [known[name][0] for name in re.findall(r"[\w.\-]+", i.operands) if known.get(name)]
+
+
+def second_element(result: str) -> str:
+    """The second element of a tuple's type: the start of all but an all-reduce returns (operands, results, …)."""
+    depth, parts, start = 0, [], 1
+    for at, c in enumerate(result):
+        depth += (c in "([{") - (c in ")]}")
+        if (c == "," and depth == 1) or (c == ")" and depth == 0):
+            parts.append(result[start:at])
+            start = at + 1
+    return parts[1] if len(parts) > 1 else result

@@ -1,0 +1,60 @@
+"""The devices that take part in a collective together, in the three ways that HLO text writes them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+
+Groups = tuple[tuple[int, ...], ...]
+"""Devices, by their place in the mesh, that send to each other."""
+
+
+def axes_of(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which a group's devices lie; mesh: {axis: size}, the last axis being the fastest."""
+    shape = tuple(mesh.values())
+    places = np.stack(np.unravel_index(np.array(groups[0]), shape))
+    return tuple(axis for axis, along in zip(mesh, places, strict=True) if len(set(along.tolist())) > 1)
+
+
+def replica_groups(attributes: str) -> Groups:
+    stated = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)", attributes)
+    assert stated, attributes
+    return _read_groups(stated[1])
+
+
+@cache
+def _read_groups(text: str) -> Groups:
+    """Lists, a reshaped and transposed iota, or axes of a mesh."""
+    if text.startswith("mesh"):
+        return _groups_of_mesh(text)
+    if "<=" in text:
+        shape, of = text.split("<=")
+        return _tuples(_iota(of).reshape([int(n) for n in re.findall(r"\d+", shape)]))
+    return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", text))
+
+
+def _groups_of_mesh(text: str) -> Groups:
+    """`mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: along b, the devices in the order of that iota where one is given."""
+    stated = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? ?\{(.*?)\}", text)
+    assert stated, text
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", stated[1])}
+    names, chosen = list(sizes), re.findall(r"'(\w+)'", stated[3])
+    assert set(chosen) <= set(names), text
+    ids = _iota(stated[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+    order = [name for name in names if name not in chosen] + chosen
+    return _tuples(ids.transpose([names.index(name) for name in order]).reshape(-1, math.prod(sizes[name] for name in chosen)))
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[8,4]T(1,0)`: 0, 1, 2, … in that shape, transposed."""
+    shape, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text.strip()).groups()  # type: ignore[union-attr]
+    ids = np.arange(math.prod(int(n) for n in shape.split(","))).reshape([int(n) for n in shape.split(",")])
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+
+
+def _tuples(rows: np.ndarray) -> Groups:
+    return tuple(tuple(row) for row in rows.tolist())

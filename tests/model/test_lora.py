@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import make_mesh, put_batch
-from moe_train.model.moe.experts import _dropped
+from moe_train.model.moe.experts import _drop
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.paths import is_lora
 from moe_train.model.transformer import Transformer, init_model
@@ -270,10 +270,10 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean() -> None:
     x, key = jax.numpy.ones((64, 100)), jax.random.key(0, impl="threefry2x32")
     with jax.set_mesh(ONE):
         linear = abstract(EVERY_KIND).stacks[0].layers[0].attention.q_proj
-        dropped = [linear.dropped(x, key), _dropped(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x, 0)]
+        dropped = [linear.dropped(x, key), _drop(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x, 0)]
         assert np.array_equal(linear.dropped(x, None), x)
         # half of the columns are the same half, wherever they are
-        half = _dropped(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x[:, 50:], 50)
+        half = _drop(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x[:, 50:], 50)
         assert np.array_equal(half, dropped[1][:, 50:])
     for y in map(np.asarray, dropped):
         assert set(np.unique(y)) == {0, np.float32(1 / 0.7)}

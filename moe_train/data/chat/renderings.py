@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     escapes: bool
 
 
-def ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace, outline: bool = False) -> Asked:
+def ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace) -> Asked:
     """The request for prefixes of a conversation, with marks around what looks like a control token. Raises Problem."""
     escapes = False  # by whoever made the record, and not by a template that escapes the mark
 
@@ -53,20 +53,15 @@ def ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: Huggi
         "documents": None,
         **tokenizer.named_tokens,
     }
-    return Asked(Request(variables, prefixes, outline), escapes)
+    return Asked(Request(variables, prefixes), escapes)
 
 
 def _marked(text: str, tokenizer: HuggingFace) -> str:
-    """What looks like a control token stands between marks. Raises Problem where the text has such marks."""
-    return tokenizer.special_pattern.sub(lambda found: PLAIN[0] + found[0] + PLAIN[1], unmarked(text))
-
-
-def unmarked(text: str) -> str:
-    """The text, which must not have marks already. Raises Problem."""
+    """The text with marks around what looks like a control token. Raises Problem if the text contains such marks itself."""
     if not text.isascii() and _MARKS.search(text):
         what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(text)}"
         raise Problem("unicode", what, "remove it")
-    return text
+    return tokenizer.special_pattern.sub(lambda match: PLAIN[0] + match[0] + PLAIN[1], text)
 
 
 def _as_templates_read(message: Message) -> Message:

@@ -1,4 +1,4 @@
-"""Tokenizers, records, sources and packing."""
+"""Tokenizers, records and sources."""
 
 from __future__ import annotations
 
@@ -112,21 +112,6 @@ RecordSource = FileSource | HubSource
 Source = Annotated[RecordSource | PreparedSource, Field(discriminator="name")]
 
 
-class BestFit(Section):
-    """Longest record first (by a length that is off by a random tenth), each into the fullest row that has room for it."""
-
-    name: Literal["best_fit"]
-
-
-class FirstFit(Section):
-    """In random order, each record into the first row that has room for it: long and short ones mix, rows are less full."""
-
-    name: Literal["first_fit"]
-
-
-Packing = Annotated[BestFit | FirstFit, Field(discriminator="name")]
-
-
 class Data(Section):
     """What is trained on and evaluated on. `tokenizer` may be left out where `init_from` carries one.
 
@@ -139,7 +124,6 @@ class Data(Section):
     chat_template: str | None = None
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
-    packing: Packing = BestFit(name="best_fit")
     shuffle_tokens: Positive | None = None
     cache_dir: LocalPath = "runs/cache"
     num_proc: Positive = 1

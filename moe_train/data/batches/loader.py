@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.batches.batch import Batch, empty_batch, fill_row
-from moe_train.data.batches.order import Order
+from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.example import learns
@@ -94,10 +94,9 @@ class Loader:
             if sources == "train":
                 store.warn_of_cache(data.shuffle_tokens)
             lengths = _lengths(store, seq_len, too_long)
-            order_seed = (seed, i) if sources == "train" else None
+            shuffle = Shuffle((seed, i), data.shuffle_tokens) if sources == "train" else None
             self._stores.append(store)
-            how = too_long, data.packing.name, order_seed, data.cache_dir, data.shuffle_tokens
-            self._orders.append(Order(store, lengths, seq_len, *how))
+            self._orders.append(Order(store, lengths, seq_len, too_long, shuffle, data.cache_dir))
         plans = [order.plan() for order in self._orders]
         for name, store, plan in zip(self._names, self._stores, plans, strict=True):
             if not plan.num_rows:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from moe_train.data.chat.example import bears_loss, turns, uses_tools
 from moe_train.data.chat.renderer import GENERATION
-from moe_train.data.chat.renderings import PLAIN, Asked, ask, text_or_raise, without_marks
-from moe_train.data.chat.sandbox import Prefix
+from moe_train.data.chat.renderings import PLAIN, request, text_or_raise, without_marks
+from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.conversation import Conversation, Message
 from moe_train.data.records.problem import brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -30,7 +30,7 @@ class Text(NamedTuple):
     random: list[Span]
 
 
-Steps = Generator[list[Asked], list[list[str | ValueError]], list[Text]]
+Steps = Generator[list[Request], list[list[str | ValueError]], list[Text]]
 """A generator: it yields what is to be rendered, is sent the renderings, maybe asks again, and returns texts. So that the
 requests of many conversations can cross to the sandbox at once. Raises ValueError."""
 
@@ -45,10 +45,10 @@ def learnt_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
     others = [_with_other_ids(messages[:end], learnt) for end, learnt in parts]
     # Everything in one go, but some templates take no prefixes, and need not.
     prefixes = [prefix for end, learnt in reversed(parts) for prefix in ((end, False), *_around(learnt))]
-    asked = [ask(conversation, list(dict.fromkeys(prefixes)), tokenizer)] if parts else []
-    asked += [ask(Conversation(other, conversation.tools), [(len(other), False)], tokenizer) for other in others if other]
+    asked = [request(conversation, list(dict.fromkeys(prefixes)), tokenizer)] if parts else []
+    asked += [request(Conversation(other, conversation.tools), [(len(other), False)], tokenizer) for other in others if other]
     answers = yield asked
-    known = dict(zip(asked[0].request.prefixes, answers[0], strict=True)) if parts else {}
+    known = dict(zip(asked[0].prefixes, answers[0], strict=True)) if parts else {}
     variants = iter(answers[1:])
     texts = []
     for (end, learnt), other in zip(parts, others, strict=True):
@@ -119,7 +119,7 @@ def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> Gene
     conversation, known, tokenizer = renderings
     said = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     if missing := [prefix for prefix in _around(said) if prefix not in known]:
-        (answers,) = yield [ask(conversation, missing, tokenizer)]
+        (answers,) = yield [request(conversation, missing, tokenizer)]
         known.update(zip(missing, answers, strict=True))
     spans = []
     position = 0
@@ -152,6 +152,8 @@ def _added_spans(renderings: _Renderings, wanted: list[int]) -> dict[int, tuple[
 
 def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
     """Raise ValueError where marks and prefixes differ in more than space."""
+    if spans == added:
+        return
     marked, grown = ({i for start, end in some for i in range(start, end)} for some in (spans, added))
     for only, said in ((marked - grown, "marks"), (grown - marked, "leaves out")):
         if differing := "".join(text[i] for i in sorted(only)).strip("".join(PLAIN) + " \t\r\n"):
@@ -163,8 +165,10 @@ def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
 
 def _with_other_ids(messages: list[Message], learnt: list[int]) -> list[Message]:
     """The messages with every character of the learnt calls' ids another one; none where nothing changes."""
-    changed = list(messages)
     calling = [i for i in learnt if "tool_calls" in messages[i]]
+    if not calling:
+        return []
+    changed = list(messages)
     for i in calling:
         calls = [call | {"id": call["id"].translate(_OTHER)} if "id" in call else call for call in messages[i]["tool_calls"]]
         changed[i] = messages[i] | {"tool_calls": calls}

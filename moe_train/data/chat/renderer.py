@@ -27,7 +27,14 @@ class Limits(NamedTuple):
 
 def _serve(connection: Connection, limits: Limits) -> None:
     """Answer requests until the other end of the connection is closed."""
-    compiled = functools.lru_cache(maxsize=8)(_environment().from_string)
+    environment = _environment()
+
+    @functools.lru_cache(maxsize=8)
+    def compiled(source: str) -> Any:
+        template = environment.from_string(source)
+        template.globals = dict(template.globals)  # each rendering copies them, and jinja2's ChainMap is slow to copy
+        return template
+
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -50,7 +57,7 @@ def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Li
     except (jinja2.TemplateError, RecursionError, MemoryError) as error:
         return {"unreadable": f"the chat template cannot be read: {_line(error)}"}
     answers = []
-    for variables, prefixes, max_output in question["requests"]:
+    for (variables, prefixes), max_output in question["requests"]:
         texts: list[str | int | list[str]] = []
         left = max_output
         for prefix in prefixes or [None]:

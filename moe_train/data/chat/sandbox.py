@@ -98,10 +98,10 @@ def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes
     """The requests as JSON, about `_BATCH` bytes at a time."""
     batch: list[bytes] = []
     room = _BATCH
-    for variables, prefixes in requests:
-        text = json.dumps(variables)
-        allowed = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records cannot fill the memory either
-        batch.append(f"[{text}, {json.dumps(prefixes)}, {allowed}]".encode())
+    for request in requests:
+        text = json.dumps(request)
+        max_output = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records cannot fill the memory either
+        batch.append(f"[{text}, {max_output}]".encode())
         room -= len(text)
         if room <= 0:
             yield batch

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from moe_train.data.chat import sandbox
 from moe_train.data.chat.example import Example, without_tools
 from moe_train.data.chat.loss_mask import Steps, Text, learnt_texts
-from moe_train.data.chat.renderings import PLAIN, Asked, ask, checked, text_or_raise, without_marks
+from moe_train.data.chat.renderings import PLAIN, checked, request, text_or_raise, without_marks
+from moe_train.data.chat.sandbox import Request
 from moe_train.data.records.conversation import Conversation, Message
 from moe_train.data.tokenizers.huggingface import HuggingFace, Marked
 
@@ -77,7 +78,7 @@ def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list
     found: list[list[_Written] | ValueError] = [[] for _ in steps]
     told: list[tuple[int, list[list[str | ValueError]] | None]] = [(i, None) for i in range(len(steps))]
     while told:
-        asking: list[tuple[int, list[Asked]]] = []
+        asking: list[tuple[int, list[Request]]] = []
         for i, answers in told:
             try:
                 asking.append((i, next(steps[i]) if answers is None else steps[i].send(answers)))
@@ -86,7 +87,7 @@ def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list
             except ValueError as error:
                 found[i] = error
         try:
-            texts = iter(sandbox.render_prefixes(template, [asked.request for _, some in asking for asked in some]))
+            texts = iter(sandbox.render_prefixes(template, [each for _, some in asking for each in some]))
         except ValueError as error:  # the template's own
             for i, _ in asking:
                 found[i] = error
@@ -96,8 +97,8 @@ def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list
 
 
 def _text(conversation: Conversation, prompt: bool, template: str, tokenizer: HuggingFace) -> str:
-    asked = ask(conversation, [(len(conversation.messages), prompt)], tokenizer)
-    (text,) = checked(sandbox.render_prefixes(template, [asked.request])[0], asked)
+    asked = request(conversation, [(len(conversation.messages), prompt)], tokenizer)
+    (text,) = checked(sandbox.render_prefixes(template, [asked])[0], asked)
     return text_or_raise(text)
 
 

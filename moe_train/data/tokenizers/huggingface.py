@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import json
 import logging
 import re
@@ -127,13 +128,22 @@ class HuggingFace(Tokenizer):
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def marked(self, pieces: Sequence[str], spans: Sequence[Span]) -> Marked:
-        """A text that comes in pieces, and spans of its characters: in the first piece, the third and so on control tokens are
-        what they are; in the others, what looks like one is text."""
+        """Join the pieces of a text and mark its control tokens, those in the first piece, the third and so on; what looks like
+        a control token in the other pieces is plain text. `spans` are of characters of the joined pieces."""
         text = "".join(self.special_pattern.sub(_between_marks, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces))
-        moved = _among_marks(text, spans)
-        control = [self._ids_of_control[name] for name in text.split(_MARK)[1::2]]
-        edges = [(_edge(text, start), _edge(text, stop)) for start, stop in moved] if self._control_apart else [(-1, -1)]
-        return Marked(text, moved, control, None if any(-1 in pair for pair in edges) else edges)
+        parts = text.split(_MARK)  # plain text and control tokens in turn
+        borders = [0, *itertools.accumulate(map(len, parts))]
+        openings, closings = borders[1:-1:2], borders[2:-1:2]
+
+        def among_marks(at: int) -> int:  # a token that begins here comes with its mark, and one that ends here too
+            return at + bisect.bisect_left(openings, at) + bisect.bisect_right(closings, at)
+
+        moved = [(among_marks(start), among_marks(stop)) for start, stop in spans]
+        control = [self._ids_of_control[name] for name in parts[1::2]]
+        number_of = {border: number for number, border in enumerate(borders)}
+        edges = [(number_of.get(start, -1), number_of.get(stop, -1)) for start, stop in spans]
+        at_edges = self._control_apart and not any(-1 in pair for pair in edges)
+        return Marked(text, moved, control, edges if at_edges else None)
 
     def encode_marked(self, texts: Sequence[Marked]) -> list[tuple[list[int], list[Span]]]:
         """Ids of each text, and for each of its spans the ids that touch it (first, last + 1)."""
@@ -167,26 +177,6 @@ class HuggingFace(Tokenizer):
 
 def _between_marks(found: re.Match[str]) -> str:
     return _MARK + found[0] + _MARK
-
-
-def _among_marks(marked: str, spans: Sequence[Span]) -> list[Span]:
-    """Places in a text to places in the same with two marks around each control token, the marks part of the token."""
-    marks = [found.start() for found in re.finditer(_MARK, marked)]
-    before = [at - i for i, at in enumerate(marks)]  # in the text, of each mark
-    opening, closing = before[::2], before[1::2]
-
-    def among(at: int) -> int:  # a token that begins here comes with its mark, and one that ends here too
-        return at + bisect.bisect_left(opening, at) + bisect.bisect_right(closing, at)
-
-    return [(among(start), among(stop)) for start, stop in spans]
-
-
-def _edge(marked: str, at: int) -> int:
-    """Which edge of a control token a place is at, as `Marked` counts them; -1: none."""
-    before = marked.count(_MARK, 0, at)  # two for each token
-    if at == 0 or marked[at - 1] == _MARK:
-        return before
-    return before + 1 if at == len(marked) or marked[at] == _MARK else -1
 
 
 def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:

@@ -11,11 +11,9 @@ beside experts or a router. What was trained in full is `modules_to_save`.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import new_directory
-from moe_train.model.paths import is_trainable, module_of, targets_of
+from moe_train.model.paths import is_trainable, module_of
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.on_disk import nbytes
-from moe_train.weights.peft.read import _DOWN, _GATE, _UP, CONFIG, WEIGHTS, _every_adapter, _saved, read_lora
+from moe_train.weights.peft.read import _DOWN, _GATE, _UP, CONFIG, WEIGHTS, _saved
 from moe_train.weights.serve import Server, Shape, adapter_shapes
 from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
 
@@ -41,13 +39,15 @@ def export_adapter(
     base_model: str,
     texts: Texts = NO_TEXTS,
     server: Server | None = None,
-) -> dict[str, Any]:
-    """Write the adapters of `parameters`, and what was trained in full beside them, as a PEFT directory; read it back and
-    compare.
+) -> None:
+    """Write the adapters of `parameters`, and the weights that were trained in full, as a PEFT directory.
 
-    base_model: name or path of the model that the adapter belongs to. A and B keep their dtype and their bytes,
-    except where experts have to agree (see above), or all modules for the sake of `server` (see `serve`). `out_dir`
-    appears whole, or not at all. Raises ValueError for what PEFT, or the server, has no word for.
+    A and B keep their dtype and their bytes, except where experts have to agree (see the top of this file), or all modules
+    for the sake of `server` (see `serve`). `out_dir` appears complete or not at all. `proof.prove_adapter` compares the files
+    with `parameters`. Raises ValueError for what PEFT, or the server, cannot express.
+
+    Args:
+        base_model: name or path of the model that the adapter belongs to.
     """
     adapted = [path.removesuffix(".lora_a") for path in parameters if path.endswith(".lora_a")]
     if not adapted:
@@ -80,10 +80,6 @@ def export_adapter(
         safetensors_files.write_file(directory / WEIGHTS, specs, lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name])))
         hf.write_json(directory / CONFIG, settings)
         write_texts(directory, texts)
-        return _prove(directory, parameters, model, lora)
-
-
-# --- what is in a file -------------------------------------------------------------------------------------------
 
 
 # --- what the file looks like ------------------------------------------------------------------------------------
@@ -161,46 +157,3 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
 def _number(x: float) -> int | float:
     """PEFT says int, and takes a float where it has to be one."""
     return int(x) if x.is_integer() else x
-
-
-# --- the proof ---------------------------------------------------------------------------------------------------
-
-
-def _prove(directory: Path, parameters: Held, model: config.Model, lora: config.Lora) -> dict[str, Any]:
-    """Compare the deltas that the files stand for with those in memory, matrix by matrix; saved modules bit for bit.
-
-    Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at
-    the first difference.
-    """
-    tensors, read = safetensors_files.open_file(directory / WEIGHTS), read_lora(directory, model)
-    ranks = {
-        module: targets[0].rank
-        for module in {piece.path.rpartition(".")[0] for piece in _every_adapter(model)}
-        if (targets := targets_of(read, module_of(f"{module}.weight")))
-    }
-    table, saved = names.adapter_pieces(model, ranks), _saved_pieces(model, lora)
-    missing = {path for path in parameters if is_trainable(path, lora)} - {piece.path for piece in (*table, *saved)}
-    if {piece.name for piece in (*table, *saved)} != set(tensors) or missing:
-        raise RuntimeError(f"{directory / WEIGHTS} does not hold what was trained: {', '.join(sorted(missing))}")
-    zero = 0
-    for a, b in zip(table[::2], table[1::2], strict=True):
-        module = a.path.removesuffix(".lora_a")
-        in_a, in_b = (piece.from_file(tensors[piece.name].read).astype(np.float64) for piece in (a, b))
-        written = merge.scale_of(read, module, a.lead) * np.tensordot(in_a, in_b, 1)
-        wanted = merge.delta(parameters, lora, replace(a, path=f"{module}.weight"))
-        wanted = np.zeros(()) if wanted is None else wanted.T if module == "head" else wanted
-        limit = {"float32": 2.0**-22, "bfloat16": 2.0**-7}[tensors[a.name].dtype.name] * np.abs(wanted).max()
-        if not np.all(np.abs(written - wanted) <= limit):
-            raise RuntimeError(f"{a.name} and its lora_B are not the adapter of {module}{list(a.lead)} in memory")
-        zero += not written.any()
-    for piece in saved:
-        if not np.array_equal(piece.from_file(tensors[piece.name].read), fetch(parameters[piece.path], piece.lead)):
-            raise RuntimeError(f"{piece.name} is not {piece.path}{list(piece.lead)} in memory")
-    sizes = [(math.prod(t.shape), t.dtype.itemsize) for t in tensors.values()]
-    return {
-        "tensors": len(tensors),
-        "parameters": sum(n for n, _ in sizes),
-        "bytes": sum(n * size for n, size in sizes),
-        "matrices": len(table) // 2,
-        "deltas_of_zero": zero,
-    }

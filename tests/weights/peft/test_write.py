@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from jax.sharding import NamedSharding
 
@@ -19,7 +19,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model import parameters, transformer
 from moe_train.model.lora import scale_of_expert
 from moe_train.model.paths import is_lora, is_trainable, module_of, targets_of
-from moe_train.weights import peft, safetensors_files, texts
+from moe_train.weights import peft, texts
 
 MIXTRAL = config.Model(
     family="mixtral",
@@ -61,8 +61,9 @@ LORA = lora_of(("attention.q_proj", 2, 3.0), ("attention.o_proj", 3, 6.0), ("ffn
 def test_an_adapter_is_read_back_bit_for_bit_on_any_mesh(dtype: str, tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = adapters(LORA, dtype)
-        report = peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="some/base")
-    assert report["matrices"] == 2 * (2 + 3 * 4) and report["deltas_of_zero"] == 0
+        peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="some/base")
+    with safetensors.safe_open(tmp_path / "out/adapter_model.safetensors", "np") as written:
+        assert len(list(written.keys())) == 2 * 2 * (2 + 3 * 4)
     read = peft.read_lora(tmp_path / "out", MIXTRAL)
     assert {(t.rank, t.alpha): set(t.modules) for t in read.targets} == {
         (2, 3.0): {"attention.q_proj"},
@@ -99,32 +100,12 @@ def test_the_files_of_an_adapter(tmp_path: Path) -> None:
 def test_experts_come_with_all_three_matrices_and_one_rank(tmp_path: Path) -> None:
     lora = lora_of(("ffn.gate_proj", 3, 6.0), ("ffn.up_proj", 2, 3.0))
     with jax.set_mesh(ONE):
-        report = peft.export_adapter(adapters(lora), MIXTRAL, lora, tmp_path / "out", base_model="b")
-    assert report["deltas_of_zero"] == 2 * 4  # w2, which PEFT has to see
+        peft.export_adapter(adapters(lora), MIXTRAL, lora, tmp_path / "out", base_model="b")
+    written = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
+    zeros = {name for name, x in written.items() if not x.any()}
+    assert len(zeros) == 2 * 2 * 4 and all(".w2." in name for name in zeros), "PEFT has to see w2"
     (target,) = peft.read_lora(tmp_path / "out", MIXTRAL).targets
     assert (target.rank, target.alpha, set(target.modules)) == (3, 6.0, {"ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"})
-
-
-def test_the_proof_finds_an_expert_whose_delta_was_dropped_or_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = safetensors_files.write_file
-    victim = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w1.lora_B.weight"
-
-    def planted(change: Callable[[Any, Any], np.ndarray]) -> Callable[..., None]:
-        def faulty(file: Path, specs: list[safetensors_files.Spec], tensor: Any) -> None:
-            write(file, specs, lambda spec: change(spec, tensor) if spec.name == victim else tensor(spec))
-
-        return faulty
-
-    zero = planted(lambda spec, tensor: np.zeros_like(tensor(spec)))
-    swapped = planted(lambda spec, tensor: tensor(spec._replace(name=victim.replace("experts.3", "experts.0"))))
-    with jax.set_mesh(ONE):
-        for fault in (zero, swapped):
-            monkeypatch.setattr(safetensors_files, "write_file", fault)
-            with pytest.raises(
-                RuntimeError, match=r"layers\.1\.block_sparse_moe\.experts\.3\.w1\.lora_A\.weight and its lora_B are not"
-            ):
-                peft.export_adapter(adapters(LORA), MIXTRAL, LORA, tmp_path / "out", base_model="b")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_adapter_has_none_to_export(tmp_path: Path) -> None:
@@ -263,11 +244,12 @@ BY_EXPERT = config.Lora(
 def test_experts_that_differ_share_rank_and_scale_in_the_file(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = trained(BY_EXPERT)
-        report = peft.export_adapter(parameters, MIXTRAL, BY_EXPERT, tmp_path / "out", base_model="b")
-    assert report["deltas_of_zero"] == 2 * 3  # expert 1 has no adapter
+        peft.export_adapter(parameters, MIXTRAL, BY_EXPERT, tmp_path / "out", base_model="b")
     settings = settings_in(tmp_path / "out")
     assert (settings["r"], settings["rank_pattern"], settings["alpha_pattern"], settings["use_rslora"]) == (3, {}, {}, False)
     found = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
+    zeros = [name for name, x in found.items() if name.endswith("lora_B.weight") and not x.any()]
+    assert len(zeros) == 2 * 3 and all("experts.1." in name for name in zeros), "expert 1 has no adapter"
     for e, scale in ((0, 6 / 3**0.5), (1, 0), (2, 6 / 3**0.5), (3, 1 / 2**0.5)):
         name, ours = f"base_model.model.model.layers.1.block_sparse_moe.experts.{e}.w3", "stacks.0.layers.0.ffn.up_proj"
         a, b = (np.asarray(parameters[f"{ours}.{x}"])[1, e] for x in ("lora_a", "lora_b"))

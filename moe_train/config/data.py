@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from moe_train.config.section import (
     LocalPath,
@@ -106,7 +107,22 @@ class PreparedSource(Section):
     cache_mib: Positive = 1024
 
 
-RecordSource = FileSource | HubSource
+class PythonSource(Section):
+    """Records of the program that calls moe_train: an object as `moe_train.data.records.source.Records` describes it.
+
+    A config file can only name such a source, as `title`; whoever continues its run passes `records` again.
+    """
+
+    name: Literal["python"]
+    title: str = "records"
+    records: SkipJsonSchema[Any] = Field(default=None, exclude=True, repr=False)
+    record: Record
+    weight: PositiveFloat = 1.0
+    licence: str | None = None
+    origin: str | None = None
+
+
+RecordSource = FileSource | HubSource | PythonSource
 
 
 Source = Annotated[RecordSource | PreparedSource, Field(discriminator="name")]

@@ -40,7 +40,7 @@ from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat import sandbox
 from moe_train.data.prepared.tokenize_ahead import prepare
-from moe_train.data.records.sources import open_source
+from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer

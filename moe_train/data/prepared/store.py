@@ -14,6 +14,7 @@ import numpy as np
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.bucket import File, Remote, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
+from moe_train.data.records.source import OpenSource, Origin, numbered
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,10 @@ class Piece(NamedTuple):
 class TokenStore:
     """N examples, ids of which are read when asked for.
 
-    manifest: what the set is; places: where its files are now, for messages (None: where they were).
+    manifest: what the set is; source: its records as they are now, for messages (None: what the manifest says of them).
     """
 
-    def __init__(self, path: str | Path, places: Sequence[str] | None = None, cache_mib: int = 1024) -> None:
+    def __init__(self, path: str | Path, source: OpenSource | None = None, cache_mib: int = 1024) -> None:
         self.path = str(path)
         self._folder = open_folder(self.path, cache_mib)
         try:
@@ -41,7 +42,7 @@ class TokenStore:
             what = f"{self.path} holds no {manifest.NAME}; name a folder that `moe-train data prepare` made"
             raise FileNotFoundError(what) from None
         self.manifest: Manifest = manifest.read(text, f"{self.path}/{manifest.NAME}")
-        self._places = [file.path for file in self.manifest.files] if places is None else list(places)
+        self._source = source
         counts = [shard.examples for shard in self.manifest.shards]
         self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # example of each shard
         self._open = functools.lru_cache(256)(self._shard)  # files stay few, however many shards there are
@@ -100,20 +101,26 @@ class TokenStore:
         ends = [start + piece.length + 1 for start, piece in zip(starts, pieces, strict=True)]
         return [(tokens, mask, a, b) for (tokens, mask, _), a, b in zip(opened, starts, ends, strict=True)]
 
-    def origin(self, example: int) -> tuple[str, int, bool]:
-        """(file, line or row counted from 1, whether it is a line) of the record that an example is of."""
+    def origin(self, example: int) -> Origin:
+        """Where the record of an example stands in the source."""
         number = int(np.searchsorted(self._first, example, side="right")) - 1
         shard = self.manifest.shards[number]
         pairs = self._folder.array(_file(shard, "origins", "int64"))
         at = 2 * (example - int(self._first[number]))
         span, line = (int(x) for x in pairs[at : at + 2])
-        place = shard.spans[span][0]
-        return self._places[place], line, self.manifest.files[place].by_line
+        return Origin(shard.spans[span][0], line)
+
+    def place(self, origin: Origin) -> str:
+        """The name of the file, or of whatever else the record is from."""
+        return self.manifest.files[origin.place].path if self._source is None else self._source.names[origin.place]
 
     def where(self, example: int) -> str:
-        """`path:line`, or `path: row N`."""
-        file, number, by_line = self.origin(example)
-        return f"{file}{':' if by_line else ': row '}{number}"
+        """Where the record of an example comes from, for messages: `path:line`, or `path: row N`."""
+        origin = self.origin(example)
+        if self._source is not None:
+            return self._source.where(origin)
+        file = self.manifest.files[origin.place]
+        return numbered(file.path, origin.number, file.by_line)
 
 
 def _file(shard: ShardEntry, name: str, dtype: str) -> File:

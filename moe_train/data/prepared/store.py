@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_train.data.prepared import manifest
-from moe_train.data.prepared.bucket import File, Remote, open_folder
+from moe_train.data.prepared.folder import File, RemoteFolder, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
 from moe_train.data.records.source import OpenSource, Origin, numbered
 
@@ -51,9 +51,9 @@ class TokenStore:
         return self.manifest.examples
 
     def warn_of_cache(self, window: int | None) -> None:
-        """Tell where the records that are shuffled together (`window` positions, None: all) do not stay in memory, so that
-        nearly each is fetched as a block of its own."""
-        if not isinstance(self._folder, Remote):
+        """Warn if the records that are shuffled together (`window` positions, None: all) do not fit in memory, so that almost
+        each is fetched as a block of its own."""
+        if not isinstance(self._folder, RemoteFolder):
             return
         size = sum(shard.sizes[name] for shard in self.manifest.shards for name in ("tokens", "loss_mask") if name in shard.sizes)
         a_token = size / self.manifest.tokens
@@ -68,7 +68,7 @@ class TokenStore:
 
     def lengths(self) -> np.ndarray:
         """(N,) positions that an example takes in a sequence: one less than its ids, as the last is only a target."""
-        offsets = self._folder.whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
+        offsets = self._folder.read_whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
         return np.concatenate([np.diff(ends) - 1 for ends in offsets])
 
     def _shard(self, number: int) -> tuple[Any, Any, Any]:
@@ -79,19 +79,19 @@ class TokenStore:
         return tokens, mask, self._folder.array(_file(shard, "offsets", "int64"))
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Of each piece its ids (length + 1,) and their loss mask; None where every id bears loss."""
-        places = self._places_of(pieces)
-        parts = [(array, a, b) for tokens, mask, a, b in places for array in (tokens, mask) if array is not None]
+        """The ids (length + 1,) of each piece and their loss mask (None where every id bears loss)."""
+        located = self._located(pieces)
+        parts = [(array, a, b) for tokens, mask, a, b in located for array in (tokens, mask) if array is not None]
         found = iter(self._folder.read(parts))
-        return [(next(found), None if mask is None else next(found)) for _, mask, _, _ in places]
+        return [(next(found), None if mask is None else next(found)) for _, mask, _, _ in located]
 
     def masks(self, pieces: Sequence[Piece]) -> list[np.ndarray | None]:
-        """As `read`, the loss masks alone."""
-        places = self._places_of(pieces)
-        found = iter(self._folder.read([(mask, a, b) for _, mask, a, b in places if mask is not None]))
-        return [None if mask is None else next(found) for _, mask, _, _ in places]
+        """The loss masks of `read` alone."""
+        located = self._located(pieces)
+        found = iter(self._folder.read([(mask, a, b) for _, mask, a, b in located if mask is not None]))
+        return [None if mask is None else next(found) for _, mask, _, _ in located]
 
-    def _places_of(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
+    def _located(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
         """(ids, loss mask or None, start, stop) of each piece."""
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         opened = [self._open(number) for number in shards]

@@ -215,7 +215,7 @@ def test_what_was_done_before_a_kill_stays_done(
         time.sleep(0.05)
     assert not _alive(process.pid), "its processes end with it"
     before = {entry.name for entry in unfinished.iterdir() if not entry.name.startswith(".")}
-    monkeypatch.setattr(shards.scan, "__defaults__", ((20000, 20000),))
+    monkeypatch.setattr(scan.scan_file, "__defaults__", ((20000, 20000),))
     monkeypatch.setattr(shards.cut, "__defaults__", (20000,))
     store = stored(path, tokenizer=tokenizer, cache=cache, template=None)
     total = {shard.name for shard in store.manifest.shards}
@@ -290,7 +290,7 @@ def test_a_file_that_changes_while_it_is_read(
             file.write('{"text": "more"}\n')
 
     monkeypatch.setattr(tokenize_ahead, "write_shard", and_append)
-    with pytest.raises(ValueError, match=r"a\.jsonl: files were changed while they were read"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: records were changed while they were read"):
         stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
 
 

@@ -97,9 +97,7 @@ def test_a_record_that_is_too_long_is_named_by_its_where(tokenizer: HuggingFace,
         loader(section(InMemory([RECORDS[0], {"text": "fox " * 90}]), record), tokenizer, tmp_path)
 
 
-def test_the_identity_decides_what_is_made_again(
-    tokenizer: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_identity_decides_what_is_made_again(tokenizer: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = loader(section(InMemory(RECORDS)), tokenizer, tmp_path)
     other = loader(section(InMemory(RECORDS[:50], "2"), title="orders"), tokenizer, tmp_path)
     assert first.identity != other.identity and first.manifest_hash != other.manifest_hash

@@ -92,7 +92,7 @@ def prepare(
             if not any(unfinished.iterdir()):  # no work worth keeping
                 unfinished.rmdir()
         if records.scan(cache / "scans") != scans:
-            raise ValueError(f"{places}: records were changed while they were read; start again when nothing writes to them any more")
+            raise ValueError(f"{places}: records were changed while they were read; start again when nothing writes to them")
         manifest = _manifest(unfinished, shards, scans, records, source, tokenizer, rules)
         if not manifest.examples:
             shutil.rmtree(unfinished)

@@ -1,12 +1,15 @@
-"""PEFT adapters: one A and one B per matrix, experts included, as vLLM and PEFT read them.
+"""Write PEFT adapters: one A and one B per matrix, experts included, as vLLM and PEFT read them.
 
-PEFT under transformers 5 (tried with 0.21.2) turns the experts' files into its fused form while loading. What it
-accepts decides what is written: w1, w2 and w3 come together (a gate without its up is refused; both without a down
-load with their weights left out, and only a warning); w1 and w3 have the file's own `r` and `lora_alpha`;
-a differing w2 is named in the patterns by its old name and by its fused one; all experts of a matrix share rank and
-scale, so zeros fill up a smaller rank and B takes up a differing scale. Scales are said as lora_alpha / r, rank-stabilised
-ones too: PEFT's fusing of gate and up, and llama.cpp, know no other. Dropout is stated where PEFT has it, which is not
-beside experts or a router. What was trained in full is `modules_to_save`.
+PEFT under transformers 5 (tried with 0.21.2) turns the experts' tensors into its fused form while loading. What it accepts
+decides what is written:
+- w1, w2 and w3 come together: a gate without its up is refused, and both without a down load with their weights left out and
+  only a warning.
+- w1 and w3 have the file's own `r` and `lora_alpha`; a w2 that differs is named in the patterns by its old name and by its
+  fused one.
+- All experts of a matrix share rank and scale: a smaller rank is padded with zeros, and B absorbs a different scale.
+- Scales are written as lora_alpha / r, rank-stabilized ones too: PEFT's fusing of gate and up, and llama.cpp, know no other.
+- Dropout is written where PEFT has it, which is not for experts or a router.
+- Weights that were trained in full are `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import new_directory
+from moe_train.machine.files import check_space, new_directory
 from moe_train.model.paths import is_trainable, module_of
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.on_disk import nbytes
-from moe_train.weights.peft.read import _DOWN, _GATE, _UP, CONFIG, WEIGHTS, _saved
+from moe_train.weights.peft.pieces import CONFIG, DOWN, GATE, UP, WEIGHTS, saved_pieces
 from moe_train.weights.serve import Server, Shape, adapter_shapes
-from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 
 def export_adapter(
@@ -53,48 +56,55 @@ def export_adapter(
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
     shapes = _in_file(model, {module: _shape(lora, module, parameters[f"{module}.lora_a"].shape[-1]) for module in adapted})
-    saved = _saved_pieces(model, lora)
+    saved = _saved(model, lora)
     if server is not None:
         shapes = adapter_shapes(server, model.family, shapes, {piece.path.rpartition(".")[0] for piece in saved})
     table = names.adapter_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
 
+    dtype = np.dtype(parameters[f"{adapted[0]}.lora_a"].dtype)
+
+    def tensor(spec: safetensors_files.Spec) -> np.ndarray:
+        piece = pieces[spec.name]
+        return piece.to_file(matrix(piece))
+
     def matrix(piece: names.Piece) -> np.ndarray:
         module, kind = piece.path.rsplit(".", 1)
         if piece in saved:
             return fetch(parameters[piece.path], piece.lead)
-        if piece.path not in parameters:
+        if piece.path not in parameters:  # PEFT wants to see the expert's other matrices too
             return np.zeros(piece.ours_shape, dtype)
-        ours, shape = fetch(parameters[piece.path], piece.lead), shapes[module]
-        if kind == "lora_b" and (factor := merge.scale_of(lora, module, piece.lead) * shape.rank / shape.alpha) != 1:
-            ours = (ours.astype(np.float64) * factor).astype(dtype)
-        more = [(0, size - had) for size, had in zip(piece.ours_shape, ours.shape, strict=True)]
-        return np.pad(ours, more)
+        trained = fetch(parameters[piece.path], piece.lead)
+        shape = shapes[module]
+        factor = merge.scale_of(lora, module, piece.lead) * shape.rank / shape.alpha
+        if kind == "lora_b" and factor != 1:
+            trained = (trained.astype(np.float64) * factor).astype(dtype)
+        return np.pad(trained, [(0, size - had) for size, had in zip(piece.ours_shape, trained.shape, strict=True)])
 
-    dtype = np.dtype(parameters[f"{adapted[0]}.lora_a"].dtype)
     pieces = {piece.name: piece for piece in (*table, *saved)}
     specs = [safetensors_files.Spec(piece.name, piece.shape, dtype) for piece in table]
     specs += [safetensors_files.Spec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)) for piece in saved]
     check_space(out_dir, sum(nbytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
-        safetensors_files.write_file(directory / WEIGHTS, specs, lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name])))
+        safetensors_files.write_file(directory / WEIGHTS, specs, tensor)
         hf.write_json(directory / CONFIG, settings)
         write_texts(directory, texts)
 
 
-# --- what the file looks like ------------------------------------------------------------------------------------
+# --- adapter_config.json -------------------------------------------------------------------------------------------
 
 
 def _shape(lora: config.Lora, module: str, rank: int) -> Shape:
-    """alpha is what the first target's scale amounts to at the rank of the stack."""
+    """The rank of a stack of adapters, and the alpha that gives its first target's scale at that rank."""
     target = merge.target_of(lora, module)
     return Shape(rank, target.alpha if rank == target.rank and not lora.rslora else lora.scale(target) * rank)
 
 
-def _saved_pieces(model: config.Model, lora: config.Lora) -> list[names.Piece]:
-    """What was trained in full. Raises ValueError for experts, which PEFT under transformers 5 knows as one fused module."""
+def _saved(model: config.Model, lora: config.Lora) -> list[names.Piece]:
+    """The weights that were trained in full. Raises ValueError for experts, which PEFT under transformers 5 has as one fused
+    module."""
     paths = {piece.path for piece in names.pieces(model) if is_trainable(piece.path, lora)}
-    saved = [piece for piece in _saved(model) if piece.path in paths]
+    saved = [piece for piece in saved_pieces(model) if piece.path in paths]
     if experts := sorted(module_of(path) for path in paths - {piece.path for piece in saved}):
         raise ValueError(
             f"{experts[0]} was trained in full, and PEFT's modules_to_save has all matrices of all experts or none; "
@@ -103,14 +113,15 @@ def _saved_pieces(model: config.Model, lora: config.Lora) -> list[names.Piece]:
     return saved
 
 
-def _in_file(model: config.Model, ours: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Adapters by module as the file has them: of experts all three matrices, gate and up alike."""
-    shapes = dict(ours)
+def _in_file(model: config.Model, trained: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The adapters of the file by module: experts have all three matrices, gate and up with the same shape."""
+    shapes = dict(trained)
     if isinstance(model.ffn, config.DenseFfn):
         return shapes
-    for layer in sorted({module.removesuffix(name) for module in ours for name in (_GATE, _UP, _DOWN) if module.endswith(name)}):
-        gate, up, down = (layer + name for name in (_GATE, _UP, _DOWN))
-        shapes[gate] = shapes[up] = max(ours[m] for m in ((gate, up) if {gate, up} & ours.keys() else (down,)) if m in ours)
+    for layer in sorted({module.removesuffix(name) for module in trained for name in (GATE, UP, DOWN) if module.endswith(name)}):
+        gate, up, down = (layer + name for name in (GATE, UP, DOWN))
+        fused = [trained[module] for module in (gate, up) if module in trained]
+        shapes[gate] = shapes[up] = max(fused or [trained[down]])
         shapes.setdefault(down, shapes[gate])
     return shapes
 
@@ -118,33 +129,35 @@ def _in_file(model: config.Model, ours: Mapping[str, Shape]) -> dict[str, Shape]
 def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora) -> dict[str, Any]:
     """adapter_config.json without the base model's name."""
     leaves = {module_of(piece.path): piece.name.split(".")[-2] for piece in names.pieces(model)}
-    of_model = {module_of(f"{module}.weight"): shape for module, shape in shapes.items()}  # alike in every layer
+    by_module = {module_of(f"{module}.weight"): shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
-    usual = of_model[_GATE] if sparse and _GATE in of_model else Counter(of_model.values()).most_common(1)[0][0]
+    usual = by_module[GATE] if sparse and GATE in by_module else Counter(by_module.values()).most_common(1)[0][0]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    as_parameter = {_DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # transformers 5's names
-    for module, shape in of_model.items():
-        for key in (leaves[module], *([as_parameter[module]] if module in as_parameter else [])):
+    fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # of transformers 5
+    for module, shape in by_module.items():
+        for key in (leaves[module], *([fused_names[module]] if module in fused_names else [])):
             if shape.rank != usual.rank:
                 ranks[key] = shape.rank
             if shape.alpha != usual.alpha:
                 alphas[key] = _number(shape.alpha)
-    without_dropout = sparse and of_model.keys() & {_GATE, "ffn.router"}
-    saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved_pieces(model, lora)}
-    tied = model.tie_embeddings and "lm_head" in saved  # PEFT names one end, and keeps both
+    without_dropout = sparse and by_module.keys() & {GATE, "ffn.router"}
+    saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved(model, lora)}
+    tied = model.tie_embeddings and "lm_head" in saved
+    if tied:
+        saved.remove("lm_head")  # PEFT names one end, and keeps both
+    # A module of a layer goes by its name inside the layer: `norm` alone would end input_layernorm too.
+    to_save = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in saved})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": usual.rank,
         "lora_alpha": _number(usual.alpha),
         "lora_dropout": 0.0 if without_dropout else lora.dropout,
-        "target_modules": sorted({leaves[module] for module in of_model}),
+        "target_modules": sorted({leaves[module] for module in by_module}),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        # of a layer's modules the name inside the layer: `norm` alone would end input_layernorm too
-        "modules_to_save": sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in saved - ({"lm_head"} if tied else set())})
-        or None,
+        "modules_to_save": to_save or None,
         **({"ensure_weight_tying": True} if tied else {}),
         "bias": "none",
         "use_rslora": False,
@@ -155,5 +168,5 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
 
 
 def _number(x: float) -> int | float:
-    """PEFT says int, and takes a float where it has to be one."""
+    """PEFT writes whole alphas as int, and accepts a float where it has to be one."""
     return int(x) if x.is_integer() else x

@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import new_directory
+from moe_train.machine.files import check_space, new_directory
 from moe_train.model.paths import module_of
 from moe_train.weights import gguf, merge, names
 from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.gguf import container
 from moe_train.weights.gguf import settings as gguf_settings
-from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 FILE = "adapter.gguf"
 _LAYOUT = replace(names.GGUF, adapters_of_embed=names.GGUF.adapters)

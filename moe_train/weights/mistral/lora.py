@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import new_directory, read_object
+from moe_train.machine.files import check_space, new_directory, read_object
 from moe_train.weights import merge, names, safetensors_files
 from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.mistral import params_json
 from moe_train.weights.on_disk import nbytes
-from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 FILE = "lora.safetensors"
 SCALING = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             with pytest.raises(OSError, match="No space left on device"):
                 write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
         assert not list(tmp_path.iterdir())
-        monkeypatch.setattr(write.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
         with pytest.raises(OSError, match=r"needs 3e-05 GB, but its disk has 1e-06 GB free"):
             write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
     assert not list(tmp_path.iterdir())

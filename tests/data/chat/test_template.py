@@ -176,6 +176,23 @@ def test_marks_that_reach_too_far_do_not_agree(tokenizer: HuggingFace) -> None:
         conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
 
 
+def test_conversations_together_become_what_each_becomes_alone(tokenizer: HuggingFace) -> None:
+    """They cross to the sandbox at once; what is refused, and what looks like a control token, stays with its own record."""
+    template = MARKED.replace("BODY", "{{ (m.content if m.content != '5' else raise_exception('five')) + eos_token }}")
+    said = ["", " b\n", "5", "</s>a", "東京 </", "\ufdd0"]
+    drawn = [
+        Conversation([QUESTION | {"content": one}, ANSWER | {"content": two}, QUESTION, ANSWER | {"weight": weight}], [])
+        for one in said
+        for two in said
+        for weight in (0, 1)
+    ]
+    together = conversation_to_tokens.examples_batch(drawn, template, tokenizer)
+    alone = [conversation_to_tokens.examples_batch([conversation], template, tokenizer)[0] for conversation in drawn]
+    assert list(map(str, together)) == list(map(str, alone))
+    refused = [str(found) for found in together if isinstance(found, ValueError)]
+    assert sum("refuses the record: five" in why for why in refused) == 10 and sum("noncharacter" in why for why in refused) == 22
+
+
 CALLS = (
     "{% if tools %}{{ tools|tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
     "{{ c.function.name + c.function.arguments|tojson + ' id ' + c.id }}{% endfor %}{{ eos_token }}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import FOLDER
+from moe_train.checkpoint.manager import FOLDER, About
 
 TOKENIZER = "tokenizer"
 """The folder of a run with its tokenizer's files."""
@@ -27,4 +29,23 @@ def read_run(run_dir: str | Path) -> config.Run:
         about = manager.newest(checkpoints)
     if about is None:
         raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read")
-    return config.run_of(config.Config.model_validate_json(json.dumps(about.config)))
+    return config.run_of(saved_config(run_dir, about))
+
+
+def saved_config(run_dir: str | Path, about: About) -> config.Config:
+    """The config that a checkpoint was saved with, also where an older version of this package saved it.
+
+    Raises ValueError where it states what this version cannot do.
+    """
+    tree = json.loads(json.dumps(about.config))
+    packing = (tree.get("data") or {}).pop("packing", None)
+    if packing not in (None, {"name": "best_fit"}):  # rows are always packed best fit now, so that setting is gone
+        raise ValueError(
+            f"{run_dir} was started with data.packing {packing['name']}, which this version has not; start a new run_dir"
+        )
+    try:
+        return config.Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise ValueError(f"{run_dir} was saved by another version of moe_train: {key}: {fault['msg']}") from error

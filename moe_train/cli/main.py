@@ -302,7 +302,7 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer with Mistral's chat format."""
     from moe_train import config
     from moe_train.commands.train_tokenizer import train_bpe
-    from moe_train.data.records.sources import texts
+    from moe_train.data.records.open_source import texts
 
     source = config.FileSource(name="files", files=tuple(files), record=config.TextRecord(name="text", column=column))
     with waiting("training the tokenizer"):

@@ -24,6 +24,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import is_trainable, module_of
 from moe_train.model.transformer import init_model
+from moe_train.proof.scaled import prove_scaled
 from moe_train.weights import gguf, merge, names, peft, texts
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.gguf import lora as gguf_lora
@@ -196,9 +197,10 @@ def base_and_adapter(
 
 
 def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, Any]:
-    """A PEFT adapter whose deltas are `factor` as large: the alphas are multiplied, every tensor keeps its bytes.
+    """Write a PEFT adapter whose deltas are `factor` times as large, and prove it: alphas are multiplied, tensors keep their bytes.
 
-    Raises ValueError for a factor that is not positive, and for modules that were trained in full, which have no scale.
+    Raises ValueError for a factor that is not positive, for modules that were trained in full, which have no scale, and where
+    the proof fails.
     """
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"factor is {factor}; it has to be positive: 1 leaves the adapter as it is, 0 would be the base itself")
@@ -217,6 +219,7 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
             if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):  # the proof is of the old scale
                 shutil.copyfile(file, beside / file.name)
         (beside / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        prove_scaled(beside, directory, factor)
     return {"adapter": str(out_dir), "lora_alpha": settings["lora_alpha"], "alpha_pattern": settings["alpha_pattern"]}
 
 

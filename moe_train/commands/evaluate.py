@@ -14,8 +14,8 @@ from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.batches.loader import Loader
 from moe_train.data.records.conversation import normalise, recognise
+from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import located
-from moe_train.data.records.sources import open_source
 from moe_train.evaluate.held_out import evaluate
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.machine.mesh import BATCH

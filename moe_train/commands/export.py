@@ -20,7 +20,7 @@ from moe_train.checkpoint.runs import is_run
 from moe_train.commands import write_and_prove
 from moe_train.config import yaml_file
 from moe_train.data.records.conversation import Conversation, normalise
-from moe_train.data.records.sources import open_source
+from moe_train.data.records.open_source import open_source
 from moe_train.machine.files import refuse_existing
 from moe_train.machine.mesh import join_processes
 from moe_train.model.paths import is_trainable

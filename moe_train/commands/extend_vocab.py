@@ -22,10 +22,10 @@ from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
-from moe_train.machine.files import new_directory, refuse_existing
+from moe_train.machine.files import check_space, new_directory, refuse_existing
 from moe_train.weights import external, hf, mistral, names
 from moe_train.weights.on_disk import Weights, nbytes
-from moe_train.weights.texts import Texts, check_space, write_texts
+from moe_train.weights.texts import Texts, write_texts
 
 Format = Literal["hf", "mistral"]
 _ROWS = ("embed.weight", names.HUGGING_FACE.head.path)

@@ -22,7 +22,7 @@ from moe_train.commands.quickstart_text import gather
 from moe_train.commands.train import train
 from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.config import yaml_file
-from moe_train.data.records.sources import texts
+from moe_train.data.records.open_source import texts
 from moe_train.run.loop import FINISHED
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -23,8 +23,8 @@ from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, learns
 from moe_train.data.records.conversation import recognise
+from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import located
-from moe_train.data.records.sources import open_source
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import write_text
 
@@ -63,11 +63,11 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     records = open_source(source)
     examples: list[Example] = []
     places: list[str] = []
-    for origin, found in encode(itertools.islice(records, count), records, source.record, tokenizer, template):
+    for origin, found in encode(itertools.islice(records, count), records.where, source.record, tokenizer, template):
         examples += found
         places += [records.where(origin)] * len(found)
     if not examples:
-        raise ValueError(f"{', '.join(records.places)}: no record with any text")
+        raise ValueError(f"{', '.join(records.names)}: no record with any text")
     lengths = np.asarray([len(example.tokens) - 1 for example in examples])
     seq_len = seq_len or int(lengths.sum())
     too_long = source.record.too_long
@@ -78,7 +78,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
             lengths[i] = 0
     plan = make_plan(lengths, seq_len, too_long)
     if not plan.num_rows:
-        raise ValueError(f"{', '.join(records.places)}: all {len(examples)} records are too long for seq_len {seq_len}")
+        raise ValueError(f"{', '.join(records.names)}: all {len(examples)} records are too long for seq_len {seq_len}")
     batch = empty_batch(plan.num_rows, plan.seq_len)
     placed = []
     for row in range(plan.num_rows):

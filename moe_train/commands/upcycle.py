@@ -20,10 +20,10 @@ from moe_train import config
 from moe_train.checkpoint import model_dir, runs
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import check_vocab
-from moe_train.machine.files import new_directory, refuse_existing
+from moe_train.machine.files import check_space, new_directory, refuse_existing
 from moe_train.weights import external, hf, names, safetensors_files
 from moe_train.weights.on_disk import nbytes
-from moe_train.weights.texts import Texts, check_space, write_texts
+from moe_train.weights.texts import Texts, write_texts
 
 
 def upcycle(

@@ -12,13 +12,14 @@ import numpy as np
 from moe_train import config
 from moe_train.data.records.conversation import Conversation
 from moe_train.machine import progress
+from moe_train.machine.files import check_space
 from moe_train.model.paths import is_lora
 from moe_train.proof import expected, prove
 from moe_train.weights import gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
 from moe_train.weights.arrays import Held
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, Share
-from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 Format = expected.Model
 

@@ -1,10 +1,11 @@
-"""Tokenizers, records, sources and packing."""
+"""Tokenizers, records and sources."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from moe_train.config.section import (
     LocalPath,
@@ -106,25 +107,25 @@ class PreparedSource(Section):
     cache_mib: Positive = 1024
 
 
-RecordSource = FileSource | HubSource
+class PythonSource(Section):
+    """Records of the program that calls moe_train: an object as `moe_train.data.records.source.Records` describes it.
+
+    A config file can only name such a source, as `title`; whoever continues its run passes `records` again.
+    """
+
+    name: Literal["python"]
+    title: str = "records"
+    records: SkipJsonSchema[Any] = Field(default=None, exclude=True, repr=False)
+    record: Record
+    weight: PositiveFloat = 1.0
+    licence: str | None = None
+    origin: str | None = None
+
+
+RecordSource = FileSource | HubSource | PythonSource
 
 
 Source = Annotated[RecordSource | PreparedSource, Field(discriminator="name")]
-
-
-class BestFit(Section):
-    """Longest record first (by a length that is off by a random tenth), each into the fullest row that has room for it."""
-
-    name: Literal["best_fit"]
-
-
-class FirstFit(Section):
-    """In random order, each record into the first row that has room for it: long and short ones mix, rows are less full."""
-
-    name: Literal["first_fit"]
-
-
-Packing = Annotated[BestFit | FirstFit, Field(discriminator="name")]
 
 
 class Data(Section):
@@ -139,7 +140,6 @@ class Data(Section):
     chat_template: str | None = None
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
-    packing: Packing = BestFit(name="best_fit")
     shuffle_tokens: Positive | None = None
     cache_dir: LocalPath = "runs/cache"
     num_proc: Positive = 1

@@ -93,3 +93,11 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{file} is not a JSON object")
     return value
+
+
+def check_space(out_dir: str | Path, num_bytes: int) -> None:
+    """Raise OSError, before anything is written, if the disk of `out_dir` has less than `num_bytes` free."""
+    existing = next(path for path in Path(out_dir).absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(errno.ENOSPC, f"{out_dir} needs {num_bytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")

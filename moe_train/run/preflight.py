@@ -11,8 +11,8 @@ from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import brief, located
-from moe_train.data.records.sources import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab

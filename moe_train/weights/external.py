@@ -1,4 +1,4 @@
-"""Other people's models, whatever their layout: from disk into sharded arrays."""
+"""External models, whatever their layout: from disk into sharded arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from moe_train import config
 from moe_train.model.quantize import unquantized
-from moe_train.weights import gguf, hf, mistral, names, safetensors_files, together
+from moe_train.weights import gguf, hf, mistral, names, peft, safetensors_files, together
 from moe_train.weights.arrays import Abstract, InFiles, Parameters, fill, leave
 from moe_train.weights.hf import config_json
 from moe_train.weights.mistral import params_json
@@ -15,9 +15,9 @@ from moe_train.weights.on_disk import Weights
 
 
 def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
-    """What lies at `path`; where a folder holds a model in both layouts, as Mistral's releases do, Hugging Face's.
+    """The layout of the model at `path`: Hugging Face's where a folder has both, as Mistral's releases do.
 
-    Raises FileNotFoundError where there is no model, saying what was looked for.
+    Raises FileNotFoundError where there is no model, naming the files that were looked for.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -26,14 +26,15 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
         raise FileNotFoundError(
             f"{path}: no such folder; a model is a folder with {config_json.FILE} or {params_json.FILE}, or a .gguf file"
         )
-    described = {"hf": path / config_json.FILE, "mistral": path / params_json.FILE}
-    if described["hf"].is_file() and (safetensors_files.has_model(path) or not described["mistral"].is_file()):
+    has_config = (path / config_json.FILE).is_file()
+    has_params = (path / params_json.FILE).is_file()
+    if has_config and (safetensors_files.has_model(path) or not has_params):
         return "hf"
-    if described["mistral"].is_file():
+    if has_params:
         return "mistral"
     if gguf.file_in(path) is not None:
         return "gguf"
-    if (path / "adapter_config.json").is_file():  # PEFT's
+    if (path / peft.CONFIG).is_file():
         raise FileNotFoundError(f"{path} is an adapter, not a model; add it to its base: moe-train adapters merge BASE {path} OUT")
     raise FileNotFoundError(
         f"{path} holds no model: looked for {config_json.FILE} (Hugging Face), {params_json.FILE} (Mistral's own layout) and "
@@ -42,9 +43,9 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """The model at `path`, in whatever layout.
+    """Open the tensors of the model at `path` without reading them.
 
-    Raises FileNotFoundError where there is none, ValueError where it is damaged or of an architecture not built here.
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or its architecture is not supported.
     """
     match layout_of(path):
         case "hf":
@@ -67,17 +68,17 @@ def read_model(path: str | Path) -> config.Model:
 
 
 def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:
-    """The weights of a model as arrays of the shapes, dtypes and shardings of `abstract` ({path: …}).
+    """Read the weights of a model into arrays of the shapes, dtypes and shardings of `abstract` ({path: …}).
 
-    `abstract` may name some of the weights; adapters are in no such model. The host holds one device's part of one
-    array at a time. Raises ValueError unless the tensors are those of the architecture and fill every array.
+    `abstract` may name some of the weights only; adapters are not among them. The host holds one device's part of one array at
+    a time. Raises ValueError unless the tensors are those of the architecture and fill every array.
     """
     found = _checked(path, abstract)
     return fill(abstract, found.table, found.tensors)
 
 
 def leave_parameters(path: str | Path, abstract: Abstract) -> dict[str, InFiles]:
-    """The same, left in the files until they are asked for. Raises as `load_parameters`."""
+    """The weights of `load_parameters`, each read when it is needed. Raises as `load_parameters`."""
     found = _checked(path, abstract)
     return leave(abstract, found.table, found.tensors)
 

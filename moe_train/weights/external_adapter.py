@@ -1,4 +1,4 @@
-"""Adapters in other people's files, whatever their layout: PEFT's, Mistral's own, or llama.cpp's."""
+"""External adapters, whatever their layout: PEFT's, Mistral's own, or llama.cpp's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from moe_train.weights import gguf, peft, safetensors_files, together
 from moe_train.weights.arrays import Abstract, Parameters
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.mistral import lora as mistral_lora
+from moe_train.weights.mistral import params_json
 
 
 def read_lora(path: str | Path, model: config.Model) -> config.Lora:
@@ -19,24 +20,31 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
 
 
 def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
-    """The adapters, and what was trained in full beside them, as arrays like `abstract` ({path: …}), which comes from a
-    model with the section `read_lora(path, model)`. Raises ValueError where the files are another base's."""
+    """Read the adapters, and the weights that were trained in full, into arrays like `abstract` ({path: …}).
+
+    `abstract` comes from a model with the section `read_lora(path, model)`. Raises ValueError where the files belong to another
+    base.
+    """
     return _layout_of(path).load_adapter(path, model, abstract)
 
 
 def hashes(path: str | Path) -> dict[str, str]:
-    """sha256 of each tensor by its name, and of the settings; several processes read a share each of the tensors."""
-    directory, layout = Path(path), _layout_of(path)
+    """sha256 of each tensor by its name, and of the settings that decide its scale; each process reads a share of the tensors."""
+    layout = _layout_of(path)
     if layout is gguf_lora:
         opened = gguf_lora.open_adapter(path)
         alpha = repr(opened.settings.get("adapter.lora.alpha"))
         return together.tensor_hashes(opened.tensors) | {"adapter.lora.alpha": hashlib.sha256(alpha.encode()).hexdigest()}
-    found = together.tensor_hashes(safetensors_files.open_file(directory / (peft.WEIGHTS if layout is peft else mistral_lora.FILE)))
-    settings = directory / (peft.CONFIG if layout is peft else "params.json")
-    return found | ({settings.name: hashlib.sha256(settings.read_bytes()).hexdigest()} if settings.is_file() else {})
+    weights, settings = (peft.WEIGHTS, peft.CONFIG) if layout is peft else (mistral_lora.FILE, params_json.FILE)
+    hashes = together.tensor_hashes(safetensors_files.open_file(Path(path) / weights))
+    file = Path(path) / settings
+    if file.is_file():  # mistral-inference needs none
+        hashes[settings] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashes
 
 
 def _layout_of(path: str | Path) -> ModuleType:
+    """The module that reads the adapter at `path`. Raises FileNotFoundError, naming the files that were looked for."""
     directory = Path(path)
     if (directory / peft.CONFIG).is_file():
         return peft

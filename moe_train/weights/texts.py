@@ -1,8 +1,7 @@
-"""The files of an export that hold no weights: tokenizer, chat template, config, licence."""
+"""The files of an export that hold no weights: tokenizer, chat template and the run's config."""
 
 from __future__ import annotations
 
-import errno
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from moe_train.weights import mistral
 
 
 class Texts(NamedTuple):
-    """What an export holds besides weights."""
+    """What an export contains besides weights."""
 
     tokenizer: Tokenizer | None = None
     """Its files are copied byte for byte."""
@@ -25,16 +24,8 @@ class Texts(NamedTuple):
 NO_TEXTS = Texts()
 
 
-def check_space(out_dir: str | Path, needed: int) -> None:
-    """Raise OSError before anything is written where the disk has not the room."""
-    there = next(path for path in Path(out_dir).absolute().parents if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{out_dir} needs {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")
-
-
 def write_texts(directory: Path, texts: Texts) -> None:
-    """Tokenizer, chat template and the run's config, under the names that other tools, and we, look for."""
+    """Write tokenizer, chat template and the run's config under the names that other tools, and this one, look for."""
     for file in texts.tokenizer.files if texts.tokenizer else ():
         shutil.copyfile(file, directory / mistral.tokenizer_file_name(file))
     if texts.chat_template is not None:

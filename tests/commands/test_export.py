@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters
 from moe_train.train.state import create_state
-from moe_train.weights import external, peft
+from moe_train.weights import external, peft, safetensors_files
 from moe_train.weights.texts import Texts
 from tests.random_parameters import random_parameters
 
@@ -112,6 +113,27 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(tokenizer: HuggingFace
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("layout", ["peft", "mistral-lora"])
+def test_an_adapter_that_was_written_wrong_is_not_exported(
+    layout: Any, tokenizer: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with jax.set_mesh(make_mesh(MESH)):
+        weights = random_parameters(MODEL, lora=LORA)
+        plain = {path: x for path, x in weights.items() if ".lora_" not in path}
+        write_and_prove.export(plain, MODEL, tmp_path / "base", dtype="float32", depth="tensors")
+        save_run(tmp_path / "run", weights, tokenizer, init_from=str(tmp_path / "base"), lora=LORA)
+    write = safetensors_files.write_file
+
+    def swap_experts(file: Path, specs: list[safetensors_files.Spec], tensor: Callable[..., np.ndarray]) -> None:
+        """Give expert 3 the matrices of expert 0."""
+        write(file, specs, lambda spec: tensor(spec._replace(name=spec.name.replace("experts.3.", "experts.0."))))
+
+    monkeypatch.setattr(safetensors_files, "write_file", swap_experts)
+    with pytest.raises(RuntimeError, match=r"the proof failed \(deltas\): the adapter of .*\[0, 3\] in the files is not the one"):
+        export(tmp_path / "run", tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
+
+
 def plain_shapes(weights: Parameters) -> dict[str, jax.ShapeDtypeStruct]:
     return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in weights.items()}
 
@@ -193,10 +215,12 @@ INTERRUPTED = """
 import os, resource, signal, sys
 from pathlib import Path
 import jax
-from moe_train.mesh import make_mesh
 from moe_train import config
-from moe_train.model.transformer import init_model, parameters
-from moe_train.weights import strided, write
+from moe_train.commands import write_and_prove
+from moe_train.machine.mesh import make_mesh
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import init_model
+from moe_train.weights import strided
 model = config.Model(
     **dict(family="mixtral", vocab_size=64, model_dim=32, num_layers=2, max_seq_len=64),
     attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8),
@@ -214,7 +238,7 @@ else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
 with jax.set_mesh(make_mesh(config.Mesh())):
     weights = parameters(init_model(0, model, config.Compute()))[1]
-    write.export(weights, model, Path(sys.argv[1]), dtype="bfloat16", max_shard_bytes=20_000)
+    write_and_prove.export(weights, model, Path(sys.argv[1]), dtype="bfloat16", max_shard_bytes=20_000)
 """
 
 

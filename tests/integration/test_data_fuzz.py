@@ -30,7 +30,7 @@ from moe_train.commands import show
 from moe_train.data.batches.batch import Batch
 from moe_train.data.check.check import RULES, Settings, Source, check
 from moe_train.data.prepared.tokenize_ahead import prepare
-from moe_train.data.records.sources import open_source
+from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
 SECONDS = 20  # of the processor, for one file; a few KB take milliseconds

@@ -160,7 +160,7 @@ def test_again_hands_term_on_and_ends(tmp_path: Path) -> None:
     assert job.communicate(timeout=60)[1] == "" and job.returncode == 75
 
 
-_JOB = "import os; from moe_train import processes; print(processes.job(os.environ))"
+_JOB = "import os; from moe_train.machine import processes; print(processes.job(os.environ))"
 SAYS_JOB = f"exec env PYTHONPATH={ROOT} {sys.executable} -c '{_JOB}'"
 
 

@@ -456,6 +456,14 @@ def write_adapter(layout: str, directory: Path, weights: dict[str, jax.Array], t
         mistral_lora.export_adapter(weights, MODEL, LORA, directory, dtype="float32", texts=texts)
 
 
+def double_scale(directory: Path, layout: str) -> None:
+    file = directory / ("adapter_config.json" if layout == "peft" else "params.json")
+    settings = json.loads(file.read_text())
+    section, key = (settings, "lora_alpha") if layout == "peft" else (settings["lora"], "scaling")
+    section[key] *= 2
+    file.write_text(json.dumps(settings))
+
+
 @pytest.mark.parametrize("layout", ["peft", "mistral-lora"])
 def test_a_fault_in_an_adapter_is_found(layout: Any, weights: Any, texts: Texts, tmp_path: Path) -> None:
     def prove(directory: Path) -> dict[str, Any]:
@@ -480,6 +488,10 @@ def test_a_fault_in_an_adapter_is_found(layout: Any, weights: Any, texts: Texts,
     def add(tensors: dict[str, np.ndarray]) -> None:
         tensors["extra"] = np.ones(3, np.float32)
 
+    with pytest.raises(RuntimeError, match=r"\(deltas\): the adapter of .* in the files is not the one in memory"):
+        shutil.copytree(tmp_path / "good", tmp_path / "rescale")
+        double_scale(tmp_path / "rescale", layout)
+        prove(tmp_path / "rescale")
     for fault, check in ((zero, "deltas"), (swap, "deltas"), (drop, "tensors"), (add, "tensors")):
         directory = tmp_path / fault.__name__
         shutil.copytree(tmp_path / "good", directory)
@@ -498,7 +510,12 @@ def test_a_fault_in_a_gguf_adapter_is_found(weights: Any, texts: Texts, tmp_path
         proof.write(tmp_path / "good", record)
         (deltas,) = (check for check in record["checks"] if check["name"] == "deltas")
         assert deltas["figures"]["count"] == 2 * (4 + 3 * 4) and not deltas["figures"]["untrained"]
-        patch(tmp_path / "good", "blk.1.ffn_down_exps.weight.lora_b", lambda rows: np.roll(rows, 32, axis=0))
+        name = "blk.1.ffn_down_exps.weight.lora_b"
+        shutil.copytree(tmp_path / "good", tmp_path / "zero")
+        patch(tmp_path / "zero", name, lambda rows: np.where(np.arange(len(rows))[:, None] < 32, 0, rows))  # of expert 0
+        with pytest.raises(RuntimeError, match=r"\(deltas\): .*down_proj\[1, 0\] in the files is not .* \(1 matrices in all\)"):
+            proof.prove_adapter(tmp_path / "zero", *arguments)
+        patch(tmp_path / "good", name, lambda rows: np.roll(rows, 32, axis=0))
         with pytest.raises(RuntimeError, match=r"\(deltas\): the adapter of stacks\.0\.layers\.0\.ffn\.down_proj\[1, 0\]"):
             proof.prove_adapter(tmp_path / "good", *arguments)
     _, checks = verify(tmp_path / "good")

@@ -1,4 +1,4 @@
-"""The only type that leaves this package: one process's part of a global batch."""
+"""One process's part of a global batch: the only type that training receives from `data`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """Packed sequences, numpy arrays of shape (B, T): int32, loss_mask bool.
+    """Packed sequences: numpy arrays of shape (B, T), int32 except for the boolean loss_mask.
 
-    `targets[b, t]` is the token that follows `tokens[b, t]` in the same segment, and `loss_mask[b, t]` says whether
-    predicting it bears loss. `segment_ids` is 0 on padding and counts 1, 2, … along a row; `positions` restarts at 0
-    in every segment.
+    `targets[b, t]` is the token that follows `tokens[b, t]` in the same segment, and `loss_mask[b, t]` says whether it is
+    trained on. `segment_ids` is 0 on padding and counts 1, 2, … along a row; `positions` restarts at 0 in every segment.
     """
 
     tokens: np.ndarray
@@ -24,20 +23,25 @@ class Batch(NamedTuple):
 
 
 def empty_batch(rows: int, seq_len: int) -> Batch:
-    """Padding alone."""
-    zeros = [np.zeros((rows, seq_len), dtype) for dtype in (np.int32, np.int32, bool, np.int32, np.int32)]
-    return Batch(*zeros)
+    """A batch that holds only padding."""
+    shape = (rows, seq_len)
+    return Batch(
+        tokens=np.zeros(shape, np.int32),
+        targets=np.zeros(shape, np.int32),
+        loss_mask=np.zeros(shape, bool),
+        segment_ids=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
+    )
 
 
 def fill_row(batch: Batch, row: int, pieces: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> None:
-    """Write pieces, ids (n + 1,) and their loss mask (None: all bear loss), one after the other into an empty row."""
-    at = 0
-    tokens, targets, loss_mask, segment_ids, positions = (whole[row] for whole in batch)
+    """Write pieces one after the other into an empty row; each is ids (n + 1,) and their loss mask (None: all are trained on)."""
+    start = 0
     for segment, (ids, mask) in enumerate(pieces, start=1):
-        end = at + len(ids) - 1
-        tokens[at:end] = ids[:-1]
-        targets[at:end] = ids[1:]
-        loss_mask[at:end] = True if mask is None else mask[1:]
-        segment_ids[at:end] = segment
-        positions[at:end] = np.arange(end - at)
-        at = end
+        end = start + len(ids) - 1
+        batch.tokens[row, start:end] = ids[:-1]
+        batch.targets[row, start:end] = ids[1:]
+        batch.loss_mask[row, start:end] = True if mask is None else mask[1:]
+        batch.segment_ids[row, start:end] = segment
+        batch.positions[row, start:end] = np.arange(end - start)
+        start = end

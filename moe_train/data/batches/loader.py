@@ -18,14 +18,14 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.batches.batch import Batch, empty_batch, fill_row
-from moe_train.data.batches.order import Order
+from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.example import learns
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.store import Piece, TokenStore
 from moe_train.data.prepared.tokenize_ahead import Progress, prepare
-from moe_train.data.records.sources import open_source
+from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _TOGETHER = 1024  # loss masks
@@ -33,9 +33,10 @@ _ROWS = 1 << 40  # more than any source gives in a run: row r of source i has th
 
 
 class Segment(NamedTuple):
-    """Where a segment of a row is from: positions start to start + length of a record of a file.
+    """Where a segment of a row is from: positions start to start + length of a record.
 
-    number: its line or row, counted from 1; example: its number in the prepared set.
+    file: the file, or the name of another source; number: its line or row there, counted from 1; example: its number in the
+    prepared set.
     """
 
     source: int
@@ -94,10 +95,9 @@ class Loader:
             if sources == "train":
                 store.warn_of_cache(data.shuffle_tokens)
             lengths = _lengths(store, seq_len, too_long)
-            order_seed = (seed, i) if sources == "train" else None
+            shuffle = Shuffle((seed, i), data.shuffle_tokens) if sources == "train" else None
             self._stores.append(store)
-            how = too_long, data.packing.name, order_seed, data.cache_dir, data.shuffle_tokens
-            self._orders.append(Order(store, lengths, seq_len, *how))
+            self._orders.append(Order(store, lengths, seq_len, too_long, shuffle, data.cache_dir))
         plans = [order.plan() for order in self._orders]
         for name, store, plan in zip(self._names, self._stores, plans, strict=True):
             if not plan.num_rows:
@@ -178,7 +178,11 @@ class Loader:
             raise IndexError(f"no row {row} in batch {step}; it has {len(numbers)}, from 0")
         source, number = divmod(int(numbers[row]), _ROWS)
         store = self._stores[source]
-        return [Segment(source, *store.origin(piece.example)[:2], *piece) for piece in self._orders[source].pieces(number)]
+        segments = []
+        for piece in self._orders[source].pieces(number):
+            origin = store.origin(piece.example)
+            segments.append(Segment(source, store.place(origin), origin.number, *piece))
+        return segments
 
     def _check(self, step: int) -> None:
         if step < 0 or (self.batches is not None and step >= self.batches):
@@ -202,6 +206,8 @@ def _name(source: config.Source) -> str:
             return files[0] + (", …" if len(files) > 1 else "")
         case config.HubSource(dataset=dataset):
             return dataset
+        case config.PythonSource(title=title):
+            return title
         case config.PreparedSource(path=path):
             return path
 
@@ -220,7 +226,7 @@ def open_store(
     if not isinstance(source, config.PreparedSource):
         records = open_source(source)
         directory = prepare(source, records, tokenizer, template, data.cache_dir, data.num_proc, shown)
-        return TokenStore(directory, records.places)
+        return TokenStore(directory, records)
     store = TokenStore(source.path, cache_mib=source.cache_mib)
     used = None if template is None else hashlib.sha256(template.encode()).hexdigest()
     if store.manifest.tokenizer_sha256 != tokenizer.identity:

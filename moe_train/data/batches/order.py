@@ -9,23 +9,39 @@ import hashlib
 import json
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from moe_train.data.batches.packing import Method, Plan, TooLong, joined, make_plan
+from moe_train.data.batches.packing import Plan, TooLong, concatenated, make_plan
 from moe_train.data.prepared.store import Piece, TokenStore
 from moe_train.machine.files import new_directory
 
-_LAYOUT = 1
-_KEPT = 100_000  # examples from which on a plan is kept on disk: smaller ones are made in no time
+_LAYOUT = 2  # of plan.npy and its key
+_KEPT = 100_000  # number of examples from which on a plan is kept on disk; a smaller one is made in no time
+
+
+class Shuffle(NamedTuple):
+    """How examples are shuffled: anew in every epoch, as a function of `seed` and the epoch.
+
+    window: positions of the consecutive examples that are shuffled and packed together, so that what is read at a time
+    lies close together (None: all examples).
+    """
+
+    seed: tuple[int, ...]
+    window: int | None = None
 
 
 class Order:
     """Packed rows of a store, numbered from 0 over all epochs; a row's number decides what is in it.
 
-    seed: numbers that the order depends on, the epoch being one more; None: one epoch, in the order of the store.
-    lengths (N,): positions that each example takes, 0 for those to leave out. window: positions of the consecutive
-    examples that are shuffled and packed together (None: all), so that what is read at a time lies close together.
+    Args:
+        store: the examples.
+        lengths: (N,) positions that each example takes, 0 for those to leave out.
+        seq_len: positions of a row.
+        too_long: what to do with examples longer than that (see `make_plan`).
+        shuffle: None for one epoch in the order of the store.
+        cache_dir: where plans of many examples are kept.
     """
 
     def __init__(
@@ -34,19 +50,19 @@ class Order:
         lengths: np.ndarray,
         seq_len: int,
         too_long: TooLong,
-        method: Method,
-        seed: tuple[int, ...] | None,
+        shuffle: Shuffle | None,
         cache_dir: str | Path,
-        window: int | None = None,
     ) -> None:
-        self._starts = _windows(lengths, window if seed else None)
-        self._lengths, self._seq_len, self._too_long = lengths, seq_len, too_long
-        self._method: Method = method
-        self._seed, self._cache = seed, Path(cache_dir) / "plans"
-        self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, method, seed, window]
+        self._starts = _windows(lengths, shuffle.window if shuffle else None)
+        self._lengths = lengths
+        self._seq_len = seq_len
+        self._too_long = too_long
+        self._shuffle = shuffle
+        self._cache = Path(cache_dir) / "plans"
+        self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, shuffle]
         self._ends: list[int] = []  # of the epochs so far
         self._lock = threading.RLock()  # batches are made in a thread beside the one that asks
-        self._plan = functools.lru_cache(2)(self._make)  # an epoch's border has two
+        self._plan = functools.lru_cache(2)(self._make)  # a batch at the border of two epochs needs both plans
 
     def plan(self, epoch: int = 0) -> Plan:
         """The rows of an epoch."""
@@ -68,17 +84,17 @@ class Order:
         return Plan(self._seq_len, example, start, length, numbers[4 : num_rows + 5], dropped, truncated, split)
 
     def _planned(self, epoch: int) -> Plan:
-        """The windows in an order of the epoch's own, each planned by itself."""
-        if self._seed is None:
-            return make_plan(self._lengths, self._seq_len, self._too_long, self._method)
-        seed = (*self._seed, epoch)
+        """Plan each window by itself, the windows in an order that belongs to the epoch."""
+        if self._shuffle is None:
+            return make_plan(self._lengths, self._seq_len, self._too_long)
+        seed = (*self._shuffle.seed, epoch)
         turns = np.argsort(np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(self._starts) - 1), kind="stable").tolist()
         plans = []
         for turn in turns:
             a, b = self._starts[turn : turn + 2]
-            plan = make_plan(self._lengths[a:b], self._seq_len, self._too_long, self._method, (*seed, turn))
+            plan = make_plan(self._lengths[a:b], self._seq_len, self._too_long, (*seed, turn))
             plans.append(plan._replace(example=plan.example + a))
-        return joined(plans)
+        return concatenated(plans)
 
     def end(self, epoch: int) -> int:
         """The number of rows in the epochs up to and including `epoch`."""

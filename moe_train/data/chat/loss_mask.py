@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from moe_train.data.chat.example import bears_loss, turns, uses_tools
 from moe_train.data.chat.renderer import GENERATION
-from moe_train.data.chat.renderings import PLAIN, Asked, ask, text_or_raise, without_marks
-from moe_train.data.chat.sandbox import Prefix
+from moe_train.data.chat.renderings import PLAIN, request, text_or_raise, without_marks
+from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.conversation import Conversation, Message
 from moe_train.data.records.problem import brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -30,7 +30,7 @@ class Text(NamedTuple):
     random: list[Span]
 
 
-Steps = Generator[list[Asked], list[list[str | ValueError]], list[Text]]
+Steps = Generator[list[Request], list[list[str | ValueError]], list[Text]]
 """A generator: it yields what is to be rendered, is sent the renderings, maybe asks again, and returns texts. So that the
 requests of many conversations can cross to the sandbox at once. Raises ValueError."""
 
@@ -44,20 +44,20 @@ def learnt_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
         parts = [(len(messages), [i for i, message in enumerate(messages) if bears_loss(message)])]
     others = [_with_other_ids(messages[:end], learnt) for end, learnt in parts]
     # Everything in one go, but some templates take no prefixes, and need not.
-    prefixes = [prefix for end, learnt in reversed(parts) for prefix in ((end, False), *around(learnt))]
-    asked = [ask(conversation, list(dict.fromkeys(prefixes)), tokenizer)] if parts else []
-    asked += [ask(Conversation(other, conversation.tools), [(len(other), False)], tokenizer) for other in others if other]
+    prefixes = [prefix for end, learnt in reversed(parts) for prefix in ((end, False), *_around(learnt))]
+    asked = [request(conversation, list(dict.fromkeys(prefixes)), tokenizer)] if parts else []
+    asked += [request(Conversation(other, conversation.tools), [(len(other), False)], tokenizer) for other in others if other]
     answers = yield asked
-    known = dict(zip(asked[0].request.prefixes, answers[0], strict=True)) if parts else {}
+    known = dict(zip(asked[0].prefixes, answers[0], strict=True)) if parts else {}
     variants = iter(answers[1:])
     texts = []
     for (end, learnt), other in zip(parts, others, strict=True):
-        renderings = Renderings(Conversation(messages[:end], conversation.tools), known, tokenizer)
-        texts.append((yield from learnt_text(renderings, learnt, text_or_raise(next(variants)[0]) if other else None)))
+        renderings = _Renderings(Conversation(messages[:end], conversation.tools), known, tokenizer)
+        texts.append((yield from _learnt_text(renderings, learnt, text_or_raise(next(variants)[0]) if other else None)))
     return texts
 
 
-class Renderings(NamedTuple):
+class _Renderings(NamedTuple):
     """What is known of the texts of a conversation's prefixes."""
 
     conversation: Conversation
@@ -65,7 +65,7 @@ class Renderings(NamedTuple):
     tokenizer: HuggingFace
 
 
-def learnt_text(renderings: Renderings, learnt: list[int], other: str | None) -> Generator[Any, Any, Text]:
+def _learnt_text(renderings: _Renderings, learnt: list[int], other: str | None) -> Generator[Any, Any, Text]:
     """The text of one of them, with what is learnt of it; `other` is its rendering with other ids of calls, if it has any."""
     messages = renderings.conversation.messages
     marked = text_or_raise(renderings.known[len(messages), False])
@@ -82,7 +82,7 @@ def learnt_text(renderings: Renderings, learnt: list[int], other: str | None) ->
     return Text(text, spans, random)
 
 
-def around(messages: list[int]) -> list[Prefix]:
+def _around(messages: list[int]) -> list[Prefix]:
     """The prefixes before and through each message."""
     return [(end, end == i) for i in messages for end in (i, i + 1)]
 
@@ -107,23 +107,23 @@ def _generation_spans(marked: str, messages: list[Message], learnt: list[int], a
     )
 
 
-def _prefix_spans(text: str, renderings: Renderings, learnt: list[int]) -> Generator[Any, Any, list[Span]]:
+def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> Generator[Any, Any, list[Span]]:
     """What each learnt message adds to the rendering of the messages before it.
 
     A template may put something before the last user's turn (Mistral's v3 the system text), so that a turn stands
     further on in the whole text than in its prefix. Then it is found by its end token, which nothing else has.
     """
-    added = added_spans(renderings, learnt)
+    added = _added_spans(renderings, learnt)
     if all(through is not None and text.startswith(through) for through, _, _ in added.values()):
         return [(start, end) for _, start, end in added.values()]
     conversation, known, tokenizer = renderings
     said = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    if missing := [prefix for prefix in around(said) if prefix not in known]:
-        (answers,) = yield [ask(conversation, missing, tokenizer)]
+    if missing := [prefix for prefix in _around(said) if prefix not in known]:
+        (answers,) = yield [request(conversation, missing, tokenizer)]
         known.update(zip(missing, answers, strict=True))
     spans = []
     position = 0
-    for i, (through, start, end) in added_spans(renderings, said).items():
+    for i, (through, start, end) in _added_spans(renderings, said).items():
         turn = "" if through is None else through[start:end]
         found = text.find(turn, position) if turn.endswith(tokenizer.special_tokens) else -1
         if found < 0:
@@ -137,11 +137,11 @@ def _prefix_spans(text: str, renderings: Renderings, learnt: list[int]) -> Gener
     return spans
 
 
-def added_spans(renderings: Renderings, wanted: list[int]) -> dict[int, tuple[str | None, int, int]]:
+def _added_spans(renderings: _Renderings, wanted: list[int]) -> dict[int, tuple[str | None, int, int]]:
     """For each wanted message: the text through it, and where in that it starts and ends; None where it cannot be told."""
     found: dict[int, tuple[str | None, int, int]] = {}
     for i in wanted:
-        before, through = (without_marks(text_or_raise(renderings.known[prefix])) for prefix in around([i]))
+        before, through = (without_marks(text_or_raise(renderings.known[prefix])) for prefix in _around([i]))
         # What follows the end token up to the next turn (ChatML's newline) is never generated.
         stripped = through.rstrip()
         ended = len(stripped) > len(before) and stripped.endswith(renderings.tokenizer.special_tokens)
@@ -152,6 +152,8 @@ def added_spans(renderings: Renderings, wanted: list[int]) -> dict[int, tuple[st
 
 def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
     """Raise ValueError where marks and prefixes differ in more than space."""
+    if spans == added:
+        return
     marked, grown = ({i for start, end in some for i in range(start, end)} for some in (spans, added))
     for only, said in ((marked - grown, "marks"), (grown - marked, "leaves out")):
         if differing := "".join(text[i] for i in sorted(only)).strip("".join(PLAIN) + " \t\r\n"):
@@ -163,8 +165,10 @@ def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
 
 def _with_other_ids(messages: list[Message], learnt: list[int]) -> list[Message]:
     """The messages with every character of the learnt calls' ids another one; none where nothing changes."""
-    changed = list(messages)
     calling = [i for i in learnt if "tool_calls" in messages[i]]
+    if not calling:
+        return []
+    changed = list(messages)
     for i in calling:
         calls = [call | {"id": call["id"].translate(_OTHER)} if "id" in call else call for call in messages[i]["tool_calls"]]
         changed[i] = messages[i] | {"tool_calls": calls}

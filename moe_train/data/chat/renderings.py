@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_train.data.chat.renderer import GENERATION
 from moe_train.data.chat.sandbox import Prefix, Request
@@ -22,61 +22,56 @@ PLAIN = ("\ufdd0", "\ufdd1")
 _MARKS = re.compile("[" + "".join(PLAIN + GENERATION) + "]")
 
 
-class Asked(NamedTuple):
-    """A request, and whether some text of its record looks like an escaped mark."""
-
-    request: Request
-    escapes: bool
-
-
-def ask(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace, outline: bool = False) -> Asked:
+def request(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace) -> Request:
     """The request for prefixes of a conversation, with marks around what looks like a control token. Raises Problem."""
-    escapes = False  # by whoever made the record, and not by a template that escapes the mark
-
-    def marked(value: Any) -> Any:
-        match value:
-            case str():
-                nonlocal escapes
-                escapes |= _ESCAPED in value
-                return _marked(value, tokenizer)
-            case list():
-                return [marked(item) for item in value]
-            case dict():
-                return {marked(key): marked(item) for key, item in value.items()}
-            case None | bool() | int() | float():
-                return value
-        raise Problem("type", f"{brief(value)} has no form in JSON, nor in a chat template", "write it as text")
-
-    variables = {
-        "messages": [marked(_as_templates_read(message)) | {"role": message["role"]} for message in conversation.messages],
-        "tools": marked(conversation.tools) or None,
-        "documents": None,
-        **tokenizer.named_tokens,
-    }
-    return Asked(Request(variables, prefixes, outline), escapes)
+    pattern = tokenizer.special_pattern
+    messages = []
+    for message in conversation.messages:
+        content = message.get("content")
+        if len(message) == 2 and content.__class__ is str:  # a role and a text, as in almost all
+            messages.append(message | {"content": _marked_text(content, pattern)})
+        else:
+            messages.append(_marked(_as_templates_read(message), pattern) | {"role": message["role"]})
+    tools = _marked(conversation.tools, pattern) or None
+    return Request({"messages": messages, "tools": tools, "documents": None, **tokenizer.named_tokens}, prefixes)
 
 
-def _marked(text: str, tokenizer: HuggingFace) -> str:
-    """What looks like a control token stands between marks. Raises Problem where the text has such marks."""
-    return tokenizer.special_pattern.sub(lambda found: PLAIN[0] + found[0] + PLAIN[1], unmarked(text))
+def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
+    """A JSON value with marks in all its texts."""
+    match value:
+        case str():
+            return _marked_text(value, pattern)
+        case list():
+            return [_marked(item, pattern) for item in value]
+        case dict():
+            return {_marked(key, pattern): _marked(item, pattern) for key, item in value.items()}
+        case None | bool() | int() | float():
+            return value
+    raise Problem("type", f"{brief(value)} has no form in JSON, nor in a chat template", "write it as text")
 
 
-def unmarked(text: str) -> str:
-    """The text, which must not have marks already. Raises Problem."""
+def _marked_text(text: str, pattern: re.Pattern[str]) -> str:
+    """The text with marks around what looks like a control token. Raises Problem if the text contains such marks itself."""
     if not text.isascii() and _MARKS.search(text):
         what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(text)}"
         raise Problem("unicode", what, "remove it")
-    return text
+    return pattern.sub(_between_marks, text)
+
+
+def _between_marks(match: re.Match[str]) -> str:
+    return PLAIN[0] + match[0] + PLAIN[1]
 
 
 def _as_templates_read(message: Message) -> Message:
-    """Without our weight; the arguments of calls as objects, which is transformers' rule for templates."""
-    message = {key: value for key, value in message.items() if key != "weight"}
+    """The message without `weight`, which is ours; the arguments of calls as objects, as transformers passes them."""
+    if "weight" in message:
+        message = {key: value for key, value in message.items() if key != "weight"}
     if "tool_calls" in message:
-        message["tool_calls"] = [
+        calls = [
             call | {"function": call["function"] | {"arguments": _parsed(call["function"].get("arguments", "{}"))}}
             for call in message["tool_calls"]
         ]
+        message = message | {"tool_calls": calls}
     return message
 
 
@@ -93,15 +88,20 @@ def without_marks(text: str) -> str:
     return text.replace(GENERATION[0], "").replace(GENERATION[1], "") if GENERATION[0] in text else text
 
 
-def checked(texts: list[str | ValueError], asked: Asked) -> list[str | ValueError]:
-    """The answers; or why they cannot be used, where the template has escaped our marks."""
-    if not asked.escapes and any(isinstance(text, str) and _ESCAPED in text for text in texts):
+def checked(texts: list[str | ValueError], asked: Request) -> list[str | ValueError]:
+    """The renderings of a request; or why they cannot be used, if the template has escaped our marks."""
+    if any(isinstance(text, str) and _ESCAPED in text for text in texts) and not _has_escapes(asked.variables):
         what = r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart"
         return [ValueError(what)] * len(texts)
     return texts
 
 
 _ESCAPED = r"\ufdd0"
+
+
+def _has_escapes(variables: dict[str, Any]) -> bool:
+    """Whether the record itself has a text that looks like an escaped mark."""
+    return _ESCAPED in json.dumps(variables, ensure_ascii=False)  # in which its backslash is doubled
 
 
 def text_or_raise(text: str | ValueError) -> str:

@@ -33,12 +33,11 @@ Prefix = tuple[int, bool]
 
 
 class Request(NamedTuple):
-    """Variables of a template, plain JSON values; prefixes: those of `messages` to render (none: all as it is); outline:
-    whether their contents are to be left open (see `renderer`)."""
+    """Variables of a template, plain JSON values; prefixes: which prefixes of `messages` to render (empty: render once, with
+    the variables as they are)."""
 
     variables: dict[str, Any]
     prefixes: Sequence[Prefix] = ()
-    outline: bool = False
 
 
 def render(template: str, requests: Sequence[dict[str, Any]], limits: Limits = Limits()) -> list[str]:  # noqa: B008 (immutable)
@@ -99,10 +98,10 @@ def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes
     """The requests as JSON, about `_BATCH` bytes at a time."""
     batch: list[bytes] = []
     room = _BATCH
-    for variables, prefixes, outline in requests:
-        text = json.dumps(variables)
-        allowed = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records cannot fill the memory either
-        batch.append(f"[{text}, {json.dumps(prefixes)}, {json.dumps(outline)}, {allowed}]".encode())
+    for request in requests:
+        text = json.dumps(request)
+        max_output = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records cannot fill the memory either
+        batch.append(f"[{text}, {max_output}]".encode())
         room -= len(text)
         if room <= 0:
             yield batch

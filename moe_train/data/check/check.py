@@ -61,14 +61,24 @@ def sources_of(chosen: Sequence[config.Source]) -> tuple[Source, ...]:
     found = []
     for source in chosen:
         if not isinstance(source, config.FileSource):
-            where = source.path if isinstance(source, config.PreparedSource) else source.dataset
-            made_of = "those that its manifest.json names" if isinstance(source, config.PreparedSource) else "its download"
+            where, made_of = _not_files(source)
             raise ValueError(
                 f"data: {where} is a {source.name} source, and not files of records, which are what is checked; "
                 f"name files ({made_of}): moe-train data check FILES --tokenizer T"
             )
         found.append(Source(source.files, source.format, source.record, source.weight))
     return tuple(found)
+
+
+def _not_files(source: config.HubSource | config.PythonSource | config.PreparedSource) -> tuple[str, str]:
+    """(what the source is called, which files could be checked instead)"""
+    match source:
+        case config.HubSource(dataset=dataset):
+            return dataset, "its download"
+        case config.PythonSource(title=title):
+            return title, "its records as JSON lines"
+        case config.PreparedSource(path=path):
+            return path, "those that its manifest.json names"
 
 
 def section_of(columns: Sequence[str]) -> config.Record | None:

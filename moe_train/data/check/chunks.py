@@ -14,8 +14,8 @@ from moe_train.data.check.examine import Chunk, Question
 from moe_train.data.records import files
 from moe_train.data.records.file_bytes import MAX_RECORD, is_compressed
 from moe_train.data.records.json_lines import Block, blocks
+from moe_train.data.records.local_files import resolve
 from moe_train.data.records.problem import Item
-from moe_train.data.records.sources import resolve
 
 _ROWS, _CHARACTERS = 256, 1 << 20  # records that are no lines, and characters of their columns, in one chunk
 

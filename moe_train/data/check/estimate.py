@@ -62,7 +62,7 @@ def epoch(
         record = sources[source].record
         too_long: packing.TooLong = record.too_long if record is not None else "split" if kind == "text" else "drop"
         needed = {ids - 1: count for ids, count in counts.items()}
-        num_rows, num_tokens = packing.packed(needed, seq_len, "drop" if too_long == "error" else too_long)
+        num_rows, num_tokens = packing.packed_size(needed, seq_len, "drop" if too_long == "error" else too_long)
         rows[source] += num_rows
         positions += num_tokens
     total = sum(rows.values())

@@ -26,7 +26,7 @@ from moe_train.data.records.conversation import Conversation, denormalise, norma
 from moe_train.data.records.file_bytes import BOM
 from moe_train.data.records.json_lines import Block, records_in
 from moe_train.data.records.problem import Item, Problem
-from moe_train.data.records.sources import Origin, Records
+from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -187,7 +187,7 @@ def _judge(read: list[_Read], place: int, question: Question, form: Form) -> Non
             one.examples = found
     numbered = ((Origin(0, i), {"text": one.record}) for i, one in enumerate(texts))
     text = config.TextRecord(name="text")
-    for (_, i), examples in encode(numbered, _NOWHERE, text, question.tokenizer, None):
+    for (_, i), examples in encode(numbered, str, text, question.tokenizer, None):
         texts[i].examples = examples
     if question.seq_len is not None:
         for one in read:
@@ -195,9 +195,6 @@ def _judge(read: list[_Read], place: int, question: Question, form: Form) -> Non
             if longest > question.seq_len and one.section.too_long == "error" and "too-long" not in question.allowed:
                 what = f"the record takes {longest} positions, the sequence has {question.seq_len}"
                 one.problems.append(Problem("too-long", what, "raise seq_len, set record.too_long, or shorten it"))
-
-
-_NOWHERE = Records(places=("",), by_line=(True,), examine=lambda _: iter(()))
 
 
 def _stop_where_there_is_no_form(one: _Read, conversation: Conversation, place: int, question: Question) -> None:

@@ -1,191 +1,39 @@
-"""Files of a folder, here or in a bucket, as arrays that are read where they are needed.
-
-A local file is memory-mapped. Of a file in a bucket (any file system of fsspec: gs://, s3://, …) blocks are fetched by
-range, and the last ones used stay in memory, up to a bound.
-"""
+"""A bucket's file system by its URL (any of fsspec: gs://, s3://, …), and what to say where it refuses or does not answer."""
 
 from __future__ import annotations
 
-import errno
-import functools
-import itertools
-import logging
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-log = logging.getLogger(__name__)
-
-_BLOCK = 1 << 20
-_REQUESTS = 16  # at once
-_PATIENCE = 60  # seconds for an answer
-_WAITS = 1.0, 5.0, 25.0  # seconds before what failed is read again
-_LATER_WAITS = 60.0, 120.0, 240.0  # where the store has answered before, so that a run outlives its restart
-
-_ending = threading.Event()
-"""Set when the interpreter begins to end, before it waits for the threads of pools, which `atexit` comes after."""
-threading._register_atexit(_ending.set)  # type: ignore[attr-defined]
-
-
-class File(NamedTuple):
-    """Of a prepared set: its name in the folder, what it holds, and its bytes."""
-
-    name: str
-    dtype: str
-    size: int
-
-
-class Local:
-    """A folder of this machine."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-
-    def text(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-    def array(self, file: File) -> np.ndarray:
-        """The file as an array. Raises ValueError where it has another size."""
-        path = self.path / file.name
-        if not path.is_file() or path.stat().st_size != file.size:
-            raise ValueError(f"{path} is damaged (not {file.size} bytes); remove {self.path}, and prepare the data again")
-        return np.memmap(path, dtype=file.dtype, mode="r").view(np.ndarray) if file.size else np.zeros(0, file.dtype)
-
-    def whole(self, files: Sequence[File]) -> list[np.ndarray]:
-        return [self.array(file) for file in files]
-
-    def read(self, parts: Sequence[tuple[np.ndarray, int, int]]) -> list[np.ndarray]:
-        """Elements start to stop of arrays."""
-        return [array[start:stop] for array, start, stop in parts]
-
-
-class Remote:
-    """A folder of a bucket; `cache_mib`: of its files in memory at most."""
-
-    def __init__(self, url: str, cache_mib: int, block: int = _BLOCK) -> None:
-        self.path = url
-        self._files, self._root = open_files(url)
-        self._limit = {"timeout": _PATIENCE} if self._files.async_impl else {}
-        self._size = block
-        self.cache_bytes = cache_mib << 20
-        self._most = max(1, self.cache_bytes // block)
-        self.block = functools.lru_cache(self._most)(self._block)
-        self._threads = ThreadPoolExecutor(_REQUESTS, "range")
-
-    def text(self, name: str) -> bytes:
-        return self._threads.submit(self._read, name, _WAITS).result()
-
-    def array(self, file: File) -> Ranges:
-        return Ranges(self, file)
-
-    def whole(self, files: Sequence[File]) -> list[np.ndarray]:
-        """Files as arrays in memory, of which the cache keeps nothing. Raises ValueError where one has another size."""
-        keys = [[(file, number) for number in self._numbers(0, file.size)] for file in files]
-        blocks = self._threads.map(lambda key: self._block(*key), itertools.chain(*keys))
-        return [np.frombuffer(b"".join(next(blocks) for _ in mine), file.dtype) for file, mine in zip(files, keys, strict=True)]
-
-    def read(self, parts: Sequence[tuple[Ranges, int, int]]) -> list[np.ndarray]:
-        """Elements start to stop of arrays. Their blocks are fetched several at a time, and no more of them than the cache
-        holds, so that each is fetched once."""
-        spans = [(array.file, a * array.dtype.itemsize, b * array.dtype.itemsize) for array, a, b in parts]
-        wanted = [[(file, number) for number in self._numbers(start, stop)] for file, start, stop in spans]
-        found: dict[int, np.ndarray] = {}
-        todo = sorted(range(len(parts)), key=wanted.__getitem__, reverse=True)  # neighbours together
-        while todo:
-            group = [todo.pop()]
-            keys = dict.fromkeys(wanted[group[0]])
-            while todo and len(more := keys | dict.fromkeys(wanted[todo[-1]])) <= self._most:
-                keys = more
-                group.append(todo.pop())
-            blocks = dict(zip(keys, self._threads.map(lambda key: self.block(*key), keys), strict=True))
-            for i in group:
-                data = b"".join(blocks[key] for key in wanted[i])
-                _, start, stop = spans[i]
-                start, stop = start % self._size, stop - start // self._size * self._size
-                found[i] = np.frombuffer(data[start:stop], parts[i][0].dtype)
-        return [found[i] for i in range(len(parts))]
-
-    def _numbers(self, start: int, stop: int) -> range:
-        """Of the blocks that hold bytes start to stop."""
-        return range(start // self._size, -(-stop // self._size)) if start < stop else range(0)
-
-    def _block(self, file: File, number: int) -> bytes:
-        start = number * self._size
-        stop = min(start + self._size, file.size)
-        found = self._read(file.name, _WAITS + _LATER_WAITS, start=start, end=stop)
-        if len(found) != stop - start:
-            raise ValueError(f"{self.path}/{file.name} is damaged (not {file.size} bytes); copy the prepared data there again")
-        return found
-
-    def _read(self, name: str, waits: tuple[float, ...], **part: int) -> bytes:
-        """A file, or bytes `start` to `end` of it. In a thread of the pool, so that the end of the program ends a wait.
-
-        Raises FileNotFoundError, PermissionError, and OSError for what goes wrong again and again: of a part ConnectionError.
-        """
-        path = f"{self.path}/{name}"
-        for wait in (*waits, None):
-            if _ending.is_set():
-                raise OSError(f"{path} is not read any more: the program ends")
-            try:
-                return self._files.cat_file(f"{self._root}/{name}", **part, **self._limit)
-            except Exception as error:  # each file system has its own
-                if part and isinstance(error, OSError) and error.errno == errno.EINVAL:
-                    return b""  # S3's word for a range behind the end
-                told = fault(path, error)
-                if isinstance(told, FileNotFoundError | PermissionError):
-                    raise told from error
-                if wait is None:  # a store that has answered before is worth starting again for
-                    raise (ConnectionError(str(told)) if part else told) from error
-                log.warning("%s: %s; once more in %g s", path, _reason(error), wait)
-                _ending.wait(wait)
-        raise AssertionError
-
-
-class Ranges:
-    """A file of a bucket as an array of which slices are read."""
-
-    def __init__(self, folder: Remote, file: File) -> None:
-        self._folder, self.file, self.dtype = folder, file, np.dtype(file.dtype)
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return self._folder.read([(self, part.start, part.stop)])[0]
-
-
-def open_folder(path: str, cache_mib: int) -> Local | Remote:
-    """`Remote` where the path is a URL."""
-    return Remote(path, cache_mib) if "://" in path else Local(path)
+PATIENCE = 60
+"""Seconds to wait for an answer."""
 
 
 def open_files(url: str) -> tuple[Any, str]:
-    """The file system of a URL (or path), and where in it the URL is. Raises ValueError, PermissionError or OSError."""
+    """Return the file system of a URL (or path), and the path in it. Raises ValueError, PermissionError or OSError."""
     import fsspec
 
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url} cannot be opened: {_reason(error)}") from error
+        raise ValueError(f"{url} cannot be opened: {reason(error)}") from error
     except Exception as error:  # each file system has its own
         raise fault(url, error) from error
 
 
 def fault(path: str, error: Exception) -> OSError:
-    """What to raise where a file system of a bucket raised `error`."""
+    """The exception to raise, in one line, after a bucket's file system raised `error`."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{path} is missing; is the bucket's name right, and was all of it copied there?")
     status = getattr(error, "status_code", getattr(error, "code", None))  # of Azure's and Google's errors
     if isinstance(error, PermissionError) or str(status) in ("401", "403") or "Credential" in type(error).__name__:
         remedy = "state credentials with the right to it, as the store's own tools read them (variables of the environment, login)"
-        return PermissionError(f"{path} is refused: {_reason(error)}; {remedy}")
-    return OSError(f"{path} cannot be reached: {_reason(error)}; start again when the store answers")
+        return PermissionError(f"{path} is refused: {reason(error)}; {remedy}")
+    return OSError(f"{path} cannot be reached: {reason(error)}; start again when the store answers")
 
 
-def _reason(error: Exception) -> str:
-    """On one line, without the documents that stores append."""
+def reason(error: Exception) -> str:
+    """The message of an error on one line, without the documents that stores append."""
     if isinstance(error, TimeoutError):
-        return f"no answer within {_PATIENCE} s"
+        return f"no answer within {PATIENCE} s"
     said = " ".join(str(error).split())
     return f"{said[:160]}…" if len(said) > 160 else said or type(error).__name__

@@ -19,7 +19,11 @@ class _Entry(BaseModel):
 
 
 class SourceFile(_Entry):
-    """A file (or a data set of the hub, which its path pins) and what came out of it; tokens: ids, BOS and EOS included."""
+    """A place of a source and what came out of it: a file, a data set of the hub, or a caller's own records.
+
+    sha256: of the file, or the identity of a caller's records; None for a data set of the hub, which its path pins.
+    tokens: ids, BOS and EOS included.
+    """
 
     path: str
     sha256: str | None

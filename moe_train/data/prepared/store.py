@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_train.data.prepared import manifest
-from moe_train.data.prepared.bucket import File, Remote, open_folder
+from moe_train.data.prepared.folder import File, RemoteFolder, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
+from moe_train.data.records.source import OpenSource, Origin, numbered
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,10 @@ class Piece(NamedTuple):
 class TokenStore:
     """N examples, ids of which are read when asked for.
 
-    manifest: what the set is; places: where its files are now, for messages (None: where they were).
+    manifest: what the set is; source: its records as they are now, for messages (None: what the manifest says of them).
     """
 
-    def __init__(self, path: str | Path, places: Sequence[str] | None = None, cache_mib: int = 1024) -> None:
+    def __init__(self, path: str | Path, source: OpenSource | None = None, cache_mib: int = 1024) -> None:
         self.path = str(path)
         self._folder = open_folder(self.path, cache_mib)
         try:
@@ -41,7 +42,7 @@ class TokenStore:
             what = f"{self.path} holds no {manifest.NAME}; name a folder that `moe-train data prepare` made"
             raise FileNotFoundError(what) from None
         self.manifest: Manifest = manifest.read(text, f"{self.path}/{manifest.NAME}")
-        self._places = [file.path for file in self.manifest.files] if places is None else list(places)
+        self._source = source
         counts = [shard.examples for shard in self.manifest.shards]
         self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # example of each shard
         self._open = functools.lru_cache(256)(self._shard)  # files stay few, however many shards there are
@@ -50,9 +51,9 @@ class TokenStore:
         return self.manifest.examples
 
     def warn_of_cache(self, window: int | None) -> None:
-        """Tell where the records that are shuffled together (`window` positions, None: all) do not stay in memory, so that
-        nearly each is fetched as a block of its own."""
-        if not isinstance(self._folder, Remote):
+        """Warn if the records that are shuffled together (`window` positions, None: all) do not fit in memory, so that almost
+        each is fetched as a block of its own."""
+        if not isinstance(self._folder, RemoteFolder):
             return
         size = sum(shard.sizes[name] for shard in self.manifest.shards for name in ("tokens", "loss_mask") if name in shard.sizes)
         a_token = size / self.manifest.tokens
@@ -67,7 +68,7 @@ class TokenStore:
 
     def lengths(self) -> np.ndarray:
         """(N,) positions that an example takes in a sequence: one less than its ids, as the last is only a target."""
-        offsets = self._folder.whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
+        offsets = self._folder.read_whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
         return np.concatenate([np.diff(ends) - 1 for ends in offsets])
 
     def _shard(self, number: int) -> tuple[Any, Any, Any]:
@@ -78,19 +79,19 @@ class TokenStore:
         return tokens, mask, self._folder.array(_file(shard, "offsets", "int64"))
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Of each piece its ids (length + 1,) and their loss mask; None where every id bears loss."""
-        places = self._places_of(pieces)
-        parts = [(array, a, b) for tokens, mask, a, b in places for array in (tokens, mask) if array is not None]
+        """The ids (length + 1,) of each piece and their loss mask (None where every id bears loss)."""
+        located = self._located(pieces)
+        parts = [(array, a, b) for tokens, mask, a, b in located for array in (tokens, mask) if array is not None]
         found = iter(self._folder.read(parts))
-        return [(next(found), None if mask is None else next(found)) for _, mask, _, _ in places]
+        return [(next(found), None if mask is None else next(found)) for _, mask, _, _ in located]
 
     def masks(self, pieces: Sequence[Piece]) -> list[np.ndarray | None]:
-        """As `read`, the loss masks alone."""
-        places = self._places_of(pieces)
-        found = iter(self._folder.read([(mask, a, b) for _, mask, a, b in places if mask is not None]))
-        return [None if mask is None else next(found) for _, mask, _, _ in places]
+        """The loss masks of `read` alone."""
+        located = self._located(pieces)
+        found = iter(self._folder.read([(mask, a, b) for _, mask, a, b in located if mask is not None]))
+        return [None if mask is None else next(found) for _, mask, _, _ in located]
 
-    def _places_of(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
+    def _located(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
         """(ids, loss mask or None, start, stop) of each piece."""
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         opened = [self._open(number) for number in shards]
@@ -100,20 +101,26 @@ class TokenStore:
         ends = [start + piece.length + 1 for start, piece in zip(starts, pieces, strict=True)]
         return [(tokens, mask, a, b) for (tokens, mask, _), a, b in zip(opened, starts, ends, strict=True)]
 
-    def origin(self, example: int) -> tuple[str, int, bool]:
-        """(file, line or row counted from 1, whether it is a line) of the record that an example is of."""
+    def origin(self, example: int) -> Origin:
+        """Where the record of an example stands in the source."""
         number = int(np.searchsorted(self._first, example, side="right")) - 1
         shard = self.manifest.shards[number]
         pairs = self._folder.array(_file(shard, "origins", "int64"))
         at = 2 * (example - int(self._first[number]))
         span, line = (int(x) for x in pairs[at : at + 2])
-        place = shard.spans[span][0]
-        return self._places[place], line, self.manifest.files[place].by_line
+        return Origin(shard.spans[span][0], line)
+
+    def place(self, origin: Origin) -> str:
+        """The name of the file, or of whatever else the record is from."""
+        return self.manifest.files[origin.place].path if self._source is None else self._source.names[origin.place]
 
     def where(self, example: int) -> str:
-        """`path:line`, or `path: row N`."""
-        file, number, by_line = self.origin(example)
-        return f"{file}{':' if by_line else ': row '}{number}"
+        """Where the record of an example comes from, for messages: `path:line`, or `path: row N`."""
+        origin = self.origin(example)
+        if self._source is not None:
+            return self._source.where(origin)
+        file = self.manifest.files[origin.place]
+        return numbered(file.path, origin.number, file.by_line)
 
 
 def _file(shard: ShardEntry, name: str, dtype: str) -> File:

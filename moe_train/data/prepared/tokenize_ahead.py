@@ -1,4 +1,4 @@
-"""Tokenising ahead: each source once, shard by shard, one process per shard; what is done stays done, whatever happens.
+"""Tokenizing ahead: each source once, shard by shard, one process per shard; what is done stays done, whatever happens.
 
 CACHE/tokens-KEY/manifest.json, SHARD/…     a prepared set
       tokens-KEY.unfinished/SHARD/…         one that is being made, or was when its process died
@@ -27,9 +27,11 @@ from typing import Any, NamedTuple
 
 from moe_train import config
 from moe_train.data.prepared.manifest import Manifest, Rules, ShardEntry, SourceFile
-from moe_train.data.prepared.shards import Scan, Shard, cut, scan
-from moe_train.data.prepared.tokenize_shard import Told, write_shard
-from moe_train.data.records.sources import Records, open_source
+from moe_train.data.prepared.shards import Shard, cut
+from moe_train.data.prepared.tokenize_shard import Recipe, Told, write_shard
+from moe_train.data.records.open_source import open_source
+from moe_train.data.records.scan import Scan
+from moe_train.data.records.source import OpenSource
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -49,24 +51,24 @@ class Progress(NamedTuple):
 
 def prepare(
     source: config.RecordSource,
-    records: Records,
+    records: OpenSource,
     tokenizer: Tokenizer,
     template: str | None,
     cache_dir: str | Path,
     num_proc: int = 1,
     shown: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """The folder in `cache_dir` with the tokens of `records` (those of `source`), made first where it is not there.
+    """Return the folder in `cache_dir` with the tokens of `records` (those of `source`), made first where it is not there.
 
-    Several processes may ask at the same time: one makes them, the others wait. One that was killed is gone on with.
-    Raises ValueError with file and line for a record that cannot be used, and where no record has any text.
+    Several processes may ask at the same time: one makes them, the others wait. What a killed process had done is kept.
+    Raises ValueError with its origin for a record that cannot be used, and where no record has any text.
     """
     cache = Path(cache_dir)
-    scans = _scan(records, cache)
+    scans = records.scan(cache / "scans")
     rules = _rules(source.record, template)
     made_of = json.dumps([_RULES, tokenizer.identity, rules.model_dump(mode="json")], sort_keys=True)
     shards = cut(records, scans, made_of)
-    named = [source.licence, source.origin, records.places if not records.files else None, [shard.key for shard in shards]]
+    named = [source.licence, source.origin, None, [shard.key for shard in shards]]
     directory = cache / f"tokens-{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]}"
     if directory.exists():
         return directory
@@ -79,17 +81,18 @@ def prepare(
             shutil.rmtree(torn)
         every = {shard.key: shard for shard in shards}  # two files may hold the same
         todo = [shard for shard in every.values() if not ((unfinished / shard.key).exists() or _taken(shard, unfinished, cache))]
-        places = ", ".join(records.places[:3]) + (", …" if len(records.places) > 3 else "")
+        places = ", ".join(records.names[:3]) + (", …" if len(records.names) > 3 else "")
         if todo:
             done = f", {len(every) - len(todo)} of {len(every)} shards are there" if len(todo) < len(every) else ""
-            log.info("tokenising %s%s", places, done)
+            log.info("tokenizing %s%s", places, done)
         try:
-            _tokenise(unfinished, todo, len(every), source, records, tokenizer, template, num_proc, shown or _Log())
+            recipe = Recipe(records, source.record, tokenizer, template)
+            _tokenize(unfinished, todo, len(every), source, recipe, num_proc, shown or _Log())
         finally:
             if not any(unfinished.iterdir()):  # no work worth keeping
                 unfinished.rmdir()
-        if _scan(records, cache) != scans:
-            raise ValueError(f"{places}: files were changed while they were read; start again when they are whole")
+        if records.scan(cache / "scans") != scans:
+            raise ValueError(f"{places}: records were changed while they were read; start again when nothing writes to them")
         manifest = _manifest(unfinished, shards, scans, records, source, tokenizer, rules)
         if not manifest.examples:
             shutil.rmtree(unfinished)
@@ -97,10 +100,6 @@ def prepare(
         manifest.write(unfinished)
         os.rename(unfinished, directory)
     return directory
-
-
-def _scan(records: Records, cache: Path) -> list[Scan]:
-    return [scan(file, cuttable, cache / "scans") for file, cuttable in zip(records.files, records.cuttable, strict=True)]
 
 
 def _rules(record: config.Record, template: str | None) -> Rules:
@@ -141,7 +140,7 @@ def _manifest(
     directory: Path,
     shards: list[Shard],
     scans: list[Scan],
-    records: Records,
+    records: OpenSource,
     source: config.RecordSource,
     tokenizer: Tokenizer,
     rules: Rules,
@@ -152,7 +151,6 @@ def _manifest(
         for span, (num_records, num_tokens) in zip(shard.spans, fact["per_span"], strict=True):
             counts[span.place][0] += num_records
             counts[span.place][1] += num_tokens
-    known: list[Scan | None] = [*scans] or [None]
     return Manifest(
         licence=source.licence,
         origin=source.origin,
@@ -164,8 +162,8 @@ def _manifest(
         records=sum(num_records for num_records, _ in counts),
         **{name: sum(fact[name] for fact in facts) for name in ("empty", "examples", "tokens", "loss_tokens")},
         files=tuple(
-            SourceFile(path=path, sha256=found and found.sha256, size=found and found.size, by_line=by_line, records=n, tokens=m)
-            for path, found, by_line, (n, m) in zip(records.places, known, records.by_line, counts, strict=True)
+            SourceFile(path=place.name, sha256=found.sha256, size=found.size, by_line=place.by_line, records=n, tokens=m)
+            for place, found, (n, m) in zip(records.places, scans, counts, strict=True)
         ),
         shards=tuple(
             ShardEntry(name=shard.key, spans=shard.spans, **{key: fact[key] for key in ("examples", "tokens", "sizes", "sha256")})
@@ -177,14 +175,12 @@ def _manifest(
 # --- one process per shard -------------------------------------------------------------------------------------
 
 
-def _tokenise(
+def _tokenize(
     directory: Path,
     todo: list[Shard],
     num_shards: int,
     source: config.RecordSource,
-    records: Records,
-    tokenizer: Tokenizer,
-    template: str | None,
+    recipe: Recipe,
     num_proc: int,
     shown: Callable[[Progress], None],
 ) -> None:
@@ -197,14 +193,14 @@ def _tokenise(
             shown(now)
 
         for shard in todo:
-            write_shard(directory / shard.key, shard, records, source.record, tokenizer, template, told)
+            write_shard(directory / shard.key, shard, recipe, told)
             now = now._replace(done=now.done + 1)
             shown(now)
         return
     # spawn: this process may have started threads that a fork would not survive
     context = multiprocessing.get_context("spawn")
     shared = context.Array("q", 2)
-    pool = ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (source, tokenizer, template, shared))
+    pool = ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (source, recipe.tokenizer, recipe.template, shared))
     try:
         waiting = {pool.submit(_work, directory / shard.key, shard) for shard in todo}
         while waiting:
@@ -215,18 +211,15 @@ def _tokenise(
             shown(now)
     except BrokenProcessPool as error:
         raise RuntimeError(
-            f"a process that tokenised {', '.join(records.places[:3])} was killed (was there memory enough for {num_proc}?); "
-            f"{now.done} of {num_shards} shards are done, start again to go on"
+            f"a process that tokenized {', '.join(recipe.records.names[:3])} was killed (was there memory enough for {num_proc}?); "
+            f"{now.done} of {num_shards} shards are done, start again to continue"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class _Worker(NamedTuple):
-    source: config.RecordSource
-    records: Records
-    tokenizer: Tokenizer
-    template: str | None
+    recipe: Recipe
     told: Told
 
 
@@ -242,7 +235,7 @@ def _begin(source: config.RecordSource, tokenizer: Tokenizer, template: str | No
             shared[0] += num_records
             shared[1] += num_tokens
 
-    _worker = _Worker(source, open_source(source), tokenizer, template, told)
+    _worker = _Worker(Recipe(open_source(source), source.record, tokenizer, template), told)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -256,8 +249,7 @@ def _end_with_parent() -> None:
 
 def _work(directory: Path, shard: Shard) -> None:
     assert _worker is not None
-    source, records, tokenizer, template, told = _worker
-    write_shard(directory, shard, records, source.record, tokenizer, template, told)
+    write_shard(directory, shard, *_worker)
 
 
 class _Log:

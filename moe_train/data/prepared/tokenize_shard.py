@@ -16,6 +16,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from moe_train import config
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example
 from moe_train.data.prepared.shards import Shard
-from moe_train.data.records.sources import Origin, Records
+from moe_train.data.records.source import OpenSource, Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory
 
@@ -31,13 +32,21 @@ Told = Callable[[int, int], None]  # of records and tokens more
 _FLUSH = 1 << 16  # ids held before they are written
 
 
-def write_shard(
-    directory: Path, shard: Shard, records: Records, record: config.Record, tokenizer: Tokenizer, template: str | None, told: Told
-) -> None:
-    """Tokenise a shard into the new folder `directory`.
+class Recipe(NamedTuple):
+    """How the records of a source become ids."""
 
-    Raises ValueError with file and line for the first record that cannot be used.
+    records: OpenSource
+    record: config.Record
+    tokenizer: Tokenizer
+    template: str | None
+
+
+def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> None:
+    """Tokenize a shard into the new folder `directory`.
+
+    Raises ValueError with its origin for the first record that cannot be used.
     """
+    records, record, tokenizer, template = recipe
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     per_span = []  # (records, tokens)
     empty = 0
@@ -47,7 +56,7 @@ def write_shard(
                 numbered = ((Origin(span.place, number), fields) for number, fields in records.read(span))
                 num_records, told_records, told_tokens = 0, 0, arrays.num_tokens
                 before = arrays.num_tokens
-                for origin, examples in encode(numbered, records, record, tokenizer, template):
+                for origin, examples in encode(numbered, records.where, record, tokenizer, template):
                     num_records += 1
                     empty += not examples
                     for example in examples:

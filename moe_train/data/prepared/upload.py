@@ -1,4 +1,4 @@
-"""Prepared sets copied to where several machines read them."""
+"""Copy prepared sets to where several machines read them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from moe_train.data.prepared.manifest import NAME
 def upload(directory: str, to: str) -> str:
     """Copy a prepared set into the folder or bucket `to` (any file system of fsspec); return where it is now.
 
-    The manifest comes last, so that what has one is whole; shards that are there already stay.
+    The manifest comes last, so that a set with a manifest is complete; shards that are there already stay.
     Raises ValueError, FileNotFoundError, PermissionError or OSError in one line.
     """
     files, root = open_files(to)
     name = Path(directory).name
-    there = f"{root.rstrip('/')}/{name}"
+    target = f"{root.rstrip('/')}/{name}"
     try:
-        if not files.exists(f"{there}/{NAME}"):
-            every = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != NAME)
-            for path in [*every, Path(directory) / NAME]:
-                _copy(path, files, f"{there}/{path.relative_to(directory).as_posix()}")
+        if not files.exists(f"{target}/{NAME}"):
+            shards = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != NAME)
+            for path in [*shards, Path(directory) / NAME]:
+                _copy(path, files, f"{target}/{path.relative_to(directory).as_posix()}")
     except Exception as error:  # each file system has its own
         raise fault(to, error) from error
     return f"{to.rstrip('/')}/{name}"

@@ -1,15 +1,15 @@
-"""Tokenizers from files: Hugging Face's `tokenizer.json` (library `tokenizers`) and Mistral's own (mistral-common).
+"""Hugging Face's `tokenizer.json`, read by the `tokenizers` library.
 
-Plain text never becomes control tokens: "</s>" inside a document is five characters, not the end of a sequence.
-Only a chat template (see `chat`) writes control tokens.
+Text can be encoded with control tokens in it: they stand between marks (`Marked`), so that the same characters typed by
+somebody stay plain text.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import json
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,29 +17,26 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from moe_train.data.tokenizers.tokenizer import Span, Tokenizer, _identity
+from moe_train.data.tokenizers.tokenizer import Span, Tokenizer, hash_files
 from moe_train.machine.files import read_object
 
-log = logging.getLogger(__name__)
-
 _MARK = "\ufdd0"  # a Unicode noncharacter, which no text contains
+_OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files beside tokenizer.json that an export carries too, where they exist, in the order of the identity."""
 
 
 class Marked(NamedTuple):
     """A text for `HuggingFace.encode_marked`, in which control tokens stand between marks, and spans of its characters.
 
-    control: ids of its control tokens, in order. edges: the spans once more, where all begin and end at edges of control tokens
-    (None otherwise). Edges are counted from the text's start, which is one, through those of each token, to its end.
+    control: ids of its control tokens, in order. edges: the spans by the numbers of their borders, if all of them begin and end
+    at borders (None otherwise). Border 0 is the start of the text; then come start and end of each control token, and the end of
+    the text.
     """
 
     text: str
     spans: list[Span]
     control: list[int]
     edges: list[Span] | None
-
-
-# What travels with an export, where it exists. The order is that of the identity.
-_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class HuggingFace(Tokenizer):
@@ -52,14 +49,13 @@ class HuggingFace(Tokenizer):
         if not main.is_file():
             raise FileNotFoundError(f"no tokenizer at {main}; give a directory with tokenizer.json, or that file")
         self.path = path
-        beside = (directory / name for name in _HUGGING_FACE_FILES[1:])
-        self.files = (main, *(file for file in beside if file.is_file()))
-        self.identity = _identity(self.files)
+        self.files = (main, *(directory / name for name in _OTHER_FILES if (directory / name).is_file()))
+        self.identity = hash_files(self.files)
         try:
             self._plain = tokenizers.Tokenizer.from_file(str(main))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{main} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads: {error}") from error
-        # A file may carry the padding and truncation of whoever saved it.
+        # A file may carry the padding and truncation settings of whoever saved it.
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = True
@@ -76,10 +72,19 @@ class HuggingFace(Tokenizer):
         self.chat_template = _chat_template(directory, settings)
 
     def _id(self, name: str) -> int:
-        found = self._plain.token_to_id(self.named_tokens[name])
-        if found is None:
+        number = self._plain.token_to_id(self.named_tokens[name])
+        if number is None:
             raise ValueError(f"the {name} {self.named_tokens[name]!r} of tokenizer_config.json is not in {self.files[0]}")
-        return found
+        return number
+
+    def encode(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        return self._plain.decode(list(ids), skip_special_tokens=not keep_special)
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:
@@ -87,9 +92,50 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Matches what looks like a control token."""
+        """Matches text that looks like a control token."""
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def marked(self, pieces: Sequence[str], spans: Sequence[Span]) -> Marked:
+        """Join the pieces of a text and mark its control tokens, those in the first piece, the third and so on; what looks like
+        a control token in the other pieces is plain text. `spans` are of characters of the joined pieces."""
+        text = "".join(self.special_pattern.sub(_between_marks, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces))
+        parts = text.split(_MARK)  # plain text and control tokens in turn
+        borders = [0, *itertools.accumulate(map(len, parts))]
+        openings, closings = borders[1:-1:2], borders[2:-1:2]
+
+        def among_marks(at: int) -> int:  # a token that begins here comes with its mark, and one that ends here too
+            return at + bisect.bisect_left(openings, at) + bisect.bisect_right(closings, at)
+
+        moved = [(among_marks(start), among_marks(stop)) for start, stop in spans]
+        control = [self._ids_of_control[name] for name in parts[1::2]]
+        number_of = {border: number for number, border in enumerate(borders)}
+        edges = [(number_of.get(start, -1), number_of.get(stop, -1)) for start, stop in spans]
+        at_edges = self._control_apart and not any(-1 in pair for pair in edges)
+        return Marked(text, moved, control, edges if at_edges else None)
+
+    def encode_marked(self, texts: Sequence[Marked]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of each text, and for each of its spans the ids that touch it (first, last + 1)."""
+        marked = [text.text for text in texts]
+        edges = [text.edges for text in texts if text.edges is not None]
+        if len(edges) < len(texts):
+            encodings = self._control.encode_batch(marked, add_special_tokens=False)
+            return [(e.ids, [_touching(e, span) for span in text.spans]) for e, text in zip(encodings, texts, strict=True)]
+        encoded = []
+        encodings = self._control.encode_batch_fast(marked, add_special_tokens=False)  # a fifth faster: it finds no offsets
+        for encoding, text, spans in zip(encodings, texts, edges, strict=True):
+            ids = encoding.ids
+            border_ids = [0]
+            for control in text.control:  # plain text never has an id of a control token
+                at = ids.index(control, border_ids[-1])
+                border_ids += at, at + 1
+            border_ids.append(len(ids))
+            encoded.append((ids, [(border_ids[start], border_ids[stop]) for start, stop in spans]))
+        return encoded
+
+    def encode_control(self, text: str) -> list[int]:
+        """Ids of a text in which control tokens are recognized."""
+        return self.encode_marked([self.marked([text], [])])[0][0]
 
     @functools.cached_property
     def _ids_of_control(self) -> dict[str, int]:
@@ -97,14 +143,14 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _control_apart(self) -> bool:
-        """Whether control tokens take nothing of the text around them, and stand anywhere."""
+        """Whether control tokens never absorb text around them and are recognized anywhere."""
         added = self._plain.get_added_tokens_decoder().values()
         return not any(token.lstrip or token.rstrip or token.single_word for token in added if token.special)
 
     @functools.cached_property
     def _control(self) -> tokenizers.Tokenizer:
-        """The same tokenizer with control tokens that nobody can type: each stands between marks. Then text that looks
-        like one is tokenised together with what is around it, as it should be. No post-processor: it would trim offsets."""
+        """The same tokenizer with control tokens that nobody can type, since each stands between marks. Text that looks like a
+        control token is then tokenized together with the text around it. There is no post-processor: it would trim offsets."""
         content = json.loads(self._plain.to_str())
         names = {token["content"] for token in content["added_tokens"] if token["special"]}
         for token in content["added_tokens"]:
@@ -120,77 +166,16 @@ class HuggingFace(Tokenizer):
             content["model"]["unk_token"] = marked[content["model"]["unk_token"]]
         return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
 
-    def encode(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def marked(self, pieces: Sequence[str], spans: Sequence[Span]) -> Marked:
-        """A text that comes in pieces, and spans of its characters: in the first piece, the third and so on control tokens are
-        what they are; in the others, what looks like one is text."""
-        text = "".join(self.special_pattern.sub(_between_marks, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces))
-        moved = _among_marks(text, spans)
-        control = [self._ids_of_control[name] for name in text.split(_MARK)[1::2]]
-        edges = [(_edge(text, start), _edge(text, stop)) for start, stop in moved] if self._control_apart else [(-1, -1)]
-        return Marked(text, moved, control, None if any(-1 in pair for pair in edges) else edges)
-
-    def encode_marked(self, texts: Sequence[Marked]) -> list[tuple[list[int], list[Span]]]:
-        """Ids of each text, and for each of its spans the ids that touch it (first, last + 1)."""
-        written = [text.text for text in texts]
-        edges = [text.edges for text in texts if text.edges is not None]
-        if len(edges) < len(texts):
-            encodings = self._control.encode_batch(written, add_special_tokens=False)
-            return [(e.ids, [_touching(e, span) for span in text.spans]) for e, text in zip(encodings, texts, strict=True)]
-        found = []  # the library is a fifth quicker when it need not say which characters an id is of
-        encodings = self._control.encode_batch_fast(written, add_special_tokens=False)
-        for encoding, text, borders in zip(encodings, texts, edges, strict=True):
-            ids = encoding.ids
-            at, places = -1, [0]
-            for control in text.control:  # other text has no id of one
-                at = ids.index(control, at + 1)
-                places += at, at + 1
-            places.append(len(ids))
-            found.append((ids, [(places[start], places[stop]) for start, stop in borders]))
-        return found
-
-    def encode_control(self, text: str) -> list[int]:
-        """Ids of a text in which control tokens are what they are."""
-        return self.encode_marked([self.marked([text], [])])[0][0]
-
-    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
-        return self._plain.decode(list(ids), skip_special_tokens=not keep_special)
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # pickled by path: another process reads the files again
         return HuggingFace, (self.path,)
 
 
-def _between_marks(found: re.Match[str]) -> str:
-    return _MARK + found[0] + _MARK
-
-
-def _among_marks(marked: str, spans: Sequence[Span]) -> list[Span]:
-    """Places in a text to places in the same with two marks around each control token, the marks part of the token."""
-    marks = [found.start() for found in re.finditer(_MARK, marked)]
-    before = [at - i for i, at in enumerate(marks)]  # in the text, of each mark
-    opening, closing = before[::2], before[1::2]
-
-    def among(at: int) -> int:  # a token that begins here comes with its mark, and one that ends here too
-        return at + bisect.bisect_left(opening, at) + bisect.bisect_right(closing, at)
-
-    return [(among(start), among(stop)) for start, stop in spans]
-
-
-def _edge(marked: str, at: int) -> int:
-    """Which edge of a control token a place is at, as `Marked` counts them; -1: none."""
-    before = marked.count(_MARK, 0, at)  # two for each token
-    if at == 0 or marked[at - 1] == _MARK:
-        return before
-    return before + 1 if at == len(marked) or marked[at] == _MARK else -1
+def _between_marks(match: re.Match[str]) -> str:
+    return _MARK + match[0] + _MARK
 
 
 def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
-    """The tokens (first, last + 1) that have characters of the span; one without characters counts as one long."""
+    """The tokens (first, last + 1) with characters of the span. A token without characters counts as one character long."""
     start, stop = span
     first = next((token for at in range(start, stop) if (token := encoding.char_to_token(at)) is not None), None)
     if first is None:
@@ -212,12 +197,12 @@ def _token_text(token: str | dict[str, Any] | None) -> str | None:
 
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """`chat_template.jinja` first, as transformers has it; else the entry of tokenizer_config.json."""
+    """`chat_template.jinja` if it exists, as in transformers; else the entry of tokenizer_config.json."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several templates by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template

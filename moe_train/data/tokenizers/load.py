@@ -1,4 +1,4 @@
-"""A tokenizer from its section of the config, or from what lies in a folder."""
+"""Load the tokenizer of a config section; find out which section suits the files of a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_train.data.tokenizers.mistral import Mistral
 
 
 def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
-    """The tokenizer that a config section names. Reads local files alone, never the network.
+    """Load the tokenizer that a config section names, from local files, never from the network.
 
     Raises FileNotFoundError where the files are missing, ValueError where they cannot be used.
     """
@@ -22,7 +22,7 @@ def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
 
 
 def tokenizer_at(path: str | Path) -> config.Tokenizer:
-    """What kind of tokenizer lies at `path`, a folder or a file. Raises FileNotFoundError where there is none."""
+    """The config section for the tokenizer at `path`, a folder or a file. Raises FileNotFoundError where there is none."""
     path = Path(path)
     if (path / "tokenizer.json").is_file() or path.name == "tokenizer.json":
         return config.HuggingFaceTokenizer(name="huggingface", path=str(path))

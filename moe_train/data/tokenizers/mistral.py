@@ -1,4 +1,4 @@
-"""Mistral's tokenizers, read by mistral-common."""
+"""Mistral's own tokenizers, read by mistral-common."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.tokenizers.tokenizer import Tokenizer, _identity
+from moe_train.data.tokenizers.tokenizer import Tokenizer, hash_files
 
 
 class Mistral(Tokenizer):
-    """A `tekken.json` or `tokenizer.model.v*`; text, chat format and validation are mistral-common's."""
+    """A `tekken.json` or `tokenizer.model.v*`. Text, chat format and validation are mistral-common's.
 
-    chat_template = None
+    finetuning: mistral-common's tokenizer, which validates conversations as for fine-tuning.
+    """
+
+    chat_template = None  # the chat format is fixed
 
     def __init__(self, path: str | Path) -> None:
         from mistral_common.exceptions import MistralCommonException
@@ -25,15 +28,15 @@ class Mistral(Tokenizer):
         self.path = Path(path)
         file = self.path
         if file.is_dir():
-            found = sorted(entry for entry in file.iterdir() if is_tekken(entry) or is_sentencepiece(entry))
-            if len(found) != 1:
-                names = ", ".join(entry.name for entry in found) or "none"
+            candidates = sorted(entry for entry in file.iterdir() if is_tekken(entry) or is_sentencepiece(entry))
+            if len(candidates) != 1:
+                names = ", ".join(entry.name for entry in candidates) or "none"
                 raise FileNotFoundError(f"{file} should hold one tekken.json or tokenizer.model.v*; found: {names}")
-            file = found[0]
+            (file,) = candidates
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}; give a tekken.json or a tokenizer.model.v*")
         self.files = (file,)
-        self.identity = _identity(self.files)
+        self.identity = hash_files(self.files)
         try:
             self.finetuning = MistralTokenizer.from_file(file, mode=ValidationMode.finetuning)
         except ImportError as error:
@@ -41,7 +44,9 @@ class Mistral(Tokenizer):
         except (MistralCommonException, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a tokenizer that mistral-common reads: {error}") from error
         self._text = self.finetuning.instruct_tokenizer.tokenizer
-        self.vocab_size, self.bos_id, self.eos_id = self._text.n_words, self._text.bos_id, self._text.eos_id
+        self.vocab_size = self._text.n_words
+        self.bos_id = self._text.bos_id
+        self.eos_id = self._text.eos_id
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:
@@ -59,5 +64,5 @@ class Mistral(Tokenizer):
         policy = SpecialTokenPolicy.KEEP if keep_special else SpecialTokenPolicy.IGNORE
         return self._text.decode(list(ids), special_token_policy=policy)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # pickled by path: another process reads the files again
         return Mistral, (self.path,)

@@ -19,23 +19,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import new_directory
+from moe_train.machine.files import check_space, new_directory
 from moe_train.model.paths import module_of
 from moe_train.weights import gguf, merge, names
 from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.gguf import container
 from moe_train.weights.gguf import settings as gguf_settings
-from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 FILE = "adapter.gguf"
 _LAYOUT = replace(names.GGUF, adapters_of_embed=names.GGUF.adapters)
-_ROUNDED = 2.0**-22
-"""Of a product of two numbers, one of them rounded to float32 once more, the most by which it is off, relative."""
 
 
 def export_adapter(
@@ -47,11 +44,15 @@ def export_adapter(
     base_model: str,
     name: str = "adapter",
     texts: Texts = NO_TEXTS,
-) -> dict[str, Any]:
-    """Write the adapters of `parameters` as a folder with `adapter.gguf`, in float32; read it back and compare the deltas.
+) -> None:
+    """Write the adapters of `parameters` as a folder with `adapter.gguf`, in float32.
 
-    base_model: name or path of the model that the adapter belongs to; name: shown by servers. `out_dir` appears whole, or not
-    at all. Raises ValueError where there are no adapters, or where llama.cpp has no place for one.
+    `out_dir` appears complete or not at all. `proof.prove_adapter` compares the file with `parameters`. Raises ValueError
+    where there are no adapters, or where llama.cpp has no place for one.
+
+    Args:
+        base_model: name or path of the model that the adapter belongs to.
+        name: shown by servers.
     """
     ranks = {path.removesuffix(".lora_a"): a.shape[-1] for path, a in parameters.items() if path.endswith(".lora_a")}
     if not ranks:
@@ -89,7 +90,6 @@ def export_adapter(
     with new_directory(out_dir) as directory:
         container.write_file(directory / FILE, settings, specs, parts)
         write_texts(directory, texts)
-        return _prove(directory / FILE, table, parameters, lora)
 
 
 def open_adapter(path: str | Path) -> container.Gguf:
@@ -162,33 +162,3 @@ def _alpha(lora: config.Lora, table: list[names.Piece]) -> float:
 
 def _module(piece: names.Piece) -> str:
     return piece.path.rpartition(".")[0]
-
-
-def _prove(file: Path, table: list[names.Piece], parameters: Held, lora: config.Lora) -> dict[str, Any]:
-    """Compare the deltas that the file stands for with those in memory, matrix by matrix.
-
-    Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at
-    the first difference that rounding does not explain.
-    """
-    opened = container.open_file(file)
-    tensors, alpha = opened.tensors, opened.settings["adapter.lora.alpha"]
-    names.check(file, table, {name: tensor.shape for name, tensor in tensors.items()}, {})
-    zero = 0
-    for of_a, of_b in zip(table[::2], table[1::2], strict=True):
-        a, b = (piece.from_file(tensors[piece.name].read).astype(np.float64) for piece in (of_a, of_b))
-        scale = alpha / b.shape[0]
-        written, most = scale * np.tensordot(a, b, 1), scale * np.tensordot(np.abs(a), np.abs(b), 1)
-        wanted = merge.delta(parameters, lora, replace(of_a, path=f"{_module(of_a)}.weight"))
-        assert wanted is not None
-        wanted = wanted.T if _module(of_a) == "head" else wanted  # which is (V, D), as the embedding
-        if not np.all(np.abs(written - wanted) <= _ROUNDED * most):
-            raise RuntimeError(f"{of_a.name} and its lora_b are not the adapter of {_module(of_a)}{list(of_a.lead)} in memory")
-        zero += not written.any()
-    numbers = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-    return {
-        "tensors": len(tensors),
-        "parameters": numbers,
-        "bytes": 4 * numbers,
-        "matrices": len(table) // 2,
-        "deltas_of_zero": zero,
-    }

@@ -8,24 +8,20 @@ rank. B's rows of q and k are in interleaved rotary order, as the weights' are.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import new_directory, read_object
+from moe_train.machine.files import check_space, new_directory, read_object
 from moe_train.weights import merge, names, safetensors_files
 from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.mistral import params_json
 from moe_train.weights.on_disk import nbytes
-from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 FILE = "lora.safetensors"
 SCALING = 2.0
-_ROUNDED_TWICE = {"float32": 2.0**-22, "bfloat16": 2.0**-7}
-"""Of a product of two rounded numbers, the most by which it is off, relative; with room for half as much again."""
 
 
 def export_adapter(
@@ -36,12 +32,15 @@ def export_adapter(
     *,
     dtype: config.Dtype,
     texts: Texts = NO_TEXTS,
-) -> dict[str, Any]:
-    """Write the adapters of `parameters` as a folder; read it back and compare the deltas.
+) -> None:
+    """Write the adapters of `parameters` as a folder.
 
-    dtype: that of the base model's files, since mistral-inference takes no other. alpha / rank goes into B, zeros fill up
-    smaller ranks. `out_dir` appears whole, or not at all. Raises ValueError where there are no adapters, or where
+    alpha / rank goes into B, and smaller ranks are padded with zeros. `out_dir` appears complete or not at all.
+    `proof.prove_adapter` compares the files with `parameters`. Raises ValueError where there are no adapters, or where
     mistral-inference has no place for one.
+
+    Args:
+        dtype: that of the base model's files, since mistral-inference takes no other.
     """
     ranks = {path.removesuffix(".lora_a"): a.shape[-1] for path, a in parameters.items() if path.endswith(".lora_a")}
     if not ranks:
@@ -72,7 +71,6 @@ def export_adapter(
         safetensors_files.write_file(directory / FILE, specs, tensor)
         (directory / params_json.FILE).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
         write_texts(directory, texts)
-        return _prove(directory, table, parameters, lora)
 
 
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
@@ -130,30 +128,3 @@ def _open(directory: str | Path) -> tuple[dict[str, safetensors_files.Tensor], f
 
 def _module(piece: names.Piece) -> str:
     return piece.path.rpartition(".")[0]
-
-
-def _prove(directory: Path, table: list[names.Piece], parameters: Held, lora: config.Lora) -> dict[str, Any]:
-    """Compare the deltas that the files stand for with those in memory, matrix by matrix.
-
-    Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at
-    the first difference that rounding A and B to the file's dtype does not explain.
-    """
-    tensors, scaling = _open(directory)
-    names.check(directory, table, {name: tensor.shape for name, tensor in tensors.items()}, {})
-    zero = 0
-    for of_a, of_b in zip(table[::2], table[1::2], strict=True):
-        a, b = (piece.from_file(tensors[piece.name].read).astype(np.float64) for piece in (of_a, of_b))
-        written, most = scaling * np.tensordot(a, b, 1), scaling * np.tensordot(np.abs(a), np.abs(b), 1)
-        wanted = merge.delta(parameters, lora, replace(of_a, path=f"{_module(of_a)}.weight"))
-        assert wanted is not None
-        if not np.all(np.abs(written - wanted) <= _ROUNDED_TWICE[tensors[of_a.name].dtype.name] * most):
-            raise RuntimeError(f"{of_a.name} and its lora_B are not the adapter of {_module(of_a)}{list(of_a.lead)} in memory")
-        zero += not written.any()
-    sizes = [(int(np.prod(t.shape)), t.dtype.itemsize) for t in tensors.values()]
-    return {
-        "tensors": len(tensors),
-        "parameters": sum(n for n, _ in sizes),
-        "bytes": sum(n * size for n, size in sizes),
-        "matrices": len(table) // 2,
-        "deltas_of_zero": zero,
-    }

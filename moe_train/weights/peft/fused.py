@@ -1,10 +1,10 @@
-"""Fused PEFT adapters of experts, as the per-expert ones that they stand for; read, never written.
+"""Split PEFT's fused adapters of experts into per-expert ones; they are read and never written.
 
 For a parameter (E, out, in) such as `mlp.experts.gate_up_proj`, PEFT keeps one A (r·E, in), expert after expert, and one B
-(out, r·E), of which every E-th column is an expert's (`ParamWrapper.get_delta_weight`). The names say no more than
-`experts` and `experts.base_layer`, so it is the shapes that tell gate_up from down. PEFT up to 0.19.0 took (E, out, in) for
-(E, in, out): there A and B have each other's place and are transposed. That shows in the shapes too, except where
-model_dim is ffn_dim or twice that: then the version in adapter_config.json has to say it.
+(out, r·E), of which every E-th column belongs to one expert (`ParamWrapper.get_delta_weight`). The names say no more than
+`experts` and `experts.base_layer`, so the shapes have to tell gate_up from down. PEFT up to 0.19.0 took (E, out, in) for
+(E, in, out): there A and B are swapped and transposed. The shapes show that too, except where model_dim equals ffn_dim or
+twice ffn_dim: then the version in adapter_config.json decides.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import numpy as np
 
 from moe_train import config
 from moe_train.weights.on_disk import Tensor
+from moe_train.weights.peft.settings import alpha_of
 
 _NAME = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(base_layer\.)?lora_(?P<matrix>[AB])\.weight")
 _LEAVES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 """A fused parameter, and the matrices of an expert that lie in its rows."""
-_FIRST_RIGHT = (0, 19, 1)
+_FIRST_NOT_SWAPPED = (0, 19, 1)
+"""The first version of PEFT that writes A and B in their own places."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some rows and columns of a matrix, transposed where asked: a matrix of one expert."""
+    """A matrix of one expert: some rows and columns of a fused one, transposed if `transposed` is set."""
 
     name: str
     shape: tuple[int, int]
@@ -46,10 +48,14 @@ class _Part:
 
 
 def split(where: object, tensors: Mapping[str, Tensor], model: config.Model, version: str | None) -> dict[str, Tensor]:
-    """The tensors with fused pairs replaced by each expert's, under the names of a per-expert adapter.
+    """Replace each fused pair by the pairs of the experts, under the names of a per-expert adapter.
 
-    version: of PEFT, as the file states it. Raises ValueError for shapes that are not this model's, or that two versions
-    would read differently.
+    Args:
+        where: the file, for messages.
+        version: of PEFT, as the file states it.
+
+    Raises:
+        ValueError: the shapes do not fit the model, or two versions of PEFT would read them differently.
     """
     fused = {name: match for name in tensors if (match := _NAME.fullmatch(name))}
     found = {name: tensor for name, tensor in tensors.items() if name not in fused}
@@ -80,7 +86,7 @@ def _experts(where: object, layer: str, a: Tensor, b: Tensor, model: config.Mode
                 f"{where}: {a.name} can be read in two ways, since model_dim {D} and ffn_dim {F} make a square matrix, and "
                 "adapter_config.json does not state peft_version; load and save it with PEFT 0.19.1 or later"
             )
-        straight, swapped = (straight, []) if known >= _FIRST_RIGHT else ([], swapped)
+        straight, swapped = (straight, []) if known >= _FIRST_NOT_SWAPPED else ([], swapped)
     (parameter,) = straight or swapped
     J, every = wide // E, slice(None)
     found: dict[str, Tensor] = {}
@@ -107,14 +113,12 @@ def _parse(version: str | None) -> tuple[int, ...] | None:
 
 
 def alpha_pattern(settings: Mapping[str, Any], model: config.Model) -> dict[str, float]:
-    """`alpha_pattern` with what it says of fused parameters said of each expert's matrices, which come first."""
-    given: dict[str, float] = settings.get("alpha_pattern") or {}
-    found: dict[str, float] = {}
-    for layer in range(model.num_layers):
-        for parameter, leaves in _LEAVES.items():
-            name = f"model.layers.{layer}.mlp.experts.{parameter}"
-            alphas = [alpha for key, alpha in given.items() if re.match(rf"(.*\.)?({key})$", name)]
-            found[rf"layers\.{layer}\.block_sparse_moe\.experts\.\d+\.({'|'.join(leaves)})"] = (alphas or [settings["lora_alpha"]])[
-                0
-            ]
-    return found | given
+    """The `alpha_pattern` with an entry in front for each expert matrix, which has the alpha of its fused parameter."""
+    of_experts = {
+        rf"layers\.{layer}\.block_sparse_moe\.experts\.\d+\.({'|'.join(leaves)})": alpha_of(
+            settings, f"model.layers.{layer}.mlp.experts.{parameter}"
+        )
+        for layer in range(model.num_layers)
+        for parameter, leaves in _LEAVES.items()
+    }
+    return of_experts | (settings.get("alpha_pattern") or {})

@@ -1,12 +1,8 @@
-"""PEFT's adapters, read."""
+"""Read PEFT adapters, per-expert or fused."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,75 +15,37 @@ from moe_train.weights import names, on_disk, safetensors_files
 from moe_train.weights.arrays import Abstract, Parameters, fill
 from moe_train.weights.on_disk import Tensor
 from moe_train.weights.peft import fused
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-_GATE, _UP, _DOWN = "ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"
-
-
-_ROUTER = ("block_sparse_moe.gate", "mlp.gate")
-"""A router in a per-expert file, and as transformers 5 has it; LoRA's tensors are renamed in PEFT, saved modules' are not."""
+from moe_train.weights.peft.pieces import (
+    CONFIG,
+    DOWN,
+    GATE,
+    ROUTER_IN_ADAPTERS,
+    ROUTER_OF_TRANSFORMERS,
+    UP,
+    WEIGHTS,
+    adapter_pieces,
+    saved_pieces,
+    tied_head,
+)
+from moe_train.weights.peft.settings import alpha_of, read_settings
 
 
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
-    """The section `lora` that an adapter amounts to, per-expert or fused. Raises ValueError for what is not built here."""
+    """The section `lora` that an adapter amounts to. Raises ValueError for what is not supported."""
     directory = Path(directory)
-    settings, tensors, file = _settings(directory), _open(directory, model), directory / CONFIG
+    settings = read_settings(directory)
+    tensors = _open(directory, model)
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
-    kinds: dict[str, dict[tuple[int, float], set[int]]] = {}  # of each module: (rank, alpha) -> the experts that have it
-    firsts: dict[tuple[str, int], tuple[str, tuple[int, float]]] = {}
-    layers: Counter[tuple[str, int]] = Counter()
-    every = _every_adapter(model)
-    for piece, other in zip(every[::2], every[1::2], strict=True):
-        if (piece.name in tensors) != (other.name in tensors):
-            raise ValueError(f"{directory / WEIGHTS} lacks {(piece if other.name in tensors else other).name}")
-        if (tensor := tensors.get(piece.name)) is None:
-            continue
-        stem = piece.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
-        found = _rank_and_alpha(settings, stem, tensor)
-        module, expert = module_of(piece.path), piece.lead[1] if len(piece.lead) == 2 else 0
-        kinds.setdefault(module, {}).setdefault(found, set()).add(expert)
-        layers[module, expert] += 1
-        first, same = firsts.setdefault((module, expert), (stem, found))
-        if same != found:
-            raise ValueError(f"{file}: {stem} has rank and alpha {found}, {first} has {same}; here a module has one in all layers")
-    for (module, expert), count in layers.items():
-        if module not in config.NAMED_IN_FULL[1:] and count < model.num_layers:
-            stem = firsts[module, expert][0]
-            raise ValueError(
-                f"{file}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; here it is all of them"
-            )
-    if not kinds:
-        raise ValueError(f"{directory / WEIGHTS} has no adapter in a spelling that is read here ({next(iter(tensors), 'empty')})")
-    if unknown := sorted(tensors.keys() - {piece.name for piece in (*every, *_saved(model))}):
+    kinds = _kinds(directory, settings, tensors, model)
+    known = {piece.name for piece in (*adapter_pieces(model), *saved_pieces(model))}
+    if unknown := sorted(tensors.keys() - known):
         raise ValueError(f"{directory / WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter")
-    experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 1
-    targets: dict[tuple[tuple[int, float], tuple[int, ...] | None], list[str]] = {}
-    for module, of_module in kinds.items():
-        for kind, owners in of_module.items():
-            all_of_them = len(owners) == (experts if module in (_GATE, _UP, _DOWN) else 1)
-            targets.setdefault((kind, None if all_of_them else tuple(sorted(owners))), []).append(module)
-    saved = {piece.name.removesuffix(".weight"): module_of(piece.path) for piece in _saved(model) if piece.name in tensors}
-    for module in settings.get("modules_to_save") or ():
-        if not any(name.endswith(module) for name in saved):
-            raise ValueError(f"{file}: modules_to_save has {module!r}, and {WEIGHTS} has no weight of it")
-    if model.tie_embeddings and "embed" in saved.values():
-        ends = {name: tensors[f"{name}.weight"] for name, module in saved.items() if module == "embed"}
-        if len(ends) < 2 or len(set(on_disk.hashes(ends).values())) > 1:
-            raise ValueError(
-                f"{file}: {min(ends)} was trained apart from the other end, and this model has one table for both; PEFT keeps them "
-                "alike with ensure_weight_tying"
-            )
     return config.Lora(
-        targets=tuple(
-            config.LoraTarget(modules=tuple(modules), rank=rank, alpha=alpha, experts=owners)
-            for ((rank, alpha), owners), modules in targets.items()
-        ),
+        targets=_targets(kinds, model),
         rslora=bool(settings.get("use_rslora")),
         dropout=float(settings.get("lora_dropout") or 0.0),
-        train=tuple(sorted(set(saved.values()))),
+        train=_trained_in_full(directory / CONFIG, settings, tensors, model),
     )
 
 
@@ -95,29 +53,29 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     """The adapters of a PEFT directory, and its modules_to_save, as arrays like `abstract` ({path: …}).
 
     `abstract` comes from a model with the section `read_lora(directory, model)`; ranks that are smaller than the stack's
-    are filled up with zeros. Raises ValueError where the files have other tensors than the section says.
+    are padded with zeros. Raises ValueError where the files have other tensors than the section says.
     """
     tensors = _open(Path(directory), model)
     ranks = {path.removesuffix(".lora_a"): like.shape[-1] for path, like in abstract.items() if path.endswith(".lora_a")}
-    saved = [piece for piece in _saved(model) if piece.path in abstract]
+    saved = [piece for piece in saved_pieces(model) if piece.path in abstract]
     if model.tie_embeddings:
-        saved = [piece for piece in saved if piece.name != _tied_head(model).name]
-        tensors.pop(_tied_head(model).name, None)
+        second = tied_head(model).name
+        saved = [piece for piece in saved if piece.name != second]
+        tensors.pop(second, None)
     table = [*names.adapter_pieces(model, ranks), *saved]
     lora = read_lora(directory, model)
     shared = {m for m in ranks if any(target.experts is not None for target in targets_of(lora, module_of(f"{m}.weight")))}
-    filled: dict[str, Tensor] = dict(tensors)
+    padded: dict[str, Tensor] = dict(tensors)
     for piece in table:
         if piece.path.rpartition(".")[0] in shared:
-            filled[piece.name] = _Filled(piece.name, piece.shape, tensors.get(piece.name))
-    names.check(
-        directory, table, {name: t.shape for name, t in filled.items()}, {path: like.shape for path, like in abstract.items()}
-    )
-    return fill(abstract, table, filled)
+            padded[piece.name] = _Padded(piece.name, piece.shape, tensors.get(piece.name))
+    shapes = {name: tensor.shape for name, tensor in padded.items()}
+    names.check(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
+    return fill(abstract, table, padded)
 
 
-class _Filled(NamedTuple):
-    """A matrix of a file, or none, with zeros up to a shape."""
+class _Padded(NamedTuple):
+    """A matrix of a file, or none at all, padded with zeros to a shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -128,83 +86,104 @@ class _Filled(NamedTuple):
         return np.dtype(np.float32) if self.tensor is None else self.tensor.dtype
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
-        whole = np.zeros(self.shape, self.dtype)
+        padded = np.zeros(self.shape, self.dtype)
         if self.tensor is not None:
-            whole[tuple(slice(size) for size in self.tensor.shape)] = self.tensor.read()
-        return whole[index]
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    """adapter_config.json, without anything that is not read here."""
-    file = directory / CONFIG
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; give a directory with a PEFT adapter")
-    settings = read_object(file)
-    for key in ("target_parameters", "modules_to_save"):
-        if not isinstance(given := settings.get(key) or [], list) or not all(isinstance(name, str) for name in given):
-            raise ValueError(f"{file}: {key} is {given!r}; it has to be a list of names")
-    if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
-        raise ValueError(f"{file}: alpha_pattern is {patterns!r}; it has to be an object")
-    for key, alpha in {"lora_alpha": settings.get("lora_alpha"), **patterns}.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-            raise ValueError(f"{file}: {key} is {alpha!r}; an alpha is a positive number")
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(f"{file}: alpha_pattern has {key!r}, which is no pattern: {error}") from error
-    only = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False}
-    only |= dict.fromkeys(("layers_to_transform", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"))
-    for key, value in only.items():
-        if settings.get(key, value) not in (value, [] if value is None else value):
-            raise ValueError(f"{file}: {key} is {settings[key]!r}, which is not read here; it has to be {value!r}")
-    known = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-    if unknown := [name for name in settings.get("target_parameters") or () if not name.endswith(known)]:
-        raise ValueError(f"{file}: target_parameters has {unknown[0]!r}; read are those that end in {', '.join(known)}")
-    return settings
+            padded[tuple(slice(size) for size in self.tensor.shape)] = self.tensor.read()
+        return padded[index]
 
 
 def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
-    """Tensors by the names of a per-expert file; without the copies of the base that PEFT puts beside adapted ends."""
+    """Tensors by the names of a per-expert file, without the copies of the base's tables that PEFT adds to adapted ones."""
     found: dict[str, Tensor] = {}
-    sizes = {"model.embed_tokens": (model.vocab_size, model.model_dim), "lm_head": (model.vocab_size, model.model_dim)}
+    table = (model.vocab_size, model.model_dim)
     for name, tensor in safetensors_files.open_file(directory / WEIGHTS).items():
         stem = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
-        if name.endswith(".base_layer.weight") and stem in sizes:
-            if tensor.shape != sizes[stem]:
+        if name.endswith(".base_layer.weight") and stem in ("model.embed_tokens", "lm_head"):
+            if tensor.shape != table:
                 raise ValueError(
-                    f"{directory / WEIGHTS}: {name} has shape {tensor.shape}, the base's is {sizes[stem]}: another vocabulary"
+                    f"{directory / WEIGHTS}: {name} has shape {tensor.shape}, the base's is {table}: another vocabulary"
                 )
             continue
         if isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
-            name = name.replace(f".{_ROUTER[1]}.", f".{_ROUTER[0]}.")
+            name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         found[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
         return fused.split(directory / WEIGHTS, found, model, read_object(directory / CONFIG).get("peft_version"))
     return found
 
 
-def _every_adapter(model: config.Model) -> list[names.Piece]:
-    """A and B of everything that can have an adapter; their rank means nothing."""
-    modules = {piece.path.rpartition(".")[0] for piece in names.pieces(model) if not piece.path.endswith(".scale")}
-    return names.adapter_pieces(model, dict.fromkeys(modules, 1))
+# --- which adapters there are --------------------------------------------------------------------------------------
 
 
-def _rank_and_alpha(settings: Mapping[str, Any], stem: str, lora_a: Tensor) -> tuple[int, float]:
-    patterns = settings.get("alpha_pattern") or {}
-    alphas = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", stem)]
-    return lora_a.shape[0], float((alphas or [settings["lora_alpha"]])[0])
+Kind = tuple[int, float]
+"""Rank and alpha."""
 
 
-def _saved(model: config.Model) -> list[names.Piece]:
-    """Everything that modules_to_save can hold: whole weights, under the names that PEFT gives them."""
-    found = []
-    for piece in names.pieces(model):
-        if len(piece.lead) < 2:
-            found.append(replace(piece, name="base_model.model." + piece.name.replace(f"{_ROUTER[0]}.", f"{_ROUTER[1]}.")))
-    return found + ([_tied_head(model)] if model.tie_embeddings else [])
+def _kinds(
+    directory: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model
+) -> dict[str, dict[Kind, set[int]]]:
+    """For each module, each kind of adapter that it has, and the experts that have it (0 where there are none).
+
+    Raises ValueError where layers differ, or some layers have no adapter.
+    """
+    kinds: dict[str, dict[Kind, set[int]]] = {}
+    firsts: dict[tuple[str, int], tuple[str, Kind]] = {}
+    layers: Counter[tuple[str, int]] = Counter()
+    every = adapter_pieces(model)
+    for of_a, of_b in zip(every[::2], every[1::2], strict=True):
+        if (of_a.name in tensors) != (of_b.name in tensors):
+            raise ValueError(f"{directory / WEIGHTS} lacks {(of_a if of_b.name in tensors else of_b).name}")
+        if of_a.name not in tensors:
+            continue
+        stem = of_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+        kind = tensors[of_a.name].shape[0], alpha_of(settings, stem)
+        module = module_of(of_a.path)
+        expert = of_a.lead[1] if len(of_a.lead) == 2 else 0
+        kinds.setdefault(module, {}).setdefault(kind, set()).add(expert)
+        layers[module, expert] += 1
+        first, kind_of_first = firsts.setdefault((module, expert), (stem, kind))
+        if kind_of_first != kind:
+            raise ValueError(
+                f"{directory / CONFIG}: {stem} has rank and alpha {kind}, {first} has {kind_of_first}; "
+                "here a module has one in all layers"
+            )
+    for (module, expert), count in layers.items():
+        if module not in config.NAMED_IN_FULL[1:] and count < model.num_layers:
+            stem = firsts[module, expert][0]
+            raise ValueError(
+                f"{directory / CONFIG}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; "
+                "here it is all of them"
+            )
+    if not kinds:
+        raise ValueError(f"{directory / WEIGHTS} has no adapter in a spelling that is read here ({next(iter(tensors), 'empty')})")
+    return kinds
 
 
-def _tied_head(model: config.Model) -> names.Piece:
-    """The name under which a tied table is written once more."""
-    (embed,) = (piece for piece in names.pieces(model) if piece.path == "embed.weight")
-    return replace(embed, name=f"base_model.model.{names.HUGGING_FACE.head.name}")
+def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tuple[config.LoraTarget, ...]:
+    """One target for all modules whose adapters have the same rank, alpha and experts."""
+    num_experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 1
+    modules_of: dict[tuple[Kind, tuple[int, ...] | None], list[str]] = {}
+    for module, of_module in kinds.items():
+        for kind, owners in of_module.items():
+            complete = len(owners) == (num_experts if module in (GATE, UP, DOWN) else 1)
+            modules_of.setdefault((kind, None if complete else tuple(sorted(owners))), []).append(module)
+    return tuple(
+        config.LoraTarget(modules=tuple(modules), rank=rank, alpha=alpha, experts=owners)
+        for ((rank, alpha), owners), modules in modules_of.items()
+    )
+
+
+def _trained_in_full(file: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model) -> tuple[str, ...]:
+    """The modules whose whole weights are in the files. Raises ValueError where modules_to_save says otherwise."""
+    saved = {piece.name.removesuffix(".weight"): module_of(piece.path) for piece in saved_pieces(model) if piece.name in tensors}
+    for module in settings.get("modules_to_save") or ():
+        if not any(name.endswith(module) for name in saved):
+            raise ValueError(f"{file}: modules_to_save has {module!r}, and {WEIGHTS} has no weight of it")
+    if model.tie_embeddings and "embed" in saved.values():
+        ends = {name: tensors[f"{name}.weight"] for name, module in saved.items() if module == "embed"}
+        if len(ends) < 2 or len(set(on_disk.hashes(ends).values())) > 1:
+            raise ValueError(
+                f"{file}: {min(ends)} was trained apart from the other end, and this model has one table for both; PEFT keeps them "
+                "alike with ensure_weight_tying"
+            )
+    return tuple(sorted(set(saved.values())))

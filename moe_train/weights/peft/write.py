@@ -1,35 +1,36 @@
-"""PEFT adapters: one A and one B per matrix, experts included, as vLLM and PEFT read them.
+"""Write PEFT adapters: one A and one B per matrix, experts included, as vLLM and PEFT read them.
 
-PEFT under transformers 5 (tried with 0.21.2) turns the experts' files into its fused form while loading. What it
-accepts decides what is written: w1, w2 and w3 come together (a gate without its up is refused; both without a down
-load with their weights left out, and only a warning); w1 and w3 have the file's own `r` and `lora_alpha`;
-a differing w2 is named in the patterns by its old name and by its fused one; all experts of a matrix share rank and
-scale, so zeros fill up a smaller rank and B takes up a differing scale. Scales are said as lora_alpha / r, rank-stabilised
-ones too: PEFT's fusing of gate and up, and llama.cpp, know no other. Dropout is stated where PEFT has it, which is not
-beside experts or a router. What was trained in full is `modules_to_save`.
+PEFT under transformers 5 (tried with 0.21.2) turns the experts' tensors into its fused form while loading. What it accepts
+decides what is written:
+- w1, w2 and w3 come together: a gate without its up is refused, and both without a down load with their weights left out and
+  only a warning.
+- w1 and w3 have the file's own `r` and `lora_alpha`; a w2 that differs is named in the patterns by its old name and by its
+  fused one.
+- All experts of a matrix share rank and scale: a smaller rank is padded with zeros, and B absorbs a different scale.
+- Scales are written as lora_alpha / r, rank-stabilized ones too: PEFT's fusing of gate and up, and llama.cpp, know no other.
+- Dropout is written where PEFT has it, which is not for experts or a router.
+- Weights that were trained in full are `modules_to_save`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import new_directory
-from moe_train.model.paths import is_trainable, module_of, targets_of
+from moe_train.machine.files import check_space, new_directory
+from moe_train.model.paths import is_trainable, module_of
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.on_disk import nbytes
-from moe_train.weights.peft.read import _DOWN, _GATE, _UP, CONFIG, WEIGHTS, _every_adapter, _saved, read_lora
+from moe_train.weights.peft.pieces import CONFIG, DOWN, GATE, UP, WEIGHTS, saved_pieces
 from moe_train.weights.serve import Server, Shape, adapter_shapes
-from moe_train.weights.texts import NO_TEXTS, Texts, check_space, write_texts
+from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 
 def export_adapter(
@@ -41,64 +42,69 @@ def export_adapter(
     base_model: str,
     texts: Texts = NO_TEXTS,
     server: Server | None = None,
-) -> dict[str, Any]:
-    """Write the adapters of `parameters`, and what was trained in full beside them, as a PEFT directory; read it back and
-    compare.
+) -> None:
+    """Write the adapters of `parameters`, and the weights that were trained in full, as a PEFT directory.
 
-    base_model: name or path of the model that the adapter belongs to. A and B keep their dtype and their bytes,
-    except where experts have to agree (see above), or all modules for the sake of `server` (see `serve`). `out_dir`
-    appears whole, or not at all. Raises ValueError for what PEFT, or the server, has no word for.
+    A and B keep their dtype and their bytes, except where experts have to agree (see the top of this file), or all modules
+    for the sake of `server` (see `serve`). `out_dir` appears complete or not at all. `proof.prove_adapter` compares the files
+    with `parameters`. Raises ValueError for what PEFT, or the server, cannot express.
+
+    Args:
+        base_model: name or path of the model that the adapter belongs to.
     """
     adapted = [path.removesuffix(".lora_a") for path in parameters if path.endswith(".lora_a")]
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
     shapes = _in_file(model, {module: _shape(lora, module, parameters[f"{module}.lora_a"].shape[-1]) for module in adapted})
-    saved = _saved_pieces(model, lora)
+    saved = _saved(model, lora)
     if server is not None:
         shapes = adapter_shapes(server, model.family, shapes, {piece.path.rpartition(".")[0] for piece in saved})
     table = names.adapter_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
 
+    dtype = np.dtype(parameters[f"{adapted[0]}.lora_a"].dtype)
+
+    def tensor(spec: safetensors_files.Spec) -> np.ndarray:
+        piece = pieces[spec.name]
+        return piece.to_file(matrix(piece))
+
     def matrix(piece: names.Piece) -> np.ndarray:
         module, kind = piece.path.rsplit(".", 1)
         if piece in saved:
             return fetch(parameters[piece.path], piece.lead)
-        if piece.path not in parameters:
+        if piece.path not in parameters:  # PEFT wants to see the expert's other matrices too
             return np.zeros(piece.ours_shape, dtype)
-        ours, shape = fetch(parameters[piece.path], piece.lead), shapes[module]
-        if kind == "lora_b" and (factor := merge.scale_of(lora, module, piece.lead) * shape.rank / shape.alpha) != 1:
-            ours = (ours.astype(np.float64) * factor).astype(dtype)
-        more = [(0, size - had) for size, had in zip(piece.ours_shape, ours.shape, strict=True)]
-        return np.pad(ours, more)
+        trained = fetch(parameters[piece.path], piece.lead)
+        shape = shapes[module]
+        factor = merge.scale_of(lora, module, piece.lead) * shape.rank / shape.alpha
+        if kind == "lora_b" and factor != 1:
+            trained = (trained.astype(np.float64) * factor).astype(dtype)
+        return np.pad(trained, [(0, size - had) for size, had in zip(piece.ours_shape, trained.shape, strict=True)])
 
-    dtype = np.dtype(parameters[f"{adapted[0]}.lora_a"].dtype)
     pieces = {piece.name: piece for piece in (*table, *saved)}
     specs = [safetensors_files.Spec(piece.name, piece.shape, dtype) for piece in table]
     specs += [safetensors_files.Spec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)) for piece in saved]
     check_space(out_dir, sum(nbytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
-        safetensors_files.write_file(directory / WEIGHTS, specs, lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name])))
+        safetensors_files.write_file(directory / WEIGHTS, specs, tensor)
         hf.write_json(directory / CONFIG, settings)
         write_texts(directory, texts)
-        return _prove(directory, parameters, model, lora)
 
 
-# --- what is in a file -------------------------------------------------------------------------------------------
-
-
-# --- what the file looks like ------------------------------------------------------------------------------------
+# --- adapter_config.json -------------------------------------------------------------------------------------------
 
 
 def _shape(lora: config.Lora, module: str, rank: int) -> Shape:
-    """alpha is what the first target's scale amounts to at the rank of the stack."""
+    """The rank of a stack of adapters, and the alpha that gives its first target's scale at that rank."""
     target = merge.target_of(lora, module)
     return Shape(rank, target.alpha if rank == target.rank and not lora.rslora else lora.scale(target) * rank)
 
 
-def _saved_pieces(model: config.Model, lora: config.Lora) -> list[names.Piece]:
-    """What was trained in full. Raises ValueError for experts, which PEFT under transformers 5 knows as one fused module."""
+def _saved(model: config.Model, lora: config.Lora) -> list[names.Piece]:
+    """The weights that were trained in full. Raises ValueError for experts, which PEFT under transformers 5 has as one fused
+    module."""
     paths = {piece.path for piece in names.pieces(model) if is_trainable(piece.path, lora)}
-    saved = [piece for piece in _saved(model) if piece.path in paths]
+    saved = [piece for piece in saved_pieces(model) if piece.path in paths]
     if experts := sorted(module_of(path) for path in paths - {piece.path for piece in saved}):
         raise ValueError(
             f"{experts[0]} was trained in full, and PEFT's modules_to_save has all matrices of all experts or none; "
@@ -107,14 +113,15 @@ def _saved_pieces(model: config.Model, lora: config.Lora) -> list[names.Piece]:
     return saved
 
 
-def _in_file(model: config.Model, ours: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Adapters by module as the file has them: of experts all three matrices, gate and up alike."""
-    shapes = dict(ours)
+def _in_file(model: config.Model, trained: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The adapters of the file by module: experts have all three matrices, gate and up with the same shape."""
+    shapes = dict(trained)
     if isinstance(model.ffn, config.DenseFfn):
         return shapes
-    for layer in sorted({module.removesuffix(name) for module in ours for name in (_GATE, _UP, _DOWN) if module.endswith(name)}):
-        gate, up, down = (layer + name for name in (_GATE, _UP, _DOWN))
-        shapes[gate] = shapes[up] = max(ours[m] for m in ((gate, up) if {gate, up} & ours.keys() else (down,)) if m in ours)
+    for layer in sorted({module.removesuffix(name) for module in trained for name in (GATE, UP, DOWN) if module.endswith(name)}):
+        gate, up, down = (layer + name for name in (GATE, UP, DOWN))
+        fused = [trained[module] for module in (gate, up) if module in trained]
+        shapes[gate] = shapes[up] = max(fused or [trained[down]])
         shapes.setdefault(down, shapes[gate])
     return shapes
 
@@ -122,33 +129,35 @@ def _in_file(model: config.Model, ours: Mapping[str, Shape]) -> dict[str, Shape]
 def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora) -> dict[str, Any]:
     """adapter_config.json without the base model's name."""
     leaves = {module_of(piece.path): piece.name.split(".")[-2] for piece in names.pieces(model)}
-    of_model = {module_of(f"{module}.weight"): shape for module, shape in shapes.items()}  # alike in every layer
+    by_module = {module_of(f"{module}.weight"): shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
-    usual = of_model[_GATE] if sparse and _GATE in of_model else Counter(of_model.values()).most_common(1)[0][0]
+    usual = by_module[GATE] if sparse and GATE in by_module else Counter(by_module.values()).most_common(1)[0][0]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    as_parameter = {_DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # transformers 5's names
-    for module, shape in of_model.items():
-        for key in (leaves[module], *([as_parameter[module]] if module in as_parameter else [])):
+    fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # of transformers 5
+    for module, shape in by_module.items():
+        for key in (leaves[module], *([fused_names[module]] if module in fused_names else [])):
             if shape.rank != usual.rank:
                 ranks[key] = shape.rank
             if shape.alpha != usual.alpha:
                 alphas[key] = _number(shape.alpha)
-    without_dropout = sparse and of_model.keys() & {_GATE, "ffn.router"}
-    saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved_pieces(model, lora)}
-    tied = model.tie_embeddings and "lm_head" in saved  # PEFT names one end, and keeps both
+    without_dropout = sparse and by_module.keys() & {GATE, "ffn.router"}
+    saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved(model, lora)}
+    tied = model.tie_embeddings and "lm_head" in saved
+    if tied:
+        saved.remove("lm_head")  # PEFT names one end, and keeps both
+    # A module of a layer goes by its name inside the layer: `norm` alone would end input_layernorm too.
+    to_save = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in saved})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": usual.rank,
         "lora_alpha": _number(usual.alpha),
         "lora_dropout": 0.0 if without_dropout else lora.dropout,
-        "target_modules": sorted({leaves[module] for module in of_model}),
+        "target_modules": sorted({leaves[module] for module in by_module}),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        # of a layer's modules the name inside the layer: `norm` alone would end input_layernorm too
-        "modules_to_save": sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in saved - ({"lm_head"} if tied else set())})
-        or None,
+        "modules_to_save": to_save or None,
         **({"ensure_weight_tying": True} if tied else {}),
         "bias": "none",
         "use_rslora": False,
@@ -159,48 +168,5 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
 
 
 def _number(x: float) -> int | float:
-    """PEFT says int, and takes a float where it has to be one."""
+    """PEFT writes whole alphas as int, and accepts a float where it has to be one."""
     return int(x) if x.is_integer() else x
-
-
-# --- the proof ---------------------------------------------------------------------------------------------------
-
-
-def _prove(directory: Path, parameters: Held, model: config.Model, lora: config.Lora) -> dict[str, Any]:
-    """Compare the deltas that the files stand for with those in memory, matrix by matrix; saved modules bit for bit.
-
-    Returns tensors, parameters, bytes, matrices, and how many of these have a delta of zero. Raises RuntimeError at
-    the first difference.
-    """
-    tensors, read = safetensors_files.open_file(directory / WEIGHTS), read_lora(directory, model)
-    ranks = {
-        module: targets[0].rank
-        for module in {piece.path.rpartition(".")[0] for piece in _every_adapter(model)}
-        if (targets := targets_of(read, module_of(f"{module}.weight")))
-    }
-    table, saved = names.adapter_pieces(model, ranks), _saved_pieces(model, lora)
-    missing = {path for path in parameters if is_trainable(path, lora)} - {piece.path for piece in (*table, *saved)}
-    if {piece.name for piece in (*table, *saved)} != set(tensors) or missing:
-        raise RuntimeError(f"{directory / WEIGHTS} does not hold what was trained: {', '.join(sorted(missing))}")
-    zero = 0
-    for a, b in zip(table[::2], table[1::2], strict=True):
-        module = a.path.removesuffix(".lora_a")
-        in_a, in_b = (piece.from_file(tensors[piece.name].read).astype(np.float64) for piece in (a, b))
-        written = merge.scale_of(read, module, a.lead) * np.tensordot(in_a, in_b, 1)
-        wanted = merge.delta(parameters, lora, replace(a, path=f"{module}.weight"))
-        wanted = np.zeros(()) if wanted is None else wanted.T if module == "head" else wanted
-        limit = {"float32": 2.0**-22, "bfloat16": 2.0**-7}[tensors[a.name].dtype.name] * np.abs(wanted).max()
-        if not np.all(np.abs(written - wanted) <= limit):
-            raise RuntimeError(f"{a.name} and its lora_B are not the adapter of {module}{list(a.lead)} in memory")
-        zero += not written.any()
-    for piece in saved:
-        if not np.array_equal(piece.from_file(tensors[piece.name].read), fetch(parameters[piece.path], piece.lead)):
-            raise RuntimeError(f"{piece.name} is not {piece.path}{list(piece.lead)} in memory")
-    sizes = [(math.prod(t.shape), t.dtype.itemsize) for t in tensors.values()]
-    return {
-        "tensors": len(tensors),
-        "parameters": sum(n for n, _ in sizes),
-        "bytes": sum(n * size for n, size in sizes),
-        "matrices": len(table) // 2,
-        "deltas_of_zero": zero,
-    }

@@ -33,13 +33,10 @@ def digest(*batches: Batch) -> str:
 def make(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., Loader]:
     """A loader over files of JSON lines, each (path, weight) a source."""
 
-    def make(
-        *files: tuple[Path, float], sources: Any = "train", record: config.Record = TEXT, packing: Any = "best_fit", **settings: Any
-    ) -> Loader:
+    def make(*files: tuple[Path, float], sources: Any = "train", record: config.Record = TEXT, **settings: Any) -> Loader:
         chosen = tuple(config.FileSource(name="files", files=(str(file),), record=record, weight=weight) for file, weight in files)
-        how = config.BestFit(name=packing) if packing == "best_fit" else config.FirstFit(name=packing)
         cache = str(tmp_path / "cache")
-        data = config.Data(train=chosen, eval=chosen if sources == "eval" else (), packing=how, cache_dir=cache)
+        data = config.Data(train=chosen, eval=chosen if sources == "eval" else (), cache_dir=cache)
         return Loader(data, sources, tokenizer, **{"batch_size": 4, "seq_len": 32, "seed": 0} | settings)
 
     return make
@@ -100,9 +97,8 @@ def epoch_of(loader: Loader, epoch: int) -> list[list[tuple[int, int, int]]]:
     return [[segment[2:3] + segment[4:] for segment in loader.trace(*divmod(row, 4))] for row in rows]
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "first_fit"])
-def test_each_epoch_has_every_record_once_in_new_rows(make: Any, two_files: Any, packing: str) -> None:
-    loader = make(*two_files[:1], packing=packing)
+def test_each_epoch_has_every_record_once_in_new_rows(make: Any, two_files: Any) -> None:
+    loader = make(*two_files[:1])
     epochs = [epoch_of(loader, epoch) for epoch in range(3)]
     pieces = [Counter(piece for row in epoch for piece in row) for epoch in epochs]
     assert pieces[0] == pieces[1] == pieces[2] and set(pieces[0].values()) == {1}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_train.data.batches import order
-from moe_train.data.batches.order import Order
+from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import make_plan
 
 LENGTHS = np.random.default_rng(0).integers(0, 40, 500)
@@ -18,7 +18,7 @@ LENGTHS = np.random.default_rng(0).integers(0, 40, 500)
 
 def make(cache: Path, seed: Any = (1, 0), digest: str = "a") -> Order:
     store: Any = SimpleNamespace(manifest=SimpleNamespace(hash=digest))
-    return Order(store, LENGTHS, 32, "split", "best_fit", seed, cache)
+    return Order(store, LENGTHS, 32, "split", Shuffle(seed), cache)
 
 
 def test_a_large_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_a_large_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_rows_count_on_over_epochs(tmp_path: Path) -> None:
     made = make(tmp_path)
-    plans = [make_plan(LENGTHS, 32, "split", "best_fit", (1, 0, epoch, 0)) for epoch in range(4)]
+    plans = [make_plan(LENGTHS, 32, "split", (1, 0, epoch, 0)) for epoch in range(4)]
     rows = [
         [tuple(piece) for piece in np.stack(plan[1:4], 1)[a:b].tolist()]
         for plan in plans
@@ -55,7 +55,7 @@ def test_rows_count_on_over_epochs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("window", [1, 700, 3000, 10**6])
 def test_windows_come_one_after_the_other_in_an_order_of_the_epochs_own(tmp_path: Path, window: int) -> None:
     store: Any = SimpleNamespace(manifest=SimpleNamespace(hash="a"))
-    made = Order(store, LENGTHS, 32, "split", "best_fit", (1, 0), tmp_path, window)
+    made = Order(store, LENGTHS, 32, "split", Shuffle((1, 0), window), tmp_path)
     turns = []
     for epoch in range(2):
         plan = made.plan(epoch)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.data.batches.batch import Batch, empty_batch, fill_row
-from moe_train.data.batches.packing import Method, Plan, TooLong, _best_fit, _first_fit, make_plan, packed
+from moe_train.data.batches.packing import Plan, TooLong, _best_fit, make_plan, packed_size
 
 
 def all_rows(plan: Plan, ids: list[np.ndarray], masks: list[np.ndarray] | None = None) -> Batch:
@@ -45,14 +45,13 @@ def segments(batch: Batch) -> list[tuple[list[int], list[int], list[bool]]]:
     lengths=st.lists(st.integers(0, 40), max_size=60),
     seq_len=st.integers(1, 17),
     too_long=st.sampled_from(["split", "truncate", "drop"]),
-    method=st.sampled_from(["best_fit", "first_fit"]),
     seed=st.sampled_from([None, (0, 0), (0, 1)]),
 )
-def test_every_record_is_there_once(lengths: list[int], seq_len: int, too_long: TooLong, method: Method, seed: Any) -> None:
+def test_every_record_is_there_once(lengths: list[int], seq_len: int, too_long: TooLong, seed: Any) -> None:
     random = np.random.default_rng(0)
     ids = [np.asarray([7 * i + 1, *random.integers(1, 2**16, length)], np.uint32) for i, length in enumerate(lengths)]
     masks = [random.random(len(i)) < 0.5 for i in ids]
-    plan = make_plan(np.asarray(lengths, np.int64), seq_len, too_long, method, seed)
+    plan = make_plan(np.asarray(lengths, np.int64), seq_len, too_long, seed)
 
     expected = []
     for record, mask in zip(ids, masks, strict=True):
@@ -78,7 +77,7 @@ def test_every_record_is_there_once(lengths: list[int], seq_len: int, too_long: 
 )
 def test_counted_lengths_pack_like_the_examples(counts: dict[int, int], seq_len: int, too_long: TooLong) -> None:
     plan = make_plan(np.repeat(list(counts), list(counts.values())).astype(np.int64), seq_len, too_long)
-    assert packed(counts, seq_len, too_long) == (plan.num_rows, plan.num_tokens)
+    assert packed_size(counts, seq_len, too_long) == (plan.num_rows, plan.num_tokens)
 
 
 def test_rows_come_in_the_order_of_their_first_record() -> None:
@@ -99,22 +98,6 @@ def test_without_a_mask_every_target_bears_loss() -> None:
     assert [array.dtype.name for array in batch] == ["int32", "int32", "bool", "int32", "int32"]
 
 
-def first_fit(lengths: list[int], capacity: int) -> list[int]:
-    """As the textbooks say it."""
-    rooms: list[int] = []
-    rows = []
-    for length in lengths:
-        rows.append(next((row for row, room in enumerate(rooms) if room >= length), len(rooms)))
-        rooms[rows[-1] :] = [*([] if rows[-1] < len(rooms) else [capacity]), *rooms[rows[-1] :]]
-        rooms[rows[-1]] -= length
-    return rows
-
-
-@given(lengths=st.lists(st.integers(1, 12), max_size=80))
-def test_first_fit_is_first_fit(lengths: list[int]) -> None:
-    assert _first_fit(np.asarray(lengths, np.int64), 12)[0].tolist() == first_fit(lengths, 12)
-
-
 @given(lengths=st.lists(st.integers(1, 12), max_size=80))
 def test_best_fit_takes_the_fullest_row_longest_first(lengths: list[int]) -> None:
     rooms: list[int] = []
@@ -126,25 +109,24 @@ def test_best_fit_takes_the_fullest_row_longest_first(lengths: list[int]) -> Non
     assert sorted(12 - np.bincount(rows, lengths, num_rows).astype(int)) == sorted(rooms)
 
 
-@pytest.mark.parametrize("method", ["best_fit", "first_fit"])
-def test_every_seed_gives_other_neighbours_and_rows_as_full(method: Method) -> None:
+def test_every_seed_gives_other_neighbours_and_rows_as_full() -> None:
     lengths = np.random.default_rng(0).lognormal(5, 0.6, 3000).astype(int) + 1
-    plans = [make_plan(lengths, 1024, "truncate", method, (7, epoch)) for epoch in range(2)]
+    plans = [make_plan(lengths, 1024, "truncate", (7, epoch)) for epoch in range(2)]
     pairs = []
     for plan in plans:
         rows = [plan.example[a:b].tolist() for a, b in itertools.pairwise(plan.row_pieces)]
         pairs.append({(a, b) for row in rows for a in row for b in row if a < b})
     assert len(pairs[0] & pairs[1]) < 0.1 * len(pairs[0])
-    unshuffled = make_plan(lengths, 1024, "truncate", method).num_rows
+    unshuffled = make_plan(lengths, 1024, "truncate").num_rows
     assert all(plan.num_rows <= 1.01 * unshuffled for plan in plans)
     firsts = [plan.example[plan.row_pieces[:-1]] for plan in plans]
     assert abs(np.corrcoef(firsts[0], np.arange(len(firsts[0])))[0, 1]) < 0.2, "rows are shuffled"
-    again = make_plan(lengths, 1024, "truncate", method, (7, 1))
+    again = make_plan(lengths, 1024, "truncate", (7, 1))
     assert again.digest == plans[1].digest != plans[0].digest
 
 
 def test_a_seed_means_the_same_on_every_machine() -> None:
-    plan = make_plan(np.arange(1, 9), 10, "split", "best_fit", (3, 0, 1))
+    plan = make_plan(np.arange(1, 9), 10, "split", (3, 0, 1))
     assert [plan.example[a:b].tolist() for a, b in itertools.pairwise(plan.row_pieces)] == [[3, 5], [4, 0], [6, 2], [7, 1]]
 
 

@@ -176,79 +176,21 @@ def test_marks_that_reach_too_far_do_not_agree(tokenizer: HuggingFace) -> None:
         conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
 
 
-WRITING = [
-    "BODY",
-    "{% generation %}BODY{% endgeneration %}",
-    "{{ m.content|trim + eos_token }}",
-    "{{ '' ~ m.content ~ eos_token }}",
-    "{{ [m.content, eos_token]|join(' ') }}",
-    "{% if m.content and m['content'] != '' and m.content is string %}BODY{% endif %}",
-    "{% if 0 < m['content']|length is number %}BODY{% endif %}",
-    "{% if m.content|length > 0 and not m.content is mapping and m.content is not none %}BODY{% endif %}",
-    "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(m.content) + eos_token }}",
-    "{% macro f(x) %}{{ x }}{% endmacro %}{% if f(m.content) != '' %}BODY{% endif %}",
-    "{% set x = namespace(y=m.content|default('')) %}{{ x.y + eos_token }}",
-]
-READING = [
-    "{% if 'b' in m.content %}b{% endif %}BODY",
-    "{% if m.content in 'b c' %}b{% endif %}BODY",
-    "{% if m.content in ['b c'] %}b{% endif %}BODY",
-    "{% if m.content == 'b c' %}b{% endif %}BODY",
-    "{% if m.content > 'b' %}b{% endif %}BODY",
-    "{% if m.content|trim %}b{% endif %}BODY",
-    "{% if m.content|trim|length > 0 %}b{% endif %}BODY",
-    "{% if m.content|length > 1 %}b{% endif %}BODY",
-    "{% if m.content|int %}b{% endif %}BODY",
-    "{% if {'b c': 1}[m.content] %}b{% endif %}BODY",
-    "{% if 'upper'[m.content] %}b{% endif %}BODY",
-    "{% if (m.content ~ '') == 'b c' %}b{% endif %}BODY",
-    "{% if m.content.startswith('b') %}b{% endif %}BODY",
-    "{% if m.content.strip == 1 or m.content.foo %}b{% endif %}BODY",
-    "{% set x %}{{ m.content }}{% endset %}{% if x == 'b c' %}b{% endif %}BODY",
-    "{% filter upper %}{{ m.content }}{% endfilter %}BODY",
-    "{% autoescape true %}{{ m.content }}{% endautoescape %}BODY",
-    "{% block x %}{% endblock %}{% if self.x() %}b{% endif %}BODY",
-    "{% macro f(x) %}{{ x }}{% endmacro %}{% if f(m.content) == 'b c' %}b{% endif %}BODY",
-    "{% macro f() %}{% if caller() == 'b c' %}b{% endif %}{% endmacro %}{% call f() %}{{ m.content }}{% endcall %}BODY",
-    "{{ m|tojson }}BODY",
-    "{{ m.content|tojson }}BODY",
-    "{{ m.content[0] }}BODY",
-    "{{ m.content|upper }}BODY",
-    "{{ '%s'|format(m.content) }}BODY",
-    "{{ '{}'.format(m.content) }}BODY",
-    "{{ m.content|length }}BODY",
-    "{% for c in m.content %}{{ c }}{% endfor %}BODY",
-    "{{ m.content + m.content }}BODY",
-    "{{ m.content }}",
-]
-
-
-@pytest.mark.parametrize(("body", "writes"), [*((body, True) for body in WRITING), *((body, False) for body in READING)])
-def test_an_outline_filled_in_is_what_rendering_gives(
-    tokenizer: HuggingFace, body: str, writes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    template = MARKED.replace("BODY", body.replace("BODY", "{{ m.content + eos_token }}"))
-    said = ["", " ", "b c", " b\n", "5", "</s>a", "東京 </", "\ufdd0"]
+def test_conversations_together_become_what_each_becomes_alone(tokenizer: HuggingFace) -> None:
+    """They cross to the sandbox at once; what is refused, and what looks like a control token, stays with its own record."""
+    template = MARKED.replace("BODY", "{{ (m.content if m.content != '5' else raise_exception('five')) + eos_token }}")
+    said = ["", " b\n", "5", "</s>a", "東京 </", "\ufdd0"]
     drawn = [
         Conversation([QUESTION | {"content": one}, ANSWER | {"content": two}, QUESTION, ANSWER | {"weight": weight}], [])
         for one in said
         for two in said
         for weight in (0, 1)
     ]
-    found = conversation_to_tokens.examples_batch(drawn, template, tokenizer)
-    outlines = templates._outlines(template, tokenizer).items()
-    assert {outline is not None for order, outline in outlines if not any(empty for _, _, empty in order)} == {writes}
-    monkeypatch.setattr(templates, "order_of", lambda conversation: None)
-    for one, other in zip(found, conversation_to_tokens.examples_batch(drawn, template, tokenizer), strict=True):
-        assert str(one) == str(other)
-
-
-def test_outlines_that_are_too_many_are_made_again(tokenizer: HuggingFace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "_MOST_OUTLINES", 1)
-    template = MARKED.replace("BODY", "{{ m.content ~ eos_token }}")
-    drawn = [Conversation([QUESTION, ANSWER] * count, []) for count in range(1, 5)]
-    once = conversation_to_tokens.examples_batch(drawn[:3], template, tokenizer)
-    assert conversation_to_tokens.examples_batch(drawn, template, tokenizer)[:3] == once
+    together = conversation_to_tokens.examples_batch(drawn, template, tokenizer)
+    alone = [conversation_to_tokens.examples_batch([conversation], template, tokenizer)[0] for conversation in drawn]
+    assert list(map(str, together)) == list(map(str, alone))
+    refused = [str(found) for found in together if isinstance(found, ValueError)]
+    assert sum("refuses the record: five" in why for why in refused) == 10 and sum("noncharacter" in why for why in refused) == 22
 
 
 CALLS = (

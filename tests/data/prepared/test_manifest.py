@@ -13,7 +13,7 @@ from moe_train import config
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.manifest import Manifest
 from moe_train.data.prepared.tokenize_ahead import prepare
-from moe_train.data.records.sources import open_source
+from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
 

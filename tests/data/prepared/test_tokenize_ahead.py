@@ -20,8 +20,9 @@ from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared import shards, tokenize_ahead, tokenize_shard
 from moe_train.data.prepared.store import Piece, TokenStore
 from moe_train.data.prepared.tokenize_ahead import Progress
+from moe_train.data.records import scan
 from moe_train.data.records.conversation import Conversation
-from moe_train.data.records.sources import open_source
+from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
 TEXT = config.TextRecord(name="text")
@@ -36,7 +37,7 @@ def stored(*paths: Path, record: config.Record = TEXT, tokenizer: HuggingFace, c
     records = open_source(source)
     more.setdefault("template", tokenizer.chat_template)
     template = more.pop("template")
-    return TokenStore(tokenize_ahead.prepare(source, records, tokenizer, template, cache, **more), records.places)
+    return TokenStore(tokenize_ahead.prepare(source, records, tokenizer, template, cache, **more), records)
 
 
 def ids(store: TokenStore) -> list[list[int]]:
@@ -47,7 +48,7 @@ def ids(store: TokenStore) -> list[list[int]]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut files at about every kilobyte."""
-    monkeypatch.setattr(shards.scan, "__defaults__", ((1000, 1000),))
+    monkeypatch.setattr(scan.scan_file, "__defaults__", ((1000, 1000),))
     monkeypatch.setattr(shards.cut, "__defaults__", (1000,))
 
 
@@ -167,16 +168,18 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from moe_train import config
-from moe_train.data import prepare, shards
-from moe_train.data.sources import open_source
-from moe_train.data.tokenizer import HuggingFace
+from moe_train.data.prepared import shards, tokenize_ahead
+from moe_train.data.records import scan
+from moe_train.data.records.open_source import open_source
+from moe_train.data.tokenizers.huggingface import HuggingFace
 def main():
-    shards.scan.__defaults__, shards.cut.__defaults__ = ((20000, 20000),), (20000,)
+    scan.scan_file.__defaults__ = ((20000, 20000),)
+    shards.cut.__defaults__ = (20000,)
     tokenizer = HuggingFace(sys.argv[2])
     source = config.FileSource(name="files", files=(sys.argv[3],), record=config.TextRecord(name="text"))
     def shown(now):
         print(now.done, flush=True)
-    prepare.prepare(source, open_source(source), tokenizer, None, sys.argv[4], num_proc=int(sys.argv[5]), shown=shown)
+    tokenize_ahead.prepare(source, open_source(source), tokenizer, None, sys.argv[4], num_proc=int(sys.argv[5]), shown=shown)
 if __name__ == "__main__":
     main()
 """
@@ -212,7 +215,7 @@ def test_what_was_done_before_a_kill_stays_done(
         time.sleep(0.05)
     assert not _alive(process.pid), "its processes end with it"
     before = {entry.name for entry in unfinished.iterdir() if not entry.name.startswith(".")}
-    monkeypatch.setattr(shards.scan, "__defaults__", ((20000, 20000),))
+    monkeypatch.setattr(scan.scan_file, "__defaults__", ((20000, 20000),))
     monkeypatch.setattr(shards.cut, "__defaults__", (20000,))
     store = stored(path, tokenizer=tokenizer, cache=cache, template=None)
     total = {shard.name for shard in store.manifest.shards}
@@ -287,7 +290,7 @@ def test_a_file_that_changes_while_it_is_read(
             file.write('{"text": "more"}\n')
 
     monkeypatch.setattr(tokenize_ahead, "write_shard", and_append)
-    with pytest.raises(ValueError, match=r"a\.jsonl: files were changed while they were read"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: records were changed while they were read"):
         stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
 
 

@@ -248,12 +248,11 @@ def test_k_quants_are_llama_cpps_work(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_adapter_alone(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(MIXTRAL, lora=LORA)
-        report = gguf_lora.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="base")
+        gguf_lora.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="base")
     reader = package.GGUFReader(tmp_path / "out" / gguf_lora.FILE)
     alpha = reader.get_field("adapter.lora.alpha").contents()
     found = {tensor.name: tensor.data for tensor in reader.tensors}
-    assert report["tensors"] == len(found) == 2 * 2 * 5
-    assert report["matrices"] == 2 * (2 + 3 * 4) and report["deltas_of_zero"] == 0
+    assert len(found) == 2 * 2 * 5
     assert found["blk.1.ffn_up_exps.weight.lora_a"].shape == (4, 3, 64)
     for module, rank, scale in (("gate", 3, 2.0), ("down", 3, 2.0)):
         a, b = (found[f"blk.1.ffn_{module}_exps.weight.lora_{x}"][2].astype(np.float64) for x in "ab")

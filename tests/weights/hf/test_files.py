@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model import parameters, transformer
 from moe_train.model.paths import is_lora
 from moe_train.weights import external, names, safetensors_files, texts
-from moe_train.weights import texts as text_files
 from tests.random_parameters import random_parameters
 
 ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             with pytest.raises(OSError, match="No space left on device"):
                 write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
         assert not list(tmp_path.iterdir())
-        monkeypatch.setattr(text_files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
         with pytest.raises(OSError, match=r"needs 3e-05 GB, but its disk has 1e-06 GB free"):
             write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
     assert not list(tmp_path.iterdir())

@@ -1,16 +1,15 @@
-"""PEFT directories, torch-free: what is written, what is read back, and what is refused."""
+"""PEFT directories, torch-free: what is written, what is read back from it, and what cannot be written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from jax.sharding import NamedSharding
 
@@ -19,7 +18,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model import parameters, transformer
 from moe_train.model.lora import scale_of_expert
 from moe_train.model.paths import is_lora, is_trainable, module_of, targets_of
-from moe_train.weights import peft, safetensors_files, texts
+from moe_train.weights import peft, texts
 
 MIXTRAL = config.Model(
     family="mixtral",
@@ -61,8 +60,9 @@ LORA = lora_of(("attention.q_proj", 2, 3.0), ("attention.o_proj", 3, 6.0), ("ffn
 def test_an_adapter_is_read_back_bit_for_bit_on_any_mesh(dtype: str, tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = adapters(LORA, dtype)
-        report = peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="some/base")
-    assert report["matrices"] == 2 * (2 + 3 * 4) and report["deltas_of_zero"] == 0
+        peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="some/base")
+    with safetensors.safe_open(tmp_path / "out/adapter_model.safetensors", "np") as written:
+        assert len(list(written.keys())) == 2 * 2 * (2 + 3 * 4)
     read = peft.read_lora(tmp_path / "out", MIXTRAL)
     assert {(t.rank, t.alpha): set(t.modules) for t in read.targets} == {
         (2, 3.0): {"attention.q_proj"},
@@ -99,98 +99,17 @@ def test_the_files_of_an_adapter(tmp_path: Path) -> None:
 def test_experts_come_with_all_three_matrices_and_one_rank(tmp_path: Path) -> None:
     lora = lora_of(("ffn.gate_proj", 3, 6.0), ("ffn.up_proj", 2, 3.0))
     with jax.set_mesh(ONE):
-        report = peft.export_adapter(adapters(lora), MIXTRAL, lora, tmp_path / "out", base_model="b")
-    assert report["deltas_of_zero"] == 2 * 4  # w2, which PEFT has to see
+        peft.export_adapter(adapters(lora), MIXTRAL, lora, tmp_path / "out", base_model="b")
+    written = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
+    zeros = {name for name, x in written.items() if not x.any()}
+    assert len(zeros) == 2 * 2 * 4 and all(".w2." in name for name in zeros), "PEFT has to see w2"
     (target,) = peft.read_lora(tmp_path / "out", MIXTRAL).targets
     assert (target.rank, target.alpha, set(target.modules)) == (3, 6.0, {"ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"})
-
-
-def test_the_proof_finds_an_expert_whose_delta_was_dropped_or_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = safetensors_files.write_file
-    victim = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w1.lora_B.weight"
-
-    def planted(change: Callable[[Any, Any], np.ndarray]) -> Callable[..., None]:
-        def faulty(file: Path, specs: list[safetensors_files.Spec], tensor: Any) -> None:
-            write(file, specs, lambda spec: change(spec, tensor) if spec.name == victim else tensor(spec))
-
-        return faulty
-
-    zero = planted(lambda spec, tensor: np.zeros_like(tensor(spec)))
-    swapped = planted(lambda spec, tensor: tensor(spec._replace(name=victim.replace("experts.3", "experts.0"))))
-    with jax.set_mesh(ONE):
-        for fault in (zero, swapped):
-            monkeypatch.setattr(safetensors_files, "write_file", fault)
-            with pytest.raises(
-                RuntimeError, match=r"layers\.1\.block_sparse_moe\.experts\.3\.w1\.lora_A\.weight and its lora_B are not"
-            ):
-                peft.export_adapter(adapters(LORA), MIXTRAL, LORA, tmp_path / "out", base_model="b")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_adapter_has_none_to_export(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no adapter to export"):
         peft.export_adapter({}, MIXTRAL, LORA, tmp_path / "out", base_model="b")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-        ({"use_dora": True}, "use_dora is True"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save has 'lm_head', and adapter_model.safetensors has no weight of it"),
-        ({"target_parameters": ["mlp.experts.bias"]}, "target_parameters has .*; read are those that end in"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; it has to be a list of names"),
-        ({"lora_alpha": None}, "lora_alpha is None; an alpha is a positive number"),
-        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; it has to be an object"),
-        ({"alpha_pattern": {"q_proj": -1}}, "q_proj is -1; an alpha is a positive number"),
-        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', which is no pattern: missing \)"),
-    ],
-)
-def test_what_is_not_built_here_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with jax.set_mesh(ONE):
-        peft.export_adapter(adapters(LORA), MIXTRAL, LORA, tmp_path / "out", base_model="b")
-    file = tmp_path / "out/adapter_config.json"
-    file.write_text(json.dumps(settings_in(tmp_path / "out") | change))
-    with pytest.raises(ValueError, match=message):
-        peft.read_lora(tmp_path / "out", MIXTRAL)
-
-
-def test_a_damaged_adapter_is_refused_in_one_line(tmp_path: Path) -> None:
-    with jax.set_mesh(ONE):
-        peft.export_adapter(adapters(LORA), MIXTRAL, LORA, tmp_path / "out", base_model="b")
-        weights = tmp_path / "out/adapter_model.safetensors"
-        found = safetensors.numpy.load_file(weights)
-        lost = next(name for name in found if "experts.3.w3" in name)
-        safetensors.numpy.save_file({name: x for name, x in found.items() if name != lost}, weights)
-        with pytest.raises(ValueError, match=f"lacks {lost}"):
-            peft.load_adapter(tmp_path / "out", MIXTRAL, abstract(LORA))
-        weights.write_bytes(weights.read_bytes()[:-5])
-        with pytest.raises(ValueError, match="is truncated"):
-            peft.load_adapter(tmp_path / "out", MIXTRAL, abstract(LORA))
-        (tmp_path / "out/adapter_config.json").write_text("{")
-        with pytest.raises(ValueError, match="is not JSON"):
-            peft.read_lora(tmp_path / "out", MIXTRAL)
-        with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
-            peft.read_lora(tmp_path, MIXTRAL)
-
-
-def test_rank_stabilised_scales_are_read_as_what_they_are(tmp_path: Path) -> None:
-    with jax.set_mesh(ONE):
-        peft.export_adapter(adapters(LORA), MIXTRAL, LORA, tmp_path / "out", base_model="b")
-    (tmp_path / "out/adapter_config.json").write_text(json.dumps(settings_in(tmp_path / "out") | {"use_rslora": True}))
-    read = peft.read_lora(tmp_path / "out", MIXTRAL)
-    (scale,) = (read.scale(t) for t in read.targets if "attention.q_proj" in t.modules)
-    assert scale == pytest.approx(3.0 / 2**0.5)
-
-
-def test_a_bfloat16_file_fills_float32_arrays(tmp_path: Path) -> None:
-    with jax.set_mesh(ONE):
-        parameters = adapters(LORA, "bfloat16")
-        peft.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="b")
-        loaded = peft.load_adapter(tmp_path / "out", MIXTRAL, abstract(LORA))
-    assert all(np.array_equal(np.asarray(x).astype(ml_dtypes.bfloat16), np.asarray(parameters[path])) for path, x in loaded.items())
-    assert {x.dtype.name for x in loaded.values()} == {"float32"}
 
 
 def trained(lora: config.Lora) -> dict[str, jax.Array]:
@@ -263,39 +182,17 @@ BY_EXPERT = config.Lora(
 def test_experts_that_differ_share_rank_and_scale_in_the_file(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = trained(BY_EXPERT)
-        report = peft.export_adapter(parameters, MIXTRAL, BY_EXPERT, tmp_path / "out", base_model="b")
-    assert report["deltas_of_zero"] == 2 * 3  # expert 1 has no adapter
+        peft.export_adapter(parameters, MIXTRAL, BY_EXPERT, tmp_path / "out", base_model="b")
     settings = settings_in(tmp_path / "out")
     assert (settings["r"], settings["rank_pattern"], settings["alpha_pattern"], settings["use_rslora"]) == (3, {}, {}, False)
     found = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
+    zeros = [name for name, x in found.items() if name.endswith("lora_B.weight") and not x.any()]
+    assert len(zeros) == 2 * 3 and all("experts.1." in name for name in zeros), "expert 1 has no adapter"
     for e, scale in ((0, 6 / 3**0.5), (1, 0), (2, 6 / 3**0.5), (3, 1 / 2**0.5)):
         name, ours = f"base_model.model.model.layers.1.block_sparse_moe.experts.{e}.w3", "stacks.0.layers.0.ffn.up_proj"
         a, b = (np.asarray(parameters[f"{ours}.{x}"])[1, e] for x in ("lora_a", "lora_b"))
         written = settings["lora_alpha"] / 3 * found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"]
         np.testing.assert_allclose(written, scale * (a @ b).T, rtol=1e-5, atol=1e-6)
-
-
-def test_a_file_with_some_experts_or_other_ranks_fills_zeros_up(tmp_path: Path) -> None:
-    with jax.set_mesh(ONE):
-        parameters = trained(BY_EXPERT)
-        peft.export_adapter(parameters, MIXTRAL, BY_EXPERT, tmp_path / "out", base_model="b")
-        weights = tmp_path / "out/adapter_model.safetensors"
-        found = safetensors.numpy.load_file(weights)
-        small = {name: x for name, x in found.items() if "experts.1." not in name}
-        for name in small:
-            if "experts.3." in name:
-                small[name] = np.ascontiguousarray(small[name][:2] if "lora_A" in name else small[name][:, :2])
-        safetensors.numpy.save_file(small, weights)
-        read = peft.read_lora(tmp_path / "out", MIXTRAL)
-        assert {(t.rank, t.experts) for t in read.targets} == {(3, (0, 2)), (2, (3,))}
-        like = trained(read)
-        loaded = peft.load_adapter(tmp_path / "out", MIXTRAL, jax.eval_shape(lambda: like))
-    for path, x in loaded.items():
-        if path.endswith("lora_a"):
-            assert np.array_equal(np.asarray(x), np.where(np.arange(4)[:, None, None] == 1, 0, np.asarray(parameters[path])))
-    safetensors.numpy.save_file({name: x for name, x in small.items() if "layers.1." not in name}, weights)
-    with pytest.raises(ValueError, match=r"experts\.0\.w1's are in 1 of 2 layers"):
-        peft.read_lora(tmp_path / "out", MIXTRAL)
 
 
 def test_experts_trained_in_full_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""Records of the Hugging Face hub, read by the `datasets` library: the only ones that come over the network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_train import config
+from moe_train.data.records.conversation import columns
+from moe_train.data.records.problem import Item
+from moe_train.data.records.scan import Scan
+from moe_train.data.records.source import OpenSource, Place, Span
+
+
+class HubDataset(OpenSource):
+    """A data set at a commit, which pins its content."""
+
+    def __init__(self, source: config.HubSource) -> None:
+        if not re.fullmatch(r"[0-9a-f]{40}", source.revision):
+            raise ValueError(f"data: revision {source.revision} of {source.dataset} can move; state the commit (40 hex digits)")
+        self._source = source
+        name = "/".join(filter(None, (f"hub:{source.dataset}@{source.revision}", source.subset, source.split)))
+        self.places = (Place(name, name, False),)
+
+    def scan(self, memory: Path) -> list[Scan]:
+        return [Scan(None)]
+
+    def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
+        import datasets
+
+        source = self._source
+        try:
+            rows = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision)
+        except (OSError, ValueError) as error:  # the library's own errors are of these kinds
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(
+                f"{self.places[0].name} cannot be had ({reason}); fetch it where there is a network, or use files"
+            ) from error
+        present = [column for column in rows.column_names if column in columns(source.record)]
+        for number, row in enumerate(rows.select_columns(present) if present else rows, start=1):
+            yield number, dict(row)

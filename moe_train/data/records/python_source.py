@@ -1,0 +1,54 @@
+"""Records of the calling program: an object with the members of `Records`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from moe_train import config
+from moe_train.data.records.problem import Item, Problem, brief
+from moe_train.data.records.scan import Scan
+from moe_train.data.records.source import OpenSource, Origin, Place, Records, Span
+
+_PER_PART = 1 << 16  # records, so that preparing a large source can be interrupted
+
+
+class PythonRecords(OpenSource):
+    """The object that a config section holds. Raises ValueError where that is missing, or lacks a member of `Records`."""
+
+    def __init__(self, source: config.PythonSource) -> None:
+        records = source.records
+        if records is None:
+            raise ValueError(
+                f"data: the records of {source.title} belong to the program that trained on them; pass them again "
+                "(config.PythonSource(records=...)), or train from files"
+            )
+        if not isinstance(records, Records):
+            missing = [name for name in ("identity", "__len__", "__getitem__", "where") if not hasattr(records, name)]
+            raise ValueError(
+                f"data: the records of {source.title} are a {type(records).__name__} without {', '.join(missing)}; "
+                "see moe_train.data.records.source.Records"
+            )
+        self._records = records
+        self.places = (Place(source.title, "python", False),)
+
+    def scan(self, memory: Path) -> list[Scan]:
+        cuts = range(_PER_PART, len(self._records), _PER_PART)
+        return [Scan(self._records.identity, cuts=tuple((index, index + 1) for index in cuts))]
+
+    def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
+        stop = len(self._records) if span.stop is None else span.stop
+        for index in range(span.start, stop):
+            try:
+                record = self._records[index]
+            except ValueError as error:
+                yield index + 1, Problem("unreadable", " ".join(str(error).split()), "correct the record or leave it out")
+                continue
+            if isinstance(record, Mapping):
+                yield index + 1, dict(record)
+            else:
+                what = f"the record should be a mapping of columns, not {brief(record)}"
+                yield index + 1, Problem("type", what, "return a dict from __getitem__")
+
+    def where(self, origin: Origin) -> str:
+        return self._records.where(origin.number - 1)

@@ -1,0 +1,67 @@
+"""adapter_config.json, read and checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_train.machine.files import read_object
+from moe_train.weights.peft.pieces import CONFIG
+
+_REQUIRED: Mapping[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "layers_to_transform": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+}
+"""Keys that may only have one value here; None stands for an empty list too."""
+_FUSED_PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The settings of an adapter. Raises ValueError for one that is malformed or not supported."""
+    file = directory / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; give a directory with a PEFT adapter")
+    settings = read_object(file)
+    for key in ("target_parameters", "modules_to_save"):
+        given = settings.get(key) or []
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"{file}: {key} is {given!r}; it has to be a list of names")
+    _check_alphas(file, settings)
+    for key, value in _REQUIRED.items():
+        if settings.get(key, value) not in (value, [] if value is None else value):
+            raise ValueError(f"{file}: {key} is {settings[key]!r}, which is not read here; it has to be {value!r}")
+    for name in settings.get("target_parameters") or ():
+        if not name.endswith(_FUSED_PARAMETERS):
+            raise ValueError(f"{file}: target_parameters has {name!r}; read are those that end in {', '.join(_FUSED_PARAMETERS)}")
+    return settings
+
+
+def _check_alphas(file: Path, settings: Mapping[str, Any]) -> None:
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{file}: alpha_pattern is {patterns!r}; it has to be an object")
+    for key, alpha in {"lora_alpha": settings.get("lora_alpha"), **patterns}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise ValueError(f"{file}: {key} is {alpha!r}; an alpha is a positive number")
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{file}: alpha_pattern has {key!r}, which is no pattern: {error}") from error
+
+
+def alpha_of(settings: Mapping[str, Any], module: str) -> float:
+    """The alpha of a module by its name in the model: that of the first pattern that matches, else lora_alpha."""
+    for key, alpha in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(alpha)
+    return float(settings["lora_alpha"])

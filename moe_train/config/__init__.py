@@ -9,7 +9,9 @@ from moe_train.config.architecture import (
     Attention,
     DefaultRope,
     DenseFfn,
+    DenseLayers,
     Ffn,
+    GroupedQueryAttention,
     Model,
     MoeFfn,
     QueryScaling,
@@ -18,6 +20,7 @@ from moe_train.config.architecture import (
     SigmoidRouter,
     SoftmaxRouter,
     YarnRope,
+    features,
     without_format,
 )
 from moe_train.config.compute import AxisSize, Compute, Mesh
@@ -40,6 +43,8 @@ from moe_train.config.data import (
     TextRecord,
     Tokenizer,
 )
+from moe_train.config.families import FAMILIES, Family, Feature, FileFormat, family_with
+from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -66,6 +71,7 @@ from moe_train.config.section import (
 )
 
 __all__ = [
+    "FAMILIES",
     "NAMED_IN_FULL",
     "Adafactor",
     "AdamW",
@@ -83,15 +89,22 @@ __all__ = [
     "Decay",
     "DefaultRope",
     "DenseFfn",
+    "DenseLayers",
     "Dtype",
     "Evaluation",
+    "Family",
+    "Feature",
     "Ffn",
+    "FileFormat",
     "FileSource",
     "FirstFit",
     "Fraction",
+    "GroupedQueryAttention",
     "HubSource",
     "HuggingFaceTokenizer",
     "Int8",
+    "LayerPosition",
+    "LayerStack",
     "LinearSchedule",
     "Lion",
     "LocalPath",
@@ -129,5 +142,10 @@ __all__ = [
     "YarnRope",
     "check_batch",
     "check_model",
+    "family_with",
+    "features",
+    "layers",
+    "sparse_layers",
+    "stacks",
     "without_format",
 ]

@@ -43,7 +43,7 @@ from moe_train.config.data import (
     TextRecord,
     Tokenizer,
 )
-from moe_train.config.families import FAMILIES, Family, Feature, FileFormat, family_with
+from moe_train.config.families import FAMILIES, Family, FamilyName, Feature, FileFormat, family_with
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
 from moe_train.config.optimization import (
     Adafactor,
@@ -93,6 +93,7 @@ __all__ = [
     "Dtype",
     "Evaluation",
     "Family",
+    "FamilyName",
     "Feature",
     "Ffn",
     "FileFormat",

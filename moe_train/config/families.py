@@ -104,7 +104,7 @@ def family_with(features: Collection[Feature], *, sparse: bool, file_format: Fil
     for name, family in FAMILIES.items():
         if family.sparse == sparse and file_format in family.formats and set(features) <= family.features:
             return name
-    raise ValueError(f"no {'sparse' if sparse else 'dense'} family has {in_words(features)} together; leave one of them out")
+    raise ValueError(f"no {'sparse' if sparse else 'dense'} family can have {in_words(features)}; leave out what is too much")
 
 
 def in_words(features: Collection[Feature]) -> str | None:

@@ -159,7 +159,11 @@ REFUSED = [
     (MISTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters.factor is not built"),
     (MISTRAL, {"rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
     (MISTRAL, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-    (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"] * 16}, "cannot have interleaved attention.windows; only ministral can"),
+    (
+        MISTRAL,
+        {"layer_types": ["full_attention", "sliding_attention"] * 16},
+        "cannot have interleaved attention.windows; only ministral can",
+    ),
     (MINISTRAL, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers 32"),
     (MINISTRAL, {"layer_types": ["chunked_attention"] * 32}, "layer_types has 'chunked_attention'"),
     (MINISTRAL, {"sliding_window": None}, "but sliding_window is null"),

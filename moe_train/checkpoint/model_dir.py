@@ -22,13 +22,13 @@ from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine.host_memory import require_room
-from moe_train.machine.mesh import AXES, make_mesh
+from moe_train.machine.mesh import AXES, abstract_mesh, make_mesh
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.paths import is_trainable, module_of, names_module, targets_of
+from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
-from moe_train.weights import external, external_adapter, gguf, names
+from moe_train.weights import external, external_adapter, gguf
 from moe_train.weights.arrays import Held
 
 
@@ -142,18 +142,25 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config
         lora = lora.model_copy(update={"targets": theirs.targets, "rslora": theirs.rslora})
     if not lora.train:
         lora = lora.model_copy(update={"train": theirs.train})
-    for module in sorted({module_of(piece.path) for piece in names.pieces(model)}):
+    for module in _modules(model):
         (ours, said), (others, found) = (_described(section, module) for section in (lora, theirs))
         if said != found:
             raise ValueError(f"lora.targets: {module} has {ours}; the adapter in {source} has {others}; leave targets out")
-        if any(names_module(p, module) for p in theirs.train) and not any(names_module(p, module) for p in lora.train):
+        if theirs.trains_in_full(module) and not lora.trains_in_full(module):
             raise ValueError(f"lora.train does not name {module}, of which {source} has the trained weights; name it")
     return lora
 
 
+def _modules(model: config.Model) -> list[str]:
+    """Names of all modules with weights, each once: `attention.q_proj`."""
+    with jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1))):
+        shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
+    return sorted({ParameterPath.parse(path).module for path in shapes})
+
+
 def _described(lora: config.Lora, module: str) -> tuple[str, Any]:
     """A module's adapter in words, and as what can be compared."""
-    found = sorted((t.experts or (), t.rank, float(f"{lora.scale(t):.9g}")) for t in targets_of(lora, module))
+    found = sorted((t.experts or (), t.rank, float(f"{lora.scale(t):.9g}")) for t in lora.targets_of(module))
     words = [f"rank {rank}, scale {scale:g}" + (f" (experts {list(e)})" if e else "") for e, rank, scale in found]
     return "; ".join(words) or "no adapter", found
 
@@ -217,7 +224,9 @@ def load_parameters(
     trainable, frozen = partition(dict(abstract), run.lora)
 
     def held(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
-        few_bits = {part: x for part, x in trainable.items() if part.startswith(f"{path}.")}
+        few_bits = {
+            part: x for part, x in trainable.items() if ParameterPath.parse(part).part and ParameterPath.parse(part).weight == path
+        }
         return quantized({path: array.astype(like.dtype)}, few_bits)
 
     keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
@@ -253,7 +262,7 @@ def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any])
     """The adapters of a run or of another tool's files, and what was trained in full beside them, as arrays like
     `abstract`: its paths of `lora` as `read_adapter` has it, and no others."""
     theirs = read_adapter(origin.source, model)
-    wanted = {path: like for path, like in abstract.items() if is_trainable(path, theirs)}
+    wanted = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(theirs)}
     if is_run(origin.source):
         return manager.load_params(origin.source, wanted, origin.step)[0]
     return external_adapter.load_adapter(origin.source, model, wanted)

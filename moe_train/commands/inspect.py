@@ -9,14 +9,14 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from moe_train import config
 from moe_train.checkpoint import model_dir
-from moe_train.machine.mesh import AXES, make_mesh
+from moe_train.machine.mesh import AXES, abstract_mesh, make_mesh
 from moe_train.model.moe.transport.choose import transport_in_words
 from moe_train.model.parameters import parameters
-from moe_train.model.paths import is_of_experts
+from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
@@ -67,17 +67,15 @@ def abstract_parameters(run: config.Config, model: config.Model) -> dict[str, An
 
 def _abstract_mesh(sizes: config.Mesh) -> AbstractMesh:
     """The mesh without devices; an axis of -1 takes the devices that are here."""
-    shape = tuple(getattr(sizes, axis) for axis in AXES)
-    if -1 in shape:
-        return make_mesh(sizes).abstract_mesh
-    return AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    shape = {axis: getattr(sizes, axis) for axis in AXES}
+    return make_mesh(sizes).abstract_mesh if -1 in shape.values() else abstract_mesh(shape)
 
 
 def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
     """Parameters that one token passes through: of the experts, the chosen ones."""
     if not isinstance(model.ffn, config.MoeFfn):
         return sum(x.size for x in shapes.values())
-    of_experts = sum(x.size for path, x in shapes.items() if is_of_experts(path))
+    of_experts = sum(x.size for path, x in shapes.items() if ParameterPath.parse(path).is_expert(model))
     idle = model.ffn.num_experts - model.ffn.experts_per_token
     return sum(x.size for x in shapes.values()) - of_experts * idle // model.ffn.num_experts
 

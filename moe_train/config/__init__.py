@@ -4,7 +4,7 @@ One YAML file holds one complete run. A choice between kinds is a tagged union (
 written once. Nothing in this folder imports jax, so that `--help` and editors stay quick.
 """
 
-from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4
+from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4, names_module
 from moe_train.config.architecture import (
     Attention,
     DefaultRope,
@@ -146,6 +146,7 @@ __all__ = [
     "family_with",
     "features",
     "layers",
+    "names_module",
     "sparse_layers",
     "stacks",
     "without_format",

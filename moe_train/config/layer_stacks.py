@@ -33,6 +33,10 @@ class LayerStack:
     def num_layers(self) -> int:
         return self.repeats * self.period
 
+    def layer(self, place: int, repeat: int) -> int:
+        """Number, in the whole model, of the layer at a place of a period."""
+        return self.first_layer + repeat * self.period + place
+
     @property
     def is_sparse(self) -> bool:
         return isinstance(self.ffn, MoeFfn)
@@ -70,7 +74,7 @@ def layers(model: Model) -> Iterator[LayerPosition]:
     for number, stack in enumerate(stacks(model)):
         for i in range(stack.num_layers):
             repeat, place = divmod(i, stack.period)
-            yield LayerPosition(stack.first_layer + i, number, place, repeat, stack.ffn)
+            yield LayerPosition(stack.layer(place, repeat), number, place, repeat, stack.ffn)
 
 
 def sparse_layers(model: Model) -> list[int]:

@@ -86,7 +86,8 @@ def train(run: config.Config) -> int:
             write_text(run_dir / "manifest.json", loader.manifest)
             keep_tokenizer(run)
         require_shared(run_dir)
-        writer = Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process)
+        layers = config.sparse_layers(run.model)
+        writer = Writer(run_dir, run.metrics, start_step=start, total_steps=total_steps, write=first_process, sparse_layers=layers)
         leaving.enter_context(writer)
         story = {"epochs": loader.epochs(total_steps), "changed": begin.changed, "damaged": begin.damaged}
         story |= {"base": begin.base and begin.base._asdict(), "adapter": begin.adapter and begin.adapter._asdict()}

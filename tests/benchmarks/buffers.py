@@ -80,7 +80,7 @@ def program(kind: str) -> jax.stages.Compiled:
     assert run.model is not None
     compute = run.compute.model_copy(update={"transport": "ragged_all_to_all" if kind == "ragged" else "all_to_all"})
     with jax.set_mesh(mesh), mock.patch.object(experts, "exchange", transport(kind)):
-        layer = jax.tree.map(placed, jax.eval_shape(lambda: MoE(nnx.Rngs(0), run.model, compute)))
+        layer = jax.tree.map(placed, jax.eval_shape(lambda: MoE(nnx.Rngs(0), run.model, compute, run.model.ffn)))
         tokens = NamedSharding(mesh, P(BATCH, "context"))
         x = jax.ShapeDtypeStruct((8, TOKENS, run.model.model_dim), jnp.dtype(compute.dtype), sharding=tokens)
         segments = jax.ShapeDtypeStruct((8, TOKENS), jnp.int32, sharding=tokens)

@@ -110,7 +110,7 @@ def alpha_pattern(settings: Mapping[str, Any], model: config.Model) -> dict[str,
     """`alpha_pattern` with what it says of fused parameters said of each expert's matrices, which come first."""
     given: dict[str, float] = settings.get("alpha_pattern") or {}
     found: dict[str, float] = {}
-    for layer in range(model.num_layers):
+    for layer in config.sparse_layers(model):
         for parameter, leaves in _LEAVES.items():
             name = f"model.layers.{layer}.mlp.experts.{parameter}"
             alphas = [alpha for key, alpha in given.items() if re.match(rf"(.*\.)?({key})$", name)]

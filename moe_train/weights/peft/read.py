@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.model.paths import module_of, targets_of
+from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import names, on_disk, safetensors_files
 from moe_train.weights.arrays import Abstract, Parameters, fill
 from moe_train.weights.on_disk import Tensor
@@ -40,6 +40,7 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     firsts: dict[tuple[str, int], tuple[str, tuple[int, float]]] = {}
     layers: Counter[tuple[str, int]] = Counter()
     every = _every_adapter(model)
+    num_layers = Counter(_module_and_expert(piece) for piece in every[::2])
     for piece, other in zip(every[::2], every[1::2], strict=True):
         if (piece.name in tensors) != (other.name in tensors):
             raise ValueError(f"{directory / WEIGHTS} lacks {(piece if other.name in tensors else other).name}")
@@ -47,29 +48,31 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
             continue
         stem = piece.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
         found = _rank_and_alpha(settings, stem, tensor)
-        module, expert = module_of(piece.path), piece.lead[1] if len(piece.lead) == 2 else 0
+        module, expert = _module_and_expert(piece)
         kinds.setdefault(module, {}).setdefault(found, set()).add(expert)
         layers[module, expert] += 1
         first, same = firsts.setdefault((module, expert), (stem, found))
         if same != found:
             raise ValueError(f"{file}: {stem} has rank and alpha {found}, {first} has {same}; here a module has one in all layers")
     for (module, expert), count in layers.items():
-        if module not in config.NAMED_IN_FULL[1:] and count < model.num_layers:
+        if count < (total := num_layers[module, expert]):
             stem = firsts[module, expert][0]
-            raise ValueError(
-                f"{file}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; here it is all of them"
-            )
+            raise ValueError(f"{file}: adapters such as {stem}'s are in {count} of {total} layers; here it is all of them")
     if not kinds:
         raise ValueError(f"{directory / WEIGHTS} has no adapter in a spelling that is read here ({next(iter(tensors), 'empty')})")
     if unknown := sorted(tensors.keys() - {piece.name for piece in (*every, *_saved(model))}):
         raise ValueError(f"{directory / WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter")
     experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 1
     targets: dict[tuple[tuple[int, float], tuple[int, ...] | None], list[str]] = {}
-    for module, of_module in kinds.items():
-        for kind, owners in of_module.items():
+    for module, experts_by_kind in kinds.items():
+        for kind, owners in experts_by_kind.items():
             all_of_them = len(owners) == (experts if module in (_GATE, _UP, _DOWN) else 1)
             targets.setdefault((kind, None if all_of_them else tuple(sorted(owners))), []).append(module)
-    saved = {piece.name.removesuffix(".weight"): module_of(piece.path) for piece in _saved(model) if piece.name in tensors}
+    saved = {
+        piece.name.removesuffix(".weight"): ParameterPath.parse(piece.path).module
+        for piece in _saved(model)
+        if piece.name in tensors
+    }
     for module in settings.get("modules_to_save") or ():
         if not any(name.endswith(module) for name in saved):
             raise ValueError(f"{file}: modules_to_save has {module!r}, and {WEIGHTS} has no weight of it")
@@ -98,17 +101,17 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     are filled up with zeros. Raises ValueError where the files have other tensors than the section says.
     """
     tensors = _open(Path(directory), model)
-    ranks = {path.removesuffix(".lora_a"): like.shape[-1] for path, like in abstract.items() if path.endswith(".lora_a")}
+    ranks = adapter_ranks(abstract)
     saved = [piece for piece in _saved(model) if piece.path in abstract]
     if model.tie_embeddings:
         saved = [piece for piece in saved if piece.name != _tied_head(model).name]
         tensors.pop(_tied_head(model).name, None)
     table = [*names.adapter_pieces(model, ranks), *saved]
     lora = read_lora(directory, model)
-    shared = {m for m in ranks if any(target.experts is not None for target in targets_of(lora, module_of(f"{m}.weight")))}
+    shared = {m for m in ranks if any(target.experts is not None for target in lora.targets_of(of_module(m).module))}
     filled: dict[str, Tensor] = dict(tensors)
     for piece in table:
-        if piece.path.rpartition(".")[0] in shared:
+        if ParameterPath.parse(piece.path).module_path in shared:
             filled[piece.name] = _Filled(piece.name, piece.shape, tensors.get(piece.name))
     names.check(
         directory, table, {name: t.shape for name, t in filled.items()}, {path: like.shape for path, like in abstract.items()}
@@ -183,9 +186,14 @@ def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
     return found
 
 
+def _module_and_expert(piece: names.Piece) -> tuple[str, int]:
+    return ParameterPath.parse(piece.path).module, piece.lead[1] if len(piece.lead) == 2 else 0
+
+
 def _every_adapter(model: config.Model) -> list[names.Piece]:
     """A and B of everything that can have an adapter; their rank means nothing."""
-    modules = {piece.path.rpartition(".")[0] for piece in names.pieces(model) if not piece.path.endswith(".scale")}
+    paths = [ParameterPath.parse(piece.path) for piece in names.pieces(model)]
+    modules = {path.module_path for path in paths if not path.is_norm}
     return names.adapter_pieces(model, dict.fromkeys(modules, 1))
 
 
@@ -206,5 +214,5 @@ def _saved(model: config.Model) -> list[names.Piece]:
 
 def _tied_head(model: config.Model) -> names.Piece:
     """The name under which a tied table is written once more."""
-    (embed,) = (piece for piece in names.pieces(model) if piece.path == "embed.weight")
+    (embed,) = (piece for piece in names.pieces(model) if ParameterPath.parse(piece.path).is_embedding)
     return replace(embed, name=f"base_model.model.{names.HUGGING_FACE.head.name}")

@@ -23,7 +23,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import new_directory
-from moe_train.model.paths import is_trainable, module_of, targets_of
+from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.on_disk import nbytes
@@ -49,29 +49,29 @@ def export_adapter(
     except where experts have to agree (see above), or all modules for the sake of `server` (see `serve`). `out_dir`
     appears whole, or not at all. Raises ValueError for what PEFT, or the server, has no word for.
     """
-    adapted = [path.removesuffix(".lora_a") for path in parameters if path.endswith(".lora_a")]
+    adapted = adapter_ranks(parameters)
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
-    shapes = _in_file(model, {module: _shape(lora, module, parameters[f"{module}.lora_a"].shape[-1]) for module in adapted})
+    shapes = _in_file(model, {module: _shape(lora, module, rank) for module, rank in adapted.items()})
     saved = _saved_pieces(model, lora)
     if server is not None:
-        shapes = adapter_shapes(server, model.family, shapes, {piece.path.rpartition(".")[0] for piece in saved})
+        shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
     table = names.adapter_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
 
     def matrix(piece: names.Piece) -> np.ndarray:
-        module, kind = piece.path.rsplit(".", 1)
+        path = ParameterPath.parse(piece.path)
         if piece in saved:
             return fetch(parameters[piece.path], piece.lead)
         if piece.path not in parameters:
             return np.zeros(piece.ours_shape, dtype)
-        ours, shape = fetch(parameters[piece.path], piece.lead), shapes[module]
-        if kind == "lora_b" and (factor := merge.scale_of(lora, module, piece.lead) * shape.rank / shape.alpha) != 1:
+        ours, shape = fetch(parameters[piece.path], piece.lead), shapes[path.module_path]
+        if path.leaf == "lora_b" and (factor := merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha) != 1:
             ours = (ours.astype(np.float64) * factor).astype(dtype)
         more = [(0, size - had) for size, had in zip(piece.ours_shape, ours.shape, strict=True)]
         return np.pad(ours, more)
 
-    dtype = np.dtype(parameters[f"{adapted[0]}.lora_a"].dtype)
+    dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
     pieces = {piece.name: piece for piece in (*table, *saved)}
     specs = [safetensors_files.Spec(piece.name, piece.shape, dtype) for piece in table]
     specs += [safetensors_files.Spec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)) for piece in saved]
@@ -97,9 +97,9 @@ def _shape(lora: config.Lora, module: str, rank: int) -> Shape:
 
 def _saved_pieces(model: config.Model, lora: config.Lora) -> list[names.Piece]:
     """What was trained in full. Raises ValueError for experts, which PEFT under transformers 5 knows as one fused module."""
-    paths = {piece.path for piece in names.pieces(model) if is_trainable(piece.path, lora)}
+    paths = {piece.path for piece in names.pieces(model) if ParameterPath.parse(piece.path).is_trained(lora)}
     saved = [piece for piece in _saved(model) if piece.path in paths]
-    if experts := sorted(module_of(path) for path in paths - {piece.path for piece in saved}):
+    if experts := sorted(ParameterPath.parse(path).module for path in paths - {piece.path for piece in saved}):
         raise ValueError(
             f"{experts[0]} was trained in full, and PEFT's modules_to_save has all matrices of all experts or none; "
             "use --format hf --merge"
@@ -112,8 +112,10 @@ def _in_file(model: config.Model, ours: Mapping[str, Shape]) -> dict[str, Shape]
     shapes = dict(ours)
     if isinstance(model.ffn, config.DenseFfn):
         return shapes
-    for layer in sorted({module.removesuffix(name) for module in ours for name in (_GATE, _UP, _DOWN) if module.endswith(name)}):
-        gate, up, down = (layer + name for name in (_GATE, _UP, _DOWN))
+    routed = [path for path in map(of_module, sorted(ours)) if path.is_expert(model)]
+    layers = {(path.stack, path.place): path for path in routed}
+    for path in layers.values():
+        gate, up, down = (replace(path, module=name).module_path for name in (_GATE, _UP, _DOWN))
         shapes[gate] = shapes[up] = max(ours[m] for m in ((gate, up) if {gate, up} & ours.keys() else (down,)) if m in ours)
         shapes.setdefault(down, shapes[gate])
     return shapes
@@ -121,8 +123,8 @@ def _in_file(model: config.Model, ours: Mapping[str, Shape]) -> dict[str, Shape]
 
 def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora) -> dict[str, Any]:
     """adapter_config.json without the base model's name."""
-    leaves = {module_of(piece.path): piece.name.split(".")[-2] for piece in names.pieces(model)}
-    of_model = {module_of(f"{module}.weight"): shape for module, shape in shapes.items()}  # alike in every layer
+    leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.pieces(model)}
+    of_model = {of_module(module).module: shape for module, shape in shapes.items()}  # alike in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
     usual = of_model[_GATE] if sparse and _GATE in of_model else Counter(of_model.values()).most_common(1)[0][0]
     ranks: dict[str, int] = {}
@@ -175,16 +177,18 @@ def _prove(directory: Path, parameters: Held, model: config.Model, lora: config.
     tensors, read = safetensors_files.open_file(directory / WEIGHTS), read_lora(directory, model)
     ranks = {
         module: targets[0].rank
-        for module in {piece.path.rpartition(".")[0] for piece in _every_adapter(model)}
-        if (targets := targets_of(read, module_of(f"{module}.weight")))
+        for module in {ParameterPath.parse(piece.path).module_path for piece in _every_adapter(model)}
+        if (targets := read.targets_of(of_module(module).module))
     }
     table, saved = names.adapter_pieces(model, ranks), _saved_pieces(model, lora)
-    missing = {path for path in parameters if is_trainable(path, lora)} - {piece.path for piece in (*table, *saved)}
+    missing = {path for path in parameters if ParameterPath.parse(path).is_trained(lora)} - {
+        piece.path for piece in (*table, *saved)
+    }
     if {piece.name for piece in (*table, *saved)} != set(tensors) or missing:
         raise RuntimeError(f"{directory / WEIGHTS} does not hold what was trained: {', '.join(sorted(missing))}")
     zero = 0
     for a, b in zip(table[::2], table[1::2], strict=True):
-        module = a.path.removesuffix(".lora_a")
+        module = ParameterPath.parse(a.path).module_path
         in_a, in_b = (piece.from_file(tensors[piece.name].read).astype(np.float64) for piece in (a, b))
         written = merge.scale_of(read, module, a.lead) * np.tensordot(in_a, in_b, 1)
         wanted = merge.delta(parameters, lora, replace(a, path=f"{module}.weight"))

@@ -35,7 +35,7 @@ from moe_train.weights.gguf import tokenizer as gguf_tokenizer
 from tests.random_parameters import random_parameters
 
 SIZES: dict[str, Any] = {"vocab_size": 352, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=24)
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=24)
 DENSE = config.DenseFfn(name="dense", ffn_dim=96)
 MOE = config.MoeFfn(name="moe", ffn_dim=96, num_experts=4, experts_per_token=2)
 YARN = config.YarnRope(name="yarn", theta=1e4, factor=16.0, original_max_seq_len=8, mscale=1.0, mscale_all_dim=1.0)

@@ -90,7 +90,7 @@ def test_adapters_of_experts_fill_whole_lanes_with_their_rank() -> None:
     laid = layout(run)
     sizes = {"data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 1}
     trained = {w.path: w.stored_bytes(sizes) for w in laid.weights if w.trainable}
-    lanes = {path: 128 // 4 for path in trained if ".ffn." in path and path.endswith("lora_a")}  # of a rank
+    lanes = {path: 128 // 4 for path in trained if path.is_ffn and path.leaf == "lora_a"}  # of a rank
     lanes |= {path: 128 // 64 for path in trained if path.endswith("ffn.down_proj.lora_b")}  # of so narrow a model
     assert len(lanes) == 4
     assert memory(run, laid).gradients == sum(size * lanes.get(path, 1) for path, size in trained.items())

@@ -224,10 +224,8 @@ def load_parameters(
     trainable, frozen = partition(dict(abstract), run.lora)
 
     def held(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
-        few_bits = {
-            part: x for part, x in trainable.items() if ParameterPath.parse(part).part and ParameterPath.parse(part).weight == path
-        }
-        return quantized({path: array.astype(like.dtype)}, few_bits)
+        parts = {part: trainable[part] for part in (f"{path}.codes", f"{path}.scales") if part in trainable}
+        return quantized({path: array.astype(like.dtype)}, parts)
 
     keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
     params, about = manager.load_params(directory, _trained_by(run), step, keep)

@@ -84,13 +84,15 @@ def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> 
 
 
 def _check_routed(lora: config.Lora, modules: Iterable[tuple[str, nnx.Module]]) -> None:
-    """A target that names experts names no module that has none in any layer."""
+    """Raise ValueError where a target that names experts names a module that has none in any layer."""
     adaptable_names = {name for name, module in modules if isinstance(module, Adapted)}
     routed = {name for name, module in modules if isinstance(module, ExpertLinear)}
     for target in lora.targets:
-        for name in sorted(adaptable_names - routed if target.experts is not None else ()):
+        if target.experts is None:
+            continue
+        for name in sorted(adaptable_names - routed):
             if any(config.names_module(pattern, name) for pattern in target.modules):
-                raise ValueError(f"lora.targets: {name} has no experts; leave experts {list(target.experts or ())} out")
+                raise ValueError(f"lora.targets: {name} has no experts; leave experts {list(target.experts)} out")
 
 
 def _check_experts(lora: config.Lora, name: str, module: Adapted, targets: list[config.LoraTarget]) -> None:

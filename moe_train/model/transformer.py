@@ -163,7 +163,8 @@ class Transformer(nnx.Module):
         for stack in self.stacks:
             stack_keys = None if keys is None else keys[first : first + stack.repeats]
             x_BTD, stack_stats = stack(x_BTD, positions_BT, segment_ids_BT, stack_keys)
-            stats += [] if stack_stats is None else [stack_stats]
+            if stack_stats is not None:
+                stats.append(stack_stats)
             first += stack.repeats
         return self.final_norm(x_BTD), _joined(stats)
 

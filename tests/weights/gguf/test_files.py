@@ -170,7 +170,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "values of another length": ({"llama.attention.value_length": 32}, "attention.value_length is 32"),
     "half of the head turns": ({"llama.rope.dimension_count": 12}, "rope.dimension_count is 12"),
     "linear scaling": ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "rope.scaling is linear by 4"),
-    "yarn under llama": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "no yarn rope"),
+    "yarn under llama": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "cannot have a yarn rope"),
     "layers that differ": ({"llama.feed_forward_length": np.array([96, 48], np.uint32)}, "differs between layers"),
     "no layers": ({"llama.block_count": None}, "llama.block_count is missing"),
     "more layers than there are": ({"llama.block_count": 3}, "lacks blk.2.attn_norm.weight"),

@@ -23,7 +23,7 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine.host_memory import check_host_memory
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.paths import is_trainable
+from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
@@ -163,8 +163,8 @@ def load_parameters(
     trainable, frozen = partition(dict(abstract), run.lora)
 
     def held(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
-        few_bits = {part: x for part, x in trainable.items() if part.startswith(f"{path}.")}
-        return quantized({path: array.astype(like.dtype)}, few_bits)
+        parts = {part: trainable[part] for part in (f"{path}.codes", f"{path}.scales") if part in trainable}
+        return quantized({path: array.astype(like.dtype)}, parts)
 
     keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
     params, about = manager.load_params(directory, _trained_by(run), step, keep)
@@ -198,7 +198,7 @@ def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any])
     """The adapters of a run or of another tool's files, and what was trained in full beside them, as arrays like
     `abstract`: its paths of `lora` as `read_adapter` has it, and no others."""
     theirs = read_adapter(origin.source, model)
-    wanted = {path: like for path, like in abstract.items() if is_trainable(path, theirs)}
+    wanted = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(theirs)}
     if is_run(origin.source):
         return manager.load_params(origin.source, wanted, origin.step)[0]
     return external_adapter.load_adapter(origin.source, model, wanted)

@@ -22,7 +22,7 @@ from moe_train.commands import write_and_prove
 from moe_train.machine.files import new_directory, read_object, refuse_existing
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.paths import is_trainable, module_of
+from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.proof.scaled import prove_scaled
 from moe_train.weights import gguf, merge, names, peft, texts
@@ -114,21 +114,18 @@ def _weights_of(base: str | Path, model: config.Model) -> Weight:
 
 def _moved(piece: names.Piece, model: config.Model, both: list[tuple[config.Lora, Parameters]], weight: Weight) -> Moved | None:
     """None for what none of the adapters touches."""
-    module = piece.path.rpartition(".")[0]
-    if not any(piece.path in trained or f"{module}.lora_a" in trained for _, trained in both):
+    path = ParameterPath.parse(piece.path)
+    if not any(piece.path in trained or path.has_adapter(trained) for _, trained in both):
         return None
     own = weight(piece)
     if any(piece.path in trained for _, trained in both):  # in full
         first, *other = (_whole(lora, trained, piece, own) for lora, trained in both)
         delta = float(np.linalg.norm(first - (other[0] if other else own)))
     else:
-        delta = _norm_of_product([_factors(lora, trained, module, piece.lead) for lora, trained in both])
-    period = len(model.attention.windows)
-    layer = piece.lead[0] * period + int(module.split(".")[3]) if piece.lead else None
+        delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in both])
+    layer = path.layer(model, piece.lead[0]) if piece.lead else None
     expert = piece.lead[1] if len(piece.lead) == 2 else None
-    return Moved(
-        layer, module_of(piece.path), expert, float(delta), math.sqrt(np.sum(np.square(own, dtype=np.float32), dtype=np.float64))
-    )
+    return Moved(layer, path.module, expert, float(delta), math.sqrt(np.sum(np.square(own, dtype=np.float32), dtype=np.float64)))
 
 
 def _whole(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.ndarray) -> np.ndarray:
@@ -139,13 +136,15 @@ def _whole(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.n
     return own.astype(np.float64) + (0 if added is None else added)
 
 
-def _factors(lora: config.Lora, trained: Parameters, module: str, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+def _factors(
+    lora: config.Lora, trained: Parameters, path: ParameterPath, lead: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """(s·A as (in, J), B as (J, out)); None where there is no adapter."""
-    if f"{module}.lora_a" not in trained:
+    if not path.has_adapter(trained):
         return None
-    a, b = (fetch(trained[f"{module}.{name}"], lead).astype(np.float64) for name in ("lora_a", "lora_b"))
+    a, b = (fetch(trained[name], lead).astype(np.float64) for name in path.adapter)
     J = b.shape[0]
-    return merge.scale_of(lora, module, lead) * a.reshape(-1, J), b.reshape(J, -1)
+    return merge.scale_of(lora, path.module_path, lead) * a.reshape(-1, J), b.reshape(J, -1)
 
 
 def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> float:
@@ -192,7 +191,7 @@ def base_and_adapter(
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
     trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
-    plain = {path: like for path, like in shapes.items() if not is_trainable(path, lora)}
+    plain = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
     return lora, {**model_dir.load_parameters(base, plain, load=model_dir.left_in_files), **trained}
 
 

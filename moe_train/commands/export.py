@@ -23,7 +23,7 @@ from moe_train.data.records.conversation import Conversation, normalise
 from moe_train.data.records.open_source import open_source
 from moe_train.machine.files import refuse_existing
 from moe_train.machine.mesh import join_processes
-from moe_train.model.paths import is_trainable
+from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
 from moe_train.weights import external, peft, serve, together
 from moe_train.weights.arrays import Held
@@ -94,7 +94,7 @@ def export(
         else:
             assert lora is not None and run is not None
             if jax.process_count() > 1:
-                weights = together.gathered({path: x for path, x in weights.items() if is_trainable(path, lora)})
+                weights = together.gathered({path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)})
             with together.one_directory(out_dir) as directory:
                 with together.all_or_none():
                     if together.is_first():

@@ -9,13 +9,12 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
 
 from moe_train import config
-from moe_train.machine.mesh import AXES
+from moe_train.machine.mesh import abstract_mesh
 from moe_train.model.moe.transport.choose import transport_in_words
 from moe_train.model.parameters import parameters
-from moe_train.model.paths import is_of_experts
+from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import init_model
 from moe_train.run.resolve import resolve
@@ -56,27 +55,22 @@ def inspect(written: config.Config) -> Report:
         "trainable_parameters": sum(x.size for x in trainable.values()),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
     }
-    if transport := transport_in_words(run, _abstract_mesh(run.mesh).shape):
+    if transport := transport_in_words(run, run.mesh.model_dump()):
         totals["transport"] = transport
     return Report(run.to_config(), rows, totals)
 
 
 def abstract_parameters(run: config.Run) -> dict[str, Any]:
     """{path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
-    with jax.sharding.use_abstract_mesh(_abstract_mesh(run.mesh)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(run.mesh.model_dump())):
         return parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, run.lora)))[1]
-
-
-def _abstract_mesh(sizes: config.Mesh) -> AbstractMesh:
-    """The mesh without devices, which need not be here."""
-    return AbstractMesh(tuple(getattr(sizes, axis) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
     """Parameters that one token passes through: of the experts, the chosen ones."""
     if not isinstance(model.ffn, config.MoeFfn):
         return sum(x.size for x in shapes.values())
-    of_experts = sum(x.size for path, x in shapes.items() if is_of_experts(path))
+    of_experts = sum(x.size for path, x in shapes.items() if ParameterPath.parse(path).is_expert(model))
     idle = model.ffn.num_experts - model.ffn.experts_per_token
     return sum(x.size for x in shapes.values()) - of_experts * idle // model.ffn.num_experts
 

@@ -109,7 +109,7 @@ def _heat(figure: Any, panel: Any, story: Story) -> None:
         return
     load_LE = np.mean(loads[-max(1, len(loads) // 10) :], axis=0)
     image = panel.imshow(load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-    panel.set(xlabel="expert", ylabel="layer")
+    panel.set(xlabel="expert", ylabel="sparse layer")
     for axis in (panel.xaxis, panel.yaxis):
         axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=panel)

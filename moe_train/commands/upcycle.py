@@ -21,6 +21,7 @@ from moe_train.checkpoint import model_dir, runs
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import check_vocab
 from moe_train.machine.files import check_space, new_directory, refuse_existing
+from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, hf, names, safetensors_files
 from moe_train.weights.on_disk import nbytes
 from moe_train.weights.texts import Texts, write_texts
@@ -57,7 +58,7 @@ def upcycle(
 
     def matrix(piece: names.Piece) -> np.ndarray:
         rng = np.random.default_rng((seed, zlib.crc32(piece.path.encode()), *piece.lead))
-        if piece.path.endswith(".router.weight"):
+        if ParameterPath.parse(piece.path).is_router:
             return piece.to_file(model.init_stddev * rng.standard_normal(piece.ours_shape, np.float32)).astype(dtype)
         of_base = source[piece.path, piece.lead[:1]]
         w = of_base.from_file(dense.tensors[of_base.name].read)

@@ -13,7 +13,7 @@ from moe_train import config
 from moe_train.data.records.conversation import Conversation
 from moe_train.machine import progress
 from moe_train.machine.files import check_space
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
 from moe_train.weights import gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
@@ -51,7 +51,7 @@ def export(
     processes, all of them call this, and see the same file system. Raises FileExistsError where out_dir is taken,
     ValueError for what cannot be said in this layout, OSError for a full disk, RuntimeError where the proof fails.
     """
-    adapters = [path for path in parameters if is_lora(path)]
+    adapters = [path for path in parameters if ParameterPath.parse(path).is_adapter]
     if adapters and not merge:
         raise ValueError(
             f"the model has adapters ({len(adapters)} arrays): merge them (--merge), or export them alone (--format peft)"
@@ -61,7 +61,7 @@ def export(
     check_dtype(layout, dtype)
     section = lora if merge else None
 
-    numbers = sum(array.size for path, array in parameters.items() if not is_lora(path))
+    numbers = sum(array.size for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter)
     check_space(out_dir, numbers * {"float32": 4, "f32": 4, "q8_0": 1}.get(dtype, 2))
     written = progress.counted("writing", numbers)
 

@@ -5,12 +5,14 @@ written once. Nothing in this folder imports jax, so that `--help` and editors s
 `Run` what will happen.
 """
 
-from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4
+from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4, names_module
 from moe_train.config.architecture import (
     Attention,
     DefaultRope,
     DenseFfn,
+    DenseLayers,
     Ffn,
+    GroupedQueryAttention,
     Model,
     MoeFfn,
     QueryScaling,
@@ -19,6 +21,7 @@ from moe_train.config.architecture import (
     SigmoidRouter,
     SoftmaxRouter,
     YarnRope,
+    features,
     without_format,
 )
 from moe_train.config.checks import Sections, check_batch, check_model
@@ -40,6 +43,18 @@ from moe_train.config.data import (
     TextRecord,
     Tokenizer,
 )
+from moe_train.config.families import (
+    FAMILIES,
+    FEATURES,
+    Family,
+    FamilyName,
+    Feature,
+    FileFormat,
+    HuggingFace,
+    family_with,
+    in_words,
+)
+from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -68,6 +83,8 @@ from moe_train.config.section import (
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
 __all__ = [
+    "FAMILIES",
+    "FEATURES",
     "NAMED_IN_FULL",
     "Adafactor",
     "AdamW",
@@ -84,16 +101,25 @@ __all__ = [
     "Decay",
     "DefaultRope",
     "DenseFfn",
+    "DenseLayers",
     "Dtype",
     "Evaluation",
+    "Family",
+    "FamilyName",
+    "Feature",
     "Ffn",
+    "FileFormat",
     "FileSource",
     "Fraction",
     "FullTraining",
+    "GroupedQueryAttention",
     "HubSource",
+    "HuggingFace",
     "HuggingFaceTokenizer",
     "InitialWeights",
     "Int8",
+    "LayerPosition",
+    "LayerStack",
     "LinearSchedule",
     "Lion",
     "LocalPath",
@@ -138,6 +164,13 @@ __all__ = [
     "YarnRope",
     "check_batch",
     "check_model",
+    "family_with",
+    "features",
+    "in_words",
+    "layers",
+    "names_module",
     "run_of",
+    "sparse_layers",
+    "stacks",
     "without_format",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -19,10 +20,16 @@ NAMED_IN_FULL = ("ffn.router", "embed", "head")
 """Modules that no pattern with a wildcard reaches: the router stays frozen unless it is named, as do both ends."""
 
 
+def names_module(pattern: str, module: str) -> bool:
+    """Whether a pattern of the section `lora` names a module such as `attention.q_proj`."""
+    return pattern == module if module in NAMED_IN_FULL else fnmatchcase(module, pattern)
+
+
 class LoraTarget(Section):
     """Modules that get an adapter. `modules` are patterns over module paths inside a layer (`attention.*`,
     `ffn.gate_proj`, `*.down_proj`), or the names `ffn.router`, `embed` and `head`; the update is
-    alpha / rank * B·A (arXiv:2106.09685). `experts`: of routed experts these alone; others may be another target's."""
+    alpha / rank * B·A (arXiv:2106.09685). `experts`: these of the routed experts alone, and no dense layer; other experts
+    may be another target's."""
 
     modules: Annotated[tuple[str, ...], Field(min_length=1)]
     rank: Positive
@@ -76,6 +83,19 @@ class Lora(Section):
     @property
     def trains_router(self) -> bool:
         return "ffn.router" in (*self.train, *(name for target in self.targets for name in target.modules))
+
+    def trains_in_full(self, module: str) -> bool:
+        """Whether a module such as `ffn.router` is trained itself, beside the adapters."""
+        return any(names_module(pattern, module) for pattern in self.train)
+
+    def targets_of(self, module: str, *, routed: bool = True) -> list[LoraTarget]:
+        """The targets that give a module its adapter: one, or several that share its experts.
+
+        routed: whether the module has routed experts; targets that name experts leave others alone, such as the dense
+        first layers of a sparse model.
+        """
+        matching = [t for t in self.targets if any(names_module(pattern, module) for pattern in t.modules)]
+        return [target for target in matching if routed or target.experts is None]
 
     def scale(self, target: LoraTarget) -> float:
         """What the product of a target's A and B is multiplied with."""

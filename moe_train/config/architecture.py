@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, FileFormat, in_words
 from moe_train.config.section import (
     NonNegative,
     NonNegativeFloat,
@@ -45,9 +46,12 @@ class QueryScaling(Section):
     original_max_seq_len: Positive
 
 
-class Attention(Section):
-    """Grouped-query attention. `windows` is one period of layers: null sees everything before it, a number W
-    sees the last W positions (itself included); layer i takes entry i modulo the period."""
+class GroupedQueryAttention(Section):
+    """Grouped-query attention (arXiv:2305.13245), the kind that is meant where `name` is left out.
+
+    `windows` is one period of layers: null sees everything before it, a number W sees the last W positions (itself
+    included); layer i takes entry i modulo the period.
+    """
 
     name: Literal["gqa"] = "gqa"
     num_heads: Positive
@@ -63,6 +67,11 @@ class Attention(Section):
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs; use an even head_dim")
         return self
+
+
+Attention = GroupedQueryAttention
+"""The tagged union of attentions, of one member so far. A second one joins here as `GroupedQueryAttention | …`, with a
+discriminator that takes a missing `name` for gqa, and as a case in `model.attention.kinds.attention_class`."""
 
 
 class DenseFfn(Section):
@@ -109,9 +118,20 @@ class SigmoidRouter(Section):
 Router = Annotated[SoftmaxRouter | SigmoidRouter, Field(discriminator="name")]
 
 
+class DenseLayers(Section):
+    """The first `count` layers of a sparse model have a dense SwiGLU of width ffn_dim in place of experts
+    (`first_k_dense_replace` and `intermediate_size` of DeepSeek-V3, arXiv:2412.19437, section 4.2)."""
+
+    count: Positive
+    ffn_dim: Positive
+
+
 class MoeFfn(Section):
-    """Sparse SwiGLU experts of width ffn_dim, `experts_per_token` of them chosen by a router. Beside them stand
-    `num_shared_experts` that every token takes (DeepSeekMoE, arXiv:2401.06066): together one dense SwiGLU, as wide as they."""
+    """Sparse SwiGLU experts of width ffn_dim, `experts_per_token` of them chosen by a router.
+
+    num_shared_experts: further experts that every token takes (DeepSeekMoE, arXiv:2401.06066), computed together as one
+    dense SwiGLU of their summed width. dense_layers: the first layers have no experts (null: all layers have).
+    """
 
     name: Literal["moe"]
     ffn_dim: Positive
@@ -119,6 +139,8 @@ class MoeFfn(Section):
     experts_per_token: Positive
     router: Router = SoftmaxRouter(name="softmax")
     num_shared_experts: NonNegative = 0
+    # Left out of dumps where there are none: files that hold a dump (GGUF) keep their bytes, and older readers read them.
+    dense_layers: Annotated[DenseLayers | None, Field(exclude_if=lambda dense: dense is None)] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -139,7 +161,7 @@ Ffn = Annotated[DenseFfn | MoeFfn, Field(discriminator="name")]
 class Model(Section):
     """A transformer's architecture. Sizes by their letters: vocab_size V, model_dim D, ffn_dim F, head_dim H."""
 
-    family: Literal["mistral", "mixtral", "ministral", "ministral3", "llama"]
+    family: FamilyName
     vocab_size: Positive
     model_dim: Positive
     num_layers: Positive
@@ -153,33 +175,72 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        period = len(self.attention.windows)
-        if self.num_layers % period:
-            raise ValueError(f"num_layers {self.num_layers} is not a multiple of the {period} attention.windows")
-        if (self.family == "mixtral") != isinstance(self.ffn, MoeFfn):
-            raise ValueError(f"family {self.family} does not have a {self.ffn.name} ffn; only mixtral has, and needs, moe")
-        wants_yarn = self.family == "ministral3"
-        if isinstance(self.rope, YarnRope) and not wants_yarn:
-            raise ValueError(f"family {self.family} has no yarn rope; only ministral3 has")
-        if self.attention.query_scaling and not wants_yarn:
-            raise ValueError(f"family {self.family} has no attention.query_scaling; only ministral3 has")
-        if len(set(self.attention.windows)) > 1 and self.family != "ministral":
-            raise ValueError(f"family {self.family} has one window for all layers; interleaved windows are ministral's")
+        _check_periods(self)
+        _check_family(self)
         if len({w for w in self.attention.windows if w is not None}) > 1:
             raise ValueError(f"attention.windows {list(self.attention.windows)} has several sizes; the family's layers share one")
         if isinstance(self.rope, YarnRope) and self.attention.query_scaling is not None:
             lengths = self.rope.original_max_seq_len, self.attention.query_scaling.original_max_seq_len
             if lengths[0] != lengths[1]:
                 raise ValueError(f"original_max_seq_len is {lengths[0]} in rope, {lengths[1]} in query_scaling; they are the same")
-        if self.family == "llama" and self.attention.windows != (None,):
-            raise ValueError("family llama has no attention window; leave attention.windows out")
         return self
 
 
-def without_format(model: Model) -> str | None:
-    """What a model has that no file format of its family has a place for; None for one that can be exported."""
-    if not isinstance(model.ffn, MoeFfn):
-        return None
-    router, shared = model.ffn.router, model.ffn.num_shared_experts
-    has = {f"a {router.name} router": router.name != "softmax", "a router bias": router.bias, "shared experts": shared > 0}
-    return " and ".join(what for what, is_there in has.items() if is_there) or None
+def _check_periods(model: Model) -> None:
+    """Raise ValueError unless each stack of layers is a whole number of periods."""
+    period = len(model.attention.windows)
+    if model.num_layers % period:
+        raise ValueError(f"num_layers {model.num_layers} is not a multiple of the {period} attention.windows")
+    dense = model.ffn.dense_layers if isinstance(model.ffn, MoeFfn) else None
+    if dense is None:
+        return
+    if dense.count % period:
+        raise ValueError(f"ffn.dense_layers.count {dense.count} is not a multiple of the {period} attention.windows")
+    if dense.count >= model.num_layers:
+        raise ValueError(f"ffn.dense_layers.count {dense.count} leaves no sparse layer of num_layers {model.num_layers}; lower it")
+
+
+def _check_family(model: Model) -> None:
+    """Raise ValueError where the model has something that its family does not have."""
+    family = FAMILIES[model.family]
+    if family.sparse != isinstance(model.ffn, MoeFfn):
+        sparse = ", ".join(name for name, row in FAMILIES.items() if row.sparse)
+        raise ValueError(f"family {model.family} does not have a {model.ffn.name} ffn; only {sparse} has, and needs, moe")
+    excess = features(model) - family.features
+    for feature, phrase in FEATURES.items():
+        if feature in excess:
+            owners = ", ".join(name for name, row in FAMILIES.items() if feature in row.features)
+            raise ValueError(f"family {model.family} cannot have {phrase}; only {owners} can: leave it out")
+
+
+def features(model: Model) -> frozenset[Feature]:
+    """What a model has of the features that not every family, or not every file format, has."""
+    attention, windows, ffn = model.attention, set(model.attention.windows), model.ffn
+    present: dict[Feature, bool] = {
+        "window": windows != {None},
+        "interleaved_windows": len(windows) > 1,
+        "yarn": isinstance(model.rope, YarnRope),
+        "query_scaling": attention.query_scaling is not None,
+        "tied_embeddings": model.tie_embeddings,
+    }
+    if isinstance(ffn, MoeFfn):
+        present |= {
+            "sigmoid_router": isinstance(ffn.router, SigmoidRouter),
+            "router_bias": ffn.router.bias,
+            "shared_experts": ffn.num_shared_experts > 0,
+            "dense_layers": ffn.dense_layers is not None,
+        }
+    return frozenset(feature for feature, is_present in present.items() if is_present)
+
+
+def without_format(model: Model, file_format: FileFormat | None = None) -> str | None:
+    """What a model has that a file format (None: each format of its family) has no place for, in words.
+
+    None for a model that can be exported.
+    """
+    formats = FAMILIES[model.family].formats
+    considered = [name for name in formats if file_format in (name, None)]
+    if not considered:
+        return "the architecture"
+    missing = [features(model) - formats[name] for name in considered]
+    return in_words(min(missing, key=len))

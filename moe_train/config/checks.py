@@ -60,6 +60,8 @@ def check_model(sections: Sections, model: Model) -> None:
     _divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
     _divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
     _divides(mesh.tensor, "tensor", model.ffn.ffn_dim, "ffn_dim")
+    if isinstance(model.ffn, MoeFfn) and model.ffn.dense_layers is not None:
+        _divides(mesh.tensor, "tensor", model.ffn.dense_layers.ffn_dim, "ffn.dense_layers.ffn_dim")
     _divides(mesh.tensor, "tensor", model.vocab_size, "vocab_size")
     if sections.train.seq_len > model.max_seq_len:
         raise ValueError(f"train.seq_len {sections.train.seq_len} exceeds the model's max_seq_len {model.max_seq_len}")

@@ -28,6 +28,7 @@ RENAMED = {
         "hidden_dim"
     ),
     "model.ffn.num_experts": "num_local_experts n_routed_experts num_moe_experts moe_num_experts",
+    "model.ffn.dense_layers.count": "first_k_dense_replace first_num_dense_layers n_dense_layers",
     "model.ffn.num_shared_experts": "n_shared_experts shared_experts",
     "model.ffn.router.name": "scoring_func moe_router_score_function routed_score_func",
     "model.ffn.router.scale": "routed_scaling_factor moe_router_topk_scaling_factor",

@@ -14,14 +14,14 @@ from __future__ import annotations
 import atexit
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed  # for its store of keys, which has no public name
 from jax._src.mesh import get_concrete_mesh  # has one that may not be called while tracing
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_train import config
 from moe_train.machine import processes
@@ -92,6 +92,11 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
     if devices is None:
         return jax.make_mesh(tuple(shape), AXES, axis_types=types)
     return Mesh(np.array(chosen).reshape(shape), AXES, axis_types=types)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices, for shapes and shardings alone."""
+    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def axis_size(axis: str) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_train import config
-from moe_train.model.paths import is_bias, is_of_experts
+from moe_train.model.paths import ParameterPath
 
 
 def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, Any] | None = None) -> float:
@@ -24,19 +24,37 @@ def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, An
     """
     a, D = model.attention, model.model_dim
     attention = 2 * D * a.num_heads * a.head_dim + 2 * D * a.num_kv_heads * a.head_dim
-    ffn, share = 3 * D * model.ffn.ffn_dim, 1.0
-    if isinstance(model.ffn, config.MoeFfn):
-        share = model.ffn.experts_per_token / model.ffn.num_experts
-        ffn = ffn * (model.ffn.experts_per_token + model.ffn.num_shared_experts) + D * model.ffn.num_experts
-    base = model.num_layers * (attention + ffn) + model.vocab_size * D
-    keys = [seq_len / 2 if w is None or w >= seq_len else w - w * w / (2 * seq_len) for w in a.windows]
-    pairs = 3 * model.num_layers * 4 * a.num_heads * a.head_dim * sum(keys) / len(keys)
+    base, keys = model.vocab_size * D, 0.0
+    for stack in config.stacks(model):
+        base += stack.num_layers * (attention + _ffn_weights(D, stack.ffn))
+        keys += stack.repeats * sum(_visible_keys(seq_len, window) for window in stack.windows)
+    pairs = 3 * 4 * a.num_heads * a.head_dim * keys
     if not adapters:
         return 6 * base + pairs
-    lookups = ("embed.weight", "embed.lora_a")
-    used = {
-        path: x.size * (share if is_of_experts(path) else 1)
-        for path, x in adapters.items()
-        if path not in lookups and not path.endswith(".scale") and not is_bias(path)
-    }
-    return 4 * base + sum((6 if ".lora_" in path else 2) * size for path, size in used.items()) + pairs
+    return 4 * base + sum(_adapter_flops(model, ParameterPath.parse(path), x.size) for path, x in adapters.items()) + pairs
+
+
+def _ffn_weights(model_dim: int, ffn: config.Ffn) -> int:
+    """Weights of a layer's feed-forward part that a token passes through."""
+    dense = 3 * model_dim * ffn.ffn_dim
+    if not isinstance(ffn, config.MoeFfn):
+        return dense
+    return dense * (ffn.experts_per_token + ffn.num_shared_experts) + model_dim * ffn.num_experts
+
+
+def _visible_keys(seq_len: int, window: int | None) -> float:
+    """Keys that a query of a row sees on average."""
+    if window is None or window >= seq_len:
+        return seq_len / 2
+    return window - window * window / (2 * seq_len)
+
+
+def _adapter_flops(model: config.Model, path: ParameterPath, size: int) -> float:
+    """FLOPs of one token for an array that is trained beside a frozen base."""
+    is_lookup = path.is_embedding and path.leaf in ("weight", "lora_a")
+    if is_lookup or path.is_norm or path.is_router_bias:
+        return 0.0
+    share = 1.0
+    if isinstance(model.ffn, config.MoeFfn) and path.is_expert(model):
+        share = model.ffn.experts_per_token / model.ffn.num_experts
+    return (6 if path.is_adapter else 2) * size * share

@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.model.layers import Adapted, Embedding, Head, Linear, RMSNorm, lora_equations
 from moe_train.model.moe.layer import ExpertLinear
-from moe_train.model.paths import names_module, targets_of
 from moe_train.model.sharding.specs import spec_of, without_fsdp
 
 
@@ -33,9 +32,11 @@ def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:
     modules = list(_modules(model))
     _check_patterns("targets", [p for t in lora.targets for p in t.modules], [n for n, m in modules if isinstance(m, Adapted)])
     _check_patterns("train", lora.train, [name for name, _ in modules])
+    _check_routed(lora, modules)
     for name, module in modules:
-        targets = targets_of(lora, name) if isinstance(module, Adapted) else []
-        in_full = [pattern for pattern in lora.train if names_module(pattern, name)]
+        routed = isinstance(module, ExpertLinear)
+        targets = lora.targets_of(name, routed=routed) if isinstance(module, Adapted) else []
+        in_full = [pattern for pattern in lora.train if config.names_module(pattern, name)]
         if targets and in_full:
             raise ValueError(f"lora.train: {in_full[0]!r} names {name}, which has an adapter; it is one or the other")
         if in_full:
@@ -78,8 +79,20 @@ def _adapted(name: str, module: nnx.Module) -> Iterator[tuple[str, Adapted]]:
 def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> None:
     there = sorted(set(names))
     for pattern in patterns:
-        if not any(names_module(pattern, name) for name in there):
+        if not any(config.names_module(pattern, name) for name in there):
             raise ValueError(f"lora.{key}: pattern {pattern!r} names no module; there are {', '.join(there)}")
+
+
+def _check_routed(lora: config.Lora, modules: Iterable[tuple[str, nnx.Module]]) -> None:
+    """Raise ValueError where a target that names experts names a module that has none in any layer."""
+    adaptable_names = {name for name, module in modules if isinstance(module, Adapted)}
+    routed = {name for name, module in modules if isinstance(module, ExpertLinear)}
+    for target in lora.targets:
+        if target.experts is None:
+            continue
+        for name in sorted(adaptable_names - routed):
+            if any(config.names_module(pattern, name) for pattern in target.modules):
+                raise ValueError(f"lora.targets: {name} has no experts; leave experts {list(target.experts)} out")
 
 
 def _check_experts(lora: config.Lora, name: str, module: Adapted, targets: list[config.LoraTarget]) -> None:
@@ -87,9 +100,7 @@ def _check_experts(lora: config.Lora, name: str, module: Adapted, targets: list[
     taken: dict[int, str] = {}
     count = module.weight[...].shape[1] if isinstance(module, ExpertLinear) else 1
     for target in targets:
-        if target.experts is not None and not isinstance(module, ExpertLinear):
-            raise ValueError(f"lora.targets: {name} has no experts; leave experts {list(target.experts)} out")
-        (pattern, *more) = [pattern for pattern in target.modules if names_module(pattern, name)]
+        (pattern, *more) = [pattern for pattern in target.modules if config.names_module(pattern, name)]
         for expert in target.experts if target.experts is not None else range(count):
             if expert >= count:
                 raise ValueError(f"lora.targets: {name} has no expert {expert}; there are {count}, from 0")

@@ -11,7 +11,6 @@ from flax import nnx
 
 from moe_train.model.lora import adaptable
 from moe_train.model.moe.layer import MoE
-from moe_train.model.paths import _path
 from moe_train.model.transformer import Transformer
 
 Parameters = dict[str, jax.Array]
@@ -20,14 +19,30 @@ Parameters = dict[str, jax.Array]
 def parameters(model: Transformer) -> tuple[Any, dict[str, Any]]:
     """(structure, {path: array}); `combine(structure, …)` is the way back. Works on abstract models too."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    return structure, {_path(keys): leaf for keys, leaf in leaves}
+    return structure, {_path_of(keys): leaf for keys, leaf in leaves}
 
 
 def combine(structure: Any, *parts: Parameters) -> Transformer:
     """A model from its structure and its parameters, which may be split over several dicts (trainable, frozen)."""
     merged = {path: array for part in parts for path, array in part.items()}
-    paths = [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))[0]]
-    return structure.unflatten([merged[path] for path in paths])
+    return structure.unflatten([merged[path] for path in _paths(structure)])
+
+
+def combine_some(structure: Any, *parts: Parameters) -> Transformer:
+    """The same from some of the parameters: None stands for the others, whose modules cannot be called."""
+    merged = {path: array for part in parts for path, array in part.items()}
+    return structure.unflatten([merged.get(path) for path in _paths(structure)])
+
+
+def _paths(structure: Any) -> list[str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
+    return [_path_of(keys) for keys, _ in leaves]
+
+
+def _path_of(keys: tuple[Any, ...]) -> str:
+    """Keys of the pytree -> `stacks.0.layers.0.attention.q_proj.weight`; a Param's own `.value` is left out."""
+    names = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in keys]
+    return ".".join(names[:-1] if names[-1] == "value" else names)
 
 
 def with_expert_ids(structure: Any, adapters: bool = True) -> Any:

@@ -24,6 +24,7 @@ from flax import nnx
 
 from moe_train import config
 from moe_train.machine.mesh import axis_size, platform
+from moe_train.model.paths import ParameterPath
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
@@ -139,11 +140,11 @@ def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: array or its shape} of a model -> the shapes of the same model with weights in place of codes and scales."""
     found = {}
     for path, like in shapes.items():
-        weight, _, part = path.rpartition(".")
-        if part == "codes":
-            scales = shapes[f"{weight}.scales"]
-            found[weight] = jax.ShapeDtypeStruct(Quantized(like, scales).shape, scales.dtype, sharding=like.sharding)
-        elif part != "scales":
+        parsed = ParameterPath.parse(path)
+        if parsed.part == "codes":
+            scales = shapes[f"{parsed.weight}.scales"]
+            found[parsed.weight] = jax.ShapeDtypeStruct(Quantized(like, scales).shape, scales.dtype, sharding=like.sharding)
+        elif parsed.part != "scales":
             found[path] = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
     return found
 
@@ -151,8 +152,9 @@ def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def quantized(arrays: dict[str, jax.Array], abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The way back: those of `arrays` that `abstract` has as codes and scales become so, one after the other, in place."""
     for path, like in abstract.items():
-        weight, _, part = path.rpartition(".")
-        if part == "codes":
+        parsed = ParameterPath.parse(path)
+        if parsed.part == "codes":
+            weight = parsed.weight
             how = how_of(Quantized(like, abstract[f"{weight}.scales"]))
             arrays[path], arrays[f"{weight}.scales"] = _quantized(arrays.pop(weight), *how)
     return arrays

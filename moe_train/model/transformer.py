@@ -2,31 +2,30 @@
 
 A model is a list of *stacks*. A stack is one period of layers (an interleaved window is a period of several),
 its weights stacked on a leading dim of repeats and run by `jax.lax.scan`, so that compile time does not grow
-with depth. `hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
+with depth. `config.stacks` says which stacks a model has: one where all layers are alike, two where the first ones are
+dense. `hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
 
-A model travels as a flat dict {path: array} (`parameters`, `combine`); paths name weights everywhere: in
-checkpoints, in masks, in the tables of foreign layouts. Layer i * period + j is entry i of `stacks.0.layers.j.…`.
+A model travels as a flat dict {path: array} (`parameters`, `combine`); `ParameterPath` says what a path means. Layer
+i * period + j of stack s is entry i of `stacks.s.layers.j.…`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_train import config
-from moe_train.machine.mesh import BATCH
-from moe_train.model.attention.gqa import Attention, Cache
+from moe_train.model.attention.gqa import Cache
+from moe_train.model.attention.kinds import attention_class
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Embedding, Head, Linear, RMSNorm, keys_of
 from moe_train.model.lora import adaptable, add_lora
 from moe_train.model.moe.layer import ExpertLinear, MoE
 from moe_train.model.moe.router import RouterStats
-from moe_train.model.paths import names_module
 from moe_train.model.quantize import quantize_weights
 from moe_train.model.sharding import fsdp
 
@@ -37,13 +36,12 @@ SAVED = ("projection", "attention", "routing", "experts")
 class Layer(nnx.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None):
+    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None, ffn: config.Ffn):
         dtype = jnp.dtype(compute.param_dtype)
         self.attention_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
-        self.attention = Attention(rngs, model, compute, window)
+        self.attention = attention_class(model.attention)(rngs, model, compute, window)
         self.ffn_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
-        sparse = isinstance(model.ffn, config.MoeFfn)
-        self.ffn = MoE(rngs, model, compute) if sparse else DenseFfn(rngs, model, compute, model.ffn.ffn_dim)
+        self.ffn = _feed_forward(rngs, model, compute, ffn)
 
     def __call__(
         self,
@@ -64,22 +62,37 @@ class Layer(nnx.Module):
         return x_BTD + y_BTD, cache, stats
 
 
+def _feed_forward(rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn: config.Ffn) -> MoE | DenseFfn:
+    match ffn:
+        case config.DenseFfn():
+            return DenseFfn(rngs, model, compute, ffn.ffn_dim)
+        case config.MoeFfn():
+            return MoE(rngs, model, compute, ffn)
+        case _:
+            assert_never(ffn)
+
+
 class Stack(nnx.Module):
     """One period of layers, repeated; every weight has a leading dim of repeats."""
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
-        windows = model.attention.windows
-        keys = jax.random.split(rngs.params(), (len(windows), model.num_layers // len(windows)))
+    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, stack: config.LayerStack):
+        keys = jax.random.split(rngs.params(), (stack.period, stack.repeats))
 
         def repeated(window: int | None, keys: jax.Array) -> Layer:
-            return jax.vmap(lambda key: Layer(nnx.Rngs(key), model, compute, window))(keys)
+            return jax.vmap(lambda key: Layer(nnx.Rngs(key), model, compute, window, stack.ffn))(keys)
 
-        self.layers = nnx.List([repeated(window, k) for window, k in zip(windows, keys, strict=True)])
+        self.layers = nnx.List([repeated(window, k) for window, k in zip(stack.windows, keys, strict=True)])
         self.remat = compute.remat
 
+    @property
+    def repeats(self) -> int:
+        return jax.tree.leaves(self.layers)[0].shape[0]
+
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, key: jax.Array | None = None
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
+        """Hidden states, and the statistics of the routers (L of the stack, …); keys: one per repeat, for dropout."""
+
         def period(x_BTD: jax.Array, layers_and_key: Any) -> tuple[jax.Array, list[RouterStats | None]]:
             layers, key = layers_and_key
             stats = []
@@ -88,8 +101,6 @@ class Stack(nnx.Module):
                 stats.append(s)
             return x_BTD, stats
 
-        repeats = jax.tree.leaves(self.layers)[0].shape[0]
-        keys = None if key is None else jax.random.split(key, repeats)
         x_BTD, stats = jax.lax.scan(_rematerialised(period, self.remat), x_BTD, (self.layers, keys))
         return x_BTD, _in_order_of_layers(stats)
 
@@ -116,13 +127,20 @@ def _in_order_of_layers(stats: list[RouterStats | None]) -> RouterStats | None:
     return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *stats)
 
 
+def _joined(stats: list[RouterStats]) -> RouterStats | None:
+    """Statistics of each stack, (L of the stack, …) -> of the model; None without routers."""
+    if len(stats) < 2:
+        return stats[0] if stats else None
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *stats)
+
+
 class Transformer(nnx.Module):
     """A decoder-only transformer of the Mistral family."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
         dtype, std = jnp.dtype(compute.param_dtype), model.init_stddev
         self.embed = Embedding(rngs, model.vocab_size, model.model_dim, std, dtype)
-        self.stacks = nnx.List([Stack(rngs, model, compute)])
+        self.stacks = nnx.List([Stack(rngs, model, compute, stack) for stack in config.stacks(model)])
         self.final_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
         self.head = None if model.tie_embeddings else Head(rngs, model.vocab_size, model.model_dim, std, dtype)
         self.dtype = jnp.dtype(compute.dtype)
@@ -134,14 +152,21 @@ class Transformer(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        """Hidden states after the final norm, and the routers' statistics (L, …); None for a dense model.
+        """Hidden states after the final norm, and the statistics (L, …) of the routers in the order of the sparse layers
+        (`config.sparse_layers`); None for a dense model.
 
-        key: of the adapters' dropout; without it, as in evaluation, there is none.
+        key: for the dropout of the adapters; without it, as in evaluation, there is none.
         """
         x_BTD = self.embed(tokens_BT, self.dtype)
-        (stack,) = self.stacks
-        x_BTD, stats = stack(x_BTD, positions_BT, segment_ids_BT, key)
-        return self.final_norm(x_BTD), stats
+        keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
+        stats, first = [], 0
+        for stack in self.stacks:
+            stack_keys = None if keys is None else keys[first : first + stack.repeats]
+            x_BTD, stack_stats = stack(x_BTD, positions_BT, segment_ids_BT, stack_keys)
+            if stack_stats is not None:
+                stats.append(stack_stats)
+            first += stack.repeats
+        return self.final_norm(x_BTD), _joined(stats)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The output matrix; with tied embeddings the embedding's own table."""
@@ -181,17 +206,15 @@ def init_model(seed: int, model: config.Model, compute: config.Compute, lora: co
         add_lora(transformer, lora, rngs)
         if lora.quantize is not None:
             linear = ((name, module) for name, module in adaptable(transformer) if isinstance(module, Linear | ExpertLinear))
-            in_full = lambda name: any(names_module(pattern, name) for pattern in lora.train)  # noqa: E731
-            quantize_weights(((name, module) for name, module in linear if not in_full(name)), lora.quantize)
+            quantize_weights(((name, module) for name, module in linear if not lora.trains_in_full(name)), lora.quantize)
     return transformer
 
 
 def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> Any:
     """Caches for `batch_size` sequences of at most `max_len` tokens, as `Transformer.decode` takes them."""
-    a, period = model.attention, len(model.attention.windows)
-    shape = (model.num_layers // period, batch_size, max_len, a.num_kv_heads, a.head_dim)
-    zeros = lambda: jnp.zeros(shape, dtype, out_sharding=P(None, BATCH, "context", "tensor", None))  # noqa: E731
-    return [[Cache(zeros(), zeros()) for _ in range(period)]]
+    empty_cache = attention_class(model.attention).empty_cache
 
+    def of_place(stack: config.LayerStack) -> Cache:
+        return empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype)
 
-# --- a model as a flat dict of arrays ------------------------------------------------------------------------------
+    return [[of_place(stack) for _ in range(stack.period)] for stack in config.stacks(model)]

@@ -49,17 +49,22 @@ def memory(run: config.Run, laid: Layout) -> Memory:
     """Of a resolved run whose mesh has no -1."""
     model, sizes, shape = run.model, axis_sizes(run.mesh), shape_of(run)
     M, b = run.train.microbatches, shape.itemsize
-    stacked = [w for w in laid.weights if w.layers > 1 or w.path.startswith("stacks.")]
+    stacked = [w for w in laid.weights if w.path.in_layer]
+    stacks = config.stacks(model)
     trained = [w for w in laid.weights if w.trainable]
 
     gradients = sum(_in_lanes(w, sizes) for w in trained)
-    layer = _layer(run, model, stacked, sizes, shape)
+    layer = max(
+        _layer(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
+        for i, stack in enumerate(stacks)
+    )
     loss = max(0, _loss(model, laid, sizes, shape) - gradients - layer)
     if M > 1:  # the sum so far, and the next one, in float32
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
-    inputs = model.num_layers // len(model.attention.windows) * shape.tokens * model.model_dim * b
-    saved = inputs + (model.num_layers * _named(run, model, sizes, shape) if run.compute.remat == "minimal" else 0)
-    # XLA casts these weights of all layers before the loop over layers, and pads those that do not fill their lanes
+    saved = sum(stack.repeats for stack in stacks) * shape.tokens * model.model_dim * b  # the inputs of each period
+    if run.compute.remat == "minimal":
+        saved += sum(stack.num_layers * _named(model, stack.ffn, sizes, shape.in_layer(stack.ffn)) for stack in stacks)
+    # XLA casts these weights of all layers before the loop over layers, and lays those out whose lanes are not full
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
     saved += sum(_in_lanes(w, sizes) for w in stacked if _is_narrow(w))
     return Memory(
@@ -79,33 +84,37 @@ def _in_lanes(w: Weight, sizes: dict[str, int]) -> int:
 
 
 def _is_narrow(w: Weight) -> bool:
-    """Whether kernels, which read rows, pad its rank to whole lanes: the adapters of experts. XLA transposes others."""
-    return w.kind == "expert" and w.is_lora and w.shape[-1] < LANES
+    """Whether kernels, which read rows, have it fill whole lanes with a rank: the adapters of experts. Others XLA turns."""
+    return w.kind == "expert" and w.path.is_adapter and w.shape[-1] < LANES
 
 
-def _named(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape) -> int:
+def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: Shape) -> int:
     """What remat `minimal` keeps of a layer besides its input (`transformer.SAVED`)."""
     m, b, t, D, a = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, model.attention
     heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
     kept = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
-    f = model.ffn.ffn_dim // t
-    if not isinstance(model.ffn, config.MoeFfn):
+    f = ffn.ffn_dim // t
+    if not isinstance(ffn, config.MoeFfn):
         return kept + m * 2 * f * b
-    kept += m * model.ffn.num_experts * 4 + 2 * m * model.ffn.experts_per_token * 4
+    kept += m * ffn.num_experts * 4 + 2 * m * ffn.experts_per_token * 4
     if not shape.recomputes_experts:
         kept += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
-    return kept + m * 2 * f * model.ffn.num_shared_experts * b
+    return kept + m * 2 * f * ffn.num_shared_experts * b
 
 
-def _layer(run: config.Run, model: config.Model, stacked: list[Weight], sizes: dict[str, int], shape: Shape) -> int:
-    """What the backward pass of one period of layers needs beside what is saved and gradients."""
+def _layer(
+    run: config.Run, model: config.Model, ffn: config.Ffn, stacked: list[Weight], sizes: dict[str, int], shape: Shape
+) -> int:
+    """Bytes that the backward pass of one period of layers needs besides what is saved and gradients; of one stack."""
     m, b, t, D, R = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, shape.rows
-    a, f = model.attention, model.ffn.ffn_dim // sizes["tensor"]
+    a, f = model.attention, ffn.ffn_dim // sizes["tensor"]
     over = ("fsdp", "expert")
-    gathered = sum(w.elements(sizes, over) * b for w in stacked if w.kind == "linear" and not _is_ffn(w) and not w.is_lora)
-    if isinstance(model.ffn, config.MoeFfn):
-        matrices = [w for w in stacked if w.kind == "expert" and not w.is_lora and not w.path.endswith(".scales")]
-        per_code = {w.path: 2 if w.path.endswith(".codes") and _is_nf4(run) else 1 for w in matrices}
+    gathered = sum(
+        w.elements(sizes, over) * b for w in stacked if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter
+    )
+    if isinstance(ffn, config.MoeFfn):
+        matrices = [w for w in stacked if w.kind == "expert" and not w.path.is_adapter and w.path.part != "scales"]
+        per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in matrices}
         experts = whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
         if shape.recomputes_experts and any(w.trainable for w in matrices):  # gradients are summed over chunks
             experts += whole
@@ -115,8 +124,9 @@ def _layer(run: config.Run, model: config.Model, stacked: list[Weight], sizes: d
         if shape.transport == "all_gather":
             inputs += sizes["expert"] * m * D * b
     else:
-        mine = [w for w in stacked if w.kind == "linear" and _is_ffn(w) and not w.is_lora and not w.path.endswith(".scales")]
-        per_code = {w.path: 2 if w.path.endswith(".codes") and _is_nf4(run) else 1 for w in mine}
+        linear = [w for w in stacked if w.kind == "linear" and w.path.is_ffn]
+        mine = [w for w in linear if not w.path.is_adapter and w.path.part != "scales"]
+        per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in mine}
         experts = sum(w.elements(sizes, over) * per_code[w.path] * b for w in mine)
         products, inputs = m * f * b, m * D * b
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
@@ -124,12 +134,8 @@ def _layer(run: config.Run, model: config.Model, stacked: list[Weight], sizes: d
     attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * D * b
     # Of the six arrays that the product of gate and up has to do with in the backward pass (both, their product, and the
     # gradient of each) three lie in the place of the others; not where adapters need them once more.
-    adapted = any(w.is_lora and _is_ffn(w) for w in stacked)
+    adapted = any(w.path.is_adapter and w.path.is_ffn for w in stacked)
     return experts + (6 if adapted else 3) * products + inputs + gathered * 9 // 5 + attention
-
-
-def _is_ffn(w: Weight) -> bool:
-    return ".ffn." in w.path
 
 
 def _is_nf4(run: config.Run) -> bool:
@@ -138,6 +144,7 @@ def _is_nf4(run: config.Run) -> bool:
 
 def _loss(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
     v, D = model.vocab_size // sizes["tensor"], model.model_dim
-    trained = any(w.trainable and w.kind == "table" and (w.path.startswith("head.") or model.tie_embeddings) for w in laid.weights)
+    tables = [w for w in laid.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
+    trained = any(w.trainable for w in tables)
     rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))
     return v * D * (shape.itemsize + (4 if trained else 0)) + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize

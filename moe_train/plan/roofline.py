@@ -82,7 +82,7 @@ def _recomputed(run: config.Run, model: config.Model, shape: Shape) -> float:
     if run.compute.remat == "full":
         return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
     if isinstance(model.ffn, config.MoeFfn) and shape.recomputes_experts:
-        return model.num_layers * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
+        return len(config.sparse_layers(model)) * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
     return 0.0
 
 
@@ -100,10 +100,12 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
     total += 2 * laid.optimizer_bytes
     a, t, D, m = model.attention, sizes["tensor"], model.model_dim, shape.tokens
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim // t
-    ffn = model.ffn  # rows that exist, while routing is balanced
-    rows = m * (ffn.experts_per_token + ffn.num_shared_experts) if isinstance(ffn, config.MoeFfn) else m
-    layer = m * (2 * heads + 6 * D) * b + rows * (4 * model.ffn.ffn_dim // t + 4 * D) * b
-    return total + M * model.num_layers * layer * (3 + again) + M * 3 * m * (model.vocab_size // t) * 4
+    layers = 0
+    for stack in config.stacks(model):
+        ffn = stack.ffn  # rows that exist, while routing is balanced
+        rows = m * (ffn.experts_per_token + ffn.num_shared_experts) if isinstance(ffn, config.MoeFfn) else m
+        layers += stack.num_layers * (m * (2 * heads + 6 * D) * b + rows * (4 * ffn.ffn_dim // t + 4 * D) * b)
+    return total + M * layers * (3 + again) + M * 3 * m * (model.vocab_size // t) * 4
 
 
 def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, device: Device) -> Time:

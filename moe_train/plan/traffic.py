@@ -48,6 +48,10 @@ class Shape(NamedTuple):
     recomputes_experts: bool = False
     """Whether the transport runs the experts again in the backward pass, whatever `compute.remat` says."""
 
+    def in_layer(self, ffn: config.Ffn) -> Shape:
+        """The microbatch in a layer with this feed-forward part: dense layers of a sparse model work on their own tokens."""
+        return self if isinstance(ffn, config.MoeFfn) else self._replace(transport=None, rows=self.tokens)
+
 
 def shape_of(run: config.Run, platform: str | None = None) -> Shape:
     """One microbatch on one device of a resolved run whose mesh has no -1.
@@ -91,11 +95,11 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
     """Gathers of a weight and sums of its gradient, all layers, one microbatch."""
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
     # codes and scales of few bits travel as they are; other weights in the dtype of the computation
-    b = w.itemsize if not w.is_float or w.path.endswith(".scales") else min(w.itemsize, itemsize)
+    b = w.itemsize if not w.is_float or w.path.part == "scales" else min(w.itemsize, itemsize)
     own = ("expert",) if w.kind == "expert" else ()  # axes that no two devices of share this weight
     split = {axis for entry in w.spec for axis in entry if axis in ("fsdp", "expert")} - {*own}
     order = [axis for axis in (("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")) if axis in split]
-    uses = 2 if tied and w.path == "embed.weight" else 1
+    uses = 2 if tied and w.path.is_embedding and not w.path.is_adapter else 1
     gathers = uses if w.kind == "table" else 2
 
     def flow(kind: str, axis: str, devices: int, whole: float, times: int) -> Flow:
@@ -126,10 +130,11 @@ def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shap
     def flow(what: str, kind: str, axis: str, whole: float, times: int = 1) -> None:
         found.append(Flow(what, kind, axis, times * _received(kind, sizes[axis], whole), False))
 
+    num_sparse = len(config.sparse_layers(model))
     if shape.transport is not None and isinstance(model.ffn, config.MoeFfn):
         exchange = exchange_sizes(run, sizes)
         for kind, received in choose_transport(shape.transport, exchange).received(exchange).items():
-            moved: float = L * received
+            moved: float = num_sparse * received
             if kind == "ragged-all-to-all":  # a row's weight fills 128 lanes: sent twice, and its gradient in float32
                 moved += moved / (5 * D * b) * 128 * (2 * b + 4)
             found.append(Flow("tokens to experts", kind, "expert", moved, False))
@@ -138,11 +143,11 @@ def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shap
     # the tokens of all devices of `expert`; XLA:TPU scatters them before it sums, so that only a device's own are left.
     x = m * D * b
     attention = x * ((2 if run.compute.remat == "full" else 1) + 3)
-    ffn = x * (1 + 2)
-    if isinstance(model.ffn, config.MoeFfn):
-        y = x if shape.transport in (None, "all_gather") else m * D * 4
-        ffn = y * (sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1) + x
-    flow("activations", "all-reduce", "tensor", L * (attention + ffn) + 2 * x)  # and at both ends
+    dense = x * (1 + 2)
+    y = x if shape.transport in (None, "all_gather") else m * D * 4
+    sparse = y * (sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1) + x
+    layers = L * attention + num_sparse * sparse + (L - num_sparse) * dense
+    flow("activations", "all-reduce", "tensor", layers + 2 * x)  # and at both ends
     # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
     # Queries, and what attention makes of them, change places there and back (`attention._balanced`): forward, recomputed,
     # and their gradients; of two devices' halves one stays where it is.

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
 
 from moe_train import config
-from moe_train.machine.mesh import AXES
+from moe_train.machine.mesh import AXES, abstract_mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state, partition
@@ -25,7 +24,7 @@ Kind = Literal["expert", "linear", "table", "small"]
 class Weight(NamedTuple):
     """One array of the model."""
 
-    path: str
+    path: ParameterPath
     kind: Kind
     """expert: of routed experts, gathered over `fsdp` inside `run_experts`; linear: used by `fsdp.project`; table: embedding or
     head, rows split over V; small: norms, routers, biases, replicated."""
@@ -39,7 +38,6 @@ class Weight(NamedTuple):
     """Bytes of an element as it is stored."""
     is_float: bool
     trainable: bool
-    is_lora: bool
 
     def elements(self, sizes: dict[str, int], whole_over: tuple[str, ...] = ()) -> int:
         """Elements of one layer on a device, gathered over the axes `whole_over`."""
@@ -63,11 +61,6 @@ class Layout(NamedTuple):
 
 def axis_sizes(mesh: config.Mesh) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in AXES}
-
-
-def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """The mesh without devices."""
-    return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def layout(run: config.Run) -> Layout:
@@ -99,7 +92,7 @@ def _layout(inputs: _Inputs) -> Layout:
         _, shapes = parameters(model)
         trained, _ = partition(shapes, inputs.lora)
         state = jax.eval_shape(lambda trained: create_state(trained, optimizer), trained)
-    weights = tuple(_weight(path, x, path in state.trainable) for path, x in shapes.items())
+    weights = tuple(_weight(ParameterPath.parse(path), x, path in state.trainable) for path, x in shapes.items())
     moments = sum(_local_bytes(x) for x in jax.tree.leaves(state.opt_state))
     return Layout(weights, moments, state.trainable)
 
@@ -109,20 +102,19 @@ def _local_bytes(x: Any) -> int:
     return math.prod(shape) * x.dtype.itemsize
 
 
-def _weight(path: str, x: Any, trainable: bool) -> Weight:
+def _weight(path: ParameterPath, x: Any, trainable: bool) -> Weight:
     axes = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in x.sharding.spec]
     axes += [()] * (x.ndim - len(axes))
-    stacked = path.startswith("stacks.")
-    layers, shape, spec = (x.shape[0], x.shape[1:], axes[1:]) if stacked else (1, x.shape, axes)
+    layers, shape, spec = (x.shape[0], x.shape[1:], axes[1:]) if path.in_layer else (1, x.shape, axes)
     kind: Kind = "small"
-    if path.startswith(("embed.", "head.")):
+    if path.is_embedding or path.is_head:
         kind = "table"
     elif ("expert",) in spec:
         kind = "expert"
     elif any(spec) and len(shape) > 1:
         kind = "linear"
     is_float = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
-    return Weight(path, kind, layers, tuple(shape), tuple(spec), x.dtype.itemsize, is_float, trainable, is_lora(path))
+    return Weight(path, kind, layers, tuple(shape), tuple(spec), x.dtype.itemsize, is_float, trainable)
 
 
 def divisions(number: int, parts: int) -> Iterator[tuple[int, ...]]:

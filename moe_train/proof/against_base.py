@@ -16,7 +16,7 @@ import numpy as np
 from moe_train import config
 from moe_train.machine import progress
 from moe_train.model.lora import scale_of_expert
-from moe_train.model.paths import is_trainable, module_of, targets_of
+from moe_train.model.paths import ParameterPath
 from moe_train.proof import compare, expected, reread
 from moe_train.proof.checks import Fault
 from moe_train.proof.expected import Part
@@ -91,10 +91,12 @@ def _rank(lora: config.Lora | None, part: Part) -> int | None:
     """Of a part's adapter, 0 without; None where it was trained in full."""
     if lora is None:
         return 0
-    if is_trainable(part.path, lora):
+    path = ParameterPath.parse(part.path)
+    if path.is_trained(lora):
         return None
-    targets = targets_of(lora, module_of(part.path)) if part.path.endswith(".weight") else []
-    if len(part.lead) == 2:
+    routed = len(part.lead) == 2
+    targets = lora.targets_of(path.module, routed=routed) if path.leaf == "weight" else []
+    if routed:
         return scale_of_expert(lora, targets, part.lead[1])[1]
     return targets[0].rank if targets else 0
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine import progress
-from moe_train.model.paths import is_trainable
+from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, reread
 from moe_train.proof.checks import Fault, NotChecked
 from moe_train.proof.expected import Part, Wanted
@@ -164,11 +164,12 @@ class _Values:
     """What a part of a tensor has to hold, in the file's order, and what was seen of its delta so far."""
 
     def __init__(self, part: Part, parameters: Held, lora: config.Lora | None) -> None:
-        self.part, self.module = part, part.path.removesuffix(".weight")
+        self.part, path = part, ParameterPath.parse(part.path)
+        self.module = path.module_path
         base = part.form(fetch(parameters[part.path], part.lead))
         self.base = base.reshape(1, -1) if base.ndim == 1 else base
         self.adapter: tuple[np.ndarray, np.ndarray] | None = None
-        if lora is not None and f"{self.module}.lora_a" in parameters:
+        if lora is not None and path.has_adapter(parameters):
             self.adapter = in_file_order(part, parameters, lora)
         self.wanted = self.kept = self.noise = 0.0
         self.changed = False
@@ -213,12 +214,12 @@ class _Values:
 
 def in_file_order(part: Part, parameters: Held, lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:
     """A (J, in) and B (out, J) in float64, the scale in B."""
-    module = part.path.removesuffix(".weight")
-    a, b = (fetch(parameters[f"{module}.{name}"], part.lead).astype(np.float64) for name in ("lora_a", "lora_b"))
-    scale = scale_of(lora, module, part.lead)
-    if module == "embed":  # (V, D) = A (V, J) · B (J, D)
+    path = ParameterPath.parse(part.path)
+    a, b = (fetch(parameters[name], part.lead).astype(np.float64) for name in path.adapter)
+    scale = scale_of(lora, path.module_path, part.lead)
+    if path.is_embedding:  # (V, D) = A (V, J) · B (J, D)
         return b, scale * a
-    if module == "head":  # (V, D) = (A (D, J) · B (J, V)) turned
+    if path.is_head:  # (V, D) = (A (D, J) · B (J, V)) turned
         return a.T, scale * b.T
     return a.reshape(-1, a.shape[-1]).T, scale * part.form(b)
 
@@ -305,7 +306,8 @@ def examine_adapter(
     left, deltas, whole = dict(stored), [], []
     for wanted in expected.model_tensors(expected.OF_MODEL[layout], model):
         name_a, name_b = expected.adapter_names(layout, wanted.name)
-        trained = f"{wanted.module}.lora_a" in parameters
+        path = ParameterPath.parse(wanted.parts[0].path)
+        trained = path.has_adapter(parameters)
         if trained and not {name_a, name_b} <= left.keys():
             raise Fault(f"{name_a if name_a not in left else name_b} is missing")
         if name_a in left and name_b in left:
@@ -316,7 +318,7 @@ def examine_adapter(
             if name in left:
                 whole.append(wanted._replace(name=name))
                 left.pop(name)
-            elif is_trainable(wanted.parts[0].path, lora):
+            elif path.is_trained(lora):
                 raise Fault(f"{name}, which was trained in full, is missing")
     if left:
         raise Fault(f"{min(left)} does not belong there" + (f" (and {len(left) - 1} more)" if len(left) > 1 else ""))

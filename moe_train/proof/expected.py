@@ -103,7 +103,11 @@ def _one(name: str, shape: tuple[int, ...], path: str, lead: tuple[int, ...], fo
 
 
 def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
-    """(layer, our path of it, entry in our stacks): layer 5 of a period of 2 is entry 2 of layers.1."""
+    """(layer, our path of it, entry in our stacks): layer 5 of a period of 2 is entry 2 of layers.1.
+
+    Every format's models have alike layers, and so one stack.
+    """
+    assert len(config.stacks(model)) == 1, model
     period = len(model.attention.windows)
     for layer in range(model.num_layers):
         yield layer, f"stacks.0.layers.{layer % period}.", layer // period

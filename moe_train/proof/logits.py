@@ -21,7 +21,8 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine import progress
 from moe_train.machine.mesh import BATCH
 from moe_train.model.moe.layer import MoE
-from moe_train.model.parameters import Parameters, combine, parameters
+from moe_train.model.parameters import Parameters, combine_some, parameters
+from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.weights import arrays
 from moe_train.weights.arrays import Held, InFiles
@@ -100,44 +101,54 @@ def _forward(
 
     Period by period: of one program for all of them XLA would make float32 copies of all weights at once.
     """
-    stacks = {path: x for path, x in weights.items() if path.startswith("stacks.")}
-    ends = altered(arrays.load({path: x for path, x in weights.items() if path not in stacks}))
-    x_BTD, seen = jnp.zeros(()), list[jax.Array]()
-    periods = next(iter(stacks.values())).shape[0]
-    run = progress.counted("answering prompts", periods)
-    for i in range(periods):
-        period = altered(_period_of(stacks, i)) | ends
-        x_BTD = _embed(structure, period, tokens_BT) if i == 0 else x_BTD
-        x_BTD, routers = _period(structure, period, x_BTD, positions_BT)
-        seen += routers
-        x_BTD.block_until_ready()  # no weights of the next one before
-        run(1)
-    return _logits(structure, period, x_BTD), jnp.stack(seen) if seen else None
+    stacks = _by_stack(weights)
+    ends = altered(arrays.load({path: x for path, x in weights.items() if not ParameterPath.parse(path).in_layer}))
+    repeats = [next(iter(of_stack.values())).shape[0] for of_stack in stacks]
+    run = progress.counted("answering prompts", sum(repeats))
+    x_BTD, seen = _embed(structure, ends, tokens_BT), list[jax.Array]()
+    for number, of_stack in enumerate(stacks):
+        for i in range(repeats[number]):
+            period = altered(_period_of(of_stack, i))
+            x_BTD, routers = _period(structure, number, period, x_BTD, positions_BT)
+            seen += routers
+            x_BTD.block_until_ready()  # no weights of the next one before
+            run(1)
+    return _logits(structure, ends, x_BTD), jnp.stack(seen) if seen else None
 
 
-def _period_of(stacks: Held, i: int) -> Parameters:
+def _by_stack(weights: Held) -> list[Held]:
+    """The weights of each stack, in order."""
+    stacks: dict[int, dict[str, Any]] = {}
+    for path, x in weights.items():
+        if (stack := ParameterPath.parse(path).stack) is not None:
+            stacks.setdefault(stack, {})[path] = x
+    return [of_stack for _, of_stack in sorted(stacks.items())]
+
+
+def _period_of(stack: Held, i: int) -> Parameters:
     """The weights of one period, dims as before."""
-    here = {path: x for path, x in stacks.items() if isinstance(x, jax.Array)}
-    return _at(here, i) | arrays.load({path: x.layers(i) for path, x in stacks.items() if isinstance(x, InFiles)})
+    in_memory = {path: x for path, x in stack.items() if isinstance(x, jax.Array)}
+    return _at(in_memory, i) | arrays.load({path: x.layers(i) for path, x in stack.items() if isinstance(x, InFiles)})
 
 
 @jax.jit
-def _at(stacks: Parameters, i: jax.Array | int) -> Parameters:
-    return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, i, 1), stacks)
+def _at(stack: Parameters, i: jax.Array | int) -> Parameters:
+    return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, i, 1), stack)
 
 
 @partial(jax.jit, static_argnums=0)
 def _embed(structure: Any, weights: Parameters, tokens_BT: jax.Array) -> jax.Array:
-    model = combine(structure, weights)
+    model = combine_some(structure, weights)
     return model.embed(tokens_BT, model.dtype)
 
 
-@partial(jax.jit, static_argnums=0)
-def _period(structure: Any, weights: Parameters, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-    """x after a period, and its routers' logits."""
+@partial(jax.jit, static_argnums=(0, 1))
+def _period(
+    structure: Any, stack: int, weights: Parameters, x_BTD: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """x after a period of a stack, and the logits of its routers."""
     segment_ids_BT, seen = (positions_BT >= 0).astype(jnp.int32), []
-    (stack,) = combine(structure, weights).stacks
-    for layer in jax.tree.map(lambda w: w[0], stack.layers):
+    for layer in jax.tree.map(lambda w: w[0], combine_some(structure, weights).stacks[stack].layers):
         if isinstance(layer.ffn, MoE):
             y_BTD, *_ = layer.attention(layer.attention_norm(x_BTD), positions_BT, segment_ids_BT)
             seen.append(jax.sharding.reshard(layer.ffn.router(layer.ffn_norm(x_BTD + y_BTD)), P()))
@@ -147,7 +158,7 @@ def _period(structure: Any, weights: Parameters, x_BTD: jax.Array, positions_BT:
 
 @partial(jax.jit, static_argnums=0)
 def _logits(structure: Any, weights: Parameters, x_BTD: jax.Array) -> jax.Array:
-    model = combine(structure, weights)
+    model = combine_some(structure, weights)
     return jax.sharding.reshard(model.logits(model.final_norm(x_BTD)), P())
 
 
@@ -198,8 +209,9 @@ def compare(found: Answers, wanted: Reference, prompts: Prompts, model: config.M
     if chosen is not None:
         assert wanted.experts_LPTA is not None and found.routers_LPTE is not None
         A = chosen.shape[-1]
-        for layer, (ours, theirs) in enumerate(zip(chosen, wanted.experts_LPTA, strict=True)):
-            sorted_PTE = -np.sort(-found.routers_LPTE[layer], axis=-1)
+        layers = config.sparse_layers(model)
+        for layer, logits_PTE, ours, theirs in zip(layers, found.routers_LPTE, chosen, wanted.experts_LPTA, strict=True):
+            sorted_PTE = -np.sort(-logits_PTE, axis=-1)
             gap_PT = (sorted_PTE[..., A - 1] - sorted_PTE[..., A]) if sorted_PTE.shape[-1] > A else np.ones(clean_PT.shape)
             tie_PT = gap_PT < near * np.abs(sorted_PTE).max()
             differ_PT = np.any(ours != theirs, axis=-1) & clean_PT

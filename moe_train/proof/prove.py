@@ -24,7 +24,7 @@ from moe_train import config
 from moe_train.data.records.conversation import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.model.sharding.specs import spec_of
 from moe_train.proof import compare, expected, logits, reread, texts
 from moe_train.proof.checks import Check, Fault, NotChecked, require, run
@@ -175,7 +175,7 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     prompts = logits.fixed_prompts(model, export.tokenizer)
     trained, _ = logits.structure_and_shapes(model, lora, "float32")
     plain, _ = logits.structure_and_shapes(model, None, "float32")
-    wider = [x for path, x in export.parameters.items() if x.dtype.itemsize > 2 or is_lora(path)]
+    wider = [x for path, x in export.parameters.items() if x.dtype.itemsize > 2 or ParameterPath.parse(path).is_adapter]
     as_trained = logits.answers(trained, export.parameters, prompts)
     compared_with, rounding = as_trained, kind in ("bfloat16", "float16") and bool(wider)
     if rounding:
@@ -242,20 +242,20 @@ def round_weights(parameters: Mapping[str, jax.Array], lora: config.Lora | None,
     """The weights, merged with their adapters and rounded to `dtype` as the file's are, where they lie."""
     rounded = {}
     for path, weight in parameters.items():
-        if is_lora(path):
+        parsed = ParameterPath.parse(path)
+        if parsed.is_adapter:
             continue
-        if dtype == jnp.float16 and path.endswith((".scale", "router.weight")):  # float16 is GGUF's, where these are F32
+        if dtype == jnp.float16 and (parsed.is_norm or parsed.is_router):  # float16 is GGUF's, where these are F32
             rounded[path] = weight
             continue
-        module = path.removesuffix(".weight")
-        a, b = (parameters.get(f"{module}.{name}") for name in ("lora_a", "lora_b"))
+        a, b = (parameters[name] if parsed.has_adapter(parameters) else None for name in parsed.adapter)
         if a is None or b is None or lora is None:
             rounded[path] = _rounded(weight, dtype=dtype)
         else:
             lead = a.ndim + b.ndim - 2 - weight.ndim  # repeats, experts
             experts = range(weight.shape[1] if lead == 2 else 1)
-            scales = np.array([scale_of(lora, module, (0, e)[:lead]) for e in experts], np.float32)
-            rounded[path] = _merged(weight, a, b, scales, dtype=dtype, transposed=module == "head")
+            scales = np.array([scale_of(lora, parsed.module_path, (0, e)[:lead]) for e in experts], np.float32)
+            rounded[path] = _merged(weight, a, b, scales, dtype=dtype, transposed=parsed.is_head)
     return rounded
 
 

@@ -54,7 +54,14 @@ def train(run: config.Run) -> int:
 
         # From here on something is written.
         folder.write(run, inputs)
-        writer = Writer(folder.path, run.metrics, start_step=start, total_steps=total_steps, write=jax.process_index() == 0)
+        writer = Writer(
+            folder.path,
+            run.metrics,
+            start_step=start,
+            total_steps=total_steps,
+            write=jax.process_index() == 0,
+            sparse_layers=config.sparse_layers(run.model),
+        )
         leaving.enter_context(writer)
         stopped = leaving.enter_context(run_log(run, folder.path, begin, inputs))
         introduction.introduce(run, writer.say, inputs, begin)

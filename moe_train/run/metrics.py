@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ class Figures:
 
     def __init__(self, run: config.Run, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
         self._run, self._skipped = run, skipped
+        self._sparse_layers = config.sparse_layers(run.model)
         self._tokens = run.train.batch_size * run.train.seq_len
         self._flops = self._tokens * flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
         self._peak, self.peak_source = peak_flops(list(mesh.devices.flat))
@@ -58,7 +59,7 @@ class Figures:
         if not now.finite or step % self._run.metrics.every_steps == 0:
             writer.train(step, self._figures(step, now))
         if now.routers is not None:
-            check_dropped(step, now.routers, self._run.train)
+            check_dropped(step, now.routers, self._run.train, self._sparse_layers)
         if self._skipped > limit:
             raise RuntimeError(
                 f"{self._skipped} steps had a loss or gradient that is not finite, the last step {step}; train.max_skipped_steps "
@@ -93,13 +94,13 @@ class Figures:
         }
 
 
-def check_dropped(step: int, routers: RouterStats, settings: config.Train) -> None:
+def check_dropped(step: int, routers: RouterStats, settings: config.Train, layers: Sequence[int]) -> None:
     """Raise RuntimeError where a layer dropped a larger share of its assignments than `settings` allow: none without a
-    capacity."""
+    capacity. layers: the number of each router's layer in the model."""
     rates_L = np.asarray(routers.dropped) / np.maximum(np.sum(routers.chosen_E, axis=1), 1)
     worst = int(np.argmax(rates_L))
     if rates_L[worst] > (settings.max_drop_rate or 0):
-        said = f"step {step}: layer {worst} dropped {rates_L[worst]:.2%} of its assignments"
+        said = f"step {step}: layer {layers[worst]} dropped {rates_L[worst]:.2%} of its assignments"
         if settings.max_drop_rate is None:
             raise RuntimeError(f"{said} without a capacity: a fault of the transport; try compute.transport all_gather")
         raise RuntimeError(
@@ -109,10 +110,10 @@ def check_dropped(step: int, routers: RouterStats, settings: config.Train) -> No
 
 
 def router_figures(routers: Any) -> dict[str, Any]:
-    """Figures of a step's `RouterStats` (arrays of (L, …)), each kept per layer: a mean would hide a dead one.
+    """Metrics of a step's `RouterStats` (arrays of (L, …)), each kept per sparse layer: a mean would hide a dead one.
 
-    load[l][e]: share of layer l's assignments that expert e got; balance: E * largest share, worst layer (1 is even).
-    dead_experts[l]: share of experts that got less than 1% of an even share.
+    load[l][e]: share of the assignments of sparse layer l that expert e got; balance: E * largest share, worst layer (1 is
+    even). dead_experts[l]: share of experts that got less than 1% of an even share. l counts the layers with routers.
     """
     load_LE = np.asarray(routers.load_E, np.float64)
     E = load_LE.shape[1]

@@ -6,14 +6,17 @@ import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from moe_train import config
 from moe_train.checkpoint.model_dir import find_tokenizer, read_adapter, read_model
 from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.config import yaml_file
 from moe_train.data.chat.conversation_to_tokens import read_template
-from moe_train.machine.mesh import mesh_sizes
-from moe_train.model.paths import module_of, names_module, targets_of
-from moe_train.weights import names
+from moe_train.machine.mesh import AXES, abstract_mesh, mesh_sizes
+from moe_train.model.parameters import parameters
+from moe_train.model.paths import ParameterPath
+from moe_train.model.transformer import init_model
 
 
 def resolve(written: config.Config, device_count: int) -> config.Run:
@@ -80,7 +83,7 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config
         lora = lora.model_copy(update={"targets": saved.targets, "rslora": saved.rslora})
     if not lora.train:
         lora = lora.model_copy(update={"train": saved.train})
-    for module in sorted({module_of(piece.path) for piece in names.pieces(model)}):
+    for module in _modules(model):
         stated = _module_adapters(lora, module)
         expected = _module_adapters(saved, module)
         if stated != expected:
@@ -88,10 +91,17 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config
                 f"lora.targets: {module} has {_in_words(stated)}; the adapter in {source} has {_in_words(expected)}; "
                 "leave targets out"
             )
-        is_saved = any(names_module(pattern, module) for pattern in saved.train)
-        if is_saved and not any(names_module(pattern, module) for pattern in lora.train):
+        is_saved = saved.trains_in_full(module)
+        if is_saved and not lora.trains_in_full(module):
             raise ValueError(f"lora.train does not name {module}, of which {source} has the trained weights; name it")
     return lora
+
+
+def _modules(model: config.Model) -> list[str]:
+    """Names of all modules with weights, each once: `attention.q_proj`."""
+    with jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1))):
+        shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
+    return sorted({ParameterPath.parse(path).module for path in shapes})
 
 
 class _ModuleAdapter(NamedTuple):
@@ -104,7 +114,7 @@ class _ModuleAdapter(NamedTuple):
 
 def _module_adapters(lora: config.Lora, module: str) -> list[_ModuleAdapter]:
     adapters = [
-        _ModuleAdapter(target.experts or (), target.rank, float(f"{lora.scale(target):.9g}")) for target in targets_of(lora, module)
+        _ModuleAdapter(target.experts or (), target.rank, float(f"{lora.scale(target):.9g}")) for target in lora.targets_of(module)
     ]
     return sorted(adapters)
 

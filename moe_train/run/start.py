@@ -18,7 +18,7 @@ from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
 from moe_train.machine.host_memory import check_host_memory
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import init_model
 from moe_train.train.optimizer import make_optimizer
@@ -64,7 +64,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     base, adapter = _base(run, last, bool(frozen)), _adapter(run, last)
     weights: Parameters = {}
     if base is not None and frozen:
-        wanted = {path: like for path, like in shapes.items() if not is_lora(path)}
+        wanted = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
         weights = model_dir.load_parameters(base.source, wanted, base.step)
     originals = {path: x for path, x in weights.items() if path in learned}
 

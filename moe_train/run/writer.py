@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,10 +35,20 @@ class Writer:
 
     `metrics.jsonl` has one object a line with `step` (steps tried so far) and `kind` ("train" or "eval"). Lines past
     `start_step`, left by a process that died after its last checkpoint, are removed: these steps are done again.
+    TensorBoard names what is kept per router by the number of its layer, entry i by `sparse_layers[i]`.
     """
 
-    def __init__(self, run_dir: Path, settings: config.Metrics, *, start_step: int, total_steps: int, write: bool = True):
-        self._write = write
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: config.Metrics,
+        *,
+        start_step: int,
+        total_steps: int,
+        write: bool = True,
+        sparse_layers: Sequence[int] = (),
+    ):
+        self._write, self._sparse_layers = write, sparse_layers
         if not write:
             return
         self._file = _open_lines(run_dir / "metrics.jsonl", start_step)
@@ -93,7 +103,7 @@ class Writer:
         self._file.write(json.dumps({"kind": kind, "step": step, **_strict(figures)}, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in _scalars(figures):
+            for name, value in _scalars(figures, self._sparse_layers):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def __enter__(self) -> Writer:
@@ -135,16 +145,17 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _scalars(figures: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
-    """(name, number), lists spelled out: `load/layer_3/expert_0`."""
+def _scalars(figures: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tuple[str, float]]:
+    """(name, number), lists spelled out: `load/layer_3/expert_0`. layers: numbers of the entries of a list."""
     for name, value in figures.items():
         if isinstance(value, int | float):
-            yield f"{prefix}{name}", value
+            yield name, value
         elif isinstance(value, list):
             for i, entry in enumerate(value):
                 row = entry if isinstance(entry, list) else [entry]
+                layer = layers[i] if layers else i
                 for e, x in enumerate(row):
-                    yield f"{prefix}{name}/layer_{i}" + (f"/expert_{e}" if isinstance(entry, list) else ""), x
+                    yield f"{name}/layer_{layer}" + (f"/expert_{e}" if isinstance(entry, list) else ""), x
 
 
 def _line(figures: Mapping[str, Any]) -> str:

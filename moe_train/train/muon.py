@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.machine.mesh import axis_size
 from moe_train.model.parameters import Parameters
+from moe_train.model.paths import ParameterPath
 from moe_train.model.sharding.specs import spec_of
 
 _MATRICES = {
@@ -29,9 +30,11 @@ def matrix_dims(path: str) -> optax.contrib.MuonDimensionNumbers | None:
 
     None for what is no matrix to Muon: embeddings, head, router and norms.
     """
-    module, _, name = path.rpartition(".")
-    dims = _MATRICES.get(module.rpartition(".")[2])
-    return None if dims is None else optax.contrib.MuonDimensionNumbers(*dims[("weight", "lora_a", "lora_b").index(name)])
+    parsed = ParameterPath.parse(path)
+    dims = _MATRICES.get(parsed.module_name)
+    if dims is None:
+        return None
+    return optax.contrib.MuonDimensionNumbers(*dims[("weight", "lora_a", "lora_b").index(parsed.leaf)])
 
 
 def orthogonalise(updates: Parameters, ns_steps: int) -> Parameters:

@@ -13,7 +13,7 @@ from typing import Any
 import optax
 
 from moe_train import config
-from moe_train.model.paths import _kind
+from moe_train.model.paths import ParameterPath
 from moe_train.train.muon import matrix_dims, orthogonalise
 
 
@@ -88,7 +88,7 @@ def make_optimizer_of_any_length(optimizer: config.Optimizer) -> optax.GradientT
 
 def decay_mask(params: Mapping[str, Any], no_decay: tuple[str, ...]) -> dict[str, bool]:
     """{path: whether weight decay applies}; `no_decay` as in the config."""
-    return {path: _kind(path) not in no_decay for path in params}
+    return {path: ParameterPath.parse(path).kind not in no_decay for path in params}
 
 
 # --- Muon ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.model.parameters import Parameters
-from moe_train.model.paths import is_bias, is_trainable
+from moe_train.model.paths import ParameterPath
 
 
 class TrainState(NamedTuple):
@@ -38,13 +38,13 @@ def partition(params: Parameters, lora: config.Lora | None) -> tuple[Parameters,
     bias goes with its router."""
     if lora is None:
         return params, {}
-    learned = {path: x for path, x in params.items() if is_trainable(path, lora)}
+    learned = {path: x for path, x in params.items() if ParameterPath.parse(path).is_trained(lora)}
     return learned, {path: x for path, x in params.items() if path not in learned}
 
 
 def split_buffers(learned: Parameters) -> tuple[Parameters, Parameters]:
     """(trainable, buffers)."""
-    buffers = {path: x for path, x in learned.items() if is_bias(path)}
+    buffers = {path: x for path, x in learned.items() if ParameterPath.parse(path).is_router_bias}
     return {path: x for path, x in learned.items() if path not in buffers}, buffers
 
 

@@ -17,6 +17,7 @@ from moe_train.machine.compiler_options import compiler_options
 from moe_train.machine.mesh import axis_size, batch_axes
 from moe_train.model.moe.router import RouterStats, next_bias, over_microbatches
 from moe_train.model.parameters import Parameters, combine, with_capacity
+from moe_train.model.paths import rows_of_routers
 from moe_train.model.sharding.specs import over_replicas
 from moe_train.train.objectives.next_token import LossParts, microbatch_loss
 from moe_train.train.state import TrainState
@@ -83,12 +84,12 @@ def train_step(
 
 
 def _balanced(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:
-    """The routers' biases after a step with these loads: of layer j of a period, entries j, j + period, … of the layers."""
+    """The routers' biases after a step with these loads."""
     if not buffers:
         return {}
     assert routers is not None and rate is not None
-    places = {int(path.split(".")[3]): path for path in buffers}  # stacks.0.layers.j.ffn.router.bias
-    return {path: next_bias(buffers[path], routers.chosen_E[j :: len(places)], rate) for j, path in places.items()}
+    rows = rows_of_routers({path: len(bias) for path, bias in buffers.items()})
+    return {path: next_bias(bias, routers.chosen_E[rows[path]], rate) for path, bias in buffers.items()}
 
 
 def compile_step(

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import Quantized, how_of, quantize
 from moe_train.model.sharding.specs import spec_of
 from moe_train.weights import strided
@@ -102,12 +103,13 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
     by_path = _by_path(table)
     with ThreadPoolExecutor() as pool:
         for path, like in abstract.items():
-            weight, _, part = path.rpartition(".")
-            if part == "codes":
-                both = Quantized(like, abstract[f"{weight}.scales"])
-                arrays = _arrays(both.shape, both, by_path[weight], tensors, pool)
-                filled |= {path: arrays[0], f"{weight}.scales": arrays[1]}
-            elif part != "scales":
+            parsed = ParameterPath.parse(path)
+            if parsed.part == "codes":
+                scales = f"{parsed.weight}.scales"
+                both = Quantized(like, abstract[scales])
+                arrays = _arrays(both.shape, both, by_path[parsed.weight], tensors, pool)
+                filled |= {path: arrays[0], scales: arrays[1]}
+            elif parsed.part != "scales":
                 (filled[path],) = _arrays(like.shape, [like], by_path[path], tensors, pool)
     return filled
 

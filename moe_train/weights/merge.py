@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.model.lora import scale_of_expert
-from moe_train.model.paths import module_of, targets_of
+from moe_train.model.paths import ParameterPath, of_module
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.names import Piece
 
@@ -19,15 +19,14 @@ CHUNK = 2**18
 def scale_of(lora: config.Lora, module: str, lead: tuple[int, ...] = ()) -> float:
     """What the product of an adapter's A and B is multiplied with, beside a module such as
     `stacks.0.layers.0.attention.q_proj`; `lead` (repeat, expert) says whose, where experts differ."""
-    targets = targets_of(lora, module_of(f"{module}.weight"))
     if len(lead) == 2:
-        return scale_of_expert(lora, targets, lead[1])[0]
-    return lora.scale(target_of(lora, module))
+        return scale_of_expert(lora, lora.targets_of(of_module(module).module), lead[1])[0]
+    return lora.scale(lora.targets_of(of_module(module).module, routed=False)[0])
 
 
 def target_of(lora: config.Lora, module: str) -> config.LoraTarget:
     """The target that put the adapter beside a module; the first, where several share its experts."""
-    return targets_of(lora, module_of(f"{module}.weight"))[0]
+    return lora.targets_of(of_module(module).module)[0]
 
 
 def delta(parameters: Held, lora: config.Lora | None, piece: Piece) -> np.ndarray | None:
@@ -59,13 +58,14 @@ def merged(parameters: Held, lora: config.Lora | None, piece: Piece, dtype: np.d
 
 def _factors(parameters: Held, lora: config.Lora | None, piece: Piece) -> tuple[np.ndarray, np.ndarray] | None:
     """Two matrices in float64 whose product is what is added."""
-    module = piece.path.removesuffix(".weight")
-    if f"{module}.lora_a" not in parameters:
+    path = ParameterPath.parse(piece.path)
+    module = path.module_path
+    if not path.has_adapter(parameters):
         return None
     if lora is None:
         raise ValueError(f"{module} has an adapter, but nothing says its alpha; give the section lora")
-    a, b = (fetch(parameters[f"{module}.{name}"], piece.lead).astype(np.float64) for name in ("lora_a", "lora_b"))
+    a, b = (fetch(parameters[name], piece.lead).astype(np.float64) for name in path.adapter)
     scale = scale_of(lora, module, piece.lead)
-    if module == "head":  # its weight is (V, D), as the embedding's; A is (D, J), B (J, V)
+    if path.is_head:  # its weight is (V, D), as the embedding's; A is (D, J), B (J, V)
         return scale * b.T, a.T
     return scale * a, b

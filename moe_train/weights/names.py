@@ -8,13 +8,14 @@ transformers 5's fused experts, and the prefixes of a text model inside a vision
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from moe_train import config
+from moe_train.model.paths import ParameterPath, in_layer
 
 
 class Row(NamedTuple):
@@ -36,6 +37,7 @@ class Row(NamedTuple):
 class Layout:
     """How files of one kind name the tensors of a model."""
 
+    file_format: config.FileFormat
     embed: Row
     norm: Row
     head: Row
@@ -69,6 +71,7 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> L
             Row("block_sparse_moe.experts.{e}.w2.weight", "D F", "ffn.down_proj.weight", "F D"),
         )
     return Layout(
+        file_format="hf",
         embed=Row(f"{body}embed_tokens.weight", "V D", "embed.weight", "V D"),
         norm=Row(f"{body}norm.weight", "D", "final_norm.scale", "D"),
         head=Row(f"{head}lm_head.weight", "V D", "head.weight", "V D"),
@@ -98,6 +101,7 @@ _BODIES = (("model.", ""), ("model.language_model.", ""), ("language_model.model
 """Body and head of a text model, alone and inside two kinds of vision wrapper."""
 
 MISTRAL = Layout(
+    file_format="mistral",
     embed=Row("tok_embeddings.weight", "V D", "embed.weight", "V D"),
     norm=Row("norm.weight", "D", "final_norm.scale", "D"),
     head=Row("output.weight", "V D", "head.weight", "V D"),
@@ -127,6 +131,7 @@ MISTRAL = Layout(
 """Mistral's own: consolidated.safetensors and lora.safetensors."""
 
 GGUF = Layout(
+    file_format="gguf",
     embed=Row("token_embd.weight", "V D", "embed.weight", "V D"),
     norm=Row("output_norm.weight", "D", "final_norm.scale", "D"),
     head=Row("output.weight", "V D", "head.weight", "V D"),
@@ -227,20 +232,30 @@ class Piece:
 
 
 def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
-    """Every weight of `model` in the order of the layers. Raises ValueError for a model that no format has words for."""
-    if has := config.without_format(model):
+    """Every weight of `model` in the order of the layers. Raises ValueError for a model that the layout cannot express."""
+    if has := config.without_format(model, layout.file_format):
         raise ValueError(f"no file format has a place for {has} of family {model.family}")
     sizes = _sizes(model)
-    found = [_piece(sizes, layout.embed, "", "")]
-    for layer, path, repeat in _layers(model):
-        prefix = layout.layer.format(l=layer)
-        sparse = isinstance(model.ffn, config.MoeFfn)
-        rows = layout.of_layer + ((layout.router,) if sparse else layout.dense)
-        found += [_piece(sizes, row, prefix, path, (repeat,)) for row in rows]
-        for e in range(sizes.get("E", 0)):
-            found += [_piece(sizes, row, prefix, path, (repeat, e)) for row in layout.experts]
-    found.append(_piece(sizes, layout.norm, "", ""))
-    return found if model.tie_embeddings else [*found, _piece(sizes, layout.head, "", "")]
+    found = [_piece(sizes, layout.embed)]
+    for position in config.layers(model):
+        found += _pieces_of_layer(model, layout, position)
+    found.append(_piece(sizes, layout.norm))
+    return found if model.tie_embeddings else [*found, _piece(sizes, layout.head)]
+
+
+def _pieces_of_layer(model: config.Model, layout: Layout, position: config.LayerPosition) -> list[Piece]:
+    sizes, prefix = _sizes(model, position.ffn), layout.layer.format(l=position.layer)
+    rows = layout.of_layer + (layout.dense if isinstance(position.ffn, config.DenseFfn) else (layout.router,))
+    found = [_piece(sizes, _in_layer(row, position, prefix), (position.repeat,)) for row in rows]
+    for expert in range(sizes.get("E", 0)):
+        lead = (position.repeat, expert)
+        found += [_piece(sizes, _in_layer(row, position, prefix), lead) for row in layout.experts]
+    return found
+
+
+def _in_layer(row: Row, position: config.LayerPosition, prefix: str) -> Row:
+    """A row of a layer's tensor, with its whole names."""
+    return row._replace(name=prefix + row.name, path=in_layer(position, row.path))
 
 
 def hugging_face_of(names: Collection[str]) -> Layout:
@@ -249,10 +264,10 @@ def hugging_face_of(names: Collection[str]) -> Layout:
     return hugging_face(*body, fused=any(name.endswith("mlp.experts.gate_up_proj") for name in names))
 
 
-def linear_rows(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Row]:
-    """Rows of the linear maps of a layer that can have an adapter; those of an expert are for each expert."""
-    ffn = layout.dense if isinstance(model.ffn, config.DenseFfn) else layout.experts
-    return [row for row in (*layout.of_layer, *ffn) if " " in row.dims]
+def linear_rows(ffn: config.Ffn, layout: Layout = HUGGING_FACE) -> list[Row]:
+    """Rows of the linear maps, routers aside, of a layer with this feed-forward part; those of an expert are for each one."""
+    rows = layout.dense if isinstance(ffn, config.DenseFfn) else layout.experts
+    return [row for row in (*layout.of_layer, *rows) if " " in row.dims]
 
 
 def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout = HUGGING_FACE) -> list[Piece]:
@@ -261,10 +276,10 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
     A is (J, in) in the file and (in dims…, J) here, B (out, J) and (J, out dims…).
     """
     found: list[Piece] = []
-    sparse, everywhere = isinstance(model.ffn, config.MoeFfn), layout.adapters_of_embed is not None
+    everywhere = layout.adapters_of_embed is not None
 
-    def add(row: Row, prefix: str = "", path: str = "", leads: Sequence[tuple[int, ...]] = ((),)) -> None:
-        module = (path + row.path).removesuffix(".weight")
+    def add(row: Row, sizes: Mapping[str, int], leads: Sequence[tuple[int, ...]] = ((),)) -> None:
+        module = ParameterPath.parse(row.path).module_path
         if module not in ranks:
             return
         out, into = row.dims.split()
@@ -273,21 +288,23 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
             out, into, of_names = into, out, layout.adapters_of_embed
         assert of_names is not None
         inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
-        name_a, name_b = (name.format(stem=prefix + row.name.removesuffix(".weight")) for name in of_names)
+        name_a, name_b = (name.format(stem=row.name.removesuffix(".weight")) for name in of_names)
         a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
         b = Row(name_b, f"{out} J", f"{module}.lora_b", f"J {outputs}", row.stack)
-        sizes = _sizes(model) | {"J": ranks[module]}
-        found.extend(_piece(sizes, row, "", "", lead) for lead in leads for row in (a, b))
+        in_file = {**sizes, "J": ranks[module]}
+        found.extend(_piece(in_file, row, lead) for lead in leads for row in (a, b))
 
     if everywhere:
-        add(layout.embed)
-    for layer, path, repeat in _layers(model):
-        for row in (*linear_rows(model, layout), *((layout.router,) if sparse and everywhere else ())):
+        add(layout.embed, _sizes(model))
+    for position in config.layers(model):
+        sizes, prefix = _sizes(model, position.ffn), layout.layer.format(l=position.layer)
+        sparse = isinstance(position.ffn, config.MoeFfn)
+        for row in (*linear_rows(position.ffn, layout), *((layout.router,) if sparse and everywhere else ())):
             of_expert = sparse and row in layout.experts
-            leads = [(repeat, e) for e in range(_sizes(model)["E"])] if of_expert else [(repeat,)]
-            add(row, layout.layer.format(l=layer), path, leads)
+            leads = [(position.repeat, e) for e in range(sizes["E"])] if of_expert else [(position.repeat,)]
+            add(_in_layer(row, position, prefix), sizes, leads)
     if everywhere and not model.tie_embeddings:
-        add(layout.head)
+        add(layout.head, _sizes(model))
     return found
 
 
@@ -338,21 +355,20 @@ def _some(names: Collection[str], show: int = 3) -> str:
     return ", ".join(list(names)[:show]) + more
 
 
-def _sizes(model: config.Model) -> dict[str, int]:
+def _sizes(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, int]:
+    """Sizes of dims by their letters; ffn: that of the layer, for a tensor of a layer."""
     a = model.attention
-    sizes = {"V": model.vocab_size, "D": model.model_dim, "F": model.ffn.ffn_dim}
+    sizes = {"V": model.vocab_size, "D": model.model_dim}
     sizes |= {"N": a.num_heads, "K": a.num_kv_heads, "H": a.head_dim, "Z": 2, "P": a.head_dim // 2}
-    return sizes | ({"E": model.ffn.num_experts} if isinstance(model.ffn, config.MoeFfn) else {})
+    if ffn is not None:
+        sizes["F"] = ffn.ffn_dim
+    if isinstance(ffn, config.MoeFfn):
+        sizes["E"] = ffn.num_experts
+    return sizes
 
 
-def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
-    """(layer, path of its place in the period, repeat)."""
-    period = len(model.attention.windows)
-    for layer in range(model.num_layers):
-        yield layer, f"stacks.0.layers.{layer % period}.", layer // period
-
-
-def _piece(sizes: Mapping[str, int], row: Row, name_prefix: str, path_prefix: str, lead: tuple[int, ...] = ()) -> Piece:
+def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Piece:
+    """The matrix of a row with this entry in the stacked dims; the row's names are whole."""
     groups = tuple(tuple(sizes[letter] for letter in group) for group in row.dims.split())
     shape: tuple[int, ...] = tuple(math.prod(group) for group in groups)
     part: tuple[int | tuple[int, int], ...] = ()
@@ -364,11 +380,11 @@ def _piece(sizes: Mapping[str, int], row: Row, name_prefix: str, path_prefix: st
         shape = (sizes["E"], 2 * F, *shape[1:])
     letters = row.dims.replace(" ", "")
     return Piece(
-        name=name_prefix + (row.name.format(e=lead[1]) if len(lead) == 2 else row.name),
+        name=row.name.format(e=lead[1]) if len(lead) == 2 else row.name,
         shape=shape,
         part=part,
         groups=groups,
-        path=path_prefix + row.path,
+        path=row.path,
         lead=lead,
         axes=tuple(tuple(letters.index(letter) for letter in dim) for dim in row.ours.split()),
     )

@@ -58,7 +58,7 @@ class Shape(NamedTuple):
 
 
 def adapter_shapes(
-    server: Server, family: str, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()
+    server: Server, family: config.FamilyName, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()
 ) -> dict[str, Shape]:
     """Rank and alpha that an adapter's file in PEFT's layout has to state for each module, so that `server` applies what was
     trained.
@@ -79,7 +79,8 @@ def adapter_shapes(
         raise ValueError(
             f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; export the whole model with --merge"
         )
-    if (ends := sorted({"embed", "head"} & shapes.keys())) and family not in ("mixtral", "llama"):
+    ends = sorted({"embed", "head"} & shapes.keys())
+    if ends and not config.FAMILIES[family].vllm_adapts_ends:
         raise ValueError(f"vLLM refuses an adapter of {ends[0]} in a {family}; export the whole model with --merge")
     ((scale, _),) = Counter(shape.alpha / shape.rank for shape in shapes.values()).most_common(1)
     return dict.fromkeys(shapes, Shape(rank, scale * rank))

@@ -63,7 +63,7 @@ def ours(mode: str, folder: Path) -> dict[str, float]:
         vocab_size=s["vocab"],
         model_dim=s["hidden"],
         num_layers=s["layers"],
-        attention=config.Attention(num_heads=s["heads"], num_kv_heads=s["kv_heads"], head_dim=s["head_dim"]),
+        attention=config.GroupedQueryAttention(num_heads=s["heads"], num_kv_heads=s["kv_heads"], head_dim=s["head_dim"]),
         ffn=config.MoeFfn(name="moe", ffn_dim=s["intermediate"], num_experts=s["experts"], experts_per_token=2),
     )
     with jax.set_mesh(make_mesh(config.Mesh())):

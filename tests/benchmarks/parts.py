@@ -71,7 +71,7 @@ with jax.set_mesh(make_mesh(config.Mesh())):
     positions = jax.reshard(jnp.broadcast_to(jnp.arange(T), (B, T)), tokens)
     x = normal(0, B, T, D, spec=tokens)
 
-    moe = MoE(nnx.Rngs(0), m, run.compute)
+    moe = MoE(nnx.Rngs(0), m, run.compute, m.ffn)
     rows = B * T * m.ffn.experts_per_token
     report("moe", lambda moe, x: moe(x, segments)[0], moe, x, dense(rows, D, F), times=3)
 

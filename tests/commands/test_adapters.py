@@ -17,7 +17,7 @@ from moe_train.cli import main
 from moe_train.commands import adapters, write_and_prove
 from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.machine.mesh import make_mesh
-from moe_train.model.paths import is_trainable
+from moe_train.model.paths import ParameterPath
 from moe_train.weights import peft, texts
 from tests.random_parameters import random_parameters
 
@@ -26,7 +26,7 @@ MODEL = config.Model(
     vocab_size=300,
     model_dim=16,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=6),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6),
     ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
 )
 LORA = config.Lora(
@@ -49,7 +49,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         full = LORA.model_copy(update={"train": ("ffn.router", "final_norm")})
         for name, seed, lora in (("one", 1, LORA), ("two", 2, LORA), ("full", 3, full)):
             trained = {
-                path: x for path, x in random_parameters(MODEL, lora=lora, scale=0.3, seed=seed).items() if is_trainable(path, lora)
+                path: x
+                for path, x in random_parameters(MODEL, lora=lora, scale=0.3, seed=seed).items()
+                if ParameterPath.parse(path).is_trained(lora)
             }
             peft.export_adapter(trained, MODEL, lora, folder / name, base_model=str(folder / "base"))
     return lambda name: folder / name

@@ -35,7 +35,7 @@ MODEL = config.Model(
     vocab_size=300,
     model_dim=16,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=6),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6),
     ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
 )
 LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*"), rank=2, alpha=3.0),))
@@ -223,7 +223,7 @@ from moe_train.model.transformer import init_model
 from moe_train.weights import strided
 model = config.Model(
     **dict(family="mixtral", vocab_size=64, model_dim=32, num_layers=2, max_seq_len=64),
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8),
     ffn=config.MoeFfn(name="moe", ffn_dim=48, num_experts=4, experts_per_token=2),
 )
 if sys.argv[2] == "kill":

@@ -31,7 +31,7 @@ MODEL = config.Model(
     vocab_size=32000,
     model_dim=8,
     num_layers=2,
-    attention=config.Attention(num_heads=2, num_kv_heads=1, head_dim=4),
+    attention=config.GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=4),
     ffn=config.MoeFfn(name="moe", ffn_dim=8, num_experts=2, experts_per_token=1),
     max_seq_len=32,
 )

@@ -21,7 +21,7 @@ from moe_train.model.transformer import init_model
 from moe_train.weights import texts
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "model_dim": 16, "num_layers": 2, "max_seq_len": 256}
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=8)
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8)
 SPARSE = config.MoeFfn(name="moe", ffn_dim=16, num_experts=4, experts_per_token=2)
 DENSE = config.DenseFfn(name="dense", ffn_dim=16)
 MIXTRAL = config.Model(family="mixtral", attention=ATTENTION, ffn=SPARSE, **SIZES)

@@ -18,7 +18,7 @@ MODEL = config.Model(
     vocab_size=64,
     model_dim=16,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=4),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=4),
     ffn=config.MoeFfn(name="moe", ffn_dim=24, num_experts=4, experts_per_token=1),
 )
 RUN = config.Config(

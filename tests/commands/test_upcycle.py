@@ -21,7 +21,7 @@ from moe_train.model.transformer import init_model
 from moe_train.weights import external, safetensors_files, texts
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "model_dim": 16, "num_layers": 2, "max_seq_len": 64, "init_stddev": 0.02}
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6, windows=(None,))
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6, windows=(None,))
 FFN = config.DenseFfn(name="dense", ffn_dim=12)
 LLAMA = config.Model(family="llama", attention=ATTENTION, ffn=FFN, tie_embeddings=True, **SIZES)
 MISTRAL = config.Model(family="mistral", attention=ATTENTION.model_copy(update={"windows": (5,)}), ffn=FFN, **SIZES)

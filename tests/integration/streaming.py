@@ -30,7 +30,7 @@ from moe_train.commands import write_and_prove
 from moe_train.commands.extend_vocab import extend_vocab
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.proof import expected
 from moe_train.train.state import create_state
@@ -43,7 +43,7 @@ MODEL = config.Model(
     model_dim=1024,
     num_layers=11,
     max_seq_len=64,
-    attention=config.Attention(num_heads=16, num_kv_heads=4, head_dim=64),
+    attention=config.GroupedQueryAttention(num_heads=16, num_kv_heads=4, head_dim=64),
     ffn=config.MoeFfn(name="moe", ffn_dim=2816, num_experts=8, experts_per_token=2),
 )
 COMPUTE = config.Compute(param_dtype="bfloat16")
@@ -114,7 +114,7 @@ def main(mode: str, folder: Path) -> dict[str, float]:
             _, most = above(lambda: extend_vocab(folder / "tensors", folder / "extended", "v3"))
         else:
             out, depth = folder / mode, "tensors" if mode == "files" else mode
-            base = {path: x for path, x in shapes.items() if not is_lora(path)}
+            base = {path: x for path, x in shapes.items() if not ParameterPath.parse(path).is_adapter}
             left = external.leave_parameters(folder / "tensors", base) if mode == "files" else {}
             weights = random_weights({path: x for path, x in shapes.items() if path not in left}) | left
             _, most = above(

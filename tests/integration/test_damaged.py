@@ -28,7 +28,7 @@ MODEL = config.Model(
     vocab_size=8,
     model_dim=32,
     num_layers=1,
-    attention=config.Attention(num_heads=2, num_kv_heads=1, head_dim=8),
+    attention=config.GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8),
     ffn=config.MoeFfn(name="moe", ffn_dim=32, num_experts=2, experts_per_token=1),
 )
 LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*_proj"), rank=1, alpha=2.0),))

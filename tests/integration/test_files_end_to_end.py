@@ -28,7 +28,7 @@ MODEL = config.Model(
     vocab_size=288,
     model_dim=32,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8),
     ffn=config.MoeFfn(name="moe", ffn_dim=32, num_experts=4, experts_per_token=2),
     max_seq_len=64,
     init_stddev=0.1,

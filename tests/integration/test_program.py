@@ -50,7 +50,7 @@ def lowered(mesh: str, layers: int = 2, dtype: str = "float32", microbatches: in
             vocab_size=V,
             model_dim=D,
             num_layers=layers,
-            attention=config.Attention(num_heads=N, num_kv_heads=N, head_dim=H),
+            attention=config.GroupedQueryAttention(num_heads=N, num_kv_heads=N, head_dim=H),
             ffn=config.MoeFfn(name="moe", ffn_dim=F, num_experts=E, experts_per_token=A),
         ),
         train=config.Train(steps=1, batch_size=B * microbatches, seq_len=T, microbatches=microbatches),
@@ -173,12 +173,12 @@ def test_experts_cost_three_units_on_a_tpu() -> None:
         vocab_size=V,
         model_dim=D,
         num_layers=1,
-        attention=config.Attention(num_heads=N, num_kv_heads=N, head_dim=H),
+        attention=config.GroupedQueryAttention(num_heads=N, num_kv_heads=N, head_dim=H),
         ffn=config.MoeFfn(name="moe", ffn_dim=F, num_experts=E, experts_per_token=A),
     )
     compute = config.Compute(dtype="bfloat16", param_dtype="bfloat16")
     with jax.sharding.use_abstract_mesh(mesh):
-        layer = jax.eval_shape(lambda: MoE(nnx.Rngs(0), model, compute))
+        layer = jax.eval_shape(lambda: MoE(nnx.Rngs(0), model, compute, model.ffn))
         x = jax.ShapeDtypeStruct((2, 512, D), jnp.bfloat16, sharding=NamedSharding(mesh, P(BATCH, "context", None)))
         segments = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=NamedSharding(mesh, P(BATCH, "context")))
         both = jax.jit(jax.grad(lambda layer, x, s: jnp.sum(layer(x, s)[0].astype(jnp.float32)), argnums=(0, 1)))

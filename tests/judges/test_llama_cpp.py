@@ -48,7 +48,7 @@ pytestmark = [
 ]
 
 SIZES: dict[str, Any] = {"vocab_size": 352, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=24)
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=24)
 DENSE = config.DenseFfn(name="dense", ffn_dim=96)
 MOE = config.MoeFfn(name="moe", ffn_dim=96, num_experts=4, experts_per_token=2)
 YARN = config.YarnRope(
@@ -164,7 +164,7 @@ def test_k_quants_by_llama_cpps_own_hand(
     tool.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("llama_quantize.py")} "$@"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    attention = config.Attention(num_heads=4, num_kv_heads=2, head_dim=64)
+    attention = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=64)
     sizes = SIZES | {"model_dim": 256}
     model = config.Model(family="mixtral", attention=attention, ffn=MOE.model_copy(update={"ffn_dim": 256}), **sizes)
     structure, parameters = random_parameters(model)
@@ -318,7 +318,10 @@ CONVERSATIONS = [
 
 def vocabulary_only(directory: Path, tokenizer: Tokenizer) -> Path:
     """A model whose weights nobody looks at."""
-    attention, ffn = config.Attention(num_heads=1, num_kv_heads=1, head_dim=32), config.DenseFfn(name="dense", ffn_dim=32)
+    attention, ffn = (
+        config.GroupedQueryAttention(num_heads=1, num_kv_heads=1, head_dim=32),
+        config.DenseFfn(name="dense", ffn_dim=32),
+    )
     sizes = {"vocab_size": tokenizer.vocab_size + 5, "model_dim": 32, "num_layers": 1, "max_seq_len": 64}
     model = config.Model(family="llama", attention=attention, ffn=ffn, tie_embeddings=True, **sizes)
     directory.mkdir()

@@ -22,7 +22,7 @@ from tests.judges.test_llama_cpp import DENSE, MOE, SIZES, our_logits, random_pa
 
 pytestmark = pytest.mark.judges
 
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=16)  # it takes head_dim for model_dim / num_heads
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=16)  # it takes head_dim for model_dim / num_heads
 MODELS = {
     "mixtral": config.Model(family="mixtral", attention=ATTENTION, ffn=MOE, **SIZES),
     "mistral": config.Model(family="mistral", attention=ATTENTION, ffn=DENSE, **SIZES),

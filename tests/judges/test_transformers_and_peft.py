@@ -15,8 +15,8 @@ from moe_train.commands import write_and_prove
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model import lora as lora_module
 from moe_train.model import parameters as flat
-from moe_train.model import paths, transformer
-from moe_train.model.paths import is_trainable
+from moe_train.model import transformer
+from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, names, peft
 from tests.compiled_programs import quick_jit
 
@@ -229,7 +229,9 @@ def test_peft_and_transformers_read_an_adapter(family: str, adapters: str, mesh:
     with jax.set_mesh(mesh):
         model, _, base = load(tmp_path / "base")
         structure, random = random_parameters(model, lora)
-        parameters = base | {path: without_padding(path, x, lora) for path, x in random.items() if is_trainable(path, lora)}
+        parameters = base | {
+            path: without_padding(path, x, lora) for path, x in random.items() if ParameterPath.parse(path).is_trained(lora)
+        }
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
         write_and_prove.export(parameters, model, tmp_path / "merged", dtype="float32", lora=lora, merge=True)
@@ -245,7 +247,7 @@ def test_peft_and_transformers_read_an_adapter(family: str, adapters: str, mesh:
 
 def without_padding(path: str, x: jax.Array, lora: config.Lora) -> jax.Array:
     """Zeros past an expert's own rank, as training leaves them."""
-    targets = paths.targets_of(lora, paths.module_of(path))
+    targets = lora.targets_of(ParameterPath.parse(path).module)
     if ".lora_" not in path or all(target.experts is None for target in targets):
         return x
     values = np.array(x)
@@ -285,7 +287,7 @@ def test_an_adapter_that_peft_wrote_is_read(family: str, mesh: jax.sharding.Mesh
         model, _, base = load(tmp_path / "base")
         lora = peft.read_lora(tmp_path / "adapter", model)
         structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
-        wanted = {path: like for path, like in shapes.items() if is_trainable(path, lora)}
+        wanted = {path: like for path, like in shapes.items() if ParameterPath.parse(path).is_trained(lora)}
         parameters = base | peft.load_adapter(tmp_path / "adapter", model, wanted)
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)

@@ -31,7 +31,7 @@ PYTHON = os.environ.get("VLLM_PYTHON", "")
 pytestmark = [pytest.mark.judges, pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no interpreter that has vLLM")]
 
 SIZES: dict[str, Any] = {"vocab_size": 128, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}  # heads of 32: its smallest
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=32)
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=32)
 SCALED = ATTENTION.model_copy(update={"query_scaling": config.QueryScaling(beta=0.1, original_max_seq_len=16)})
 YARN = config.YarnRope(name="yarn", theta=1e4, factor=4.0, original_max_seq_len=16, beta_fast=4.0)
 MOE, DENSE = (

@@ -18,7 +18,7 @@ def mixtral(vocab_size: int, model_dim: int, num_layers: int, head_dim: int, ffn
         vocab_size=vocab_size,
         model_dim=model_dim,
         num_layers=num_layers,
-        attention=config.Attention(num_heads=8, num_kv_heads=4, head_dim=head_dim),
+        attention=config.GroupedQueryAttention(num_heads=8, num_kv_heads=4, head_dim=head_dim),
         ffn=config.MoeFfn(name="moe", ffn_dim=ffn_dim, num_experts=8, experts_per_token=2),
     )
 
@@ -36,7 +36,7 @@ def test_flops_of_a_step(model, batch_size, gflop):
 
 def test_flops_of_dense_windowed_layers():
     """By hand: 6 per weight but the embedding's, and 12 * N * H per visible key."""
-    attention = config.Attention(num_heads=2, num_kv_heads=1, head_dim=4, windows=(None, 8))
+    attention = config.GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=4, windows=(None, 8))
     ffn = config.DenseFfn(name="dense", ffn_dim=16)
     model = config.Model(family="ministral", vocab_size=10, model_dim=8, num_layers=2, attention=attention, ffn=ffn)
     weights = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 10 * 8

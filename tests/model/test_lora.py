@@ -16,7 +16,7 @@ from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.moe.experts import _drop
 from moe_train.model.parameters import Parameters, combine, parameters
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import Transformer, init_model
 from moe_train.train.objectives.next_token import microbatch_loss
 from moe_train.train.state import partition
@@ -27,7 +27,7 @@ MODEL = config.Model(
     vocab_size=24,
     model_dim=8,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=6),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6),
     ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
 )
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
@@ -48,7 +48,7 @@ def test_patterns_name_modules_and_carry_their_rank() -> None:
     found = {
         path.removeprefix("stacks.0.layers.0."): (x.shape, x.sharding.spec)
         for path, x in parameters(model)[1].items()
-        if is_lora(path)
+        if ParameterPath.parse(path).is_adapter
     }
     into, out = ((2, 4, 8, 2), P(None, "expert", None, None)), ((2, 4, 2, 8), P(None, "expert", None, None))
     assert found == {
@@ -187,7 +187,7 @@ def filled(mesh: Mesh) -> tuple[Any, Parameters]:
     rng, found = np.random.default_rng(0), {}
     for path, like in shapes.items():
         x = rng.normal(path.endswith(".scale"), 0.3, like.shape).astype(np.float32)
-        if ".ffn." in path and is_lora(path) and "router" not in path:
+        if ".ffn." in path and ParameterPath.parse(path).is_adapter and "router" not in path:
             for e, rank in enumerate((3, 2, 0, 3)):
                 x[(slice(None), e, ..., slice(rank, None)) if path.endswith("_a") else (slice(None), e, slice(rank, None))] = 0
         found[path] = jax.device_put(x, NamedSharding(mesh, like.sharding.spec))
@@ -221,7 +221,7 @@ def test_every_kind_of_adapter_is_the_same_on_every_mesh() -> None:
     """Loss and gradients, dropout and its masks included; nothing moves past the rank of an expert."""
     (loss, grads), (wanted_loss, wanted) = loss_and_gradients(EIGHT), loss_and_gradients(ONE)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
-    assert {path.removeprefix("stacks.0.layers.0.") for path in grads if not is_lora(path)} == {
+    assert {path.removeprefix("stacks.0.layers.0.") for path in grads if not ParameterPath.parse(path).is_adapter} == {
         "attention_norm.scale",
         "ffn_norm.scale",
         "final_norm.scale",
@@ -229,7 +229,7 @@ def test_every_kind_of_adapter_is_the_same_on_every_mesh() -> None:
     for path, g in grads.items():
         assert np.max(np.abs(g - wanted[path])) <= 2e-4 * np.max(np.abs(wanted[path])), path
         assert g.any(), path
-        if ".ffn." in path and is_lora(path) and "router" not in path:
+        if ".ffn." in path and ParameterPath.parse(path).is_adapter and "router" not in path:
             for e, rank in enumerate((3, 2, 0, 3)):
                 assert not (g[:, e, ..., rank:] if path.endswith("_a") else g[:, e, rank:]).any(), path
 
@@ -247,7 +247,7 @@ def test_every_kind_of_adapter_is_the_merged_weight() -> None:
         structure, params = filled(ONE)
         found = logits(structure, params, *tokens)
         merged = {}
-        for path, w in ((path, x) for path, x in params.items() if not is_lora(path)):
+        for path, w in ((path, x) for path, x in params.items() if not ParameterPath.parse(path).is_adapter):
             module = path.removesuffix(".weight")
             if f"{module}.lora_a" in params:
                 a, b = (np.asarray(params[f"{module}.{x}"]) for x in ("lora_a", "lora_b"))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import combine, parameters
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import NF4, Quantized, _selected, dequantize, quantize, quantized, unquantized
 from moe_train.model.transformer import init_model
 from tests.compiled_programs import quick_jit
@@ -33,7 +33,7 @@ MODEL = config.Model(
     vocab_size=24,
     model_dim=16,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8),
     ffn=config.MoeFfn(name="moe", ffn_dim=16, num_experts=4, experts_per_token=2),
 )
 TARGETS = (config.LoraTarget(modules=("attention.*", "ffn.*"), rank=2, alpha=4.0),)
@@ -102,7 +102,9 @@ def loss_of(structure: Any) -> Any:
 
 
 def split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {p: x for p, x in arrays.items() if is_lora(p)}, {p: x for p, x in arrays.items() if not is_lora(p)}
+    return {p: x for p, x in arrays.items() if ParameterPath.parse(p).is_adapter}, {
+        p: x for p, x in arrays.items() if not ParameterPath.parse(p).is_adapter
+    }
 
 
 def batch_on(mesh: jax.sharding.Mesh) -> Any:

@@ -21,7 +21,7 @@ from moe_train.train.objectives.next_token import LossParts, microbatch_loss
 from tests.compiled_programs import quick_jit
 
 B, T, V = 8, 16, 32
-ATTENTION = config.Attention(num_heads=8, num_kv_heads=4, head_dim=4)
+ATTENTION = config.GroupedQueryAttention(num_heads=8, num_kv_heads=4, head_dim=4)
 MIXTRAL = config.Model(
     family="mixtral",
     vocab_size=V,
@@ -30,6 +30,8 @@ MIXTRAL = config.Model(
     attention=ATTENTION,
     ffn=config.MoeFfn(name="moe", ffn_dim=24, num_experts=8, experts_per_token=2),
 )
+
+DENSE_FIRST = MIXTRAL.ffn.model_copy(update={"dense_layers": config.DenseLayers(count=2, ffn_dim=40)})
 
 
 def windows(*period: int | None) -> config.Attention:
@@ -177,15 +179,15 @@ def test_the_program_does_not_grow_with_depth(remat: str) -> None:
     assert shallow.count("\n") == deep.count("\n")
 
 
-def unstacked(model: Any, batch: Batch) -> tuple[jax.Array, list[Any]]:
-    """The same layers, one after the other: layer i * period + j is entry i of stacks.0.layers.j."""
-    (stack,), stats = model.stacks, []
-    x = model.embed(batch.tokens, model.dtype)
-    for i in range(len(jax.tree.leaves(stack.layers[0])[0])):
-        for layers in stack.layers:
-            x, _, s = jax.tree.map(lambda w, i=i: w[i], layers)(x, batch.positions, batch.segment_ids)
-            stats.append(s)
-    return model.final_norm(x), stats
+def unstacked(model: Any, batch: Batch) -> tuple[jax.Array, Any]:
+    """The same layers, one after the other: layer i * period + j of stack s is entry i of stacks.s.layers.j."""
+    x, stats = model.embed(batch.tokens, model.dtype), []
+    for stack in model.stacks:
+        for i in range(len(jax.tree.leaves(stack.layers[0])[0])):
+            for layers in stack.layers:
+                x, _, s = jax.tree.map(lambda w, i=i: w[i], layers)(x, batch.positions, batch.segment_ids)
+                stats += [] if s is None else [s]
+    return model.final_norm(x), jax.tree.map(lambda *xs: jnp.stack(xs), *stats) if stats else None
 
 
 @pytest.mark.parametrize(
@@ -193,8 +195,9 @@ def unstacked(model: Any, batch: Batch) -> tuple[jax.Array, list[Any]]:
     [
         MISTRAL.model_copy(update={"family": "ministral", "num_layers": 4, "attention": windows(3, None)}),
         MIXTRAL.model_copy(update={"num_layers": 4, "attention": windows(3, 3)}),
+        MIXTRAL.model_copy(update={"num_layers": 4, "ffn": DENSE_FIRST}),
     ],
-    ids=["interleaved windows", "a period of two sparse layers"],
+    ids=["interleaved windows", "a period of two sparse layers", "two dense layers, then sparse ones"],
 )
 def test_stacked_layers_equal_single_ones(model: config.Model) -> None:
     def both(params: dict[str, jax.Array], batch: Batch) -> Any:
@@ -204,7 +207,7 @@ def test_stacked_layers_equal_single_ones(model: config.Model) -> None:
 
         def single(p: Any) -> Any:
             hidden, stats = unstacked(combine(structure, p), batch)
-            return jnp.sum(jnp.sin(hidden)), (hidden, jax.tree.map(lambda *xs: jnp.stack(xs), *stats))
+            return jnp.sum(jnp.sin(hidden)), (hidden, stats)
 
         return tuple(jax.value_and_grad(f, has_aux=True)(params) for f in (stacked, single))
 

@@ -85,13 +85,28 @@ def test_remat_full_saves_the_inputs_of_layers_alone() -> None:
 REMAT = ("full", "minimal")
 
 
+def dense_first(ffn_dim: int) -> tuple[str, str]:
+    return f"model.ffn.dense_layers={{count: 1, ffn_dim: {ffn_dim}}}", "export=none"
+
+
+def test_of_several_stacks_the_fullest_one_counts() -> None:
+    on_mesh = ("mesh.fsdp=2", "mesh.expert=4", "compute.param_dtype=bfloat16", "compute.remat=full")
+    runs = [small(*on_mesh, *changes) for changes in ((), dense_first(16), dense_first(8192))]
+    sparse, narrow, wide = (memory(run, layout(run)) for run in runs)
+    assert narrow.layer == sparse.layer < wide.layer
+    assert narrow.saved == sparse.saved == wide.saved  # the inputs of two layers
+    assert narrow.parameters < sparse.parameters
+
+
 def test_adapters_of_experts_fill_whole_lanes_with_their_rank() -> None:
     run = small("mesh.fsdp=2", "mesh.expert=4", LORA, "compute.param_dtype=bfloat16", "loss={}")
     laid = layout(run)
     sizes = {"data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 1}
     trained = {w.path: w.stored_bytes(sizes) for w in laid.weights if w.trainable}
-    lanes = {path: 128 // 4 for path in trained if ".ffn." in path and path.endswith("lora_a")}  # of a rank
-    lanes |= {path: 128 // 64 for path in trained if path.endswith("ffn.down_proj.lora_b")}  # of so narrow a model
+    lanes = {path: 128 // 4 for path in trained if path.is_ffn and path.leaf == "lora_a"}  # of a rank
+    lanes |= {
+        path: 128 // 64 for path in trained if path.module == "ffn.down_proj" and path.leaf == "lora_b"
+    }  # of so narrow a model
     assert len(lanes) == 4
     assert memory(run, laid).gradients == sum(size * lanes.get(path, 1) for path, size in trained.items())
 

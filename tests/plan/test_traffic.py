@@ -85,6 +85,13 @@ def test_the_transport_is_the_one_that_the_model_chooses() -> None:
     assert shape_of(load("train.batch_size=64", "train.microbatches=1", "mesh.fsdp=32", "mesh.expert=2")).transport == "all_gather"
 
 
+def test_dense_first_layers_send_no_tokens_to_experts() -> None:
+    dense = ("model.num_layers=3", "model.ffn.dense_layers={count: 1, ffn_dim: 256}", "export=none")
+    both = [modelled(load(*SMALL, "mesh={expert: 8}", *changes)) for changes in ((), dense)]
+    sparse, mixed = (sum(flow.bytes for flow in found if flow.what == "tokens to experts") for found in both)
+    assert sparse == mixed > 0
+
+
 def test_one_device_receives_nothing() -> None:
     assert modelled(load(*SMALL, "mesh={}")) == []
     assert jax.device_count() == 8

@@ -25,7 +25,7 @@ from moe_train.data.records.conversation import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.machine import progress
 from moe_train.machine.mesh import make_mesh, put_batch
-from moe_train.model.parameters import parameters
+from moe_train.model.parameters import combine, parameters
 from moe_train.model.transformer import init_model
 from moe_train.proof import expected, repeat, reread, surroundings
 from moe_train.proof import logits as answers
@@ -36,6 +36,7 @@ from moe_train.weights import texts as text_files
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.texts import Texts
+from tests.random_parameters import random_parameters
 
 MODEL = config.Model(
     family="mixtral",
@@ -43,7 +44,7 @@ MODEL = config.Model(
     model_dim=32,
     num_layers=2,
     max_seq_len=64,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8),
     ffn=config.MoeFfn(name="moe", ffn_dim=32, num_experts=4, experts_per_token=2),
 )
 LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*"), rank=2, alpha=3.0),))
@@ -436,7 +437,23 @@ def test_the_answers_are_the_models_own(weights: dict[str, jax.Array]) -> None:
         structure, _ = answers.structure_and_shapes(MODEL, LORA, "float32")
         prompts = answers.fixed_prompts(MODEL, None)
         found = answers.answers(structure, weights, prompts)
-        model = answers.combine(structure, weights)
+        model = combine(structure, weights)
+        segments = np.ones(prompts.tokens_PT.shape, np.int32)
+        hidden, _ = model(*put_batch(tuple(x.astype(np.int32) for x in (*prompts, segments)), ONE))
+        logits = np.asarray(model.logits(hidden))
+    assert np.abs(found.logits_PTV - logits).max() / np.abs(logits).max() < 1e-5
+    assert found.routers_LPTE is not None and found.routers_LPTE.shape == (2, 4, 16, 4)
+
+
+def test_the_answers_of_several_stacks() -> None:
+    dense_first = MODEL.model_copy(
+        update={"num_layers": 3, "ffn": MODEL.ffn.model_copy(update={"dense_layers": config.DenseLayers(count=1, ffn_dim=24)})}
+    )
+    with jax.set_mesh(ONE):
+        structure, _ = answers.structure_and_shapes(dense_first, None, "float32")
+        prompts, weights = answers.fixed_prompts(dense_first, None), random_parameters(dense_first)
+        found = answers.answers(structure, weights, prompts)
+        model = combine(structure, weights)
         segments = np.ones(prompts.tokens_PT.shape, np.int32)
         hidden, _ = model(*put_batch(tuple(x.astype(np.int32) for x in (*prompts, segments)), ONE))
         logits = np.asarray(model.logits(hidden))

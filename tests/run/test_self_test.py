@@ -20,7 +20,7 @@ MODEL = config.Model(
     vocab_size=8,
     model_dim=8,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=8, windows=(None, 50)),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8, windows=(None, 50)),
     ffn=config.DenseFfn(name="dense", ffn_dim=8),
 )
 

@@ -35,7 +35,7 @@ def lines(run_dir):
 
 def test_lines_files_and_events(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(writers, "LINE_SECONDS", 0)
-    writer = writers.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4)
+    writer = writers.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4, sparse_layers=[2])
     for step in (1, 2):
         writer.train(step, FIGURES)
     writer.evaluation(2, {"loss": 2.25, "loss_tokens": 1000})
@@ -51,7 +51,7 @@ def test_lines_files_and_events(tmp_path, capsys, monkeypatch):
     assert said[2] == "step 2/4  held-out loss 2.2500 over 1,000 tokens"
     values = {(tag, step): value for tag, step, value in tensorboard_values(tmp_path)}
     assert values["train/loss", 1] == values["train/loss", 2] == 2.5
-    assert values["train/load/layer_0/expert_1", 2] == 0.25
+    assert values["train/load/layer_2/expert_1", 2] == 0.25
     assert values["eval/loss", 2] == 2.25
 
 

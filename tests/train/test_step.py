@@ -17,7 +17,7 @@ from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import combine, parameters
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.train.state import TrainState, create_state
 from moe_train.train.step import StepMetrics, train_step
@@ -29,7 +29,7 @@ MIXTRAL = config.Model(
     vocab_size=V,
     model_dim=8,
     num_layers=2,
-    attention=config.Attention(num_heads=2, num_kv_heads=2, head_dim=4),
+    attention=config.GroupedQueryAttention(num_heads=2, num_kv_heads=2, head_dim=4),
     ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2, router=BIASED),
 )
 LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.q_proj", "ffn.up_proj"), rank=2, alpha=4.0),))
@@ -169,7 +169,8 @@ def test_adapters_alone_are_trained() -> None:
     _, before = started(FOUR, LORA)
     after, metrics = step(batch(), FOUR, 1, LORA)
     assert metrics.finite
-    assert after.trainable and all(map(is_lora, after.trainable)) and not any(map(is_lora, after.frozen))
+    assert after.trainable and all(ParameterPath.parse(path).is_adapter for path in after.trainable)
+    assert not any(ParameterPath.parse(path).is_adapter for path in after.frozen)
     assert len(after.trainable) + len(after.frozen) == len(started(ONE)[1].learned) + 4
     assert not after.buffers  # of a router that is frozen
     jax.tree.map(np.testing.assert_array_equal, after.frozen, jax.device_get(before.frozen))

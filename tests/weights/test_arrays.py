@@ -23,7 +23,7 @@ MODEL = config.Model(
     vocab_size=16,
     model_dim=64,
     num_layers=8,
-    attention=config.Attention(num_heads=2, num_kv_heads=1, head_dim=64),
+    attention=config.GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=64),
     ffn=config.MoeFfn(name="moe", ffn_dim=256, num_experts=8, experts_per_token=2),
 )
 TARGETS = (config.LoraTarget(modules=("ffn.*",), rank=1, alpha=1.0),)

@@ -16,7 +16,7 @@ from moe_train.weights import names
 
 
 def attention(heads: int = 32, kv_heads: int = 8, head_dim: int = 128, **more: Any) -> config.Attention:
-    return config.Attention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **more)
+    return config.GroupedQueryAttention(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **more)
 
 
 def dense(size: int) -> config.DenseFfn:

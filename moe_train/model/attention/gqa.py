@@ -3,13 +3,14 @@
 A query sees a key of the same segment whose position is not later than its own and, where a window W is set,
 less than W behind it. Local view: the kernels run inside `shard_map`, each device on its own sequences and heads.
 
-Along the mesh axis `context` a device has the queries of its part of the sequence; keys and values, which are few, are
-gathered, and queries change places so that all devices have as much to do (`context`).
+Along the mesh axis `context` a device has the queries of its part of the sequence; keys and values are all-gathered (small
+under grouped queries), and queries are reordered zig-zag so that causal masking leaves every device equal work
+(`context_parallel`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Cache(NamedTuple):
     v_BSKH: jax.Array
 
 
-class Attention(nnx.Module):
+class GroupedQueryAttention(nnx.Module):
     """Projections, rotary positions and grouped-query attention of one layer."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None):
@@ -45,6 +46,15 @@ class Attention(nnx.Module):
         self.v_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv, model.init_stddev, dtype)
         self.o_proj = Linear(rngs, "BTNH,NHD->BTD", (N, H, D), P(split(N), None, "fsdp"), model.init_stddev, dtype)
         self.rope, self.query_scaling, self.window, self.kernel = model.rope, a.query_scaling, window, compute.attention
+
+    @staticmethod
+    def empty_cache(attention: config.GroupedQueryAttention, num_layers: int, batch_size: int, max_len: int, dtype: Any) -> Cache:
+        """A cache for `num_layers` layers of one place, stacked, and at most `max_len` tokens of each sequence."""
+        shape = (num_layers, batch_size, max_len, attention.num_kv_heads, attention.head_dim)
+        spec = P(None, BATCH, "context", "tensor", None)
+        keys = jnp.zeros(shape, dtype, out_sharding=spec)
+        values = jnp.zeros(shape, dtype, out_sharding=spec)
+        return Cache(keys, values)
 
     def __call__(
         self,

@@ -7,6 +7,8 @@ the chosen logarithms of sigmoids: both are a softmax over `log_scores`. `expert
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,9 +39,8 @@ class ExpertLinear(Adapted):
 class MoE(nnx.Module):
     """Router, experts, weighted sum. Padding (segment 0) is neither routed nor counted."""
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
-        ffn, D, std, dtype = model.ffn, model.model_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
-        assert isinstance(ffn, config.MoeFfn)
+    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn: config.MoeFfn):
+        D, std, dtype = model.model_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
         E, F = ffn.num_experts, ffn.ffn_dim
         self.router = Router(rngs, D, E, std, dtype, ffn.router.bias)
         self.gate_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
@@ -48,10 +49,13 @@ class MoE(nnx.Module):
         shared = ffn.num_shared_experts
         self.shared: DenseFfn | None = nnx.data(DenseFfn(rngs, model, compute, shared * F) if shared else None)
         self.experts_per_token, self.kernel, self.transport = ffn.experts_per_token, compute.grouped_matmul, compute.transport
-        self.sigmoid, self.scale, self.groups = False, 1.0, (1, 1)
-        if isinstance(ffn.router, config.SigmoidRouter):
-            self.sigmoid, self.scale = True, ffn.router.scale
-            self.groups = ffn.router.num_groups, ffn.router.groups_per_token
+        match ffn.router:
+            case config.SoftmaxRouter():
+                self.sigmoid, self.scale, self.groups = False, 1.0, (1, 1)
+            case config.SigmoidRouter(scale=scale, num_groups=num_groups, groups_per_token=groups_per_token):
+                self.sigmoid, self.scale, self.groups = True, scale, (num_groups, groups_per_token)
+            case _:
+                assert_never(ffn.router)
         self.keeps_expert_ids = False
         self.capacity_factor: float | None = None
         """Set in training alone (`parameters.with_capacity`): evaluation and generation drop nothing."""

@@ -26,6 +26,7 @@ from moe_train import config
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory
+from moe_train.model.paths import ParameterPath
 from moe_train.weights import names, together
 from moe_train.weights.gguf import chat_format, container, ollama
 from moe_train.weights.gguf import settings as gguf_settings
@@ -180,7 +181,7 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, sett
 
 
 def _encoding(piece: names.Piece, usual: str) -> str:
-    if len(piece.shape) == 1 or piece.path.endswith("router.weight"):
+    if len(piece.shape) == 1 or ParameterPath.parse(piece.path).is_router:
         return "F32"
     return usual if container.fits(usual, piece.shape) else "F16"
 

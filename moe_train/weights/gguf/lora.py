@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import check_space, new_directory
-from moe_train.model.paths import module_of
+from moe_train.model.paths import ParameterPath, adapter_ranks
 from moe_train.weights import gguf, merge, names
 from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.gguf import container
@@ -54,7 +54,7 @@ def export_adapter(
         base_model: name or path of the model that the adapter belongs to.
         name: shown by servers.
     """
-    ranks = {path.removesuffix(".lora_a"): a.shape[-1] for path, a in parameters.items() if path.endswith(".lora_a")}
+    ranks = adapter_ranks(parameters)
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format gguf")
     table = names.adapter_pieces(model, ranks, _LAYOUT)
@@ -71,7 +71,7 @@ def export_adapter(
     def parts(spec: container.Spec) -> Iterator[np.ndarray]:
         for piece in tensors[spec.name]:
             ours, module = fetch(parameters[piece.path], piece.lead), _module(piece)
-            if piece.path.endswith(".lora_b"):
+            if ParameterPath.parse(piece.path).leaf == "lora_b":
                 factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
                 ours = ours if factor == 1 else (ours.astype(np.float64) * factor)
             yield piece.to_file(ours.astype(np.float32))
@@ -113,14 +113,14 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
         raise ValueError(f"{file} is for another base: general.architecture is {arch!r}, not {ours!r}")
     if not isinstance(alpha, float) or not 0 <= alpha < math.inf:
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}; it has to be a number, 0 or larger")
-    modules = {_module(piece) for piece in names.pieces(model) if not piece.path.endswith(".scale")} - {"embed"}
+    modules = {_module(piece) for piece in names.pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
     table = names.adapter_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
         raise ValueError(f"{file} has {unknown[0]}, which is no adapter of this model that is read here")
     ranks: dict[str, dict[int, str]] = {}  # of each module: its rank in the layers, 0 for none, and the first that has it
     for piece in table[::2]:
         shape = tensors[piece.name].shape if piece.name in tensors else (0, 0)
-        ranks.setdefault(module_of(piece.path), {}).setdefault(shape[-2] if len(shape) > 1 else -1, piece.name)
+        ranks.setdefault(ParameterPath.parse(piece.path).module, {}).setdefault(shape[-2] if len(shape) > 1 else -1, piece.name)
     targets: dict[int, list[str]] = {}
     for module, found in ranks.items():
         (rank, name), *others = found.items()
@@ -144,7 +144,7 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
     another base.
     """
     tensors = open_adapter(path).tensors
-    ranks = {path.removesuffix(".lora_a"): like.shape[-1] for path, like in abstract.items() if path.endswith(".lora_a")}
+    ranks = adapter_ranks(abstract)
     table = names.adapter_pieces(model, ranks, _LAYOUT)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names.check(path, table, shapes, {path: like.shape for path, like in abstract.items()})
@@ -153,7 +153,7 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
 
 def _alpha(lora: config.Lora, table: list[names.Piece]) -> float:
     """The alpha that most matrices have, since theirs are then left as they are; a float32."""
-    of_b = [piece for piece in table if piece.path.endswith(".lora_b")]
+    of_b = [piece for piece in table if ParameterPath.parse(piece.path).leaf == "lora_b"]
     # B is (rank, …) here
     alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.ours_shape[0] for piece in of_b)
     alphas.pop(0.0, None)  # of an expert without an adapter

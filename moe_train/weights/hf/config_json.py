@@ -19,14 +19,7 @@ log = logging.getLogger(__name__)
 
 FILE = "config.json"
 
-_FAMILIES = {
-    "MistralForCausalLM": "mistral",
-    "MixtralForCausalLM": "mixtral",
-    "MinistralForCausalLM": "ministral",
-    "Ministral3ForCausalLM": "ministral3",
-    "LlamaForCausalLM": "llama",
-}
-_ARCHITECTURES = {family: name for name, family in _FAMILIES.items()}
+_FAMILIES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
 _WRAPPERS = ("Mistral3ForConditionalGeneration",)
 """Vision models, of which the text model is read."""
 
@@ -95,21 +88,23 @@ def _model(fields: dict[str, Any]) -> config.Model:
 
     def stated(key: str) -> Any:
         if fields.get(key) is None:
-            raise ValueError(f"{key} is not stated, and its default differs between versions of the library; add it")
+            raise ValueError(_not_stated(key))
         return fields[key]
 
     heads, layers = stated("num_attention_heads"), stated("num_hidden_layers")
-    rope, query_scaling = _rope(family, fields)
+    row = config.FAMILIES[family]
+    fields = {**row.hugging_face.defaults, **fields}
+    rope, query_scaling = _rope(fields)
     attention = {
         "name": "gqa",
         "num_heads": heads,
-        "num_kv_heads": fields.get("num_key_value_heads") or (heads if family == "llama" else stated("num_key_value_heads")),
+        "num_kv_heads": _num_kv_heads(row, fields, heads),
         "head_dim": fields.get("head_dim") or stated("hidden_size") // heads,
-        "windows": _windows(family, fields, layers),
+        "windows": _windows(row, fields, layers),
         "query_scaling": query_scaling,
     }
     ffn: dict[str, Any] = {"name": "dense", "ffn_dim": stated("intermediate_size")}
-    if family == "mixtral":
+    if row.sparse:
         experts = {"num_experts": stated("num_local_experts"), "experts_per_token": stated("num_experts_per_tok")}
         ffn = {**ffn, **experts, "name": "moe"}
     return config.Model.model_validate(
@@ -129,14 +124,24 @@ def _model(fields: dict[str, Any]) -> config.Model:
     )
 
 
-def _windows(family: str, fields: dict[str, Any], layers: int) -> tuple[int | None, ...]:
-    """One period of windows; layer_types tell which layers of a ministral have one."""
-    if family == "llama":
+def _not_stated(key: str) -> str:
+    return f"{key} is not stated, and its default differs between versions of the library; add it"
+
+
+def _num_kv_heads(family: config.Family, fields: dict[str, Any], num_heads: int) -> int:
+    if fields.get("num_key_value_heads"):
+        return fields["num_key_value_heads"]
+    if "num_key_value_heads" in family.hugging_face.defaults:
+        return num_heads
+    raise ValueError(_not_stated("num_key_value_heads"))
+
+
+def _windows(family: config.Family, fields: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+    """One period of windows; `layer_types` names the layers that have one."""
+    if "window" not in family.features:
         return (None,)
-    if "sliding_window" not in fields and family != "mixtral":
-        raise ValueError(
-            "sliding_window is not stated, and its default differs between versions of the library; add it (null: none)"
-        )
+    if "sliding_window" not in fields:
+        raise ValueError(f"{_not_stated('sliding_window')} (null: none)")
     window = fields.get("sliding_window")
     kinds = fields.get("layer_types")
     if not kinds:  # one for all layers, of which a damaged file may state very many
@@ -152,11 +157,11 @@ def _windows(family: str, fields: dict[str, Any], layers: int) -> tuple[int | No
     return windows[:period]
 
 
-def _rope(family: str, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _rope(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Rotary positions and query scaling, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     given = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     kind = given.get("rope_type", given.get("type", "default"))
-    theta = given.get("rope_theta", fields.get("rope_theta", 10000.0 if family == "llama" else None))
+    theta = given.get("rope_theta", fields.get("rope_theta"))
     if theta is None:
         raise ValueError("rope_theta is stated neither on its own nor in rope_parameters; add it")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"}
@@ -194,7 +199,7 @@ def write_model_config(
     """The `config.json` of an export: old and new spellings side by side, and every default stated."""
     a = model.attention
     fields: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[model.family]],
+        "architectures": [config.FAMILIES[model.family].hugging_face.architecture],
         "model_type": model.family,
         "vocab_size": model.vocab_size,
         "hidden_size": model.model_dim,
@@ -218,11 +223,11 @@ def write_model_config(
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    if model.family == "llama":
-        fields |= {"attention_bias": False, "mlp_bias": False}
-    else:
+    family = config.FAMILIES[model.family]
+    fields |= family.hugging_face.fixed
+    if "window" in family.features:
         fields["sliding_window"] = next((window for window in a.windows if window is not None), None)
-    if model.family == "ministral":
+    if "interleaved_windows" in family.features:
         kinds = ["full_attention" if window is None else "sliding_attention" for window in a.windows]
         fields["layer_types"] = kinds * (model.num_layers // len(kinds))
     if a.query_scaling is not None:  # vLLM looks here, and not in rope_parameters (vllm/model_executor/models/mistral.py)
@@ -251,7 +256,7 @@ def check_expressible(model: config.Model) -> None:
             f"attention.query_scaling.original_max_seq_len {scaling.original_max_seq_len} differs from rope's "
             f"{rope.original_max_seq_len}; a config.json has one for both"
         )
-    if model.family == "llama" and model.model_dim % model.attention.num_heads:
+    if config.FAMILIES[model.family].hugging_face.heads_divide_model_dim and model.model_dim % model.attention.num_heads:
         raise ValueError(
             f"model_dim {model.model_dim} is not a multiple of num_heads {model.attention.num_heads}, as transformers wants"
         )
@@ -269,7 +274,7 @@ def _rope_parameters(model: config.Model) -> dict[str, Any]:
             "mscale": float(rope.mscale),
             "mscale_all_dim": float(rope.mscale_all_dim),
         }
-    if model.family == "ministral3":  # transformers multiplies by it in any case
+    if "query_scaling" in config.FAMILIES[model.family].features:  # transformers multiplies by it in any case
         original = scaling.original_max_seq_len if scaling else model.max_seq_len
         given = {"original_max_position_embeddings": original, **given, "llama_4_scaling_beta": scaling.beta if scaling else 0.0}
     return given

@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import check_space, new_directory, read_object
+from moe_train.model.paths import ParameterPath, adapter_ranks
 from moe_train.weights import merge, names, safetensors_files
 from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
 from moe_train.weights.mistral import params_json
@@ -42,7 +43,7 @@ def export_adapter(
     Args:
         dtype: that of the base model's files, since mistral-inference takes no other.
     """
-    ranks = {path.removesuffix(".lora_a"): a.shape[-1] for path, a in parameters.items() if path.endswith(".lora_a")}
+    ranks = adapter_ranks(parameters)
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format mistral")
     rank, filetype = max(ranks.values()), np.dtype(dtype)
@@ -60,7 +61,7 @@ def export_adapter(
     def tensor(spec: safetensors_files.Spec) -> np.ndarray:
         piece = pieces[spec.name]
         ours = fetch(parameters[piece.path], piece.lead).astype(np.float64)
-        if piece.path.endswith(".lora_b"):
+        if ParameterPath.parse(piece.path).leaf == "lora_b":
             ours *= merge.scale_of(lora, _module(piece), piece.lead) / SCALING
         more = [(0, size - had) for size, had in zip(piece.ours_shape, ours.shape, strict=True)]
         return piece.to_file(np.pad(ours.astype(filetype), more))
@@ -77,13 +78,13 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     """The section `lora` that the adapter in a folder amounts to; scaling comes from params.json, and is 2.0 without."""
     tensors, scaling = _open(directory)
     targets: dict[int, list[str]] = {}
-    for row in names.linear_rows(model, names.MISTRAL):
+    for row in names.linear_rows(model.ffn, names.MISTRAL):
         stem = names.MISTRAL.layer.format(l=0) + row.name.format(e=0).removesuffix(".weight")
         if tensor := tensors.get(names.MISTRAL.adapters[0].format(stem=stem)):
-            targets.setdefault(tensor.shape[0], []).append(row.path.removesuffix(".weight"))
+            targets.setdefault(tensor.shape[0], []).append(ParameterPath.parse(row.path).module)
     if not targets:
         raise ValueError(f"{Path(directory) / FILE} has no adapter for layer 0 of this model ({next(iter(tensors), 'empty')})")
-    modules = {_module(piece) for piece in names.pieces(model, names.MISTRAL) if not piece.path.endswith(".scale")} - {
+    modules = {_module(piece) for piece in names.pieces(model, names.MISTRAL) if not ParameterPath.parse(piece.path).is_norm} - {
         "embed",
         "head",
     }
@@ -106,7 +107,7 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     of another base.
     """
     tensors, _ = _open(directory)
-    ranks = {path.removesuffix(".lora_a"): like.shape[-1] for path, like in abstract.items() if path.endswith(".lora_a")}
+    ranks = adapter_ranks(abstract)
     table = names.adapter_pieces(model, ranks, names.MISTRAL)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names.check(directory, table, shapes, {path: like.shape for path, like in abstract.items()})

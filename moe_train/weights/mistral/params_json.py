@@ -119,17 +119,13 @@ def read_model_config(directory: str | Path) -> config.Model:
 
 def _model(params: Params) -> config.Model:
     windows = _windows(params)
-    interleaved = len(set(windows)) > 1
-    family = "mixtral" if params.moe else "ministral3" if params.yarn or params.llama_4_scaling else "mistral"
-    if family == "mistral" and interleaved:
-        family = "ministral"
     ffn: dict[str, Any] = {"name": "dense", "ffn_dim": params.hidden_dim}
     if params.moe:
         ffn |= {"name": "moe", "num_experts": params.moe.num_experts, "experts_per_token": params.moe.num_experts_per_tok}
     scaling = params.llama_4_scaling
     return config.Model.model_validate(
         {
-            "family": family,
+            "family": _family(params, windows),
             "vocab_size": params.vocab_size,
             "model_dim": params.dim,
             "num_layers": params.n_layers,
@@ -149,6 +145,16 @@ def _model(params: Params) -> config.Model:
             "max_seq_len": params.max_position_embeddings or params.max_seq_len or _MAX_SEQ_LEN,
         }
     )
+
+
+def _family(params: Params, windows: tuple[int | None, ...]) -> str:
+    present: dict[config.Feature, bool] = {
+        "interleaved_windows": len(set(windows)) > 1,
+        "yarn": params.yarn is not None,
+        "query_scaling": params.llama_4_scaling is not None,
+    }
+    features = [feature for feature, is_present in present.items() if is_present]
+    return config.family_with(features, sparse=params.moe is not None, file_format="mistral")
 
 
 def _windows(params: Params) -> tuple[int | None, ...]:
@@ -245,9 +251,7 @@ def as_written(model: config.Model) -> config.Model:
     if isinstance(rope, config.YarnRope):
         mscale = 0.0 if _applies_scale(rope) else 1.0
         rope = rope.model_copy(update={"mscale": mscale, "mscale_all_dim": mscale})
-    family = model.family
-    if family in ("ministral", "ministral3", "llama"):
-        extended = isinstance(rope, config.YarnRope) or model.attention.query_scaling is not None
-        family = "ministral3" if extended else "ministral" if len(set(model.attention.windows)) > 1 else "mistral"
+    sparse = isinstance(model.ffn, config.MoeFfn)
+    family = config.family_with(config.features(model), sparse=sparse, file_format="mistral")
     stddev = config.Model.model_fields["init_stddev"].default
     return model.model_copy(update={"rope": rope, "family": family, "init_stddev": stddev})

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.model.paths import module_of, targets_of
+from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import names, on_disk, safetensors_files
 from moe_train.weights.arrays import Abstract, Parameters, fill
 from moe_train.weights.on_disk import Tensor
@@ -56,7 +56,7 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     are padded with zeros. Raises ValueError where the files have other tensors than the section says.
     """
     tensors = _open(Path(directory), model)
-    ranks = {path.removesuffix(".lora_a"): like.shape[-1] for path, like in abstract.items() if path.endswith(".lora_a")}
+    ranks = adapter_ranks(abstract)
     saved = [piece for piece in saved_pieces(model) if piece.path in abstract]
     if model.tie_embeddings:
         second = tied_head(model).name
@@ -64,10 +64,10 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
         tensors.pop(second, None)
     table = [*names.adapter_pieces(model, ranks), *saved]
     lora = read_lora(directory, model)
-    shared = {m for m in ranks if any(target.experts is not None for target in targets_of(lora, module_of(f"{m}.weight")))}
+    shared = {m for m in ranks if any(target.experts is not None for target in lora.targets_of(of_module(m).module))}
     padded: dict[str, Tensor] = dict(tensors)
     for piece in table:
-        if piece.path.rpartition(".")[0] in shared:
+        if ParameterPath.parse(piece.path).module_path in shared:
             padded[piece.name] = _Padded(piece.name, piece.shape, tensors.get(piece.name))
     shapes = {name: tensor.shape for name, tensor in padded.items()}
     names.check(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
@@ -137,7 +137,7 @@ def _kinds(
             continue
         stem = of_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
         kind = tensors[of_a.name].shape[0], alpha_of(settings, stem)
-        module = module_of(of_a.path)
+        module = ParameterPath.parse(of_a.path).module
         expert = of_a.lead[1] if len(of_a.lead) == 2 else 0
         kinds.setdefault(module, {}).setdefault(kind, set()).add(expert)
         layers[module, expert] += 1
@@ -163,8 +163,8 @@ def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tup
     """One target for all modules whose adapters have the same rank, alpha and experts."""
     num_experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 1
     modules_of: dict[tuple[Kind, tuple[int, ...] | None], list[str]] = {}
-    for module, of_module in kinds.items():
-        for kind, owners in of_module.items():
+    for module, owners_by_kind in kinds.items():
+        for kind, owners in owners_by_kind.items():
             complete = len(owners) == (num_experts if module in (GATE, UP, DOWN) else 1)
             modules_of.setdefault((kind, None if complete else tuple(sorted(owners))), []).append(module)
     return tuple(
@@ -175,7 +175,11 @@ def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tup
 
 def _trained_in_full(file: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model) -> tuple[str, ...]:
     """The modules whose whole weights are in the files. Raises ValueError where modules_to_save says otherwise."""
-    saved = {piece.name.removesuffix(".weight"): module_of(piece.path) for piece in saved_pieces(model) if piece.name in tensors}
+    saved = {
+        piece.name.removesuffix(".weight"): ParameterPath.parse(piece.path).module
+        for piece in saved_pieces(model)
+        if piece.name in tensors
+    }
     for module in settings.get("modules_to_save") or ():
         if not any(name.endswith(module) for name in saved):
             raise ValueError(f"{file}: modules_to_save has {module!r}, and {WEIGHTS} has no weight of it")

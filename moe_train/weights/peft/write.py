@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import check_space, new_directory
-from moe_train.model.paths import is_trainable, module_of
+from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.on_disk import nbytes
@@ -52,32 +52,32 @@ def export_adapter(
     Args:
         base_model: name or path of the model that the adapter belongs to.
     """
-    adapted = [path.removesuffix(".lora_a") for path in parameters if path.endswith(".lora_a")]
+    adapted = adapter_ranks(parameters)
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
-    shapes = _in_file(model, {module: _shape(lora, module, parameters[f"{module}.lora_a"].shape[-1]) for module in adapted})
+    shapes = _in_file(model, {module: _shape(lora, module, rank) for module, rank in adapted.items()})
     saved = _saved(model, lora)
     if server is not None:
-        shapes = adapter_shapes(server, model.family, shapes, {piece.path.rpartition(".")[0] for piece in saved})
+        shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
     table = names.adapter_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
 
-    dtype = np.dtype(parameters[f"{adapted[0]}.lora_a"].dtype)
+    dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
 
     def tensor(spec: safetensors_files.Spec) -> np.ndarray:
         piece = pieces[spec.name]
         return piece.to_file(matrix(piece))
 
     def matrix(piece: names.Piece) -> np.ndarray:
-        module, kind = piece.path.rsplit(".", 1)
+        path = ParameterPath.parse(piece.path)
         if piece in saved:
             return fetch(parameters[piece.path], piece.lead)
         if piece.path not in parameters:  # PEFT wants to see the expert's other matrices too
             return np.zeros(piece.ours_shape, dtype)
         trained = fetch(parameters[piece.path], piece.lead)
-        shape = shapes[module]
-        factor = merge.scale_of(lora, module, piece.lead) * shape.rank / shape.alpha
-        if kind == "lora_b" and factor != 1:
+        shape = shapes[path.module_path]
+        factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
+        if path.leaf == "lora_b" and factor != 1:
             trained = (trained.astype(np.float64) * factor).astype(dtype)
         return np.pad(trained, [(0, size - had) for size, had in zip(piece.ours_shape, trained.shape, strict=True)])
 
@@ -103,9 +103,9 @@ def _shape(lora: config.Lora, module: str, rank: int) -> Shape:
 def _saved(model: config.Model, lora: config.Lora) -> list[names.Piece]:
     """The weights that were trained in full. Raises ValueError for experts, which PEFT under transformers 5 has as one fused
     module."""
-    paths = {piece.path for piece in names.pieces(model) if is_trainable(piece.path, lora)}
+    paths = {piece.path for piece in names.pieces(model) if ParameterPath.parse(piece.path).is_trained(lora)}
     saved = [piece for piece in saved_pieces(model) if piece.path in paths]
-    if experts := sorted(module_of(path) for path in paths - {piece.path for piece in saved}):
+    if experts := sorted(ParameterPath.parse(path).module for path in paths - {piece.path for piece in saved}):
         raise ValueError(
             f"{experts[0]} was trained in full, and PEFT's modules_to_save has all matrices of all experts or none; "
             "use --format hf --merge"
@@ -128,8 +128,8 @@ def _in_file(model: config.Model, trained: Mapping[str, Shape]) -> dict[str, Sha
 
 def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora) -> dict[str, Any]:
     """adapter_config.json without the base model's name."""
-    leaves = {module_of(piece.path): piece.name.split(".")[-2] for piece in names.pieces(model)}
-    by_module = {module_of(f"{module}.weight"): shape for module, shape in shapes.items()}  # the same in every layer
+    leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.pieces(model)}
+    by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
     usual = by_module[GATE] if sparse and GATE in by_module else Counter(by_module.values()).most_common(1)[0][0]
     ranks: dict[str, int] = {}

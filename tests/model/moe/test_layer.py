@@ -48,7 +48,7 @@ SCALE = 1.5
 
 def layer(A: int, weights: dict[str, jax.Array]) -> moe.MoE:
     ffn = config.MoeFfn(name="moe", ffn_dim=F, num_experts=E, experts_per_token=A)
-    attention = config.Attention(num_heads=2, num_kv_heads=1, head_dim=8)
+    attention = config.GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8)
     model = config.Model(family="mixtral", vocab_size=8, model_dim=D, num_layers=1, attention=attention, ffn=ffn)
     made = moe.MoE(nnx.Rngs(0), model, config.Compute())
     for path, w in weights.items():

@@ -33,7 +33,7 @@ def made(name: str) -> layer.MoE:
     ffn = config.MoeFfn(
         name="moe", ffn_dim=F, num_experts=E, experts_per_token=A, router=ROUTERS[name], num_shared_experts=SHARED[name]
     )
-    attention = config.Attention(num_heads=2, num_kv_heads=1, head_dim=8)
+    attention = config.GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8)
     model = config.Model(family="mixtral", vocab_size=8, model_dim=D, num_layers=1, attention=attention, ffn=ffn)
     return layer.MoE(nnx.Rngs(0), model, config.Compute())
 

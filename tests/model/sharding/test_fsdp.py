@@ -115,7 +115,7 @@ MODEL = config.Model(
     vocab_size=48,
     model_dim=40,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=6),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6),
     ffn=config.MoeFfn(name="moe", ffn_dim=56, num_experts=4, experts_per_token=2),
 )
 

@@ -35,7 +35,7 @@ from moe_train.weights.gguf import tokenizer as gguf_tokenizer
 from tests.random_parameters import random_parameters
 
 SIZES: dict[str, Any] = {"vocab_size": 352, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=24)
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=24)
 DENSE = config.DenseFfn(name="dense", ffn_dim=96)
 MOE = config.MoeFfn(name="moe", ffn_dim=96, num_experts=4, experts_per_token=2)
 YARN = config.YarnRope(name="yarn", theta=1e4, factor=16.0, original_max_seq_len=8, mscale=1.0, mscale_all_dim=1.0)
@@ -170,7 +170,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "values of another length": ({"llama.attention.value_length": 32}, "attention.value_length is 32"),
     "half of the head turns": ({"llama.rope.dimension_count": 12}, "rope.dimension_count is 12"),
     "linear scaling": ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "rope.scaling is linear by 4"),
-    "yarn under llama": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "no yarn rope"),
+    "yarn under llama": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "cannot have a yarn rope"),
     "layers that differ": ({"llama.feed_forward_length": np.array([96, 48], np.uint32)}, "differs between layers"),
     "no layers": ({"llama.block_count": None}, "llama.block_count is missing"),
     "more layers than there are": ({"llama.block_count": 3}, "lacks blk.2.attn_norm.weight"),

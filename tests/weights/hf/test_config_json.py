@@ -95,7 +95,7 @@ def test_mixtral_as_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
             vocab_size=32000,
             model_dim=4096,
             num_layers=32,
-            attention=config.Attention(num_heads=32, num_kv_heads=8, head_dim=128),
+            attention=config.GroupedQueryAttention(num_heads=32, num_kv_heads=8, head_dim=128),
             ffn=config.MoeFfn(name="moe", ffn_dim=14336, num_experts=8, experts_per_token=2),
             rope=config.DefaultRope(name="default", theta=1e6),
             norm_eps=1e-5,
@@ -159,7 +159,11 @@ REFUSED = [
     (MISTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters.factor is not built"),
     (MISTRAL, {"rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
     (MISTRAL, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-    (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"] * 16}, "interleaved windows are ministral's"),
+    (
+        MISTRAL,
+        {"layer_types": ["full_attention", "sliding_attention"] * 16},
+        "cannot have interleaved attention.windows; only ministral can",
+    ),
     (MINISTRAL, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers 32"),
     (MINISTRAL, {"layer_types": ["chunked_attention"] * 32}, "layer_types has 'chunked_attention'"),
     (MINISTRAL, {"sliding_window": None}, "but sliding_window is null"),
@@ -200,7 +204,7 @@ def test_unknown_fields_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def test_what_config_json_has_no_words_for_is_refused(tmp_path: Path) -> None:
     two = read(tmp_path, MINISTRAL).model_copy(
-        update={"attention": config.Attention(num_heads=32, num_kv_heads=8, head_dim=128, windows=(16, 32))}
+        update={"attention": config.GroupedQueryAttention(num_heads=32, num_kv_heads=8, head_dim=128, windows=(16, 32))}
     )
     with pytest.raises(ValueError, match="one size of window"):
         write_model_config(two, dtype="float32", bos_token_id=1, eos_token_id=2)

@@ -17,11 +17,11 @@ from moe_train import config
 from moe_train.commands import write_and_prove as write
 from moe_train.machine.mesh import make_mesh
 from moe_train.model import parameters, transformer
-from moe_train.model.paths import is_lora
+from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, names, safetensors_files, texts
 from tests.random_parameters import random_parameters
 
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6)
 SIZES: dict[str, Any] = {"vocab_size": 24, "model_dim": 8, "num_layers": 4, "max_seq_len": 32}
 MOE = config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2)
 MIXTRAL = config.Model(family="mixtral", attention=ATTENTION, ffn=MOE, **SIZES)
@@ -75,7 +75,7 @@ def test_weights_left_in_their_files_are_merged_and_proved_as_those_in_memory(
     depth: Any = "full" if layout == "hf" else "tensors"
     with jax.set_mesh(EIGHT):
         weights = random_parameters(model, "bfloat16", LORA)
-        plain = {path: x for path, x in weights.items() if not is_lora(path)}
+        plain = {path: x for path, x in weights.items() if not ParameterPath.parse(path).is_adapter}
         write.export(plain, model, tmp_path / "base", layout, dtype="bf16" if layout == "gguf" else "bfloat16", depth="tensors")
         left = external.leave_parameters(tmp_path / "base", abstract(model, "bfloat16"))
         reports = [
@@ -273,7 +273,7 @@ def test_adapters_are_neither_dropped_nor_imagined(tmp_path: Path) -> None:
         parameters = random_parameters(MIXTRAL, lora=LORA)
         with pytest.raises(ValueError, match=r"merge them \(--merge\)"):
             write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
-        plain = {path: array for path, array in parameters.items() if not is_lora(path)}
+        plain = {path: array for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter}
         with pytest.raises(ValueError, match="nothing to merge"):
             write.export(plain, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from tests.random_parameters import random_parameters
 from tests.weights.hf.test_files import EIGHT, MINISTRAL, MIXTRAL, ONE, SIZES, abstract, assert_equal
 
 DENSE = config.DenseFfn(name="dense", ffn_dim=12)
-ATTENTION = config.Attention(num_heads=4, num_kv_heads=2, head_dim=6)
+ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6)
 YARN = config.YarnRope(name="yarn", theta=1e4, factor=4.0, original_max_seq_len=8, beta_fast=4.0)
 SCALED = ATTENTION.model_copy(update={"query_scaling": config.QueryScaling(beta=0.1, original_max_seq_len=8)})
 MODELS = {

@@ -17,7 +17,7 @@ from moe_train import config
 from moe_train.machine.mesh import make_mesh
 from moe_train.model import parameters, transformer
 from moe_train.model.lora import scale_of_expert
-from moe_train.model.paths import is_lora, is_trainable, module_of, targets_of
+from moe_train.model.paths import ParameterPath
 from moe_train.weights import peft, texts
 
 MIXTRAL = config.Model(
@@ -25,7 +25,7 @@ MIXTRAL = config.Model(
     vocab_size=24,
     model_dim=8,
     num_layers=2,
-    attention=config.Attention(num_heads=4, num_kv_heads=2, head_dim=6),
+    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6),
     ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
 )
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
@@ -38,7 +38,11 @@ def lora_of(*targets: tuple[str, int, float]) -> config.Lora:
 
 def abstract(lora: config.Lora, dtype: str = "float32") -> dict[str, jax.ShapeDtypeStruct]:
     _, shapes = parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
-    return {p: jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding) for p, like in shapes.items() if is_lora(p)}
+    return {
+        p: jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+        for p, like in shapes.items()
+        if ParameterPath.parse(p).is_adapter
+    }
 
 
 def adapters(lora: config.Lora, dtype: str = "float32") -> dict[str, jax.Array]:
@@ -118,9 +122,9 @@ def trained(lora: config.Lora) -> dict[str, jax.Array]:
     mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
     found = {}
     for path, like in shapes.items():
-        if is_trainable(path, lora):
+        if ParameterPath.parse(path).is_trained(lora):
             x = draw(0, 1, like.shape).astype(like.dtype)
-            targets = targets_of(lora, module_of(path))
+            targets = lora.targets_of(ParameterPath.parse(path).module)
             if ".lora_" in path and any(t.experts for t in targets):  # past an expert's rank there are zeros
                 for e in range(4):
                     rank = scale_of_expert(lora, targets, e)[1]

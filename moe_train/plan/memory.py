@@ -14,7 +14,7 @@ from moe_train import config
 from moe_train.model.sharding.collectives import LANES
 from moe_train.plan.traffic import Shape, shape_of
 from moe_train.plan.weights import Layout, Weight, axis_sizes
-from moe_train.train.cross_entropy import CHUNK_ELEMENTS
+from moe_train.train.logits import CHUNK_ELEMENTS
 
 BATCH_BYTES = 4 + 4 + 1 + 4 + 4
 """Of one token of a `Batch`: tokens, targets, loss_mask, segment_ids, positions."""

@@ -35,7 +35,7 @@ def microbatch_loss(
     body_key, head_key = keys_of(key, 2)
     hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
     beside = model.beside_head(hidden_BTD, head_key)
-    total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, beside)
+    total = over_replicas(cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, beside))
     loss = total / jnp.maximum(loss_tokens, 1)
     if routers is not None:
         balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(routers.load_balance_loss)

@@ -10,18 +10,18 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from moe_train import config
 from moe_train.checkpoint import model_dir
-from moe_train.data.batches.batch import Batch
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
+from moe_train.train.objectives.choose import objective_of
 from moe_train.train.optimizer import make_optimizer
-from moe_train.train.state import create_state, partition
+from moe_train.train.state import create_state, partition, trained_in_full
 from moe_train.train.step import compile_step
 
 WARM_UP, TIMED = 2, 7
@@ -40,16 +40,19 @@ def bench(run: config.Config) -> dict[str, Any]:
     assert run.model is not None
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)
-        batch = put_batch(_synthetic_batch(run), mesh)
+        base_weights = jax.tree.map(jnp.copy, trained_in_full(state.learned, run.lora))
+        rows = run.train.batch_size // jax.process_count()
+        batch_type = objective_of(run.objective).batch_type
+        batch = put_batch(batch_type.synthetic(rows, run.train.seq_len, run.model.vocab_size, run.seed), mesh)
 
         begun = time.perf_counter()
-        step = compile_step(run, structure, optimizer, state, batch)
+        step = compile_step(run, structure, optimizer, state, batch, base_weights)
         compiled = time.perf_counter() - begun
         seconds, cpu_seconds, losses = [], [], []
         for _ in range(1 + WARM_UP + TIMED):
             wall, cpu = time.perf_counter(), time.process_time()
-            state, figures = step(state, batch)
-            losses.append(float(figures.loss))
+            state, metrics = step(state, batch, base_weights)
+            losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - wall)
             cpu_seconds.append(time.process_time() - cpu)
 
@@ -83,16 +86,6 @@ def _random_state(run: config.Config) -> tuple[Any, Any, Any]:
     trainable, frozen = partition(jax.jit(lambda: parameters(model())[1])(), run.lora)
     state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0)(trainable)
     return state._replace(frozen=frozen), structure, optimizer
-
-
-def _synthetic_batch(run: config.Config) -> Batch:
-    """This process's share of a batch of uniform tokens, one segment a sequence."""
-    assert run.model is not None
-    rows, T = run.train.batch_size // jax.process_count(), run.train.seq_len
-    tokens = np.random.default_rng(run.seed).integers(0, run.model.vocab_size, (rows, T), dtype=np.int32)
-    ones = np.ones((rows, T), np.int32)
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (rows, T)).copy()
-    return Batch(tokens, np.roll(tokens, -1, axis=1), np.ones((rows, T), bool), ones, positions)
 
 
 def _program_bytes(step: Any) -> int | None:

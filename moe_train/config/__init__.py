@@ -40,6 +40,7 @@ from moe_train.config.data import (
     TextRecord,
     Tokenizer,
 )
+from moe_train.config.objective import NextToken, Objective, check_records
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -104,9 +105,11 @@ __all__ = [
     "Model",
     "MoeFfn",
     "Muon",
+    "NextToken",
     "Nf4",
     "NonNegative",
     "NonNegativeFloat",
+    "Objective",
     "Optimizer",
     "Packing",
     "Positive",
@@ -129,5 +132,6 @@ __all__ = [
     "YarnRope",
     "check_batch",
     "check_model",
+    "check_records",
     "without_format",
 ]

@@ -33,6 +33,7 @@ from moe_train.run.self_test import check_against_all_gather, check_attention, c
 from moe_train.run.start import Start, starting_state
 from moe_train.run.stopping import Votes, signals, vote
 from moe_train.run.writer import Writer
+from moe_train.train.objectives.choose import objective_of
 from moe_train.train.step import compile_step
 from moe_train.weights.together import require_shared
 
@@ -104,12 +105,13 @@ def train(run: config.Config) -> int:
         batches: Any = leaving.enter_context(contextlib.closing(loader.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
         begun = time.perf_counter()
-        run_step = compile_step(run, begin.structure, begin.optimizer, state, batch)
+        run_step = compile_step(run, begin.structure, begin.optimizer, state, batch, begin.originals)
         writer.say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
 
-        held_out_sums, drift = make_batch_sums(begin.structure), None
+        objective, drift = objective_of(run.objective), None
+        held_out_sums = make_batch_sums(begin.structure, objective, begin.originals)
         if held_out is not None and (drift_batches := _drift_batches(run)) and begin.base is not None:
-            drift = Drift(make_drift_sums(begin.structure), begin.originals, drift_batches)
+            drift = Drift(make_drift_sums(begin.structure, objective), begin.originals, drift_batches)
             writer.say(f"routing is compared with the base model's on {drift_batches} held-out batches, a second forward pass each")
         if held_out is not None and start == 0:
             found = evaluate(held_out_sums, state.learned, state.frozen, held_out, mesh, run.evaluation.batches, drift)
@@ -119,7 +121,7 @@ def train(run: config.Config) -> int:
         writer.say(f"MFU is the share of {figures.peak_source}")
         saved_at, late = time.monotonic(), None
         for step in range(start + 1, total_steps + 1):
-            state, now = run_step(state, batch)
+            state, now = run_step(state, batch, begin.originals)
             every = run.checkpoint.every_minutes
             wishes = asked.reason is not None, every is not None and time.monotonic() - saved_at > 60 * every
             voted = vote(wishes, mesh)
@@ -182,6 +184,7 @@ def _loaders(run: config.Config) -> tuple[Loader, Loader | None]:
         seed=run.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        batch_type=objective_of(run.objective).batch_type,
     )
     microbatch = run.train.batch_size // run.train.microbatches
     return both("train", batch_size=run.train.batch_size), both("eval", batch_size=microbatch) if run.data.eval else None

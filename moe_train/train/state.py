@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.model.parameters import Parameters
-from moe_train.model.paths import is_bias, is_trainable
+from moe_train.model.paths import is_bias, is_lora, is_trainable
 
 
 class TrainState(NamedTuple):
@@ -46,6 +46,11 @@ def split_buffers(learned: Parameters) -> tuple[Parameters, Parameters]:
     """(trainable, buffers)."""
     buffers = {path: x for path, x in learned.items() if is_bias(path)}
     return {path: x for path, x in learned.items() if path not in buffers}, buffers
+
+
+def trained_in_full(learned: Parameters, lora: config.Lora | None) -> Parameters:
+    """What is trained beside adapters, and not as one; empty without the section `lora`."""
+    return {} if lora is None else {path: x for path, x in learned.items() if not is_lora(path)}
 
 
 def create_state(params: Parameters, optimizer: optax.GradientTransformation, lora: config.Lora | None = None) -> TrainState:

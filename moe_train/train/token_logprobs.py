@@ -5,7 +5,7 @@ Nothing of size (tokens, V) is saved: the backward pass computes the logits of e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moe_train.machine.mesh import batch_axes
+from moe_train.model.layers import keys_of
+from moe_train.model.moe.router import RouterStats
+from moe_train.model.transformer import Transformer
 from moe_train.train.logits import (
     LoraFactors,
     add_head_gradients,
@@ -66,11 +69,20 @@ def token_logprobs(
     """
     tokens = P(batch_axes(), "context")
 
-    def local(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_bt: jax.Array) -> TokenLogprobs:
+    def local(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_bt: jax.Array) -> Any:
         logprob_m, entropy_m = _chunked(xs, heads, targets_bt.reshape(-1))
-        return TokenLogprobs(logprob_m.reshape(targets_bt.shape), entropy_m.reshape(targets_bt.shape))
+        return logprob_m.reshape(targets_bt.shape), entropy_m.reshape(targets_bt.shape)
 
-    return on_each_device(local, hidden_BTD, head_VD, lora_factors, (targets_BT,), TokenLogprobs(tokens, tokens))
+    outputs = on_each_device(local, hidden_BTD, head_VD, lora_factors, (targets_BT,), (tokens, tokens))
+    return TokenLogprobs(*outputs)
+
+
+def batch_logprobs(model: Transformer, batch: Any, key: Array | None = None) -> tuple[TokenLogprobs, RouterStats | None]:
+    """`token_logprobs` of a model on a batch's targets, and the routers' statistics; key: of the adapters' dropout."""
+    body_key, head_key = keys_of(key, 2)
+    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
+    lora_factors = model.beside_head(hidden_BTD, head_key)
+    return token_logprobs(hidden_BTD, model.head_weight(), batch.targets, lora_factors), routers
 
 
 @jax.custom_vjp

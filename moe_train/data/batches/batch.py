@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
+
+Piece = tuple[np.ndarray, np.ndarray | None]
+"""Token ids (n + 1,) of a part of an example and their loss mask; without one, all bear loss."""
+
+
+class PackedBatch(Protocol):
+    """What the loader, `bench` and `plan` ask of an objective's batch type: a tuple of numpy arrays of shape (B, T)."""
+
+    @classmethod
+    def empty(cls, rows: int, seq_len: int) -> Self:
+        """Padding alone."""
+
+    @classmethod
+    def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:
+        """Uniform tokens, without padding, all of which bear loss: for measurements."""
+
+    def fill_row(self, row: int, pieces: Sequence[Piece]) -> None:
+        """Write pieces one after the other into an empty row."""
+
+    def __iter__(self) -> Any: ...
 
 
 class Batch(NamedTuple):
@@ -22,22 +42,27 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray
     positions: np.ndarray
 
+    @classmethod
+    def empty(cls, rows: int, seq_len: int) -> Self:
+        """Padding alone."""
+        dtypes = (np.int32, np.int32, bool, np.int32, np.int32)
+        return cls(*(np.zeros((rows, seq_len), dtype) for dtype in dtypes))
 
-def empty_batch(rows: int, seq_len: int) -> Batch:
-    """Padding alone."""
-    zeros = [np.zeros((rows, seq_len), dtype) for dtype in (np.int32, np.int32, bool, np.int32, np.int32)]
-    return Batch(*zeros)
+    @classmethod
+    def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:
+        """Uniform tokens, one segment a row."""
+        tokens = np.random.default_rng(seed).integers(0, vocab_size, (rows, seq_len), dtype=np.int32)
+        positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), tokens.shape).copy()
+        return cls(tokens, np.roll(tokens, -1, axis=1), np.ones(tokens.shape, bool), np.ones_like(tokens), positions)
 
-
-def fill_row(batch: Batch, row: int, pieces: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> None:
-    """Write pieces, ids (n + 1,) and their loss mask (None: all bear loss), one after the other into an empty row."""
-    at = 0
-    tokens, targets, loss_mask, segment_ids, positions = (whole[row] for whole in batch)
-    for segment, (ids, mask) in enumerate(pieces, start=1):
-        end = at + len(ids) - 1
-        tokens[at:end] = ids[:-1]
-        targets[at:end] = ids[1:]
-        loss_mask[at:end] = True if mask is None else mask[1:]
-        segment_ids[at:end] = segment
-        positions[at:end] = np.arange(end - at)
-        at = end
+    def fill_row(self, row: int, pieces: Sequence[Piece]) -> None:
+        """Write pieces one after the other into an empty row."""
+        start = 0
+        for segment, (ids, mask) in enumerate(pieces, start=1):
+            end = start + len(ids) - 1
+            self.tokens[row, start:end] = ids[:-1]
+            self.targets[row, start:end] = ids[1:]
+            self.loss_mask[row, start:end] = True if mask is None else mask[1:]
+            self.segment_ids[row, start:end] = segment
+            self.positions[row, start:end] = np.arange(end - start)
+            start = end

@@ -40,10 +40,11 @@ def bench(run: config.Config) -> dict[str, Any]:
     assert run.model is not None
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)
-        base_weights = jax.tree.map(jnp.copy, trained_in_full(state.learned, run.lora))
+        objective = objective_of(run.objective)
+        reference = trained_in_full(state.learned, run.lora) if objective.uses_reference else {}
+        base_weights = jax.tree.map(jnp.copy, reference)  # the step takes the state's own arrays over
         rows = run.train.batch_size // jax.process_count()
-        batch_type = objective_of(run.objective).batch_type
-        batch = put_batch(batch_type.synthetic(rows, run.train.seq_len, run.model.vocab_size, run.seed), mesh)
+        batch = put_batch(objective.batch_type.synthetic(rows, run.train.seq_len, run.model.vocab_size, run.seed), mesh)
 
         begun = time.perf_counter()
         step = compile_step(run, structure, optimizer, state, batch, base_weights)

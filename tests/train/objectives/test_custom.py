@@ -136,15 +136,3 @@ def test_balanced_routers_need_the_routers_statistics() -> None:
         jax.eval_shape(
             partial(step_gradients, definition, key=None), random_parameters(MODEL), Weights({}, {}, {}), put_batch(batch(), ONE)
         )
-
-
-def test_a_metric_cannot_take_the_name_of_the_loss() -> None:
-    def named_loss(*arguments: Any) -> tuple[Any, ...]:
-        total, weight, _, routers = by_hand(*arguments)
-        return total, weight, {"loss": total}, routers
-
-    optimizer = optax.sgd(1.0)
-    definition = StepDefinition(structure_of(None), custom(named_loss), optimizer)
-    with jax.set_mesh(ONE), pytest.raises(ValueError, match=r"metrics \['loss'\] have names that the step gives itself; rename"):
-        state = create_state(random_parameters(MODEL), optimizer)
-        jax.eval_shape(partial(train_step, definition), state, put_batch(batch(), ONE))

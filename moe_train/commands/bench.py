@@ -19,10 +19,10 @@ from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
-from moe_train.train.objectives.choose import objective_of
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state, partition, trained_in_full
 from moe_train.train.step import compile_step
+from moe_train.train.step_definition import definition_of
 
 WARM_UP, TIMED = 2, 7
 
@@ -40,14 +40,15 @@ def bench(run: config.Config) -> dict[str, Any]:
     assert run.model is not None
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)
-        objective = objective_of(run.objective)
+        definition = definition_of(run, structure, optimizer)
+        objective = definition.objective
         reference = trained_in_full(state.learned, run.lora) if objective.uses_reference else {}
         base_weights = jax.tree.map(jnp.copy, reference)  # the step takes the state's own arrays over
         rows = run.train.batch_size // jax.process_count()
         batch = put_batch(objective.batch_type.synthetic(rows, run.train.seq_len, run.model.vocab_size, run.seed), mesh)
 
         begun = time.perf_counter()
-        step = compile_step(run, structure, optimizer, state, batch, base_weights)
+        step = compile_step(definition, state, batch, base_weights)
         compiled = time.perf_counter() - begun
         seconds, cpu_seconds, losses = [], [], []
         for _ in range(1 + WARM_UP + TIMED):

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -32,10 +31,10 @@ from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.transformer import init_model
 from moe_train.plan import gpu_targets, hlo
 from moe_train.plan.topology import Topology, parse
-from moe_train.train.objectives.choose import objective_of
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import TrainState, create_state, trained_in_full
 from moe_train.train.step import compile_step
+from moe_train.train.step_definition import StepDefinition, definition_of
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,9 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
 
 
 class AbstractStep(NamedTuple):
-    """What `compile_step` takes besides the config, all arrays as shapes with their shardings."""
+    """What `compile_step` takes, all arrays as shapes with their shardings."""
 
-    structure: Any
-    optimizer: optax.GradientTransformation
+    definition: StepDefinition
     state: TrainState
     batch: Any
     base_weights: Parameters
@@ -174,16 +172,17 @@ def abstract_step(run: config.Config, mesh: Mesh) -> AbstractStep:
     state = jax.eval_shape(lambda params: create_state(params, optimizer, run.lora), jax.tree.map(placed, params))
     state = jax.tree.map(placed, state)
     sharding = NamedSharding(mesh, P(BATCH, "context"))
-    empty = objective_of(run.objective).batch_type.empty(run.train.batch_size, run.train.seq_len)
+    definition = definition_of(run, structure, optimizer)
+    empty = definition.objective.batch_type.empty(run.train.batch_size, run.train.seq_len)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), empty)
-    return AbstractStep(structure, optimizer, state, batch, trained_in_full(state.learned, run.lora))
+    return AbstractStep(definition, state, batch, trained_in_full(state.learned, run.lora))
 
 
 def compile_on(run: config.Config, mesh: Mesh) -> Compiled:
     """Compile the step of `run` for the devices of `mesh`, in this process."""
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
-        program = compile_step(run, *abstract_step(run, mesh))
+        program = compile_step(*abstract_step(run, mesh))
     seconds = time.perf_counter() - begun
     memory, text = program.memory_analysis(), program.as_text()
     assert memory is not None and text is not None

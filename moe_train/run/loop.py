@@ -35,6 +35,7 @@ from moe_train.run.stopping import Votes, signals, vote
 from moe_train.run.writer import Writer
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.step import compile_step
+from moe_train.train.step_definition import definition_of
 from moe_train.weights.together import require_shared
 
 FINISHED = 0
@@ -105,13 +106,13 @@ def train(run: config.Config) -> int:
         batches: Any = leaving.enter_context(contextlib.closing(loader.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
         begun = time.perf_counter()
-        run_step = compile_step(run, begin.structure, begin.optimizer, state, batch, begin.originals)
+        definition = definition_of(run, begin.structure, begin.optimizer)
+        run_step = compile_step(definition, state, batch, begin.originals)
         writer.say(f"compiled the step in {time.perf_counter() - begun:.1f} s")
 
-        objective, drift = objective_of(run.objective), None
-        held_out_sums = make_batch_sums(begin.structure, objective, begin.originals)
+        held_out_sums, drift = make_batch_sums(begin.structure, definition.objective, begin.originals), None
         if held_out is not None and (drift_batches := _drift_batches(run)) and begin.base is not None:
-            drift = Drift(make_drift_sums(begin.structure, objective), begin.originals, drift_batches)
+            drift = Drift(make_drift_sums(begin.structure, definition.objective), begin.originals, drift_batches)
             writer.say(f"routing is compared with the base model's on {drift_batches} held-out batches, a second forward pass each")
         if held_out is not None and start == 0:
             found = evaluate(held_out_sums, state.learned, state.frozen, held_out, mesh, run.evaluation.batches, drift)

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from moe_train import config
 from moe_train.machine.compiler_options import compiler_options
 from moe_train.model.moe.router import RouterStats, next_bias
-from moe_train.model.parameters import Parameters, with_capacity
+from moe_train.model.parameters import Parameters
 from moe_train.train.gradients import step_gradients
-from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Mean, Weights, divide, step_metrics
 from moe_train.train.state import TrainState
 from moe_train.train.step_definition import StepDefinition
@@ -86,23 +84,9 @@ def _balanced(buffers: Parameters, routers: RouterStats | None, rate: float | No
 
 
 def compile_step(
-    run: config.Config,
-    structure: Any,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    batch: Any,
-    base_weights: Parameters | None = None,
+    definition: StepDefinition, state: TrainState, batch: Any, base_weights: Parameters | None = None
 ) -> jax.stages.Compiled:
-    """`train_step` of a run, compiled for a state (which it takes over), a batch and base weights like these."""
-    definition = StepDefinition(
-        structure=with_capacity(structure, run.train.capacity_factor),
-        objective=objective_of(run.objective),
-        optimizer=optimizer,
-        router_loss=run.loss,
-        microbatches=run.train.microbatches,
-        dropout_seed=run.seed if run.lora and run.lora.dropout else None,
-        gradient_dtype=jnp.dtype(run.compute.dtype),
-    )
+    """`train_step`, compiled for a state (which it takes over), a batch and base weights like these."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     options = compiler_options("" if device is None else device.device_kind)
     step = jax.jit(partial(train_step, definition), donate_argnums=0)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from moe_train import config
+from moe_train.model.parameters import with_capacity
+from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
 
 
@@ -33,3 +35,16 @@ class StepDefinition:
     microbatches: int = 1
     dropout_seed: int | None = None
     gradient_dtype: jnp.dtype | None = None
+
+
+def definition_of(run: config.Config, structure: Any, optimizer: optax.GradientTransformation) -> StepDefinition:
+    """The step of a run."""
+    return StepDefinition(
+        structure=with_capacity(structure, run.train.capacity_factor),
+        objective=objective_of(run.objective),
+        optimizer=optimizer,
+        router_loss=run.loss,
+        microbatches=run.train.microbatches,
+        dropout_seed=run.seed if run.lora and run.lora.dropout else None,
+        gradient_dtype=jnp.dtype(run.compute.dtype),
+    )

@@ -23,9 +23,7 @@ from moe_train.model.moe.layer import MoE
 from moe_train.model.moe.transport.all_to_all import slots_of
 from moe_train.plan import hlo
 from moe_train.plan.compile import abstract_step
-from moe_train.train.objectives.next_token import next_token
 from moe_train.train.step import train_step
-from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
 
 B, T, D, F, E, A, N, H, V = 8, 16, 32, 64, 8, 2, 8, 4, 64
@@ -67,8 +65,7 @@ def lowered(mesh: str, layers: int = 2, dtype: str = "float32", microbatches: in
     )
     devices = make_mesh(run.mesh)
     with jax.set_mesh(devices):
-        structure, optimizer, state, batch, _ = abstract_step(run, devices)
-        definition = StepDefinition(structure, next_token(), optimizer, run.loss, microbatches, gradient_dtype=jnp.dtype(dtype))
+        definition, state, batch, _ = abstract_step(run, devices)
         return quick_jit(partial(train_step, definition), donate_argnums=0).lower(state, batch)
 
 

@@ -30,6 +30,6 @@ def make_batch_sums(structure: Any, objective: Objective, base_weights: Paramete
 
 def batch_sums(objective: Objective, inputs: Inputs) -> tuple[dict[str, Metric], RouterStats | None]:
     """(metrics of a batch as sums, the routers' statistics); the batch is a step of its own to the objective."""
-    totals = objective.totals(inputs)
-    terms = objective.loss(inputs, totals.of_step)
-    return held_out_metrics(objective, terms, totals.weight), terms.routers
+    of_step = None if objective.first_pass is None else objective.first_pass(inputs)
+    terms = objective.loss(inputs, of_step)
+    return held_out_metrics(objective, terms, objective.weight(inputs.batch, of_step)), terms.routers

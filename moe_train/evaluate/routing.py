@@ -56,7 +56,7 @@ def drift_sums(
     inputs = inputs_of(objective, structure, Weights(learned, frozen, originals), batch)
     metrics, routers = batch_sums(objective, inputs)
     base_model = combine(without_adapters(structure), originals, frozen)
-    base = objective.loss(inputs._replace(model=base_model), objective.totals(inputs).of_step).routers
+    _, base = batch_sums(objective, inputs._replace(model=base_model))
     assert routers is not None and base is not None and routers.expert_ids is not None and base.expert_ids is not None
     ids_LBTA, base_LBTA = routers.expert_ids, base.expert_ids
     kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_LBTA[..., None, :], axis=-1)

@@ -16,7 +16,7 @@ from moe_train.machine.mesh import axis_size, batch_axes
 from moe_train.model.moe.router import RouterStats, over_microbatches
 from moe_train.model.parameters import Parameters
 from moe_train.model.sharding.specs import over_replicas
-from moe_train.train.objectives.objective import Terms, Totals, Weights, divide, inputs_of
+from moe_train.train.objectives.objective import Terms, Weights, divide, inputs_of
 from moe_train.train.step_definition import StepDefinition
 
 
@@ -31,6 +31,13 @@ class StepGradients(NamedTuple):
     """Summed over microbatches; means of the routers' statistics averaged."""
     gradients: Parameters
     """In the parameters' dtypes."""
+
+
+class _Totals(NamedTuple):
+    """What is known of the whole step before its first gradient."""
+
+    weight: Array
+    of_step: Any
 
 
 def step_gradients(
@@ -49,43 +56,38 @@ def step_gradients(
         batch: global (B, T) arrays.
         key: of the adapters' dropout, or None.
     """
+    of_step = _first_pass(definition, trainable, fixed, batch, key)
+    totals = _Totals(definition.objective.weight(batch, of_step), of_step)
     if definition.microbatches == 1:
-        totals = _totals(definition, trainable, fixed, batch, key)
         (loss, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, batch, key)
         return StepGradients(loss, totals.weight, terms, gradients)
     if axis_size("data") == 1:
-        return _accumulate(definition, trainable, fixed, batch, key)
+        return _accumulate(definition, trainable, fixed, totals, batch, key)
     accumulate = partial(_accumulate, definition, gradient_dtype=definition.gradient_dtype)
-    in_specs = (P(), P(), P("data"), P())
+    in_specs = (P(), P(), P(), P("data"), P())
     # The check is off: where it is on, JAX 0.10 to 0.12 give what a shard_map in here saves for its backward pass a spec
     # that names `data` twice.
     run = jax.shard_map(accumulate, in_specs=in_specs, out_specs=P(), axis_names={"data"}, check_vma=False)
-    return run(trainable, fixed, batch, key)
+    return run(trainable, fixed, totals, batch, key)
 
 
 def _accumulate(
     definition: StepDefinition,
     trainable: Parameters,
     fixed: Weights,
+    totals: _Totals,
     batch: Any,
     key: Array | None,
     gradient_dtype: jnp.dtype | None = None,
 ) -> StepGradients:
     """Of all rows; inside a `shard_map` over `data`, of this replica's rows, whose sums are all-reduced at the end."""
 
-    def totals_of(microbatch: Any) -> tuple[Totals, None]:
-        return _totals(definition, trainable, fixed, *microbatch), None
-
     def share_of(microbatch: Any) -> tuple[Any, RouterStats | None]:
         (share, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, *microbatch)
         return (share, terms._replace(routers=None), gradients), terms.routers
 
-    # Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
-    parts = jax.tree.map(lambda x: _split_rows(x, definition.microbatches), batch)
-    keys = None if key is None else jax.random.split(key, definition.microbatches)
-    totals, _ = _sum_over_microbatches(totals_of, (parts, keys))
-    totals = over_replicas(totals)
-    (loss, terms, gradients), routers = _sum_over_microbatches(share_of, (parts, keys))
+    microbatches = _split(batch, key, definition.microbatches)
+    (loss, terms, gradients), routers = _sum_over_microbatches(share_of, microbatches)
     terms = terms._replace(routers=None if routers is None else over_microbatches(routers))
     gradients = over_replicas(jax.tree.map(lambda g, x: g.astype(gradient_dtype or x.dtype), gradients, trainable))
     gradients = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, trainable)
@@ -108,14 +110,24 @@ def _sum_over_microbatches(function: Callable[[Any], tuple[Any, Any]], microbatc
     return jax.lax.scan(add, jax.tree.map(zero, shapes), microbatches)
 
 
-def _totals(definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None) -> Totals:
+def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None) -> Any:
+    """The objective's gradient-free pass over all microbatches, in global view; None where it has none."""
+    first_pass = definition.objective.first_pass
+    if first_pass is None:
+        return None
     weights = fixed._replace(learned=trainable | fixed.learned)
-    inputs = inputs_of(definition.objective, definition.structure, weights, batch, key)
-    return jax.tree.map(jnp.asarray, definition.objective.totals(inputs))
+
+    def sums_of(microbatch: Any) -> tuple[Any, None]:
+        inputs = inputs_of(definition.objective, definition.structure, weights, *microbatch)
+        return jax.tree.map(jnp.asarray, first_pass(inputs)), None
+
+    if definition.microbatches == 1:
+        return sums_of((batch, key))[0]
+    return _sum_over_microbatches(sums_of, _split(batch, key, definition.microbatches))[0]
 
 
 def _share_and_gradients(
-    definition: StepDefinition, trainable: Parameters, fixed: Weights, totals: Totals, batch: Any, key: Array | None
+    definition: StepDefinition, trainable: Parameters, fixed: Weights, totals: _Totals, batch: Any, key: Array | None
 ) -> tuple[tuple[Array, Terms], Parameters]:
     """((a microbatch's share of the step's loss, its terms), gradients); the shares of all microbatches add up."""
     objective, coefs = definition.objective, definition.router_loss
@@ -142,6 +154,15 @@ def _router_loss(routers: RouterStats, coefs: config.Loss) -> Array:
     balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(routers.load_balance_loss)
     z = (coefs.router_z_loss_coef or 0.0) * jnp.sum(routers.router_z_loss)
     return balance + z
+
+
+def _split(batch: Any, key: Array | None, microbatches: int) -> tuple[Any, Array | None]:
+    """(microbatches, their keys), stacked on dim 0.
+
+    Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
+    """
+    keys = None if key is None else jax.random.split(key, microbatches)
+    return jax.tree.map(lambda x: _split_rows(x, microbatches), batch), keys
 
 
 def _split_rows(x: Array, microbatches: int) -> Array:

@@ -14,7 +14,7 @@ from moe_train.data.batches.batch import Batch
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.transformer import init_model
 from moe_train.train.objectives.next_token import next_token
-from moe_train.train.objectives.objective import Inputs, Mean, Objective, Terms, Totals
+from moe_train.train.objectives.objective import Inputs, Mean, Objective, Terms
 from moe_train.train.token_logprobs import batch_logprobs
 from tests.train.tiny_step import (
     EVERY_MESH,
@@ -32,10 +32,10 @@ from tests.train.tiny_step import (
 def step_baseline() -> Objective:
     """Sum of (log-probability - half of its mean over the whole step)^2; the mean is a constant."""
 
-    def totals(inputs: Inputs) -> Totals:
+    def first_pass(inputs: Inputs) -> Any:
         mask = inputs.batch.loss_mask
         outputs, _ = batch_logprobs(inputs.model, inputs.batch)
-        return Totals(jnp.sum(mask), of_step={"logprob": jnp.sum(outputs.logprob * mask), "tokens": jnp.sum(mask)})
+        return {"logprob": jnp.sum(outputs.logprob * mask), "tokens": jnp.sum(mask)}
 
     def loss(inputs: Inputs, of_step: Any) -> Terms:
         outputs, routers = batch_logprobs(inputs.model, inputs.batch)
@@ -43,7 +43,7 @@ def step_baseline() -> Objective:
         squares = jnp.square(outputs.logprob - baseline / 2) * inputs.batch.loss_mask
         return Terms(jnp.sum(squares), {"baseline": Mean(of_step["logprob"], of_step["tokens"])}, routers)
 
-    return Objective(Batch, totals, loss, mean_name="squares", weight_name="tokens")
+    return Objective(Batch, next_token().weight, loss, "squares", "tokens", first_pass)
 
 
 def plain_baseline(model: Any, _: Any, batch: Any) -> jax.Array:
@@ -61,9 +61,6 @@ def test_a_pass_over_the_whole_step_comes_before_the_first_gradient(mesh: str, m
 def divergence() -> Objective:
     """KL divergence from the reference model, by the estimator exp(d) - 1 - d."""
 
-    def totals(inputs: Inputs) -> Totals:
-        return Totals(jnp.sum(inputs.batch.loss_mask))
-
     def loss(inputs: Inputs, of_step: Any) -> Terms:
         assert inputs.reference is not None
         outputs, routers = batch_logprobs(inputs.model, inputs.batch, inputs.key)
@@ -72,7 +69,7 @@ def divergence() -> Objective:
         values = (jnp.expm1(difference) - difference) * inputs.batch.loss_mask
         return Terms(jnp.sum(values), {"difference": jnp.sum(jnp.abs(difference) * inputs.batch.loss_mask)}, routers)
 
-    return Objective(Batch, totals, loss, mean_name="divergence", weight_name="tokens", uses_reference=True)
+    return Objective(Batch, next_token().weight, loss, "divergence", "tokens", uses_reference=True)
 
 
 def plain_divergence(model: Any, base: Any, batch: Any) -> jax.Array:
@@ -103,9 +100,9 @@ def test_the_divergence_from_the_reference_starts_at_zero(mesh: str, microbatche
 def test_full_training_has_no_reference_in_memory() -> None:
     seen = []
 
-    def totals(inputs: Inputs) -> Totals:
+    def loss(inputs: Inputs, of_step: Any) -> Terms:
         seen.append(inputs.reference)
-        return next_token().totals(inputs)
+        return next_token().loss(inputs, of_step)
 
-    gradients(replace(next_token(), totals=totals, uses_reference=True), ONE)
+    gradients(replace(next_token(), loss=loss, uses_reference=True), ONE)
     assert seen == [None]

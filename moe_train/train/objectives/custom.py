@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_train.data.batches.batch import Batch, PackedBatch
-from moe_train.train.objectives.objective import Inputs, Objective, Terms, Totals
+from moe_train.train.objectives.objective import Inputs, Objective, Terms
 
 LossFunction = Callable[..., tuple[Any, ...]]
 """`loss(model, batch, key)` -> (sum, weight, metrics) or (sum, weight, metrics, routers)."""
@@ -24,12 +24,13 @@ def custom(function: LossFunction, batch_type: type[PackedBatch] = Batch) -> Obj
         batch_type: of the batches that the function takes.
     """
 
-    def totals(inputs: Inputs) -> Totals:
+    def first_pass(inputs: Inputs) -> Any:
+        # What is not needed for the weight is removed as dead code: usually the whole forward pass.
         _, weight, *_ = function(inputs.model, inputs.batch, inputs.key)
-        return Totals(weight)
+        return weight
 
     def loss(inputs: Inputs, of_step: Any) -> Terms:
         total, _, metrics, *routers = function(inputs.model, inputs.batch, inputs.key)
         return Terms(total, metrics, *routers)
 
-    return Objective(batch_type, totals, loss, mean_name="objective", weight_name="weight")
+    return Objective(batch_type, lambda batch, of_step: of_step, loss, "objective", "weight", first_pass)

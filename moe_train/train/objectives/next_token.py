@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from moe_train.data.batches.batch import Batch
 from moe_train.model.layers import keys_of
 from moe_train.train.cross_entropy import cross_entropy_sum
-from moe_train.train.objectives.objective import Inputs, Objective, Terms, Totals
+from moe_train.train.objectives.objective import Inputs, Objective, Terms
 
 
 def next_token() -> Objective:
     """The objective, whose batch is a `Batch`."""
-    return Objective(Batch, totals, loss, mean_name="cross_entropy", weight_name="loss_tokens")
+    return Objective(Batch, weight, loss, mean_name="cross_entropy", weight_name="loss_tokens")
 
 
-def totals(inputs: Inputs) -> Totals:
+def weight(batch: Any, of_step: Any) -> Array:
     """The number of loss-bearing tokens."""
-    return Totals(jnp.sum(inputs.batch.loss_mask))
+    return jnp.sum(batch.loss_mask)
 
 
 def loss(inputs: Inputs, of_step: Any) -> Terms:

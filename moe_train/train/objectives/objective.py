@@ -33,15 +33,6 @@ class Inputs(NamedTuple):
     adapters. None in full training."""
 
 
-class Totals(NamedTuple):
-    """Results of the gradient-free pass over a microbatch; summed over the step before its first gradient."""
-
-    weight: Array
-    """What the sum is divided by, for instance the number of tokens; a constant to the gradient."""
-    of_step: Any = None
-    """A pytree of further sums, which the loss of every microbatch receives."""
-
-
 class Mean(NamedTuple):
     """A metric that is total(sum) / total(weight) over a step, or over held-out data."""
 
@@ -69,18 +60,22 @@ class Objective:
 
     Attributes:
         batch_type: what the loader makes for it.
-        totals: its gradient-free pass over the whole step. Where only the batch is looked at, no forward pass runs.
-        loss: its sum over a microbatch, given the totals' `of_step`.
+        weight: what the step's sum is divided by, for instance the number of tokens, given the batch of the whole step and
+            the result of the first pass; a constant to the gradient.
+        loss: its sum over a microbatch, given the result of the first pass.
         mean_name: the name of total(sum) / total(weight) among the metrics of a step; held-out data calls it `loss`.
         weight_name: the name of total(weight).
+        first_pass: a gradient-free pass over all microbatches before the first gradient, or None. It returns a pytree of
+            sums over its microbatch, which are added over the step; `weight` and the loss of every microbatch receive it.
         uses_reference: whether it wants `Inputs.reference`.
     """
 
     batch_type: type[PackedBatch]
-    totals: Callable[[Inputs], Totals]
+    weight: Callable[[Any, Any], Array]
     loss: Callable[[Inputs, Any], Terms]
     mean_name: str
     weight_name: str
+    first_pass: Callable[[Inputs], Any] | None = None
     uses_reference: bool = False
 
 

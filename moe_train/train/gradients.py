@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from moe_train import config
-from moe_train.machine.mesh import axis_size, batch_axes
+from moe_train.machine.mesh import axis_size, batch_axes, platform
 from moe_train.model.moe.router import RouterStats, over_microbatches
 from moe_train.model.parameters import Parameters
 from moe_train.model.sharding.specs import over_replicas
@@ -94,7 +94,9 @@ def _accumulate(
     return StepGradients(loss, totals.weight, terms, gradients)
 
 
-def _sum_over_microbatches(function: Callable[[Any], tuple[Any, Any]], microbatches: Any) -> tuple[Any, Any]:
+def _sum_over_microbatches(
+    function: Callable[[Any], tuple[Any, Any]], microbatches: Any, unrolled: bool = False
+) -> tuple[Any, Any]:
     """(sums of the first results of `function`, stack of its second results); floats are summed in float32."""
 
     def add(total: Any, microbatch: Any) -> tuple[Any, Any]:
@@ -107,7 +109,7 @@ def _sum_over_microbatches(function: Callable[[Any], tuple[Any, Any]], microbatc
         return jnp.zeros(shape.shape, dtype, out_sharding=shape.sharding)
 
     shapes, _ = jax.eval_shape(lambda xs: function(jax.tree.map(lambda x: x[0], xs)), microbatches)
-    return jax.lax.scan(add, jax.tree.map(zero, shapes), microbatches)
+    return jax.lax.scan(add, jax.tree.map(zero, shapes), microbatches, unroll=unrolled)
 
 
 def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None) -> Any:
@@ -123,7 +125,9 @@ def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weight
 
     if definition.microbatches == 1:
         return sums_of((batch, key))[0]
-    return _sum_over_microbatches(sums_of, _split(batch, key, definition.microbatches))[0]
+    # XLA:CPU runs the collectives of this loop at the same time as others, and all devices may then wait for each other.
+    unrolled = platform() == "cpu"
+    return _sum_over_microbatches(sums_of, _split(batch, key, definition.microbatches), unrolled)[0]
 
 
 def _share_and_gradients(

@@ -12,6 +12,7 @@ from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.run.preflight import check_ready
+from moe_train.train.objectives.choose import objective_of
 
 
 class Inputs(NamedTuple):
@@ -40,6 +41,7 @@ def open_inputs(run: config.Run) -> Inputs:
         seed=run.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        batch_type=objective_of(run.objective).batch_type,
     )
     train = open_loader("train", batch_size=run.train.batch_size)
     microbatch = run.train.batch_size // run.train.microbatches

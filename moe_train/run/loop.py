@@ -27,6 +27,7 @@ from moe_train.run.start import starting_state
 from moe_train.run.stopping import Votes, signals, vote
 from moe_train.run.writer import Writer
 from moe_train.train.step import StepMetrics, compile_step
+from moe_train.train.step_definition import definition_of
 
 FINISHED = 0
 """The exit code of a run that is done; UNFINISHED is that of one to be started again."""
@@ -70,10 +71,11 @@ def train(run: config.Run) -> int:
         batches: Any = leaving.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
         started = time.perf_counter()
-        run_step = compile_step(run, begin.structure, begin.optimizer, state, batch)
+        definition = definition_of(run, begin.structure, begin.optimizer)
+        run_step = compile_step(definition, state, batch, begin.originals)
         writer.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
 
-        held_out = HeldOut(run, mesh, inputs, begin, writer)
+        held_out = HeldOut(run, mesh, inputs, begin, definition.objective, writer)
         if start == 0:
             held_out.measure(0, state)
         saving = Saving(run, checkpoints, begin, inputs)
@@ -81,7 +83,7 @@ def train(run: config.Run) -> int:
         writer.say(f"MFU is the share of {figures.peak_source}")
         unread: tuple[int, StepMetrics, jax.Array] | None = None
         for step in range(start + 1, total_steps + 1):
-            state, now = run_step(state, batch)
+            state, now = run_step(state, batch, begin.originals)
             voted = vote((asked.reason is not None, saving.is_overdue()), mesh)
             if step < total_steps:
                 batch = put_batch(figures.awaited(batches), mesh)

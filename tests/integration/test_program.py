@@ -67,7 +67,7 @@ def lowered(mesh: str, layers: int = 2, dtype: str = "float32", microbatches: in
     )
     devices = make_mesh(run.mesh)
     with jax.set_mesh(devices):
-        definition, state, batch, _ = abstract_step(run, devices)
+        definition, state, batch, _ = abstract_step(config.run_of(run), devices)
         return quick_jit(partial(train_step, definition), donate_argnums=0).lower(state, batch)
 
 

@@ -16,7 +16,6 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import shutil
 import threading
 import time
@@ -223,7 +222,7 @@ def _submitted(pool: ProcessPoolExecutor, directory: Path, todo: list[Shard], re
     """Start the processes of the pool, to which the source is pickled, and give them the shards."""
     try:
         return {pool.submit(_work, directory / shard.key, shard) for shard in todo}
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except Exception as error:  # an object can refuse to be pickled with any error
         raise ValueError(
             f"{', '.join(recipe.records.names[:3])}: the records cannot be passed to other processes ({error}); "
             "set data.num_proc to 1, or make the object picklable"

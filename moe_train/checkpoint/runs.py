@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.manager import FOLDER
+from moe_train.config.faults import in_words
 
 TOKENIZER = "tokenizer"
 """The folder of a run with its tokenizer's files."""
@@ -27,4 +31,16 @@ def run_config(run_dir: str | Path) -> config.Config:
         about = manager.newest(checkpoints)
     if about is None:
         raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read")
-    return config.Config.model_validate_json(json.dumps(about.config))
+    return saved_config(about.config, run_dir)
+
+
+def saved_config(fields: dict[str, Any], run_dir: str | Path) -> config.Config:
+    """The config that a checkpoint holds. Raises ValueError in one line where another version wrote keys that are none here."""
+    try:
+        return config.Config.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        path, message = next(in_words(error, fields))
+        key = ".".join(map(str, path))
+        raise ValueError(
+            f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version for it, or start anew"
+        ) from error

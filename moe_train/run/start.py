@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import orbax.checkpoint as ocp
 from moe_train import config
 from moe_train.checkpoint import identity, manager, model_dir
 from moe_train.checkpoint.manager import About, Base
+from moe_train.checkpoint.runs import saved_config
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
 from moe_train.machine.host_memory import require_room
@@ -103,7 +103,7 @@ _DECIDED_AT_START = (
 
 def _changes(run: config.Config, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the checkpoint's, {key: (then, now)}. Raises ValueError where one must not."""
-    before = config.Config.model_validate_json(json.dumps(last.config))  # an older version's lacks what has since been added
+    before = saved_config(last.config, run.run_dir)  # an older version's lacks what has since been added
     then, now = (yaml_file.flat(each.model_dump(mode="json")) for each in (before, run))
     changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
     for key, (old, new) in changed.items():

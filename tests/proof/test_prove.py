@@ -542,5 +542,5 @@ def test_a_record_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_tokenizers_are_read_from_the_directory(exports: Any) -> None:
     export, _ = exports("hf", "float32")
-    tokenizer, template = repeat.proof_texts.reopened(export, "hf")
+    tokenizer, template = repeat.texts.reopened(export, "hf")
     assert isinstance(tokenizer, HuggingFace) and tokenizer.path == export and template

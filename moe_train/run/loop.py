@@ -26,6 +26,8 @@ from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import starting_state
 from moe_train.run.stopping import Votes, signals, vote
 from moe_train.run.writer import Writer
+from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.objective import Objective
 from moe_train.train.step import StepMetrics, compile_step
 from moe_train.train.step_definition import definition_of
 
@@ -33,9 +35,10 @@ FINISHED = 0
 """The exit code of a run that is done; UNFINISHED is that of one to be started again."""
 
 
-def train(run: config.Run) -> int:
+def train(run: config.Run, objective: Objective | None = None) -> int:
     """Train as `run` says, from its newest checkpoint where it has one; FINISHED or UNFINISHED.
 
+    objective: in place of the one that `run` names, such as a loss of one's own (`objectives.custom.custom`).
     Raises ValueError or FileNotFoundError for what cannot be done as asked, RuntimeError for a fault while running;
     the checkpoints that exist stay in both cases.
     """
@@ -43,7 +46,8 @@ def train(run: config.Run) -> int:
     check_fits(run, mesh.local_devices[0])
     with jax.set_mesh(mesh), signals() as asked, contextlib.ExitStack() as leaving:
         check_transport(run.compute.transport)
-        inputs = open_inputs(run)
+        objective = objective or objective_of(run.objective)
+        inputs = open_inputs(run, objective)
         folder = leaving.enter_context(RunFolder(Path(run.run_dir)))
         checkpoints = leaving.enter_context(manager.opened(folder.path, run.checkpoint))
         begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
@@ -71,11 +75,11 @@ def train(run: config.Run) -> int:
         batches: Any = leaving.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
         started = time.perf_counter()
-        definition = definition_of(run, begin.structure, begin.optimizer)
+        definition = definition_of(run, begin.structure, begin.optimizer, objective)
         run_step = compile_step(definition, state, batch, begin.originals)
         writer.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
 
-        held_out = HeldOut(run, mesh, inputs, begin, definition.objective, writer)
+        held_out = HeldOut(run, mesh, inputs, begin, objective, writer)
         if start == 0:
             held_out.measure(0, state)
         saving = Saving(run, checkpoints, begin, inputs)

@@ -37,11 +37,13 @@ class StepDefinition:
     gradient_dtype: jnp.dtype | None = None
 
 
-def definition_of(run: config.Run, structure: Any, optimizer: optax.GradientTransformation) -> StepDefinition:
-    """The step of a run."""
+def definition_of(
+    run: config.Run, structure: Any, optimizer: optax.GradientTransformation, objective: Objective | None = None
+) -> StepDefinition:
+    """The step of a run. objective: None for the one that the run names."""
     return StepDefinition(
         structure=with_capacity(structure, run.train.capacity_factor),
-        objective=objective_of(run.objective),
+        objective=objective or objective_of(run.objective),
         optimizer=optimizer,
         router_loss=run.loss,
         microbatches=run.train.microbatches,

@@ -22,6 +22,7 @@ from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.chat.example import Example
 from moe_train.data.records.conversation import Conversation, normalise
 from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.chat.chats import CALL, TOOL
 from tests.data.conversations import conversations
 from tests.data.hugging_face import small_tekken
 
@@ -133,8 +134,6 @@ def test_tokens_and_masks_are_mistral_commons_over_a_thousand_conversations(vers
     assert counts["system"] > 100 and counts["long"] > 100 and (counts["calls"] > 500 or not tools)
 
 
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}]
 RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"}
 ANSWER = {"role": "assistant", "content": "b"}

@@ -1,0 +1,41 @@
+"""Local files: which ones a path, a folder or a glob names, and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_train import config
+from tests.data.records.sources import opened, texts
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+
+def test_folders_and_globs_come_sorted_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/10.txt", "a.md", ".hidden.txt", ".git/x.txt", "b/picture.png", "c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(opened(tmp_path)) == ["a.md", "b/10.txt", "b/2.txt"]
+    assert texts(opened(tmp_path / "*" / "*.txt")) == ["b/10.txt", "b/2.txt"]
+    assert texts(opened(tmp_path / "c.py", format="text")) == ["c.py"]
+
+
+def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.xls").write_text("a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^data: s3://bucket/\*.jsonl is a URL; records are read from this machine's"):
+        opened("s3://bucket/*.jsonl")
+    for missing in ("nothing.jsonl", "*.parquet", "empty"):
+        with pytest.raises(FileNotFoundError, match="no file matches"):
+            opened(tmp_path / missing)
+    with pytest.raises(ValueError, match=r"a\.xls: no format goes with its name .*state format"):
+        opened(tmp_path / "a.xls")
+    (tmp_path / "a.parquet.gz").write_text("a")
+    with pytest.raises(ValueError, match="parquet is compressed inside"):
+        opened(tmp_path / "a.parquet.gz")
+    with pytest.raises(ValueError, match="named twice"):
+        opened(tmp_path / "a.txt", tmp_path / "*.txt")
+    with pytest.raises(ValueError, match="plain text, which has no chat records"):
+        opened(tmp_path / "a.txt", record=config.ChatRecord(name="chat"))

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mistral_common
 import pytest
 import tokenizers
 from hypothesis import given
@@ -21,7 +20,6 @@ from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.chat.chats import CHATML, SEVERAL, SINGLE, TOOL, WITH_GENERATION, render, spans
 from tests.data.conversations import conversations
 
-TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 WITH_TOOLS = """\
 {{- tools|tojson if tools else '' }}
 {%- for message in messages %}
@@ -33,11 +31,6 @@ WITH_TOOLS = """\
 {%- endfor %}
 """
 KEYS = ["id", "type", "function", "name", "arguments", "description", "parameters", "properties", "text", "$ref", "a"]
-
-
-@pytest.fixture(scope="module")
-def mistral() -> Mistral:
-    return Mistral(TEKKEN)
 
 
 def test_the_system_message_goes_before_the_first_user_turn(tokenizer: HuggingFace) -> None:

@@ -1,15 +1,17 @@
-"""A small model with adapters, and the run that training it would leave behind."""
+"""A small model with adapters, the run that training it would leave behind, and a mesh of one device."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters
 from moe_train.train.state import create_state
 from moe_train.weights import external
@@ -24,6 +26,7 @@ MODEL = config.Model(
 )
 LORA = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*"), rank=2, alpha=3.0),))
 MESH = config.Mesh(fsdp=2, expert=2, tensor=2)
+ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 
 
 def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **more: Any) -> config.Config:

@@ -16,10 +16,9 @@ from moe_train import config
 from moe_train.cli import main
 from moe_train.commands import adapters, write_and_prove
 from moe_train.data.tokenizers.huggingface import HuggingFace
-from moe_train.machine.mesh import make_mesh
 from moe_train.model.paths import is_trainable
 from moe_train.weights import peft, texts
-from tests.commands.runs import MODEL
+from tests.commands.runs import MODEL, ONE
 from tests.random_parameters import random_parameters
 
 LORA = config.Lora(
@@ -28,7 +27,6 @@ LORA = config.Lora(
         config.LoraTarget(modules=("ffn.*",), rank=3, alpha=2.0),
     )
 )
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

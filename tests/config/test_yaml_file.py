@@ -1,4 +1,4 @@
-"""YAML and overrides -> Config: what is read, what is refused, and in which words."""
+"""YAML and overrides to a Config and back: what is read, and what is refused."""
 
 from __future__ import annotations
 

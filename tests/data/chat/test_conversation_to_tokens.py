@@ -1,4 +1,4 @@
-"""Chat rendering: the loss mask covers what the assistant wrote and nothing else; transformers renders the same."""
+"""Conversations to tokens: what is accepted or refused and why, prompts, and the same rendering as transformers."""
 
 from __future__ import annotations
 

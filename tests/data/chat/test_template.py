@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer with its chat template gives mistral-common's tokens; hostile templates are stopped."""
+"""A Hugging Face tokenizer with its chat template gives the tokens of mistral-common; templates without tools are refused."""
 
 from __future__ import annotations
 
@@ -20,14 +20,8 @@ from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.chat.chats import ANSWER, CALLS, CHATML, MARKED, QUESTION, TOOL
 from tests.data.conversations import conversations, texts
-from tests.data.hugging_face import DATA, small_tekken, write
+from tests.data.hugging_face import DATA, FILES, small_tekken, write
 
-FILES = {
-    "v1": "tokenizer.model.v1",
-    "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "v7": "mistral_instruct_tokenizer_241114.model.v7",
-}
 TEKKENS = ("v3", "v7", "v11", "v13")
 VERSIONS = [*FILES, *(f"tekken-{version}" for version in TEKKENS)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from moe_train.data.tokenizers.mistral import Mistral
-from tests.data.hugging_face import DATA
+from tests.data.hugging_face import V3
 
 
 @pytest.fixture(scope="module")
 def v3() -> Mistral:
-    return Mistral(DATA / "mistral_instruct_tokenizer_240323.model.v3")
+    return Mistral(V3)

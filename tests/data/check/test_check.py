@@ -1,4 +1,4 @@
-"""The check of data: what it finds and where, what it counts, the copy that it corrects, and its command."""
+"""The check of data: what it finds and where, in any number of processes, and which sources it can check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gzip
 import json
 from pathlib import Path
 
-import mistral_common
 import pytest
 
 from moe_train import config
@@ -16,8 +15,6 @@ from moe_train.data.check.check import Settings, Source, check, sources_of
 from moe_train.data.records import json_array, json_lines
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import ANSWER, KINDS, LINES, USER, Write, check_files, varied
-
-DATA = Path(mistral_common.__file__).parent / "data"
 
 
 def test_a_clean_file(tokenizer: HuggingFace, write_lines: Write) -> None:

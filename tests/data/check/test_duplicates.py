@@ -1,4 +1,4 @@
-"""Words, their sequences, and records that are alike: against plain Python, and against exact Jaccard similarity."""
+"""Records that are alike: fingerprints against exact Jaccard similarity, exact and near duplicates."""
 
 from __future__ import annotations
 

@@ -1,13 +1,11 @@
-"""Rules: each is broken by a record made for it and by nothing else, and repairs lead to what training takes."""
+"""Rules: good records break none, each has a record that breaks it, and repairs lead to what training accepts."""
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-import mistral_common
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,6 +38,7 @@ from tests.data.check.broken_records import (
     without,
 )
 from tests.data.conversations import conversations
+from tests.data.hugging_face import V3 as V3_FILE
 
 GOOD: list[list[dict[str, Any]]] = [
     [USER, ANSWER],
@@ -112,7 +111,7 @@ MESSAGES = st.lists(
     min_size=1,
     max_size=6,
 )
-V3 = Mistral(Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3")
+V3 = Mistral(V3_FILE)
 
 
 @settings(max_examples=300, deadline=None)

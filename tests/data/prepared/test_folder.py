@@ -1,4 +1,4 @@
-"""Prepared sets in a bucket: the same batches as from here, read by range, within a bound."""
+"""Folders of a prepared set: the same batches from a bucket, read by range, within a bound."""
 
 from __future__ import annotations
 

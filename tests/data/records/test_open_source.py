@@ -1,4 +1,4 @@
-"""Sources: every format, every origin, and an error that says where."""
+"""A source is opened by its section, and its texts are read one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers: plain text stays plain, what is trained is whole and the same each time, and transformers agrees."""
+"""Tokenizers of Hugging Face: text survives the round trip, settings saved in the files do no harm, damaged files are refused."""
 
 from __future__ import annotations
 

@@ -66,12 +66,12 @@ PEER = """
 import os, sys, time
 from moe_train.machine import processes
 processes.GRACE_SECONDS = 0.5
-index, how, told = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+index, how, invitation = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 if index == 0:
     processes.first_alone_speaks(0)
     print(processes.listen(3), flush=True)
 else:
-    processes.connect("localhost", told, index, 3)
+    processes.connect("localhost", invitation, index, 3)
     print("connected", flush=True)
 sys.stdin.readline()
 if how == "leaves":
@@ -88,14 +88,16 @@ else:
 def job_of_three(*hows: str, strangers: tuple[bytes, ...] = ()) -> list[tuple[int, str]]:
     """(exit code, stderr) of three processes; those that go do so when all are there, and those that wait would do so for
     longer than this does. Strangers say something to the first one before the others come."""
-    env, started, told = {**os.environ, "PYTHONPATH": str(ROOT)}, [], ""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started: list[subprocess.Popen[str]] = []
+    invitation = ""
     for i, how in enumerate(hows):
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        started.append(subprocess.Popen([sys.executable, "-c", PEER, str(i), how, told], env=env, text=True, **pipes))
+        started.append(subprocess.Popen([sys.executable, "-c", PEER, str(i), how, invitation], env=env, text=True, **pipes))
         if i == 0:
-            told = started[0].stdout.readline().strip()
+            invitation = started[0].stdout.readline().strip()
             for said in strangers:
-                with socket.create_connection(("localhost", int(told.split()[0]))) as stranger:
+                with socket.create_connection(("localhost", int(invitation.split()[0]))) as stranger:
                     stranger.sendall(said)
     for process in started[1:]:
         assert process.stdout.readline() == "connected\n"

@@ -15,6 +15,9 @@ PACKAGE = TESTS.parent / "moe_train"
 # file of the package -> where it is tested instead, and why
 TESTED_ELSEWHERE: dict[str, str] = {
     "__main__.py": "cli/test_main.py runs the command as a process",
+    "cli/arguments.py": "cli/test_main.py gives commands these arguments; the file only declares them",
+    "commands/evaluate.py": "integration/test_bad_input.py evaluates files, and refuses others, through the command",
+    "commands/train.py": "integration/test_own_records.py trains through it; it only joins resolve and the loop",
 }
 OUTSIDE_THE_MIRROR = {"integration", "judges", "benchmarks"}
 

@@ -7,50 +7,17 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moe_train.cli import main
 from moe_train.config import Config
+from tests.cli.command import run
 
-RUN = """\
-name: tiny
-run_dir: runs/tiny
-init_from: models/tiny
-train: {steps: 10, batch_size: 8, seq_len: 32}
-optimizer: {name: adamw, learning_rate: 1e-4}
-"""
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "verify", "upcycle", "bench", "tokenizer", "schema", "quickstart"]
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN)
-    return str(path)
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch):
-    """Replaces a module by one function that a command calls."""
-
-    def put(module: str, **functions: Any) -> None:
-        fake = ModuleType(module)
-        vars(fake).update(functions)
-        monkeypatch.setitem(sys.modules, module, fake)
-        package, _, name = module.rpartition(".")
-        monkeypatch.setattr(sys.modules[package] if package in sys.modules else __import__(package), name, fake, raising=False)
-
-    return put
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main.main(arguments)
-    return int(stop.value.code or 0)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["tokenizer", "train"]], ids=" ".join)
@@ -81,7 +48,7 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], said: str, capsys: p
 
 
 @pytest.mark.parametrize("code", [0, 75])
-def test_train_hands_on_the_config_and_its_exit_code(stand_in, config: str, code: int) -> None:
+def test_train_hands_on_the_config_and_its_exit_code(stand_in, config_path: str, code: int) -> None:
     given: list[Config] = []
 
     def train(resolved: Config) -> int:
@@ -89,7 +56,7 @@ def test_train_hands_on_the_config_and_its_exit_code(stand_in, config: str, code
         return code
 
     stand_in("moe_train.commands.train", train=train)
-    assert run("train", config, "train.steps=3", "name=other") == code
+    assert run("train", config_path, "train.steps=3", "name=other") == code
     assert (given[0].train.steps, given[0].name) == (3, "other")
 
 
@@ -104,32 +71,32 @@ def test_train_hands_on_the_config_and_its_exit_code(stand_in, config: str, code
         (RuntimeError("4 steps in a row were not finite"), 1, "moe-train: 4 steps in a row were not finite\n"),
     ],
 )
-def test_an_error_is_one_line(stand_in, config: str, capsys, error: Exception, code: int, said: str) -> None:
+def test_an_error_is_one_line(stand_in, config_path: str, capsys, error: Exception, code: int, said: str) -> None:
     def train(resolved: Config) -> int:
         raise error
 
     stand_in("moe_train.commands.train", train=train)
-    assert run("train", config) == code
+    assert run("train", config_path) == code
     assert capsys.readouterr() == ("", said)
-    assert run("train", config, "--debug") == code
+    assert run("train", config_path, "--debug") == code
     assert capsys.readouterr().err.startswith("Traceback")
 
 
-def test_an_unforeseen_error_shows_its_traceback(stand_in, config: str, capsys) -> None:
+def test_an_unforeseen_error_shows_its_traceback(stand_in, config_path: str, capsys) -> None:
     def train(resolved: Config) -> int:
         return {}["no such key"]
 
     stand_in("moe_train.commands.train", train=train)
-    assert run("train", config) == 1
+    assert run("train", config_path) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback")
     assert said.endswith("moe-train: KeyError: 'no such key'\n")
 
 
-def test_bad_configs_end_with_2_and_their_lines(config: str, tmp_path: Path, capsys) -> None:
+def test_bad_configs_end_with_2_and_their_lines(config_path: str, tmp_path: Path, capsys) -> None:
     assert run("train", str(tmp_path / "none.yaml")) == 2
     assert capsys.readouterr().err == f"moe-train: {tmp_path}/none.yaml: no such config file\n"
-    assert run("train", config, "train.step=3", "seed=x") == 2
+    assert run("train", config_path, "train.step=3", "seed=x") == 2
     assert capsys.readouterr().err.splitlines() == [
         'moe-train: override seed=x: seed: has to be a whole number (value "x")',
         "moe-train: override train.step=3: train.step: unknown key; did you mean steps? (value 3)",
@@ -143,12 +110,12 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     assert done.stderr == f"moe-train: {tmp_path}: is a folder, not a config file\n"
 
 
-def test_usage_errors_end_with_2(config: str, capsys) -> None:
+def test_usage_errors_end_with_2(config_path: str, capsys) -> None:
     assert run("train") == 2
     assert run("generate", "runs/tiny") == 2
     assert run("export", "runs/tiny", "out", "--format", "onnx") == 2
     assert run("fly") == 2
-    assert run("plan", config, "--topology", "v5p:4x4x4", "--price", "-1") == 2
+    assert run("plan", config_path, "--topology", "v5p:4x4x4", "--price", "-1") == 2
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 5
     assert said.err.splitlines()[-1].startswith("moe-train: Invalid value for '--price': ")
@@ -254,11 +221,11 @@ def test_tokenizer_train(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().err.startswith(f"moe-train: {tmp_path}/b.jsonl:2: no column 'text'; the record has 'story'")
 
 
-def test_bench_and_quickstart(stand_in, config: str, capsys) -> None:
+def test_bench_and_quickstart(stand_in, config_path: str, capsys) -> None:
     stand_in(
         "moe_train.commands.bench", bench=lambda resolved: {"median_step_seconds": 0.5, "batch_size": resolved.train.batch_size}
     )
-    assert run("bench", config, "train.batch_size=4", "--json") == 0
+    assert run("bench", config_path, "train.batch_size=4", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"median_step_seconds": 0.5, "batch_size": 4}
     stand_in("moe_train.commands.quickstart", quickstart=lambda: 75)
     assert run("quickstart") == 75

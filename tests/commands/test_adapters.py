@@ -15,37 +15,27 @@ import safetensors.numpy
 from moe_train import config
 from moe_train.cli import main
 from moe_train.commands import adapters, write_and_prove
-from moe_train.commands.train_tokenizer import train_bpe
-from moe_train.machine.mesh import make_mesh
+from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import peft, texts
+from tests.commands.runs import MODEL, ONE
 from tests.random_parameters import random_parameters
 
-MODEL = config.Model(
-    family="mixtral",
-    vocab_size=300,
-    model_dim=16,
-    num_layers=2,
-    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6),
-    ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
-)
 LORA = config.Lora(
     targets=(
         config.LoraTarget(modules=("attention.o_proj", "head"), rank=2, alpha=3.0),
         config.LoraTarget(modules=("ffn.*",), rank=3, alpha=2.0),
     )
 )
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def files(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: HuggingFace) -> Callable[[str], Path]:
     """`base`, a model with its tokenizer, and PEFT adapters of it: `one`, `two`, and `full` with modules trained in full."""
     folder = tmp_path_factory.mktemp("files")
-    tokenizer = train_bpe(["some text to learn from"] * 5, 270, folder / "tokenizer")
     with jax.set_mesh(ONE):
         weights = {path: x for path, x in random_parameters(MODEL, lora=LORA, scale=0.3).items() if ".lora_" not in path}
-        write_and_prove.export(weights, MODEL, folder / "base", dtype="float32", texts=texts.Texts(tokenizer))
+        write_and_prove.export(weights, MODEL, folder / "base", dtype="float32", texts=texts.Texts(small_tokenizer))
         full = LORA.model_copy(update={"train": ("ffn.router", "final_norm")})
         for name, seed, lora in (("one", 1, LORA), ("two", 2, LORA), ("full", 3, full)):
             trained = {

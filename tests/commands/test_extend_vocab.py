@@ -20,12 +20,12 @@ from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory
-from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.machine.mesh import put_batch
 from moe_train.model import parameters, transformer
 from moe_train.weights import external, hf, mistral, names
+from tests.commands.runs import ONE
 
 DATA = Path(str(resources.files("mistral_common") / "data"))
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 MODEL = config.Model(
     family="mixtral",
     vocab_size=32000,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mistral_common
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,8 +22,8 @@ from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.hugging_face import V3
 
-V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
 CHAT, TEXT = config.ChatRecord(name="chat", too_long="truncate"), config.TextRecord(name="text")
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Pariş"}'}}
 WITH_TOOLS = {

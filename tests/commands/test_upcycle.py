@@ -15,17 +15,17 @@ from moe_train import config
 from moe_train.commands import write_and_prove
 from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.commands.upcycle import upcycle
-from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.transformer import init_model
 from moe_train.weights import external, safetensors_files, texts
+from tests.commands.runs import ONE
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "model_dim": 16, "num_layers": 2, "max_seq_len": 64, "init_stddev": 0.02}
 ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6, windows=(None,))
 FFN = config.DenseFfn(name="dense", ffn_dim=12)
 LLAMA = config.Model(family="llama", attention=ATTENTION, ffn=FFN, tie_embeddings=True, **SIZES)
 MISTRAL = config.Model(family="mistral", attention=ATTENTION.model_copy(update={"windows": (5,)}), ffn=FFN, **SIZES)
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,23 @@ from mistral_common.integrations.chat_templates.chat_templates import convert_to
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from moe_train.data.tokenizers.huggingface import HuggingFace
+
 DATA = Path(mistral_common.__file__).parent / "data"
+TEKKEN = DATA / "tekken_240911.json"
+FILES = {
+    "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+}
+V3 = DATA / FILES["v3"]
 SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def small_tekken(directory: Path, version: str, vocab: int = 4000) -> Path:
     """The first tokens of a published tekken.json, under a version of choice."""
-    content = json.loads((DATA / "tekken_240911.json").read_text(encoding="utf-8"))
+    content = json.loads(TEKKEN.read_text(encoding="utf-8"))
     content["config"] |= {"version": version, "num_vocab_tokens": vocab, "default_vocab_size": vocab + 1000}
     content["vocab"] = content["vocab"][:vocab]
     if version not in ("v3", "v7"):  # later ones name their control tokens
@@ -98,3 +108,13 @@ def _byte_letters() -> list[str]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+def copied(tokenizer: HuggingFace, directory: Path, **changes: object) -> Path:
+    """The tokenizer's files with top-level keys of tokenizer.json changed."""
+    directory.mkdir()
+    for file in tokenizer.files:
+        (directory / file.name).write_bytes(file.read_bytes())
+    main = json.loads((directory / "tokenizer.json").read_text()) | changes
+    (directory / "tokenizer.json").write_text(json.dumps(main))
+    return directory

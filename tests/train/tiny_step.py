@@ -30,7 +30,7 @@ MODEL = config.Model(
     vocab_size=V,
     model_dim=8,
     num_layers=2,
-    attention=config.Attention(num_heads=2, num_kv_heads=2, head_dim=4),
+    attention=config.GroupedQueryAttention(num_heads=2, num_kv_heads=2, head_dim=4),
     ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
 )
 LORA = config.Lora(

@@ -1,4 +1,4 @@
-"""Chat rendering: the loss mask covers what the assistant wrote and nothing else; transformers renders the same."""
+"""Conversations to tokens: what is accepted or refused and why, prompts, and the same rendering as transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mistral_common
 import pytest
 import tokenizers
 from hypothesis import given
@@ -15,41 +14,11 @@ from tokenizers import models, normalizers, trainers
 
 from moe_train import config
 from moe_train.data.chat.conversation_to_tokens import examples, load_template, render_prompt
-from moe_train.data.chat.example import Example
-from moe_train.data.records.conversation import Conversation, Message, normalise
+from moe_train.data.records.conversation import Conversation, normalise
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.chat.chats import CHATML, SEVERAL, SINGLE, TOOL, WITH_GENERATION, render, spans
 from tests.data.conversations import conversations
-
-TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
-
-CHATML = """\
-{%- for message in messages %}
-{{- '<s>' + message['role'] + '\n' + message['content'] + '</s>' + '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<s>assistant\n' }}
-{%- endif %}
-"""
-GENERATION = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}{{- message['content'] + eos_token }}{%- endgeneration %}
-    {%- else %}
-        {{- '[INST]' + message['content'] + '[/INST]' }}
-    {%- endif %}
-{%- endfor %}
-"""
-LAST_USER = """\
-{%- for message in messages %}
-    {%- if message['role'] == 'user' %}
-        {{- ('(last)' if loop.last else '') + '[INST]' + message['content'] + '[/INST]' }}
-    {%- else %}
-        {{- message['content'] + eos_token }}
-    {%- endif %}
-{%- endfor %}
-"""
 
 WITH_TOOLS = """\
 {{- tools|tojson if tools else '' }}
@@ -62,54 +31,6 @@ WITH_TOOLS = """\
 {%- endfor %}
 """
 KEYS = ["id", "type", "function", "name", "arguments", "description", "parameters", "properties", "text", "$ref", "a"]
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
-
-SINGLE = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
-SEVERAL = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "The quick brown fox?"},
-    {"role": "assistant", "content": "jumps over\n\nthe lazy dog"},
-    {"role": "user", "content": "It is 5."},
-    {"role": "assistant", "content": "naïve café 東京 "},
-]
-
-
-@pytest.fixture(scope="module")
-def mistral() -> Mistral:
-    return Mistral(TEKKEN)
-
-
-def render(messages: list[Message], template: str | None, tokenizer: HuggingFace | Mistral) -> Example:
-    conversation = normalise({"messages": messages}, config.ChatRecord(name="chat"))
-    assert isinstance(conversation, Conversation)
-    (example,) = examples(conversation, template, tokenizer)
-    return example
-
-
-def spans(rendered: Example, tokenizer: HuggingFace | Mistral, bears_loss: bool) -> list[str]:
-    """The decoded stretches of tokens that do, or do not, bear loss."""
-    stretches: list[list[int]] = []
-    before = not bears_loss
-    for token, mask in zip(rendered.tokens, rendered.loss_mask, strict=True):
-        if mask == bears_loss:
-            if before != bears_loss:
-                stretches.append([])
-            stretches[-1].append(token)
-        before = mask
-    return [tokenizer.decode(stretch, keep_special=True) for stretch in stretches]
-
-
-@pytest.mark.parametrize("template", [None, GENERATION])
-def test_the_mask_is_the_assistants_turns_to_their_end_token(tokenizer: HuggingFace, template: str | None) -> None:
-    rendered = render(SEVERAL[1:], template or tokenizer.chat_template, tokenizer)
-    assert spans(rendered, tokenizer, True) == ["jumps over\n\nthe lazy dog</s>", "naïve café 東京 </s>"]
-
-
-@pytest.mark.parametrize("template", [None, GENERATION])
-def test_what_the_user_said_bears_no_loss(tokenizer: HuggingFace, template: str | None) -> None:
-    rendered = render(SEVERAL[1:], template or tokenizer.chat_template, tokenizer)
-    assert spans(rendered, tokenizer, False) == ["<s>[INST]The quick brown fox?[/INST]", "[INST]It is 5.[/INST]"]
 
 
 def test_the_system_message_goes_before_the_first_user_turn(tokenizer: HuggingFace) -> None:
@@ -118,20 +39,7 @@ def test_the_system_message_goes_before_the_first_user_turn(tokenizer: HuggingFa
     assert rendered.tokens[0] == tokenizer.bos_id and rendered.tokens[-1] == tokenizer.eos_id
 
 
-def test_neither_the_generation_prompt_nor_the_newline_after_a_turn_bears_loss(tokenizer: HuggingFace) -> None:
-    rendered = render(SEVERAL, CHATML, tokenizer)
-    assert spans(rendered, tokenizer, True) == ["jumps over\n\nthe lazy dog</s>", "naïve café 東京 </s>"]
-
-
-@pytest.mark.parametrize("template", [None, GENERATION])
-def test_a_turn_of_weight_0_bears_no_loss(tokenizer: HuggingFace, template: str | None) -> None:
-    messages = [m | {"weight": 0} if i == 1 else m for i, m in enumerate(SEVERAL[1:])]
-    rendered = render(messages, template or tokenizer.chat_template, tokenizer)
-    assert spans(rendered, tokenizer, True) == ["naïve café 東京 </s>"]
-    assert rendered.tokens == render(SEVERAL[1:], template or tokenizer.chat_template, tokenizer).tokens
-
-
-@pytest.mark.parametrize("template", [None, GENERATION, CHATML])
+@pytest.mark.parametrize("template", [None, WITH_GENERATION, CHATML])
 @given(
     question=st.text(st.characters(exclude_categories=["Cs", "Cn"])),
     answer=st.text(st.characters(exclude_categories=["Cs", "Cn"]), min_size=1),
@@ -144,25 +52,11 @@ def test_any_text_is_masked_as_it_stands(tokenizer: HuggingFace, template: str |
     assert tokenizer.decode(ids, keep_special=True).lstrip() == (answer + "</s>").lstrip()
 
 
-@pytest.mark.parametrize("template", [None, GENERATION])
-def test_control_tokens_in_a_message_are_text(tokenizer: HuggingFace, template: str | None) -> None:
-    messages = [{"role": "user", "content": "Is <s> a tag[/INST]yes</s>[INST]?"}, {"role": "assistant", "content": "a</s>b <s> c"}]
-    rendered = render(messages, template or tokenizer.chat_template, tokenizer)
-    assert spans(rendered, tokenizer, True) == ["a</s>b <s> c</s>"]
-    assert spans(rendered, tokenizer, False) == ["<s>[INST]Is <s> a tag[/INST]yes</s>[INST]?[/INST]"]
-    assert [rendered.tokens.count(i) for i in (1, 2, 3, 4)] == [1, 1, 1, 1]
-
-
 def test_a_prompt_is_what_comes_before_the_answer(tokenizer: HuggingFace, mistral: Mistral) -> None:
     for either, template in ((tokenizer, tokenizer.chat_template), (tokenizer, CHATML), (mistral, None)):
         rendered = render(SINGLE, template, either)
         prompt = render_prompt(SINGLE[:1], template, either)
         assert prompt == rendered.tokens[: rendered.loss_mask.index(True)]
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: HuggingFace) -> None:
-    with pytest.raises(ValueError, match=r"before message 1 differently .* put \{% generation %\}"):
-        render(SINGLE, LAST_USER, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +153,7 @@ def test_mistral_weights_and_refusals(mistral: Mistral) -> None:
 
 
 @pytest.mark.judges
-@pytest.mark.parametrize("template", [None, GENERATION, CHATML])
+@pytest.mark.parametrize("template", [None, WITH_GENERATION, CHATML])
 @pytest.mark.parametrize("messages", [SINGLE, SEVERAL[1:]])
 def test_transformers_renders_the_same(tokenizer: HuggingFace, template: str | None, messages: list[dict]) -> None:
     transformers = pytest.importorskip("transformers", reason="the oracle is transformers' apply_chat_template")
@@ -268,10 +162,10 @@ def test_transformers_renders_the_same(tokenizer: HuggingFace, template: str | N
     assert template is not None
     rendered = render(messages, template, tokenizer)
     expected = theirs.apply_chat_template(
-        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=template == GENERATION
+        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=template == WITH_GENERATION
     )
     assert rendered.tokens == expected["input_ids"]
-    if template == GENERATION:
+    if template == WITH_GENERATION:
         assert [int(mask) for mask in rendered.loss_mask] == expected["assistant_masks"]
     prompt = theirs.apply_chat_template(messages[:1], chat_template=template, add_generation_prompt=True, return_dict=True)
     assert render_prompt(messages[:1], template, tokenizer) == prompt["input_ids"]
@@ -293,7 +187,9 @@ def test_a_tokenizer_of_sentencepieces_kind_is_masked_as_transformers_does(tmp_p
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names))
 
     template = (
-        GENERATION.replace("'[INST]'", "' [INST] '").replace("'[/INST]'", "' [/INST]'").replace("{{- message", "{{- ' ' + message")
+        WITH_GENERATION.replace("'[INST]'", "' [INST] '")
+        .replace("'[/INST]'", "' [/INST]'")
+        .replace("{{- message", "{{- ' ' + message")
     )
     rendered = render(SEVERAL[1:], template, HuggingFace(tmp_path))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import mistral_common
 import pytest
 from hypothesis import HealthCheck, given, settings
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
@@ -22,17 +21,12 @@ from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.chat.example import Example
 from moe_train.data.records.conversation import Conversation, normalise
 from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.chat.chats import CALL, TOOL
 from tests.data.conversations import conversations
-from tests.data.hugging_face import small_tekken
+from tests.data.hugging_face import DATA, small_tekken
+from tests.data.hugging_face import FILES as SENTENCEPIECE
 
-DATA = Path(mistral_common.__file__).parent / "data"
-FILES = {
-    "v1": "tokenizer.model.v1",
-    "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "v7": "mistral_instruct_tokenizer_241114.model.v7",
-    "tekken": "tekken_240911.json",
-}
+FILES = {**SENTENCEPIECE, "tekken": "tekken_240911.json"}
 LATER = ("v7", "v11", "v13")
 """Versions of which no file is at hand: a small published vocabulary under their numbers."""
 KINDS = [(version, tools) for version in FILES for tools in (False, True) if not (version == "v1" and tools)]
@@ -133,8 +127,6 @@ def test_tokens_and_masks_are_mistral_commons_over_a_thousand_conversations(vers
     assert counts["system"] > 100 and counts["long"] > 100 and (counts["calls"] > 500 or not tools)
 
 
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}]
 RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"}
 ANSWER = {"role": "assistant", "content": "b"}

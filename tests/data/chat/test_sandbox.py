@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moe_train.data.chat.sandbox import GENERATION, Limits, Request, render, render_prefixes
+from moe_train.data.chat.sandbox import Limits, Request, render, render_prefixes
 
 LIMITS = Limits(template=10_000, output=1_000_000, seconds=1, memory=1 << 29)
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
@@ -49,22 +49,6 @@ def test_what_a_template_cannot_do(template: str, reason: str) -> None:
         render(template, [{"messages": []}], LIMITS)
     assert time.monotonic() - begun < 60 and "\n" not in str(caught.value)
     assert render("{{ a }}", [{"a": 1}], LIMITS) == ["1"]  # the next record is rendered as if nothing had been
-
-
-def test_what_is_rendered() -> None:
-    template = "{{ a|tojson }} {% generation %}{{ b }}{% endgeneration %}"
-    requests = [{"a": {"k": "<é>"}, "b": "🙂"}, {"a": None, "b": ""}]
-    open_, close = GENERATION
-    assert render(template, requests) == [f'{{"k": "<é>"}} {open_}🙂{close}', f"null {open_}{close}"]
-
-
-def test_the_prefixes_of_a_conversation() -> None:
-    template = (
-        "{% for m in messages %}{{ m }}{% endfor %}{{ '?' if add_generation_prompt }}{{ messages[5] and raise_exception('six') }}"
-    )
-    request = Request({"messages": list("abcdef")}, [(3, False), (2, False), (2, True), (6, False)])
-    three, two, asking, six = render_prefixes(template, [request])[0]
-    assert (three, two, asking) == ("abc", "ab", "ab?") and str(six) == "the chat template refuses the record: six"
 
 
 @pytest.mark.parametrize(

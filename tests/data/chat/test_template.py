@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer with its chat template gives mistral-common's tokens; hostile templates are stopped."""
+"""A Hugging Face tokenizer with its chat template gives the tokens of mistral-common; templates without tools are refused."""
 
 from __future__ import annotations
 
@@ -18,15 +18,10 @@ from moe_train.data.records.conversation import Conversation
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.chat.chats import ANSWER, CALLS, CHATML, MARKED, QUESTION, TOOL
 from tests.data.conversations import conversations, texts
-from tests.data.hugging_face import DATA, small_tekken, write
+from tests.data.hugging_face import DATA, FILES, small_tekken, write
 
-FILES = {
-    "v1": "tokenizer.model.v1",
-    "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "v7": "mistral_instruct_tokenizer_241114.model.v7",
-}
 TEKKENS = ("v3", "v7", "v11", "v13")
 VERSIONS = [*FILES, *(f"tekken-{version}" for version in TEKKENS)]
 
@@ -142,38 +137,7 @@ def test_control_tokens_typed_as_text_stay_text(pair: tuple[str, HuggingFace, Mi
         assert not set(either.encode(every)) & either.control_ids
 
 
-CHATML = "{% for m in messages %}{{ '<s>' + m.role + '\n' + (m.content or '') + '</s>\n' }}{% endfor %}"
-MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}BODY{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}"
-    "{% endfor %}"
-)
-QUESTION, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}
-TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 WITH_TOOLS = Conversation([QUESTION, ANSWER], [TOOL])
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}", "leaves out '</s>'"),
-        ("{% generation %}{{ eos_token }}{% endgeneration %}", None),
-        ("{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}", "leaves out 'b c'"),
-        ("{{ ' ' }}{% generation %}{{ m.content + eos_token + ' ' }}{% endgeneration %}", None),
-    ],
-)
-def test_marks_and_prefixes_have_to_agree(tokenizer: HuggingFace, body: str, said: str | None) -> None:
-    template = MARKED.replace("BODY", body)
-    if said is None:
-        conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
-        return
-    with pytest.raises(ValueError, match=f"generation %}} {said}, unlike what the assistant's turns add"):
-        conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
-
-
-def test_marks_that_reach_too_far_do_not_agree(tokenizer: HuggingFace) -> None:
-    template = "{% generation %}" + CHATML + "{% endgeneration %}"
-    with pytest.raises(ValueError, match=r"generation %} marks .*unlike"):
-        conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
 
 
 def test_conversations_together_become_what_each_becomes_alone(tokenizer: HuggingFace) -> None:
@@ -193,14 +157,6 @@ def test_conversations_together_become_what_each_becomes_alone(tokenizer: Huggin
     assert sum("refuses the record: five" in why for why in refused) == 10 and sum("noncharacter" in why for why in refused) == 22
 
 
-CALLS = (
-    "{% if tools %}{{ tools|tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
-    "{{ c.function.name + c.function.arguments|tojson + ' id ' + c.id }}{% endfor %}{{ eos_token }}"
-    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}{{ '[INST]' + m.content + '[/INST]' }}"
-    "{% endif %}{% endfor %}"
-)
-
-
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -215,21 +171,6 @@ def test_a_template_without_tools(tokenizer: HuggingFace, template: str, said: s
     with pytest.raises(Problem, match=f"{said}.*; versions v2, v3, v7, .* have them; .*extend-vocab BASE OUT --tokenizer v3"):
         conversation_to_tokens.examples(WITH_TOOLS, template, tokenizer)
     conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), CHATML, tokenizer)
-
-
-def test_an_id_is_not_learnt(tokenizer: HuggingFace) -> None:
-    calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": '{"q": "zq7"}'}} for name in ("zq7", "x")]
-    conversation = Conversation([QUESTION, {"role": "assistant", "tool_calls": calls}], [TOOL])
-    (example,) = conversation_to_tokens.examples(conversation, CALLS, tokenizer)
-    learnt = tokenizer.decode([t for t, m in zip(example.tokens, example.loss_mask or (), strict=True) if m], keep_special=True)
-    assert learnt == 'f{"q": "zq7"} id f{"q": "zq7"} id </s>'
-
-
-def test_a_template_that_hides_what_was_typed(tokenizer: HuggingFace) -> None:
-    hiding = "{% for m in messages %}{{ m.content|tojson(ensure_ascii=True) + eos_token }}{% endfor %}"
-    assert conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), hiding, tokenizer)
-    with pytest.raises(ValueError, match="escapes, behind which a control token typed as text cannot be told apart"):
-        conversation_to_tokens.examples(Conversation([QUESTION | {"content": "</s>"}, ANSWER], []), hiding, tokenizer)
 
 
 @pytest.mark.judges

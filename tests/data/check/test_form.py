@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import mistral_common
 import pytest
 
 from moe_train.data.check.form import form_of
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
-
-DATA = Path(mistral_common.__file__).parent / "data"
+from tests.data.hugging_face import DATA
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Prepared sets in a bucket: the same batches as from here, read by range, within a bound."""
+"""Folders of a prepared set: the same batches from a bucket, read by range, within a bound."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -21,21 +19,12 @@ from moe_train.data.prepared import folder as folders
 from moe_train.data.prepared.folder import File, RemoteFolder
 from moe_train.data.prepared.upload import upload
 from moe_train.data.tokenizers.huggingface import HuggingFace
-
-ANSWER = config.CompletionRecord(name="completion", too_long="truncate")
-
-
-@pytest.fixture
-def bucket() -> Any:
-    """An empty folder of fsspec's memory:// with the reads from it: (path, start, end)."""
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
-    return files
+from tests.data.prepared.stores import prepared
 
 
 @pytest.fixture
 def reads(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int | None]]:
+    """The reads from the bucket: (path, start, end)."""
     found: list[tuple[str, int | None, int | None]] = []
     original = type(bucket).cat_file
 
@@ -45,20 +34,6 @@ def reads(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int |
 
     monkeypatch.setattr(type(bucket), "cat_file", noted)
     return found
-
-
-@pytest.fixture
-def data(write_lines: Callable[..., Path], tmp_path: Path) -> config.Data:
-    rng = np.random.default_rng(0)
-    words = "the quick brown fox jumps over lazy dogs".split()
-    answers = [{"prompt": "What?", "completion": " ".join(rng.choice(words, rng.integers(1, 30)))} for _ in range(200)]
-    path = write_lines("a.jsonl", answers)
-    source = config.FileSource(name="files", files=(str(path),), record=ANSWER)
-    return config.Data(train=(source,), cache_dir=str(tmp_path / "cache"))
-
-
-def prepared(data: config.Data, path: str, **more: Any) -> config.Data:
-    return data.model_copy(update={"train": (config.PreparedSource(name="prepared", path=path, **more),)})
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "path"])
@@ -180,30 +155,6 @@ def test_the_end_of_the_program_ends_a_wait(tmp_path: Path) -> None:
         asked.wait()"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "down; once more in 1 s" in done.stderr and "in 5 s" not in done.stderr
-
-
-def test_a_cache_too_small_for_the_shuffling_is_told(
-    data: config.Data, tokenizer: HuggingFace, bucket: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("WARNING", "moe_train")  # whatever tests before this one have asked for
-    store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
-    there = prepared(data, upload(store.path, "memory://bucket"), cache_mib=1)
-    shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 0}
-    Loader(there, "train", tokenizer, **shape)
-    assert not caplog.records
-    original = RemoteFolder.__init__
-
-    def small(self: RemoteFolder, url: str, cache_mib: int) -> None:
-        original(self, url, cache_mib, block=64)
-        self.cache_bytes = 3000  # 1000 ids of two bytes, and their loss mask
-
-    monkeypatch.setattr(RemoteFolder, "__init__", small)
-    for window, told in ((None, 1), (600, 1), (500, 0)):
-        caplog.clear()
-        Loader(there.model_copy(update={"shuffle_tokens": window}), "train", tokenizer, **shape)
-        assert [record.getMessage().split("; ")[1] for record in caplog.records] == told * [
-            "set data.shuffle_tokens to 500 at most, or cache_mib to 1"
-        ]
 
 
 def test_windows_fetch_every_block_about_once(

@@ -15,34 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_train import config
-from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared import shards, tokenize_ahead, tokenize_shard
-from moe_train.data.prepared.store import Piece, TokenStore
 from moe_train.data.prepared.tokenize_ahead import Progress
 from moe_train.data.records import scan
-from moe_train.data.records.conversation import Conversation
-from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
-
-TEXT = config.TextRecord(name="text")
-CHAT = config.ChatRecord(name="chat")
-COMPLETION = config.CompletionRecord(name="completion")
-MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
-
-
-def stored(*paths: Path, record: config.Record = TEXT, tokenizer: HuggingFace, cache: Path, **more) -> TokenStore:
-    said = {key: more.pop(key) for key in ("licence", "origin") if key in more}
-    source = config.FileSource(name="files", files=tuple(map(str, paths)), record=record, **said)
-    records = open_source(source)
-    more.setdefault("template", tokenizer.chat_template)
-    template = more.pop("template")
-    return TokenStore(tokenize_ahead.prepare(source, records, tokenizer, template, cache, **more), records)
-
-
-def ids(store: TokenStore) -> list[list[int]]:
-    lengths = store.lengths()
-    return [tokens.tolist() for tokens, _ in store.read([Piece(i, 0, int(n)) for i, n in enumerate(lengths)])]
+from tests.data.prepared.stores import CHAT, COMPLETION, MESSAGES, TEXT, ids, stored
 
 
 @pytest.fixture
@@ -64,33 +41,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(tokenize_ahead, "write_shard", noted)
     return keys
-
-
-def test_text_begins_with_bos_ends_with_eos_and_bears_loss(
-    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]
-) -> None:
-    texts = ["brown fox", "", "naïve </s> café"]
-    path = write_lines("a.jsonl", [{"text": text} for text in texts])
-    store = stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
-    assert ids(store) == [[1, *tokenizer.encode(text), 2] for text in texts if text]
-    assert store.read([Piece(0, 0, 2)])[0][1] is None and store.manifest.dtype == "uint16"
-    assert [store.where(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
-    made = store.manifest
-    assert (made.records, made.empty, made.examples) == (3, 1, 2) and made.tokens == made.loss_tokens == sum(map(len, ids(store)))
-    assert store.lengths().tolist() == [len(example) - 1 for example in ids(store)]
-
-
-def test_conversations_and_completions_are_rendered(
-    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]
-) -> None:
-    (rendered,) = conversation_to_tokens.examples(Conversation(MESSAGES, []), tokenizer.chat_template, tokenizer)
-    pair = {"prompt": MESSAGES[0]["content"], "completion": MESSAGES[1]["content"]}
-    for record, fields in ((CHAT, {"messages": MESSAGES}), (COMPLETION, pair)):
-        path = write_lines("a.jsonl", [fields])
-        store = stored(path, record=record, tokenizer=tokenizer, cache=tmp_path / "cache")
-        [(tokens, mask)] = store.read([Piece(0, 0, len(rendered.tokens) - 1)])
-        assert mask is not None and (tokens.tolist(), mask.tolist()) == rendered
-        assert store.manifest.loss_tokens == sum(mask)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -233,31 +183,6 @@ def _alive(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("record", "fields", "error"),
-    [
-        (TEXT, {"body": "a"}, r"a\.jsonl:2: no column 'text'; the record has 'body'"),
-        (TEXT, {"text": None}, r"a\.jsonl:2: column 'text' should be text, not None"),
-        (TEXT, {"text": "a\ud800"}, r"a\.jsonl:2: column 'text' has half a surrogate pair at character 1"),
-        (CHAT, {"messages": MESSAGES, "tools": [{"name": "f"}]}, r"a\.jsonl:2: .*tool"),
-        (CHAT, {"messages": MESSAGES[:1]}, r"a\.jsonl:2: the last message is user, so nothing answers it"),
-        (CHAT, {"text": "a"}, r"a\.jsonl:2: no column 'messages'"),
-        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, r"a\.jsonl:2: .*surrogate"),
-        (COMPLETION, {"prompt": "a"}, r"a\.jsonl:2: no column 'completion'"),
-        (COMPLETION, {"prompt": "a", "completion": 3}, r"a\.jsonl:2: column 'completion' should be text, not 3"),
-    ],
-)
-def test_a_record_that_cannot_be_used_is_named_and_nothing_is_left(
-    tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path], record: config.Record, fields: dict, error: str
-) -> None:
-    good = {"text": "a", "messages": MESSAGES, "prompt": "a", "completion": "b"}
-    path = write_lines("a.jsonl", [good, fields])
-    with pytest.raises(ValueError, match=error) as caught:
-        stored(path, record=record, tokenizer=tokenizer, cache=tmp_path / "cache")
-    assert "\n" not in str(caught.value)
-    assert [entry.suffix for entry in (tmp_path / "cache").iterdir()] == [".lock"]
-
-
 def test_no_text_at_all(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
     for records in ([], [{"text": ""}]):
         with pytest.raises(ValueError, match=r"a\.jsonl: no record with any text"):
@@ -292,12 +217,3 @@ def test_a_file_that_changes_while_it_is_read(
     monkeypatch.setattr(tokenize_ahead, "write_shard", and_append)
     with pytest.raises(ValueError, match=r"a\.jsonl: records were changed while they were read"):
         stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
-
-
-def test_damage_is_seen(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
-    path = write_lines("a.jsonl", [{"text": "some text"}])
-    store = stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
-    [shard] = store.manifest.shards
-    (Path(store.path) / shard.name / "tokens").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"tokens is damaged .*remove"):
-        ids(stored(path, tokenizer=tokenizer, cache=tmp_path / "cache"))

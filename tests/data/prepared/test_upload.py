@@ -5,17 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from moe_train.data.prepared.upload import upload
-
-
-@pytest.fixture
-def bucket() -> Any:
-    files = fsspec.filesystem("memory")
-    files.store.clear()
-    return files
 
 
 def test_the_manifest_is_copied_last_and_what_is_there_stays(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,17 +5,9 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from moe_train import config
-from moe_train.data.records.open_source import open_source
-from moe_train.data.records.source import OpenSource
+from tests.data.records.sources import ROWS, hub, wheres
 
-ROWS = [{"text": "one"}, {"text": "zwei, ü"}, {"text": "三"}]
-TEXT = config.TextRecord(name="text")
-
-
-def hub(**settings: object) -> OpenSource:
-    section = {"name": "hub", "dataset": "nobody/nothing", "revision": "0" * 40, "record": TEXT} | settings
-    return open_source(config.HubSource.model_validate(section))
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def test_the_hub_without_a_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,5 +33,5 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     records = hub(subset="en", split="test")
     assert list(records) == [((0, i + 1), row) for i, row in enumerate(ROWS)]
     assert asked == [(("nobody/nothing", "en"), {"split": "test", "revision": "0" * 40})]
-    assert [records.where(origin) for origin, _ in records][2] == f"hub:nobody/nothing@{'0' * 40}/en/test: row 3"
+    assert wheres(records)[2] == f"hub:nobody/nothing@{'0' * 40}/en/test: row 3"
     assert records.places[0].kind != hub(split="test").places[0].kind, "another split is other content"

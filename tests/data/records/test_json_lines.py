@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.data.records import json_lines
+from tests.data.records.sources import ROWS, opened, texts, wheres
 
 
 def test_blocks_hold_whole_lines_and_number_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +39,12 @@ def test_a_line_is_not_blamed_for_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": NaN} x\n{"text": "good"}\n', encoding="utf-8")
     (_, first), (_, second) = json_lines.read_lines(tmp_path / "a.jsonl")
     assert "Extra data at column 15" in str(first) and second == {"text": "good"}
+
+
+@pytest.mark.usefixtures("no_network")
+def test_json_lines_with_blank_ones_and_a_byte_order_mark(tmp_path: Path) -> None:
+    lines = [json.dumps(ROWS[0]), "", "  ", json.dumps(ROWS[1], ensure_ascii=False), json.dumps(ROWS[2])]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert texts(opened(path)) == ["one", "zwei, ü", "三"]
+    assert wheres(opened(path)) == [f"{path}:1", f"{path}:4", f"{path}:5"]

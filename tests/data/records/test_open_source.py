@@ -1,4 +1,4 @@
-"""The texts of a source, as for training a tokenizer."""
+"""A source is opened by its section, and its texts are read one by one."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from moe_train import config
-from moe_train.data.records.open_source import texts
+from moe_train.data.records.open_source import texts as text_of
+from tests.data.records.sources import ROWS, TEXT
 
-ROWS = [{"text": "one"}, {"text": "zwei, ü"}, {"text": "三"}]
-TEXT = config.TextRecord(name="text")
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def test_the_texts_of_a_source(write_lines: Callable[..., Path]) -> None:
     section = config.FileSource(name="files", files=(str(write_lines("a.jsonl", [*ROWS, {"text": 1}])),), record=TEXT)
-    found = texts(section)
+    found = text_of(section)
     assert [next(found) for _ in ROWS] == [row["text"] for row in ROWS]
     with pytest.raises(ValueError, match=r"a\.jsonl:4: column 'text' should be text, not 1"):
         next(found)
     with pytest.raises(ValueError, match="not chat records"):
-        next(texts(section.model_copy(update={"record": config.ChatRecord(name="chat")})))
+        next(text_of(section.model_copy(update={"record": config.ChatRecord(name="chat")})))

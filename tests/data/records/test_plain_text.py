@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_train import config
 from moe_train.data.records import plain_text
+from tests.data.records.sources import opened, texts, wheres
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,15 @@ def test_a_long_text_file_becomes_several_records(tmp_path: Path, monkeypatch: p
         (652, "not UTF-8 (invalid start byte, byte 0xff")
     ]
     assert " at 1400)" in str(next(item for _, item in found if not isinstance(item, str)))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_text_file_is_one_record(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("line 1\n\nline 3\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"packed"))
+    records = opened(tmp_path / "a.txt", tmp_path / "b.txt.gz")
+    assert texts(records) == ["line 1\n\nline 3\n", "packed"]
+    assert wheres(records) == [f"{tmp_path / 'a.txt'}:1", f"{tmp_path / 'b.txt.gz'}:1"]
+    assert texts(opened(tmp_path / "a.txt", record=config.TextRecord(name="text", column="text"), format="text")) == [
+        "line 1\n\nline 3\n"
+    ]

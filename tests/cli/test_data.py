@@ -1,0 +1,101 @@
+"""The commands `data …`: their exit codes, what they print, and what they hand on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from tests.cli.command import run
+from tests.data.check.samples import KINDS, Write
+
+
+def check(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `moe-train data check`."""
+    code = run("data", "check", *arguments)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_check(tokenizer: HuggingFace, write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    clean, bad = write_lines("a.jsonl", KINDS), write_lines("b.jsonl", [{"text": 3}])
+    code, out, _ = check(clean, "--tokenizer", tokenizer.path, capsys=capsys)
+    assert code == 0 and "with problems" in out
+    code, out, _ = check(clean, bad, "--tokenizer", tokenizer.path, "--seq-len", "64", "--batch-size", "2", capsys=capsys)
+    assert code == 1 and f"{bad}:1: column 'text' should be text, not 3" in out and "steps of 2 rows" in out
+    code, out, _ = check(bad, "--tokenizer", tokenizer.path, "--json", capsys=capsys)
+    assert code == 1 and json.loads(out)["problem_counts"] == {"type": 1}
+    for arguments, said in (
+        ((clean,), "state --tokenizer"),
+        (("--tokenizer", tokenizer.path), "name files, or a run with --config"),
+        ((clean, "--tokenizer", clean.parent), "no tokenizer at"),
+        ((clean.parent / "no.jsonl", "--tokenizer", tokenizer.path), "no file matches"),
+    ):
+        code, out, err = check(*arguments, capsys=capsys)
+        assert code == 2 and said in err and err.count("\n") == 1 and not out
+
+
+def test_check_on_a_run(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines("a.jsonl", [{"ask": "2 + 3?", "say": "5 " * 100}, {"ask": "2 + 3?", "say": "5"}])
+    held_out = write_lines("e.jsonl", [{"text": "5 " * 50}])
+    run_yaml = tmp_path / "run.yaml"
+    settings = {
+        "name": "r",
+        "run_dir": str(tmp_path / "runs"),
+        "init_from": str(tmp_path),
+        "data": {
+            "tokenizer": {"name": "huggingface", "path": str(tokenizer.path)},
+            "train": [
+                {
+                    "name": "files",
+                    "files": [str(path)],
+                    "record": {"name": "completion", "prompt": "ask", "completion": "say", "too_long": "truncate"},
+                }
+            ],
+            "eval": [{"name": "files", "files": [str(held_out)], "record": {"name": "text"}}],
+        },
+        "train": {"steps": 1, "batch_size": 2, "seq_len": 64},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+    }
+    run_yaml.write_text(json.dumps(settings))
+    code, out, err = check("--config", run_yaml, "--json", capsys=capsys)
+    answer = json.loads(out)
+    assert code == 0, err
+    assert answer["truncation"]["examples_longer"] == 1 and answer["problems"] == []  # the run says truncate
+    assert answer["packing"]["batch_size"] == 2 and answer["packing"]["rows"] == 2
+    assert answer["overlap"]["records"] == 1
+
+
+def test_check_imports_no_jax(tokenizer: HuggingFace, write_lines: Write) -> None:
+    arguments = ["data", "check", str(write_lines("a.jsonl", KINDS)), "--tokenizer", str(tokenizer.path)]
+    script = (
+        "import sys\nfrom moe_train.cli.main import main\n"
+        f"try:\n    main({arguments})\nfinally:\n    assert 'jax' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_show_needs_a_tokenizer(write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "show", write_lines("a.jsonl", KINDS)) == 2
+    assert capsys.readouterr() == ("", "moe-train: state --tokenizer: tokens and chat format depend on it\n")
+
+
+def test_prepare_and_trace_hand_on_the_run(
+    stand_in: Callable[..., None], config_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(
+        "moe_train.commands.prepare",
+        prepare=lambda run, to: {"sets": [{"source": run.name, "path": to}], "steps": run.train.steps},
+        trace=lambda run, step, row: [{"file": run.name, "step": step, "row": row}],
+    )
+    assert run("data", "prepare", config_path, "train.steps=3", "--to", "gs://sets", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"sets": [{"source": "tiny", "path": "gs://sets"}], "steps": 3}
+    assert run("data", "prepare", config_path) == 0
+    assert capsys.readouterr().out.split() == ["source", "path", "tiny", "null", "steps", "10"]
+    assert run("data", "trace", config_path, "--step", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == [{"file": "tiny", "step": 2, "row": None}]

@@ -1,0 +1,31 @@
+"""What all sections share: strict types, immutable values, whole numbers written as floats, local paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.config.tiny import config_with, refusal
+
+
+def test_a_section_is_immutable() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        config_with().name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [1.5, True])
+def test_a_whole_number_is_required(value: Any) -> None:
+    assert "valid integer" in refusal(**{"train.steps": value})
+
+
+@pytest.mark.parametrize("steps", [10, 10.0, 1e1])
+def test_a_whole_number_may_be_written_as_a_float(steps: float) -> None:
+    assert config_with(**{"train.steps": steps}).train.steps == 10
+
+
+@pytest.mark.parametrize("key", ["run_dir", "init_from"])
+def test_a_url_is_not_a_local_path(key: str) -> None:
+    message = "a URL where a path is needed; name a path of this machine, or of a file system"
+    assert message in refusal(**{key: "gs://bucket/run"})

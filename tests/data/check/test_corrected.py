@@ -1,0 +1,69 @@
+"""The corrected copy: good records as they were, others repaired or dropped, every change on record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_train.data.check import corrected
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from tests.data.check.samples import ANSWER, CHAT, LINES, USER, WITH_TOOLS, Write, check_files
+
+
+def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
+    source = tmp_path / "data" / "sub"
+    source.mkdir(parents=True)
+    good = b'{ "text":"kept as it is",  "id": 1 }'
+    fixable = {"messages": [USER, USER, ANSWER, USER], "id": 2}
+    lines = [good, *(line for line, _ in LINES), json.dumps(fixable).encode()]
+    (source / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    (source.parent / "b.csv").write_text("question,answer,id\na\0b,5,7\n")
+    before = {file: file.read_bytes() for file in source.parent.rglob("*.*")}
+    out = tmp_path / "out"
+    answer = check_files(tokenizer, tmp_path / "data", seq_len=128, fix=out)
+    assert {file: file.read_bytes() for file in source.parent.rglob("*.*")} == before
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*.*")) == ["b.csv.jsonl", "changes.log", "sub/a.jsonl"]
+
+    kept = (out / "sub" / "a.jsonl").read_bytes().splitlines()
+    assert kept[:2] == [good, b'{"text": "a"}']
+    assert json.loads(kept[-1]) == {"messages": [USER | {"content": "What is 2 + 3?\n\nWhat is 2 + 3?"}, ANSWER], "id": 2}
+    assert json.loads((out / "b.csv.jsonl").read_text()) == {"question": "a\ufffdb", "answer": "5", "id": "7"}
+    changes = [json.loads(line) for line in (out / "changes.log").read_text().splitlines()]
+    assert {change["action"] for change in changes} == {"changed", "dropped"}
+    assert all(set(change) == {"where", "action", "rule", "what"} for change in changes)
+    dropped = {change["where"] for change in changes if change["action"] == "dropped"}
+    changed = {change["where"] for change in changes if change["action"] == "changed"}
+    assert answer["fixed"] == {"directory": str(out), "kept": len(kept) + 1, "changed": len(changed), "dropped": len(dropped)}
+    assert len(kept) + 1 + len(dropped) == answer["records"]
+    last = f"{source / 'a.jsonl'}:{len(lines)}"
+    assert [change["rule"] for change in changes if change["where"] == last] == ["role-order", "last-turn"]
+
+    again = check_files(tokenizer, out, seq_len=128)
+    assert again["problems"] == [] and again["records"] == answer["fixed"]["kept"]
+
+
+def test_a_weight_is_corrected(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:
+    path = write_lines("a.jsonl", [{"messages": [USER, ANSWER | {"weight": True}]}])  # which equals 1
+    assert check_files(tokenizer, path, fix=tmp_path / "out")["fixed"]["changed"] == 1
+    assert (tmp_path / "out" / "a.jsonl").read_text() == json.dumps({"messages": [USER, ANSWER | {"weight": 1}]}) + "\n"
+
+
+def test_a_copy_appears_whole_or_not_at_all(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:
+    path = write_lines("a.jsonl", [CHAT, WITH_TOOLS])
+    with pytest.raises(ValueError, match="the record has tools"):
+        check_files(tokenizer, path, fix=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(FileExistsError):
+        check_files(tokenizer, path, fix=tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_names_of_copies() -> None:
+    paths = ["/d/a.jsonl", "/d/a.jsonl.gz", "/d/x/b.parquet", "/d/x/b.txt.zst"]
+    assert corrected._copy_names([Path(path) for path in paths]) == [
+        *("a.jsonl", "a-2.jsonl", "x/b.parquet.jsonl", "x/b.txt.jsonl")
+    ]

@@ -1,0 +1,71 @@
+"""What is found in records: the tokens of training, and kinds of records that the tokenizer cannot express."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+from moe_train.data.chat.conversation_to_tokens import examples
+from moe_train.data.check.examine import Chunk, Question, examine
+from moe_train.data.check.form import form_of
+from moe_train.data.records.conversation import Conversation, normalise, recognise
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.check.samples import CHAT, KINDS, WITH_TOOLS, Write, check_files
+from tests.data.hugging_face import DATA
+
+
+def test_tokens_are_those_of_training(tokenizer: HuggingFace, v3: Mistral, write_lines: Write) -> None:
+    for one, records in ((tokenizer, KINDS), (v3, [*KINDS, WITH_TOOLS])):
+        tokens = loss = 0
+        lengths = []
+        for record in records:
+            read = normalise(record, recognise(record))
+            if isinstance(read, Conversation):
+                made = examples(read, one.chat_template, one)
+                loss += sum(sum(example.loss_mask[1:]) for example in made)
+                lengths += [len(example.tokens) for example in made]
+            else:
+                lengths.append(1 + len(one.encode(read)) + 1)  # bos, eos
+                loss += lengths[-1] - 1
+        tokens = sum(lengths)
+        answer = check_files(one, write_lines("a.jsonl", records))
+        assert (answer["examples"], answer["tokens"], answer["loss_tokens"]) == (len(lengths), tokens, loss)
+        assert answer["lengths"]["max"] == max(lengths)
+        bins = collections.Counter(max(1, 2 ** int(np.ceil(np.log2(n)))) for n in lengths)
+        assert {b["up_to"]: b["examples"] for b in answer["lengths"]["histogram"] if b["examples"]} == bins
+
+
+def test_tools_under_a_tokenizer_without_tool_tokens_stop(tokenizer: HuggingFace, v3: Mistral, write_lines: Write) -> None:
+    path = write_lines("a.jsonl", [CHAT, WITH_TOOLS])
+    answer = check_files(v3, path)
+    assert answer["problems"] == [] and answer["shapes"] == {"chat": 1, "chat with tools": 1} and answer["examples"] == 3
+    for without in (Mistral(DATA / "tokenizer.model.v1"), tokenizer):
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl:2: the record has tools, .*v3, v7.*moe-train extend-vocab BASE OUT --tokenizer v3"
+        ):
+            check_files(without, path)
+
+
+def test_conversations_without_a_template_stop(tokenizer: HuggingFace, write_lines: Write) -> None:
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the record is a conversation, .* has no chat template; .*--chat-template"):
+        check_files(tokenizer, write_lines("a.jsonl", [CHAT]), template=None)
+
+
+def test_a_chunk_of_rows(tokenizer: HuggingFace) -> None:
+    question = Question((None,), tokenizer, tokenizer.chat_template, repairing=True)
+    rows = [(1, {"text": "a"}), (2, {"text": "b\0"}), (5, {"body": "c"}), (6, CHAT)]
+    findings = examine(Chunk(0, rows), question, form_of(tokenizer, tokenizer.chat_template))
+    assert (findings.num_records, findings.numbers.tolist()) == (4, [1, 2, 6])
+    assert findings.shapes == {"text": 2, "chat": 1}
+    assert [(number, problem.rule) for number, problem in findings.problems] == [(2, "unicode"), (5, "columns")]
+    assert findings.kept is not None and findings.kept.num_records == 3
+    assert [(change.number, change.action) for change in findings.kept.changes] == [(2, "changed"), (5, "dropped")]
+
+
+def test_a_value_without_json_cannot_be_kept(tokenizer: HuggingFace) -> None:
+    question = Question((None,), tokenizer, None, repairing=True)
+    with pytest.raises(ValueError, match=r"a column cannot be written as JSON \(.*set.*\); leave it out of the file"):
+        examine(Chunk(0, [(1, {"text": "a", "tags": {1}})]), question, form_of(tokenizer, None))

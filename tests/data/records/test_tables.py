@@ -1,0 +1,50 @@
+"""Tables: CSV, Parquet and Arrow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from moe_train import config
+from moe_train.data.records.tables import read_csv, read_rows
+from tests.data.records.sources import opened, texts
+
+
+@pytest.mark.usefixtures("no_network")
+def test_conversations_from_parquet(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pyarrow.parquet.write_table(pa.table({"messages": [messages]}), tmp_path / "chat.parquet")
+    [(_, record)] = opened(tmp_path / "chat.parquet", record=config.ChatRecord(name="chat"))
+    assert record == {"messages": messages}
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.csv", b"text,n\na,1\nb\n", r"a\.csv: row 2: line 3 has 1 values for 2 columns"),
+        ("a.csv", b"text,text\na,1\n", r"a\.csv: row 0: the header names a column twice"),
+        ("a.csv", b'text\na\n"b"c\n', r"a\.csv: row 2: line 3 is no CSV"),
+        ("a.csv", b"text\na\n\xff\n", r"a\.csv: row 1: not UTF-8"),
+        ("a.parquet", b"PAR1", r"a\.parquet: row 1: cannot be read as parquet"),
+        ("a.arrow", b"ARROW1", r"a\.arrow: row 1: cannot be read as arrow"),
+    ],
+)
+def test_what_is_malformed_is_named_by_file_and_line(tmp_path: Path, name: str, content: bytes, error: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=error):
+        texts(opened(tmp_path / name))
+
+
+def test_rows_are_counted_from_1_and_have_the_columns_that_were_asked_for(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pa.table({"text": ["a", "b"], "other": [1, 2]}), tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet", "parquet", ["text"])) == [(1, {"text": "a"}), (2, {"text": "b"})]
+    assert next(read_rows(tmp_path / "a.parquet", "parquet", ["no such column"])) == (1, {"text": "a", "other": 1})
+
+
+def test_values_of_csv_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,n\n"a, ""b""",1\n\nc,\n')
+    assert list(read_csv(tmp_path / "a.csv")) == [(1, {"text": 'a, "b"', "n": "1"}), (2, {"text": "c", "n": ""})]

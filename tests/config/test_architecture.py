@@ -22,7 +22,7 @@ from tests.config.tiny import DENSE, SIGMOID, config_with, refusal
         ({"model.ffn.experts_per_token": 5}, "experts_per_token 5 exceeds num_experts 4"),
         ({"model.ffn": DENSE}, "family mixtral does not have a dense ffn"),
         ({"model.family": "llama"}, "family llama does not have a moe ffn"),
-        ({"model.family": "llama", "model.ffn": DENSE}, "family llama has no attention window"),
+        ({"model.family": "llama", "model.ffn": DENSE}, "family llama cannot have an attention window"),
         (
             {"model.rope": {"name": "yarn", "factor": 2.0, "original_max_seq_len": 8}},
             "family mixtral cannot have a yarn rope; only ministral3 can",

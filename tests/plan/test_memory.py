@@ -19,7 +19,7 @@ from moe_train.plan.compile import compile_config
 from moe_train.plan.memory import memory
 from moe_train.plan.search import model_choice
 from moe_train.plan.topology import parse
-from moe_train.plan.weights import divisions, layout
+from moe_train.plan.weights import layout
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
 
@@ -109,11 +109,6 @@ def test_adapters_of_experts_fill_whole_lanes_with_their_rank() -> None:
     }  # of so narrow a model
     assert len(lanes) == 4
     assert memory(run, laid).gradients == sum(size * lanes.get(path, 1) for path, size in trained.items())
-
-
-def test_divisions() -> None:
-    assert sorted(divisions(4, 2)) == [(1, 4), (2, 2), (4, 1)]
-    assert len(list(divisions(64, 4))) == 84  # ways to hand six factors of two to four axes
 
 
 # --- against the compiler ------------------------------------------------------------------------------------------

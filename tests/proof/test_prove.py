@@ -86,13 +86,13 @@ def test_a_planted_fault_stops_the_export_and_is_found_later(
 
 @pytest.mark.parametrize("layout", ["hf", "mistral", "gguf"])
 def test_whoever_listens_hears_how_far_it_is(layout: str, weights: Any, texts: Texts, tmp_path: Path) -> None:
-    heard: list[tuple[str, int, int]] = []
-    with progress.listening(lambda *told: heard.append(told)):
+    heard: list[progress.Progress] = []
+    with progress.listening(heard.append):
         make(tmp_path / "made", weights, texts, layout, "bf16" if layout == "gguf" else "bfloat16", depth="tensors")
         verify(tmp_path / "made", base=tmp_path / "made", depth="tensors")
-    ended = [what for what, done, total in heard if done == total]
+    ended = [at.what for at in heard if at.done == at.total]
     assert ended == ["writing", "reading the files", "reading the files", "comparing with the base"]
-    assert all(0 <= done <= total for _, done, total in heard) and len(heard) > 50
+    assert all(0 <= at.done <= at.total for at in heard) and len(heard) > 50
 
 
 def write_adapter(layout: str, directory: Path, weights: dict[str, jax.Array], texts: Texts) -> None:

@@ -10,7 +10,7 @@ from moe_train import config
 from moe_train.model.moe.transport import all_gather, all_to_all, ragged_all_to_all
 from moe_train.model.moe.transport.choose import choose_transport, transports_of
 from moe_train.model.moe.transport.transport import Name
-from tests.model.moe.transport.test_transport import SIZES
+from tests.model.moe.transport.sizes import SIZES
 
 
 @pytest.mark.parametrize(

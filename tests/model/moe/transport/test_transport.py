@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from moe_train.model.moe.transport import all_gather, all_to_all, ragged_all_to_all
-from moe_train.model.moe.transport.transport import ExchangeSizes, bytes_received
-
-SIZES = ExchangeSizes(tokens=4096, model_dim=1024, experts_per_token=2, devices=8)
+from moe_train.model.moe.transport.transport import bytes_received
+from tests.model.moe.transport.sizes import SIZES
 
 
 def test_bytes_by_hand() -> None:

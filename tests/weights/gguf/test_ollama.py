@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.weights.gguf.ollama import modelfile
 from tests.random_parameters import random_parameters
 from tests.tiny import ONE
 from tests.weights.gguf.models import MISTRAL, write
@@ -21,3 +22,8 @@ def test_the_modelfile(tmp_path: Path, tokenizer: HuggingFace) -> None:
         assert modelfile.endswith('PARAMETER stop "</s>"\nPARAMETER stop "[INST]"\n')
         write(tmp_path, MISTRAL, parameters)
         assert "TEMPLATE" not in (tmp_path / "Modelfile").read_text()
+
+
+def test_a_chat_of_no_known_format_is_left_to_ollama() -> None:
+    text = modelfile("model.gguf", None)
+    assert text.startswith("FROM ./model.gguf\n# The chat template is the one in the file") and "PARAMETER" not in text

@@ -19,6 +19,7 @@ from moe_train.model.parameters import combine, parameters
 from moe_train.model.transformer import empty_caches, init_model
 from moe_train.train.objectives.next_token import LossParts, microbatch_loss
 from tests.compiled_programs import quick_jit
+from tests.tiny import ONE
 
 B, T, V = 8, 16, 32
 ATTENTION = config.GroupedQueryAttention(num_heads=8, num_kv_heads=4, head_dim=4)
@@ -47,7 +48,6 @@ LORA = config.Lora(
         config.LoraTarget(modules=("ffn.*",), rank=2, alpha=6.0),
     )
 )
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 LOSS = config.Loss(load_balance_loss_coef=0.5, router_z_loss_coef=0.1)
 MESHES = {
     "data": config.Mesh(data=8),

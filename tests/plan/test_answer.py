@@ -1,4 +1,4 @@
-"""`moe-train plan` without a compiler: what it ranks, what it says, what it writes, and how it refuses."""
+"""`moe-train plan` without a compiler: the config that it writes, and input that it refuses."""
 
 from __future__ import annotations
 

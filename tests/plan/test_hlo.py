@@ -1,4 +1,4 @@
-"""What is read off HLO text, on modules short enough to count by hand."""
+"""Loops, branches, asynchronous pairs and kernels of HLO modules, counted by hand."""
 
 from __future__ import annotations
 

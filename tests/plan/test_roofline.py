@@ -7,19 +7,18 @@ import dataclasses
 import pytest
 
 from moe_train import config
-from moe_train.config import yaml_file
 from moe_train.machine.devices import DEVICES
 from moe_train.plan.roofline import Time, Work, time, work
 from moe_train.plan.topology import parse
 from moe_train.plan.traffic import Flow, flows
 from moe_train.plan.weights import layout
-from tests.plan.pretraining import PRETRAIN, SMALL
+from tests.plan.pretraining import SMALL, pretrain_run
 
 NOTHING = Work(0, 0, 0, 0, 0)
 
 
 def small(*overrides: str) -> config.Run:
-    return config.run_of(yaml_file.load(PRETRAIN, [*SMALL, *overrides]))
+    return pretrain_run(*SMALL, *overrides)
 
 
 @pytest.mark.parametrize(

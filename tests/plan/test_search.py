@@ -12,7 +12,7 @@ from moe_train.config import yaml_file
 from moe_train.machine.devices import DEVICES
 from moe_train.plan import search
 from moe_train.plan.topology import parse
-from tests.plan.pretraining import PRETRAIN, SMALL
+from tests.plan.pretraining import PRETRAIN, SMALL, pretrain_run
 
 
 def test_a_free_batch_moves_fewer_bytes_a_token() -> None:
@@ -34,7 +34,7 @@ def test_only_replicas_stand_in_different_slices() -> None:
 
 @pytest.fixture(scope="module")
 def given() -> config.Run:
-    return config.run_of(yaml_file.load(PRETRAIN, SMALL))
+    return pretrain_run(*SMALL)
 
 
 def test_meshes_hold_all_devices_and_keep_the_context(given: config.Run) -> None:

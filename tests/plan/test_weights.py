@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train import config
-from moe_train.config import yaml_file
 from moe_train.plan.weights import axis_sizes, divisions, layout
-from tests.plan.pretraining import PRETRAIN, SMALL
+from tests.plan.pretraining import SMALL, pretrain_run
 
 
 def test_divisions() -> None:
@@ -16,7 +14,7 @@ def test_divisions() -> None:
 
 
 def test_the_kinds_of_weights_and_what_a_device_stores_of_them() -> None:
-    run = config.run_of(yaml_file.load(PRETRAIN, [*SMALL, "mesh={fsdp: 2, expert: 4}"]))
+    run = pretrain_run(*SMALL, "mesh={fsdp: 2, expert: 4}")
     laid = layout(run)
     kinds = {str(weight.path): weight for weight in laid.weights}
     assert kinds["embed.weight"].kind == "table" and kinds["final_norm.scale"].kind == "small"

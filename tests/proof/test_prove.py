@@ -1,4 +1,4 @@
-"""The proof: every way in which other tools' exports have gone wrong is planted here, and found at the export and later."""
+"""The proof finds every fault that exports of other tools have had, at the export and later."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""GGUF without llama.cpp: files there and back, the package `gguf` as an independent reader and writer, tokenizers, chat
-formats, and files that are damaged or lie."""
+"""GGUF files without llama.cpp: read back bit for bit, and the package `gguf` as an independent reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral's own layout, torch-free: params.json both ways, the files, bits, logits of a plain reference, damaged input."""
+"""Files in Mistral's own layout, torch-free: bits, logits of a plain reference, and damaged files."""
 
 from __future__ import annotations
 

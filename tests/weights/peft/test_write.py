@@ -1,4 +1,4 @@
-"""PEFT directories, torch-free: what is written, what is read back from it, and what cannot be written."""
+"""PEFT directories, torch-free: what is written, what is read back, and what cannot be written."""
 
 from __future__ import annotations
 

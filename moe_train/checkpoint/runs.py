@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.manager import FOLDER, About
+from moe_train.config.faults import in_words
 
 TOKENIZER = "tokenizer"
 """The folder of a run with its tokenizer's files."""
@@ -46,6 +47,8 @@ def saved_config(run_dir: str | Path, about: About) -> config.Config:
     try:
         return config.Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise ValueError(f"{run_dir} was saved by another version of moe_train: {key}: {fault['msg']}") from error
+        path, message = next(in_words(error, tree))
+        key = ".".join(str(part) for part in path)
+        raise ValueError(
+            f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version for it, or start anew"
+        ) from error

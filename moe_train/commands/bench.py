@@ -10,10 +10,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.flops import flops_per_token
@@ -21,8 +20,9 @@ from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
 from moe_train.run.resolve import resolve
 from moe_train.train.optimizer import make_optimizer_of_any_length
-from moe_train.train.state import create_state, partition
+from moe_train.train.state import create_state, partition, trained_in_full
 from moe_train.train.step import compile_step
+from moe_train.train.step_definition import definition_of
 
 WARM_UP, TIMED = 2, 7
 
@@ -37,16 +37,21 @@ def bench(written: config.Config) -> dict[str, Any]:
     mesh = make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         state, structure, optimizer = _random_state(run)
-        batch = put_batch(_synthetic_batch(run), mesh)
+        definition = definition_of(run, structure, optimizer)
+        objective = definition.objective
+        reference = trained_in_full(state.learned, run.lora) if objective.uses_reference else {}
+        base_weights = jax.tree.map(jnp.copy, reference)  # the step takes the state's own arrays over
+        rows = run.train.batch_size // jax.process_count()
+        batch = put_batch(objective.batch_type.synthetic(rows, run.train.seq_len, run.model.vocab_size, run.seed), mesh)
 
         begun = time.perf_counter()
-        step = compile_step(run, structure, optimizer, state, batch)
+        step = compile_step(definition, state, batch, base_weights)
         compiled = time.perf_counter() - begun
         seconds, cpu_seconds, losses = [], [], []
         for _ in range(1 + WARM_UP + TIMED):
             wall, cpu = time.perf_counter(), time.process_time()
-            state, figures = step(state, batch)
-            losses.append(float(figures.loss))
+            state, metrics = step(state, batch, base_weights)
+            losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - wall)
             cpu_seconds.append(time.process_time() - cpu)
 
@@ -78,15 +83,6 @@ def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
     trainable, frozen = partition(jax.jit(lambda: parameters(model())[1])(), run.lora)
     state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0)(trainable)
     return state._replace(frozen=frozen), structure, optimizer
-
-
-def _synthetic_batch(run: config.Run) -> Batch:
-    """This process's share of a batch of uniform tokens, one segment a sequence."""
-    rows, T = run.train.batch_size // jax.process_count(), run.train.seq_len
-    tokens = np.random.default_rng(run.seed).integers(0, run.model.vocab_size, (rows, T), dtype=np.int32)
-    ones = np.ones((rows, T), np.int32)
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (rows, T)).copy()
-    return Batch(tokens, np.roll(tokens, -1, axis=1), np.ones((rows, T), bool), ones, positions)
 
 
 def _program_bytes(step: Any) -> int | None:

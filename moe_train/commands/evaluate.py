@@ -19,10 +19,11 @@ from moe_train.data.records.problem import located
 from moe_train.evaluate.held_out import evaluate
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.machine.mesh import BATCH
+from moe_train.train.objectives.next_token import next_token
 
 
 def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
+    """Next-token loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
 
     Rows are as long as the run's; of a model that is no run, at most 2048.
     """
@@ -38,7 +39,7 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
         structure, params = opened.load()
-        found = evaluate(make_batch_sums(structure), params, {}, loader, mesh)
+        found = evaluate(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
     if not math.isfinite(found["loss"]):
         raise RuntimeError(
             f"the loss of {directory} on {found['loss_tokens']} tokens is {found['loss']}: its weights are past help"

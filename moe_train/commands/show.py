@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch, empty_batch, fill_row
+from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, learns
@@ -79,11 +79,11 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     plan = make_plan(lengths, seq_len, too_long)
     if not plan.num_rows:
         raise ValueError(f"{', '.join(records.names)}: all {len(examples)} records are too long for seq_len {seq_len}")
-    batch = empty_batch(plan.num_rows, plan.seq_len)
+    batch = Batch.empty(plan.num_rows, plan.seq_len)
     placed = []
     for row in range(plan.num_rows):
         mine = range(*plan.row_pieces[row : row + 2].tolist())
-        fill_row(batch, row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in mine])
+        batch.fill_row(row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in mine])
         placed.append([places[plan.example[i]] for i in mine])
     return Rows(batch, placed)
 

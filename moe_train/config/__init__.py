@@ -55,6 +55,7 @@ from moe_train.config.families import (
     in_words,
 )
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
+from moe_train.config.objective import NextToken, Objective, check_records
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -132,10 +133,12 @@ __all__ = [
     "Model",
     "MoeFfn",
     "Muon",
+    "NextToken",
     "Nf4",
     "NoData",
     "NonNegative",
     "NonNegativeFloat",
+    "Objective",
     "Optimizer",
     "Positive",
     "PositiveFloat",
@@ -164,6 +167,7 @@ __all__ = [
     "YarnRope",
     "check_batch",
     "check_model",
+    "check_records",
     "family_with",
     "features",
     "in_words",

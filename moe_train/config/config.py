@@ -11,6 +11,7 @@ from moe_train.config.architecture import Model
 from moe_train.config.checks import check_batch, check_model
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
+from moe_train.config.objective import NextToken, Objective, check_records
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.section import LocalPath, NonNegative, Section
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
@@ -31,6 +32,7 @@ class Config(Section):
     model: Model | None = None
     lora: Lora | None = None
     data: Data | None = None
+    objective: Objective = NextToken(name="next_token")
     train: Train
     optimizer: Optimizer
     loss: Loss = Loss()
@@ -47,6 +49,8 @@ class Config(Section):
             raise ValueError("state model (an architecture, trained from random weights) or init_from (a checkpoint)")
         if self.model is not None:
             check_model(self, self.model)
+        if self.data is not None:
+            check_records(self.objective, self.data)
         check_batch(self)
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
             raise ValueError("compute.attention cudnn takes 16-bit numbers; set compute.dtype to bfloat16, or attention to auto")

@@ -14,6 +14,7 @@ from moe_train.config.architecture import Model
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import Data, Tokenizer
+from moe_train.config.objective import Objective
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.section import LocalPath, NonNegative, Section
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
@@ -65,6 +66,7 @@ class Run(Section):
     initial_weights: InitialWeights
     model: Model
     method: FullTraining | Lora
+    objective: Objective
     data: RunData | NoData
     train: Train
     optimizer: Optimizer

@@ -1,21 +1,24 @@
-"""Loss on held-out data."""
+"""An objective's metrics on held-out data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from moe_train.data.batches.loader import Loader
+from moe_train.evaluate.loss import BatchSums
 from moe_train.evaluate.routing import Drift, DriftSums, _drift_figures
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters
+from moe_train.train.objectives.objective import Mean, Metric
 
 
 def evaluate(
-    sums: Callable[..., Any],
+    sums: BatchSums,
     params: Parameters,
     frozen: Parameters,
     loader: Loader,
@@ -23,25 +26,38 @@ def evaluate(
     batches: int | None = None,
     drift: Drift | None = None,
 ) -> dict[str, Any]:
-    """{loss: mean cross-entropy in nats over loss_tokens tokens} of the first `batches` batches (None: all).
+    """The objective's metrics of the first `batches` batches (None: all): `loss`, and those that it names.
 
     sums: what `make_batch_sums` made. With `drift` also, of its first batches, routing_drift[l], the share of layer l's
     assignments that the base model makes otherwise, and dead_experts[l], the share of experts that got less than 1% of
     an even share.
     """
     assert loader.batches is not None  # held-out data end
-    loss, tokens, late = 0.0, 0, None
+    totals: dict[str, Metric] | None = None
+    previous: dict[str, Metric] | None = None
     drifted: list[DriftSums] = []
     for i in range(loader.batches if batches is None else min(batches, loader.batches)):
         batch = put_batch(loader.batch(i), mesh)
         if drift is not None and i < drift.batches:
-            compared, now = drift.sums(params, frozen, batch, drift.originals)
+            compared, metrics = drift.sums(params, frozen, batch, drift.originals)
             drifted.append(compared)
         else:
-            now = sums(params, frozen, batch)
-        if late is not None:  # read one batch late, so that the device does not wait
-            loss, tokens = loss + float(late[0]), tokens + int(late[1])
-        late = now
-    if late is not None:
-        loss, tokens = loss + float(late[0]), tokens + int(late[1])
-    return {"loss": loss / tokens if tokens else math.nan, "loss_tokens": tokens, **_drift_figures(drifted)}
+            metrics = sums(params, frozen, batch)
+        if previous is not None:  # read one batch late, so that the device does not wait
+            totals = _add(totals, previous)
+        previous = metrics
+    assert previous is not None  # a loader has rows
+    totals = _add(totals, previous)
+    return {**{name: _value(metric) for name, metric in totals.items()}, **_drift_figures(drifted)}
+
+
+def _add(totals: dict[str, Metric] | None, metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """Sums as Python's numbers, which lose nothing over many batches."""
+    numbers = jax.tree.map(lambda x: np.asarray(x).item(), jax.device_get(metrics))
+    return numbers if totals is None else jax.tree.map(lambda a, b: a + b, totals, numbers)
+
+
+def _value(metric: Metric) -> Any:
+    if not isinstance(metric, Mean):
+        return metric
+    return metric.sum / metric.weight if metric.weight else math.nan

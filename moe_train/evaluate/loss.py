@@ -1,32 +1,35 @@
-"""Sums of the cross-entropy over batches."""
+"""An objective's metrics over batches that are not trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from moe_train.model.parameters import Parameters, combine
-from moe_train.model.transformer import Transformer
-from moe_train.train.cross_entropy import cross_entropy_sum
+from moe_train.model.moe.router import RouterStats
+from moe_train.model.parameters import Parameters
+from moe_train.train.objectives.objective import Inputs, Metric, Objective, Weights, held_out_metrics, inputs_of
 
-
-def batch_sums(params: Parameters, frozen: Parameters, batch: Any, structure: Any) -> tuple[jax.Array, jax.Array]:
-    """(sum of the cross-entropy, loss-bearing tokens) of a batch."""
-    model = combine(structure, params, frozen)
-    hidden_BTD, _ = model(batch.tokens, batch.positions, batch.segment_ids)
-    return _batch_sums(model, hidden_BTD, batch)
+BatchSums = Callable[[Parameters, Parameters, Any], dict[str, Metric]]
+"""(learned weights, frozen weights, batch) -> metrics of the batch, `loss` among them, as sums over it."""
 
 
-def _batch_sums(model: Transformer, hidden_BTD: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
-    beside = model.beside_head(hidden_BTD)
-    total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, beside)
-    return total, jnp.sum(batch.loss_mask)
+def make_batch_sums(structure: Any, objective: Objective, base_weights: Parameters | None = None) -> BatchSums:
+    """Metrics of a batch, compiled once for all evaluations of a run.
+
+    base_weights: the base's weights of what is trained in full beside adapters, for an objective with a reference model.
+    """
+
+    @jax.jit
+    def sums(weights: Weights, batch: Any) -> dict[str, Metric]:
+        return batch_sums(objective, inputs_of(objective, structure, weights, batch))[0]
+
+    return lambda learned, frozen, batch: sums(Weights(learned, frozen, base_weights or {}), batch)
 
 
-def make_batch_sums(structure: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """`batch_sums` of a model's structure, compiled once for all evaluations of a run."""
-    return jax.jit(partial(batch_sums, structure=structure))
+def batch_sums(objective: Objective, inputs: Inputs) -> tuple[dict[str, Metric], RouterStats | None]:
+    """(metrics of a batch as sums, the routers' statistics); the batch is a step of its own to the objective."""
+    of_step = None if objective.first_pass is None else objective.first_pass(inputs)
+    terms = objective.loss(inputs, of_step)
+    return held_out_metrics(objective, terms, objective.weight(inputs.batch, of_step)), terms.routers

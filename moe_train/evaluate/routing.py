@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_train.evaluate.loss import _batch_sums
-from moe_train.model.parameters import Parameters, combine, with_expert_ids
+from moe_train.evaluate.loss import batch_sums
+from moe_train.model.parameters import Parameters, combine, with_expert_ids, without_adapters
+from moe_train.train.objectives.objective import Metric, Objective, Weights, inputs_of
 
 
 class Drift(NamedTuple):
     """How the routing of a model with adapters is compared with that of its base."""
 
-    sums: Callable[..., tuple[DriftSums, tuple[jax.Array, jax.Array]]]
+    sums: DriftFunction
     """What `make_drift_sums` made."""
     originals: Parameters
     """The base's weights of what is trained in full beside the adapters."""
@@ -26,7 +27,7 @@ class Drift(NamedTuple):
 
 
 class DriftSums(NamedTuple):
-    """Of one batch, or of several."""
+    """Counts of one batch, or of several."""
 
     changed_L: Any
     """Assignments to experts that the base does not choose for the token."""
@@ -36,27 +37,33 @@ class DriftSums(NamedTuple):
     """Of one layer."""
 
 
+DriftFunction = Callable[[Parameters, Parameters, Any, Parameters], tuple[DriftSums, dict[str, Metric]]]
+"""(learned weights, frozen weights, batch, base weights of what is trained) -> (counts, metrics of the batch)."""
+
+
+def make_drift_sums(structure: Any, objective: Objective) -> DriftFunction:
+    """`drift_sums` of a model's structure, compiled once for all evaluations of a run."""
+    return jax.jit(partial(drift_sums, structure=with_expert_ids(structure), objective=objective))
+
+
 def drift_sums(
-    params: Parameters, frozen: Parameters, batch: Any, originals: Parameters, structure: Any
-) -> tuple[DriftSums, tuple[jax.Array, jax.Array]]:
-    """The assignments of a batch beside the base model's, and its `batch_sums`."""
-    tokens = batch.tokens, batch.positions, batch.segment_ids
-    model = combine(with_expert_ids(structure), params, frozen)
-    hidden_BTD, routers = model(*tokens)
-    _, base = combine(with_expert_ids(structure, adapters=False), originals, frozen)(*tokens)
+    learned: Parameters, frozen: Parameters, batch: Any, originals: Parameters, structure: Any, objective: Objective
+) -> tuple[DriftSums, dict[str, Metric]]:
+    """Count the assignments of a batch that differ from the base model's; with the objective's metrics of the batch.
+
+    structure: of a model that keeps the experts' ids.
+    """
+    inputs = inputs_of(objective, structure, Weights(learned, frozen, originals), batch)
+    metrics, routers = batch_sums(objective, inputs)
+    base_model = combine(without_adapters(structure), originals, frozen)
+    _, base = batch_sums(objective, inputs._replace(model=base_model))
     assert routers is not None and base is not None and routers.expert_ids is not None and base.expert_ids is not None
     ids_LBTA, base_LBTA = routers.expert_ids, base.expert_ids
     kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_LBTA[..., None, :], axis=-1)
     valid_BT = batch.segment_ids != 0
     assignments = jnp.sum(valid_BT) * ids_LBTA.shape[-1]
     changed_L = jnp.sum(~kept_LBTA & valid_BT[None, ..., None], axis=(1, 2, 3))
-    sums = DriftSums(changed_L, routers.chosen_E, assignments)
-    return sums, _batch_sums(model, hidden_BTD, batch)
-
-
-def make_drift_sums(structure: Any) -> Callable[..., tuple[DriftSums, tuple[jax.Array, jax.Array]]]:
-    """`drift_sums` of a model's structure, compiled once for all evaluations of a run."""
-    return jax.jit(partial(drift_sums, structure=structure))
+    return DriftSums(changed_L, routers.chosen_E, assignments), metrics
 
 
 def _drift_figures(drifted: Sequence[DriftSums]) -> dict[str, Any]:

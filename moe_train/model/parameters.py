@@ -45,12 +45,19 @@ def _path_of(keys: tuple[Any, ...]) -> str:
     return ".".join(names[:-1] if names[-1] == "value" else names)
 
 
-def with_expert_ids(structure: Any, adapters: bool = True) -> Any:
-    """The structure of the same model, with or without its adapters, whose `RouterStats` hold the chosen experts."""
+def without_adapters(structure: Any) -> Any:
+    """The structure of the same model without its adapters."""
     model = structure.unflatten(range(structure.num_leaves))
     for _, module in adaptable(model):
-        if not adapters and module.lora_a is not None:
-            module.lora_a, module.lora_b = nnx.data(None), nnx.data(None)
+        if module.lora_a is not None:
+            module.lora_a = nnx.data(None)
+            module.lora_b = nnx.data(None)
+    return jax.tree_util.tree_structure(model)
+
+
+def with_expert_ids(structure: Any) -> Any:
+    """The structure of the same model, whose `RouterStats` hold the chosen experts."""
+    model = structure.unflatten(range(structure.num_leaves))
     for layer in _sparse(model):
         layer.keeps_expert_ids = True
     return jax.tree_util.tree_structure(model)

@@ -18,26 +18,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import BATCH, make_mesh
-from moe_train.model.parameters import parameters
+from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.transformer import init_model
 from moe_train.plan import gpu_targets, hlo
 from moe_train.plan.hlo_text import num_instructions
 from moe_train.plan.replica_groups import axes_of
 from moe_train.plan.topology import Topology, parse
 from moe_train.train.optimizer import make_optimizer_of_any_length
-from moe_train.train.state import create_state
+from moe_train.train.state import TrainState, create_state, trained_in_full
 from moe_train.train.step import compile_step
+from moe_train.train.step_definition import StepDefinition, definition_of
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,17 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
     return topologies.get_topology_desc(topology.slice_name, platform="tpu", **several).devices
 
 
-def abstract_step(run: config.Run, mesh: Mesh) -> tuple[Any, Any, Any, Batch]:
-    """(structure, optimizer, state, batch) as `compile_step` takes them, all arrays as shapes with their shardings; `mesh` is
-    in force."""
+class AbstractStep(NamedTuple):
+    """What `compile_step` takes, all arrays as shapes with their shardings."""
+
+    definition: StepDefinition
+    state: TrainState
+    batch: Any
+    base_weights: Parameters
+
+
+def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
+    """The step of a run whose model is stated; `mesh` is in force."""
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         spec = P() if x.sharding is None else x.sharding.spec
@@ -164,18 +171,18 @@ def abstract_step(run: config.Run, mesh: Mesh) -> tuple[Any, Any, Any, Batch]:
     structure, params = parameters(jax.eval_shape(model))
     state = jax.eval_shape(lambda params: create_state(params, optimizer, run.lora), jax.tree.map(placed, params))
     state = jax.tree.map(placed, state)
-    shape, sharding = (run.train.batch_size, run.train.seq_len), NamedSharding(mesh, P(BATCH, "context"))
-    dtypes = (jnp.int32, jnp.int32, jnp.bool, jnp.int32, jnp.int32)
-    arrays: list[Any] = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes]
-    return structure, optimizer, state, Batch(*arrays)
+    sharding = NamedSharding(mesh, P(BATCH, "context"))
+    definition = definition_of(run, structure, optimizer)
+    empty = definition.objective.batch_type.empty(run.train.batch_size, run.train.seq_len)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), empty)
+    return AbstractStep(definition, state, batch, trained_in_full(state.learned, run.lora))
 
 
 def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
     """Compile the step of `run` for the devices of `mesh`, in this process."""
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
-        structure, optimizer, state, batch = abstract_step(run, mesh)
-        program = compile_step(run, structure, optimizer, state, batch)
+        program = compile_step(*abstract_step(run, mesh))
     seconds = time.perf_counter() - begun
     memory, text = program.memory_analysis(), program.as_text()
     assert memory is not None and text is not None

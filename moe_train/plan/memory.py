@@ -14,10 +14,8 @@ from moe_train import config
 from moe_train.model.sharding.collectives import LANES
 from moe_train.plan.traffic import Shape, shape_of
 from moe_train.plan.weights import Layout, Weight, axis_sizes
-from moe_train.train.cross_entropy import CHUNK_ELEMENTS
-
-BATCH_BYTES = 4 + 4 + 1 + 4 + 4
-"""Bytes of one token of a `Batch`: tokens, targets, loss_mask, segment_ids, positions."""
+from moe_train.train.logits import CHUNK_ELEMENTS
+from moe_train.train.objectives.choose import objective_of
 
 
 class Memory(NamedTuple):
@@ -48,6 +46,7 @@ class Memory(NamedTuple):
 def memory(run: config.Run, laid: Layout) -> Memory:
     """Of a resolved run whose mesh has no -1."""
     model, sizes, shape = run.model, axis_sizes(run.mesh), shape_of(run)
+    bytes_per_token = sum(x.itemsize for x in objective_of(run.objective).batch_type.empty(1, 1))
     M, b = run.train.microbatches, shape.itemsize
     stacked = [w for w in laid.weights if w.path.in_layer]
     stacks = config.stacks(model)
@@ -70,7 +69,7 @@ def memory(run: config.Run, laid: Layout) -> Memory:
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
         optimizer=laid.optimizer_bytes,
-        batch=M * shape.tokens * BATCH_BYTES,
+        batch=M * shape.tokens * bytes_per_token,
         gradients=gradients,
         saved=saved,
         layer=layer,

@@ -11,6 +11,7 @@ from moe_train.evaluate.routing import Drift, make_drift_sums
 from moe_train.run.inputs import Inputs
 from moe_train.run.start import Start
 from moe_train.run.writer import Writer
+from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
 
 DRIFT_BATCHES = 4
@@ -20,14 +21,14 @@ DRIFT_BATCHES = 4
 class HeldOut:
     """Measures the held-out loss where it is due; never due without held-out data."""
 
-    def __init__(self, run: config.Run, mesh: Mesh, inputs: Inputs, begin: Start, writer: Writer) -> None:
+    def __init__(self, run: config.Run, mesh: Mesh, inputs: Inputs, begin: Start, objective: Objective, writer: Writer) -> None:
         self._run, self._mesh, self._loader, self._writer = run, mesh, inputs.held_out, writer
         self._total_steps = inputs.total_steps
-        self._sums = make_batch_sums(begin.structure)
+        self._sums = make_batch_sums(begin.structure, objective, begin.originals)
         self._drift: Drift | None = None
         batches = drift_batches(run)
         if self._loader is not None and batches and begin.base is not None:
-            self._drift = Drift(make_drift_sums(begin.structure), begin.originals, batches)
+            self._drift = Drift(make_drift_sums(begin.structure, objective), begin.originals, batches)
             writer.say(f"routing is compared with the base model's on {batches} held-out batches, a second forward pass each")
 
     def is_due(self, step: int) -> bool:

@@ -12,6 +12,7 @@ from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.run.preflight import check_ready
+from moe_train.train.objectives.objective import Objective
 
 
 class Inputs(NamedTuple):
@@ -24,8 +25,8 @@ class Inputs(NamedTuple):
     """Optimizer steps of the whole run."""
 
 
-def open_inputs(run: config.Run) -> Inputs:
-    """Load the tokenizer, check that it is the model's, and open the data of this process.
+def open_inputs(run: config.Run, objective: Objective) -> Inputs:
+    """Load the tokenizer, check that it is the model's, and open the data of this process as the objective's batches.
 
     Raises ValueError or FileNotFoundError where the data or the tokenizer cannot be used.
     """
@@ -40,6 +41,7 @@ def open_inputs(run: config.Run) -> Inputs:
         seed=run.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        batch_type=objective.batch_type,
     )
     train = open_loader("train", batch_size=run.train.batch_size)
     microbatch = run.train.batch_size // run.train.microbatches

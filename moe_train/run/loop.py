@@ -26,15 +26,19 @@ from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import starting_state
 from moe_train.run.stopping import Votes, signals, vote
 from moe_train.run.writer import Writer
+from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.objective import Objective
 from moe_train.train.step import StepMetrics, compile_step
+from moe_train.train.step_definition import definition_of
 
 FINISHED = 0
 """The exit code of a run that is done; UNFINISHED is that of one to be started again."""
 
 
-def train(run: config.Run) -> int:
+def train(run: config.Run, objective: Objective | None = None) -> int:
     """Train as `run` says, from its newest checkpoint where it has one; FINISHED or UNFINISHED.
 
+    objective: in place of the one that `run` names, such as a loss of one's own (`objectives.custom.custom`).
     Raises ValueError or FileNotFoundError for what cannot be done as asked, RuntimeError for a fault while running;
     the checkpoints that exist stay in both cases.
     """
@@ -42,7 +46,8 @@ def train(run: config.Run) -> int:
     check_fits(run, mesh.local_devices[0])
     with jax.set_mesh(mesh), signals() as asked, contextlib.ExitStack() as leaving:
         check_transport(run.compute.transport)
-        inputs = open_inputs(run)
+        objective = objective or objective_of(run.objective)
+        inputs = open_inputs(run, objective)
         folder = leaving.enter_context(RunFolder(Path(run.run_dir)))
         checkpoints = leaving.enter_context(manager.opened(folder.path, run.checkpoint))
         begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
@@ -70,10 +75,11 @@ def train(run: config.Run) -> int:
         batches: Any = leaving.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
         started = time.perf_counter()
-        run_step = compile_step(run, begin.structure, begin.optimizer, state, batch)
+        definition = definition_of(run, begin.structure, begin.optimizer, objective)
+        run_step = compile_step(definition, state, batch, begin.originals)
         writer.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
 
-        held_out = HeldOut(run, mesh, inputs, begin, writer)
+        held_out = HeldOut(run, mesh, inputs, begin, objective, writer)
         if start == 0:
             held_out.measure(0, state)
         saving = Saving(run, checkpoints, begin, inputs)
@@ -81,7 +87,7 @@ def train(run: config.Run) -> int:
         writer.say(f"MFU is the share of {figures.peak_source}")
         unread: tuple[int, StepMetrics, jax.Array] | None = None
         for step in range(start + 1, total_steps + 1):
-            state, now = run_step(state, batch)
+            state, now = run_step(state, batch, begin.originals)
             voted = vote((asked.reason is not None, saving.is_overdue()), mesh)
             if step < total_steps:
                 batch = put_batch(figures.awaited(batches), mesh)

@@ -81,8 +81,7 @@ class Figures:
     def _figures(self, step: int, now: StepMetrics) -> dict[str, Any]:
         return {
             "loss": float(now.loss),
-            "cross_entropy": float(now.cross_entropy),
-            "loss_tokens": int(now.loss_tokens),
+            **{name: np.asarray(value).item() for name, value in now.objective.items()},
             "grad_norm": float(now.grad_norm),
             "learning_rate": float(self._rates[step - 1 - self._skipped]),
             "skipped": self._skipped,

@@ -94,7 +94,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
 
 
 _DECIDED_AT_START = (
-    *("seed", "model", "lora", "train.batch_size", "train.seq_len", "compute.param_dtype"),
+    *("seed", "model", "lora", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
     *("optimizer.name", "optimizer.min_dim_size_to_factor"),
 )
 """Settings that a run cannot change: its checkpoint would not fit, or its batches would be others."""

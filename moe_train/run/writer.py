@@ -96,8 +96,9 @@ class Writer:
             self._record("eval", step, figures)
             drift = figures.get("routing_drift")
             drifted = f"; {np.mean(drift):.1%} of the assignments drifted, {max(drift):.1%} in one layer" if drift else ""
-            said = f"held-out loss {figures['loss']:.4f} over {figures['loss_tokens']:,} tokens"
-            self.say(f"step {step}/{self._total}  {said}{drifted}")
+            tokens = figures.get("loss_tokens")  # an objective may average over something else
+            over = "" if tokens is None else f" over {tokens:,} tokens"
+            self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f}{over}{drifted}")
 
     def _record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **_strict(figures)}, allow_nan=False) + "\n")

@@ -48,6 +48,11 @@ def split_buffers(learned: Parameters) -> tuple[Parameters, Parameters]:
     return {path: x for path, x in learned.items() if path not in buffers}, buffers
 
 
+def trained_in_full(learned: Parameters, lora: config.Lora | None) -> Parameters:
+    """What is trained beside adapters, and not as one; empty without the section `lora`."""
+    return {} if lora is None else {path: x for path, x in learned.items() if not ParameterPath.parse(path).is_adapter}
+
+
 def create_state(params: Parameters, optimizer: optax.GradientTransformation, lora: config.Lora | None = None) -> TrainState:
     """A state at step 0; moments inherit the sharding of their weights."""
     learned, frozen = partition(params, lora)

@@ -87,7 +87,7 @@ def program(kind: str) -> jax.stages.Compiled:
     transport = ragged_all_to_all if kind == "ragged" else all_to_all
     compute = run.compute.model_copy(update={"transport": transport.NAME})
     with jax.set_mesh(mesh), mock.patch.object(transport, "run_experts", run_experts(kind)):
-        layer = jax.tree.map(placed, jax.eval_shape(lambda: MoE(nnx.Rngs(0), run.model, compute)))
+        layer = jax.tree.map(placed, jax.eval_shape(lambda: MoE(nnx.Rngs(0), run.model, compute, run.model.ffn)))
         tokens = NamedSharding(mesh, P(BATCH, "context"))
         x = jax.ShapeDtypeStruct((8, TOKENS, run.model.model_dim), jnp.dtype(compute.dtype), sharding=tokens)
         segments = jax.ShapeDtypeStruct((8, TOKENS), jnp.int32, sharding=tokens)

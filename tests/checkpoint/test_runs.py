@@ -34,7 +34,7 @@ def test_a_setting_that_has_gone_is_passed_over_where_it_said_what_is_done_now()
     ("changes", "error"),
     [
         ({"data__packing": {"name": "first_fit"}}, "^run was started with data.packing first_fit, which this version has not"),
-        ({"train__colour": "blue"}, r"^run was saved by another version of moe_train: train\.colour: Extra inputs"),
+        ({"train__colour": "blue"}, r"^run was saved by another version of moe_train: train\.colour: unknown key"),
     ],
 )
 def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(changes: dict[str, Any], error: str) -> None:

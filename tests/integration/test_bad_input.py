@@ -152,7 +152,7 @@ def test_training_is_refused(prepare: Callable[[], Any], overrides: list[str], s
 
 def without_progress(err: str) -> str:
     """What was said but for what it was doing: reading the data takes a while, and says so."""
-    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith("tokenis"))
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith("tokenizing"))
 
 
 def refused(*arguments: str, said: str, capsys: pytest.CaptureFixture) -> None:

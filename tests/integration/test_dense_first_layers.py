@@ -32,6 +32,7 @@ from moe_train.run import loop
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
 from moe_train.train.step import train_step
+from moe_train.train.step_definition import definition_of
 from tests.compiled_programs import quick_jit
 
 D, V, L, DENSE = 32, 288, 4, 2
@@ -173,8 +174,7 @@ def steps_on(mesh: jax.sharding.Mesh, run: config.Config) -> list[float]:
         drawn = {path: draw_like(path, like, mesh) for path, like in shapes.items()}
         optimizer = make_optimizer(run.optimizer, 3)
         state = create_state(drawn, optimizer, run.lora)
-        seed = 0 if run.lora else None
-        step = quick_jit(partial(train_step, structure=structure, optimizer=optimizer, loss=run.loss, dropout_seed=seed))
+        step = quick_jit(partial(train_step, definition_of(config.run_of(run), structure, optimizer)))
         losses = []
         for _ in range(3):
             state, metrics = step(state, put_batch(rows, mesh))

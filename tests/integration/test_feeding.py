@@ -11,6 +11,7 @@ from moe_train.data.batches.loader import Loader
 from moe_train.run import loop
 from moe_train.run.inputs import open_inputs
 from moe_train.run.resolve import resolve
+from moe_train.train.objectives.next_token import next_token
 
 
 def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_path: Path, capfd) -> None:
@@ -23,7 +24,7 @@ def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_pa
     [event, *_] = json.loads((tmp_path / "run" / "run.json").read_text())["events"]
     [(source, epochs)] = event["epochs"].items()
     assert source == manifest["sets"][0]["files"][0]["path"]
-    rows = open_inputs(resolve(run, 8)).train.num_rows
+    rows = open_inputs(resolve(run, 8), next_token()).train.num_rows
     assert epochs == round(4 * 8 / rows, 3)
     assert f"epochs in 4 steps: {epochs:.2f} of {source}" in capfd.readouterr().err.replace("\n", "")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]

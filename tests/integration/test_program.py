@@ -67,10 +67,8 @@ def lowered(mesh: str, layers: int = 2, dtype: str = "float32", microbatches: in
     )
     devices = make_mesh(run.mesh)
     with jax.set_mesh(devices):
-        structure, optimizer, state, batch = abstract_step(config.run_of(run), devices)
-        step = partial(train_step, structure=structure, optimizer=optimizer, loss=run.loss, microbatches=microbatches)
-        step = partial(step, gradient_dtype=jnp.dtype(dtype))
-        return quick_jit(step, donate_argnums=0).lower(state, batch)
+        definition, state, batch, _ = abstract_step(config.run_of(run), devices)
+        return quick_jit(partial(train_step, definition), donate_argnums=0).lower(state, batch)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 
 import jax
 import numpy as np
@@ -14,7 +15,9 @@ from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.plan import hlo
 from moe_train.plan.replica_groups import axes_of
+from moe_train.train.objectives.next_token import next_token
 from moe_train.train.step import train_step
+from moe_train.train.step_definition import StepDefinition
 from tests.train.test_step import LORA, LOSS, ONE, OPTIMIZER, POISON, V, close, quick_jit, started, step
 
 T = 12
@@ -54,7 +57,8 @@ def test_replicas_drop_what_one_device_drops() -> None:
     for mesh in (mesh_of(MESHES["data, expert, context"]), ONE):
         with jax.set_mesh(mesh):
             structure, state = started(mesh, LORA_WITH_DROPOUT)
-            run = quick_jit(lambda s, b, structure=structure: train_step(s, b, structure, OPTIMIZER, LOSS, 2, dropout_seed=3))
+            definition = StepDefinition(structure, next_token(), OPTIMIZER, LOSS, 2, dropout_seed=3)
+            run = quick_jit(partial(train_step, definition))
             found.append(jax.device_get(run(state, put_batch(batch(8), mesh))))
     (after, metrics), (wanted, wanted_metrics) = found
     close(metrics, wanted_metrics)
@@ -68,7 +72,7 @@ def test_gradients_cross_the_slow_network_once() -> None:
     mesh = make_mesh(config.Mesh(data=2, fsdp=4))
     with jax.set_mesh(mesh):
         structure, state = started(mesh)
-        program = jax.jit(lambda s, b: train_step(s, b, structure, OPTIMIZER, LOSS, microbatches))
+        program = jax.jit(partial(train_step, StepDefinition(structure, next_token(), OPTIMIZER, LOSS, microbatches)))
         text = program.lower(state, put_batch(batch(8 * microbatches), mesh)).compile().as_text()
     gradients = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in state.trainable.values())
     bytes_by_axes: Counter[tuple[str, ...]] = Counter()

@@ -32,6 +32,7 @@ from moe_train.plan.topology import parse
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
 from moe_train.train.step import compile_step
+from moe_train.train.step_definition import definition_of
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -68,7 +69,7 @@ def compiled(topology: str, *overrides: str) -> tuple[Any, dict[str, Any]]:
         shape, sharding = (run.train.batch_size, run.train.seq_len), NamedSharding(mesh, P(BATCH, "context"))
         dtypes = (jnp.int32, jnp.int32, jnp.bool, jnp.int32, jnp.int32)
         batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
-        return compile_step(run, structure, optimizer, state, batch), params
+        return compile_step(definition_of(run, structure, optimizer), state, batch), params
 
 
 def check(program: Any, params: dict[str, Any], collectives: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,8 +19,11 @@ from moe_train.model.moe.experts import _drop
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import Transformer, init_model
-from moe_train.train.objectives.next_token import microbatch_loss
+from moe_train.train.gradients import step_gradients
+from moe_train.train.objectives.next_token import next_token
+from moe_train.train.objectives.objective import Weights
 from moe_train.train.state import partition
+from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
 from tests.tiny import EIGHT, ONE
 
@@ -205,13 +209,11 @@ def loss_and_gradients(mesh: Mesh) -> Any:
 
         @quick_jit
         def run(trainable: Parameters, frozen: Parameters, batch: Any) -> Any:
-            def objective(trainable: Parameters) -> jax.Array:
-                model = combine(structure, trainable, frozen)
-                key = jax.random.key(5, impl="threefry2x32")
-                coefs = config.Loss(load_balance_loss_coef=0.1, router_z_loss_coef=0.0)
-                return microbatch_loss(model, batch, jax.numpy.float32(50), 1, coefs, key)[0]
-
-            return jax.value_and_grad(objective)(trainable)
+            key = jax.random.key(5, impl="threefry2x32")
+            coefs = config.Loss(load_balance_loss_coef=0.1, router_z_loss_coef=0.0)
+            definition = StepDefinition(structure, next_token(), optax.identity(), coefs)
+            result = step_gradients(definition, trainable, Weights({}, frozen, {}), batch, key)
+            return result.loss, result.gradients
 
         return jax.device_get(run(trainable, frozen, put_batch(BATCH, mesh)))
 

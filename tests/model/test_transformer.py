@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
@@ -17,7 +18,10 @@ from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.transformer import empty_caches, init_model
-from moe_train.train.objectives.next_token import LossParts, microbatch_loss
+from moe_train.train.gradients import StepGradients, step_gradients
+from moe_train.train.objectives.next_token import next_token
+from moe_train.train.objectives.objective import Weights
+from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
 from tests.tiny import ONE
 
@@ -93,16 +97,18 @@ def placed(params: dict[str, np.ndarray], like: dict[str, Any], mesh: Mesh) -> d
     return {path: jax.device_put(params[path], NamedSharding(mesh, x.sharding.spec)) for path, x in like.items()}
 
 
-def objective(params: dict[str, jax.Array], batch: Batch, structure: Any) -> tuple[jax.Array, LossParts]:
-    return microbatch_loss(combine(structure, params), batch, jnp.sum(batch.loss_mask), 1, LOSS)
+def all_gradients(params: dict[str, jax.Array], batch: Batch, structure: Any) -> StepGradients:
+    definition = StepDefinition(structure, next_token(), optax.identity(), LOSS)
+    return step_gradients(definition, params, Weights({}, {}, {}), batch, None)
 
 
 def loss_and_gradients(model: config.Model, mesh: Mesh, lora: config.Lora | None = None, **compute: Any) -> tuple[Any, Any]:
-    """((loss, its parts), gradients of every weight) on the host."""
+    """(loss and its parts, gradients of every weight) on the host."""
     with jax.set_mesh(mesh):
         structure, like = abstract(model, lora, **compute)
-        run = quick_jit(partial(jax.value_and_grad(objective, has_aux=True), structure=structure))
-        return jax.device_get(run(placed(weights(model, lora), like, mesh), put_batch(batch(), mesh)))
+        run = quick_jit(partial(all_gradients, structure=structure))
+        *parts, gradients = jax.device_get(run(placed(weights(model, lora), like, mesh), put_batch(batch(), mesh)))
+        return parts, gradients
 
 
 @cache
@@ -168,7 +174,7 @@ def lowered(num_layers: int, remat: str) -> str:
     model, mesh = MIXTRAL.model_copy(update={"num_layers": num_layers}), make_mesh(MESHES["fsdp, expert, tensor"])
     with jax.set_mesh(mesh):
         structure, like = abstract(model, remat=remat)
-        run = jax.jit(partial(jax.value_and_grad(objective, has_aux=True), structure=structure))
+        run = jax.jit(partial(all_gradients, structure=structure))
         return run.lower(placed(weights(model), like, mesh), put_batch(batch(), mesh)).as_text()
 
 
@@ -226,8 +232,8 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_both_uses() -> None:
         grads = []
         for model in (untied, tied):
             structure, like = abstract(model)
-            run = quick_jit(partial(jax.grad(objective, has_aux=True), structure=structure))
-            grads.append(jax.device_get(run(placed(both, like, ONE), put_batch(batch(), ONE)))[0])
+            run = quick_jit(partial(all_gradients, structure=structure))
+            grads.append(jax.device_get(run(placed(both, like, ONE), put_batch(batch(), ONE))).gradients)
     wanted, found = grads
     assert "head.weight" not in found
     np.testing.assert_allclose(found["embed.weight"], wanted["embed.weight"] + wanted["head.weight"], rtol=1e-5, atol=1e-6)

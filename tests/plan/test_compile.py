@@ -42,7 +42,7 @@ def test_adapters_and_weights_in_few_bits_are_in_the_state() -> None:
     run = small(lora, "compute.param_dtype=bfloat16", "loss={}")
     mesh = compiler.make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        _, _, state, batch = compiler.abstract_step(run, mesh)
+        _, state, batch, _ = compiler.abstract_step(run, mesh)
     sizes = {name: sum(x.size for x in jax.tree.leaves(getattr(state, name))) for name in ("trainable", "frozen", "opt_state")}
     assert all(".lora_" in path for path in state.trainable)
     assert sizes["opt_state"] == pytest.approx(2 * sizes["trainable"], rel=1e-3)

@@ -32,7 +32,7 @@ from moe_train.run import loop
 from moe_train.run.inputs import open_inputs
 from moe_train.run.resolve import resolve
 from moe_train.run.writer import Writer
-from moe_train.train import step
+from moe_train.train.objectives import next_token
 
 LORA = {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 4.0}]}
 
@@ -178,14 +178,14 @@ def poison(monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> Callab
         run = small_run(tmp_path)
         loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), batch_size=8, seq_len=32, seed=0)
         marks = np.stack([loader.batch(s - 1).tokens[0] for s in steps])
-        plain = step.microbatch_loss
+        plain = next_token.loss
 
-        def microbatch_loss(model, batch, *rest):
-            loss, parts = plain(model, batch, *rest)
-            first = jax.sharding.reshard(batch.tokens, jax.sharding.PartitionSpec())[0]
-            return jnp.where(jnp.any(jnp.all(first == marks, axis=1)), jnp.nan, loss), parts
+        def loss(inputs, of_step):
+            terms = plain(inputs, of_step)
+            first = jax.sharding.reshard(inputs.batch.tokens, jax.sharding.PartitionSpec())[0]
+            return terms._replace(sum=jnp.where(jnp.any(jnp.all(first == marks, axis=1)), jnp.nan, terms.sum))
 
-        monkeypatch.setattr(step, "microbatch_loss", microbatch_loss)
+        monkeypatch.setattr(next_token, "loss", loss)
 
     return spoil
 
@@ -326,7 +326,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, smal
 def test_length_in_epochs_and_tokens(small_run, tmp_path):
     run = small_run(tmp_path, train={"epochs": 2, "batch_size": 8, "seq_len": 32})
     with jax.set_mesh(make_mesh(run.mesh)):
-        loader = open_inputs(resolve(run, 8)).train
+        loader = open_inputs(resolve(run, 8), next_token()).train
     assert loader.total_steps(run.train) == loader.steps(2) == pytest.approx(2 * loader.num_rows / 8, abs=1)
     tokens = config.Train(tokens=8 * 32 * 5 + 1, batch_size=8, seq_len=32)
     assert loader.total_steps(tokens) == 6

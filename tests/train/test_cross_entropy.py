@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.machine.mesh import BATCH, make_mesh
-from moe_train.train import cross_entropy
+from moe_train.train import cross_entropy, logits
 
 B, T, D, V = 8, 150, 12, 48
 MESHES = {
@@ -31,7 +31,7 @@ MASKS = ("random", "everything", "nothing", "one token")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 tokens at a time, which no mesh's part is a multiple of."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 128 * V)
+    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 128 * V)
 
 
 def operands(mask: str) -> tuple[np.ndarray, ...]:

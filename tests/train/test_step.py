@@ -19,8 +19,10 @@ from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
+from moe_train.train.objectives.next_token import next_token
 from moe_train.train.state import TrainState, create_state
 from moe_train.train.step import StepMetrics, train_step
+from moe_train.train.step_definition import StepDefinition
 
 B, T, V = 8, 10, 24
 BIASED = config.SoftmaxRouter(name="softmax", bias=True)
@@ -73,7 +75,7 @@ def started(mesh: Mesh, lora: config.Lora | None = None) -> tuple[Any, TrainStat
 @cache
 def compiled(mesh: Mesh, microbatches: int, lora: config.Lora | None = None) -> Any:
     structure, _ = started(mesh, lora)
-    return quick_jit(lambda state, batch: train_step(state, batch, structure, OPTIMIZER, LOSS, microbatches))
+    return quick_jit(partial(train_step, StepDefinition(structure, next_token(), OPTIMIZER, LOSS, microbatches)))
 
 
 def step(batch: Batch, mesh: Mesh = ONE, microbatches: int = 1, lora: config.Lora | None = None) -> tuple[TrainState, StepMetrics]:
@@ -112,7 +114,7 @@ def test_the_loss_is_that_of_the_whole_step() -> None:
     after, metrics = step(whole, ONE, microbatches)
     assert metrics.loss == pytest.approx(value, rel=1e-5)
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
-    assert metrics.loss_tokens == whole.loss_mask.sum() and metrics.finite and after.step == 1 and after.skipped == 0
+    assert metrics.objective["loss_tokens"] == whole.loss_mask.sum() and metrics.finite and after.step == 1 and after.skipped == 0
     close(after.trainable, params)
 
 
@@ -120,7 +122,7 @@ def test_cross_entropy_does_not_depend_on_the_split() -> None:
     """Microbatches of unlike numbers of loss-bearing tokens weigh what they hold."""
     assert batch().loss_mask[::2].sum() != batch().loss_mask[1::2].sum()
     (_, whole), (_, split) = step(batch(), ONE, 1), step(batch(), ONE, 2)
-    assert split.cross_entropy == pytest.approx(whole.cross_entropy, rel=1e-5)
+    assert split.objective["cross_entropy"] == pytest.approx(whole.objective["cross_entropy"], rel=1e-5)
     assert split.routers.dropped.shape == (2,) and not split.routers.dropped.any()
     close(split.routers.load_E, whole.routers.load_E)  # as many tokens in each part, so their mean is the whole's
 
@@ -160,7 +162,7 @@ def test_a_step_that_is_not_finite_changes_nothing(mesh: Mesh, microbatches: int
 
 def test_a_step_without_any_loss_is_finite() -> None:
     after, metrics = step(batch(loss=False))
-    assert metrics.finite and metrics.loss_tokens == 0 and metrics.cross_entropy == 0
+    assert metrics.finite and metrics.objective["loss_tokens"] == 0 and metrics.objective["cross_entropy"] == 0
     assert metrics.loss > 0  # the routers' losses
     assert after.skipped == 0
 

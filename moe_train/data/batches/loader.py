@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch, empty_batch, fill_row
+from moe_train.data.batches.batch import Batch, PackedBatch
 from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat import conversation_to_tokens
@@ -50,9 +50,9 @@ class Segment(NamedTuple):
 class Loader:
     """The train or eval sources of a config, as batches of packed rows.
 
-    batch_size: rows of the global batch, over all processes. Training is endless: sources are mixed by weight, which is
-    a share of the rows, and so of the tokens. Evaluation is each example once, in order, the last batch filled up with
-    empty rows.
+    batch_type: the objective's. batch_size: rows of the global batch, over all processes. Training is endless: sources are
+    mixed by weight, which is a share of the rows, and so of the tokens. Evaluation is each example once, in order, the
+    last batch filled up with empty rows.
 
     Figures of one epoch (the first): num_records that are used (examples: a record may give several), num_rows, num_tokens
     (positions that are no padding); of the examples, num_dropped (too long, or truncated to nothing that bears loss),
@@ -73,6 +73,7 @@ class Loader:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        batch_type: type[PackedBatch] = Batch,
     ) -> None:
         if batch_size % process_count:
             raise ValueError(f"batch_size {batch_size} is not a multiple of the {process_count} processes")
@@ -81,6 +82,7 @@ class Loader:
             raise ValueError(f"data.{sources} names no source")
         template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
         self._batch_size, self._seq_len, self._prefetch = batch_size, seq_len, data.prefetch
+        self._batch_type = batch_type
         per_process = batch_size // process_count
         self._slice = slice(process_index * per_process, (process_index + 1) * per_process)
 
@@ -129,14 +131,14 @@ class Loader:
         self._rows = rows.batch(batch_size, drop_remainder=False)
         self._batches = self._rows.map(self._fill)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Any:
         """This process's rows of the global batch of `step`, counted from 0 over all epochs."""
         self._check(step)
         batch = self._batches[step]
         assert batch is not None  # Grain's word for a filtered element
         return batch
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Iterator[Any]:
         """The batches from `start_step` on, read ahead in a thread; close the iterator to stop the thread."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
         batches = iter(self._batches.to_iter_dataset(options))
@@ -188,15 +190,15 @@ class Loader:
         if step < 0 or (self.batches is not None and step >= self.batches):
             raise IndexError(f"no batch {step}; there are {self.batches or 'endless'} batches from 0")
 
-    def _fill(self, numbers: np.ndarray) -> Batch:
-        batch = empty_batch(self._slice.stop - self._slice.start, self._seq_len)
+    def _fill(self, numbers: np.ndarray) -> PackedBatch:
+        batch = self._batch_type.empty(self._slice.stop - self._slice.start, self._seq_len)
         sources, rows = np.divmod(numbers[self._slice], _ROWS)
         for i, (store, order) in enumerate(zip(self._stores, self._orders, strict=True)):
             at = np.flatnonzero(sources == i).tolist()
             pieces = [order.pieces(row) for row in rows[at].tolist()]
             read = iter(store.read([piece for row in pieces for piece in row]))
             for row, inside in zip(at, pieces, strict=True):
-                fill_row(batch, row, [next(read) for _ in inside])
+                batch.fill_row(row, [next(read) for _ in inside])
         return batch
 
 

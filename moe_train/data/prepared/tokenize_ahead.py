@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,7 +202,7 @@ def _tokenize(
     shared = context.Array("q", 2)
     pool = ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (source, recipe.tokenizer, recipe.template, shared))
     try:
-        waiting = {pool.submit(_work, directory / shard.key, shard) for shard in todo}
+        waiting = _submitted(pool, directory, todo, recipe)
         while waiting:
             finished, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
             for future in finished:
@@ -216,6 +216,17 @@ def _tokenize(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, directory: Path, todo: list[Shard], recipe: Recipe) -> set[Future[None]]:
+    """Start the processes of the pool, to which the source is pickled, and give them the shards."""
+    try:
+        return {pool.submit(_work, directory / shard.key, shard) for shard in todo}
+    except Exception as error:  # an object can refuse to be pickled with any error
+        raise ValueError(
+            f"{', '.join(recipe.records.names[:3])}: the records cannot be passed to other processes ({error}); "
+            "set data.num_proc to 1, or make the object picklable"
+        ) from error
 
 
 class _Worker(NamedTuple):

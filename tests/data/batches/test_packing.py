@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.data.batches.batch import Batch, empty_batch, fill_row
+from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.packing import Plan, TooLong, _best_fit, make_plan, packed_size
 
 
 def all_rows(plan: Plan, ids: list[np.ndarray], masks: list[np.ndarray] | None = None) -> Batch:
-    batch = empty_batch(plan.num_rows, plan.seq_len)
+    batch = Batch.empty(plan.num_rows, plan.seq_len)
     for row in range(plan.num_rows):
         mine = slice(plan.row_pieces[row], plan.row_pieces[row + 1])
         pieces = [(e, slice(a, a + n + 1)) for e, a, n in zip(plan.example[mine], plan.start[mine], plan.length[mine], strict=True)]
-        fill_row(batch, row, [(ids[e][part], None if masks is None else masks[e][part]) for e, part in pieces])
+        batch.fill_row(row, [(ids[e][part], None if masks is None else masks[e][part]) for e, part in pieces])
     return batch
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,19 @@ def test_records_that_change_while_they_are_read_are_refused(tokenizer: HuggingF
 
     with pytest.raises(ValueError, match="records were changed while they were read"):
         loader(section(Changing(RECORDS)), tokenizer, tmp_path)
+
+
+def test_records_that_cannot_be_pickled_need_one_process(
+    tokenizer: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(python_source, "_PER_PART", 25)
+    own = InMemory(RECORDS)
+    own.connection = threading.Lock()  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match=r"^records: the records cannot be passed to other processes \(.*; set data\.num_proc to 1"
+    ):
+        loader(section(own), tokenizer, tmp_path, num_proc=2)
+    assert loader(section(own), tokenizer, tmp_path).num_records == 60
 
 
 def test_what_is_no_source_says_what_is_missing() -> None:

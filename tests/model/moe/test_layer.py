@@ -49,7 +49,7 @@ def layer(A: int, weights: dict[str, jax.Array]) -> moe.MoE:
     ffn = config.MoeFfn(name="moe", ffn_dim=F, num_experts=E, experts_per_token=A)
     attention = config.GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8)
     model = config.Model(family="mixtral", vocab_size=8, model_dim=D, num_layers=1, attention=attention, ffn=ffn)
-    made = moe.MoE(nnx.Rngs(0), model, config.Compute())
+    made = moe.MoE(nnx.Rngs(0), model, config.Compute(), ffn)
     for path, w in weights.items():
         module, name = path.split(".")
         setattr(getattr(made, module), name, nnx.Param(w))

@@ -35,7 +35,7 @@ def made(name: str) -> layer.MoE:
     )
     attention = config.GroupedQueryAttention(num_heads=2, num_kv_heads=1, head_dim=8)
     model = config.Model(family="mixtral", vocab_size=8, model_dim=D, num_layers=1, attention=attention, ffn=ffn)
-    return layer.MoE(nnx.Rngs(0), model, config.Compute())
+    return layer.MoE(nnx.Rngs(0), model, config.Compute(), ffn)
 
 
 def flat(name: str) -> tuple[Any, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,10 +15,13 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import BATCH, make_mesh, put_batch
-from moe_train.model.parameters import combine, parameters
+from moe_train.model.parameters import parameters
 from moe_train.model.sharding import fsdp, specs
 from moe_train.model.transformer import init_model
-from moe_train.train.objectives.next_token import microbatch_loss
+from moe_train.train.gradients import step_gradients
+from moe_train.train.objectives.next_token import next_token
+from moe_train.train.objectives.objective import Weights
+from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import QUICK, quick_jit
 
 MESHES = {
@@ -129,8 +133,9 @@ def program(collectives: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], li
         params = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)) for p, x in like.items()}
         batch = put_batch(Batch(*(np.ones((8, 24), dtype) for dtype in (np.int32, np.int32, bool, np.int32, np.int32))), mesh)
         coefs = config.Loss(load_balance_loss_coef=0.01, router_z_loss_coef=0.001)
-        loss = lambda p, b: microbatch_loss(combine(structure, p), b, jnp.sum(b.loss_mask), 1, coefs)  # noqa: E731
-        compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch).compile(QUICK)
+        definition = StepDefinition(structure, next_token(), optax.identity(), coefs)
+        gradients = lambda params, batch: step_gradients(definition, params, Weights({}, {}, {}), batch, None)  # noqa: E731
+        compiled = jax.jit(gradients).lower(params, batch).compile(QUICK)
     shapes = {}
     for path, x in params.items():
         layer = slice(1 if path.startswith("stacks") else 0, None)

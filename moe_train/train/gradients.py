@@ -1,0 +1,175 @@
+"""Loss and gradients of one step: the gradient-free pass, then the microbatches one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from moe_train import config
+from moe_train.machine.mesh import axis_size, batch_axes, platform
+from moe_train.model.moe.router import RouterStats, over_microbatches
+from moe_train.model.parameters import Parameters
+from moe_train.model.sharding.specs import over_replicas
+from moe_train.train.objectives.objective import Terms, Weights, divide, inputs_of
+from moe_train.train.step_definition import StepDefinition
+
+
+class StepGradients(NamedTuple):
+    """Result of `step_gradients`."""
+
+    loss: Array
+    """total(sum) / total(weight) + the routers' losses, summed over layers and averaged over microbatches."""
+    weight: Array
+    """total(weight)."""
+    terms: Terms
+    """Summed over microbatches; means of the routers' statistics averaged."""
+    gradients: Parameters
+    """In the parameters' dtypes."""
+
+
+class _Totals(NamedTuple):
+    """What is known of the whole step before its first gradient."""
+
+    weight: Array
+    of_step: Any
+
+
+def step_gradients(
+    definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None
+) -> StepGradients:
+    """Loss of a step and its gradients with respect to `trainable`, accumulated in float32 over microbatches.
+
+    With several replicas (the axis `data`, over the slow network) and microbatches each replica sums the gradients of its
+    own rows, and the sums are all-reduced once, in `gradient_dtype`. Those of a single microbatch are reduced in the dtype
+    of the computation: bfloat16 for matrices, float32 for norms and routers, which are small and computed in it.
+
+    Args:
+        definition: what the step does.
+        trainable: weights to differentiate with respect to.
+        fixed: all other weights of the model; `fixed.learned` holds its buffers.
+        batch: global (B, T) arrays.
+        key: of the adapters' dropout, or None.
+    """
+    of_step = _first_pass(definition, trainable, fixed, batch, key)
+    totals = _Totals(definition.objective.weight(batch, of_step), of_step)
+    if definition.microbatches == 1:
+        (loss, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, batch, key)
+        return StepGradients(loss, totals.weight, terms, gradients)
+    if axis_size("data") == 1:
+        return _accumulate(definition, trainable, fixed, totals, batch, key)
+    accumulate = partial(_accumulate, definition, gradient_dtype=definition.gradient_dtype)
+    in_specs = (P(), P(), P(), P("data"), P())
+    # The check is off: where it is on, JAX 0.10 to 0.12 give what a shard_map in here saves for its backward pass a spec
+    # that names `data` twice.
+    run = jax.shard_map(accumulate, in_specs=in_specs, out_specs=P(), axis_names={"data"}, check_vma=False)
+    return run(trainable, fixed, totals, batch, key)
+
+
+def _accumulate(
+    definition: StepDefinition,
+    trainable: Parameters,
+    fixed: Weights,
+    totals: _Totals,
+    batch: Any,
+    key: Array | None,
+    gradient_dtype: jnp.dtype | None = None,
+) -> StepGradients:
+    """Of all rows; inside a `shard_map` over `data`, of this replica's rows, whose sums are all-reduced at the end."""
+
+    def share_of(microbatch: Any) -> tuple[Any, RouterStats | None]:
+        (share, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, *microbatch)
+        return (share, terms._replace(routers=None), gradients), terms.routers
+
+    microbatches = _split(batch, key, definition.microbatches)
+    (loss, terms, gradients), routers = _sum_over_microbatches(share_of, microbatches)
+    terms = terms._replace(routers=None if routers is None else over_microbatches(routers))
+    gradients = over_replicas(jax.tree.map(lambda g, x: g.astype(gradient_dtype or x.dtype), gradients, trainable))
+    gradients = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, trainable)
+    return StepGradients(loss, totals.weight, terms, gradients)
+
+
+def _sum_over_microbatches(
+    function: Callable[[Any], tuple[Any, Any]], microbatches: Any, unrolled: bool = False
+) -> tuple[Any, Any]:
+    """(sums of the first results of `function`, stack of its second results); floats are summed in float32."""
+
+    def add(total: Any, microbatch: Any) -> tuple[Any, Any]:
+        summed, stacked = function(microbatch)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, summed), stacked
+
+    def zero(shape: Any) -> Array:
+        is_float = jnp.issubdtype(shape.dtype, jnp.floating)
+        dtype = jnp.promote_types(shape.dtype, jnp.float32) if is_float else shape.dtype
+        return jnp.zeros(shape.shape, dtype, out_sharding=shape.sharding)
+
+    shapes, _ = jax.eval_shape(lambda xs: function(jax.tree.map(lambda x: x[0], xs)), microbatches)
+    return jax.lax.scan(add, jax.tree.map(zero, shapes), microbatches, unroll=unrolled)
+
+
+def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None) -> Any:
+    """The objective's gradient-free pass over all microbatches, in global view; None where it has none."""
+    first_pass = definition.objective.first_pass
+    if first_pass is None:
+        return None
+    weights = fixed._replace(learned=trainable | fixed.learned)
+
+    def sums_of(microbatch: Any) -> tuple[Any, None]:
+        inputs = inputs_of(definition.objective, definition.structure, weights, *microbatch)
+        return jax.tree.map(jnp.asarray, first_pass(inputs)), None
+
+    if definition.microbatches == 1:
+        return sums_of((batch, key))[0]
+    # XLA:CPU runs the collectives of this loop at the same time as others, and all devices may then wait for each other.
+    unrolled = platform() == "cpu"
+    return _sum_over_microbatches(sums_of, _split(batch, key, definition.microbatches), unrolled)[0]
+
+
+def _share_and_gradients(
+    definition: StepDefinition, trainable: Parameters, fixed: Weights, totals: _Totals, batch: Any, key: Array | None
+) -> tuple[tuple[Array, Terms], Parameters]:
+    """((a microbatch's share of the step's loss, its terms), gradients); the shares of all microbatches add up."""
+    objective, coefs = definition.objective, definition.router_loss
+
+    def share(trainable: Parameters) -> tuple[Array, Terms]:
+        weights = fixed._replace(learned=trainable | fixed.learned)
+        inputs = inputs_of(objective, definition.structure, weights, batch, key)
+        terms = objective.loss(inputs, totals.of_step)
+        total, metrics = over_replicas((terms.sum, jax.tree.map(jnp.asarray, dict(terms.metrics))))
+        loss = divide(total, totals.weight)
+        if terms.routers is not None:
+            loss += _router_loss(terms.routers, coefs) / definition.microbatches
+        elif fixed.learned or any(coefs.model_dump().values()):
+            raise ValueError(
+                f"loss {coefs.model_dump(exclude_none=True)} balances routers, but the objective returns no router statistics; "
+                "return those of model(...) as its fourth value, or leave the coefficients out"
+            )
+        return loss, terms._replace(sum=total, metrics=metrics)
+
+    return jax.value_and_grad(share, has_aux=True)(trainable)
+
+
+def _router_loss(routers: RouterStats, coefs: config.Loss) -> Array:
+    balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(routers.load_balance_loss)
+    z = (coefs.router_z_loss_coef or 0.0) * jnp.sum(routers.router_z_loss)
+    return balance + z
+
+
+def _split(batch: Any, key: Array | None, microbatches: int) -> tuple[Any, Array | None]:
+    """(microbatches, their keys), stacked on dim 0.
+
+    Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
+    """
+    keys = None if key is None else jax.random.split(key, microbatches)
+    return jax.tree.map(lambda x: _split_rows(x, microbatches), batch), keys
+
+
+def _split_rows(x: Array, microbatches: int) -> Array:
+    spec = P(batch_axes(), None, "context")
+    split = jax.lax.reshape(x, (x.shape[0] // microbatches, microbatches, *x.shape[1:]), out_sharding=spec)
+    return jnp.moveaxis(split, 1, 0)

@@ -1,0 +1,106 @@
+"""Logits of one chunk of tokens at a time, with the vocabulary split over `tensor`.
+
+The (tokens, V) float32 logits of a batch are its largest array by far. What is computed from them (`cross_entropy`,
+`token_logprobs`) loops over chunks of tokens, so that only one chunk's logits exist.
+
+Shapes: m tokens of a device, r tokens of a chunk, v vocabulary rows of a device, D model dim. Logits are
+sum_i xs_mD[i] · heads_vD[i]: the head's own product, and the LoRA delta of the head as the product of its two factors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from moe_train.machine.mesh import batch_axes, global_axes
+from moe_train.model.sharding.fsdp import whole_rows
+from moe_train.model.sharding.specs import spec_of
+
+CHUNK_ELEMENTS = 2**23
+"""Logits of one chunk (32 MiB in float32)."""
+
+LoraFactors = tuple[Float[Array, "B T J"], Float[Array, "V J"]]
+"""Two factors whose product the head's adapter adds to the logits (`Transformer.beside_head`)."""
+
+
+def on_each_device(
+    local: Callable[..., Any],
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    lora_factors: LoraFactors | None,
+    per_token_BT: Sequence[Array],
+    out_specs: Any,
+) -> Any:
+    """Run `local(xs_mD, heads_vD, *per_token_bt)` on every device: its tokens, its part of the vocabulary, all of D.
+
+    The head may be split on D and V; gradients are summed over the devices that share what they belong to.
+    """
+    tokens = P(batch_axes(), "context")
+    axes = global_axes()
+    factors = [(hidden_BTD, head_VD)]
+    if lora_factors is not None:
+        factors.append(lora_factors)
+    inputs, heads = zip(*factors, strict=True)
+    head_specs = tuple(spec_of(head) for head in heads)
+
+    def gathered(inputs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], *per_token_bt: jax.Array) -> Any:
+        dtype = inputs[0].dtype
+        xs = tuple(jax.lax.pcast(x.reshape(-1, x.shape[-1]), "tensor", to="varying") for x in inputs)
+        heads = tuple(whole_rows(head.astype(dtype), spec, axes) for head, spec in zip(heads, head_specs, strict=True))
+        return local(xs, heads, *per_token_bt)
+
+    in_specs = (tokens, head_specs, *(tokens for _ in per_token_BT))
+    return jax.shard_map(gathered, in_specs=in_specs, out_specs=out_specs)(inputs, heads, *per_token_BT)
+
+
+def chunk_rows(tokens: int, vocabulary: int) -> int:
+    """Tokens of one chunk on a device."""
+    return min(tokens, max(128, CHUNK_ELEMENTS // vocabulary))
+
+
+def split_chunks(x: jax.Array, rows: int) -> jax.Array:
+    """(m, …) -> (chunks, rows, …), the last chunk filled up with zeros."""
+    pad = -x.shape[0] % rows
+    padded = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
+    return padded.reshape(-1, rows, *x.shape[1:])
+
+
+def join_chunks(x: jax.Array, tokens: int) -> jax.Array:
+    """The way back from `split_chunks`, without the filling."""
+    return x.reshape(-1, *x.shape[2:])[:tokens]
+
+
+def chunk_logits(xs_rD: Sequence[jax.Array], heads_vD: Sequence[jax.Array]) -> jax.Array:
+    """Float32 logits (r, v) of a chunk for this device's part of the vocabulary."""
+    products = (jnp.einsum("rD,vD->rv", x, w, preferred_element_type=jnp.float32) for x, w in zip(xs_rD, heads_vD, strict=True))
+    return functools.reduce(jnp.add, products)
+
+
+def target_hits(targets_r: jax.Array, vocabulary: int) -> jax.Array:
+    """(r, v): true where this device's part of the vocabulary holds the token's target."""
+    first = jax.lax.axis_index("tensor") * vocabulary
+    return (targets_r - first)[:, None] == jnp.arange(vocabulary)
+
+
+def input_gradients(dlogits_rv: jax.Array, heads_vD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Gradients of each of the chunk's inputs; their parts over `tensor` are still to be summed."""
+    return tuple(jnp.einsum("rv,vD->rD", dlogits_rv, w) for w in heads_vD)
+
+
+def add_head_gradients(dheads_vD: Sequence[jax.Array], dlogits_rv: jax.Array, xs_rD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The float32 gradients of the heads so far, with this chunk's added."""
+    return tuple(
+        dw + jnp.einsum("rv,rD->vD", dlogits_rv, x, preferred_element_type=jnp.float32)
+        for dw, x in zip(dheads_vD, xs_rD, strict=True)
+    )
+
+
+def zero_head_gradients(like: jax.Array, heads_vD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Float32 zeros for `add_head_gradients` to start from, which vary over the same mesh axes as `like`."""
+    return tuple(jax.lax.full_like(like, 0, jnp.float32, w.shape) for w in heads_vD)

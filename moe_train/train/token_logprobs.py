@@ -1,0 +1,141 @@
+"""Log-probability and entropy of every token, chunk by chunk: what all objectives but plain next-token training stand on.
+
+Nothing of size (tokens, V) is saved: the backward pass computes the logits of each chunk again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moe_train.machine.mesh import batch_axes
+from moe_train.model.layers import keys_of
+from moe_train.model.moe.router import RouterStats
+from moe_train.model.transformer import Transformer
+from moe_train.train.logits import (
+    LoraFactors,
+    add_head_gradients,
+    chunk_logits,
+    chunk_rows,
+    input_gradients,
+    join_chunks,
+    on_each_device,
+    split_chunks,
+    target_hits,
+    zero_head_gradients,
+)
+
+
+class TokenLogprobs(NamedTuple):
+    """Of each token, float32, in nats."""
+
+    logprob: Float[Array, "B T"]
+    """log softmax(logits)[target]."""
+    entropy: Float[Array, "B T"]
+    """Entropy of softmax(logits)."""
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs: the inputs, and three numbers a token."""
+
+    xs: tuple[jax.Array, ...]
+    heads: tuple[jax.Array, ...]
+    targets_m: jax.Array
+    top_m: jax.Array
+    log_sum_m: jax.Array
+    entropy_m: jax.Array
+
+
+def token_logprobs(
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    lora_factors: LoraFactors | None = None,
+) -> TokenLogprobs:
+    """Log-probability of each target and entropy of each prediction under softmax(hidden · head).
+
+    Both have exact gradients with respect to hidden_BTD, head_VD and lora_factors. Padding has values, too: mask them
+    before they are summed.
+
+    Args:
+        hidden_BTD: hidden states after the final norm.
+        head_VD: the output matrix; may be split on D and V.
+        targets_BT: the token that each position predicts.
+        lora_factors: two factors whose product the head's adapter adds to the logits, or None.
+    """
+    tokens = P(batch_axes(), "context")
+
+    def local(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_bt: jax.Array) -> Any:
+        logprob_m, entropy_m = _chunked(xs, heads, targets_bt.reshape(-1))
+        return logprob_m.reshape(targets_bt.shape), entropy_m.reshape(targets_bt.shape)
+
+    outputs = on_each_device(local, hidden_BTD, head_VD, lora_factors, (targets_BT,), (tokens, tokens))
+    return TokenLogprobs(*outputs)
+
+
+def batch_logprobs(model: Transformer, batch: Any, key: Array | None = None) -> tuple[TokenLogprobs, RouterStats | None]:
+    """`token_logprobs` of a model on a batch's targets, and the routers' statistics; key: of the adapters' dropout."""
+    body_key, head_key = keys_of(key, 2)
+    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
+    lora_factors = model.beside_head(hidden_BTD, head_key)
+    return token_logprobs(hidden_BTD, model.head_weight(), batch.targets, lora_factors), routers
+
+
+@jax.custom_vjp
+def _chunked(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(log-probability, entropy) of this device's tokens; equal on all devices along `tensor`."""
+    return _chunked_forward(xs, heads, targets_m)[0]
+
+
+def _chunked_forward(xs, heads, targets_m):
+    m, v = xs[0].shape[0], heads[0].shape[0]
+    rows = chunk_rows(m, v)
+
+    def chunk(_, part):
+        xs_r, targets_r = part
+        logits_rv = chunk_logits(xs_r, heads)
+        top_r = jax.lax.pmax(jnp.max(logits_rv, axis=-1), "tensor")
+        # Relative to the largest logit, so that large logits lose no digits in the differences below.
+        shifted_rv = logits_rv - top_r[:, None]
+        exps_rv = jnp.exp(shifted_rv)
+        sums = (
+            jnp.sum(exps_rv, axis=-1),
+            jnp.sum(exps_rv * shifted_rv, axis=-1),
+            jnp.sum(jnp.where(target_hits(targets_r, v), shifted_rv, 0), axis=-1),
+        )
+        normaliser_r, weighted_r, target_r = jax.lax.psum(sums, "tensor")
+        log_sum_r = jnp.log(normaliser_r)
+        return None, (target_r - log_sum_r, log_sum_r - weighted_r / normaliser_r, top_r, log_sum_r)
+
+    parts = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m))
+    _, per_token = jax.lax.scan(chunk, None, parts)
+    logprob_m, entropy_m, top_m, log_sum_m = (join_chunks(x, m) for x in per_token)
+    return (logprob_m, entropy_m), _Saved(xs, heads, targets_m, top_m, log_sum_m, entropy_m)
+
+
+def _chunked_backward(saved: _Saved, cotangents):
+    m, v = saved.xs[0].shape[0], saved.heads[0].shape[0]
+    rows = chunk_rows(m, v)
+
+    def chunk(dheads, part):
+        at_r, (dlogprob_r, dentropy_r) = part
+        logits_rv = chunk_logits(at_r.xs, saved.heads)
+        logprobs_rv = logits_rv - at_r.top_m[:, None] - at_r.log_sum_m[:, None]
+        probs_rv = jnp.exp(logprobs_rv)
+        dlogits_rv = dlogprob_r[:, None] * (target_hits(at_r.targets_m, v) - probs_rv)
+        dlogits_rv -= dentropy_r[:, None] * probs_rv * (logprobs_rv + at_r.entropy_m[:, None])
+        dlogits_rv = dlogits_rv.astype(at_r.xs[0].dtype)
+        return add_head_gradients(dheads, dlogits_rv, at_r.xs), input_gradients(dlogits_rv, saved.heads)
+
+    # The heads are whole in every chunk.
+    parts = jax.tree.map(lambda x: split_chunks(x, rows), (saved._replace(heads=()), cotangents))
+    dheads, dxs = jax.lax.scan(chunk, zero_head_gradients(saved.xs[0], saved.heads), parts)
+    dxs = tuple(join_chunks(dx, m) for dx in dxs)
+    return dxs, tuple(dw.astype(w.dtype) for dw, w in zip(dheads, saved.heads, strict=True)), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -1,0 +1,78 @@
+"""Metrics of held-out data: sums over batches of any objective."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_train.data.batches.batch import Batch
+from moe_train.evaluate.held_out import evaluate
+from moe_train.evaluate.loss import make_batch_sums
+from moe_train.machine.mesh import put_batch
+from moe_train.model.parameters import combine
+from moe_train.train.objectives.custom import custom
+from moe_train.train.objectives.next_token import next_token
+from moe_train.train.objectives.objective import Mean
+from moe_train.train.token_logprobs import batch_logprobs
+from tests.random_parameters import random_parameters
+from tests.train.test_gradients import divergence
+from tests.train.tiny_step import LORA, MESHES, MODEL, ONE, batch, plain_logprobs, structure_of
+
+# Two batches of 8 rows, the second of which bears loss on more tokens.
+HALVES = [Batch(*(x[rows] for x in batch())) for rows in (slice(8), slice(8, 16))]
+LOADER: Any = SimpleNamespace(batches=2, batch=lambda i: HALVES[i])
+
+
+def test_next_token_is_the_mean_over_all_tokens() -> None:
+    with jax.set_mesh(ONE):
+        params = random_parameters(MODEL, scale=0.3)
+        found = evaluate(make_batch_sums(structure_of(None), next_token()), params, {}, LOADER, ONE)
+        plain = jax.jit(lambda params, batch: plain_logprobs(combine(structure_of(None), params), batch)[1])
+        logprob = jax.device_get(plain(params, put_batch(batch(), ONE)))
+        mask = batch().loss_mask
+    assert found == {"loss": pytest.approx(-np.sum(logprob * mask) / mask.sum(), rel=1e-5), "loss_tokens": mask.sum()}
+    assert isinstance(found["loss_tokens"], int)
+
+
+def test_no_loss_bearing_token_has_no_loss() -> None:
+    nothing = HALVES[0]._replace(loss_mask=HALVES[0].loss_mask & False)
+    loader: Any = SimpleNamespace(batches=1, batch=lambda i: nothing)
+    with jax.set_mesh(ONE):
+        found = evaluate(make_batch_sums(structure_of(None), next_token()), random_parameters(MODEL), {}, loader, ONE)
+    assert math.isnan(found["loss"]) and found["loss_tokens"] == 0
+
+
+def test_metrics_that_an_objective_names() -> None:
+    """Sums are added, means weighted, over the batches that are asked for."""
+
+    def rows_and_length(model: Any, batch: Any, key: Any) -> tuple[Any, ...]:
+        entropy = batch_logprobs(model, batch, key)[0].entropy
+        rows = jnp.int32(batch.tokens.shape[0])
+        return jnp.sum(entropy), rows, {"rows": rows, "tokens_per_row": Mean(jnp.sum(batch.loss_mask), rows)}
+
+    mesh = MESHES["data, fsdp, tensor"]
+    with jax.set_mesh(mesh):
+        sums = make_batch_sums(structure_of(None), custom(rows_and_length))
+        params = random_parameters(MODEL)
+        both, first = (evaluate(sums, params, {}, LOADER, mesh, batches) for batches in (None, 1))
+    assert both["rows"] == both["weight"] == 16 and first["rows"] == 8
+    assert both["tokens_per_row"] == batch().loss_mask.sum() / 16
+    assert both["loss"] > 0 and set(both) == {"loss", "weight", "rows", "tokens_per_row"}
+
+
+def test_a_reference_model_takes_the_base_weights() -> None:
+    with jax.set_mesh(ONE):
+        params = random_parameters(MODEL, lora=LORA, scale=0.3)
+        frozen = {path: x for path, x in params.items() if "lora_" not in path and path != "final_norm.scale"}
+        learned = {path: x for path, x in params.items() if path not in frozen}
+        without_delta = {path: 0 * x if path.endswith("lora_b") else x for path, x in learned.items()}
+        base = {"final_norm.scale": learned["final_norm.scale"]}
+        sums = make_batch_sums(structure_of(LORA), divergence(), base)
+        moved, same = (evaluate(sums, params, frozen, LOADER, ONE)["loss"] for params in (learned, without_delta))
+    assert moved > 1e-4 and same == 0

@@ -1,0 +1,19 @@
+"""Every objective of the config has its file."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from moe_train import config
+from moe_train.train.objectives.choose import objective_of
+
+SECTIONS = get_args(config.Objective) or (config.Objective,)  # a union of one is its only member
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_objective_is_named_as_its_file(section: type[config.NextToken]) -> None:
+    (name,) = get_args(section.model_fields["name"].annotation)
+    objective = objective_of(section(name=name))
+    assert objective.loss.__module__ == f"moe_train.train.objectives.{name}"

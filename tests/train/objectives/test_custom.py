@@ -1,0 +1,138 @@
+"""A person's own loss function, on every mesh, with microbatches, in full training and beside adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from moe_train import config
+from moe_train.machine.mesh import put_batch
+from moe_train.model.paths import ParameterPath
+from moe_train.plan import hlo
+from moe_train.train.gradients import step_gradients
+from moe_train.train.objectives.custom import custom
+from moe_train.train.objectives.next_token import next_token
+from moe_train.train.objectives.objective import Mean, Weights
+from moe_train.train.state import create_state
+from moe_train.train.step import train_step
+from moe_train.train.step_definition import StepDefinition
+from tests.compiled_programs import quick_jit
+from tests.random_parameters import random_parameters
+from tests.train.tiny_step import (
+    EVERY_MESH,
+    LORA,
+    MESHES,
+    MODEL,
+    ONE,
+    V,
+    batch,
+    check_equal,
+    gradients,
+    plain_gradients,
+    plain_logprobs,
+    structure_of,
+)
+
+
+def focal(model: Any, batch: Any, key: Any) -> tuple[Any, Any, Any]:
+    """Focal cross-entropy over the sum of its own weights, and a z-loss: the weight depends on the model."""
+    hidden, _ = model(batch.tokens, batch.positions, batch.segment_ids, key)
+    logits = model.logits(hidden)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    logprob = jnp.sum(jnp.where(batch.targets[..., None] == jnp.arange(V), logits, 0), axis=-1) - normaliser
+    weights = jnp.square(1 - jnp.exp(logprob)) * batch.loss_mask
+    total = jnp.sum(-weights * logprob + 0.1 * jnp.square(normaliser) * batch.loss_mask)
+    return total, jnp.sum(weights), {"confidence": Mean(jnp.sum(jnp.exp(logprob) * batch.loss_mask), jnp.sum(batch.loss_mask))}
+
+
+def plain_focal(model: Any, _: Any, batch: Any) -> jax.Array:
+    hidden, _ = model(batch.tokens, batch.positions, batch.segment_ids)
+    logits = model.logits(hidden)
+    at_target = jnp.where(batch.targets[..., None] == jnp.arange(V), jax.nn.softmax(logits), 0)
+    confidence = jnp.sum(at_target, axis=-1)
+    cross_entropy = -jnp.log(confidence)
+    weights = jnp.where(batch.loss_mask, (1 - confidence) ** 2, 0)
+    z_loss = 0.1 * jnp.where(batch.loss_mask, jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) ** 2, 0)
+    return jnp.sum(weights * cross_entropy + z_loss) / jax.lax.stop_gradient(jnp.sum(weights))
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), EVERY_MESH)
+def test_full_training_equals_plain_gradients(mesh: str, microbatches: int) -> None:
+    check_equal(gradients(custom(focal), MESHES[mesh], microbatches), plain_gradients(plain_focal))
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), [("one device", 1), ("data, fsdp, tensor", 2), ("fsdp, expert, context", 2)])
+def test_adapters_equal_plain_gradients(mesh: str, microbatches: int) -> None:
+    found = gradients(custom(focal), MESHES[mesh], microbatches, LORA)
+    assert sum(ParameterPath.parse(path).is_adapter for path in found.gradients) == 6
+    check_equal(found, plain_gradients(plain_focal, LORA))
+
+
+def by_hand(model: Any, batch: Any, key: Any) -> tuple[Any, ...]:
+    """Cross-entropy, with the routers' statistics."""
+    hidden, routers = model(batch.tokens, batch.positions, batch.segment_ids, key)
+    at_target = jnp.where(batch.targets[..., None] == jnp.arange(V), jax.nn.log_softmax(model.logits(hidden)), 0)
+    total = -jnp.sum(jnp.sum(at_target, axis=-1) * batch.loss_mask)
+    return total, jnp.sum(batch.loss_mask), {"rows": jnp.int32(batch.tokens.shape[0])}, routers
+
+
+COEFS = config.Loss(load_balance_loss_coef=0.5, router_z_loss_coef=0.1)
+
+
+@pytest.mark.parametrize("mesh", ["one device", "data, fsdp, tensor"])
+def test_a_cross_entropy_by_hand_takes_the_step_of_next_token(mesh: str) -> None:
+    """The same weights after a step, the routers' losses included; sums and means go among the metrics."""
+    found = []
+    with jax.set_mesh(MESHES[mesh]):
+        for objective in (custom(by_hand), next_token()):
+            optimizer = optax.sgd(1.0)
+            state = create_state(random_parameters(MODEL, scale=0.3), optimizer)
+            definition = StepDefinition(structure_of(None), objective, optimizer, COEFS, microbatches=2)
+            found.append(jax.device_get(quick_jit(partial(train_step, definition))(state, put_batch(batch(), MESHES[mesh]))))
+    (state, metrics), (wanted, wanted_metrics) = found
+    assert metrics.loss == pytest.approx(wanted_metrics.loss, rel=1e-5)
+    assert metrics.objective["objective"] == pytest.approx(wanted_metrics.objective["cross_entropy"], rel=1e-5)
+    assert metrics.objective["weight"] == wanted_metrics.objective["loss_tokens"] == batch().loss_mask.sum()
+    assert metrics.objective["rows"] == len(batch().tokens)
+    for path, weight in wanted.trainable.items():
+        assert state.trainable[path] == pytest.approx(weight, abs=1e-5), path
+
+
+def test_a_mean_is_of_the_whole_step() -> None:
+    def mean_confidence(model: Any, _: Any, batch: Any) -> jax.Array:
+        return jnp.sum(jnp.exp(plain_logprobs(model, batch)[1]) * batch.loss_mask) / jnp.sum(batch.loss_mask)
+
+    wanted = plain_gradients(mean_confidence)
+    confidence = gradients(custom(focal), MESHES["data, fsdp, tensor"], 2).terms.metrics["confidence"]
+    assert confidence.sum / confidence.weight == pytest.approx(wanted[0], rel=1e-5)
+
+
+def test_a_weight_of_the_batch_alone_costs_no_forward_pass() -> None:
+    def flops(objective: Any) -> float:
+        definition = StepDefinition(structure_of(None), objective, optax.identity(), microbatches=2)
+        with jax.set_mesh(ONE):
+            params = random_parameters(MODEL)
+            run = jax.jit(partial(step_gradients, definition, key=None))
+            text = run.lower(params, Weights({}, {}, {}), put_batch(batch(), ONE)).compile().as_text()
+        assert text is not None
+        return hlo.read(text).flops
+
+    once = flops(replace(custom(by_hand), weight=next_token().weight, first_pass=None))
+    assert flops(custom(by_hand)) == once < flops(custom(focal))
+
+
+def test_balanced_routers_need_the_routers_statistics() -> None:
+    definition = StepDefinition(structure_of(None), custom(focal), optax.identity(), COEFS)
+    with (
+        jax.set_mesh(ONE),
+        pytest.raises(ValueError, match=r"'load_balance_loss_coef': 0.5.*returns no router statistics; return those of model"),
+    ):
+        jax.eval_shape(
+            partial(step_gradients, definition, key=None), random_parameters(MODEL), Weights({}, {}, {}), put_batch(batch(), ONE)
+        )

@@ -1,0 +1,108 @@
+"""The mechanism that objectives stand in: the gradient-free pass over a whole step, and the reference model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_train import config
+from moe_train.data.batches.batch import Batch
+from moe_train.model.parameters import Parameters, parameters
+from moe_train.model.transformer import init_model
+from moe_train.train.objectives.next_token import next_token
+from moe_train.train.objectives.objective import Inputs, Mean, Objective, Terms
+from moe_train.train.token_logprobs import batch_logprobs
+from tests.train.tiny_step import (
+    EVERY_MESH,
+    LORA,
+    MESHES,
+    MODEL,
+    ONE,
+    check_equal,
+    gradients,
+    plain_gradients,
+    plain_logprobs,
+)
+
+
+def step_baseline() -> Objective:
+    """Sum of (log-probability - half of its mean over the whole step)^2; the mean is a constant."""
+
+    def first_pass(inputs: Inputs) -> Any:
+        mask = inputs.batch.loss_mask
+        outputs, _ = batch_logprobs(inputs.model, inputs.batch)
+        return {"logprob": jnp.sum(outputs.logprob * mask), "tokens": jnp.sum(mask)}
+
+    def loss(inputs: Inputs, of_step: Any) -> Terms:
+        outputs, routers = batch_logprobs(inputs.model, inputs.batch)
+        baseline = of_step["logprob"] / of_step["tokens"]
+        squares = jnp.square(outputs.logprob - baseline / 2) * inputs.batch.loss_mask
+        return Terms(jnp.sum(squares), {"baseline": Mean(of_step["logprob"], of_step["tokens"])}, routers)
+
+    return Objective(Batch, next_token().weight, loss, "squares", "tokens", first_pass)
+
+
+def plain_baseline(model: Any, _: Any, batch: Any) -> jax.Array:
+    logprob = plain_logprobs(model, batch)[1]
+    tokens = jnp.sum(batch.loss_mask)
+    baseline = jax.lax.stop_gradient(jnp.sum(logprob * batch.loss_mask) / tokens)
+    return jnp.sum(jnp.square(logprob - baseline / 2) * batch.loss_mask) / tokens
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), EVERY_MESH)
+def test_a_pass_over_the_whole_step_comes_before_the_first_gradient(mesh: str, microbatches: int) -> None:
+    check_equal(gradients(step_baseline(), MESHES[mesh], microbatches), plain_gradients(plain_baseline))
+
+
+def divergence() -> Objective:
+    """KL divergence from the reference model, by the estimator exp(d) - 1 - d."""
+
+    def loss(inputs: Inputs, of_step: Any) -> Terms:
+        assert inputs.reference is not None
+        outputs, routers = batch_logprobs(inputs.model, inputs.batch, inputs.key)
+        reference, _ = batch_logprobs(inputs.reference, inputs.batch)
+        difference = reference.logprob - outputs.logprob
+        values = (jnp.expm1(difference) - difference) * inputs.batch.loss_mask
+        return Terms(jnp.sum(values), {"difference": jnp.sum(jnp.abs(difference) * inputs.batch.loss_mask)}, routers)
+
+    return Objective(Batch, next_token().weight, loss, "divergence", "tokens", uses_reference=True)
+
+
+def plain_divergence(model: Any, base: Any, batch: Any) -> jax.Array:
+    difference = plain_logprobs(base, batch)[1] - plain_logprobs(model, batch)[1]
+    return jnp.sum((jnp.exp(difference) - difference - 1) * batch.loss_mask) / jnp.sum(batch.loss_mask)
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), EVERY_MESH)
+def test_the_reference_is_the_model_without_its_adapters(mesh: str, microbatches: int) -> None:
+    """And with the base's own weights of what is trained in full beside them."""
+    found, wanted = gradients(divergence(), MESHES[mesh], microbatches, LORA), plain_gradients(plain_divergence, LORA)
+    assert "final_norm.scale" in found.gradients and found.loss > 0.01
+    check_equal(found, wanted, 5e-5)
+
+
+def fresh() -> Parameters:
+    """Weights at the start of a run: the adapters change nothing yet."""
+    return parameters(jax.jit(lambda: init_model(0, MODEL.model_copy(update={"init_stddev": 0.3}), config.Compute(), LORA))())[1]
+
+
+@pytest.mark.parametrize(("mesh", "microbatches"), [("one device", 1), ("one device", 2), ("data, fsdp, tensor", 2)])
+def test_the_divergence_from_the_reference_starts_at_zero(mesh: str, microbatches: int) -> None:
+    found = gradients(divergence(), MESHES[mesh], microbatches, LORA, make=fresh)
+    assert found.loss == 0 and found.terms.metrics["difference"] == 0
+    assert not any(gradient.any() for gradient in found.gradients.values())
+
+
+def test_full_training_has_no_reference_in_memory() -> None:
+    seen = []
+
+    def loss(inputs: Inputs, of_step: Any) -> Terms:
+        seen.append(inputs.reference)
+        return next_token().loss(inputs, of_step)
+
+    gradients(replace(next_token(), loss=loss, uses_reference=True), ONE)
+    assert seen == [None]

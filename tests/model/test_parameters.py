@@ -8,7 +8,15 @@ import jax
 import pytest
 
 from moe_train import config
-from moe_train.model.parameters import Parameters, combine, combine_some, parameters, with_capacity, with_expert_ids
+from moe_train.model.parameters import (
+    Parameters,
+    combine,
+    combine_some,
+    parameters,
+    with_capacity,
+    with_expert_ids,
+    without_adapters,
+)
 from moe_train.model.transformer import init_model
 from tests.random_parameters import assert_equal, random_parameters
 from tests.tiny import LORA, MIXTRAL, ONE
@@ -52,10 +60,13 @@ def test_a_missing_parameter_is_an_error_unless_some_are_asked_for(structure: An
     assert_equal(parameters(combine_some(structure, some))[1], some)
 
 
-def test_expert_ids_are_kept_and_adapters_left_out(structure: Any, weights: Parameters) -> None:
+def test_expert_ids_are_kept_where_they_are_asked_for(structure: Any, weights: Parameters) -> None:
     keeps_ids = [ffn_of(combine(s, weights)).keeps_expert_ids for s in (structure, with_expert_ids(structure))]
     assert keeps_ids == [False, True]
-    plain = combine(with_expert_ids(structure, adapters=False), weights)
+
+
+def test_a_model_without_its_adapters(structure: Any, weights: Parameters) -> None:
+    plain = combine(without_adapters(structure), weights)
     assert_equal(parameters(plain)[1], without(weights, ".lora_"))
 
 

@@ -6,6 +6,7 @@ is left alone, so that an interrupted quickstart continues.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -33,7 +34,7 @@ QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?", "What is 
 def quickstart() -> int:
     """Run every part that is not done yet and end with a table; FINISHED, or the exit code of the part that stopped."""
     pretrain, lora = (_load(name) for name in ("quickstart_pretrain.yaml", "quickstart_lora.yaml"))
-    assert pretrain.model is not None
+    first_run = config.run_of(pretrain)
     console = Console(stderr=True, highlight=False)
     jax.config.update("jax_compilation_cache_dir", str(WORK.absolute() / "jax_cache"))
 
@@ -43,13 +44,9 @@ def quickstart() -> int:
         counts = gather(text)
         console.print(", ".join(f"{count:,} in {name}" for name, count in counts.items()))
     if not tokenizer.exists():
-        console.rule(f"training a tokenizer of {pretrain.model.vocab_size} tokens")
-        assert pretrain.data is not None
-        train_bpe(
-            (t for source in pretrain.data.train if isinstance(source, config.FileSource) for t in texts(source)),
-            pretrain.model.vocab_size,
-            tokenizer,
-        )
+        console.rule(f"training a tokenizer of {first_run.model.vocab_size} tokens")
+        sources = [source for source in first_run.training_data().train if isinstance(source, config.FileSource)]
+        train_bpe(itertools.chain.from_iterable(texts(source) for source in sources), first_run.model.vocab_size, tokenizer)
     for what, run in (("pretraining a small Mixtral", pretrain), ("fine-tuning it with LoRA", lora)):
         _begin(console, what, f"moe-train train {CONFIGS.name}/{run.name}.yaml")
         code = train(run)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from moe_train.data.batches.loader import Loader
 from moe_train.evaluate.loss import BatchSums
-from moe_train.evaluate.routing import Drift, DriftSums, _drift_figures
+from moe_train.evaluate.routing import Drift, DriftSums, drift_metrics
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters
 from moe_train.train.objectives.objective import Mean, Metric
@@ -48,7 +48,7 @@ def evaluate(
         previous = metrics
     assert previous is not None  # a loader has rows
     totals = _add(totals, previous)
-    return {**{name: _value(metric) for name, metric in totals.items()}, **_drift_figures(drifted)}
+    return {**{name: _value(metric) for name, metric in totals.items()}, **drift_metrics(drifted)}
 
 
 def _add(totals: dict[str, Metric] | None, metrics: dict[str, Metric]) -> dict[str, Metric]:

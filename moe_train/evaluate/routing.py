@@ -66,7 +66,8 @@ def drift_sums(
     return DriftSums(changed_L, routers.chosen_E, assignments), metrics
 
 
-def _drift_figures(drifted: Sequence[DriftSums]) -> dict[str, Any]:
+def drift_metrics(drifted: Sequence[DriftSums]) -> dict[str, Any]:
+    """The share of changed assignments and of dead experts in each sparse layer, over the batches; {} without any."""
     if not drifted:
         return {}
     sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(drifted))

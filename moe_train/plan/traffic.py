@@ -149,7 +149,7 @@ def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shap
     layers = L * attention + num_sparse * sparse + (L - num_sparse) * dense
     flow("activations", "all-reduce", "tensor", layers + 2 * x)  # and at both ends
     # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
-    # Queries, and what attention makes of them, change places there and back (`attention._balanced`): forward, recomputed,
+    # Queries and the outputs of attention are exchanged in zig-zag order (`context_parallel`), there and back: forward, recomputed,
     # and their gradients; of two devices' halves one stays where it is.
     keys, queries = (m * n * a.head_dim // tensor * b for n in (context * 2 * a.num_kv_heads, a.num_heads))
     flow("keys and values", "all-gather", "context", keys, 2 * L)

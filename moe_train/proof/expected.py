@@ -103,14 +103,17 @@ def _one(name: str, shape: tuple[int, ...], path: str, lead: tuple[int, ...], fo
 
 
 def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
-    """(layer, our path of it, entry in our stacks): layer 5 of a period of 2 is entry 2 of layers.1.
+    """(layer, prefix of its paths, entry in their arrays): layer 5 of a period of 2 is entry 2 of `layers.1`.
 
-    Every format's models have alike layers, and so one stack.
+    Worked out here, not asked of the model: the second reader does not share the writer's idea of where layers lie.
     """
-    assert len(config.stacks(model)) == 1, model
     period = len(model.attention.windows)
+    dense = model.ffn.dense_layers if isinstance(model.ffn, config.MoeFfn) else None
+    num_dense = 0 if dense is None else dense.count  # these come first, in a stack of their own
     for layer in range(model.num_layers):
-        yield layer, f"stacks.0.layers.{layer % period}.", layer // period
+        is_second_stack = 0 < num_dense <= layer
+        entry, place = divmod(layer - num_dense if is_second_stack else layer, period)
+        yield layer, f"stacks.{int(is_second_stack)}.layers.{place}.", entry
 
 
 def _hugging_face(model: config.Model) -> Iterator[Wanted]:

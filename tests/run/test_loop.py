@@ -326,7 +326,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, smal
 def test_length_in_epochs_and_tokens(small_run, tmp_path):
     run = small_run(tmp_path, train={"epochs": 2, "batch_size": 8, "seq_len": 32})
     with jax.set_mesh(make_mesh(run.mesh)):
-        loader = open_inputs(resolve(run, 8), next_token()).train
+        loader = open_inputs(resolve(run, 8), next_token.next_token()).train
     assert loader.total_steps(run.train) == loader.steps(2) == pytest.approx(2 * loader.num_rows / 8, abs=1)
     tokens = config.Train(tokens=8 * 32 * 5 + 1, batch_size=8, seq_len=32)
     assert loader.total_steps(tokens) == 6

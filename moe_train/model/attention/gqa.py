@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from moe_train import config
 from moe_train.machine.mesh import BATCH
 from moe_train.model.attention import rope
-from moe_train.model.attention.kernels import _scores, attend, visible
+from moe_train.model.attention.kernels import attend, attention_scores, visible
 from moe_train.model.layers import Linear, keys_of
 from moe_train.model.sharding.collectives import gather, scatter
 from moe_train.model.sharding.specs import split
@@ -114,7 +114,7 @@ def _attend_cache(q_BTNH: jax.Array, cache: Cache, positions_BT: jax.Array, wind
         part = q.shape
         q, positions = gather(q, "context", 1), gather(positions, "context", 1)
         slots = jnp.broadcast_to(_first("context", k) + jnp.arange(k.shape[1]), k.shape[:2])
-        scores = _scores(q, k, visible(positions, slots, None, None, window))
+        scores = attention_scores(q, k, visible(positions, slots, None, None, window))
         weights = jnp.exp(scores - jax.lax.pmax(jnp.max(scores, axis=-1, keepdims=True), "context"))
         weights /= jax.lax.psum(jnp.sum(weights, axis=-1, keepdims=True), "context")
         y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)

@@ -98,7 +98,8 @@ def placed(params: dict[str, np.ndarray], like: dict[str, Any], mesh: Mesh) -> d
 
 
 def all_gradients(params: dict[str, jax.Array], batch: Batch, structure: Any) -> StepGradients:
-    definition = StepDefinition(structure, next_token(), optax.identity(), LOSS)
+    is_sparse = any(".router." in path for path in params)
+    definition = StepDefinition(structure, next_token(), optax.identity(), LOSS if is_sparse else config.Loss())
     return step_gradients(definition, params, Weights({}, {}, {}), batch, None)
 
 

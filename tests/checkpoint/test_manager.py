@@ -12,62 +12,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.checkpoint import arrays, identity, manager
-from moe_train.checkpoint.manager import About, Base
+from moe_train.checkpoint import arrays, manager
+from moe_train.checkpoint.manager import Base
 from moe_train.machine.mesh import make_mesh
 from moe_train.train.state import TrainState, create_state
+from tests.checkpoint.states import ABOUT, MESHES, OPTIMIZER, SETTINGS, changed, damage, new_state, numpy_of, same, save_steps
 
 # of the threads of Orbax that a failure cuts short
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-OPTIMIZER = optax.adamw(1e-2)
-SETTINGS = config.Checkpoint(keep_last=2)
-ABOUT = About({"name": "test"}, 16, "an identity", None)
-MESHES = {"one": config.Mesh(fsdp=8), "other": config.Mesh(data=2, fsdp=2, tensor=2)}
-
-
-def new_state() -> TrainState:
-    """Random numbers in three weights of different specs and dtypes, and in a bias that no optimizer has."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    return create_state(
-        {
-            "head": jax.random.normal(keys[0], (16, 64), jnp.float32, out_sharding=P("tensor", "fsdp")),
-            "gate": jax.random.normal(keys[1], (4, 64, 32), jnp.bfloat16, out_sharding=P("expert", "fsdp", "tensor")),
-            "scale": jax.random.normal(keys[2], (64,), jnp.float32, out_sharding=P(None)),
-            "stacks.0.layers.0.ffn.router.bias": jax.random.normal(keys[3], (2, 4), jnp.float32, out_sharding=P(None)),
-        },
-        OPTIMIZER,
-    )
-
-
-@jax.jit
-def changed(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda x: (x * 2 + 1).astype(x.dtype), state)
-
-
-def numpy_of(state: TrainState) -> TrainState:
-    return jax.tree.map(np.array, state)
-
-
-def same(a: TrainState, b: TrainState) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(numpy_of(a)), jax.tree.leaves(b), strict=True))
-
-
-def save_steps(run_dir: Path, losses: dict[int, float | None]) -> dict[int, TrainState]:
-    """A checkpoint for each step, of another state each; the states as numpy."""
-    saved = {}
-    with manager.opened(run_dir, SETTINGS) as checkpoints:
-        state = jax.jit(new_state)()
-        for step, loss in losses.items():
-            saved[step] = numpy_of(state)
-            manager.save(checkpoints, step, state, ABOUT, loss)
-            state = changed(state)
-    return saved
 
 
 def restored(run_dir: Path, new: Callable[[], TrainState] = new_state) -> manager.Restored | None:
@@ -77,12 +33,6 @@ def restored(run_dir: Path, new: Callable[[], TrainState] = new_state) -> manage
 
 def steps_in(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-
-
-@pytest.fixture
-def mesh():
-    with jax.set_mesh(make_mesh(MESHES["one"])):
-        yield
 
 
 def test_what_is_saved_comes_back(tmp_path, mesh):
@@ -145,27 +95,6 @@ def test_without_the_best(tmp_path, mesh):
 def test_nothing_is_made_before_the_first_save(tmp_path, mesh):
     assert restored(tmp_path / "run") is None
     assert not (tmp_path / "run").exists()
-
-
-# --- damage ----------------------------------------------------------------------------------------------------------
-
-
-def damage(folder: Path, how: str) -> None:
-    """To all files that hold arrays."""
-    for file in folder.rglob("d/*"):
-        content = bytearray(file.read_bytes())
-        match how:
-            case "truncated":
-                file.write_bytes(content[: len(content) // 2])
-            case "zeros":
-                file.write_bytes(bytes(len(content)))
-            case "flipped bits":
-                content[len(content) // 2] ^= 4
-                file.write_bytes(content)
-            case "files gone":
-                file.unlink()
-    if how == "empty":
-        shutil.rmtree(folder)
 
 
 def test_one_flipped_bit_is_damage(tmp_path, mesh):
@@ -290,21 +219,3 @@ def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_pa
         manager.load_params(tmp_path, shapes, 2)
     with pytest.raises(FileNotFoundError, match="has no checkpoint of step 7"):
         manager.load_params(tmp_path, shapes, 7)
-
-
-# --- what the weights of another run are -------------------------------------------------------------------------------
-
-
-def test_a_changed_base_is_refused(tmp_path, mesh):
-    save_steps(tmp_path, {1: None, 2: None})
-    base = identity.base_of(tmp_path)
-    assert base.source == str(tmp_path) and base.step == 2 and all(len(digest) == 64 for digest in base.hashes.values())
-    identity.check_base(base)
-    damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
-    with pytest.raises(
-        ValueError, match=r"base weights in .* have changed since this run started \([0-9]+ tensors or files, the first"
-    ):
-        identity.check_base(base)
-    shutil.rmtree(tmp_path / "checkpoints" / "2")
-    with pytest.raises(FileNotFoundError, match="is gone, and holds the weights that this run's adapters belong to"):
-        identity.check_base(base)

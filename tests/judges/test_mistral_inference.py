@@ -20,8 +20,8 @@ from moe_train.model import parameters as flat
 from moe_train.model import transformer
 from moe_train.weights.mistral import lora as mistral_lora
 from tests.random_parameters import random_parameters
-from tests.weights.hf.test_files import LORA, MIXTRAL, ONE
-from tests.weights.mistral.test_files import MODELS, write
+from tests.tiny import LORA, MIXTRAL, ONE
+from tests.weights.mistral.models import MODELS, write
 
 pytestmark = pytest.mark.judges
 

@@ -25,7 +25,7 @@ from moe_train.model import transformer
 from moe_train.weights import peft, serve
 from tests.judges.test_transformers_and_peft import lora_of, without_padding
 from tests.random_parameters import random_parameters
-from tests.weights.hf.test_files import ONE
+from tests.tiny import ONE
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
 pytestmark = [pytest.mark.judges, pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no interpreter that has vLLM")]

@@ -9,11 +9,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_train import config
-from moe_train.machine.mesh import make_mesh
 from moe_train.model import layers
-
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
+from tests.tiny import ONE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

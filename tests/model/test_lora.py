@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.data.batches.batch import Batch
-from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.machine.mesh import put_batch
 from moe_train.model.moe.experts import _drop
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.paths import ParameterPath
@@ -25,6 +25,7 @@ from moe_train.train.objectives.objective import Weights
 from moe_train.train.state import partition
 from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
+from tests.tiny import EIGHT, ONE
 
 MODEL = config.Model(
     family="mixtral",
@@ -34,8 +35,6 @@ MODEL = config.Model(
     attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6),
     ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
 )
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
-EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
 
 
 def lora_of(*targets: tuple[tuple[str, ...], int, float]) -> config.Lora:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath, adapter_ranks, rows_of_routers
 from moe_train.model.transformer import init_model
+from tests.tiny import ONE
 
 MODEL = config.Model(
     family="mixtral",
@@ -37,7 +37,7 @@ LORA = config.Lora(
 
 @pytest.fixture(scope="module")
 def shapes() -> dict[str, jax.ShapeDtypeStruct]:
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(ONE):
         return parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), LORA)))[1]
 
 

@@ -17,6 +17,7 @@ from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import NF4, Quantized, _selected, dequantize, quantize, quantized, unquantized
 from moe_train.model.transformer import init_model
 from tests.compiled_programs import quick_jit
+from tests.tiny import EIGHT, ONE
 
 # bitsandbytes 0.45, functional.py, get_4bit_type("nf4")
 LEVELS = [
@@ -24,8 +25,6 @@ LEVELS = [
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 ]
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
-EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
 F32 = np.dtype("float32")
 KINDS = (config.Nf4(name="nf4", block_size=8), config.Int8(name="int8", block_size=8))
 MODEL = config.Model(

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moe_train import config
-from moe_train.config import yaml_file
 from moe_train.machine.devices import GIB
 from moe_train.plan.fits import check_fits
 from moe_train.plan.memory import memory
 from moe_train.plan.weights import layout
+from tests.plan.pretraining import pretrain_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ("model.num_layers=8", "model.model_dim=256", "model.ffn.ffn_dim=512", "model.vocab_size=512", "train.seq_len=512")
 SMALL += ("model.attention={num_heads: 8, num_kv_heads: 2, head_dim: 32}", "train.batch_size=64", "train.microbatches=1")
 
 
 def small(*overrides: str) -> config.Run:
-    return config.run_of(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides]))
+    return pretrain_run(*SMALL, *overrides)
 
 
 def device(limit: int | None, platform: str = "tpu", kind: str = "TPU v5 lite") -> Any:

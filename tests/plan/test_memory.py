@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
 from moe_train import config
-from moe_train.config import yaml_file
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
@@ -19,11 +17,11 @@ from moe_train.plan.compile import compile_config
 from moe_train.plan.memory import memory
 from moe_train.plan.search import model_choice
 from moe_train.plan.topology import parse
-from moe_train.plan.weights import divisions, layout
+from moe_train.plan.weights import layout
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
+from tests.plan.pretraining import pretrain_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ("model.num_layers=2", "model.model_dim=64", "model.ffn.ffn_dim=128", "model.vocab_size=256", "train.seq_len=128")
 SMALL += ("model.attention={num_heads: 8, num_kv_heads: 2, head_dim: 16}", "train.batch_size=8", "train.microbatches=1")
 ADAFACTOR = "optimizer={name: adafactor, learning_rate: 1e-3, min_dim_size_to_factor: 16}"
@@ -32,7 +30,7 @@ LORA = "lora={targets: [{modules: ['attention.*', 'ffn.*'], rank: 4, alpha: 8}],
 
 
 def small(*overrides: str) -> config.Run:
-    return config.run_of(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*SMALL, *overrides]))
+    return pretrain_run(*SMALL, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +109,6 @@ def test_adapters_of_experts_fill_whole_lanes_with_their_rank() -> None:
     assert memory(run, laid).gradients == sum(size * lanes.get(path, 1) for path, size in trained.items())
 
 
-def test_divisions() -> None:
-    assert sorted(divisions(4, 2)) == [(1, 4), (2, 2), (4, 1)]
-    assert len(list(divisions(64, 4))) == 84  # ways to hand six factors of two to four axes
-
-
 # --- against the compiler ------------------------------------------------------------------------------------------
 
 MIDDLE = ("model.num_layers=24", "model.model_dim=1024", "model.ffn.ffn_dim=2048", "model.vocab_size=2048", "train.seq_len=1024")
@@ -139,7 +132,7 @@ OTHERS = {
 def against_the_compiler(*overrides: str, topology: str = "v5p:2x2x2") -> tuple[float, float]:
     """Bytes received, (modelled, counted), of a program whose memory and bytes are modelled within 10%; prints both errors."""
     place = parse(topology)
-    choice = model_choice(config.run_of(yaml_file.load(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", [*MIDDLE, *overrides])), place)
+    choice = model_choice(pretrain_run(*MIDDLE, *overrides), place)
     program = compile_config(choice.run, place)
     memory_error = choice.memory.total / program.bytes_per_device - 1
     received_error = choice.received / program.network_bytes - 1

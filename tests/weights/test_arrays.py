@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.quantize import unquantized
 from moe_train.model.transformer import init_model
 from moe_train.weights import external, hf
+from tests.tiny import ONE
 
 MODEL = config.Model(
     family="mixtral",
@@ -34,7 +34,7 @@ def test_weights_are_quantised_matrix_by_matrix(how: Any, tmp_path: Path) -> Non
     """The host never has a stacked array in full: beside what is kept there are parts of some of the 192 matrices."""
     draw = np.random.default_rng(0).normal
     hf.write(tmp_path, MODEL, "float32", lambda piece: draw(size=piece.shape).astype(np.float32))
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(ONE):
         shapes = parameters(
             jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), config.Lora(targets=TARGETS, quantize=how)))
         )[1]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.machine.mesh import make_mesh
 from moe_train.model import parameters, transformer
 from moe_train.weights import names
+from tests.tiny import ONE
 
 
 def attention(heads: int = 32, kv_heads: int = 8, head_dim: int = 128, **more: Any) -> config.Attention:
@@ -53,7 +53,7 @@ PUBLISHED = {
 
 
 def shapes_of(m: config.Model) -> dict[str, tuple[int, ...]]:
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(ONE):
         abstract = jax.eval_shape(lambda: transformer.init_model(0, m, config.Compute()))
     return {path: array.shape for path, array in parameters.parameters(abstract)[1].items()}
 
@@ -182,7 +182,7 @@ def test_adapters_have_the_dims_of_their_layers() -> None:
     modules = ("attention.q_proj", "attention.o_proj", "ffn.gate_proj", "ffn.down_proj")
     ranks = {f"stacks.0.layers.0.{module}": 3 for module in modules}
     lora = config.Lora(targets=(config.LoraTarget(modules=modules, rank=3, alpha=3.0),))
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(ONE):
         abstract = jax.eval_shape(lambda: transformer.init_model(0, SMALL, config.Compute(), lora))
     shapes = {path: a.shape for path, a in parameters.parameters(abstract)[1].items() if ".lora_" in path}
     table = names.adapter_pieces(SMALL, ranks)

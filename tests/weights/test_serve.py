@@ -16,8 +16,8 @@ from moe_train.weights import merge, names, peft, serve
 from moe_train.weights.hf.config_json import write_model_config
 from moe_train.weights.serve import Shape
 from tests.random_parameters import random_parameters
-from tests.weights.hf.test_files import LORA, MINISTRAL, MIXTRAL, ONE
-from tests.weights.mistral.test_files import MODELS
+from tests.tiny import LORA, MINISTRAL, MIXTRAL, ONE
+from tests.weights.mistral.models import MODELS
 
 Q, K, UP = "stacks.0.layers.0.attention.q_proj", "stacks.0.layers.0.attention.k_proj", "stacks.0.layers.0.ffn.up_proj"
 

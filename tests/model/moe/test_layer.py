@@ -15,14 +15,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.machine.mesh import BATCH
 from moe_train.model.moe import layer as moe
 from moe_train.model.moe import router
 from tests.compiled_programs import quick_jit
+from tests.tiny import EIGHT, ONE
 
 B, T, D, F, E = 8, 6, 16, 24, 4
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
-EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
 MESHES = {"one device": ONE, "fsdp, expert, tensor": EIGHT}
 ROUTING = {  # experts per token, and what is added to the logits
     "random": (2, (0, 0, 0, 0)),

@@ -14,12 +14,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.machine.mesh import BATCH
 from moe_train.model.moe import layer, router
 from tests.compiled_programs import quick_jit
+from tests.tiny import EIGHT, ONE
 
 B, T, D, F, E, A = 8, 4, 16, 12, 8, 2
-MESH = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
 ROUTERS: dict[str, config.Router] = {
     "softmax": config.SoftmaxRouter(name="softmax", bias=True),
     "sigmoid": config.SigmoidRouter(name="sigmoid", bias=False, scale=2.5),
@@ -72,7 +72,7 @@ def plain(weights: Any, x: Any, valid: Any, router: config.Router) -> Any:
 def operands(name: str) -> tuple[dict[str, Any], Any, Any, Any]:
     """Weights, x, segment ids, and what the result is multiplied with in the loss."""
     rng = np.random.default_rng(0)
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(EIGHT):
         shapes = flat(name)[1]
     weights = {path: (rng.normal(size=s.shape) / s.shape[-2:][0] ** 0.5).astype(np.float32) for path, s in shapes.items()}
     segments = np.ones((B, T), np.int32)
@@ -95,10 +95,10 @@ def test_equals_the_formulas(name: str) -> None:
         wanted = jax.jit(jax.grad(lambda *args: loss(exact, *args), (0, 1), has_aux=True))(*doubles)
     (wanted_weights, wanted_x), (wanted_y, wanted_counts) = jax.device_get(wanted)
 
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(EIGHT):
         structure, like = flat(name)
-        placed = {path: jax.device_put(w, NamedSharding(MESH, like[path].sharding.spec)) for path, w in weights.items()}
-        tokens = NamedSharding(MESH, P(BATCH, "context"))
+        placed = {path: jax.device_put(w, NamedSharding(EIGHT, like[path].sharding.spec)) for path, w in weights.items()}
+        tokens = NamedSharding(EIGHT, P(BATCH, "context"))
 
         def ours(weights: Any, x: Any, segments: Any, d: Any) -> Any:
             def run(weights: Any, x: Any) -> Any:
@@ -123,7 +123,7 @@ def test_a_bias_chooses_and_does_not_weigh() -> None:
     """The weights of a token whose experts stay the same do not change with the bias; a large bias takes every token."""
     name = "sigmoid with a bias"
     weights, x, segments, _ = operands(name)
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(ONE):
         structure, like = flat(name)
         run = quick_jit(lambda w, x, segments: structure.unflatten([w[path] for path in like])(x, segments))
         x, segments = (jax.device_put(a, P(BATCH, "context")) for a in (x, segments))

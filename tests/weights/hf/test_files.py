@@ -15,39 +15,10 @@ import safetensors.numpy
 
 from moe_train import config
 from moe_train.commands import write_and_prove as write
-from moe_train.machine.mesh import make_mesh
-from moe_train.model import parameters, transformer
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, names, safetensors_files, texts
-from tests.random_parameters import random_parameters
-
-ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6)
-SIZES: dict[str, Any] = {"vocab_size": 24, "model_dim": 8, "num_layers": 4, "max_seq_len": 32}
-MOE = config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2)
-MIXTRAL = config.Model(family="mixtral", attention=ATTENTION, ffn=MOE, **SIZES)
-DENSE = config.DenseFfn(name="dense", ffn_dim=12)
-INTERLEAVED = ATTENTION.model_copy(update={"windows": (None, 4)})
-MINISTRAL = config.Model(family="ministral", attention=INTERLEAVED, ffn=DENSE, tie_embeddings=True, **SIZES)
-LORA = config.Lora(
-    targets=(
-        config.LoraTarget(modules=("attention.q_proj", "attention.o_proj"), rank=2, alpha=3.0),
-        config.LoraTarget(modules=("ffn.*_proj",), rank=3, alpha=6.0),
-    )
-)
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
-EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
-
-
-def abstract(model: config.Model, dtype: str = "float32", lora: config.Lora | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    compute = config.Compute(param_dtype=dtype)
-    return parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute, lora)))[1]
-
-
-def assert_equal(ours: dict[str, jax.Array], theirs: dict[str, jax.Array]) -> None:
-    assert set(ours) == set(theirs)
-    for path, array in ours.items():
-        assert array.dtype == theirs[path].dtype
-        assert np.array_equal(np.asarray(array), np.asarray(theirs[path])), path
+from tests.random_parameters import abstract, assert_equal, random_parameters
+from tests.tiny import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -277,24 +248,6 @@ def test_adapters_are_neither_dropped_nor_imagined(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="nothing to merge"):
             write.export(plain, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
-    with jax.set_mesh(ONE):
-        write.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="float32")
-        file = tmp_path / "out/config.json"
-        settings = json.loads(file.read_text())
-        for change, message in (
-            ({"intermediate_size": 10}, "of shape"),
-            ({"num_hidden_layers": 3}, "which this architecture has not"),
-        ):
-            file.write_text(json.dumps(settings | change))
-            with pytest.raises(ValueError, match=message):
-                external.load_parameters(tmp_path / "out", abstract(MIXTRAL))
-        file.write_text(json.dumps(settings))
-        wider = MIXTRAL.model_copy(update={"model_dim": 16})
-        with pytest.raises(ValueError, match=r"gives .*\(24, 8\)"):
-            external.load_parameters(tmp_path / "out", abstract(wider))
 
 
 def test_a_tied_head_that_was_written_out_is_dropped_where_it_is_the_embedding(tmp_path: Path) -> None:

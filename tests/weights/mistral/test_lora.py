@@ -14,8 +14,8 @@ import safetensors.numpy
 
 from moe_train import config
 from moe_train.weights.mistral import lora as mistral_lora
-from tests.random_parameters import random_parameters
-from tests.weights.hf.test_files import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE, abstract, assert_equal
+from tests.random_parameters import abstract, assert_equal, random_parameters
+from tests.tiny import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE
 
 AT_TWO = config.Lora(  # alpha / rank is 2, as where nothing is stated
     targets=(config.LoraTarget(modules=("attention.q_proj", "attention.k_proj", "ffn.*_proj"), rank=2, alpha=4.0),)

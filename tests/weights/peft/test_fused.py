@@ -16,7 +16,8 @@ from moe_train.machine.mesh import put_batch
 from moe_train.model import parameters as flat
 from moe_train.model import transformer
 from moe_train.weights import external, peft
-from tests.weights.hf.test_files import MIXTRAL, ONE, abstract
+from tests.random_parameters import abstract
+from tests.tiny import MIXTRAL, ONE
 
 E, D, F = 4, MIXTRAL.model_dim, MIXTRAL.ffn.ffn_dim
 RANK, ALPHA = {"gate_up_proj": 2, "down_proj": 3}, {"gate_up_proj": 3.0, "down_proj": 12.0}

@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from moe_train.weights import peft
-from tests.weights.peft.test_write import BY_EXPERT, LORA, MIXTRAL, ONE, abstract, adapters, settings_in, trained
+from tests.tiny import ONE
+from tests.weights.peft.adapters import BY_EXPERT, LORA, MIXTRAL, abstract, adapters, settings_in, trained
 
 
 def test_a_damaged_adapter_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -1,63 +1,19 @@
-"""PEFT directories, torch-free: what is written, what is read back from it, and what cannot be written."""
+"""PEFT directories, torch-free: what is written, what is read back, and what cannot be written."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from jax.sharding import NamedSharding
 
 from moe_train import config
-from moe_train.machine.mesh import make_mesh
-from moe_train.model import parameters, transformer
-from moe_train.model.lora import scale_of_expert
-from moe_train.model.paths import ParameterPath
 from moe_train.weights import peft, texts
-
-MIXTRAL = config.Model(
-    family="mixtral",
-    vocab_size=24,
-    model_dim=8,
-    num_layers=2,
-    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=6),
-    ffn=config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2),
-)
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
-EIGHT = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
-
-
-def lora_of(*targets: tuple[str, int, float]) -> config.Lora:
-    return config.Lora(targets=tuple(config.LoraTarget(modules=(m,), rank=rank, alpha=alpha) for m, rank, alpha in targets))
-
-
-def abstract(lora: config.Lora, dtype: str = "float32") -> dict[str, jax.ShapeDtypeStruct]:
-    _, shapes = parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
-    return {
-        p: jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
-        for p, like in shapes.items()
-        if ParameterPath.parse(p).is_adapter
-    }
-
-
-def adapters(lora: config.Lora, dtype: str = "float32") -> dict[str, jax.Array]:
-    mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
-    return {
-        path: jax.device_put(draw(0, 1, like.shape).astype(like.dtype), NamedSharding(mesh, like.sharding.spec))
-        for path, like in abstract(lora, dtype).items()
-    }
-
-
-def settings_in(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "adapter_config.json").read_text())
-
-
-LORA = lora_of(("attention.q_proj", 2, 3.0), ("attention.o_proj", 3, 6.0), ("ffn.*_proj", 3, 6.0))
+from tests.tiny import EIGHT, ONE
+from tests.weights.peft.adapters import BY_EXPERT, LORA, MIXTRAL, abstract, adapters, lora_of, settings_in, trained
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -116,24 +72,6 @@ def test_a_model_without_adapter_has_none_to_export(tmp_path: Path) -> None:
         peft.export_adapter({}, MIXTRAL, LORA, tmp_path / "out", base_model="b")
 
 
-def trained(lora: config.Lora) -> dict[str, jax.Array]:
-    """Adapters, and what is trained in full beside them."""
-    _, shapes = parameters.parameters(jax.eval_shape(lambda: transformer.init_model(0, MIXTRAL, config.Compute(), lora)))
-    mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(0).normal
-    found = {}
-    for path, like in shapes.items():
-        if ParameterPath.parse(path).is_trained(lora):
-            x = draw(0, 1, like.shape).astype(like.dtype)
-            targets = lora.targets_of(ParameterPath.parse(path).module)
-            if ".lora_" in path and any(t.experts for t in targets):  # past an expert's rank there are zeros
-                for e in range(4):
-                    rank = scale_of_expert(lora, targets, e)[1]
-                    x[:, e, ..., rank:] = 0 if path.endswith("_a") else x[:, e, ..., rank:]
-                    x[:, e, rank:] = 0 if path.endswith("_b") else x[:, e, rank:]
-            found[path] = jax.device_put(x, NamedSharding(mesh, like.sharding.spec))
-    return found
-
-
 def test_both_ends_the_router_and_what_was_trained_in_full(tmp_path: Path) -> None:
     """Names, settings and values; read back into the same arrays on another mesh."""
     lora = config.Lora(
@@ -172,15 +110,6 @@ def test_both_ends_the_router_and_what_was_trained_in_full(tmp_path: Path) -> No
         loaded = peft.load_adapter(tmp_path / "out", MIXTRAL, jax.eval_shape(lambda: like))
     assert loaded.keys() == parameters.keys()
     assert all(np.array_equal(np.asarray(x), ours[path]) for path, x in loaded.items())
-
-
-BY_EXPERT = config.Lora(
-    targets=(
-        config.LoraTarget(modules=("ffn.*",), rank=3, alpha=6.0, experts=(0, 2)),
-        config.LoraTarget(modules=("ffn.*",), rank=2, alpha=1.0, experts=(3,)),
-    ),
-    rslora=True,
-)
 
 
 def test_experts_that_differ_share_rank_and_scale_in_the_file(tmp_path: Path) -> None:

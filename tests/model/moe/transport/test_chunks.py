@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_train import config
-from moe_train.machine.mesh import make_mesh
 from moe_train.model.moe.transport.chunks import ChunkInputs, ChunkRouting, bucket_size, sum_over_chunks
 from moe_train.model.moe.transport.transport import ExchangeSizes
 from tests.compiled_programs import quick_jit
+from tests.tiny import ONE
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,7 @@ def test_a_sum_over_chunks_and_its_gradients(num_chunks: int) -> None:
 
         return jax.value_and_grad(summed, argnums=(0, 1, 2))(x, weight, expert)
 
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(ONE):
         value, (dx, dweight, dexpert) = gradients(jnp.full((1, 1), 3.0), jnp.full((1, 1), 5.0), jnp.array(7.0), num_chunks)
     factor = 2 * sum(range(1, num_chunks + 1))
     assert [float(x.squeeze()) for x in (value, dx, dweight, dexpert)] == [factor * n for n in (105, 35, 21, 15)]

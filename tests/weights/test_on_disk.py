@@ -1,0 +1,52 @@
+"""Weights that lie on disk: their common dtype, and hashes of every byte."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moe_train.weights import on_disk
+from moe_train.weights.on_disk import Weights
+from tests.tiny import MIXTRAL
+
+
+class InMemory(NamedTuple):
+    """A tensor as `on_disk.Tensor` describes it."""
+
+    name: str
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
+        return self.array[index].copy()
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "common"),
+    [(["float32"], "float32"), ([ml_dtypes.bfloat16] * 2, "bfloat16"), (["float32", "float16"], None), (["float64"], None)],
+)
+def test_the_dtype_of_all_tensors(dtypes: list[Any], common: str | None) -> None:
+    tensors = {str(i): InMemory(str(i), np.ones(2, dtype)) for i, dtype in enumerate(dtypes)}
+    assert Weights(Path("x"), MIXTRAL, [], tensors).dtype == common
+
+
+def test_hashes_cover_dtype_shape_and_bytes_whatever_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = [np.arange(12.0).reshape(4, 3), np.arange(12.0).reshape(3, 4), np.arange(12), np.zeros((0,)), np.array(1.0)[None]]
+    tensors = {str(i): InMemory(str(i), array) for i, array in enumerate(arrays)}
+    whole = on_disk.hashes(tensors)
+    assert whole["0"] == hashlib.sha256(b"float64 (4, 3)" + arrays[0].tobytes()).hexdigest()
+    assert len(set(whole.values())) == len(arrays)
+    monkeypatch.setattr(on_disk, "CHUNK", 24)  # a row at a time
+    assert on_disk.hashes(tensors) == whole

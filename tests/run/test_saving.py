@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.commands.train import train
 from moe_train.run import loop
@@ -54,8 +55,8 @@ def saving(small_run, tmp_path, monkeypatch):
 
     def make(**settings):
         monkeypatch.setattr(manager, "best_loss", lambda checkpoints: 2.0)
-        nothing = None
-        return Saving(small_run(tmp_path, checkpoint=settings), nothing, nothing, SimpleNamespace(total_steps=6))
+        run = config.run_of(small_run(tmp_path, checkpoint=settings))
+        return Saving(run, checkpoints=None, begin=None, inputs=SimpleNamespace(total_steps=6))
 
     return make
 

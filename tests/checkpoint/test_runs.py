@@ -9,7 +9,7 @@ import pytest
 
 from moe_train.checkpoint.manager import About
 from moe_train.checkpoint.runs import is_run, read_run, saved_config
-from tests.run.test_resolve import MODEL, data, written
+from tests.run.tiny_config import MODEL, data, written
 
 TOKENIZER = {"name": "huggingface", "path": "tokenizer"}
 

@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from moe_train import config
-from tests.run.test_resolve import MODEL, written
+from tests.run.tiny_config import MODEL, written
 
 
 def test_no_field_is_optional() -> None:

@@ -6,16 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.commands.export import export
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
-from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
 from moe_train.run import loop
-from moe_train.run.metrics import check_dropped
 
 MOE = {
     **{"name": "moe", "ffn_dim": 16, "num_experts": 4, "experts_per_token": 2},
@@ -43,14 +40,3 @@ def test_a_run_without_a_format_trains_and_stops_where_it_drops_too_much(small_r
     again = small_run(tmp_path / "run", train__steps=2, train__max_drop_rate=0.25, **settings)
     with pytest.raises(RuntimeError, match=r"step 2: layer 0 dropped [3-6]\d\.\d\d% of its assignments; train.max_drop_rate is 25"):
         train(again)
-
-
-def test_a_layer_that_drops_is_named() -> None:
-    nothing = np.zeros(2)
-    routers = RouterStats(np.full((2, 4), 25), nothing, nothing, nothing, np.array([1, 3]))
-    bounded = {"batch_size": 8, "seq_len": 8, "steps": 1, "capacity_factor": 1.0}
-    check_dropped(5, routers, config.Train(**bounded, max_drop_rate=0.03), [3, 4])
-    with pytest.raises(RuntimeError, match=r"step 5: layer 4 dropped 3.00% of its assignments; train.max_drop_rate is 2.90%"):
-        check_dropped(5, routers, config.Train(**bounded, max_drop_rate=0.029), [3, 4])
-    with pytest.raises(RuntimeError, match=r"layer 4 dropped 3.00% of its assignments without a capacity: a fault"):
-        check_dropped(5, routers, config.Train(batch_size=8, seq_len=8, steps=1), [3, 4])

@@ -1,4 +1,4 @@
-"""What a run says of its data: which they are, how often each is seen, and how long steps wait for them."""
+"""What a run records of its data: the files, the epochs, and how long steps wait for batches."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from moe_train.checkpoint import manager
 from moe_train.commands.train import train
-from moe_train.data.batches.loader import Loader
 from moe_train.run import loop
 from moe_train.run.inputs import open_inputs
 from moe_train.run.resolve import resolve
 from moe_train.train.objectives.next_token import next_token
+from tests.run_dir import events, lines
 
 
 def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_path: Path, capfd) -> None:
@@ -21,28 +21,11 @@ def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_pa
     with manager.opened(tmp_path / "run", run.checkpoint) as checkpoints:
         about = manager.newest(checkpoints)
     assert about is not None and about.manifest == manifest["hash"] == manifest["sets"][0]["hash"]
-    [event, *_] = json.loads((tmp_path / "run" / "run.json").read_text())["events"]
+    [event, *_] = events(tmp_path / "run")
     [(source, epochs)] = event["epochs"].items()
     assert source == manifest["sets"][0]["files"][0]["path"]
     rows = open_inputs(resolve(run, 8), next_token()).train.num_rows
     assert epochs == round(4 * 8 / rows, 3)
     assert f"epochs in 4 steps: {epochs:.2f} of {source}" in capfd.readouterr().err.replace("\n", "")
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    waits = [step["input_wait"] for step in steps if step["kind"] == "train"]
+    waits = [step["input_wait"] for step in lines(tmp_path / "run")]
     assert len(waits) == 4 and all(0 <= wait < 1 for wait in waits)
-
-
-def test_a_slow_source_is_seen(small_run, tmp_path: Path, monkeypatch) -> None:
-    import time
-
-    original = Loader.iterate
-
-    def slowly(self, start: int = 0):
-        for batch in original(self, start):
-            time.sleep(0.3)
-            yield batch
-
-    monkeypatch.setattr(Loader, "iterate", slowly)
-    assert train(small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)) == loop.FINISHED
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert max(step["input_wait"] for step in steps if step["kind"] == "train") > 0.3

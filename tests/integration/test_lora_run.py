@@ -21,6 +21,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
 from moe_train.run import loop
+from tests.run_dir import lines
 
 MIXTRAL = {
     "family": "mixtral",
@@ -72,11 +73,6 @@ def make(small_run: Callable[..., config.Config], run_dir: Path, base: Path, **c
         "train__microbatches": 2,
     }
     return small_run(run_dir, **(settings | changes))
-
-
-def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
 
 
 def weights_of(directory: Path, run: config.Run, lora: config.Lora | None) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import pytest
 from moe_train import config
 from moe_train.commands.train import train
 from moe_train.run import loop
+from tests.run_dir import events, lines
 
 
 class Lines:
@@ -33,28 +34,26 @@ class Lines:
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    return [(step["step"], step["loss"]) for step in steps if step["kind"] == "train"]
+    return [(line["step"], line["loss"]) for line in lines(run_dir)]
 
 
 def test_a_run_on_own_records(small_run: Callable[..., config.Config], text: Path, tmp_path: Path) -> None:
     changes = {"train__steps": 2, "checkpoint__every_steps": 1, "data__eval": []}
     of_file = small_run(tmp_path / "file", **changes)
     assert train(of_file) == loop.FINISHED
-    lines = (text / "train.jsonl").read_text().splitlines()
+    records = (text / "train.jsonl").read_text().splitlines()
 
-    def on(lines: list[str], identity: str) -> config.Config:
-        own = config.PythonSource(name="python", records=Lines(lines, identity), record=config.TextRecord(name="text"))
+    def on(records: list[str], identity: str) -> config.Config:
+        own = config.PythonSource(name="python", records=Lines(records, identity), record=config.TextRecord(name="text"))
         run = small_run(tmp_path / "own", **changes)
         assert run.data is not None
         return run.model_copy(update={"data": run.data.model_copy(update={"train": (own,)})})
 
-    assert train(on(lines, "1")) == loop.FINISHED
+    assert train(on(records, "1")) == loop.FINISHED
     assert losses(tmp_path / "own") == losses(tmp_path / "file")
     shutil.rmtree(tmp_path / "own/checkpoints/2")
     with pytest.raises(ValueError, match=r"the training data of .* are not those that it was started with"):
-        train(on(lines[1:], "2"))
-    assert train(on(lines, "1")) == loop.FINISHED
+        train(on(records[1:], "2"))
+    assert train(on(records, "1")) == loop.FINISHED
     assert losses(tmp_path / "own") == losses(tmp_path / "file")
-    events = json.loads((tmp_path / "own/run.json").read_text())["events"]
-    assert ("resume", 1) in [(event["event"], event["step"]) for event in events]
+    assert ("resume", 1) in [(event["event"], event["step"]) for event in events(tmp_path / "own")]

@@ -12,13 +12,14 @@ import pytest
 
 from moe_train import config
 from moe_train.data.batches.batch import Batch
-from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.machine.mesh import put_batch
 from moe_train.plan import hlo
 from moe_train.plan.replica_groups import axes_of
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.step import train_step
 from moe_train.train.step_definition import StepDefinition
-from tests.train.test_step import LORA, LOSS, ONE, OPTIMIZER, POISON, V, close, quick_jit, started, step
+from tests.meshes import mesh_of
+from tests.train.biased_step import LORA, LOSS, ONE, OPTIMIZER, POISON, V, close, quick_jit, started, step
 
 T = 12
 LORA_WITH_DROPOUT = LORA.model_copy(update={"dropout": 0.4})
@@ -38,10 +39,6 @@ def batch(rows: int) -> Batch:
     positions = np.arange(T) - np.where(np.arange(T) >= cuts, cuts, 0)
     mask = (np.arange(T) < np.arange(rows)[:, None]) & (segments > 0)
     return Batch(tokens, np.roll(tokens, -1, 1), mask, segments, positions.astype(np.int32))
-
-
-def mesh_of(sizes: config.Mesh) -> jax.sharding.Mesh:
-    return make_mesh(sizes, jax.devices()[: math.prod(sizes.model_dump().values())])
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
@@ -69,7 +66,7 @@ def test_gradients_cross_the_slow_network_once() -> None:
     """As many bytes as the gradients have on a device, for four microbatches; besides these only sums of the routers and
     the loss."""
     microbatches = 4
-    mesh = make_mesh(config.Mesh(data=2, fsdp=4))
+    mesh = mesh_of(config.Mesh(data=2, fsdp=4))
     with jax.set_mesh(mesh):
         structure, state = started(mesh)
         program = jax.jit(partial(train_step, StepDefinition(structure, next_token(), OPTIMIZER, LOSS, microbatches)))

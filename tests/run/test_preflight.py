@@ -15,6 +15,7 @@ from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.run.preflight import check_ready
 from moe_train.weights import texts
+from tests.run.tiny_config import MODEL, written
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "What is 2 + 3? It is 5."] * 8
 CHATS = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(3)]
@@ -34,18 +35,9 @@ def run(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., config.Config]:
     def run(path: Path | None = None, vocab_size: int = 300, init_from: Path | None = None, **data: Any) -> config.Run:
         source = config.FileSource(name="files", files=(str(file),), record=config.ChatRecord(name="chat"))
         section = config.HuggingFaceTokenizer(name="huggingface", path=str(path or tokenizer.path))
-        made = config.Config.model_validate(
-            {
-                "name": "r", "run_dir": str(tmp_path / "run"), "optimizer": {"name": "adamw", "learning_rate": 1e-3},
-                "model": {
-                    "family": "mistral", "vocab_size": vocab_size, "model_dim": 8, "num_layers": 1,
-                    "ffn": {"name": "dense", "ffn_dim": 8}, "attention": {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8},
-                },
-                "data": config.Data(train=(source,), tokenizer=section, **data),
-                "train": {"batch_size": 4, "seq_len": 128, "steps": 5},
-            }
-        )  # fmt: skip
-        return config.run_of(made.model_copy(update={"init_from": init_from and str(init_from)}))
+        sections = config.Data(train=(source,), tokenizer=section, **data).model_dump(mode="json")
+        made = written(model={**MODEL, "vocab_size": vocab_size}, data=sections, init_from=init_from and str(init_from))
+        return config.run_of(made)
 
     return run
 

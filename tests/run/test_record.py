@@ -1,19 +1,11 @@
+"""The log of a run."""
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
-
-from moe_train.run.folder import only_one
 from moe_train.run.record import PACKAGES, surroundings, write_event
-
-
-def test_a_second_process_is_kept_out_until_the_first_has_left(tmp_path: Path) -> None:
-    with only_one(tmp_path), pytest.raises(ValueError, match="another process is training in"), only_one(tmp_path):
-        pass
-    with only_one(tmp_path):
-        pass
 
 
 def test_the_diary_grows_by_an_event_at_a_time_and_is_replaced_whole(tmp_path: Path) -> None:

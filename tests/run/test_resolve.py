@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,7 @@ from moe_train import config
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.run.resolve import resolve
 from moe_train.weights import hf
-
-MODEL = {
-    "family": "mixtral",
-    "vocab_size": 320,
-    "model_dim": 16,
-    "num_layers": 2,
-    "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8},
-    "ffn": {"name": "moe", "ffn_dim": 16, "num_experts": 4, "experts_per_token": 2},
-    "max_seq_len": 64,
-}
-
-
-def written(**sections: Any) -> config.Config:
-    tree = {
-        "name": "run",
-        "run_dir": "runs/run",
-        "train": {"steps": 3, "batch_size": 8, "seq_len": 32},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
-        "loss": {"load_balance_loss_coef": 0.01, "router_z_loss_coef": 0.001},
-        **sections,
-    }
-    return config.Config.model_validate_json(json.dumps(tree))
-
-
-def data(**settings: Any) -> dict[str, Any]:
-    return {"train": [{"name": "files", "files": ["a.jsonl"], "record": {"name": "text"}}], **settings}
+from tests.run.tiny_config import MODEL, data, written
 
 
 @pytest.fixture

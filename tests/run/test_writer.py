@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 
-import numpy as np
-import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from moe_train import config
-from moe_train.model.moe.router import RouterStats
-from moe_train.run import metrics
 from moe_train.run import writer as writers
-
-
-def test_router_figures_stay_per_layer():
-    chosen = np.array([[2, 2, 2, 2], [4, 4, 0, 0]])
-    ones = np.ones(2)
-    found = metrics.router_figures(RouterStats(chosen, ones, ones, np.array([math.log(4), 0.1]), np.array([0, 3])))
-    assert found["dead_experts"] == [0.0, 0.5]
-    assert found["balance"] == 2.0 and found["dropped"] == [0, 3]
-    assert found["router_entropy"] == [pytest.approx(math.log(4), abs=1e-5), 0.1]
-    assert [sum(row) for row in found["load"]] == [1.0, 1.0]
-
 
 FIGURES = {"loss": 2.5, "tokens_per_second": 1234.0, "mfu": 0.25, "balance": 1.5, "skipped": 0, "load": [[0.75, 0.25]]}
 

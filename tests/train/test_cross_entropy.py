@@ -15,15 +15,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.machine.mesh import BATCH
 from moe_train.train import cross_entropy, logits
+from tests.meshes import mesh_of
 
 B, T, D, V = 8, 150, 12, 48
 MESHES = {
-    "one device": make_mesh(config.Mesh(), jax.devices()[:1]),
-    "tensor": make_mesh(config.Mesh(tensor=8)),
-    "data, fsdp, tensor": make_mesh(config.Mesh(data=2, fsdp=2, tensor=2)),
-    "fsdp, expert": make_mesh(config.Mesh(fsdp=2, expert=4)),
+    "one device": mesh_of(config.Mesh()),
+    "tensor": mesh_of(config.Mesh(tensor=8)),
+    "data, fsdp, tensor": mesh_of(config.Mesh(data=2, fsdp=2, tensor=2)),
+    "fsdp, expert": mesh_of(config.Mesh(fsdp=2, expert=4)),
 }
 MASKS = ("random", "everything", "nothing", "one token")
 

@@ -16,6 +16,7 @@ from moe_train.model.transformer import init_model
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import Inputs, Mean, Objective, Terms
 from moe_train.train.token_logprobs import batch_logprobs
+from tests.train.tiny_objectives import divergence
 from tests.train.tiny_step import (
     EVERY_MESH,
     LORA,
@@ -56,20 +57,6 @@ def plain_baseline(model: Any, _: Any, batch: Any) -> jax.Array:
 @pytest.mark.parametrize(("mesh", "microbatches"), EVERY_MESH)
 def test_a_pass_over_the_whole_step_comes_before_the_first_gradient(mesh: str, microbatches: int) -> None:
     check_equal(gradients(step_baseline(), MESHES[mesh], microbatches), plain_gradients(plain_baseline))
-
-
-def divergence() -> Objective:
-    """KL divergence from the reference model, by the estimator exp(d) - 1 - d."""
-
-    def loss(inputs: Inputs, of_step: Any) -> Terms:
-        assert inputs.reference is not None
-        outputs, routers = batch_logprobs(inputs.model, inputs.batch, inputs.key)
-        reference, _ = batch_logprobs(inputs.reference, inputs.batch)
-        difference = reference.logprob - outputs.logprob
-        values = (jnp.expm1(difference) - difference) * inputs.batch.loss_mask
-        return Terms(jnp.sum(values), {"difference": jnp.sum(jnp.abs(difference) * inputs.batch.loss_mask)}, routers)
-
-    return Objective(Batch, next_token().weight, loss, "divergence", "tokens", uses_reference=True)
 
 
 def plain_divergence(model: Any, base: Any, batch: Any) -> jax.Array:

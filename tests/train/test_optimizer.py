@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -14,44 +13,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.machine.mesh import make_mesh
-from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
-from moe_train.train.muon import matrix_dims, orthogonalise
 from moe_train.train.optimizer import decay_mask, make_optimizer, make_schedule
+from tests.meshes import mesh_of
+from tests.train.optimizer_reference import LORA, clipped, decays, gradients, random_parameters, reference, relative, shapes_of
 
-MODEL = config.Model(
-    family="mixtral",
-    vocab_size=32,
-    model_dim=16,
-    num_layers=2,
-    attention=config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8),
-    ffn=config.MoeFfn(name="moe", ffn_dim=24, num_experts=4, experts_per_token=2),
-)
-LORA = config.Lora(targets=(config.LoraTarget(modules=("*",), rank=2, alpha=4.0),))
 OPTIMIZERS = {
     "adamw": config.AdamW(name="adamw", learning_rate=1e-2, weight_decay=0.1),
     "lion": config.Lion(name="lion", learning_rate=1e-2, weight_decay=0.1),
     "adafactor": config.Adafactor(name="adafactor", learning_rate=1e-2, weight_decay=0.1, min_dim_size_to_factor=8),
     "muon": config.Muon(name="muon", learning_rate=1e-2, adamw_learning_rate=1e-3, weight_decay=0.1),
 }
-
-
-@functools.cache
-def shapes_of(lora: config.Lora | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """A small model's weights, stacked on layers and experts, with their specs."""
-    with jax.set_mesh(make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))):
-        return parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora)))[1]
-
-
-def random_parameters(lora: config.Lora | None = None) -> dict[str, np.ndarray]:
-    rng, shapes = np.random.default_rng(0), shapes_of(lora)
-    return {path: rng.normal(size=x.shape).astype(np.float32) for path, x in shapes.items()}
-
-
-def gradients(step: int, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(step + 1)
-    return {path: rng.normal(size=params[path].shape).astype(np.float32) for path in sorted(params)}
 
 
 def run(section: config.Optimizer, params: dict, steps: int = 3, total: int = 10) -> dict[str, np.ndarray]:
@@ -76,75 +47,8 @@ def on_one_device(params: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 @pytest.fixture
 def one_device():
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(mesh_of(config.Mesh())):
         yield
-
-
-# --- references ----------------------------------------------------------------------------------------------------
-
-
-def clipped(grads: dict[str, np.ndarray], limit: float) -> dict[str, np.ndarray]:
-    norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values()))
-    return {path: g.astype(np.float64) * min(1, limit / norm) for path, g in grads.items()}
-
-
-def adam(m, v, g, t, b1, b2, eps):
-    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-    return m, v, (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
-
-
-def newton_schulz(x: np.ndarray, steps: int) -> np.ndarray:
-    """https://kellerjordan.github.io/posts/muon, one matrix."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    y = x / (np.linalg.norm(x) + 1e-8)
-    y = y.T if x.shape[0] > x.shape[1] else y
-    for _ in range(steps):
-        s = y @ y.T
-        y = a * y + (b * s + c * s @ s) @ y
-    return y.T if x.shape[0] > x.shape[1] else y
-
-
-def as_matrices(path: str, x: np.ndarray) -> np.ndarray:
-    """(number of matrices, inputs, outputs): written out by hand for each kind of weight."""
-    L, E, D, N, H, F = 2, 4, 16, x.shape[-2], 8, 24
-    if path.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-        return x.reshape(L, D, N * H)
-    if path.endswith("o_proj.weight"):
-        return x.reshape(L, 4 * H, D)
-    return x.reshape(L * E, *((F, D) if path.endswith("down_proj.weight") else (D, F)))
-
-
-def is_matrix(path: str) -> bool:
-    return ".attention." in path or (".ffn." in path and ".router." not in path)
-
-
-def decays(path: str) -> bool:
-    return "norm" not in path
-
-
-def reference(section: config.Optimizer, params: dict[str, np.ndarray], steps: int = 3) -> dict[str, np.ndarray]:
-    params = {path: x.astype(np.float64) for path, x in params.items()}
-    m, v = ({path: np.zeros_like(x) for path, x in params.items()} for _ in range(2))
-    for i in range(steps):
-        grads = clipped(gradients(i, params), section.max_grad_norm)
-        for path, g in grads.items():
-            x, rate = params[path], section.learning_rate
-            match section:
-                case config.AdamW():
-                    m[path], v[path], u = adam(m[path], v[path], g, i + 1, section.b1, section.b2, section.eps)
-                case config.Lion():
-                    u = np.sign(section.b1 * m[path] + (1 - section.b1) * g)
-                    m[path] = section.b2 * m[path] + (1 - section.b2) * g
-                case config.Muon() if is_matrix(path):
-                    m[path] = section.momentum * m[path] + g
-                    matrices = as_matrices(path, g + section.momentum * m[path])
-                    scale = math.sqrt(max(1, matrices.shape[2] / matrices.shape[1]))
-                    u = scale * np.stack([newton_schulz(one, section.ns_steps) for one in matrices]).reshape(g.shape)
-                case config.Muon():
-                    rate = section.adamw_learning_rate
-                    m[path], v[path], u = adam(m[path], v[path], g, i + 1, section.b1, section.b2, section.eps)
-            params[path] = x - rate * (u + section.weight_decay * x * decays(path))
-    return params
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
@@ -180,10 +84,6 @@ def test_adafactor_equals_plain_numpy(one_device):
         assert relative(found[path] - params[path], x[path] - params[path]) < 2e-4, path
 
 
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
-
-
 # --- meshes ----------------------------------------------------------------------------------------------------------
 
 
@@ -200,9 +100,9 @@ def test_a_mesh_equals_one_device(name):
         "down_proj.lora_b",
     )
     params = {path: x for path, x in random_parameters(LORA).items() if path.endswith(kinds)}
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(mesh_of(config.Mesh())):
         wanted = run(OPTIMIZERS[name], on_one_device(params))
-    mesh = make_mesh(config.Mesh(fsdp=2, expert=2, tensor=2))
+    mesh = mesh_of(config.Mesh(fsdp=2, expert=2, tensor=2))
     with jax.set_mesh(mesh):
         shapes = shapes_of(LORA)
         assert any(x.sharding.spec == P(None, "expert", "fsdp", "tensor") for x in shapes.values())
@@ -210,31 +110,6 @@ def test_a_mesh_equals_one_device(name):
         found = run(OPTIMIZERS[name], split)
     for path in params:
         assert relative(found[path] - params[path], wanted[path] - params[path]) < 1e-4, path
-
-
-@pytest.mark.parametrize("sizes", [config.Mesh(fsdp=2, expert=2, tensor=2), config.Mesh(fsdp=4, tensor=2)], ids=str)
-def test_muon_orthogonalises_each_layer_and_expert(sizes):
-    """Also where the two layers cannot be dealt out to all devices that share a layer's matrices (fsdp 4)."""
-    path, mesh = "stacks.0.layers.0.ffn.gate_proj.weight", make_mesh(sizes)
-    x = np.random.default_rng(0).normal(size=(2, 4, 16, 24)).astype(np.float32)
-    x[1, 2] *= 1e3  # a matrix's size is nobody else's business
-    with jax.set_mesh(mesh):
-        split = jax.device_put(x, NamedSharding(mesh, P(None, "expert", "fsdp", "tensor")))
-        y = jax.jit(lambda x: orthogonalise({path: x}, 5))(split)[path]
-        assert y.sharding.spec == P(None, "expert", "fsdp", "tensor")
-    wanted = np.stack([[newton_schulz(m.astype(np.float64), 5) for m in layer] for layer in x]) * math.sqrt(24 / 16)
-    assert relative(np.asarray(y), wanted) < 1e-4
-    assert np.all(np.linalg.svd(wanted / math.sqrt(24 / 16))[1] > 0.3)
-
-
-def test_muon_takes_matrices_by_name():
-    params = random_parameters(LORA)
-    taken = {path for path in params if matrix_dims(path)}
-    assert taken == {path for path in params if is_matrix(path)}
-    for path in taken:  # every dim that is not layers or experts is of the matrix
-        inputs, outputs = matrix_dims(path)
-        lead = 2 if ".ffn." in path else 1
-        assert sorted(dim % params[path].ndim for dim in (*inputs, *outputs)) == list(range(lead, params[path].ndim)), path
 
 
 # --- masks, clipping, schedules --------------------------------------------------------------------------------------

@@ -14,21 +14,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.machine.mesh import BATCH, make_mesh
+from moe_train.machine.mesh import BATCH
 from moe_train.train import logits
 from moe_train.train.token_logprobs import token_logprobs
+from tests.meshes import mesh_of
 
 B, T, D, J, V = 8, 152, 12, 3, 48
 MESHES = {
-    "one device": make_mesh(config.Mesh(), jax.devices()[:1]),
-    "data": make_mesh(config.Mesh(data=8)),
-    "fsdp": make_mesh(config.Mesh(fsdp=4), jax.devices()[:4]),
-    "context": make_mesh(config.Mesh(context=8)),
-    "tensor": make_mesh(config.Mesh(tensor=8)),
-    "data, fsdp, tensor": make_mesh(config.Mesh(data=2, fsdp=2, tensor=2)),
-    "fsdp, context, tensor": make_mesh(config.Mesh(fsdp=2, context=2, tensor=2)),
-    "data, context, tensor": make_mesh(config.Mesh(data=2, context=2, tensor=2)),
-    "fsdp, expert": make_mesh(config.Mesh(fsdp=2, expert=4)),
+    "one device": mesh_of(config.Mesh()),
+    "data": mesh_of(config.Mesh(data=8)),
+    "fsdp": mesh_of(config.Mesh(fsdp=4)),
+    "context": mesh_of(config.Mesh(context=8)),
+    "tensor": mesh_of(config.Mesh(tensor=8)),
+    "data, fsdp, tensor": mesh_of(config.Mesh(data=2, fsdp=2, tensor=2)),
+    "fsdp, context, tensor": mesh_of(config.Mesh(fsdp=2, context=2, tensor=2)),
+    "data, context, tensor": mesh_of(config.Mesh(data=2, context=2, tensor=2)),
+    "fsdp, expert": mesh_of(config.Mesh(fsdp=2, expert=4)),
 }
 NAMES = ("hidden", "head", "lora input", "lora output")
 SPECS = (P(BATCH, "context", None), P("tensor", "fsdp"), P(BATCH, "context", None), P("tensor", None))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.data.batches.batch import Batch
-from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.transformer import Transformer, init_model
 from moe_train.train.gradients import StepGradients, step_gradients
@@ -22,6 +22,7 @@ from moe_train.train.objectives.objective import Objective, Weights
 from moe_train.train.state import partition, trained_in_full
 from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
+from tests.meshes import mesh_of
 from tests.random_parameters import random_parameters
 
 B, T, V = 16, 12, 32
@@ -36,11 +37,11 @@ MODEL = config.Model(
 LORA = config.Lora(
     targets=(config.LoraTarget(modules=("attention.q_proj", "ffn.up_proj", "head"), rank=2, alpha=4.0),), train=("final_norm",)
 )
-ONE = make_mesh(config.Mesh(), jax.devices()[:1])
+ONE = mesh_of(config.Mesh())
 MESHES = {
     "one device": ONE,
-    "data, fsdp, tensor": make_mesh(config.Mesh(data=2, fsdp=2, tensor=2)),
-    "fsdp, expert, context": make_mesh(config.Mesh(fsdp=2, expert=2, context=2)),
+    "data, fsdp, tensor": mesh_of(config.Mesh(data=2, fsdp=2, tensor=2)),
+    "fsdp, expert, context": mesh_of(config.Mesh(fsdp=2, expert=2, context=2)),
 }
 EVERY_MESH = [(mesh, 2) for mesh in MESHES] + [("one device", 1), ("data, fsdp, tensor", 1)]
 """(mesh, microbatches)."""

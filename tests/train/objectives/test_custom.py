@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from moe_train import config
 from moe_train.machine.mesh import put_batch
 from moe_train.model.paths import ParameterPath
 from moe_train.plan import hlo
@@ -19,11 +18,9 @@ from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.custom import custom
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import Mean, Weights
-from moe_train.train.state import create_state
-from moe_train.train.step import train_step
 from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
 from tests.random_parameters import random_parameters
+from tests.train.tiny_objectives import COEFS, by_hand
 from tests.train.tiny_step import (
     EVERY_MESH,
     LORA,
@@ -72,36 +69,6 @@ def test_adapters_equal_plain_gradients(mesh: str, microbatches: int) -> None:
     found = gradients(custom(focal), MESHES[mesh], microbatches, LORA)
     assert sum(ParameterPath.parse(path).is_adapter for path in found.gradients) == 6
     check_equal(found, plain_gradients(plain_focal, LORA))
-
-
-def by_hand(model: Any, batch: Any, key: Any) -> tuple[Any, ...]:
-    """Cross-entropy, with the routers' statistics."""
-    hidden, routers = model(batch.tokens, batch.positions, batch.segment_ids, key)
-    at_target = jnp.where(batch.targets[..., None] == jnp.arange(V), jax.nn.log_softmax(model.logits(hidden)), 0)
-    total = -jnp.sum(jnp.sum(at_target, axis=-1) * batch.loss_mask)
-    return total, jnp.sum(batch.loss_mask), {"rows": jnp.int32(batch.tokens.shape[0])}, routers
-
-
-COEFS = config.Loss(load_balance_loss_coef=0.5, router_z_loss_coef=0.1)
-
-
-@pytest.mark.parametrize("mesh", ["one device", "data, fsdp, tensor"])
-def test_a_cross_entropy_by_hand_takes_the_step_of_next_token(mesh: str) -> None:
-    """The same weights after a step, the routers' losses included; sums and means go among the metrics."""
-    found = []
-    with jax.set_mesh(MESHES[mesh]):
-        for objective in (custom(by_hand), next_token()):
-            optimizer = optax.sgd(1.0)
-            state = create_state(random_parameters(MODEL, scale=0.3), optimizer)
-            definition = StepDefinition(structure_of(None), objective, optimizer, COEFS, microbatches=2)
-            found.append(jax.device_get(quick_jit(partial(train_step, definition))(state, put_batch(batch(), MESHES[mesh]))))
-    (state, metrics), (wanted, wanted_metrics) = found
-    assert metrics.loss == pytest.approx(wanted_metrics.loss, rel=1e-5)
-    assert metrics.objective["objective"] == pytest.approx(wanted_metrics.objective["cross_entropy"], rel=1e-5)
-    assert metrics.objective["weight"] == wanted_metrics.objective["loss_tokens"] == batch().loss_mask.sum()
-    assert metrics.objective["rows"] == len(batch().tokens)
-    for path, weight in wanted.trainable.items():
-        assert state.trainable[path] == pytest.approx(weight, abs=1e-5), path
 
 
 def test_a_mean_is_of_the_whole_step() -> None:

@@ -1,0 +1,43 @@
+"""The folder of a run: one job at a time, and the tokenizer in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moe_train.checkpoint import model_dir
+from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
+from moe_train.run.folder import RunFolder, only_one
+
+
+def test_a_second_process_is_kept_out_until_the_first_has_left(tmp_path: Path) -> None:
+    with only_one(tmp_path), pytest.raises(ValueError, match="another process is training in"), only_one(tmp_path):
+        pass
+    with only_one(tmp_path):
+        pass
+
+
+def test_a_run_has_its_tokenizer(finished, text, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved, ignore=shutil.ignore_patterns("[23]"))
+    opened = model_dir.open_model(moved)
+    assert opened.tokenizer.files[0] == moved / "tokenizer" / "tokenizer.json"
+    assert opened.tokenizer.identity == load_tokenizer(tokenizer_at(text / "tokenizer")).identity
+
+
+def test_a_folder_that_is_a_file_or_in_use_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match=r"run_dir .*file is a file; name a folder"):
+        RunFolder(file)
+    with RunFolder(tmp_path), pytest.raises(ValueError, match="wait for it, or choose another run_dir"), RunFolder(tmp_path):
+        pass
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_a_folder_is_not_made_by_opening_it(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "new"):
+        assert not list(tmp_path.iterdir())

@@ -1,0 +1,84 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from moe_train import config
+from moe_train.machine.mesh import make_mesh
+from moe_train.run import introduction
+from tests.run.tiny_config import LORA, MODEL, written
+
+LOADER = SimpleNamespace(
+    num_records=1200,
+    num_rows=300,
+    num_tokens=9000,
+    num_dropped=0,
+    num_truncated=7,
+    num_empty=1,
+    epochs=lambda steps: {"a.jsonl": 0.08},
+)
+INPUTS: Any = SimpleNamespace(train=LOADER, total_steps=3)
+
+
+def begin(**changes: Any) -> Any:
+    start = {"sizes": (12345, 678), "resumed": False, "changed": {}, "damaged": {}, "state": SimpleNamespace(step=np.int32(2))}
+    return SimpleNamespace(**{**start, **changes})
+
+
+def introduced(start: Any, **sections: Any) -> list[str]:
+    said: list[str] = []
+    run = config.run_of(written(**{"model": MODEL, **sections}))
+    with jax.set_mesh(make_mesh(run.mesh, jax.devices()[: run.mesh.fsdp])):
+        introduction.introduce(run, said.append, INPUTS, start)
+    return said
+
+
+def test_a_new_run_says_its_size_its_mesh_and_its_data() -> None:
+    assert introduced(begin(), mesh={"fsdp": 2}) == [
+        "run: 12,345 parameters, 678 trained, on fsdp 2",
+        "data: 1,200 records in 300 rows, 9,000 tokens; 7 truncated; 1 empty",
+        "epochs in 3 steps: 0.08 of a.jsonl",
+    ]
+    assert introduced(begin())[0].endswith("on one device")
+
+
+def test_a_resumed_run_says_where_it_continues_and_what_has_changed() -> None:
+    changed = {"evaluation.batches": (None, 1)}
+    assert introduced(begin(resumed=True, changed=changed))[-2:] == [
+        "continuing after step 2",
+        "changed since the checkpoint: evaluation.batches None -> 1",
+    ]
+
+
+def test_damage_is_said_with_its_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    introduction.print_damage(begin(damaged={6: "no index"}))
+    assert capsys.readouterr().err == "WARNING: the checkpoint of step 6 is damaged, and was renamed to damaged-6: no index\n"
+
+
+def test_a_finished_run_says_which_changes_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    introduction.print_finished(config.run_of(written(model=MODEL)), begin(changed={"metrics.every_steps": (1, 5)}), 3)
+    said = capsys.readouterr()
+    assert said.out == "run: all 3 steps are done; raise train.steps, epochs or tokens to go on\n"
+    assert said.err.endswith("without effect on a finished run: metrics.every_steps 1 -> 5\n")
+
+
+@pytest.mark.parametrize(
+    ("sections", "command"),
+    [
+        ({}, ["for other tools: moe-train export runs/run runs/run-hf"]),
+        ({"lora": LORA, "init_from": "base"}, ["for other tools: moe-train export runs/run runs/run-hf --merge"]),
+        ({"export": "none"}, []),
+    ],
+    ids=["full training", "adapters", "no export"],
+)
+def test_the_end_names_the_command_that_exports(sections: dict[str, Any], command: list[str]) -> None:
+    said: list[str] = []
+    model = {**MODEL, "ffn": {**MODEL["ffn"], "num_shared_experts": 1}} if sections.get("export") else MODEL
+    introduction.conclude(config.run_of(written(**{"model": model, **sections})), said.append, 3)
+    assert said == ["finished 3 steps; the checkpoints are in runs/run/checkpoints", *command]

@@ -1,0 +1,41 @@
+"""Orthogonalised momentum against plain numpy, on meshes, and which weights are matrices to it."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_train import config
+from moe_train.train.muon import matrix_dims, orthogonalise
+from tests.meshes import mesh_of
+from tests.train.optimizer_reference import LORA, is_matrix, newton_schulz, random_parameters, relative
+
+
+@pytest.mark.parametrize("sizes", [config.Mesh(fsdp=2, expert=2, tensor=2), config.Mesh(fsdp=4, tensor=2)], ids=str)
+def test_muon_orthogonalises_each_layer_and_expert(sizes):
+    """Also where the two layers cannot be dealt out to all devices that share a layer's matrices (fsdp 4)."""
+    path, mesh = "stacks.0.layers.0.ffn.gate_proj.weight", mesh_of(sizes)
+    x = np.random.default_rng(0).normal(size=(2, 4, 16, 24)).astype(np.float32)
+    x[1, 2] *= 1e3  # a matrix's size is nobody else's business
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, P(None, "expert", "fsdp", "tensor")))
+        y = jax.jit(lambda x: orthogonalise({path: x}, 5))(split)[path]
+        assert y.sharding.spec == P(None, "expert", "fsdp", "tensor")
+    wanted = np.stack([[newton_schulz(m.astype(np.float64), 5) for m in layer] for layer in x]) * math.sqrt(24 / 16)
+    assert relative(np.asarray(y), wanted) < 1e-4
+    assert np.all(np.linalg.svd(wanted / math.sqrt(24 / 16))[1] > 0.3)
+
+
+def test_muon_takes_matrices_by_name():
+    params = random_parameters(LORA)
+    taken = {path for path in params if matrix_dims(path)}
+    assert taken == {path for path in params if is_matrix(path)}
+    for path in taken:  # every dim that is not layers or experts is of the matrix
+        inputs, outputs = matrix_dims(path)
+        lead = 2 if ".ffn." in path else 1
+        assert sorted(dim % params[path].ndim for dim in (*inputs, *outputs)) == list(range(lead, params[path].ndim)), path

@@ -38,16 +38,10 @@ def saved_config(run_dir: str | Path, about: About) -> config.Config:
 
     Raises ValueError where it states what this version cannot do.
     """
-    tree = json.loads(json.dumps(about.config))
-    packing = (tree.get("data") or {}).pop("packing", None)
-    if packing not in (None, {"name": "best_fit"}):  # rows are always packed best fit now, so that setting is gone
-        raise ValueError(
-            f"{run_dir} was started with data.packing {packing['name']}, which this version has not; start a new run_dir"
-        )
     try:
-        return config.Config.model_validate_json(json.dumps(tree))
+        return config.Config.model_validate_json(json.dumps(about.config))
     except ValidationError as error:
-        path, message = next(in_words(error, tree))
+        path, message = next(in_words(error, about.config))
         key = ".".join(str(part) for part in path)
         raise ValueError(
             f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version for it, or start anew"

@@ -28,6 +28,7 @@ from moe_train.config.checks import Sections, check_batch, check_model
 from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
+    BestFit,
     ChatRecord,
     CompletionRecord,
     Data,
@@ -91,6 +92,7 @@ __all__ = [
     "AdamW",
     "Attention",
     "AxisSize",
+    "BestFit",
     "ChatRecord",
     "Checkpoint",
     "CompletionRecord",

@@ -128,6 +128,12 @@ RecordSource = FileSource | HubSource | PythonSource
 Source = Annotated[RecordSource | PreparedSource, Field(discriminator="name")]
 
 
+class BestFit(Section):
+    """The longest example first (by a length that is off by a random tenth), each into the fullest row that has room for it."""
+
+    name: Literal["best_fit"]
+
+
 class Data(Section):
     """What is trained on and evaluated on. `tokenizer` may be left out where `init_from` carries one.
 
@@ -140,6 +146,7 @@ class Data(Section):
     chat_template: str | None = None
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
+    packing: BestFit = BestFit(name="best_fit")
     shuffle_tokens: Positive | None = None
     cache_dir: LocalPath = "runs/cache"
     num_proc: Positive = 1

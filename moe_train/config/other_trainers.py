@@ -162,7 +162,6 @@ REMARKS = {
     "model_name": "an architecture is stated under model; a checkpoint to start from is init_from",
     "hidden_dim": "params.json's word for the FFN's width",
     "sample_packing": _PACKED,
-    "packing": _PACKED,
     "pad_to_sequence_len": "leave it out: every batch is train.batch_size x train.seq_len",
     "train_on_inputs": "leave it out: of a conversation the assistant's tokens bear the loss",
     "completion_only_loss": "leave it out: of a conversation the assistant's tokens bear the loss",

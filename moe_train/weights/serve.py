@@ -1,6 +1,6 @@
 """What vLLM, llama.cpp and transformers read of an export, where that is less than the layout can say.
 
-As their sources have it in 2026, and as vLLM 0.32.0 was seen to do (tests/weights/test_vllm.py):
+As their sources have it in 2026, and as vLLM 0.32.0 was seen to do (tests/judges/test_vllm.py):
 - vLLM refuses `modules_to_save` (vllm/lora/peft_helper.py), and knows the ranks of `MaxLoRARanks` (vllm/config/lora.py).
   Of its releases, 0.32 has `rank_pattern` and `alpha_pattern`; earlier ones have one `r` and one `lora_alpha` for all modules.
 - Adapters of routed experts and of the router it applies; of embedding and head in Mixtral and Llama, and refuses them in what

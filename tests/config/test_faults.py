@@ -54,7 +54,7 @@ def test_a_check_across_keys_blames_a_stated_key(run: Path) -> None:
         ("run_dir:", "lora_r: 16\nrun_dir:", "here it is lora.targets.0.rank"),
         ("run_dir:", "ici_expert_parallelism: 8\nrun_dir:", "here it is mesh.expert"),
         ("run_dir:", "sample_packing: true\nrun_dir:", "leave it out: sequences are always packed"),
-        ("data:\n", "data:\n  packing: {name: best_fit}\n", "leave it out: sequences are always packed"),
+        ("data:\n", "data:\n  packing: {name: first_fit}\n", "data.packing.name: has to be 'best_fit'"),
         ("run_dir:", "optimiser: {}\nrun_dir:", "did you mean optimizer?"),
         ("model_dim: 16", "model_dim: 16\n  num_experts: 8", "did you mean model.ffn.num_experts?"),
         ("model_dim: 16", "model_dim: 16\n  num_experts_per_tok: 8", "here it is model.ffn.experts_per_token"),

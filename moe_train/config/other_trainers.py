@@ -118,7 +118,6 @@ RENAMED = {
 }
 
 _WHOLE_STEP = "the sequences of a whole optimizer step over all devices; train.microbatches splits it"
-_PACKED = "leave it out: sequences are always packed (longest first, best fit), and never see each other"
 _IN_STEPS = "a number of optimizer steps"
 _ROUTER = "the balance loss is per layer; transformers averages over the layers"
 
@@ -161,7 +160,7 @@ REMARKS = {
     "ici_pipeline_parallelism": "there is no pipeline; the mesh has the axes data, fsdp, expert, context and tensor",
     "model_name": "an architecture is stated under model; a checkpoint to start from is init_from",
     "hidden_dim": "params.json's word for the FFN's width",
-    "sample_packing": _PACKED,
+    "sample_packing": "leave it out: sequences are always packed (longest first, best fit), and never see each other",
     "pad_to_sequence_len": "leave it out: every batch is train.batch_size x train.seq_len",
     "train_on_inputs": "leave it out: of a conversation the assistant's tokens bear the loss",
     "completion_only_loss": "leave it out: of a conversation the assistant's tokens bear the loss",

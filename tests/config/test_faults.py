@@ -24,6 +24,11 @@ def test_every_fault_has_its_line(run: Path) -> None:
     ]
 
 
+def test_a_way_of_packing_that_is_gone_is_refused_with_the_one_there_is(run: Path) -> None:
+    text = edited("data:\n", "data:\n  packing: {name: first_fit}\n")
+    assert faults(run, text=text) == ["run.yaml:11: data.packing.name: has to be 'best_fit' (value \"first_fit\")"]
+
+
 def test_missing_key_is_named_where_its_section_is(run: Path) -> None:
     assert faults(run, text=edited("  batch_size: 8\n", "")) == ["run.yaml:18: train.batch_size: required, and missing"]
     assert faults(run, text=edited("  name: adamw\n", "")) == [
@@ -54,7 +59,6 @@ def test_a_check_across_keys_blames_a_stated_key(run: Path) -> None:
         ("run_dir:", "lora_r: 16\nrun_dir:", "here it is lora.targets.0.rank"),
         ("run_dir:", "ici_expert_parallelism: 8\nrun_dir:", "here it is mesh.expert"),
         ("run_dir:", "sample_packing: true\nrun_dir:", "leave it out: sequences are always packed"),
-        ("data:\n", "data:\n  packing: {name: first_fit}\n", "data.packing.name: has to be 'best_fit'"),
         ("run_dir:", "optimiser: {}\nrun_dir:", "did you mean optimizer?"),
         ("model_dim: 16", "model_dim: 16\n  num_experts: 8", "did you mean model.ffn.num_experts?"),
         ("model_dim: 16", "model_dim: 16\n  num_experts_per_tok: 8", "here it is model.ffn.experts_per_token"),

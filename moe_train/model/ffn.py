@@ -13,7 +13,7 @@ from moe_train.model.layers import Linear, keys_of
 
 
 class DenseFfn(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """SwiGLU feed-forward layer: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn_dim: int):
         D, F, std, dtype = model.model_dim, ffn_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
@@ -22,6 +22,11 @@ class DenseFfn(nnx.Module):
         self.down_proj = Linear(rngs, "BTF,FD->BTD", (F, D), P("tensor", "fsdp"), std, dtype)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
-        """key: of the adapters' dropout."""
+        """Apply the layer.
+
+        Args:
+            x_BTD: normalized hidden states.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
+        """
         gate_key, up_key, down_key = keys_of(key, 3)
         return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD, gate_key)) * self.up_proj(x_BTD, up_key), down_key)

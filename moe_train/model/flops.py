@@ -1,6 +1,6 @@
-"""Floating-point operations: those that a model's mathematics asks for, and those that devices could do.
+"""Model FLOPs: the floating-point operations that the mathematics of a model asks for.
 
-Model FLOPs leave out what a program does besides: nothing recomputed, no masked half.
+They exclude everything else that a program computes: recomputation, and the masked half of attention.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from moe_train.model.paths import ParameterPath
 
 
 def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, Any] | None = None) -> float:
-    """Model FLOPs of one token of a training step on rows of `seq_len`.
+    """Return the model FLOPs per token of a training step on rows of `seq_len` tokens.
 
-    Weights: 2 per weight that the token passes through in the forward pass, and twice that backward (gradients of
-    input and weight); of experts those chosen and those shared count, the head once, the embedding's lookup not.
-    Attention's scores and values: 2 * 2 * N * H per pair of query and visible key, three times as well; a query sees
-    T / 2 keys on average (W - W^2 / 2T with a window W), as if each row were one sequence.
-    With `adapters` ({path: array} of all that is trained, stacked on layers) the base's weights are frozen: forward and
-    gradient of the input are 4 per weight, adapters are 6, and what is trained in full takes 2 more.
+    Weights: 2 FLOPs per weight that the token passes through in the forward pass, and twice that in the backward pass (gradients
+    of input and weight). Of the experts, the chosen and the shared ones count; the head counts once, the embedding lookup does
+    not. Attention scores and values: 2 * 2 * N * H per pair of query and visible key, also times three; a query sees T / 2 keys
+    on average (W - W^2 / 2T with a window W), as if each row were one sequence.
+
+    Args:
+        model: model section of the config.
+        seq_len: tokens of a row, T.
+        adapters: {path: array} of everything that is trained, stacked over layers, if the base weights are frozen: forward and
+            input gradient then take 4 per base weight, adapters take 6, and weights that are trained in full take 2 more.
+            None or empty for full training.
     """
     a, D = model.attention, model.model_dim
     attention = 2 * D * a.num_heads * a.head_dim + 2 * D * a.num_kv_heads * a.head_dim
@@ -35,7 +40,7 @@ def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, An
 
 
 def _ffn_weights(model_dim: int, ffn: config.Ffn) -> int:
-    """Weights of a layer's feed-forward part that a token passes through."""
+    """Return the number of weights that a token passes through in a layer's feed-forward part."""
     dense = 3 * model_dim * ffn.ffn_dim
     if not isinstance(ffn, config.MoeFfn):
         return dense
@@ -43,14 +48,14 @@ def _ffn_weights(model_dim: int, ffn: config.Ffn) -> int:
 
 
 def _visible_keys(seq_len: int, window: int | None) -> float:
-    """Keys that a query of a row sees on average."""
+    """Return the number of keys that a query of a row sees on average."""
     if window is None or window >= seq_len:
         return seq_len / 2
     return window - window * window / (2 * seq_len)
 
 
 def _adapter_flops(model: config.Model, path: ParameterPath, size: int) -> float:
-    """FLOPs of one token for an array that is trained beside a frozen base."""
+    """Return the FLOPs per token of an array that is trained on top of a frozen base."""
     is_lookup = path.is_embedding and path.leaf in ("weight", "lora_a")
     if is_lookup or path.is_norm or path.is_router_bias:
         return 0.0

@@ -1,4 +1,4 @@
-"""The small parts: linear maps, RMS norm, embedding. Weights carry their sharding from birth."""
+"""Basic layers: linear maps, RMS norm, embedding and head. Each weight gets its sharding when it is initialized."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moe_train.model.sharding import fsdp, specs
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype) -> nnx.Param:
-    """A parameter of independent normal entries; the same numbers on every mesh."""
+    """Initialize a parameter with independent normal entries; the values are the same on every mesh."""
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype, out_sharding=spec))
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32 (arXiv:1910.07467)."""
+    """Root mean square norm, x / rms(x) * scale, computed in float32 (arXiv:1910.07467)."""
 
     def __init__(self, dim: int, eps: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones((dim,), dtype, out_sharding=P(None)))
@@ -31,18 +31,24 @@ class RMSNorm(nnx.Module):
 
 
 class Adapted(nnx.Module):
-    """A weight that can have an adapter: `model.lora` puts lora_a (in dims, J) and lora_b (J, out dims) beside it."""
+    """A weight that can have a LoRA adapter.
+
+    `model.lora` adds the factors lora_a (in dims, J) and lora_b (J, out dims), where J is the rank.
+    """
 
     def __init__(self, weight: nnx.Param):
         self.weight = weight
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale: float | tuple[tuple[float, int], ...] = 0.0
-        """Of experts that differ: (scale, rank) of each."""
+        """Scale of the LoRA delta; where experts differ, a tuple with (scale, rank) of each expert."""
         self.lora_dropout = 0.0
 
     def adapter(self) -> tuple[jax.Array, jax.Array] | None:
-        """(A, scale * B); zero, and so without gradient, past the rank of an expert that has less than J."""
+        """Return the LoRA factors (A, scale * B), or None without an adapter.
+
+        For an expert whose rank is less than J, B is zero past that rank, so that these entries get no gradient.
+        """
         if self.lora_a is None or self.lora_b is None:
             return None
         a, b, scale = self.lora_a[...], self.lora_b[...], self.lora_scale
@@ -52,9 +58,18 @@ class Adapted(nnx.Module):
         return a, b * scale
 
     def dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The adapter's input: with a key, a share `lora_dropout` of x's entries is zero, the same ones on every mesh."""
+        """Apply LoRA dropout to x, the input of the adapter.
+
+        A fraction `lora_dropout` of the entries is set to zero and the others are scaled by 1 / (1 - lora_dropout). The same
+        entries are dropped on every mesh.
+
+        Args:
+            x: input of the adapter.
+            key: PRNG key; None for no dropout.
+        """
         if key is None or self.lora_dropout == 0:
             return x
+        # Drawn for all replicas and then indexed: each replica gets the numbers that a batch in one piece would get.
         count, replica = specs.replicas()
         shape, spec = (count, *x.shape), P(None, *specs.spec_of(x))
         kept = jax.random.bernoulli(key, 1 - self.lora_dropout, shape, out_sharding=spec)[replica]
@@ -62,12 +77,12 @@ class Adapted(nnx.Module):
 
 
 def keys_of(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """A key for each of `count` parts; None, no dropout, for all of them where `key` is None."""
+    """Return one PRNG key for each of `count` parts, or `count` times None (no dropout) if `key` is None."""
     return [None if key is None else jax.random.fold_in(key, i) for i in range(count)]
 
 
 class Linear(Adapted):
-    """A linear map without bias, said as an einsum: `equation` "BTD,DNH->BTNH", weight (D, N, H)."""
+    """A linear map without bias, given as an einsum such as `equation` "BTD,DNH->BTNH" with weight (D, N, H)."""
 
     def __init__(self, rngs: nnx.Rngs, equation: str, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, shape, spec, stddev, dtype))
@@ -75,12 +90,17 @@ class Linear(Adapted):
 
     @property
     def summed_dim(self) -> int:
-        """The last dim of the weight that the product sums over, from the end."""
+        """Index, counted from the end, of the last weight dim that the product sums over."""
         w, y = self.equation.split(",")[1].split("->")
         return max(i for i, letter in enumerate(w) if letter not in y) - len(w)
 
     def __call__(self, x: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
-        """key: of the dropout on the adapter's input."""
+        """Apply the map and, if there is one, the LoRA adapter.
+
+        Args:
+            x: input with the dims of the equation's first operand.
+            key: PRNG key for the dropout on the adapter's input; None for no dropout.
+        """
         y = fsdp.project(self.equation, x, self.weight[...])
         if beside := self.adapter():
             to_rank, from_rank = lora_equations(self.equation)
@@ -90,7 +110,10 @@ class Linear(Adapted):
 
 
 def lora_equations(equation: str) -> tuple[str, str]:
-    """`"BTD,DNH->BTNH"` -> the same map through a rank J: `"BTD,DJ->BTJ"`, `"BTJ,JNH->BTNH"`."""
+    """Split an einsum equation into two that pass through a rank J.
+
+    `"BTD,DNH->BTNH"` becomes `("BTD,DJ->BTJ", "BTJ,JNH->BTNH")`.
+    """
     operands, y = equation.split("->")
     x, w = operands.split(",")
     inputs = "".join(letter for letter in w if letter not in y)
@@ -100,7 +123,10 @@ def lora_equations(equation: str) -> tuple[str, str]:
 
 
 class Embedding(Adapted):
-    """Token embeddings; a tied head uses the same table. Its adapter is A (V, J), B (J, D), without dropout as PEFT's."""
+    """Token embeddings (V, D); a tied head uses the same table.
+
+    The adapter's factors are A (V, J) and B (J, D); it has no dropout, as in PEFT.
+    """
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, (vocab_size, dim), P(specs.split(vocab_size), "fsdp"), stddev, dtype))
@@ -114,7 +140,7 @@ class Embedding(Adapted):
 
 
 class Head(Adapted):
-    """The output matrix (V, D), which the loss applies; its adapter is A (D, J), B (J, V)."""
+    """The output matrix (V, D), which the loss applies. The adapter's factors are A (D, J) and B (J, V)."""
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, (vocab_size, dim), P(specs.split(vocab_size), "fsdp"), stddev, dtype))
@@ -122,7 +148,15 @@ class Head(Adapted):
     def beside(
         self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None:
-        """(x·A, scale * B transposed): their product is what the adapter adds to the logits."""
+        """Return the two factors whose product is the LoRA delta of the logits, or None without an adapter.
+
+        Args:
+            x_BTD: final hidden states.
+            key: PRNG key for the dropout on the adapter's input; None for no dropout.
+
+        Returns:
+            x·A (B, T, J) and the transpose of scale * B (V, J).
+        """
         if (beside := self.adapter()) is None:
             return None
         a_DJ, b_JV = beside

@@ -1,9 +1,9 @@
-"""Low-rank adapters beside frozen weights (LoRA, arXiv:2106.09685), and which weights are trained in full beside them.
+"""LoRA adapters on frozen weights (arXiv:2106.09685), and the selection of weights that are trained in full.
 
-y = x·W + scale * (x·A)·B, with scale = alpha / rank; A starts as PEFT's does, uniform in ±1/sqrt(fan-in), B as zeros (the
-embedding's A as zeros, its B normal). The delta is never formed in training: an expert's adapter is two further grouped
-matmuls. Experts that differ in rank share arrays of the largest one; past its own rank an expert's A and B are zero and
-stay so.
+y = x·W + scale * (x·A)·B, with scale = alpha / rank. As in PEFT, A is initialized uniform in ±1/sqrt(fan-in) and B with
+zeros (for the embedding: A with zeros, B normal). The delta is never materialized in training: an expert's adapter is two
+further grouped matmuls. Experts with different ranks share arrays of the largest rank; past its own rank an expert's A and B
+are zero and stay zero.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ from moe_train.model.sharding.specs import spec_of, without_fsdp
 
 
 def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:
-    """Put adapters beside every module that a target's pattern names, in place, on a model with stacked layers; make
-    float32 of what is trained in full.
+    """Add adapters to every module that a target's pattern names, and make float32 of weights that are trained in full.
 
-    Raises ValueError for a pattern that names nothing, a module or expert named twice, and an expert that is not there.
+    The model is changed in place.
+
+    Args:
+        model: a model with stacked layers.
+        lora: targets, ranks, dropout and the modules that are trained in full.
+        rngs: PRNG streams for the factors.
+
+    Raises:
+        ValueError: a pattern names no module, a module or expert is named twice, or an expert does not exist.
     """
     modules = list(_modules(model))
     _check_patterns("targets", [p for t in lora.targets for p in t.modules], [n for n, m in modules if isinstance(m, Adapted)])
@@ -50,12 +57,12 @@ def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:
 
 
 def adaptable(model: Any) -> Iterator[tuple[str, Adapted]]:
-    """(`attention.q_proj`, module) for everything that can have an adapter, once for each layer of a period."""
+    """Yield (name such as `attention.q_proj`, module) for every module that can have an adapter, once per layer of a period."""
     yield from ((name, module) for name, module in _modules(model) if isinstance(module, Adapted))
 
 
 def _modules(model: Any) -> Iterator[tuple[str, nnx.Module]]:
-    """(`attention.q_proj`, module) for everything with weights of its own, once for each layer of a period."""
+    """Yield (name such as `attention.q_proj`, module) for every module with weights of its own, once per layer of a period."""
     for name in ("embed", "final_norm", "head"):
         if getattr(model, name) is not None:
             yield name, getattr(model, name)
@@ -84,7 +91,7 @@ def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> 
 
 
 def _check_routed(lora: config.Lora, modules: Iterable[tuple[str, nnx.Module]]) -> None:
-    """Raise ValueError where a target that names experts names a module that has none in any layer."""
+    """Raise ValueError if a target with a list of experts names a module that has no experts in any layer."""
     adaptable_names = {name for name, module in modules if isinstance(module, Adapted)}
     routed = {name for name, module in modules if isinstance(module, ExpertLinear)}
     for target in lora.targets:
@@ -96,7 +103,10 @@ def _check_routed(lora: config.Lora, modules: Iterable[tuple[str, nnx.Module]]) 
 
 
 def _check_experts(lora: config.Lora, name: str, module: Adapted, targets: list[config.LoraTarget]) -> None:
-    """Every part of a module may be named once: a module without experts by one target."""
+    """Raise ValueError if a module, or one of its experts, is named twice, or if an expert does not exist.
+
+    A module may be named by several targets only if they name different experts.
+    """
     taken: dict[int, str] = {}
     count = module.weight[...].shape[1] if isinstance(module, ExpertLinear) else 1
     for target in targets:
@@ -112,14 +122,16 @@ def _check_experts(lora: config.Lora, name: str, module: Adapted, targets: list[
 
 
 def _make_float32(module: nnx.Module) -> None:
-    """As adapters: an update of 1e-4 to a bfloat16 weight would mostly be rounded away."""
+    """Cast the weight to float32, as for adapters: an update of 1e-4 to a bfloat16 weight would mostly be rounded away."""
     name = "scale" if isinstance(module, RMSNorm) else "weight"
     setattr(module, name, nnx.Param(getattr(module, name)[...].astype(jnp.float32)))
 
 
 def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora, rngs: nnx.Rngs) -> None:
+    """Create the adapter's factors, with the weight's spec on the dims that they share."""
     weight, J = module.weight[...], max(target.rank for target in targets)
     shape, spec = weight.shape, tuple(spec_of(weight)) + (None,) * (weight.ndim - len(spec_of(weight)))
+    # `batch` counts the leading dims of weights that have an adapter each (repeats, experts), `inputs` the dims that A sums over.
     match module:  # dims that count adapters (repeats of the stack, experts), then those that A sums over
         case Linear():
             to_rank, _ = lora_equations(module.equation)
@@ -135,9 +147,10 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
     lead, ins, outs = shape[:batch], shape[batch : batch + inputs], shape[batch + inputs :]
     a_spec = P(*spec[:batch], *spec[batch : batch + inputs], None)
     b_spec = P(*spec[:batch], None, *spec[batch + inputs :])
+    # Adapters are small compared with their experts, so they are not sharded over `fsdp`.
     if isinstance(module, ExpertLinear):  # small beside their expert: whole on each device of `fsdp`
         a_spec, b_spec = without_fsdp(a_spec), without_fsdp(b_spec)
-    # float32 whatever the base's dtype: an update of 1e-4 to a bfloat16 adapter would mostly be rounded away
+    # Always float32: an update of 1e-4 to a bfloat16 adapter would mostly be rounded away.
     if isinstance(module, Embedding):
         a = jnp.zeros((*ins, J), jnp.float32, out_sharding=a_spec)
         b = jax.random.normal(rngs.params(), (J, *outs), jnp.float32, out_sharding=b_spec)
@@ -155,7 +168,7 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
 
 
 def scale_of_expert(lora: config.Lora, targets: Iterable[config.LoraTarget], expert: int) -> tuple[float, int]:
-    """(scale, rank) of the adapter of one expert; (0, 0) where no target names it."""
+    """Return (scale, rank) of the adapter of one expert; (0, 0) if no target names it."""
     for target in targets:
         if target.experts is None or expert in target.experts:
             return lora.scale(target), target.rank

@@ -1,4 +1,4 @@
-"""A model as a flat dict of arrays, {path: array}, and back."""
+"""Conversion between a model and a flat dict {path: array} of its parameters."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from moe_train.model.moe.layer import MoE
 from moe_train.model.transformer import Transformer
 
 Parameters = dict[str, jax.Array]
+"""Arrays of a model by parameter path."""
 
 
 def parameters(model: Transformer) -> tuple[Any, dict[str, Any]]:
-    """(structure, {path: array}); `combine(structure, …)` is the way back. Works on abstract models too."""
+    """Split a model into its structure and {path: array}; `combine(structure, …)` is the inverse. Works on abstract models too."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     return structure, {_path_of(keys): leaf for keys, leaf in leaves}
 
 
 def combine(structure: Any, *parts: Parameters) -> Transformer:
-    """A model from its structure and its parameters, which may be split over several dicts (trainable, frozen)."""
+    """Build a model from its structure and its parameters, which may be split over several dicts (trainable, frozen)."""
     merged = {path: array for part in parts for path, array in part.items()}
     return structure.unflatten([merged[path] for path in _paths(structure)])
 
 
 def combine_some(structure: Any, *parts: Parameters) -> Transformer:
-    """The same from some of the parameters: None stands for the others, whose modules cannot be called."""
+    """Build a model from some of its parameters. The others are None, and their modules cannot be called."""
     merged = {path: array for part in parts for path, array in part.items()}
     return structure.unflatten([merged.get(path) for path in _paths(structure)])
 
@@ -40,13 +41,13 @@ def _paths(structure: Any) -> list[str]:
 
 
 def _path_of(keys: tuple[Any, ...]) -> str:
-    """Keys of the pytree -> `stacks.0.layers.0.attention.q_proj.weight`; a Param's own `.value` is left out."""
+    """Convert the keys of the pytree to `stacks.0.layers.0.attention.q_proj.weight`; a Param's own `.value` is left out."""
     names = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in keys]
     return ".".join(names[:-1] if names[-1] == "value" else names)
 
 
 def without_adapters(structure: Any) -> Any:
-    """The structure of the same model without its adapters."""
+    """Return the structure of the same model without its adapters."""
     model = structure.unflatten(range(structure.num_leaves))
     for _, module in adaptable(model):
         if module.lora_a is not None:
@@ -56,7 +57,7 @@ def without_adapters(structure: Any) -> Any:
 
 
 def with_expert_ids(structure: Any) -> Any:
-    """The structure of the same model, whose `RouterStats` hold the chosen experts."""
+    """Return the structure of the same model with `RouterStats` that contain the chosen experts."""
     model = structure.unflatten(range(structure.num_leaves))
     for layer in _sparse(model):
         layer.keeps_expert_ids = True
@@ -64,7 +65,7 @@ def with_expert_ids(structure: Any) -> Any:
 
 
 def with_capacity(structure: Any, capacity_factor: float | None) -> Any:
-    """The structure of the same model, whose experts take a limited number of assignments (see `capacity`)."""
+    """Return the structure of the same model with experts of limited capacity (see `capacity`); None for no limit."""
     model = structure.unflatten(range(structure.num_leaves))
     for layer in _sparse(model):
         layer.capacity_factor = capacity_factor

@@ -1,11 +1,12 @@
-"""Frozen weights in few bits (QLoRA, arXiv:2305.14314): codes, and a scale for each block.
+"""Quantization of frozen weights (QLoRA, arXiv:2305.14314): quantized values, and one scale per block.
 
-A block is some of the inputs of one output, as in bitsandbytes: it lies along the last dim that the product sums over,
-which is not the last of the weight. So neither codes nor numbers ever change lanes on a TPU; for blocks along the last
-dim XLA lays out the codes of all layers anew, beside the old ones, before it loops over the layers.
-A block is divided by its largest magnitude, and each quotient becomes the nearest of 16 levels (nf4) or of the whole
-127ths (int8). The codes and scales of a weight are split over the mesh as it was; blocks lie whole on a device. They
-travel in its place (`fsdp.project`, `experts`), and become numbers again just before a product.
+A block consists of some of the inputs of one output, as in bitsandbytes. It lies along the last dim that the product sums
+over, which is not the last dim of the weight. So neither quantized nor dequantized values ever change lanes on a TPU; with
+blocks along the last dim, XLA makes a second copy, in another layout, of the quantized values of all layers before it loops
+over the layers.
+A block is divided by its largest magnitude, and each quotient is rounded to the nearest of 16 levels (nf4) or to the nearest
+of the 127ths (int8). The quantized values and scales of a weight are split over the mesh as the weight was; no block is
+split. They take the place of the weight (`fsdp.project`, `experts`) and are dequantized just before a product.
 """
 
 from __future__ import annotations
@@ -31,36 +32,48 @@ NF4 = (
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-"""Levels of 4-bit NormalFloat: quantiles of a normal distribution, 0 and both ends exact (appendix E of the paper)."""
+"""Levels of 4-bit NormalFloat: quantiles of a normal distribution, with exact 0 and ends (appendix E of the paper)."""
 
 
 Kind = Literal["nf4", "int8"]
+"""Quantization formats, named as in `lora.quantize`."""
 
 
 class Quantized(NamedTuple):
-    """A weight (…, n · block_size, …) in few bits."""
+    """A quantized weight of shape (…, n · block_size, …)."""
 
     codes: Any
-    """int8 of the weight's shape; or nf4, uint8: of each block the first half in the low four bits, the second in the high."""
+    """Quantized values: int8 of the weight's shape, or for nf4 uint8.
+
+    A byte of nf4 holds two values: the low four bits come from the first half of a block, the high four from its second half.
+    """
     scales: Any
-    """(…, n, …), in the dtype of the weight."""
+    """Scales of the blocks (…, n, …), in the dtype of the weight."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         shape = list(self.codes.shape)
         shape[self.dim] *= 2 if self.codes.dtype == np.uint8 else 1
         return tuple(shape)
 
     @property
     def dim(self) -> int:
-        """Along which blocks lie, from the end: where a code stands for fewer weights than a scale."""
+        """Dim, counted from the end, along which blocks lie: the one where `codes` and `scales` differ in size."""
         pairs = zip(self.codes.shape, self.scales.shape, strict=True)
         return next(i for i, (codes, scales) in enumerate(pairs) if codes != scales) - len(self.codes.shape)
 
 
 def quantize(w: jax.Array, kind: Kind, block_size: int, dtype: Any, dim: int) -> Quantized:
-    """A weight in blocks along `dim`, from the end; `dtype` is that of the scales. Local view."""
+    """Quantize a weight. Local view.
+
+    Args:
+        w: the weight, or this device's part of it.
+        kind: format.
+        block_size: number of values that share a scale; divides w.shape[dim].
+        dtype: dtype of the scales.
+        dim: dim along which blocks lie, counted from the end (negative).
+    """
     lead, tail = w.shape[:dim], w.shape[w.ndim + dim + 1 :]
     blocks = w.astype(jnp.float32).reshape(*lead, -1, block_size, *tail)
     largest = 1 if kind == "nf4" else 127
@@ -70,19 +83,20 @@ def quantize(w: jax.Array, kind: Kind, block_size: int, dtype: Any, dim: int) ->
         return Quantized(jnp.clip(jnp.round(blocks), -127, 127).astype(jnp.int8).reshape(w.shape), scales)
     codes = jnp.zeros(blocks.shape, jnp.uint8)
     for low, high in itertools.pairwise(NF4):
+        # The code is the number of midpoints between levels that the value exceeds.
         codes = codes + (blocks > (low + high) / 2).astype(jnp.uint8)
     first, second = jnp.split(codes, 2, axis=dim)
     return Quantized((first | second << 4).reshape(*lead, -1, *tail), scales)
 
 
 def how_of(like: Quantized) -> tuple[Kind, int, Any, int]:
-    """Arguments of `quantize` that make such codes and scales."""
+    """Return the arguments (kind, block_size, dtype, dim) of `quantize` that give arrays like these."""
     kind: Kind = "nf4" if like.codes.dtype == np.uint8 else "int8"
     return kind, like.shape[like.dim] // like.scales.shape[like.dim], like.scales.dtype, like.dim
 
 
 def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
-    """The numbers that the codes stand for. Local view."""
+    """Return the weight that the quantized values stand for. Local view."""
     codes, scales = weight
     dim, after = weight.dim, codes.ndim + weight.dim + 1
     blocks = codes.reshape(*scales.shape[:after], -1, *scales.shape[after:])
@@ -92,14 +106,14 @@ def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
 
 
 def _levels(codes: jax.Array) -> jax.Array:
-    """NF4[codes]."""
+    """Return NF4[codes]."""
     if platform() == "cpu":  # which would keep an array for each of the selections below
         return jnp.take(jnp.asarray(NF4, jnp.float32), codes, mode="clip")
     return _selected(codes)
 
 
 def _selected(codes: jax.Array, first: int = 0, bit: int = 3) -> jax.Array:
-    """The same bit by bit, without a lookup, at which TPUs are slow."""
+    """Select NF4[codes] bit by bit, without a table lookup, which is slow on TPUs."""
     if bit < 0:
         return jnp.float32(NF4[first])
     return jnp.where((codes >> bit) & 1 == 1, _selected(codes, first + (1 << bit), bit - 1), _selected(codes, first, bit - 1))
@@ -109,7 +123,7 @@ def _selected(codes: jax.Array, first: int = 0, bit: int = 3) -> jax.Array:
 
 
 class QuantizedWeight(nnx.Module):
-    """What stands where a linear map had its `weight`; `weight[...]` is both arrays."""
+    """A quantized replacement for the `weight` of a linear map; `weight[...]` returns both arrays."""
 
     def __init__(self, weight: Quantized):
         self.codes, self.scales = nnx.Param(weight.codes), nnx.Param(weight.scales)
@@ -119,7 +133,15 @@ class QuantizedWeight(nnx.Module):
 
 
 def quantize_weights(modules: Iterable[tuple[str, Any]], how: config.Nf4 | config.Int8) -> None:
-    """Replace the weight of each (name, linear map) in place. Raises ValueError where blocks do not divide it."""
+    """Quantize the weight of each linear map, in place.
+
+    Args:
+        modules: (name, linear map) pairs.
+        how: format and block size.
+
+    Raises:
+        ValueError: the block size does not divide a device's part of the inputs.
+    """
     for name, module in modules:
         weight, dim = module.weight[...], module.summed_dim
         spec = jax.typeof(weight).sharding.spec
@@ -137,7 +159,11 @@ def quantize_weights(modules: Iterable[tuple[str, Any]], how: config.Nf4 | confi
 
 
 def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: array or its shape} of a model -> the shapes of the same model with weights in place of codes and scales."""
+    """Return the shapes of a model with weights in place of quantized values and scales.
+
+    Args:
+        shapes: {path: array or its shape} of a model that may have quantized weights.
+    """
     found = {}
     for path, like in shapes.items():
         parsed = ParameterPath.parse(path)
@@ -150,7 +176,15 @@ def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def quantized(arrays: dict[str, jax.Array], abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The way back: those of `arrays` that `abstract` has as codes and scales become so, one after the other, in place."""
+    """Quantize those of `arrays` that are quantized in `abstract`, one after the other, in place: the inverse of `unquantized`.
+
+    Args:
+        arrays: {path: array} with weights that are not quantized; changed in place.
+        abstract: {path: array or its shape} of the quantized model.
+
+    Returns:
+        `arrays`.
+    """
     for path, like in abstract.items():
         parsed = ParameterPath.parse(path)
         if parsed.part == "codes":

@@ -1,12 +1,12 @@
 """The transformer: embedding, stacks of layers, final norm, head.
 
-A model is a list of *stacks*. A stack is one period of layers (an interleaved window is a period of several),
-its weights stacked on a leading dim of repeats and run by `jax.lax.scan`, so that compile time does not grow
-with depth. `config.stacks` says which stacks a model has: one where all layers are alike, two where the first ones are
-dense. `hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
+A model is a list of *stacks*. A stack is one period of layers (interleaved windows make a period of several layers),
+repeated: its weights are stacked on a leading dim of repeats and run by `jax.lax.scan`, so that compile time does not grow
+with depth. `config.stacks` gives the stacks of a model: one if all layers are alike, two if the first layers are dense.
+`hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
 
-A model travels as a flat dict {path: array} (`parameters`, `combine`); `ParameterPath` says what a path means. Layer
-i * period + j of stack s is entry i of `stacks.s.layers.j.…`.
+A model is passed around as a flat dict {path: array} (`parameters`, `combine`); `ParameterPath` gives the meaning of a path.
+Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from moe_train.model.quantize import quantize_weights
 from moe_train.model.sharding import fsdp
 
 SAVED = ("projection", "attention", "routing", "experts")
-"""Names (`jax.ad_checkpoint.checkpoint_name`) of the values that are worth their memory in the backward pass."""
+"""Names (`jax.ad_checkpoint.checkpoint_name`) of the values that remat policy `minimal` keeps for the backward pass."""
 
 
 class Layer(nnx.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """A transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None, ffn: config.Ffn):
         dtype = jnp.dtype(compute.param_dtype)
@@ -51,6 +51,18 @@ class Layer(nnx.Module):
         cache: Cache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+        """Apply the layer.
+
+        Args:
+            x_BTD: hidden states.
+            positions_BT: positions, which restart in each segment.
+            segment_ids_BT: packed segments; 0 for padding.
+            cache: keys and values of earlier positions; None outside generation.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
+
+        Returns:
+            The hidden states, the extended cache or None, and the router's statistics or None in a dense layer.
+        """
         attention_key, ffn_key = keys_of(key, 2)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache, attention_key)
         x_BTD += y_BTD
@@ -86,12 +98,23 @@ class Stack(nnx.Module):
 
     @property
     def repeats(self) -> int:
+        """Number of repeats of the period."""
         return jax.tree.leaves(self.layers)[0].shape[0]
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Hidden states, and the statistics of the routers (L of the stack, …); keys: one per repeat, for dropout."""
+        """Apply all layers of the stack.
+
+        Args:
+            x_BTD: hidden states.
+            positions_BT: positions, which restart in each segment.
+            segment_ids_BT: packed segments; 0 for padding.
+            keys: one PRNG key per repeat, for dropout; None for no dropout.
+
+        Returns:
+            The hidden states, and the statistics of the stack's routers (layers of the stack, …).
+        """
 
         def period(x_BTD: jax.Array, layers_and_key: Any) -> tuple[jax.Array, list[RouterStats | None]]:
             layers, key = layers_and_key
@@ -105,6 +128,8 @@ class Stack(nnx.Module):
         return x_BTD, _in_order_of_layers(stats)
 
     def decode(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+        """Apply all layers to further tokens of sequences in a cache; return the hidden states and the extended caches."""
+
         def period(x_BTD: jax.Array, layers_and_caches: Any) -> tuple[jax.Array, list[Cache]]:
             new = []
             for layer, cache in zip(*layers_and_caches, strict=True):
@@ -116,19 +141,19 @@ class Stack(nnx.Module):
 
 
 def _rematerialised(body: Any, policy: str) -> Any:
-    """`jax.checkpoint` around a period of layers; what `minimal` keeps is named where it is made (SAVED)."""
+    """Wrap a period of layers in `jax.checkpoint`; the values that `minimal` keeps are named where they are computed (SAVED)."""
     policies = jax.checkpoint_policies
     keep = {"minimal": policies.save_only_these_names(*SAVED), "full": policies.nothing_saveable}[policy]
     return jax.checkpoint(body, policy=keep)
 
 
 def _in_order_of_layers(stats: list[RouterStats | None]) -> RouterStats | None:
-    """Statistics of each layer of a period, (repeats, …) each -> (L, …) in the order of the layers."""
+    """Merge the statistics of the layers of a period, (repeats, …) each, into (L, …) in the order of the layers."""
     return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *stats)
 
 
 def _joined(stats: list[RouterStats]) -> RouterStats | None:
-    """Statistics of each stack, (L of the stack, …) -> of the model; None without routers."""
+    """Concatenate the statistics of the stacks into those of the model; None without routers."""
     if len(stats) < 2:
         return stats[0] if stats else None
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *stats)
@@ -152,10 +177,17 @@ class Transformer(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        """Hidden states after the final norm, and the statistics (L, …) of the routers in the order of the sparse layers
-        (`config.sparse_layers`); None for a dense model.
+        """Compute the hidden states after the final norm.
 
-        key: for the dropout of the adapters; without it, as in evaluation, there is none.
+        Args:
+            tokens_BT: token ids.
+            positions_BT: positions, which restart in each segment.
+            segment_ids_BT: packed segments; 0 for padding.
+            key: PRNG key for the dropout of the adapters; None for no dropout, as in evaluation.
+
+        Returns:
+            The hidden states, and the statistics (L, …) of the routers in the order of the sparse layers (`config.sparse_layers`);
+            None for a dense model.
         """
         x_BTD = self.embed(tokens_BT, self.dtype)
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
@@ -169,17 +201,17 @@ class Transformer(nnx.Module):
         return self.final_norm(x_BTD), _joined(stats)
 
     def head_weight(self) -> Float[Array, "V D"]:
-        """The output matrix; with tied embeddings the embedding's own table."""
+        """Return the output matrix; with tied embeddings it is the embedding table."""
         return self.embed.weight[...] if self.head is None else self.head.weight[...]
 
     def beside_head(
         self, hidden_BTD: Float[Array, "B T D"], key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None:
-        """What an adapter adds to the logits, as the two factors of a product; None where the head has none."""
+        """Return the two factors whose product is the LoRA delta of the logits; None if the head has no adapter."""
         return None if self.head is None else self.head.beside(hidden_BTD, key)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Float32 logits of all positions at once: for generation and tests; training goes chunk by chunk."""
+        """Compute float32 logits of all positions at once, for generation and tests; training computes them chunk by chunk."""
         logits_BTV = fsdp.project("BTD,VD->BTV", hidden_BTD, self.head_weight())
         if beside := self.beside_head(hidden_BTD):
             logits_BTV += fsdp.project("BTJ,VJ->BTV", *beside)
@@ -188,7 +220,16 @@ class Transformer(nnx.Module):
     def decode(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Any
     ) -> tuple[Float[Array, "B T V"], Any]:
-        """Logits of T further tokens of each sequence, and the extended caches; padding has position -1."""
+        """Compute the logits of T further tokens of each sequence.
+
+        Args:
+            tokens_BT: token ids.
+            positions_BT: positions in the sequences; -1 for padding.
+            caches: caches as from `empty_caches`.
+
+        Returns:
+            The logits, and the extended caches.
+        """
         x_BTD = self.embed(tokens_BT, self.dtype)
         segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
         new = []
@@ -199,7 +240,19 @@ class Transformer(nnx.Module):
 
 
 def init_model(seed: int, model: config.Model, compute: config.Compute, lora: config.Lora | None = None) -> Transformer:
-    """A model of random weights, adapters and quantised weights included; under a mesh, each is born with its sharding."""
+    """Initialize a model with random weights, including adapters and quantized weights.
+
+    Under a mesh each array is created with its sharding.
+
+    Args:
+        seed: seed of the weights.
+        model: model section of the config.
+        compute: dtypes, kernels and rematerialization.
+        lora: adapters and quantization to add; None for full training.
+
+    Raises:
+        ValueError: `lora` does not fit the model (see `add_lora` and `quantize_weights`).
+    """
     rngs = nnx.Rngs(params=jax.random.key(seed))
     transformer = Transformer(rngs, model, compute)
     if lora is not None:
@@ -211,7 +264,7 @@ def init_model(seed: int, model: config.Model, compute: config.Compute, lora: co
 
 
 def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> Any:
-    """Caches for `batch_size` sequences of at most `max_len` tokens, as `Transformer.decode` takes them."""
+    """Return caches for `batch_size` sequences of at most `max_len` tokens, in the form that `Transformer.decode` takes."""
     empty_cache = attention_class(model.attention).empty_cache
 
     def of_place(stack: config.LayerStack) -> Cache:

@@ -89,6 +89,3 @@ def make_optimizer_of_any_length(optimizer: config.Optimizer) -> optax.GradientT
 def decay_mask(params: Mapping[str, Any], no_decay: tuple[str, ...]) -> dict[str, bool]:
     """{path: whether weight decay applies}; `no_decay` as in the config."""
     return {path: ParameterPath.parse(path).kind not in no_decay for path in params}
-
-
-# --- Muon ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Attention for CPUs, and where no other kernel fits: blocks of queries against the keys before them, in plain XLA."""
+"""Attention in plain XLA, for CPUs and wherever no other kernel fits: blocks of queries against the keys before them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 NEG = -1e30
-"""Score of a masked pair: finite, so that a row without any key stays finite."""
+"""Score of a masked pair. It is finite, so that a row without any visible key stays finite."""
 
 
 def heads_first(x_BTNH: jax.Array, K: int) -> jax.Array:
-    """(B, T, N, H) -> (B, K, G, T, H): query heads beside their key head, each head's sequence in one piece."""
+    """Transpose (B, T, N, H) to (B, K, G, T, H): query heads are grouped by key head and each head's sequence is contiguous."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
 Parts = tuple[tuple[int, ...], ...]
+"""For each device of `context`, the positions where its runs of queries start (`context_parallel.parts`)."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -34,16 +35,28 @@ def blocked(
     parts: Parts,
     window: int | None,
 ) -> jax.Array:
-    """Attention one sequence and one block of queries at a time; the masked half is never computed.
+    """Compute attention one sequence and one block of queries at a time; the masked half is never computed.
 
-    The queries are runs of the sequence, which begin at parts[part]. The backward pass recomputes the weights from the
-    saved log-sum-exp (FlashAttention-2, arXiv:2307.08691).
+    The backward pass recomputes the weights from the saved log-sum-exp (FlashAttention-2, arXiv:2307.08691).
+
+    Args:
+        q_BtNH: queries, in runs that start at the positions parts[part].
+        k_BTKH: keys of the full sequence.
+        v_BTKH: values of the full sequence.
+        segments_Bt: segment ids of the queries.
+        segments_BT: segment ids of the keys.
+        part: scalar index of this device on `context`.
+        parts: start positions of the runs of each device; static.
+        window: a query sees only keys less than `window` positions before it; None for no limit.
+
+    Returns:
+        The attention output (B, t, N, H), in the order of the queries.
     """
     return _blocked_forward(q_BtNH, k_BTKH, v_BTKH, segments_Bt, segments_BT, part, parts, window)[0]
 
 
 class _Span(NamedTuple):
-    """A block of queries: rows `start` to `end`, of which the first is at `position`; the first key that it sees."""
+    """A block of queries: rows `start` to `end`, the first of them at `position`, and the position of the `first` visible key."""
 
     start: int
     end: int
@@ -52,15 +65,17 @@ class _Span(NamedTuple):
 
     @property
     def queries(self) -> slice:
+        """Rows of the queries."""
         return slice(self.start, self.end)
 
     @property
     def keys(self) -> slice:
+        """Rows of the keys that the block can see."""
         return slice(self.first, self.position + self.end - self.start)
 
 
 def _spans(t: int, T: int, starts: tuple[int, ...], window: int | None) -> list[_Span]:
-    """Of T queries about 16 blocks over all devices, so that compiling stays quick."""
+    """Split t local queries into blocks, about 16 for all T queries over all devices, so that compile time stays short."""
     block, run = max(128, -(-T // 16)), t // len(starts)
     spans = []
     for i, position in enumerate(starts):
@@ -78,7 +93,10 @@ def _mask(span: _Span, segments_t: jax.Array, segments_T: jax.Array, window: int
 
 
 def _over_sequences(sequence: Any, part: jax.Array, parts: Parts, arrays: tuple[jax.Array, ...]) -> Any:
-    """`sequence(starts, arrays of one sequence)`, for each in turn, where `starts` is static: a branch for each part."""
+    """Apply `sequence(starts, arrays of one sequence)` to each sequence in turn.
+
+    `starts` must be static, so there is one branch for each device's part.
+    """
     branches = [lambda arrays, starts=starts: jax.lax.map(partial(sequence, starts), arrays) for starts in parts]
     return branches[0](arrays) if len(parts) == 1 else jax.lax.switch(part, branches, arrays)
 
@@ -118,7 +136,7 @@ def _blocked_backward(parts, window, saved, dy_BtNH):
     scale = jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
     q, dy = heads_first(q_BtNH, K) * scale, heads_first(dy_BtNH, K)
     k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    # rowsum(dy * y): the part of the softmax's gradient that is common to a row
+    # The row sum of dy * y is the term of the softmax gradient that all entries of a row share.
     common = jnp.sum(dy.astype(jnp.float32) * heads_first(y_BtNH, K).astype(jnp.float32), axis=-1, keepdims=True)
 
     def sequence(starts, arrays):
@@ -135,7 +153,7 @@ def _blocked_backward(parts, window, saved, dy_BtNH):
             dweights = jnp.einsum("KGTH,KSH->KGTS", dy_b, v_b, preferred_element_type=jnp.float32)
             dscores = (weights * (dweights - common_KGt1[:, :, span.queries])).astype(k_b.dtype)
             dqs.append(jnp.einsum("KGTS,KSH->KGTH", dscores, k_b))
-            # f32 += f32: keys are seen by many blocks
+            # dk and dv accumulate in float32, because many blocks of queries add to the same keys.
             dk = dk.at[:, span.keys].add(jnp.einsum("KGTS,KGTH->KSH", dscores, q_b, preferred_element_type=jnp.float32))
             weights = weights.astype(dy_b.dtype)
             dv = dv.at[:, span.keys].add(jnp.einsum("KGTS,KGTH->KSH", weights, dy_b, preferred_element_type=jnp.float32))

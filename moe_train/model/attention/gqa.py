@@ -1,7 +1,7 @@
-"""Grouped-query attention: the layer, and one function `attend` with a plain reference and a fast path per platform.
+"""The grouped-query attention layer and its key-value cache.
 
-A query sees a key of the same segment whose position is not later than its own and, where a window W is set,
-less than W behind it. Local view: the kernels run inside `shard_map`, each device on its own sequences and heads.
+A query sees a key of the same segment whose position is not later than its own and, if a window W is set, less than W
+before it. Local view: the kernels run inside `shard_map`, where each device has its own sequences and heads.
 
 Along the mesh axis `context` a device has the queries of its part of the sequence; keys and values are all-gathered (small
 under grouped queries), and queries are reordered zig-zag so that causal masking leaves every device equal work
@@ -28,14 +28,14 @@ from moe_train.model.sharding.specs import split
 
 
 class Cache(NamedTuple):
-    """Keys and values seen so far; slot s holds position s, and slots past `positions` are masked by causality."""
+    """Key-value cache: slot s holds position s, and slots past `positions` are masked by causality."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
 
 
 class GroupedQueryAttention(nnx.Module):
-    """Projections, rotary positions and grouped-query attention of one layer."""
+    """Projections, rotary position embedding and grouped-query attention of one layer."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None):
         a, D, dtype = model.attention, model.model_dim, jnp.dtype(compute.param_dtype)
@@ -49,7 +49,15 @@ class GroupedQueryAttention(nnx.Module):
 
     @staticmethod
     def empty_cache(attention: config.GroupedQueryAttention, num_layers: int, batch_size: int, max_len: int, dtype: Any) -> Cache:
-        """A cache for `num_layers` layers of one place, stacked, and at most `max_len` tokens of each sequence."""
+        """Return an empty cache for the `num_layers` layers of one place in the period, stacked on dim 0.
+
+        Args:
+            attention: attention section of the model config.
+            num_layers: number of layers in the stack that share this place.
+            batch_size: number of sequences.
+            max_len: largest number of tokens of a sequence.
+            dtype: dtype of keys and values.
+        """
         shape = (num_layers, batch_size, max_len, attention.num_kv_heads, attention.head_dim)
         spec = P(None, BATCH, "context", "tensor", None)
         keys = jnp.zeros(shape, dtype, out_sharding=spec)
@@ -64,9 +72,17 @@ class GroupedQueryAttention(nnx.Module):
         cache: Cache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """With a cache, x continues the sequences in it, and the cache with x's keys and values is returned.
+        """Attend within x, or, with a cache, continue the sequences in the cache with x.
 
-        key: of the adapters' dropout.
+        Args:
+            x_BTD: normalized hidden states.
+            positions_BT: positions, which restart in each segment.
+            segment_ids_BT: packed segments; a query sees only keys of its own segment. Not used with a cache.
+            cache: keys and values of earlier positions; None to attend within x only.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
+
+        Returns:
+            The output (B, T, D), and the cache extended by the keys and values of x, or None without a cache.
         """
         q_key, k_key, v_key, o_key = keys_of(key, 4)
         q_BTNH = rope.rotate(self.q_proj(x_BTD, q_key), positions_BT, self.rope)
@@ -83,12 +99,14 @@ class GroupedQueryAttention(nnx.Module):
 
 
 def _query_scale(scaling: config.QueryScaling, positions_BT: jax.Array) -> jax.Array:
-    """(B, T, 1, 1) factor on the queries: 1 + beta * log(1 + floor(position / original_max_seq_len))."""
+    """Return the factor on the queries (B, T, 1, 1): 1 + beta * log(1 + floor(position / original_max_seq_len))."""
     blocks = jnp.maximum(positions_BT, 0) // scaling.original_max_seq_len  # padding may be at -1
     return (1 + scaling.beta * jnp.log1p(blocks.astype(jnp.float32)))[:, :, None, None]
 
 
 def _extend(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> Cache:
+    """Write new keys and values into the slots of their positions; each device writes those that fall into its part."""
+
     def write(slots: jax.Array, new: jax.Array) -> jax.Array:
         def local(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
             new, positions = gather(new, "context", 1), gather(positions, "context", 1)
@@ -103,18 +121,19 @@ def _extend(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: ja
 
 
 def _first(axis: str, x: jax.Array) -> jax.Array:
-    """Inside `shard_map`: the number of this device's first entry of dim 1, which `axis` splits."""
+    """Return the global index of this device's first entry of dim 1, which `axis` splits. Call it inside `shard_map`."""
     return jax.lax.axis_index(axis) * x.shape[1]
 
 
 def _attend_cache(q_BTNH: jax.Array, cache: Cache, positions_BT: jax.Array, window: int | None) -> jax.Array:
-    """Every device has a part of the slots; the softmax is over all of them."""
+    """Attend to the cache. Each device has a part of the slots; the softmax is taken over all of them."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
         part = q.shape
         q, positions = gather(q, "context", 1), gather(positions, "context", 1)
         slots = jnp.broadcast_to(_first("context", k) + jnp.arange(k.shape[1]), k.shape[:2])
         scores = attention_scores(q, k, visible(positions, slots, None, None, window))
+        # Maximum and sum are reduced over `context`, so that the softmax is normalized over the slots of all devices.
         weights = jnp.exp(scores - jax.lax.pmax(jnp.max(scores, axis=-1, keepdims=True), "context"))
         weights /= jax.lax.psum(jnp.sum(weights, axis=-1, keepdims=True), "context")
         y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Which kernel computes attention, and the reference that all of them are held to."""
+"""Selection of the attention kernel, and the reference implementation that every kernel is tested against."""
 
 from __future__ import annotations
 
@@ -26,7 +26,20 @@ def attend(
     window: int | None = None,
     kernel: str = "auto",
 ) -> Float[Array, "B T N H"]:
-    """Causal self-attention of packed sequences; `kernel` as in `config.Compute.attention`."""
+    """Compute causal self-attention of packed sequences.
+
+    Args:
+        q_BTNH: queries with N heads.
+        k_BTKH: keys with K heads; N is a multiple of K.
+        v_BTKH: values.
+        positions_BT: positions, which restart in each segment.
+        segment_ids_BT: a query sees only keys with its own segment id.
+        window: a query sees only keys less than `window` positions before it; None for no limit.
+        kernel: as in `config.Compute.attention`.
+
+    Returns:
+        The attention output (B, T, N, H).
+    """
     kernel = choose_kernel(kernel, q_BTNH.shape[1], q_BTNH.dtype)
     splash = make_splash(q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2], window) if kernel == "splash" else None
 
@@ -48,8 +61,8 @@ def attend(
         raise AssertionError(kernel)
 
     heads, tokens = P(batch_axes(), "context", "tensor", None), P(batch_axes(), "context")
-    # A Pallas call does not say along which axes its result varies, so the check is off on that path alone;
-    # what crosses devices in here is gathered or changes places along `context`, along which everything is split.
+    # A Pallas call does not declare along which mesh axes its result varies, so the check is off for the kernels that need it
+    # to be off. Everything that crosses devices here is all-gathered or permuted along `context`, along which everything is split.
     check_vma = kernel in ("reference", "blocked")
     in_specs = (heads, heads, heads, tokens, tokens, None if splash is None else spec_of(splash))
     run = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=check_vma)
@@ -57,8 +70,11 @@ def attend(
 
 
 def choose_kernel(kernel: str, seq_len: int, dtype: jnp.dtype) -> str:
-    """`auto` -> the fast path of the platform that the mesh is made of, or `blocked` where that path cannot take these
-    sequences: splash wants runs of queries in multiples of 128, cuDNN 16-bit numbers."""
+    """Resolve `auto` to the fast kernel of the mesh's platform, and return other names unchanged.
+
+    `auto` gives `blocked` on CPU, and wherever the fast kernel cannot take these sequences: splash needs runs of queries in
+    multiples of 128, cuDNN needs a 16-bit dtype.
+    """
     if kernel != "auto":
         return kernel
     match platform():
@@ -76,7 +92,15 @@ def visible(
     segments_k: Int[Array, "B S"] | None,
     window: int | None,
 ) -> Array:
-    """(B, T, S) mask: True where the query sees the key."""
+    """Return the (B, T, S) mask that is True where the query sees the key.
+
+    Args:
+        positions_q: positions of the queries.
+        positions_k: positions of the keys.
+        segments_q: segment ids of the queries; None to ignore segments.
+        segments_k: segment ids of the keys; None to ignore segments.
+        window: a query sees only keys less than `window` positions before it; None for no limit.
+    """
     behind = positions_q[:, :, None] - positions_k[:, None, :]
     seen = behind >= 0
     if window is not None:
@@ -87,13 +111,13 @@ def visible(
 
 
 def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """softmax(q·k / sqrt(H)) v with the whole (T, S) matrix in memory; scores in float32."""
+    """Compute softmax(q·k / sqrt(H)) v with the full (T, S) matrix in memory and float32 scores."""
     weights = jax.nn.softmax(attention_scores(q_BTNH, k_BSKH, visible_BTS), axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(q_BTNH.shape)
 
 
 def attention_scores(q_BTNH: jax.Array, k_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """q·k / sqrt(H) in float32, (B, K, G, T, S), with NEG where a key is not visible."""
+    """Return q·k / sqrt(H) in float32, (B, K, G, T, S) with G = N / K, and NEG where a key is not visible."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)

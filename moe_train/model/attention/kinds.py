@@ -1,4 +1,4 @@
-"""Which module computes each kind of attention of the config."""
+"""Selection of the module that computes each kind of attention in the config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_train.model.attention.gqa import GroupedQueryAttention
 
 
 def attention_class(attention: config.Attention) -> type[GroupedQueryAttention]:
-    """The module of a kind of attention: `cls(rngs, model, compute, window)`, and its `empty_cache`."""
+    """Return the attention module class: call it as `cls(rngs, model, compute, window)`; it also has `empty_cache`."""
     match attention:
         case config.GroupedQueryAttention():
             return GroupedQueryAttention

@@ -1,4 +1,4 @@
-"""Rotary positions: half-split order, absolute positions that restart in each segment."""
+"""Rotary position embedding (RoPE) in half-split order, with positions that restart in each segment."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from moe_train import config
 
 
 def frequencies(rope: config.DefaultRope | config.YarnRope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angular frequencies (head_dim / 2,) in radians per position, and the factor on cos and sin.
+    """Return the angular frequencies (head_dim / 2,) in radians per position, and the factor on cos and sin.
 
-    YaRN (arXiv:2309.00071, section 3.2): frequencies that turn more than `beta_fast` times in the original
-    length are kept, those under `beta_slow` are divided by `factor`, a linear ramp lies between.
+    YaRN (arXiv:2309.00071, section 3.2): frequencies that turn more than `beta_fast` times in the original length are kept,
+    those that turn less than `beta_slow` times are divided by `factor`, and a linear ramp lies between.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     plain = rope.theta**-exponents
@@ -42,7 +42,7 @@ def _attention_factor(rope: config.YarnRope) -> float:
 def rotate(
     x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], rope: config.DefaultRope | config.YarnRope
 ) -> Float[Array, "B T N H"]:
-    """Turn the pairs (x[i], x[i + H/2]) by position * frequency, in float32."""
+    """Rotate the pairs (x[i], x[i + H/2]) by position * frequency, computed in float32."""
     freqs, factor = frequencies(rope, x_BTNH.shape[-1])
     angles_BTH = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
     cos = (jnp.cos(angles_BTH) * factor)[:, :, None, :]

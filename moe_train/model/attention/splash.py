@@ -1,4 +1,4 @@
-"""Attention for TPUs: JAX's Pallas kernel (splash attention), with segment ids, windows and sequences split over `context`."""
+"""Attention on TPUs: JAX's Pallas splash attention with segment ids, windows and sequences split over `context`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ from moe_train.model.attention.context_parallel import parts, run_len
 
 
 def block_size(T: int) -> int:
-    """Queries, and keys, of a block of sequences of T tokens: whole blocks make up a run of queries."""
+    """Return the block size, in queries and in keys, for sequences of T tokens; it divides the run of queries."""
     return next(block for block in (512, 256, 128) if run_len(T) % block == 0)
 
 
 def make_splash(T: int, group: int, window: int | None) -> Any:
-    """The kernel for `group` query heads of a key head, and its tables of the blocks that are not masked. Global view:
-    the tables are split over `context` as the queries are, after `balanced`."""
+    """Create the kernel and its tables of the blocks that are not fully masked. Global view.
+
+    The tables are split over `context` in the same order as the queries after `balanced`.
+
+    Args:
+        T: length of the full sequence.
+        group: number of query heads per key head.
+        window: sliding window in tokens; None for full causal attention.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
     run, side = run_len(T), block_size(T)
+    # The kernel is told the true positions of the zig-zag reordered queries, so that it masks and skips the right blocks.
     mask.q_sequence = np.concatenate([np.arange(start, start + run, dtype=np.int32) for part in parts(T) for start in part])
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: dict[str, Any] = {f"block_{name}": side for name in names}
@@ -44,7 +52,9 @@ def make_splash(T: int, group: int, window: int | None) -> Any:
 
 
 def spec_of(splash: Any) -> Any:
-    # of `context` alone: it asks for shapes of shards, which JAX has not of a mesh of which an axis is manual
+    # `manual_sharding_spec` asks for shard shapes, which JAX cannot give on a mesh with a manual axis.
+    # So the specs are taken from a mesh of `context` only.
+    """Return the partition specs of the tables of a kernel."""
     alone = AbstractMesh((axis_size("context"),), ("context",), axis_types=(AxisType.Explicit,))
     return splash.manual_sharding_spec(NamedSharding(alone, P(None, "context")))
 
@@ -52,7 +62,19 @@ def spec_of(splash: Any) -> Any:
 def splash_attention(
     splash: Any, q_BtNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_Bt: jax.Array, segments_BT: jax.Array
 ) -> jax.Array:
-    """Arguments and result as of `blocked`; splash: what `make_splash` gave, this device's part of its tables."""
+    """Compute attention with the kernel. Local view.
+
+    Args:
+        splash: result of `make_splash`: this device's part of its tables.
+        q_BtNH: this device's queries, reordered by `balanced`.
+        k_BTKH: keys of the full sequence.
+        v_BTKH: values of the full sequence.
+        segments_Bt: segment ids of the queries.
+        segments_BT: segment ids of the keys.
+
+    Returns:
+        The attention output, in the order of the queries.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
     B, t, N, H = q_BtNH.shape

@@ -1,10 +1,10 @@
-"""A limited number of assignments for each expert: those beyond it are dropped, and the token continues without them.
+"""Expert capacity: assignments beyond an expert's limit are dropped, and the token continues without that expert.
 
 An expert takes at most C = ceil(capacity_factor * T * A / E) assignments of a sequence (a row of T tokens, padding
-included); over all M tokens of a microbatch that is capacity_factor * M * A / E. Earlier tokens take precedence, and
-for each token its best expert. So what is dropped depends on the row alone: not on the mesh, the microbatch or other rows,
-and not on later tokens, which a causal model must not see. (GShard, arXiv:2006.16668, limits groups of tokens too; there all
-first choices take precedence over second ones, which looks ahead.)
+included); over all M tokens of a microbatch that is capacity_factor * M * A / E. Earlier tokens take precedence, and each
+token's best expert takes precedence among its experts. What is dropped therefore depends on the row only: not on the mesh,
+the microbatch or other rows, and not on later tokens, which a causal model must not see. (GShard, arXiv:2006.16668, also
+limits groups of tokens, but gives all first choices precedence over second choices, which looks ahead.)
 """
 
 from __future__ import annotations
@@ -19,23 +19,34 @@ from moe_train.machine.mesh import axis_size
 
 
 def capacity(capacity_factor: float, seq_len: int, experts_per_token: int, num_experts: int) -> int:
-    """C, the most assignments of one sequence that an expert takes."""
+    """Return C, the largest number of assignments of one sequence that an expert takes."""
+    # A fraction of the decimal text is exact; a float product could round up to one assignment more.
     return math.ceil(Fraction(str(capacity_factor)) * seq_len * experts_per_token / num_experts)
 
 
 def within_capacity(ids_btA: jax.Array, num_experts: int, capacity_factor: float) -> jax.Array:
-    """Expert ids with `num_experts` in place of those that are dropped. Local view.
+    """Replace the expert ids of dropped assignments by `num_experts`. Local view.
 
-    Assignments that have the id `num_experts` already (padding) count towards no capacity.
+    Assignments that already have the id `num_experts` (padding) use no capacity.
+
+    Args:
+        ids_btA: expert ids of this device's tokens, each token's best expert first.
+        num_experts: number of experts, E.
+        capacity_factor: see the module docstring.
+
+    Returns:
+        Expert ids (b, t, A), `num_experts` where dropped.
     """
     (b, t, A), E = ids_btA.shape, num_experts
     ids_bn = ids_btA.reshape(b, t * A)
     counts_bE = jnp.sum(ids_bn[..., None] == jnp.arange(E), axis=1, dtype=jnp.int32)
     before_bE = jnp.zeros_like(counts_bE)
     if axis_size("context") > 1:
+        # A row may be split over `context`: assignments of earlier parts of the row come first.
         counts_xbE = jax.lax.all_gather(counts_bE, "context")
         earlier_x = jnp.arange(counts_xbE.shape[0]) < jax.lax.axis_index("context")
         before_bE = jnp.sum(counts_xbE * earlier_x[:, None, None], axis=0)
+    # argsort of a stable argsort gives each assignment's place in the order by expert, then by token.
     place_bn = jnp.argsort(jnp.argsort(ids_bn, axis=1, stable=True), axis=1)
     first_bE = jnp.cumsum(counts_bE, axis=1) - counts_bE  # place of each expert's first assignment
     rank_bn = place_bn + jnp.take_along_axis(jnp.pad(before_bE - first_bE, ((0, 0), (0, 1))), ids_bn, axis=1)

@@ -1,6 +1,6 @@
-"""The routed experts: the weighted sum of each token's experts, on whatever devices these are.
+"""The routed experts: the weighted sum of each token's expert outputs, wherever the experts are placed.
 
-An assignment is a (token, expert) pair. `run_experts` has the global view; inside its `shard_map`, where lower-case letters
+An assignment is a (token, expert) pair. `run_experts` has the global view. Inside its `shard_map`, where lower-case letters
 are this device's part of a dim, a transport (`transport.transport`) brings tokens to their experts and the results back, and
 `_swiglu` is what an expert computes. No assignment is dropped unless a capacity factor is set.
 """
@@ -31,16 +31,16 @@ from moe_train.model.sharding.specs import replicas, spec_of
 
 
 class ExpertMatrix(NamedTuple):
-    """One linear map of every expert: weight (E, in, out), and its LoRA factors where there are some."""
+    """One linear map of every expert: the weight (E, in, out) and the LoRA factors, None without an adapter."""
 
     weight: jax.Array | Quantized
     lora_a: jax.Array | None
     lora_b: jax.Array | None
-    """Times the adapter's scale."""
+    """LoRA factor B, already multiplied by the adapter's scale."""
 
 
 class ExpertWeights(NamedTuple):
-    """SwiGLU experts."""
+    """The three matrices of SwiGLU experts."""
 
     gate: ExpertMatrix
     up: ExpertMatrix
@@ -48,12 +48,12 @@ class ExpertWeights(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """The router's choice."""
+    """The experts and weights that the router chose for each token."""
 
     expert_ids_BTA: jax.Array
     weights_BTA: jax.Array
     valid_BT: jax.Array
-    """False for padding, which goes to no expert."""
+    """False for padding, which is sent to no expert."""
 
 
 class Dropout(NamedTuple):
@@ -61,27 +61,36 @@ class Dropout(NamedTuple):
 
     key: jax.Array
     rates: tuple[float, ...]
-    """For gate, up and down."""
+    """Dropout rates of gate, up and down."""
 
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """How experts are run; no setting but `capacity_factor` changes the result."""
+    """Settings for running the experts; only `capacity_factor` changes the result."""
 
     kernel: str
-    """`compute.grouped_matmul`."""
+    """Value of `compute.grouped_matmul`."""
     transport: Name | Literal["auto"] = "auto"
-    """`compute.transport`."""
+    """Value of `compute.transport`."""
     capacity_factor: float | None = None
-    """See `capacity`; None drops nothing."""
+    """Capacity factor as in `capacity`; None drops nothing."""
 
 
 def run_experts(
     x_BTD: jax.Array, routing: Routing, experts: ExpertWeights, settings: ExpertSettings, dropout: Dropout | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of each token's experts (B, T, D), zeros for padding; and the number of assignments computed (int32).
+    """Compute the weighted sum of each token's expert outputs. Global view.
 
-    The number is counted where experts are applied, so callers can verify that no assignment was lost.
+    Args:
+        x_BTD: inputs of the experts.
+        routing: expert ids and weights (B, T, A), and which tokens are valid.
+        experts: weights of all experts.
+        settings: kernel, transport and capacity factor.
+        dropout: dropout on the inputs of the adapters; None for no dropout.
+
+    Returns:
+        The weighted sums (B, T, D), zeros for padding, and the number of assignments computed (int32). The number is counted
+        where the experts are applied, so callers can verify that no assignment was lost.
     """
     tokens = P(batch_axes(), "context")
     specs = jax.tree.map(spec_of, experts)
@@ -110,6 +119,7 @@ def run_experts(
         x_mD, ids_mA, weights_mA = (x.reshape(b * t, x.shape[2]) for x in (x_btD, ids_btA, weights_btA))
         e = experts.gate.weight.shape[0]
         E = e * axis_size("expert")
+        # Expert id E means that the assignment is sent nowhere.
         ids_mA = jnp.where(valid_bt.reshape(-1, 1), ids_mA, E)  # E: goes nowhere
         peer_capacity = None
         if settings.capacity_factor is not None:
@@ -118,7 +128,7 @@ def run_experts(
         dropout_mA = None
         if counters_bt is not None:
             dropout_mA = DropoutCounters(key, counters_bt.reshape(-1, 1) * A + jnp.arange(A, dtype=jnp.uint32))
-        # F is split over `tensor`: gradients of x and of the router weights are summed over it
+        # F is split over `tensor`: the cast makes the gradients of x and of the router weights a sum over it.
         x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, jnp.where(ids_mA < E, weights_mA, 0)))
         check_transport(settings.transport)
         sizes = ExchangeSizes(b * t, D, A, axis_size("expert"), x_btD.dtype.itemsize, peer_capacity)
@@ -131,7 +141,7 @@ def run_experts(
         local,
         in_specs=(tokens, tokens, tokens, tokens, specs, P(), tokens),
         out_specs=(tokens, P()),
-        # a Pallas call does not say along which axes its result varies
+        # A Pallas call does not declare along which axes its result varies.
         check_vma=choose_kernel(settings.kernel) != "megablox",
     )
     experts = _cast(experts, x_BTD.dtype, jnp.max(routing.expert_ids_BTA) >= 0)
@@ -139,11 +149,15 @@ def run_experts(
 
 
 def _cast(experts: ExpertWeights, dtype: jnp.dtype, true: jax.Array) -> ExpertWeights:
-    """Weights in the compute dtype, in which their gradients are then summed over all devices. Global view, before any of
-    these sums.
+    """Cast the weights to the compute dtype, in which their gradients are then summed over all devices.
 
-    true: a true value that depends on this layer's routing. XLA moves a cast that depends on nothing but the weight out of
-    the loop over layers, and then holds a second copy of the experts of all layers; a barrier does not prevent it.
+    Global view, applied before any of these sums.
+
+    Args:
+        experts: weights of all experts; quantized ones are left as they are.
+        dtype: compute dtype.
+        true: a true value that depends on this layer's routing. XLA moves a cast that depends on nothing but the weight out of
+            the loop over layers and then holds a second copy of the experts of all layers; a barrier does not prevent it.
     """
 
     def cast(w: jax.Array | Quantized) -> jax.Array | Quantized:
@@ -157,7 +171,7 @@ def _is_quantized(w: object) -> bool:
 
 
 def _unshard(w: jax.Array | Quantized, spec: P | Quantized, dtype: jnp.dtype, axes: tuple[str, ...]) -> jax.Array:
-    """This device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
+    """Return this device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
     if isinstance(w, Quantized):
         assert isinstance(spec, Quantized)
         return dequantize(Quantized(*(_gather_fsdp(part, s, axes) for part, s in zip(w, spec, strict=True))), dtype)
@@ -174,13 +188,16 @@ def _gather_fsdp(w: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
 
 
 Drop = Callable[[jax.Array, jax.Array | int], jax.Array]
-"""Dropout of x (R, n), given the number of its first column in the dim that `tensor` may split."""
+"""Dropout of x (R, n), given the index of its first column in the dim that `tensor` may split."""
 
 
 def _swiglu(
     x_RD: jax.Array, experts: ExpertWeights, group_sizes_e: jax.Array, kernel: str, drops: Sequence[Drop | None]
 ) -> jax.Array:
-    """down(silu(gate(x)) * up(x)) with the expert of each row; partial over `tensor`, which splits F."""
+    """Compute down(silu(gate(x)) * up(x)) with the expert of each row.
+
+    The result is a partial sum over `tensor`, which splits F.
+    """
 
     def matmul(x: jax.Array, m: ExpertMatrix, drop: Drop | None, first: jax.Array | int = 0) -> jax.Array:
         assert not isinstance(m.weight, Quantized)
@@ -195,9 +212,9 @@ def _swiglu(
 
 
 def _drop(key: jax.Array, rate: float, counter_R: jax.Array, x_Rn: jax.Array, first: jax.Array | int) -> jax.Array:
-    """Set a share `rate` of x's entries to zero, and scale the others by 1 / (1 - rate).
+    """Set a fraction `rate` of the entries of x to zero, and scale the others by 1 / (1 - rate).
 
-    Which entries is a function of the key, the counter of the row and the number of the column: the same on every mesh.
+    Which entries are dropped depends on the key, the row's counter and the column index only, so it is the same on every mesh.
     """
     if rate == 0:
         return x_Rn

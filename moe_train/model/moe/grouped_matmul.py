@@ -1,8 +1,8 @@
-"""Rows of several experts times each expert's matrix: one function, one backend per platform, one reference.
+"""Grouped matrix product: the rows of several experts times each expert's matrix, with one backend per platform.
 
-Contract of every backend: x_RD holds the rows of expert 0, then of expert 1, …; `group_sizes_E` says how many
-each has, their sum at most R; rows past the sum belong to nobody and their results and gradients are zero.
-The cost follows the rows that exist, not R.
+Contract of every backend: x_RD holds the rows of expert 0, then of expert 1, …; `group_sizes_E` is the number of rows of
+each expert, at most R in sum; rows past the sum belong to no expert and their results and gradients are zero. The cost is
+proportional to the rows that exist, not to R. `reference` is the exception: it is simple rather than fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from moe_train.machine.mesh import platform
 def grouped_matmul(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"], kernel: str = "auto"
 ) -> Float[Array, "R F"]:
-    """y[r] = x[r] @ w[expert of r]; `kernel` as in `config.Compute.grouped_matmul`."""
+    """Compute y[r] = x[r] @ w[expert of r].
+
+    Args:
+        x_RD: rows in the order of their experts.
+        w_EDF: one matrix per expert.
+        group_sizes_E: number of rows of each expert, at most R in sum.
+        kernel: as in `config.Compute.grouped_matmul`.
+
+    Returns:
+        The products (R, F), zero past the last group.
+    """
     match choose_kernel(kernel):
         case "reference":
             return reference(x_RD, w_EDF, group_sizes_E)
@@ -31,17 +41,17 @@ def grouped_matmul(
 
 
 def choose_kernel(kernel: str) -> str:
-    """`auto` -> the fast path of the platform that the mesh is made of.
+    """Resolve `auto` to the fast backend of the mesh's platform, and return other names unchanged.
 
-    On GPU XLA makes E masked products of each ragged_dot (24 units of FLOPs for 8 experts, forward and backward, where 3
-    are needed; compiled for H100 by JAX 0.10.2), so that a loop of dense products is the cheaper way.
+    On GPU, XLA makes E masked products of each ragged_dot (24 units of FLOPs for 8 experts, forward and backward, where 3 are
+    needed; compiled for H100 by JAX 0.10.2), so a loop of dense products is cheaper.
     """
     fast = {"cpu": "blocked", "tpu": "megablox", "gpu": "blocked", "cuda": "blocked"}
     return fast[platform()] if kernel == "auto" else kernel
 
 
 def reference(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Every row times every matrix, all but its own masked: E times the work, and plainly right."""
+    """Multiply every row by every matrix and mask all but its own expert: E times the work, but plainly correct."""
     expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_RD.shape[0]), side="right")
     mine_RE = expert_R[:, None] == jnp.arange(w_EDF.shape[0])[None, :]
     x, w, mine = (a.astype(jnp.float32) for a in (x_RD, w_EDF, mine_RE))  # rounded once, at the end
@@ -49,25 +59,29 @@ def reference(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> ja
 
 
 def _zero_tail(y_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Set the rows past the last group to zero."""
     return jnp.where(jnp.arange(y_RF.shape[0])[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
 
 
 # --- CPU and GPU: blocks of rows ----------------------------------------------------------------------------------
 
 ROW_BLOCKS = (512, 128, 32)
+"""Numbers of rows in one product of `_rows`, largest first.
+
+As many blocks of each size as fit are taken from a group; the last block, of the last size, may be partly empty.
+"""
 SUM_BLOCKS = (512, 128, 32)
-"""Rows of one product, largest first: as many of the large as fit into a group, then the last size, whose last
-block may be partly empty. Weight gradients write a whole matrix a block, so theirs are larger."""
+"""Numbers of rows in one product of the weight gradient, used as in `ROW_BLOCKS`; each product writes a whole matrix."""
 
 
 @jax.custom_vjp
 def blocked(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """A loop over experts and blocks of their rows. XLA's own ragged_dot computes all E products for each row."""
+    """Compute the product by a loop over experts and blocks of their rows. XLA's own ragged_dot computes all E products per row."""
     return _rows(x_RD, w_EDF, group_sizes_E, "RD,DF->RF")
 
 
 def _rows(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, equation: str) -> jax.Array:
-    """Each row times its expert's matrix, or its transpose."""
+    """Multiply each row by its expert's matrix, or by its transpose."""
     F = w_EDF.shape[2] if equation == "RD,DF->RF" else w_EDF.shape[1]
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
@@ -86,15 +100,15 @@ def _rows(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, equation:
 
 
 def _zeros_like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Zeros that vary along the mesh axes that x varies along, as a loop's carry must from the start."""
+    """Return zeros that vary along the mesh axes that x varies along, as a loop's carry must from the start."""
     return jax.lax.full_like(x, 0, dtype, shape)
 
 
 def _over_blocks(start: jax.Array, size: jax.Array, R: int, sizes: tuple[int, ...], block, carry):
-    """Fold `block(rows, start, mine, carry)` over one group; `rows` is static, one of `sizes`.
+    """Fold `block(rows, start, mine, carry)` over the rows of one group; `rows` is static, one of `sizes`.
 
-    Blocks of the last size are kept inside the R rows and may hold rows of other groups: `mine` (rows, 1) says
-    which are the group's own and not done yet; it is None where all are.
+    Blocks of the last size are kept inside the R rows and may contain rows of other groups. `mine` (rows, 1) marks the rows
+    that belong to the group and are not done yet; it is None if all do.
     """
     sizes = tuple(b for b in sizes if b <= R) or (R,)
     end = start + size
@@ -105,6 +119,7 @@ def _over_blocks(start: jax.Array, size: jax.Array, R: int, sizes: tuple[int, ..
 
     def last(i: jax.Array, carry):
         rows, wanted = sizes[-1], start + i * sizes[-1]
+        # `dynamic_slice` would shift a block that passes the end anyway; shifted here, the mask knows about it.
         begin = jnp.minimum(wanted, R - rows)
         row = begin + jnp.arange(rows)[:, None]
         return block(rows, begin, (row >= wanted) & (row < end), carry)
@@ -113,7 +128,7 @@ def _over_blocks(start: jax.Array, size: jax.Array, R: int, sizes: tuple[int, ..
 
 
 def _weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """dw[e] = sum of outer products of e's rows, accumulated in float32."""
+    """Compute dw[e], the sum of the outer products of the rows of e, accumulated in float32."""
     E, (R, D), F = group_sizes_E.shape[0], x_RD.shape, dy_RF.shape[1]
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
@@ -149,13 +164,16 @@ blocked.defvjp(_blocked_forward, _blocked_backward)
 
 @jax.custom_vjp
 def _megablox(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Megablox's kernels with gradients of our own: its own leave rows past the sum uninitialised in dx, and tile the
-    products of the backward pass as if they had the forward's shape."""
+    """Multiply with Megablox's kernels and our own gradient.
+
+    Megablox's own gradient leaves rows of dx past the sum uninitialized, and tiles the products of the backward pass as if they
+    had the shape of the forward pass.
+    """
     return _gmm(x_RD, w_EDF, group_sizes_E, transpose=False)
 
 
 def _gmm(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, transpose: bool) -> jax.Array:
-    """Each row times its expert's matrix, or its transpose; tiles of rows past the sum are not visited."""
+    """Multiply each row by its expert's matrix, or by its transpose; tiles of rows past the sum are not visited."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     rows, out = x_RD.shape[0], w_EDF.shape[1 if transpose else 2]
@@ -167,7 +185,7 @@ def _gmm(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, transpose:
 
 
 def tiles(rows: int, inner: int, outer: int, dtype: jnp.dtype) -> tuple[int, int, int]:
-    """Megablox's tile of a product (rows, inner) x (inner, outer), in this order."""
+    """Return Megablox's tile sizes for a product (rows, inner) x (inner, outer), in this order."""
     return _row_tile(rows), _tile(inner, dtype), _tile(outer, dtype)
 
 
@@ -180,7 +198,7 @@ def _pad_rows(x_RD: jax.Array) -> jax.Array:
 
 
 def _tile(dim: int, dtype: jnp.dtype) -> int:
-    """The largest tile that divides `dim` without being small; two buffers of each operand have to fit into VMEM."""
+    """Return the largest tile that divides `dim` without being small; two buffers of each operand must fit into VMEM."""
     limit = 2048 // dtype.itemsize
     return dim if dim <= limit else next((t for t in range(limit, limit // 2, -128) if dim % t == 0), limit)
 

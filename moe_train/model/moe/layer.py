@@ -1,8 +1,9 @@
-"""The sparse feed-forward layer: a router, its experts, and those that all tokens share. Global view.
+"""The sparse feed-forward layer: a router, its routed experts, and shared experts that all tokens use. Global view.
 
-Router in float32: logits, the top-k of them, softmax over the chosen (Mixtral, arXiv:2401.04088). A sigmoid router
-(DeepSeek-V3, arXiv:2412.19437) weights its experts by sigmoid_i / sum of the chosen sigmoids, which is the softmax over
-the chosen logarithms of sigmoids: both are a softmax over `log_scores`. `experts` runs them.
+The router computes logits in float32, takes the top-k, and applies a softmax over the chosen ones (Mixtral,
+arXiv:2401.04088). A sigmoid router (DeepSeek-V3, arXiv:2412.19437) weights its experts by sigmoid_i / sum of the chosen
+sigmoids, which equals the softmax over the logarithms of the chosen sigmoids; so both are a softmax over `log_scores`.
+`experts` runs the chosen experts.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ from moe_train.model.moe.router import Router, RouterStats, router_stats, top_k,
 
 
 class ExpertLinear(Adapted):
-    """The same linear map for each expert, with its own weight (E, in, out) and adapter."""
+    """The same linear map for every expert, with a weight (E, in, out) and an optional adapter per expert."""
 
     summed_dim = -2
-    """As `Linear.summed_dim`."""
+    """Weight dim that the product sums over, as `Linear.summed_dim`."""
 
     def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int, int], spec: P, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, shape, spec, stddev, dtype))
 
     def matrix(self) -> ExpertMatrix:
+        """Return the weight and the LoRA factors, None without an adapter."""
         return ExpertMatrix(self.weight[...], *(self.adapter() or (None, None)))
 
 
 class MoE(nnx.Module):
-    """Router, experts, weighted sum. Padding (segment 0) is neither routed nor counted."""
+    """Router, experts and weighted sum. Padding (segment 0) is neither routed nor counted."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn: config.MoeFfn):
         D, std, dtype = model.model_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
@@ -58,12 +60,21 @@ class MoE(nnx.Module):
                 assert_never(ffn.router)
         self.keeps_expert_ids = False
         self.capacity_factor: float | None = None
-        """Set in training alone (`parameters.with_capacity`): evaluation and generation drop nothing."""
+        """Capacity factor; set in training only (`parameters.with_capacity`): evaluation and generation drop nothing."""
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], key: jax.Array | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """key: for the dropout of adapters; None without dropout."""
+        """Route each token and sum the outputs of its experts and of the shared experts.
+
+        Args:
+            x_BTD: normalized hidden states.
+            segment_ids_BT: 0 for padding.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
+
+        Returns:
+            The output (B, T, D) and the router's statistics.
+        """
         router_key, experts_key, shared_key = keys_of(key, 3)
         valid_BT = segment_ids_BT != 0
         logits_BTE = checkpoint_name(self.router(x_BTD, router_key), "routing")

@@ -1,4 +1,4 @@
-"""The router: scores of tokens for experts, the choice among them, and the statistics of the choice."""
+"""The router: it scores experts for each token, selects among them, and keeps statistics of the selection."""
 
 from __future__ import annotations
 
@@ -16,38 +16,43 @@ from moe_train.model.sharding.specs import activation_spec, over_replicas
 
 
 class RouterStats(NamedTuple):
-    """What a layer's router did with the tokens that are no padding; stacked on layers as (L, …)."""
+    """Statistics of one layer's router over all tokens except padding; stacked over layers as (L, …)."""
 
     chosen_E: Array
-    """Assignments that the router made to each expert, int32: before any is dropped."""
+    """Number of assignments the router made to each expert (int32), before any is dropped."""
     load_balance_loss: Array
-    """E * sum_e load_e * mean router probability of e; 1 where balanced (Switch, arXiv:2101.03961, eq. 4). A sigmoid
-    router's probabilities are its sigmoids over their sum (DeepSeek-V3, eq. 19)."""
+    """E * sum_e load_e * mean router probability of e; 1 if balanced (Switch, arXiv:2101.03961, eq. 4).
+
+    The probabilities of a sigmoid router are its sigmoids divided by their sum (DeepSeek-V3, eq. 19).
+    """
     router_z_loss: Array
     """Mean squared log-sum-exp of the logits (ST-MoE, arXiv:2202.08906, eq. 5)."""
     entropy: Array
-    """Mean entropy of the router's distribution over all experts, in nats; log E where undecided."""
+    """Mean entropy, in nats, of the router's distribution over all experts; log E if uniform."""
     dropped: Array
-    """Assignments that no expert computed."""
+    """Number of assignments that no expert computed."""
     expert_ids: Array | None = None
-    """(B, T, A), where `MoE.keeps_expert_ids` asks for them."""
+    """Chosen experts (B, T, A), if `MoE.keeps_expert_ids` is set; otherwise None."""
 
     @property
     def load_E(self) -> Any:
-        """Share of the assignments that each expert got; sums to 1."""
+        """Fraction of the assignments that each expert got; sums to 1."""
         total = self.chosen_E.sum(axis=-1, keepdims=True)
         return self.chosen_E / (total + (total == 0))
 
 
 def over_microbatches(stats: RouterStats) -> RouterStats:
-    """Statistics of the parts of a step, stacked on dim 0 -> the step's: counts are summed, means averaged."""
+    """Merge the statistics of the microbatches of a step, stacked on dim 0: sum the counts, average the means."""
     summed = {"chosen_E", "dropped"}
     merged = {k: (jnp.sum if k in summed else jnp.mean)(x, axis=0) for k, x in stats._asdict().items() if x is not None}
     return RouterStats(**merged)
 
 
 class Router(Adapted):
-    """Scores of all experts for each token, (D, E). `bias` (E,), float32: see `config.SoftmaxRouter`."""
+    """Linear map (D, E) that scores all experts for each token.
+
+    `bias` (E,) is float32, or None; see `config.SoftmaxRouter`.
+    """
 
     def __init__(self, rngs: nnx.Rngs, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype, bias: bool = False):
         super().__init__(normal(rngs, (dim, num_experts), P(None, None), stddev, dtype))
@@ -55,7 +60,12 @@ class Router(Adapted):
         self.bias: nnx.Param | None = nnx.data(None if zeros is None else nnx.Param(zeros))
 
     def __call__(self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T E"]:
-        """key: of the dropout on the adapter's input."""
+        """Return the logits in float32.
+
+        Args:
+            x_BTD: hidden states.
+            key: PRNG key for the dropout on the adapter's input; None for no dropout.
+        """
         x_BTD = x_BTD.astype(jnp.float32)
         logits_BTE = _float32_product("BTD,DE->BTE", x_BTD, self.weight[...])
         if beside := self.adapter():
@@ -65,20 +75,27 @@ class Router(Adapted):
 
 
 def _float32_product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """float32 in earnest: a TPU would round the operands of a default product to bfloat16."""
+    """Compute a product in full float32 precision; by default a TPU would round the operands to bfloat16."""
     spec = activation_spec(equation.split("->")[1])
     return jnp.einsum(equation, x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST, out_sharding=spec)
 
 
 def next_bias(bias_E: Float[Array, "*L E"], chosen_E: Int[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:
-    """b_e + rate * sign(mean load - load of e), from the assignments of a whole step (arXiv:2408.15664, algorithm 1)."""
+    """Return b_e + rate * sign(mean load - load of e), from the assignments of a whole step (arXiv:2408.15664, algorithm 1)."""
     mean = jnp.mean(chosen_E.astype(jnp.float32), axis=-1, keepdims=True)
     return bias_E + rate * jnp.sign(mean - chosen_E)
 
 
 def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """The k largest of each token, or those where `by` is largest, and their indices; computed where the token is: left
-    alone, XLA:CPU gathers the whole batch. `by` has no gradient."""
+    """Return the k selected values of each token and their indices.
+
+    The selection runs where the token is, in a `shard_map`: otherwise XLA:CPU gathers the whole batch.
+
+    Args:
+        logits_BTE: values to return.
+        k: number of values per token.
+        by_BTE: select the k entries where this is largest; it gets no gradient. None to select by `logits_BTE`.
+    """
     tokens = P(batch_axes(), "context")
 
     def local(logits_btE: jax.Array, by_btE: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -92,7 +109,10 @@ def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tup
 
 
 def within_groups(by_BTE: Float[Array, "B T E"], num_groups: int, groups_per_token: int) -> Float[Array, "B T E"]:
-    """Minus infinity for experts outside of the token's groups: those whose two best sum to most."""
+    """Set the selection scores of experts outside the token's groups to minus infinity.
+
+    The groups kept are the `groups_per_token` groups whose two best experts have the largest sum.
+    """
     B, T, E = by_BTE.shape
     best_BTG2, _ = top_k(by_BTE.reshape(B, T, num_groups, -1), 2)
     _, groups_BTg = top_k(jnp.sum(best_BTG2, axis=-1), groups_per_token)
@@ -107,7 +127,15 @@ def router_stats(
     valid_BT: Bool[Array, "B T"],
     computed: Array,
 ) -> RouterStats:
-    """Losses and figures of one layer, over the whole mesh; a token's probabilities are the softmax of its log_scores."""
+    """Compute the losses and metrics of one layer's router over the whole mesh.
+
+    Args:
+        logits_BTE: router logits.
+        log_scores_BTE: the softmax of these is a token's probabilities.
+        expert_ids_BTA: chosen experts.
+        valid_BT: False for padding.
+        computed: number of assignments that experts computed, before the sum over replicas.
+    """
     E, A = logits_BTE.shape[-1], expert_ids_BTA.shape[-1]
     chosen_BTE = jnp.sum(expert_ids_BTA[..., None] == jnp.arange(E), axis=2) * valid_BT[..., None]
     lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)

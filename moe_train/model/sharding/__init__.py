@@ -1,1 +1,1 @@
-"""How weights and activations are laid out, gathered and reduced."""
+"""Sharding: the layout of weights and activations, and how they are gathered and reduced."""

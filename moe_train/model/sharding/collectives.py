@@ -1,13 +1,15 @@
-"""Inside `shard_map`: parts of an array gathered along a mesh axis, and sums scattered back; each is the other's gradient.
+"""Gather the parts of an array along a mesh axis, and scatter sums back; each is the gradient of the other. Local view.
 
-Bytes are all that both are chosen by. Asked for a reduce-scatter, XLA:TPU (libtpu of JAX 0.10) sums the whole array on each
-device, which doubles what a device receives,
-- along an axis that all devices of a slice lie on; of 64 and more it gathers by such a sum, too. In two stages, of devices
-  far apart and of neighbours, it scatters, and as many bytes move as in one;
-- inside each slice, where an axis goes over several: it scatters between slices alone. So stages are first inside a slice,
-  then between slices, which a part crosses that is as small as can be. A gather it takes in that order, reversed, itself;
-- where a device keeps no more than 128 entries, the lanes of a register, of the dim that lies along them; over several
-  slices, however many. So such a dim changes places with the one before, and the small part that is kept changes back.
+Both are written to minimize the bytes moved. Asked for a reduce-scatter, XLA:TPU (libtpu of JAX 0.10) all-reduces the whole
+array instead, which doubles the bytes that a device receives, in three cases:
+- along an axis that all devices of a slice lie on; of 64 devices and more it also gathers by such an all-reduce. Split into
+  two stages, one over devices far apart and one over neighbours, it does scatter, and moves as many bytes as in one stage;
+- inside each slice, if an axis spans several slices: it scatters between slices only. So the first stages are inside a slice
+  and the last one between slices, which therefore carries the smallest possible part. XLA itself takes a gather in the
+  reverse of that order;
+- if a device keeps no more than 128 entries, the lanes of a register, of the dim that lies along the lanes; over several
+  slices, for any number of entries. So such a dim is swapped with the one before it, and the small part that is kept is
+  swapped back.
 """
 
 from __future__ import annotations
@@ -22,15 +24,21 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from moe_train.machine.mesh import axis_size, platform, slices_along
 
 LANES = 128
+"""Lanes of a TPU register."""
 
 Groups = list[list[int]]
-"""Places along an axis that send to each other."""
+"""Groups of positions along an axis; the devices of a group send to each other."""
 
 
 def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """x's parts along a mesh axis, concatenated on `dim`.
+    """Concatenate the parts of x along a mesh axis on dim `dim`.
 
-    An axis of one device is passed over: XLA would keep the collective, and lay the weight out for it.
+    An axis of one device is skipped: XLA would keep the collective and change the weight's layout for it.
+
+    Args:
+        x: this device's part.
+        axis: mesh axis.
+        dim: dim of x that `axis` splits.
     """
     if axis_size(axis) == 1:
         return x
@@ -45,18 +53,26 @@ def _gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
 
 
 def scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """The sum of all x along a mesh axis, of which each device keeps its part of `dim`."""
+    """Sum x over a mesh axis and return this device's part of dim `dim`.
+
+    Args:
+        x: this device's summand, of the full size on `dim`.
+        axis: mesh axis.
+        dim: dim to split over `axis`.
+    """
     devices = axis_size(axis)
     if devices == 1:
         return x
     inside, between = _stages(axis)
     if platform() == "tpu" and 0 < dim == x.ndim - 1 and (between or x.shape[dim] // devices <= LANES):
         rows = jnp.swapaxes(x, dim - 1, dim)
-        # said of memory too, since it would be undone there
+        # Without the constraint XLA would undo the swap in the memory layout.
         rows = with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
         return jnp.swapaxes(scatter(rows, axis, dim - 1), dim - 1, dim)
+    # A first dim of size 1 (one expert per device) also makes XLA:TPU all-reduce the whole array.
     if x.shape[0] == 1 and dim > 0:  # one expert a device: that dim, too, makes XLA:TPU sum the whole
         return scatter(x[0], axis, dim - 1)[None]
+    # Devices of a slice keep neighbouring parts: first each device's part of every slice's part, then the part of its own slice.
     if between:  # devices of a slice keep neighbouring parts: of each slice's part their own, then that of their slice
         lead, tail = x.shape[:dim], x.shape[dim + 1 :]
         x = _scattered(x.reshape(*lead, len(between[0]), -1, *tail), axis, dim + 1, inside)
@@ -75,7 +91,10 @@ _gather.defvjp(lambda x, axis, dim: (_gather(x, axis, dim), None), lambda axis, 
 
 
 def _stages(axis: str) -> tuple[list[Groups] | list[None], Groups]:
-    """Who sends to whom in a scatter: in each stage inside slices (None is all to all), and then between slices, if any."""
+    """Return the groups of the stages of a scatter: a list of stages inside slices, and the groups between slices.
+
+    A stage of None is over all devices at once; the groups between slices are empty if there is only one slice.
+    """
     devices, slices = axis_size(axis), slices_along(axis)
     here, sizes = devices // slices, jax.sharding.get_abstract_mesh().shape
     alone = devices == math.prod(size for name, size in sizes.items() if name != "data")

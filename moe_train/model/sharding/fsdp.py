@@ -1,7 +1,7 @@
-"""Weights live split over `fsdp`; here they are gathered, just before use, and their gradients scattered back.
+"""Products with weights that are sharded over `fsdp`: gathered just before use, with gradients scattered back.
 
-A plain reshard of the weight would make its gradient an all-reduce of the whole weight. Here the gradient is
-formed with the weight's own spec, which lowers to a reduce-scatter.
+A plain reshard of the weight would make its gradient an all-reduce of the whole weight. Here the gradient is computed with
+the weight's own spec, which lowers to a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ from moe_train.model.sharding.specs import ACTIVATION, SPLIT, activation_spec, g
 
 
 def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
-    """`einsum(equation, x, w)` for an activation and a weight split over `fsdp`; the result has x's dtype.
+    """Compute `einsum(equation, x, w)` for an activation and a weight sharded over `fsdp`.
 
-    equation: two operands, e.g. `"BTD,DNH->BTNH"`; the letters say how the result is split (`ACTIVATION`).
-    A quantised weight is gathered as it is, and has no gradient.
+    Args:
+        equation: two operands, e.g. `"BTD,DNH->BTNH"`; the letters determine the result's sharding (`ACTIVATION`).
+        x: activation.
+        w: weight. A quantized weight is gathered in its quantized form, and has no gradient.
+
+    Returns:
+        The product, in the dtype of x.
     """
     y = _project_quantized(equation, x, w) if isinstance(w, Quantized) else _project(equation, x, w.astype(x.dtype))
     return checkpoint_name(y, "projection")
@@ -37,7 +42,7 @@ def _project(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _gather(w: jax.Array) -> jax.Array:
-    """Axis by axis: of both at once, XLA:TPU would make an all-reduce."""
+    """Gather a weight axis by axis: over both axes at once, XLA:TPU would use an all-reduce."""
     spec = spec_of(w)
 
     def local(w: jax.Array) -> jax.Array:
@@ -47,7 +52,7 @@ def _gather(w: jax.Array) -> jax.Array:
                     w = gather(w, axis, dim)
         return w
 
-    # the result is the same along the axes that it was gathered over, which the check cannot see
+    # The result is equal along the axes that it was gathered over, which the check cannot see.
     return jax.shard_map(local, in_specs=spec, out_specs=gathered(spec), check_vma=False)(w)
 
 
@@ -64,8 +69,10 @@ def _project_backward(equation: str, saved: tuple[jax.Array, jax.Array], dy: jax
 
 
 def _weight_gradient(x_letters: str, y_letters: str, w_letters: str, x: jax.Array, dy: jax.Array, spec: P) -> jax.Array:
-    """Each device's part of the sum over all tokens. The scatter is spelled out: left to XLA, a weight that two axes
-    split is all-reduced whole over one of them."""
+    """Compute this device's part of the weight gradient, summed over all tokens.
+
+    The scatter is explicit: XLA by itself would all-reduce a weight that two axes split, in full, over one of them.
+    """
     tokens = (*batch_axes(), "context")
 
     def local(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -78,6 +85,7 @@ def _weight_gradient(x_letters: str, y_letters: str, w_letters: str, x: jax.Arra
                     sums.remove(axis)
         return jax.lax.psum(dw, tuple(sums))
 
+    # For a weight that is not split where its activation is split over `tensor`.
     def with_tensor(letter: str, entry: Any) -> Any:  # of a weight that is whole where its activation is split
         return "tensor" if entry is None and ACTIVATION.get(letter) == "tensor" else entry
 
@@ -116,11 +124,18 @@ _project_quantized.defvjp(_project_quantized_forward, _project_quantized_backwar
 
 
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-    """Rows of an embedding table split over `tensor` (V) and, where its spec says so, `fsdp` (D)."""
+    """Look up rows of an embedding table that is split over `tensor` (V) and, depending on its spec, `fsdp` (D).
+
+    Args:
+        table_VD: the table.
+        tokens_BT: token ids.
+        dtype: dtype of the result.
+    """
     spec, axes = spec_of(table_VD), global_axes()
 
     def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
         table_vD = whole_rows(table_vd.astype(dtype), spec, axes)
+        # Each device looks up the tokens of its own rows and adds zeros for the others.
         row = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
         here = (row >= 0) & (row < table_vD.shape[0])
         return jax.lax.psum(jnp.where(here[..., None], table_vD[jnp.where(here, row, 0)], 0), "tensor")
@@ -130,9 +145,13 @@ def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: j
 
 
 def whole_rows(table_vd: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
-    """Inside `shard_map`: a part of a table (V, n) with its spec -> this device's rows over `tensor`, all columns.
+    """Gather this device's rows over `tensor` with all columns. Call it inside `shard_map`.
 
-    axes: `global_axes()` outside."""
+    Args:
+        table_vd: this device's part of a table (V, n).
+        spec: partition spec of the table.
+        axes: result of `global_axes()` outside the `shard_map`.
+    """
     table_vd = vary_with_spec(table_vd, spec, axes)
     if "fsdp" in spec:
         table_vd = gather(table_vd, "fsdp", 1)
@@ -140,12 +159,15 @@ def whole_rows(table_vd: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array
 
 
 def vary_with_spec(w: jax.Array, spec: P, axes: tuple[str, ...]) -> jax.Array:
-    """Inside `shard_map`: let a weight differ along those of `axes` that `spec` does not split it over, as the activations
-    that it meets do; its gradient is then summed over them. Before the gather, so that a part is summed, not the whole.
+    """Let a weight vary along the mesh axes that `spec` does not split it over. Call it inside `shard_map`, before the gather.
 
-    axes: `global_axes()` outside."""
+    The activations that the weight is multiplied with vary along these axes, so its gradient is then summed over them. Before
+    the gather, that sum is of this device's part and not of the whole weight.
+
+    Args:
+        w: this device's part of a weight.
+        spec: partition spec of the weight.
+        axes: result of `global_axes()` outside the `shard_map`.
+    """
     split = {axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))}
     return jax.lax.pcast(w, tuple(axis for axis in axes if axis not in split), to="varying")
-
-
-# --- replicas that work for themselves -----------------------------------------------------------------------------

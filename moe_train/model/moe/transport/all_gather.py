@@ -1,7 +1,7 @@
-"""The transport `all_gather`: every device sees all tokens of its axis `expert` and computes the assignments of its own experts.
+"""Transport `all_gather`: every device gets all tokens of its `expert` axis and computes the assignments of its own experts.
 
-Tokens, expert ids and weights are all-gathered; outputs are partial sums over the experts, which a reduce-scatter adds up
-and returns to the devices of the tokens. Local view; R rows, one for each assignment of all X devices.
+Tokens, expert ids and weights are all-gathered. Outputs are partial sums over the experts; a reduce-scatter adds them up and
+returns them to the devices of the tokens. Local view; R rows, one for each assignment of all X devices.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ RECOMPUTES_EXPERTS: Final = False
 
 
 def run_experts(assignments: Assignments, experts: LocalExperts, sizes: ExchangeSizes) -> Combined:
-    """Gather all tokens, apply this device's experts to their rows, scatter the sums (`transport.Transport`)."""
+    """Gather all tokens, apply this device's experts to their rows, scatter the sums. See `transport.Transport`."""
     weights = experts.unshard(experts.weights)
     x_mD, ids_mA, weights_mA = (gather(x, "expert", 0) for x in assignments[:3])
     e, A = experts.count, ids_mA.shape[1]
     own_mA = ids_mA - jax.lax.axis_index("expert") * e
+    # Local expert id e means an expert of another device, or none.
     own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)  # e: an expert of another device, or none
     order_R = checkpoint_name(jnp.argsort(own_mA.reshape(-1), stable=True), "routing")
     inverse_mA = checkpoint_name(jnp.argsort(order_R).reshape(-1, A), "routing")
@@ -39,14 +40,17 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
 
 
 def received(sizes: ExchangeSizes) -> dict[str, int]:
-    """The tokens of the other devices, m rows each: gathered forward and again for the recomputed layer, and so is the
-    gradient of the outputs; outputs and the gradient of the tokens are reduce-scattered."""
+    """Return the bytes that a device receives. See `transport.Transport`.
+
+    The tokens of the other devices, m rows each, are gathered in the forward pass and again for the recomputed layer, and so is
+    the gradient of the outputs; outputs and the gradient of the tokens are reduce-scattered.
+    """
     once = (sizes.devices - 1) * sizes.tokens * sizes.model_dim * sizes.itemsize
     return {"all-gather": 3 * once, "reduce-scatter": 2 * once}
 
 
 def rows_at_once(sizes: ExchangeSizes) -> int:
-    """All assignments of all devices: any of them may go to this device's experts."""
+    """Return the number of all assignments of all devices: any of them may go to this device's experts."""
     return sizes.devices * sizes.assignments
 
 
@@ -55,7 +59,13 @@ def rows_at_once(sizes: ExchangeSizes) -> int:
 
 @jax.custom_vjp
 def dispatch(x_mD: jax.Array, order_R: jax.Array, inverse_mA: jax.Array) -> jax.Array:
-    """Rows of the assignments in the order of their experts: x[order // A]."""
+    """Copy tokens to rows in the order of their experts: x[order // A].
+
+    Args:
+        x_mD: tokens.
+        order_R: assignments in the order of their experts.
+        inverse_mA: row of each assignment.
+    """
     return x_mD[order_R // inverse_mA.shape[1]]
 
 
@@ -72,7 +82,14 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 @jax.custom_vjp
 def combine(y_RD: jax.Array, weights_mA: jax.Array, order_R: jax.Array, inverse_mA: jax.Array) -> jax.Array:
-    """sum over a of weights[m, a] * y[row of assignment (m, a)], in float32."""
+    """Compute the sum over a of weights[m, a] * y[row of assignment (m, a)], in float32.
+
+    Args:
+        y_RD: outputs of the rows.
+        weights_mA: router weights.
+        order_R: assignments in the order of their experts.
+        inverse_mA: row of each assignment.
+    """
     A = weights_mA.shape[1]
     first, *others = (weights_mA[:, a, None] * y_RD[inverse_mA[:, a]].astype(jnp.float32) for a in range(A))
     return sum(others, start=first)

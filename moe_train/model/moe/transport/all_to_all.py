@@ -1,6 +1,6 @@
-"""The transport `all_to_all`: assignments travel to the device of the `expert` axis that holds their expert, and back.
+"""Transport `all_to_all`: assignments are sent to the device of the `expert` axis that holds their expert, and back.
 
-Every device has a bucket of rows for every other one; `jax.lax.all_to_all` exchanges whole buckets, full or not, of rows,
+Every device has a bucket of rows for every other one. `jax.lax.all_to_all` exchanges whole buckets, full or not, of rows,
 expert ids and router weights. `chunks` repeats the exchange until every assignment has been sent.
 
 Local view; X devices of the axis, S = X * bucket size rows of a chunk, n = m * A assignments of this device's tokens.
@@ -24,7 +24,7 @@ RECOMPUTES_EXPERTS: Final = True
 
 
 def run_experts(assignments: Assignments, experts: LocalExperts, sizes: ExchangeSizes) -> Combined:
-    """Exchange buckets until every assignment has met its expert (`transport.Transport`)."""
+    """Exchange buckets until every assignment has reached its expert. See `transport.Transport`."""
     size = bucket_size(sizes)
     routes, num_chunks = bucket_routes(assignments.expert_ids_mA, experts.count, size)
     inputs = ChunkInputs(assignments.x_mD, assignments.weights_mA, experts.weights)
@@ -34,37 +34,43 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
 
 
 def received(sizes: ExchangeSizes) -> dict[str, int]:
-    """X - 1 buckets, five ways: whole buckets travel, whatever they hold."""
+    """Return the bytes of X - 1 buckets, exchanged five times: whole buckets are sent, whatever they contain."""
     rows = (sizes.devices - 1) * bucket_size(sizes)
     return {"all-to-all": 5 * rows * sizes.model_dim * sizes.itemsize}
 
 
 def rows_at_once(sizes: ExchangeSizes) -> int:
-    """A bucket from each device."""
+    """Return the number of rows of one bucket from each device."""
     return sizes.devices * bucket_size(sizes)
 
 
 class BucketRoutes(NamedTuple):
-    """Where each assignment of this device goes."""
+    """Destinations of the assignments of this device."""
 
     order_n: jax.Array
     """Assignments in the order of their experts."""
     rank_mA: jax.Array
-    """Place of each assignment in that order, counted from the first one for the same device."""
+    """Position of each assignment in that order, counted from the first assignment for the same device."""
     device_mA: jax.Array
-    """Device that holds the expert; X for an assignment that goes nowhere."""
+    """Device that holds the expert; X for an assignment that is sent nowhere."""
     expert_n: jax.Array
-    """In that order: number of the expert on its device."""
+    """Index of the expert on its device, in that order."""
     starts_X: jax.Array
-    """In that order: the first assignment for each device."""
+    """Position of the first assignment for each device, in that order."""
     counts_X: jax.Array
     """Number of assignments for each device."""
 
 
 def bucket_routes(expert_ids_mA: jax.Array, experts_per_device: int, size: int) -> tuple[BucketRoutes, jax.Array]:
-    """The routes of this device's assignments, and the number of chunks that buckets of `size` rows take on all devices.
+    """Compute the destinations of this device's assignments.
 
-    expert_ids: among all experts; X * experts_per_device for an assignment that goes nowhere.
+    Args:
+        expert_ids_mA: ids among all experts; X * experts_per_device for an assignment that is sent nowhere.
+        experts_per_device: number of experts on each device.
+        size: rows of a bucket.
+
+    Returns:
+        The routes, and the number of chunks that buckets of `size` rows take; it is the same on all devices.
     """
     X, e, A = axis_size("expert"), experts_per_device, expert_ids_mA.shape[1]
     order_n = jnp.argsort(expert_ids_mA.reshape(-1), stable=True)
@@ -73,13 +79,14 @@ def bucket_routes(expert_ids_mA: jax.Array, experts_per_device: int, size: int) 
     counts_X = jnp.sum(device_mA.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     starts_X = jnp.cumsum(counts_X) - counts_X
     rank_mA = place_mA - jnp.append(starts_X, 0)[device_mA]
+    # All devices of a replica must run the same number of chunks, or the collectives would wait forever.
     num_chunks = jax.lax.pmax(jnp.max(-(-counts_X // size)), ("fsdp", "expert", "context"))
     expert_n = expert_ids_mA.reshape(-1)[order_n] % e
     return BucketRoutes(order_n, rank_mA, device_mA, expert_n, starts_X, counts_X), num_chunks
 
 
 def exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, size: int, experts: LocalExperts) -> jax.Array:
-    """What chunk i adds to each token: the assignments with ranks i * size … (i + 1) * size - 1 of every bucket."""
+    """Compute what chunk i adds to each token: the assignments with ranks i * size … (i + 1) * size - 1 of every bucket."""
     routes: BucketRoutes = routing.routes
     X, A = routes.counts_X.shape[0], inputs.weights_mA.shape[1]
     rank_Xs = i * size + jnp.arange(size) + jnp.zeros((X, 1), jnp.int32)
@@ -104,5 +111,5 @@ def exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, siz
 
 
 def _exchange(x_S: jax.Array) -> jax.Array:
-    """A bucket for each device -> a bucket from each device."""
+    """Exchange a bucket for each device for a bucket from each device."""
     return jax.lax.all_to_all(x_S, "expert", split_axis=0, concat_axis=0, tiled=True)

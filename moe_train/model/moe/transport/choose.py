@@ -1,4 +1,4 @@
-"""Which transport a layer uses: the stated one, or under `auto` the one that moves the fewest bytes along the axis `expert`."""
+"""Selection of a layer's transport: as configured, or with `auto` the one that moves the fewest bytes along the axis `expert`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from moe_train.model.moe.transport.transport import ExchangeSizes, Name, Transpo
 
 
 def choose_transport(setting: Name | Literal["auto"], sizes: ExchangeSizes, on: str | None = None) -> Transport:
-    """The transport of `compute.transport`; on: the platform that `auto` chooses for, by default that of the mesh in force."""
+    """Return the transport module for a value of `compute.transport`.
+
+    Args:
+        setting: name of a transport, or `auto`.
+        sizes: what a device exchanges in one layer of a microbatch.
+        on: platform that `auto` chooses for; None for the platform of the mesh in force.
+    """
     match setting:
         case "auto":
             candidates = [choose_transport(name, sizes) for name in transports_of(on or platform())]
@@ -31,7 +37,7 @@ def choose_transport(setting: Name | Literal["auto"], sizes: ExchangeSizes, on: 
 
 
 def transports_of(on: str) -> tuple[Name, ...]:
-    """The names of the transports that `auto` chooses from on a platform; of equal ones it takes the first.
+    """Return the names of the transports that `auto` chooses from on a platform; among equal ones it takes the first.
 
     ragged_all_to_all is not implemented on CPUs and not measured on GPUs.
     """
@@ -45,7 +51,7 @@ def check_transport(setting: str) -> None:
 
 
 def exchange_sizes(run: config.Run, mesh_sizes: Mapping[str, int]) -> ExchangeSizes:
-    """What a device exchanges in each layer of a run with experts, on a mesh with axes of these sizes."""
+    """Return what a device exchanges in each layer of a run with experts, on a mesh with axes of these sizes."""
     assert isinstance(run.model.ffn, config.MoeFfn)
     ffn, T, capacity_factor = run.model.ffn, run.train.seq_len, run.train.capacity_factor
     rows = run.train.batch_size // (run.train.microbatches * math.prod(mesh_sizes[axis] for axis in BATCH))
@@ -64,15 +70,17 @@ def exchange_sizes(run: config.Run, mesh_sizes: Mapping[str, int]) -> ExchangeSi
 
 
 def transport_of(run: config.Run, mesh_sizes: Mapping[str, int]) -> Name | None:
-    """The name of a run's transport; None where the axis `expert` has one device."""
+    """Return the name of a run's transport; None if the axis `expert` has one device."""
     if mesh_sizes["expert"] == 1:
         return None
     return choose_transport(run.compute.transport, exchange_sizes(run, mesh_sizes)).NAME
 
 
 def transport_in_words(run: config.Run, mesh_sizes: Mapping[str, int]) -> str | None:
-    """A line about the transport of a run and the bytes that it and the others move; None where the axis `expert` has one
-    device."""
+    """Describe in one line the transport of a run and the bytes that it and the others move.
+
+    None if the axis `expert` has one device.
+    """
     chosen = transport_of(run, mesh_sizes)
     if chosen is None:
         return None

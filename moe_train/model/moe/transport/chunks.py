@@ -1,13 +1,13 @@
-"""Assignments sent in chunks of a fixed size, as many as it takes: the loop that both all-to-all transports share.
+"""The loop that both all-to-all transports share: assignments are sent in chunks of a fixed size until all are sent.
 
-Buffers have a fixed size: a bucket of rows for each other device, a quarter more than balanced routing fills. What does not
-fit goes in a further chunk, and all devices do as many chunks as the fullest bucket of any of them needs: nothing is dropped
-whatever the routing, and balanced routing takes one chunk. The backward pass goes through the same chunks again, from the
-layer's inputs: no chunk leaves anything in memory.
+Buffers have a fixed size: one bucket of rows per other device, with a quarter more rows than balanced routing fills. What
+does not fit is sent in a further chunk, and all devices do as many chunks as the fullest bucket of any of them needs. So
+nothing is dropped whatever the routing, and balanced routing takes one chunk. The backward pass runs the same chunks again
+from the layer's inputs, so no chunk keeps anything in memory.
 
 Buffers for the worst case, compiled for 8 v5p chips (tests/benchmarks/buffers.py), would take 3.7 GiB in a layer where these
-take 1.8, 2.5 times the operations outside kernels, and 3.2 times the bytes received. As the other branch of a `lax.cond` they
-are seldom used, and take the memory still: 4.1 GiB.
+take 1.8, with 2.5 times the operations outside kernels and 3.2 times the bytes received. As the other branch of a `lax.cond`
+they would rarely be used, but would still take the memory: 4.1 GiB.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import jax.numpy as jnp
 from moe_train.model.moe.transport.transport import DropoutCounters, ExchangeSizes
 
 SLACK = 1.25
-"""Rows of a bucket over those that balanced routing fills."""
+"""Rows of a bucket, as a multiple of the rows that balanced routing fills."""
 
 
 def bucket_size(sizes: ExchangeSizes) -> int:
-    """Rows of one bucket: what a device can send to one other in a chunk."""
+    """Return the number of rows of one bucket: what a device can send to one other device in a chunk."""
     unit = max(1, min(512, sizes.assignments) // sizes.devices)  # all buckets together fill whole tiles of the kernels' rows
     rows = math.ceil(SLACK * sizes.assignments / sizes.devices)
     return -(-min(rows, sizes.peer_capacity or rows) // unit) * unit
 
 
 class ChunkInputs(NamedTuple):
-    """What a chunk is computed from, and has gradients."""
+    """Differentiable inputs of a chunk."""
 
     x_mD: jax.Array
     weights_mA: jax.Array
@@ -42,12 +42,12 @@ class ChunkInputs(NamedTuple):
 
 
 class ChunkRouting(NamedTuple):
-    """Which assignment goes where in which chunk; has no gradients."""
+    """Destinations of the assignments and the number of chunks; not differentiable."""
 
     routes: Any
-    """Pytree of integers, the transport's own."""
+    """Pytree of integers, specific to the transport."""
     num_chunks: jax.Array
-    """The same number on every device of a replica."""
+    """Number of chunks; the same on every device of a replica."""
     dropout_mA: DropoutCounters | None
 
 
@@ -58,9 +58,16 @@ ComputeChunk = Callable[[jax.Array, ChunkInputs, ChunkRouting], jax.Array]
 def sum_over_chunks(
     compute_chunk: ComputeChunk, unshard: Callable[[Any], Any], inputs: ChunkInputs, routing: ChunkRouting
 ) -> jax.Array:
-    """Add up for each token what all chunks contribute, all-reduced over `tensor`: (m, D).
+    """Sum the contributions of all chunks to each token, all-reduced over `tensor`.
 
-    unshard: gathers the experts of `inputs` over `fsdp`, once for all chunks.
+    Args:
+        compute_chunk: computes the contribution of one chunk.
+        unshard: gathers the experts of `inputs` over `fsdp`; called once for all chunks.
+        inputs: differentiable inputs.
+        routing: destinations of the assignments, and the number of chunks.
+
+    Returns:
+        The sums (m, D), in the dtype of the tokens.
     """
 
     @jax.custom_vjp
@@ -81,6 +88,7 @@ def sum_over_chunks(
         unsharded = inputs._replace(experts=experts)
 
         def add(i: jax.Array, gradients: ChunkInputs) -> ChunkInputs:
+            # The chunk is computed again here: JAX cannot reverse a loop whose number of iterations is dynamic.
             _, vjp = jax.vjp(lambda inputs: compute_chunk(i, inputs, routing), unsharded)
             (more,) = vjp(dy_mD)
             return jax.tree.map(jnp.add, gradients, more)

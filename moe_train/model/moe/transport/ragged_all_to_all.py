@@ -1,14 +1,14 @@
-"""The transport `ragged_all_to_all`: as `all_to_all`, but each device sends exactly the assignments that there are.
+"""Transport `ragged_all_to_all`: as `all_to_all`, but each device sends exactly the assignments that exist.
 
-A device receives the rows of all others one after the other in one buffer, as large as all buckets of `all_to_all` together,
-which overflows only when the device's own load is a quarter over the balanced one, wherever that load comes from. What does
-not fit goes in a further chunk, as there. All devices know how many assignments each has for each expert, and so which rows
-come from where: no expert ids travel, only rows and router weights.
+A device receives the rows of all others one after the other in one buffer, as large as all buckets of `all_to_all` together.
+It overflows only if the device's total load is more than a quarter above the balanced load, wherever that load comes from.
+What does not fit is sent in a further chunk, as in `all_to_all`. All devices know how many assignments each has for each
+expert, and so which rows come from where: no expert ids are sent, only rows and router weights.
 
 XLA:CPU does not implement this collective. Compiled for 64 v5p chips (two layers of Mixtral 8x7B, fsdp 8 x expert 8, a
-sequence of 4096 a chip) a chip receives 602 MB of rows where the buckets of all_to_all are 734 MB, 3.99 GB of all kinds where
-it is 4.12, with 3.94 GiB of memory where it is 3.93. So `auto` chooses it on TPUs, and a run that uses it first compares it
-with all_gather on its own devices (`run.self_test`).
+sequence of 4096 per chip), a chip receives 602 MB of rows where the buckets of all_to_all are 734 MB, 3.99 GB of all kinds
+against 4.12 GB, with 3.94 GiB of memory against 3.93 GiB. So `auto` chooses it on TPUs, and a run that uses it first compares
+it with all_gather on its own devices (`run.self_test`).
 
 Local view; S rows of the buffer of a chunk, n = m * A assignments of this device's tokens.
 """
@@ -31,7 +31,7 @@ RECOMPUTES_EXPERTS: Final = True
 
 
 def run_experts(assignments: Assignments, experts: LocalExperts, sizes: ExchangeSizes) -> Combined:
-    """Exchange rows until every assignment has met its expert (`transport.Transport`)."""
+    """Exchange rows until every assignment has reached its expert. See `transport.Transport`."""
     rows = rows_at_once(sizes)
     routes, num_chunks = _routes(assignments.expert_ids_mA, experts.count, rows)
     inputs = ChunkInputs(assignments.x_mD, assignments.weights_mA, experts.weights)
@@ -41,37 +41,46 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
 
 
 def received(sizes: ExchangeSizes) -> dict[str, int]:
-    """The assignments that other devices hold for this one's experts, (X - 1) / X * m * A, five ways."""
+    """Return the bytes of the assignments that other devices hold for this one's experts, exchanged five times.
+
+    These are (X - 1) / X * m * A rows.
+    """
     rows = (sizes.devices - 1) * sizes.assignments // sizes.devices
     return {"ragged-all-to-all": 5 * rows * sizes.model_dim * sizes.itemsize}
 
 
 def rows_at_once(sizes: ExchangeSizes) -> int:
-    """The size of the buffer, that of all buckets of `all_to_all`."""
+    """Return the number of rows of the buffer, that of all buckets of `all_to_all` together."""
     return sizes.devices * bucket_size(sizes)
 
 
 class RaggedRoutes(NamedTuple):
-    """Which assignments go where; X by X matrices are [from, to] and the same on all devices of the axis."""
+    """Destinations of the assignments; X by X matrices are [from, to] and the same on all devices of the axis."""
 
     order_n: jax.Array
-    """Assignments of this device in the order of their experts; those that go nowhere last."""
+    """Assignments of this device in the order of their experts; those that are sent nowhere come last."""
     place_mA: jax.Array
-    """Place of each assignment in that order."""
+    """Position of each assignment in that order."""
     counts_XE: jax.Array
-    """Assignments of each device to each expert."""
+    """Number of assignments of each device to each expert."""
     starts_XX: jax.Array
-    """Place of the first assignment for a device, in the order of the device that sends it."""
+    """Position of the first assignment for a device, in the order of the device that sends it."""
     into_XX: jax.Array
-    """Place of that assignment among all that its receiver gets."""
+    """Position of that assignment among all that its receiver gets."""
     sent_XX: jax.Array
-    """Number of assignments."""
+    """Number of assignments from one device to another."""
 
 
 def _routes(expert_ids_mA: jax.Array, experts_per_device: int, rows: int) -> tuple[RaggedRoutes, jax.Array]:
-    """The routes of all devices, and the number of chunks that a buffer of so many rows takes on all of them.
+    """Compute the destinations of the assignments of all devices.
 
-    expert_ids: among all experts; X * experts_per_device for an assignment that goes nowhere.
+    Args:
+        expert_ids_mA: ids among all experts; X * experts_per_device for an assignment that is sent nowhere.
+        experts_per_device: number of experts on each device.
+        rows: rows of the buffer.
+
+    Returns:
+        The routes, and the number of chunks that a buffer of `rows` rows takes; it is the same on all devices.
     """
     X, A = axis_size("expert"), expert_ids_mA.shape[1]
     order_n = jnp.argsort(expert_ids_mA.reshape(-1), stable=True)
@@ -86,27 +95,27 @@ def _routes(expert_ids_mA: jax.Array, experts_per_device: int, rows: int) -> tup
 
 
 class Window(NamedTuple):
-    """The rows that one chunk moves, as `jax.lax.ragged_all_to_all` takes them: to the experts, and back to the tokens.
+    """The rows that one chunk moves, in the form that `jax.lax.ragged_all_to_all` takes: to the experts, and back to the tokens.
 
-    Home is the device of the tokens.
+    "Home" is the device of the tokens.
     """
 
     start_X: jax.Array
     """At home: the first row for each device."""
     size_X: jax.Array
-    """Number of rows for each device."""
+    """At home: the number of rows for each device."""
     at_X: jax.Array
-    """Where these rows begin in the buffer of that device."""
+    """Position of these rows in the buffer of that device."""
     back_start_X: jax.Array
     """At the experts: the first row from each device."""
     back_size_X: jax.Array
-    """Number of rows from each device."""
+    """At the experts: the number of rows from each device."""
     back_at_X: jax.Array
-    """Where these rows begin at their home."""
+    """Position of these rows at their home."""
 
 
 def _window(i: jax.Array, routes: RaggedRoutes, rows: int) -> Window:
-    """The window of chunk i: rows i * rows … (i + 1) * rows - 1 of all that each device receives."""
+    """Return the window of chunk i: rows i * rows … (i + 1) * rows - 1 of all that each device receives."""
     me, first = jax.lax.axis_index("expert"), i * rows
     low_XX = jnp.clip(routes.into_XX, first, first + rows)
     size_XX = jnp.clip(routes.into_XX + routes.sent_XX, first, first + rows) - low_XX
@@ -116,7 +125,7 @@ def _window(i: jax.Array, routes: RaggedRoutes, rows: int) -> Window:
 
 
 def _exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, rows: int, experts: LocalExperts) -> jax.Array:
-    """What chunk i adds to each token."""
+    """Compute what chunk i adds to each token."""
     routes: RaggedRoutes = routing.routes
     X, E = routes.counts_XE.shape
     n, A = inputs.weights_mA.size, inputs.weights_mA.shape[1]
@@ -136,12 +145,12 @@ def _exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, ro
         counters_n = routing.dropout_mA.counters.reshape(-1)[routes.order_n]
         dropout_S = routing.dropout_mA._replace(counters=_to_experts(counters_n, window, rows, n))
     y_SD = apply_experts(ReceivedRows(x_SD, expert_S, weight_S.reshape(-1, 1), dropout_S), experts, inputs.experts)
-    # And back to the tokens: places that this chunk has no row for are zero.
+    # Back to the tokens: positions that this chunk has no row for are zero.
     return from_rows(_to_tokens(y_SD, window, rows, n).astype(jnp.float32), placement)
 
 
 def _move(x: jax.Array, rows: int, start_X: jax.Array, size_X: jax.Array, at_X: jax.Array, coming_X: jax.Array) -> jax.Array:
-    """Send slices of x; returns the buffer of `rows` rows that this device receives."""
+    """Send slices of x to the other devices, and return the buffer of `rows` rows that this device receives."""
     buffer = jax.lax.full_like(x, 0, shape=(rows, *x.shape[1:]))
     return jax.lax.ragged_all_to_all(x, buffer, start_X, size_X, at_X, coming_X, axis_name="expert")
 
@@ -151,13 +160,13 @@ def _move(x: jax.Array, rows: int, start_X: jax.Array, size_X: jax.Array, at_X: 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _to_experts(x_n: jax.Array, window: Window, rows: int, n: int) -> jax.Array:
-    """Rows at home -> rows at their experts."""
+    """Send rows from home to their experts."""
     return _move(x_n, rows, window.start_X, window.size_X, window.at_X, window.back_size_X)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _to_tokens(y_S: jax.Array, window: Window, rows: int, n: int) -> jax.Array:
-    """Rows at their experts -> rows at home."""
+    """Send rows from their experts back home."""
     return _move(y_S, n, window.back_start_X, window.back_size_X, window.back_at_X, window.size_X)
 
 

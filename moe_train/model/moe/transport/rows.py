@@ -1,6 +1,6 @@
-"""Tokens copied to the rows of a buffer, computed there by their experts, and summed from rows back to tokens. Local view.
+"""Copy tokens to the rows of a buffer, apply the experts there, and sum rows back to tokens. Local view.
 
-All copies are gathers, and so are their gradients: a scatter-add is serial on CPU and unordered on GPU.
+All copies are gathers, and so are their gradients: a scatter-add is serial on CPU and has no fixed order on GPU.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ from moe_train.model.moe.transport.transport import DropoutCounters, LocalExpert
 
 
 class Placement(NamedTuple):
-    """Which token is in which of the S rows of a buffer, read from either side."""
+    """The mapping between tokens and the S rows of a buffer, in both directions."""
 
     token_S: jax.Array
+    """Token of each row."""
     used_S: jax.Array
     """Whether the row holds an assignment."""
     row_mA: jax.Array
+    """Row of each assignment."""
     present_mA: jax.Array
     """Whether the assignment is in this buffer."""
 
 
 @jax.custom_vjp
 def to_rows(x_mD: jax.Array, placement: Placement) -> jax.Array:
-    """(m, D) -> (S, D): the token of each used row, zeros elsewhere."""
+    """Copy tokens (m, D) to rows (S, D): the token of each used row, zeros elsewhere."""
     return jnp.where(placement.used_S[:, None], x_mD[placement.token_S], 0)
 
 
 @jax.custom_vjp
 def from_rows(y_SD: jax.Array, placement: Placement) -> jax.Array:
-    """(S, D) -> (m, D): the sum of each token's rows."""
+    """Sum rows (S, D) to tokens (m, D): the sum of each token's rows."""
     row_mA, present_mA = placement.row_mA, placement.present_mA
     first, *others = (jnp.where(present_mA[:, a, None], y_SD[row_mA[:, a]], 0) for a in range(row_mA.shape[1]))
     return sum(others, start=first)
@@ -44,7 +46,13 @@ from_rows.defvjp(lambda y, at: (from_rows(y, at), at), lambda at, dy: (to_rows(d
 
 @jax.custom_vjp
 def permute(x_SD: jax.Array, order_S: jax.Array, inverse_S: jax.Array) -> jax.Array:
-    """The rows in another order: x[order], where order[inverse] is 0, 1, 2, …"""
+    """Reorder the rows: x[order].
+
+    Args:
+        x_SD: rows.
+        order_S: the permutation.
+        inverse_S: its inverse: order[inverse] is 0, 1, 2, …
+    """
     return x_SD[order_S]
 
 
@@ -56,18 +64,25 @@ class ReceivedRows(NamedTuple):
 
     x_SD: jax.Array
     expert_S: jax.Array
-    """Among this device's e experts; e for an unused row."""
+    """Index among this device's e experts; e for an unused row."""
     weight_S1: jax.Array
     """Router weight of the assignment; 0 for an unused row."""
     dropout_S: DropoutCounters | None
 
 
 def apply_experts(rows: ReceivedRows, experts: LocalExperts, weights: Any) -> jax.Array:
-    """Sort rows by expert, apply the experts, restore the order and multiply by the router weights: (S, D).
+    """Sort rows by expert, apply the experts, restore the order and multiply by the router weights.
 
-    weights: those of `experts`, unsharded.
-    The router weights are applied here rather than at the token's own device: then no gradient needs the experts' outputs,
-    and the backward pass does not send them again.
+    The router weights are applied here and not on the token's own device. So no gradient needs the experts' outputs, and the
+    backward pass does not send them again.
+
+    Args:
+        rows: received rows.
+        experts: this device's experts.
+        weights: weights of `experts`, unsharded.
+
+    Returns:
+        The weighted outputs (S, D), in the order of `rows`.
     """
     order_S = jnp.argsort(rows.expert_S, stable=True)
     inverse_S = jnp.argsort(order_S)

@@ -1,13 +1,13 @@
-"""What training asks of XLA's compilers beyond their defaults: one place, each option with its reason.
+"""XLA compiler options for training beyond the defaults, in one place, each with its reason.
 
-`train`, `bench` and `plan` compile alike (`train.step.compile_step`). Figures: Mixtral 8x7B for 64 v5p chips, fsdp 8 x
-expert 8, a sequence of 4096 tokens a chip, JAX 0.10.2, bytes that a chip receives in a step; "overlapped" are those for which
-`plan.hlo` finds products between start and end. By default there are none: XLA:TPU merges an asynchronous collective with a
-product of its own, and ours are in Pallas kernels.
+`train`, `bench` and `plan` compile with the same options (`train.step.compile_step`). The figures are for Mixtral 8x7B on 64
+v5p chips, fsdp 8 x expert 8, a sequence of 4096 tokens per chip, JAX 0.10.2, in bytes that a chip receives in a step.
+"Overlapped" bytes are those of collectives for which `plan.hlo` finds products between start and end. By default there are
+none: XLA:TPU fuses an asynchronous collective with a product of its own, and ours are in Pallas kernels.
 
 Tried without benefit (two layers):
 - xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call, xla_tpu_mosaic_fusion: the same program; with the fusions
-  of collectives that MaxText enables the compiler takes more than 18 GB of the host's memory.
+  of collectives that MaxText enables, the compiler takes more than 18 GB of the host's memory.
 - gathers on SparseCores (xla_tpu_enable_sparse_core_collective_offload_all_gather): those of the experts stay as they are,
   0.007 of 2.08 GB become overlapped, fewer of the scatters are, and memory grows by half a GiB.
 """
@@ -15,15 +15,15 @@ Tried without benefit (two layers):
 from __future__ import annotations
 
 V5P = ("TPU v5", "TPU v5p")
-"""The names that the compiler and the device use."""
+"""Names of the v5p that the compiler and the device use."""
 
 
 def compiler_options(device_kind: str) -> dict[str, str | bool]:
-    """Options of `jax.stages.Lowered.compile` for a kind of device."""
+    """Return the options of `jax.stages.Lowered.compile` for a kind of device; empty for the defaults."""
     if device_kind in V5P:
         return {
-            # SparseCores move data while anything else runs: of 11.4 GB of gradients scattered along fsdp, 11.2 are
-            # overlapped, for 4% more compile time, and the step still takes less than 18 GiB.
+            # SparseCores move data while anything else runs: of 11.4 GB of gradients scattered along fsdp, 11.2 GB are overlapped,
+            # for 4% more compile time, and the step still takes less than 18 GiB.
             "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
         }
     return {}

@@ -1,12 +1,12 @@
-"""The table of accelerators: peaks as their makers state them, and prices as of a date, which a user can replace.
+"""Table of accelerators: peak figures from the manufacturers, and dated prices, which a user can replace.
 
 Figures are peaks per chip. Sources, read in November 2026:
   TPU: https://cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e, …/tpu7x (key specifications; HBM, ICI and DCN bandwidth).
   GPU: the data sheets of A100 (80 GB, SXM4), H100 (SXM5, PCIe), H200 (SXM), HGX B200 and L40S on nvidia.com, without sparsity;
        network of a GPU: one 400 Gb/s adapter each in DGX H100, H200 and B200, 200 Gb/s in DGX A100 (DGX user guides).
-HBM that programs get: v5e's as its compiler's errors say; v6e's by the same share, unconfirmed.
-Prices in US dollars per chip and hour are for orientation; state your own: TPU on demand in US regions as commonly quoted in 2025,
-not confirmed on https://cloud.google.com/tpu/pricing; GPU as effective rates of EC2 capacity blocks,
+HBM that programs can use: for v5e from its compiler's error messages; for v6e the same fraction, unconfirmed.
+Prices in US dollars per chip and hour are for orientation; state your own. TPU: on demand in US regions, as commonly quoted in
+2025, not confirmed on https://cloud.google.com/tpu/pricing. GPU: effective rates of EC2 capacity blocks,
 https://aws.amazon.com/ec2/capacityblocks/pricing (December 2024).
 """
 
@@ -27,39 +27,42 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """An accelerator whose peak is known."""
+    """An accelerator with a known peak."""
 
     kinds: tuple[str, ...]
-    """Words of jax's `device_kind`, in lower case, that name it; jax calls a v5p "TPU v5"."""
+    """Lower-case substrings of JAX's `device_kind` that identify the chip; JAX calls a v5p "TPU v5"."""
     flops: dict[str, float]
-    """FLOP/s of matrix products by the dtype of their operands."""
+    """Peak FLOP/s of matrix products, by the dtype of their operands."""
     devices_per_chip: int = 1
-    """Devices that JAX sees on a chip; each of them gets its share of it."""
+    """Number of devices that JAX sees on a chip; each gets an equal share of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device(Chip):
-    """A chip with all that a plan needs."""
+    """A chip with all figures that a plan needs."""
 
     hbm_bytes: int
-    """On TPUs the size that the compiler lays programs out in, where that is known to be less than the chip has (v5e, v6e)."""
+    """HBM size. For TPUs where it is known to be less than the chip has (v5e, v6e), the size that the compiler can use."""
     hbm_bandwidth: float
-    """Bytes/s."""
+    """HBM bandwidth in bytes/s."""
     link_bandwidth: float
     """Bytes/s that a chip receives from its slice or host, over all its links."""
     torus_dims: int
-    """Dims of the torus that the links form, with two of them in each dim; 0: a switch."""
+    """Dims of the torus that the links form, with two links per dim; 0 for a switch."""
     dcn_bandwidth: float
     """Bytes/s that a chip receives from other slices or hosts."""
     dollars_per_hour: float | None = None
-    """None where no list price is known."""
+    """List price per chip; None if none is known."""
     priced: str = ""
     """When the price was read."""
 
 
 def _tpu(flops: float) -> dict[str, float]:
-    """A matrix product of float32 operands takes 6 passes of bfloat16 where all bits count, one by default
-    (jax.default_matmul_precision); the default counts here."""
+    """Return the peak FLOP/s of a TPU by dtype; float32 counts as bfloat16.
+
+    A product of float32 operands takes six bfloat16 passes at full precision and one by default
+    (jax.default_matmul_precision); the table uses the default.
+    """
     return {"bfloat16": flops, "float32": flops}
 
 
@@ -151,23 +154,24 @@ CHIPS: dict[str, Chip] = {
     ),
     "l40s": Chip(kinds=("l40s",), flops={"bfloat16": 362e12}),
 }
-"""The one table of accelerators. A device_kind belongs to the first row that names it: "v5 lite" before "v5"."""
+"""All known accelerators. A device_kind belongs to the first row that matches it, so "v5 lite" stands before "v5"."""
 
 DEVICES = {name: chip for name, chip in CHIPS.items() if isinstance(chip, Device)}
 """The rows that plans can be made for."""
 
 
 def chip_name(device: jax.Device) -> str | None:
-    """The row of `CHIPS` that a device of JAX belongs to; None for one that is not in the table."""
+    """Return the row of `CHIPS` that a JAX device belongs to; None if it is not in the table."""
     words = device.device_kind.lower()
     return next((name for name, chip in CHIPS.items() if any(kind in words for kind in chip.kinds)), None)
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
-    """(FLOP/s that all `devices` could reach, where the figure is from).
+    """Return (the peak FLOP/s of all `devices` together, the source of the figure).
 
-    For accelerators the bfloat16 figure of `CHIPS`; for CPUs a float32 product measured here, once for each process, since
-    the devices of a process share its cores. (None, why) for a chip that is not in the table.
+    For accelerators it is the bfloat16 figure of `CHIPS`. For CPUs it is the speed of a float32 product measured here, counted
+    once per process, since the devices of a process share its cores. For a chip that is not in the table the result is
+    (None, the reason).
     """
     device = devices[0]
     if device.platform == "cpu":
@@ -181,7 +185,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
 
 
 def measured_matmul_flops(size: int = 1024) -> float:
-    """FLOP/s of the best of three float32 products on the first device of this process."""
+    """Measure the FLOP/s of the best of three float32 products of `size` x `size` on the first device of this process."""
     with jax.default_device(jax.local_devices()[0]):
         x = jnp.asarray(np.ones((size, size), np.float32))
         product = jax.jit(jnp.matmul)

@@ -1,4 +1,4 @@
-"""Directories and files that appear complete or not at all: written under another name, synced, renamed."""
+"""Atomic creation of directories and files: written under another name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from typing import Any
 def new_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty directory next to `path`; when the block succeeds, sync its files and rename it to `path`.
 
-    Raises FileExistsError where `path` exists (an empty directory is replaced): nothing is overwritten.
+    Raises:
+        FileExistsError: `path` exists and is not an empty directory: nothing is overwritten.
+        ValueError: `path` is a URL.
+        OSError: writing failed, for instance because the disk is full.
     """
     path = Path(path)
-    refuse_existing(path)  # before the work rather than after it
+    refuse_existing(path)  # fail before the work, not after it
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
     try:
@@ -29,7 +32,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         for entry in sorted(beside.rglob("*")):
             _sync(entry)
         _sync(beside)
-        beside.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        beside.chmod(0o777 & ~_umask())  # mkdtemp creates it for the owner only
         refuse_existing(path)
         os.rename(beside, path)
         _sync(path.parent)
@@ -42,7 +45,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: if several processes do so, it holds the text of one of them."""
+    """Replace a text file atomically: if several processes do so, it holds the complete text of one of them."""
     write_bytes(path, text.encode())
 
 
@@ -61,8 +64,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise FileExistsError where `path` is anything but an empty directory, ValueError where it is a URL."""
-    if (scheme := path.parts[0] if path.parts else "").endswith(":") and len(scheme) > 2:  # a drive of Windows is one letter
+    """Check that `path` can be created.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty directory.
+        ValueError: `path` is a URL.
+    """
+    if (scheme := path.parts[0] if path.parts else "").endswith(":") and len(scheme) > 2:  # a Windows drive has one letter
         raise ValueError(f"{path} is a URL where a folder is needed; write to a file system, and copy what is there")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; remove it or choose another directory")
@@ -77,13 +85,19 @@ def _umask() -> int:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        # Also for directories: a rename is durable only after its directory is synced.
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Raises FileNotFoundError, or ValueError in one line where it holds anything else."""
+    """Read a JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not JSON or holds something other than an object.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether arrays fit into the host's memory, checked before any of them is allocated."""
+"""A check that arrays fit into the host's memory, before any of them is allocated."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import jax
 from jax.sharding import NamedSharding
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""The memory limit of a container, in the two versions of Linux's control groups."""
+"""Files with the memory limit of a container, in the two versions of Linux's control groups."""
 
 
 def check_host_memory(arrays: Any, whose: str) -> None:
-    """Raise ValueError where arrays need more memory on this process's devices than the host has available.
+    """Raise ValueError if arrays need more memory on this process's devices than the host has available.
 
-    The memory of an accelerator is not checked: there an allocation fails with a message, where Linux would kill the process
-    without one.
+    Only hosts whose devices are CPUs are checked. On an accelerator an allocation fails with a message, while Linux would kill
+    the process without one.
 
     Args:
         arrays: a pytree of shapes with specs of the mesh in force.
         whose: what the arrays belong to, for the message.
+
+    Raises:
+        ValueError: the arrays do not fit.
     """
     mesh = jax.sharding.get_mesh()
     here = available()
@@ -41,10 +44,13 @@ def check_host_memory(arrays: Any, whose: str) -> None:
 
 
 def available() -> int | None:
-    """Bytes that Linux can give programs without swapping, or the limit of a container; None where neither is known."""
+    """Return the bytes that Linux can give programs without swapping, or the container's limit if that is lower.
+
+    None if the available memory is not known, as on other systems.
+    """
     try:
         found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return None
     if found is None:
         return None

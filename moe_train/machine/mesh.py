@@ -1,4 +1,4 @@
-"""The device mesh: five named axes that always exist, and the way from a host's batch to global arrays.
+"""The device mesh: five named axes that always exist, and the conversion of a process's batch to global arrays.
 
 | axis    | what it splits                                        |
 |---------|-------------------------------------------------------|
@@ -19,28 +19,32 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # for its store of keys, which has no public name
-from jax._src.mesh import get_concrete_mesh  # has one that may not be called while tracing
+from jax._src import distributed  # its key-value store has no public name
+from jax._src.mesh import get_concrete_mesh  # the public function must not be called while tracing
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_train import config
 from moe_train.machine import processes
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""Names of the mesh axes, outermost first."""
 BATCH = ("data", "fsdp", "expert")
-"""The only spec of a batch dim; inside a model, whose replicas may work for themselves, `batch_axes()`."""
+"""Axes that split a batch dim. Inside a model, whose replicas may compute on their own, use `batch_axes()`."""
 
 
 def join_processes() -> None:
     """Join the other processes of this job, if the environment describes any (`processes.job`).
 
-    Call it before anything touches a device; a second call does nothing. Raises ValueError where the environment is
-    incomplete, RuntimeError where the processes do not find each other.
+    Call it before anything touches a device; a second call does nothing.
+
+    Raises:
+        ValueError: the environment is incomplete.
+        RuntimeError: the processes do not find each other.
     """
     job = processes.job(os.environ)
     if job is None or jax.distributed.is_initialized():
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM, which `train` handles
+    jax.config.update("jax_enable_preemption_service", False)  # `train` handles SIGTERM itself
     try:
         if isinstance(job, processes.Job):
             jax.distributed.initialize(*job, cluster_detection_method="deactivate")
@@ -58,13 +62,18 @@ def join_processes() -> None:
         store.key_value_set(key, processes.listen(count))
     else:
         processes.connect(address.rpartition(":")[0], store.blocking_key_value_get(key, 60_000), index, count)
-    atexit.register(processes.leave)  # after JAX's own, and so called before it
+    atexit.register(processes.leave)  # registered after JAX's own handler, and so called before it
 
 
 def mesh_sizes(sizes: config.Mesh, device_count: int) -> config.Mesh:
-    """The sizes with the devices that the other axes leave in place of an axis of -1.
+    """Replace an axis size of -1 by the number of devices that the other axes leave.
 
-    Raises ValueError where the other axes do not divide `device_count`.
+    Args:
+        sizes: mesh section of the config.
+        device_count: number of devices.
+
+    Raises:
+        ValueError: the other axes do not divide `device_count`.
     """
     shape = {axis: getattr(sizes, axis) for axis in AXES}
     if -1 not in shape.values():
@@ -76,9 +85,14 @@ def mesh_sizes(sizes: config.Mesh, device_count: int) -> config.Mesh:
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lay `devices` (default: all) out along the five axes, explicit axis types throughout.
+    """Arrange devices along the five axes, all with explicit axis types.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Args:
+        sizes: mesh section of the config; one axis may be -1.
+        devices: devices to use; None for all.
+
+    Raises:
+        ValueError: the product of the sizes is not the number of devices.
     """
     chosen = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(sizes, len(chosen))
@@ -95,18 +109,20 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh without devices, for shapes and shardings alone."""
+    """Return a mesh without devices, for shapes and shardings only."""
     return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def axis_size(axis: str) -> int:
-    """Size of a mesh axis inside a traced function or under `jax.set_mesh`."""
+    """Return the size of a mesh axis inside a traced function or under `jax.set_mesh`."""
     return jax.sharding.get_abstract_mesh().shape[axis]
 
 
 def slices_along(axis: str) -> int:
-    """Number of TPU slices that the devices along an axis of the mesh in force lie in, an equal part of the axis in each; where
-    it lies otherwise, as if each device were a slice."""
+    """Return the number of TPU slices that the devices along an axis of the mesh in force span.
+
+    Each slice must hold an equal, contiguous part of the axis; otherwise every device is counted as a slice of its own.
+    """
     mesh, size = get_concrete_mesh(), axis_size(axis)
     if mesh.empty or size == 1:
         return 1
@@ -118,27 +134,29 @@ def slices_along(axis: str) -> int:
 
 
 def global_axes() -> tuple[str, ...]:
-    """The axes that an array's spec may name: all, but `data` where each replica works for itself (`train.step`)."""
+    """Return the axes that an array's spec may name: all, except `data` if each replica computes on its own (`train.step`)."""
+    # Inside a `shard_map` over `data` that axis is manual, not explicit.
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
 
 
 def batch_axes() -> tuple[str, ...]:
-    """`BATCH`, as far as specs may name it."""
+    """Return those axes of `BATCH` that a spec may name."""
     return tuple(axis for axis in BATCH if axis in global_axes())
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A process's rows of a batch (a pytree of (b, T) numpy arrays) -> global (B, T) arrays on the mesh.
+    """Convert a process's rows of a batch, a pytree of (b, T) numpy arrays, to global (B, T) arrays on the mesh.
 
-    Raises ValueError where a row's devices are not all of one process.
+    Raises:
+        ValueError: the devices of a row belong to several processes.
     """
     if jax.process_count() > 1:
         check_rows(mesh.devices)
     sharding = NamedSharding(mesh, PartitionSpec(BATCH, "context"))
 
     def put(x: Any) -> jax.Array:
-        # Stated, not inferred: where `tensor` spans processes their rows would silently be taken for the same ones.
+        # The global shape is given, not inferred: if `tensor` spans processes, JAX would silently treat their rows as equal.
         whole = (x.shape[0] * jax.process_count(), *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x, whole)
 
@@ -146,7 +164,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def check_rows(devices: np.ndarray) -> None:
-    """Raise ValueError where the devices of a batch's row, along context and tensor, are of several processes."""
+    """Raise ValueError if the devices of a batch row, along context and tensor, belong to several processes."""
     *_, context, tensor = devices.shape
     owners = np.array([device.process_index for device in devices.flat]).reshape(-1, context * tensor)
     if (owners != owners[:, :1]).any():
@@ -158,6 +176,6 @@ def check_rows(devices: np.ndarray) -> None:
 
 
 def platform() -> str:
-    """Platform of the devices that the mesh in force is made of ("cpu", "tpu", "gpu"); they need not be here."""
+    """Return the platform of the mesh in force ("cpu", "tpu", "gpu"); its devices need not be attached to this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None and device.platform else jax.default_backend()

@@ -1,11 +1,11 @@
-"""The processes of one job: how the environment describes them, and how one detects that another is lost.
+"""The processes of a job: how the environment describes them, and how a process detects the loss of another.
 
-A process whose peer has died would wait in a collective for ever, or until JAX's coordination service misses heartbeats for
-100 s and aborts it with a page of C++. So each process holds a TCP connection to the first one, which the kernel closes when
-either dies: at once, or within a minute where a whole host has vanished.
+A process whose peer has died would wait in a collective forever, or until JAX's coordination service misses heartbeats for
+100 s and aborts it with a page of C++ output. So each process holds a TCP connection to the first one, which the kernel
+closes when either dies: at once, or within a minute if a whole host has vanished.
 
-When the first process is lost, JAX's coordination client aborts the others too, which takes it about 0.2 s; the watch has
-ended them with exit code 75 before. If a single call of C code holds the GIL for longer, the exit code is 134 instead. Every
+When the first process is lost, JAX's coordination client also aborts the others, about 0.2 s later; by then the watch has
+ended them with exit code 75. If a single call of C code holds the GIL for longer, the exit code is 134 instead. Every
 launcher restarts after both.
 """
 
@@ -25,30 +25,30 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 UNFINISHED = 75
-"""Exit code (EX_TEMPFAIL of sysexits.h): stopped before the end; to be started again."""
+"""Exit code for "stopped before the end, start again" (EX_TEMPFAIL of sysexits.h)."""
 GRACE_SECONDS = 10
 """Time for a process whose peer has failed to report its own error, which may have the same cause."""
 STRANGER_SECONDS = 5
 """Time for a new connection to identify itself."""
 _NUMBER = struct.Struct("<i")
-"""All that is sent after the password: the index of a process when it connects, its exit code when it leaves."""
+"""Format of the only data sent after the password: a process's index when it connects, its exit code when it leaves."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
-"""A host that does not answer is given up after 20 + 4 · 10 s."""
+"""TCP keepalive options: a host that does not answer is considered lost after 20 + 4 · 10 s."""
 
 
 class Job(NamedTuple):
     """The processes that work together, and the index of this one."""
 
     coordinator: str
-    """host:port, where the first one listens."""
+    """Address (host:port) where the first process listens."""
     num_processes: int
     process_id: int
     local_devices: tuple[int, ...] | None = None
-    """The GPUs of the host that belong to this process; None for all."""
+    """GPUs of the host that belong to this process; None for all."""
 
 
 class Found(NamedTuple):
-    """There are several processes, and JAX detects them itself (Cloud TPU)."""
+    """Marker: there are several processes, and JAX detects them itself (Cloud TPU)."""
 
 
 _OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -56,12 +56,15 @@ _OF_SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
 
 
 def job(env: Mapping[str, str]) -> Job | Found | None:
-    """The job that an environment describes; None for a single process.
+    """Return the job that an environment describes; None for a single process.
 
-    - JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; or JAX_NUM_PROCESSES=auto alone;
+    Recognized are:
+    - JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; or only JAX_NUM_PROCESSES=auto;
     - a step of Slurm (`srun`) with several tasks;
     - Google's TPU pods on Kubernetes: TPU_WORKER_HOSTNAMES with several names, MEGASCALE_NUM_SLICES.
-    Raises ValueError where one of these is missing or is not a number.
+
+    Raises:
+        ValueError: one of these variables is missing or is not a number.
     """
     if env.get("JAX_NUM_PROCESSES") == "auto":
         if also := [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]:
@@ -103,7 +106,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """node[007-015,020],other -> node007"""
+    """Return the first host of a Slurm node list: node[007-015,020],other -> node007"""
     return re.sub(r"\[(\w+).*", r"\1", nodes.split(",")[0])
 
 
@@ -111,7 +114,7 @@ def _first_host(nodes: str) -> str:
 
 
 class _Watch:
-    """The connections of this process: from the first process to all others, from each other one to the first."""
+    """Connections of this process: the first process has one to every other process, each other process one to the first."""
 
     def __init__(self) -> None:
         self.index, self.count = 0, 1
@@ -124,9 +127,13 @@ _watch = _Watch()
 
 
 def listen(count: int) -> str:
-    """Accept and watch the connections of the other processes; called by the first one.
+    """Accept and watch the connections of the other processes; called by the first process.
 
-    Returns the `invitation` of `connect`: the port and a password, since anybody on the network can connect to the port.
+    Args:
+        count: number of processes.
+
+    Returns:
+        The `invitation` for `connect`: the port and a password, since anybody on the network can connect to the port.
     """
     _watch.count = count
     password = secrets.token_hex(16)
@@ -150,7 +157,7 @@ def listen(count: int) -> str:
 
 
 def _introduced(peer: socket.socket, password: str) -> int | None:
-    """The index of a peer that knows the password; None for anybody else, and after a few seconds of silence."""
+    """Return the index of a peer that knows the password; None for anybody else, and after a few seconds of silence."""
     peer.settimeout(STRANGER_SECONDS)
     try:
         said = peer.recv(len(password) + _NUMBER.size, socket.MSG_WAITALL)
@@ -163,7 +170,14 @@ def _introduced(peer: socket.socket, password: str) -> int | None:
 
 
 def connect(host: str, invitation: str, index: int, count: int) -> None:
-    """Watch the first process, as it watches this one; called by all others. invitation: what `listen` returned there."""
+    """Connect to the first process, so that both watch each other; called by all other processes.
+
+    Args:
+        host: host of the first process.
+        invitation: result of `listen` there.
+        index: index of this process.
+        count: number of processes.
+    """
     _watch.index, _watch.count = index, count
     port, password = invitation.split()
     peer = socket.create_connection((host, int(port)), timeout=60)
@@ -175,7 +189,8 @@ def connect(host: str, invitation: str, index: int, count: int) -> None:
 def first_alone_speaks(index: int) -> None:
     """Silence the output of this process unless it is the first one; errors go to stderr from any process.
 
-    What C libraries write to stdout (Gloo counts its ranks) would break JSON output, so it goes to stderr, or nowhere.
+    What C libraries write to stdout (Gloo prints its number of ranks) would break JSON output, so on the first process it goes to
+    stderr, and on the others it is discarded.
     """
     sys.stdout.flush()
     if index:
@@ -187,7 +202,7 @@ def first_alone_speaks(index: int) -> None:
 
 
 def leave(code: int = 0) -> None:
-    """Tell the others that this process ends on purpose; with a code other than 0, that it failed."""
+    """Tell the other processes that this one ends on purpose or, with a code other than 0, that it has failed."""
     if not _watch.left:
         _watch.left = True
         for peer in _watch.peers:
@@ -202,16 +217,20 @@ def end(code: int) -> None:
     leave(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if _watch.index == 0:  # hosts JAX's coordination service, which aborts the others if it ends before them
+    # The first process hosts JAX's coordination service, which aborts the others if it ends before them.
+    if _watch.index == 0:
         until = time.monotonic() + GRACE_SECONDS + 5
         for thread in _watch.threads:
             thread.join(max(0.0, until - time.monotonic()))
+    # `os._exit` skips the exit handlers, of which JAX's would wait for the other processes.
     os._exit(code)
 
 
 def wait_for_loss() -> None:
-    """Wait for the watch to end this process. Call it after a network error that may mean a lost process, which the watch
-    reports more clearly."""
+    """Wait for the watch to end this process.
+
+    Call it after a network error that may mean a lost process: the watch reports the loss more clearly.
+    """
     if _watch.count > 1:
         time.sleep(GRACE_SECONDS + 1)
 
@@ -228,7 +247,10 @@ def _start(index: int, peer: socket.socket) -> None:
 
 
 def _follow(index: int, peer: socket.socket) -> None:
-    """Wait until a peer leaves. End this process if the peer is lost, or if it failed and this one has not ended by then."""
+    """Wait until a peer leaves, and end this process if the peer is lost or has failed.
+
+    After a failure of the peer this process first gets some time to report its own error.
+    """
     try:
         said = peer.recv(_NUMBER.size, socket.MSG_WAITALL)
     except OSError:
@@ -248,5 +270,6 @@ def _give_up(said: str, code: int) -> None:
     if _watch.left:
         return
     os.write(2, f"moe-train: {said}\n".encode())
+    # `end` joins the threads of the watch, and a thread cannot join itself.
     _watch.threads.remove(threading.current_thread())
     end(code)

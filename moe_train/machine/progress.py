@@ -1,4 +1,7 @@
-"""How far work has come: reported by what works, without knowing who listens. A command draws a bar, a program need not."""
+"""Progress reports: code that works reports how far it is, without knowing who listens.
+
+A command listens and draws a bar; a program that uses the library need not listen.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,28 @@ from typing import NamedTuple
 
 
 class Progress(NamedTuple):
-    """How far one piece of work is."""
+    """Progress of one piece of work."""
 
     what: str
-    """What is being done; empty for the one thing that a command does."""
+    """What is being done; empty for the only task of a command."""
     done: int
-    """0 as it begins."""
+    """Amount done; 0 at the beginning."""
     total: int
     unit: str = ""
-    """Of done and total: "bytes", "shards", …; empty where the numbers themselves tell people nothing."""
+    """Unit of done and total: "bytes", "shards", …; empty if the numbers themselves mean nothing to people."""
     detail: str = ""
-    """Further figures, in words."""
+    """Further figures, as text."""
 
 
 Listener = Callable[[Progress], None]
+"""Function that receives progress reports."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Pass to `listener` the progress of all work that begins inside the block, in this thread."""
+    """Pass the progress of all work that begins inside the block, in this thread, to `listener`."""
     before = _listener.set(listener)
     try:
         yield
@@ -39,14 +43,23 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def report(progress: Progress) -> None:
-    """Say how far work of this thread is."""
+    """Report the progress of work in this thread."""
     listener = _listener.get()
     if listener is not None:
         listener(progress)
 
 
 def counted(what: str, total: int, unit: str = "") -> Callable[[int], None]:
-    """Begin some work. The function returned is called, from any thread, with how much more of it is done."""
+    """Begin some work and return a function to report it with.
+
+    The function is called, from any thread, with the amount done since its last call.
+
+    Args:
+        what: what is being done.
+        total: total amount.
+        unit: unit of the amounts.
+    """
+    # The listener is looked up now: threads that are started later do not see this thread's context variable.
     listener, lock, done = _listener.get(), threading.Lock(), 0
 
     def add(more: int) -> None:

@@ -1,4 +1,4 @@
-"""The progress bar of all commands: one line on a terminal, with the time left; nothing where output is piped."""
+"""The progress bar of all commands: one line on a terminal, with the time left; nothing if output is piped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from moe_train.machine import progress
 
 
 class ProgressBar:
-    """A line that `show` updates; it spins until the first report says how much there is to do.
+    """A progress line on a terminal, updated by `show`; it spins until the first report gives the total.
 
     Args:
-        title: what the command does, before what each report says.
+        title: what the command does, shown before the text of each report.
         console: where the line is drawn, if it is a terminal.
-        keep: leave the line on the terminal at the end.
+        keep: whether to leave the line on the terminal at the end.
     """
 
     def __init__(self, title: str, console: Console, keep: bool = False):
@@ -32,7 +32,7 @@ class ProgressBar:
         self._shown: progress.Progress | None = None
 
     def show(self, now: progress.Progress) -> None:
-        """Draw the progress of some work. A report of other work, or of less, begins the line anew."""
+        """Draw the progress of some work. A report of other work, or of a smaller amount, restarts the line."""
         before, self._shown = self._shown, now
         if before is None or before.what != now.what or before.done > now.done:
             description = f"{self._title}: {now.what}" if now.what else self._title
@@ -40,11 +40,11 @@ class ProgressBar:
         self._bar.update(self._task, total=now.total, completed=now.done, amount=_amount(now), detail=now.detail)
 
     def start(self) -> None:
-        """Begin to draw."""
+        """Start drawing."""
         self._bar.start()
 
     def stop(self) -> None:
-        """End with the line as it is, or without it."""
+        """Stop drawing, and leave or remove the line."""
         self._bar.stop()
 
     def __enter__(self) -> ProgressBar:

@@ -132,7 +132,7 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
     weight, J = module.weight[...], max(target.rank for target in targets)
     shape, spec = weight.shape, tuple(spec_of(weight)) + (None,) * (weight.ndim - len(spec_of(weight)))
     # `batch` counts the leading dims of weights that have an adapter each (repeats, experts), `inputs` the dims that A sums over.
-    match module:  # dims that count adapters (repeats of the stack, experts), then those that A sums over
+    match module:
         case Linear():
             to_rank, _ = lora_equations(module.equation)
             batch, inputs = 1, len(to_rank.split("->")[0].split(",")[1]) - 1
@@ -148,7 +148,7 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
     a_spec = P(*spec[:batch], *spec[batch : batch + inputs], None)
     b_spec = P(*spec[:batch], None, *spec[batch + inputs :])
     # Adapters are small compared with their experts, so they are not sharded over `fsdp`.
-    if isinstance(module, ExpertLinear):  # small beside their expert: whole on each device of `fsdp`
+    if isinstance(module, ExpertLinear):
         a_spec, b_spec = without_fsdp(a_spec), without_fsdp(b_spec)
     # Always float32: an update of 1e-4 to a bfloat16 adapter would mostly be rounded away.
     if isinstance(module, Embedding):

@@ -107,7 +107,8 @@ def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
 
 def _levels(codes: jax.Array) -> jax.Array:
     """Return NF4[codes]."""
-    if platform() == "cpu":  # which would keep an array for each of the selections below
+    # XLA:CPU would keep an array in memory for each of the selections of `_selected`.
+    if platform() == "cpu":
         return jnp.take(jnp.asarray(NF4, jnp.float32), codes, mode="clip")
     return _selected(codes)
 

@@ -1,7 +1,7 @@
-"""Sum of the cross-entropy, chunk by chunk: the fast path of next-token training.
+"""Sum of the cross-entropy, computed chunk by chunk: the fast path of next-token training.
 
-The gradient of a chunk is formed in the forward pass, where its logits are; the backward pass only scales it. So all
-tokens share one weight; `token_logprobs` gives each token a gradient of its own and computes the logits twice.
+The gradient of a chunk is computed in the forward pass, where its logits exist; the backward pass only scales it. This
+requires that all tokens share one weight; `token_logprobs` gives each token its own gradient and computes the logits twice.
 """
 
 from __future__ import annotations
@@ -33,9 +33,19 @@ def cross_entropy_sum(
     loss_mask_BT: Bool[Array, "B T"],
     lora_factors: LoraFactors | None = None,
 ) -> Float[Array, ""]:
-    """Sum of -log softmax(hidden · head)[target] over the tokens of the mask; the head may be split on D and V.
+    """Sum -log softmax(hidden · head)[target] over the tokens of the mask.
 
-    Where each replica works for itself (`train.gradients`) it is the sum over that replica's tokens.
+    If each replica computes on its own (`train.gradients`), the result is the sum over that replica's tokens.
+
+    Args:
+        hidden_BTD: hidden states after the final norm.
+        head_VD: the output matrix; may be split on D and V.
+        targets_BT: the token that each position predicts.
+        loss_mask_BT: True for the tokens that are trained on.
+        lora_factors: two factors whose product is the LoRA delta of the logits; None without an adapter on the head.
+
+    Returns:
+        The sum in nats, a float32 scalar.
     """
     axes = global_axes()
 
@@ -48,7 +58,7 @@ def cross_entropy_sum(
 
 @jax.custom_vjp
 def _chunked(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_m: jax.Array, mask_m: jax.Array) -> jax.Array:
-    """This device's part of the sum; its parts over `tensor` sum to the loss of its tokens."""
+    """Compute this device's part of the sum; the parts over `tensor` add up to the loss of its tokens."""
     return _chunked_forward(xs, heads, targets_m, mask_m)[0]
 
 
@@ -61,13 +71,13 @@ def _chunked_forward(xs, heads, targets_m, mask_m):
         total, dheads = carry
         xs_r, targets_r, mask_r = part
         logits_rv = chunk_logits(xs_r, heads)
-        # a constant for each row, so it needs no gradient; the largest over all parts of V
+        # The maximum over all parts of V. It is a constant per row, so it needs no gradient.
         top_r1 = jax.lax.pmax(jnp.max(logits_rv, axis=-1, keepdims=True), "tensor")
         exps_rv = jnp.exp(logits_rv - top_r1)
         sums_r1 = jax.lax.psum(jnp.sum(exps_rv, axis=-1, keepdims=True), "tensor")
         hit_rv = target_hits(targets_r, v)
         target_logit_r = jnp.sum(jnp.where(hit_rv, logits_rv, 0), axis=-1)
-        # every part of V counts its own target logits; part 0 alone counts the normaliser
+        # Every part of V counts its own target logits; only part 0 counts the normalizer.
         normaliser_r = jnp.where(is_first, (top_r1 + jnp.log(sums_r1))[:, 0], 0)
         total += jnp.sum(jnp.where(mask_r, normaliser_r - target_logit_r, 0))
         dlogits_rv = jnp.where(mask_r[:, None], exps_rv / sums_r1 - hit_rv, 0).astype(xs_r[0].dtype)
@@ -81,7 +91,7 @@ def _chunked_forward(xs, heads, targets_m, mask_m):
 
 
 def _chunked_backward(saved, dtotal):
-    # the scale in float32: rounded to bfloat16 it would bias every gradient by the same factor
+    # The scale stays in float32: rounded to bfloat16 it would bias every gradient by the same factor.
     dxs, dheads = jax.tree.map(lambda x: (x * dtotal).astype(x.dtype), saved)
     return dxs, dheads, None, None
 

@@ -1,4 +1,4 @@
-"""Loss and gradients of one step: the gradient-free pass, then the microbatches one after the other."""
+"""Loss and gradients of one step: the gradient-free first pass, then the microbatches one after the other."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class StepGradients(NamedTuple):
     """Result of `step_gradients`."""
 
     loss: Array
-    """total(sum) / total(weight) + the routers' losses, summed over layers and averaged over microbatches."""
+    """total(sum) / total(weight) plus the routers' losses, which are summed over layers and averaged over microbatches."""
     weight: Array
-    """total(weight)."""
+    """The total weight of the step, total(weight)."""
     terms: Terms
-    """Summed over microbatches; means of the routers' statistics averaged."""
+    """Terms summed over microbatches; means in the routers' statistics are averaged."""
     gradients: Parameters
-    """In the parameters' dtypes."""
+    """Gradients by path, in the parameters' dtypes."""
 
 
 class _Totals(NamedTuple):
-    """What is known of the whole step before its first gradient."""
+    """Results for the whole step that are computed before its first gradient."""
 
     weight: Array
     of_step: Any
@@ -43,18 +43,18 @@ class _Totals(NamedTuple):
 def step_gradients(
     definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None
 ) -> StepGradients:
-    """Loss of a step and its gradients with respect to `trainable`, accumulated in float32 over microbatches.
+    """Compute the loss of a step and its gradients with respect to `trainable`, accumulated in float32 over microbatches.
 
-    With several replicas (the axis `data`, over the slow network) and microbatches each replica sums the gradients of its
-    own rows, and the sums are all-reduced once, in `gradient_dtype`. Those of a single microbatch are reduced in the dtype
-    of the computation: bfloat16 for matrices, float32 for norms and routers, which are small and computed in it.
+    With several replicas (the axis `data`, over the slow network) and several microbatches, each replica sums the gradients of
+    its own rows, and the sums are all-reduced once, in `gradient_dtype`. The gradients of a single microbatch are reduced in the
+    dtype of the computation: bfloat16 for matrices, float32 for norms and routers, which are small and computed in float32.
 
     Args:
         definition: what the step does.
         trainable: weights to differentiate with respect to.
         fixed: all other weights of the model; `fixed.learned` holds its buffers.
         batch: global (B, T) arrays.
-        key: of the adapters' dropout, or None.
+        key: PRNG key for the dropout of the adapters; None for no dropout.
     """
     of_step = _first_pass(definition, trainable, fixed, batch, key)
     totals = _Totals(definition.objective.weight(batch, of_step), of_step)
@@ -65,7 +65,7 @@ def step_gradients(
         return _accumulate(definition, trainable, fixed, totals, batch, key)
     accumulate = partial(_accumulate, definition, gradient_dtype=definition.gradient_dtype)
     in_specs = (P(), P(), P(), P("data"), P())
-    # The check is off: where it is on, JAX 0.10 to 0.12 give what a shard_map in here saves for its backward pass a spec
+    # The check is off: with it, JAX 0.10 to 0.12 give the values that a shard_map in here saves for its backward pass a spec
     # that names `data` twice.
     run = jax.shard_map(accumulate, in_specs=in_specs, out_specs=P(), axis_names={"data"}, check_vma=False)
     return run(trainable, fixed, totals, batch, key)
@@ -80,7 +80,7 @@ def _accumulate(
     key: Array | None,
     gradient_dtype: jnp.dtype | None = None,
 ) -> StepGradients:
-    """Of all rows; inside a `shard_map` over `data`, of this replica's rows, whose sums are all-reduced at the end."""
+    """Accumulate the gradients of all rows or, in a `shard_map` over `data`, of this replica's rows, all-reduced at the end."""
 
     def share_of(microbatch: Any) -> tuple[Any, RouterStats | None]:
         (share, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, *microbatch)
@@ -97,7 +97,10 @@ def _accumulate(
 def _sum_over_microbatches(
     function: Callable[[Any], tuple[Any, Any]], microbatches: Any, unrolled: bool = False
 ) -> tuple[Any, Any]:
-    """(sums of the first results of `function`, stack of its second results); floats are summed in float32."""
+    """Sum the first results of `function` over microbatches, and stack its second results.
+
+    Floats are summed in float32.
+    """
 
     def add(total: Any, microbatch: Any) -> tuple[Any, Any]:
         summed, stacked = function(microbatch)
@@ -113,7 +116,7 @@ def _sum_over_microbatches(
 
 
 def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None) -> Any:
-    """The objective's gradient-free pass over all microbatches, in global view; None where it has none."""
+    """Run the objective's gradient-free pass over all microbatches, in global view; None if it has none."""
     first_pass = definition.objective.first_pass
     if first_pass is None:
         return None
@@ -125,7 +128,7 @@ def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weight
 
     if definition.microbatches == 1:
         return sums_of((batch, key))[0]
-    # XLA:CPU runs the collectives of this loop at the same time as others, and all devices may then wait for each other.
+    # XLA:CPU may run the collectives of this loop at the same time as others, and all devices may then wait for each other.
     unrolled = platform() == "cpu"
     return _sum_over_microbatches(sums_of, _split(batch, key, definition.microbatches), unrolled)[0]
 
@@ -133,7 +136,7 @@ def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weight
 def _share_and_gradients(
     definition: StepDefinition, trainable: Parameters, fixed: Weights, totals: _Totals, batch: Any, key: Array | None
 ) -> tuple[tuple[Array, Terms], Parameters]:
-    """((a microbatch's share of the step's loss, its terms), gradients); the shares of all microbatches add up."""
+    """Compute ((a microbatch's share of the step's loss, its terms), gradients); the shares of all microbatches add up."""
     objective, coefs = definition.objective, definition.router_loss
 
     def share(trainable: Parameters) -> tuple[Array, Terms]:
@@ -161,7 +164,7 @@ def _router_loss(routers: RouterStats, coefs: config.Loss) -> Array:
 
 
 def _split(batch: Any, key: Array | None, microbatches: int) -> tuple[Any, Array | None]:
-    """(microbatches, their keys), stacked on dim 0.
+    """Split a batch into microbatches and their PRNG keys, stacked on dim 0.
 
     Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
     """

@@ -1,7 +1,7 @@
 """Logits of one chunk of tokens at a time, with the vocabulary split over `tensor`.
 
-The (tokens, V) float32 logits of a batch are its largest array by far. What is computed from them (`cross_entropy`,
-`token_logprobs`) loops over chunks of tokens, so that only one chunk's logits exist.
+The (tokens, V) float32 logits of a batch are by far its largest array. The functions that need them (`cross_entropy`,
+`token_logprobs`) loop over chunks of tokens, so that only one chunk's logits exist at a time.
 
 Shapes: m tokens of a device, r tokens of a chunk, v vocabulary rows of a device, D model dim. Logits are
 sum_i xs_mD[i] · heads_vD[i]: the head's own product, and the LoRA delta of the head as the product of its two factors.
@@ -23,10 +23,10 @@ from moe_train.model.sharding.fsdp import whole_rows
 from moe_train.model.sharding.specs import spec_of
 
 CHUNK_ELEMENTS = 2**23
-"""Logits of one chunk (32 MiB in float32)."""
+"""Number of logits in one chunk (32 MiB in float32)."""
 
 LoraFactors = tuple[Float[Array, "B T J"], Float[Array, "V J"]]
-"""Two factors whose product the head's adapter adds to the logits (`Transformer.beside_head`)."""
+"""Two factors whose product is the LoRA delta of the logits (`Transformer.beside_head`)."""
 
 
 def on_each_device(
@@ -37,9 +37,17 @@ def on_each_device(
     per_token_BT: Sequence[Array],
     out_specs: Any,
 ) -> Any:
-    """Run `local(xs_mD, heads_vD, *per_token_bt)` on every device: its tokens, its part of the vocabulary, all of D.
+    """Run `local(xs_mD, heads_vD, *per_token_bt)` on every device with its tokens, its part of the vocabulary and all of D.
 
-    The head may be split on D and V; gradients are summed over the devices that share what they belong to.
+    Gradients are summed over the devices that share the inputs they belong to.
+
+    Args:
+        local: function of this device's inputs.
+        hidden_BTD: hidden states after the final norm.
+        head_VD: the output matrix; may be split on D and V.
+        lora_factors: factors of the head's LoRA delta; None without an adapter.
+        per_token_BT: further arrays with one value per token.
+        out_specs: partition specs of the results of `local`.
     """
     tokens = P(batch_axes(), "context")
     axes = global_axes()
@@ -60,41 +68,41 @@ def on_each_device(
 
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:
-    """Tokens of one chunk on a device."""
+    """Return the number of tokens in one chunk on a device."""
     return min(tokens, max(128, CHUNK_ELEMENTS // vocabulary))
 
 
 def split_chunks(x: jax.Array, rows: int) -> jax.Array:
-    """(m, …) -> (chunks, rows, …), the last chunk filled up with zeros."""
+    """Reshape (m, …) to (chunks, rows, …), with the last chunk padded with zeros."""
     pad = -x.shape[0] % rows
     padded = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
     return padded.reshape(-1, rows, *x.shape[1:])
 
 
 def join_chunks(x: jax.Array, tokens: int) -> jax.Array:
-    """The way back from `split_chunks`, without the filling."""
+    """Undo `split_chunks` and remove the padding."""
     return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
 def chunk_logits(xs_rD: Sequence[jax.Array], heads_vD: Sequence[jax.Array]) -> jax.Array:
-    """Float32 logits (r, v) of a chunk for this device's part of the vocabulary."""
+    """Compute the float32 logits (r, v) of a chunk for this device's part of the vocabulary."""
     products = (jnp.einsum("rD,vD->rv", x, w, preferred_element_type=jnp.float32) for x, w in zip(xs_rD, heads_vD, strict=True))
     return functools.reduce(jnp.add, products)
 
 
 def target_hits(targets_r: jax.Array, vocabulary: int) -> jax.Array:
-    """(r, v): true where this device's part of the vocabulary holds the token's target."""
+    """Return (r, v), true where this device's part of the vocabulary holds the token's target."""
     first = jax.lax.axis_index("tensor") * vocabulary
     return (targets_r - first)[:, None] == jnp.arange(vocabulary)
 
 
 def input_gradients(dlogits_rv: jax.Array, heads_vD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Gradients of each of the chunk's inputs; their parts over `tensor` are still to be summed."""
+    """Return the gradients of each of the chunk's inputs; they must still be summed over `tensor`."""
     return tuple(jnp.einsum("rv,vD->rD", dlogits_rv, w) for w in heads_vD)
 
 
 def add_head_gradients(dheads_vD: Sequence[jax.Array], dlogits_rv: jax.Array, xs_rD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """The float32 gradients of the heads so far, with this chunk's added."""
+    """Add this chunk's gradients to the float32 gradients of the heads so far."""
     return tuple(
         dw + jnp.einsum("rv,rD->vD", dlogits_rv, x, preferred_element_type=jnp.float32)
         for dw, x in zip(dheads_vD, xs_rD, strict=True)
@@ -102,5 +110,5 @@ def add_head_gradients(dheads_vD: Sequence[jax.Array], dlogits_rv: jax.Array, xs
 
 
 def zero_head_gradients(like: jax.Array, heads_vD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Float32 zeros for `add_head_gradients` to start from, which vary over the same mesh axes as `like`."""
+    """Return float32 zeros that `add_head_gradients` starts from and that vary over the same mesh axes as `like`."""
     return tuple(jax.lax.full_like(like, 0, jnp.float32, w.shape) for w in heads_vD)

@@ -1,4 +1,4 @@
-"""Muon's orthogonalised momentum (https://kellerjordan.github.io/posts/muon), on sharded matrices."""
+"""Muon's orthogonalized momentum (https://kellerjordan.github.io/posts/muon) for sharded matrices."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _MATRICES = {
 
 
 def matrix_dims(path: str) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which dims of a weight are the rows and columns of a matrix; the others count matrices (layers, experts).
+    """Return which dims of a weight are the rows and columns of a matrix; the other dims count matrices (layers, experts).
 
-    None for what is no matrix to Muon: embeddings, head, router and norms.
+    None for arrays that Muon does not treat as matrices: embeddings, head, router and norms.
     """
     parsed = ParameterPath.parse(path)
     dims = _MATRICES.get(parsed.module_name)
@@ -38,11 +38,15 @@ def matrix_dims(path: str) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def orthogonalise(updates: Parameters, ns_steps: int) -> Parameters:
-    """Each matrix U S V^T -> about U V^T, times sqrt(max(1, outputs / inputs)), by Newton-Schulz iterations
-    (https://kellerjordan.github.io/posts/muon).
+    """Replace each matrix U S V^T by about U V^T, times sqrt(max(1, outputs / inputs)), by Newton-Schulz iterations.
 
-    Optax's iteration knows nothing of explicit shardings, so it runs in a local view: layers are dealt out to the
-    devices that share a layer's matrices, each matrix is whole on one of them, and the result goes back.
+    See https://kellerjordan.github.io/posts/muon. Optax's iteration does not support explicit sharding, so it runs in a local
+    view: the layers are distributed over the devices that share a layer's matrices, each matrix is gathered on one of them, and
+    the result is sent back.
+
+    Args:
+        updates: momentum of each matrix by path; `optax.MaskedNode` entries are returned unchanged.
+        ns_steps: number of iterations.
     """
     return {path: x if isinstance(x, optax.MaskedNode) else _orthogonalise(path, x, ns_steps) for path, x in updates.items()}
 
@@ -52,7 +56,7 @@ def _orthogonalise(path: str, x: jax.Array, ns_steps: int) -> jax.Array:
     assert dims is not None
     inputs, outputs = (math.prod(x.shape[dim] for dim in axes) for axes in dims)
     specs = _to_whole_matrices(x.shape, spec_of(x), {dim % x.ndim for axes in dims for dim in axes})
-    # with a momentum of 0 it is the iteration alone
+    # With a momentum of 0, Optax's Muon is the iteration only.
     iteration = optax.contrib.scale_by_muon(ns_steps=ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims)
 
     def local(x: jax.Array) -> jax.Array:
@@ -67,15 +71,18 @@ def _orthogonalise(path: str, x: jax.Array, ns_steps: int) -> jax.Array:
 
 
 def _to_whole_matrices(shape: tuple[int, ...], spec: P, matrix: set[int]) -> list[P]:
-    """Specs on the way from a weight's own to one with its matrix dims whole. The axes that split them split the
-    layers (dim 0) instead, as far as they divide; one axis a step, since each such step is an all-to-all."""
+    """Return the specs on the way from a weight's own spec to one that does not split its matrix dims.
+
+    The axes that split the matrix dims split the layers (dim 0) instead, as far as they divide their number. Each spec moves one
+    axis, since each such step is an all-to-all.
+    """
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     specs = [spec]
     layers: tuple[str, ...] = ()
     assert entries[0] is None
     for dim in sorted(matrix):
         split = entries[dim] if isinstance(entries[dim], tuple) else (entries[dim],) if entries[dim] else ()
-        for axis in reversed(split):  # the innermost first: what is left is a split by the others
+        for axis in reversed(split):  # innermost axis first, so that the rest is still a split by the outer axes
             split = split[:-1]
             entries[dim] = split or None
             if shape[0] % math.prod(axis_size(a) for a in (*layers, axis)) == 0:

@@ -1,7 +1,7 @@
-"""Optimizers and learning-rate schedules, put together from Optax.
+"""Optimizers and learning-rate schedules, built from Optax.
 
-Every optimizer is one chain: clip the gradient's global norm, turn it into a direction, add decoupled weight decay,
-multiply by the learning rate. What decays, and what is a matrix to Muon, is decided by a weight's path alone.
+Every optimizer is one chain: clip the gradient's global norm, turn it into a direction, add decoupled weight decay, multiply
+by the learning rate. Which weights decay, and which are matrices for Muon, is decided by a weight's path only.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ from moe_train.train.muon import matrix_dims, orthogonalise
 
 
 def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> optax.Schedule:
-    """Learning rate of step i = 0 … total_steps - 1: warm-up peak * (i + 1) / warmup_steps, then the schedule's fall,
-    which ends at its final fraction at the last step.
+    """Return the learning rate of step i = 0 … total_steps - 1.
 
-    Raises ValueError where warm-up and decay are longer than the run.
+    Warm-up is peak * (i + 1) / warmup_steps. The schedule's decay follows, and reaches its final fraction at the last step.
+
+    Args:
+        schedule: schedule section of the config.
+        peak: learning rate after warm-up.
+        total_steps: steps of the run.
+
+    Raises:
+        ValueError: warm-up and decay are longer than the run.
     """
-    first = max(schedule.warmup_steps - 1, 0)  # the first step at the peak
+    first = max(schedule.warmup_steps - 1, 0)  # index of the first step at the peak
     fall = total_steps - 1 - first
     decay = schedule.decay_steps if isinstance(schedule, config.WsdSchedule) else 0
     if schedule.warmup_steps + decay > total_steps:
@@ -46,7 +53,15 @@ def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> o
 
 
 def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a config section, over flat dicts {path: array}."""
+    """Return the optimizer of a config section, which works on flat dicts {path: array}.
+
+    Args:
+        optimizer: optimizer section of the config.
+        total_steps: steps of the run, for the schedule.
+
+    Raises:
+        ValueError: the schedule does not fit `total_steps` (see `make_schedule`).
+    """
     rate = partial(make_schedule, optimizer.schedule, total_steps=total_steps)
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=partial(decay_mask, no_decay=optimizer.no_decay))
     clip = optax.identity() if optimizer.max_grad_norm is None else optax.clip_by_global_norm(optimizer.max_grad_norm)
@@ -60,7 +75,7 @@ def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.Gradi
         case config.Lion(b1=b1, b2=b2):
             update = with_rate(optax.scale_by_lion(b1, b2), optimizer.learning_rate)
         case config.Adafactor():
-            # without momentum, as in the paper; its root mean squares are those of a whole stack of layers
+            # Without momentum, as in the paper. The root mean squares are taken over a whole stack of layers.
             factored = optax.scale_by_factored_rms(
                 decay_rate=optimizer.decay_rate, min_dim_size_to_factor=optimizer.min_dim_size_to_factor
             )
@@ -73,19 +88,25 @@ def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.Gradi
                 "matrix": with_rate(optax.chain(momentum, orthogonal), optimizer.learning_rate),
                 "other": with_rate(optax.scale_by_adam(b1, b2, eps), optimizer.adamw_learning_rate),
             }
+            # Muon applies to matrices only; embeddings, head, router and norms use AdamW with a learning rate of their own.
             update = optax.partition(parts, lambda params: {p: "matrix" if matrix_dims(p) else "other" for p in params})
     return optax.chain(clip, update)
 
 
 def make_optimizer_of_any_length(optimizer: config.Optimizer) -> optax.GradientTransformation:
-    """The optimizer of a config section with a constant learning rate, for what measures or plans a step.
+    """Return the optimizer of a config section with a constant learning rate, for measuring or planning a step.
 
-    A constant schedule costs as much as any other and, unlike them, fits a run of any number of steps.
+    A constant schedule costs as much as any other and, unlike the others, fits a run of any number of steps.
     """
     constant = config.ConstantSchedule(name="constant")
     return make_optimizer(optimizer.model_copy(update={"schedule": constant}), total_steps=1)
 
 
 def decay_mask(params: Mapping[str, Any], no_decay: tuple[str, ...]) -> dict[str, bool]:
-    """{path: whether weight decay applies}; `no_decay` as in the config."""
+    """Return {path: whether weight decay applies}.
+
+    Args:
+        params: parameters by path.
+        no_decay: kinds of parameters without decay, as in the config.
+    """
     return {path: ParameterPath.parse(path).kind not in no_decay for path in params}

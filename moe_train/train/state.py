@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The training state: everything that a run carries from step to step."""
 
 from __future__ import annotations
 
@@ -15,27 +15,33 @@ from moe_train.model.paths import ParameterPath
 
 
 class TrainState(NamedTuple):
-    """`trainable` and `frozen` are flat dicts {path: array}; full training and LoRA differ only in the split."""
+    """The state of a training run.
+
+    `trainable`, `frozen` and `buffers` are flat dicts {path: array}; full training and LoRA differ only in the split.
+    """
 
     step: jax.Array
-    """Optimizer steps tried, int32: the position in the data."""
+    """Number of optimizer steps tried (int32); it is the position in the data."""
     trainable: Parameters
     frozen: Parameters
     buffers: Parameters
-    """What a rule moves after each step, and no gradient: the routers' biases."""
+    """Arrays that are changed after each step by a rule and not by a gradient: the routers' biases."""
     opt_state: Any
     skipped: jax.Array
-    """Steps whose loss or gradient was not finite and changed nothing, int32."""
+    """Number of steps that changed nothing because their loss or gradient was not finite (int32)."""
 
     @property
     def learned(self) -> Parameters:
-        """All that a step may change of the model: what a checkpoint holds of it."""
+        """All arrays of the model that a step may change: the part of the model that a checkpoint stores."""
         return self.trainable | self.buffers
 
 
 def partition(params: Parameters, lora: config.Lora | None) -> tuple[Parameters, Parameters]:
-    """(learned, frozen): with the section `lora` the adapters and what it trains in full, otherwise everything. A router's
-    bias goes with its router."""
+    """Split the parameters into (learned, frozen).
+
+    With a `lora` section, the adapters and the modules that it trains in full are learned; without one, everything is. A
+    router's bias goes with its router.
+    """
     if lora is None:
         return params, {}
     learned = {path: x for path, x in params.items() if ParameterPath.parse(path).is_trained(lora)}
@@ -43,18 +49,18 @@ def partition(params: Parameters, lora: config.Lora | None) -> tuple[Parameters,
 
 
 def split_buffers(learned: Parameters) -> tuple[Parameters, Parameters]:
-    """(trainable, buffers)."""
+    """Split the learned parameters into (trainable, buffers)."""
     buffers = {path: x for path, x in learned.items() if ParameterPath.parse(path).is_router_bias}
     return {path: x for path, x in learned.items() if path not in buffers}, buffers
 
 
 def trained_in_full(learned: Parameters, lora: config.Lora | None) -> Parameters:
-    """What is trained beside adapters, and not as one; empty without the section `lora`."""
+    """Return the parameters that are trained together with adapters but are not adapters; empty without a `lora` section."""
     return {} if lora is None else {path: x for path, x in learned.items() if not ParameterPath.parse(path).is_adapter}
 
 
 def create_state(params: Parameters, optimizer: optax.GradientTransformation, lora: config.Lora | None = None) -> TrainState:
-    """A state at step 0; moments inherit the sharding of their weights."""
+    """Create a state at step 0; the optimizer's moments inherit the sharding of their weights."""
     learned, frozen = partition(params, lora)
     trainable, buffers = split_buffers(learned)
     zero = lambda: jnp.zeros((), jnp.int32, out_sharding=P())  # noqa: E731

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients, a finite check, the update."""
+"""One optimizer step: gradients, the check that they are finite, and the update."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from moe_train.train.step_definition import StepDefinition
 
 
 class StepMetrics(NamedTuple):
-    """Metrics of one step, on the device until somebody reads them."""
+    """Metrics of one step; they stay on the device until they are read."""
 
     loss: Array
-    """What was minimised: the objective's mean + the routers' losses."""
+    """The minimized value: the objective's mean plus the routers' losses."""
     objective: dict[str, Array]
-    """The objective's metrics by name, its mean and weight included."""
+    """The objective's metrics by name, including its mean and weight."""
     grad_norm: Array
-    """Global norm before clipping."""
+    """Global gradient norm before clipping."""
     finite: Array
-    """False: loss or gradient were not finite, and the update was skipped."""
+    """False if the loss or the gradient norm was not finite, in which case the update was skipped."""
     routers: RouterStats | None
-    """(L, …), averaged over microbatches (counts: summed); None for a dense model."""
+    """Router statistics (L, …), averaged over microbatches (counts are summed); None for a dense model."""
 
 
 def train_step(
@@ -40,15 +40,21 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """Take one optimizer step.
 
+    If the loss or the gradient norm is not finite, only the counters `step` and `skipped` change.
+
     Args:
         definition: what the step does.
         state: the state before the step.
         batch: global (B, T) arrays of the objective's batch type.
-        base_weights: the base's weights of what is trained in full beside adapters, {path: array}; needed only where the
-            objective uses a reference model.
+        base_weights: base weights of what is trained in full together with adapters, {path: array}; needed only if the objective
+            uses a reference model.
+
+    Returns:
+        The new state, and the metrics of the step.
     """
     key = None
-    if definition.dropout_seed is not None:  # one kind of generator, so that masks do not depend on the platform
+    if definition.dropout_seed is not None:
+        # One fixed generator implementation, so that dropout masks do not depend on the platform.
         key = jax.random.fold_in(jax.random.key(definition.dropout_seed, impl="threefry2x32"), state.step)
     fixed = Weights(state.buffers, state.frozen, base_weights or {})
     loss, weight, terms, gradients = step_gradients(definition, state.trainable, fixed, batch, key)
@@ -58,6 +64,7 @@ def train_step(
     buffers = _balanced(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
 
     def keep(new: Array, old: Array) -> Array:
+        # A select and not a branch: the decision stays on the device, and the host need not wait for it.
         return jnp.where(finite, new, old)
 
     state = TrainState(
@@ -76,7 +83,7 @@ def train_step(
 
 
 def _balanced(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:
-    """The routers' biases after a step with these loads."""
+    """Return the routers' biases after a step with these loads."""
     if not buffers:
         return {}
     assert routers is not None and rate is not None
@@ -87,7 +94,10 @@ def _balanced(buffers: Parameters, routers: RouterStats | None, rate: float | No
 def compile_step(
     definition: StepDefinition, state: TrainState, batch: Any, base_weights: Parameters | None = None
 ) -> jax.stages.Compiled:
-    """`train_step`, compiled for a state (which it takes over), a batch and base weights like these."""
+    """Compile `train_step` for a state, a batch and base weights like these.
+
+    The compiled step takes over (donates) the state that it is called with.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     options = compiler_options("" if device is None else device.device_kind)
     step = jax.jit(partial(train_step, definition), donate_argnums=0)

@@ -1,4 +1,4 @@
-"""What stays the same from step to step: the model's structure, the objective, the optimizer."""
+"""What stays constant over all training steps: the model's structure, the objective, the optimizer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from moe_train.train.objectives.objective import Objective
 
 @dataclass(frozen=True)
 class StepDefinition:
-    """What a training step does.
+    """The constant part of a training step.
 
     Attributes:
-        structure: the model's (see `model.parameters`).
-        objective: what is minimised, beside the routers' losses.
+        structure: structure of the model (see `model.parameters`).
+        objective: what is minimized, in addition to the routers' losses.
         optimizer: turns gradients into updates.
-        router_loss: how routers are kept balanced.
-        microbatches: parts that the batch is split into; their gradients are summed.
-        dropout_seed: of the adapters' dropout, together with the step; None where they have none.
-        gradient_dtype: in which accumulated gradients go from replica to replica; None: in the parameters' own.
+        router_loss: coefficients that keep the routers balanced.
+        microbatches: number of parts that the batch is split into; their gradients are summed.
+        dropout_seed: seed of the adapters' dropout, used together with the step; None for no dropout.
+        gradient_dtype: dtype in which accumulated gradients are all-reduced over replicas; None for the parameters' own.
     """
 
     structure: Any
@@ -40,7 +40,14 @@ class StepDefinition:
 def definition_of(
     run: config.Run, structure: Any, optimizer: optax.GradientTransformation, objective: Objective | None = None
 ) -> StepDefinition:
-    """The step of a run. objective: None for the one that the run names."""
+    """Return the step definition of a run.
+
+    Args:
+        run: the resolved run.
+        structure: structure of the model.
+        optimizer: turns gradients into updates.
+        objective: an objective to use instead of the run's own; None for the run's.
+    """
     return StepDefinition(
         structure=with_capacity(structure, run.train.capacity_factor),
         objective=objective or objective_of(run.objective),

@@ -1,4 +1,4 @@
-"""Log-probability and entropy of every token, chunk by chunk: what all objectives but plain next-token training stand on.
+"""Log-probability and entropy of every token, chunk by chunk: the basis of all objectives except plain next-token training.
 
 Nothing of size (tokens, V) is saved: the backward pass computes the logits of each chunk again.
 """
@@ -31,7 +31,7 @@ from moe_train.train.logits import (
 
 
 class TokenLogprobs(NamedTuple):
-    """Of each token, float32, in nats."""
+    """Log-probability and entropy of each token, in nats, in float32."""
 
     logprob: Float[Array, "B T"]
     """log softmax(logits)[target]."""
@@ -40,7 +40,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs: the inputs, and three numbers a token."""
+    """Residuals of the backward pass: the inputs, and three numbers per token."""
 
     xs: tuple[jax.Array, ...]
     heads: tuple[jax.Array, ...]
@@ -56,16 +56,16 @@ def token_logprobs(
     targets_BT: Int[Array, "B T"],
     lora_factors: LoraFactors | None = None,
 ) -> TokenLogprobs:
-    """Log-probability of each target and entropy of each prediction under softmax(hidden · head).
+    """Compute the log-probability of each target and the entropy of each prediction under softmax(hidden · head).
 
-    Both have exact gradients with respect to hidden_BTD, head_VD and lora_factors. Padding has values, too: mask them
-    before they are summed.
+    Both have exact gradients with respect to hidden_BTD, head_VD and lora_factors. Padding has values, too: mask them before
+    summing.
 
     Args:
         hidden_BTD: hidden states after the final norm.
         head_VD: the output matrix; may be split on D and V.
         targets_BT: the token that each position predicts.
-        lora_factors: two factors whose product the head's adapter adds to the logits, or None.
+        lora_factors: two factors whose product is the LoRA delta of the logits; None without an adapter on the head.
     """
     tokens = P(batch_axes(), "context")
 
@@ -78,7 +78,16 @@ def token_logprobs(
 
 
 def batch_logprobs(model: Transformer, batch: Any, key: Array | None = None) -> tuple[TokenLogprobs, RouterStats | None]:
-    """`token_logprobs` of a model on a batch's targets, and the routers' statistics; key: of the adapters' dropout."""
+    """Compute `token_logprobs` of a model on a batch's targets.
+
+    Args:
+        model: the model.
+        batch: a batch with tokens, positions, segment_ids and targets, (B, T) each.
+        key: PRNG key for the dropout of the adapters; None for no dropout.
+
+    Returns:
+        The log-probabilities, and the routers' statistics or None for a dense model.
+    """
     body_key, head_key = keys_of(key, 2)
     hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
     lora_factors = model.beside_head(hidden_BTD, head_key)
@@ -87,7 +96,7 @@ def batch_logprobs(model: Transformer, batch: Any, key: Array | None = None) -> 
 
 @jax.custom_vjp
 def _chunked(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(log-probability, entropy) of this device's tokens; equal on all devices along `tensor`."""
+    """Compute (log-probability, entropy) of this device's tokens; equal on all devices along `tensor`."""
     return _chunked_forward(xs, heads, targets_m)[0]
 
 
@@ -131,7 +140,7 @@ def _chunked_backward(saved: _Saved, cotangents):
         dlogits_rv = dlogits_rv.astype(at_r.xs[0].dtype)
         return add_head_gradients(dheads, dlogits_rv, at_r.xs), input_gradients(dlogits_rv, saved.heads)
 
-    # The heads are whole in every chunk.
+    # Every chunk needs the full heads, so they are not split into chunks.
     parts = jax.tree.map(lambda x: split_chunks(x, rows), (saved._replace(heads=()), cotangents))
     dheads, dxs = jax.lax.scan(chunk, zero_head_gradients(saved.xs[0], saved.heads), parts)
     dxs = tuple(join_chunks(dx, m) for dx in dxs)

@@ -100,7 +100,7 @@ class GroupedQueryAttention(nnx.Module):
 
 def _query_scale(scaling: config.QueryScaling, positions_BT: jax.Array) -> jax.Array:
     """Return the factor on the queries (B, T, 1, 1): 1 + beta * log(1 + floor(position / original_max_seq_len))."""
-    blocks = jnp.maximum(positions_BT, 0) // scaling.original_max_seq_len  # padding may be at -1
+    blocks = jnp.maximum(positions_BT, 0) // scaling.original_max_seq_len  # padding may have position -1
     return (1 + scaling.beta * jnp.log1p(blocks.astype(jnp.float32)))[:, :, None, None]
 
 
@@ -111,7 +111,8 @@ def _extend(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: ja
         def local(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
             new, positions = gather(new, "context", 1), gather(positions, "context", 1)
             at = positions - _first("context", slots)
-            at = jnp.where((at < 0) | (at >= slots.shape[1]), slots.shape[1], at)  # a negative index would count from the end
+            # Positions of other devices get an index past the end, which `mode="drop"` skips; a negative one would wrap around.
+            at = jnp.where((at < 0) | (at >= slots.shape[1]), slots.shape[1], at)
             return slots.at[jnp.arange(slots.shape[0])[:, None], at].set(new.astype(slots.dtype), mode="drop")
 
         spec = P(BATCH, "context", "tensor", None)

@@ -81,6 +81,6 @@ def splash_attention(
     K = k_BTKH.shape[2]
     q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
     k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    of_group = jax.vmap(splash, in_axes=(0, 0, 0, None))  # over kv heads
+    of_group = jax.vmap(splash, in_axes=(0, 0, 0, None))  # over the key heads of a sequence
     y = jax.vmap(of_group)(q, k, v, kernel.SegmentIds(segments_Bt, segments_BT))
     return y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)

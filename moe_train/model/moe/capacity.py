@@ -48,7 +48,7 @@ def within_capacity(ids_btA: jax.Array, num_experts: int, capacity_factor: float
         before_bE = jnp.sum(counts_xbE * earlier_x[:, None, None], axis=0)
     # argsort of a stable argsort gives each assignment's place in the order by expert, then by token.
     place_bn = jnp.argsort(jnp.argsort(ids_bn, axis=1, stable=True), axis=1)
-    first_bE = jnp.cumsum(counts_bE, axis=1) - counts_bE  # place of each expert's first assignment
+    first_bE = jnp.cumsum(counts_bE, axis=1) - counts_bE  # position of each expert's first assignment
     rank_bn = place_bn + jnp.take_along_axis(jnp.pad(before_bE - first_bE, ((0, 0), (0, 1))), ids_bn, axis=1)
     room = capacity(capacity_factor, t * axis_size("context"), A, E)
     return jnp.where(rank_bn < room, ids_bn, E).reshape(b, t, A)

@@ -120,7 +120,7 @@ def run_experts(
         e = experts.gate.weight.shape[0]
         E = e * axis_size("expert")
         # Expert id E means that the assignment is sent nowhere.
-        ids_mA = jnp.where(valid_bt.reshape(-1, 1), ids_mA, E)  # E: goes nowhere
+        ids_mA = jnp.where(valid_bt.reshape(-1, 1), ids_mA, E)
         peer_capacity = None
         if settings.capacity_factor is not None:
             ids_mA = within_capacity(ids_mA.reshape(ids_btA.shape), E, settings.capacity_factor).reshape(ids_mA.shape)

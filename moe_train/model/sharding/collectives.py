@@ -70,10 +70,10 @@ def scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
         rows = with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
         return jnp.swapaxes(scatter(rows, axis, dim - 1), dim - 1, dim)
     # A first dim of size 1 (one expert per device) also makes XLA:TPU all-reduce the whole array.
-    if x.shape[0] == 1 and dim > 0:  # one expert a device: that dim, too, makes XLA:TPU sum the whole
+    if x.shape[0] == 1 and dim > 0:
         return scatter(x[0], axis, dim - 1)[None]
     # Devices of a slice keep neighbouring parts: first each device's part of every slice's part, then the part of its own slice.
-    if between:  # devices of a slice keep neighbouring parts: of each slice's part their own, then that of their slice
+    if between:
         lead, tail = x.shape[:dim], x.shape[dim + 1 :]
         x = _scattered(x.reshape(*lead, len(between[0]), -1, *tail), axis, dim + 1, inside)
         return _scattered(x, axis, dim, [between]).reshape(*lead, -1, *tail)

@@ -86,7 +86,7 @@ def _weight_gradient(x_letters: str, y_letters: str, w_letters: str, x: jax.Arra
         return jax.lax.psum(dw, tuple(sums))
 
     # For a weight that is not split where its activation is split over `tensor`.
-    def with_tensor(letter: str, entry: Any) -> Any:  # of a weight that is whole where its activation is split
+    def with_tensor(letter: str, entry: Any) -> Any:
         return "tensor" if entry is None and ACTIVATION.get(letter) == "tensor" else entry
 
     entries = (*spec, *(None,) * (len(w_letters) - len(spec)))

@@ -1,1 +1,1 @@
-"""Objectives: what a model learns from a batch, one file each."""
+"""Objectives: what a model learns from a batch, one file per objective."""

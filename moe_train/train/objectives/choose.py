@@ -1,4 +1,4 @@
-"""The objective that a config names."""
+"""Selection of the objective that a config names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moe_train.train.objectives.objective import Objective
 
 
 def objective_of(objective: config.Objective) -> Objective:
-    """The objective of a config section."""
+    """Return the objective of a config section."""
     match objective:
         case config.NextToken():
             return next_token()

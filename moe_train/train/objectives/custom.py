@@ -1,4 +1,4 @@
-"""An objective made of a person's own function."""
+"""An objective built from a user's own loss function."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ LossFunction = Callable[..., tuple[Any, ...]]
 
 
 def custom(function: LossFunction, batch_type: type[PackedBatch] = Batch) -> Objective:
-    """Make an objective of a loss function; a step minimises total(sum) / total(weight) over microbatches and devices.
+    """Build an objective from a loss function; a step minimizes total(sum) / total(weight) over microbatches and devices.
 
     Args:
         function: called with the model, one microbatch and the dropout key (or None), in global view. Returns
-            sum: scalar, what is differentiated.
-            weight: scalar, without gradient. Where it depends on the batch alone, no second forward pass runs for it.
+            sum: scalar to be differentiated.
+            weight: scalar, without gradient. If it depends on the batch only, no second forward pass runs for it.
             metrics: {name: `Mean`, or array to be summed}.
-            routers: the router statistics that the model returned; needed where routers are trained to be balanced.
-        batch_type: of the batches that the function takes.
+            routers: the router statistics that the model returned; needed if routers are trained to be balanced.
+        batch_type: type of the batches that the function takes.
     """
 
     def first_pass(inputs: Inputs) -> Any:
-        # What is not needed for the weight is removed as dead code: usually the whole forward pass.
+        # XLA removes what the weight does not need as dead code: usually the whole forward pass.
         _, weight, *_ = function(inputs.model, inputs.batch, inputs.key)
         return weight
 

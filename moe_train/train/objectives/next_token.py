@@ -1,4 +1,4 @@
-"""Next-token prediction: cross-entropy over the loss-bearing tokens."""
+"""Next-token prediction: cross-entropy over the tokens of the loss mask."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moe_train.train.objectives.objective import Inputs, Objective, Terms
 
 
 def next_token() -> Objective:
-    """The objective, whose batch is a `Batch`."""
+    """Return the next-token objective, whose batch type is `Batch`."""
     return Objective(Batch, weight, loss, mean_name="cross_entropy", weight_name="loss_tokens")
 
 
 def weight(batch: Any, of_step: Any) -> Array:
-    """The number of loss-bearing tokens."""
+    """Return the number of tokens that are trained on."""
     return jnp.sum(batch.loss_mask)
 
 
 def loss(inputs: Inputs, of_step: Any) -> Terms:
-    """Sum of the cross-entropy over the loss-bearing tokens, in nats."""
+    """Sum the cross-entropy, in nats, over the tokens that are trained on."""
     model, batch = inputs.model, inputs.batch
     body_key, head_key = keys_of(inputs.key, 2)
     hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)

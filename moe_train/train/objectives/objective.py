@@ -1,8 +1,8 @@
-"""What an objective is: the one record through which the step, held-out evaluation and the commands see it.
+"""The definition of an objective: the one record through which training, held-out evaluation and the commands use it.
 
-A step minimises total(sum) / total(weight), the totals being over all its microbatches and devices. Objectives are
-written in global view, for one microbatch: they sum over the arrays that they see, and whoever calls them adds the sums
-of microbatches and replicas.
+A step minimizes total(sum) / total(weight), where the totals are over all its microbatches and devices. Objectives are
+written in global view, for one microbatch: they sum over the arrays that they are given, and the caller adds the sums of
+microbatches and replicas.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from moe_train.model.transformer import Transformer
 
 
 class Inputs(NamedTuple):
-    """What an objective sees of a microbatch."""
+    """Inputs of an objective for one microbatch."""
 
     model: Transformer
     batch: Any
-    """Of the objective's batch type."""
+    """A batch of the objective's batch type."""
     key: Array | None = None
-    """For dropout; None where there is none, as in evaluation."""
+    """PRNG key for dropout; None for no dropout, as in evaluation."""
     reference: Transformer | None = None
-    """The model before training, where the objective uses one and it costs no second copy: the same model without its
-    adapters. None in full training."""
+    """The model before training, if the objective uses it and it costs no second copy: the same model without its adapters.
+
+    None in full training.
+    """
 
 
 class Mean(NamedTuple):
@@ -45,13 +47,16 @@ Metric = Any
 
 
 class Terms(NamedTuple):
-    """An objective's answer for a microbatch, or summed over several."""
+    """Result of an objective for one microbatch, or summed over several."""
 
     sum: Array
-    """What is differentiated."""
+    """The sum that is differentiated."""
     metrics: Mapping[str, Metric]
     routers: RouterStats | None = None
-    """As the model returned them; the step adds the routers' own losses, moves their biases and counts dropped tokens."""
+    """Router statistics as the model returned them; None for a dense model.
+
+    The step adds the routers' own losses, updates their biases and counts dropped tokens.
+    """
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,15 @@ class Objective:
     """What a model is trained for.
 
     Attributes:
-        batch_type: what the loader makes for it.
-        weight: what the step's sum is divided by, for instance the number of tokens, given the batch of the whole step and
-            the result of the first pass; a constant to the gradient.
-        loss: its sum over a microbatch, given the result of the first pass.
-        mean_name: the name of total(sum) / total(weight) among the metrics of a step; held-out data calls it `loss`.
-        weight_name: the name of total(weight).
+        batch_type: type of the batches that the loader makes for it.
+        weight: divisor of the step's sum, for instance the number of tokens, given the batch of the whole step and the result of
+            the first pass; no gradient flows through it.
+        loss: the objective's terms for a microbatch, given the result of the first pass.
+        mean_name: name of total(sum) / total(weight) among the metrics of a step; for held-out data it is called `loss`.
+        weight_name: name of total(weight) among the metrics.
         first_pass: a gradient-free pass over all microbatches before the first gradient, or None. It returns a pytree of
             sums over its microbatch, which are added over the step; `weight` and the loss of every microbatch receive it.
-        uses_reference: whether it wants `Inputs.reference`.
+        uses_reference: whether the objective uses `Inputs.reference`.
     """
 
     batch_type: type[PackedBatch]
@@ -80,16 +85,24 @@ class Objective:
 
 
 class Weights(NamedTuple):
-    """A model's arrays, as `combine` takes them, and those of the reference model that differ."""
+    """A model's arrays, as `combine` takes them, and the arrays of the reference model that differ from them."""
 
     learned: Parameters
     frozen: Parameters
     base: Parameters
-    """Base weights of what is trained in full beside adapters; read only where an objective uses a reference."""
+    """Base weights of what is trained in full together with adapters; read only if an objective uses a reference."""
 
 
 def inputs_of(objective: Objective, structure: Any, weights: Weights, batch: Any, key: Array | None = None) -> Inputs:
-    """Build the model, and the reference model where the objective uses one and nothing but adapters separates them."""
+    """Build the model and, if the objective uses it and there are frozen weights, the reference model.
+
+    Args:
+        objective: the objective.
+        structure: structure of the model.
+        weights: the model's arrays. Without frozen weights (full training) there is no reference model.
+        batch: one microbatch.
+        key: PRNG key for dropout; None for no dropout.
+    """
     model = combine(structure, weights.learned, weights.frozen)
     reference = None
     if objective.uses_reference and weights.frozen:
@@ -98,7 +111,11 @@ def inputs_of(objective: Objective, structure: Any, weights: Weights, batch: Any
 
 
 def step_metrics(objective: Objective, terms: Terms, weight: Array) -> dict[str, Metric]:
-    """All metrics of a step. Raises ValueError where the objective gives two the same name."""
+    """Return all metrics of a step.
+
+    Raises:
+        ValueError: a metric of the objective has a name that the step uses itself.
+    """
     own = {objective.mean_name: Mean(terms.sum, weight), objective.weight_name: weight}
     if taken := {"loss", *own} & set(terms.metrics):
         raise ValueError(f"the objective's metrics {sorted(taken)} have names that the step gives itself; rename them")
@@ -106,11 +123,11 @@ def step_metrics(objective: Objective, terms: Terms, weight: Array) -> dict[str,
 
 
 def held_out_metrics(objective: Objective, terms: Terms, weight: Array) -> dict[str, Metric]:
-    """All metrics of held-out data: the objective's mean is the loss there, since routers add none."""
+    """Return all metrics of held-out data. The objective's mean is the loss there, since routers add none."""
     metrics = step_metrics(objective, terms, weight)
     return {"loss": metrics.pop(objective.mean_name), **metrics}
 
 
 def divide(total: Array, weight: Array) -> Array:
-    """total / weight; total where the weight is 0, as in a step without loss-bearing tokens."""
+    """Return total / weight, or total if the weight is 0, as in a step without tokens to train on."""
     return total / jnp.where(weight == 0, 1, weight)

@@ -26,7 +26,7 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
     e, A = experts.count, ids_mA.shape[1]
     own_mA = ids_mA - jax.lax.axis_index("expert") * e
     # Local expert id e means an expert of another device, or none.
-    own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)  # e: an expert of another device, or none
+    own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)
     order_R = checkpoint_name(jnp.argsort(own_mA.reshape(-1), stable=True), "routing")
     inverse_mA = checkpoint_name(jnp.argsort(order_R).reshape(-1, A), "routing")
     group_sizes_e = jnp.sum(own_mA.reshape(-1, 1) == jnp.arange(e), axis=0, dtype=jnp.int32)

@@ -27,7 +27,8 @@ SLACK = 1.25
 
 def bucket_size(sizes: ExchangeSizes) -> int:
     """Return the number of rows of one bucket: what a device can send to one other device in a chunk."""
-    unit = max(1, min(512, sizes.assignments) // sizes.devices)  # all buckets together fill whole tiles of the kernels' rows
+    # All buckets together fill whole row tiles of the kernels.
+    unit = max(1, min(512, sizes.assignments) // sizes.devices)
     rows = math.ceil(SLACK * sizes.assignments / sizes.devices)
     return -(-min(rows, sizes.peer_capacity or rows) // unit) * unit
 

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 GB = 1e9
+"""Bytes of a decimal gigabyte, as data sheets state bandwidth."""
 GIB = 2**30
+"""Bytes of a gibibyte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +192,7 @@ def measured_matmul_flops(size: int = 1024) -> float:
         x = jnp.asarray(np.ones((size, size), np.float32))
         product = jax.jit(jnp.matmul)
         jax.block_until_ready(product(x, x))
+        # The call above has compiled the product.
         best = math.inf
         for _ in range(3):
             begun = time.perf_counter()

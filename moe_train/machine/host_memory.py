@@ -54,5 +54,6 @@ def available() -> int | None:
         return None
     if found is None:
         return None
+    # A container's limit can be lower than what the host has available.
     limits = (Path(file).read_text(encoding="ascii").strip() for file in LIMITS if Path(file).is_file())
     return min(int(found[1]) * 1024, *(int(limit) for limit in limits if limit.isdigit()), 2**62)

@@ -127,8 +127,10 @@ def slices_along(axis: str) -> int:
     if mesh.empty or size == 1:
         return 1
     slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+    # One row per line of devices along the axis, with the slice of each device.
     along = np.moveaxis(slices, AXES.index(axis), -1).reshape(-1, size)
     count = len(set(along[0].tolist()))
+    # Every line must visit the slices one after the other, with equally many devices in each.
     in_turn = size % count == 0 and (along == np.repeat(along[:, :: size // count], size // count, axis=1)).all()
     return count if in_turn else size
 

@@ -52,7 +52,9 @@ class Found(NamedTuple):
 
 
 _OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+"""Variables that describe a job to JAX; a user sets all three or none."""
 _OF_SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
+"""Variables that `srun` sets for every task."""
 
 
 def job(env: Mapping[str, str]) -> Job | Found | None:
@@ -81,7 +83,7 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         return Job(address, count, index) if count > 1 else None
     if "SLURM_STEP_NUM_TASKS" in env and (count := _number(env, "SLURM_STEP_NUM_TASKS")) > 1:
         _need(env, _OF_SLURM, "srun sets it; start the processes with srun")
-        # With one task on each host, a task has all devices of its host; otherwise one device, which is JAX's own rule.
+        # JAX's own rule: with one task per host a task has all devices of its host, otherwise one device.
         spread = set(re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")) == {"1"}
         local = None if spread else (_number(env, "SLURM_LOCALID"),)
         # One of the last 4096 ports, so that jobs that share a host use different ones.
@@ -110,7 +112,7 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+).*", r"\1", nodes.split(",")[0])
 
 
-# --- the watch -----------------------------------------------------------------------------------------------------
+# --- connections that detect the loss of a process -------------------------------------------------------------------
 
 
 class _Watch:

@@ -163,6 +163,7 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
     if any(target.experts is not None for target in targets):
         module.lora_scale = tuple(scale_of_expert(lora, targets, expert) for expert in range(lead[1]))
         ranks = np.array([rank for _, rank in module.lora_scale])
+        # Past its own rank an expert's A is zero and gets no gradient, since `Adapted.adapter` sets B to zero there.
         a = a * (np.arange(J) < ranks[:, None]).astype(np.float32)[:, None, :]
     module.lora_a, module.lora_b = nnx.Param(a), nnx.Param(b)
 

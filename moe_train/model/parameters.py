@@ -36,6 +36,7 @@ def combine_some(structure: Any, *parts: Parameters) -> Transformer:
 
 
 def _paths(structure: Any) -> list[str]:
+    # Only the paths are needed, so any values will do.
     leaves, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
     return [_path_of(keys) for keys, _ in leaves]
 

@@ -78,6 +78,7 @@ def quantize(w: jax.Array, kind: Kind, block_size: int, dtype: Any, dim: int) ->
     blocks = w.astype(jnp.float32).reshape(*lead, -1, block_size, *tail)
     largest = 1 if kind == "nf4" else 127
     scales = (jnp.max(jnp.abs(blocks), axis=dim) / largest).astype(dtype)
+    # Divide by the scales as rounded to `dtype`, which dequantization multiplies by. A block of zeros has scale 0.
     blocks = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales).astype(jnp.float32), dim)
     if kind == "int8":
         return Quantized(jnp.clip(jnp.round(blocks), -127, 127).astype(jnp.int8).reshape(w.shape), scales)
@@ -120,7 +121,7 @@ def _selected(codes: jax.Array, first: int = 0, bit: int = 3) -> jax.Array:
     return jnp.where((codes >> bit) & 1 == 1, _selected(codes, first + (1 << bit), bit - 1), _selected(codes, first, bit - 1))
 
 
-# --- in a model ----------------------------------------------------------------------------------------------------
+# --- Quantized weights in a model ------------------------------------------------------------------------------------
 
 
 class QuantizedWeight(nnx.Module):

@@ -91,6 +91,7 @@ class Stack(nnx.Module):
         keys = jax.random.split(rngs.params(), (stack.period, stack.repeats))
 
         def repeated(window: int | None, keys: jax.Array) -> Layer:
+            # vmap over the keys initializes all repeats at once, and stacks each weight on dim 0.
             return jax.vmap(lambda key: Layer(nnx.Rngs(key), model, compute, window, stack.ffn))(keys)
 
         self.layers = nnx.List([repeated(window, k) for window, k in zip(stack.windows, keys, strict=True)])
@@ -124,6 +125,7 @@ class Stack(nnx.Module):
                 stats.append(s)
             return x_BTD, stats
 
+        # One iteration of the scan is one repeat of the period: the scan slices weights and keys on dim 0.
         x_BTD, stats = jax.lax.scan(_rematerialised(period, self.remat), x_BTD, (self.layers, keys))
         return x_BTD, _in_order_of_layers(stats)
 
@@ -190,6 +192,7 @@ class Transformer(nnx.Module):
             None for a dense model.
         """
         x_BTD = self.embed(tokens_BT, self.dtype)
+        # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
         stats, first = [], 0
         for stack in self.stacks:
@@ -231,6 +234,7 @@ class Transformer(nnx.Module):
             The logits, and the extended caches.
         """
         x_BTD = self.embed(tokens_BT, self.dtype)
+        # Segment 0 keeps padding out of the routers; attention to a cache masks by position.
         segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
         new = []
         for stack, cache in zip(self.stacks, caches, strict=True):
@@ -256,6 +260,7 @@ def init_model(seed: int, model: config.Model, compute: config.Compute, lora: co
     rngs = nnx.Rngs(params=jax.random.key(seed))
     transformer = Transformer(rngs, model, compute)
     if lora is not None:
+        # Adapters come before quantization: they take shape and sharding from the weights, which are replaced then.
         add_lora(transformer, lora, rngs)
         if lora.quantize is not None:
             linear = ((name, module) for name, module in adaptable(transformer) if isinstance(module, Linear | ExpertLinear))

@@ -111,6 +111,7 @@ def _sum_over_microbatches(
         dtype = jnp.promote_types(shape.dtype, jnp.float32) if is_float else shape.dtype
         return jnp.zeros(shape.shape, dtype, out_sharding=shape.sharding)
 
+    # The zeros to start from need the dtypes and shardings of the results, which `eval_shape` gives without computing.
     shapes, _ = jax.eval_shape(lambda xs: function(jax.tree.map(lambda x: x[0], xs)), microbatches)
     return jax.lax.scan(add, jax.tree.map(zero, shapes), microbatches, unroll=unrolled)
 

@@ -59,6 +59,7 @@ def on_each_device(
 
     def gathered(inputs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], *per_token_bt: jax.Array) -> Any:
         dtype = inputs[0].dtype
+        # Each device of `tensor` computes a part of the gradient of xs; the cast makes that gradient the sum of the parts.
         xs = tuple(jax.lax.pcast(x.reshape(-1, x.shape[-1]), "tensor", to="varying") for x in inputs)
         heads = tuple(whole_rows(head.astype(dtype), spec, axes) for head, spec in zip(heads, head_specs, strict=True))
         return local(xs, heads, *per_token_bt)

@@ -14,7 +14,7 @@ from moe_train.model.paths import ParameterPath
 from moe_train.model.sharding.specs import spec_of
 
 _MATRICES = {
-    # module: the dims of its weight, its lora_a and its lora_b, from the last: (into the sum, out of it)
+    # {module: (input dims, output dims) of its weight, its lora_a and its lora_b, counted from the last dim}
     "q_proj": (((-3,), (-2, -1)), ((-2,), (-1,)), ((-3,), (-2, -1))),
     "k_proj": (((-3,), (-2, -1)), ((-2,), (-1,)), ((-3,), (-2, -1))),
     "v_proj": (((-3,), (-2, -1)), ((-2,), (-1,)), ((-3,), (-2, -1))),

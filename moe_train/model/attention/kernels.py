@@ -61,8 +61,8 @@ def attend(
         raise AssertionError(kernel)
 
     heads, tokens = P(batch_axes(), "context", "tensor", None), P(batch_axes(), "context")
-    # A Pallas call does not declare along which mesh axes its result varies, so the check is off for the kernels that need it
-    # to be off. Everything that crosses devices here is all-gathered or permuted along `context`, along which everything is split.
+    # A Pallas call does not declare along which mesh axes its result varies, so the check is on only for the kernels in plain XLA.
+    # Everything that crosses devices here is all-gathered or permuted along `context`, along which everything is split.
     check_vma = kernel in ("reference", "blocked")
     in_specs = (heads, heads, heads, tokens, tokens, None if splash is None else spec_of(splash))
     run = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=check_vma)

@@ -22,11 +22,13 @@ def frequencies(rope: config.DefaultRope | config.YarnRope, head_dim: int) -> tu
     if isinstance(rope, config.DefaultRope):
         return plain, 1.0
 
+    # (Real-valued) index of the pair of dims whose frequency makes so many turns over the original length.
     def dim_of(turns: float) -> float:
         return head_dim * math.log(rope.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low = max(math.floor(dim_of(rope.beta_fast)), 0)
     high = min(math.ceil(dim_of(rope.beta_slow)), head_dim - 1)
+    # A ramp of width 0 would divide by zero.
     width = high - low if high > low else 0.001
     ramp = np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
     return plain / rope.factor * ramp + plain * (1 - ramp), _attention_factor(rope)

@@ -97,6 +97,7 @@ def run_experts(
     key = counters_BT = None
     if dropout is not None:
         row, column = (jax.lax.broadcasted_iota(jnp.uint32, x_BTD.shape[:2], dim, out_sharding=tokens) for dim in (0, 1))
+        # Counters number the tokens of all replicas, so that dropout is the same on every mesh.
         first = jnp.asarray(replicas()[1], jnp.uint32) * x_BTD.shape[0]
         key = dropout.key
         counters_BT = (first + row) * x_BTD.shape[1] + column

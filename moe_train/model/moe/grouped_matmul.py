@@ -52,9 +52,10 @@ def choose_kernel(kernel: str) -> str:
 
 def reference(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Multiply every row by every matrix and mask all but its own expert: E times the work, but plainly correct."""
+    # Rows past the last group get expert E, which matches no matrix, so their results are zero.
     expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_RD.shape[0]), side="right")
     mine_RE = expert_R[:, None] == jnp.arange(w_EDF.shape[0])[None, :]
-    x, w, mine = (a.astype(jnp.float32) for a in (x_RD, w_EDF, mine_RE))  # rounded once, at the end
+    x, w, mine = (a.astype(jnp.float32) for a in (x_RD, w_EDF, mine_RE))  # so that results are rounded only once
     return jnp.einsum("RD,EDF,RE->RF", x, w, mine).astype(x_RD.dtype)
 
 
@@ -159,7 +160,7 @@ blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 # --- TPU: Pallas megablox ------------------------------------------------------------------------------------------
-# Pallas calls do not say along which mesh axes their results vary: `shard_map` around them needs check_vma=False.
+# Pallas calls do not declare along which mesh axes their results vary: `shard_map` around them needs check_vma=False.
 
 
 @jax.custom_vjp

@@ -80,6 +80,7 @@ class MoE(nnx.Module):
         logits_BTE = checkpoint_name(self.router(x_BTD, router_key), "routing")
         log_scores_BTE = jax.nn.log_sigmoid(logits_BTE) if self.sigmoid else logits_BTE
         chosen = top_k(log_scores_BTE, self.experts_per_token, self._chosen_by(log_scores_BTE))
+        # Remat policy `minimal` saves these names, so that the backward pass need not select experts again.
         chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in chosen)
         weights_BTA = self.scale * jax.nn.softmax(chosen_BTA, axis=-1)
         matrices = self.gate_proj, self.up_proj, self.down_proj

@@ -38,6 +38,7 @@ class RouterStats(NamedTuple):
     def load_E(self) -> Any:
         """Fraction of the assignments that each expert got; sums to 1."""
         total = self.chosen_E.sum(axis=-1, keepdims=True)
+        # Without any token the loads are 0 and not NaN.
         return self.chosen_E / (total + (total == 0))
 
 
@@ -102,6 +103,7 @@ def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tup
         if by_btE is None:
             values, ids = jax.lax.top_k(logits_btE, k)
             return values, ids
+        # Experts are selected by `by`, but weighted by their own scores, through which the gradient flows.
         _, ids = jax.lax.top_k(jax.lax.stop_gradient(by_btE), k)
         return jnp.take_along_axis(logits_btE, ids, axis=-1), ids
 
@@ -141,6 +143,7 @@ def router_stats(
     lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     log_probs_BTE = jax.nn.log_softmax(log_scores_BTE)
     probs_BTE = jnp.exp(log_probs_BTE)
+    # Sums are reduced before means are taken, since replicas may have different numbers of valid tokens.
     count, chosen_E, probs_E, squares, entropy, computed = over_replicas(
         (
             jnp.sum(valid_BT),

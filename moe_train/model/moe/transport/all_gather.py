@@ -27,6 +27,7 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
     own_mA = ids_mA - jax.lax.axis_index("expert") * e
     # Local expert id e means an expert of another device, or none.
     own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)
+    # A stable sort keeps tokens in order within an expert; assignments with id e come last and belong to no group.
     order_R = checkpoint_name(jnp.argsort(own_mA.reshape(-1), stable=True), "routing")
     inverse_mA = checkpoint_name(jnp.argsort(order_R).reshape(-1, A), "routing")
     group_sizes_e = jnp.sum(own_mA.reshape(-1, 1) == jnp.arange(e), axis=0, dtype=jnp.int32)
@@ -54,7 +55,7 @@ def rows_at_once(sizes: ExchangeSizes) -> int:
     return sizes.devices * sizes.assignments
 
 
-# Dispatch and combine are gathers, and so are their gradients: a scatter-add is serial on CPU and unordered on GPU.
+# Dispatch and combine are gathers, and so are their gradients: a scatter-add is serial on CPU and has no fixed order on GPU.
 
 
 @jax.custom_vjp

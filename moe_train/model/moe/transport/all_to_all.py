@@ -106,7 +106,7 @@ def exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, siz
         counters_n = routing.dropout_mA.counters.reshape(-1)
         dropout_S = routing.dropout_mA._replace(counters=_exchange(counters_n[assignment_S]))
     y_SD = apply_experts(ReceivedRows(x_SD, expert_S, weight_S[:, None], dropout_S), experts, inputs.experts)
-    # And back to the tokens.
+    # Back to the tokens.
     return from_rows(_exchange(y_SD).astype(jnp.float32), placement)
 
 

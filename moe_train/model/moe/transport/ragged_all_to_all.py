@@ -155,7 +155,7 @@ def _move(x: jax.Array, rows: int, start_X: jax.Array, size_X: jax.Array, at_X: 
     return jax.lax.ragged_all_to_all(x, buffer, start_X, size_X, at_X, coming_X, axis_name="expert")
 
 
-# Each of these is the other's gradient. rows: of the buffer at the experts; n: rows at home.
+# Each of the two is the gradient of the other. `rows` is the size of the buffer at the experts, `n` the number of rows at home.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -40,6 +40,7 @@ def from_rows(y_SD: jax.Array, placement: Placement) -> jax.Array:
     return sum(others, start=first)
 
 
+# Each of the two is the gradient of the other.
 to_rows.defvjp(lambda x, at: (to_rows(x, at), at), lambda at, dx: (from_rows(dx, at), None))
 from_rows.defvjp(lambda y, at: (from_rows(y, at), at), lambda at, dy: (to_rows(dy, at), None))
 

@@ -86,7 +86,9 @@ class Transport(Protocol):
     """Protocol that each transport module implements."""
 
     @property
-    def NAME(self) -> Name: ...
+    def NAME(self) -> Name:
+        """Name of the transport, as in the config."""
+        ...
 
     @property
     def RECOMPUTES_EXPERTS(self) -> bool:

@@ -18,8 +18,10 @@ from typing import Any
 def new_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty directory next to `path`; when the block succeeds, sync its files and rename it to `path`.
 
+    Nothing is overwritten; only an empty directory at `path` is replaced. If the block fails, the new directory is removed.
+
     Raises:
-        FileExistsError: `path` exists and is not an empty directory: nothing is overwritten.
+        FileExistsError: `path` exists and is not an empty directory.
         ValueError: `path` is a URL.
         OSError: writing failed, for instance because the disk is full.
     """

@@ -29,7 +29,10 @@ from moe_train.machine import processes
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Names of the mesh axes, outermost first."""
 BATCH = ("data", "fsdp", "expert")
-"""Axes that split a batch dim. Inside a model, whose replicas may compute on their own, use `batch_axes()`."""
+"""Mesh axes of a batch dim: every batch dim is split over exactly these.
+
+Inside a model, whose replicas may compute on their own, use `batch_axes()`.
+"""
 
 
 def join_processes() -> None:

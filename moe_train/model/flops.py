@@ -57,7 +57,7 @@ def _visible_keys(seq_len: int, window: int | None) -> float:
 def _adapter_flops(model: config.Model, path: ParameterPath, size: int) -> float:
     """Return the FLOPs per token of an array that is trained on top of a frozen base."""
     is_lookup = path.is_embedding and path.leaf in ("weight", "lora_a")
-    # These take no matrix product.
+    # Lookups, norms and router biases involve no matrix product.
     if is_lookup or path.is_norm or path.is_router_bias:
         return 0.0
     share = 1.0

@@ -13,7 +13,15 @@ from moe_train.model.sharding import fsdp, specs
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype) -> nnx.Param:
-    """Initialize a parameter with independent normal entries; the values are the same on every mesh."""
+    """Initialize a parameter with independent normal entries; the values are the same on every mesh.
+
+    Args:
+        rngs: PRNG streams.
+        shape: shape of the parameter.
+        spec: partition spec that the parameter is created with.
+        stddev: standard deviation of the entries.
+        dtype: dtype of the parameter.
+    """
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype, out_sharding=spec))
 
 
@@ -82,7 +90,16 @@ def keys_of(key: jax.Array | None, count: int) -> list[jax.Array | None]:
 
 
 class Linear(Adapted):
-    """A linear map without bias, given as an einsum such as `equation` "BTD,DNH->BTNH" with weight (D, N, H)."""
+    """A linear map without bias, given as an einsum.
+
+    Args:
+        rngs: PRNG streams for the weight.
+        equation: einsum of input and weight, such as "BTD,DNH->BTNH".
+        shape: shape of the weight, here (D, N, H).
+        spec: partition spec of the weight.
+        stddev: standard deviation of the initial entries.
+        dtype: dtype of the weight.
+    """
 
     def __init__(self, rngs: nnx.Rngs, equation: str, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, shape, spec, stddev, dtype))

@@ -6,7 +6,7 @@ with depth. `config.stacks` gives the stacks of a model: one if all layers are a
 `hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
 
 A model is passed around as a flat dict {path: array} (`parameters`, `combine`); `ParameterPath` gives the meaning of a path.
-Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`.
+Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`. README.md lists the shape letters of array names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ SAVED = ("projection", "attention", "routing", "experts")
 
 
 class Layer(nnx.Module):
-    """A transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+    """A transformer layer: x + attention(norm(x)), then x + ffn(norm(x)).
+
+    Args:
+        rngs: PRNG streams for the weights.
+        model: model section of the config.
+        compute: dtypes, kernels and rematerialization.
+        window: sliding window of the attention in tokens; None for full causal attention.
+        ffn: the layer's feed-forward part, dense or sparse.
+    """
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None, ffn: config.Ffn):
         dtype = jnp.dtype(compute.param_dtype)
@@ -85,7 +93,14 @@ def _feed_forward(rngs: nnx.Rngs, model: config.Model, compute: config.Compute, 
 
 
 class Stack(nnx.Module):
-    """One period of layers, repeated; every weight has a leading dim of repeats."""
+    """One period of layers, repeated; every weight has a leading dim of repeats.
+
+    Args:
+        rngs: PRNG streams for the weights.
+        model: model section of the config.
+        compute: dtypes, kernels and rematerialization.
+        stack: windows of the period's layers, their feed-forward part and the number of repeats.
+    """
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, stack: config.LayerStack):
         keys = jax.random.split(rngs.params(), (stack.period, stack.repeats))

@@ -35,7 +35,14 @@ class Cache(NamedTuple):
 
 
 class GroupedQueryAttention(nnx.Module):
-    """Projections, rotary position embedding and grouped-query attention of one layer."""
+    """Projections, rotary position embedding and grouped-query attention of one layer.
+
+    Args:
+        rngs: PRNG streams for the weights.
+        model: model section of the config.
+        compute: dtypes and kernels.
+        window: sliding window in tokens; None for full causal attention.
+    """
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None):
         a, D, dtype = model.attention, model.model_dim, jnp.dtype(compute.param_dtype)

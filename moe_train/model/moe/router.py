@@ -30,7 +30,7 @@ class RouterStats(NamedTuple):
     entropy: Array
     """Mean entropy, in nats, of the router's distribution over all experts; log E if uniform."""
     dropped: Array
-    """Number of assignments that no expert computed."""
+    """Number of assignments of valid tokens that no expert computed."""
     expert_ids: Array | None = None
     """Chosen experts (B, T, A), if `MoE.keeps_expert_ids` is set; otherwise None."""
 
@@ -82,7 +82,15 @@ def _float32_product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def next_bias(bias_E: Float[Array, "*L E"], chosen_E: Int[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:
-    """Return b_e + rate * sign(mean load - load of e), from the assignments of a whole step (arXiv:2408.15664, algorithm 1)."""
+    """Return the router bias after a step: b_e + rate * sign(mean load - load of e).
+
+    See arXiv:2408.15664, algorithm 1.
+
+    Args:
+        bias_E: bias before the step; may have leading dims of layers.
+        chosen_E: assignments of the whole step to each expert.
+        rate: size of the update.
+    """
     mean = jnp.mean(chosen_E.astype(jnp.float32), axis=-1, keepdims=True)
     return bias_E + rate * jnp.sign(mean - chosen_E)
 
@@ -113,7 +121,12 @@ def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tup
 def within_groups(by_BTE: Float[Array, "B T E"], num_groups: int, groups_per_token: int) -> Float[Array, "B T E"]:
     """Set the selection scores of experts outside the token's groups to minus infinity.
 
-    The groups kept are the `groups_per_token` groups whose two best experts have the largest sum.
+    A token keeps the `groups_per_token` groups whose two best experts have the largest sum of scores.
+
+    Args:
+        by_BTE: selection scores.
+        num_groups: number of equal groups that the experts are divided into, in order.
+        groups_per_token: number of groups that a token keeps.
     """
     B, T, E = by_BTE.shape
     best_BTG2, _ = top_k(by_BTE.reshape(B, T, num_groups, -1), 2)

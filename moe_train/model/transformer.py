@@ -30,7 +30,10 @@ from moe_train.model.quantize import quantize_weights
 from moe_train.model.sharding import fsdp
 
 SAVED = ("projection", "attention", "routing", "experts")
-"""Names (`jax.ad_checkpoint.checkpoint_name`) of the values that remat policy `minimal` keeps for the backward pass."""
+"""Names (`jax.ad_checkpoint.checkpoint_name`) of the values that are worth their memory in the backward pass.
+
+Remat policy `minimal` saves these and no others.
+"""
 
 
 class Layer(nnx.Module):

@@ -1,1 +1,1 @@
-"""Records to batches: sources -> chat -> store -> packing -> loader. Numpy only."""
+"""From records to batches: sources -> chat -> store -> packing -> loader. This package uses numpy only, not jax."""

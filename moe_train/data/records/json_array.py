@@ -123,7 +123,7 @@ def _element(window: _Window, parser: Parser) -> tuple[Any, int]:
         try:
             value, end = parser.value(window.text, window.at)
         except json.JSONDecodeError as error:
-            # An incomplete value and a malformed one raise the same error, so read on until the value parses or no more text may be held.
+            # An incomplete value raises the same error as a malformed one, so read on until it parses or the limit is reached.
             held, fault = len(window.text) - window.at, error.pos - window.at
             if held > MAX_RECORD or not window.read_on(max(BLOCK, held)):
                 what = f"not JSON: {error.msg} on line {window.line_of(window.at + fault)}"

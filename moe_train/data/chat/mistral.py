@@ -93,7 +93,8 @@ def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: 
 def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
     """Return how many tokens at the end of `tokens` belong to the message.
 
-    These are the tokens after the control token that closes what comes before the message.
+    These are the tokens after the control token that closes what comes before the message. Versions without such a token encode
+    the message on its own to count them.
     """
     closing = _closing(tokenizer)
     if closing:

@@ -99,7 +99,7 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
         FileNotFoundError: If there is none.
     """
     if is_run(directory):
-        with contextlib.suppress(FileNotFoundError):  # the run's own copy
+        with contextlib.suppress(FileNotFoundError):  # prefer the run's own copy
             return tokenizer_at(Path(directory) / TOKENIZER)
         data = read_run(directory).data
         if isinstance(data, config.RunData):

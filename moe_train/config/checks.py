@@ -80,6 +80,7 @@ def check_model(sections: Sections, model: Model) -> None:
         if (sections.lora is None or sections.lora.trains_router) and None in coefs.values():
             missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
             raise ValueError(f"state {missing} where routers are trained (0.01 and 0.001 are usual; 0 is off)")
+        # With LoRA, the bias moves only if the router itself is trained in full.
         moves = model.ffn.router.bias and (sections.lora is None or "ffn.router" in sections.lora.train)
         if moves and loss.bias_update_rate is None:
             raise ValueError("state loss.bias_update_rate where routers have a bias (0.001 is usual; 0 is off)")

@@ -85,6 +85,7 @@ def generate(
     room += -room % mesh.shape["context"]
 
     def read(tokens: np.ndarray, positions: np.ndarray, caches: Any) -> tuple[np.ndarray, Any]:
+        """Run a step on padded tokens; padding has position -1."""
         padding = ((0, 0), (0, -tokens.shape[1] % mesh.shape["context"]))
         padded = np.pad(tokens, padding).astype(np.int32), np.pad(positions, padding, constant_values=-1).astype(np.int32)
         logits, caches = _step(structure, weights, *put_batch(padded, mesh), caches)

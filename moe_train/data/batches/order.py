@@ -77,6 +77,7 @@ class Order:
         if not directory.exists():
             plan = self._planned(epoch)
             with contextlib.suppress(FileExistsError), new_directory(directory) as unfinished:  # another process may be faster
+                # One array: dropped, truncated, split, num_rows; then row_pieces; then example, start and length.
                 np.save(unfinished / "plan.npy", np.concatenate([plan[-3:], [plan.num_rows], plan.row_pieces, *plan[1:4]]))
         numbers = np.load(directory / "plan.npy", mmap_mode="r").view(np.ndarray)
         dropped, truncated, split, num_rows = numbers[:4].tolist()
@@ -106,6 +107,7 @@ class Order:
 
     def pieces(self, row: int) -> list[Piece]:
         """Return the pieces in a row, segment by segment."""
+        # Plan further epochs until one contains the row.
         while row >= self.end(len(self._ends) - 1 if self._ends else 0):
             self.end(len(self._ends))
         epoch = bisect.bisect_right(self._ends, row)

@@ -70,6 +70,7 @@ def make_plan(lengths: np.ndarray, seq_len: int, too_long: TooLong, seed: Sequen
     example = np.flatnonzero(lengths > 0 if too_long != "drop" else (lengths > 0) & ~over)
     num_dropped = len(lengths) - len(example)
     if too_long == "split":
+        # A piece starts at its index within the example, counted by the cumulative sum, times seq_len.
         pieces = -(-lengths[example] // seq_len)
         example = np.repeat(example, pieces)
         start = (np.arange(len(example)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * seq_len

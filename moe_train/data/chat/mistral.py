@@ -29,7 +29,7 @@ from moe_train.data.records.conversation import Conversation, Message
 from moe_train.data.tokenizers.mistral import Mistral
 
 _FIRST_WITH_TOOLS = TokenizerVersion.v2
-_FIRST_WITHOUT_IDS = TokenizerVersion.v13  # from here on, ids are never encoded
+_FIRST_WITHOUT_IDS = TokenizerVersion.v13  # from this version on, ids of calls are never encoded
 
 _KNOWN = {TokenizerVersion(version) for version in ("v2", "v3", "v7", "v11", "v13")}
 """Versions whose control tokens show where an assistant turn begins."""
@@ -82,6 +82,7 @@ def _whole(messages: list[Message], tokenizer: Mistral) -> Example:
 def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: Mistral) -> Example:
     """Encode a prefix of a conversation with tools, of which only the last turn is trained on."""
     request = _request(messages, tools, tokenizer, ValidationMode.finetuning)
+    # The ids are removed only after validation.
     last = cast(AssistantMessage, request.messages[-1])
     if last.tool_calls and tokenizer.finetuning.version < _FIRST_WITHOUT_IDS:
         last.tool_calls = [ToolCall(function=call.function) for call in last.tool_calls]

@@ -40,6 +40,7 @@ def _serve(connection: Connection, limits: Limits) -> None:
         return template
 
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
+    # Limits of 0 for files and core dumps keep the template from writing to disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:
@@ -47,7 +48,7 @@ def _serve(connection: Connection, limits: Limits) -> None:
             question = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # SIGPROF ends a process that does not handle it
+        signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # the default action of SIGPROF ends the process
         answer = json.dumps(_answer(question, compiled, limits)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(answer)
@@ -137,6 +138,7 @@ def _environment() -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
     def refuse(message: str) -> None:
+        """Implement `raise_exception`, with which templates reject a conversation."""
         raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

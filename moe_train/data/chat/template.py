@@ -101,6 +101,7 @@ def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list
             for i, _ in asking:
                 found[i] = error
             return found
+        # The next round sends each generator its renderings; finished generators have left the list.
         told = [(i, [checked(next(texts), asked) for asked in some]) for i, some in asking]
     return found
 

@@ -172,6 +172,7 @@ def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, p
         answer = gathered.answer(sources, settings, tokens_per_second)
         if coverage is not None:
             answer["sample"] = coverage.answer(gathered.records)
+            # The number of duplicates in a sample says little about the whole corpus.
             answer["duplicates"] = None
         if fixed is not None:
             answer["fixed"] = fixed.close(settings.fix)

@@ -70,6 +70,7 @@ class Corrected:
         return {"directory": str(written), "kept": self.kept, "changed": self.counts["changed"], "dropped": self.counts["dropped"]}
 
     def _close_file(self) -> None:
+        """Close the copy that is being written."""
         if self._open is not None:
             self._open[1].close()
 

@@ -78,7 +78,7 @@ def epoch(
         rows[source] += num_rows
         positions += num_tokens
     total = sum(rows.values())
-    # Rows are drawn by the sources' weights, so an epoch is as long as the source that takes longest to be seen.
+    # Rows are drawn by the sources' weights, so an epoch lasts until the slowest source has been seen once.
     shares = np.array([sources[source].weight for source in rows if rows[source]])
     seen = int(np.ceil(max((rows[s] * shares.sum() / sources[s].weight for s in rows if rows[s]), default=0)))
     steps = None if batch_size is None else -(-seen // batch_size)

@@ -44,7 +44,7 @@ def words(texts: Sequence[str]) -> Words:
         for k in range(length):
             letters[signs + k] = False
     before = letters[:-1]
-    first = letters[1:] & (~before | (data[1:] >= _IDEOGRAPH))  # of data[1:]
+    first = letters[1:] & (~before | (data[1:] >= _IDEOGRAPH))  # element i describes byte i + 1
     starts = np.flatnonzero(first) + 1
     ends = np.flatnonzero(before & (~letters[1:] | first)) + 1
     lengths = ends - starts

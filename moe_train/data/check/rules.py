@@ -37,7 +37,8 @@ UNICODE = Rule("unicode", "remove it", texts.unusable_characters, texts.fix_unus
 CONTROL_TOKEN = Rule(
     "control-token", "write it otherwise: a model must not learn that users can type it", texts.typed_control_tokens
 )
-# In the order in which they are repaired: names before order, order before what is cut off.
+
+# In the order of repairs: names first, then the order of messages, then cutting off.
 RULES = (
     UNICODE,
     CONTROL_TOKEN,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from moe_train.data.check.form import Form
 from moe_train.data.records.conversation import Conversation
 
-# NUL, the noncharacters that mark spans while a template is rendered, and halves of surrogate pairs.
+# NUL, the noncharacters that mark spans while a template is rendered, and lone surrogates.
 _NO_TEXT = re.compile("[\x00\ufdd0-\ufdd3\ud800-\udfff]")
 
 

@@ -22,7 +22,7 @@ def open_files(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be opened: {reason(error)}") from error
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system has its own exceptions
         raise fault(url, error) from error
 
 
@@ -30,7 +30,7 @@ def fault(path: str, error: Exception) -> OSError:
     """Return the exception to raise, with a message in one line, after a bucket's file system raised `error`."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{path} is missing; is the bucket's name right, and was all of it copied there?")
-    status = getattr(error, "status_code", getattr(error, "code", None))  # of Azure's and Google's errors
+    status = getattr(error, "status_code", getattr(error, "code", None))  # attributes of Azure's and of Google's errors
     if isinstance(error, PermissionError) or str(status) in ("401", "403") or "Credential" in type(error).__name__:
         remedy = "state credentials with the right to it, as the store's own tools read them (variables of the environment, login)"
         return PermissionError(f"{path} is refused: {reason(error)}; {remedy}")

@@ -113,6 +113,7 @@ class RemoteFolder:
         """
         spans = [(array.file, a * array.dtype.itemsize, b * array.dtype.itemsize) for array, a, b in parts]
         wanted = [[(file, number) for number in self._numbers(start, stop)] for file, start, stop in spans]
+        # Collect parts into groups whose blocks fit into the cache together, then fetch the blocks of a group in parallel.
         found: dict[int, np.ndarray] = {}
         todo = sorted(range(len(parts)), key=wanted.__getitem__, reverse=True)  # parts that share blocks become neighbours
         while todo:
@@ -158,7 +159,7 @@ class RemoteFolder:
                 raise OSError(f"{path} is not read any more: the program ends")
             try:
                 return self._files.cat_file(f"{self._root}/{name}", **part, **self._timeout)
-            except Exception as error:  # each file system has its own
+            except Exception as error:  # each file system has its own exceptions
                 if part and isinstance(error, OSError) and error.errno == errno.EINVAL:
                     return b""  # S3's answer to a range beyond the end
                 refusal = fault(path, error)

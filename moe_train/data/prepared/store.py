@@ -99,13 +99,13 @@ class TokenStore:
         return [(next(found), None if mask is None else next(found)) for _, mask, _, _ in located]
 
     def masks(self, pieces: Sequence[Piece]) -> list[np.ndarray | None]:
-        """The loss masks of `read` alone."""
+        """Return only the loss masks that `read` returns."""
         located = self._located(pieces)
         found = iter(self._folder.read([(mask, a, b) for _, mask, a, b in located if mask is not None]))
         return [None if mask is None else next(found) for _, mask, _, _ in located]
 
     def _located(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
-        """(ids, loss mask or None, start, stop) of each piece."""
+        """Return the ids, the loss mask (or None), the start and the stop of each piece in its shard's arrays."""
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         opened = [self._open(number) for number in shards]
         rows = [int(piece.example - self._first[number]) for number, piece in zip(shards, pieces, strict=True)]

@@ -109,6 +109,7 @@ def prepare(
         finally:
             if not any(unfinished.iterdir()):  # no finished shard to keep
                 unfinished.rmdir()
+        # A second scan detects files that were changed while they were tokenized.
         if records.scan(cache / "scans") != scans:
             raise ValueError(f"{places}: records were changed while they were read; start again when nothing writes to them")
         manifest = _manifest(unfinished, shards, scans, records, source, tokenizer, rules)
@@ -123,7 +124,7 @@ def prepare(
 def _rules(record: config.Record, template: str | None) -> Rules:
     """Return the rules that turn records into ids, for the manifest."""
     return Rules(
-        record=record.model_dump(mode="json", exclude={"too_long"}),  # too_long is a matter of packing
+        record=record.model_dump(mode="json", exclude={"too_long"}),  # too_long matters only for packing
         template_sha256=None if template is None or record.name == "text" else hashlib.sha256(template.encode()).hexdigest(),
         libraries={name: importlib.metadata.version(name) for name in ("tokenizers", "mistral-common", "jinja2")},
     )
@@ -133,7 +134,7 @@ def _taken(shard: Shard, unfinished: Path, cache: Path) -> bool:
     """Return whether another set has the same shard; if so, link its files into this one."""
     for other in cache.glob(f"tokens-*/{shard.key}"):
         beside = unfinished / f".{shard.key}.unfinished-link"
-        with contextlib.suppress(FileNotFoundError):  # the other set was just removed
+        with contextlib.suppress(FileNotFoundError):  # the other set was removed meanwhile
             shutil.copytree(other, beside, copy_function=_link)
             beside.rename(unfinished / shard.key)
             return True
@@ -144,7 +145,7 @@ def _link(file: str, beside: str) -> None:
     """Create a hard link, or a copy if the file system has no hard links."""
     try:
         os.link(file, beside)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         shutil.copy2(file, beside)
 
 
@@ -245,7 +246,7 @@ def _submitted(pool: ProcessPoolExecutor, directory: Path, todo: list[Shard], re
     """Start the pool's processes, to which the source is pickled, and submit the shards."""
     try:
         return {pool.submit(_work, directory / shard.key, shard) for shard in todo}
-    except Exception as error:  # an object can refuse to be pickled with any error
+    except Exception as error:  # an object can raise anything when it is pickled
         raise ValueError(
             f"{', '.join(recipe.records.names[:3])}: the records cannot be passed to other processes ({error}); "
             "set data.num_proc to 1, or make the object picklable"

@@ -35,7 +35,7 @@ def upload(directory: str, to: str) -> str:
             shards = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != NAME)
             for path in [*shards, Path(directory) / NAME]:
                 _copy(path, files, f"{target}/{path.relative_to(directory).as_posix()}")
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system has its own exceptions
         raise fault(to, error) from error
     return f"{to.rstrip('/')}/{name}"
 

@@ -35,7 +35,7 @@ class HubDataset(OpenSource):
         source = self._source
         try:
             rows = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision)
-        except (OSError, ValueError) as error:  # the library's own errors are of these kinds
+        except (OSError, ValueError) as error:  # the library's own errors derive from these
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
                 f"{self.places[0].name} cannot be had ({reason}); fetch it where there is a network, or use files"

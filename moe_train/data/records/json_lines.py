@@ -39,6 +39,7 @@ def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -
                 stream.seek(start)
             while data := stream.read(BLOCK if stop is None else max(min(BLOCK, stop - at), 1)):
                 at += len(data)
+                # The last line of this part extends beyond `stop`; the next part begins after it.
                 if stop is not None and at >= stop and not data.endswith(b"\n"):
                     rest = stream.readline(MAX_RECORD)
                     data, at = data + rest, at + len(rest)
@@ -49,7 +50,7 @@ def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -
                         pieces.append(data)
                     else:
                         pieces.clear()
-                elif held > MAX_RECORD:  # the end of a line that is too long
+                elif held > MAX_RECORD:  # the line that ends here is too long
                     first = data.index(b"\n") + 1
                     yield Block(line, _too_long())
                     line += 1

@@ -64,7 +64,7 @@ class HuggingFace(Tokenizer):
             self._plain = tokenizers.Tokenizer.from_file(str(main))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{main} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads: {error}") from error
-        # A file may carry the padding and truncation settings of whoever saved it.
+        # A file may contain the padding and truncation settings of the program that saved it.
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = True
@@ -119,7 +119,7 @@ class HuggingFace(Tokenizer):
             spans: Spans of characters of the joined pieces.
         """
         text = "".join(self.special_pattern.sub(_between_marks, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces))
-        parts = text.split(_MARK)  # plain text and control tokens in turn
+        parts = text.split(_MARK)  # plain text and control tokens alternate
         borders = [0, *itertools.accumulate(map(len, parts))]
         openings, closings = borders[1:-1:2], borders[2:-1:2]
 
@@ -147,11 +147,11 @@ class HuggingFace(Tokenizer):
             encodings = self._control.encode_batch(marked, add_special_tokens=False)
             return [(e.ids, [_touching(e, span) for span in text.spans]) for e, text in zip(encodings, texts, strict=True)]
         encoded = []
-        encodings = self._control.encode_batch_fast(marked, add_special_tokens=False)  # a fifth faster: it finds no offsets
+        encodings = self._control.encode_batch_fast(marked, add_special_tokens=False)  # a fifth faster, as it computes no offsets
         for encoding, text, spans in zip(encodings, texts, edges, strict=True):
             ids = encoding.ids
             border_ids = [0]
-            for control in text.control:  # plain text never has an id of a control token
+            for control in text.control:  # plain text never gives the id of a control token
                 at = ids.index(control, border_ids[-1])
                 border_ids += at, at + 1
             border_ids.append(len(ids))
@@ -189,7 +189,7 @@ class HuggingFace(Tokenizer):
         marked = {name: _MARK + name + _MARK for name in names}
         if isinstance(vocab, dict):
             content["model"]["vocab"] = {marked.get(piece, piece): number for piece, number in vocab.items()}
-        else:  # Unigram's pieces with their scores
+        else:  # Unigram: pieces with their scores
             content["model"]["vocab"] = [[marked.get(piece, piece), score] for piece, score in vocab]
         if content["model"].get("unk_token") in marked:
             content["model"]["unk_token"] = marked[content["model"]["unk_token"]]

@@ -52,13 +52,13 @@ class LayerPosition:
     layer: int
     """Index of the layer in the whole model."""
     stack: int
-    """Index of its stack."""
+    """Index of the layer's stack."""
     place: int
-    """Its position in the period of the stack."""
+    """Position of the layer in the period of the stack."""
     repeat: int
-    """Its repetition of the period: the index on the leading dim of the stacked arrays."""
+    """Repetition of the period: the index on the leading dim of the stacked arrays."""
     ffn: Ffn
-    """Its feed-forward layer."""
+    """The feed-forward layer."""
 
 
 def stacks(model: Model) -> tuple[LayerStack, ...]:

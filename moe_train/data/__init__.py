@@ -1,1 +1,1 @@
-"""From records to batches: sources -> chat -> store -> packing -> loader. This package uses numpy only, not jax."""
+"""The data pipeline, from records to batches: sources -> chat -> store -> packing -> loader. It uses numpy only, not jax."""

@@ -1,6 +1,6 @@
 """Requests to a chat template and its renderings: the texts of a conversation's prefixes.
 
-User text that looks like a control token is enclosed in marks in these texts, so that it can be told from the control tokens
+User text that looks like a control token is enclosed in marks in these texts, which distinguish it from the control tokens
 that the template itself writes.
 """
 

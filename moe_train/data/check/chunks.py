@@ -39,9 +39,9 @@ class Place(NamedTuple):
 
     file: Path
     kind: str
-    """Its format."""
+    """The format of the file."""
     source: int
-    """Index of its source."""
+    """Index of the source that the file belongs to."""
     counted: str  # line, row, or byte if lines are sampled
 
     def where(self, number: int) -> str:
@@ -107,7 +107,7 @@ def _grouped(rows: Iterator[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]
 
 
 class Coverage:
-    """How much of the files a sample has read.
+    """The part of the files that a sample has read.
 
     Args:
         wanted: Number of records to sample.

@@ -68,7 +68,7 @@ class Change(NamedTuple):
     rule: str
     """The rule that it broke."""
     what: str
-    """What was changed, or why it was dropped."""
+    """The change, or the reason why the record was dropped."""
 
 
 class Kept(NamedTuple):
@@ -82,7 +82,7 @@ class Kept(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What was found in a chunk."""
+    """The findings for one chunk."""
 
     place: int
     num_records: int

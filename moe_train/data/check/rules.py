@@ -24,9 +24,9 @@ class Rule(NamedTuple):
     """A rule for conversations."""
 
     name: str
-    """Its name in reports."""
+    """The name in reports."""
     remedy: str
-    """What to do about a record that breaks it."""
+    """The advice for a record that breaks the rule."""
     broken: Callable[[Conversation, Form], Iterator[str]]
     """Yields a message for each place that breaks the rule."""
     fix: Callable[[Conversation, Form], Iterator[str]] | None = None

@@ -30,7 +30,7 @@ def bad_role(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def known_role(role: Any) -> str:
-    """Return our name for a role; an unknown one in lower case."""
+    """Return our name for a role; for an unknown role, the name in lower case."""
     name = str(role).strip().lower()
     return OTHER_NAMES.get(name, name)
 

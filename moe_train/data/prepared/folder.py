@@ -36,11 +36,11 @@ class File(NamedTuple):
     """A file of a prepared set."""
 
     name: str
-    """Its name in the folder."""
+    """The name in the folder."""
     dtype: str
-    """The dtype of its numbers."""
+    """The dtype of the numbers in the file."""
     size: int
-    """Its size in bytes."""
+    """The size in bytes."""
 
 
 class LocalFolder:

@@ -24,7 +24,7 @@ class Scan(NamedTuple):
     cuts: tuple[tuple[int, int], ...] = ()
     """(byte or index, line) at which each part after the first begins."""
     stop: int | None = None
-    """Where the last part stops; None if it is read to the end."""
+    """The byte at which the last part stops; None if it is read to the end."""
 
 
 def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[int, int] = _BYTES) -> Scan:

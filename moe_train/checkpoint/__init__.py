@@ -1,1 +1,1 @@
-"""A run's own state on disk, and the opening of a model from a directory."""
+"""A run's own state on disk, and loading a model from a directory."""

@@ -1,6 +1,7 @@
-"""A checkpoint's arrays on disk: saved in chunks, read in parts, and checked by the sums of their bits.
+"""A checkpoint's arrays on disk: saved in chunks, read in parts, and verified by bit sums.
 
-Orbax reads an array whole, and holds it twice then; and it takes a flipped bit, or a missing part (as zeros), for a value.
+Orbax by itself reads an array in one piece, and holds it twice while it does. It also accepts a flipped bit, or a missing
+chunk (which reads as zeros), as valid data; the bit sums detect both.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from jax.sharding import NamedSharding
 from moe_train.machine.mesh import platform
 
 CHUNK = 2**25
-"""Bytes that lie together, and are read at a time: Orbax alone would keep an array, or a device's part of it, in one piece."""
+"""Bytes per stored chunk, and per read. Without this setting, Orbax stores an array, or a device's shard of it, in one piece."""
 
 
 def in_chunks(tree: Any) -> Any:
-    """How to save arrays so that a part can be read without the rest: of large stacked ones each layer on its own."""
+    """Return Orbax save arguments that allow reading a part of an array without the rest.
+
+    Arrays are stored in chunks of `CHUNK` bytes; large stacked arrays get separate chunks for each layer (first dim).
+    """
 
     def one(x: jax.Array) -> ocp.SaveArgs:
         large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > CHUNK
@@ -35,28 +39,41 @@ def in_chunks(tree: Any) -> Any:
 
 
 def bit_sums(tree: Any) -> list[int]:
-    """Of each array the sum of its elements' bits modulo 2^32, on any mesh the same."""
+    """Compute, for each array, the sum of its elements' bits modulo 2^32; the result does not depend on the mesh."""
     arrays = jax.tree.leaves(tree)
-    if platform() == "cpu" and all(x.is_fully_addressable for x in arrays):  # XLA:CPU would widen a whole array first
+    if platform() == "cpu" and all(x.is_fully_addressable for x in arrays):  # XLA:CPU would first widen the whole array
         return [sum(_bit_sum(np.asarray(s.data)) for s in x.addressable_shards if s.replica_id == 0) % 2**32 for x in arrays]
     return [int(x) for x in jax.device_get(_bit_sums(arrays))]
 
 
 def _bit_sum(x: np.ndarray) -> int:
+    """Sum the bits of one array with numpy, modulo 2^32."""
     return int(np.sum(x.view(_BITS[x.itemsize]), dtype=np.uint32))
 
 
 _BITS = {2: np.uint16, 4: np.uint32}
+"""The unsigned integer type for each item size in bytes."""
 
 
 @jax.jit
 def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Sum the bits of each array on the devices; uint32 addition wraps modulo 2^32."""
     return [jnp.sum(jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]), dtype=jnp.uint32) for x in arrays]
 
 
 def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
-    """The array `path` of the folder `params`, in parts of its first dim, each of as many entries as lie together, and the
-    entry that each starts with; sharded as `like`. Raises ValueError where it has another shape than `like`.
+    """Read an array of a checkpoint in parts along its first dim, each with as many entries as a stored chunk.
+
+    Args:
+        params: The checkpoint's folder of arrays.
+        path: Path of the array.
+        like: The expected shape, and the sharding of the parts.
+
+    Yields:
+        The index of the part's first entry, and the part.
+
+    Raises:
+        ValueError: If the stored array has another shape than `like`.
     """
     place = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params.absolute()}/"}, "path": f"{path}/"}
     stored = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
@@ -65,6 +82,7 @@ def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple
     assert isinstance(like.sharding, NamedSharding)
     (length, *_), (split, *_) = stored.shape, (*like.sharding.spec, None)
     together = stored.chunk_layout.read_chunk.shape
+    # An array whose first dim is sharded over devices, or that is stored as one chunk, is read at once.
     step = length if split or together is None else together[0] or length
     for start in range(0, length, step):
         part = stored[tensorstore.d[0][start : min(start + step, length)].translate_to[0]]
@@ -72,11 +90,22 @@ def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple
 
 
 def _read(stored: tensorstore.TensorStore, at: Any) -> np.ndarray:
+    """Read the index range `at` of a stored array."""
     return np.asarray(stored[at].read().result())
 
 
 def joined(whole: jax.Array | None, part: jax.Array, start: int, length: int) -> jax.Array:
-    """`whole` (None: zeros), whose first dim is `length`, with `part` at entry `start`; takes the memory of `whole`."""
+    """Write a part into the array that collects the parts.
+
+    Args:
+        whole: The array so far, whose memory is reused (donated); None for zeros.
+        part: The entries to write.
+        start: Index of the first entry on the first dim.
+        length: Size of the first dim of the complete array.
+
+    Returns:
+        The array with the part; `part` itself if it is complete.
+    """
     if len(part) == length:
         return part
     if whole is None:
@@ -86,4 +115,5 @@ def joined(whole: jax.Array | None, part: jax.Array, start: int, length: int) ->
 
 @partial(jax.jit, donate_argnums=0)
 def _put(whole: jax.Array, part: jax.Array, start: int) -> jax.Array:
+    """Write `part` at entry `start` of `whole`, in place."""
     return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)

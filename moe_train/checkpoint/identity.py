@@ -1,4 +1,4 @@
-"""The identity of weights: hashes of every byte, and whether they are still the same."""
+"""The identity of weights: hashes over every byte, and a check that they are unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from moe_train.weights import external, external_adapter, together
 
 
 def base_of(directory: str | Path) -> Base:
-    """The identity of the weights that `load_parameters` would read: their hashes, of every byte."""
+    """Return the identity of the weights that `load_parameters` would read, with hashes over every byte.
+
+    Args:
+        directory: A run, whose newest checkpoint counts, or an external model.
+
+    Raises:
+        FileNotFoundError: If a run has no checkpoint.
+    """
     if not is_run(directory):
         return Base(str(directory), None, external.hashes(directory))
     with manager.reading(directory) as checkpoints:
@@ -23,12 +30,17 @@ def base_of(directory: str | Path) -> Base:
 
 
 def adapter_of(source: str | Path) -> Base:
-    """The identity of an adapter's files, as `base_of` has it of a model's."""
+    """Return the identity of an adapter's files, as `base_of` does for a model."""
     return base_of(source) if is_run(source) else Base(str(source), None, external_adapter.hashes(source))
 
 
 def check_base(base: Base) -> None:
-    """Raise ValueError where the weights that `base` names are not the same any more."""
+    """Raise an error if the weights that `base` names have changed.
+
+    Raises:
+        ValueError: If any tensor or file differs from when `base` was recorded.
+        FileNotFoundError: If the checkpoint that holds the weights is gone.
+    """
     if base.step is None:
         now = external.hashes(base.source)
     else:
@@ -45,7 +57,7 @@ def check_base(base: Base) -> None:
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file, by its name in the folder; several processes read a share each."""
+    """Return the sha256 of each file by its name in the folder; with several processes, each reads a share of the files."""
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
     def digest(name: str) -> str:

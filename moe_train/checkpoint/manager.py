@@ -1,12 +1,12 @@
-"""A run's own state on disk, through Orbax: what is saved, when it stays, and how it comes back.
+"""A run's own state on disk, through Orbax: what a checkpoint contains, which ones are kept, and how state is restored.
 
     RUN_DIR/checkpoints/STEP/params       the trainable weights, and the routers' biases
-                             optimizer    the optimizer's state, steps tried and skipped
-                             about        JSON: `About`, and the sums of the arrays' bits
-                             metrics      JSON: the held-out loss, where it was measured at this step
+                             optimizer    the optimizer state, and the numbers of steps tried and skipped
+                             about        JSON: `About`, and the bit sums of the arrays
+                             metrics      JSON: the held-out loss, if it was measured at this step
 
-Of frozen weights a checkpoint holds the source and hashes alone. A checkpoint appears whole or not at all (Orbax
-renames it into place), is written while training goes on, and fits any mesh.
+For frozen weights a checkpoint holds only their source and hashes. A checkpoint appears completely or not at all (Orbax
+renames it into place), is written while training continues, and can be restored on any mesh.
 """
 
 from __future__ import annotations
@@ -33,38 +33,44 @@ from moe_train.train.state import TrainState, split_buffers
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
+"""The folder of a run that holds its checkpoints."""
 
 
 class Base(NamedTuple):
-    """Where a run's first weights are from: a Hugging Face directory, or a run and its checkpoint's step."""
+    """The origin of a run's initial weights: an external model's directory, or another run and the step of its checkpoint."""
 
     source: str
+    """Path of the model or run."""
     step: int | None
+    """Step of the run's checkpoint; None for an external model."""
     hashes: dict[str, str]
-    """sha256 of each tensor, or of each file of the checkpoint's weights."""
+    """The sha256 of each tensor, or of each file of the checkpoint's weights."""
 
 
 class About(NamedTuple):
-    """What a checkpoint says of itself, beside its arrays."""
+    """The metadata of a checkpoint."""
 
     config: dict[str, Any]
-    """Resolved: every default and the architecture stated."""
+    """The resolved config: every default and the architecture are stated."""
     row: int
-    """Rows of the training data used: the position in the global order."""
+    """Number of rows of training data used so far: the position in the global order."""
     data: str
-    """The loader's identity: a hash of what decides the batches."""
+    """The loader's identity: a hash over everything that decides the batches."""
     base: Base | None
+    """The origin of the run's initial weights; None if they were random."""
     manifest: str | None = None
     """The hash over the manifests of the training data."""
     adapter: Base | None = None
-    """Where its first adapters are from, where they are not new."""
+    """The origin of the initial adapters; None if they were newly initialized."""
 
 
 def params_of(state: TrainState) -> Any:
+    """Return the part of the state that a checkpoint stores as `params`."""
     return state.learned
 
 
 def optimizer_of(state: TrainState) -> Any:
+    """Return the part of the state that a checkpoint stores as `optimizer`."""
     return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
 
 
@@ -73,16 +79,18 @@ def optimizer_of(state: TrainState) -> Any:
 
 @contextlib.contextmanager
 def opened(run_dir: str | Path, settings: config.Checkpoint) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints of a run, for writing; a save under way is finished, or has raised, when the block ends.
+    """Open the checkpoints of a run for writing, as a context manager.
 
-    Nothing is written, the folder included, before the first save.
+    When the block ends, a save in progress is finished, or its error is raised. Nothing is written before the first save, not
+    even the folder.
     """
     checkpoints, orbax_log = _manager(run_dir, settings), logging.getLogger("absl")
+    # Orbax logs a traceback for a failed save; the error is raised here too, so the log line would repeat it.
     orbax_log.addFilter(_no_traceback)
     try:
         yield checkpoints
     except BaseException:
-        with contextlib.suppress(Exception):  # the error that ends the block is the one to show
+        with contextlib.suppress(Exception):  # the error that ended the block is the one to raise
             checkpoints.close()
         raise
     else:
@@ -93,18 +101,19 @@ def opened(run_dir: str | Path, settings: config.Checkpoint) -> Iterator[ocp.Che
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:
-    """False for an error of Orbax's threads: it is raised again where the save is waited for."""
+    """Filter out errors that Orbax logs from its threads: they are raised again where the save is waited for."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.CheckpointManager:
+    """Create Orbax's manager, which keeps the last `keep_last` checkpoints and, with `keep_best`, the one with the best loss."""
     keep: list[Any] = [LatestN(settings.keep_last)]
     if settings.keep_best:
         best = BestN(get_metric_fn=_loss_or_inf, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         keep.append(best)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy(keep),
-        best_fn=_loss_or_inf,  # Orbax writes metrics only where this is set
+        best_fn=_loss_or_inf,  # Orbax writes metrics only if this is set
         best_mode="min",
         create=False,
         cleanup_tmp_directories=(Path(run_dir) / FOLDER).exists(),
@@ -114,12 +123,13 @@ def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.Checkpoint
 
 
 def _loss_or_inf(metrics: Mapping[str, float | None]) -> float:
+    """Return the held-out loss of a checkpoint; infinite if it was not measured."""
     loss = metrics["held_out_loss"]
     return math.inf if loss is None else loss
 
 
 def best_loss(checkpoints: ocp.CheckpointManager) -> float:
-    """The lowest held-out loss of the checkpoints that are there; infinite where none has one."""
+    """Return the lowest held-out loss among the checkpoints on disk; infinite if none has one."""
     measured = (checkpoints.metrics(step) for step in checkpoints.all_steps())
     return min((_loss_or_inf(metrics) for metrics in measured if metrics), default=math.inf)
 
@@ -127,9 +137,17 @@ def best_loss(checkpoints: ocp.CheckpointManager) -> float:
 def save(
     checkpoints: ocp.CheckpointManager, step: int, state: TrainState, about: About, held_out_loss: float | None = None
 ) -> None:
-    """Start saving; the state may be donated as soon as this returns. Does nothing where `step` is saved already.
+    """Start saving the state; it may be donated as soon as this returns. Does nothing if `step` is already saved.
 
-    Raises RuntimeError where this save, or the one before, could not be written; the checkpoints before stay.
+    Args:
+        checkpoints: The checkpoints of the run.
+        step: The step, which names the checkpoint.
+        state: The state; its frozen weights are not saved.
+        about: The metadata.
+        held_out_loss: The held-out loss at this step; None if it was not measured. A loss that is not finite counts as None.
+
+    Raises:
+        RuntimeError: If this save or the one before it could not be written; earlier checkpoints stay intact.
     """
     if step in checkpoints.all_steps():
         return
@@ -150,7 +168,7 @@ def save(
 
 
 def finish_saving(checkpoints: ocp.CheckpointManager) -> None:
-    """Wait for the save under way. Raises as `save` does."""
+    """Wait for the save in progress. Raises RuntimeError as `save` does."""
     try:
         checkpoints.wait_until_finished()
     except Exception as error:
@@ -158,7 +176,7 @@ def finish_saving(checkpoints: ocp.CheckpointManager) -> None:
 
 
 def check_saving(checkpoints: ocp.CheckpointManager) -> None:
-    """Raise as `save` does if the save under way has failed so far; does not wait."""
+    """Raise RuntimeError, as `save` does, if the save in progress has already failed; does not wait."""
     try:
         checkpoints.check_for_errors()
     except Exception as error:
@@ -166,8 +184,9 @@ def check_saving(checkpoints: ocp.CheckpointManager) -> None:
 
 
 def _cannot_save(checkpoints: ocp.CheckpointManager, error: Exception) -> RuntimeError:
+    """Remove what a failed save left behind, and return the error to raise."""
     if jax.process_index() == 0:
-        for _ in range(20):  # one of several writers has failed, and the others may not be done
+        for _ in range(20):  # one of several writers has failed; the others may still be writing
             for unfinished in checkpoints.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full
             time.sleep(0.05)
@@ -180,7 +199,7 @@ def _cannot_save(checkpoints: ocp.CheckpointManager, error: Exception) -> Runtim
 
 
 def _brief(error: BaseException) -> str:
-    """An error in one line of about 200 characters."""
+    """Return the text of an error in one line of about 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " …"
 
@@ -189,33 +208,38 @@ def _brief(error: BaseException) -> str:
 
 
 def on_mesh(abstract: Any) -> Any:
-    """Shapes as `jax.eval_shape` gives them -> the same with the mesh in force, devices and all, in their shardings."""
+    """Convert shapes from `jax.eval_shape` to shapes whose shardings name the concrete mesh in force, with its devices."""
     mesh = jax.sharding.get_mesh()
 
     def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = P() if x.sharding is None else x.sharding.spec  # a scalar that an optimizer made has none
+        spec = P() if x.sharding is None else x.sharding.spec  # scalars of the optimizer state have no sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(concrete, abstract)
 
 
 def newest(checkpoints: ocp.CheckpointManager) -> About | None:
-    """What the newest checkpoint whose description can be read says of itself; None where there is none."""
+    """Return the metadata of the newest checkpoint whose metadata can be read; None if there is none."""
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
             return _about(checkpoints, step)
-        except Exception:  # damaged: `restore` says so, once an older one has proved good
+        except Exception:  # damaged: `restore` reports it, once an older checkpoint has proved readable
             continue
     return None
 
 
 def _about(checkpoints: ocp.CheckpointManager, step: int) -> About:
+    """Read the metadata of a checkpoint."""
     said = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
     return About(**{**said, **{key: said.get(key) and Base(**said[key]) for key in ("base", "adapter")}})
 
 
 def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
-    """Items of a checkpoint, by name, on the mesh in force. Raises ValueError where they are not what was saved."""
+    """Restore items of a checkpoint, by name, on the mesh in force.
+
+    Raises:
+        ValueError: If the bit sums of an item differ from those that were saved.
+    """
     items = {item: ocp.args.StandardRestore(on_mesh(tree)) for item, tree in abstract.items()}
     found = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
     for item in items:
@@ -225,21 +249,36 @@ def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> A
 
 
 def _other_sums(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
+    """Return the error for arrays whose bit sums differ from those that were saved."""
     return ValueError(f"{checkpoints.directory}/{step}/{item} does not hold what was saved: its arrays have other sums")
 
 
 Keep = Mapping[str, Callable[[jax.Array], Parameters]]
-"""By an array's path, what makes of a part of it (of its first dim) that part of what is kept."""
+"""Path of an array -> a function that converts a part of the array (along its first dim) to that part of what is kept of it,
+such as its quantized values and scales.
+"""
 
 
 def load_params(
     run_dir: str | Path, abstract: Parameters, step: int | None = None, keep: Keep | None = None
 ) -> tuple[Parameters, About]:
-    """The trainable weights of a run's newest checkpoint that can be read (or of the one of `step`), and what it says.
+    """Load the trainable weights of a run onto the mesh in force.
 
-    On the mesh in force. keep: read these alone, and hold of each no more than this says. They are read one after the
-    other. Passing a damaged checkpoint over is logged; nothing is renamed. Raises FileNotFoundError where there is none,
-    RuntimeError where none can be read.
+    The newest checkpoint that can be read is used. Passing over a damaged one is logged, and nothing is renamed.
+
+    Args:
+        run_dir: The run.
+        abstract: Shapes, dtypes and shardings of all arrays of the checkpoint.
+        step: The step of the checkpoint to read; None for the newest.
+        keep: The only arrays to read, and what to keep of each, so that an array never has to be in memory as a whole; None to
+            read all of them. Arrays are read one after the other.
+
+    Returns:
+        The weights, and the metadata of the checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint (of `step`).
+        RuntimeError: If no checkpoint can be read.
     """
     with reading(run_dir) as checkpoints:
         there = sorted(checkpoints.all_steps(), reverse=True)
@@ -256,8 +295,13 @@ def load_params(
 
 
 def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Parameters, keep: Keep | None) -> Parameters:
-    """As `_arrays`, for all the weights of `abstract`, or what is to be kept of some."""
+    """Read the arrays of `abstract` one after the other, in parts, and verify their bit sums.
+
+    Returns:
+        The arrays, or what `keep` keeps of them.
+    """
     about = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    # The sums are stored in the order of the sorted paths, which is the order of the leaves of a dict in JAX.
     sums = dict(zip(sorted(abstract), about["sums"]["params"], strict=True))
     kept: Parameters = {}
     for path in abstract if keep is None else keep:
@@ -269,7 +313,7 @@ def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Paramet
             for name, x in made.items():
                 found[name] = joined(found.get(name), x, start, length)
             del part, made
-            jax.block_until_ready(found)  # the next part may need the room of this one
+            jax.block_until_ready(found)  # the next part may need the memory of this one
         if total % 2**32 != sums[path]:
             raise _other_sums(checkpoints, step, "params")
         kept |= found
@@ -277,18 +321,31 @@ def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Paramet
 
 
 class Restored(NamedTuple):
-    """A state without its frozen weights, and what had to be passed over to get it."""
+    """A restored state without its frozen weights."""
 
     state: TrainState
+    """The state; `frozen` is empty."""
     about: About
+    """The metadata of the checkpoint."""
     damaged: dict[int, str]
+    """Step -> error for the newer checkpoints that could not be read."""
 
 
 def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restored | None:
-    """The newest checkpoint that can be read in full, on the mesh in force; None where there is no checkpoint.
+    """Restore the newest checkpoint that can be read completely, on the mesh in force.
 
-    A newer one that cannot be read is damaged: it is renamed to `damaged-STEP`, and returned under `damaged` for the
-    caller to say so. Raises RuntimeError where none can be read, and renames nothing then.
+    A newer checkpoint that cannot be read is damaged: it is renamed to `damaged-STEP` and listed under `damaged`, so that the
+    caller can report it.
+
+    Args:
+        checkpoints: The checkpoints of the run.
+        abstract: Shapes, dtypes and shardings of the state.
+
+    Returns:
+        The restored state; None if there is no checkpoint.
+
+    Raises:
+        RuntimeError: If there are checkpoints and none can be read; nothing is renamed then.
     """
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
@@ -308,16 +365,17 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
 
 
 def _set_aside(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
+    """Rename damaged checkpoints; one process does it, and all processes reload the list of steps."""
     if damaged and jax.process_index() == 0:
         for step in damaged:
             aside = checkpoints.directory / f"damaged-{step}"
-            shutil.rmtree(aside, ignore_errors=True)  # an older one of the same step
+            shutil.rmtree(aside, ignore_errors=True)  # left by an earlier restore of the same step
             (checkpoints.directory / str(step)).rename(aside)
     if damaged:
         checkpoints.reload()
 
 
 def reading(run_dir: str | Path) -> ocp.CheckpointManager:
-    """The checkpoints of a run, for reading alone; a context manager."""
+    """Open the checkpoints of a run read-only; use the result as a context manager."""
     options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False, enable_async_checkpointing=False)
     return ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options)

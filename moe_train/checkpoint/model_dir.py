@@ -1,4 +1,4 @@
-"""A model from a directory: a run of ours, or another tool's files; and what a run takes from the model it starts from."""
+"""Load a model from a directory, be it one of our runs or an external model, and find what a run takes from its initial model."""
 
 from __future__ import annotations
 
@@ -35,31 +35,42 @@ class Opened(NamedTuple):
     """A model that is ready to be loaded."""
 
     directory: Path
+    """The directory."""
     run: config.Run | None
-    """Where the directory is a run."""
+    """The record of the run; None if the directory holds an external model."""
     model: config.Model
+    """The architecture."""
     lora: config.Lora | None
+    """The adapters of the run; None if there are none."""
     compute: config.Compute
     tokenizer: Tokenizer
     chat_template: str | None
+    """The chat template's text; None if there is none."""
     mesh: Mesh
+    """The mesh to load the weights onto."""
 
     def load(self) -> tuple[Any, Parameters]:
-        """(structure, weights, adapters included); `mesh` is in force."""
+        """Load the weights, adapters included; `mesh` has to be in force.
+
+        Returns:
+            The model's structure, and its weights.
+        """
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
         check_host_memory(shapes, str(self.directory))
         return structure, load_parameters(self.directory, shapes)
 
     def to_export(self) -> Held:
-        """The weights, adapters included, of which those in other tools' files stay there (see `left_in_files`)."""
+        """Return the weights, adapters included, for an export; weights of external files are read lazily (see `left_in_files`)."""
         _, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
         return load_parameters(self.directory, shapes, load=left_in_files)
 
 
 def open_model(directory: str | Path) -> Opened:
-    """A run (its newest checkpoint) or another tool's model, on the devices that are here.
+    """Open a run (its newest checkpoint) or an external model, on the available devices.
 
-    Raises FileNotFoundError where there is no model or no tokenizer, ValueError where they do not go together.
+    Raises:
+        FileNotFoundError: If there is no model or no tokenizer.
+        ValueError: If the parts do not fit together.
     """
     run = read_run(directory) if is_run(directory) else None
     if run and run.lora and run.init_from and not Path(run.init_from).exists():
@@ -77,17 +88,18 @@ def open_model(directory: str | Path) -> Opened:
 
 
 def read_model(directory: str | Path) -> config.Model:
-    """The architecture of a run or of another tool's model."""
+    """Return the architecture of a run or of an external model."""
     return read_run(directory).model if is_run(directory) else external.read_model(directory)
 
 
 def find_tokenizer(directory: str | Path) -> config.Tokenizer:
-    """The tokenizer that a run was trained with, or that lies in a model's folder; that of a GGUF file is unpacked beside it.
+    """Find the tokenizer that a run was trained with, or that is in a model's folder; a GGUF file's is unpacked next to the file.
 
-    Raises FileNotFoundError where there is none.
+    Raises:
+        FileNotFoundError: If there is none.
     """
     if is_run(directory):
-        with contextlib.suppress(FileNotFoundError):  # the run's own copy
+        with contextlib.suppress(FileNotFoundError):  # prefer the run's own copy
             return tokenizer_at(Path(directory) / TOKENIZER)
         data = read_run(directory).data
         if isinstance(data, config.RunData):
@@ -104,15 +116,17 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
 
 
 def compute_here() -> config.Compute:
-    """Number formats for a model that no run's config speaks for."""
+    """Return the compute settings for a model that no run's config describes: float32 on CPUs, bfloat16 otherwise."""
     dtype: config.Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return config.Compute(dtype=dtype, param_dtype=dtype)
 
 
 def dtype_of_files(directory: str | Path, otherwise: config.Dtype) -> config.Dtype:
-    """The dtype of another tool's weights, so that what is written from them unchanged keeps its bytes.
+    """Return the dtype of an external model's weights, so that unchanged weights keep their bytes when they are written again.
 
-    otherwise: for one of our runs, and for files of several dtypes or of one that is not written here.
+    Args:
+        directory: A run or an external model.
+        otherwise: The result for a run, and for files with several dtypes or a dtype that this package does not write.
     """
     if is_run(directory):
         return otherwise
@@ -120,7 +134,15 @@ def dtype_of_files(directory: str | Path, otherwise: config.Dtype) -> config.Dty
 
 
 def mesh_here(run: config.Run | None, model: config.Model) -> config.Mesh:
-    """The run's mesh where its devices are here; otherwise all devices along `fsdp`."""
+    """Return the run's mesh if it fits the number of available devices; otherwise all devices along `fsdp`.
+
+    Args:
+        run: The record of a run; None for an external model.
+        model: The architecture.
+
+    Raises:
+        ValueError: If model_dim does not divide over the devices.
+    """
     devices = jax.device_count()
     if run is not None and math.prod(run.mesh.model_dump().values()) == devices:
         return run.mesh
@@ -132,9 +154,14 @@ def mesh_here(run: config.Run | None, model: config.Model) -> config.Mesh:
 
 
 def left_in_files(path: str | Path, abstract: Mapping[str, Any]) -> Held:
-    """Another tool's model for an export, which asks for each matrix a few times: not in memory, however large it is.
+    """Open an external model for an export as lazy weights, which stay in their files and are read matrix by matrix.
 
-    Several processes would each read all of it; they load their parts.
+    An export asks for each matrix a few times, so memory does not grow with the model. With several processes, each would read
+    all of the model; there every process loads its shards instead.
+
+    Args:
+        path: The external model.
+        abstract: Shapes, dtypes and shardings of the weights.
     """
     return (external.leave_parameters if jax.process_count() == 1 else external.load_parameters)(path, abstract)
 
@@ -152,17 +179,27 @@ def load_parameters(
     *,
     load: Callable[..., Held] = external.load_parameters,
 ) -> Held:
-    """All weights of a run or of another tool's model, as arrays of the shapes, dtypes and shardings of `abstract`.
+    """Load all weights of a run or of an external model.
 
-    Of a run: what was trained from its newest checkpoint (or that of `step`), what was frozen from where it was
-    loaded at first. load: what is done with another tool's model. Raises ValueError where that has changed since.
+    For a run, trained weights come from its checkpoint, and frozen weights from where the run loaded them at first.
+
+    Args:
+        directory: The run or model.
+        abstract: Shapes, dtypes and shardings of the result.
+        step: The step of the run's checkpoint; None for the newest that can be read.
+        load: The function that loads an external model.
+
+    Raises:
+        ValueError: If the frozen weights have changed since the run started.
     """
     if not is_run(directory):
         return load(directory, abstract)
     run = read_run(directory)
     trainable, frozen = partition(dict(abstract), run.lora)
 
+    # Checkpoints hold unquantized weights; each part is quantized as soon as it is read if `abstract` asks for it.
     def held(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
+        """Convert a part of a stored array to the dtype, or to the quantized values, of `abstract`."""
         parts = {part: trainable[part] for part in (f"{path}.codes", f"{path}.scales") if part in trainable}
         return quantized({path: array.astype(like.dtype)}, parts)
 
@@ -176,14 +213,22 @@ def load_parameters(
 
 
 def _trained_by(run: config.Run) -> dict[str, Any]:
-    """The shapes of what a run trains, and so of what its checkpoints hold, on the mesh in force."""
+    """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
     model, lora = run.model, run.lora and run.lora.model_copy(update={"quantize": None})
     return partition(parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, lora)))[1], lora)[0]
 
 
 def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
-    """The section `lora` of the adapters of a run, or of another tool's files. Raises ValueError where they are another
-    model's, FileNotFoundError where there are none."""
+    """Return the `lora` section of the adapters of a run or of external files.
+
+    Args:
+        source: A run, or a folder of external adapter files.
+        model: The architecture that the adapters have to fit.
+
+    Raises:
+        ValueError: If the adapters belong to another model, or the run has none.
+        FileNotFoundError: If there are no adapters.
+    """
     if not is_run(source):
         return external_adapter.read_lora(source, model)
     run = read_run(source)
@@ -195,8 +240,16 @@ def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
 
 
 def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any]) -> Parameters:
-    """The adapters of a run or of another tool's files, and what was trained in full beside them, as arrays like
-    `abstract`: its paths of `lora` as `read_adapter` has it, and no others."""
+    """Load adapters, and the weights that were trained in full with them, from a run or from external files.
+
+    Args:
+        origin: Where the adapters are.
+        model: The architecture.
+        abstract: Shapes, dtypes and shardings of the arrays.
+
+    Returns:
+        The arrays of `abstract` whose paths are trained by the `lora` section that `read_adapter` returns, and no others.
+    """
     theirs = read_adapter(origin.source, model)
     wanted = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(theirs)}
     if is_run(origin.source):

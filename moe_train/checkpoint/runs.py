@@ -1,4 +1,4 @@
-"""Whether a directory is a run, and the config that it was trained with."""
+"""Recognize the directory of a run, and read the config that the run was trained with."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from moe_train.checkpoint.manager import FOLDER, About
 from moe_train.config.faults import in_words
 
 TOKENIZER = "tokenizer"
-"""The folder of a run with its tokenizer's files."""
+"""The folder of a run that holds its tokenizer's files."""
 
 
 def is_run(directory: str | Path) -> bool:
-    """Whether the directory is one of our runs."""
+    """Return whether the directory is one of our runs."""
     return (Path(directory) / FOLDER).is_dir()
 
 
 def read_run(run_dir: str | Path) -> config.Run:
-    """The record of a run, as its newest checkpoint has it.
+    """Return the record of a run, from its newest checkpoint.
 
-    Raises FileNotFoundError where the run has no checkpoint.
+    Raises:
+        FileNotFoundError: If the run has no checkpoint that can be read.
     """
     with manager.reading(run_dir) as checkpoints:
         about = manager.newest(checkpoints)
@@ -34,9 +35,14 @@ def read_run(run_dir: str | Path) -> config.Run:
 
 
 def saved_config(run_dir: str | Path, about: About) -> config.Config:
-    """The config that a checkpoint was saved with, also where an older version of this package saved it.
+    """Return the config that a checkpoint was saved with, also if an older version of this package saved it.
 
-    Raises ValueError where it states what this version cannot do.
+    Args:
+        run_dir: The run, for messages.
+        about: The metadata of the checkpoint.
+
+    Raises:
+        ValueError: If the config states something that this version does not support.
     """
     try:
         return config.Config.model_validate_json(json.dumps(about.config))

@@ -1,8 +1,8 @@
-"""Every section of a run's configuration and every check that needs no hardware; YAML and back.
+"""The sections of a run's configuration, and every check that needs no hardware; YAML is read and written here too.
 
-One YAML file holds one complete run. A choice between kinds is a tagged union (`optimizer: {name: adamw, …}`); a default is
-written once. Nothing in this folder imports jax, so that `--help` and editors stay quick. `Config` is what a person wrote,
-`Run` what will happen.
+One YAML file holds one complete run. A choice between kinds is a tagged union (`optimizer: {name: adamw, …}`), and each
+default is written in one place only. Nothing in this folder imports jax, so that `--help` and editors stay fast. `Config` is
+what the user wrote; `Run` is the resolved record of what will happen.
 """
 
 from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4, names_module

@@ -1,4 +1,4 @@
-"""Adapters: which modules get one, what is trained in full, how frozen weights are quantized."""
+"""LoRA adapters: which modules get one, which modules are trained in full, and how frozen weights are quantized."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from moe_train.config.section import (
 )
 
 NAMED_IN_FULL = ("ffn.router", "embed", "head")
-"""Modules that no pattern with a wildcard reaches: the router stays frozen unless it is named, as do both ends."""
+"""Modules that a wildcard pattern never matches: the router, the embedding and the head stay frozen unless they are named."""
 
 
 def names_module(pattern: str, module: str) -> bool:
-    """Whether a pattern of the section `lora` names a module such as `attention.q_proj`."""
+    """Return whether a pattern of the `lora` section matches a module such as `attention.q_proj`."""
     return pattern == module if module in NAMED_IN_FULL else fnmatchcase(module, pattern)
 
 
 class LoraTarget(Section):
-    """Modules that get an adapter. `modules` are patterns over module paths inside a layer (`attention.*`,
-    `ffn.gate_proj`, `*.down_proj`), or the names `ffn.router`, `embed` and `head`; the update is
-    alpha / rank * B·A (arXiv:2106.09685). `experts`: these of the routed experts alone, and no dense layer; other experts
-    may be another target's."""
+    """A group of modules that get an adapter with the same rank and alpha.
+
+    `modules` are patterns over module paths inside a layer (`attention.*`, `ffn.gate_proj`, `*.down_proj`), or the names
+    `ffn.router`, `embed` and `head`. The update is alpha / rank * B·A (arXiv:2106.09685). `experts`: indices of the routed
+    experts that get an adapter; dense layers get none then. Another target may name other experts.
+    """
 
     modules: Annotated[tuple[str, ...], Field(min_length=1)]
     rank: Positive
@@ -44,27 +46,30 @@ class LoraTarget(Section):
 
 
 class Nf4(Section):
-    """4-bit NormalFloat of QLoRA (arXiv:2305.14314): each block of `block_size` weights is its largest magnitude times
-    one of 16 levels; 4 bits a weight, and a scale of the weight's own dtype a block."""
+    """The 4-bit NormalFloat format of QLoRA (arXiv:2305.14314).
+
+    In a block of `block_size` weights each weight is the block's largest magnitude times one of 16 levels. A weight takes 4
+    bits, and a block takes one scale in the weight's own dtype.
+    """
 
     name: Literal["nf4"]
     block_size: Annotated[Positive, Field(multiple_of=4)] = 64
 
 
 class Int8(Section):
-    """Whole numbers from -127 to 127 times a scale for each block of `block_size` weights."""
+    """8-bit quantization: integers from -127 to 127, with one scale for each block of `block_size` weights."""
 
     name: Literal["int8"]
     block_size: Annotated[Positive, Field(ge=2)] = 64
 
 
 class Lora(Section):
-    """Low-rank adapters; everything else is frozen, and where `quantize` is set, its linear maps (attention, FFN,
-    experts) are held in few bits.
+    """Low-rank adapters (LoRA); all other weights are frozen.
 
-    rslora: alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732). dropout: of the adapters' inputs in training.
-    train: patterns of modules that are trained in full beside the adapters (`*_norm`, `ffn.router`, `embed`, `head`, …).
-    init_from: an adapter to start from; `targets` and `train` are then its own where they are left out.
+    quantize: store the frozen linear maps (attention, FFN, experts) in a quantized format. rslora: scale updates by
+    alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732). dropout: applied to the adapters' inputs during training.
+    train: patterns of modules that are trained in full in addition to the adapters (`*_norm`, `ffn.router`, `embed`, `head`, …).
+    init_from: an existing adapter to start from; `targets` and `train` default to those of that adapter.
     """
 
     targets: tuple[LoraTarget, ...] = ()
@@ -82,21 +87,24 @@ class Lora(Section):
 
     @property
     def trains_router(self) -> bool:
+        """Whether the router is trained, in full or through an adapter."""
         return "ffn.router" in (*self.train, *(name for target in self.targets for name in target.modules))
 
     def trains_in_full(self, module: str) -> bool:
-        """Whether a module such as `ffn.router` is trained itself, beside the adapters."""
+        """Return whether a module such as `ffn.router` is itself trained, in addition to the adapters."""
         return any(names_module(pattern, module) for pattern in self.train)
 
     def targets_of(self, module: str, *, routed: bool = True) -> list[LoraTarget]:
-        """The targets that give a module its adapter: one, or several that share its experts.
+        """Return the targets that give a module its adapter: one, or several that cover different experts.
 
-        routed: whether the module has routed experts; targets that name experts leave others alone, such as the dense
-        first layers of a sparse model.
+        Args:
+            module: Path of the module inside a layer.
+            routed: Whether the module has routed experts. Targets that name experts skip all other modules, such as those of the
+                dense first layers of a sparse model.
         """
         matching = [t for t in self.targets if any(names_module(pattern, module) for pattern in t.modules)]
         return [target for target in matching if routed or target.experts is None]
 
     def scale(self, target: LoraTarget) -> float:
-        """What the product of a target's A and B is multiplied with."""
+        """Return the factor by which the product B·A of a target is multiplied."""
         return target.alpha / (target.rank**0.5 if self.rslora else target.rank)

@@ -1,4 +1,4 @@
-"""A transformer's architecture: attention, positions, feed-forward parts, and which families have what."""
+"""The architecture of a transformer: attention, positions, feed-forward layers, and the features that a model uses."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from moe_train.config.section import (
 
 
 class DefaultRope(Section):
-    """Rotary positions, arXiv:2104.09864: angle = position * theta ** (-2i / head_dim), half-split order."""
+    """Rotary position embeddings (RoPE, arXiv:2104.09864): angle = position * theta ** (-2i / head_dim), half-split order."""
 
     name: Literal["default"]
     theta: PositiveFloat = 1e6
 
 
 class YarnRope(Section):
-    """YaRN, arXiv:2309.00071: low frequencies interpolated by `factor`, high ones kept, a ramp between."""
+    """YaRN context extension (arXiv:2309.00071).
+
+    Low frequencies are interpolated by `factor`, high frequencies are kept, and a linear ramp joins the two ranges.
+    """
 
     name: Literal["yarn"]
     theta: PositiveFloat = 1e6
@@ -37,20 +40,21 @@ class YarnRope(Section):
 
 
 Rope = Annotated[DefaultRope | YarnRope, Field(discriminator="name")]
+"""The tagged union of position embeddings."""
 
 
 class QueryScaling(Section):
-    """Llama-4 query scaling: q *= 1 + beta * log(1 + floor(position / original_max_seq_len))."""
+    """Query scaling of Llama 4: q *= 1 + beta * log(1 + floor(position / original_max_seq_len))."""
 
     beta: PositiveFloat
     original_max_seq_len: Positive
 
 
 class GroupedQueryAttention(Section):
-    """Grouped-query attention (arXiv:2305.13245), the kind that is meant where `name` is left out.
+    """Grouped-query attention (GQA, arXiv:2305.13245); this is the default when `name` is left out.
 
-    `windows` is one period of layers: null sees everything before it, a number W sees the last W positions (itself
-    included); layer i takes entry i modulo the period.
+    `windows` describes one period of layers, and layer i uses entry i modulo the period. With null a layer attends to all
+    previous positions; with a number W it attends to the last W positions, including the current one.
     """
 
     name: Literal["gqa"] = "gqa"
@@ -70,22 +74,24 @@ class GroupedQueryAttention(Section):
 
 
 Attention = GroupedQueryAttention
-"""The tagged union of attentions, of one member so far. A second one joins here as `GroupedQueryAttention | …`, with a
-discriminator that takes a missing `name` for gqa, and as a case in `model.attention.kinds.attention_class`."""
+"""The tagged union of attention kinds, with a single member so far. To add a second kind, write
+`GroupedQueryAttention | …` here, with a discriminator that reads a missing `name` as gqa, and add a case to
+`model.attention.kinds.attention_class`.
+"""
 
 
 class DenseFfn(Section):
-    """SwiGLU: down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
+    """A dense SwiGLU feed-forward layer: down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
 
     name: Literal["dense"]
     ffn_dim: Positive
 
 
 class SoftmaxRouter(Section):
-    """Weights are the softmax over the logits of the chosen experts (Mixtral, arXiv:2401.04088).
+    """A router whose weights are the softmax over the logits of the selected experts (Mixtral, arXiv:2401.04088).
 
-    bias: of each expert, added to its probability where experts are chosen and nowhere else; not learned, but moved after
-    each step towards an even load, by `loss.bias_update_rate` (arXiv:2408.15664).
+    bias: one value per expert, added to its probability for the selection of experts only, never to the weights. It is not
+    learned by gradient: `loss.bias_update_rate` sets how far each step moves it towards an even load (arXiv:2408.15664).
     """
 
     name: Literal["softmax"]
@@ -93,11 +99,13 @@ class SoftmaxRouter(Section):
 
 
 class SigmoidRouter(Section):
-    """Weights are the sigmoids of the chosen experts' logits, divided by their sum, times `scale` (DeepSeek-V3,
-    arXiv:2412.19437, eq. 12 to 16). bias: as a softmax router's, added to the sigmoid.
+    """A router whose weights are the sigmoids of the selected experts' logits, divided by their sum, times `scale`.
 
-    num_groups, groups_per_token: the experts stand in groups, one after the other, and a token chooses among those of the
-    groups whose two best (biases included) sum to most (section 2.1.2 there).
+    This is the router of DeepSeek-V3 (arXiv:2412.19437, eq. 12 to 16). bias: as for the softmax router, added to the sigmoid.
+
+    num_groups, groups_per_token: the experts form `num_groups` consecutive groups. A token selects only among the experts of its
+    `groups_per_token` best groups, where the score of a group is the sum of its two best experts, biases included (section 2.1.2
+    of the paper).
     """
 
     name: Literal["sigmoid"]
@@ -116,21 +124,24 @@ class SigmoidRouter(Section):
 
 
 Router = Annotated[SoftmaxRouter | SigmoidRouter, Field(discriminator="name")]
+"""The tagged union of routers."""
 
 
 class DenseLayers(Section):
-    """The first `count` layers of a sparse model have a dense SwiGLU of width ffn_dim in place of experts
-    (`first_k_dense_replace` and `intermediate_size` of DeepSeek-V3, arXiv:2412.19437, section 4.2)."""
+    """Dense first layers of a sparse model: the first `count` layers have a dense SwiGLU of width ffn_dim in place of experts.
+
+    These are `first_k_dense_replace` and `intermediate_size` of DeepSeek-V3 (arXiv:2412.19437, section 4.2).
+    """
 
     count: Positive
     ffn_dim: Positive
 
 
 class MoeFfn(Section):
-    """Sparse SwiGLU experts of width ffn_dim, `experts_per_token` of them chosen by a router.
+    """A sparse feed-forward layer: SwiGLU experts of width ffn_dim, of which a router selects `experts_per_token` for each token.
 
-    num_shared_experts: further experts that every token takes (DeepSeekMoE, arXiv:2401.06066), computed together as one
-    dense SwiGLU of their summed width. dense_layers: the first layers have no experts (null: all layers have).
+    num_shared_experts: additional experts that process every token (DeepSeekMoE, arXiv:2401.06066), computed together as one
+    dense SwiGLU of their summed width. dense_layers: the first layers, which have no experts (null: all layers have experts).
     """
 
     name: Literal["moe"]
@@ -139,7 +150,7 @@ class MoeFfn(Section):
     experts_per_token: Positive
     router: Router = SoftmaxRouter(name="softmax")
     num_shared_experts: NonNegative = 0
-    # Left out of dumps where there are none: files that hold a dump (GGUF) keep their bytes, and older readers read them.
+    # A dump omits this key when it is null: files that store a dump (GGUF) keep their bytes, and older readers still read them.
     dense_layers: Annotated[DenseLayers | None, Field(exclude_if=lambda dense: dense is None)] = None
 
     @model_validator(mode="after")
@@ -150,16 +161,18 @@ class MoeFfn(Section):
             G, size = self.router.num_groups, self.num_experts // self.router.num_groups
             if self.num_experts % G or size < 2:
                 raise ValueError(f"router.num_groups {G} does not divide num_experts {self.num_experts} into groups of two or more")
+            # The groups of a token have to offer enough experts.
             if (within := self.router.groups_per_token * size) < self.experts_per_token:
                 raise ValueError(f"experts_per_token {self.experts_per_token} exceeds the {within} experts of a token's groups")
         return self
 
 
 Ffn = Annotated[DenseFfn | MoeFfn, Field(discriminator="name")]
+"""The tagged union of feed-forward layers."""
 
 
 class Model(Section):
-    """A transformer's architecture. Sizes by their letters: vocab_size V, model_dim D, ffn_dim F, head_dim H."""
+    """The architecture of a transformer. Letters of the sizes: vocab_size V, model_dim D, ffn_dim F, head_dim H."""
 
     family: FamilyName
     vocab_size: Positive
@@ -201,7 +214,7 @@ def _check_periods(model: Model) -> None:
 
 
 def _check_family(model: Model) -> None:
-    """Raise ValueError where the model has something that its family does not have."""
+    """Raise ValueError if the model uses a feature that its family does not have."""
     family = FAMILIES[model.family]
     if family.sparse != isinstance(model.ffn, MoeFfn):
         sparse = ", ".join(name for name, row in FAMILIES.items() if row.sparse)
@@ -214,7 +227,7 @@ def _check_family(model: Model) -> None:
 
 
 def features(model: Model) -> frozenset[Feature]:
-    """What a model has of the features that not every family, or not every file format, has."""
+    """Return the features of a model that not every family, or not every file format, supports."""
     attention, windows, ffn = model.attention, set(model.attention.windows), model.ffn
     present: dict[Feature, bool] = {
         "window": windows != {None},
@@ -234,9 +247,15 @@ def features(model: Model) -> frozenset[Feature]:
 
 
 def without_format(model: Model, file_format: FileFormat | None = None) -> str | None:
-    """What a model has that a file format (None: each format of its family) has no place for, in words.
+    """Describe the features of a model that a file format cannot express.
 
-    None for a model that can be exported.
+    Args:
+        model: The architecture.
+        file_format: The format to check; None for all formats of the model's family, of which the one that lacks the fewest
+            features counts.
+
+    Returns:
+        The missing features as text for a message, or None if the model can be exported.
     """
     formats = FAMILIES[model.family].formats
     considered = [name for name in formats if file_format in (name, None)]

@@ -1,4 +1,4 @@
-"""Checks across sections: whether model, mesh, batch and losses go together."""
+"""Checks across sections: whether the model, the mesh, the batch and the losses fit together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_train.config.training import Evaluation, Train
 
 
 class Sections(Protocol):
-    """What a `Config` and a resolved `Run` have in common, as far as the checks read it."""
+    """The sections that `Config` and the resolved `Run` have in common and that the checks read."""
 
     @property
     def lora(self) -> Lora | None: ...
@@ -31,8 +31,9 @@ class Sections(Protocol):
 
 
 def check_batch(sections: Sections) -> None:
-    """Raise ValueError where a microbatch, or a sequence, does not divide over the mesh."""
+    """Raise ValueError if a microbatch or a sequence does not divide evenly over the mesh."""
     mesh, train = sections.mesh, sections.train
+    # These three axes split the batch; a -1 among them makes the product negative, and the check waits for the resolved mesh.
     replicas = mesh.data * mesh.fsdp * mesh.expert
     per_microbatch = train.batch_size // train.microbatches
     if replicas > 0 and per_microbatch % replicas:
@@ -40,7 +41,7 @@ def check_batch(sections: Sections) -> None:
             f"batch_size {train.batch_size} / microbatches {train.microbatches} = {per_microbatch} sequences do not divide "
             f"over mesh data x fsdp x expert = {replicas}; use a multiple of {replicas * train.microbatches}"
         )
-    chunks = 1 if mesh.context == 1 else 2 * mesh.context  # two for each device, so that all have as much to attend to
+    chunks = 1 if mesh.context == 1 else 2 * mesh.context  # zig-zag: two chunks a device balance causal attention
     if mesh.context > 0 and train.seq_len % chunks:
         down = train.seq_len // chunks * chunks
         raise ValueError(
@@ -55,7 +56,7 @@ def check_batch(sections: Sections) -> None:
 
 
 def check_model(sections: Sections, model: Model) -> None:
-    """Raise ValueError where `model` (stated, or read from `init_from`) does not go with the other sections."""
+    """Raise ValueError if `model` (stated, or read from `init_from`) does not fit the other sections."""
     mesh, loss, attention = sections.mesh, sections.loss, model.attention
     _divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
     _divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
@@ -79,6 +80,7 @@ def check_model(sections: Sections, model: Model) -> None:
         if (sections.lora is None or sections.lora.trains_router) and None in coefs.values():
             missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
             raise ValueError(f"state {missing} where routers are trained (0.01 and 0.001 are usual; 0 is off)")
+        # With LoRA, the bias moves only if the router itself is trained in full.
         moves = model.ffn.router.bias and (sections.lora is None or "ffn.router" in sections.lora.train)
         if moves and loss.bias_update_rate is None:
             raise ValueError("state loss.bias_update_rate where routers have a bias (0.001 is usual; 0 is off)")
@@ -95,6 +97,7 @@ def check_model(sections: Sections, model: Model) -> None:
 
 
 def _divides(size: int, axis: str, dim: int, name: str) -> None:
+    """Raise ValueError if `dim` is not a multiple of the mesh axis size; an axis of -1 is not checked yet."""
     if size > 0 and dim % size:
         nearest = next(n for n in range(size, 0, -1) if dim % n == 0)
         raise ValueError(f"mesh.{axis} {size} does not divide {name} {dim}; use {nearest}")

@@ -1,4 +1,4 @@
-"""Number formats, kernels, and the mesh of devices."""
+"""Dtypes, kernels, and the device mesh."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moe_train.config.section import (
 
 
 class Compute(Section):
-    """Number formats, rematerialisation and kernels; `auto` takes the fast path of the platform.
+    """Dtypes, rematerialization and kernels; `auto` chooses the fast implementation for the platform.
 
-    remat says what a layer keeps for its backward pass: `minimal` recomputes only what is cheap (norms, rotary
-    positions, activations, gathered weights) and keeps the outputs of matrix products; `full` keeps the layer's
-    input alone. transport is how tokens meet their experts along the mesh axis `expert`: every device sees all tokens
-    (all_gather), or they are sent to where they go (all_to_all and, not on CPUs, ragged_all_to_all, which recompute
-    experts whatever remat says).
+    remat selects what a layer keeps for its backward pass. `minimal` keeps the outputs of matrix products and recomputes only
+    what is cheap (norms, rotary positions, activations, gathered weights); `full` keeps only the layer's input. transport selects
+    how tokens reach their experts along the mesh axis `expert`: with all_gather every device receives all tokens; with all_to_all
+    and ragged_all_to_all (not on CPUs) tokens are sent to the devices of their experts, and these two recompute the experts
+    whatever remat is.
     """
 
     dtype: Dtype = "float32"
@@ -32,13 +32,14 @@ class Compute(Section):
 
 
 AxisSize = Annotated[int, BeforeValidator(_integral)]
+"""Number of devices along a mesh axis; -1 for the devices that the other axes leave."""
 
 
 class Mesh(Section):
-    """Devices along each axis; one axis may be -1: the devices that the others leave.
+    """Number of devices along each mesh axis. One axis may be -1: it takes the devices that the other axes leave.
 
-    data splits the batch between replicas of the model; fsdp and expert split it too, and the weights; context splits
-    sequences, for long ones; tensor splits heads, ffn_dim and the vocabulary.
+    data splits the batch between replicas of the model; fsdp and expert split the batch and also the weights; context splits
+    the sequence, for long ones; tensor splits attention heads, ffn_dim and the vocabulary.
     """
 
     data: AxisSize = 1

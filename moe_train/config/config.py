@@ -1,4 +1,4 @@
-"""A run's configuration as a person writes it: one YAML file, one `Config`."""
+"""The configuration of a run as the user writes it: one YAML file is one `Config`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from moe_train.config.section import LocalPath, NonNegative, Section
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Name of a run: it starts with a letter or digit; then letters, digits, `.`, `_` and `-` are allowed."""
 
 
 class Config(Section):
-    """One complete run.
+    """The complete configuration of one run.
 
-    Set `export: none` to train an architecture that no file format can express.
+    Set `model` to train an architecture from random weights, or `init_from` to start from a checkpoint. Set `export: none` to
+    train an architecture that no file format can express.
     """
 
     name: RunName

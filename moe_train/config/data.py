@@ -1,4 +1,4 @@
-"""Tokenizers, records and sources."""
+"""Tokenizers, record kinds and data sources."""
 
 from __future__ import annotations
 
@@ -16,24 +16,31 @@ from moe_train.config.section import (
 
 
 class HuggingFaceTokenizer(Section):
-    """A directory with `tokenizer.json` (and `tokenizer_config.json`, `chat_template.jinja`), or that file."""
+    """A Hugging Face tokenizer.
+
+    path: a directory with `tokenizer.json` (and `tokenizer_config.json`, `chat_template.jinja`), or the `tokenizer.json` itself.
+    """
 
     name: Literal["huggingface"]
     path: LocalPath
 
 
 class MistralTokenizer(Section):
-    """A `tekken.json` or a sentencepiece `tokenizer.model.v*`, read by mistral-common."""
+    """A Mistral tokenizer, read by mistral-common: a `tekken.json` or a sentencepiece `tokenizer.model.v*`."""
 
     name: Literal["mistral"]
     path: LocalPath
 
 
 Tokenizer = Annotated[HuggingFaceTokenizer | MistralTokenizer, Field(discriminator="name")]
+"""The tagged union of tokenizers."""
 
 
 class TextRecord(Section):
-    """Plain text; every token bears loss. A record longer than the sequence is split, dropped or an error."""
+    """Plain text; the loss covers every token.
+
+    too_long: whether a record longer than the sequence is split, dropped or an error.
+    """
 
     name: Literal["text"]
     column: str = "text"
@@ -41,10 +48,10 @@ class TextRecord(Section):
 
 
 class ChatRecord(Section):
-    """A list of messages (`role`, `content`) rendered by the chat template; the assistant's tokens bear loss.
+    """A list of messages (`role`, `content`) rendered by the chat template; the loss covers the assistant's tokens.
 
-    `interactions` and ShareGPT's `conversations` are found where `messages` is not; other spellings by `role` and
-    `content` (the keys of a message) and `roles` (theirs -> system, user, assistant, tool).
+    If there is no column `messages`, `interactions` and ShareGPT's `conversations` are read. For other spellings set `role` and
+    `content` (the keys of a message) and `roles` (a mapping from the names in the file to system, user, assistant, tool).
     """
 
     name: Literal["chat"]
@@ -56,7 +63,7 @@ class ChatRecord(Section):
 
 
 class CompletionRecord(Section):
-    """A prompt and its completion, rendered as one user and one assistant turn of the chat template."""
+    """A prompt and its completion, rendered as one user turn and one assistant turn of the chat template."""
 
     name: Literal["completion"]
     prompt: str = "prompt"
@@ -65,10 +72,14 @@ class CompletionRecord(Section):
 
 
 Record = Annotated[TextRecord | ChatRecord | CompletionRecord, Field(discriminator="name")]
+"""The tagged union of record kinds."""
 
 
 class FileSource(Section):
-    """Local files: paths, folders or globs, relative to the working directory. `licence` and `origin` go on record."""
+    """Local files: paths, folders or globs, relative to the working directory.
+
+    `licence` and `origin` are documentation: they are copied to the records of the run.
+    """
 
     name: Literal["files"]
     files: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -80,7 +91,7 @@ class FileSource(Section):
 
 
 class HubSource(Section):
-    """A data set of the Hugging Face hub; the only setting that lets training data come over the network."""
+    """A data set of the Hugging Face hub; this is the only setting that downloads training data over the network."""
 
     name: Literal["hub"]
     dataset: str
@@ -94,10 +105,10 @@ class HubSource(Section):
 
 
 class PreparedSource(Section):
-    """What `moe-train data prepare` made: a folder with manifest.json, here or in a bucket (`gs://…`).
+    """The output of `moe-train data prepare`: a folder with manifest.json, local or in a bucket (`gs://…`).
 
-    too_long is the prepared record's where it is not stated. Of a bucket, parts of files are read as they are needed,
-    and the last `cache_mib` of them stay in memory.
+    too_long defaults to the value that the data were prepared with. From a bucket, parts of files are read when they are needed,
+    and the most recent `cache_mib` MiB of them stay in memory.
     """
 
     name: Literal["prepared"]
@@ -108,9 +119,9 @@ class PreparedSource(Section):
 
 
 class PythonSource(Section):
-    """Records of the program that calls moe_train: an object as `moe_train.data.records.source.Records` describes it.
+    """Records from the program that calls moe_train: an object that implements `moe_train.data.records.source.Records`.
 
-    A config file can only name such a source, as `title`; whoever continues its run passes `records` again.
+    A config file can only name such a source, by its `title`; a program that continues the run passes `records` again.
     """
 
     name: Literal["python"]
@@ -123,23 +134,29 @@ class PythonSource(Section):
 
 
 RecordSource = FileSource | HubSource | PythonSource
+"""Sources of records that still have to be tokenized."""
 
 
 Source = Annotated[RecordSource | PreparedSource, Field(discriminator="name")]
+"""The tagged union of data sources."""
 
 
 class BestFit(Section):
-    """The longest example first (by a length that is off by a random tenth), each into the fullest row that has room for it."""
+    """Best-fit decreasing packing: the longest example first, each into the fullest row that has room for it.
+
+    The lengths that decide the order are reduced by a random amount of up to a tenth, so that an example gets different
+    neighbours in every epoch.
+    """
 
     name: Literal["best_fit"]
 
 
 class Data(Section):
-    """What is trained on and evaluated on. `tokenizer` may be left out where `init_from` carries one.
+    """Training and evaluation data. `tokenizer` may be omitted if the model of `init_from` has one.
 
-    The share of a source in the rows of training, and so in its tokens, is its weight over the sum of weights.
-    shuffle_tokens: records are shuffled within windows of about that many tokens, which come in random order (null: over
-    all); for a bucket, choose what fits its `cache_mib` twice.
+    The share of a source in the rows of training, and so in its tokens, is its weight divided by the sum of all weights.
+    shuffle_tokens: records are shuffled within windows of about this many tokens, and the windows come in random order (null: one
+    window over all records). For a bucket, choose a value of which two windows fit into its `cache_mib`.
     """
 
     tokenizer: Tokenizer | None = None

@@ -1,7 +1,7 @@
-"""The table of families: what the models of each family may have, and which file formats can express it.
+"""The table of model families: which features each family may have, and which file formats can express it.
 
-The checks of `Model`, the check before an export and every layout read this table. A new family is a new row (and its
-name in `FamilyName`).
+The checks of `Model`, the check before an export and every file layout read this table. To add a family, add a row here and
+its name to `FamilyName`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FamilyName = Literal["mistral", "mixtral", "ministral", "ministral3", "llama"]
+"""The name of a model family."""
 FileFormat = Literal["hf", "mistral", "gguf"]
-"""A file format of whole models; an adapter's format uses the names of one of these."""
+"""A file format of whole models; an adapter format uses the tensor names of one of these."""
 Feature = Literal[
     "window",
     "interleaved_windows",
@@ -24,6 +25,7 @@ Feature = Literal[
     "shared_experts",
     "dense_layers",
 ]
+"""An architectural feature that not every family or file format supports."""
 
 FEATURES: dict[Feature, str] = {
     "window": "an attention window (attention.windows)",
@@ -36,39 +38,41 @@ FEATURES: dict[Feature, str] = {
     "shared_experts": "shared experts",
     "dense_layers": "dense first layers",
 }
-"""Each feature in the words of messages."""
+"""The phrase for each feature in messages."""
 
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """How transformers knows a family."""
+    """How the transformers library represents a family."""
 
     architecture: str
-    """Its class: the value of `architectures` in config.json."""
+    """Class name in transformers: the value of `architectures` in config.json."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of config.json that may be left out, because every version of transformers has the same default."""
+    """Fields of config.json that may be missing, because every version of transformers has the same default."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that the family has in addition, and their only values here."""
+    """Additional fields of the family's config.json, each with the only value that is supported here."""
     heads_divide_model_dim: bool = False
-    """Whether transformers refuses a model_dim that is not a multiple of num_heads."""
+    """Whether transformers rejects a model_dim that is not a multiple of num_heads."""
 
 
 _DENSE: frozenset[Feature] = frozenset({"window", "interleaved_windows", "yarn", "query_scaling", "tied_embeddings"})
 _IN_EVERY_FORMAT: dict[FileFormat, frozenset[Feature]] = {"hf": _DENSE, "mistral": _DENSE, "gguf": _DENSE}
-"""gguf expresses windows by a context of the window's length, up to which the model is the same without."""
+"""Features of dense models that each format can express. GGUF expresses a window by limiting the context to the window's
+length, up to which the model behaves the same without a window.
+"""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row."""
+    """One row of the table."""
 
     hugging_face: HuggingFace
     features: frozenset[Feature]
-    """What a model of the family may have."""
+    """The features that a model of the family may have."""
     sparse: bool = False
-    """Whether its models have a sparse ffn (they need one) or a dense one."""
+    """Whether models of the family have (and need) a sparse ffn; otherwise a dense one."""
     formats: Mapping[FileFormat, frozenset[Feature]] = field(default_factory=lambda: _IN_EVERY_FORMAT)
-    """File formats that can express models of the family, with the features that each of them has a place for."""
+    """File formats that can express models of the family, each with the features that it can express."""
     vllm_adapts_ends: bool = False
     """Whether vLLM applies adapters of the embedding and the head."""
 
@@ -86,7 +90,7 @@ FAMILIES: dict[FamilyName, Family] = {
     "llama": Family(
         HuggingFace(
             "LlamaForCausalLM",
-            defaults={"rope_theta": 10000.0, "num_key_value_heads": None},  # None: as many as num_attention_heads
+            defaults={"rope_theta": 10000.0, "num_key_value_heads": None},  # None: equal to num_attention_heads
             fixed={"attention_bias": False, "mlp_bias": False},
             heads_divide_model_dim=True,
         ),
@@ -94,12 +98,19 @@ FAMILIES: dict[FamilyName, Family] = {
         vllm_adapts_ends=True,
     ),
 }
+"""The table."""
 
 
 def family_with(features: Collection[Feature], *, sparse: bool, file_format: FileFormat) -> FamilyName:
-    """The first family of the table whose models may have all of these, for a format that does not name families.
+    """Return the first family of the table that may have all of these features, for a format that does not name families.
 
-    Raises ValueError where no family has them together.
+    Args:
+        features: Features that the model has.
+        sparse: Whether the model has a sparse ffn.
+        file_format: The format, which has to be able to express the family.
+
+    Raises:
+        ValueError: If no family has all of these features.
     """
     for name, family in FAMILIES.items():
         if family.sparse == sparse and file_format in family.formats and set(features) <= family.features:
@@ -108,5 +119,5 @@ def family_with(features: Collection[Feature], *, sparse: bool, file_format: Fil
 
 
 def in_words(features: Collection[Feature]) -> str | None:
-    """The features, joined in the order of the table; None for none."""
+    """Join the phrases of the features in the order of the table; None if there are no features."""
     return " and ".join(phrase for feature, phrase in FEATURES.items() if feature in features) or None

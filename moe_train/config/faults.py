@@ -1,4 +1,4 @@
-"""What is wrong with a config, in words: the key at fault, what it should be, and what was probably meant."""
+"""Error messages for an invalid config: the key at fault, what it should be, and what the user probably meant."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from moe_train.config.strict_yaml import KeyPath, shown
 
 
 def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Translate pydantic's validation errors into messages about the config file.
+
+    Args:
+        error: The error that validating the config raised.
+        tree: The config as plain values, to find the key that a check of a whole section blames.
+
+    Yields:
+        The path of the key at fault, and a message in one line.
+    """
     for fault in error.errors(include_url=False):
         path, section = key_path(fault["loc"])
         kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
@@ -40,12 +49,13 @@ def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[Key
         elif kind == "literal_error":
             yield path, f"has to be {context['expected']}{value}"
         elif kind == "too_short" and len(given) >= context["min_length"]:
-            continue  # counted after its faulty items, which have their own lines, were left out
+            continue  # pydantic counts only the valid items; the invalid ones have their own messages
         else:
             yield path, f"{_of_pydantic(kind, fault['msg'])}{_quote_it(kind, given)}{value}"
 
 
 def _of_pydantic(kind: str, message: str) -> str:
+    """Rephrase one of pydantic's messages in the words of a config file."""
     if kind in ("dict_type", "model_type", "model_attributes_type"):
         return "has to be a section of keys"
     if kind == "tuple_type":
@@ -62,15 +72,17 @@ def _of_pydantic(kind: str, message: str) -> str:
 
 
 def _quote_it(kind: str, given: Any) -> str:
+    """Add a hint where YAML read a value as a boolean or a number and the config needs a string."""
     return "; quote it" if kind == "string_type" and isinstance(given, bool | int | float) else ""
 
 
 def _blamed(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
-    """The key, stated in the config, that a check of a whole section names first; else the section."""
+    """Return the path of the first key that the message names and the config states; otherwise the path of the section."""
     here: Any = tree
     for part in section:
         here = here[part]
     for name in re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*", message):
+        # A message names keys relative to its own section or by their full path.
         for base, prefix in ((here, section), (tree, ())):
             parts = name.split(".")
             for part in parts:
@@ -81,7 +93,11 @@ def _blamed(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
 
 
 def _instead(path: KeyPath, section: dict[str, Any]) -> str:
-    """What was probably meant by an unknown key: another tool's word, a near key of its section, or a near key elsewhere."""
+    """Suggest what an unknown key was meant to be.
+
+    The candidates, in this order: a key of another kind of the same union, another trainer's name for a setting, a similar key of
+    this section, the same key elsewhere, a similar key elsewhere; failing all, the keys of this section.
+    """
     *above, key = path
     known = list(section.get("properties", {}))
     elsewhere = [p for p in all_keys() if p.rpartition(".")[2] == key]
@@ -102,4 +118,5 @@ def _instead(path: KeyPath, section: dict[str, Any]) -> str:
 
 
 def _nearest_first(word: str, choices: Sequence[str]) -> list[str]:
+    """Sort the choices by their similarity to `word`, the most similar first."""
     return sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, word.lower(), choice.lower()).ratio())

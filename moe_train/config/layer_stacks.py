@@ -1,7 +1,7 @@
-"""The stacks of an architecture: which layers are alike, repeated and scanned together.
+"""The layer stacks of an architecture: groups of identical layers that are repeated and scanned together.
 
-A stack is one period of layers, repeated. A model has one stack, or two where its first layers are dense and the others
-sparse. Everything that has to know which layer's weights lie where (the model, the layouts, the plan) asks here.
+A stack is one period of layers, repeated. A model has one stack, or two if its first layers are dense and the others sparse.
+The model, the file layouts and the memory plan all use this file to find which layer's weights are stored where.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ class LayerStack:
     """One period of layers, repeated."""
 
     first_layer: int
-    """Its number in the whole model."""
+    """Index of the stack's first layer in the whole model."""
     repeats: int
+    """Number of times that the period is repeated."""
     windows: tuple[int | None, ...]
-    """The attention window of each layer of the period; None for none."""
+    """The attention window of each layer of the period; None for full attention."""
     ffn: Ffn
-    """The feed-forward part of all its layers."""
+    """The feed-forward layer, the same in all layers of the stack."""
 
     @property
     def period(self) -> int:
@@ -31,32 +32,37 @@ class LayerStack:
 
     @property
     def num_layers(self) -> int:
+        """Number of layers in the stack."""
         return self.repeats * self.period
 
     def layer(self, place: int, repeat: int) -> int:
-        """Number, in the whole model, of the layer at a place of a period."""
+        """Return the index, in the whole model, of the layer at position `place` of repetition `repeat` of the period."""
         return self.first_layer + repeat * self.period + place
 
     @property
     def is_sparse(self) -> bool:
+        """Whether the layers have experts."""
         return isinstance(self.ffn, MoeFfn)
 
 
 @dataclass(frozen=True)
 class LayerPosition:
-    """Where the weights of a layer are: entry `repeat` of the arrays `stacks.{stack}.layers.{place}.…`."""
+    """The location of a layer's weights: entry `repeat` of the arrays `stacks.{stack}.layers.{place}.…`."""
 
     layer: int
-    """Its number in the whole model."""
+    """Index of the layer in the whole model."""
     stack: int
+    """Index of the layer's stack."""
     place: int
-    """Its place in the period of the stack."""
+    """Position of the layer in the period of the stack."""
     repeat: int
+    """Repetition of the period: the index on the leading dim of the stacked arrays."""
     ffn: Ffn
+    """The feed-forward layer."""
 
 
 def stacks(model: Model) -> tuple[LayerStack, ...]:
-    """The stacks of a model, in the order of its layers."""
+    """Return the stacks of a model, in the order of its layers."""
     windows, ffn = model.attention.windows, model.ffn
     dense = ffn.dense_layers if isinstance(ffn, MoeFfn) else None
     if dense is None:
@@ -70,7 +76,7 @@ def stacks(model: Model) -> tuple[LayerStack, ...]:
 
 
 def layers(model: Model) -> Iterator[LayerPosition]:
-    """Every layer in order, with where its weights are."""
+    """Yield every layer in order, with the location of its weights."""
     for number, stack in enumerate(stacks(model)):
         for i in range(stack.num_layers):
             repeat, place = divmod(i, stack.period)
@@ -78,5 +84,8 @@ def layers(model: Model) -> Iterator[LayerPosition]:
 
 
 def sparse_layers(model: Model) -> list[int]:
-    """Numbers of the layers that have a router: entry i of a model's router statistics is of layer `sparse_layers[i]`."""
+    """Return the indices of the layers that have a router.
+
+    Entry i of a model's router statistics belongs to layer `sparse_layers(model)[i]`.
+    """
     return [position.layer for position in layers(model) if isinstance(position.ffn, MoeFfn)]

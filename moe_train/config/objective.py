@@ -1,4 +1,4 @@
-"""What a run trains its model for: the objective, a tagged union by `name`."""
+"""The training objective: a tagged union by `name`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from moe_train.config.section import Section
 
 
 class NextToken(Section):
-    """Cross-entropy of the tokens that bear loss: of all text, or of what the assistant says in a conversation."""
+    """Next-token cross-entropy on the tokens that are trained on: all of a text, or the assistant's turns of a conversation."""
 
     records: ClassVar[tuple[str, ...]] = ("text", "chat", "completion")
-    """Names of the record kinds that it reads."""
+    """Names of the record kinds that the objective reads."""
 
     name: Literal["next_token"]
 
 
-# A second member makes this `Annotated[NextToken | Other, Field(discriminator="name")]`; pydantic takes no union of one.
 Objective = NextToken
+"""The tagged union of objectives, with a single member so far.
+
+With a second member, write `Annotated[NextToken | Other, Field(discriminator="name")]`; pydantic refuses a union of one.
+"""
 
 
 def check_records(objective: Objective, data: Data) -> None:
-    """Raise ValueError where a source's records are of a kind that the objective does not read."""
+    """Raise ValueError if a source has records of a kind that the objective does not read."""
     for source in (*data.train, *data.eval):
         if isinstance(source, RecordSource) and source.record.name not in objective.records:
             kinds = ", ".join(objective.records)

@@ -1,4 +1,4 @@
-"""Schedules, optimizers, and the losses that keep routers balanced."""
+"""Learning-rate schedules, optimizers, and the losses that balance routers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from moe_train.config.section import (
 
 
 class ConstantSchedule(Section):
+    """Linear warm-up, then a constant learning rate."""
+
     name: Literal["constant"]
     warmup_steps: NonNegative = 0
 
 
 class CosineSchedule(Section):
-    """Linear warm-up, then half a cosine down to `final_fraction` of the peak at the last step."""
+    """Linear warm-up, then half a cosine period down to `final_fraction` of the peak at the last step."""
 
     name: Literal["cosine"]
     warmup_steps: NonNegative = 0
@@ -31,7 +33,7 @@ class CosineSchedule(Section):
 
 
 class LinearSchedule(Section):
-    """Linear warm-up, then a line down to `final_fraction` of the peak at the last step."""
+    """Linear warm-up, then a linear decay to `final_fraction` of the peak at the last step."""
 
     name: Literal["linear"]
     warmup_steps: NonNegative = 0
@@ -39,7 +41,10 @@ class LinearSchedule(Section):
 
 
 class WsdSchedule(Section):
-    """Warm-up, stable, decay (arXiv:2404.06395): the last `decay_steps` fall on a line to `final_fraction`."""
+    """Warm-up, stable, decay (WSD, arXiv:2404.06395).
+
+    The last `decay_steps` steps decay linearly to `final_fraction` of the peak.
+    """
 
     name: Literal["wsd"]
     warmup_steps: NonNegative = 0
@@ -48,9 +53,12 @@ class WsdSchedule(Section):
 
 
 Schedule = Annotated[ConstantSchedule | CosineSchedule | LinearSchedule | WsdSchedule, Field(discriminator="name")]
+"""The tagged union of learning-rate schedules."""
 
 
 class _OptimizerBase(Section):
+    """The settings that all optimizers have."""
+
     learning_rate: PositiveFloat
     schedule: Schedule = ConstantSchedule(name="constant")
     weight_decay: NonNegativeFloat = 0.0
@@ -59,7 +67,7 @@ class _OptimizerBase(Section):
 
 
 class AdamW(_OptimizerBase):
-    """Adam with decoupled weight decay, arXiv:1711.05101."""
+    """Adam with decoupled weight decay (arXiv:1711.05101)."""
 
     name: Literal["adamw"]
     b1: Decay = 0.9
@@ -68,7 +76,7 @@ class AdamW(_OptimizerBase):
 
 
 class Lion(_OptimizerBase):
-    """Sign of an interpolated momentum, arXiv:2302.06675."""
+    """Lion: updates by the sign of an interpolated momentum (arXiv:2302.06675)."""
 
     name: Literal["lion"]
     b1: Decay = 0.9
@@ -76,7 +84,7 @@ class Lion(_OptimizerBase):
 
 
 class Adafactor(_OptimizerBase):
-    """Factored second moments, arXiv:1804.04235."""
+    """Adafactor: factored second moments (arXiv:1804.04235)."""
 
     name: Literal["adafactor"]
     decay_rate: Decay = 0.8
@@ -84,8 +92,11 @@ class Adafactor(_OptimizerBase):
 
 
 class Muon(_OptimizerBase):
-    """Orthogonalised momentum for the matrices of attention and (expert) FFN, chosen by name; AdamW for
-    embeddings, head, router and norms with `adamw_learning_rate` (https://kellerjordan.github.io/posts/muon)."""
+    """Muon: orthogonalized momentum (https://kellerjordan.github.io/posts/muon).
+
+    It applies to the matrices of attention and of the (expert) FFN, which are selected by name. Embeddings, head, router and norms
+    use AdamW with `adamw_learning_rate`.
+    """
 
     name: Literal["muon"]
     momentum: Decay = 0.95
@@ -98,12 +109,16 @@ class Muon(_OptimizerBase):
 
 
 Optimizer = Annotated[AdamW | Lion | Adafactor | Muon, Field(discriminator="name")]
+"""The tagged union of optimizers."""
 
 
 class Loss(Section):
-    """How routers are kept balanced: coefficients of their two losses, per layer, which full training of a sparse model
-    must state; and by how much a step moves the bias of a router that has one, up for an expert with less than the mean
-    load of the step, down for one with more (0.001 is DeepSeek-V3's)."""
+    """Settings that keep routers balanced.
+
+    load_balance_loss_coef, router_z_loss_coef: coefficients of the two router losses, applied per layer. Full training of a
+    sparse model must state them. bias_update_rate: how far one step moves the bias of a router that has one: up for an expert
+    with less than the mean load of the step, down for one with more (DeepSeek-V3 uses 0.001).
+    """
 
     load_balance_loss_coef: NonNegativeFloat | None = None
     router_z_loss_coef: NonNegativeFloat | None = None

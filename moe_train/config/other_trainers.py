@@ -1,7 +1,7 @@
-"""What other trainers call our settings: read when a config holds a key that is not ours.
+"""Names that other trainers use for our settings; they are consulted when a config has an unknown key.
 
-Names are those of axolotl, Hugging Face's Trainer, TRL and model configs, PEFT, MaxText, mistral-finetune,
-Megatron-LM and torchtitan. `RENAMED` maps our key to theirs; `REMARKS` says what else differs, or why there is none.
+The names come from axolotl, Hugging Face's Trainer, TRL and model configs, PEFT, MaxText, mistral-finetune, Megatron-LM and
+torchtitan.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ RENAMED = {
     "metrics.every_steps": "logging_steps log_freq log_period log_interval",
     "metrics.tensorboard": "report_to enable_tensorboard use_tensorboard tensorboard_dir logging_dir",
 }
+"""Our key path -> the names of other trainers for it, separated by spaces."""
 
 _WHOLE_STEP = "the sequences of a whole optimizer step over all devices; train.microbatches splits it"
 _IN_STEPS = "a number of optimizer steps"
@@ -175,10 +176,11 @@ REMARKS = {
     "trust_remote_code": "leave it out: no code is taken from a model's folder",
     "special_tokens": "leave it out: they come with the tokenizer",
 }
+"""A name of another trainer -> what else differs from our setting, or why we have no such setting."""
 
 
 def remark(key: str) -> str | None:
-    """What to write instead of another tool's `key`, or None where no tool in the tables calls a setting so."""
+    """Return what to write instead of another trainer's `key`, or None if no trainer in the tables has a setting of this name."""
     ours = next((path for path, theirs in RENAMED.items() if key in theirs.split()), None)
     note = REMARKS.get(key)
     if ours is None:

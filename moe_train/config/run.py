@@ -21,19 +21,20 @@ from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
 
 class RandomWeights(Section):
-    """Training starts from weights drawn at random."""
+    """Training starts from randomly initialized weights."""
 
     name: Literal["random"] = "random"
 
 
 class PretrainedWeights(Section):
-    """Training starts from the weights of a run or of another tool's model."""
+    """Training starts from the weights of another run or of an external model."""
 
     name: Literal["pretrained"] = "pretrained"
     path: LocalPath
 
 
 InitialWeights = Annotated[RandomWeights | PretrainedWeights, Field(discriminator="name")]
+"""The tagged union of starting points."""
 
 
 class FullTraining(Section):
@@ -43,21 +44,24 @@ class FullTraining(Section):
 
 
 class RunData(Data):
-    """The `data` section with its tokenizer decided. chat_template: its text; None for the tokenizer's own."""
+    """The `data` section with a resolved tokenizer. chat_template: the template's text; None for the tokenizer's own."""
 
     tokenizer: Tokenizer
 
 
 class NoData(Section):
-    """Data cannot be read: the config has none, or names no tokenizer. reason: an error message with the remedy."""
+    """A placeholder for a run whose data cannot be read: the config has no `data` section, or no tokenizer is known.
+
+    reason: an error message that names the remedy.
+    """
 
     reason: str
 
 
 class Run(Section):
-    """What will happen, all stated; compare `Config`, which is what a person wrote.
+    """The resolved record of a run, in which nothing is optional; compare `Config`, which is what the user wrote.
 
-    method: full training, or adapters (LoRA) whose targets are stated. mesh: the size of each axis; no -1.
+    method: full training, or adapters (LoRA) with explicit targets. mesh: the size of each axis, never -1.
     """
 
     name: RunName
@@ -80,22 +84,22 @@ class Run(Section):
 
     @property
     def lora(self) -> Lora | None:
-        """The section of the adapters; None in full training."""
+        """The adapter section; None in full training."""
         return self.method if isinstance(self.method, Lora) else None
 
     @property
     def init_from(self) -> str | None:
-        """Where the first weights are read from; None for random ones."""
+        """Path of the weights to start from; None for random initialization."""
         return self.initial_weights.path if isinstance(self.initial_weights, PretrainedWeights) else None
 
     def training_data(self) -> RunData:
-        """The data section. Raises ValueError where there is none, with the remedy."""
+        """Return the data section. Raises ValueError, which names the remedy, if there is none."""
         if isinstance(self.data, NoData):
             raise ValueError(self.data.reason)
         return self.data
 
     def to_config(self) -> Config:
-        """The config that states all of this, for files: it resolves to an equal `Run`."""
+        """Return the config that states all of this, for files; it resolves to an equal `Run`."""
         sections = {key: getattr(self, key) for key in _SHARED_WITH_CONFIG}
         data = Data(**dict(self.data)) if isinstance(self.data, RunData) else None
         return Config(**sections, init_from=self.init_from, lora=self.lora, data=data)
@@ -105,9 +109,10 @@ _SHARED_WITH_CONFIG = tuple(key for key in Run.model_fields if key in Config.mod
 
 
 def run_of(config: Config) -> Run:
-    """The `Run` of a config that states everything: one that `Run.to_config` made, or that `resolve` has completed.
+    """Convert a config that states everything to a `Run`: one from `Run.to_config`, or one that `resolve` has completed.
 
-    Raises ValueError for a config that leaves something to a checkpoint or to the devices.
+    Raises:
+        ValueError: If the config leaves a choice to a checkpoint or to the devices.
     """
     if config.model is None:
         raise ValueError("the config does not state model, and so is not a resolved one")
@@ -122,6 +127,7 @@ def run_of(config: Config) -> Run:
 
 
 def _decided_data(config: Config) -> RunData | NoData:
+    """Return the data section with its tokenizer, or the reason why there is none."""
     if config.data is None:
         return NoData(reason="the config has no data section; state data.train and data.tokenizer")
     if config.data.tokenizer is None:

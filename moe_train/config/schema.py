@@ -1,4 +1,4 @@
-"""The shape of a config: which keys each section has, by the JSON schema of `Config`."""
+"""The JSON schema of `Config`, and what it says about the keys of each section."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_train.config.strict_yaml import KeyPath
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema (2020-12) of a config file, with which editors complete and check keys."""
+    """Return the JSON schema (2020-12) of a config file, with which editors complete and check keys."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
@@ -18,7 +18,7 @@ _SCHEMA = json_schema()
 
 
 def _follow(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema behind a reference, or behind `X or null`."""
+    """Resolve a reference, or the `X` of `X or null`, to the schema behind it."""
     if "$ref" in schema:
         return _follow(_SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]])
     for choice in schema.get("anyOf", ()):
@@ -28,14 +28,21 @@ def _follow(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def members(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Tag -> section of a tagged union; one section, without a tag, for a plain one; nothing for other values."""
+    """Return tag -> section schema for a tagged union; one section under the tag "" for a plain one; {} for other values."""
     if "discriminator" in schema:
         return {tag: _follow({"$ref": ref}) for tag, ref in schema["discriminator"]["mapping"].items()}
     return {"": schema} if "properties" in schema else {}
 
 
 def key_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, dict[str, Any]]:
-    """pydantic's location, which names the tags it passed, as (key path of the file, schema of the innermost section)."""
+    """Translate pydantic's error location, which includes union tags, to the key path of the file.
+
+    Args:
+        loc: The `loc` of a pydantic error.
+
+    Returns:
+        The key path without tags, and the schema of the innermost section (of the union, if the tag itself is at fault).
+    """
     path: KeyPath = ()
     schema = section = _SCHEMA
     for part in loc:
@@ -50,7 +57,7 @@ def key_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, dict[str, Any]]:
 
 
 def _keys(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    """(key path, tag of the section it is in) of everything below `schema`; lists are entered at item 0."""
+    """Yield every key path below `schema`, with the tag of the section that it is in; lists are entered at item 0."""
     schema = _follow(schema)
     if schema.get("type") == "array":
         yield from _keys(schema["items"], f"{prefix}0.")
@@ -61,9 +68,10 @@ def _keys(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def all_keys() -> list[str]:
-    """Every key path that a config can have."""
+    """Return every key path that a config can have."""
     return list(dict.fromkeys(path for path, _ in _keys(_SCHEMA, "")))
 
 
 def owners(key: str | int, section: str) -> list[str]:
+    """Return the tags of the union members at `section` that have a key of this name."""
     return [tag for path, tag in _keys(_SCHEMA, "") if path == f"{section}.{key}" and tag]

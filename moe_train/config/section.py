@@ -1,4 +1,4 @@
-"""What every section is made of: strict, immutable, without unknown keys; and the types that several share."""
+"""The base class of all config sections (strict, immutable, no unknown keys), and the value types that several sections share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def _integral(value: object) -> object:
-    """`1e9` is a float to YAML; where a whole number is asked for, a float without a fraction is one."""
+    """Convert a float without a fraction to an integer, since YAML reads `1e9` as a float."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _path(value: str) -> str:
-    """A URL would become a folder of that name."""
+    """Reject a URL, which would otherwise become a local folder of that name."""
     if "://" in value:
         raise ValueError(
             "a URL where a path is needed; name a path of this machine, or of a file system (NFS, Lustre, a mounted bucket) "
@@ -23,30 +23,38 @@ def _path(value: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(_path)]
+"""A path in the local file system, or in one that all hosts share; not a URL."""
 
 
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
+"""An integer of at least 1."""
 
 
 NonNegative = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
+"""An integer of at least 0."""
 
 
 PositiveFloat = Annotated[float, Field(gt=0)]
+"""A number greater than 0."""
 
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+"""A number of at least 0."""
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1, both included."""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+"""A number from 0 to below 1."""
 
 
 Dtype = Literal["float32", "bfloat16"]
+"""A floating-point dtype."""
 
 
 class Section(BaseModel):
-    """A part of the configuration: strict types, no unknown keys, immutable."""
+    """The base class of all config sections: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -1,7 +1,7 @@
-"""YAML 1.2 <-> plain values, and the line of each.
+"""Strict YAML 1.2: text to plain values with line numbers, and back.
 
-Its core scalars alone are read (`1e-4` is a number, `no` and `on` are words), and a text holds nothing but itself: no
-tags, anchors, merges, includes or interpolation, and no key twice.
+Only the scalars of the YAML 1.2 core schema are recognized (`1e-4` is a number, `no` and `on` are strings). Tags, anchors,
+merges, includes, interpolation and duplicate keys are errors, so that a file means exactly what it shows.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any
 import yaml
 
 KeyPath = tuple[str | int, ...]
+"""The path of a value: names of keys, and indices of list items."""
 
 
 class ConfigError(ValueError):
-    """The faults of a configuration, one a line."""
+    """The errors of a configuration, one per line."""
 
 
 _NULL, _BOOL, _INT, _FLOAT, _STR = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str"))
-_CORE_SCALARS = (  # YAML 1.2.2, section 10.3.2; `first` are the characters that such a scalar can start with
+_CORE_SCALARS = (  # YAML 1.2.2, section 10.3.2: (tag, pattern, first characters of such a scalar)
     (_NULL, r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     (_BOOL, r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
     (_INT, r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
@@ -31,9 +32,12 @@ _CORE_SCALARS = (  # YAML 1.2.2, section 10.3.2; `first` are the characters that
 
 
 class _Loader(yaml.SafeLoader):
+    """A SafeLoader with the scalars of YAML 1.2 that rejects anchors and aliases."""
+
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's way to start without the scalars of YAML 1.1
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose the next node; reject an anchor or alias."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read; write the value out", event.start_mark)
@@ -41,7 +45,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a string that either version of YAML would read as something else."""
+    """A SafeDumper that quotes a string which either version of YAML would read as something else."""
 
 
 for _tag, _pattern, _first in _CORE_SCALARS:
@@ -50,7 +54,18 @@ for _tag, _pattern, _first in _CORE_SCALARS:
 
 
 def parse(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
-    """`text` as plain values, and the line of every key and list item. ConfigError lines start with `origin`."""
+    """Parse YAML text to plain values.
+
+    Args:
+        text: The YAML text.
+        origin: What each line of a ConfigError starts with: a path, or `override key=value`.
+
+    Returns:
+        The value, and the line number of every key and list item by its path.
+
+    Raises:
+        ConfigError: With every error found, one per line.
+    """
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -69,10 +84,12 @@ def parse(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def _at(origin: str, line: int) -> str:
+    """Return `origin:line`; an override has no lines."""
     return origin if origin.startswith("override ") else f"{origin}:{line}"
 
 
 def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: list[str], origin: str) -> Any:
+    """Convert a YAML node to plain values, recording line numbers in `lines` and errors in `faults`."""
     if isinstance(node, yaml.SequenceNode):
         items = []
         for i, child in enumerate(node.value):
@@ -96,6 +113,7 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: li
 
 
 def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
+    """Convert a scalar node, or add the reason why it is invalid to `faults`."""
     tag, text = node.tag, node.value
     if tag == _STR:
         return text
@@ -120,16 +138,16 @@ def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
 
 
 def write(tree: Any) -> str:
-    """`tree` as YAML that `parse` reads back as it is."""
+    """Return `tree` as YAML text that `parse` reads back to an equal tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it."""
+    """Format a value for a message, with at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:59] + "…"
 
 
 def dotted(path: KeyPath) -> str:
-    """The key path that a message begins with."""
+    """Format a key path as the start of a message; "" for the whole file."""
     return ".".join(map(str, path)) + ": " if path else ""

@@ -1,4 +1,4 @@
-"""Length and shape of a training run; when it is evaluated, saved and measured."""
+"""Length and batch shape of a training run, and when it is evaluated, saved and logged."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from moe_train.config.section import Fraction, NonNegative, Positive, PositiveFl
 
 
 class Train(Section):
-    """Length and shape of the optimisation. Exactly one of `steps`, `epochs`, `tokens` sets the length.
+    """Length and batch shape of the optimization. Exactly one of `steps`, `epochs` and `tokens` sets the length.
 
-    batch_size is the number of sequences in an optimizer step over all devices; microbatches splits it.
-    capacity_factor limits an expert to capacity_factor * T * A / E assignments of a sequence of T tokens, in training
-    alone; what is beyond is dropped, earlier tokens first served (null: nothing is dropped). The run stops where a layer
-    drops more than max_drop_rate of its assignments in a step.
+    batch_size is the number of sequences in one optimizer step over all devices; `microbatches` splits it.
+    capacity_factor limits an expert to capacity_factor * T * A / E assignments in a sequence of T tokens (A experts per token, E
+    experts), during training only. Assignments beyond that are dropped, and earlier tokens have priority (null: nothing is
+    dropped). The run stops when a layer drops more than the fraction max_drop_rate of its assignments in one step.
     """
 
     steps: Annotated[Positive, Field(le=100_000_000)] | None = None
@@ -45,10 +45,11 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    """Held-out loss on `data.eval`: every `every_steps` and at the end, on `batches` batches (null: all).
+    """When the held-out loss on `data.eval` is measured.
 
-    drift_batches: on how many of them the routing of a model with adapters is compared with that of its base, which takes
-    a second forward pass (null: 4 where there are adapters and routers; 0: none).
+    It is measured every `every_steps` steps and at the end, on `batches` batches (null: all). drift_batches: on how many of these
+    batches the routing of a model with adapters is compared with that of its base model, which takes a second forward pass
+    (null: 4 if the model has adapters and routers; 0: none).
     """
 
     every_steps: Positive = 100
@@ -57,7 +58,7 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
-    """When the run's state is saved, and how many saves stay: the last `keep_last`, plus the best held-out loss."""
+    """When the state of the run is saved, and which checkpoints are kept: the last `keep_last`, plus the best by held-out loss."""
 
     every_steps: Positive = 100
     every_minutes: PositiveFloat | None = 30.0
@@ -66,7 +67,7 @@ class Checkpoint(Section):
 
 
 class Metrics(Section):
-    """Where figures go besides the terminal and `metrics.jsonl`."""
+    """How often metrics are logged, and where they go in addition to the terminal and `metrics.jsonl`."""
 
     every_steps: Positive = 1
     tensorboard: bool = True

@@ -1,7 +1,7 @@
-"""A YAML file and `key.path=value` overrides -> `Config`, and back.
+"""Read a YAML file and `key.path=value` overrides into a `Config`, and write a `Config` back.
 
-Every fault is one line that says where: `path:LINE: key.path: message (value …)`, or `override key.path=value: …`; all
-faults of a config come together.
+Every error is one line that says where it is: `path:LINE: key.path: message (value …)`, or
+`override key.path=value: …`. All errors of a config are reported together.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from moe_train.config.strict_yaml import ConfigError, KeyPath, dotted, parse, sh
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The checked `Config` of a YAML file with `key.path=value` overrides applied, the last of a key winning.
+    """Read and check the `Config` of a YAML file.
 
-    Raises FileNotFoundError where there is no such file, and ConfigError with every fault found, one a line.
+    Args:
+        path: The YAML file.
+        overrides: `key.path=value` settings that replace those of the file; the last one for a key wins.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ConfigError: With every error found, one per line.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,7 +46,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> None:
-    """Set one `key.path=value` in `tree`; numbers in the path count list items from 0."""
+    """Apply one `key.path=value` override to `tree`; numbers in the path are list indices, from 0."""
     origin = f"override {override}"
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -66,32 +72,35 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
                 at[part] = {}
                 origins[path] = origin
             at = at[step]
+    # The override replaces everything below its key, so errors there no longer belong to lines of the file.
     for below in [p for p in origins if p[: len(path)] == path]:
         del origins[below]
     origins[path] = origin
 
 
 def _validate(tree: dict[str, Any], origins: dict[KeyPath, str]) -> Config:
+    """Validate the tree; raise ConfigError with the origin of each error."""
     try:
-        return Config.model_validate_json(json.dumps(tree))  # by way of JSON, where a list is a tuple to strict types
+        return Config.model_validate_json(json.dumps(tree))  # strict types accept a list as a tuple only when they read JSON
     except ValidationError as error:
         faults = {(path, message): None for path, message in in_words(error, tree)}
     raise ConfigError("\n".join(f"{_origin(origins, path)}: {dotted(path)}{message}" for path, message in faults))
 
 
 def _origin(origins: dict[KeyPath, str], path: KeyPath) -> str:
+    """Return the origin of the nearest key at or above `path` that the config states."""
     while path not in origins:
         path = path[:-1]
     return origins[path]
 
 
 def dump(config: Config) -> str:
-    """The resolved config, every default stated, as YAML that loads back to an equal `Config`."""
+    """Return the config, with every default stated, as YAML that loads back to an equal `Config`."""
     return strict_yaml.write(config.model_dump(mode="json"))
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flatten nested sections to dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {path: x for key, below in tree.items() for path, x in flat(below, f"{prefix}.{key}" if prefix else key).items()}

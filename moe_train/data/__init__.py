@@ -1,1 +1,1 @@
-"""Records to batches: sources -> chat -> store -> packing -> loader. Numpy only."""
+"""The data pipeline, from records to batches: sources -> chat -> store -> packing -> loader. It uses numpy only, not jax."""

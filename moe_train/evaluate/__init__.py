@@ -1,1 +1,1 @@
-"""What a model is worth: generation, held-out loss, drift of the routing."""
+"""Model evaluation: generation, held-out loss, and routing drift."""

@@ -1,4 +1,4 @@
-"""Tokens generated on the device."""
+"""Text generation on the device, with key-value caches."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ from moe_train.model.parameters import Parameters, combine
 from moe_train.model.transformer import empty_caches
 
 CHUNK = 64
-"""Tokens of a prompt that are read at a time."""
+"""Number of prompt tokens that one prefill step processes."""
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, model: config.Model) -> None:
-    """Raise ValueError for a prompt without tokens, or without room for `max_tokens` more."""
+    """Check that every prompt can be continued.
+
+    Args:
+        prompts: Token ids of each prompt.
+        max_tokens: Number of tokens to generate.
+        model: The architecture, whose max_seq_len is the limit.
+
+    Raises:
+        ValueError: If a prompt has no tokens, or no room for `max_tokens` more.
+    """
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i + 1} has no tokens, and the tokenizer has no token that begins a text; write something")
@@ -45,19 +54,38 @@ def generate(
     seed: int = 0,
     dtype: config.Dtype = "float32",
 ) -> list[list[int]]:
-    """New tokens of each prompt, without the `eos_id` that ends it; `dtype`: of the cache.
+    """Generate tokens for each prompt; all prompts run as one batch.
 
-    At temperature 0 the likeliest token each time; above, a draw that depends on the seed, the prompt's number and
-    the position alone. Runs under `mesh`, which is in force.
+    Args:
+        structure: The model without its weights.
+        weights: All weights, adapters included.
+        model: The architecture.
+        mesh: The mesh, which has to be in force.
+        prompts: Token ids of each prompt.
+        max_tokens: Largest number of new tokens per prompt.
+        eos_id: The token that ends a continuation; None to generate `max_tokens` tokens always.
+        temperature: 0 selects the most likely token; above 0, tokens are sampled, and a sample depends only on the seed, the
+            prompt's index and the position.
+        seed: Seed of the sampling.
+        dtype: Dtype of the key-value cache.
+
+    Returns:
+        The new tokens of each prompt, without the final `eos_id`.
+
+    Raises:
+        ValueError: If a prompt is empty or too long (see `check_lengths`).
     """
     check_lengths(prompts, max_tokens, model)
+    # Rows are padded to a multiple of the devices that split the batch; padding rows have length 0.
     rows = len(prompts) + -len(prompts) % math.prod(mesh.shape[axis] for axis in BATCH)
     lengths = np.array([len(prompt) for prompt in prompts] + [0] * (rows - len(prompts)))
     longest = int(lengths.max())
+    # Powers of two keep the number of distinct cache shapes, and so of compilations, small.
     room = max(CHUNK, 2 ** math.ceil(math.log2(longest + max_tokens)))
     room += -room % mesh.shape["context"]
 
     def read(tokens: np.ndarray, positions: np.ndarray, caches: Any) -> tuple[np.ndarray, Any]:
+        """Run a step on padded tokens; padding has position -1."""
         padding = ((0, 0), (0, -tokens.shape[1] % mesh.shape["context"]))
         padded = np.pad(tokens, padding).astype(np.int32), np.pad(positions, padding, constant_values=-1).astype(np.int32)
         logits, caches = _step(structure, weights, *put_batch(padded, mesh), caches)
@@ -71,6 +99,7 @@ def generate(
             part = prompt[start : start + CHUNK]
             tokens[row, : len(part)] = part
         logits, caches = read(tokens, np.where(positions < lengths[:, None], positions, -1), caches)
+        # Prompts end in different chunks; keep the logits of each prompt's last token.
         ends = np.flatnonzero((lengths > start) & (lengths <= start + CHUNK))
         last[ends] = logits[ends, lengths[ends] - 1 - start]
 
@@ -90,11 +119,12 @@ def generate(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _step(structure: Any, weights: Parameters, tokens: jax.Array, positions: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+    """Run one forward pass with the caches, which are donated."""
     return combine(structure, weights).decode(tokens, positions, caches)
 
 
 def _choose(logits: np.ndarray, temperature: float, key: tuple[int, ...]) -> int:
-    """The likeliest token, or one drawn from softmax(logits / temperature) (Gumbel's trick)."""
+    """Return the most likely token, or a sample from softmax(logits / temperature) by the Gumbel-max trick."""
     if temperature == 0:
         return int(np.argmax(logits))
     return int(np.argmax(logits / temperature + np.random.default_rng(key).gumbel(size=logits.shape)))

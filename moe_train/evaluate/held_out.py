@@ -1,4 +1,4 @@
-"""An objective's metrics on held-out data."""
+"""The metrics of an objective on held-out data."""
 
 from __future__ import annotations
 
@@ -26,13 +26,23 @@ def evaluate(
     batches: int | None = None,
     drift: Drift | None = None,
 ) -> dict[str, Any]:
-    """The objective's metrics of the first `batches` batches (None: all): `loss`, and those that it names.
+    """Compute the objective's metrics on held-out batches.
 
-    sums: what `make_batch_sums` made. With `drift` also, of its first batches, routing_drift[l], the share of layer l's
-    assignments that the base model makes otherwise, and dead_experts[l], the share of experts that got less than 1% of
-    an even share.
+    Args:
+        sums: The compiled function from `make_batch_sums`.
+        params: The trained weights.
+        frozen: The frozen weights.
+        loader: The evaluation batches.
+        mesh: The device mesh.
+        batches: Number of batches to use; None for all.
+        drift: How to compare the routing with that of the base model, on the first `drift.batches` batches; None to skip it.
+
+    Returns:
+        The metrics: `loss` and those that the objective names. With `drift` also `routing_drift[l]`, the share of layer l's
+        assignments that differ from the base model's, and `dead_experts[l]`, the share of experts that got less than 1% of an
+        even share.
     """
-    assert loader.batches is not None  # held-out data end
+    assert loader.batches is not None  # an evaluation loader is finite
     totals: dict[str, Metric] | None = None
     previous: dict[str, Metric] | None = None
     drifted: list[DriftSums] = []
@@ -43,21 +53,22 @@ def evaluate(
             drifted.append(compared)
         else:
             metrics = sums(params, frozen, batch)
-        if previous is not None:  # read one batch late, so that the device does not wait
+        if previous is not None:  # read one batch late, so that the device stays busy
             totals = _add(totals, previous)
         previous = metrics
-    assert previous is not None  # a loader has rows
+    assert previous is not None  # a loader has at least one row
     totals = _add(totals, previous)
     return {**{name: _value(metric) for name, metric in totals.items()}, **drift_metrics(drifted)}
 
 
 def _add(totals: dict[str, Metric] | None, metrics: dict[str, Metric]) -> dict[str, Metric]:
-    """Sums as Python's numbers, which lose nothing over many batches."""
+    """Add a batch's sums as Python numbers, which stay exact over many batches."""
     numbers = jax.tree.map(lambda x: np.asarray(x).item(), jax.device_get(metrics))
     return numbers if totals is None else jax.tree.map(lambda a, b: a + b, totals, numbers)
 
 
 def _value(metric: Metric) -> Any:
+    """Return the value of a metric: a mean divided by its weight (NaN if the weight is 0), anything else as it is."""
     if not isinstance(metric, Mean):
         return metric
     return metric.sum / metric.weight if metric.weight else math.nan

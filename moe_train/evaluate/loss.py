@@ -1,4 +1,4 @@
-"""An objective's metrics over batches that are not trained on."""
+"""The metrics of an objective on batches that are not trained on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from moe_train.model.parameters import Parameters
 from moe_train.train.objectives.objective import Inputs, Metric, Objective, Weights, held_out_metrics, inputs_of
 
 BatchSums = Callable[[Parameters, Parameters, Any], dict[str, Metric]]
-"""(learned weights, frozen weights, batch) -> metrics of the batch, `loss` among them, as sums over it."""
+"""A function (trained weights, frozen weights, batch) -> metrics of the batch, including `loss`, as sums over the batch."""
 
 
 def make_batch_sums(structure: Any, objective: Objective, base_weights: Parameters | None = None) -> BatchSums:
-    """Metrics of a batch, compiled once for all evaluations of a run.
+    """Compile the function that computes a batch's metrics, once for all evaluations of a run.
 
-    base_weights: the base's weights of what is trained in full beside adapters, for an objective with a reference model.
+    Args:
+        structure: The model without its weights.
+        objective: The objective.
+        base_weights: The base model's weights of the modules that are trained in full in addition to adapters, for an
+            objective with a reference model; None if there are none.
     """
 
     @jax.jit
@@ -29,7 +33,11 @@ def make_batch_sums(structure: Any, objective: Objective, base_weights: Paramete
 
 
 def batch_sums(objective: Objective, inputs: Inputs) -> tuple[dict[str, Metric], RouterStats | None]:
-    """(metrics of a batch as sums, the routers' statistics); the batch is a step of its own to the objective."""
+    """Compute the metrics of a batch, which the objective treats as a step of its own.
+
+    Returns:
+        The metrics as sums over the batch, and the routers' statistics (None without routers).
+    """
     of_step = None if objective.first_pass is None else objective.first_pass(inputs)
     terms = objective.loss(inputs, of_step)
     return held_out_metrics(objective, terms, objective.weight(inputs.batch, of_step)), terms.routers

@@ -1,4 +1,4 @@
-"""How the routing of a model with adapters differs from that of its base."""
+"""Routing drift: how the routing of a model with adapters differs from that of its base model."""
 
 from __future__ import annotations
 
@@ -16,42 +16,51 @@ from moe_train.train.objectives.objective import Metric, Objective, Weights, inp
 
 
 class Drift(NamedTuple):
-    """How the routing of a model with adapters is compared with that of its base."""
+    """How to compare the routing of a model with adapters with that of its base model."""
 
     sums: DriftFunction
-    """What `make_drift_sums` made."""
+    """The compiled function from `make_drift_sums`."""
     originals: Parameters
-    """The base's weights of what is trained in full beside the adapters."""
+    """The base model's weights of the modules that are trained in full in addition to the adapters."""
     batches: int
-    """The first ones, each with a second forward pass."""
+    """Number of batches to compare, from the first; each takes a second forward pass."""
 
 
 class DriftSums(NamedTuple):
-    """Counts of one batch, or of several."""
+    """Counts over one or more batches; L is the number of sparse layers, E of experts."""
 
     changed_L: Any
-    """Assignments to experts that the base does not choose for the token."""
+    """Number of assignments to experts that the base model does not select for the token."""
     load_LE: Any
-    """Assignments to each expert."""
+    """Number of assignments to each expert."""
     assignments: Any
-    """Of one layer."""
+    """Number of assignments in one layer."""
 
 
 DriftFunction = Callable[[Parameters, Parameters, Any, Parameters], tuple[DriftSums, dict[str, Metric]]]
-"""(learned weights, frozen weights, batch, base weights of what is trained) -> (counts, metrics of the batch)."""
+"""A function (trained weights, frozen weights, batch, base weights of what is trained) -> (counts, metrics of the batch)."""
 
 
 def make_drift_sums(structure: Any, objective: Objective) -> DriftFunction:
-    """`drift_sums` of a model's structure, compiled once for all evaluations of a run."""
+    """Compile `drift_sums` for a model, once for all evaluations of a run."""
     return jax.jit(partial(drift_sums, structure=with_expert_ids(structure), objective=objective))
 
 
 def drift_sums(
     learned: Parameters, frozen: Parameters, batch: Any, originals: Parameters, structure: Any, objective: Objective
 ) -> tuple[DriftSums, dict[str, Metric]]:
-    """Count the assignments of a batch that differ from the base model's; with the objective's metrics of the batch.
+    """Count the assignments of a batch that differ from the base model's.
 
-    structure: of a model that keeps the experts' ids.
+    Args:
+        learned: The trained weights.
+        frozen: The frozen weights.
+        batch: The batch.
+        originals: The base model's weights of the modules that are trained in full.
+        structure: The structure of a model that returns expert ids (see `with_expert_ids`).
+        objective: The objective.
+
+    Returns:
+        The counts, and the objective's metrics of the batch.
     """
     inputs = inputs_of(objective, structure, Weights(learned, frozen, originals), batch)
     metrics, routers = batch_sums(objective, inputs)
@@ -59,6 +68,7 @@ def drift_sums(
     _, base = batch_sums(objective, inputs._replace(model=base_model))
     assert routers is not None and base is not None and routers.expert_ids is not None and base.expert_ids is not None
     ids_LBTA, base_LBTA = routers.expert_ids, base.expert_ids
+    # The order of a token's experts does not matter: an assignment is kept if the base model selects the expert in any place.
     kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_LBTA[..., None, :], axis=-1)
     valid_BT = batch.segment_ids != 0
     assignments = jnp.sum(valid_BT) * ids_LBTA.shape[-1]
@@ -67,7 +77,7 @@ def drift_sums(
 
 
 def drift_metrics(drifted: Sequence[DriftSums]) -> dict[str, Any]:
-    """The share of changed assignments and of dead experts in each sparse layer, over the batches; {} without any."""
+    """Return the share of changed assignments and of dead experts in each sparse layer, over all batches; {} without batches."""
     if not drifted:
         return {}
     sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(drifted))

@@ -1,1 +1,1 @@
-"""The order of records, their packing into rows, and the loader."""
+"""Batches: the order of records, their packing into rows, and the loader."""

@@ -1,4 +1,4 @@
-"""The only type that leaves this package: one process's part of a global batch."""
+"""The batch type: one process's part of a global batch. It is the only type that leaves this package."""
 
 from __future__ import annotations
 
@@ -8,55 +8,60 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 Piece = tuple[np.ndarray, np.ndarray | None]
-"""Token ids (n + 1,) of a part of an example and their loss mask; None where all are trained on."""
+"""Token ids (n + 1,) of a part of an example, and their loss mask; None if all are trained on."""
 
 
 class PackedBatch(Protocol):
-    """What the loader, `bench` and `plan` ask of an objective's batch type: a tuple of numpy arrays of shape (B, T)."""
+    """The interface of an objective's batch type: a tuple of numpy arrays of shape (B, T).
+
+    The loader, `bench` and `plan` use it.
+    """
 
     @classmethod
     def empty(cls, rows: int, seq_len: int) -> Self:
-        """Padding alone."""
+        """Return a batch of padding only."""
 
     @classmethod
     def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:
-        """Uniform tokens, without padding, all trained on: for measurements."""
+        """Return a batch of uniformly random tokens without padding, all trained on, for measurements."""
 
     def fill_row(self, row: int, pieces: Sequence[Piece]) -> None:
         """Write pieces one after the other into an empty row."""
 
-    def __iter__(self) -> Any: ...
+    def __iter__(self) -> Any:
+        """Iterate over the arrays."""
+        ...
 
 
 class Batch(NamedTuple):
-    """Packed sequences, numpy arrays of shape (B, T): int32, loss_mask bool.
-
-    `targets[b, t]` is the token that follows `tokens[b, t]` in the same segment, and `loss_mask[b, t]` says whether
-    it is trained on. `segment_ids` is 0 on padding and counts 1, 2, … along a row; `positions` restarts at 0
-    in every segment.
-    """
+    """Packed sequences: numpy arrays of shape (B, T), int32 except for the bool loss_mask."""
 
     tokens: np.ndarray
+    """Input tokens."""
     targets: np.ndarray
+    """`targets[b, t]` is the token that follows `tokens[b, t]` in the same segment."""
     loss_mask: np.ndarray
+    """Whether `targets[b, t]` is trained on."""
     segment_ids: np.ndarray
+    """0 on padding; segments are numbered 1, 2, … along a row."""
     positions: np.ndarray
+    """Position in the segment; restarts at 0 in every segment."""
 
     @classmethod
     def empty(cls, rows: int, seq_len: int) -> Self:
-        """Padding alone."""
+        """Return a batch of padding only."""
         dtypes = (np.int32, np.int32, bool, np.int32, np.int32)
         return cls(*(np.zeros((rows, seq_len), dtype) for dtype in dtypes))
 
     @classmethod
     def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:
-        """Uniform tokens, one segment a row."""
+        """Return a batch of uniformly random tokens, with one segment per row."""
         tokens = np.random.default_rng(seed).integers(0, vocab_size, (rows, seq_len), dtype=np.int32)
         positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), tokens.shape).copy()
         return cls(tokens, np.roll(tokens, -1, axis=1), np.ones(tokens.shape, bool), np.ones_like(tokens), positions)
 
     def fill_row(self, row: int, pieces: Sequence[Piece]) -> None:
-        """Write pieces one after the other into an empty row."""
+        """Write pieces one after the other into an empty row; each piece becomes a segment."""
         start = 0
         for segment, (ids, mask) in enumerate(pieces, start=1):
             end = start + len(ids) - 1

@@ -1,8 +1,8 @@
-"""Batches in a global order: the batch of a step depends on the data, the seed and the step alone.
+"""Batches in a global order: the batch of a step depends only on the data, the seed and the step.
 
-In every epoch the examples of a source are shuffled, packed into rows, and the rows shuffled (`order`); Grain mixes the
-rows of the sources by weight, groups them into batches and reads ahead. A process fills only its slice of a global batch,
-so the number of processes changes nothing, and the only position to save is the step.
+In every epoch the examples of a source are shuffled and packed into rows, and the rows are shuffled (`order`). Grain mixes
+the rows of the sources by weight, groups them into batches and reads ahead. A process fills only its slice of a global batch,
+so the number of processes does not change the data, and the step is the only position to save.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from moe_train.data.prepared.tokenize_ahead import Progress, prepare
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
-_TOGETHER = 1024  # loss masks
-_ROWS = 1 << 40  # more than any source gives in a run: row r of source i has the number i * _ROWS + r
+_TOGETHER = 1024  # loss masks read at once
+_ROWS = 1 << 40  # more rows than a source has in any run: row r of source i has the number i * _ROWS + r
 
 
 class Segment(NamedTuple):
-    """Where a segment of a row is from: positions start to start + length of a record.
-
-    file: the file, or the name of another source; number: its line or row there, counted from 1; example: its number in the
-    prepared set.
-    """
+    """The origin of a segment of a row: positions start to start + length of a record."""
 
     source: int
+    """Index of the source."""
     file: str
+    """The file, or the name of another kind of source."""
     number: int
+    """Line or row in the file, counted from 1."""
     example: int
+    """Index of the example in the prepared set."""
     start: int
     length: int
 
@@ -50,16 +50,32 @@ class Segment(NamedTuple):
 class Loader:
     """The train or eval sources of a config, as batches of packed rows.
 
-    batch_type: the objective's. batch_size: rows of the global batch, over all processes. Training is endless: sources are
-    mixed by weight, which is a share of the rows, and so of the tokens. Evaluation is each example once, in order, the
-    last batch filled up with empty rows.
+    Training is endless: sources are mixed by weight, which is a share of the rows, and so of the tokens. Evaluation has each
+    example once, in order, and fills the last batch with empty rows.
 
-    Figures of one epoch (the first): num_records that are used (examples: a record may give several), num_rows, num_tokens
-    (positions that are no padding); of the examples, num_dropped (too long, or truncated to nothing that bears loss),
-    num_truncated, num_split, num_empty (no text, left out).
-    identity: a hash of everything that decides the batches but batch_size. manifest: JSON of what the data
-    are, every file; manifest_hash: of it, over all.
-    batches: eval's number of batches, None in training.
+    Args:
+        data: The `data` section.
+        sources: Which of its sources to read.
+        tokenizer: The tokenizer.
+        batch_size: Rows in the global batch, over all processes.
+        seq_len: Positions in a row.
+        seed: The seed of the order.
+        process_index: Index of this process.
+        process_count: Number of processes.
+        batch_type: The batch type of the objective.
+
+    Attributes:
+        num_records: Number of examples that are used; a record may have several. All counts are those of one epoch, the first.
+        num_rows: Number of rows.
+        num_tokens: Number of positions that are not padding.
+        num_dropped: Number of examples that were too long, or truncated to nothing that is trained on.
+        num_truncated: Number of examples that were truncated.
+        num_split: Number of examples that were split.
+        num_empty: Number of records without text, which are left out.
+        identity: A hash of everything that decides the batches, except batch_size.
+        manifest: JSON that describes the data, with every file.
+        manifest_hash: The hash over all manifests.
+        batches: Number of batches in evaluation; None in training.
     """
 
     def __init__(
@@ -121,7 +137,8 @@ class Loader:
 
         if sources == "train":
             streams = [grain.MapDataset.range(i * _ROWS, (i + 1) * _ROWS) for i in range(len(plans))]
-            shares = [round(100 * weight / min(weights)) for weight in weights]  # Grain's resolution
+            # Grain gets the weights as integers, with a resolution of a hundredth of the smallest one.
+            shares = [round(100 * weight / min(weights)) for weight in weights]
             rows = grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
             self._shares, self.batches = shares, None
         else:
@@ -132,14 +149,14 @@ class Loader:
         self._batches = self._rows.map(self._fill)
 
     def batch(self, step: int) -> Any:
-        """This process's rows of the global batch of `step`, counted from 0 over all epochs."""
+        """Return this process's rows of the global batch of `step`, counted from 0 over all epochs."""
         self._check(step)
         batch = self._batches[step]
-        assert batch is not None  # Grain's word for a filtered element
+        assert batch is not None  # Grain returns None only for filtered elements
         return batch
 
     def iterate(self, start_step: int = 0) -> Iterator[Any]:
-        """The batches from `start_step` on, read ahead in a thread; close the iterator to stop the thread."""
+        """Yield the batches from `start_step` on, read ahead in a thread; close the iterator to stop the thread."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
         batches = iter(self._batches.to_iter_dataset(options))
         batches.set_state({"next_index": start_step})
@@ -149,7 +166,10 @@ class Loader:
             batches.close()
 
     def steps(self, epochs: int = 1) -> int:
-        """Steps after which every row was seen `epochs` times at least; by weight, so other sources repeat."""
+        """Return the number of steps after which every row was seen at least `epochs` times.
+
+        Sources are mixed by weight, so some of them repeat more often.
+        """
         if self.batches is not None:
             return epochs * self.batches
         total = sum(self._shares)
@@ -157,7 +177,7 @@ class Loader:
         return -(-max(rows) // self._batch_size)
 
     def total_steps(self, length: config.Train) -> int:
-        """How many steps a run of that length has."""
+        """Return the number of steps of a run whose length `train.steps`, `train.epochs` or `train.tokens` states."""
         if length.steps is not None:
             return length.steps
         if length.epochs is not None:
@@ -166,13 +186,21 @@ class Loader:
         return math.ceil(length.tokens / (length.batch_size * length.seq_len))
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each source was seen, on average, after `step` steps; of training."""
+        """Return how often each training source was seen, on average, after `step` steps."""
         rows = step * self._batch_size
         shares = zip(self._names, self._orders, self._shares, strict=True)
         return {name: round(rows * share / sum(self._shares) / order.plan().num_rows, 3) for name, order, share in shares}
 
     def trace(self, step: int, row: int) -> list[Segment]:
-        """Where the segments of a row (of all processes' rows) of the batch of `step` are from."""
+        """Return the origin of each segment in a row of a batch.
+
+        Args:
+            step: The step of the batch.
+            row: Index of the row in the global batch, over all processes.
+
+        Raises:
+            IndexError: If there is no such batch or row.
+        """
         self._check(step)
         numbers = self._rows[step]
         assert numbers is not None
@@ -187,10 +215,12 @@ class Loader:
         return segments
 
     def _check(self, step: int) -> None:
+        """Raise IndexError if there is no batch of this step."""
         if step < 0 or (self.batches is not None and step >= self.batches):
             raise IndexError(f"no batch {step}; there are {self.batches or 'endless'} batches from 0")
 
     def _fill(self, numbers: np.ndarray) -> PackedBatch:
+        """Make this process's part of the batch with these row numbers."""
         batch = self._batch_type.empty(self._slice.stop - self._slice.start, self._seq_len)
         sources, rows = np.divmod(numbers[self._slice], _ROWS)
         for i, (store, order) in enumerate(zip(self._stores, self._orders, strict=True)):
@@ -203,6 +233,7 @@ class Loader:
 
 
 def _name(source: config.Source) -> str:
+    """Return what to call a source in messages."""
     match source:
         case config.FileSource(files=files):
             return files[0] + (", …" if len(files) > 1 else "")
@@ -221,9 +252,17 @@ def open_store(
     template: str | None,
     shown: Callable[[Progress], None] | None = None,
 ) -> TokenStore:
-    """The tokens of a source, prepared first where they are not there.
+    """Open the tokens of a source; tokenize them first if that has not been done.
 
-    Raises ValueError where a prepared set does not go with the tokenizer or template, or a record cannot be used.
+    Args:
+        source: The source.
+        data: The `data` section, for the cache and the number of processes.
+        tokenizer: The tokenizer.
+        template: The chat template; None if there is none.
+        shown: A function that is called with the progress of tokenizing.
+
+    Raises:
+        ValueError: If a prepared set was made with another tokenizer or template, or if a record cannot be used.
     """
     if not isinstance(source, config.PreparedSource):
         records = open_source(source)
@@ -239,7 +278,11 @@ def open_store(
 
 
 def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
-    """(N,) positions of each example; 0 for one of which nothing that bears loss is left."""
+    """Return (N,) the positions that each example takes; 0 for one of which nothing that is trained on remains.
+
+    Raises:
+        ValueError: If an example is too long and `too_long` is "error".
+    """
     lengths = store.lengths()
     over = np.flatnonzero(lengths > seq_len)
     if too_long == "error" and len(over):

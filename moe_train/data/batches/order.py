@@ -1,4 +1,4 @@
-"""The rows of one source, epoch after epoch: every epoch has each example once, in an order and with neighbours of its own."""
+"""The order of the rows of one source over all epochs: every epoch has each example once, in a new order with new neighbours."""
 
 from __future__ import annotations
 
@@ -17,31 +17,30 @@ from moe_train.data.batches.packing import Plan, TooLong, concatenated, make_pla
 from moe_train.data.prepared.store import Piece, TokenStore
 from moe_train.machine.files import new_directory
 
-_LAYOUT = 2  # of plan.npy and its key
-_KEPT = 100_000  # number of examples from which on a plan is kept on disk; a smaller one is made in no time
+_LAYOUT = 2  # version of the layout of plan.npy and of its key
+_KEPT = 100_000  # plans of at least this many examples are cached on disk; smaller ones are fast to make
 
 
 class Shuffle(NamedTuple):
-    """How examples are shuffled: anew in every epoch, as a function of `seed` and the epoch.
-
-    window: positions of the consecutive examples that are shuffled and packed together, so that what is read at a time
-    lies close together (None: all examples).
-    """
+    """How to shuffle examples; every epoch gets a new order, which is a function of `seed` and the epoch."""
 
     seed: tuple[int, ...]
     window: int | None = None
+    """Positions of the consecutive examples that are shuffled and packed together, so that what is read at a time is close together
+    in the store; None for all examples.
+    """
 
 
 class Order:
-    """Packed rows of a store, numbered from 0 over all epochs; a row's number decides what is in it.
+    """Packed rows of a store, numbered from 0 over all epochs; the number of a row decides its content.
 
     Args:
-        store: the examples.
-        lengths: (N,) positions that each example takes, 0 for those to leave out.
-        seq_len: positions of a row.
-        too_long: what to do with examples longer than that (see `make_plan`).
-        shuffle: None for one epoch in the order of the store.
-        cache_dir: where plans of many examples are kept.
+        store: The examples.
+        lengths: (N,) positions that each example takes; 0 for those to leave out.
+        seq_len: Positions in a row.
+        too_long: What to do with examples longer than a row (see `make_plan`).
+        shuffle: How to shuffle; None for one epoch in the order of the store.
+        cache_dir: Where plans of many examples are cached.
     """
 
     def __init__(
@@ -60,23 +59,25 @@ class Order:
         self._shuffle = shuffle
         self._cache = Path(cache_dir) / "plans"
         self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, shuffle]
-        self._ends: list[int] = []  # of the epochs so far
-        self._lock = threading.RLock()  # batches are made in a thread beside the one that asks
-        self._plan = functools.lru_cache(2)(self._make)  # a batch at the border of two epochs needs both plans
+        self._ends: list[int] = []  # number of rows up to the end of each epoch so far
+        self._lock = threading.RLock()  # the loader's thread and the caller's thread both use the plans
+        self._plan = functools.lru_cache(2)(self._make)  # a batch at the boundary of two epochs needs both plans
 
     def plan(self, epoch: int = 0) -> Plan:
-        """The rows of an epoch."""
+        """Return the rows of an epoch."""
         with self._lock:
             return self._plan(epoch)
 
     def _make(self, epoch: int) -> Plan:
+        """Make the plan of an epoch, or read it from the disk cache."""
         if len(self._lengths) < _KEPT:
             return self._planned(epoch)
         key = hashlib.sha256(json.dumps([*self._decides, epoch]).encode()).hexdigest()[:32]
         directory = self._cache / key
         if not directory.exists():
             plan = self._planned(epoch)
-            with contextlib.suppress(FileExistsError), new_directory(directory) as unfinished:  # or another process was quicker
+            with contextlib.suppress(FileExistsError), new_directory(directory) as unfinished:  # another process may be faster
+                # One array: dropped, truncated, split, num_rows; then row_pieces; then example, start and length.
                 np.save(unfinished / "plan.npy", np.concatenate([plan[-3:], [plan.num_rows], plan.row_pieces, *plan[1:4]]))
         numbers = np.load(directory / "plan.npy", mmap_mode="r").view(np.ndarray)
         dropped, truncated, split, num_rows = numbers[:4].tolist()
@@ -84,7 +85,7 @@ class Order:
         return Plan(self._seq_len, example, start, length, numbers[4 : num_rows + 5], dropped, truncated, split)
 
     def _planned(self, epoch: int) -> Plan:
-        """Plan each window by itself, the windows in an order that belongs to the epoch."""
+        """Plan each window by itself; the order of the windows depends on the epoch."""
         if self._shuffle is None:
             return make_plan(self._lengths, self._seq_len, self._too_long)
         seed = (*self._shuffle.seed, epoch)
@@ -97,7 +98,7 @@ class Order:
         return concatenated(plans)
 
     def end(self, epoch: int) -> int:
-        """The number of rows in the epochs up to and including `epoch`."""
+        """Return the number of rows in the epochs up to and including `epoch`."""
         with self._lock:
             while len(self._ends) <= epoch:
                 before = self._ends[-1] if self._ends else 0
@@ -105,7 +106,8 @@ class Order:
             return self._ends[epoch]
 
     def pieces(self, row: int) -> list[Piece]:
-        """What is in a row, segment by segment."""
+        """Return the pieces in a row, segment by segment."""
+        # Plan further epochs until one contains the row.
         while row >= self.end(len(self._ends) - 1 if self._ends else 0):
             self.end(len(self._ends))
         epoch = bisect.bisect_right(self._ends, row)
@@ -116,7 +118,7 @@ class Order:
 
 
 def _windows(lengths: np.ndarray, window: int | None) -> list[int]:
-    """Where windows of about that many positions begin, and the end of the last."""
+    """Return the first example of each window of about `window` positions, and the end of the last window."""
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     count = max(round(total / window), 1) if window else 1

@@ -1,1 +1,1 @@
-"""From a conversation to tokens and a loss mask."""
+"""Conversion of conversations to tokens and a loss mask."""

@@ -1,4 +1,4 @@
-"""Conversations to tokens and a loss mask that covers the assistant's tokens, its end token included, and nothing else."""
+"""Convert conversations to tokens and a loss mask that covers the assistant's tokens, end token included, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 
 def examples(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> list[Example]:
-    """What a conversation is trained as: one example, or with tools one for each turn of the assistant that bears loss.
+    """Convert a conversation to training examples.
 
-    Raises ValueError (one line, without file and line number: the caller knows them) for messages out of form, for
-    tools where tokenizer or template have none, for a template that fails or whose assistant turns cannot be told
-    apart, and where nothing would bear loss.
+    Args:
+        conversation: The conversation.
+        template: The chat template; None for a Mistral tokenizer.
+        tokenizer: The tokenizer.
+
+    Returns:
+        One example; for a conversation with tools, one for each turn of the assistant that is trained on.
+
+    Raises:
+        ValueError: If a message is malformed, the tokenizer or template has no tools but the conversation does, the template
+            fails, the assistant's turns cannot be located, or nothing would be trained on. The message is one line without
+            file and line number, which the caller knows.
     """
     (found,) = examples_batch([conversation], template, tokenizer)
     if isinstance(found, ValueError):
@@ -30,10 +39,12 @@ def examples(conversation: Conversation, template: str | None, tokenizer: Tokeni
 def examples_batch(
     conversations: Sequence[Conversation], template: str | None, tokenizer: Tokenizer
 ) -> list[list[Example] | ValueError]:
-    """`examples` of each conversation, or its ValueError."""
+    """Return `examples` of each conversation, or the ValueError that it raises."""
     found: list[list[Example] | ValueError] = [_refused(conversation, template, tokenizer) or [] for conversation in conversations]
     good = [i for i, refused in enumerate(found) if not refused]
-    made = _made([conversations[i] for i in good], template, tokenizer) if good else []  # texts need no template
+    made = (
+        _made([conversations[i] for i in good], template, tokenizer) if good else []
+    )  # without conversations no template is needed
     for i, some in zip(good, made, strict=True):
         if not isinstance(some, ValueError) and not any(True in (example.loss_mask or [])[1:] for example in some):
             what = "no token would bear loss: the conversation has no assistant text (or only of weight 0)"
@@ -43,6 +54,7 @@ def examples_batch(
 
 
 def _refused(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> ValueError | None:
+    """Return the reason why a conversation cannot be used; None if there is none."""
     try:
         _check(conversation)
         if conversation.messages and conversation.messages[-1]["role"] != "assistant":
@@ -56,9 +68,10 @@ def _refused(conversation: Conversation, template: str | None, tokenizer: Tokeni
 
 
 def _made(conversations: list[Conversation], template: str | None, tokenizer: Tokenizer) -> list[list[Example] | ValueError]:
+    """Render and encode conversations that have been checked."""
     match tokenizer:
         case Mistral():
-            from moe_train.data.chat import mistral  # half a second that only its users pay
+            from moe_train.data.chat import mistral  # importing it takes half a second
 
             found: list[list[Example] | ValueError] = []
             for conversation in conversations:
@@ -74,7 +87,7 @@ def _made(conversations: list[Conversation], template: str | None, tokenizer: To
 
 
 def render_prompt(messages: list[Message], template: str | None, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a conversation up to where the assistant's next turn begins."""
+    """Return the tokens of a conversation up to where the assistant's next turn begins."""
     conversation = Conversation(messages, [])
     _check(conversation)
     match tokenizer:
@@ -89,7 +102,7 @@ def render_prompt(messages: list[Message], template: str | None, tokenizer: Toke
 
 
 def check_has_tools(template: str | None, tokenizer: Tokenizer) -> None:
-    """Raise Problem where records with tools cannot be written with this tokenizer and template."""
+    """Raise Problem if records with tools cannot be written with this tokenizer and template."""
     match tokenizer:
         case Mistral():
             from moe_train.data.chat import mistral
@@ -102,7 +115,18 @@ def check_has_tools(template: str | None, tokenizer: Tokenizer) -> None:
 
 
 def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:
-    """The chat template that `data.chat_template` states (a file, or the text itself), else the tokenizer's own."""
+    """Return the chat template's text.
+
+    Args:
+        setting: The value of `data.chat_template`: a file or the text itself; None for the tokenizer's own template.
+        tokenizer: The tokenizer.
+
+    Returns:
+        The text; None if there is no template.
+
+    Raises:
+        ValueError: If a template is stated for a Mistral tokenizer, whose format is fixed.
+    """
     if setting is None:
         return tokenizer.chat_template
     if isinstance(tokenizer, Mistral):
@@ -111,7 +135,11 @@ def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:
 
 
 def read_template(setting: str) -> str:
-    """The text of a template, stated itself or by the name of its file. Raises FileNotFoundError where there is no such file."""
+    """Return a template's text, given the text itself or the name of a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
     if "{{" in setting or "{%" in setting:
         return setting
     if not Path(setting).is_file():
@@ -120,17 +148,18 @@ def read_template(setting: str) -> str:
 
 
 def _needed(template: str | None) -> str:
+    """Return the template; raise ValueError if there is none."""
     if template is None:
         raise ValueError("the tokenizer has no chat template; set data.chat_template to a jinja file")
     return template
 
 
 def _check(conversation: Conversation) -> None:
-    """Only what would otherwise be learnt wrongly, or fail somewhere deep; `rules` has the rest."""
+    """Check only for what would otherwise be trained on wrongly, or fail deep inside a library; `rules` checks the rest."""
     for i, message in enumerate(conversation.messages):
         role, content = message.get("role"), message.get("content")
         if len(message) == 2 and role in ("user", "assistant") and content.__class__ is str and content.isascii():
-            continue  # as almost all are
+            continue  # the fast path for almost all messages
         if role not in ("system", "user", "assistant", "tool"):
             raise Problem("role", f"message {i} has role {brief(role)}", "roles are system, user, assistant, tool")
         if "content" in message or "tool_calls" not in message:
@@ -151,5 +180,6 @@ def _check(conversation: Conversation) -> None:
 
 
 def _is_function(value: object) -> bool:
+    """Return whether a tool or call has a function with a name."""
     function = value.get("function") if isinstance(value, dict) else None
     return isinstance(function, dict) and isinstance(function.get("name"), str)

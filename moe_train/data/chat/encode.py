@@ -1,4 +1,4 @@
-"""Records to training examples. What is trained on and what `data show` shows both come through here."""
+"""Convert records to training examples; training and `data show` both use this file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from moe_train.data.records.conversation import Conversation, normalise
 from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
-_CHARACTERS, _RECORDS = 1 << 17, 1024  # tokenized at once: with more the library takes longer, for want of cache
+_CHARACTERS, _RECORDS = 1 << 17, 1024  # tokenized at once; larger batches no longer fit the CPU cache and are slower
 
 Where = Callable[[Origin], str]
+"""A function that formats the location of a record for messages."""
 
 
 def encode(
@@ -24,15 +25,19 @@ def encode(
     tokenizer: Tokenizer,
     template: str | None,
 ) -> Iterator[tuple[Origin, list[Example]]]:
-    """Yield the training examples of each record: one for a text, none for an empty one, and for a conversation with tools
-    as many as it has assistant turns.
+    """Yield the training examples of each record with its origin.
+
+    A text gives one example, an empty text none, and a conversation with tools one for each assistant turn.
 
     Args:
-        numbered: each record with its origin.
-        where: what to call an origin in a message.
+        numbered: Each record with its origin.
+        where: Formats an origin for a message.
+        record: The section that says how to read the records.
+        tokenizer: The tokenizer.
+        template: The chat template; None if there is none.
 
     Raises:
-        ValueError: a record cannot be used; the message begins with its origin.
+        ValueError: If a record cannot be used; the message begins with its origin.
     """
     if not isinstance(record, config.TextRecord):
         for conversations in _chunks(numbered, where, record, _size):
@@ -49,7 +54,7 @@ def encode(
 
 
 def _size(conversation: Conversation) -> int:
-    """About its characters, of records of any form; with tools it is several examples."""
+    """Estimate the number of characters to tokenize, for records of any form; with tools a record gives several examples."""
     messages, tools = conversation
     said, with_tools = 0, bool(tools)
     for message in messages:
@@ -62,7 +67,7 @@ def _size(conversation: Conversation) -> int:
 def _chunks(
     numbered: Iterable[tuple[Origin, dict[str, Any]]], where: Where, record: config.Record, size: Callable[[Any], int]
 ) -> Iterator[list[tuple[Origin, Any]]]:
-    """The records in their normal form, as many at once as keep the tokenizer's threads busy, in bounded memory."""
+    """Yield records in the normal form, as many at once as keep the tokenizer's threads busy within bounded memory."""
     chunk, room = [], _CHARACTERS
     for origin, fields in numbered:
         try:

@@ -1,4 +1,4 @@
-"""What a record becomes: ids, and which of them are learnt."""
+"""Training examples: token ids, and which of them are trained on."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from moe_train.data.records.problem import Problem
 
 
 class Example(NamedTuple):
-    """One training example: ids, and for each id whether predicting it bears loss (None: each does)."""
+    """One training example: token ids, and for each id whether the loss covers its prediction (None: all of them)."""
 
     tokens: list[int]
     loss_mask: list[bool] | None
 
 
 def learns(loss_mask: Sequence[bool] | np.ndarray | None, seq_len: int) -> bool:
-    """Whether what is left of an example in one row, its first `seq_len` positions, still bears loss."""
+    """Return whether the part of an example in one row, its first `seq_len` positions, contains a token that is trained on."""
     return loss_mask is None or any(loss_mask[1 : seq_len + 1])
 
 
 class Turn(NamedTuple):
-    """Consecutive messages of the assistant, `messages[start:end]`."""
+    """Consecutive messages of the assistant: `messages[start:end]`."""
 
     start: int
     end: int
     bears_loss: bool
+    """Whether the turn is trained on."""
 
 
 def bears_loss(message: Message) -> bool:
+    """Return whether a message is trained on: an assistant message of weight 1, the default."""
     return message["role"] == "assistant" and message.get("weight", 1) == 1
 
 
 def turns(messages: list[Message]) -> list[Turn]:
-    """The assistant's turns. Raises Problem where a turn's messages differ in weight."""
+    """Return the assistant's turns. Raises Problem if the messages of a turn differ in weight."""
     found: list[Turn] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -53,11 +55,15 @@ def turns(messages: list[Message]) -> list[Turn]:
 
 
 def uses_tools(conversation: Conversation) -> bool:
-    """Whether the conversation has tools, calls or results. Then it is trained as its prefixes, each for its last turn."""
+    """Return whether a conversation has tools, calls or results.
+
+    Such a conversation is trained on as its prefixes, each for its last turn.
+    """
     return bool(conversation.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in conversation.messages)
 
 
 def without_tools(why: str) -> Problem:
+    """Return the problem for a record with tools that the tokenizer or template cannot represent."""
     having = "versions v2, v3, v7, v11, v13 and v15 have them"
     remedy = "extend the base with moe-train extend-vocab BASE OUT --tokenizer v3, or drop the record"
     return Problem("tools", f"the record has tools, and {why}; {having}", remedy)

@@ -1,8 +1,8 @@
-"""Which characters of a rendered conversation are learnt.
+"""Find the characters of a rendered conversation that are trained on.
 
-What the assistant wrote, its end token included: what the template marks with {% generation %}, or else what a turn adds to
-the rendering of the turns before it; where both can be had, they have to agree. With tools a conversation becomes its
-prefixes, and of each only the last turn is learnt. A call's id is random, and never learnt.
+They are what the assistant wrote, end token included: the parts that the template marks with {% generation %}, or otherwise
+what a turn adds to the rendering of the turns before it. If both are available, they have to agree. A conversation with tools
+is trained on as its prefixes, of each only the last turn. The id of a call is random, and never trained on.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ from moe_train.data.tokenizers.tokenizer import Span
 
 
 class Text(NamedTuple):
-    """What is encoded; of its characters, which are learnt, and which are random and never are."""
+    """A text to encode."""
 
     text: str
     learnt: list[Span]
+    """Spans of characters that are trained on."""
     random: list[Span]
+    """Spans of characters that are random and never trained on."""
 
 
 Steps = Generator[list[Request], list[list[str | ValueError]], list[Text]]
-"""A generator: it yields what is to be rendered, is sent the renderings, maybe asks again, and returns texts. So that the
-requests of many conversations can cross to the sandbox at once. Raises ValueError."""
+"""A generator that yields rendering requests, is sent the renderings, may ask again, and returns texts, or raises ValueError.
+It is a generator so that the requests of many conversations can be sent to the sandbox at once.
+"""
 
 
 def learnt_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
-    """The texts that a conversation is trained as: one, or with tools one for each turn of the assistant that bears loss."""
+    """Find the texts that a conversation is trained on as: one, or with tools one for each assistant turn that is trained on."""
     messages = conversation.messages
     if uses_tools(conversation):
         parts = [(turn.end, list(range(turn.start, turn.end))) for turn in turns(messages) if turn.bears_loss]
     else:
         parts = [(len(messages), [i for i, message in enumerate(messages) if bears_loss(message)])]
     others = [_with_other_ids(messages[:end], learnt) for end, learnt in parts]
-    # Everything in one go, but some templates take no prefixes, and need not.
+    # Request all prefixes at once. Some templates refuse prefixes; that is an error only if the prefixes are needed.
     prefixes = [prefix for end, learnt in reversed(parts) for prefix in ((end, False), *_around(learnt))]
     asked = [request(conversation, list(dict.fromkeys(prefixes)), tokenizer)] if parts else []
     asked += [request(Conversation(other, conversation.tools), [(len(other), False)], tokenizer) for other in others if other]
@@ -58,7 +61,7 @@ def learnt_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
 
 
 class _Renderings(NamedTuple):
-    """What is known of the texts of a conversation's prefixes."""
+    """The renderings of a conversation's prefixes that are known so far."""
 
     conversation: Conversation
     known: dict[Prefix, str | ValueError]
@@ -66,7 +69,13 @@ class _Renderings(NamedTuple):
 
 
 def _learnt_text(renderings: _Renderings, learnt: list[int], other: str | None) -> Generator[Any, Any, Text]:
-    """The text of one of them, with what is learnt of it; `other` is its rendering with other ids of calls, if it has any."""
+    """Return the text of one prefix, with the spans that are trained on.
+
+    Args:
+        renderings: The conversation, and its known renderings.
+        learnt: Indices of the messages that are trained on.
+        other: The rendering with other call ids; None if the trained messages have no call ids.
+    """
     messages = renderings.conversation.messages
     marked = text_or_raise(renderings.known[len(messages), False])
     text = without_marks(marked)
@@ -75,7 +84,7 @@ def _learnt_text(renderings: _Renderings, learnt: list[int], other: str | None) 
         return Text(text, (yield from _prefix_spans(text, renderings, learnt)), random)
     try:
         added = yield from _prefix_spans(text, renderings, learnt)
-    except ValueError:  # which is why templates have marks
+    except ValueError:  # the turns cannot be located by prefixes, so rely on the marks
         return Text(text, _generation_spans(marked, messages, learnt, None), random)
     spans = _generation_spans(marked, messages, learnt, added)
     _check_agree(text, spans, added)
@@ -83,12 +92,22 @@ def _learnt_text(renderings: _Renderings, learnt: list[int], other: str | None) 
 
 
 def _around(messages: list[int]) -> list[Prefix]:
-    """The prefixes before and through each message."""
+    """Return the prefix before and the prefix through each message."""
     return [(end, end == i) for i in messages for end in (i, i + 1)]
 
 
 def _generation_spans(marked: str, messages: list[Message], learnt: list[int], added: list[Span] | None) -> list[Span]:
-    """What stands between the marks of the learnt messages, as characters of the text without these marks."""
+    """Return the spans between the template's marks for the trained messages, as characters of the text without marks.
+
+    Args:
+        marked: The rendering, with marks.
+        messages: All messages.
+        learnt: Indices of the messages that are trained on.
+        added: What these messages add to the rendering of the messages before them; None if unknown.
+
+    Raises:
+        ValueError: If the marks cannot be matched to the messages.
+    """
     pieces = re.split("[" + "".join(GENERATION) + "]", marked)
     ends = [0]
     for piece in pieces:
@@ -108,16 +127,17 @@ def _generation_spans(marked: str, messages: list[Message], learnt: list[int], a
 
 
 def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> Generator[Any, Any, list[Span]]:
-    """What each learnt message adds to the rendering of the messages before it.
+    """Return the span that each trained message adds to the rendering of the messages before it.
 
-    A template may put something before the last user's turn (Mistral's v3 the system text), so that a turn stands
-    further on in the whole text than in its prefix. Then it is found by its end token, which nothing else has.
+    A template may insert something before the last user turn (Mistral's v3 inserts the system text there), so that a turn is at a
+    later position in the whole text than in its prefix. Such a turn is found by its text, which has to end with an end token.
     """
     added = _added_spans(renderings, learnt)
     if all(through is not None and text.startswith(through) for through, _, _ in added.values()):
         return [(start, end) for _, start, end in added.values()]
     conversation, known, tokenizer = renderings
     said = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    # Searching by text has to go through all assistant turns in order, since two turns may have the same text.
     if missing := [prefix for prefix in _around(said) if prefix not in known]:
         (answers,) = yield [request(conversation, missing, tokenizer)]
         known.update(zip(missing, answers, strict=True))
@@ -138,11 +158,16 @@ def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> Gene
 
 
 def _added_spans(renderings: _Renderings, wanted: list[int]) -> dict[int, tuple[str | None, int, int]]:
-    """For each wanted message: the text through it, and where in that it starts and ends; None where it cannot be told."""
+    """Locate what each wanted message adds to its prefix.
+
+    Returns:
+        For each message, the text through it, and the start and end of the message in that text. The text is None if it does not
+        begin with the rendering of the messages before, so that the message cannot be located.
+    """
     found: dict[int, tuple[str | None, int, int]] = {}
     for i in wanted:
         before, through = (without_marks(text_or_raise(renderings.known[prefix])) for prefix in _around([i]))
-        # What follows the end token up to the next turn (ChatML's newline) is never generated.
+        # What follows the end token before the next turn, such as ChatML's newline, is never generated by a model.
         stripped = through.rstrip()
         ended = len(stripped) > len(before) and stripped.endswith(renderings.tokenizer.special_tokens)
         end = len(stripped) if ended else len(through)
@@ -151,7 +176,7 @@ def _added_spans(renderings: _Renderings, wanted: list[int]) -> dict[int, tuple[
 
 
 def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
-    """Raise ValueError where marks and prefixes differ in more than space."""
+    """Raise ValueError if the template's marks and the prefixes differ in more than white space."""
     if spans == added:
         return
     marked, grown = ({i for start, end in some for i in range(start, end)} for some in (spans, added))
@@ -164,7 +189,7 @@ def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
 
 
 def _with_other_ids(messages: list[Message], learnt: list[int]) -> list[Message]:
-    """The messages with every character of the learnt calls' ids another one; none where nothing changes."""
+    """Return the messages with every character of the trained calls' ids replaced by another; [] if nothing changes."""
     calling = [i for i in learnt if "tool_calls" in messages[i]]
     if not calling:
         return []
@@ -176,7 +201,7 @@ def _with_other_ids(messages: list[Message], learnt: list[int]) -> list[Message]
 
 
 def _differing(text: str, other: str) -> list[Span]:
-    """Where the ids of learnt calls stand: what changes in the text when every character of them does."""
+    """Find the ids of trained calls in a text: the characters that change when every character of the ids is replaced."""
     if len(other) != len(text):
         raise ValueError("the chat template writes calls differently for different ids, so that what is random cannot be told")
     spans: list[Span] = []

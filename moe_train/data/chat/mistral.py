@@ -1,9 +1,9 @@
-"""Conversations under a Mistral tokenizer: mistral-common validates and encodes them, here it is said what is learnt.
+"""Conversations with a Mistral tokenizer: mistral-common validates and encodes them, and this file computes the loss mask.
 
-As in Mistral's own fine-tuner, every token of the assistant is, its EOS included, and nothing else. With tools a
-conversation becomes its prefixes, and of each only the last turn is learnt: tools stand before the last user's turn
-(before the first from v13 on), and v2 forgets older calls, so the tokens before a turn depend on where it stands. A
-learnt call is written without its id, which is random and which the server adds; later turns see it with its id.
+As in Mistral's own fine-tuner, every token of the assistant is trained on, EOS included, and nothing else. A conversation
+with tools is trained on as its prefixes, of each only the last turn. The reason is that the tokens before a turn depend on its
+position: tools come before the last user turn (from v13 on before the first), and v2 omits older calls. A call that is trained
+on is written without its id, which is random and is added by the server; later turns see the call with its id.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from moe_train.data.records.conversation import Conversation, Message
 from moe_train.data.tokenizers.mistral import Mistral
 
 _FIRST_WITH_TOOLS = TokenizerVersion.v2
-_FIRST_WITHOUT_IDS = TokenizerVersion.v13  # from here on, ids are never encoded
+_FIRST_WITHOUT_IDS = TokenizerVersion.v13  # from this version on, ids of calls are never encoded
 
 _KNOWN = {TokenizerVersion(version) for version in ("v2", "v3", "v7", "v11", "v13")}
-"""Versions whose control tokens say where an assistant's turn begins."""
+"""Versions whose control tokens show where an assistant turn begins."""
 
 
 def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
-    """One example for a conversation without tools; otherwise one for each turn of the assistant that bears loss.
+    """Convert a conversation to training examples; with tools, call `check_has_tools` first.
 
-    Raises ValueError (one line) for what mistral-common refuses. Tools need `check_has_tools` before.
+    Returns:
+        One example; for a conversation with tools, one for each turn of the assistant that is trained on.
+
+    Raises:
+        ValueError: In one line, if mistral-common rejects the conversation.
     """
     messages, tools = conversation
     if not uses_tools(conversation):
@@ -47,19 +51,22 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
 
 
 def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
-    """The tokens up to where the assistant's next turn begins."""
+    """Return the tokens up to where the assistant's next turn begins."""
     return _encode(_request(*conversation, tokenizer, ValidationMode.test), tokenizer)
 
 
 def check_has_tools(tokenizer: Mistral) -> None:
-    """Raise Problem where the tokenizer's version has no tokens for tools."""
+    """Raise Problem if the tokenizer's version has no tokens for tools."""
     version = tokenizer.finetuning.version
     if version < _FIRST_WITH_TOOLS:
         raise without_tools(f"{tokenizer.files[0].name}, a tokenizer of version {version.value}, has no tokens for them")
 
 
 def _whole(messages: list[Message], tokenizer: Mistral) -> Example:
-    """Each turn ends with EOS, and nothing else holds EOS: count back from each."""
+    """Encode a conversation without tools.
+
+    Each turn ends with EOS, and EOS occurs nowhere else: the length of a turn is counted back from its EOS.
+    """
     request = _request(messages, [], tokenizer, ValidationMode.finetuning)
     tokens = _encode(request, tokenizer)
     mask = [False] * len(tokens)
@@ -73,7 +80,9 @@ def _whole(messages: list[Message], tokenizer: Mistral) -> Example:
 
 
 def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: Mistral) -> Example:
+    """Encode a prefix of a conversation with tools, of which only the last turn is trained on."""
     request = _request(messages, tools, tokenizer, ValidationMode.finetuning)
+    # The ids are removed only after validation.
     last = cast(AssistantMessage, request.messages[-1])
     if last.tool_calls and tokenizer.finetuning.version < _FIRST_WITHOUT_IDS:
         last.tool_calls = [ToolCall(function=call.function) for call in last.tool_calls]
@@ -83,7 +92,11 @@ def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: 
 
 
 def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
-    """How many tokens at the end of `tokens` are the message's: those behind the control token that closes what is before."""
+    """Return how many tokens at the end of `tokens` belong to the message.
+
+    These are the tokens after the control token that closes what comes before the message. Versions without such a token encode
+    the message on its own to count them.
+    """
     closing = _closing(tokenizer)
     if closing:
         return next(i for i, token in enumerate(reversed(tokens)) if i and token in closing)
@@ -97,7 +110,7 @@ _CLOSING = (SpecialTokens.end_inst, SpecialTokens.end_tool_results, SpecialToken
 
 @functools.lru_cache(maxsize=8)
 def _closing(tokenizer: Mistral) -> frozenset[int]:
-    """Ids that stand before an assistant's turn, where every turn has one before it: v1 writes its turns as plain text."""
+    """Return the ids that precede an assistant turn, for versions where every turn has one; v1 writes its turns as plain text."""
     if tokenizer.finetuning.version not in _KNOWN:
         return frozenset()
     pieces = {piece.value for piece in _CLOSING}
@@ -107,8 +120,10 @@ def _closing(tokenizer: Mistral) -> frozenset[int]:
 
 @functools.lru_cache(maxsize=8)
 def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
-    """mistral-common's encoder, but without the text that it decodes its tokens to again: most of its time, for a field
-    that nobody reads."""
+    """Return mistral-common's encoder without its decoding of the tokens back to text.
+
+    That decoding takes most of the encoder's time, for a field that nothing reads.
+    """
     encoder = copy.copy(tokenizer.finetuning.instruct_tokenizer)
     assert isinstance(encoder, InstructTokenizerBase)
     vars(encoder)["decode"] = lambda *_, **__: ""
@@ -116,12 +131,16 @@ def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
 
 
 def _encode(request: InstructRequest, tokenizer: Mistral) -> list[int]:
+    """Encode a request; raise ValueError in one line if mistral-common rejects it."""
     with _refusals():
         return _instruct(tokenizer).encode_instruct(request).tokens
 
 
 def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer: Mistral, mode: ValidationMode) -> InstructRequest:
-    """Validated, and normalised: consecutive messages of a role are joined, system texts moved where the version has them."""
+    """Validate and normalize a conversation.
+
+    Consecutive messages of a role are joined, and system texts are moved to where the tokenizer's version has them.
+    """
     with _refusals():
         known = [Tool.from_openai(tool) for tool in tools] or None
         request: ChatCompletionRequest = ChatCompletionRequest.model_validate(
@@ -134,6 +153,7 @@ def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer
 
 @functools.lru_cache(maxsize=8)
 def _rules(tokenizer: Mistral, mode: ValidationMode) -> tuple[Any, Any]:
+    """Return mistral-common's validator and normalizer for the tokenizer's version."""
     version, settings = tokenizer.finetuning.version, _instruct(tokenizer).tokenizer.model_settings_builder
     return get_validator(version, mode), get_normalizer(version, settings)
 
@@ -142,7 +162,7 @@ _KEYS = {"assistant": ("content", "tool_calls"), "tool": ("content", "tool_call_
 
 
 def _plain(message: Message) -> Message:
-    """Only what mistral-common knows: it refuses other keys."""
+    """Keep only the keys that mistral-common knows, since it rejects others."""
     plain = {"role": message["role"], **{key: message[key] for key in _KEYS.get(message["role"], ("content",)) if key in message}}
     if "tool_calls" in plain:
         plain["tool_calls"] = [ToolCall.from_openai(call) for call in plain["tool_calls"]]
@@ -151,7 +171,7 @@ def _plain(message: Message) -> Message:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """What mistral-common raises, as one line."""
+    """Convert what mistral-common raises to a ValueError in one line."""
     try:
         yield
     except ValidationError as error:

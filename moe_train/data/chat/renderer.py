@@ -1,4 +1,4 @@
-"""The program of the child process that renders chat templates for `sandbox`. It imports nothing else of this package."""
+"""The program of the child process that renders chat templates for `sandbox`. It imports nothing else from this package."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 GENERATION = ("\ufdd2", "\ufdd3")
-"""Unicode noncharacters around what a template marks with {% generation %}."""
+"""Unicode noncharacters that enclose what a template marks with {% generation %}."""
 
 
 class Limits(NamedTuple):
-    """What one record may cost: characters of the template and of all its texts, processor seconds, bytes of memory."""
+    """The limits for rendering one record."""
 
     template: int = 1 << 18
+    """Largest number of characters of the template."""
     output: int = 1 << 26
+    """Largest number of characters of all renderings of the record."""
     seconds: int = 10
+    """Processor time in seconds."""
     memory: int = 1 << 31
+    """Address space in bytes."""
 
 
 def _serve(connection: Connection, limits: Limits) -> None:
@@ -32,10 +36,11 @@ def _serve(connection: Connection, limits: Limits) -> None:
     @functools.lru_cache(maxsize=8)
     def compiled(source: str) -> Any:
         template = environment.from_string(source)
-        template.globals = dict(template.globals)  # each rendering copies them, and jinja2's ChainMap is slow to copy
+        template.globals = dict(template.globals)  # each rendering copies the globals, and jinja2's ChainMap is slow to copy
         return template
 
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
+    # Limits of 0 for files and core dumps keep the template from writing to disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:
@@ -43,13 +48,19 @@ def _serve(connection: Connection, limits: Limits) -> None:
             question = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # SIGPROF ends a process that does not handle it
+        signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # the default action of SIGPROF ends the process
         answer = json.dumps(_answer(question, compiled, limits)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(answer)
 
 
 def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Limits) -> dict[str, Any]:
+    """Render all requests of a question.
+
+    Returns:
+        `unreadable` if the template cannot be compiled, `over` if a limit is exceeded, otherwise `texts`: for each request its
+        renderings, where a number stands for a prefix of the first one, and a list holds an error message.
+    """
     import jinja2
 
     try:
@@ -63,14 +74,14 @@ def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Li
         for prefix in prefixes or [None]:
             try:
                 text = _limited(template.generate(_prefix_variables(variables, prefix)), left)
-            except Exception as error:  # a template is a program: it can fail in any way
+            except Exception as error:  # a template is a program and can raise anything
                 if isinstance(error, MemoryError):
                     return {"over": f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"}
                 texts.append([f"the chat template refuses the record: {_line(error)}"])
                 continue
             if text is None:
                 return {"over": f"the chat template writes more than {max_output:,} characters for one record"}
-            # Most prefixes render to the beginning of the first text, and then their length is enough.
+            # Most prefixes render to the beginning of the first text; then sending its length is enough.
             begins_first = texts and isinstance(texts[0], str) and texts[0].startswith(text)
             texts.append(len(text) if begins_first else text)
             left -= 0 if begins_first else len(text)
@@ -79,6 +90,7 @@ def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Li
 
 
 def _prefix_variables(variables: dict[str, Any], prefix: tuple[int, bool] | None) -> dict[str, Any]:
+    """Return the variables for a prefix of the messages."""
     if prefix is None:
         return variables
     end, add_generation_prompt = prefix
@@ -86,7 +98,7 @@ def _prefix_variables(variables: dict[str, Any], prefix: tuple[int, bool] | None
 
 
 def _limited(pieces: Iterable[str], limit: int) -> str | None:
-    """The joined pieces; None if they have more than `limit` characters."""
+    """Join the pieces; return None if they have more than `limit` characters."""
     kept = []
     for piece in pieces:
         limit -= len(piece)
@@ -97,17 +109,19 @@ def _limited(pieces: Iterable[str], limit: int) -> str | None:
 
 
 def _line(error: BaseException) -> str:
+    """Format an error in one line of at most 500 characters."""
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def _environment() -> Any:
+    """Create the jinja2 environment that transformers uses, without what depends on the date or on chance."""
     import jinja2
     import jinja2.ext
     import jinja2.nodes
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %} … {% endgeneration %}`: transformers' mark of what the assistant wrote."""
+        """The tag `{% generation %} … {% endgeneration %}`, with which transformers marks what the assistant wrote."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
 
@@ -120,10 +134,11 @@ def _environment() -> Any:
             return GENERATION[0] + caller() + GENERATION[1]
 
     def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        """Replace jinja2's own filter, which escapes HTML."""
+        """Serialize to JSON as transformers does; jinja2's own filter escapes HTML."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
     def refuse(message: str) -> None:
+        """Implement `raise_exception`, with which templates reject a conversation."""
         raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

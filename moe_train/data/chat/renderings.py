@@ -1,7 +1,7 @@
-"""What is asked of a chat template, and what it answers: the texts of a conversation's prefixes.
+"""Requests to a chat template and its renderings: the texts of a conversation's prefixes.
 
-What somebody wrote and looks like a control token stands between marks in these texts, so that it can be told from what the
-template itself writes.
+User text that looks like a control token is enclosed in marks in these texts, which distinguish it from the control tokens
+that the template itself writes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,27 @@ from moe_train.data.records.conversation import Conversation, Message
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
-# Unicode noncharacters, which no text contains: what was written and looks like a control token stands between these.
 PLAIN = ("\ufdd0", "\ufdd1")
+"""Unicode noncharacters, which no text contains; they enclose user text that looks like a control token."""
 _MARKS = re.compile("[" + "".join(PLAIN + GENERATION) + "]")
 
 
 def request(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace) -> Request:
-    """The request for prefixes of a conversation, with marks around what looks like a control token. Raises Problem."""
+    """Return the request to render prefixes of a conversation, with marks around what looks like a control token.
+
+    Args:
+        conversation: The conversation.
+        prefixes: The prefixes to render.
+        tokenizer: The tokenizer, which says what looks like a control token.
+
+    Raises:
+        Problem: If a value has no form in JSON, or a text contains the marks.
+    """
     pattern = tokenizer.special_pattern
     messages = []
     for message in conversation.messages:
         content = message.get("content")
-        if len(message) == 2 and content.__class__ is str:  # a role and a text, as in almost all
+        if len(message) == 2 and content.__class__ is str:  # the fast path for almost all messages
             messages.append(message | {"content": _marked_text(content, pattern)})
         else:
             messages.append(_marked(_as_templates_read(message), pattern) | {"role": message["role"]})
@@ -37,7 +46,7 @@ def request(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: H
 
 
 def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
-    """A JSON value with marks in all its texts."""
+    """Return a JSON value with marks in all its texts."""
     match value:
         case str():
             return _marked_text(value, pattern)
@@ -51,7 +60,7 @@ def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
 
 
 def _marked_text(text: str, pattern: re.Pattern[str]) -> str:
-    """The text with marks around what looks like a control token. Raises Problem if the text contains such marks itself."""
+    """Return the text with marks around what looks like a control token. Raises Problem if the text itself contains such marks."""
     if not text.isascii() and _MARKS.search(text):
         what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(text)}"
         raise Problem("unicode", what, "remove it")
@@ -59,11 +68,15 @@ def _marked_text(text: str, pattern: re.Pattern[str]) -> str:
 
 
 def _between_marks(match: re.Match[str]) -> str:
+    """Enclose a match in marks."""
     return PLAIN[0] + match[0] + PLAIN[1]
 
 
 def _as_templates_read(message: Message) -> Message:
-    """The message without `weight`, which is ours; the arguments of calls as objects, as transformers passes them."""
+    """Return the message in the form that transformers passes to templates.
+
+    It has no `weight`, which is our own key, and call arguments are objects.
+    """
     if "weight" in message:
         message = {key: value for key, value in message.items() if key != "weight"}
     if "tool_calls" in message:
@@ -76,6 +89,7 @@ def _as_templates_read(message: Message) -> Message:
 
 
 def _parsed(arguments: Any) -> Any:
+    """Parse call arguments; return them unchanged if they are not JSON or are JSON text."""
     try:
         value = json.loads(arguments or "{}")
     except (TypeError, ValueError, RecursionError):
@@ -84,12 +98,12 @@ def _parsed(arguments: Any) -> Any:
 
 
 def without_marks(text: str) -> str:
-    """A rendering without what shows where the assistant wrote."""
+    """Return a rendering without the marks of the assistant's parts."""
     return text.replace(GENERATION[0], "").replace(GENERATION[1], "") if GENERATION[0] in text else text
 
 
 def checked(texts: list[str | ValueError], asked: Request) -> list[str | ValueError]:
-    """The renderings of a request; or why they cannot be used, if the template has escaped our marks."""
+    """Return the renderings of a request, or errors if the template has escaped our marks."""
     if any(isinstance(text, str) and _ESCAPED in text for text in texts) and not _has_escapes(asked.variables):
         what = r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart"
         return [ValueError(what)] * len(texts)
@@ -100,11 +114,12 @@ _ESCAPED = r"\ufdd0"
 
 
 def _has_escapes(variables: dict[str, Any]) -> bool:
-    """Whether the record itself has a text that looks like an escaped mark."""
-    return _ESCAPED in json.dumps(variables, ensure_ascii=False)  # in which its backslash is doubled
+    """Return whether the record itself contains text that looks like an escaped mark."""
+    return _ESCAPED in json.dumps(variables, ensure_ascii=False)  # JSON doubles a backslash of the record
 
 
 def text_or_raise(text: str | ValueError) -> str:
+    """Return a rendering, or raise the error in its place."""
     if isinstance(text, ValueError):
         raise text
     return text

@@ -1,11 +1,11 @@
-"""Chat templates, rendered as transformers renders them, in a process that has no more time and memory than is stated.
+"""Render chat templates as transformers does, in a child process with limited time and memory.
 
-A template is a program that came with somebody's model. jinja2's sandbox keeps it away from files and code, but not from
-an endless loop or from a string that fills the memory: so it runs in a child process, which the kernel ends when its
-processor time is up, and which can neither write files nor grow. What depends on the day or on chance (`strftime_now`,
-`random`, `lipsum`) is left out: a record's tokens must be the same tomorrow.
+A template is a program that came with somebody's model. jinja2's sandbox denies it files and code, but does not stop an endless
+loop or a string that fills the memory. Therefore it runs in a child process that the kernel ends when its processor time is
+used up, and that can neither write files nor grow beyond a limit. Functions that depend on the date or on chance
+(`strftime_now`, `random`, `lipsum`) are left out, since a record has to give the same tokens tomorrow.
 
-The child's program is `renderer`.
+The program of the child process is `renderer`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ from moe_train.data.chat import renderer
 from moe_train.data.chat.renderer import Limits
 
 GENERATION = renderer.GENERATION
-_BATCH = 1 << 20  # bytes of requests that cross at once
+_BATCH = 1 << 20  # bytes of requests that are sent at once
 
 Prefix = tuple[int, bool]
-"""How many messages, and whether the assistant comes next."""
+"""The number of messages, and whether the assistant's turn comes next (add_generation_prompt)."""
 
 
 class Request(NamedTuple):
-    """Variables of a template, plain JSON values; prefixes: which prefixes of `messages` to render (empty: render once, with
-    the variables as they are)."""
+    """What to render for one record."""
 
     variables: dict[str, Any]
+    """Variables of the template: plain JSON values."""
     prefixes: Sequence[Prefix] = ()
+    """Prefixes of `messages` to render; if empty, render once with the variables as they are."""
 
 
 def render(template: str, requests: Sequence[dict[str, Any]], limits: Limits = Limits()) -> list[str]:  # noqa: B008 (immutable)
-    """The template's text for each set of variables, with the marks `GENERATION` in it.
+    """Render the template for each set of variables; the texts contain the marks `GENERATION`.
 
-    Raises ValueError (one line) for a template that cannot be read, fails, or takes more than `limits`.
+    Raises:
+        ValueError: In one line, if the template cannot be read, fails, or exceeds `limits`.
     """
     found = [text for texts in render_prefixes(template, [Request(each) for each in requests], limits) for text in texts]
     for text in found:
@@ -57,11 +59,22 @@ def render_prefixes(
     requests: Sequence[Request],
     limits: Limits = Limits(),  # noqa: B008 (immutable)
 ) -> list[list[str | ValueError]]:
-    """The texts of each request's prefixes, or (one line) why the template gives none.
+    """Render the prefixes of each request.
 
-    Many requests cross to the other process at once. Where they come to a limit together, they are rendered one by one, so
-    that the limits are of one request; behind the third that comes to one they are given up, so that an endless loop is
-    not waited for a thousand times. Raises ValueError for a template that cannot be read.
+    Many requests are sent to the child process at once. If together they exceed a limit, they are rendered one by one, so that
+    the limits apply to each request. After the third that exceeds one, the remaining ones are given up, so that an endless loop is
+    not waited for a thousand times.
+
+    Args:
+        template: The template's text.
+        requests: What to render.
+        limits: The limits for each request.
+
+    Returns:
+        For each request, the text of each prefix, or a ValueError in one line that says why there is none.
+
+    Raises:
+        ValueError: If the template cannot be read.
     """
     if len(template) > limits.template:
         raise ValueError(f"the chat template has {len(template):,} characters; {limits.template:,} are allowed")
@@ -78,7 +91,7 @@ def render_prefixes(
 
 
 def _answers(template: str, batch: list[bytes], child: _Child) -> list[dict[str, Any]]:
-    """Each with the texts of some requests in order, or what is wrong with one."""
+    """Return the child's answers: each has the texts of some requests in order, or the problem with one request."""
     found: list[dict[str, Any]] = []
     for _ in range(3):
         together = child.ask(template, batch)
@@ -95,12 +108,12 @@ def _answers(template: str, batch: list[bytes], child: _Child) -> list[dict[str,
 
 
 def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes]]:
-    """The requests as JSON, about `_BATCH` bytes at a time."""
+    """Yield the requests as JSON, about `_BATCH` bytes at a time."""
     batch: list[bytes] = []
     room = _BATCH
     for request in requests:
         text = json.dumps(request)
-        max_output = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records cannot fill the memory either
+        max_output = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records together cannot fill the memory
         batch.append(f"[{text}, {max_output}]".encode())
         room -= len(text)
         if room <= 0:
@@ -111,7 +124,7 @@ def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes
 
 
 def _texts(answer: list[str | int | list[str]]) -> list[str | ValueError]:
-    """A number stands for so many characters of the first text, a list for an error."""
+    """Decode an answer: a number is the length of a prefix of the first text, a list holds an error message."""
     whole = answer[0]
     return [ValueError(*a) if isinstance(a, list) else a if isinstance(a, str) else cast(str, whole)[:a] for a in answer]
 
@@ -121,11 +134,12 @@ def _texts(answer: list[str | int | list[str]]) -> list[str | ValueError]:
 
 @functools.lru_cache
 def _child(limits: Limits) -> _Child:
+    """Return the child process for these limits, which all callers share."""
     return _Child(limits)
 
 
 class _Child:
-    """The process that renders; started when it is needed first, and again after it had to be ended."""
+    """The process that renders; it is started when first needed, and again after it had to be ended."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self._lock = limits, threading.Lock()
@@ -133,7 +147,11 @@ class _Child:
         self._connection: Connection | None = None
 
     def ask(self, template: str, requests: list[bytes]) -> dict[str, Any]:
-        """`texts` of every request, or `over` or `unreadable`: what is wrong with them, or with the template."""
+        """Send requests to the process.
+
+        Returns:
+            `texts` of every request; or `over` or `unreadable`, which say what is wrong with them or with the template.
+        """
         with self._lock:
             if self._connection is None:
                 self._start()
@@ -151,9 +169,10 @@ class _Child:
             return {"over": f"the chat template broke the process that renders it (exit code {code})"}
 
     def _start(self) -> None:
+        """Start the process, connected by a socket pair."""
         ours, theirs = socket.socketpair()
         with theirs:
-            # -P: that file's folder is no place to import from. Its own session: an interrupt is ours to handle.
+            # -P keeps that file's folder out of sys.path. In a session of its own, the child gets no Ctrl-C of this process.
             command = [sys.executable, "-P", str(Path(renderer.__file__)), str(theirs.fileno()), *map(str, self._limits)]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True, cwd="/"

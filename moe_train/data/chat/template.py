@@ -1,5 +1,6 @@
-"""Conversations to tokens under a Hugging Face tokenizer: its chat template makes the text (`renderings`), part of which is
-trained on (`loss_mask`), and the tokenizer turns it into ids.
+"""Convert conversations to tokens with a Hugging Face tokenizer.
+
+The chat template renders the text (`renderings`), part of the text is trained on (`loss_mask`), and the tokenizer encodes it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from moe_train.data.tokenizers.huggingface import HuggingFace, Marked
 
 
 def examples(conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace) -> list[list[Example] | ValueError]:
-    """For each conversation one example if it has no tools, else one for each assistant turn that bears loss; or the reason
-    why there is none.
+    """Convert conversations to training examples; they are rendered and encoded together. With tools, call `check_has_tools` first.
 
-    The reason is a ValueError (one line): the template refuses the conversation, or its turns cannot be told apart. Tools
-    need `check_has_tools` before. All conversations are rendered and encoded together.
+    Returns:
+        For each conversation one example, or with tools one for each assistant turn that is trained on; or a ValueError in one
+        line, if the template rejects the conversation or its turns cannot be located.
     """
     rendered = _rendered([learnt_texts(conversation, tokenizer) for conversation in conversations], template, tokenizer)
     texts = [text for some in rendered if not isinstance(some, ValueError) for text in some]
@@ -34,14 +35,18 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
 
 
 def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:
-    """The tokens up to where the assistant's next turn begins."""
+    """Return the tokens up to where the assistant's next turn begins."""
     text = Text(without_marks(_text(conversation, True, template, tokenizer)), [], [])
     return _encode([_written(text, tokenizer)], tokenizer)[0].tokens
 
 
 @functools.lru_cache(maxsize=8)
 def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
-    """Raise Problem where the template leaves tools, calls or results out, or writes them with tokens that are not there."""
+    """Check that a template can represent tools, by rendering a sample conversation.
+
+    Raises:
+        Problem: If the template omits tools, calls or results, or writes them with control tokens that the tokenizer lacks.
+    """
     function = {"name": "look_up", "description": "Look a word up.", "parameters": {"type": "object", "properties": {}}}
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "quokka"}'}}
     messages: list[Message] = [
@@ -67,14 +72,18 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
 
 
 class _Written(NamedTuple):
-    """A `Text` as the tokenizer takes it; of its spans the first `num_learnt` are learnt, the others random."""
+    """A `Text` in the tokenizer's form; the first `num_learnt` spans are trained on, the others are random."""
 
     marked: Marked
     num_learnt: int
 
 
 def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list[list[_Written] | ValueError]:
-    """The texts of each conversation, whose steps are taken together, so that all their requests cross to the sandbox at once."""
+    """Run the generators of all conversations in lockstep, so that all their requests are sent to the sandbox at once.
+
+    Returns:
+        The texts of each conversation, or its error.
+    """
     found: list[list[_Written] | ValueError] = [[] for _ in steps]
     told: list[tuple[int, list[list[str | ValueError]] | None]] = [(i, None) for i in range(len(steps))]
     while told:
@@ -88,15 +97,17 @@ def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list
                 found[i] = error
         try:
             texts = iter(sandbox.render_prefixes(template, [each for _, some in asking for each in some]))
-        except ValueError as error:  # the template's own
+        except ValueError as error:  # the template itself is at fault
             for i, _ in asking:
                 found[i] = error
             return found
+        # The next round sends each generator its renderings; finished generators have left the list.
         told = [(i, [checked(next(texts), asked) for asked in some]) for i, some in asking]
     return found
 
 
 def _text(conversation: Conversation, prompt: bool, template: str, tokenizer: HuggingFace) -> str:
+    """Render one conversation."""
     asked = request(conversation, [(len(conversation.messages), prompt)], tokenizer)
     (text,) = checked(sandbox.render_prefixes(template, [asked])[0], asked)
     return text_or_raise(text)
@@ -109,16 +120,16 @@ _SPLIT = re.compile("[" + "".join(PLAIN) + "]")
 
 
 def _written(text: Text, tokenizer: HuggingFace) -> _Written:
-    """Marks move: from around text that only looks like a control token to around the control tokens themselves."""
+    """Move the marks: from around user text that looks like a control token to around the control tokens themselves."""
     pieces, spans = _SPLIT.split(text.text), text.learnt + text.random
-    if len(pieces) > 1:  # from places in a text with marks to places in one without
+    if len(pieces) > 1:  # translate positions in the text with marks to positions without
         marks = [end + i for i, end in enumerate(itertools.accumulate(map(len, pieces[:-1])))]
         spans = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]
     return _Written(tokenizer.marked(pieces, spans), len(text.learnt))
 
 
 def _encode(texts: list[_Written], tokenizer: HuggingFace) -> list[Example]:
-    """Ids of each text; those that touch a learnt span bear loss, unless they touch a random one."""
+    """Encode texts; ids that touch a trained span are trained on, unless they touch a random one."""
     found = []
     for (ids, touched), text in zip(tokenizer.encode_marked([text.marked for text in texts]), texts, strict=True):
         mask = [False] * len(ids)

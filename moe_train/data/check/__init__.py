@@ -1,1 +1,1 @@
-"""What is wrong with records, and what training on them will take: `moe-train data check`."""
+"""`moe-train data check`: problems in records, and what training on them will take."""

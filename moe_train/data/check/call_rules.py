@@ -1,7 +1,7 @@
-"""Rules of tool calls: names, arguments and ids, and a result for each call.
+"""Rules for tool calls: names, arguments and ids, and one result for each call.
 
-A rule yields a message for each place that breaks it. Its `fix_…` changes the conversation in place where there is one
-right answer, and yields what it did.
+A rule yields a message for each place that breaks it. Its `fix_…` edits the conversation in place where only one correction
+is right, and yields what it changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FUNCTION = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 def _calls(conversation: Conversation) -> Iterator[tuple[int, dict[str, Any], bool]]:
-    """Message number, call, and whether it is of the last message, which nothing answers."""
+    """Yield (message index, call, whether it is in the last message, which nothing answers)."""
     last = len(conversation.messages) - 1
     for i, message in enumerate(conversation.messages):
         for call in message.get("tool_calls", ()):
@@ -30,12 +30,14 @@ def _calls(conversation: Conversation) -> Iterator[tuple[int, dict[str, Any], bo
 
 
 def caller(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find calls in messages that are not the assistant's."""
     for i, message in enumerate(conversation.messages):
         if "tool_calls" in message and message["role"] != "assistant":
             yield f"message {i} is {message['role']}, and has tool_calls"
 
 
 def function_name(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find names of functions that are not 1 to 64 of a-z, A-Z, 0-9, _ and -."""
     for i, call, _ in _calls(conversation):
         if not _FUNCTION.fullmatch(call["function"]["name"]):
             yield f"message {i} calls {brief(call['function']['name'])}"
@@ -45,6 +47,7 @@ def function_name(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find arguments that are not JSON text."""
     for i, call, _ in _calls(conversation):
         arguments = call["function"].get("arguments")
         if not isinstance(arguments, str):
@@ -54,6 +57,7 @@ def arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def _is_json(text: str) -> bool:
+    """Return whether a text is JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -62,6 +66,7 @@ def _is_json(text: str) -> bool:
 
 
 def fix_arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Write arguments that are an object as JSON text."""
     for i, call, _ in _calls(conversation):
         function = call["function"]
         arguments = function.get("arguments", {})
@@ -71,10 +76,11 @@ def fix_arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def call_id(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find calls without an id, or with an id that the tokenizer's format does not allow."""
     for i, call, is_last in _calls(conversation):
         name = call.get("id")
         if name is None and is_last:
-            continue  # an id serves to find the result
+            continue  # nothing answers the last message, so no id is needed
         if not name:
             yield f"message {i} calls {call['function']['name']} without an id"
         elif form.nine_character_ids and not _NINE.fullmatch(name):
@@ -82,7 +88,10 @@ def call_id(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def fix_call_id(conversation: Conversation, form: Form) -> Iterator[str]:
-    """Results without an id answer calls in their order; ids that do not fit are renamed on both sides."""
+    """Assign missing ids and correct wrong ones.
+
+    Results without an id answer the calls in their order. Ids that do not fit are renamed in the call and in its results.
+    """
     for i, message in enumerate(conversation.messages):
         calls = message.get("tool_calls", [])
         results = [result for _, result in _results(conversation.messages, i)]
@@ -95,7 +104,7 @@ def fix_call_id(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def _join_the_last_pair(calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
-    """Where one call has no result and one result no call, they belong together."""
+    """Give a result the id of a call, if exactly one call has no result and exactly one result no call."""
     called, answered = {call["id"] for call in calls}, {result.get("tool_call_id") for result in results}
     missing = [call for call in calls if call["id"] not in answered]
     unclaimed = [result for result in results if result.get("tool_call_id") not in called]
@@ -105,7 +114,7 @@ def _join_the_last_pair(calls: list[dict[str, Any]], results: list[Message]) -> 
 
 
 def _name_in_order(i: int, calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
-    """Calls without an id get those of the results that no other call has, or new ones where these have none either."""
+    """Give calls without an id the ids of results that no other call has, or new ids if these have none either."""
     taken = {call.get("id") for call in calls}
     unnamed = [call for call in calls if not call.get("id")]
     unclaimed = [result for result in results if result.get("tool_call_id") not in taken - {None, ""}]
@@ -116,6 +125,7 @@ def _name_in_order(i: int, calls: list[dict[str, Any]], results: list[Message]) 
 
 
 def _rename_to_nine(i: int, calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
+    """Rename ids to nine characters, in calls and results."""
     taken = {call.get("id") for call in calls}
     for call in calls:
         old = call.get("id")
@@ -128,7 +138,7 @@ def _rename_to_nine(i: int, calls: list[dict[str, Any]], results: list[Message])
 
 
 def _new_id(name: str, taken: set[Any]) -> str:
-    """Nine characters that follow from `name`, so that a file is fixed the same way every time."""
+    """Derive an id of nine characters from `name`, so that a file is fixed the same way every time."""
     while (new := name if _NINE.fullmatch(name) else hashlib.sha256(name.encode()).hexdigest()[:9]) in taken:
         name += "."
     taken.add(new)
@@ -136,7 +146,7 @@ def _new_id(name: str, taken: set[Any]) -> str:
 
 
 def _results(messages: list[Message], i: int) -> Iterator[tuple[int, Message]]:
-    """The tool messages right after message `i`."""
+    """Yield the tool messages right after message `i`."""
     for k in range(i + 1, len(messages)):
         if messages[k]["role"] != "tool":
             return
@@ -144,6 +154,7 @@ def _results(messages: list[Message], i: int) -> Iterator[tuple[int, Message]]:
 
 
 def unpaired(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find calls without a result, results without a call, and ids that are used twice."""
     messages = conversation.messages
     for i, message in enumerate(messages):
         if "tool_calls" not in message or i == len(messages) - 1:

@@ -1,8 +1,8 @@
-"""`moe-train data check`: what is wrong with records before they are trained on, and what training on them will take.
+"""`moe-train data check`: find problems in records before training, and estimate what training on them will take.
 
-Records are read once, in chunks that any number of processes examine in any order; what they found is gathered in the
-order of the records. Memory does not grow with the corpus: fingerprints lie on disk, lengths are counted, and of the
-problems of one rule the first few are kept and the others counted.
+Records are read once, in chunks that any number of processes examine in any order; results are gathered in the order of
+the records. Memory does not grow with the corpus: fingerprints are on disk, lengths are counted, and for each rule only the
+first problems are kept and the rest counted.
 """
 
 from __future__ import annotations
@@ -35,29 +35,41 @@ from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import refuse_existing
 
-_WORTH_PROCESSES = 8 << 20  # bytes; less is done before processes have started
+_WORTH_PROCESSES = 8 << 20  # bytes; fewer are examined faster than processes start
 
 
 @dataclass(frozen=True)
 class Settings:
-    """allowed: rules that may be broken; seq_len, batch_size: of the training to come, where known; against: the evaluation
-    set; bench: what `bench --json` wrote; fix: a folder to write; sample: how many records to read, instead of
-    all; num_proc: processes; shown: problems and duplicates to name for each rule."""
+    """The settings of a check."""
 
     template: str | None = None
+    """The chat template; None if there is none."""
     allowed: frozenset[str] = frozenset()
+    """Rules that may be broken."""
     seq_len: int | None = None
+    """Positions in a row of the training to come; None if unknown."""
     batch_size: int | None = None
+    """Rows in a batch of the training to come; None if unknown."""
     against: tuple[Source, ...] = ()
+    """The evaluation set to compare with."""
     bench: Path | None = None
+    """The output of `bench --json`, for the speed of training; None if unknown."""
     fix: Path | None = None
+    """The folder for a corrected copy; None to write none."""
     sample: int | None = None
+    """Number of records to read; None for all."""
     num_proc: int = 1
+    """Number of processes."""
     shown: int = 10
+    """Number of problems and duplicates to list for each rule."""
 
 
 def sources_of(chosen: Sequence[config.Source]) -> tuple[Source, ...]:
-    """Those of a run's config, read as its training would. Raises ValueError for one that is not in files."""
+    """Return the sources of a run's config, to be read as training would read them.
+
+    Raises:
+        ValueError: If a source does not consist of files.
+    """
     found = []
     for source in chosen:
         if not isinstance(source, config.FileSource):
@@ -71,7 +83,7 @@ def sources_of(chosen: Sequence[config.Source]) -> tuple[Source, ...]:
 
 
 def _not_files(source: config.HubSource | config.PythonSource | config.PreparedSource) -> tuple[str, str]:
-    """(what the source is called, which files could be checked instead)"""
+    """Return what the source is called, and which files could be checked instead."""
     match source:
         case config.HubSource(dataset=dataset):
             return dataset, "its download"
@@ -82,9 +94,10 @@ def _not_files(source: config.HubSource | config.PythonSource | config.PreparedS
 
 
 def section_of(columns: Sequence[str]) -> config.Record | None:
-    """The record section that OURS=THEIRS pairs state; none where there are none.
+    """Return the record section that OURS=THEIRS pairs describe; None if there are no pairs.
 
-    Raises ValueError where they state no kind of record, or two.
+    Raises:
+        ValueError: If they describe no kind of record, or two.
     """
     pairs = dict(pair.partition("=")[::2] for pair in columns)
     kinds = {("text",): "text", ("messages",): "chat", ("completion", "prompt"): "completion"}
@@ -104,14 +117,25 @@ def section_of(columns: Sequence[str]) -> config.Record | None:
 
 
 Progress = Callable[[int, int, int], None]
-"""Told how many bytes of the files are done, how many they have, and how many records are done."""
+"""A function that is called with the bytes of the files read so far, their total size, and the number of records so far."""
 
 
 def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
-    """Everything that is known of the records, as JSON would have it (see `tests/data/check/test_check.py` for the keys).
+    """Check records.
 
-    Raises FileNotFoundError, FileExistsError and ValueError where the check cannot be made as asked: nothing to read, a
-    `fix` folder that is there, records with tools for a tokenizer without tool tokens.
+    Args:
+        sources: The files.
+        tokenizer: The tokenizer of the training to come.
+        settings: The settings.
+        progress: A function that is called after every chunk.
+
+    Returns:
+        All results in JSON form; see `tests/data/check/test_check.py` for the keys.
+
+    Raises:
+        FileNotFoundError: If there is nothing to read.
+        FileExistsError: If the `fix` folder exists.
+        ValueError: If the check cannot be made as requested, such as records with tools for a tokenizer without tool tokens.
     """
     if settings.sample is not None and settings.fix is not None:
         raise ValueError("a sample cannot be fixed: leave out --sample or --fix")
@@ -148,6 +172,7 @@ def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, p
         answer = gathered.answer(sources, settings, tokens_per_second)
         if coverage is not None:
             answer["sample"] = coverage.answer(gathered.records)
+            # The number of duplicates in a sample says little about the whole corpus.
             answer["duplicates"] = None
         if fixed is not None:
             answer["fixed"] = fixed.close(settings.fix)
@@ -158,7 +183,7 @@ RULES = frozenset(rule.name for rule in rules.RULES) | {
     *("type", "columns", "text-and-content", "empty-text", "refused", "too-long", "no-loss", "tools"),
     *("not-json", "not-a-record", "not-utf-8", "unreadable", "empty-file"),
 }
-"""What can be wrong. Those of the last line are of files, before a record is one."""
+"""The names of all rules. Those of the last line concern files and lines that do not contain a record."""
 
 
 # --- processes -------------------------------------------------------------------------------------------------
@@ -167,6 +192,7 @@ RULES = frozenset(rule.name for rule in rules.RULES) | {
 def _examined(
     chunks: Iterator[tuple[Chunk, int]], question: Question, num_proc: int, places: list[Place]
 ) -> Iterator[tuple[Findings, int]]:
+    """Examine chunks in this process or in several; yield the findings in the order of the chunks."""
     try:
         if num_proc == 1:
             form = form_of(question.tokenizer, question.template)
@@ -179,6 +205,7 @@ def _examined(
             try:
                 for chunk, done in chunks:
                     waiting.append((pool.submit(_work, chunk), done))
+                    # Bound the chunks in flight, since every one is in memory.
                     if len(waiting) > 2 * num_proc:
                         future, done = waiting.popleft()
                         yield future.result(), done
@@ -199,12 +226,14 @@ _asked: tuple[Question, Form] | None = None
 
 
 def _begin(question: Question) -> None:
+    """Set up a worker process."""
     global _asked
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _asked = question, form_of(question.tokenizer, question.template)
 
 
 def _work(chunk: Chunk) -> Findings:
+    """Examine a chunk in a worker process."""
     assert _asked is not None
     return examine(chunk, *_asked)
 
@@ -214,7 +243,7 @@ def _work(chunk: Chunk) -> Findings:
 
 @dataclass
 class _Gathered:
-    """What all chunks together have."""
+    """The findings of all chunks together."""
 
     places: list[Place]
     scratch: Path
@@ -236,6 +265,7 @@ class _Gathered:
         self._seen = [0] * len(self.places)
 
     def add(self, found: Findings) -> None:
+        """Add the findings of the next chunk."""
         place = self.places[found.place]
         self.records += found.num_records
         self._seen[found.place] += found.num_records
@@ -254,17 +284,20 @@ class _Gathered:
             self.overlaps += [place.where(int(n)) for n in found.overlapping[: self.shown - len(self.overlaps)]]
 
     def name_empty_files(self) -> None:
+        """Add a problem for each file without records."""
         for place, seen in zip(self.places, self._seen, strict=True):
             if not seen:
                 self._name(place, 1, Problem("empty-file", "the file has no records", "leave it out"))
 
     def _name(self, place: Place, number: int, problem: Problem) -> None:
+        """Count a problem, and keep it if it is among the first of its rule."""
         self.broken[problem.rule] += 1
         if self.broken[problem.rule] <= self.shown:
             named = {"where": place.where(number), "file": str(place.file), place.counted: number}
             self.problems.append({**named, "rule": problem.rule, "message": problem.message, "remedy": problem.remedy})
 
     def answer(self, sources: Sequence[Source], settings: Settings, tokens_per_second: float | None) -> dict[str, Any]:
+        """Return the results in JSON form."""
         self._origins.close()
         lengths: Counter[int] = sum(self.lengths.values(), Counter())
         truncation = epoch = None
@@ -290,6 +323,7 @@ class _Gathered:
         }
 
     def _duplicates(self) -> dict[str, Any]:
+        """Find the duplicates in the corpus."""
         found = self._spool.duplicates(self.shown)
         origins = np.memmap(self.scratch / "origins", np.int64, "r").reshape(-1, 2) if self._spool.num_records else np.zeros((0, 2))
 
@@ -308,6 +342,7 @@ class _Gathered:
         }
 
     def _overlap(self) -> dict[str, Any] | None:
+        """Return the overlap with the evaluation set; None without one."""
         if self.held_out.hashes is None:
             return None
         return {

@@ -1,4 +1,4 @@
-"""Files of records as what `check` examines at once: all of them, or a sample from all over."""
+"""Divide files of records into the chunks that `check` examines: all records, or a sample from the whole corpus."""
 
 from __future__ import annotations
 
@@ -17,32 +17,45 @@ from moe_train.data.records.json_lines import Block, blocks
 from moe_train.data.records.local_files import resolve
 from moe_train.data.records.problem import Item
 
-_ROWS, _CHARACTERS = 256, 1 << 20  # records that are no lines, and characters of their columns, in one chunk
+_ROWS, _CHARACTERS = 256, 1 << 20  # largest number of records that are not lines, and of characters in their columns, in one chunk
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files, how their records are read (None: each recognised by its columns), and their share in a mixture."""
+    """A group of files that are read in the same way."""
 
     files: tuple[str, ...]
+    """Paths, folders or globs."""
     format: str = "auto"
+    """The file format; "auto" to decide by the file name."""
     record: config.Record | None = None
+    """How to read the records; None to recognize each by its columns."""
     weight: float = 1.0
+    """The share of the files in a mixture."""
 
 
 class Place(NamedTuple):
-    """A file, its format, the source it belongs to, and what its records are counted by."""
+    """A file to check."""
 
     file: Path
     kind: str
+    """The format of the file."""
     source: int
-    counted: str  # line, row, or byte where lines were picked out
+    """Index of the source that the file belongs to."""
+    counted: str  # line, row, or byte if lines are sampled
 
     def where(self, number: int) -> str:
+        """Return the location of a record, for messages."""
         return f"{self.file}:{number}" if self.counted == "line" else f"{self.file}: {self.counted} {number}"
 
 
 def places_of(sources: Sequence[Source], picked: bool) -> list[Place]:
+    """Return the files of all sources.
+
+    Args:
+        sources: The sources.
+        picked: Whether lines will be sampled, so that uncompressed JSON lines are located by byte.
+    """
     places = []
     for i, source in enumerate(sources):
         record = source.record or config.TextRecord(name="text")
@@ -57,13 +70,13 @@ def places_of(sources: Sequence[Source], picked: bool) -> list[Place]:
 
 
 def read(place: Place, section: config.Record | None) -> Iterator[tuple[int, Item]]:
-    """The records of a file, one after the other."""
+    """Yield the records of a file, one after the other."""
     text_column = section.column if isinstance(section, config.TextRecord) else "text"
     return files.read(place.file, place.kind, place.counted == "line", text_column)
 
 
 def all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk, int]]:
-    """Every record, and how many bytes of the files have been read."""
+    """Yield every record in chunks, with the number of bytes of the files that have been read."""
     before = 0
     for i, place in enumerate(places):
         size = place.file.stat().st_size
@@ -80,6 +93,7 @@ def all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk,
 
 
 def _grouped(rows: Iterator[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]]:
+    """Group rows into chunks of bounded size."""
     some: list[tuple[int, Item]] = []
     room = _CHARACTERS
     for number, item in rows:
@@ -93,7 +107,12 @@ def _grouped(rows: Iterator[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]
 
 
 class Coverage:
-    """How much of the files a sample has read."""
+    """The part of the files that a sample has read.
+
+    Args:
+        wanted: Number of records to sample.
+        sizes: Size of each file in bytes, which decides its share of the sample.
+    """
 
     def __init__(self, wanted: int, sizes: list[int]) -> None:
         self.sizes = sizes
@@ -103,7 +122,11 @@ class Coverage:
         self.only_begun: list[str] = []
 
     def answer(self, records: int) -> dict[str, Any]:
-        """of_about: what the length of the picked lines suggests; None where some file's records have no known number."""
+        """Return the coverage in JSON form.
+
+        `of_about` is the total number of records, estimated from the lengths of the sampled lines; it is None if the number of
+        records of some file cannot be estimated.
+        """
         about = round(self.picked_of * self.picked / self.picked_bytes) if self.picked_bytes and not self.only_begun else None
         return {
             "records": records,
@@ -116,8 +139,11 @@ class Coverage:
 
 
 def some_chunks(places: list[Place], question: Question, coverage: Coverage) -> Iterator[tuple[Chunk, int]]:
-    """Lines from all over a file, one in each of as many equal parts; of files that cannot be entered anywhere, the first
-    records. The same every time."""
+    """Yield a sample in chunks, with the number of bytes of the files that have been passed; it is the same every time.
+
+    A file is divided into as many equal parts as lines are wanted, and one line is taken from each part. From files that can only
+    be read from the beginning, the first records are taken.
+    """
     before = 0
     for i, (place, size, quota) in enumerate(zip(places, coverage.sizes, coverage.quota, strict=True)):
         if place.counted == "byte":
@@ -129,7 +155,7 @@ def some_chunks(places: list[Place], question: Question, coverage: Coverage) -> 
                     goal = int((k + chosen.random()) * size / quota)
                     stream.seek(max(goal - 1, 0))
                     if goal:
-                        stream.readline(MAX_RECORD)  # the rest of the line that the goal is in
+                        stream.readline(MAX_RECORD)  # skip the rest of the line that contains the goal
                     at = stream.tell()
                     line = stream.readline(MAX_RECORD)
                     if at <= last or not line.strip():

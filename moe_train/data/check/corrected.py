@@ -1,4 +1,4 @@
-"""The corrected copy that `check` writes: a folder with the good records of each file, and what was changed."""
+"""The corrected copy that `check` writes: a folder with the good records of each file, and a log of the changes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ from moe_train.machine.files import new_directory
 
 @contextlib.contextmanager
 def corrected_copy(fix: Path | None, places: list[Place]) -> Iterator[Corrected | None]:
+    """Create the folder of a corrected copy, which appears when the block ends without an error.
+
+    Args:
+        fix: The folder; None for no copy.
+        places: The files.
+    """
     if fix is None:
         yield None
         return
@@ -27,8 +33,10 @@ def corrected_copy(fix: Path | None, places: list[Place]) -> Iterator[Corrected 
 
 
 class Corrected:
-    """A folder with a copy of each file as JSON lines, and `changes.log`, which says what is not as it was: JSON lines too,
-    with a name that keeps it out of the data where the folder is named as such."""
+    """A folder with a copy of each file as JSON lines, and with `changes.log`, which lists what was changed.
+
+    The log is JSON lines too; its name keeps it out of the data if the folder is used as a source.
+    """
 
     def __init__(self, directory: Path, places: list[Place]) -> None:
         self._directory, self._places = directory, places
@@ -39,6 +47,7 @@ class Corrected:
         self.counts: Counter[str] = Counter()
 
     def add(self, found: Findings) -> None:
+        """Write the good records of a chunk, and log its changes."""
         assert found.kept is not None
         if self._open is None or self._open[0] != found.place:
             self._close_file()
@@ -55,17 +64,19 @@ class Corrected:
             self._changes.write(json.dumps(said, ensure_ascii=True) + "\n")
 
     def close(self, written: Path | None) -> dict[str, Any]:
+        """Close the files, and return the counts in JSON form."""
         self._close_file()
         self._changes.close()
         return {"directory": str(written), "kept": self.kept, "changed": self.counts["changed"], "dropped": self.counts["dropped"]}
 
     def _close_file(self) -> None:
+        """Close the copy that is being written."""
         if self._open is not None:
             self._open[1].close()
 
 
 def _copy_names(paths: list[Path]) -> list[str]:
-    """Names below one folder that keep the tree that the files stand in; all are JSON lines, whatever they were."""
+    """Return a file name for each path, below one folder, that keeps the directory tree; every name ends as JSON lines do."""
     absolute = [path.absolute() for path in paths]
     root = Path(os.path.commonpath([path.parent for path in absolute]))
     names: list[str] = []

@@ -1,9 +1,9 @@
-"""Records that stand in a corpus twice: exactly, or nearly (MinHash with LSH), in flat memory.
+"""Find duplicate records in a corpus, exact or near (MinHash with LSH), in constant memory.
 
-Near means that the sets of 5-word sequences (`ngrams`) of two records have a Jaccard similarity of at least 0.8, estimated
-from 128 minima (Broder 1997; standard error 0.035 at 0.8). Candidates share one of 16 bands of 8 minima: of pairs at 0.8
-that finds 95%, at 0.9 all but one in 10^4, at 0.5 it compares 6%. Fingerprints (0.35 KB a record) lie on disk, and are
-sorted by parts.
+Two records are near duplicates if the sets of their 5-word sequences (`ngrams`) have a Jaccard similarity of at least 0.8,
+estimated from 128 minima (Broder 1997; standard error 0.035 at 0.8). Candidates share one of 16 bands of 8 minima: this finds
+95% of the pairs at 0.8 and all but one in 10^4 at 0.9, and compares 6% of the pairs at 0.5. Fingerprints (0.35 KB a record)
+are on disk, and are sorted in parts.
 """
 
 from __future__ import annotations
@@ -24,21 +24,29 @@ _MINIMA = _BANDS * _ROWS
 _FACTORS = mixed(np.arange(1, _MINIMA + 1, dtype=np.uint64)) | np.uint64(1)
 _MASKS = mixed(np.arange(1000, 1000 + _MINIMA, dtype=np.uint64))
 _AT_ONCE = 1 << 20  # records sorted at once
-_COMPARED = 1 << 7  # pairs compared at once: each brings in up to 128 KiB
+_COMPARED = 1 << 7  # pairs compared at once: each loads up to 128 KiB of the file
 
 
 class Fingerprints(NamedTuple):
-    """Of n records, m of which have words: whole (n,) uint64; with_words (m,) which of the n they are; bands (m, 16)
-    uint32; minima (m, 128) uint16, of each minimum the bits that say most."""
+    """The fingerprints of n records, m of which contain words."""
 
     whole: np.ndarray
+    """(n,) uint64: hash of the complete record."""
     with_words: np.ndarray
+    """(m,) indices, among the n, of the records with words."""
     bands: np.ndarray
+    """(m, 16) uint32: hash of each band."""
     minima: np.ndarray
+    """(m, 128) uint16: the upper 16 bits of each minimum."""
 
 
 def fingerprints(contents: Sequence[str], words: Words) -> Fingerprints:
-    """contents: what makes two records the same; words: of what makes them similar."""
+    """Compute the fingerprints of records.
+
+    Args:
+        contents: For each record, a text that is equal only for exact duplicates.
+        words: The words that decide similarity.
+    """
     digests = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in contents)
     hashes, offsets = grams(words, WORDS)
     with_words = np.flatnonzero(np.diff(offsets))
@@ -57,24 +65,32 @@ def fingerprints(contents: Sequence[str], words: Words) -> Fingerprints:
 
 
 class Twin(NamedTuple):
-    """A record, an earlier one like it, and how like."""
+    """A record that duplicates an earlier one."""
 
     record: int
+    """Index of the record."""
     earlier: int
+    """Index of the earlier record."""
     similarity: float
+    """Estimated Jaccard similarity; 1 for an exact duplicate."""
 
 
 class Duplicates(NamedTuple):
-    """exact, near: records that are like an earlier one; examples: some of them, exact ones first."""
+    """The duplicates in a corpus."""
 
     exact: int
+    """Number of records that equal an earlier one."""
     near: int
+    """Number of further records that are similar to an earlier one."""
     examples: list[Twin]
+    """Some of them, exact ones first."""
 
 
 class Spool:
-    """The fingerprints of a corpus, in files of `directory`, in the order of the records; each band in a file of its own, so
-    that one at a time is in memory."""
+    """The fingerprints of a corpus, in files of `directory`, in the order of the records.
+
+    Each band is in a file of its own, so that only one band at a time is in memory.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._paths = {name: directory / name for name in ("whole", "with_words", "minima", *map(str, range(_BANDS)))}
@@ -82,17 +98,19 @@ class Spool:
         self.num_records = 0
 
     def add(self, found: Fingerprints) -> None:
+        """Append the fingerprints of the next records."""
         arrays = {"whole": found.whole, "with_words": found.with_words + self.num_records, "minima": found.minima}
         for name, array in (arrays | {str(band): keys for band, keys in enumerate(found.bands.T)}).items():
             self._files[name].write(array.tobytes())
         self.num_records += len(found.whole)
 
     def close(self) -> None:
+        """Close the files."""
         for file in self._files.values():
             file.close()
 
     def duplicates(self, num_examples: int = 5) -> Duplicates:
-        """Closes the files: nothing can be added after it."""
+        """Find the duplicates. This closes the files, so nothing can be added afterwards."""
         self.close()
         if not self.num_records:
             return Duplicates(0, 0, [])
@@ -119,7 +137,7 @@ class Spool:
                 one, two = one[new], two[new]
                 for start in range(0, len(one), _COMPARED):
                     a, b = one[start : start + _COMPARED], two[start : start + _COMPARED]
-                    mapped.madvise(mmap.MADV_DONTNEED)  # pages of those before
+                    mapped.madvise(mmap.MADV_DONTNEED)  # release the pages of earlier pairs
                     similarity = (minima[a] == minima[b]).mean(1)
                     found = similarity >= SIMILAR
                     is_near[record[b[found]]] = True
@@ -130,7 +148,11 @@ class Spool:
 
 
 def _alike(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(earlier, later) places of equal keys: each later one beside the first of its kind, then beside the one before it."""
+    """Yield (earlier, later) indices of equal keys.
+
+    Each later index comes with the first index of its key, and then with the one right before it.
+    """
+    # Each part holds the keys with one remainder, so equal keys meet in the same part and one part at a time is sorted.
     parts = -(-len(keys) // _AT_ONCE)
     for part in range(parts):
         chosen = []

@@ -1,4 +1,4 @@
-"""What training on examples of known lengths takes: how long they are, what is cut off, rows, steps and seconds of an epoch."""
+"""Estimate training from the lengths of examples: distribution, truncation, and the rows, steps and seconds of an epoch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moe_train.data.check.chunks import Source
 from moe_train.machine.files import read_object
 
 Lengths = Mapping[tuple[int, str], Mapping[int, int]]
-"""Of each source and kind of record, how many examples have so many ids. An example takes one position less than its ids."""
+"""(source, record kind) -> ids in an example -> number of such examples. An example takes one position less than its ids."""
 
 
 def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
-    """Of ids in an example; records in bins up to each power of two."""
+    """Summarize the numbers of ids in examples, with bins up to each power of two; None without examples."""
     if not lengths:
         return None
     values = np.array(sorted(lengths))
@@ -27,6 +27,7 @@ def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
     total = int(below[-1])
 
     def quantile(share: float) -> int:
+        """Return the length that a share of the examples does not exceed."""
         return int(values[np.searchsorted(below, share * total)])
 
     bins = Counter({1 << (value - 1).bit_length(): 0 for value in (int(values[0]), int(values[-1]))})
@@ -43,7 +44,7 @@ def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
 
 
 def truncation(lengths: Lengths, seq_len: int) -> dict[str, int]:
-    """How much of the examples does not fit into a row of its own."""
+    """Count the examples, and their tokens, that do not fit into one row."""
     beyond = [(ids - 1 - seq_len, count) for counts in lengths.values() for ids, count in counts.items() if ids - 1 > seq_len]
     return {
         "seq_len": seq_len,
@@ -55,7 +56,18 @@ def truncation(lengths: Lengths, seq_len: int) -> dict[str, int]:
 def epoch(
     lengths: Lengths, sources: Sequence[Source], seq_len: int, batch_size: int | None, tokens_per_second: float | None
 ) -> dict[str, Any]:
-    """What training's own packing plan makes of the lengths, and how long it takes until each row was seen once."""
+    """Compute the packing and the length of an epoch with the packer of training.
+
+    Args:
+        lengths: The lengths of the examples.
+        sources: The sources, with their weights and their handling of long records.
+        seq_len: Positions in a row.
+        batch_size: Rows in a batch; None if unknown.
+        tokens_per_second: The speed of training; None if unknown.
+
+    Returns:
+        Rows, packing efficiency, steps and seconds, in JSON form; an epoch lasts until each row was seen once.
+    """
     rows = dict.fromkeys(range(len(sources)), 0)
     positions = 0
     for (source, kind), counts in lengths.items():
@@ -66,7 +78,7 @@ def epoch(
         rows[source] += num_rows
         positions += num_tokens
     total = sum(rows.values())
-    # Rows are drawn by the sources' weights, so an epoch is as long as the source that takes longest to be seen.
+    # Rows are drawn by the sources' weights, so an epoch lasts until the slowest source has been seen once.
     shares = np.array([sources[source].weight for source in rows if rows[source]])
     seen = int(np.ceil(max((rows[s] * shares.sum() / sources[s].weight for s in rows if rows[s]), default=0)))
     steps = None if batch_size is None else -(-seen // batch_size)
@@ -81,7 +93,11 @@ def epoch(
 
 
 def tokens_per_second(bench: Path | None) -> float | None:
-    """As `bench --json` wrote it; None where no file is named. Raises ValueError where the file has none."""
+    """Read the speed of training from the output of `bench --json`; None if no file is named.
+
+    Raises:
+        ValueError: If the file states no speed.
+    """
     if bench is None:
         return None
     found = read_object(bench).get("tokens_per_second")

@@ -1,6 +1,6 @@
-"""What is found in a chunk of records: their problems, tokens and fingerprints; and the same chunk put right.
+"""Examine a chunk of records: find their problems, tokens and fingerprints, and correct them.
 
-What is found depends on the chunk alone, so that it does not matter which process examines it.
+The findings depend only on the chunk, so any process can examine it.
 """
 
 from __future__ import annotations
@@ -30,70 +30,85 @@ from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
-_STILL_TOKENISED = {"control-token"}  # training takes a record that breaks these, as plain text
+_STILL_TOKENISED = {"control-token"}  # training accepts records that break these rules, and treats the tokens as plain text
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every record; goes to each process once.
-
-    records: how those of each place are read (None: recognised one by one); allowed: rules that may be broken; repairing:
-    whether to put records right; held_out: hashes of the evaluation set's word sequences, sorted.
-    """
+    """What to examine; it is sent to each process once."""
 
     records: tuple[config.Record | None, ...]
+    """How to read the records of each place; None to recognize each record by its columns."""
     tokenizer: Tokenizer
     template: str | None
     seq_len: int | None = None
+    """Positions in a row; None if unknown."""
     allowed: frozenset[str] = frozenset()
+    """Rules that may be broken."""
     repairing: bool = False
+    """Whether to correct records."""
     held_out: np.ndarray | None = None
+    """Sorted hashes of the word sequences of the evaluation set; None without one."""
 
 
 class Chunk(NamedTuple):
-    """Records of a place that stand together: lines, single lines from here and there, or rows."""
+    """Records of a place to examine together: a block of lines, single sampled lines, or rows."""
 
     place: int
     records: Block | list[Block] | list[tuple[int, Item]]
 
 
 class Change(NamedTuple):
-    """What was done to a record: changed or dropped, for which rule, and how or why."""
+    """A change to a record."""
 
     number: int
+    """Line, row or byte of the record."""
     action: str
+    """"changed" or "dropped"."""
     rule: str
+    """The rule that it broke."""
     what: str
+    """The change, or the reason why the record was dropped."""
 
 
 class Kept(NamedTuple):
-    """A chunk put right: JSON lines, how many, and what was done."""
+    """A corrected chunk."""
 
     lines: bytes
+    """The records as JSON lines."""
     num_records: int
+    """Number of records in `lines`."""
     changes: list[Change]
 
 
 class Findings(NamedTuple):
-    """num_records: all, bad ones too; shapes: how many of each kind; lengths: how many examples of (kind, ids);
-    loss_tokens: ids that bear loss. numbers (n,): of the records that `prints` are of; overlapping: of those that have
-    something of the evaluation set; held_out: which of its hashes they have."""
+    """The findings for one chunk."""
 
     place: int
     num_records: int
+    """Number of records, including bad ones."""
     shapes: Counter[str]
+    """Number of records of each kind."""
     problems: list[tuple[int, Problem]]
+    """(line, row or byte; problem) for each problem."""
     lengths: Counter[tuple[str, int]]
+    """(kind, ids) -> number of examples with so many ids."""
     loss_tokens: int
+    """Number of ids that are trained on."""
     numbers: np.ndarray
+    """(n,): line, row or byte of each record in `prints`."""
     prints: Fingerprints
+    """The fingerprints of the records that could be read."""
     overlapping: np.ndarray
+    """Line, row or byte of each record that overlaps the evaluation set."""
     held_out: np.ndarray
+    """Indices of the evaluation set's hashes that were found."""
     kept: Kept | None
+    """The corrected chunk; None if records are not corrected."""
 
 
 class Stop(ValueError):
-    """Records that the tokenizer has no form for, so that nothing else need be said: (place, number, what, remedy)."""
+    """An error for records that the tokenizer cannot represent at all, which ends the check: (place, number, what, remedy)."""
 
     def __str__(self) -> str:
         return f"{self.args[2]}; {self.args[3]}"
@@ -101,7 +116,7 @@ class Stop(ValueError):
 
 @dataclass
 class _Read:
-    """A record that has been read, and what came out of it."""
+    """A record that has been read, and the results for it."""
 
     number: int
     fields: dict[str, Any]
@@ -112,7 +127,16 @@ class _Read:
 
 
 def examine(chunk: Chunk, question: Question, form: Form) -> Findings:
-    """Raises Stop for the first record of a kind that the tokenizer has no form for. form: `form_of` the tokenizer."""
+    """Examine a chunk.
+
+    Args:
+        chunk: The records.
+        question: What to examine.
+        form: The form of records for the tokenizer (see `form_of`).
+
+    Raises:
+        Stop: For the first record of a kind that the tokenizer cannot represent.
+    """
     read: list[_Read] = []
     unreadable: list[tuple[int, Problem]] = []
     raw: dict[int, bytes] = {}
@@ -151,7 +175,7 @@ def examine(chunk: Chunk, question: Question, form: Form) -> Findings:
 
 
 def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]:
-    """Number, record and, where it is a line that may be kept as it is, that line."""
+    """Yield number and record, and the line itself if it may be kept unchanged."""
     blocks = [chunk.records] if isinstance(chunk.records, Block) else chunk.records
     for block in blocks:
         if not isinstance(block, Block):
@@ -166,7 +190,7 @@ def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]
 
 
 def _judge(read: list[_Read], place: int, question: Question, form: Form) -> None:
-    """Fill in the problems and examples of each record."""
+    """Fill in the problems and the examples of each record."""
     texts: list[_Read] = []
     conversations: list[tuple[_Read, Conversation]] = []
     for one in read:
@@ -198,6 +222,7 @@ def _judge(read: list[_Read], place: int, question: Question, form: Form) -> Non
 
 
 def _stop_where_there_is_no_form(one: _Read, conversation: Conversation, place: int, question: Question) -> None:
+    """Raise Stop for a conversation without a chat template, or with tools that the tokenizer or template cannot represent."""
     if isinstance(question.tokenizer, HuggingFace) and question.template is None:
         what = f"the record is a conversation, and the tokenizer {question.tokenizer.files[0]} has no chat template"
         raise Stop(place, one.number, what, "name a jinja file with --chat-template (in a config: data.chat_template)")
@@ -209,6 +234,7 @@ def _stop_where_there_is_no_form(one: _Read, conversation: Conversation, place: 
 
 
 def _shape(one: _Read) -> str:
+    """Return the kind of a record, and whether it has tools."""
     if isinstance(one.record, str):
         return "text"
     with_tools = one.record.tools or any("tool_calls" in m or m.get("role") == "tool" for m in one.record.messages)
@@ -216,11 +242,12 @@ def _shape(one: _Read) -> str:
 
 
 def _loss_tokens(example: Example) -> int:
+    """Return the number of ids that are trained on; the first id is never predicted."""
     return len(example.tokens) - 1 if example.loss_mask is None else sum(example.loss_mask[1:])
 
 
 def _content(record: str | Conversation) -> str:
-    """What makes two records the same."""
+    """Return a text that is equal only for exact duplicates."""
     return record if isinstance(record, str) else json.dumps(record, sort_keys=True, default=str)
 
 
@@ -235,7 +262,7 @@ def _repaired(
     question: Question,
     form: Form,
 ) -> Kept:
-    """Every record that breaks no rule, as it was; others changed where that makes them right, or dropped."""
+    """Return every good record unchanged, and the other records corrected or dropped."""
     changes = [Change(number, "dropped", problem.rule, problem.message) for number, problem in unreadable]
     lines: dict[int, bytes] = {}
     tried: list[_Read] = []
@@ -268,15 +295,20 @@ def _repaired(
 
 
 def _column(one: _Read) -> str:
+    """Return the column that contains the text."""
     assert isinstance(one.section, config.TextRecord)
     return one.section.column
 
 
 def _line(fields: dict[str, Any]) -> bytes:
-    """Raises ValueError for what JSON has no form for, as columnar files may hold it."""
+    """Serialize a record as JSON.
+
+    Raises:
+        ValueError: If a value of a columnar file has no form in JSON.
+    """
     try:
         return json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair in a column that does not count
+    except UnicodeEncodeError:  # half a surrogate pair in a column that is not trained on
         return json.dumps(fields).encode()
     except TypeError as error:
         raise ValueError(f"a column cannot be written as JSON ({error}); leave it out of the file, and fix that") from error

@@ -1,4 +1,4 @@
-"""What a tokenizer asks of records: the form that `rules` hold them to."""
+"""The form of records that a tokenizer requires; `rules` checks it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 
 class Form(NamedTuple):
-    """What a tokenizer asks of records: the control tokens that no text should hold, ids of nine characters."""
+    """The form of records that a tokenizer requires."""
 
     control: re.Pattern[str]
+    """A pattern for control tokens, which no text should contain."""
     nine_character_ids: bool
+    """Whether the ids of calls must have nine characters."""
 
 
 def form_of(tokenizer: Tokenizer, template: str | None) -> Form:
-    """The form that records should have for a tokenizer and its chat template."""
+    """Return the form that records should have for a tokenizer and its chat template."""
     if isinstance(tokenizer, Mistral):
         text = tokenizer.finetuning.instruct_tokenizer.tokenizer
         special = {text.id_to_piece(i) for i in range(text.n_words) if text.is_special(i)}
-        # v1 writes its turns as plain text, so there [INST] is one too.
+        # v1 writes its turns as plain text, so [INST] acts as a control token there without being one.
         special = {token for token in special if not re.fullmatch(r"\[control_\d+\]|<SPECIAL_\d+>", token)} | {"[INST]", "[/INST]"}
         version = int(re.sub(r"\D.*", "", text.version.value.lstrip("v")) or 0)
         return Form(_any_of(special), 3 <= version < 13)
@@ -31,4 +33,5 @@ def form_of(tokenizer: Tokenizer, template: str | None) -> Form:
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of the tokens, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")

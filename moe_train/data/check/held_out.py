@@ -1,4 +1,4 @@
-"""The evaluation set of a check: the word sequences of its records, and those of them that the corpus has too."""
+"""The evaluation set of a check: its word sequences, and which of them are also in the corpus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from moe_train.data.records.problem import Problem
 
 
 class HeldOut:
-    """hashes: of the word sequences of the evaluation set, sorted, each once; None where there is none."""
+    """The word sequences of an evaluation set.
+
+    Args:
+        sources: The files of the evaluation set; empty for none.
+
+    Attributes:
+        hashes: Sorted unique hashes of the word sequences; None without an evaluation set.
+        num_records: Number of records in the evaluation set.
+
+    Raises:
+        ValueError: If a record cannot be read, or there are no records.
+    """
 
     def __init__(self, sources: tuple[Source, ...]) -> None:
         self.hashes: np.ndarray | None = None
@@ -35,9 +46,10 @@ class HeldOut:
         self._hit = np.zeros(len(self.hashes), bool)
 
     def add(self, hit: np.ndarray) -> None:
+        """Record which hashes were found in the corpus, by their indices."""
         self._hit[hit] = True
 
     @property
     def num_hit(self) -> int:
-        """Records of the evaluation set that have something in common with the corpus."""
+        """Number of records of the evaluation set that have a word sequence in common with the corpus."""
         return len(np.unique(self._record[self._hit[self._group]]))

@@ -1,7 +1,7 @@
-"""Hashes of every n consecutive words of a text, for many texts at once.
+"""Hash every sequence of n consecutive words, for many texts at once.
 
-Words are runs of letters and digits, in lower case; a Chinese, Japanese or Korean character is a word of its own.
-Punctuation and white space do not count. The hashes depend on the text alone, not on the process that makes them.
+Words are runs of letters and digits, in lower case; each Chinese, Japanese or Korean character is a word of its own.
+Punctuation and white space are ignored. The hashes depend only on the text, not on the process.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-_LETTERS = np.zeros(256, bool)  # of UTF-8: ASCII letters and digits, and all bytes of other characters
+_LETTERS = np.zeros(256, bool)  # bytes of UTF-8 in words: ASCII letters and digits, and all bytes of non-ASCII characters
 _LETTERS[[*range(48, 58), *range(65, 91), *range(97, 123), *range(128, 256)]] = True
-_PUNCTUATION = {0xC2: 2, 0xE2: 3}  # first bytes of U+0080 to U+00BF and U+2000 to U+2FFF, signs almost all, and their lengths
+_PUNCTUATION = {0xC2: 2, 0xE2: 3}  # first bytes of U+0080 to U+00BF and U+2000 to U+2FFF, mostly signs -> bytes of such a character
 _IDEOGRAPH = 0xE3  # first bytes from here on begin characters from U+3000
-_LONGEST = 32  # bytes of a word that count; its length counts too
+_LONGEST = 32  # bytes of a word that are hashed, along with its length
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -34,8 +34,9 @@ class Grams(NamedTuple):
 
 
 def words(texts: Sequence[str]) -> Words:
+    """Split texts into words, and hash each word."""
     parts = [text.lower().encode("utf-8", "surrogatepass") for text in texts]
-    data = np.frombuffer(b" ".join([b"", *parts, b""]), np.uint8)  # a space at either end of each
+    data = np.frombuffer(b" ".join([b"", *parts, b""]), np.uint8)  # each text has a space on both sides
     begins = np.cumsum([1, *(len(part) + 1 for part in parts)])
     letters = _LETTERS[data]
     for byte, length in _PUNCTUATION.items():
@@ -43,12 +44,13 @@ def words(texts: Sequence[str]) -> Words:
         for k in range(length):
             letters[signs + k] = False
     before = letters[:-1]
-    first = letters[1:] & (~before | (data[1:] >= _IDEOGRAPH))  # of data[1:]
+    first = letters[1:] & (~before | (data[1:] >= _IDEOGRAPH))  # element i describes byte i + 1
     starts = np.flatnonzero(first) + 1
     ends = np.flatnonzero(before & (~letters[1:] | first)) + 1
     lengths = ends - starts
     hashes = mixed(lengths.astype(np.uint64))
     alive = np.arange(len(starts))
+    # Hash one byte of every word at a time; only words that are longer than k take part.
     for k in range(_LONGEST):
         alive = alive[lengths[alive] > k]
         if not len(alive):
@@ -59,7 +61,7 @@ def words(texts: Sequence[str]) -> Words:
 
 
 def grams(found: Words, n: int) -> Grams:
-    """Each n consecutive words of a text; all of its words where it has fewer, but at least one."""
+    """Hash each sequence of n consecutive words; a text with fewer words, but at least one, gives one hash of all its words."""
     hashes, offsets = found
     counts = np.diff(offsets)
     end_of = np.repeat(offsets[1:], counts)
@@ -77,7 +79,7 @@ def grams(found: Words, n: int) -> Grams:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 whose bits all depend on all (the finaliser of SplitMix64)."""
+    """Mix the bits of uint64 values: a bijection in which every output bit depends on every input bit (SplitMix64's finalizer)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Word sequences that records have in common with an evaluation set."""
+"""Find word sequences that records have in common with an evaluation set."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from moe_train.data.check.ngrams import Words, grams, words
 from moe_train.data.records.conversation import Conversation
 
 OVERLAP_WORDS = 13
-"""So many consecutive words in common with the evaluation set are an overlap (GPT-3, arXiv:2005.14165, appendix C)."""
+"""Number of consecutive common words that count as an overlap (GPT-3, arXiv:2005.14165, appendix C)."""
 
 
 def said_in(record: str | Conversation) -> str:
-    """The words of a record that tell it from others: many records share their system text and tools."""
+    """Return the text that distinguishes a record from others: without system text and tools, which many records share."""
     if isinstance(record, str):
         return record
     said = []
@@ -27,9 +27,14 @@ def said_in(record: str | Conversation) -> str:
 
 
 def overlap(texts: Words, held_out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the texts have a word sequence of the evaluation set, and which places of `held_out` they have.
+    """Find the texts that share a word sequence with the evaluation set.
 
-    held_out: the hashes of its word sequences, sorted, each once; None where there is no evaluation set.
+    Args:
+        texts: The words of the texts.
+        held_out: Sorted unique hashes of the evaluation set's word sequences; None without one.
+
+    Returns:
+        Indices of the texts with an overlap, and indices of the hashes in `held_out` that were found.
     """
     none = np.zeros(0, np.int64)
     if held_out is None or not len(held_out):
@@ -41,6 +46,6 @@ def overlap(texts: Words, held_out: np.ndarray | None) -> tuple[np.ndarray, np.n
 
 
 def held_out_hashes(records: Sequence[str | Conversation]) -> tuple[np.ndarray, np.ndarray]:
-    """Hash of each word sequence of an evaluation set, and the record that it is of."""
+    """Return the hash of each word sequence of an evaluation set, and the index of the record that it is from."""
     hashes, offsets = grams(words([said_in(record) for record in records]), OVERLAP_WORDS)
     return hashes, np.repeat(np.arange(len(records)), np.diff(offsets))

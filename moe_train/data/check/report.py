@@ -1,4 +1,4 @@
-"""What a check found, as people read it: each problem with its place, then a table."""
+"""Print the results of a check: each problem with its location, then a table."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_BAR = 40  # characters
+_BAR = 40  # width of a bar in characters
 
 
 def print_report(answer: dict[str, Any], console: Console) -> None:
-    """answer: what `check.check` returned."""
+    """Print the results that `check.check` returned."""
     for rule, count in answer["problem_counts"].items():
         named = [problem for problem in answer["problems"] if problem["rule"] == rule]
         _print_named(console, rule, count, named[0]["remedy"], [f"{p['where']}: {p['message']}" for p in named])
@@ -33,6 +33,7 @@ def print_report(answer: dict[str, Any], console: Console) -> None:
 
 
 def _print_named(console: Console, what: str, count: int, remedy: str, named: list[str]) -> None:
+    """Print the heading of a group of findings, its members, and how many more there are."""
     console.print(f"[bold]{what}[/bold]: {count:,} × — {escape(remedy)}")
     for line in named:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
@@ -42,6 +43,7 @@ def _print_named(console: Console, what: str, count: int, remedy: str, named: li
 
 
 def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the rows of the table."""
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in answer["shapes"].items())
     yield "files", f"{answer['files']:,} ({answer['bytes'] / 1e6:,.1f} MB)"
     if sample := answer.get("sample"):
@@ -85,6 +87,7 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _sample(sample: dict[str, Any]) -> str:
+    """Describe the coverage of a sample."""
     of = "an unknown number" if sample["of_about"] is None else f"about {sample['of_about']:,} ({sample['share']:.2%})"
     begun = (
         f"; only the beginning of {len(sample['only_begun']):,} files that cannot be entered anywhere"
@@ -95,5 +98,6 @@ def _sample(sample: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """Format seconds in a readable unit."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{hours:,.1f} hours" if hours >= 1 else f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"

@@ -1,9 +1,9 @@
-"""What a record has to be: the rules, which of them it breaks, and what can be put right without guessing.
+"""The rules for records, and what can be corrected without guessing.
 
-`problems` names every rule that a text or a conversation (in the one form of `conversation`) breaks. `repair` changes
-the record where there is one right answer (a role's other name, an id of the wrong length, turns after the last
-answer); whether that was enough, `problems` says afterwards. Sources: mistral-common's validator in its fine-tuning mode
-and mistral-finetune's data check.
+`problems` lists every rule that a text or a conversation (in the normal form of `conversation`) breaks. `repair` corrects the
+record where only one correction is right (another name of a role, an id of the wrong length, turns after the last answer);
+call `problems` again to see whether that was enough. The rules come from mistral-common's validator in its fine-tuning mode
+and from mistral-finetune's data check.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ from moe_train.data.records.problem import Problem, brief
 
 
 class Rule(NamedTuple):
-    """A name for reports, what to do about it, how to find it, and how to put it right where that is no guess."""
+    """A rule for conversations."""
 
     name: str
+    """The name in reports."""
     remedy: str
+    """The advice for a record that breaks the rule."""
     broken: Callable[[Conversation, Form], Iterator[str]]
+    """Yields a message for each place that breaks the rule."""
     fix: Callable[[Conversation, Form], Iterator[str]] | None = None
+    """Corrects the conversation in place, and yields the changes; None if that would be a guess."""
 
 
 UNICODE = Rule("unicode", "remove it", texts.unusable_characters, texts.fix_unusable_characters)
 CONTROL_TOKEN = Rule(
     "control-token", "write it otherwise: a model must not learn that users can type it", texts.typed_control_tokens
 )
-# In the order in which they are repaired: names before order, order before what is cut off.
+
+# In the order of repairs: names first, then the order of messages, then cutting off.
 RULES = (
     UNICODE,
     CONTROL_TOKEN,
@@ -53,20 +58,24 @@ RULES = (
 
 
 def problems(record: str | Conversation, form: Form) -> Iterator[Problem]:
-    """Every rule that the record breaks, in the order of the rules."""
+    """Yield a problem for every rule that the record breaks, in the order of the rules."""
     if isinstance(record, str):
         yield from _text_problems(record, form)
         return
     badly_typed = [Problem("type", message, _TYPE_REMEDY) for message in _types(record)]
     yield from badly_typed
-    if not badly_typed:  # the other rules count on it
+    if not badly_typed:  # the other rules rely on the types
         for rule in RULES:
             for message in rule.broken(record, form):
                 yield Problem(rule.name, message, rule.remedy)
 
 
 def repair(record: str | Conversation, form: Form) -> tuple[str | Conversation, list[tuple[str, str]]]:
-    """A copy with everything put right that has one right answer, and (rule, what was changed) for each change."""
+    """Return a copy in which everything is corrected that has only one right correction.
+
+    Returns:
+        The copy, and (rule, what was changed) for each change.
+    """
     if isinstance(record, str):
         text, change = texts.replaced(record)
         return text, [(UNICODE.name, change)] if change else []
@@ -77,6 +86,7 @@ def repair(record: str | Conversation, form: Form) -> tuple[str | Conversation, 
 
 
 def _text_problems(text: str, form: Form) -> Iterator[Problem]:
+    """Yield the problems of a plain text."""
     if not text or text.isspace():
         yield Problem("empty-text", "the record has no text", "drop it")
     if fault := texts.unusable_character(text):
@@ -89,6 +99,7 @@ _TYPE_REMEDY = 'messages are {"role", "content"}, calls {"id", "function": {"nam
 
 
 def _types(conversation: Conversation) -> Iterator[str]:
+    """Yield a message for each value of the wrong type."""
     for i, message in enumerate(conversation.messages):
         if not isinstance(message.get("role"), str):
             yield f"message {i} has role {brief(message.get('role'))}, which should be text"
@@ -107,4 +118,5 @@ def _types(conversation: Conversation) -> Iterator[str]:
 
 
 def _is_function(value: Any) -> bool:
+    """Return whether a value is a function with a name."""
     return isinstance(value, dict) and isinstance(value.get("name"), str)

@@ -1,7 +1,8 @@
-"""Rules of text, of a record or of a part of a conversation: no NUL, noncharacter or half a pair, no typed control token.
+"""Rules for text, of a record or of a part of a conversation.
 
-A rule yields a message for each place that breaks it. Its `fix_…` changes the conversation in place where there is one
-right answer, and yields what it did.
+No text may contain NUL, certain noncharacters, half a surrogate pair, or a control token that was typed as text. A rule yields
+a message for each place that breaks it. Its `fix_…` edits the conversation in place where only one correction is right, and
+yields what it changed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Iterator
 from moe_train.data.check.form import Form
 from moe_train.data.records.conversation import Conversation
 
-# NUL, the noncharacters that mark spans while a template is rendered, and halves of surrogate pairs.
+# NUL, the noncharacters that mark spans while a template is rendered, and lone surrogates.
 _NO_TEXT = re.compile("[\x00\ufdd0-\ufdd3\ud800-\udfff]")
 
 
 def unusable_character(text: str) -> str | None:
-    """What to say of the first character that no text should have; None where there is none."""
+    """Describe the first character that no text should contain; None if there is none."""
     if (text.isascii() and "\0" not in text) or not (found := _NO_TEXT.search(text)):
         return None
     code = ord(found[0])
@@ -27,19 +28,23 @@ def unusable_character(text: str) -> str | None:
 
 
 def typed_control_token(text: str, form: Form) -> str | None:
-    """What to say of the first control token that stands in a text as if somebody had typed it; None where there is none."""
+    """Describe the first control token that a text contains as if a user had typed it; None if there is none."""
     found = form.control.search(text)
     return f"has the control token {found[0]} typed as text at character {found.start()}" if found else None
 
 
 def replaced(text: str) -> tuple[str, str | None]:
-    """The text with U+FFFD for each character that no text should have, and what was changed; None where nothing was."""
+    """Replace each character that no text should contain by U+FFFD.
+
+    Returns:
+        The text, and a description of the change; None if nothing was changed.
+    """
     text, count = _NO_TEXT.subn("\ufffd", text)
     return text, f"{count} characters replaced by U+FFFD" if count else None
 
 
 def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """Every text of a conversation that a tokenizer sees, and what to call it."""
+    """Yield a name for, and the content of, every text of a conversation that a tokenizer sees."""
     for i, message in enumerate(conversation.messages):
         if "content" in message:
             yield f"message {i} ({message['role']})", message["content"]
@@ -52,12 +57,14 @@ def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
 
 def unusable_characters(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find texts with a character that no text should contain."""
     for name, text in _texts(conversation):
         if fault := unusable_character(text):
             yield f"{name} {fault}"
 
 
 def fix_unusable_characters(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Replace such characters in the contents of messages."""
     for i, message in enumerate(conversation.messages):
         if "content" in message:
             message["content"], change = replaced(message["content"])
@@ -66,6 +73,7 @@ def fix_unusable_characters(conversation: Conversation, form: Form) -> Iterator[
 
 
 def typed_control_tokens(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find texts with a control token that was typed as text."""
     for name, text in _texts(conversation):
         if fault := typed_control_token(text, form):
             yield f"{name} {fault}"

@@ -1,7 +1,7 @@
-"""Rules of turns: who speaks, in which order, ending with an answer, and which answers bear loss.
+"""Rules for turns: roles, their order, an answer at the end, and which answers are trained on.
 
-A rule yields a message for each place that breaks it. Its `fix_…` changes the conversation in place where there is one
-right answer, and yields what it did.
+A rule yields a message for each place that breaks it. Its `fix_…` edits the conversation in place where only one correction
+is right, and yields what it changed.
 """
 
 from __future__ import annotations
@@ -14,24 +14,29 @@ from moe_train.data.records.conversation import Conversation, Message
 from moe_train.data.records.problem import brief
 
 ROLES = ("system", "user", "assistant", "tool")
+"""The roles of the normal form."""
 OTHER_NAMES = {
     "human": "user", "customer": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
     "ai": "assistant", "developer": "system", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
+"""Other names of roles -> our names."""
 
 
 def bad_role(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find messages with an unknown role."""
     for i, message in enumerate(conversation.messages):
         if message["role"] not in ROLES:
             yield f"message {i} has the unknown role {brief(message['role'])}"
 
 
 def known_role(role: Any) -> str:
+    """Return our name for a role; for an unknown role, the name in lower case."""
     name = str(role).strip().lower()
     return OTHER_NAMES.get(name, name)
 
 
 def fix_role(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Replace other names of roles by ours."""
     for i, message in enumerate(conversation.messages):
         role = message["role"]
         known = known_role(role)
@@ -41,12 +46,14 @@ def fix_role(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def system_not_first(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find system messages after the start."""
     for i, message in enumerate(conversation.messages[1:], start=1):
         if message["role"] == "system":
             yield f"message {i} is a system message, which stands first and once"
 
 
 def fix_system_not_first(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Move a single system message to the start, or join several that are at the start."""
     messages = conversation.messages
     systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
     if len(systems) == 1 and systems[0] > 0:
@@ -58,12 +65,13 @@ def fix_system_not_first(conversation: Conversation, form: Form) -> Iterator[str
 
 
 def role_order(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find messages whose role may not follow the role before it."""
     turns = [(i, message) for i, message in enumerate(conversation.messages) if message["role"] != "system"]
     before: Message | None = None
     for i, message in turns:
         role = message["role"]
         if role not in ROLES:
-            return  # named already; what may follow it is anyone's guess
+            return  # `bad_role` reports it; what may follow it is unknown
         wanted: tuple[str, ...]
         if before is None:
             after, wanted = "at the start", ("user",)
@@ -75,13 +83,15 @@ def role_order(conversation: Conversation, form: Form) -> Iterator[str]:
             after, wanted = "after a call", ("tool",)
         else:
             after, wanted = "after assistant", ("user",)
-        if role not in wanted and not (after == "after a call" and role == "assistant"):  # `call-result` says that better
+        if role not in wanted and not (
+            after == "after a call" and role == "assistant"
+        ):  # `call-result` reports this more precisely
             yield f"message {i} is {role} {after}, where {' or '.join(wanted)} should be"
         before = message
 
 
 def fix_role_order(conversation: Conversation, form: Form) -> Iterator[str]:
-    """Neighbours of one role become one message, as mistral-common joins them, where both are text of one weight."""
+    """Join consecutive messages of one role, as mistral-common does, if both are text and have the same weight."""
     messages = conversation.messages
     i = 1
     while i < len(messages):
@@ -96,12 +106,14 @@ def fix_role_order(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def unanswered_end(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find a conversation that does not end with an assistant message."""
     last = conversation.messages[-1]
     if last["role"] != "assistant":
         yield f"the last message is {last['role']}, so nothing answers it"
 
 
 def fix_unanswered_end(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Cut off the messages after the last answer."""
     cut = 0
     while conversation.messages and conversation.messages[-1]["role"] != "assistant":
         conversation.messages.pop()
@@ -111,13 +123,17 @@ def fix_unanswered_end(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def empty_answer(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find assistant messages without text or calls."""
     for i, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and "tool_calls" not in message and not message["content"].strip():
             yield f"message {i} is an assistant turn without text"
 
 
 def fix_empty_answer(conversation: Conversation, form: Form) -> Iterator[str]:
-    """What stands before the empty turn is whole; what comes after it answers an odd history."""
+    """Cut the conversation before the question that gets an empty answer.
+
+    The messages before it are complete; those after it would continue a broken conversation.
+    """
     for i, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and "tool_calls" not in message and not message["content"].strip():
             keep = max((k for k in range(i) if conversation.messages[k]["role"] == "assistant"), default=-1) + 1
@@ -128,6 +144,7 @@ def fix_empty_answer(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def weight(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find weights other than 0 and 1."""
     for i, message in enumerate(conversation.messages):
         weight = message.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
@@ -135,6 +152,7 @@ def weight(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def fix_weight(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Write a weight that clearly means 0 or 1 as that integer."""
     for i, message in enumerate(conversation.messages):
         weight = message.get("weight", 1)
         text = str(weight).lower()
@@ -145,6 +163,7 @@ def fix_weight(conversation: Conversation, form: Form) -> Iterator[str]:
 
 
 def no_loss(conversation: Conversation, form: Form) -> Iterator[str]:
+    """Find conversations in which no assistant message is trained on."""
     answers = [message for message in conversation.messages if message["role"] == "assistant"]
     if not any(message.get("weight", 1) for message in answers):
         yield "the record has no assistant turn" if not answers else "every assistant turn has weight 0"

@@ -1,1 +1,1 @@
-"""Tokenized once, memory-mapped afterwards, here or in a bucket."""
+"""Prepared data: tokenized once, then memory-mapped, on local disk or in a bucket."""

@@ -1,30 +1,36 @@
-"""A bucket's file system by its URL (any of fsspec: gs://, s3://, …), and what to say where it refuses or does not answer."""
+"""Open the file system of a bucket by its URL (any that fsspec supports: gs://, s3://, …), and explain its errors."""
 
 from __future__ import annotations
 
 from typing import Any
 
 PATIENCE = 60
-"""Seconds to wait for an answer."""
+"""Seconds to wait for an answer of the store."""
 
 
 def open_files(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL (or path), and the path in it. Raises ValueError, PermissionError or OSError."""
+    """Return the file system of a URL (or path), and the path in it.
+
+    Raises:
+        ValueError: If the URL is malformed, or the package for its store is not installed.
+        PermissionError: If access is refused.
+        OSError: If the store cannot be reached.
+    """
     import fsspec
 
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be opened: {reason(error)}") from error
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system has its own exceptions
         raise fault(url, error) from error
 
 
 def fault(path: str, error: Exception) -> OSError:
-    """The exception to raise, in one line, after a bucket's file system raised `error`."""
+    """Return the exception to raise, with a message in one line, after a bucket's file system raised `error`."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{path} is missing; is the bucket's name right, and was all of it copied there?")
-    status = getattr(error, "status_code", getattr(error, "code", None))  # of Azure's and Google's errors
+    status = getattr(error, "status_code", getattr(error, "code", None))  # attributes of Azure's and of Google's errors
     if isinstance(error, PermissionError) or str(status) in ("401", "403") or "Credential" in type(error).__name__:
         remedy = "state credentials with the right to it, as the store's own tools read them (variables of the environment, login)"
         return PermissionError(f"{path} is refused: {reason(error)}; {remedy}")
@@ -32,7 +38,7 @@ def fault(path: str, error: Exception) -> OSError:
 
 
 def reason(error: Exception) -> str:
-    """The message of an error on one line, without the documents that stores append."""
+    """Return the message of an error in one line, without the documents that stores append."""
     if isinstance(error, TimeoutError):
         return f"no answer within {PATIENCE} s"
     said = " ".join(str(error).split())

@@ -1,7 +1,7 @@
-"""The files of a folder, here or in a bucket, as arrays that are read where they are needed.
+"""The files of a folder, local or in a bucket, as arrays that are read on demand.
 
-A local file is memory-mapped. A file in a bucket is fetched by range, block by block, and the blocks used last stay in memory,
-up to a bound.
+A local file is memory-mapped. A file in a bucket is fetched block by block with range requests, and the most recently used
+blocks stay in memory, up to a limit.
 """
 
 from __future__ import annotations
@@ -23,34 +23,42 @@ from moe_train.data.prepared.bucket import PATIENCE, fault, open_files, reason
 log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
-_REQUESTS = 16  # in flight at once
-_WAITS = 1.0, 5.0, 25.0  # seconds before what failed is read again
-_LATER_WAITS = 60.0, 120.0, 240.0  # after these, where the store has answered before, so that a run outlives its restart
+_REQUESTS = 16  # requests in flight at once
+_WAITS = 1.0, 5.0, 25.0  # seconds to wait before each retry
+_LATER_WAITS = 60.0, 120.0, 240.0  # further waits if the store has answered before, so that a run survives a restart of the store
 
 _ending = threading.Event()
-"""Set when the interpreter begins to end, before it waits for the threads of pools, which `atexit` comes after."""
+"""Set when the interpreter begins to exit. This happens before it waits for the threads of pools; `atexit` runs only after that."""
 threading._register_atexit(_ending.set)  # type: ignore[attr-defined]
 
 
 class File(NamedTuple):
-    """A file of a prepared set: its name in the folder, the dtype of its numbers, and its size in bytes."""
+    """A file of a prepared set."""
 
     name: str
+    """The name in the folder."""
     dtype: str
+    """The dtype of the numbers in the file."""
     size: int
+    """The size in bytes."""
 
 
 class LocalFolder:
-    """A folder of this machine."""
+    """A folder of a local file system."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
 
     def text(self, name: str) -> bytes:
+        """Return the content of a file."""
         return (self.path / name).read_bytes()
 
     def array(self, file: File) -> np.ndarray:
-        """The file as an array. Raises ValueError where it has another size."""
+        """Return the file as a memory-mapped array.
+
+        Raises:
+            ValueError: If it has another size than stated, or is missing.
+        """
         path = self.path / file.name
         if not path.is_file() or path.stat().st_size != file.size:
             raise ValueError(f"{path} is damaged (not {file.size} bytes); remove {self.path}, and prepare the data again")
@@ -59,15 +67,16 @@ class LocalFolder:
         return np.memmap(path, dtype=file.dtype, mode="r").view(np.ndarray)
 
     def read_whole(self, files: Sequence[File]) -> list[np.ndarray]:
+        """Return files as arrays."""
         return [self.array(file) for file in files]
 
     def read(self, parts: Sequence[tuple[np.ndarray, int, int]]) -> list[np.ndarray]:
-        """Elements start to stop of arrays."""
+        """Return elements start to stop of each (array, start, stop)."""
         return [array[start:stop] for array, start, stop in parts]
 
 
 class RemoteFolder:
-    """A folder of a bucket, of whose files at most `cache_mib` stay in memory."""
+    """A folder of a bucket; at most `cache_mib` MiB of its files stay in memory."""
 
     def __init__(self, url: str, cache_mib: int, block: int = _BLOCK) -> None:
         self.path = url
@@ -80,24 +89,33 @@ class RemoteFolder:
         self._threads = ThreadPoolExecutor(_REQUESTS, "range")
 
     def text(self, name: str) -> bytes:
+        """Return the content of a file."""
         return self._threads.submit(self._read, name, _WAITS).result()
 
     def array(self, file: File) -> RemoteArray:
+        """Return the file as an array of which slices can be read; nothing is fetched yet."""
         return RemoteArray(self, file)
 
     def read_whole(self, files: Sequence[File]) -> list[np.ndarray]:
-        """Files as arrays in memory, without a part of them in the cache. Raises ValueError where one has another size."""
+        """Return files as arrays in memory, bypassing the cache.
+
+        Raises:
+            ValueError: If a file has another size than stated.
+        """
         keys = [[(file, number) for number in self._numbers(0, file.size)] for file in files]
         blocks = self._threads.map(lambda key: self._block(*key), itertools.chain(*keys))
         return [np.frombuffer(b"".join(next(blocks) for _ in mine), file.dtype) for file, mine in zip(files, keys, strict=True)]
 
     def read(self, parts: Sequence[tuple[RemoteArray, int, int]]) -> list[np.ndarray]:
-        """Elements start to stop of arrays. Their blocks are fetched several at a time, and no more of them than the cache
-        holds, so that each is fetched once."""
+        """Return elements start to stop of each (array, start, stop).
+
+        Blocks are fetched several at a time, but never more of them than the cache holds, so that each is fetched only once.
+        """
         spans = [(array.file, a * array.dtype.itemsize, b * array.dtype.itemsize) for array, a, b in parts]
         wanted = [[(file, number) for number in self._numbers(start, stop)] for file, start, stop in spans]
+        # Collect parts into groups whose blocks fit into the cache together, then fetch the blocks of a group in parallel.
         found: dict[int, np.ndarray] = {}
-        todo = sorted(range(len(parts)), key=wanted.__getitem__, reverse=True)  # neighbours together
+        todo = sorted(range(len(parts)), key=wanted.__getitem__, reverse=True)  # parts that share blocks become neighbours
         while todo:
             group = [todo.pop()]
             keys = dict.fromkeys(wanted[group[0]])
@@ -113,10 +131,11 @@ class RemoteFolder:
         return [found[i] for i in range(len(parts))]
 
     def _numbers(self, start: int, stop: int) -> range:
-        """Numbers of the blocks that hold bytes start to stop."""
+        """Return the numbers of the blocks that contain the bytes start to stop."""
         return range(start // self._block_size, -(-stop // self._block_size)) if start < stop else range(0)
 
     def _block(self, file: File, number: int) -> bytes:
+        """Fetch a block of a file. Raises ValueError if the file has another size than stated."""
         start = number * self._block_size
         stop = min(start + self._block_size, file.size)
         found = self._read(file.name, _WAITS + _LATER_WAITS, start=start, end=stop)
@@ -125,9 +144,14 @@ class RemoteFolder:
         return found
 
     def _read(self, name: str, waits: tuple[float, ...], **part: int) -> bytes:
-        """A file, or bytes `start` to `end` of it. Called in a thread of the pool, so that the end of the program ends a wait.
+        """Fetch a file, or its bytes `start` to `end`, with retries.
 
-        Raises FileNotFoundError, PermissionError, and OSError for what goes wrong again and again: of a part ConnectionError.
+        It is called in a thread of the pool, so that a wait ends when the program ends.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            PermissionError: If access is refused.
+            OSError: If all retries fail; a ConnectionError for a part of a file, since a new start may succeed.
         """
         path = f"{self.path}/{name}"
         for wait in (*waits, None):
@@ -135,13 +159,15 @@ class RemoteFolder:
                 raise OSError(f"{path} is not read any more: the program ends")
             try:
                 return self._files.cat_file(f"{self._root}/{name}", **part, **self._timeout)
-            except Exception as error:  # each file system has its own
+            except Exception as error:  # each file system has its own exceptions
                 if part and isinstance(error, OSError) and error.errno == errno.EINVAL:
-                    return b""  # how S3 answers a range behind the end
+                    return b""  # S3's answer to a range beyond the end
                 refusal = fault(path, error)
                 if isinstance(refusal, FileNotFoundError | PermissionError):
                     raise refusal from error
-                if wait is None:  # a store that has answered before is worth starting again for
+                if (
+                    wait is None
+                ):  # parts are read after the store has answered once, so a ConnectionError says that a new start may succeed
                     raise (ConnectionError(str(refusal)) if part else refusal) from error
                 log.warning("%s: %s; once more in %g s", path, reason(error), wait)
                 _ending.wait(wait)
@@ -149,15 +175,16 @@ class RemoteFolder:
 
 
 class RemoteArray:
-    """A file of a bucket as an array of which slices are read."""
+    """A file in a bucket as an array; slices are fetched when they are read."""
 
     def __init__(self, folder: RemoteFolder, file: File) -> None:
         self._folder, self.file, self.dtype = folder, file, np.dtype(file.dtype)
 
     def __getitem__(self, part: slice) -> np.ndarray:
+        """Fetch the elements of a slice."""
         return self._folder.read([(self, part.start, part.stop)])[0]
 
 
 def open_folder(path: str, cache_mib: int) -> LocalFolder | RemoteFolder:
-    """`RemoteFolder` where the path is a URL."""
+    """Open a folder: a `RemoteFolder` if the path is a URL, otherwise a `LocalFolder`."""
     return RemoteFolder(path, cache_mib) if "://" in path else LocalFolder(path)

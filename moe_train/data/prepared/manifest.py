@@ -1,4 +1,4 @@
-"""`manifest.json`, beside every prepared set: which files it was made from, by which rules, and one hash over all of it."""
+"""The `manifest.json` of a prepared set: the files it was made from, the rules that made it, and one hash over all of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moe_train.machine.files import write_text
 
 NAME = "manifest.json"
+"""File name of the manifest."""
 
 
 class _Entry(BaseModel):
+    """A strict, immutable part of the manifest."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SourceFile(_Entry):
-    """A place of a source and what came out of it: a file, a data set of the hub, or a caller's own records.
+    """A place of a source and its yield: a file, a data set of the hub, or a caller's own records.
 
-    sha256: of the file, or the identity of a caller's records; None for a data set of the hub, which its path pins.
-    tokens: ids, BOS and EOS included.
+    sha256: of the file, or the identity of a caller's records; None for a data set of the hub, which its path pins. size: in
+    bytes, for files. tokens: number of ids, BOS and EOS included.
     """
 
     path: str
@@ -34,9 +37,10 @@ class SourceFile(_Entry):
 
 
 class ShardEntry(_Entry):
-    """A folder beside the manifest. spans: (file, first byte, last byte or null, first line), as records stand in it.
+    """A folder next to the manifest with the ids of consecutive records.
 
-    examples: sequences of ids, of which a record gives none (no text), one, or several.
+    spans: (index of the file, first byte, last byte or null, first line), in the order of the records. examples: number of
+    sequences of ids; a record gives none (no text), one, or several. sizes: file name -> bytes.
     """
 
     name: str
@@ -48,7 +52,10 @@ class ShardEntry(_Entry):
 
 
 class Rules(_Entry):
-    """What made ids of records. record: the section of the config; libraries: their versions."""
+    """The rules that turn records into ids.
+
+    record: the config section of the record kind. libraries: library name -> version.
+    """
 
     record: dict[str, Any]
     template_sha256: str | None
@@ -56,7 +63,11 @@ class Rules(_Entry):
 
 
 class Manifest(_Entry):
-    """loss_tokens: ids that bear loss; empty: records without text, left out; too_long: what the config said of such."""
+    """The description of a prepared set.
+
+    empty: number of records without text, which are left out. loss_tokens: number of ids that are trained on. too_long: the
+    config's setting for records that are too long.
+    """
 
     layout: Literal[2] = 2
     hash: str = ""
@@ -76,16 +87,27 @@ class Manifest(_Entry):
     shards: tuple[ShardEntry, ...]
 
     def sealed(self) -> Self:
-        """With its hash, which covers everything but where the files lie and what is done with records that are too long."""
+        """Return the manifest with its hash, which covers everything except the paths of files and the handling of records that are
+        too long.
+        """
         said = self.model_dump(mode="json", exclude={"hash": True, "too_long": True, "files": {"__all__": {"path"}}})
         return self.model_copy(update={"hash": _sha256(said)})
 
     def write(self, directory: Path) -> None:
+        """Write the manifest into a folder."""
         write_text(directory / NAME, self.model_dump_json(indent=1) + "\n")
 
 
 def read(text: str | bytes, where: str) -> Manifest:
-    """Raises ValueError in one line where it is not a manifest, of another layout, or not as it was written."""
+    """Parse and verify a manifest.
+
+    Args:
+        text: The content of the file.
+        where: The file's path, for messages.
+
+    Raises:
+        ValueError: In one line, if the text is not a manifest, has another layout, or was changed after it was written.
+    """
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -98,15 +120,16 @@ def read(text: str | bytes, where: str) -> Manifest:
 
 
 def hash_of_all(manifests: list[Manifest]) -> str:
-    """One hash over the prepared sets that a run learns from."""
+    """Return one hash over the prepared sets that a run trains on."""
     return manifests[0].hash if len(manifests) == 1 else _sha256([manifest.hash for manifest in manifests])
 
 
 def text_of_all(manifests: list[Manifest]) -> str:
-    """JSON: that hash, and the manifests under `sets`."""
+    """Return JSON with that hash under `hash`, and the manifests under `sets`."""
     sets = [manifest.model_dump(mode="json") for manifest in manifests]
     return json.dumps({"hash": hash_of_all(manifests), "sets": sets}, indent=1, ensure_ascii=False) + "\n"
 
 
 def _sha256(said: Any) -> str:
+    """Return the sha256 of a value's JSON form."""
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A source in parts that are tokenized one by one: what each holds, and a key that says whether it was made before."""
+"""Divide a source into shards that are tokenized one by one, each with a key that tells whether it was made before."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from typing import NamedTuple
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource, Span
 
-_SMALLEST = 1 << 22  # bytes of files that share a shard
+_SMALLEST = 1 << 22  # small files share a shard of up to this many bytes
 
 
 class Shard(NamedTuple):
-    """key: a hash of the content and of what is made of it, wherever the files lie."""
+    """A part of a source that is tokenized at once."""
 
     key: str
+    """A hash of the content and of how it is tokenized; it does not depend on where the files are."""
     spans: tuple[Span, ...]
 
 
 def cut(source: OpenSource, scans: list[Scan], made_of: str, smallest: int = _SMALLEST) -> list[Shard]:
-    """The shards of a source in order: parts of large places, and several small files in one.
+    """Divide a source into shards, in order: parts of large places, and several small files in one.
 
-    made_of: what decides the ids of a record, besides its content.
+    Args:
+        source: The source.
+        scans: The scan of each of its places.
+        made_of: Text that describes everything besides the content that decides the ids of a record.
+        smallest: Bytes up to which small files share a shard.
     """
     groups: list[list[Span]] = []
     room = 0
@@ -41,4 +46,5 @@ def cut(source: OpenSource, scans: list[Scan], made_of: str, smallest: int = _SM
 
 
 def _key(made_of: str, contents: list[list[str | int | None]]) -> str:
+    """Return the key of a shard."""
     return hashlib.sha256(json.dumps([made_of, contents]).encode()).hexdigest()[:32]

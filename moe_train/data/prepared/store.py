@@ -1,4 +1,4 @@
-"""A prepared set: ids on disk or in a bucket, by the number of their example."""
+"""A prepared set: token ids on local disk or in a bucket, accessed by the index of their example."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """Positions start to start + length of an example: each an id to see and the next one to predict."""
+    """Positions start to start + length of an example; at each position one id is the input and the next one the target."""
 
     example: int
     start: int
@@ -28,9 +28,15 @@ class Piece(NamedTuple):
 
 
 class TokenStore:
-    """N examples, ids of which are read when asked for.
+    """A prepared set of N examples, whose ids are read on demand.
 
-    manifest: what the set is; source: its records as they are now, for messages (None: what the manifest says of them).
+    Args:
+        path: The folder, local or in a bucket.
+        source: The records as they are now, for messages; None to use what the manifest says about them.
+        cache_mib: MiB of a bucket's files that stay in memory.
+
+    Attributes:
+        manifest: The description of the set.
     """
 
     def __init__(self, path: str | Path, source: OpenSource | None = None, cache_mib: int = 1024) -> None:
@@ -44,19 +50,26 @@ class TokenStore:
         self.manifest: Manifest = manifest.read(text, f"{self.path}/{manifest.NAME}")
         self._source = source
         counts = [shard.examples for shard in self.manifest.shards]
-        self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # example of each shard
-        self._open = functools.lru_cache(256)(self._shard)  # files stay few, however many shards there are
+        self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first example of each shard
+        self._open = functools.lru_cache(256)(self._shard)  # bounds the number of open files
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return self.manifest.examples
 
     def warn_of_cache(self, window: int | None) -> None:
-        """Warn if the records that are shuffled together (`window` positions, None: all) do not fit in memory, so that almost
-        each is fetched as a block of its own."""
+        """Warn if the records that are shuffled together do not fit into the cache.
+
+        In that case almost every record is fetched with a block of its own.
+
+        Args:
+            window: Positions that are shuffled together; None for all.
+        """
         if not isinstance(self._folder, RemoteFolder):
             return
         size = sum(shard.sizes[name] for shard in self.manifest.shards for name in ("tokens", "loss_mask") if name in shard.sizes)
         a_token = size / self.manifest.tokens
+        # Two windows are in use at once when a batch crosses from one window to the next.
         at_once = size if window is None else min(size, 2 * window * a_token)
         if at_once > self._folder.cache_bytes:
             log.warning(
@@ -67,32 +80,32 @@ class TokenStore:
             )
 
     def lengths(self) -> np.ndarray:
-        """(N,) positions that an example takes in a sequence: one less than its ids, as the last is only a target."""
+        """Return (N,) the positions that each example takes in a row: one less than its ids, since the last id is only a target."""
         offsets = self._folder.read_whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
         return np.concatenate([np.diff(ends) - 1 for ends in offsets])
 
     def _shard(self, number: int) -> tuple[Any, Any, Any]:
-        """(ids, loss mask or None, offsets) of a shard."""
+        """Open the arrays of a shard: ids, loss mask (None if all are trained on) and offsets."""
         shard = self.manifest.shards[number]
         mask = self._folder.array(_file(shard, "loss_mask", "bool")) if "loss_mask" in shard.sizes else None
         tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
         return tokens, mask, self._folder.array(_file(shard, "offsets", "int64"))
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """The ids (length + 1,) of each piece and their loss mask (None where every id bears loss)."""
+        """Return the ids (length + 1,) of each piece, and their loss mask (None if all are trained on)."""
         located = self._located(pieces)
         parts = [(array, a, b) for tokens, mask, a, b in located for array in (tokens, mask) if array is not None]
         found = iter(self._folder.read(parts))
         return [(next(found), None if mask is None else next(found)) for _, mask, _, _ in located]
 
     def masks(self, pieces: Sequence[Piece]) -> list[np.ndarray | None]:
-        """The loss masks of `read` alone."""
+        """Return only the loss masks that `read` returns."""
         located = self._located(pieces)
         found = iter(self._folder.read([(mask, a, b) for _, mask, a, b in located if mask is not None]))
         return [None if mask is None else next(found) for _, mask, _, _ in located]
 
     def _located(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
-        """(ids, loss mask or None, start, stop) of each piece."""
+        """Return the ids, the loss mask (or None), the start and the stop of each piece in its shard's arrays."""
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         opened = [self._open(number) for number in shards]
         rows = [int(piece.example - self._first[number]) for number, piece in zip(shards, pieces, strict=True)]
@@ -102,7 +115,7 @@ class TokenStore:
         return [(tokens, mask, a, b) for (tokens, mask, _), a, b in zip(opened, starts, ends, strict=True)]
 
     def origin(self, example: int) -> Origin:
-        """Where the record of an example stands in the source."""
+        """Return the location of an example's record in the source."""
         number = int(np.searchsorted(self._first, example, side="right")) - 1
         shard = self.manifest.shards[number]
         pairs = self._folder.array(_file(shard, "origins", "int64"))
@@ -111,11 +124,11 @@ class TokenStore:
         return Origin(shard.spans[span][0], line)
 
     def place(self, origin: Origin) -> str:
-        """The name of the file, or of whatever else the record is from."""
+        """Return the name of the file, or of another kind of place, that a record is from."""
         return self.manifest.files[origin.place].path if self._source is None else self._source.names[origin.place]
 
     def where(self, example: int) -> str:
-        """Where the record of an example comes from, for messages: `path:line`, or `path: row N`."""
+        """Return where an example's record comes from, for messages: `path:line`, or `path: row N`."""
         origin = self.origin(example)
         if self._source is not None:
             return self._source.where(origin)
@@ -124,4 +137,5 @@ class TokenStore:
 
 
 def _file(shard: ShardEntry, name: str, dtype: str) -> File:
+    """Return a file of a shard."""
     return File(f"{shard.name}/{name}", dtype, shard.sizes[name])

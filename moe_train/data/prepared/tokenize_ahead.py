@@ -1,8 +1,8 @@
-"""Tokenizing ahead: each source once, shard by shard, one process per shard; what is done stays done, whatever happens.
+"""Tokenize ahead of training: each source once, shard by shard, one process per shard. Finished shards survive any failure.
 
 CACHE/tokens-KEY/manifest.json, SHARD/…     a prepared set
-      tokens-KEY.unfinished/SHARD/…         one that is being made, or was when its process died
-      scans/                                hashes of files that did not change since
+      tokens-KEY.unfinished/SHARD/…         a set in progress, or one whose process died
+      scans/                                hashes of files that have not changed since
 """
 
 from __future__ import annotations
@@ -37,16 +37,20 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _RULES = 4
-"""Goes up with every change of what ids a record gives, so that older ones are made again."""
+"""Version of the rules that turn a record into ids. Increase it with every change of the ids, so that old sets are made again."""
 
 
 class Progress(NamedTuple):
-    """Where `prepare` is: shards done and in all, and what those of this call have read and made so far."""
+    """The progress of `prepare`."""
 
     done: int
+    """Number of finished shards."""
     shards: int
+    """Number of shards in total."""
     records: int
+    """Number of records that this call has read so far."""
     tokens: int
+    """Number of tokens that this call has made so far."""
 
 
 def prepare(
@@ -58,10 +62,24 @@ def prepare(
     num_proc: int = 1,
     shown: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """Return the folder in `cache_dir` with the tokens of `records` (those of `source`), made first where it is not there.
+    """Tokenize a source, unless that has been done, and return the folder with its tokens.
 
-    Several processes may ask at the same time: one makes them, the others wait. What a killed process had done is kept.
-    Raises ValueError with its origin for a record that cannot be used, and where no record has any text.
+    Several processes may call this at the same time: one does the work, and the others wait. The finished shards of a process that
+    was killed are reused.
+
+    Args:
+        source: The config section of the source.
+        records: The opened source.
+        tokenizer: The tokenizer.
+        template: The chat template; None if there is none.
+        cache_dir: The folder for prepared sets.
+        num_proc: Number of processes.
+        shown: A function that is called with the progress; None to log it.
+
+    Raises:
+        ValueError: If a record cannot be used (with its origin), if no record has any text, if the source changes while it is
+            read, or if it cannot be passed to other processes.
+        RuntimeError: If a process was killed.
     """
     cache = Path(cache_dir)
     scans = records.scan(cache / "scans")
@@ -77,9 +95,9 @@ def prepare(
             return directory
         unfinished = directory.with_suffix(".unfinished")
         unfinished.mkdir(exist_ok=True)
-        for torn in unfinished.glob(".*.unfinished-*"):  # by a process that was killed
+        for torn in unfinished.glob(".*.unfinished-*"):  # left by a process that was killed
             shutil.rmtree(torn)
-        every = {shard.key: shard for shard in shards}  # two files may hold the same
+        every = {shard.key: shard for shard in shards}  # two files may have the same content
         todo = [shard for shard in every.values() if not ((unfinished / shard.key).exists() or _taken(shard, unfinished, cache))]
         places = ", ".join(records.names[:3]) + (", …" if len(records.names) > 3 else "")
         if todo:
@@ -89,8 +107,9 @@ def prepare(
             recipe = Recipe(records, source.record, tokenizer, template)
             _tokenize(unfinished, todo, len(every), source, recipe, num_proc, shown or _Log())
         finally:
-            if not any(unfinished.iterdir()):  # no work worth keeping
+            if not any(unfinished.iterdir()):  # no finished shard to keep
                 unfinished.rmdir()
+        # A second scan detects files that were changed while they were tokenized.
         if records.scan(cache / "scans") != scans:
             raise ValueError(f"{places}: records were changed while they were read; start again when nothing writes to them")
         manifest = _manifest(unfinished, shards, scans, records, source, tokenizer, rules)
@@ -103,18 +122,19 @@ def prepare(
 
 
 def _rules(record: config.Record, template: str | None) -> Rules:
+    """Return the rules that turn records into ids, for the manifest."""
     return Rules(
-        record=record.model_dump(mode="json", exclude={"too_long"}),  # too_long is a matter of packing
+        record=record.model_dump(mode="json", exclude={"too_long"}),  # too_long matters only for packing
         template_sha256=None if template is None or record.name == "text" else hashlib.sha256(template.encode()).hexdigest(),
         libraries={name: importlib.metadata.version(name) for name in ("tokenizers", "mistral-common", "jinja2")},
     )
 
 
 def _taken(shard: Shard, unfinished: Path, cache: Path) -> bool:
-    """Whether another set has the same shard, whose files are then used for this one too."""
+    """Return whether another set has the same shard; if so, link its files into this one."""
     for other in cache.glob(f"tokens-*/{shard.key}"):
         beside = unfinished / f".{shard.key}.unfinished-link"
-        with contextlib.suppress(FileNotFoundError):  # the other set was just removed
+        with contextlib.suppress(FileNotFoundError):  # the other set was removed meanwhile
             shutil.copytree(other, beside, copy_function=_link)
             beside.rename(unfinished / shard.key)
             return True
@@ -122,14 +142,16 @@ def _taken(shard: Shard, unfinished: Path, cache: Path) -> bool:
 
 
 def _link(file: str, beside: str) -> None:
+    """Create a hard link, or a copy if the file system has no hard links."""
     try:
         os.link(file, beside)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         shutil.copy2(file, beside)
 
 
 @contextlib.contextmanager
 def _only_one(lock: Path) -> Iterator[None]:
+    """Hold an exclusive lock, so that one process at a time makes a set."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -145,6 +167,7 @@ def _manifest(
     tokenizer: Tokenizer,
     rules: Rules,
 ) -> Manifest:
+    """Build the manifest from the facts that each shard recorded."""
     facts = [json.loads((directory / shard.key / "facts.json").read_text()) for shard in shards]
     counts = [[0, 0] for _ in records.places]
     for shard, fact in zip(shards, facts, strict=True):
@@ -184,6 +207,7 @@ def _tokenize(
     num_proc: int,
     shown: Callable[[Progress], None],
 ) -> None:
+    """Tokenize the shards in `todo`, in this process or in several."""
     now = Progress(num_shards - len(todo), num_shards, 0, 0)
     if num_proc == 1 or len(todo) == 1:
 
@@ -219,10 +243,10 @@ def _tokenize(
 
 
 def _submitted(pool: ProcessPoolExecutor, directory: Path, todo: list[Shard], recipe: Recipe) -> set[Future[None]]:
-    """Start the processes of the pool, to which the source is pickled, and give them the shards."""
+    """Start the pool's processes, to which the source is pickled, and submit the shards."""
     try:
         return {pool.submit(_work, directory / shard.key, shard) for shard in todo}
-    except Exception as error:  # an object can refuse to be pickled with any error
+    except Exception as error:  # an object can raise anything when it is pickled
         raise ValueError(
             f"{', '.join(recipe.records.names[:3])}: the records cannot be passed to other processes ({error}); "
             "set data.num_proc to 1, or make the object picklable"
@@ -230,6 +254,8 @@ def _submitted(pool: ProcessPoolExecutor, directory: Path, todo: list[Shard], re
 
 
 class _Worker(NamedTuple):
+    """The state of a worker process."""
+
     recipe: Recipe
     told: Told
 
@@ -238,6 +264,7 @@ _worker: _Worker | None = None
 
 
 def _begin(source: config.RecordSource, tokenizer: Tokenizer, template: str | None, shared: Any) -> None:
+    """Set up a worker process."""
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
@@ -251,7 +278,7 @@ def _begin(source: config.RecordSource, tokenizer: Tokenizer, template: str | No
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed says nothing to the processes that it started."""
+    """End this process when its parent ends: a parent that is killed cannot tell the processes that it started."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -259,12 +286,13 @@ def _end_with_parent() -> None:
 
 
 def _work(directory: Path, shard: Shard) -> None:
+    """Tokenize a shard in a worker process."""
     assert _worker is not None
     write_shard(directory, shard, *_worker)
 
 
 class _Log:
-    """Progress as a line every ten seconds."""
+    """Logs the progress in one line every ten seconds."""
 
     def __init__(self) -> None:
         self._start = self._said = time.monotonic()

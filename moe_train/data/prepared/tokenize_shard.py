@@ -1,10 +1,10 @@
-"""Records to ids on disk: one shard of a source, streamed through flat memory, there whole or not at all.
+"""Tokenize one shard of a source to disk, streaming in constant memory; a shard appears completely or not at all.
 
-SHARD/tokens      uint16 or uint32: the ids of all examples end to end
-      loss_mask   bool for each id; not there where every id bears loss
+SHARD/tokens      uint16 or uint32: the ids of all examples, concatenated
+      loss_mask   bool for each id; absent if all are trained on
       offsets     int64, one more than examples: example i is tokens[offsets[i]:offsets[i + 1]]
-      origins     int64 pairs: in which span of the shard an example stands, and on which line (or row)
-      facts.json  what the manifest says of it
+      origins     int64 pairs: for each example, the span of the shard and the line (or row) it is from
+      facts.json  what the manifest records about the shard
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from moe_train.data.records.source import OpenSource, Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory
 
-Told = Callable[[int, int], None]  # of records and tokens more
-_FLUSH = 1 << 16  # ids held before they are written
+Told = Callable[[int, int], None]  # called with the numbers of records and tokens since the last call
+_FLUSH = 1 << 16  # ids buffered before they are written
 
 
 class Recipe(NamedTuple):
-    """How the records of a source become ids."""
+    """Everything that decides how the records of a source become ids."""
 
     records: OpenSource
     record: config.Record
@@ -44,7 +44,14 @@ class Recipe(NamedTuple):
 def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> None:
     """Tokenize a shard into the new folder `directory`.
 
-    Raises ValueError with its origin for the first record that cannot be used.
+    Args:
+        directory: The folder to create.
+        shard: The shard.
+        recipe: How to read and tokenize its records.
+        told: A function that is called with the numbers of new records and tokens.
+
+    Raises:
+        ValueError: With its origin, for the first record that cannot be used.
     """
     records, record, tokenizer, template = recipe
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -86,7 +93,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> No
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the collector of cycles: records hold none, and it would look through thousands of them again and again."""
+    """Disable the garbage collector: records contain no cycles, and it would scan thousands of them again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +104,7 @@ def _uncollected() -> Iterator[None]:
 
 
 class _Arrays:
-    """The files of a shard, growing by some thousand ids at a time."""
+    """The files of a shard, written some thousand ids at a time."""
 
     def __init__(self, directory: Path, dtype: str, masked: bool) -> None:
         self._directory = directory
@@ -110,6 +117,7 @@ class _Arrays:
         return self
 
     def add(self, example: Example, origin: tuple[int, int]) -> None:
+        """Append an example and its origin (span, line)."""
         held = self._held
         held["tokens"].fromlist(example.tokens)
         if example.loss_mask is not None:
@@ -122,6 +130,7 @@ class _Arrays:
             self._flush()
 
     def _flush(self) -> None:
+        """Write the buffered numbers to the files."""
         self.loss_tokens += self._held["loss_mask"].count(1) if "loss_mask" in self._held else len(self._held["tokens"])
         for name, numbers in self._held.items():
             self._files[name].write(numbers)

@@ -1,4 +1,4 @@
-"""Copy prepared sets to where several machines read them."""
+"""Copy prepared sets to a place that several machines read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from moe_train.data.prepared.manifest import NAME
 
 
 def upload(directory: str, to: str) -> str:
-    """Copy a prepared set into the folder or bucket `to` (any file system of fsspec); return where it is now.
+    """Copy a prepared set into a folder or bucket.
 
-    The manifest comes last, so that a set with a manifest is complete; shards that are there already stay.
-    Raises ValueError, FileNotFoundError, PermissionError or OSError in one line.
+    The manifest is copied last, so a set with a manifest is complete. Shards that are already there are not copied again.
+
+    Args:
+        directory: The prepared set.
+        to: The folder or bucket (any file system of fsspec).
+
+    Returns:
+        The path or URL of the copy.
+
+    Raises:
+        ValueError: In one line, if the URL cannot be opened.
+        FileNotFoundError: If the bucket or a file is missing.
+        PermissionError: If access is refused.
+        OSError: If the store cannot be reached.
     """
     files, root = open_files(to)
     name = Path(directory).name
@@ -23,14 +35,15 @@ def upload(directory: str, to: str) -> str:
             shards = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != NAME)
             for path in [*shards, Path(directory) / NAME]:
                 _copy(path, files, f"{target}/{path.relative_to(directory).as_posix()}")
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system has its own exceptions
         raise fault(to, error) from error
     return f"{to.rstrip('/')}/{name}"
 
 
 def _copy(path: Path, files: Any, goal: str) -> None:
+    """Copy a file, unless the target exists with the same size; the manifest is always copied."""
     if path.name != NAME and files.exists(goal) and files.size(goal) == path.stat().st_size:
         return
-    if not files.async_impl:  # a store of objects has no folders, and would make a bucket of a misspelt name
+    if not files.async_impl:  # an object store has no folders, and would create a bucket for a misspelt name
         files.makedirs(goal.rpartition("/")[0], exist_ok=True)
     files.put_file(str(path), goal)

@@ -1,1 +1,1 @@
-"""Files to records: each format that is read, and where a record stands in its file."""
+"""Readers of records: each supported file format, and where a record is in its file."""

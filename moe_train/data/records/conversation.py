@@ -1,22 +1,22 @@
-"""Every spelling of a record as one form: plain text, or a conversation of messages with its tools.
+"""Normal form of records: every supported spelling becomes plain text, or a conversation of messages with its tools.
 
-    section = recognise(fields)                 # a config.Record that suits the record, by its columns
+    section = recognise(fields)                 # a config.Record that fits the record, by its columns
     normalise(fields, section)                  # str | Conversation
 
-Spellings, `…` being a list:
+Supported spellings (`…` stands for a list):
 
 | columns | |
 |---|---|
 | `text` or `content` | plain text |
 | `messages: […]`, `tools: […]` | OpenAI's and Mistral's; also `interactions`, `available_tools`, `system_prompt` |
-| `conversations: [{from, value}]` | ShareGPT's: human, gpt, system, function_call, observation; a column `system` beside |
-| `prompt`, `completion` or `question`, `answer` | one turn each; two lists of messages too (those of the prompt bear no loss) |
+| `conversations: [{from, value}]` | ShareGPT's: human, gpt, system, function_call, observation; optionally a column `system` |
+| `prompt`, `completion` or `question`, `answer` | one turn each; also two lists of messages (the loss skips those of the prompt) |
 
-The one form is OpenAI's: messages with `role` (system, user, assistant, tool), `content`, and where they are there
-`weight`, `tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id`, `name`; tools
-[{type: function, function: {name, description, parameters}}]. Keys that hold null are left out, as columnar files fill
-nulls in. `normalise` renames and nests, and judges nothing that it need not understand: an unknown role or a call
-without a result passes, for `rules` to find. Both training and `check` read records through it.
+The normal form is OpenAI's. Messages have `role` (system, user, assistant, tool), `content`, and optionally `weight`,
+`tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id` and `name`. Tools are
+[{type: function, function: {name, description, parameters}}]. Keys with the value null are left out, because columnar files
+fill missing keys with null. `normalise` only renames and nests, and rejects only what it cannot interpret: an unknown role,
+or a call without a result, passes and is found later by `rules`. Training and `check` both read records through this file.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from moe_train import config
 from moe_train.data.records.problem import Problem, brief, field, text_field
 
 Message = dict[str, Any]
+"""A message in the normal form; see the top of this file."""
 
 _TEXT = ("text", "content")
 _MESSAGES = ("messages", "interactions", "conversations")
@@ -43,14 +44,18 @@ _SHAREGPT = {
 
 
 class Conversation(NamedTuple):
-    """Messages and tools in the one form (see the top of this file)."""
+    """Messages and tools in the normal form; see the top of this file."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]
 
 
 def recognise(fields: Mapping[str, Any]) -> config.Record:
-    """The record section that suits a record, by its columns. Raises Problem where none does, or two do."""
+    """Return the record section that fits a record, by its columns.
+
+    Raises:
+        Problem: If no section fits, or two do.
+    """
     present = {name for name, value in fields.items() if value is not None}
     for column in _MESSAGES:
         if column in present:
@@ -78,7 +83,15 @@ def recognise(fields: Mapping[str, Any]) -> config.Record:
 
 
 def normalise(fields: Mapping[str, Any], record: config.Record) -> str | Conversation:
-    """The text, or the conversation, of a record read as `record` says. Raises Problem for what has no such form."""
+    """Convert a record to its text or its conversation.
+
+    Args:
+        fields: The columns of the record.
+        record: The section that says how to read them.
+
+    Raises:
+        Problem: If the record has no normal form.
+    """
     match record:
         case config.TextRecord(column=column):
             if column in _TEXT and len(fields) > 1 and all(fields.get(name) is not None for name in _TEXT):
@@ -91,7 +104,7 @@ def normalise(fields: Mapping[str, Any], record: config.Record) -> str | Convers
 
 
 def columns(record: config.Record) -> tuple[str, ...]:
-    """The columns that `normalise` may take from a record."""
+    """Return the columns that `normalise` may read from a record."""
     match record:
         case config.TextRecord(column=column):
             return tuple(dict.fromkeys((column, *_TEXT))) if column in _TEXT else (column,)
@@ -102,7 +115,10 @@ def columns(record: config.Record) -> tuple[str, ...]:
 
 
 def denormalise(fields: Mapping[str, Any], conversation: Conversation, record: config.Record) -> dict[str, Any]:
-    """`fields` with the conversation in place of what it was read from: in the one form, or in the columns of two texts."""
+    """Return `fields` with an edited conversation in place of the columns that it was read from.
+
+    A completion record with two texts keeps its two columns; any other conversation is written in the normal form.
+    """
     if isinstance(record, config.CompletionRecord) and isinstance(fields[record.prompt], str):
         turns = {record.prompt: conversation.messages[0]["content"], record.completion: conversation.messages[1]["content"]}
         return {**fields, **turns}
@@ -111,10 +127,12 @@ def denormalise(fields: Mapping[str, Any], conversation: Conversation, record: c
 
 
 def _message_columns(record: config.ChatRecord) -> tuple[str, ...]:
+    """Return the columns in which the messages of a record may be."""
     return _MESSAGES if record.column == "messages" else (record.column,)
 
 
 def _conversation(fields: Mapping[str, Any], record: config.ChatRecord) -> Conversation:
+    """Read a chat record: its messages, a system prompt in a column of its own, and its tools."""
     if len(fields) == 1 and record.column in fields:
         return Conversation(_messages(fields[record.column], record.column, record), [])
     names = [name for name in _message_columns(record) if fields.get(name) is not None]
@@ -132,8 +150,10 @@ def _conversation(fields: Mapping[str, Any], record: config.ChatRecord) -> Conve
 
 
 def _completion(prompt: Any, completion: Any, record: config.CompletionRecord) -> Conversation:
+    """Read a completion record, whose prompt and completion are texts or lists of messages."""
     if isinstance(prompt, list) and isinstance(completion, list):
         plain = config.ChatRecord(name="chat")
+        # The loss covers the completion only, so assistant messages of the prompt get weight 0.
         before = [
             message | {"weight": 0} if message.get("role") == "assistant" else message
             for message in _messages(prompt, record.prompt, plain)
@@ -146,6 +166,7 @@ def _completion(prompt: Any, completion: Any, record: config.CompletionRecord) -
 
 
 def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Message]:
+    """Convert a list of messages of any supported spelling to the normal form."""
     if isinstance(value, tuple):
         value = list(value)
     if not isinstance(value, list) or not value:
@@ -155,7 +176,7 @@ def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Messag
     plain = record.role == "role" and record.content == "content" and not record.roles
     for i, entry in enumerate(value):
         if plain and _is_plain(entry):
-            messages.append(entry)  # as almost all are
+            messages.append(entry)  # the fast path for almost all messages
             continue
         if not isinstance(entry, dict):
             what = f"message {i} should be an object with role and content, not {brief(entry)}"
@@ -169,11 +190,12 @@ def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Messag
 
 
 def _is_plain(entry: Any) -> bool:
-    """Whether it is a message in the one form, with role and content alone."""
+    """Return whether an entry is already in the normal form, with only a role and a content."""
     return entry.__class__ is dict and len(entry) == 2 and isinstance(entry.get("content"), str) and entry.get("role") is not None
 
 
 def _message(entry: Message, record: config.ChatRecord) -> Message:
+    """Convert a message with `role` and `content` (or the keys that `record` names) to the normal form."""
     role = entry.get(record.role)
     renamed = {"role": record.roles.get(role, role) if isinstance(role, str) else role, "content": entry.get(record.content)}
     rest = {key: item for key, item in entry.items() if key not in (record.role, record.content, *renamed)}
@@ -192,20 +214,29 @@ def _message(entry: Message, record: config.ChatRecord) -> Message:
 
 
 def _is_text_chunk(chunk: Any) -> bool:
+    """Return whether a chunk of a content list is text."""
     return isinstance(chunk, dict) and chunk.get("type") == "text" and isinstance(chunk.get("text"), str)
 
 
 def _call(call: Any) -> Any:
+    """Convert a tool call to the normal form; anything that is not an object passes, for `rules` to find."""
     if not isinstance(call, dict):
         return call
     call = {key: item for key, item in call.items() if item is not None}
-    if "function" not in call and "name" in call:  # Mistral's own text form: {name, arguments, id}
+    if "function" not in call and "name" in call:  # Mistral's form in texts: {name, arguments, id}
         function = {key: call.pop(key) for key in ("name", "arguments") if key in call}
         call = {**call, "function": function}
     return {**call, "type": call.get("type", "function")}
 
 
 def _sharegpt(entry: Message, before: list[Message]) -> Message:
+    """Convert a ShareGPT message to the normal form.
+
+    Args:
+        entry: The message, with `from` and `value`.
+        before: The converted messages before it. ShareGPT has no call ids: calls are numbered, and a result answers the first
+            call that has none yet.
+    """
     speaker, value = entry["from"], entry.get("value")
     role = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
     rest = {"weight": entry["weight"]} if "weight" in entry else {}
@@ -221,7 +252,7 @@ def _sharegpt(entry: Message, before: list[Message]) -> Message:
         for one in call if isinstance(call, list) else [call]:
             if not isinstance(one, dict):
                 raise Problem("arguments", f"a function_call of {brief(one)} is no call", 'write {"name": …, "arguments": …}')
-            arguments = one.get("arguments", {})  # here they are part of the text, and an object as a rule
+            arguments = one.get("arguments", {})  # ShareGPT writes them inside the JSON text, usually as an object
             arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             number = sum(len(message.get("tool_calls", ())) for message in before) + len(calls)
             name = one.get("name")
@@ -229,7 +260,7 @@ def _sharegpt(entry: Message, before: list[Message]) -> Message:
         return {"role": "assistant", "tool_calls": calls, **rest}
     message = {"role": role, **({} if value is None else {"content": value}), **rest}
     if role == "tool":
-        answered = [m.get("tool_call_id") for m in before]  # of any type yet: the rules judge later
+        answered = [m.get("tool_call_id") for m in before]  # ids may have any type here; `rules` checks them
         asked = [call.get("id") for m in before for call in m.get("tool_calls", ()) if isinstance(call, dict)]
         waiting = [name for name in asked if name is not None and name not in answered]
         if waiting:
@@ -238,7 +269,8 @@ def _sharegpt(entry: Message, before: list[Message]) -> Message:
 
 
 def _tools(value: Any, column: str) -> list[Any]:
-    if isinstance(value, str):  # columnar files cannot hold a free schema
+    """Convert a list of tools, or its JSON text, to the normal form."""
+    if isinstance(value, str):  # columnar files cannot store values of varying schema, so tools are JSON text there
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -249,6 +281,7 @@ def _tools(value: Any, column: str) -> list[Any]:
 
 
 def _tool(tool: Any) -> Any:
+    """Wrap a bare function as {type: function, function}; anything else passes."""
     if not isinstance(tool, dict) or "function" in tool or "name" not in tool:
         return tool
     return {"type": "function", "function": tool}

@@ -1,4 +1,4 @@
-"""The bytes of a local file, unpacked where it is compressed, and what to say of bytes that cannot be read."""
+"""Read the bytes of local files, decompressed if needed, and describe bytes that cannot be read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,26 @@ from typing import Any
 from moe_train.data.records.problem import Problem
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-BLOCK = 1 << 20  # bytes to read at a time
-MAX_RECORD = 64 << 20  # bytes of a record; a longer one is passed over without being held
+"""File name suffixes of the supported compressions."""
+BLOCK = 1 << 20  # bytes per read
+MAX_RECORD = 64 << 20  # bytes of a record; a longer one is skipped without being kept in memory
 BOM = codecs.BOM_UTF8
 CUT_SHORT = "is it cut short? fetch or write it again"
+"""The remedy for a file that ends too early."""
 
 
 def is_compressed(file: Path) -> bool:
+    """Return whether the file name has the suffix of a compression."""
     return file.suffix.lower() in COMPRESSIONS
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """The bytes of a file, unpacked. Errors of the unpacking are raised as Problem."""
+    """Open a file for reading bytes, decompressed if needed; a context manager.
+
+    Raises:
+        Problem: If decompression fails while reading.
+    """
     try:
         with _stream(file) as stream:
             yield stream
@@ -38,6 +45,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _stream(file: Path) -> Any:
+    """Open the stream that decompresses the file."""
     match file.suffix.lower():
         case ".gz":
             return gzip.open(file)
@@ -54,16 +62,25 @@ def _stream(file: Path) -> Any:
 
 
 def utf16() -> Problem:
+    """Return the problem for a file that looks like UTF-16."""
     return Problem("not-utf-8", "not UTF-8 (it looks like UTF-16)", "save it as UTF-8: iconv -f utf-16 -t utf-8")
 
 
 def looks_like_utf16(line: bytes) -> bool:
-    """Of a line that can be decoded as UTF-8: whether about half of it is NUL, or it is the rest of a file's last line end."""
+    """Return whether a line that decodes as UTF-8 looks like UTF-16.
+
+    It does if a quarter to three quarters of its bytes are NUL, or if it is the single NUL that remains of a file's last line end.
+    """
     return line == b"\0" or 1 <= 4 * line.count(0) / len(line) <= 3
 
 
 def not_utf8(error: UnicodeDecodeError, before: int = 0) -> Problem:
-    """before: bytes of the file that stand before those that were decoded, where the message should count from its start."""
+    """Return the problem for bytes that are not UTF-8.
+
+    Args:
+        error: The decoding error.
+        before: Number of bytes of the file before those that were decoded, so that the message counts from the file's start.
+    """
     if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in error.object[:100]:
         return utf16()
     what = f"not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x} at {before + error.start})"

@@ -1,8 +1,7 @@
-"""The records of one local file in any format that is read, in flat memory; the name of a file says its format.
+"""Read the records of one local file in any supported format, in constant memory; the file name decides the format.
 
-What stands where a record should and is none comes as a `Problem` in its place, and reading goes on behind it where it
-can. JSON is read here, line by line or element by element, so that an error names its line and no column changes its
-type on the way.
+Something malformed in place of a record is returned as a `Problem`, and reading continues after it where possible. JSON is
+parsed here, line by line or element by element, so that an error names its line and no column changes its type.
 """
 
 from __future__ import annotations
@@ -21,15 +20,20 @@ FORMATS = {
     ".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
+"""File name suffix -> format."""
 
 
 def suffix(file: Path) -> str:
-    """Lower case, without that of a compression."""
+    """Return the suffix of a file name in lower case, without the suffix of a compression."""
     return Path(file.stem).suffix.lower() if is_compressed(file) else file.suffix.lower()
 
 
 def format_of(file: Path) -> str:
-    """The format that goes with a name. Raises ValueError where none does."""
+    """Return the format of a file by its name.
+
+    Raises:
+        ValueError: If no format has this suffix, or the format cannot be compressed from outside.
+    """
     kind = FORMATS.get(suffix(file))
     if kind is None:
         raise ValueError(
@@ -42,7 +46,7 @@ def format_of(file: Path) -> str:
 
 
 def is_json_lines(file: Path, kind: str) -> bool:
-    """Whether a file of format `kind` has a JSON object a line; looks into the file."""
+    """Return whether a file of format `kind` has one JSON object per line; opens the file."""
     return kind == "json" and not is_array(file)
 
 
@@ -54,10 +58,18 @@ def read(
     wanted: Sequence[str] | None = None,
     span: tuple[int, int | None, int] = (0, None, 1),
 ) -> Iterator[tuple[int, Item]]:
-    """The records of a file of format `kind`, and the line (`by_line`: text and JSON lines) or else the row of each.
+    """Read the records of a file.
 
-    text_column: what to call the text of a text file; wanted: the only columns to read of Parquet and Arrow; span: of
-    JSON lines alone, as `json_lines.blocks` has it.
+    Args:
+        file: The file.
+        kind: Its format.
+        by_line: Whether records are numbered by line (text and JSON lines) or by row.
+        text_column: The column name for the text of a text file.
+        wanted: The only columns to read from Parquet and Arrow; None for all.
+        span: The part of a JSON lines file to read, as (start, stop, line) of `json_lines.blocks`.
+
+    Yields:
+        The number of the line or row, and the record or a Problem.
     """
     match kind:
         case "text":

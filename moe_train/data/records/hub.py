@@ -1,4 +1,4 @@
-"""Records of the Hugging Face hub, read by the `datasets` library: the only ones that come over the network."""
+"""Records of the Hugging Face hub, read by the `datasets` library; this is the only source that uses the network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from moe_train.data.records.source import OpenSource, Place, Span
 
 
 class HubDataset(OpenSource):
-    """A data set at a commit, which pins its content."""
+    """A data set at a fixed commit, which pins its content."""
 
     def __init__(self, source: config.HubSource) -> None:
+        """Open a data set. Raises ValueError if the revision is a branch or a tag, whose content can change."""
         if not re.fullmatch(r"[0-9a-f]{40}", source.revision):
             raise ValueError(f"data: revision {source.revision} of {source.dataset} can move; state the commit (40 hex digits)")
         self._source = source
@@ -24,15 +25,17 @@ class HubDataset(OpenSource):
         self.places = (Place(name, name, False),)
 
     def scan(self, memory: Path) -> list[Scan]:
+        """Return one scan without a hash: the commit in the name pins the content."""
         return [Scan(None)]
 
     def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
+        """Yield the rows, counted from 1. Raises FileNotFoundError if the data set cannot be loaded."""
         import datasets
 
         source = self._source
         try:
             rows = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision)
-        except (OSError, ValueError) as error:  # the library's own errors are of these kinds
+        except (OSError, ValueError) as error:  # the library's own errors derive from these
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
                 f"{self.places[0].name} cannot be had ({reason}); fetch it where there is a network, or use files"

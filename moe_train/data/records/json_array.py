@@ -1,4 +1,4 @@
-"""Records of one JSON array, read element by element with no more than a few of them in memory."""
+"""Read the records of one JSON array element by element, with only a few of them in memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from moe_train.data.records.problem import Item, Problem, brief
 
 
 def is_array(file: Path) -> bool:
-    """Whether a JSON file is one array, not a record a line."""
+    """Return whether a JSON file is one array, rather than one record per line."""
     try:
         with opened(file) as stream:
             while block := stream.read(1 << 12):
                 text = block.removeprefix(BOM).lstrip()
                 if text:
                     return text.startswith(b"[")
-    except Problem:  # reading it says so again, with a line
+    except Problem:  # reading the records reports it again, with a line number
         pass
     return False
 
 
 def read_array(file: Path) -> Iterator[tuple[int, Item]]:
-    """The elements of the array, counted from 1; a Problem ends it where nothing behind it can be read."""
+    """Yield the elements of the array, counted from 1; a Problem ends it if nothing after it can be read."""
     number = 0
     try:
         with opened(file) as stream:
@@ -38,7 +38,7 @@ def read_array(file: Path) -> Iterator[tuple[int, Item]]:
 
 
 class _Window:
-    """The part of a stream's text that is held, where reading stands in it, and the line that its first character is on."""
+    """The part of a text stream that is in memory, and the reading position in it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -49,23 +49,32 @@ class _Window:
         self.text = self._decoded(first) if first else ""
 
     def _decoded(self, data: bytes) -> str:
+        """Decode the next bytes; a character may continue in the next block."""
         try:
             return self._decoder.decode(data, not data)
         except UnicodeDecodeError as error:
             raise not_utf8(error) from error
 
     def read_on(self, size: int) -> bool:
-        """Hold more of the text, and let go what lies before `at`, which is 0 then. False at the end of the stream."""
+        """Read more of the text and drop what is before `at`, which becomes 0. Returns False at the end of the stream."""
         data = self._stream.read(size)
         self._line = self.line_of(self.at)
         self.text, self.at = self.text[self.at :] + self._decoded(data), 0
         return bool(data)
 
     def line_of(self, at: int) -> int:
+        """Return the line number of the character at index `at`."""
         return self._line + self.text.count("\n", 0, at)
 
     def take(self, characters: str) -> bool:
-        """Pass over white space, and over the character behind it if that is one of these: whether it is."""
+        """Skip white space, and then the next character if it is one of `characters`.
+
+        Returns:
+            Whether that character was skipped.
+
+        Raises:
+            Problem: If the text ends here.
+        """
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
@@ -78,12 +87,16 @@ class _Window:
         return found
 
     def is_at_end(self) -> bool:
-        """Whether nothing but white space follows."""
+        """Return whether only white space follows."""
         return not self.text[self.at :].strip() and not any(block.strip() for block in iter(lambda: self._stream.read(BLOCK), b""))
 
 
 def _elements(window: _Window) -> Iterator[tuple[int, Item]]:
-    """Raises Problem where the array goes wrong, so that nothing behind it can be read."""
+    """Yield the elements of the array, counted from 1.
+
+    Raises:
+        Problem: If the array itself is malformed, so that nothing after this place can be read.
+    """
     parser, number = Parser(), 0
     assert window.take("["), "is_array has found it"
     while not window.take("]"):
@@ -101,11 +114,16 @@ def _elements(window: _Window) -> Iterator[tuple[int, Item]]:
 
 
 def _element(window: _Window, parser: Parser) -> tuple[Any, int]:
-    """The value that the window stands at, and where it ends there; reads on until all of it is held."""
+    """Parse the value at the window's position, reading more text until all of it is in memory.
+
+    Returns:
+        The value, and the index at which it ends.
+    """
     while True:
         try:
             value, end = parser.value(window.text, window.at)
         except json.JSONDecodeError as error:
+            # An incomplete value raises the same error as a malformed one, so read on until it parses or the limit is reached.
             held, fault = len(window.text) - window.at, error.pos - window.at
             if held > MAX_RECORD or not window.read_on(max(BLOCK, held)):
                 what = f"not JSON: {error.msg} on line {window.line_of(window.at + fault)}"
@@ -115,5 +133,5 @@ def _element(window: _Window, parser: Parser) -> tuple[Any, int]:
         else:
             if end < len(window.text):
                 return value, end
-            if not window.read_on(BLOCK):  # a number may go on, and only the end of the file says that it does not
+            if not window.read_on(BLOCK):  # a number at the end of the text may continue in the next block
                 return value, len(window.text)

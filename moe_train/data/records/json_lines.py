@@ -1,4 +1,4 @@
-"""Records of JSON lines: the lines of a file in blocks, from anywhere in it, and the record of each with its line number."""
+"""Read JSON lines: blocks of lines from any position in a file, and the record of each line with its line number."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from moe_train.data.records.problem import Item, Problem
 
 
 class Block(NamedTuple):
-    """Whole lines, of which the first is number `line`; or what is wrong with that line."""
+    """Complete lines, the first of which has number `line`; or the Problem with that line."""
 
     line: int
     lines: bytes | Problem
 
 
 def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -> Iterator[Block]:
-    """The lines of a file in blocks of about 1 MiB, from byte `start`, where line `line` begins, to the line that byte
-    `stop` is in or before."""
-    pieces: list[bytes] = []  # of a line that goes on in the next data, unless it is too long to be held
-    held = 0  # bytes of that line
+    """Read the lines of a file in blocks of about 1 MiB.
+
+    Args:
+        file: The file.
+        start: Byte at which to start; a line has to begin there.
+        stop: Byte at which to stop: the line that contains it, or ends just before it, is the last. None for the end of the file.
+        line: Number of the line that begins at `start`.
+
+    Yields:
+        Blocks of complete lines. A line longer than `MAX_RECORD`, or one that cannot be read, is a Problem in a block of its own.
+    """
+    pieces: list[bytes] = []  # parts of a line that continues in the next data; empty if the line is too long to keep
+    held = 0  # length of that line so far, in bytes
     at = start
     try:
         with opened(file) as stream:
@@ -30,6 +39,7 @@ def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -
                 stream.seek(start)
             while data := stream.read(BLOCK if stop is None else max(min(BLOCK, stop - at), 1)):
                 at += len(data)
+                # The last line of this part extends beyond `stop`; the next part begins after it.
                 if stop is not None and at >= stop and not data.endswith(b"\n"):
                     rest = stream.readline(MAX_RECORD)
                     data, at = data + rest, at + len(rest)
@@ -40,7 +50,7 @@ def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -
                         pieces.append(data)
                     else:
                         pieces.clear()
-                elif held > MAX_RECORD:  # the end of a line that is too long
+                elif held > MAX_RECORD:  # the line that ends here is too long
                     first = data.index(b"\n") + 1
                     yield Block(line, _too_long())
                     line += 1
@@ -67,11 +77,12 @@ def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -
 
 
 def _too_long() -> Problem:
+    """Return the problem for a line that is too long."""
     return Problem("not-json", f"the line is longer than {MAX_RECORD >> 20} MiB", "split it into records of their own")
 
 
 def records_in(block: Block) -> Iterator[tuple[int, Item]]:
-    """The records in a block, and the line number of each; blank lines are none."""
+    """Yield the line number and the record of each line in a block; blank lines are skipped."""
     if isinstance(block.lines, Problem):
         yield block.line, block.lines
         return
@@ -85,6 +96,6 @@ def records_in(block: Block) -> Iterator[tuple[int, Item]]:
 
 
 def read_lines(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -> Iterator[tuple[int, Item]]:
-    """The records of the lines that `blocks` gives, and the line number of each."""
+    """Yield the line number and the record of each line; the arguments are those of `blocks`."""
     for block in blocks(file, start, stop, line):
         yield from records_in(block)

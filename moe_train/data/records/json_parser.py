@@ -1,4 +1,4 @@
-"""One JSON value, parsed as the standard says: no NaN, no key twice in an object, no nesting without end."""
+"""Parse one JSON value strictly by the standard: no NaN, no duplicate keys in an object, limited nesting."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from moe_train.data.records.file_bytes import looks_like_utf16, not_utf8, utf16
 from moe_train.data.records.problem import Item, Problem, brief
 
 MAX_DEPTH = 100
+"""Largest depth of nested lists and objects."""
 
 
 class Parser:
-    """Python's JSON decoder, which notes what it lets pass and the standard forbids."""
+    """Python's JSON decoder, extended to notice what it accepts although the standard forbids it."""
 
     def __init__(self) -> None:
-        self._faults: list[str] = []  # of the value that was decoded last
+        self._faults: list[str] = []  # in the value that was decoded last
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Build an object, noting a duplicate key."""
         made = dict(pairs)
         if len(made) < len(pairs):
             seen: set[str] = set()
@@ -27,11 +29,12 @@ class Parser:
         return made
 
     def _constant(self, name: str) -> float:
+        """Note NaN or Infinity, and return a placeholder."""
         self._faults.append(f"{name} is no JSON number")
         return 0.0
 
     def record(self, line: bytes) -> Item:
-        """The record that a line holds, white space around it taken off."""
+        """Return the record in a line without surrounding white space, or a Problem."""
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
@@ -39,7 +42,7 @@ class Parser:
         try:
             value, end = self.value(text, 0)
             if end < len(text):
-                self._decoder.decode(text)  # says what is wrong with the rest
+                self._decoder.decode(text)  # raises an error that describes the rest
         except json.JSONDecodeError as error:
             if looks_like_utf16(line):
                 return utf16()
@@ -52,15 +55,26 @@ class Parser:
         return self.checked(value, text)
 
     def value(self, text: str, at: int) -> tuple[Any, int]:
-        """The value that begins at character `at`, and where it ends; to be `checked` before the next.
+        """Decode the value that begins at character `at`. Call `checked` with it before decoding the next value.
 
-        Raises JSONDecodeError, or RecursionError or another ValueError for what is `unusable`.
+        Returns:
+            The value, and the index at which it ends.
+
+        Raises:
+            JSONDecodeError: If the text is not JSON.
+            RecursionError: If the nesting is too deep; see `unusable`.
+            ValueError: If Python cannot represent the value; see `unusable`.
         """
         self._faults.clear()
         return self._decoder.raw_decode(text, at)
 
     def checked(self, value: Any, text: str) -> Item:
-        """The value that was decoded last, from `text`; a Problem where it is not a record as the standard has it."""
+        """Return the value that was decoded last, or a Problem if it is not a record in standard JSON.
+
+        Args:
+            value: The value.
+            text: The text that it was decoded from.
+        """
         if self._faults:
             return Problem("not-json", f"not JSON: {self._faults[0]}", "write each key once, and numbers as JSON has them")
         if not isinstance(value, dict):
@@ -72,13 +86,14 @@ class Parser:
 
 
 def unusable(error: Exception) -> Problem:
-    """What to say of JSON that Python cannot hold."""
+    """Return the problem for JSON that Python cannot represent."""
     if isinstance(error, RecursionError):
         return Problem("not-json", f"not JSON that can be used: nested deeper than {MAX_DEPTH} levels", "write it flatter")
     return Problem("not-json", f"not JSON that can be used: {error}", "write long numbers as text")
 
 
 def _depth(value: Any) -> int:
+    """Return the depth of nested lists and objects, without recursion."""
     depth, level = 0, [value]
     while level:
         depth += 1

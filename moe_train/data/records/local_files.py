@@ -15,11 +15,11 @@ from moe_train.data.records.scan import Scan, scan_file
 from moe_train.data.records.source import OpenSource, Place, Span
 
 _BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}
-"""Files that `datasets` (save_to_disk) writes beside its Arrow files, and that hold no records."""
+"""Files without records that `datasets` (save_to_disk) writes next to its Arrow files."""
 
 
 class LocalFiles(OpenSource):
-    """The files of a config section. Only JSON lines that are not compressed can be cut into parts."""
+    """The files of a config section. Only uncompressed JSON lines can be cut into parts."""
 
     def __init__(self, source: config.FileSource) -> None:
         self._files = resolve(source)
@@ -31,17 +31,27 @@ class LocalFiles(OpenSource):
         )
 
     def scan(self, memory: Path) -> list[Scan]:
+        """Hash each file, and find where it can be cut."""
         return [scan_file(file, cuttable, memory) for (file, _), cuttable in zip(self._files, self._cuttable, strict=True)]
 
     def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
+        """Yield the records of a part of a file."""
         by_line = self.places[span.place].by_line
         return files.read(*self._files[span.place], by_line, self._columns[0], self._columns, span[1:])
 
 
 def resolve(source: config.FileSource) -> list[tuple[Path, str]]:
-    """Each file once, with its format, in the order of the patterns and sorted within one.
+    """Expand the patterns of a section to files with their formats.
 
-    Raises FileNotFoundError for a pattern that matches nothing, ValueError for a file named twice or of no known format.
+    Args:
+        source: The section.
+
+    Returns:
+        Each file once, in the order of the patterns, and sorted within a pattern.
+
+    Raises:
+        FileNotFoundError: If a pattern matches nothing.
+        ValueError: If a file is named twice or has no known format, a pattern is a URL, or a text file is to hold conversations.
     """
     found: dict[Path, str] = {}
     for pattern in source.files:
@@ -65,7 +75,7 @@ def resolve(source: config.FileSource) -> list[tuple[Path, str]]:
 
 
 def _matching(pattern: str, file_format: str) -> list[Path]:
-    """The files of a path, a folder or a glob; of a folder, unless the format is stated, those of a known one."""
+    """Return the files that a path, a folder or a glob names; from a folder, only files of known formats unless one is stated."""
     path = Path(pattern).expanduser()
     if path.is_dir():
         inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
@@ -76,4 +86,5 @@ def _matching(pattern: str, file_format: str) -> list[Path]:
 
 
 def _left_out(path: Path) -> bool:
+    """Return whether a file in a folder is hidden or a bookkeeping file."""
     return path.name in _BOOKKEEPING or any(part.startswith(".") for part in path.parts)

@@ -1,4 +1,4 @@
-"""Sections of a config opened as sources of records."""
+"""Open the source sections of a config as sources of records."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from moe_train.data.records.source import OpenSource
 
 
 def open_source(source: config.RecordSource) -> OpenSource:
-    """The records of a config section.
+    """Open the records of a config section.
 
-    Raises FileNotFoundError for a path that matches nothing, ValueError for a format that is not known. Reading raises
-    ValueError with file and line (or row) for what is malformed.
+    Reading them raises ValueError, with file and line (or row), for a malformed record.
+
+    Raises:
+        FileNotFoundError: If a path matches nothing.
+        ValueError: If a format is not known.
     """
     match source:
         case config.FileSource():
@@ -28,7 +31,11 @@ def open_source(source: config.RecordSource) -> OpenSource:
 
 
 def texts(source: config.RecordSource) -> Iterator[str]:
-    """The text of every text record of a source, as for training a tokenizer."""
+    """Yield the text of every text record of a source, for training a tokenizer.
+
+    Raises:
+        ValueError: If the records of the source are not texts.
+    """
     if not isinstance(source.record, config.TextRecord):
         raise ValueError(f"plain text is needed, not {source.record.name} records; use record: {{name: text}}")
     records = open_source(source)

@@ -1,4 +1,4 @@
-"""Records of a text file: one, or several of bounded size where it is long."""
+"""Read the records of a text file: one record, or several of bounded size if the file is long."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 from moe_train.data.records.file_bytes import BOM, not_utf8, opened
 from moe_train.data.records.problem import Problem
 
-MAX_TEXT = 4 << 20  # bytes in one record
+MAX_TEXT = 4 << 20  # largest size of a record in bytes
 
 
 def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
-    """The file as texts of at most `MAX_TEXT` bytes, and the line that each begins on; where one is none, the line at fault.
+    """Read a file as texts of at most `MAX_TEXT` bytes.
 
-    A file that is no longer is one text. Others are cut behind an empty line, or else a line, a word or a character.
+    A file of up to that size is one text. A longer one is cut after an empty line if possible, otherwise after a line, a word or
+    a character.
+
+    Yields:
+        The line on which the text begins, and the text; or the line at fault, and a Problem.
     """
     line, at, held, more = 1, 0, b"", True
     try:
@@ -34,9 +38,9 @@ def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
 
 
 def _text_end(data: bytes) -> int:
-    """Where to cut what is longer than `MAX_TEXT`, in its last half if that has any border."""
+    """Return where to cut data longer than `MAX_TEXT`: in the second half of the limit, if there is any border."""
     for border in (b"\n\n", b"\n", b" "):
         if found := data.rfind(border, MAX_TEXT // 2, MAX_TEXT) + 1:
             return found + len(border) - 1
-    # no continuation byte of UTF-8 follows; what is none is cut anywhere
+    # Cut where no UTF-8 continuation byte follows; data that are not UTF-8 are cut anywhere.
     return next((k for k in range(MAX_TEXT, MAX_TEXT - 4, -1) if data[k] & 0xC0 != 0x80), MAX_TEXT)

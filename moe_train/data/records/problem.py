@@ -1,4 +1,4 @@
-"""What is in a record, checked; the caller knows where the record stands, and `located` says so."""
+"""Problems in records, and checked access to their fields. The caller knows where a record is, and adds that with `located`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from typing import Any
 
 
 class Problem(ValueError):
-    """One thing that is wrong with a record: the name of the rule that it breaks, what was found, and what to do.
+    """One problem with a record.
 
-    Training raises the first one; `check` gathers them all.
+    Training raises the first one; `check` collects them all.
+
+    Args:
+        rule: Name of the rule that the record breaks.
+        message: What was found.
+        remedy: What to do about it.
     """
 
     def __init__(self, rule: str, message: str, remedy: str) -> None:
-        super().__init__(rule, message, remedy)  # what pickle gives back to a worker's parent
+        super().__init__(rule, message, remedy)  # the arguments with which pickle rebuilds it in a worker's parent
         self.rule, self.message, self.remedy = rule, message, remedy
 
     def __str__(self) -> str:
@@ -21,11 +26,11 @@ class Problem(ValueError):
 
 
 Item = dict[str, Any] | Problem
-"""What stands where a record should: its columns, or what is wrong with it."""
+"""The content at the place of a record: its columns, or the problem with it."""
 
 
 def located(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result; its ValueError with `where` in front."""
+    """Call a function with the arguments, and put `where` in front of the message of a ValueError that it raises."""
     try:
         return function(*arguments)
     except ValueError as error:
@@ -33,6 +38,7 @@ def located(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def field(fields: Mapping[str, Any], column: str) -> Any:
+    """Return the value of a column. Raises Problem if there is no such column."""
     if column not in fields:
         raise Problem(
             "columns",
@@ -43,14 +49,23 @@ def field(fields: Mapping[str, Any], column: str) -> Any:
 
 
 def text_field(fields: Mapping[str, Any], column: str) -> str:
+    """Return the text of a column. Raises Problem if there is no such column or it is not text."""
     value = fields.get(column)
     if value.__class__ is str and value.isascii():
-        return value  # as most are
+        return value  # the fast path for most texts
     return checked_text(field(fields, column), f"column {column!r}")
 
 
 def checked_text(value: object, what: str) -> str:
-    """`value`, where it is text that has a UTF-8 form."""
+    """Return `value` if it is text that can be encoded as UTF-8.
+
+    Args:
+        value: The value to check.
+        what: The name of the value in a message.
+
+    Raises:
+        Problem: If it is not such a text.
+    """
     if not isinstance(value, str):
         raise Problem("type", f"{what} should be text, not {brief(value)}", "write it as a string")
     if not value.isascii():
@@ -62,5 +77,6 @@ def checked_text(value: object, what: str) -> str:
 
 
 def brief(value: object) -> str:
+    """Format a value for a message, with at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Records of the calling program: an object with the members of `Records`."""
+"""Records from the calling program: an object that implements `Records`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from moe_train.data.records.problem import Item, Problem, brief
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource, Origin, Place, Records, Span
 
-_PER_PART = 1 << 16  # records, so that preparing a large source can be interrupted
+_PER_PART = 1 << 16  # records in a part; preparing a large source can be interrupted between parts
 
 
 class PythonRecords(OpenSource):
-    """The object that a config section holds. Raises ValueError where that is missing, or lacks a member of `Records`."""
+    """The records object that a config section holds."""
 
     def __init__(self, source: config.PythonSource) -> None:
+        """Open the records of a section. Raises ValueError if the object is missing, or lacks a member of `Records`."""
         records = source.records
         if records is None:
             raise ValueError(
@@ -33,10 +34,12 @@ class PythonRecords(OpenSource):
         self.places = (Place(source.title, "python", False),)
 
     def scan(self, memory: Path) -> list[Scan]:
+        """Return the identity of the records, and cuts every 65536 records."""
         cuts = range(_PER_PART, len(self._records), _PER_PART)
         return [Scan(self._records.identity, cuts=tuple((index, index + 1) for index in cuts))]
 
     def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
+        """Yield the records of a span, counted from 1; a ValueError of the object becomes a Problem."""
         stop = len(self._records) if span.stop is None else span.stop
         for index in range(span.start, stop):
             try:
@@ -51,4 +54,5 @@ class PythonRecords(OpenSource):
                 yield index + 1, Problem("type", what, "return a dict from __getitem__")
 
     def where(self, origin: Origin) -> str:
+        """Return what the object calls the place of a record."""
         return self._records.where(origin.number - 1)

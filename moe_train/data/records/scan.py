@@ -1,4 +1,4 @@
-"""One pass over a local file: its hash, and the lines at which it can be cut."""
+"""Scan a local file once: compute its hash, and find the lines at which it can be cut."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ from typing import NamedTuple
 
 from moe_train.machine.files import write_text
 
-_BYTES = 1 << 22, 1 << 28  # of a part: a sixteenth of its file, within these
+_BYTES = 1 << 22, 1 << 28  # smallest and largest size of a part, which is a sixteenth of its file otherwise
 _BLOCK = 1 << 22
 
 
 class Scan(NamedTuple):
-    """What a place of a source holds.
-
-    sha256: of the content, where it is known; size: in bytes, where it is a file; cuts: (byte or index, line) at which its
-    later parts begin; stop: where the last part stops (None: it is read to the end).
-    """
+    """The content of a place of a source."""
 
     sha256: str | None
+    """Hash of the content, if it is known."""
     size: int | None = None
+    """Size in bytes, if it is a file."""
     cuts: tuple[tuple[int, int], ...] = ()
+    """(byte or index, line) at which each part after the first begins."""
     stop: int | None = None
+    """The byte at which the last part stops; None if it is read to the end."""
 
 
 def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[int, int] = _BYTES) -> Scan:
     """Hash a file and, if it is `cuttable`, choose where to cut it.
 
-    The answer is kept in the folder `memory` until the file changes its size or its time of change.
+    The result is cached in the folder `memory` until the file changes its size or its modification time.
+
+    Args:
+        file: The file.
+        cuttable: Whether the file may be cut between lines.
+        memory: The folder of the cache.
+        bytes_per_part: Smallest and largest size of a part.
     """
     status = file.stat()
     known_by = json.dumps([str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ino, cuttable, bytes_per_part])
@@ -50,14 +56,16 @@ def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[in
             digest.update(block)
             while cuttable and goal < at + len(block):
                 end = block.find(b"\n", max(goal - at, 0)) + 1
-                if not end:  # the line continues in the next block
+                if not end:  # the line continues in the next block, and the cut comes after it
                     break
                 cuts.append((at + end, line + block.count(b"\n", 0, end)))
                 goal = at + end + step
             line += block.count(b"\n") if cuttable else 0
             at += len(block)
     found = Scan(digest.hexdigest(), at, tuple(cut for cut in cuts if cut[0] < at), at if cuttable else None)
-    if time.time_ns() - status.st_mtime_ns > 2e9:  # a file that is still being written can change within one tick
+    if (
+        time.time_ns() - status.st_mtime_ns > 2e9
+    ):  # a file written just now can change again within one tick of its modification time
         memory.mkdir(parents=True, exist_ok=True)
         write_text(known, json.dumps(found[:3]))
     return found

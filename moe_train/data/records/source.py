@@ -1,4 +1,4 @@
-"""What a source of records is: `Records`, which a caller's own object provides, and `OpenSource`, which preparing reads.
+"""Interfaces of record sources: `Records`, which a caller's own object implements, and `OpenSource`, which `prepare` reads.
 
 class Orders:
     identity = "orders@2026-11-29"
@@ -22,83 +22,93 @@ from moe_train.data.records.scan import Scan
 
 @runtime_checkable
 class Records(Protocol):
-    """Records that a caller holds. Length and random access are those of a `datasets.Dataset`, a Grain data source or a list.
+    """Records that a caller's object holds.
 
-    The same index always gives the same record. With `data.num_proc` above 1 the object is pickled.
+    Length and random access work as for a `datasets.Dataset`, a Grain data source or a list. The same index always gives the
+    same record. With `data.num_proc` above 1 the object is pickled.
     """
 
     @property
     def identity(self) -> str:
         """Text that changes whenever a record or the order changes, such as a hash, or a name with its version.
 
-        Tokenized records are reused, and a run is resumed, where it is the same."""
+        Tokenized records are reused, and a run is resumed, only if it is the same.
+        """
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
-        """The columns of a record, which the section `record` names."""
+        """Return the columns of a record, which the section `record` names."""
         ...
 
     def where(self, index: int) -> str:
-        """Where a record comes from, for messages: `orders.db, row 17`."""
+        """Return where a record comes from, for messages, such as `orders.db, row 17`."""
         ...
 
 
 class Place(NamedTuple):
-    """A part of a source that has a name of its own: a file, a data set of the hub, or a caller's records.
-
-    kind: the format of a file; else what pins the content, together with its hash. by_line: whether records are numbered by
-    line, or else by row.
-    """
+    """A part of a source with a name of its own: a file, a data set of the hub, or a caller's records."""
 
     name: str
     kind: str
+    """The format of a file; otherwise text that, together with the hash, pins the content."""
     by_line: bool
+    """Whether records are numbered by line rather than by row."""
 
 
 class Origin(NamedTuple):
-    """Where a record stands: which place of its source, and which line or row there, counted from 1."""
+    """The location of a record: the place in its source, and the line or row there, counted from 1."""
 
     place: int
     number: int
 
 
 class Span(NamedTuple):
-    """Consecutive records of a place: bytes (of a caller's records: indices) `start` to `stop`, or to the end where that is
-    None. The first one stands on line `line`.
-    """
+    """Consecutive records of a place."""
 
     place: int
     start: int = 0
+    """First byte; for a caller's records, first index."""
     stop: int | None = None
+    """Byte or index at which the span stops; None for the end of the place."""
     line: int = 1
+    """Number of the line on which the first record is."""
 
 
 class OpenSource(ABC):
-    """The records of one source. Iterating reads them again, always in the same order."""
+    """The records of one source. Every iteration reads them again, in the same order."""
 
     places: tuple[Place, ...]
 
     @abstractmethod
     def scan(self, memory: Path) -> list[Scan]:
-        """What each place holds now, and where it can be cut. `memory` is a folder for answers that take long to find."""
+        """Return the current content of each place, and where it can be cut.
+
+        Args:
+            memory: A folder for caching results that take long to compute.
+        """
 
     @abstractmethod
     def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
-        """(number, record) of a span, or (number, Problem) where a record cannot be read."""
+        """Yield (number, record) for each record of a span, or (number, Problem) if a record cannot be read."""
 
     def where(self, origin: Origin) -> str:
-        """Where a record comes from, for messages."""
+        """Return where a record comes from, for messages."""
         place = self.places[origin.place]
         return numbered(place.name, origin.number, place.by_line)
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of all places."""
         return tuple(place.name for place in self.places)
 
     def read(self, span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The records of a span. Raises ValueError with the place of the first that is malformed."""
+        """Yield (number, record) for each record of a span.
+
+        Raises:
+            ValueError: With its location, for the first malformed record.
+        """
         for number, record in self.examine(span):
             if isinstance(record, Problem):
                 raise ValueError(f"{self.where(Origin(span.place, number))}: {record}") from record
@@ -111,5 +121,5 @@ class OpenSource(ABC):
 
 
 def numbered(name: str, number: int, by_line: bool) -> str:
-    """`path:line`, or `path: row N`."""
+    """Format a location as `path:line`, or `path: row N`."""
     return f"{name}{':' if by_line else ': row '}{number}"

@@ -1,4 +1,4 @@
-"""Records of tables: the rows of CSV, Parquet and Arrow files."""
+"""Read the records of tables: the rows of CSV, Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_train.data.records.problem import Item, Problem, brief
 
 
 def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
-    """The rows of a table with a header, counted from 1; every value is text."""
+    """Yield the rows of a CSV table with a header, counted from 1; every value is text."""
     number = 0
     csv.field_size_limit(MAX_RECORD)
     try:
@@ -40,7 +40,13 @@ def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
 
 
 def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[tuple[int, Item]]:
-    """The rows of a Parquet or Arrow file, counted from 1; of the columns `wanted`, where they are there (None: all)."""
+    """Yield the rows of a Parquet or Arrow file, counted from 1.
+
+    Args:
+        file: The file.
+        kind: "parquet" or "arrow".
+        wanted: Columns to read, if they exist; None for all.
+    """
     import pyarrow
 
     number = 1
@@ -57,6 +63,7 @@ def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[t
 
 
 def _batches(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[Any]:
+    """Yield record batches of up to 1024 rows, with the wanted columns."""
     import pyarrow
 
     rows = 1024
@@ -65,7 +72,7 @@ def _batches(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[An
 
         with pyarrow.parquet.ParquetFile(file) as table:
             names = None if wanted is None else [name for name in table.schema_arrow.names if name in wanted]
-            if names == [] and table.metadata.num_rows:  # the record's own error names what is there
+            if names == [] and table.metadata.num_rows:  # read all columns, so that the error of the record can name them
                 names = table.schema_arrow.names
             yield from table.iter_batches(rows, columns=names)
         return
@@ -78,7 +85,7 @@ def _batches(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[An
             reader = batches = pyarrow.ipc.open_stream(source)
         names = [name for name in reader.schema.names if wanted is None or name in wanted] or reader.schema.names
         for batch in batches:
-            batch.validate(full=True)  # offsets of a damaged file point anywhere
+            batch.validate(full=True)  # in a damaged file offsets may point outside the data
             batch = batch.select(names)
             for start in range(0, batch.num_rows, rows):
                 yield batch.slice(start, rows)

@@ -1,7 +1,7 @@
 """Hugging Face's `tokenizer.json`, read by the `tokenizers` library.
 
-Text can be encoded with control tokens in it: they stand between marks (`Marked`), so that the same characters typed by
-somebody stay plain text.
+A text can be encoded with control tokens in it: they are enclosed in marks (`Marked`), so that the same characters typed by a
+user remain plain text.
 """
 
 from __future__ import annotations
@@ -22,27 +22,36 @@ from moe_train.machine.files import read_object
 
 _MARK = "\ufdd0"  # a Unicode noncharacter, which no text contains
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""Files beside tokenizer.json that an export carries too, where they exist, in the order of the identity."""
+"""Files next to tokenizer.json that an export includes if they exist, in the order in which the identity hashes them."""
 
 
 class Marked(NamedTuple):
-    """A text for `HuggingFace.encode_marked`, in which control tokens stand between marks, and spans of its characters.
-
-    control: ids of its control tokens, in order. edges: the spans by the numbers of their borders, if all of them begin and end
-    at borders (None otherwise). Border 0 is the start of the text; then come start and end of each control token, and the end of
-    the text.
-    """
+    """A text for `HuggingFace.encode_marked`, with control tokens enclosed in marks."""
 
     text: str
     spans: list[Span]
+    """Spans of characters of `text`, marks included."""
     control: list[int]
+    """Ids of the control tokens in the text, in order."""
     edges: list[Span] | None
+    """The spans by the numbers of their borders, if all of them begin and end at borders; None otherwise. Border 0 is the start of
+    the text; then come the start and the end of each control token, and last the end of the text.
+    """
 
 
 class HuggingFace(Tokenizer):
-    """A `tokenizer.json` with the files beside it, read by the `tokenizers` library."""
+    """A `tokenizer.json` with the files next to it, read by the `tokenizers` library."""
 
     def __init__(self, path: str | Path) -> None:
+        """Read the tokenizer.
+
+        Args:
+            path: The `tokenizer.json`, or the folder that contains it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the library cannot read it, it names no eos_token, or a named token is missing from it.
+        """
         path = Path(path)
         directory = path.parent if path.is_file() else path
         main = path if path.is_file() else path / "tokenizer.json"
@@ -55,7 +64,7 @@ class HuggingFace(Tokenizer):
             self._plain = tokenizers.Tokenizer.from_file(str(main))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{main} is not a tokenizer.json that tokenizers {tokenizers.__version__} reads: {error}") from error
-        # A file may carry the padding and truncation settings of whoever saved it.
+        # A file may contain the padding and truncation settings of the program that saved it.
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = True
@@ -72,39 +81,50 @@ class HuggingFace(Tokenizer):
         self.chat_template = _chat_template(directory, settings)
 
     def _id(self, name: str) -> int:
+        """Return the id of a named token such as `eos_token`."""
         number = self._plain.token_to_id(self.named_tokens[name])
         if number is None:
             raise ValueError(f"the {name} {self.named_tokens[name]!r} of tokenizer_config.json is not in {self.files[0]}")
         return number
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text, without any control token."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Return the text of ids; control tokens are omitted, or written by name with `keep_special`."""
         return self._plain.decode(list(ids), skip_special_tokens=not keep_special)
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:
+        """Ids of control tokens, which plain text never contains."""
         return frozenset(self._ids_of_control.values())
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Matches text that looks like a control token."""
+        """A pattern that matches text that looks like a control token."""
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def marked(self, pieces: Sequence[str], spans: Sequence[Span]) -> Marked:
-        """Join the pieces of a text and mark its control tokens, those in the first piece, the third and so on; what looks like
-        a control token in the other pieces is plain text. `spans` are of characters of the joined pieces."""
+        """Join the pieces of a text and enclose its control tokens in marks.
+
+        Args:
+            pieces: Pieces of the text. Control tokens are recognized in the first piece, the third and so on; in the others, what
+                looks like a control token is plain text.
+            spans: Spans of characters of the joined pieces.
+        """
         text = "".join(self.special_pattern.sub(_between_marks, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces))
-        parts = text.split(_MARK)  # plain text and control tokens in turn
+        parts = text.split(_MARK)  # plain text and control tokens alternate
         borders = [0, *itertools.accumulate(map(len, parts))]
         openings, closings = borders[1:-1:2], borders[2:-1:2]
 
-        def among_marks(at: int) -> int:  # a token that begins here comes with its mark, and one that ends here too
+        def among_marks(at: int) -> int:
+            """Translate a position in the joined pieces to one in the marked text; a token includes its marks."""
             return at + bisect.bisect_left(openings, at) + bisect.bisect_right(closings, at)
 
         moved = [(among_marks(start), among_marks(stop)) for start, stop in spans]
@@ -115,18 +135,23 @@ class HuggingFace(Tokenizer):
         return Marked(text, moved, control, edges if at_edges else None)
 
     def encode_marked(self, texts: Sequence[Marked]) -> list[tuple[list[int], list[Span]]]:
-        """Return the ids of each text, and for each of its spans the ids that touch it (first, last + 1)."""
+        """Encode texts with control tokens.
+
+        Returns:
+            For each text, its ids, and for each of its spans the ids that touch it (first, last + 1).
+        """
         marked = [text.text for text in texts]
+        # Where all spans begin and end at control tokens, ids locate them, and the library need not compute character offsets.
         edges = [text.edges for text in texts if text.edges is not None]
         if len(edges) < len(texts):
             encodings = self._control.encode_batch(marked, add_special_tokens=False)
             return [(e.ids, [_touching(e, span) for span in text.spans]) for e, text in zip(encodings, texts, strict=True)]
         encoded = []
-        encodings = self._control.encode_batch_fast(marked, add_special_tokens=False)  # a fifth faster: it finds no offsets
+        encodings = self._control.encode_batch_fast(marked, add_special_tokens=False)  # a fifth faster, as it computes no offsets
         for encoding, text, spans in zip(encodings, texts, edges, strict=True):
             ids = encoding.ids
             border_ids = [0]
-            for control in text.control:  # plain text never has an id of a control token
+            for control in text.control:  # plain text never gives the id of a control token
                 at = ids.index(control, border_ids[-1])
                 border_ids += at, at + 1
             border_ids.append(len(ids))
@@ -134,11 +159,12 @@ class HuggingFace(Tokenizer):
         return encoded
 
     def encode_control(self, text: str) -> list[int]:
-        """Ids of a text in which control tokens are recognized."""
+        """Return the ids of a text in which control tokens are recognized."""
         return self.encode_marked([self.marked([text], [])])[0][0]
 
     @functools.cached_property
     def _ids_of_control(self) -> dict[str, int]:
+        """Control token -> id."""
         return {token.content: number for number, token in self._plain.get_added_tokens_decoder().items() if token.special}
 
     @functools.cached_property
@@ -149,8 +175,11 @@ class HuggingFace(Tokenizer):
 
     @functools.cached_property
     def _control(self) -> tokenizers.Tokenizer:
-        """The same tokenizer with control tokens that nobody can type, since each stands between marks. Text that looks like a
-        control token is then tokenized together with the text around it. There is no post-processor: it would trim offsets."""
+        """The same tokenizer, except that its control tokens are enclosed in marks, so that nobody can type them.
+
+        Text that looks like a control token is then tokenized together with the text around it. The post-processor is removed: it
+        would trim offsets.
+        """
         content = json.loads(self._plain.to_str())
         names = {token["content"] for token in content["added_tokens"] if token["special"]}
         for token in content["added_tokens"]:
@@ -160,7 +189,7 @@ class HuggingFace(Tokenizer):
         marked = {name: _MARK + name + _MARK for name in names}
         if isinstance(vocab, dict):
             content["model"]["vocab"] = {marked.get(piece, piece): number for piece, number in vocab.items()}
-        else:  # Unigram's pieces with their scores
+        else:  # Unigram: pieces with their scores
             content["model"]["vocab"] = [[marked.get(piece, piece), score] for piece, score in vocab]
         if content["model"].get("unk_token") in marked:
             content["model"]["unk_token"] = marked[content["model"]["unk_token"]]
@@ -171,11 +200,12 @@ class HuggingFace(Tokenizer):
 
 
 def _between_marks(match: re.Match[str]) -> str:
+    """Enclose a control token in marks."""
     return _MARK + match[0] + _MARK
 
 
 def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
-    """The tokens (first, last + 1) with characters of the span. A token without characters counts as one character long."""
+    """Return the tokens (first, last + 1) with characters in the span; a token without characters counts as one character long."""
     start, stop = span
     first = next((token for at in range(start, stop) if (token := encoding.char_to_token(at)) is not None), None)
     if first is None:
@@ -189,15 +219,17 @@ def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if the file does not exist."""
     return read_object(file) if file.is_file() else {}
 
 
 def _token_text(token: str | dict[str, Any] | None) -> str | None:
+    """Return the text of a token that is stated as text or as an object."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """`chat_template.jinja` if it exists, as in transformers; else the entry of tokenizer_config.json."""
+    """Return the text of `chat_template.jinja` if it exists, as transformers does; otherwise the entry of tokenizer_config.json."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Load the tokenizer of a config section; find out which section suits the files of a folder."""
+"""Load the tokenizer of a config section, and find the section that fits the files in a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from moe_train.data.tokenizers.mistral import Mistral
 def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
     """Load the tokenizer that a config section names, from local files, never from the network.
 
-    Raises FileNotFoundError where the files are missing, ValueError where they cannot be used.
+    Raises:
+        FileNotFoundError: If files are missing.
+        ValueError: If the files cannot be used.
     """
     match section:
         case config.HuggingFaceTokenizer():
@@ -22,7 +24,11 @@ def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
 
 
 def tokenizer_at(path: str | Path) -> config.Tokenizer:
-    """The config section for the tokenizer at `path`, a folder or a file. Raises FileNotFoundError where there is none."""
+    """Return the config section for the tokenizer at `path`, a folder or a file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     path = Path(path)
     if (path / "tokenizer.json").is_file() or path.name == "tokenizer.json":
         return config.HuggingFaceTokenizer(name="huggingface", path=str(path))

@@ -11,14 +11,20 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer, hash_files
 
 
 class Mistral(Tokenizer):
-    """A `tekken.json` or `tokenizer.model.v*`. Text, chat format and validation are mistral-common's.
-
-    finetuning: mistral-common's tokenizer, which validates conversations as for fine-tuning.
-    """
+    """A `tekken.json` or `tokenizer.model.v*`. Encoding, chat format and validation are those of mistral-common."""
 
     chat_template = None  # the chat format is fixed
 
     def __init__(self, path: str | Path) -> None:
+        """Read the tokenizer.
+
+        Args:
+            path: The file, or a folder with exactly one such file.
+
+        Raises:
+            FileNotFoundError: If there is no such file, or more than one.
+            ValueError: If mistral-common cannot read the file, or sentencepiece is not installed.
+        """
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.validator import ValidationMode
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -38,6 +44,7 @@ class Mistral(Tokenizer):
         self.files = (file,)
         self.identity = hash_files(self.files)
         try:
+            # mistral-common's tokenizer, which validates conversations as for fine-tuning.
             self.finetuning = MistralTokenizer.from_file(file, mode=ValidationMode.finetuning)
         except ImportError as error:
             raise ValueError(f"{file} is a sentencepiece model; install sentencepiece, or use tekken.json") from error
@@ -50,15 +57,19 @@ class Mistral(Tokenizer):
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:
+        """Ids of control tokens, which plain text never contains."""
         return frozenset(number for number in range(self.vocab_size) if self._text.is_special(number))
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text, without any control token."""
         return self._text.encode(text, bos=False, eos=False)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Return the text of ids; control tokens are omitted, or written by name with `keep_special`."""
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
         policy = SpecialTokenPolicy.KEEP if keep_special else SpecialTokenPolicy.IGNORE

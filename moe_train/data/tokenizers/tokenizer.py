@@ -1,7 +1,7 @@
-"""What a tokenizer can do, whichever library reads it.
+"""The interface of tokenizers, independent of the library that reads them.
 
-Plain text never becomes control tokens: "</s>" inside a document is five characters, not the end of a sequence. Only a chat
-template (see `data.chat`) writes control tokens.
+Plain text never becomes control tokens: "</s>" in a document is encoded as characters, not as the end of a sequence. Only a
+chat template (see `data.chat`) writes control tokens.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ Span = tuple[int, int]
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
-
-    files: what an export has to carry. identity: sha256 over those files. vocab_size: the largest id plus one. bos_id and
-    eos_id: of the tokens that begin (None: nothing does) and end a document.
-    """
+    """A conversion of text to token ids and back."""
 
     files: tuple[Path, ...]
+    """The files that an export has to include."""
     identity: str
+    """A sha256 over these files."""
     vocab_size: int
+    """The largest id plus one."""
     bos_id: int | None
+    """Id of the token that begins a document; None if none does."""
     eos_id: int
+    """Id of the token that ends a document."""
     chat_template: str | None
+    """The text of the tokenizer's own chat template; None if it has none."""
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """Ids of control tokens, which no plain text has."""
+        """Ids of control tokens, which plain text never contains."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without any control token."""
+        """Return the ids of plain text, without any control token."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Return the ids of each text, as `encode` does."""
         ...
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
-        """The text of ids; control tokens are left out, or written by name where `keep_special` is set."""
+        """Return the text of ids; control tokens are omitted, or written by name with `keep_special`."""
         ...
 
 
@@ -57,7 +59,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def hash_files(files: Sequence[Path]) -> str:
-    """The identity of a tokenizer: a sha256 over the contents of its files, in order."""
+    """Return the identity of a tokenizer: a sha256 over the contents of its files, in order."""
     total = hashlib.sha256()
     for file in files:
         total.update(hashlib.sha256(file.read_bytes()).digest())

@@ -111,9 +111,9 @@ class _Walk:
         self._shapes = {i.name: stated_shapes(i.result) for i in module.computations[name]}
         self._total = Counts()
         self._started: dict[str, tuple[Counter[Collective], float]] = {}
-        """By the name of a start: its collectives, and the FLOPs of all products until then."""
+        """By the name of a start instruction: its collectives, and the FLOPs of all products scheduled before it."""
         self._chains: dict[str, Collective] = {}
-        """Collectives that several fusions do in parts, by the name that the parts share."""
+        """Collectives that several fusions perform in parts, by the name that the parts share."""
 
     def counts(self) -> Counts:
         """Count all instructions; collectives whose done never appears are still counted."""
@@ -172,7 +172,10 @@ class _Walk:
         return collectives
 
     def _add_parts(self, collectives: Counter[Collective], flops: float) -> None:
-        """Count the collectives of a fusion that computes `flops` FLOPs; the start, steps and end of a chain count as one collective."""
+        """Count the collectives of a fusion that computes `flops` FLOPs.
+
+        The fusions that start, continue and end a chain count as one collective.
+        """
         for c, times in collectives.items():
             if not c.chain:
                 self._total.collectives[c] += times

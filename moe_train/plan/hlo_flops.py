@@ -60,7 +60,7 @@ def convolution_flops(i: Instruction, known: ShapesByName) -> float:
 
 @cache
 def _meetings(inputs: int, outputs: int, taps: int, stride: int, lhs_dilate: int, rhs_dilate: int, pad: int) -> int:
-    """Count pairs (output, tap) along one spatial dim whose input exists, that is, is neither padding nor a hole of the dilation."""
+    """Count pairs (output, tap) along one spatial dim whose input exists, that is, is neither padding nor a dilation hole."""
     met = 0
     at = np.arange(outputs) * stride - pad
     for tap in range(taps):

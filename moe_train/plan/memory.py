@@ -113,7 +113,10 @@ def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: S
 def _layer(
     run: config.Run, model: config.Model, ffn: config.Ffn, stacked: list[Weight], sizes: dict[str, int], shape: Shape
 ) -> int:
-    """Return the bytes that the backward pass of one period of layers of one stack needs besides saved activations and gradients."""
+    """Return the bytes that the backward pass of one period of layers of one stack needs at its peak.
+
+    Saved activations and gradients are not included.
+    """
     m, b, t, D, R = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, shape.rows
     a, f = model.attention, ffn.ffn_dim // sizes["tensor"]
     over = ("fsdp", "expert")

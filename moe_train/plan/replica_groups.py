@@ -44,7 +44,10 @@ def _read_groups(text: str) -> Groups:
 
 
 def _groups_of_mesh(text: str) -> Groups:
-    """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: groups along b, with devices in the order of that iota, if given."""
+    """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`.
+
+    The groups lie along b, with the devices in the order of that iota, if one is given.
+    """
     stated = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? ?\{(.*?)\}", text)
     assert stated, text
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", stated[1])}

@@ -1,6 +1,6 @@
 """Compare merged files with those of the base alone: what they reveal about the adapters without having these.
 
-For a base weight B, the file has round(B + s·A·B'). So the difference is, except for rounding, of the adapter's rank or less: a
+For a base weight W, the file has round(W + s·A·B). So the difference is, except for rounding, of the adapter's rank or less: a
 matrix D that differs from one of rank r by no more than E has at most |E| outside its r largest singular vectors (Eckart and
 Young; Frobenius norms). What was not adapted has to be the base's, rounded.
 """

@@ -25,6 +25,7 @@ from moe_train.train.step import compile_step
 from moe_train.train.step_definition import definition_of
 
 WARM_UP, TIMED = 2, 7
+"""Steps after the first one that are not timed, and steps that are."""
 
 
 def bench(written: config.Config) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def bench(written: config.Config) -> dict[str, Any]:
         for _ in range(1 + WARM_UP + TIMED):
             wall, cpu = time.perf_counter(), time.process_time()
             state, metrics = step(state, batch, base_weights)
+            # Reading the loss waits for the step to finish.
             losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - wall)
             cpu_seconds.append(time.process_time() - cpu)

@@ -50,6 +50,7 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         )
     return {
         **found,
+        # exp overflows float64 beyond 709
         "perplexity": math.exp(min(found["loss"], 700)),
         "records": loader.num_records,
         "records_truncated": loader.num_truncated,

@@ -109,6 +109,7 @@ def export(
         else:
             assert lora is not None and run is not None
             if jax.process_count() > 1:
+                # The first process alone writes an adapter, so it needs all of it.
                 weights = together.gathered({path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)})
             with together.one_directory(out_dir) as directory:
                 with together.all_or_none():

@@ -165,7 +165,9 @@ def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) 
     for old, rows in _rows(piece, read, list(ids)):
         out = np.empty((size, dim), rows.dtype) if out is None else out
         out[at := [ids[i] for i in old]] = rows
+        # In float64, since a sum over a whole vocabulary would lose the mean in 16 bits.
         total += rows.sum(0, dtype=np.float64)
+        # Rows that stay marked belong to new tokens.
         new[at] = False
     assert out is not None
     out[new] = (total / len(ids)).astype(out.dtype)

@@ -90,6 +90,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     for i in np.flatnonzero(lengths > seq_len).tolist():
         if too_long == "error":
             raise ValueError(f"{places[i]}: the record has {lengths[i]} tokens, seq_len is {seq_len}; raise it, or see it without")
+        # A record that is left with nothing to train on is dropped.
         if too_long == "truncate" and not learns(examples[i].loss_mask, seq_len):
             lengths[i] = 0
     plan = make_plan(lengths, seq_len, too_long)

@@ -115,6 +115,7 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
             check=False,
         )
         if not answered.exists():
+            # The compiler aborted the process, so its last line is the only explanation.
             last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
             raise ValueError(f"{topology.name}: the compiler gave up: {last[-1]}")
         answer = json.loads(answered.read_text(encoding="utf-8"))

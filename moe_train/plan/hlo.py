@@ -181,6 +181,7 @@ class _Walk:
                 self._total.collectives[c] += times
                 continue
             before = self._chains[c.chain].hidden_flops if c.chain in self._chains else 0
+            # Matrix products of all parts run while the collective is in progress.
             self._chains[c.chain] = replace(c, asynchronous=True, hidden_flops=before + flops, chain="")
 
     def _add_custom_call(self, i: Instruction) -> None:

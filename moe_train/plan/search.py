@@ -100,6 +100,7 @@ def device_limit(topology: Topology) -> int:
 def model_choice(run: config.Run, topology: Topology) -> Choice:
     """Model the costs of a resolved run whose mesh has no -1. Raises ValueError if mesh and model do not fit together."""
     if run.compute.transport == "auto" and run.mesh.expert > 1 and isinstance(run.model.ffn, config.MoeFfn):
+        # Resolved here for the topology's platform; later it would be resolved for this process's.
         transport = shape_of(run, topology.platform).transport
         run = run.model_copy(update={"compute": run.compute.model_copy(update={"transport": transport})})
     laid = layout(run)
@@ -230,6 +231,7 @@ def compiled(choice: Choice, topology: Topology) -> Choice:
     try:
         return choice._replace(compiled=compiler.compile_config(choice.run, topology))
     except ValueError as fault:
+        # Only a lack of memory concerns this choice alone; other errors are raised.
         if "RESOURCE_EXHAUSTED" not in str(fault) and "memory" not in str(fault):
             raise
         return choice._replace(refused=str(fault))

@@ -153,6 +153,7 @@ def _change(stored: Stored, part: int, parts: int, b_oi: np.ndarray) -> _Change:
                 rounded = np.frombuffer(raw, reread.PLAIN[stored.kind]).reshape(right.shape)
                 fits = fits and np.array_equal(rounded, b_oi[start:stop].astype(rounded.dtype))
                 _, allowed = compare.decoded(stored.kind, raw, written)
+                # Rounding to nearest errs by at most half a unit in the last place.
                 allowed = allowed / 2
             else:
                 fits = fits and bool(np.all(np.abs(difference) <= allowed))

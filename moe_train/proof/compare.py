@@ -204,6 +204,7 @@ class _Values:
         if self.adapter is None and stored.kind in MANTISSA:
             written = np.frombuffer(raw, reread.PLAIN[stored.kind])
             same = contiguous(base, written.dtype).reshape(-1)
+            # As bits, so that signed zeros and NaNs are compared too.
             return None if np.array_equal(_bits(written), _bits(same)) else where
         delta = np.zeros(())
         if self.adapter is not None:
@@ -231,6 +232,7 @@ class _Values:
     def merged(self) -> Merged:
         """Return what happened to the delta, after all rows were compared."""
         lost = self.wanted > 0 and not self.changed
+        # In a quantized file every number may differ, so the direction of the change decides.
         if self.noise and self.wanted > FOUND**2 * self.noise:
             lost = self.kept < self.wanted / 2
         return Merged(self.module, self.part.lead, self.wanted, self.kept, lost)

@@ -214,7 +214,12 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
         compared_with = logits.answers(plain, export.parameters, prompts, rounded)
     found = load_answers(export.directory, model, kind, prompts)
     difference = logits.compare(
-        found, logits.reference(compared_with, model), prompts, model, math.inf if tolerance is None else tolerance
+        # Without a tolerance every differing router choice counts as a near-tie, since nothing is judged.
+        found,
+        logits.reference(compared_with, model),
+        prompts,
+        model,
+        math.inf if tolerance is None else tolerance,
     )
     figures: dict[str, Any] = {
         "compared_with": f"the trainer's weights, merged and rounded to {kind}" if rounding else "the trainer's weights",

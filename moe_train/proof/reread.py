@@ -149,6 +149,7 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
     stored, end = [], 0
     for name, shape, kind, block, size, offset in sorted(places, key=lambda place: place[-1]):
         nbytes = math.prod(shape) // block * size
+        # Only the padding of the alignment may lie between two tensors.
         if not end <= offset < end + 32:
             raise ValueError(f"{name} begins at {offset}; the tensor before it ends at {end}")
         end = offset + nbytes

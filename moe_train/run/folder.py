@@ -52,6 +52,7 @@ class RunFolder:
     def write(self, run: config.Run, inputs: Inputs) -> None:
         """Make the folder and write the config, the manifest of the data and a copy of the tokenizer into it."""
         if jax.process_index() == 0:
+            # A new folder could not be locked on entry, so it is locked as soon as it exists.
             self.path.mkdir(parents=True, exist_ok=True)
             self._enter_lock()
             write_text(self.path / "config.yaml", yaml_file.dump(run.to_config()))

@@ -110,6 +110,7 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
             if not (evaluates or saves or votes.stop or votes.save):
                 saving.check()
                 continue
+            # The loop pauses here anyway, so this step's metrics and vote are read at once.
             votes = figures.read(*unread, now, writer).joined(votes)
             unread = None
             loss = held_out.measure(step, state) if evaluates else None

@@ -53,6 +53,7 @@ class Figures:
         """
         is_next = newest is not now
         now, voted = jax.device_get((now, voted))
+        # If the newest step is finished too, the time so far covers both.
         ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]  # a fast device may already have finished it
         done = step + ahead
         if done > self._done and step % self._run.metrics.every_steps == 0:
@@ -119,6 +120,7 @@ def check_dropped(step: int, routers: RouterStats, settings: config.Train, layer
     worst = int(np.argmax(rates_L))
     if rates_L[worst] > (settings.max_drop_rate or 0):
         said = f"step {step}: layer {layers[worst]} dropped {rates_L[worst]:.2%} of its assignments"
+        # Without a capacity every transport is dropless, so any drop is a fault of ours.
         if settings.max_drop_rate is None:
             raise RuntimeError(f"{said} without a capacity: a fault of the transport; try compute.transport all_gather")
         raise RuntimeError(

@@ -37,6 +37,7 @@ class Saving:
         Args:
             held_out_loss: None if it was not measured.
         """
+        # `not <` rather than `>=`, so that a NaN is never the best.
         if held_out_loss is None or not self._run.checkpoint.keep_best or not held_out_loss < self._best:
             return False
         self._best = held_out_loss

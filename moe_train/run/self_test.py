@@ -146,8 +146,10 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
         segments_BT[1, start:end], positions_BT[1, start:end] = (number + 1) % len(starts[1]), np.arange(end - start)
     rng, worst, tolerance = np.random.default_rng(0), 0.0, _tolerance(dtype, device)
     q, k, v, dy = (rng.normal(size=(2, T, heads, sizes.head_dim)).astype(np.float32) for heads in (N, K, K, N))
+    # Kernels may return anything at padding; without a gradient it cannot reach the results that are compared.
     dy[segments_BT == 0] = 0
 
+    # Windows are shortened, so that they mask something within the test's sequences.
     for window in sorted({min(w or T, T // 4) if w else 0 for w in sizes.windows}):
 
         @partial(jax.jit, static_argnames="kernel")
@@ -225,6 +227,7 @@ def _transport_errors(transport: Name) -> Any:
         experts = ExpertWeights(gate, up, ExpertMatrix(normal(2, out, E, F, D), None, None))
         x, dy, weights = (normal(i, tokens, rows, T, n) for i, n in ((3, D), (4, D), (5, A)))
         row, column, choice = (jax.lax.broadcasted_iota(jnp.int32, (rows, T, A), dim, out_sharding=tokens) for dim in range(3))
+        # `spread` 0 sends every token to expert 0.
         ids = (row * T + column + choice) % E * spread
 
         def through(transport: Name) -> Any:

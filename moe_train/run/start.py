@@ -92,6 +92,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         loaded = jax.tree.map(jnp.copy, originals)
         if adapter is not None:
             loaded |= model_dir.load_adapter(adapter, run.model, learned)
+        # Only what was not loaded is returned, so XLA initializes nothing else.
         fresh = jax.jit(lambda: {path: x for path, x in parameters(model())[1].items() if path in learned.keys() - loaded})()
         state = new_state(fresh | loaded)
     return Start(

@@ -35,6 +35,7 @@ def signals() -> Iterator[SimpleNamespace]:
 
     def note(number: int, _: FrameType | None) -> None:
         asked.reason = signal.Signals(number).name
+        # Restored at once, so that a second signal acts as usual.
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -68,6 +69,7 @@ def vote(wishes: tuple[bool, bool], mesh: Mesh) -> jax.Array:
     Returns:
         (2,) int32 on the device. All processes read the same value at the same step.
     """
+    # One row per local device, so that the rows of all processes form one sharded array.
     mine = np.tile(np.array(wishes, np.int32), (len(mesh.local_devices), 1))
     return _any(jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine))
 

@@ -64,6 +64,7 @@ class Writer:
             from tensorboardX import SummaryWriter
 
             logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # the loop already reports non-finite values
+            # Events past the checkpoint are dropped, like the lines of metrics.jsonl.
             self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
         self._console = Console(stderr=True, highlight=False)
         self._total = total_steps

@@ -303,6 +303,7 @@ def _entry_of_shard(shard: Any, lead: tuple[int, ...]) -> np.ndarray:
 @jax.jit
 def _entry(array: jax.Array, lead: tuple[jax.Array, ...]) -> jax.Array:
     """Return the entry replicated on every device, bit for bit."""
+    # As integers, since adding zeros to floats could change negative zeros and NaNs.
     bits = jax.lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
     for i in lead:
         if spec_of(bits)[0] is None:

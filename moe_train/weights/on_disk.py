@@ -22,11 +22,20 @@ class Tensor(Protocol):
     """A tensor in a file."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name in the file."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape, rows first."""
+        ...
+
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Dtype of what `read` returns."""
+        ...
+
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Read the part at `index` into memory: integers and step-1 slices of leading dims; () is the whole tensor."""
         ...

@@ -218,6 +218,7 @@ def write_model(
             continue
         together = shards[first : first + share.of]
         mine = share.first if share.first < len(together) else None
+        # Interleaved (the k-th tensor of each file in turn), so that all processes write at the same time.
         in_order = [(i, spec) for specs in itertools.zip_longest(*together) for i, spec in enumerate(specs) if spec is not None]
         asked = ((i == mine, tensor(spec)) for i, spec in in_order)
         try:

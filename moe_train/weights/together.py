@@ -47,6 +47,7 @@ def from_first(text: str) -> str:
         own = np.frombuffer(text.encode(), np.uint8)
         encoded[: len(own)] = own
     (first, *_) = _over_processes(encoded)
+    # The text ends at the last byte that is not zero.
     return bytes(first[: np.flatnonzero(first)[-1] + 1].astype(np.uint8)).decode()
 
 
@@ -142,6 +143,7 @@ def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]
         loads[owner[name]] += sizes[name]
     mine = of([name for name in names if owner[name] == jax.process_index()])
     found = np.stack([np.frombuffer(bytes.fromhex(mine.get(name, "00" * 32)), np.int32) for name in names])
+    # Hashes that other processes computed are zero here, so a bitwise OR combines them.
     return {name: row.tobytes().hex() for name, row in zip(names, np.bitwise_or.reduce(_over_processes(found)), strict=True)}
 
 
@@ -161,6 +163,7 @@ def _over_processes(mine: np.ndarray) -> np.ndarray:
     spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), rows)
     owner = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), np.full(len(rows), jax.process_index(), np.int32))
     found, owners = (np.asarray(x) for x in _whole(spread, owner))
+    # The mesh need not list devices in the order of their processes.
     return found[np.argsort(owners, kind="stable")]
 
 

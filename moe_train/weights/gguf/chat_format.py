@@ -21,8 +21,8 @@ class Format(NamedTuple):
     user: tuple[str, str]
     assistant: tuple[str, str]
     system: tuple[str, str] | Literal["first", "last"]
-    """Texts around a system turn; or where the system text goes, followed by an empty line: before the first or the last user turn's
-    text.
+    """Texts around a system turn; or, with an empty line after it, where the system text goes: before the first or the last user
+    turn's text.
     """
 
     @property

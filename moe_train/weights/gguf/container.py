@@ -97,6 +97,7 @@ def open_file(file: str | Path) -> Gguf:
     if bytes(at.take(4, "the magic")) != MAGIC:
         raise ValueError(f"{file} is no GGUF file: it begins with {bytes(data[:4])!r}")
     version = at.number("<I", "the version")
+    # A big-endian version number that is read as little-endian has zero low bytes.
     if version & 0xFFFF == 0:
         raise ValueError(f"{file} is big-endian, which is not read here; make a little-endian one (gguf-convert-endian)")
     if version not in VERSIONS:

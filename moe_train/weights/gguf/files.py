@@ -155,6 +155,7 @@ def write(
     if tool is None:
         _write_file(directory / FILE, model, kind, matrix, settings)
     else:
+        # llama.cpp's tool converts files, so a bf16 file is written first.
         beside = directory / f".{FILE}.bf16"
         _write_file(beside, model, "bf16", matrix, settings)
         if together.is_first():

@@ -100,6 +100,7 @@ def _of_hugging_face(tokenizer: HuggingFace) -> dict[str, Any]:
         pre = _name_of_split(file, described)
         found = {"model": "gpt2", "pre": pre, "merges": [f"{left} {right}" for left, right in merges]}
         found["add_space_prefix"] = np.bool_(False)
+    # The encoding of an empty text shows whether the tokenizer itself adds BOS.
     begins = tokenizers.Tokenizer.from_file(str(file)).encode("", add_special_tokens=True).ids == [tokenizer.bos_id]
     names = {"unknown": "unk_token", "padding": "pad_token"}
     ids = {key: tokens.index(tokenizer.named_tokens[name]) for key, name in names.items() if name in tokenizer.named_tokens}

@@ -178,7 +178,7 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
     Args:
         base: the base model.
         source: a run or an external adapter.
-        out_dir: the folder to write, which must not exist.
+        out_dir: the folder to write; it must be empty or not exist yet.
         dtype: dtype of the files; None for the dtype of the base's files.
 
     Returns:
@@ -227,6 +227,7 @@ def base_and_adapter(
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
     trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
     plain = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
+    # Loaded lazily, since the base may be larger than the host's memory.
     return lora, {**model_dir.load_parameters(base, plain, load=model_dir.left_in_files), **trained}
 
 
@@ -249,6 +250,7 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     settings = read_object(directory / peft.CONFIG)
     if settings.get("modules_to_save"):
         raise ValueError(f"{source} has {settings['modules_to_save']}, trained in full: these have no scale; merge it instead")
+    # A delta is alpha / rank · B·A (or over the square root of rank), so alphas alone scale it.
     settings["lora_alpha"] *= factor
     settings["alpha_pattern"] = {key: alpha * factor for key, alpha in (settings.get("alpha_pattern") or {}).items()}
     with new_directory(out_dir) as beside:

@@ -36,6 +36,7 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
     seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
     replicas = math.prod(mesh.shape[axis] for axis in BATCH)
     batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
+    # Rounded up to a multiple of the replicas, over which the batch is divided.
     batch_size += -batch_size % replicas
     sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
     template = run.data.chat_template if run and isinstance(run.data, config.RunData) else None
@@ -50,7 +51,7 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         )
     return {
         **found,
-        # exp overflows float64 beyond 709
+        # Limited, since exp overflows float64 beyond 709.
         "perplexity": math.exp(min(found["loss"], 700)),
         "records": loader.num_records,
         "records_truncated": loader.num_truncated,

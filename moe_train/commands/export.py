@@ -54,7 +54,7 @@ def export(
 
     Args:
         source: a run or an external model.
-        out_dir: the folder to write, which must not exist.
+        out_dir: the folder to write; it must be empty or not exist yet.
         layout: file layout of a whole model or of an adapter.
         merge: whether to merge the run's adapters into the model.
         dtype: dtype of the files; None for the dtype of the files that the weights came from, or else that of training.
@@ -68,7 +68,7 @@ def export(
     Raises:
         ValueError: the layout or the server cannot express the model.
         FileNotFoundError: the run has no checkpoint.
-        FileExistsError: `out_dir` exists.
+        FileExistsError: `out_dir` exists and is not an empty folder.
         RuntimeError: the proof fails.
     """
     join_processes()

@@ -43,7 +43,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
 
     Args:
         base: an external model.
-        out_dir: the folder to write, which must not exist.
+        out_dir: the folder to write; it must be empty or not exist yet.
         tokenizer: a version of Mistral's (v3), a file, or a folder.
         layout: layout of the files to write.
 
@@ -53,7 +53,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     Raises:
         ValueError: tokens of the base would be lost, or no token is new.
         FileNotFoundError: base or tokenizer do not exist.
-        FileExistsError: `out_dir` exists.
+        FileExistsError: `out_dir` exists and is not an empty folder.
         OSError: the disk is full.
     """
     refuse_existing(Path(out_dir))

@@ -47,7 +47,7 @@ def gather(
 
     Raises:
         FileNotFoundError: this Python comes without its sources.
-        FileExistsError: `out_dir` is not empty.
+        FileExistsError: `out_dir` exists and is not an empty folder.
     """
     refuse_existing(Path(out_dir))
     root = Path(stdlib or sysconfig.get_path("stdlib"))

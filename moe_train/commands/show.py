@@ -151,6 +151,7 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
             at = np.flatnonzero(segment_ids == number)
             ids = [int(tokens[at[0]]), *targets[at].tolist()]
             learnt = [False, *loss_mask[at].tolist()]
+            # The last target has no position of its own in the batch.
             seen = [*positions[at].tolist(), int(positions[at[-1]]) + 1]
             texts = pieces(ids, tokenizer)
             yield Segment(

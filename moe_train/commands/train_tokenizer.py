@@ -53,7 +53,7 @@ def train_bpe(
         progress: whether to show a progress bar.
 
     Raises:
-        FileExistsError: `out_dir` is not empty.
+        FileExistsError: `out_dir` exists and is not an empty folder.
         ValueError: `vocab_size` leaves no room for bytes and control tokens, or there is no text.
     """
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers

@@ -43,7 +43,7 @@ def upcycle(
 
     Args:
         base: a dense model in any supported layout.
-        out_dir: the folder to write, which must not exist.
+        out_dir: the folder to write; it must be empty or not exist yet.
         num_experts: experts per layer.
         experts_per_token: experts that each token is routed to.
         noise: standard deviation of the noise added to each expert's matrices, relative to that of the matrix.
@@ -55,7 +55,7 @@ def upcycle(
 
     Raises:
         ValueError: the base is no dense model of a supported family.
-        FileExistsError: `out_dir` exists.
+        FileExistsError: `out_dir` exists and is not an empty folder.
         OSError: the disk is full.
     """
     refuse_existing(Path(out_dir))
@@ -76,6 +76,7 @@ def upcycle(
         rng = np.random.default_rng((seed, zlib.crc32(piece.path.encode()), *piece.lead))
         if ParameterPath.parse(piece.path).is_router:
             return piece.to_file(model.init_stddev * rng.standard_normal(piece.ours_shape, np.float32)).astype(dtype)
+        # Every expert of a layer comes from that layer's only feed-forward part.
         of_base = source[piece.path, piece.lead[:1]]
         w = of_base.from_file(dense.tensors[of_base.name].read)
         if noise and len(piece.lead) == 2:  # a matrix of an expert

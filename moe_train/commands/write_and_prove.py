@@ -51,7 +51,7 @@ def export(
     Args:
         parameters: weights by path, in memory or in files.
         model: the architecture.
-        out_dir: the folder to write, which must not exist.
+        out_dir: the folder to write; it must be empty or not exist yet.
         layout: layout of the files.
         dtype: float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's own types.
         lora: the section of the adapters in `parameters`.
@@ -66,7 +66,7 @@ def export(
         The record of `proof.prove`, which is also kept in the directory.
 
     Raises:
-        FileExistsError: `out_dir` exists.
+        FileExistsError: `out_dir` exists and is not an empty folder.
         ValueError: the layout cannot express the model.
         OSError: the disk is full.
         RuntimeError: the proof fails.

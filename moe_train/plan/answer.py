@@ -32,7 +32,7 @@ class Answer(NamedTuple):
     price: float | None
     """Dollars per chip and hour; None if unknown."""
     priced: str
-    """Where the price comes from, in words."""
+    """The source of the price, in words."""
 
     @property
     def best(self) -> Choice | None:

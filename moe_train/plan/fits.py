@@ -27,6 +27,7 @@ def check_fits(run: config.Run, device: jax.Device) -> None:
     if limit is None:
         return
     needed = memory(run, layout(run))
+    # The model is not exact, so only a clear excess is refused.
     if needed.total <= ERROR * limit:
         return
     raise ValueError(

@@ -111,7 +111,7 @@ class _Walk:
         self._shapes = {i.name: stated_shapes(i.result) for i in module.computations[name]}
         self._total = Counts()
         self._started: dict[str, tuple[Counter[Collective], float]] = {}
-        """By the name of a start instruction: its collectives, and the FLOPs of all products scheduled before it."""
+        """Unfinished collectives by the name of their start instruction, with the FLOPs of all products scheduled before it."""
         self._chains: dict[str, Collective] = {}
         """Collectives that several fusions perform in parts, by the name that the parts share."""
 
@@ -158,6 +158,7 @@ class _Walk:
 
     def _add_conditional(self, i: Instruction) -> None:
         names = i.called("branch_computations", "true_computation", "false_computation")
+        # The branch with the fewest bytes is taken as the usual one; the others are fallbacks.
         least, *_, most = sorted((self._module.count(name) for name in names), key=lambda branch: branch.bytes)
         self._total.add(least)
         self._total.fallback_bytes += most.bytes - least.bytes

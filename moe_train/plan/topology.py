@@ -155,6 +155,7 @@ def _no_such(name: str, device: str, chips: float, said: str) -> ValueError:
         chips: the number of chips that was asked for.
         said: how the message words that number.
     """
+    # Closest by ratio of sizes, then the shape closest to a cube.
     nearest = min(shapes(device), key=lambda s: (abs(math.log(math.prod(s) / max(chips, 0.5))), sum(s)))
     chips_said = f"{chips:g} {said}"
     return ValueError(

@@ -81,6 +81,7 @@ def layout(run: config.Run) -> Layout:
     Raises:
         ValueError: mesh and model do not fit together.
     """
+    # Settings that change no weight are left out, so that more searches hit the cache.
     compute = config.Compute(dtype=run.compute.dtype, param_dtype=run.compute.param_dtype)
     return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh))
 

@@ -218,6 +218,7 @@ class _Values:
             self.wanted += float(np.vdot(delta, delta))
             self.kept += float(np.vdot(delta, change))
             self.noise += float(np.vdot(off, off)) / base.size if stored.kind not in MANTISSA else 0.0
+            # Only in a file without quantization do equal numbers mean that nothing was added.
             self.changed = (
                 self.changed
                 or stored.kind not in MANTISSA

@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
     path: str
     lead: tuple[int, ...]
-    """Its entry in the stacked array: (), (repeat,) or (repeat, expert)."""
+    """Entry in the stacked array: (), (repeat,) or (repeat, expert)."""
     form: Form
     """Turns our matrix into the file's. It also applies to B of an adapter, whose in dim is the rank."""
 

@@ -256,6 +256,7 @@ def compare(found: Answers, wanted: Reference, prompts: Prompts, model: config.M
             wrong += len(bad)
             if len(bad) and first is None:
                 first = layer, int(bad[0][0]), int(bad[0][1])
+            # Attention spreads a different choice to all later positions, but not to earlier ones.
             clean_PT = clean_PT & ~np.maximum.accumulate(differ_PT, axis=1)
     there = np.take_along_axis(found.logits_PTV, wanted.top_ids_PTn, axis=-1)
     there[..., 0] = found.logits_PTV.max(axis=-1)  # the largest of all, so that another token with a larger logit is noticed

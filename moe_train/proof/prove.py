@@ -206,6 +206,7 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     prompts = logits.fixed_prompts(model, export.tokenizer)
     trained, _ = logits.structure_and_shapes(model, lora, "float32")
     plain, _ = logits.structure_and_shapes(model, None, "float32")
+    # If no weight is wider than the file's dtype and nothing is merged, writing rounds nothing.
     wider = [x for path, x in export.parameters.items() if x.dtype.itemsize > 2 or ParameterPath.parse(path).is_adapter]
     as_trained = logits.answers(trained, export.parameters, prompts)
     compared_with, rounding = as_trained, kind in ("bfloat16", "float16") and bool(wider)

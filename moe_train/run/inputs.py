@@ -39,6 +39,7 @@ def open_inputs(run: config.Run, objective: Objective) -> Inputs:
     """
     data = run.training_data()
     tokenizer = load_tokenizer(data.tokenizer)
+    # Checked before any data is tokenized, which may take long.
     check_ready(run, data, tokenizer)
     open_loader = partial(
         Loader,

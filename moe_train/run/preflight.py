@@ -48,6 +48,7 @@ def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_f
     compared = range(0, count, max(1, count // _IDS))
     differing = []
     for number in compared:
+        # Spaces, invalid UTF-8 and byte tokens are spelled differently by kinds of tokenizers, so they do not count.
         ours, known = (either.decode([number], keep_special=True).replace("▁", " ") for either in (tokenizer, theirs))
         if ours.strip() != known.strip() and "\ufffd" not in ours + known and "<0x" not in ours + known:
             differing.append((number, ours, known))

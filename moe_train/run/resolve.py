@@ -106,6 +106,7 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config
 
 def _modules(model: config.Model) -> list[str]:
     """Return the names of all modules with weights, each once, such as `attention.q_proj`."""
+    # Module names do not depend on the mesh, so one abstract device is enough.
     with jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1))):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
     return sorted({ParameterPath.parse(path).module for path in shapes})

@@ -309,6 +309,7 @@ def _entry(array: jax.Array, lead: tuple[jax.Array, ...]) -> jax.Array:
         if spec_of(bits)[0] is None:
             bits = jax.lax.dynamic_index_in_dim(bits, i, keepdims=False)
         else:  # other devices contribute zeros, so the sum over devices is this entry
+            # Indexing a sharded dim would gather all of it; a masked sum moves a single entry.
             mine = (jnp.arange(len(bits)) == i).reshape(-1, *(1,) * (bits.ndim - 1))
             bits = jnp.sum(jnp.where(mine, bits, 0), axis=0, dtype=bits.dtype)
     return jax.lax.bitcast_convert_type(jax.sharding.reshard(bits, P()), array.dtype)

@@ -29,6 +29,7 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
         )
     has_config = (path / config_json.FILE).is_file()
     has_params = (path / params_json.FILE).is_file()
+    # config.json alone does not decide: the weights may be there only in Mistral's layout.
     if has_config and (safetensors_files.has_model(path) or not has_params):
         return "hf"
     if has_params:

@@ -38,6 +38,7 @@ def hashes(path: str | Path) -> dict[str, str]:
     layout = _layout_of(path)
     if layout is gguf_lora:
         opened = gguf_lora.open_adapter(path)
+        # alpha scales the tensors, so a change of it alone makes another adapter.
         alpha = repr(opened.settings.get("adapter.lora.alpha"))
         return together.tensor_hashes(opened.tensors) | {"adapter.lora.alpha": hashlib.sha256(alpha.encode()).hexdigest()}
     weights, settings = (peft.WEIGHTS, peft.CONFIG) if layout is peft else (mistral_lora.FILE, params_json.FILE)

@@ -53,6 +53,7 @@ def merged(parameters: Held, lora: config.Lora | None, piece: Piece, dtype: np.d
     turned = weight.flags.f_contiguous  # read from a file as (out, in); processing rows of that is several times as fast
     if turned:
         weight, left, right = weight.T, right.T, left.T
+    # Sums are formed in float64 and rounded once, when they are stored in `out`.
     out = np.empty(weight.shape, dtype)
     step = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), step):

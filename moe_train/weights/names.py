@@ -317,6 +317,7 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
         if row is layout.embed:  # the embedding is a lookup: its rows are the inputs
             out, into, of_names = into, out, layout.adapters_of_embed
         assert of_names is not None
+        # A has the weight's in dims and B its out dims, each followed or preceded by the rank.
         inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
         name_a, name_b = (name.format(stem=row.name.removesuffix(".weight")) for name in of_names)
         a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
@@ -419,6 +420,7 @@ def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Pi
         F = shape[0]
         part = (lead[1], (0, F) if row.stack == "gate of gate_up" else (F, 2 * F))
         shape = (sizes["E"], 2 * F, *shape[1:])
+    # Each of our dims is found by where its letters are in the file's.
     letters = row.dims.replace(" ", "")
     return Piece(
         name=row.name.format(e=lead[1]) if len(lead) == 2 else row.name,

@@ -28,7 +28,7 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape, rows first."""
+        """Shape in numpy's order of dims."""
         ...
 
     @property
@@ -48,7 +48,7 @@ class Weights(NamedTuple):
     """The file or folder, for messages."""
     model: config.Model
     table: list[Piece]
-    """Where each weight is in the files."""
+    """Location of each weight in the files."""
     tensors: Mapping[str, Tensor]
     """Tensors of the text model only, by name."""
 

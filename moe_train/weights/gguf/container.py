@@ -55,7 +55,7 @@ class Tensor:
     shape: tuple[int, ...]
     encoding: Encoding
     data: np.ndarray
-    """Its bytes, memory-mapped: (rows…, bytes of a row)."""
+    """Bytes of the tensor, memory-mapped: (rows…, bytes of a row)."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -207,6 +207,7 @@ def _encoding(file: Path, name: str, code: int) -> Encoding:
     try:
         kind = gguf.GGMLQuantizationType(code)
         block, size = gguf.GGML_QUANT_SIZES[kind]
+        # The package names more types than it can dequantize, so a block is tried.
         gguf.dequantize(np.zeros((1, size), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{file}: {name} has the type {code}, which the package gguf does not read: {error}") from error

@@ -81,6 +81,7 @@ def export_adapter(
         for piece in tensors[spec.name]:
             ours, module = fetch(parameters[piece.path], piece.lead), _module(piece)
             if ParameterPath.parse(piece.path).leaf == "lora_b":
+                # llama.cpp multiplies by alpha / rank, so B carries what is left of the scale.
                 factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
                 ours = ours if factor == 1 else (ours.astype(np.float64) * factor)
             yield piece.to_file(ours.astype(np.float32))

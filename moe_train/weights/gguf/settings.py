@@ -48,6 +48,7 @@ def _ours(settings: Mapping[str, Any]) -> config.Model:
     """Read the architecture of a file that we wrote. Raises ValueError if somebody changed the keys that llama.cpp reads."""
     model = config.Model.model_validate_json(settings[OURS])
     wanted = _keys(model)
+    # A tool that edits the keys of llama.cpp leaves ours behind, and the two then disagree.
     if changed := [
         key for key, value in wanted.items() if settings.get(key) != (value if isinstance(value, str) else value.item())
     ]:

@@ -37,6 +37,7 @@ def open_weights(directory: str | Path) -> Weights:
     tensors = safetensors_files.open_model(directory, STEM)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_VISION)}
     head, embed = names.MISTRAL.head.name, names.MISTRAL.embed.name
+    # A tied head may be written as well; it is accepted only as an exact copy.
     if model.tie_embeddings and head in tensors:
         if embed not in tensors or len({*on_disk.hashes({name: tensors[name] for name in (head, embed)}).values()}) > 1:
             raise ValueError(f"{directory} has an {head} of its own, but tied_embeddings is true in its {PARAMS}")

@@ -66,6 +66,7 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     ranks = adapter_ranks(abstract)
     saved = [piece for piece in saved_pieces(model) if piece.path in abstract]
     if model.tie_embeddings:
+        # `read_lora` has checked that both names of a tied table hold the same values.
         second = tied_head(model).name
         saved = [piece for piece in saved if piece.name != second]
         tensors.pop(second, None)

@@ -83,6 +83,7 @@ def export_adapter(
             return np.zeros(piece.ours_shape, dtype)
         trained = fetch(parameters[piece.path], piece.lead)
         shape = shapes[path.module_path]
+        # B absorbs the difference between the scale here and the one that the file's settings imply.
         factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
         if path.leaf == "lora_b" and factor != 1:
             trained = (trained.astype(np.float64) * factor).astype(dtype)

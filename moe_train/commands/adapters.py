@@ -1,6 +1,6 @@
-"""Adapters compared with their base and with each other, merged, and scaled; of a run, or of another tool's files.
+"""Compare adapters with their base and with each other, merge them, and scale them; from a run or from external files.
 
-The norm of a delta s·A·B comes from two products of rank by rank: |s·A·B|² = s² · sum((AᵀA) * (BBᵀ)).
+The norm of a delta s·A·B comes from two rank-by-rank products: |s·A·B|² = s² · sum((AᵀA) * (BBᵀ)).
 """
 
 from __future__ import annotations
@@ -30,36 +30,40 @@ from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.gguf import lora as gguf_lora
 
 Weight = Callable[[names.Piece], np.ndarray]
-"""Gives the base's own weight of a piece."""
+"""Returns the base's own weight of a piece."""
 
 
 # --- how far it moved ----------------------------------------------------------------------------------------------
 
 
 class Moved(NamedTuple):
-    """How far one matrix of one layer, and of one expert, is from the base's."""
+    """How far one matrix of one layer, and of one expert if routed, differs from the base's."""
 
     layer: int | None
     """None for embedding, final norm and head."""
     module: str
     expert: int | None
+    """None for a matrix that does not belong to a routed expert."""
     delta: float
     """Frobenius norm of the change."""
     weight: float
-    """That of the base's weight."""
+    """Frobenius norm of the base's weight."""
 
     @property
     def relative(self) -> float:
+        """Norm of the change over that of the weight; infinity if only the weight is zero."""
         return self.delta / self.weight if self.weight else math.inf if self.delta else 0.0
 
 
 class Comparison(NamedTuple):
+    """How far the adapters of a model changed its matrices."""
+
     base: str
     moved: list[Moved]
-    """Of everything that was trained, the farthest first."""
+    """Everything that was trained, with the largest relative change first."""
 
     def experts(self) -> list[list[float]]:
-        """[layer][expert]: norm of the change of an expert's matrices together, over the norm of the adapted ones."""
+        """Return [layer][expert]: norm of the change of all of an expert's matrices, over the norm of its adapted matrices."""
         sums: dict[int, dict[int, list[float]]] = {}
         for m in self.moved:
             if m.expert is not None and m.layer is not None:
@@ -70,11 +74,18 @@ class Comparison(NamedTuple):
 
 
 def diff(source: str | Path, base: str | Path | None = None, against: str | Path | None = None) -> Comparison:
-    """How far the adapters of `source`, and what was trained in full beside them, are from the base model; or from
-    `against`, other adapters of it.
+    """Measure how far the adapters of `source`, and what was trained in full with them, are from the base model.
 
-    base: where it is not stated, the one that the run or the adapter names. Raises FileNotFoundError where it is not here,
-    ValueError where the adapters are another model's. In memory are the adapters, and one matrix of the base.
+    Only the adapters and one matrix of the base are in memory at a time.
+
+    Args:
+        source: a run or an external adapter.
+        base: the base model; None for the one that the run or adapter names.
+        against: other adapters of the same base, to compare with instead of with the base.
+
+    Raises:
+        FileNotFoundError: the base that is named does not exist here.
+        ValueError: the adapters belong to another model.
     """
     base = _base_of(source) if base is None else base
     model = model_dir.read_model(base)
@@ -100,7 +111,7 @@ def _base_of(source: str | Path) -> str:
 
 
 def _load(source: str | Path, model: config.Model) -> tuple[config.Lora, Parameters]:
-    """The section `lora` of an adapter, and what was trained."""
+    """Return the section `lora` of an adapter, and the trained parameters."""
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute(), lora)))[1]
     return lora, model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
@@ -113,12 +124,12 @@ def _weights_of(base: str | Path, model: config.Model) -> Weight:
 
 
 def _moved(piece: names.Piece, model: config.Model, both: list[tuple[config.Lora, Parameters]], weight: Weight) -> Moved | None:
-    """None for what none of the adapters touches."""
+    """Measure the change of one piece; None if none of the adapters touches it."""
     path = ParameterPath.parse(piece.path)
     if not any(piece.path in trained or path.has_adapter(trained) for _, trained in both):
         return None
     own = weight(piece)
-    if any(piece.path in trained for _, trained in both):  # in full
+    if any(piece.path in trained for _, trained in both):  # trained in full
         first, *other = (_whole(lora, trained, piece, own) for lora, trained in both)
         delta = float(np.linalg.norm(first - (other[0] if other else own)))
     else:
@@ -129,7 +140,7 @@ def _moved(piece: names.Piece, model: config.Model, both: list[tuple[config.Lora
 
 
 def _whole(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.ndarray) -> np.ndarray:
-    """The trained weight in float64, an adapter's delta added."""
+    """Return the trained weight in float64, with an adapter's delta added."""
     if piece.path in trained:
         return fetch(trained[piece.path], piece.lead).astype(np.float64)
     added = merge.delta(trained, lora, piece)
@@ -139,7 +150,7 @@ def _whole(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.n
 def _factors(
     lora: config.Lora, trained: Parameters, path: ParameterPath, lead: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """(s·A as (in, J), B as (J, out)); None where there is no adapter."""
+    """Return (s·A as (in, J), B as (J, out)), or None without an adapter."""
     if not path.has_adapter(trained):
         return None
     a, b = (fetch(trained[name], lead).astype(np.float64) for name in path.adapter)
@@ -148,9 +159,13 @@ def _factors(
 
 
 def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> float:
-    """|A·B| of the first, or |A·B - A'·B'| of both: the product of A and -A' side by side with B above B'."""
+    """Return |A·B| of one adapter, or |A·B - A'·B'| of two.
+
+    The difference is itself a product: A and -A' side by side, times B stacked on B'.
+    """
     signed = [(sign * f[0], f[1]) for sign, f in zip((1, -1), factors, strict=False) if f is not None]
     a, b = np.concatenate([f[0] for f in signed], axis=1), np.concatenate([f[1] for f in signed])
+    # Rounding can make the sum slightly negative where the two adapters are equal.
     return math.sqrt(max(0.0, float(np.sum((a.T @ a) * (b @ b.T)))))
 
 
@@ -158,11 +173,21 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
 
 
 def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype: config.Dtype | None = None) -> dict[str, Any]:
-    """The base model with the adapters of `source` added, as a Hugging Face model, proved; returns the proof's record.
+    """Write the base model with the adapters of `source` merged in, as a Hugging Face model, and prove it.
 
-    dtype: of the files; where it is not stated, that of the base's. Raises as `weights.write.export`.
+    Args:
+        base: the base model.
+        source: a run or an external adapter.
+        out_dir: the folder to write; it must be empty or not exist yet.
+        dtype: dtype of the files; None for the dtype of the base's files.
+
+    Returns:
+        The record of the proof.
+
+    Raises:
+        ValueError: the base is a run with adapters of its own. Other errors are those of `write_and_prove.export`.
     """
-    refuse_existing(Path(out_dir))  # before the work, not after it
+    refuse_existing(Path(out_dir))  # fail before the long work rather than after it
     opened = model_dir.open_model(base)
     if opened.lora is not None:
         raise ValueError(f"{base} is a run with adapters of its own; export it with --merge, and merge into the export")
@@ -184,22 +209,36 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
 def base_and_adapter(
     base: str | Path, source: str | Path, model: config.Model, dtype: config.Dtype | None = None
 ) -> tuple[config.Lora, Held]:
-    """The section `lora` of the adapters of `source`, and all weights: the base's, in `dtype`, or that of its files where it
-    is not stated, and what was trained. Those of another tool's files stay there. The mesh is in force."""
+    """Load a base model and adapters for it; the mesh must be in force.
+
+    Args:
+        base: the base model.
+        source: a run or an external adapter.
+        model: the architecture of the base.
+        dtype: dtype of the base's weights; None for the dtype of its files.
+
+    Returns:
+        (the section `lora` of the adapters, all weights: the base's and what was trained). Weights in external files are left
+        there until they are needed.
+    """
     dtype = dtype or model_dir.dtype_of_files(base, otherwise=model_dir.compute_here().param_dtype)
     compute = config.Compute(param_dtype=dtype)
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
     trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
     plain = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
+    # Loaded lazily, since the base may be larger than the host's memory.
     return lora, {**model_dir.load_parameters(base, plain, load=model_dir.left_in_files), **trained}
 
 
 def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, Any]:
-    """Write a PEFT adapter whose deltas are `factor` times as large, and prove it: alphas are multiplied, tensors keep their bytes.
+    """Write a PEFT adapter whose deltas are `factor` times as large, and prove it.
 
-    Raises ValueError for a factor that is not positive, for modules that were trained in full, which have no scale, and where
-    the proof fails.
+    Only the alphas are multiplied; the tensors keep their bytes.
+
+    Raises:
+        ValueError: the factor is not positive, modules were trained in full (these have no scale), or the proof fails.
+        FileNotFoundError: `source` has no PEFT adapter.
     """
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"factor is {factor}; it has to be positive: 1 leaves the adapter as it is, 0 would be the base itself")
@@ -211,11 +250,12 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     settings = read_object(directory / peft.CONFIG)
     if settings.get("modules_to_save"):
         raise ValueError(f"{source} has {settings['modules_to_save']}, trained in full: these have no scale; merge it instead")
+    # A delta is alpha / rank · B·A (or over the square root of rank), so alphas alone scale it.
     settings["lora_alpha"] *= factor
     settings["alpha_pattern"] = {key: alpha * factor for key, alpha in (settings.get("alpha_pattern") or {}).items()}
     with new_directory(out_dir) as beside:
         for file in directory.iterdir():
-            if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):  # the proof is of the old scale
+            if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):  # the old proof is about the old scale
                 shutil.copyfile(file, beside / file.name)
         (beside / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         prove_scaled(beside, directory, factor)
@@ -226,7 +266,12 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
 
 
 def show(found: Comparison, top: int) -> Iterator[Any]:
-    """Titles and tables for a terminal: the `top` matrices that moved farthest, and layer by expert as a heat map."""
+    """Yield titles and tables for a terminal.
+
+    Args:
+        found: the comparison.
+        top: number of matrices to list, largest relative change first. A heat map of layers and experts follows.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -252,6 +297,6 @@ def show(found: Comparison, top: int) -> Iterator[Any]:
 
 
 def _heat(share: float) -> str:
-    """Black on white for none, white on dark red for the most."""
+    """Return a style from black on white (no change) to white on dark red (the largest change)."""
     fade = round(255 * (1 - share))
     return f"{'white' if share > 0.5 else 'black'} on rgb({255 - round(100 * share**2)},{fade},{fade})"

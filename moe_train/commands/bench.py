@@ -1,4 +1,4 @@
-"""How fast a config trains on this hardware: its own step, on synthetic tokens."""
+"""Measure how fast a config trains on this hardware: its own training step, on synthetic tokens."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from moe_train.train.step import compile_step
 from moe_train.train.step_definition import definition_of
 
 WARM_UP, TIMED = 2, 7
+"""Steps after the first one that are not timed, and steps that are."""
 
 
 def bench(written: config.Config) -> dict[str, Any]:
-    """Time the training step of a run: weights are random, every sequence is full, tokens are uniform.
+    """Time the training step of a run with random weights, full sequences and uniformly drawn tokens.
 
-    Seconds: `first_step_seconds` holds tracing, compilation and one step; `median_step_seconds` is of the steps
-    after two more. `share_of_attainable` is model FLOP/s over what the devices could do (see `attainable`).
+    Returns:
+        `first_step_seconds` covers tracing, compilation and one step; `median_step_seconds` is the median of the steps after
+        two more. `share_of_attainable` is the model's FLOP/s over what the devices could do (see `attainable`).
     """
     run = resolve(written, jax.device_count())
     mesh = make_mesh(run.mesh)
@@ -40,7 +42,7 @@ def bench(written: config.Config) -> dict[str, Any]:
         definition = definition_of(run, structure, optimizer)
         objective = definition.objective
         reference = trained_in_full(state.learned, run.lora) if objective.uses_reference else {}
-        base_weights = jax.tree.map(jnp.copy, reference)  # the step takes the state's own arrays over
+        base_weights = jax.tree.map(jnp.copy, reference)  # a copy, since the step donates the arrays of the state
         rows = run.train.batch_size // jax.process_count()
         batch = put_batch(objective.batch_type.synthetic(rows, run.train.seq_len, run.model.vocab_size, run.seed), mesh)
 
@@ -51,6 +53,7 @@ def bench(written: config.Config) -> dict[str, Any]:
         for _ in range(1 + WARM_UP + TIMED):
             wall, cpu = time.perf_counter(), time.process_time()
             state, metrics = step(state, batch, base_weights)
+            # Reading the loss waits for the step to finish.
             losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - wall)
             cpu_seconds.append(time.process_time() - cpu)
@@ -86,15 +89,16 @@ def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
 
 
 def _program_bytes(step: Any) -> int | None:
-    """Arguments and temporaries of the compiled step on one device, as the compiler states them."""
+    """Return the arguments and temporaries of the compiled step on one device, as the compiler states them."""
     memory = step.memory_analysis()
     return None if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _peak_bytes(mesh: jax.sharding.Mesh) -> int:
-    """Most memory in use so far: of one device; on CPU of the process."""
+    """Return the peak memory so far, in bytes: of one device, or of the process on a CPU."""
     device = mesh.local_devices[0]
     if device.platform != "cpu":
         return device.memory_stats()["peak_bytes_in_use"]
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # getrusage states bytes on macOS and kilobytes elsewhere.
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024

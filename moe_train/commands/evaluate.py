@@ -1,4 +1,4 @@
-"""`moe-train evaluate`: the loss of a run or a model on files."""
+"""`moe-train evaluate`: the loss of a run or an external model on files."""
 
 from __future__ import annotations
 
@@ -23,15 +23,20 @@ from moe_train.train.objectives.next_token import next_token
 
 
 def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Next-token loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
+    """Measure the next-token loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
 
-    Rows are as long as the run's; of a model that is no run, at most 2048.
+    Rows are as long as the run's; for a model that is no run, at most 2048 tokens.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+        FileNotFoundError: a file does not exist.
     """
     opened = open_model(directory)
     run, mesh = opened.run, opened.mesh
     seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
     replicas = math.prod(mesh.shape[axis] for axis in BATCH)
     batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
+    # Rounded up to a multiple of the replicas, over which the batch is divided.
     batch_size += -batch_size % replicas
     sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
     template = run.data.chat_template if run and isinstance(run.data, config.RunData) else None
@@ -46,6 +51,7 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         )
     return {
         **found,
+        # Limited, since exp overflows float64 beyond 709.
         "perplexity": math.exp(min(found["loss"], 700)),
         "records": loader.num_records,
         "records_truncated": loader.num_truncated,
@@ -54,12 +60,12 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _record(file: Path, run: config.Run | None) -> config.Record:
-    """How to read a file, by its first record: as the run reads its own, where that is possible, else as its columns say."""
+    """Choose the record section for a file by its first record: one of the run's own if it fits, else by the columns."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file to evaluate on")
     text = config.TextRecord(name="text")
     records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
-    origin, first = next(iter(records), (None, {"text": ""}))  # without any, the loader says so
+    origin, first = next(iter(records), (None, {"text": ""}))  # an empty file is reported by the loader
     where = str(file) if origin is None else records.where(origin)
     sources = (*run.data.eval, *run.data.train) if run and isinstance(run.data, config.RunData) else ()
     own = [source.record for source in sources if isinstance(source, config.RecordSource)]

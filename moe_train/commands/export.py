@@ -1,4 +1,4 @@
-"""A run's newest checkpoint, or another tool's model, as files that other tools load: a whole model, or an adapter; proved."""
+"""Export a run's newest checkpoint or an external model as files that other tools load: a whole model or an adapter, proved."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from moe_train.weights.texts import Texts
 
 log = logging.getLogger(__name__)
 CONVERSATIONS = 32
-"""Of the training data, whose tokens are compared."""
+"""Number of conversations of the training data whose tokens are compared."""
 
 
 def export(
@@ -48,16 +48,31 @@ def export(
     server: serve.Server | None = None,
     max_shard_size: str | None = None,
 ) -> dict[str, Any]:
-    """Write the weights of a run, or of another tool's model, to `out_dir`, which appears whole or not at all, proved.
+    """Write the weights of a run, or of an external model, to `out_dir` and prove them.
 
-    dtype: of the files; where it is not stated, that of the files that the weights came from, or that of the training.
-    server: what is to read the files; the record then has `serve`, the command that does. max_shard_size: 5GB, 500MiB.
-    Returns the record that `weights.proof` keeps in `out_dir`. Raises ValueError for what the layout or the server has no
-    words for, FileNotFoundError for a run without checkpoint, FileExistsError where out_dir is taken, RuntimeError where
-    the proof fails.
+    `out_dir` appears complete or not at all.
+
+    Args:
+        source: a run or an external model.
+        out_dir: the folder to write; it must be empty or not exist yet.
+        layout: file layout of a whole model or of an adapter.
+        merge: whether to merge the run's adapters into the model.
+        dtype: dtype of the files; None for the dtype of the files that the weights came from, or else that of training.
+        depth: `tensors` does not run the model for the proof.
+        server: the server that is to read the files; the record then has `serve`, the command that starts it.
+        max_shard_size: such as 5GB or 500MiB; None for the default.
+
+    Returns:
+        The record that the proof keeps in `out_dir`.
+
+    Raises:
+        ValueError: the layout or the server cannot express the model.
+        FileNotFoundError: the run has no checkpoint.
+        FileExistsError: `out_dir` exists and is not an empty folder.
+        RuntimeError: the proof fails.
     """
     join_processes()
-    refuse_existing(Path(out_dir))  # before the work, not after it
+    refuse_existing(Path(out_dir))  # fail before the long work rather than after it
     shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
     opened = unquantised(open_model(source))
     run, lora, model = opened.run, opened.lora, opened.model
@@ -94,6 +109,7 @@ def export(
         else:
             assert lora is not None and run is not None
             if jax.process_count() > 1:
+                # The first process alone writes an adapter, so it needs all of it.
                 weights = together.gathered({path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)})
             with together.one_directory(out_dir) as directory:
                 with together.all_or_none():
@@ -117,7 +133,7 @@ def _write_adapter(
     server: serve.Server | None,
     name: str,
 ) -> None:
-    """Replace the empty directory by a whole one."""
+    """Replace the empty directory by a complete adapter."""
     model, lora, run = opened.model, opened.lora, opened.run
     assert lora is not None and run is not None
     base = str(run.init_from)
@@ -133,12 +149,16 @@ def _write_adapter(
 
 
 def unquantised(opened: Opened) -> Opened:
-    """The same with the weights of the base's files, also where the run held them in few bits."""
+    """Return the same model with the weights of the base's files, even if the run held them quantized."""
     lora = opened.lora
     return opened if lora is None or lora.quantize is None else opened._replace(lora=lora.model_copy(update={"quantize": None}))
 
 
 def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, out_dir: str | Path) -> str | None:
+    """Return the command that starts `server` on the export; None without a server.
+
+    vLLM and transformers need the base in Hugging Face's layout, so for another base the command exports it first.
+    """
     if server is None:
         return None
     run = opened.run
@@ -158,8 +178,10 @@ def _whole_dtype(dtype: str) -> config.Dtype:
 
 
 def _dtype(opened: Opened) -> config.Dtype:
-    """The dtype of the files that training started from, so that untouched weights keep their bytes; otherwise that of the
-    training."""
+    """Return the dtype of the files that training started from, so that unchanged weights keep their bytes.
+
+    Without such files it is the dtype of training.
+    """
     files = opened.run.init_from if opened.run else opened.directory
     if files is not None and not Path(files).exists():
         raise FileNotFoundError(
@@ -171,7 +193,7 @@ def _dtype(opened: Opened) -> config.Dtype:
 
 
 def _about(opened: Opened) -> dict[str, Any]:
-    """What the record says of where the weights come from."""
+    """Return what the record states about the origin of the weights."""
     found: dict[str, Any] = {"source": str(opened.directory)}
     if opened.run is None:
         return found
@@ -191,7 +213,7 @@ def _about(opened: Opened) -> dict[str, Any]:
 
 
 def _conversations(run: config.Run) -> Iterator[Conversation]:
-    """The first conversations of the training data that are in files here."""
+    """Yield the conversations of the training data that are in local files."""
     for source in run.data.train if isinstance(run.data, config.RunData) else ():
         if not isinstance(source, config.FileSource) or isinstance(source.record, config.TextRecord):
             continue
@@ -205,6 +227,7 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
 
 
 def _bytes(size: str) -> int:
+    """Parse a size such as 5GB or 500MiB."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", size.strip())
     if match is None or match[2].upper() not in units or float(match[1]) * units[match[2].upper()] < 1:

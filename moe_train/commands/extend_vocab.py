@@ -1,9 +1,9 @@
-"""A model under a larger tokenizer: each old token keeps its row of embeddings and head, wherever its id has moved to.
+"""Give a model a larger tokenizer: each old token keeps its row of embeddings and head, even if its id changes.
 
-The rows of new tokens are the mean of the old ones, in embeddings and head alike. Then a new token is about as likely
-as an average one, so that the distribution over the old ones hardly changes, where random rows can take most of it
-(J. Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021). Each learns to be its own, since its
-gradient is.
+The rows of new tokens are the mean of the old rows, in embeddings and head alike. A new token is then about as likely as an
+average one, so the distribution over the old tokens hardly changes, whereas random rows can take most of the probability
+(J. Hewitt, Initializing New Word Embeddings for Pretrained Language Models, 2021). The equal rows diverge in training, since
+each has its own gradient.
 """
 
 from __future__ import annotations
@@ -29,18 +29,32 @@ from moe_train.weights.texts import Texts, write_texts
 
 Format = Literal["hf", "mistral"]
 _ROWS = ("embed.weight", names.HUGGING_FACE.head.path)
-"""Our arrays whose first dim is the vocabulary."""
+"""Our parameters whose first dim is the vocabulary."""
 ROWS = 2**12
-"""Of embeddings, that are read at a time."""
+"""Rows of embeddings that are read at a time."""
 Read = Callable[[tuple[int | slice, ...]], np.ndarray]
+"""Reads the part of a file's tensor at an index."""
 
 
 def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: Format = "hf") -> dict[str, Any]:
-    """Write the model at `base` with the vocabulary of `tokenizer`: a version of Mistral's (v3), a file, or a folder.
+    """Write the model at `base` with the vocabulary of `tokenizer`.
 
-    Streamed: one matrix in memory. `out_dir` appears whole, or not at all, after it was read back and compared. Returns
-    how many tokens there were and are, how many ids have moved, and the number of parameters. Raises ValueError where
-    tokens of the base would be lost, or none is new; FileNotFoundError, FileExistsError, OSError for a full disk.
+    Weights are streamed with one matrix in memory. `out_dir` appears complete, after it was read back and compared, or not at all.
+
+    Args:
+        base: an external model.
+        out_dir: the folder to write; it must be empty or not exist yet.
+        tokenizer: a version of Mistral's (v3), a file, or a folder.
+        layout: layout of the files to write.
+
+    Returns:
+        The numbers of tokens before and after, of ids that changed, and of parameters, and the dtype.
+
+    Raises:
+        ValueError: tokens of the base would be lost, or no token is new.
+        FileNotFoundError: base or tokenizer do not exist.
+        FileExistsError: `out_dir` exists and is not an empty folder.
+        OSError: the disk is full.
     """
     refuse_existing(Path(out_dir))
     if runs.is_run(base):
@@ -80,7 +94,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer at a path, or mistral-common's own sentencepiece model of a version such as `v3`."""
+    """Load the tokenizer at a path, or mistral-common's own sentencepiece model of a version such as `v3`."""
     path = Path(name)
     if not path.exists():
         from mistral_common.tokens.tokenizers.base import TokenizerVersion
@@ -102,9 +116,10 @@ def find_tokenizer(name: str) -> Tokenizer:
 
 
 def new_ids(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
-    """Of each old id the one that the new tokenizer gives to the same piece.
+    """Map each old id to the id that the new tokenizer gives to the same piece.
 
-    Raises ValueError where the new one lacks pieces of the old, or has no others.
+    Raises:
+        ValueError: the new tokenizer lacks pieces of the old one, or has no others.
     """
     before, after = pieces_of(old), {piece: number for number, piece in pieces_of(new).items()}
     if lost := [piece for piece in before.values() if piece not in after]:
@@ -118,7 +133,7 @@ def new_ids(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
 
 
 def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
-    """What each id stands for: text, or bytes where the tokenizer's pieces are bytes (its control tokens are text)."""
+    """Return what each id stands for: text, or bytes if the tokenizer's pieces are bytes (its control tokens are text)."""
     if isinstance(tokenizer, HuggingFace):
         vocab = tokenizers.Tokenizer.from_file(str(tokenizer.files[0])).get_vocab(with_added_tokens=True)
         return {number: piece for piece, number in vocab.items()}
@@ -134,13 +149,25 @@ def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
 
 
 def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) -> np.ndarray:
-    """(V, D) in a file -> (size, D): row i at ids[i], the mean of those rows everywhere else."""
+    """Extend a table to the new vocabulary.
+
+    Args:
+        piece: the table, (V, D).
+        read: reads parts of the file's tensor.
+        ids: old id -> new id.
+        size: rows of the new table.
+
+    Returns:
+        (size, D): row i of the old table at ids[i], and the mean of these rows everywhere else.
+    """
     dim = piece.ours_shape[1]
     total, new, out = np.zeros(dim), np.ones(size, bool), None
     for old, rows in _rows(piece, read, list(ids)):
         out = np.empty((size, dim), rows.dtype) if out is None else out
         out[at := [ids[i] for i in old]] = rows
+        # In float64, since a sum over a whole vocabulary would lose the mean in 16 bits.
         total += rows.sum(0, dtype=np.float64)
+        # Rows that stay marked belong to new tokens.
         new[at] = False
     assert out is not None
     out[new] = (total / len(ids)).astype(out.dtype)
@@ -148,7 +175,7 @@ def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) 
 
 
 def _rows(piece: names.Piece, read: Read, ids: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(some of the ids, their rows), until there were all: a tensor of embeddings is not in memory whole."""
+    """Yield (some of the ids, their rows) until all were read, so that a table of embeddings is never in memory as a whole."""
     for start in range(0, piece.ours_shape[0], ROWS):
         stop = min(start + ROWS, piece.ours_shape[0])
         if some := [i for i in ids if start <= i < stop]:
@@ -156,7 +183,7 @@ def _rows(piece: names.Piece, read: Read, ids: Sequence[int]) -> Iterator[tuple[
 
 
 def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
-    """Read the files back: old tokens' rows and all other tensors bit for bit as in the base. Raises RuntimeError."""
+    """Read the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
     written, source = external.open_weights(directory), {(piece.path, piece.lead): piece for piece in weights.table}
     names.check(directory, written.table, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
     if written.model.vocab_size != model.vocab_size:
@@ -168,5 +195,5 @@ def _check_written(directory: Path, model: config.Model, weights: Weights, ids: 
             same = all(np.array_equal(was, now[[ids[i] for i in old]]) for old, was in _rows(of_base, read, list(ids)))
         else:
             same = np.array_equal(of_base.from_file(read), now)
-        if not same:  # widening a 16-bit number changes no value
+        if not same:  # 16-bit tensors may have been written as float32, which changes no value
             raise RuntimeError(f"{piece.name} in the file is not that of the base")

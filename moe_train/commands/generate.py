@@ -1,6 +1,6 @@
-"""Continue prompts with a model: a batch at a time, of prompts of different length, with a cache of keys and values.
+"""Continue prompts with a model, in a batch of prompts of different lengths, with a cache of keys and values.
 
-Two programs are compiled for each size of batch and cache: one takes 64 tokens of every prompt, one takes a token.
+Two programs are compiled for each batch and cache size: one takes 64 tokens of every prompt, the other a single token.
 """
 
 from __future__ import annotations
@@ -20,9 +20,18 @@ from moe_train.evaluate.generate import check_lengths, generate
 def generate_dir(
     directory: str | Path, prompts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0, *, chat: bool = False
 ) -> list[str]:
-    """Completions of `prompts` by a run (its newest checkpoint) or a Hugging Face model.
+    """Complete `prompts` with a run (its newest checkpoint) or a Hugging Face model.
 
-    chat: each prompt is a user's turn, put into the tokenizer's chat format; otherwise it is text to continue.
+    Args:
+        directory: the run or model.
+        prompts: texts.
+        max_tokens: the most tokens to generate for each prompt.
+        temperature: 0 for greedy decoding.
+        seed: for sampling.
+        chat: whether each prompt is a user's turn, rendered in the tokenizer's chat format; otherwise it is text to continue.
+
+    Returns:
+        The completions, without their prompts.
     """
     opened = open_model(directory)
     model, tokenizer = opened.model, opened.tokenizer
@@ -42,6 +51,6 @@ def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool)
 
 
 def _text_after(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
-    """Text of `after` as it stands behind `before`: alone, some tokenizers drop its first space."""
+    """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
     start, whole = tokenizer.decode(before), tokenizer.decode(before + after)
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(after)

@@ -1,6 +1,6 @@
-"""What a config would build: every parameter with its shape, dtype and sharding, from shapes alone.
+"""Show what a config would build: every parameter with its shape, dtype and sharding, from shapes alone.
 
-Nothing is allocated, and the devices of the mesh need not be here.
+Nothing is allocated, and the devices of the mesh need not be present.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ from moe_train.train.state import partition
 
 
 class Report(NamedTuple):
+    """The parameters of a run and their totals."""
+
     config: config.Config
-    """Every default stated, with the architecture and tokenizer of `init_from`."""
+    """The resolved config: every default stated, with the architecture and tokenizer of `init_from`."""
     parameters: list[dict[str, Any]]
-    """path, shape, dtype, spec (the mesh axis of each dim), bytes_per_device, trainable."""
+    """Rows with path, shape, dtype, spec (the mesh axis of each dim), bytes_per_device and trainable."""
     totals: dict[str, int | str]
-    """`transport`: what crosses the mesh axis `expert`, where it has more than one device."""
+    """Counts and bytes; `transport` describes what crosses the mesh axis `expert` if it has more than one device."""
 
 
 def inspect(written: config.Config) -> Report:
-    """Every parameter of a run, from shapes alone; an axis of -1 takes the devices that are here.
+    """List every parameter of a run from shapes alone; a mesh axis of -1 takes the devices that are present.
 
-    Raises ValueError or FileNotFoundError where config, mesh and checkpoint do not go together.
+    Raises:
+        ValueError: config, mesh and checkpoint do not fit together.
+        FileNotFoundError: a checkpoint that the config names does not exist.
     """
     run = resolve(written, jax.device_count())
     shapes = abstract_parameters(run)
@@ -61,13 +65,13 @@ def inspect(written: config.Config) -> Report:
 
 
 def abstract_parameters(run: config.Run) -> dict[str, Any]:
-    """{path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
+    """Return {path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(run.mesh.model_dump())):
         return parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, run.lora)))[1]
 
 
 def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
-    """Parameters that one token passes through: of the experts, the chosen ones."""
+    """Count the parameters that one token passes through; of the experts, only the chosen ones count."""
     if not isinstance(model.ffn, config.MoeFfn):
         return sum(x.size for x in shapes.values())
     of_experts = sum(x.size for path, x in shapes.items() if ParameterPath.parse(path).is_expert(model))
@@ -76,6 +80,6 @@ def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
 
 
 def _shown(spec: Any, ndim: int) -> str:
-    """`- fsdp tensor -`: the mesh axis of each dim, `-` where it is whole."""
+    """Format a spec as `- fsdp tensor -`: the mesh axis of each dim, `-` for a dim that is not split."""
     entries = [*spec, *[None] * (ndim - len(spec))]
     return " ".join("-" if e is None else "+".join(e) if isinstance(e, tuple) else str(e) for e in entries)

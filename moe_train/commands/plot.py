@@ -1,4 +1,4 @@
-"""The figures of runs as a picture: losses, speed, gradients, and what the experts got."""
+"""Plot the metrics of runs: losses, speed, gradients, and the load of the experts."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Story(NamedTuple):
-    """What a run has left in `metrics.jsonl` and `run.json`."""
+    """What a run has written to `metrics.jsonl` and `run.json`."""
 
     name: str
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     resumed: list[int]
-    """Steps after which it was started again."""
+    """Steps after which the run was started again."""
 
 
 def read(run_dir: Path) -> Story:
-    """Raises FileNotFoundError where `run_dir` is no run, ValueError where it has no figures yet."""
+    """Read the metrics of a run.
+
+    Raises:
+        FileNotFoundError: `run_dir` is no run.
+        ValueError: it has no metrics yet, or a damaged line.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} has no metrics.jsonl; name the run_dir of a run")
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
-            break  # a run that is writing just now
+            break  # the run may be writing this line just now
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -48,7 +53,15 @@ def read(run_dir: Path) -> Story:
 
 
 def plot(run_dirs: list[Path], out: Path) -> None:
-    """Draw runs over each other, and the experts of the last one; `out` is replaced whole. Needs the extra `report`."""
+    """Draw runs on top of each other, and the experts of the last one. Needs the extra `report`.
+
+    Args:
+        run_dirs: the runs.
+        out: a .png, .svg or .pdf file, which is replaced atomically.
+
+    Raises:
+        ValueError: the suffix is not supported, matplotlib is missing, or a run has no metrics.
+    """
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: a picture ends in {', '.join(SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -94,14 +107,14 @@ def plot(run_dirs: list[Path], out: Path) -> None:
 
 
 def _line(panel: Any, lines: list[dict[str, Any]], key: str, color: str, **how: Any) -> None:
-    """A figure over steps; of one that is kept per layer, the mean."""
+    """Plot a metric over steps; for one kept per layer, the mean."""
     found = [(line["step"], np.mean(line[key])) for line in lines if line.get(key) is not None]
     if found:
         panel.plot(*zip(*found, strict=True), color=color, linewidth=1.2, markersize=4, **how)
 
 
 def _heat(figure: Any, panel: Any, story: Story) -> None:
-    """Each expert's share of its layer's assignments over the last tenth of the steps; 1 is an even share."""
+    """Draw each expert's share of its layer's assignments over the last tenth of the steps; 1 is an even share."""
     loads = [line["load"] for line in story.train if "load" in line]
     panel.set_title(f"load of experts, last tenth of {story.name}", fontsize="medium")
     if not loads:

@@ -1,4 +1,4 @@
-"""`moe-train data prepare`: what a run learns from, tokenised and packed ahead; `data trace`: where a row of it is from."""
+"""`moe-train data prepare` tokenizes and packs training data in advance; `data trace` says where a row comes from."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ from moe_train.run.resolve import resolve
 
 
 def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
-    """Tokenize every source of a run that is not there yet, and plan the rows of its first epoch.
+    """Tokenize every source of a run that is not tokenized yet, and plan the rows of its first epoch.
 
-    to: a folder or bucket that gets a copy of each set. Returns the sets with their figures, and what training will see.
-    Raises ValueError with file and line for a record that cannot be used.
+    Args:
+        written: the config as the user wrote it.
+        to: a folder or bucket that receives a copy of each set.
+
+    Returns:
+        The sets with their counts, and what training will see.
+
+    Raises:
+        ValueError: a record cannot be used; the message names file and line.
     """
     run = _resolve(written)
     data = run.training_data()
@@ -60,7 +67,13 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
 
 
 def trace(written: config.Config, step: int, row: int | None = None) -> list[dict[str, Any]]:
-    """The file and line of every segment that training step `step` (from 1) learns from; of one row, or of all."""
+    """Return the file and line of every segment that a training step learns from.
+
+    Args:
+        written: the config as the user wrote it.
+        step: the training step, counted from 1.
+        row: a row of the step, counted from 0; None for all rows.
+    """
     run = _resolve(written)
     data = run.training_data()
     tokenizer = _open_tokenizer(run)
@@ -74,19 +87,22 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[dic
 
 
 def _resolve(written: config.Config) -> config.Run:
-    """The run on as many devices as its mesh states: preparing data needs none, and an axis of -1 may be 1."""
+    """Resolve the config for as many devices as its mesh states.
+
+    Preparing data needs no devices, so an axis of -1 may be taken as 1.
+    """
     return resolve(written, math.prod(abs(size) for size in written.mesh.model_dump().values()))
 
 
 def _open_tokenizer(run: config.Run) -> Tokenizer:
-    """The tokenizer of a run. Raises ValueError where it is not stated, or has more tokens than the model."""
+    """Load the tokenizer of a run. Raises ValueError if it is not stated, or has more tokens than the model."""
     tokenizer = load_tokenizer(run.training_data().tokenizer)
     check_vocab(tokenizer, run.model.vocab_size)
     return tokenizer
 
 
 def _reporter(source: str) -> Callable[[Shards], None]:
-    """Passes on how many shards of a source are done, and how fast their tokens come."""
+    """Return a callback that reports how many shards of a source are done, and how many tokens per second."""
     begun = time.monotonic()
 
     def report(now: Shards) -> None:

@@ -1,7 +1,7 @@
-"""The main job, end to end, on what every machine has: text -> tokenizer -> Mixtral -> LoRA -> files -> completions.
+"""The main workflow end to end, on what every machine has: text -> tokenizer -> Mixtral -> LoRA -> files -> completions.
 
-Works in `runs/quickstart` of the current folder, with the two quickstart files of configs/. Each part that is done
-is left alone, so that an interrupted quickstart continues.
+It works in `runs/quickstart` of the current folder, with the two quickstart files of configs/. Parts that are done are
+skipped, so an interrupted quickstart continues.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?", "What is 
 
 
 def quickstart() -> int:
-    """Run every part that is not done yet and end with a table; FINISHED, or the exit code of the part that stopped."""
+    """Run every part that is not done yet and end with a table.
+
+    Returns:
+        FINISHED, or the exit code of the training run that stopped early.
+    """
     pretrain, lora = (_load(name) for name in ("quickstart_pretrain.yaml", "quickstart_lora.yaml"))
     first_run = config.run_of(pretrain)
     console = Console(stderr=True, highlight=False)

@@ -1,6 +1,6 @@
-"""Real text that is on every machine: the Python standard library's reference text, docstrings and sources.
+"""Gather real text that every machine has: the Python standard library's reference text, docstrings and sources.
 
-Everything is read with `ast`; no module is imported. Python's licence (PSF) covers what is gathered.
+Everything is read with `ast`; no module is imported. What is gathered is under Python's licence (PSF).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import NamedTuple
 from moe_train.machine.files import new_directory, refuse_existing
 
 FILES = ("text_train.jsonl", "text_heldout.jsonl", "chat_train.jsonl", "chat_heldout.jsonl")
-# Not prose: tests, other people's packages, character tables.
+# Not useful as text: tests, third-party packages, character tables.
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
 _TOPICS = Path("pydoc_data", "topics.py")
 
 
 class _Docstring(NamedTuple):
-    name: str  # json.dumps
+    name: str  # such as json.dumps
     kind: str  # module, class or function
     text: str
 
@@ -32,13 +32,22 @@ class _Docstring(NamedTuple):
 def gather(
     out_dir: str | Path, *, max_bytes: int = 8_000_000, heldout: float = 0.05, stdlib: str | Path | None = None
 ) -> dict[str, int]:
-    """Write `FILES` into the new directory `out_dir`; return the number of records of each.
+    """Write `FILES` into the new directory `out_dir` and return the number of records of each.
 
-    text: {"text": …} records: reference topics, each module's docstrings, and as many module sources as `max_bytes` of
-    text leave room for. chat: {"messages": …}: "What does json.dumps do?" and the first paragraph of its docstring.
-    A module or topic is held out by a hash of its name, with all that comes from it, for about the share `heldout`; text
-    that stands in two modules is taken once. The same Python gives the same files.
-    Raises FileNotFoundError where this Python comes without its sources, FileExistsError where `out_dir` holds something.
+    The text files have {"text": …} records: reference topics, each module's docstrings, and as many module sources as
+    `max_bytes` of text leave room for. The chat files have {"messages": …} records: "What does json.dumps do?" and the first
+    paragraph of its docstring. A module or topic is held out, with everything that comes from it, by a hash of its name. Text
+    that appears in two modules is taken once. The same Python gives the same files.
+
+    Args:
+        out_dir: the folder to write.
+        max_bytes: limit for the text of the text files.
+        heldout: approximate share of modules and topics that are held out.
+        stdlib: folder of the standard library; None for that of this Python.
+
+    Raises:
+        FileNotFoundError: this Python comes without its sources.
+        FileExistsError: `out_dir` exists and is not an empty folder.
     """
     refuse_existing(Path(out_dir))
     root = Path(stdlib or sysconfig.get_path("stdlib"))
@@ -60,7 +69,7 @@ def gather(
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError):
-            continue  # a few files of the library are there to be wrong
+            continue  # a few files of the library are invalid on purpose
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         docstrings = [doc for doc in _docstrings(tree, module) if doc.text not in answers]
         answers.update(doc.text for doc in docstrings)
@@ -80,7 +89,7 @@ def gather(
             lines[f"chat_{_side(name, heldout)}.jsonl"].append({"messages": messages})
     with new_directory(out_dir) as directory:
         for name, rows in lines.items():
-            rows.sort(key=lambda row: _digest(json.dumps(row)))  # no file is all of one kind at its start
+            rows.sort(key=lambda row: _digest(json.dumps(row)))  # mixes the kinds of records throughout each file
             with (directory / name).open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return {name: len(rows) for name, rows in lines.items()}
@@ -103,7 +112,7 @@ def _capped(records: list[tuple[str, str]], max_bytes: int) -> Iterator[tuple[st
 
 
 def _topics(path: Path) -> list[tuple[str, str]]:
-    """The dict `topics` of pydoc_data/topics.py: name -> reference text, each text under its first name."""
+    """Read the dict `topics` of pydoc_data/topics.py as (name, reference text), each text once, under its first name."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "topics" for t in node.targets):
             by_text = {text: name for name, text in sorted(ast.literal_eval(node.value).items(), reverse=True)}
@@ -112,7 +121,7 @@ def _topics(path: Path) -> list[tuple[str, str]]:
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[_Docstring]:
-    """Docstrings of the module and of its public classes, methods and functions, in the order of the source."""
+    """Yield the docstrings of the module and of its public classes, methods and functions, in source order."""
 
     def walk(node: ast.AST, name: str, kind: str) -> Iterator[_Docstring]:
         text = ast.get_docstring(node, clean=True) if isinstance(node, _DOCUMENTED) else None
@@ -131,7 +140,7 @@ _QUESTION = {"module": "What is the module {} for?", "class": "What is {}?", "fu
 
 
 def _questions(docstrings: list[_Docstring]) -> Iterator[tuple[str, str]]:
-    """A question per documented name, answered by its docstring's first paragraph, joined into one line."""
+    """Yield a question per documented name with its answer, the docstring's first paragraph joined into one line."""
     for doc in {doc.name: doc for doc in docstrings}.values():  # a property and its setter share a name
         answer = " ".join(doc.text.split("\n\n")[0].split())
         if 20 <= len(answer) <= 400:

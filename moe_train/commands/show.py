@@ -1,6 +1,7 @@
-"""Training rows as people can read them: which tokens, which of them are learnt, where one record ends and the next begins.
+"""Show training rows in a readable form: the tokens, which of them are trained on, and where one record ends.
 
-A file's first records are encoded and packed by the functions that training uses, and a run's rows are its loader's own.
+The first records of files are encoded and packed by the functions that training uses; the rows of a run come from its own
+loader.
 """
 
 from __future__ import annotations
@@ -30,24 +31,31 @@ from moe_train.machine.files import write_text
 
 
 class Rows(NamedTuple):
-    """Packed rows as training gets them, and for each row the places of its segments, in order."""
+    """Packed rows as training receives them."""
 
     batch: Batch
     places: list[list[str]]
+    """For each row, the origins (file:line) of its segments, in order."""
 
 
 class Token(NamedTuple):
-    """text: what it adds to the text before it; bytes of a character that goes on in the next token add nothing."""
+    """One token of a segment."""
 
     id: int
     position: int
     learnt: bool
+    """Whether its prediction contributes to the loss."""
     control: bool
+    """Whether it is a control token."""
     text: str
+    """What it adds to the text before it; empty if its character continues in the next token."""
 
 
 class Segment(NamedTuple):
-    """One segment of a row, both counted from 1. Its last token is only predicted, never seen: no position after it."""
+    """One segment of a row, both counted from 1.
+
+    Its last token is only predicted and never an input, so no position after it exists.
+    """
 
     row: int
     number: int
@@ -56,9 +64,17 @@ class Segment(NamedTuple):
 
 
 def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer, template: str | None, seq_len: int | None) -> Rows:
-    """The first `count` records of a source, in rows of `seq_len`; without one, in a single row that holds them all.
+    """Encode and pack the first `count` records of a source.
 
-    Raises ValueError with file and line for a record that cannot be used, and where there is none.
+    Args:
+        source: the files and the record section.
+        count: number of records.
+        tokenizer: the tokenizer.
+        template: the chat template; None for the tokenizer's own.
+        seq_len: length of the rows; None for a single row that holds all records.
+
+    Raises:
+        ValueError: a record cannot be used (with file and line), or there is none.
     """
     records = open_source(source)
     examples: list[Example] = []
@@ -74,6 +90,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     for i in np.flatnonzero(lengths > seq_len).tolist():
         if too_long == "error":
             raise ValueError(f"{places[i]}: the record has {lengths[i]} tokens, seq_len is {seq_len}; raise it, or see it without")
+        # A record that is left with nothing to train on is dropped.
         if too_long == "truncate" and not learns(examples[i].loss_mask, seq_len):
             lengths[i] = 0
     plan = make_plan(lengths, seq_len, too_long)
@@ -94,10 +111,20 @@ def _piece(example: Example, start: int, length: int) -> tuple[np.ndarray, np.nd
 
 
 def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int = 1) -> Rows:
-    """The first `count` rows of a training step (from 1) of a run. Raises ValueError where its data cannot be used."""
+    """Load the first rows of a training step of a run.
+
+    Args:
+        run: the config.
+        count: number of rows.
+        tokenizer: the tokenizer of the run.
+        step: the training step, counted from 1.
+
+    Raises:
+        ValueError: the data of the run cannot be used.
+    """
     if run.data is None:
         raise ValueError("the config has no data section; state data.train")
-    from moe_train.data.batches.loader import Loader  # a second that only this needs
+    from moe_train.data.batches.loader import Loader  # imported here, since it takes a second that other uses do not need
 
     loader = Loader(run.data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
     count = min(count, run.train.batch_size)
@@ -107,16 +134,16 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
 
 
 def record_of(files: Sequence[str], layout: Any) -> config.Record:
-    """The record section that suits files, by the columns of their first record. Raises ValueError where none does."""
+    """Return the record section that suits files, by the columns of their first record. Raises ValueError if none does."""
     text = config.TextRecord(name="text")
     records = open_source(config.FileSource(name="files", files=tuple(files), format=layout, record=text))
     for origin, fields in records:
         return located(records.where(origin), recognise, fields)
-    return text  # without any, reading says so
+    return text  # empty files are reported when they are read
 
 
 def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
-    """The segments of all rows, decoded."""
+    """Decode the segments of all rows."""
     control = tokenizer.control_ids
     for row, places in enumerate(rows.places):
         tokens, targets, loss_mask, segment_ids, positions = (array[row] for array in rows.batch)
@@ -124,6 +151,7 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
             at = np.flatnonzero(segment_ids == number)
             ids = [int(tokens[at[0]]), *targets[at].tolist()]
             learnt = [False, *loss_mask[at].tolist()]
+            # The last target has no position of its own in the batch.
             seen = [*positions[at].tolist(), int(positions[at[-1]]) + 1]
             texts = pieces(ids, tokenizer)
             yield Segment(
@@ -135,11 +163,11 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
 
 
 def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """The text that each id adds. What a control token is called stands for it."""
-    context = tokenizer.encode("a")  # in front of all, since some decoders drop a first space
+    """Return the text that each id adds; a control token is shown by its name."""
+    context = tokenizer.encode("a")  # prepended, since some decoders drop the first space of a text
     found = []
     window = list(context)
-    done = len(tokenizer.decode(window))  # characters of the window's text that were given away
+    done = len(tokenizer.decode(window))  # number of characters of the window's text that were already returned
     for i, token in enumerate(ids):
         if token in tokenizer.control_ids:
             found.append(tokenizer.decode([token], keep_special=True))
@@ -148,11 +176,12 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
         window.append(token)
         text = tokenizer.decode(window)
         ends = i + 1 == len(ids) or ids[i + 1] in tokenizer.control_ids
-        if text.endswith("\ufffd") and not ends:  # a character whose other bytes come, or one that is no character
+        if text.endswith("\ufffd") and not ends:  # a character whose other bytes follow, or an invalid one
             found.append("")
             continue
         found.append(text[done:])
         done = len(text)
+        # A bounded window keeps decoding linear in the number of tokens.
         if len(window) > 32:
             window = window[-4:]
             done = len(tokenizer.decode(window))
@@ -164,7 +193,7 @@ _VISIBLE |= {code: 0xFFFD for code in (*range(0x80, 0xA0), 0x200E, 0x200F, *rang
 
 
 def visible(text: str) -> str:
-    """Without what a terminal would obey: control characters as their pictures, changes of direction replaced."""
+    """Make text safe for a terminal: control characters become their symbols, and changes of text direction are replaced."""
     return text.translate(_VISIBLE)
 
 
@@ -175,7 +204,14 @@ _LEGEND = "green is learnt; control tokens stand out; a rule begins a segment, w
 
 
 def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bool) -> None:
-    """Each segment under a rule that says where it is from; with positions, token by token in a table."""
+    """Print each segment under a rule that states its origin.
+
+    Args:
+        rows: the rows.
+        tokenizer: the tokenizer.
+        console: where to print.
+        positions: whether to print a table with one line per token instead of running text.
+    """
     for segment in segments(rows, tokenizer):
         console.print(Rule(Text(_title(segment, rows)), align="left"))
         console.print(_table(segment) if positions else _running(segment))
@@ -191,6 +227,7 @@ def _title(segment: Segment, rows: Rows) -> str:
 
 
 def summary(rows: Rows) -> str:
+    """Describe the rows in a line: their number and length, positions used, and positions with a loss."""
     used, learnt = int((rows.batch.segment_ids > 0).sum()), int(rows.batch.loss_mask.sum())
     count, seq_len = rows.batch.tokens.shape
     return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {learnt} of them with a loss"
@@ -234,7 +271,7 @@ A segment sees nothing of the others. Point at a token for its position and id; 
 
 
 def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
-    """A page without scripts or anything from elsewhere."""
+    """Render the rows as an HTML page without scripts or external resources."""
     body = []
     for segment in segments(rows, tokenizer):
         body.append(
@@ -250,10 +287,10 @@ def _span(token: Token, positions: bool) -> str:
 
 
 def write_page(path: Path, rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> None:
-    """`page` as a file."""
+    """Write `page` to a file."""
     write_text(path, page(rows, tokenizer, title, positions))
 
 
 def as_json(rows: Rows, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The segments for a program."""
+    """Return the segments for use by a program."""
     return [{**segment._asdict(), "tokens": [token._asdict() for token in segment.tokens]} for segment in segments(rows, tokenizer)]

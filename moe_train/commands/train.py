@@ -1,4 +1,4 @@
-"""`moe-train train`: join the other processes of the job, decide what the config leaves open, and train."""
+"""`moe-train train`: join the other processes of the job, resolve the config, and train."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from moe_train.run.resolve import resolve
 
 
 def train(written: config.Config) -> int:
-    """Train as the config says and return the exit code; raises as `resolve` and `loop.train` do."""
+    """Train as the config says and return the exit code; raises the errors of `resolve` and `loop.train`."""
     join_processes()
     return loop.train(resolve(written, jax.device_count()))

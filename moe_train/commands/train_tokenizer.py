@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: a byte-level BPE with Mistral's chat format, as Hugging Face's files."""
+"""Train a tokenizer: a byte-level BPE with Mistral's chat format, written as Hugging Face's files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 PAD, BOS, EOS, BEGIN_USER, END_USER = "<pad>", "<s>", "</s>", "[INST]", "[/INST]"
 
-# Mistral's instruct format (v3 tekken: no spaces around the markers); the system text goes before the first user turn.
+# Mistral's instruct format (v3 tekken: no spaces around the markers); the system text precedes the first user turn.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
@@ -42,9 +42,19 @@ def train_bpe(
 ) -> HuggingFace:
     """Train a byte-level BPE with Mistral's chat format on `texts`, write it to `out_dir` and return it, loaded.
 
-    Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers' AutoTokenizer reads too.
-    The same texts in the same order give the same files. Little text gives fewer than `vocab_size` ids (a warning).
-    Raises FileExistsError where `out_dir` holds something, ValueError for a vocab_size without room or no text.
+    It writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers' AutoTokenizer reads too. The same
+    texts in the same order give the same files. Too little text gives fewer than `vocab_size` ids, with a warning.
+
+    Args:
+        texts: the text to train on.
+        vocab_size: number of ids, control tokens included.
+        out_dir: the folder to write.
+        min_frequency: the fewest occurrences of a pair that is merged.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileExistsError: `out_dir` exists and is not an empty folder.
+        ValueError: `vocab_size` leaves no room for bytes and control tokens, or there is no text.
     """
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -52,7 +62,7 @@ def train_bpe(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(specials) + len(alphabet):
         raise ValueError(f"vocab_size {vocab_size} is less than the {len(alphabet)} bytes and {len(specials)} control tokens")
-    refuse_existing(Path(out_dir))  # before the work, not after it
+    refuse_existing(Path(out_dir))  # fail before the long work rather than after it
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,7 +87,7 @@ def train_bpe(
         raise ValueError("no text to train a tokenizer on")
     if tokenizer.get_vocab_size() < vocab_size:
         log.warning("%d characters of text gave %d ids, not %d", seen, tokenizer.get_vocab_size(), vocab_size)
-    # Other tools put BOS before plain text by this rule.
+    # Other tools use this rule to put BOS before plain text.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )

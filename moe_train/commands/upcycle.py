@@ -1,9 +1,9 @@
-"""A dense model as a Mixtral: each layer's feed-forward part copied into E experts (sparse upcycling, arXiv:2212.05055).
+"""Turn a dense model into a Mixtral: copy each layer's feed-forward part into E experts (sparse upcycling, arXiv:2212.05055).
 
-As there, all other weights are kept, and routers are new: normal, of the standard deviation that the architecture's own
-weights are drawn with. Mixtral's softmax over the k chosen experts makes their weights sum to 1, so that k equal experts
-give what the dense layer gave. The copies part in training, as each sees other tokens; noise, where it is asked for,
-parts them at once: normal, and measured by each matrix's own standard deviation.
+As in the paper, all other weights are kept and routers are new: normally distributed, with the standard deviation that the
+architecture draws its own weights with. Mixtral's softmax over the k chosen experts makes their weights sum to 1, so k equal
+experts compute what the dense layer did. The copies diverge in training, as each sees different tokens. Optional noise makes
+them differ from the start; it is normal and scaled by each matrix's own standard deviation.
 """
 
 from __future__ import annotations
@@ -36,12 +36,27 @@ def upcycle(
     seed: int = 0,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write a Hugging Face Mixtral made from the dense model at `base`, in any layout that is read; read it back and compare.
+    """Write a Hugging Face Mixtral made from the dense model at `base`, read it back and compare.
 
-    noise: standard deviation of what is added to each expert's matrices, over that of the matrix. Streamed: one matrix
-    in memory. `out_dir` appears whole, or not at all; tokenizer and generation config are the base's. Returns the
-    number of parameters (all, and those that a token meets), tensors and bytes. Raises ValueError for a base that is no
-    dense model of the family, FileExistsError where out_dir is taken, OSError for a full disk.
+    Weights are streamed with one matrix in memory. `out_dir` appears complete or not at all; tokenizer and generation config are
+    the base's.
+
+    Args:
+        base: a dense model in any supported layout.
+        out_dir: the folder to write; it must be empty or not exist yet.
+        num_experts: experts per layer.
+        experts_per_token: experts that each token is routed to.
+        noise: standard deviation of the noise added to each expert's matrices, relative to that of the matrix.
+        seed: for routers and noise.
+        max_shard_bytes: size limit of a file of weights.
+
+    Returns:
+        The number of parameters (all, and those that a token passes through), tensors and bytes.
+
+    Raises:
+        ValueError: the base is no dense model of a supported family.
+        FileExistsError: `out_dir` exists and is not an empty folder.
+        OSError: the disk is full.
     """
     refuse_existing(Path(out_dir))
     if runs.is_run(base):
@@ -57,12 +72,14 @@ def upcycle(
     source = {(piece.path, piece.lead): piece for piece in dense.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:
+        # Seeded by name, so that a matrix is drawn identically when it is compared after writing.
         rng = np.random.default_rng((seed, zlib.crc32(piece.path.encode()), *piece.lead))
         if ParameterPath.parse(piece.path).is_router:
             return piece.to_file(model.init_stddev * rng.standard_normal(piece.ours_shape, np.float32)).astype(dtype)
+        # Every expert of a layer comes from that layer's only feed-forward part.
         of_base = source[piece.path, piece.lead[:1]]
         w = of_base.from_file(dense.tensors[of_base.name].read)
-        if noise and len(piece.lead) == 2:  # an expert's
+        if noise and len(piece.lead) == 2:  # a matrix of an expert
             w = w.astype(np.float32)
             w += noise * w.std() * rng.standard_normal(w.shape, np.float32)
         return piece.to_file(w).astype(dtype)
@@ -93,8 +110,17 @@ def upcycle(
 
 
 def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, where: object) -> config.Model:
-    """The architecture with `num_experts` copies of each feed-forward part. Raises ValueError where Mixtral has no words
-    for the rest of it."""
+    """Return the architecture with `num_experts` copies of each feed-forward part.
+
+    Args:
+        dense: the dense architecture.
+        num_experts: experts per layer.
+        experts_per_token: experts that each token is routed to.
+        where: names the base in messages.
+
+    Raises:
+        ValueError: a Mixtral cannot express the rest of the architecture.
+    """
     if not isinstance(dense.ffn, config.DenseFfn):
         raise ValueError(f"{where} has {dense.ffn.num_experts} experts already; start from a dense model")
     if len(dense.attention.windows) > 1:

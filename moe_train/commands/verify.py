@@ -1,4 +1,4 @@
-"""Whether a directory still is what was exported: its proof again, as far as it can be repeated here."""
+"""Verify that a directory still is what was exported, by repeating its proof as far as possible here."""
 
 from __future__ import annotations
 
@@ -24,12 +24,22 @@ def verify(
     depth: prove.Depth = "full",
     adapter: str | Path | None = None,
 ) -> tuple[dict[str, Any], list[Check]]:
-    """(the record of the export, what came of every check).
+    """Repeat the checks of an export.
 
-    run: the run that was exported, with whose weights the tensors are compared again, merged with its adapters. base: the
-    model that it started from, in any layout, of which the files are checked to be a merge (see `weights.against_base`);
-    with adapter, the files or the run whose adapters were merged, exactly. depth: `tensors` does not run the model, and needs
-    no accelerator. Raises FileNotFoundError or ValueError where there is no record to repeat.
+    Args:
+        directory: the export.
+        base: the model that training started from, in any layout; the files are checked to be a merge into it (see
+            `proof.against_base`).
+        run: the run that was exported; the tensors are compared again with its weights, merged with its adapters.
+        depth: `tensors` does not run the model and needs no accelerator.
+        adapter: with `base`, the files or the run whose adapters were merged, to compare exactly.
+
+    Returns:
+        (the record of the export, the result of every check).
+
+    Raises:
+        FileNotFoundError: there is no record to repeat.
+        ValueError: the record is damaged, or the arguments do not fit together.
     """
     directory = Path(directory)
     if not (directory / surroundings.FILE).is_file():

@@ -1,4 +1,4 @@
-"""A model's weights as a directory that other tools load: streamed, read back, compared; whole or not at all."""
+"""Write a model's weights as a directory that other tools load: streamed, read back and compared, complete or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Format = expected.Model
 
 
 Matrix = Callable[[names.Piece, np.dtype], np.ndarray]
-"""What a piece of the file's tensors is to hold, rounded once to a dtype."""
+"""Returns the values that a piece of the file's tensors has to hold, rounded once to a dtype."""
 
 
 def export(
@@ -43,13 +43,33 @@ def export(
     conversations: Sequence[Conversation] = (),
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a whole model's directory and prove it: `proof.prove`'s record is returned, and lies in it.
+    """Write a whole model's directory and prove it.
 
-    merge: add the adapters in `parameters` (of the section `lora`) to the weights; without it there must be none.
-    dtype: float32 or bfloat16; of gguf also float16, q8_0 and llama.cpp's own. depth, conversations, about: see `proof`.
-    Streamed: one tensor in memory. `out_dir` appears whole, or not at all. Where the weights are spread over several
-    processes, all of them call this, and see the same file system. Raises FileExistsError where out_dir is taken,
-    ValueError for what cannot be said in this layout, OSError for a full disk, RuntimeError where the proof fails.
+    Weights are streamed with one tensor in memory. `out_dir` appears complete or not at all. If the weights are spread over several
+    processes, all of them call this and must see the same file system.
+
+    Args:
+        parameters: weights by path, in memory or in files.
+        model: the architecture.
+        out_dir: the folder to write; it must be empty or not exist yet.
+        layout: layout of the files.
+        dtype: float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's own types.
+        lora: the section of the adapters in `parameters`.
+        merge: whether to merge the adapters into the weights; without it there must be none.
+        texts: tokenizer, chat template and config to put beside the weights.
+        max_shard_bytes: size limit of a file of weights.
+        depth: see `proof.prove`.
+        conversations: training conversations whose tokens the proof compares.
+        about: what else the record states.
+
+    Returns:
+        The record of `proof.prove`, which is also kept in the directory.
+
+    Raises:
+        FileExistsError: `out_dir` exists and is not an empty folder.
+        ValueError: the layout cannot express the model.
+        OSError: the disk is full.
+        RuntimeError: the proof fails.
     """
     adapters = [path for path in parameters if ParameterPath.parse(path).is_adapter]
     if adapters and not merge:
@@ -88,7 +108,7 @@ def export(
 def write(
     directory: Path, layout: Format, model: config.Model, dtype: str, matrix: Matrix, texts: Texts, max_shard_bytes: int
 ) -> None:
-    """The files of a whole model, but not those that `write_texts` copies."""
+    """Write the files of a whole model, except those that `write_texts` copies."""
     match layout:
         case "hf":
             filetype, share = np.dtype(dtype), Share(jax.process_index(), jax.process_count())
@@ -101,6 +121,6 @@ def write(
 
 
 def check_dtype(layout: Format, dtype: str) -> None:
-    """Raise ValueError for a dtype that the layout has not."""
+    """Raise ValueError if the layout does not support the dtype."""
     if layout != "gguf" and dtype not in get_args(config.Dtype):
         raise ValueError(f"dtype {dtype} is not one of {layout}'s, which are {', '.join(get_args(config.Dtype))}")

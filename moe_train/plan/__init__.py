@@ -1,1 +1,1 @@
-"""What a run would take on hardware that is not here: memory, bytes, time and money, before anything is paid."""
+"""Plan what a run needs on hardware that is not present: memory, bytes, time and money, before anything is paid."""

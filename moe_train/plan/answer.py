@@ -1,4 +1,4 @@
-"""What `moe-train plan` answers: the choices for a run on hardware that is not here, ranked, and why the others lost."""
+"""The answer of `moe-train plan`: ranked ways to run on hardware that need not be present, and why the others lost."""
 
 from __future__ import annotations
 
@@ -18,33 +18,39 @@ from moe_train.plan.weights import axis_sizes
 
 
 class Answer(NamedTuple):
-    """The best first; `choices` has one of each mesh."""
+    """The ranked choices for a run on a topology."""
 
     topology: Topology
     given: Choice | None
-    """The run as it was stated, where its mesh is of this hardware."""
+    """The run as it was stated; None if its mesh does not have the topology's number of devices."""
     choices: list[Choice]
+    """The best choice of each mesh, best first."""
     considered: int
+    """Number of choices that were modelled."""
     fitting: int
+    """Number of those that fit into memory."""
     price: float | None
+    """Dollars per chip and hour; None if unknown."""
     priced: str
+    """The source of the price, in words."""
 
     @property
     def best(self) -> Choice | None:
-        """None where nothing fits."""
+        """The best choice; None if nothing fits."""
         return self.choices[0] if self.choices and self.choices[0].fits else None
 
 
 class Options(NamedTuple):
-    """What is asked of a plan."""
+    """Options of a plan."""
 
     compile_best: int = 1
-    """Choices to compile until that many fit; 0 to rank by the model alone."""
+    """Compile choices until this many fit; 0 to rank by the model alone."""
     compile_only: bool = False
-    """Compile the run as it is and choose nothing."""
+    """Compile the run as it is and search for no other choice."""
     free_batch: bool = False
     """Whether the batch size may change."""
     by: search.By = "speed"
+    """Whether to rank by speed or by received bytes."""
     price: float | None = None
     """Dollars per chip and hour; None for the list price."""
 
@@ -52,8 +58,15 @@ class Options(NamedTuple):
 def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[str], None] = lambda _: None) -> Answer:
     """Rank the ways to train `run` on `topology` and compile the best few, or compile the run as it is.
 
-    Raises ValueError where no mesh of the topology divides the model, where the run's own mesh is not of the topology's size
-    and nothing else is asked for, or where the compiler is missing.
+    Args:
+        run: the resolved run.
+        topology: the hardware, which need not be present.
+        options: what to rank by and how much to compile.
+        say: receives a line of progress before each compilation.
+
+    Raises:
+        ValueError: no mesh of the topology divides the model; `compile_only` is set and the run's mesh does not have the
+            topology's size; or the compiler is not installed.
     """
     if options.compile_best or options.compile_only:
         check_installed(topology)
@@ -80,6 +93,7 @@ def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[s
 
 
 def _commonest(faults: list[str], run: config.Run, topology: Topology) -> str:
+    """Return the most common fault, or why no batch could be formed if no mesh was even tried."""
     if not faults:
         smallest = topology.num_devices if topology.num_slices == 1 else topology.num_slices
         return f"batch_size {run.train.batch_size} divides over none of them; use a multiple of {smallest}, or --batch any"
@@ -87,7 +101,15 @@ def _commonest(faults: list[str], run: config.Run, topology: Topology) -> str:
 
 
 def best_config(answer: Answer, written: config.Config) -> config.Config:
-    """The best choice as a complete config, that `moe-train train` takes. Raises ValueError where nothing fits."""
+    """Return the best choice as a complete config that `moe-train train` accepts.
+
+    Args:
+        answer: the plan.
+        written: the config as the user wrote it; its model, mesh, compute and train sections are replaced.
+
+    Raises:
+        ValueError: nothing fits.
+    """
     if answer.best is None:
         raise ValueError(f"nothing fits on {answer.topology.name}, so there is no config to write")
     run = answer.best.run
@@ -96,7 +118,7 @@ def best_config(answer: Answer, written: config.Config) -> config.Config:
 
 
 def write_hlo(answer: Answer, path: Path) -> None:
-    """The optimized program of the best choice that was compiled."""
+    """Write the optimized HLO of the best choice that was compiled. Raises ValueError if none was."""
     for choice in answer.choices:
         if choice.compiled is not None:
             write_text(path, choice.compiled.hlo)

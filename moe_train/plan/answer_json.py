@@ -1,4 +1,4 @@
-"""The answer of `moe-train plan` as JSON. Keys are stable, so that programs can build on them."""
+"""The answer of `moe-train plan` as JSON; the keys are stable, so programs can rely on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_train.plan.search import Choice
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
-    """All that is known: the topology, the price, and the best choice of each mesh."""
+    """Return the whole answer: the topology, the price, and the best choice of each mesh."""
     place, best = answer.topology, answer.best
     return {
         "topology": {
@@ -31,7 +31,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 
 def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
-    """One choice: what is set, what it takes as modelled and as compiled, and why it is not the best."""
+    """Return one choice: its settings, its costs as modelled and as compiled, and why it is not the best."""
     place, run, compiled = answer.topology, choice.run, choice.compiled
     reference = answer.best
     found: dict[str, Any] = {

@@ -8,11 +8,11 @@ from moe_train.plan.answer import Answer
 from moe_train.plan.search import Choice
 
 SHOWN = 12
-"""Meshes in the table; JSON has all."""
+"""Maximum number of meshes in the table; the JSON answer has all of them."""
 
 
 def introduction(answer: Answer) -> list[str]:
-    """Lines above the table."""
+    """Return the lines above the table."""
     place, device = answer.topology, DEVICES[answer.topology.device]
     chips = f"{place.num_chips} chips" + (f", {place.num_devices} devices" if place.devices_per_chip > 1 else "")
     price = answer.priced if answer.price is None else f"{answer.price:g} dollars per chip and hour ({answer.priced})"
@@ -23,7 +23,7 @@ def introduction(answer: Answer) -> list[str]:
 
 
 def rows(answer: Answer) -> list[dict[str, str]]:
-    """The table: one row a mesh."""
+    """Return the table, one row per mesh."""
     found = []
     for choice in answer.choices[:SHOWN]:
         dollars = search.dollars_per_billion(choice, answer.topology, answer.price)
@@ -50,6 +50,7 @@ def rows(answer: Answer) -> list[dict[str, str]]:
 
 
 def _compiled(choice: Choice) -> str:
+    """Return the compiler's memory and received bytes in words, `refused`, or `-` for a choice that was not compiled."""
     if choice.refused is not None:
         return "refused"
     if choice.compiled is None:
@@ -58,7 +59,7 @@ def _compiled(choice: Choice) -> str:
 
 
 def conclusion(answer: Answer) -> list[str]:
-    """Lines below the table."""
+    """Return the lines below the table: what fits, whether the compiler confirmed it, and how to change the config."""
     best, given, place = answer.best, answer.given, answer.topology
     if best is None:
         closest = answer.choices[0]

@@ -1,7 +1,7 @@
 """Compile the training step of a run with the real compiler, for devices that need not be present.
 
-The TPU compiler comes with libtpu, the one for GPUs with JAX's CUDA plugin; neither needs the hardware. Both read the
-environment once and end the process where they fail, so they run in a process of their own.
+The TPU compiler comes with libtpu, the GPU compiler with JAX's CUDA plugin; neither needs the hardware. Both read the
+environment only once and abort the process on failure, so they run in a separate process.
 """
 
 from __future__ import annotations
@@ -41,49 +41,61 @@ from moe_train.train.step_definition import StepDefinition, definition_of
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one device receives in a step by collectives of one kind along the same mesh axes."""
+    """Bytes that one device receives in a step through collectives of one kind along the same mesh axes."""
 
     kind: str
     axes: tuple[str, ...]
     dtype: str
     crosses_slices: bool
+    """Whether a group contains devices of several slices."""
     times: int
     bytes: float
     bytes_overlapped: float
-    """The part received by asynchronous collectives with matrix products scheduled between start and done."""
+    """The part that asynchronous collectives receive while matrix products run between their start and done."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled training step; bytes and FLOPs are those of one device."""
+    """One compiled training step; bytes and FLOPs are per device."""
 
     bytes_per_device: int
-    """Peak memory, arguments included. The sum of arguments and temporaries that `memory_analysis` also states is up to half
-    more; XLA:TPU places programs in this size and gaps of a few percent, and refuses them by it."""
+    """Peak memory, arguments included.
+
+    The sum of arguments and temporaries that `memory_analysis` also states is up to half more. XLA:TPU places programs in this
+    size with gaps of a few percent, and refuses programs by it.
+    """
     traffic: tuple[Traffic, ...]
     fallback_bytes: float
-    """Received in addition where every conditional takes its most expensive branch."""
+    """Additional bytes received if every conditional takes its most expensive branch."""
     flops: float
-    """FLOPs of matrix products outside kernels, loops times their trips."""
+    """FLOPs of matrix products outside kernels, with the bodies of loops multiplied by their trip counts."""
     kernel_flops: float
-    """The estimates that Pallas kernels state: the worst case where group sizes are dynamic."""
+    """FLOPs that Pallas kernels estimate for themselves: the worst case if group sizes are dynamic."""
     instructions: int
     warnings: tuple[str, ...]
-    """Lines of the compiler about memory or rematerialization."""
+    """Lines of the compiler's output about memory or rematerialization."""
     compile_seconds: float
-    """Tracing, lowering and compiling."""
+    """Seconds for tracing, lowering and compiling."""
     hlo: str
+    """The text of the optimized program."""
 
     @property
     def network_bytes(self) -> float:
+        """Bytes that one device receives in a step through all collectives."""
         return sum(t.bytes for t in self.traffic)
 
 
 def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: float = 3600) -> Compiled:
-    """Compile the training step of `run`, whose `model` is stated, for `topology`.
+    """Compile the training step of a run in a process of its own.
 
-    Raises ValueError where the run has no architecture, its mesh is not of the topology's size, the compiler is not
-    installed, or it refuses the program (for one that exceeds the device's memory with the compiler's own words).
+    Args:
+        run: a resolved run whose `model` is stated.
+        topology: the hardware to compile for.
+        timeout_seconds: limit for the whole compilation.
+
+    Raises:
+        ValueError: the run has no architecture, its mesh does not have the topology's size, the compiler is not installed, or
+            it refuses the program (with the compiler's own message if the program exceeds the device's memory).
     """
     if run.model is None:
         raise ValueError(f"init_from {run.init_from} is not here, and the architecture with it; state model as well")
@@ -91,7 +103,7 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
         asked.write_text(json.dumps({"run": run.model_dump(mode="json"), "topology": topology.name}), encoding="utf-8")
-        # -P and the path: this very package, whatever the working directory holds
+        # -P and PYTHONPATH make the child import this package, whatever the working directory contains
         command = [sys.executable, "-P", "-m", "moe_train.plan.compile", str(asked), str(answered)]
         here = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(
@@ -103,6 +115,7 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
             check=False,
         )
         if not answered.exists():
+            # The compiler aborted the process, so its last line is the only explanation.
             last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
             raise ValueError(f"{topology.name}: the compiler gave up: {last[-1]}")
         answer = json.loads(answered.read_text(encoding="utf-8"))
@@ -113,7 +126,7 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
 
 
 def check_installed(topology: Topology) -> None:
-    """Raise ValueError where the compiler for `topology` is not installed."""
+    """Raise ValueError if the compiler for `topology` is not installed."""
     what, extra, modules = {
         "tpu": ("libtpu", "tpu", ("libtpu",)),
         "gpu": ("JAX's CUDA plugin", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
@@ -124,15 +137,16 @@ def check_installed(topology: Topology) -> None:
 
 
 def _environment(topology: Topology) -> dict[str, str]:
-    """Variables that keep the compilers from looking for hardware and from asking a cloud's metadata server."""
+    """Return variables that keep the compilers from looking for hardware and from querying a cloud's metadata server."""
     quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
     if topology.platform == "tpu":
         quiet |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
-        quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several may compile at once: none of them holds a chip
+        quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several processes may compile at once, since none of them holds a chip
     return quiet
 
 
 def _warnings(said: str) -> tuple[str, ...]:
+    """Return the distinct lines about memory or rematerialization, without their timestamps."""
     found = (line for line in said.splitlines() if re.search(r"rematerializ|exceed|out of memory", line, re.IGNORECASE))
     return tuple(dict.fromkeys(re.sub(r"^\S+ \S+ +\d+ (\S+\] )?", "", line) for line in found))
 
@@ -141,9 +155,9 @@ def _warnings(said: str) -> tuple[str, ...]:
 
 
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
-    """Devices that programs can be compiled for, but not run on."""
+    """Return devices that programs can be compiled for, but not run on."""
     if topology.platform == "gpu":
-        shape = f"1x{topology.num_slices}x{topology.chips_per_slice}"  # partitions of the network, hosts, GPUs of a host
+        shape = f"1x{topology.num_slices}x{topology.chips_per_slice}"  # network partitions x hosts x GPUs per host
         target = gpu_targets.description(topology.device)
         return topologies.get_topology_desc("", platform="cuda", topology=shape, target_config=target).devices
     several = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
@@ -151,7 +165,7 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
 
 
 class AbstractStep(NamedTuple):
-    """What `compile_step` takes, all arrays as shapes with their shardings."""
+    """The arguments of `compile_step`, with every array given as a shape with its sharding."""
 
     definition: StepDefinition
     state: TrainState
@@ -160,7 +174,7 @@ class AbstractStep(NamedTuple):
 
 
 def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
-    """The step of a run whose model is stated; `mesh` is in force."""
+    """Build the abstract training step of a run whose model is stated; `mesh` must be in force."""
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         spec = P() if x.sharding is None else x.sharding.spec
@@ -179,7 +193,7 @@ def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
 
 
 def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
-    """Compile the step of `run` for the devices of `mesh`, in this process."""
+    """Compile the training step of `run` for the devices of `mesh`, in this process."""
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
         program = compile_step(*abstract_step(run, mesh))
@@ -201,7 +215,7 @@ def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
 
 
 def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
-    """The collectives of a program by kind, axes and dtype, most bytes first."""
+    """Sum the collectives of a program by kind, axes and dtype, in descending order of bytes."""
     slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
     sums: dict[tuple[str, tuple[str, ...], str, bool], list[float]] = {}
     for c, times in counts.collectives.items():
@@ -215,13 +229,14 @@ def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
 
 
 def _answer(asked: Path) -> dict[str, Any]:
+    """Compile what the request file asks for; returns the fields of `Compiled`, or {"error": message}."""
     question = json.loads(asked.read_text(encoding="utf-8"))
     run = config.Run.model_validate_json(json.dumps(question["run"]))
     try:
         answer = asdict(compile_on(run, make_mesh(run.mesh, devices_of(parse(question["topology"])))))
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return {"error": str(error).splitlines()[0]}
-    answer.pop("warnings")  # which only the parent sees
+    answer.pop("warnings")  # only the parent process sees the compiler's output
     return answer
 
 

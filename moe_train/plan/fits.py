@@ -1,4 +1,4 @@
-"""Check that a run fits into the memory of the devices here, before anything is allocated."""
+"""Check that a run fits into the memory of the devices that are present, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from moe_train.plan.topology import Topology
 from moe_train.plan.weights import layout
 
 ERROR = 1.1
-"""A run is refused where it exceeds the device by more than the error of the memory model against the compiler."""
+"""Tolerance for the error of the memory model against the compiler: a run is refused only if it exceeds the device's memory by
+more than this factor.
+"""
 
 
 def check_fits(run: config.Run, device: jax.Device) -> None:
-    """Raise ValueError, with the numbers and the nearest choice that fits, where the step of a resolved `run` needs more
-    memory than `device` has. A CPU has no memory of its own to exceed, and one that does not tell its limit is trusted."""
+    """Raise ValueError if the step of a resolved `run` needs more memory than `device` has.
+
+    The message states the numbers and the nearest choice that fits. A CPU is never refused, having no memory of its own to
+    exceed, and neither is a device that does not state its limit.
+    """
     limit = bytes_limit(device)
     if limit is None:
         return
     needed = memory(run, layout(run))
+    # The model is not exact, so only a clear excess is refused.
     if needed.total <= ERROR * limit:
         return
     raise ValueError(
@@ -31,7 +37,7 @@ def check_fits(run: config.Run, device: jax.Device) -> None:
 
 
 def bytes_limit(device: jax.Device) -> int | None:
-    """Bytes that programs may use, as the device states; None on CPU, and where it states none."""
+    """Return the bytes that programs may use, as the device states; None on a CPU or if the device states none."""
     if device.platform == "cpu":
         return None
     stats = device.memory_stats()
@@ -39,13 +45,13 @@ def bytes_limit(device: jax.Device) -> int | None:
 
 
 def parts(needed: Memory) -> str:
-    """The three largest parts, in words."""
+    """Describe the three largest parts of the memory in words."""
     largest = sorted(needed._asdict().items(), key=lambda part: -part[1])[:3]
     return ", ".join(f"{search.NAMES[name]} {size / GIB:.2f}" for name, size in largest)
 
 
 def _remedy(run: config.Run, device: jax.Device, limit: int) -> str:
-    """The settings that fit on as many devices of this kind and change least of the run."""
+    """Return the settings that fit on the same number of devices of this kind and differ least from the run's."""
     kind = chip_name(device)
     if kind not in DEVICES:
         return "use more devices, compute.remat full or more train.microbatches"

@@ -1,7 +1,7 @@
-"""Descriptions of GPUs for XLA's compiler, so that it can compile without one.
+"""Descriptions of GPUs for XLA's compiler, so that it can compile without a GPU.
 
-Figures: NVIDIA's CUDA C++ programming guide (compute capabilities: threads, registers and shared memory of a
-multiprocessor) and data sheets (multiprocessors, L2, clocks, bandwidth); memory is what the driver reports as usable.
+Sources: NVIDIA's CUDA C++ programming guide (compute capabilities: threads, registers and shared memory of a multiprocessor)
+and data sheets (multiprocessors, L2, clocks, bandwidth). Memory is what the driver reports as usable.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
+    """The properties of a GPU that XLA's compiler asks for."""
+
     name: str
     capability: tuple[int, int]
     multiprocessors: int
     float32_units: int
-    """Of a multiprocessor, like the two below."""
+    """Float32 units of one multiprocessor."""
     shared_bytes: int
+    """Shared memory of one multiprocessor."""
     shared_bytes_per_block: int
-    """The most that a kernel can request."""
+    """The most shared memory that a kernel can request."""
     l2_bytes: int
     clock_ghz: float
     bytes_per_second: int
@@ -34,7 +37,7 @@ GPUS = {
 
 
 def description(gpu: str) -> str:
-    """The text of XLA's GpuTargetConfigProto for a key of GPUS."""
+    """Return the text of XLA's GpuTargetConfigProto for a key of GPUS."""
     g = GPUS[gpu]
     features = "ACCELERATED_FEATURES" if g.capability >= (9, 0) else "NONE"
     return f"""

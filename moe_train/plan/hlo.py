@@ -1,8 +1,9 @@
-"""What one compiled step sends and computes, read off its optimized HLO text, loops multiplied by their trip counts.
+"""Count what one compiled step sends and computes, from its optimized HLO text, with loops multiplied by their trip counts.
 
-Bytes are those that one device receives (`hlo_collectives`). An asynchronous pair counts once, and a loop whose trip count
-depends on the data counts one trip. Of a conditional the branch that receives least counts; what the other would add is
-`fallback_bytes`. A Pallas kernel is opaque: its own estimate, of the worst case, is kept apart.
+Bytes are those that one device receives (`hlo_collectives`). An asynchronous pair of start and done counts once, and a loop
+whose trip count depends on the data counts one trip. Of a conditional, the branch that receives least counts;
+`fallback_bytes` is what the most expensive branch would add. A Pallas kernel is opaque, so its own estimate, which is for
+the worst case, is kept separately.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ class Counts:
     """What one step does on one device."""
 
     collectives: Counter[Collective] = field(default_factory=Counter)
-    """Each with the number of times that it runs."""
+    """Collectives with the number of times that each runs."""
     flops: float = 0
     """FLOPs of matrix products outside kernels."""
     kernels: Counter[str] = field(default_factory=Counter)
-    """Calls of Pallas kernels, by name."""
+    """Number of calls of each Pallas kernel, by name."""
     kernel_flops: float = 0
-    """What these estimate for the worst case of their group sizes."""
+    """FLOPs that the kernels estimate for the worst case of their group sizes."""
     fallback_bytes: float = 0
-    """Received in addition, where every conditional takes the branch that receives most."""
+    """Additional bytes received if every conditional takes the branch that receives most."""
 
     @property
     def bytes(self) -> float:
-        """Received by all collectives."""
+        """Bytes received through all collectives."""
         return sum(c.bytes * times for c, times in self.collectives.items())
 
     def add(self, other: Counts, times: int = 1) -> None:
-        """Add what runs so many times."""
+        """Add the counts of a computation that runs `times` times."""
         for collective, n in other.collectives.items():
             self.collectives[collective] += n * times
         for kernel, n in other.kernels.items():
@@ -47,7 +48,7 @@ class Counts:
         self.fallback_bytes += other.fallback_bytes * times
 
     def bytes_by(self, of: str) -> dict[str, float]:
-        """Received bytes for each `kind` or `dtype` of the collectives."""
+        """Return received bytes grouped by an attribute of the collectives, `kind` or `dtype`."""
         found: Counter[str] = Counter()
         for collective, times in self.collectives.items():
             found[getattr(collective, of)] += collective.bytes * times  # type: ignore[assignment]
@@ -55,12 +56,12 @@ class Counts:
 
 
 def read(text: str) -> Counts:
-    """What the program of an HLO module does in one run."""
+    """Count what the program of an HLO module does in one run."""
     return _Module(text).counts()
 
 
 class _Module:
-    """The computations of a module, each counted once."""
+    """The computations of a module, each counted once and cached."""
 
     def __init__(self, text: str):
         self.computations, self._entry = computations(text)
@@ -68,23 +69,27 @@ class _Module:
         self._largest_constants = {name: self._largest_constant(name) for name in self.computations}
 
     def counts(self) -> Counts:
+        """Count the entry computation."""
         return self.count(self._entry)
 
     def count(self, name: str) -> Counts:
-        """What one run of a computation does, with all that it calls."""
+        """Count one run of a computation, including everything it calls."""
         if name not in self._counted:
             self._counted[name] = _Walk(self, name).counts()
         return self._counted[name]
 
     def trips(self, loop: Instruction) -> int:
-        """The trip count that XLA states, or the constant that the condition compares with; 1 where neither is known."""
+        """Return the trip count of a loop.
+
+        It is the count that XLA states, or else the constant that the condition compares with; 1 if neither is known.
+        """
         known = re.search(r"known_trip_count\D*(\d+)", loop.attributes)
         if known:
             return int(known[1])
         return self._largest_constants[loop.called("condition")[0]] or 1
 
     def _largest_constant(self, name: str) -> int:
-        """The largest integer constant of a computation and those that it calls; 0 without any."""
+        """Return the largest integer constant of a computation and of those it calls; 0 if there is none."""
         largest, todo, seen = 0, [name], set()
         while todo:
             now = todo.pop()
@@ -99,18 +104,19 @@ class _Module:
 
 
 class _Walk:
-    """One pass over the instructions of a computation, in the order in which they are scheduled."""
+    """One pass over the instructions of a computation, in scheduled order."""
 
     def __init__(self, module: _Module, name: str):
         self._module, self._name = module, name
         self._shapes = {i.name: stated_shapes(i.result) for i in module.computations[name]}
         self._total = Counts()
         self._started: dict[str, tuple[Counter[Collective], float]] = {}
-        """By the name of a start: its collectives, and the FLOPs of all products until then."""
+        """Unfinished collectives by the name of their start instruction, with the FLOPs of all products scheduled before it."""
         self._chains: dict[str, Collective] = {}
-        """Collectives that several fusions do in parts, by the name that the parts share."""
+        """Collectives that several fusions perform in parts, by the name that the parts share."""
 
     def counts(self) -> Counts:
+        """Count all instructions; collectives whose done never appears are still counted."""
         for i in self._module.computations[self._name]:
             started = self._add(i)
             if started:
@@ -127,14 +133,14 @@ class _Walk:
         return self._total.flops + self._total.kernel_flops
 
     def _add(self, i: Instruction) -> Counter[Collective]:
-        """Count an instruction; returns the collectives that it starts and does not finish."""
+        """Count one instruction; returns the collectives that it starts without finishing them."""
         kind = i.opcode.removesuffix("-start")
         match i.opcode:
             case "while":
                 self._total.add(self._module.count(i.called("body")[0]), self._module.trips(i))
             case "conditional":
                 self._add_conditional(i)
-            case "async-start" | "call-start":  # on another thread of the device
+            case "async-start" | "call-start":  # runs on another thread of the device
                 return self._add_calls(i)
             case "fusion" | "call":
                 before = self._total.flops
@@ -152,6 +158,7 @@ class _Walk:
 
     def _add_conditional(self, i: Instruction) -> None:
         names = i.called("branch_computations", "true_computation", "false_computation")
+        # The branch with the fewest bytes is taken as the usual one; the others are fallbacks.
         least, *_, most = sorted((self._module.count(name) for name in names), key=lambda branch: branch.bytes)
         self._total.add(least)
         self._total.fallback_bytes += most.bytes - least.bytes
@@ -166,12 +173,16 @@ class _Walk:
         return collectives
 
     def _add_parts(self, collectives: Counter[Collective], flops: float) -> None:
-        """Count the collectives of a fusion with so many FLOPs; of a chain, the start, the steps and the end are one."""
+        """Count the collectives of a fusion that computes `flops` FLOPs.
+
+        The fusions that start, continue and end a chain count as one collective.
+        """
         for c, times in collectives.items():
             if not c.chain:
                 self._total.collectives[c] += times
                 continue
             before = self._chains[c.chain].hidden_flops if c.chain in self._chains else 0
+            # Matrix products of all parts run while the collective is in progress.
             self._chains[c.chain] = replace(c, asynchronous=True, hidden_flops=before + flops, chain="")
 
     def _add_custom_call(self, i: Instruction) -> None:
@@ -198,7 +209,7 @@ class _Walk:
         return Counter()
 
     def _finish(self, done: Instruction) -> None:
-        """Count what a start began, with the products that were scheduled in between."""
+        """Count the collectives that a start began, with the products scheduled between start and done."""
         start = re.search(r"%([\w.\-]+)", done.operands)
         if start is None or start[1] not in self._started:
             return

@@ -1,9 +1,9 @@
-"""What one device receives by each collective of an HLO module.
+"""Bytes that one device receives in each collective of an HLO module.
 
-With g devices in a group: (g-1)/g of the result of an all-gather, (g-1)/g of the operand of a reduce-scatter, twice that of
-an all-reduce, (g-1)/g of an all-to-all, the operand of a permute. Of a ragged all-to-all the smaller side counts: the other is
-a buffer for the worst case. XLA:TPU writes a reduce-scatter as a fusion named all-reduce-scatter, and what crosses slices as
-messages of the hosts.
+With g devices in a group, a device receives (g-1)/g of the result of an all-gather, (g-1)/g of the operand of a
+reduce-scatter, twice that for an all-reduce, (g-1)/g of an all-to-all, and the whole operand of a permute. For a ragged
+all-to-all the smaller side counts, since the other is a buffer for the worst case. XLA:TPU writes a reduce-scatter as a
+fusion named all-reduce-scatter, and traffic that crosses slices as messages between hosts.
 """
 
 from __future__ import annotations
@@ -16,34 +16,41 @@ from moe_train.plan.replica_groups import Groups, replica_groups
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 SCATTER = "all-reduce-scatter"
-"""How computations are named in which XLA:TPU reduces and keeps a part."""
+"""Prefix of the names of computations in which XLA:TPU reduces and keeps only a part."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One instruction, whatever number of times it runs."""
+    """One collective instruction, regardless of how often it runs."""
 
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    """Of its (first) result on one device."""
+    """Shape of its first result on one device."""
     bytes: float
-    """Received by one device each time."""
+    """Bytes received by one device each time."""
     groups: Groups
     asynchronous: bool
-    """A pair of start and done; other work may run between them."""
+    """Whether it is a pair of start and done, between which other work may run."""
     hidden_flops: float
-    """Matrix products of what is scheduled between start and done."""
+    """FLOPs of the matrix products scheduled between start and done."""
     source: str
-    """The operation of the program that it comes from, as JAX names it."""
+    """The operation of the program that it comes from, by JAX's name."""
     chain: str = ""
-    """Inside a fusion that does a part of it beside other work: the name that all its parts share."""
+    """The name shared by all parts of a collective that several fusions perform alongside other work; empty otherwise."""
 
 
 def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: bool) -> Collective | None:
-    """A collective instruction; None where a group is one device.
+    """Read a collective instruction.
 
-    scattered: whether it stands in a computation that keeps only a part of what it reduces (`SCATTER`).
+    Args:
+        i: the instruction.
+        kind: its opcode without `-start`.
+        known: shapes of the results of the computation's other instructions.
+        scattered: whether it belongs to a computation that keeps only a part of what it reduces (`SCATTER`).
+
+    Returns:
+        None if a group is a single device, or if every device of a permute keeps its data.
     """
     asynchronous = i.opcode.endswith("-start")
     results = stated_shapes(second_element(i.result) if asynchronous and kind != "all-reduce" else i.result)
@@ -51,7 +58,7 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes.split("source_target_pairs=")[1].split("}}")[0] + "}")
         groups: Groups = tuple((int(a), int(b)) for a, b in pairs if a != b)
-        if not groups:  # everything stays where it is
+        if not groups:  # no device sends to another
             return None
     else:
         groups = replica_groups(i.attributes)
@@ -70,13 +77,16 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
 
 
 def _received(kind: str, size: float, g: int) -> float:
-    """size: of the result."""
+    """Return the bytes received by one of g devices for a result of `size` bytes."""
     return size * {"all-reduce": 2 * (g - 1) / g, "reduce-scatter": g - 1, "collective-permute": 1}.get(kind, (g - 1) / g)
 
 
 def received_between_slices(i: Instruction) -> Collective | None:
-    """What arrives from other slices, which XLA:TPU sends through the hosts: one `recv` for each collective; None for a
-    `recv` of another kind."""
+    """Read what arrives from other slices, which XLA:TPU sends through the hosts with one `recv` per collective.
+
+    Returns:
+        None for a `recv` of another kind.
+    """
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
     devices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}"', i.attributes)
     if not kind or not devices:
@@ -89,6 +99,6 @@ def received_between_slices(i: Instruction) -> Collective | None:
 
 
 def _numbers(text: str) -> list[int]:
-    """`0:3,8` -> 0, 1, 2, 3, 8."""
+    """Expand ranges: `0:3,8` -> 0, 1, 2, 3, 8."""
     ends = ([int(n) for n in part.split(":")] for part in text.split(","))
     return [n for end in ends for n in range(end[0], end[-1] + 1)]

@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products of an HLO module; XLA:TPU writes them as convolutions."""
+"""FLOPs of the matrix products of an HLO module, which XLA:TPU writes as convolutions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_train.plan.hlo_text import Instruction, ShapesByName, operand_shapes, s
 
 
 def dot_flops(i: Instruction, known: ShapesByName) -> float:
-    """Two for each entry of the result and of the contracted dims."""
+    """Return the FLOPs of a `dot`: two for each entry of the result and of the contracted dims."""
     lhs = operand_shapes(i, known)[0]
     dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
     depth = math.prod(lhs.dims[int(d)] for d in dims[1].split(",") if d) if dims else 1
@@ -20,7 +20,7 @@ def dot_flops(i: Instruction, known: ShapesByName) -> float:
 
 
 def cublas_flops(i: Instruction, known: ShapesByName) -> float:
-    """As `dot_flops`, for a call of cuBLAS; 0 where it states no contracted dims."""
+    """Return the FLOPs of a call of cuBLAS, counted like `dot_flops`; 0 if the call states no contracted dims."""
     dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
     if dims is None:
         return 0
@@ -30,7 +30,10 @@ def cublas_flops(i: Instruction, known: ShapesByName) -> float:
 
 
 def convolution_flops(i: Instruction, known: ShapesByName) -> float:
-    """Two for each pair of a kernel's tap and an entry of the operand that meet, over all channels."""
+    """Return the FLOPs of a convolution.
+
+    Each pair of a kernel tap and an existing entry of the operand counts two FLOPs, over all channels.
+    """
     lhs, rhs = operand_shapes(i, known)[:2]
     (out,) = stated_shapes(i.result)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
@@ -57,7 +60,7 @@ def convolution_flops(i: Instruction, known: ShapesByName) -> float:
 
 @cache
 def _meetings(inputs: int, outputs: int, taps: int, stride: int, lhs_dilate: int, rhs_dilate: int, pad: int) -> int:
-    """Pairs (output, tap) along one spatial dim whose input exists: not padding, not a hole of the dilation."""
+    """Count pairs (output, tap) along one spatial dim whose input exists, that is, is neither padding nor a dilation hole."""
     met = 0
     at = np.arange(outputs) * stride - pad
     for tap in range(taps):

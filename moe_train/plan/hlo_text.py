@@ -1,4 +1,4 @@
-"""The text of an HLO module, as XLA prints it: computations, instructions and the shapes that they state."""
+"""Parse the text of an HLO module, as XLA prints it, into computations, instructions and the shapes that they state."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ _SHAPE = re.compile(r"\b([a-z]+[0-9][a-z0-9]*|pred)\[([\d,]*)\]")
 
 
 class Shape(NamedTuple):
-    """An array."""
+    """The dtype and dims of an array."""
 
     dtype: str
     dims: tuple[int, ...]
 
     @property
     def bytes(self) -> float:
+        """Size of the array; fractional for types of less than a byte."""
         bits = 8 if self.dtype.startswith("f8") else 4 if self.dtype.startswith("f4") else _BITS[self.dtype]
         return math.prod(self.dims) * bits / 8
 
 
 ShapesByName = dict[str, list[Shape]]
-"""The shapes of the result of each instruction of a computation."""
+"""Shapes of the result of each instruction of a computation, by its name; a tuple has several."""
 
 
 class Instruction(NamedTuple):
@@ -38,18 +39,25 @@ class Instruction(NamedTuple):
     attributes: str
 
     def called(self, *attributes: str) -> list[str]:
-        """Names of the computations under these attributes."""
+        """Return the names of the computations listed under these attributes."""
         found = re.findall(rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
         return [name.lstrip("%") for several, one in found for name in (several.split(", ") if several else [one])]
 
 
 def num_instructions(text: str) -> int:
-    """Number of instructions of a module."""
+    """Return the number of instructions of a module."""
     return sum(len(instructions) for instructions in computations(text)[0].values())
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """{computation: its instructions, as scheduled}, and the name of the entry."""
+    """Split a module into its computations.
+
+    Returns:
+        {computation: its instructions in scheduled order}, and the name of the entry computation.
+
+    Raises:
+        ValueError: the text has no ENTRY computation.
+    """
     found: dict[str, list[Instruction]] = {}
     entry, now = "", None
     for line in text.splitlines():
@@ -64,6 +72,7 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _instruction(line: str) -> Instruction | None:
+    """Parse a line; None if it is not an instruction."""
     start = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
     if not start:
         return None
@@ -78,7 +87,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket closes that `text` starts with."""
+    """Return the index of the bracket that closes the one `text` starts with."""
     depth = 0
     for bracket in re.finditer(r"[()]", text):
         depth += 1 if bracket[0] == "(" else -1
@@ -88,12 +97,12 @@ def _closing(text: str) -> int:
 
 
 def stated_shapes(text: str) -> list[Shape]:
-    """Every shape in a part of an instruction's text."""
+    """Return every shape in a part of an instruction's text."""
     return [Shape(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)]
 
 
 def operand_shapes(i: Instruction, known: ShapesByName) -> list[Shape]:
-    """The shape of each operand (of a tuple its first), stated with it or by the instruction that computes it."""
+    """Return the shape of each operand, stated in the instruction or by the one that computes it; for a tuple, its first shape."""
     stated = stated_shapes(i.operands)
     if stated:
         return stated
@@ -101,7 +110,10 @@ def operand_shapes(i: Instruction, known: ShapesByName) -> list[Shape]:
 
 
 def second_element(result: str) -> str:
-    """The second element of a tuple's type: the start of all but an all-reduce returns (operands, results, …)."""
+    """Return the second element of a tuple's type.
+
+    The start of every collective except an all-reduce returns (operands, results, …).
+    """
     depth, parts, start = 0, [], 1
     for at, c in enumerate(result):
         depth += (c in "([{") - (c in ")]}")

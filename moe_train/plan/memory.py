@@ -1,8 +1,8 @@
-"""Device memory that a training step takes, part by part, from shapes alone.
+"""Device memory that a training step needs, part by part, computed from shapes alone.
 
-State is counted from the arrays themselves. Temporaries are counted at their peak (activations after Korthikanti et al.,
-arXiv:2205.05198, section 4, for the layers of this model): in the backward pass, when gradients exist too. The forward pass
-and the loss reuse the space of gradients, as XLA:TPU was seen to place its buffers (libtpu of JAX 0.10; the buffer
+State is counted from the arrays themselves. Temporaries are counted at their peak in the backward pass, when gradients exist
+too (activations after Korthikanti et al., arXiv:2205.05198, section 4, for the layers of this model). The forward pass and
+the loss reuse the space of gradients: this is how XLA:TPU was observed to place its buffers (libtpu of JAX 0.10; the buffer
 assignments of two dozen programs, 2 to 32 layers).
 """
 
@@ -25,26 +25,32 @@ class Memory(NamedTuple):
     optimizer: int
     batch: int
     gradients: int
-    """Including their sums over microbatches."""
+    """Gradients, including their sums over microbatches."""
     saved: int
     """Activations that layers keep for the backward pass, and weights that are cast or laid out for all layers at once."""
     layer: int
-    """Gathered weights, exchanged rows and products of the one layer that is being computed, at its peak."""
+    """Gathered weights, exchanged rows and products of the one layer being computed, at its peak."""
     loss: int
-    """The head, its gradient and the logits of a chunk, as far as they exceed gradients and layer, which reuse their space."""
+    """The head, its gradient and the logits of a chunk, as far as they exceed gradients and layer, whose space they reuse."""
 
     @property
     def total(self) -> int:
+        """Peak bytes of a step."""
         return sum(self)
 
     @property
     def kept(self) -> int:
-        """Bytes that stay from step to step."""
+        """Bytes that persist from step to step."""
         return self.parameters + self.optimizer + self.batch
 
 
 def memory(run: config.Run, laid: Layout) -> Memory:
-    """Of a resolved run whose mesh has no -1."""
+    """Model the memory of a step of a resolved run whose mesh has no -1.
+
+    Args:
+        run: the resolved run.
+        laid: the weights of the run with their shardings.
+    """
     model, sizes, shape = run.model, axis_sizes(run.mesh), shape_of(run)
     bytes_per_token = sum(x.itemsize for x in objective_of(run.objective).batch_type.empty(1, 1))
     M, b = run.train.microbatches, shape.itemsize
@@ -58,12 +64,12 @@ def memory(run: config.Run, laid: Layout) -> Memory:
         for i, stack in enumerate(stacks)
     )
     loss = max(0, _loss(model, laid, sizes, shape) - gradients - layer)
-    if M > 1:  # the sum so far, and the next one, in float32
+    if M > 1:  # float32 copies of the sum so far and of the next summand
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
-    saved = sum(stack.repeats for stack in stacks) * shape.tokens * model.model_dim * b  # the inputs of each period
+    saved = sum(stack.repeats for stack in stacks) * shape.tokens * model.model_dim * b  # inputs of each period
     if run.compute.remat == "minimal":
         saved += sum(stack.num_layers * _named(model, stack.ffn, sizes, shape.in_layer(stack.ffn)) for stack in stacks)
-    # XLA casts these weights of all layers before the loop over layers, and lays those out whose lanes are not full
+    # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim does not fill whole lanes.
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
     saved += sum(_in_lanes(w, sizes) for w in stacked if _is_narrow(w))
     return Memory(
@@ -78,17 +84,20 @@ def memory(run: config.Run, laid: Layout) -> Memory:
 
 
 def _in_lanes(w: Weight, sizes: dict[str, int]) -> int:
-    """Bytes of a weight of all layers, or of its gradient, in the layout that kernels use."""
+    """Return the bytes of a weight of all layers, or of its gradient, in the padded layout that kernels use."""
     return w.stored_bytes(sizes) * LANES // w.shape[-1] if _is_narrow(w) else w.stored_bytes(sizes)
 
 
 def _is_narrow(w: Weight) -> bool:
-    """Whether kernels, which read rows, have it fill whole lanes with a rank: the adapters of experts. Others XLA turns."""
+    """Return whether kernels pad the weight's rank to whole lanes.
+
+    This holds for the adapters of experts, since kernels read rows; XLA transposes other narrow weights instead.
+    """
     return w.kind == "expert" and w.path.is_adapter and w.shape[-1] < LANES
 
 
 def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: Shape) -> int:
-    """What remat `minimal` keeps of a layer besides its input (`transformer.SAVED`)."""
+    """Return the bytes that remat `minimal` keeps per layer besides its input (`transformer.SAVED`)."""
     m, b, t, D, a = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, model.attention
     heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
     kept = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
@@ -104,7 +113,10 @@ def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: S
 def _layer(
     run: config.Run, model: config.Model, ffn: config.Ffn, stacked: list[Weight], sizes: dict[str, int], shape: Shape
 ) -> int:
-    """Bytes that the backward pass of one period of layers needs besides what is saved and gradients; of one stack."""
+    """Return the bytes that the backward pass of one period of layers of one stack needs at its peak.
+
+    Saved activations and gradients are not included.
+    """
     m, b, t, D, R = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, shape.rows
     a, f = model.attention, ffn.ffn_dim // sizes["tensor"]
     over = ("fsdp", "expert")
@@ -115,9 +127,9 @@ def _layer(
         matrices = [w for w in stacked if w.kind == "expert" and not w.path.is_adapter and w.path.part != "scales"]
         per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in matrices}
         experts = whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
-        if shape.recomputes_experts and any(w.trainable for w in matrices):  # gradients are summed over chunks
+        if shape.recomputes_experts and any(w.trainable for w in matrices):  # their gradients are summed over chunks
             experts += whole
-        if _is_nf4(run):  # one matrix at a time: the halves of its blocks, a byte a number
+        if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
             experts += whole // 3 // b
         products, inputs = R * f * b, R * D * b * (3 if shape.recomputes_experts else 2)
         if shape.transport == "all_gather":
@@ -131,8 +143,8 @@ def _layer(
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
     heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
     attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * D * b
-    # Of the six arrays that the product of gate and up has to do with in the backward pass (both, their product, and the
-    # gradient of each) three lie in the place of the others; not where adapters need them once more.
+    # The product of gate and up involves six arrays in the backward pass (both, their product, and the gradient of each);
+    # three of them reuse the space of the others, unless adapters need them again.
     adapted = any(w.path.is_adapter and w.path.is_ffn for w in stacked)
     return experts + (6 if adapted else 3) * products + inputs + gathered * 9 // 5 + attention
 
@@ -142,6 +154,7 @@ def _is_nf4(run: config.Run) -> bool:
 
 
 def _loss(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
+    """Return the bytes of the head in compute dtype, its float32 gradient if trained, a chunk of logits, and the hidden states."""
     v, D = model.vocab_size // sizes["tensor"], model.model_dim
     tables = [w for w in laid.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
     trained = any(w.trainable for w in tables)

@@ -1,4 +1,4 @@
-"""The devices that take part in a collective together, in the three ways that HLO text writes them."""
+"""Groups of devices that take part in a collective together, read from the three notations of HLO text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from functools import cache
 import numpy as np
 
 Groups = tuple[tuple[int, ...], ...]
-"""Devices, by their place in the mesh, that send to each other."""
+"""Groups of devices that exchange data, each device given by its position in the mesh."""
 
 
 def axes_of(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which a group's devices lie; mesh: {axis: size}, the last axis being the fastest."""
+    """Return the mesh axes along which the devices of a group differ.
+
+    Args:
+        groups: the groups of a collective; the first one is examined.
+        mesh: {axis: size}, with the last axis varying fastest.
+    """
     shape = tuple(mesh.values())
     places = np.stack(np.unravel_index(np.array(groups[0]), shape))
     return tuple(axis for axis, along in zip(mesh, places, strict=True) if len(set(along.tolist())) > 1)
 
 
 def replica_groups(attributes: str) -> Groups:
+    """Read the groups from the attributes of an instruction."""
     stated = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)", attributes)
     assert stated, attributes
     return _read_groups(stated[1])
@@ -28,7 +34,7 @@ def replica_groups(attributes: str) -> Groups:
 
 @cache
 def _read_groups(text: str) -> Groups:
-    """Lists, a reshaped and transposed iota, or axes of a mesh."""
+    """Read one of three notations: lists, a reshaped and transposed iota, or axes of a mesh."""
     if text.startswith("mesh"):
         return _groups_of_mesh(text)
     if "<=" in text:
@@ -38,7 +44,10 @@ def _read_groups(text: str) -> Groups:
 
 
 def _groups_of_mesh(text: str) -> Groups:
-    """`mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: along b, the devices in the order of that iota where one is given."""
+    """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`.
+
+    The groups lie along b, with the devices in the order of that iota, if one is given.
+    """
     stated = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? ?\{(.*?)\}", text)
     assert stated, text
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", stated[1])}
@@ -50,7 +59,7 @@ def _groups_of_mesh(text: str) -> Groups:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[8,4]T(1,0)`: 0, 1, 2, … in that shape, transposed."""
+    """Read `[8,4]T(1,0)`: the numbers 0, 1, 2, … in that shape, transposed."""
     shape, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text.strip()).groups()  # type: ignore[union-attr]
     ids = np.arange(math.prod(int(n) for n in shape.split(","))).reshape([int(n) for n in shape.split(",")])
     return ids.transpose([int(n) for n in order.split(",")]) if order else ids

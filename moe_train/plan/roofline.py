@@ -1,7 +1,8 @@
-"""A lower bound on the time of a step, and what limits it: FLOPs, HBM bytes and received bytes over the peaks of the device.
+"""A lower bound on the time of a step and what limits it: FLOPs, HBM bytes and received bytes over the device's peak rates.
 
-Roofline of Williams et al. (doi:10.1145/1498765.1498785). Products, HBM and the gathers of weights overlap, so the slowest of
-them counts; products wait for tokens sent to experts, activations summed over `tensor`, and keys and values, which add up:
+The roofline is that of Williams et al. (doi:10.1145/1498765.1498785). Matrix products, HBM traffic and the gathers of weights
+overlap, so the slowest of them counts. Products wait for tokens sent to experts, for activations summed over `tensor`, and
+for keys and values, so these add up:
 
     step = max(FLOPs / peak, HBM bytes / bandwidth, overlapping bytes / network) + waited-for bytes / network
 
@@ -24,7 +25,7 @@ from moe_train.plan.weights import Layout, axis_sizes
 
 
 class Time(NamedTuple):
-    """Seconds of a step on one device, each part at its peak."""
+    """Seconds of a step on one device, with each resource at its peak rate."""
 
     compute: float
     hbm: float
@@ -35,14 +36,16 @@ class Time(NamedTuple):
     dcn: float
     """Between slices or hosts, overlapping with products."""
     dcn_waited: float
+    """Between slices or hosts, while nothing else runs."""
 
     @property
     def step(self) -> float:
+        """Seconds of the whole step."""
         return max(self.compute, self.hbm, self.network, self.dcn) + self.waited + self.dcn_waited
 
     @property
     def binds(self) -> str:
-        """compute, HBM, network (inside a slice) or DCN: what takes the largest part of the step."""
+        """The resource that takes the largest part of the step: compute, HBM, network (inside a slice) or DCN."""
         parts = {
             "compute": self.compute,
             "HBM": self.hbm,
@@ -56,16 +59,25 @@ class Work(NamedTuple):
     """What one device does in one step."""
 
     model_flops: float
+    """FLOPs that the model needs, without recomputation."""
     flops: float
-    """Including what is recomputed in the backward pass."""
+    """FLOPs including what is recomputed in the backward pass."""
     hbm_bytes: float
     network_bytes: float
-    """Received inside the slice or host."""
+    """Bytes received inside the slice or host."""
     dcn_bytes: float
-    """Received from other slices or hosts."""
+    """Bytes received from other slices or hosts."""
 
 
 def work(run: config.Run, laid: Layout, flows: list[Flow], topology: Topology) -> Work:
+    """Count what one device does in one step of a resolved run.
+
+    Args:
+        run: the resolved run, whose mesh has no -1.
+        laid: the weights of the run with their shardings.
+        flows: the collectives of a step, as modelled by `traffic.flows`.
+        topology: decides which bytes cross slices.
+    """
     train, model, shape = run.train, run.model, shape_of(run)
     tokens = train.batch_size * train.seq_len / topology.num_devices
     trained = laid.trainable if run.lora is not None else None
@@ -77,7 +89,10 @@ def work(run: config.Run, laid: Layout, flows: list[Flow], topology: Topology) -
 
 
 def _recomputed(run: config.Run, model: config.Model, shape: Shape) -> float:
-    """FLOPs per token: with remat `full` the layers' forward pass, otherwise that of experts that tokens were sent to."""
+    """Return the FLOPs per token that are computed again in the backward pass.
+
+    With remat `full` it is the layers' whole forward pass, otherwise that of experts whose transport recomputes them.
+    """
     D, V = model.model_dim, model.vocab_size
     if run.compute.remat == "full":
         return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
@@ -87,9 +102,12 @@ def _recomputed(run: config.Run, model: config.Model, shape: Shape) -> float:
 
 
 def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape) -> float:
-    """Weights: written once where they are gathered, and read by each product, in each microbatch; gradients written and
-    read. Activations: operands and results of a layer's products, three times (forward and both gradients), once more where
-    recomputed. The update: gradients read, weights and moments read and written."""
+    """Return the HBM bytes of a step on one device.
+
+    Weights are written once where they are gathered and read by each product, in each microbatch; gradients are written and
+    read. Activations are the operands and results of a layer's products, counted three times (forward and both gradients), and
+    once more if recomputed. The update reads gradients, and reads and writes weights and moments.
+    """
     sizes, M, b = axis_sizes(run.mesh), run.train.microbatches, shape.itemsize
     again = 1 if run.compute.remat == "full" else 0
     total = 0.0
@@ -102,14 +120,22 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim // t
     layers = 0
     for stack in config.stacks(model):
-        ffn = stack.ffn  # rows that exist, while routing is balanced
+        ffn = stack.ffn  # rows per device, assuming balanced routing
         rows = m * (ffn.experts_per_token + ffn.num_shared_experts) if isinstance(ffn, config.MoeFfn) else m
         layers += stack.num_layers * (m * (2 * heads + 6 * D) * b + rows * (4 * ffn.ffn_dim // t + 4 * D) * b)
     return total + M * layers * (3 + again) + M * 3 * m * (model.vocab_size // t) * 4
 
 
 def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, device: Device) -> Time:
-    """The roofline of a step. device: a chip; where a chip is two devices to JAX, each has half of it."""
+    """Return the roofline of a step.
+
+    Args:
+        work: what one device does in the step.
+        flows: the collectives of the step.
+        run: the resolved run.
+        topology: decides which bytes cross slices.
+        device: a chip. If JAX sees a chip as two devices, each has half of its rates.
+    """
     share, sizes = topology.devices_per_chip, axis_sizes(run.mesh)
     near = {True: 0.0, False: 0.0}
     far = {True: 0.0, False: 0.0}
@@ -128,11 +154,11 @@ def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, dev
 
 
 def _bandwidth(flow: Flow, sizes: dict[str, int], topology: Topology, device: Device) -> float:
-    """Bytes/s that a chip receives along the axes of `flow`.
+    """Return the bytes/s that a chip receives along the axes of `flow`.
 
-    A switch gives each all of its links. On a torus of n dims, an axis of g of N devices is taken to span n * log g / log N
-    of the dims, each with two links, of which one is lost where the torus does not close (v5e and v6e slices with a side
-    below 16). All-to-all has to go s / 4 hops along each of its d dims of side s, and every hop takes room on a link
+    A switch gives each chip all of its links. On a torus of n dims, an axis of g of N devices is assumed to span
+    n * log g / log N of the dims, each with two links, of which one is lost where the torus does not close (v5e and v6e slices
+    with a side below 16). An all-to-all travels s / 4 hops along each of its d dims of side s, and every hop occupies a link
     (https://jax-ml.github.io/scaling-book/sharding, "Our final communication primitive").
     """
     if device.torus_dims == 0 or topology.devices_per_slice == 1:
@@ -149,9 +175,12 @@ def _bandwidth(flow: Flow, sizes: dict[str, int], topology: Topology, device: De
 
 
 def _far(flow: Flow, sizes: dict[str, int], devices_per_slice: int) -> float:
-    """Of a flow's bytes those that come from other slices. Devices are laid out with `data` outermost and `tensor`
-    innermost; a gather or sum over g devices in o slices goes inside each slice first, so that (o - 1) / o of a whole,
-    shared by the devices of a slice, comes from outside; of an all-to-all it is the share of the devices that are outside."""
+    """Return the part of a flow's bytes that comes from other slices.
+
+    Devices are laid out with `data` outermost and `tensor` innermost. A gather or sum over g devices in o slices works inside
+    each slice first, so (o - 1) / o of the whole array, shared by the devices of a slice, comes from outside. For an all-to-all
+    it is the share of the devices that are outside.
+    """
     last = flow.axis.split("+")[-1]
     inner = math.prod(sizes[axis] for axis in AXES[AXES.index(last) + 1 :])
     g = math.prod(sizes[axis] for axis in flow.axis.split("+"))

@@ -1,4 +1,4 @@
-"""The search for mesh, transport, rematerialization and batch: model every choice, rank those that fit, compile the best."""
+"""Search for the best mesh, transport, rematerialization and batch: model every choice, rank those that fit, compile the best."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from moe_train.plan.traffic import Flow, flows, shape_of
 from moe_train.plan.weights import divisions, layout
 
 LARGEST_BATCH = 64
-"""The most sequences of a device and microbatch that are tried where the batch is free."""
+"""The most sequences per device and microbatch that are tried if the batch size is free."""
 
 
 class Choice(NamedTuple):
-    """One way to run, with what it takes according to the model."""
+    """One way to run, with its costs according to the model."""
 
     run: config.Run
+    """The run with this choice's mesh, transport, remat and batch."""
     memory: Memory
     flows: list[Flow]
     work: Work
@@ -32,28 +33,33 @@ class Choice(NamedTuple):
     limit: int
     """Bytes of a device that a program may use."""
     compiled: compiler.Compiled | None = None
+    """The compiler's figures; None if the choice was not compiled, or refused."""
     refused: str | None = None
-    """The compiler's message where it cannot place the program."""
+    """The compiler's message if it cannot place the program."""
 
     @property
     def transport(self) -> str | None:
+        """The transport of the experts' tokens; None if the device holds all experts, or the model has none."""
         return shape_of(self.run).transport
 
     @property
     def bytes_per_device(self) -> int:
-        """The compiler's figure, or the model's where the choice was not compiled."""
+        """Bytes of memory according to the compiler, or to the model if the choice was not compiled."""
         return self.compiled.bytes_per_device if self.compiled else self.memory.total
 
     @property
     def fits(self) -> bool:
+        """Whether the compiler has not refused the choice and its memory is within the limit."""
         return self.refused is None and self.bytes_per_device <= self.limit
 
     @property
     def tokens(self) -> int:
+        """Tokens of one step, on all devices."""
         return self.run.train.batch_size * self.run.train.seq_len
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second of all devices at the roofline, an upper bound."""
         return self.tokens / self.time.step
 
     @property
@@ -63,30 +69,38 @@ class Choice(NamedTuple):
 
     @property
     def memory_error(self) -> float:
-        """By how much the model exceeds the compiler's figure of memory, as a share of it."""
+        """Relative error of the model's memory against the compiler's; positive if the model estimates more."""
         assert self.compiled is not None
         return self.memory.total / self.compiled.bytes_per_device - 1
 
     @property
     def received_error(self) -> float:
-        """By how much the model exceeds the compiler's figure of received bytes, as a share of it; 1 where that is 0."""
+        """Relative error of the model's received bytes against the compiler's.
+
+        Positive if the model estimates more; 1 if the compiler counts no bytes and the model does.
+        """
         assert self.compiled is not None
         counted = self.compiled.network_bytes
         return self.received / counted - 1 if counted else float(self.received > 0)
 
     def received_per_token(self, devices: int) -> float:
-        """Received bytes for each token that a device processes."""
+        """Return the received bytes for each token that a device processes.
+
+        Args:
+            devices: number of devices over which the step's tokens are divided.
+        """
         return self.received / (self.tokens / devices)
 
 
 def device_limit(topology: Topology) -> int:
-    """Bytes of HBM that a program may use on one device."""
+    """Return the bytes of HBM that a program may use on one device."""
     return DEVICES[topology.device].hbm_bytes // topology.devices_per_chip
 
 
 def model_choice(run: config.Run, topology: Topology) -> Choice:
-    """A resolved run with a mesh without -1, as modelled. Raises ValueError where mesh and model do not go together."""
+    """Model the costs of a resolved run whose mesh has no -1. Raises ValueError if mesh and model do not fit together."""
     if run.compute.transport == "auto" and run.mesh.expert > 1 and isinstance(run.model.ffn, config.MoeFfn):
+        # Resolved here for the topology's platform; later it would be resolved for this process's.
         transport = shape_of(run, topology.platform).transport
         run = run.model_copy(update={"compute": run.compute.model_copy(update={"transport": transport})})
     laid = layout(run)
@@ -97,8 +111,13 @@ def model_choice(run: config.Run, topology: Topology) -> Choice:
 
 
 def meshes(run: config.Run, topology: Topology) -> Iterator[config.Mesh]:
-    """Every way to lay the devices out for this model; the size of `context` stays. Slices of TPUs have only `data` between
-    them, since their other axes would cross the slow network in every layer."""
+    """Yield every mesh of the topology's devices; the size of `context` stays as the run states it.
+
+    Between TPU slices only `data` is laid, since the other axes would cross the slow network in every layer.
+
+    Raises:
+        ValueError: `mesh.context` does not divide the number of devices.
+    """
     context = max(run.mesh.context, 1)
     if topology.num_devices % context:
         nearest = next(n for n in range(context, 0, -1) if topology.num_devices % n == 0)
@@ -112,8 +131,14 @@ def meshes(run: config.Run, topology: Topology) -> Iterator[config.Mesh]:
 
 
 def batches(run: config.Run, mesh: config.Mesh, free: bool) -> Iterator[tuple[int, int]]:
-    """(batch_size, microbatches): the run's own batch in every division, or where it is free as many sequences as a device
-    can take at once."""
+    """Yield the possible pairs (batch_size, microbatches).
+
+    Args:
+        run: the run, which states the batch.
+        mesh: the mesh that the batch is divided over.
+        free: whether the batch size may change. If so, powers of two up to `LARGEST_BATCH` sequences per device are tried, in one
+            microbatch; otherwise the run's own batch in every division into microbatches.
+    """
     replicas = mesh.data * mesh.fsdp * mesh.expert
     if free:
         yield from ((replicas * 2**i, 1) for i in range(LARGEST_BATCH.bit_length()))
@@ -124,7 +149,11 @@ def batches(run: config.Run, mesh: config.Mesh, free: bool) -> Iterator[tuple[in
 
 
 def choices(run: config.Run, topology: Topology, free_batch: bool = False) -> tuple[list[Choice], list[str]]:
-    """(choices that are possible, faults of the meshes that are not); `run` is resolved."""
+    """Model every choice for a resolved run.
+
+    Returns:
+        (the choices that are possible, the faults of those that are not).
+    """
     found, faults = [], []
     for mesh in meshes(run, topology):
         transports = transports_of(topology.platform) if mesh.expert > 1 else ("auto",)
@@ -143,16 +172,21 @@ def choices(run: config.Run, topology: Topology, free_batch: bool = False) -> tu
 
 
 By = Literal["speed", "bytes"]
+"""What choices are ranked by: tokens per second, or received bytes per token."""
 
 
 def ranked(found: list[Choice], by: By = "speed") -> list[Choice]:
-    """Choices that fit, by tokens per second or by received bytes per token, ties by bytes and memory; then those that do not
-    fit, by how far they exceed the device."""
+    """Sort choices, best first.
+
+    Choices that fit come first, sorted by tokens per second or by received bytes per token, with ties broken by bytes and memory.
+    Choices that do not fit follow, sorted by how much memory they need.
+    """
 
     def order(choice: Choice) -> tuple[Any, ...]:
         moved = choice.received / choice.tokens
         if not choice.fits:
             return True, choice.bytes_per_device
+        # Three digits: nearly equal speeds count as a tie, which the received bytes then decide.
         speed = -float(f"{choice.tokens_per_second:.3g}")
         return (False, speed, moved, choice.memory.total) if by == "speed" else (False, moved, speed, choice.memory.total)
 
@@ -160,7 +194,7 @@ def ranked(found: list[Choice], by: By = "speed") -> list[Choice]:
 
 
 def best_of_meshes(found: list[Choice], by: By = "speed") -> list[Choice]:
-    """The best choice of each mesh, in their order."""
+    """Return the best choice of each mesh, best first."""
     first: dict[config.Mesh, Choice] = {}
     for choice in ranked(found, by):
         first.setdefault(choice.run.mesh, choice)
@@ -168,7 +202,18 @@ def best_of_meshes(found: list[Choice], by: By = "speed") -> list[Choice]:
 
 
 def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[str], None], by: By = "speed") -> list[Choice]:
-    """`found` with its best compiled, until `count` of them fit or none is left that the model has fit."""
+    """Compile the best choices until `count` of them fit, or no choice is left that fits according to the model.
+
+    Args:
+        found: modelled choices.
+        topology: the hardware to compile for.
+        count: number of choices that have to fit.
+        say: receives a line before each compilation.
+        by: what to rank by.
+
+    Returns:
+        All of `found`, ranked again with the compiler's figures.
+    """
     order, confirmed = ranked(found, by), 0
     done: list[Choice] = []
     for choice in order:
@@ -182,17 +227,18 @@ def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[
 
 
 def compiled(choice: Choice, topology: Topology) -> Choice:
-    """The choice with the compiler's figures; where the compiler cannot place the program, it does not fit."""
+    """Return the choice with the compiler's figures, or marked as refused if the compiler cannot place the program."""
     try:
         return choice._replace(compiled=compiler.compile_config(choice.run, topology))
     except ValueError as fault:
+        # Only a lack of memory concerns this choice alone; other errors are raised.
         if "RESOURCE_EXHAUSTED" not in str(fault) and "memory" not in str(fault):
             raise
         return choice._replace(refused=str(fault))
 
 
 def why(choice: Choice, best: Choice) -> str:
-    """Why `choice` is not the best one, in a few words; bytes are those received per token."""
+    """Explain in a few words why `choice` is not the best one; bytes are those received per token."""
     if choice.refused is not None:
         return f"the compiler refuses it: {choice.refused}"
     if not choice.fits:
@@ -220,9 +266,11 @@ NAMES = {
     "layer": "the layer at work",
     "loss": "head and logits",
 }
+"""The parts of `Memory`, as messages call them."""
 
 
 def in_words(mesh: config.Mesh) -> str:
+    """Describe a mesh by its axes of more than one device."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.model_dump().items() if size > 1) or "one device"
 
 
@@ -231,15 +279,28 @@ def _gib(size: float) -> str:
 
 
 def nearest_that_fits(run: config.Run, topology: Topology, limit: int) -> Choice | None:
-    """The choice within `limit` bytes of a device that changes least: fewest settings that differ, then the fastest."""
+    """Return the choice within `limit` bytes per device that changes least, or None.
+
+    Choices are compared by the number of settings that differ from the run's, then by speed.
+    """
     found, _ = choices(run, topology)
     fitting = [choice for choice in found if choice.memory.total <= limit]
     return min(fitting, key=lambda c: (len(changed(run, c.run)), -c.tokens_per_second), default=None)
 
 
 def smallest_that_fits(run: config.Run, topology: Topology, chips: int = 4096) -> tuple[Topology, Choice] | None:
-    """The first larger slice (or number of hosts) of the same device that holds the run with one sequence on each device at
-    a time, everything rematerialised; None where there is none of so many chips."""
+    """Find the first larger slice (or number of hosts) of the same device on which the run fits.
+
+    The run is modelled with one sequence on each device at a time and everything rematerialized.
+
+    Args:
+        run: the resolved run.
+        topology: the topology that is too small.
+        chips: the largest number of chips to consider.
+
+    Returns:
+        (the topology, the choice), or None if no topology of up to `chips` chips fits.
+    """
     for name in larger(topology, chips):
         place = parse(name)
         for mesh in meshes(run.model_copy(update={"mesh": config.Mesh()}), place):
@@ -260,19 +321,19 @@ def smallest_that_fits(run: config.Run, topology: Topology, chips: int = 4096) -
 
 
 def larger(topology: Topology, chips: int) -> list[str]:
-    """Names of topologies of the same device with more chips than `topology`, the smallest first."""
+    """Return the names of topologies of the same device with more chips than `topology`, smallest first."""
     if topology.platform == "gpu":
         hosts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if topology.num_chips < 8 * n <= chips]
         return [f"{topology.device}x8" if n == 1 else f"{n}x{topology.device}x8" for n in hosts]
     sizes: dict[int, tuple[int, ...]] = {}
-    for shape in sorted(shapes(topology.device), key=sum):  # of one size the one nearest to a cube
+    for shape in sorted(shapes(topology.device), key=sum):  # among shapes of equal size, the one closest to a cube
         sizes.setdefault(math.prod(shape), shape)
     powers = [n for n in sorted(sizes) if topology.num_chips < n <= chips and n & (n - 1) == 0]
     return [f"{topology.device}:{'x'.join(map(str, sizes[n]))}" for n in powers]
 
 
 def changed(run: config.Run, other: config.Run) -> dict[str, Any]:
-    """{key.path: value} of the settings of mesh, transport, remat and batch that differ in `other`."""
+    """Return the settings of mesh, transport, remat and batch that differ in `other`, {key.path: value}."""
     found: dict[str, Any] = {}
     for section in ("mesh", "compute", "train"):
         ours, theirs = getattr(run, section).model_dump(), getattr(other, section).model_dump()
@@ -283,18 +344,24 @@ def changed(run: config.Run, other: config.Run) -> dict[str, Any]:
 
 
 def share_of_peak(choice: Choice, topology: Topology) -> float:
-    """Model FLOPs over what the device could do in the step: an upper bound on MFU."""
+    """Return the model's FLOPs over what the device could compute during the step: an upper bound on MFU."""
     peak = DEVICES[topology.device].flops[choice.run.compute.dtype] / topology.devices_per_chip
     return choice.work.model_flops / peak / choice.time.step
 
 
 def dollars_per_billion(choice: Choice, topology: Topology, price: float | None) -> float | None:
-    """Dollars per 1e9 tokens at the roofline, a lower bound; price: of a chip and hour."""
+    """Return the dollars per 1e9 tokens at the roofline, a lower bound.
+
+    Args:
+        choice: the choice.
+        topology: states the number of chips.
+        price: dollars per chip and hour; None if unknown, and then the result is None too.
+    """
     return None if price is None else price * topology.num_chips / 3600 / choice.tokens_per_second * 1e9
 
 
 def price_of(device: Device, stated: float | None) -> tuple[float | None, str]:
-    """(dollars per chip and hour, where from)."""
+    """Return (dollars per chip and hour or None, where the price comes from)."""
     if stated is not None:
         return stated, "--price"
     if device.dollars_per_hour is None:

@@ -1,10 +1,10 @@
-"""Names of hardware that need not be present -> the number of chips and how they are connected.
+"""Parse names of hardware that need not be present into the number of chips and how they are connected.
 
     v5p:4x4x4      one slice, by its shape in chips; v5e:4x4, v6e:8x8, tpu7x:2x2x2
-    v5p-64         the same by its name in the cloud: v5p and tpu7x count TensorCores, two to a chip, so 32 chips;
+    v5p-64         the same by its cloud name: v5p and tpu7x count TensorCores, two per chip, so this has 32 chips;
                    v5litepod-16 (or v5e-16) and v6e-16 count chips
     h100x8         one host with 8 GPUs
-    2xv5p:4x4x4    two slices, 4xh100x8 four hosts (also 2*v5p:4x4x4, which shells want in quotes)
+    2xv5p:4x4x4    two slices, 4xh100x8 four hosts (also 2*v5p:4x4x4, which shells need quoted)
 
 Shapes of slices: https://cloud.google.com/tpu/docs/v5p, …/v5e, …/v6e, …/tpu7x ("Configurations").
 """
@@ -24,8 +24,7 @@ from moe_train.machine.devices import DEVICES
 
 @dataclass(frozen=True)
 class Topology:
-    """`num_slices` groups of equal `shape` (chips of a TPU slice along its axes; GPUs of a host), joined by the
-    data-centre network."""
+    """`num_slices` groups of chips of equal `shape`, joined by the data-center network."""
 
     name: str
     """A name that `parse` reads, with the shape instead of a cloud name: v5p:4x4x4, 2xv5p:4x4x4, h100x8."""
@@ -33,6 +32,7 @@ class Topology:
     device: str
     """The key of its row in `devices.DEVICES`."""
     shape: tuple[int, ...]
+    """Chips of a TPU slice along its axes, or (number of GPUs,) of a host."""
     num_slices: int
 
     @property
@@ -42,10 +42,12 @@ class Topology:
 
     @property
     def chips_per_slice(self) -> int:
+        """Chips of one slice, or GPUs of one host."""
         return math.prod(self.shape)
 
     @property
     def num_chips(self) -> int:
+        """Chips of all slices."""
         return self.num_slices * self.chips_per_slice
 
     @property
@@ -55,29 +57,36 @@ class Topology:
 
     @property
     def devices_per_slice(self) -> int:
+        """Devices that JAX sees on a slice or host."""
         return self.chips_per_slice * self.devices_per_chip
 
     @property
     def num_devices(self) -> int:
-        """Devices that JAX sees, over which a mesh is laid."""
+        """Devices that JAX sees in total, over which a mesh is laid."""
         return self.num_chips * self.devices_per_chip
 
 
 SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+"""Shapes of v5e and v6e slices."""
 BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-"""Slices smaller than 64 chips; larger ones are built of cubes of 4x4x4."""
+"""Slices smaller than 64 chips; larger ones are built from cubes of 4x4x4."""
 LARGEST_CUBES = {"v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
+"""The longest sides of a slice of devices connected as a 3D torus."""
 MOST_CHIPS = 2**20
-"""The largest topology; its meshes are still ranked within seconds."""
+"""The largest topology that is accepted; its meshes are still ranked within seconds."""
 GPUS = ("a100", "h100", "h200", "b200")
 GPUS_PER_HOST = (1, 2, 4, 8)
 CLOUD_NAMES = {"v5p": ("v5p", 2), "tpu7x": ("tpu7x", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}
-"""The first word of a cloud name -> the device, and how many of the units that the name counts are on a chip."""
+"""First word of a cloud name -> (device, how many of the units that the name counts are on a chip)."""
 EXAMPLES = "v5p:4x4x4, v5e:4x4, v6e:8x8, tpu7x:2x2x2, v5p-64, v5litepod-16, 2xv5p:4x4x4, h100x8, 4xh100x8"
 
 
 def parse(name: str) -> Topology:
-    """Read a name. Raises ValueError, with the nearest hardware that exists, where there is no such hardware."""
+    """Parse the name of a topology.
+
+    Raises:
+        ValueError: no such hardware exists; the message names the nearest that does.
+    """
     several = re.fullmatch(r"(\d+)[x*](?=[a-z])(.+)", name.lower())
     count, one = (int(several[1]), several[2]) if several else (1, name.lower())
     if count < 1:
@@ -92,7 +101,7 @@ def parse(name: str) -> Topology:
 
 
 def _slice(name: str) -> tuple[str, tuple[int, ...]]:
-    """One slice or host: its device and shape."""
+    """Parse the name of one slice or host into its device and shape."""
     if found := re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name):
         device, shape = found[1], tuple(int(side) for side in found[2].split("x"))
         if device in GPUS:
@@ -115,12 +124,12 @@ def _slice(name: str) -> tuple[str, tuple[int, ...]]:
         if not same:
             counted = f" ({number} TensorCores, {per_chip} to a chip)" if per_chip > 1 else ""
             raise _no_such(name, device, number / per_chip, f"chips{counted}")
-        return device, min(same, key=sum)  # of several shapes the one nearest to a cube
+        return device, min(same, key=sum)  # among several shapes, the one closest to a cube
     raise ValueError(f"topology {name!r} cannot be read; write one of the kind {EXAMPLES}")
 
 
 def shapes(device: str) -> Iterator[tuple[int, ...]]:
-    """The shape of every slice of a TPU that is offered, in chips."""
+    """Iterate over the shapes, in chips, of all slices that are offered for a TPU."""
     if device not in LARGEST_CUBES:
         return iter(SQUARES)
     sides = [range(4, largest + 1, 4) for largest in LARGEST_CUBES[device]]
@@ -138,7 +147,15 @@ def _known(word: str, words: tuple[str, ...] | dict[str, tuple[str, int]], name:
 
 
 def _no_such(name: str, device: str, chips: float, said: str) -> ValueError:
-    """`chips` as asked for."""
+    """Return the error for a slice that does not exist.
+
+    Args:
+        name: the name as the user wrote it.
+        device: the TPU.
+        chips: the number of chips that was asked for.
+        said: how the message words that number.
+    """
+    # Closest by ratio of sizes, then the shape closest to a cube.
     nearest = min(shapes(device), key=lambda s: (abs(math.log(math.prod(s) / max(chips, 0.5))), sum(s)))
     chips_said = f"{chips:g} {said}"
     return ValueError(

@@ -1,12 +1,13 @@
 """Bytes that a device receives from others in one step, collective by collective, modelled after the code of the model.
 
-With g devices along an axis and an array of W bytes in all, a device receives (g - 1) / g * W of an all-gather (W its result), a
-reduce-scatter (W its operand) or an all-to-all (W its operand), and twice that of an all-reduce (a reduce-scatter and an
-all-gather; Rabenseifner 2004, as in Megatron-LM's and DeepSpeed's accounts, arXiv:1910.02054 section 7).
+With g devices along an axis and an array of W bytes in total, a device receives (g - 1) / g * W in an all-gather (W is its
+result), a reduce-scatter (W is its operand) or an all-to-all (W is its operand), and twice that in an all-reduce, which is a
+reduce-scatter and an all-gather (Rabenseifner 2004, as in Megatron-LM's and DeepSpeed's accounts, arXiv:1910.02054
+section 7).
 
-A layer's weights are gathered in the forward pass and again in the backward pass, where one gather serves both what is
-recomputed and the gradients of the inputs; gradients are scattered once (arXiv:2304.11277, fully sharded data parallel).
-All of this happens in every microbatch; along `data` gradients are summed once a step.
+A layer's weights are gathered in the forward pass and again in the backward pass, where one gather serves both the
+recomputation and the gradients of the inputs; gradients are scattered once (arXiv:2304.11277, fully sharded data parallel).
+All of this happens in every microbatch; along `data` gradients are summed once per step.
 """
 
 from __future__ import annotations
@@ -25,38 +26,44 @@ SUMMED = ("fsdp", "expert", "context")
 
 
 class Flow(NamedTuple):
-    """What one device receives in a step by collectives of one kind."""
+    """What one device receives in a step through collectives of one kind."""
 
     what: str
     kind: str
     axis: str
+    """The mesh axis, or several joined by `+`."""
     bytes: float
     overlaps: bool
-    """Whether it can overlap with products: true of weights and gradients; products wait for tokens."""
+    """Whether it can overlap with matrix products: true for weights and gradients, false for tokens, which products wait for."""
 
 
 class Shape(NamedTuple):
-    """One microbatch on one device."""
+    """The work of one microbatch on one device."""
 
     tokens: int
     itemsize: int
     """Bytes of an element of an activation."""
     transport: Name | None
-    """None where the device holds all experts, or the model has none."""
+    """None if the device holds all experts, or if the model has none."""
     rows: int
     """Rows that experts (or a dense feed-forward layer) are applied to at once."""
     recomputes_experts: bool = False
-    """Whether the transport runs the experts again in the backward pass, whatever `compute.remat` says."""
+    """Whether the transport runs the experts again in the backward pass, regardless of `compute.remat`."""
 
     def in_layer(self, ffn: config.Ffn) -> Shape:
-        """The microbatch in a layer with this feed-forward part: dense layers of a sparse model work on their own tokens."""
+        """Return the microbatch as a layer with this feed-forward part sees it.
+
+        Dense layers of a sparse model process the device's own tokens.
+        """
         return self if isinstance(ffn, config.MoeFfn) else self._replace(transport=None, rows=self.tokens)
 
 
 def shape_of(run: config.Run, platform: str | None = None) -> Shape:
-    """One microbatch on one device of a resolved run whose mesh has no -1.
+    """Return the work of one microbatch on one device of a resolved run whose mesh has no -1.
 
-    platform: the platform that transport `auto` is chosen for; by default that of this process.
+    Args:
+        run: the resolved run.
+        platform: the platform that transport `auto` is resolved for; None for that of this process.
     """
     model, train, sizes = run.model, run.train, axis_sizes(run.mesh)
     sequences = train.batch_size // train.microbatches // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
@@ -71,7 +78,13 @@ def shape_of(run: config.Run, platform: str | None = None) -> Shape:
 
 
 def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Flow]:
-    """Every collective of a step that moves more than a few numbers, the largest first; platform: of the compiler."""
+    """Model every collective of a step that moves more than a few numbers, largest first.
+
+    Args:
+        run: the resolved run.
+        laid: its weights with their shardings.
+        platform: the platform that the program is compiled for.
+    """
     sizes, shape, M = axis_sizes(run.mesh), shape_of(run), run.train.microbatches
     found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings)]
     found += _of_tokens(run, run.model, sizes, shape, platform)
@@ -92,11 +105,11 @@ def _received(kind: str, devices: int, whole: float) -> float:
 
 
 def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
-    """Gathers of a weight and sums of its gradient, all layers, one microbatch."""
+    """Return the gathers of a weight and the sums of its gradient, for all layers and one microbatch."""
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
-    # codes and scales of few bits travel as they are; other weights in the dtype of the computation
+    # quantized values and scales are sent as they are; other weights in the compute dtype
     b = w.itemsize if not w.is_float or w.path.part == "scales" else min(w.itemsize, itemsize)
-    own = ("expert",) if w.kind == "expert" else ()  # axes that no two devices of share this weight
+    own = ("expert",) if w.kind == "expert" else ()  # axes along which no two devices share this weight
     split = {axis for entry in w.spec for axis in entry if axis in ("fsdp", "expert")} - {*own}
     order = [axis for axis in (("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")) if axis in split]
     uses = 2 if tied and w.path.is_embedding and not w.path.is_adapter else 1
@@ -114,7 +127,7 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
     for axis in order[::-1]:
         found.append(flow("reduce-scatter", axis, sizes[axis], gathered * b, uses))
         gathered //= sizes[axis]
-    # what is split along none of these axes has its gradient summed: that of small weights as they are stored
+    # gradients of weights not split along these axes are all-reduced: those of small weights in their stored dtype
     b = w.itemsize if w.kind == "small" else b
     summed = [axis for axis in SUMMED if sizes[axis] > 1 and axis not in (*split, *own)]
     found.append(flow("all-reduce", "+".join(summed), math.prod(sizes[axis] for axis in summed), gathered * b, 1))
@@ -122,7 +135,7 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
 
 
 def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
-    """Activations, all layers, one microbatch."""
+    """Return the transfers of activations, for all layers and one microbatch."""
     m, b, D, L = shape.tokens, shape.itemsize, model.model_dim, model.num_layers
     a, tensor, context = model.attention, sizes["tensor"], sizes["context"]
     found = []
@@ -135,22 +148,22 @@ def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shap
         exchange = exchange_sizes(run, sizes)
         for kind, received in choose_transport(shape.transport, exchange).received(exchange).items():
             moved: float = num_sparse * received
-            if kind == "ragged-all-to-all":  # a row's weight fills 128 lanes: sent twice, and its gradient in float32
+            if kind == "ragged-all-to-all":  # a row's routing weight fills 128 lanes: sent twice, and its gradient in float32
                 moved += moved / (5 * D * b) * 128 * (2 * b + 4)
             found.append(Flow("tokens to experts", kind, "expert", moved, False))
-    # Along `tensor` (Megatron-LM, arXiv:1909.08053, section 3): the outputs of attention (again where recomputed) and of
-    # the feed-forward layer are summed, and so are the gradients of the inputs of both. With all_gather the outputs are of
-    # the tokens of all devices of `expert`; XLA:TPU scatters them before it sums, so that only a device's own are left.
+    # Along `tensor` (Megatron-LM, arXiv:1909.08053, section 3) the outputs of attention (again if recomputed) and of the
+    # feed-forward layer are summed, and so are the gradients of the inputs of both. With all_gather these outputs are for
+    # the tokens of all devices of `expert`; XLA:TPU scatters them before summing, so that only a device's own are left.
     x = m * D * b
     attention = x * ((2 if run.compute.remat == "full" else 1) + 3)
     dense = x * (1 + 2)
     y = x if shape.transport in (None, "all_gather") else m * D * 4
     sparse = y * (sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1) + x
     layers = L * attention + num_sparse * sparse + (L - num_sparse) * dense
-    flow("activations", "all-reduce", "tensor", layers + 2 * x)  # and at both ends
+    flow("activations", "all-reduce", "tensor", layers + 2 * x)  # plus the embedding and the head
     # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
-    # Queries and the outputs of attention are exchanged in zig-zag order (`context_parallel`), there and back: forward, recomputed,
-    # and their gradients; of two devices' halves one stays where it is.
+    # Queries and the outputs of attention are exchanged in zig-zag order (`context_parallel`) and back: in the forward pass,
+    # in its recomputation, and for their gradients. With two devices, one half of each stays where it is.
     keys, queries = (m * n * a.head_dim // tensor * b for n in (context * 2 * a.num_kv_heads, a.num_heads))
     flow("keys and values", "all-gather", "context", keys, 2 * L)
     flow("keys and values", "reduce-scatter", "context", keys, L)

@@ -1,4 +1,4 @@
-"""The weights of a run with their shardings, from shapes alone: the basis of the models of memory and traffic."""
+"""The weights of a run with their shardings, from shapes alone: the basis of the memory and traffic models."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state, partition
 
 Kind = Literal["expert", "linear", "table", "small"]
+"""Kinds of weights by how they are sharded and gathered; see `Weight.kind`."""
 
 
 class Weight(NamedTuple):
@@ -26,26 +27,36 @@ class Weight(NamedTuple):
 
     path: ParameterPath
     kind: Kind
-    """expert: of routed experts, gathered over `fsdp` inside `run_experts`; linear: used by `fsdp.project`; table: embedding or
-    head, rows split over V; small: norms, routers, biases, replicated."""
+    """How the weight is used.
+
+    - expert: weights of routed experts, gathered over `fsdp` inside `run_experts`.
+    - linear: used by `fsdp.project`.
+    - table: embedding or head, with rows split over V.
+    - small: norms, routers and biases, replicated.
+    """
     layers: int
-    """Size of its leading dim of layers; 1 outside the stacks."""
+    """Size of the leading dim of layers; 1 for weights outside the stacks."""
     shape: tuple[int, ...]
-    """The global shape of one layer."""
+    """The global shape of one layer's weight."""
     spec: tuple[tuple[str, ...], ...]
     """The mesh axes of each dim of that shape."""
     itemsize: int
-    """Bytes of an element as it is stored."""
+    """Bytes of an element as stored."""
     is_float: bool
     trainable: bool
 
     def elements(self, sizes: dict[str, int], whole_over: tuple[str, ...] = ()) -> int:
-        """Elements of one layer on a device, gathered over the axes `whole_over`."""
+        """Return the elements of one layer on a device.
+
+        Args:
+            sizes: devices of each mesh axis.
+            whole_over: axes that the weight is gathered over.
+        """
         split = (sizes[axis] for axis in itertools.chain.from_iterable(self.spec) if axis not in whole_over)
         return math.prod(self.shape) // math.prod(split)
 
     def stored_bytes(self, sizes: dict[str, int]) -> int:
-        """Bytes of all layers on a device."""
+        """Return the bytes of all layers on a device."""
         return self.layers * self.elements(sizes) * self.itemsize
 
 
@@ -54,32 +65,35 @@ class Layout(NamedTuple):
 
     weights: tuple[Weight, ...]
     optimizer_bytes: int
-    """Moments and counters."""
+    """Bytes of moments and counters on one device."""
     trainable: dict[str, Any]
     """{path: shape} of the trained parameters."""
 
 
 def axis_sizes(mesh: config.Mesh) -> dict[str, int]:
+    """Return the devices of each mesh axis."""
     return {axis: getattr(mesh, axis) for axis in AXES}
 
 
 def layout(run: config.Run) -> Layout:
-    """The layout of a run whose model is stated and whose mesh has no -1.
+    """Return the layout of a run whose model is stated and whose mesh has no -1.
 
-    Raises ValueError where mesh and model do not go together.
+    Raises:
+        ValueError: mesh and model do not fit together.
     """
+    # Settings that change no weight are left out, so that more searches hit the cache.
     compute = config.Compute(dtype=run.compute.dtype, param_dtype=run.compute.param_dtype)
     return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh))
 
 
 class _Inputs(NamedTuple):
-    """All that a layout depends on: the key of the cache, since a search asks for each mesh many times."""
+    """All that a layout depends on. This is the cache key, since a search asks for each mesh many times."""
 
     model: config.Model
     lora: config.Lora | None
     optimizer: config.Optimizer
     compute: config.Compute
-    """Dtypes alone are stated: kernels and transports change no weight."""
+    """Only dtypes are stated, since kernels and transports change no weight."""
     mesh: config.Mesh
 
 
@@ -118,7 +132,7 @@ def _weight(path: ParameterPath, x: Any, trainable: bool) -> Weight:
 
 
 def divisions(number: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write `number` as a product of so many factors, in order."""
+    """Yield every way to write `number` as an ordered product of `parts` factors."""
     if parts == 1:
         yield (number,)
         return

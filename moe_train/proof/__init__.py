@@ -1,1 +1,1 @@
-"""The independent second reader: what an export should hold, what it holds, and how they compare."""
+"""The independent second reader: what an export should contain, what it contains, and how they compare."""

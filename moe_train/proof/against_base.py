@@ -1,8 +1,8 @@
-"""Merged files beside those of the base alone: what they show of the adapters without having these.
+"""Compare merged files with those of the base alone: what they reveal about the adapters without having these.
 
-Where the base is B, the file has round(B + s·A·B). So their difference is, but for the rounding, of the adapter's rank or
-less: a matrix D that differs from one of rank r by no more than E has at most |E| outside its r largest singular vectors
-(Eckart and Young; norms of Frobenius). What was left alone has to be the base's, rounded.
+For a base weight W, the file has round(W + s·A·B). So the difference is, except for rounding, of the adapter's rank or less: a
+matrix D that differs from one of rank r by no more than E has at most |E| outside its r largest singular vectors (Eckart and
+Young; Frobenius norms). What was not adapted has to be the base's, rounded.
 """
 
 from __future__ import annotations
@@ -24,19 +24,29 @@ from moe_train.proof.reread import Stored
 from moe_train.weights.on_disk import Weights
 
 CHUNK = 2**22
-"""Bytes of a file that are looked at together."""
+"""Bytes of a file that are compared at once."""
 MORE = 8
-"""Directions that are looked for beside the rank's, so that two rounds find those."""
+"""Extra directions beyond the rank, so that two rounds of the power iteration find the rank's."""
 
 
 def check(
     layout: expected.Model, stored: Mapping[str, Stored], base: Weights, lora: config.Lora | None, untrained: int
 ) -> tuple[str, dict[str, Any]]:
-    """Compare every matrix of the files with the base's, whatever its layout. lora: of the adapters that were merged, or
-    None where all has to be the base's. untrained: matrices whose delta was zero at the export.
+    """Compare every matrix of the files with the base's, whatever the base's layout. One matrix is in memory at a time.
 
-    Raises Fault at the first that cannot be base and adapter; ValueError where the base has other shapes. One matrix is in
-    memory at a time.
+    Args:
+        layout: layout of the files.
+        stored: tensors of the files by name.
+        base: the base model.
+        lora: the section of the adapters that were merged; None if every matrix has to be the base's.
+        untrained: number of matrices whose delta was zero at the export.
+
+    Returns:
+        A summary in words and its figures.
+
+    Raises:
+        Fault: a matrix cannot be the base's with an adapter; the first such matrix is named.
+        ValueError: the base has other shapes.
     """
     of_base = {(piece.path, piece.lead): piece for piece in base.table}
     same = in_full = 0
@@ -58,7 +68,7 @@ def check(
                 in_full += 1
                 continue
             change = _change(found, i, len(wanted.parts), b_oi.reshape(-1, b_oi.shape[-1]))
-            if change.is_rounding and not (rank and found.kind not in compare.MANTISSA):  # few bits may hide a small delta
+            if change.is_rounding and not (rank and found.kind not in compare.MANTISSA):  # quantization may hide a small delta
                 same += not rank
                 unmoved += [where] * bool(rank)
             elif not rank:
@@ -88,7 +98,7 @@ def check(
 
 
 def _rank(lora: config.Lora | None, part: Part) -> int | None:
-    """Of a part's adapter, 0 without; None where it was trained in full."""
+    """Return the rank of a part's adapter, 0 without one; None if the part was trained in full."""
     if lora is None:
         return 0
     path = ParameterPath.parse(part.path)
@@ -103,18 +113,21 @@ def _rank(lora: config.Lora | None, part: Part) -> int | None:
 
 @dataclass(frozen=True)
 class _Change:
-    """What a matrix of the file has more than the base's."""
+    """The difference between a matrix of the file and the base's."""
 
     d_oi: np.ndarray
     norm: float
     largest: float
     noise: float
-    """At most the norm of what rounding did."""
+    """Upper bound of the norm of the rounding error."""
     is_rounding: bool
-    """Whether rounding explains all of it."""
+    """Whether rounding explains the whole difference."""
 
     def outside(self, rank: int) -> float:
-        """Norm of what no matrix of this rank can explain, or a little more."""
+        """Return the norm of what no matrix of this rank can explain, or slightly more.
+
+        The largest singular vectors are found by a randomized range finder with two power iterations.
+        """
         wide = min(rank + MORE, *self.d_oi.shape)
         q = np.linalg.qr(self.d_oi @ np.random.default_rng(0).normal(size=(self.d_oi.shape[1], wide)).astype(np.float32))[0]
         for _ in range(2):
@@ -125,6 +138,7 @@ class _Change:
 
 
 def _change(stored: Stored, part: int, parts: int, b_oi: np.ndarray) -> _Change:
+    """Measure the difference between part `part` of `parts` of a tensor and the base's matrix, rows at a time."""
     rows = stored.rows // parts
     step = max(1, CHUNK * rows // max(1, stored.nbytes // parts))
     d_oi, noise, fits = np.empty(b_oi.shape, np.float32), 0.0, True
@@ -139,6 +153,7 @@ def _change(stored: Stored, part: int, parts: int, b_oi: np.ndarray) -> _Change:
                 rounded = np.frombuffer(raw, reread.PLAIN[stored.kind]).reshape(right.shape)
                 fits = fits and np.array_equal(rounded, b_oi[start:stop].astype(rounded.dtype))
                 _, allowed = compare.decoded(stored.kind, raw, written)
+                # Rounding to nearest errs by at most half a unit in the last place.
                 allowed = allowed / 2
             else:
                 fits = fits and bool(np.all(np.abs(difference) <= allowed))

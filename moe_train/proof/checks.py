@@ -1,4 +1,4 @@
-"""One check of a proof: what it found, what it did not look at and why, how long it took."""
+"""One check of a proof: what it found, what it did not examine and why, and how long it took."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 Found = tuple[str, Mapping[str, Any]]
-"""One line for people, and its figures."""
+"""A one-line summary for people, and its figures."""
 
 
 class Fault(ValueError):
@@ -15,22 +15,28 @@ class Fault(ValueError):
 
 
 class NotChecked(Exception):
-    """A check that does not apply, or cannot be done here; says why."""
+    """Raised by a check that does not apply or cannot be done here, with the reason."""
 
 
 class Check(NamedTuple):
-    """What came of one check."""
+    """The result of one check."""
 
     name: str
     passed: bool | None
-    """None: not checked."""
+    """None if it was not checked."""
     said: str
+    """One line for people: what was found, the fault, or why it was not checked."""
     figures: Mapping[str, Any]
     seconds: float
 
 
 def run(name: str, check: Callable[[], Found]) -> Check:
-    """`check` returns what it found; it raises Fault (or what damaged files raise) or NotChecked."""
+    """Run a check and record its result.
+
+    Args:
+        name: the name in the record.
+        check: returns what it found, or raises Fault (or what damaged files raise) or NotChecked.
+    """
     start = time.perf_counter()
     passed: bool | None = True
     try:
@@ -43,7 +49,7 @@ def run(name: str, check: Callable[[], Found]) -> Check:
 
 
 def require(checks: Iterable[Check]) -> None:
-    """Raise RuntimeError, in one line, where a check failed."""
+    """Raise RuntimeError with a one-line message if a check failed."""
     if failed := [check for check in checks if check.passed is False]:
         names = ", ".join(check.name for check in failed)
         raise RuntimeError(f"the proof failed ({names}): {failed[0].said}")

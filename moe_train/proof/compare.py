@@ -1,6 +1,6 @@
-"""Tensors of files beside the weights in memory: bit by bit, or with adapters merged within one rounding.
+"""Compare tensors of files with the weights in memory: bit by bit, or, with adapters merged, within one rounding.
 
-The files are read by `reread` and laid out by `expected`; a chunk of rows is looked at at a time.
+The files are read by `reread` and laid out by `expected`; one chunk of rows is compared at a time.
 """
 
 from __future__ import annotations
@@ -27,25 +27,30 @@ from moe_train.weights.merge import scale_of
 from moe_train.weights.strided import contiguous
 
 CHUNK = 2**18
-"""Bytes of a file that are looked at together."""
+"""Bytes of a file that are compared at once."""
 BESIDE = 2**27
-"""Bytes of weights that are on the host at a time, unless one matrix is larger."""
+"""Bytes of weights that are on the host at a time, unless a single matrix is larger."""
 MANTISSA = {"F32": 23, "F16": 10, "BF16": 7}
+"""Explicit mantissa bits of each dtype."""
 SMALLEST = {"F32": -126, "F16": -14, "BF16": -126}
+"""Exponent of the smallest normal number of each dtype."""
 EXPONENT = np.uint64(0x7FF << 52)
-"""Its bits in a float64."""
+"""Mask of the exponent bits of a float64."""
 
 
 class Grid(NamedTuple):
-    """How far off numbers are that llama.cpp has rounded to few bits, at most."""
+    """Upper bound of the rounding error of numbers that llama.cpp has quantized to few bits."""
 
     block: int
     """Numbers that share scales."""
     share: float
-    """Of the largest of a block: where a scale is worked out from the ends of its numbers what that amounts to, else a
-    quarter more than the most that was found for numbers of fifteen distributions."""
+    """Maximum error as a share of the largest number of a block.
+
+    If a scale is computed from the extremes of its numbers, this follows from the number of levels; otherwise it is a quarter more
+    than the largest error found for numbers of fifteen distributions.
+    """
     levels: int
-    """By how many times the rounding of the smallest half-precision scale a number may be off besides."""
+    """Additional error in units of the rounding of the smallest half-precision scale."""
 
 
 GRIDS = {
@@ -54,44 +59,49 @@ GRIDS = {
     **{"Q6_K": Grid(256, 0.025, 4096), "IQ4_NL": Grid(32, 0.16, 127), "IQ4_XS": Grid(256, 0.17, 4064)},
 }
 FOUND = 8.0
-"""A delta whose norm is so many times that of what chance makes of the rounding in its direction has to be seen in the file."""
+"""A delta must be visible in the file if its norm is this many times what the rounding has in its direction by chance."""
 
 
 class Merged(NamedTuple):
-    """What became of one matrix's delta."""
+    """What happened to the delta of one matrix."""
 
     module: str
     lead: tuple[int, ...]
     wanted: float
-    """Sum of its squares."""
+    """Sum of the squares of the delta."""
     kept: float
-    """Its product with what changed in the file."""
+    """Inner product of the delta and what changed in the file."""
     lost: bool
-    """It is not zero, and not one number of the file differs from the base's; or, where these are of few bits, the file's
-    change does not go its way."""
+    """Whether the delta is lost.
+
+    A non-zero delta is lost if not one number of the file differs from the base's, or, in a quantized file, if the file's change
+    does not go in the delta's direction.
+    """
 
 
 class Examined(NamedTuple):
-    """One tensor of the files."""
+    """The result for one tensor of the files."""
 
     sha256: str
     fault: str | None
+    """What is wrong with the tensor; None if it is right."""
     merged: tuple[Merged, ...]
 
 
 class Tensors(NamedTuple):
-    """All of them."""
+    """The results for all tensors."""
 
     stored: Mapping[str, Stored]
     examined: Mapping[str, Examined]
 
     def raise_faults(self) -> None:
+        """Raise Fault with the first fault and the number of others, if there is one."""
         if faults := [found.fault for found in self.examined.values() if found.fault]:
             raise Fault(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
 
 
 def kind_of(layout: expected.Model, wanted: Wanted, dtype: str) -> str | None:
-    """How a file of `dtype` stores a tensor; None where llama.cpp's own tool has decided."""
+    """Return how a file of `dtype` stores a tensor; None if llama.cpp's own tool decides."""
     code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
     kind = code.get(dtype.lower())
     if layout != "gguf":
@@ -102,7 +112,13 @@ def kind_of(layout: expected.Model, wanted: Wanted, dtype: str) -> str | None:
 
 
 def check_names(stored: Mapping[str, Stored], wanted: Sequence[Wanted], kinds: Mapping[str, str | None]) -> None:
-    """Every wanted tensor once, with its shape and kind, and nothing else."""
+    """Raise Fault unless every wanted tensor is there, with its shape and kind, and nothing else.
+
+    Args:
+        stored: tensors of the files by name.
+        wanted: tensors that have to be there.
+        kinds: how each is stored; None for any kind.
+    """
     names = {w.name for w in wanted}
     faults = [f"{name} is missing" for name in names - set(stored)]
     faults += [f"{name} in {stored[name].file.name} does not belong there" for name in set(stored) - names]
@@ -123,7 +139,14 @@ def examine(
     parameters: Held | None,
     lora: config.Lora | None,
 ) -> Tensors:
-    """Hash every tensor, and compare it with `parameters` (None: hash alone), merged with adapters where `lora` is given."""
+    """Hash every tensor and compare it with the weights in memory.
+
+    Args:
+        stored: tensors of the files by name.
+        wanted: tensors to examine.
+        parameters: weights by path, of which several processes may hold parts; None to hash only.
+        lora: the section of the adapters that were merged; None if nothing was.
+    """
 
     compared = progress.counted("reading the files", sum(stored[w.name].nbytes for w in wanted), "bytes")
 
@@ -132,7 +155,7 @@ def examine(
         compared(stored[w.name].nbytes)
         return found
 
-    if jax.process_count() > 1 and parameters is not None:  # gathering from other processes has one order
+    if jax.process_count() > 1 and parameters is not None:  # collectives must run in the same order in every process
         return Tensors(stored, {w.name: one(w) for w in wanted})
     largest = max((np.prod(w.shape[-2:]) * 4 for w in wanted), default=1)
     with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 8, int(BESIDE // largest)))) as pool:
@@ -147,7 +170,7 @@ def _examine(stored: Stored, wanted: Wanted, parameters: Held | None, lora: conf
         for i, part in enumerate(wanted.parts):
             decoded = stored.kind in (*MANTISSA, "Q8_0", *GRIDS)
             values = _Values(part, parameters, lora) if parameters is not None and decoded else None
-            if not together.is_first():  # this process has given its part of the values
+            if not together.is_first():  # other processes have contributed their part of the values when they were fetched
                 continue
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
@@ -161,7 +184,7 @@ def _examine(stored: Stored, wanted: Wanted, parameters: Held | None, lora: conf
 
 
 class _Values:
-    """What a part of a tensor has to hold, in the file's order, and what was seen of its delta so far."""
+    """What a part of a tensor has to contain, in the file's order, and what has been seen of its delta so far."""
 
     def __init__(self, part: Part, parameters: Held, lora: config.Lora | None) -> None:
         self.part, path = part, ParameterPath.parse(part.path)
@@ -175,12 +198,13 @@ class _Values:
         self.changed = False
 
     def compare(self, stored: Stored, raw: bytearray, start: int, stop: int) -> str | None:
-        """What is wrong with rows start to stop of the part, if anything."""
+        """Compare rows start to stop of the part; returns what is wrong, or None."""
         base = self.base[start:stop]
         where = f"in {stored.file.name} is not {self.part.path}{list(self.part.lead)} in memory"
         if self.adapter is None and stored.kind in MANTISSA:
             written = np.frombuffer(raw, reread.PLAIN[stored.kind])
             same = contiguous(base, written.dtype).reshape(-1)
+            # As bits, so that signed zeros and NaNs are compared too.
             return None if np.array_equal(_bits(written), _bits(same)) else where
         delta = np.zeros(())
         if self.adapter is not None:
@@ -194,6 +218,7 @@ class _Values:
             self.wanted += float(np.vdot(delta, delta))
             self.kept += float(np.vdot(delta, change))
             self.noise += float(np.vdot(off, off)) / base.size if stored.kind not in MANTISSA else 0.0
+            # Only in a file without quantization do equal numbers mean that nothing was added.
             self.changed = (
                 self.changed
                 or stored.kind not in MANTISSA
@@ -206,20 +231,22 @@ class _Values:
         return f"in {stored.file.name} is not {self.part.path}{list(self.part.lead)} with its adapter: off by {off.max():.3g}"
 
     def merged(self) -> Merged:
+        """Return what happened to the delta, after all rows were compared."""
         lost = self.wanted > 0 and not self.changed
+        # In a quantized file every number may differ, so the direction of the change decides.
         if self.noise and self.wanted > FOUND**2 * self.noise:
             lost = self.kept < self.wanted / 2
         return Merged(self.module, self.part.lead, self.wanted, self.kept, lost)
 
 
 def in_file_order(part: Part, parameters: Held, lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:
-    """A (J, in) and B (out, J) in float64, the scale in B."""
+    """Return A (J, in) and B (out, J) in float64, in the file's order, with the scale multiplied into B."""
     path = ParameterPath.parse(part.path)
     a, b = (fetch(parameters[name], part.lead).astype(np.float64) for name in path.adapter)
     scale = scale_of(lora, path.module_path, part.lead)
     if path.is_embedding:  # (V, D) = A (V, J) · B (J, D)
         return b, scale * a
-    if path.is_head:  # (V, D) = (A (D, J) · B (J, V)) turned
+    if path.is_head:  # (V, D) = (A (D, J) · B (J, V)) transposed
         return a.T, scale * b.T
     return a.reshape(-1, a.shape[-1]).T, scale * part.form(b)
 
@@ -229,8 +256,17 @@ def _bits(x: np.ndarray) -> np.ndarray:
 
 
 def decoded(kind: str, raw: bytearray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of a chunk in float64, and how far each may be from `right`: a unit in the last place; for Q8_0 half a
-    step of its block's scale and what the scale itself, a float16, was rounded by; for others as `GRIDS` says."""
+    """Decode a chunk of a file.
+
+    Args:
+        kind: how the numbers are stored.
+        raw: the bytes.
+        right: the exact numbers, (rows, numbers) in float64.
+
+    Returns:
+        The numbers in float64, and how far each may be from `right`: one unit in the last place; for Q8_0, half a step of its
+        block's scale plus the rounding of the scale itself, a float16; for other kinds as in `GRIDS`.
+    """
     if kind in GRIDS:
         written = reread.dequantised(kind, raw, len(right)).astype(np.float64)
         block, share, levels = GRIDS[kind]
@@ -238,7 +274,7 @@ def decoded(kind: str, raw: bytearray, right: np.ndarray) -> tuple[np.ndarray, n
         allowed = np.broadcast_to(share * blocks.max(-1, keepdims=True) * 1.01 + levels * 2.0**-25, blocks.shape)
         return written, allowed.reshape(right.shape)
     if kind != "Q8_0":
-        power = (right.view(np.uint64) & EXPONENT).view(np.float64)  # of two, at most |right|
+        power = (right.view(np.uint64) & EXPONENT).view(np.float64)  # the largest power of two up to |right|
         written = np.frombuffer(raw, reread.PLAIN[kind]).astype(np.float64).reshape(right.shape)
         return written, np.maximum(power, 2.0 ** SMALLEST[kind]) * 2.0 ** -MANTISSA[kind]
     blocks = np.frombuffer(raw, Q8_0).reshape(len(right), -1)
@@ -249,7 +285,12 @@ def decoded(kind: str, raw: bytearray, right: np.ndarray) -> tuple[np.ndarray, n
 
 
 def merge_figures(tensors: Tensors) -> tuple[str, dict[str, Any]]:
-    """Of all merged matrices: how many, how much was kept. Raises Fault where a trained delta was lost."""
+    """Summarize all merged matrices: how many there are and how much of their deltas was kept.
+
+    Raises:
+        Fault: a trained delta was lost.
+        NotChecked: nothing was merged.
+    """
     merged = [m for found in tensors.examined.values() for m in found.merged]
     if not merged:
         raise NotChecked("nothing was merged")
@@ -280,13 +321,14 @@ def merge_figures(tensors: Tensors) -> tuple[str, dict[str, Any]]:
 
 
 class Delta(NamedTuple):
-    """One matrix's delta, of the files and in memory."""
+    """The comparison of one matrix's delta in the files with that in memory."""
 
     module: str
     lead: tuple[int, ...]
     trained: bool
+    """Whether the delta in memory is not zero."""
     off: float
-    """Largest difference over what rounding A and B to the file's dtype allows; at most 1 is right."""
+    """Largest difference divided by what rounding A and B to the file's dtype allows; at most 1 is right."""
 
 
 def examine_adapter(
@@ -297,11 +339,21 @@ def examine_adapter(
     lora: config.Lora,
     scale_in_file: Callable[[str, int], float],
 ) -> tuple[Tensors, list[Delta]]:
-    """Hash every tensor, and compare scale · B·A of each pair with that in memory, matrix by matrix.
+    """Hash every tensor and compare scale · B·A of each pair with that in memory, matrix by matrix.
 
-    scale_in_file: (name of the weight, rank) -> scale. Pairs beside weights that have no adapter in memory must be zero,
-    as some layouts need them. Whole tensors that were trained in full are compared bit by bit. Raises Fault where a
-    tensor is missing or belongs nowhere.
+    Pairs for weights that have no adapter in memory must be zero; some layouts need them. Whole weights that were trained in full
+    are compared bit by bit.
+
+    Args:
+        layout: layout of the files.
+        stored: tensors of the files by name.
+        model: the architecture of the base.
+        parameters: weights by path.
+        lora: the section of the adapters.
+        scale_in_file: (name of the weight, rank) -> the scale that the layout's own tools apply.
+
+    Raises:
+        Fault: a tensor is missing or does not belong there.
     """
     left, deltas, whole = dict(stored), [], []
     for wanted in expected.model_tensors(expected.OF_MODEL[layout], model):
@@ -338,7 +390,7 @@ def _deltas(
     found = []
     for i, part in enumerate(wanted.parts):
         a_Ji, b_oJ = (_numbers(t, i, len(wanted.parts)) for t in (a, b))
-        if wanted.module == "embed" and a_Ji.shape[1] == wanted.shape[0]:  # A reads tokens: (J, V), and B is (D, J)
+        if wanted.module == "embed" and a_Ji.shape[1] == wanted.shape[0]:  # here A takes tokens, (J, V), and B is (D, J)
             a_Ji, b_oJ = b_oJ.T, a_Ji.T
         if (len(b_oJ), a_Ji.shape[1]) != wanted.shape[-2:] or len(a_Ji) != b_oJ.shape[1]:
             raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are no adapter of a weight {wanted.shape[-2:]}")
@@ -347,7 +399,7 @@ def _deltas(
             found.append(Delta(wanted.module, part.lead, False, 0.0 if not b_oJ.any() or not a_Ji.any() else np.inf))
             continue
         ours_a, ours_b = in_file_order(part, parameters, lora)
-        eps = 2.0 ** (1 - MANTISSA[a.kind]) + 2.0**-22  # each of A and B was rounded; a scale may have gone into B
+        eps = 2.0 ** (1 - MANTISSA[a.kind]) + 2.0**-22  # A and B were each rounded; a scale may have been multiplied into B
         off, step = 0.0, max(1, CHUNK // (8 * ours_a.shape[1]))
         for start in range(0, len(ours_b), step):
             rows = slice(start, start + step)
@@ -368,7 +420,7 @@ def _numbers(stored: Stored, part: int, parts: int) -> np.ndarray:
 
 
 def delta_figures(deltas: Sequence[Delta]) -> tuple[str, dict[str, Any]]:
-    """Of all adapters: how many. Raises Fault at the first that is another, or was lost."""
+    """Summarize all adapters. Raises Fault if a delta differs from the one in memory."""
     if wrong := [delta for delta in deltas if not delta.off <= 1]:
         raise Fault(
             f"the adapter of {wrong[0].module}{list(wrong[0].lead)} in the files is not the one in memory "

@@ -1,7 +1,7 @@
-"""What the files of each layout must hold, said a second time and plainly: for the proof alone.
+"""What the files of each layout must contain, stated a second time and plainly, for the proof alone.
 
-Nothing here comes from `names`, so that a slip in its tables is found. Names and shapes as the layouts' own tools
-have them; of each matrix the numpy that makes the file's (out, in) of ours (in dims…, out dims…).
+Nothing here comes from `names`, so that a mistake in its tables is found. Names and shapes are those of the layouts' own tools.
+Each matrix states the numpy function that turns ours, (in dims…, out dims…), into the file's, (out, in).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from moe_train import config
 
 Form = Callable[[np.ndarray], np.ndarray]
+"""Turns our matrix into the file's."""
 Model = Literal["hf", "mistral", "gguf"]
 Adapter = Literal["peft", "mistral-lora", "gguf-lora"]
 
@@ -23,46 +24,48 @@ class Part(NamedTuple):
 
     path: str
     lead: tuple[int, ...]
-    """Its entry in the stacked array: (), (repeat,) or (repeat, expert)."""
+    """Entry in the stacked array: (), (repeat,) or (repeat, expert)."""
     form: Form
-    """Our matrix -> the file's; for B of an adapter too, whose in dim is the rank."""
+    """Turns our matrix into the file's. It also applies to B of an adapter, whose in dim is the rank."""
 
 
 class Wanted(NamedTuple):
-    """A tensor of the file."""
+    """A tensor that the file must have."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    """One; or several, stacked on the tensor's first dim."""
+    """One part, or several stacked on the tensor's first dim."""
 
     @property
     def module(self) -> str:
+        """Path of our module, taken from the first part."""
         return self.parts[0].path.removesuffix(".weight")
 
 
 def as_is(w: np.ndarray) -> np.ndarray:
+    """Return the array unchanged."""
     return w
 
 
 def outputs_last(w: np.ndarray) -> np.ndarray:
-    """(in, out dims…) -> (out, in)."""
+    """Turn (in, out dims…) into (out, in)."""
     return w.reshape(w.shape[0], -1).T
 
 
 def outputs_one(w: np.ndarray) -> np.ndarray:
-    """(in dims…, out) -> (out, in)."""
+    """Turn (in dims…, out) into (out, in)."""
     return w.reshape(-1, w.shape[-1]).T
 
 
 def interleaved(w: np.ndarray) -> np.ndarray:
-    """(in, heads, head_dim) -> (out, in) with the two of a rotary pair side by side; ours are half a head apart."""
+    """Turn (in, heads, head_dim) into (out, in) with the two numbers of a rotary pair adjacent; ours are half a head apart."""
     d, n, h = w.shape
     return outputs_last(w).reshape(n, 2, h // 2, d).transpose(0, 2, 1, 3).reshape(n * h, d)
 
 
 def model_tensors(layout: Model, model: config.Model) -> list[Wanted]:
-    """Every tensor that a whole model has in this layout."""
+    """List every tensor that a whole model has in this layout."""
     match layout:
         case "hf":
             return list(_hugging_face(model))
@@ -73,7 +76,7 @@ def model_tensors(layout: Model, model: config.Model) -> list[Wanted]:
 
 
 def adapter_names(layout: Adapter, weight: str) -> tuple[str, str]:
-    """Names of A (rank, in) and B (out, rank) of the adapter beside a weight of that layout's model."""
+    """Return the names of A (rank, in) and B (out, rank) of the adapter for a weight of that layout's model."""
     stem = weight.removesuffix(".weight")
     match layout:
         case "peft" if weight == "model.embed_tokens.weight":
@@ -87,15 +90,15 @@ def adapter_names(layout: Adapter, weight: str) -> tuple[str, str]:
 
 
 def whole_names(layout: Adapter, weight: str, tied: bool) -> list[str]:
-    """The names of a weight that was trained in full, beside the adapters: one, or a tied table's two."""
+    """Return the names, in adapter files, of a weight that was trained in full: one, or both names of a tied table."""
     if layout != "peft":
         return [weight]
-    name = f"base_model.model.{weight.replace('.block_sparse_moe.gate.', '.mlp.gate.')}"  # as transformers 5 has it
+    name = f"base_model.model.{weight.replace('.block_sparse_moe.gate.', '.mlp.gate.')}"  # the name in transformers 5
     return [name, "base_model.model.lm_head.weight"] if tied and "embed_tokens" in weight else [name]
 
 
 OF_MODEL: dict[Adapter, Model] = {"peft": "hf", "mistral-lora": "mistral", "gguf-lora": "gguf"}
-"""The layout of the model whose names an adapter uses."""
+"""The model layout whose names an adapter layout uses."""
 
 
 def _one(name: str, shape: tuple[int, ...], path: str, lead: tuple[int, ...], form: Form) -> Wanted:
@@ -103,13 +106,14 @@ def _one(name: str, shape: tuple[int, ...], path: str, lead: tuple[int, ...], fo
 
 
 def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
-    """(layer, prefix of its paths, entry in their arrays): layer 5 of a period of 2 is entry 2 of `layers.1`.
+    """Yield (layer, prefix of its paths, entry in their arrays); layer 5 of a period of 2 is entry 2 of `layers.1`.
 
-    Worked out here, not asked of the model: the second reader does not share the writer's idea of where layers lie.
+    This is computed here rather than by the model's code: the second reader must not share the writer's assumptions about where
+    layers are stored.
     """
     period = len(model.attention.windows)
     dense = model.ffn.dense_layers if isinstance(model.ffn, config.MoeFfn) else None
-    num_dense = 0 if dense is None else dense.count  # these come first, in a stack of their own
+    num_dense = 0 if dense is None else dense.count  # dense layers come first, in a stack of their own
     for layer in range(model.num_layers):
         is_second_stack = 0 < num_dense <= layer
         entry, place = divmod(layer - num_dense if is_second_stack else layer, period)

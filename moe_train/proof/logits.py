@@ -1,6 +1,6 @@
-"""What a model answers to fixed prompts: logits at every position, and the experts that its routers chose.
+"""Run a model on fixed prompts: logits at every position, and the experts that its routers chose.
 
-In float32, with plain kernels that every platform has, so that two sets of weights differ by what they are and by nothing else.
+Everything is in float32 with plain kernels that every platform has, so that two sets of weights differ only by their values.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from moe_train.weights import arrays
 from moe_train.weights.arrays import Held, InFiles
 
 LENGTH = 16
+"""Tokens of a prompt."""
 TEXTS = (
     "The proof of the pudding is in the eating; the proof of a file is in the reading.",
     "def add(a: int, b: int) -> int:\n    return a + b\n\nprint(add(2, 3))  # 5, as it has to be",
@@ -35,7 +36,7 @@ TEXTS = (
 
 
 Altered = Callable[[Parameters], Parameters]
-"""Weights -> those that are run in their place."""
+"""Maps weights to those that are run instead."""
 
 
 class Prompts(NamedTuple):
@@ -46,17 +47,23 @@ class Prompts(NamedTuple):
 
 
 class Answers(NamedTuple):
+    """The results for all prompts."""
+
     logits_PTV: np.ndarray
-    """Float32."""
+    """Logits in float32."""
     routers_LPTE: np.ndarray | None
     """The routers' logits; None for a dense model."""
 
 
 def fixed_prompts(model: config.Model, tokenizer: Tokenizer | None) -> Prompts:
-    """Two texts (without a tokenizer: drawn tokens), drawn tokens, and drawn tokens at positions as far as the model goes."""
+    """Build four prompts: two texts, random tokens, and random tokens at positions spread over the model's whole context.
+
+    Without a tokenizer, random tokens replace the texts.
+    """
     tokens_PT = np.random.default_rng(0).integers(0, model.vocab_size, (4, min(LENGTH, model.max_seq_len)))
     positions_PT = np.tile(np.arange(tokens_PT.shape[1]), (4, 1))
-    positions_PT[3] = np.linspace(0, model.max_seq_len - 1, tokens_PT.shape[1]).astype(int)  # each at another place
+    # up to the last position of the context
+    positions_PT[3] = np.linspace(0, model.max_seq_len - 1, tokens_PT.shape[1]).astype(int)
     for row, text in enumerate(TEXTS if tokenizer else ()):
         assert tokenizer is not None
         ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
@@ -69,16 +76,27 @@ def fixed_prompts(model: config.Model, tokenizer: Tokenizer | None) -> Prompts:
 def structure_and_shapes(
     model: config.Model, lora: config.Lora | None, dtype: config.Dtype
 ) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
-    """A model that computes in float32 with plain kernels; `dtype` is its weights'. A mesh is in force."""
+    """Return the structure and shapes of a model that computes in float32 with plain kernels; a mesh must be in force.
+
+    Args:
+        model: the architecture.
+        lora: the section of the adapters; None without adapters.
+        dtype: dtype of the weights.
+    """
     compute = config.Compute(dtype="float32", param_dtype=dtype, attention="reference", grouped_matmul="blocked")
     return parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
 
 
 def answers(structure: Any, weights: Held, prompts: Prompts, altered: Altered = dict) -> Answers:
-    """What these weights answer, on the mesh in force, of which several processes may have parts. Of those in files one
-    period is in memory at a time.
+    """Run the model on the prompts, on the mesh in force, of which several processes may hold parts.
 
-    altered: what becomes of a part of the weights, such as one layer's, before it is run; `structure` is that of the result.
+    Of weights in files, one period of layers is in memory at a time.
+
+    Args:
+        structure: the model's structure, after `altered`.
+        weights: weights by path, in memory or in files.
+        prompts: the prompts.
+        altered: applied to a part of the weights, such as one layer's, before it is run.
     """
     mesh = jax.sharding.get_mesh()
     rows, length = prompts.tokens_PT.shape
@@ -97,9 +115,9 @@ def answers(structure: Any, weights: Held, prompts: Prompts, altered: Altered = 
 def _forward(
     structure: Any, weights: Held, altered: Altered, tokens_BT: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Float32 logits (B, T, V) and those of the routers (L, B, T, E), whole on every device.
+    """Return float32 logits (B, T, V) and those of the routers (L, B, T, E), whole on every device.
 
-    Period by period: of one program for all of them XLA would make float32 copies of all weights at once.
+    The model is run period by period: in one program for all of them, XLA would make float32 copies of all weights at once.
     """
     stacks = _by_stack(weights)
     ends = altered(arrays.load({path: x for path, x in weights.items() if not ParameterPath.parse(path).in_layer}))
@@ -111,13 +129,13 @@ def _forward(
             period = altered(_period_of(of_stack, i))
             x_BTD, routers = _period(structure, number, period, x_BTD, positions_BT)
             seen += routers
-            x_BTD.block_until_ready()  # no weights of the next one before
+            x_BTD.block_until_ready()  # so that the weights of the next period are loaded only after this one's are freed
             run(1)
     return _logits(structure, ends, x_BTD), jnp.stack(seen) if seen else None
 
 
 def _by_stack(weights: Held) -> list[Held]:
-    """The weights of each stack, in order."""
+    """Return the weights of each stack, in order."""
     stacks: dict[int, dict[str, Any]] = {}
     for path, x in weights.items():
         if (stack := ParameterPath.parse(path).stack) is not None:
@@ -126,7 +144,7 @@ def _by_stack(weights: Held) -> list[Held]:
 
 
 def _period_of(stack: Held, i: int) -> Parameters:
-    """The weights of one period, dims as before."""
+    """Return the weights of period `i`, with a leading dim of 1."""
     in_memory = {path: x for path, x in stack.items() if isinstance(x, jax.Array)}
     return _at(in_memory, i) | arrays.load({path: x.layers(i) for path, x in stack.items() if isinstance(x, InFiles)})
 
@@ -146,7 +164,7 @@ def _embed(structure: Any, weights: Parameters, tokens_BT: jax.Array) -> jax.Arr
 def _period(
     structure: Any, stack: int, weights: Parameters, x_BTD: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """x after a period of a stack, and the logits of its routers."""
+    """Return x after a period of a stack, and the logits of its routers."""
     segment_ids_BT, seen = (positions_BT >= 0).astype(jnp.int32), []
     for layer in jax.tree.map(lambda w: w[0], combine_some(structure, weights).stacks[stack].layers):
         if isinstance(layer.ffn, MoE):
@@ -166,41 +184,58 @@ def _logits(structure: Any, weights: Parameters, x_BTD: jax.Array) -> jax.Array:
 
 
 class Reference(NamedTuple):
-    """Answers as they are kept: of each position the largest logits, and the experts chosen."""
+    """Answers in the form in which they are kept: the largest logits of each position, and the chosen experts."""
 
     top_ids_PTn: np.ndarray
     top_logits_PTn: np.ndarray
     experts_LPTA: np.ndarray | None
-    """In rising order."""
+    """Ids in ascending order; None for a dense model."""
 
 
 class Difference(NamedTuple):
+    """The difference between answers and a reference."""
+
     logits: float
-    """Largest difference over the largest logit, of the positions that are compared."""
+    """Largest difference over the largest logit, among the compared positions."""
     positions: int
-    """How many are compared."""
+    """Number of compared positions."""
     excluded: int
-    """Positions that come after a near-tie which fell the other way."""
+    """Number of positions that follow a near-tie with a different outcome, and are not compared."""
     choices: int
-    """Choices of a router that are compared."""
+    """Number of compared router choices."""
     near_ties: int
-    """Of these, how many were nearly ties and fell the other way."""
+    """Number of these with a different outcome that were near-ties."""
     wrong: int
-    """Of these, how many fell the other way without being nearly ties."""
+    """Number of these with a different outcome that were not near-ties."""
     first_wrong: tuple[int, int, int] | None
-    """Layer, prompt and position of the first."""
+    """Layer, prompt and position of the first wrong choice; None without one."""
 
 
 def reference(found: Answers, model: config.Model, top: int | None = None) -> Reference:
-    """top: how many logits of a position to keep; None is all."""
+    """Reduce answers to a reference.
+
+    Args:
+        found: the answers.
+        model: the architecture.
+        top: number of logits per position to keep; None for all.
+    """
     ids = np.argsort(-found.logits_PTV, axis=-1, kind="stable")[..., :top]
     return Reference(ids, np.take_along_axis(found.logits_PTV, ids, axis=-1), _chosen(found, model))
 
 
 def compare(found: Answers, wanted: Reference, prompts: Prompts, model: config.Model, near: float) -> Difference:
-    """near: a router decides nearly by a tie where the last logit chosen and the first one not chosen differ by less than
-    this share of the largest. What such a tie, fallen the other way, makes of the positions from there on (later
-    layers and the logits) is not compared."""
+    """Compare answers with a reference.
+
+    A near-tie with a different outcome changes all later layers and the logits from that position on, so these are not compared.
+
+    Args:
+        found: the answers.
+        wanted: the reference.
+        prompts: the prompts of both.
+        model: the architecture.
+        near: a router's choice is a near-tie if the last chosen logit and the first one not chosen differ by less than this
+            share of the largest.
+    """
     clean_PT = prompts.positions_PT >= 0
     total = int(clean_PT.sum())
     choices = ties = wrong = 0
@@ -221,9 +256,10 @@ def compare(found: Answers, wanted: Reference, prompts: Prompts, model: config.M
             wrong += len(bad)
             if len(bad) and first is None:
                 first = layer, int(bad[0][0]), int(bad[0][1])
+            # Attention spreads a different choice to all later positions, but not to earlier ones.
             clean_PT = clean_PT & ~np.maximum.accumulate(differ_PT, axis=1)
     there = np.take_along_axis(found.logits_PTV, wanted.top_ids_PTn, axis=-1)
-    there[..., 0] = found.logits_PTV.max(axis=-1)  # whichever that is: no other may have become larger
+    there[..., 0] = found.logits_PTV.max(axis=-1)  # the largest of all, so that another token with a larger logit is noticed
     off = np.abs(there - wanted.top_logits_PTn)[clean_PT]
     largest = float(np.abs(wanted.top_logits_PTn).max())
     worst = float(off.max(initial=0.0)) / largest if np.all(np.isfinite(off)) and largest else math.inf
@@ -231,6 +267,7 @@ def compare(found: Answers, wanted: Reference, prompts: Prompts, model: config.M
 
 
 def _chosen(found: Answers, model: config.Model) -> np.ndarray | None:
+    """Return the chosen experts in ascending order, (L, P, T, A); None for a dense model."""
     if found.routers_LPTE is None:
         return None
     assert isinstance(model.ffn, config.MoeFfn)

@@ -1,8 +1,8 @@
-"""The proof of an export: files are read back by a second reader and compared with the weights that were exported.
+"""Prove an export: a second reader reads the files back and compares them with the weights that were exported.
 
-`expected` says what the files must hold, `reread` reads them, `compare` and `answers` compare; none shares code with
-the writers. Every check says what it compared, how many, and within which tolerance; the record of it all is kept in
-the directory, so that `moe-train verify` can repeat it.
+`expected` states what the files must contain, `reread` reads them, and `compare` and `logits` compare; none of them shares code
+with the writers. Every check states what it compared, how many items, and within which tolerance. The record is kept in the
+directory, so that `moe-train verify` can repeat the proof.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ from moe_train.weights.arrays import Held
 from moe_train.weights.merge import scale_of
 
 Depth = Literal["full", "tensors"]
+"""`full` also runs the model; `tensors` compares files and weights only."""
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3, "float16": 2e-3, "q8_0": 0.1}
-"""Of logits: largest difference over the largest logit. The weights that they are compared with are rounded to the
-file's dtype; those of Q8_0 are not. What llama.cpp has rounded to fewer bits is measured and not judged: no tolerance would
-tell a fault from what that does to a model."""
+"""Tolerance of logits by dtype: largest difference over the largest logit.
+
+The weights that they are compared with are rounded to the file's dtype, except for Q8_0. Files that llama.cpp has quantized to
+fewer bits are measured but not judged: no tolerance could tell a fault from the effect of the quantization.
+"""
 
 
 class Export(NamedTuple):
@@ -49,23 +52,32 @@ class Export(NamedTuple):
     parameters: Held
     model: config.Model
     lora: config.Lora | None
-    """Of the adapters that were merged."""
+    """The section of the adapters that were merged; None if nothing was."""
     tokenizer: Tokenizer | None
     chat_template: str | None
     conversations: Sequence[Conversation] = ()
-    """Of the training data, in training's own tokens."""
+    """Conversations of the training data, rendered to the tokens of training."""
     about: Mapping[str, Any] = {}
-    """What else is to be kept: where it came from, hashes of config and data."""
+    """What else the record states: the origin, and hashes of config and data."""
 
 
 # --- of whole models -----------------------------------------------------------------------------------------------
 
 
 def prove(export: Export, depth: Depth) -> dict[str, Any]:
-    """Compare the files of an export with the weights that it was written from; the record that is kept beside them.
+    """Compare the files of an export with the weights that it was written from.
 
-    depth: `tensors` leaves out what runs the model. The mesh of the weights is in force; several processes call this
-    together. Raises RuntimeError where a check fails.
+    The mesh of the weights must be in force; several processes call this together.
+
+    Args:
+        export: the files and the weights.
+        depth: `tensors` skips the checks that run the model.
+
+    Returns:
+        The record to be kept with the files.
+
+    Raises:
+        RuntimeError: a check fails.
     """
     start = time.perf_counter()
     record: dict[str, Any] = {
@@ -87,6 +99,7 @@ def prove(export: Export, depth: Depth) -> dict[str, Any]:
 
 
 def _described(tensors: Iterable[compare.Tensors]) -> dict[str, Any]:
+    """Return the file, dtype, shape and hash of every tensor, for the record."""
     return {
         name: {
             "file": t.stored[name].file.name,
@@ -100,7 +113,7 @@ def _described(tensors: Iterable[compare.Tensors]) -> dict[str, Any]:
 
 
 def _finish(directory: Path, checks: list[Check], start: float) -> dict[str, Any]:
-    """Raise where a check failed, in all processes; else what every record ends with."""
+    """Return the common end of every record; raises, in all processes, if a check failed."""
     _agree(checks)
     hashes = file_hashes(directory) if together.is_first() else {}
     return {
@@ -113,7 +126,7 @@ def _finish(directory: Path, checks: list[Check], start: float) -> dict[str, Any
 
 
 def _agree(checks: list[Check]) -> None:
-    """Raise, in all processes, where a check failed in one; the first has compared the tensors."""
+    """Raise in all processes if a check failed in one; the first process has compared the tensors."""
     if not together.all_agree(all(check.passed is not False for check in checks)):
         require(checks)
         raise RuntimeError("the proof failed in another process, which says why")
@@ -126,8 +139,16 @@ def _architecture(export: Export) -> tuple[str, dict[str, Any]]:
 
 
 def check_architecture(found: config.Model, wanted: config.Model, layout: str) -> None:
-    """Raise Fault where a directory describes another model. Of one that the layout has other words for (a family of the
-    same mathematics, a spread of random weights) only what is computed has to agree."""
+    """Raise Fault if a directory describes another model.
+
+    If the layout expresses the architecture differently (another family of the same mathematics, the standard deviation of random
+    weights), only what is computed has to agree.
+
+    Args:
+        found: the architecture that the directory describes.
+        wanted: the architecture that was exported.
+        layout: layout of the files.
+    """
     ours, theirs = (m.model_dump(exclude={"init_stddev"} | ({"family"} if layout == "mistral" else set())) for m in (wanted, found))
     if different := [key for key in ours if ours[key] != theirs[key]]:
         key = different[0]
@@ -135,6 +156,15 @@ def check_architecture(found: config.Model, wanted: config.Model, layout: str) -
 
 
 def check_tensors(export: Export, out: list[compare.Tensors]) -> tuple[str, dict[str, Any]]:
+    """Compare every tensor of the files with the exported weights.
+
+    Args:
+        export: the files and the weights.
+        out: receives the results, even if a fault is raised.
+
+    Raises:
+        Fault: a tensor is missing, does not belong there, or differs.
+    """
     wanted = expected.model_tensors(export.layout, export.model)
     stored = reread.tensors(export.directory)
     compare.check_names(stored, wanted, {w.name: compare.kind_of(export.layout, w, export.dtype) for w in wanted})
@@ -167,6 +197,7 @@ def _merge(export: Export, tensors: list[compare.Tensors]) -> tuple[str, dict[st
 
 
 def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Compare the logits of the files with those of the trained weights; adds the prompts and logits to `record`."""
     if depth == "tensors":
         raise NotChecked("left out by --proof tensors: the files were not run")
     model, lora = export.model, export.lora
@@ -175,6 +206,7 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     prompts = logits.fixed_prompts(model, export.tokenizer)
     trained, _ = logits.structure_and_shapes(model, lora, "float32")
     plain, _ = logits.structure_and_shapes(model, None, "float32")
+    # If no weight is wider than the file's dtype and nothing is merged, writing rounds nothing.
     wider = [x for path, x in export.parameters.items() if x.dtype.itemsize > 2 or ParameterPath.parse(path).is_adapter]
     as_trained = logits.answers(trained, export.parameters, prompts)
     compared_with, rounding = as_trained, kind in ("bfloat16", "float16") and bool(wider)
@@ -183,7 +215,12 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
         compared_with = logits.answers(plain, export.parameters, prompts, rounded)
     found = load_answers(export.directory, model, kind, prompts)
     difference = logits.compare(
-        found, logits.reference(compared_with, model), prompts, model, math.inf if tolerance is None else tolerance
+        # Without a tolerance every differing router choice counts as a near-tie, since nothing is judged.
+        found,
+        logits.reference(compared_with, model),
+        prompts,
+        model,
+        math.inf if tolerance is None else tolerance,
     )
     figures: dict[str, Any] = {
         "compared_with": f"the trainer's weights, merged and rounded to {kind}" if rounding else "the trainer's weights",
@@ -207,18 +244,18 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
 
 
 def load_answers(directory: Path, model: config.Model, kind: str, prompts: logits.Prompts) -> logits.Answers:
-    """What the files answer, loaded as anybody's model on the mesh in force."""
+    """Run the files on the prompts, loaded like any external model, on the mesh in force."""
     structure, shapes = logits.structure_and_shapes(model, None, "bfloat16" if kind == "bfloat16" else "float32")
     return logits.answers(structure, external.leave_parameters(directory, shapes), prompts)
 
 
 def kind_of(dtype: str) -> str:
-    """llama.cpp's names of dtypes -> numpy's."""
+    """Translate llama.cpp's name of a dtype to numpy's; other names are returned as they are."""
     return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
 
 
 def check_difference(difference: logits.Difference, tolerance: float) -> None:
-    """Raise Fault where the routers chose others, the logits are too far apart, or nothing could be compared."""
+    """Raise Fault if routers chose other experts, logits differ too much, or nothing could be compared."""
     if difference.wrong and difference.first_wrong is not None:
         layer, prompt, position = difference.first_wrong
         raise Fault(
@@ -232,6 +269,12 @@ def check_difference(difference: logits.Difference, tolerance: float) -> None:
 
 
 def say(difference: logits.Difference, what: str) -> str:
+    """Describe a difference in one line.
+
+    Args:
+        difference: the difference.
+        what: the words for what the logits were compared with.
+    """
     said = f"logits at {difference.positions} positions are those of {what}, off by {difference.logits:.1e} of the largest"
     if difference.choices:
         said += f"; {difference.choices:,} choices of routers the same, {difference.near_ties} near-ties aside"
@@ -239,20 +282,21 @@ def say(difference: logits.Difference, what: str) -> str:
 
 
 def round_weights(parameters: Mapping[str, jax.Array], lora: config.Lora | None, dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """The weights, merged with their adapters and rounded to `dtype` as the file's are, where they lie."""
+    """Merge the weights with their adapters and round them to `dtype`, as in the file, on the devices that hold them."""
     rounded = {}
     for path, weight in parameters.items():
         parsed = ParameterPath.parse(path)
         if parsed.is_adapter:
             continue
-        if dtype == jnp.float16 and (parsed.is_norm or parsed.is_router):  # float16 is GGUF's, where these are F32
+        # only GGUF files are float16, and they keep these tensors in F32
+        if dtype == jnp.float16 and (parsed.is_norm or parsed.is_router):
             rounded[path] = weight
             continue
         a, b = (parameters[name] if parsed.has_adapter(parameters) else None for name in parsed.adapter)
         if a is None or b is None or lora is None:
             rounded[path] = _rounded(weight, dtype=dtype)
         else:
-            lead = a.ndim + b.ndim - 2 - weight.ndim  # repeats, experts
+            lead = a.ndim + b.ndim - 2 - weight.ndim  # number of stacked dims: repeats, and experts if routed
             experts = range(weight.shape[1] if lead == 2 else 1)
             scales = np.array([scale_of(lora, parsed.module_path, (0, e)[:lead]) for e in experts], np.float32)
             rounded[path] = _merged(weight, a, b, scales, dtype=dtype, transposed=parsed.is_head)
@@ -266,7 +310,16 @@ def _rounded(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("dtype", "transposed"))
 def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, scales: np.ndarray, dtype: jnp.dtype, transposed: bool) -> jax.Array:
-    """a (lead…, in…, J), b (lead…, J, out…); scales (1,), or (E,) beside the last dim of lead."""
+    """Return round(weight + scale · a·b).
+
+    Args:
+        weight: (lead…, in…, out…).
+        a: (lead…, in…, J).
+        b: (lead…, J, out…).
+        scales: (1,), or (E,) along the last dim of lead.
+        dtype: dtype to round to.
+        transposed: whether the weight is (lead…, out…, in…), as the head's.
+    """
     lead = a.ndim + b.ndim - 2 - weight.ndim
     letters = "abcdefgh"
     each, into, out = letters[:lead], letters[lead : a.ndim - 1], letters[a.ndim - 1 : weight.ndim]
@@ -290,7 +343,25 @@ def prove_adapter(
     conversations: Sequence[Conversation],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """As `prove`, for files that hold adapters alone: their deltas are compared with those in memory."""
+    """Compare files that hold adapters alone with the adapters in memory, delta by delta.
+
+    Args:
+        directory: the files.
+        layout: layout of the files.
+        parameters: weights by path.
+        model: the architecture of the base.
+        lora: the section of the adapters.
+        tokenizer: the tokenizer whose files are in the directory; None without one.
+        chat_template: Jinja; None for the tokenizer's own.
+        conversations: training conversations whose tokens are compared.
+        about: what else the record states.
+
+    Returns:
+        The record, as of `prove`.
+
+    Raises:
+        RuntimeError: a check fails.
+    """
     start = time.perf_counter()
     record: dict[str, Any] = {"format": layout, "proof": "tensors", "model": model.model_dump(mode="json"), **about}
     tensors: list[compare.Tensors] = []
@@ -312,11 +383,12 @@ def prove_adapter(
 
 
 def _left_out(why: str) -> tuple[str, dict[str, Any]]:
+    """Raise NotChecked with the reason."""
     raise NotChecked(why)
 
 
 def scale_in_file(layout: expected.Adapter, directory: Path) -> Callable[[str, int], float]:
-    """(name of a weight, rank) -> what B·A is multiplied with, as the layout's own tools work it out."""
+    """Return a function (name of a weight, rank) -> the factor of B·A, as the layout's own tools compute it."""
     match layout:
         case "peft":
             settings = read_object(directory / "adapter_config.json")
@@ -348,4 +420,5 @@ def scale_in_file(layout: expected.Adapter, directory: Path) -> Callable[[str, i
 
 
 def write(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the record into the directory of the export."""
     (directory / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The proof again, later and elsewhere: everything that can be repeated with what is here."""
+"""Repeat a proof, later and elsewhere: everything that can be checked with what is available."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from moe_train.weights.external_adapter import read_lora
 from moe_train.weights.on_disk import Weights
 
 REPEATED = 1e-3
-"""Of logits of the same files, on another machine."""
+"""Tolerance for logits of the same files on another machine."""
 
 
 def read_record(directory: Path) -> tuple[dict[str, Any], config.Model]:
-    """(the record that lies in a directory, the architecture that it states).
+    """Read the record of an export.
 
-    Raises FileNotFoundError or ValueError where there is none that can be read.
+    Returns:
+        (the record, the architecture that it states).
+
+    Raises:
+        FileNotFoundError: there is no record.
+        ValueError: the record cannot be read.
     """
     record = read_object(directory / surroundings.FILE)
     try:
@@ -47,10 +52,15 @@ def repeat(
     trained: prove.Export | None = None,
     base: Weights | None = None,
 ) -> list[Check]:
-    """Every check that can be repeated with what is here.
+    """Run every check that can be repeated with what is available.
 
-    record, model: see `read_record`. trained: the weights that the export was written from, with which the tensors are
-    compared again. base: the model that it started from. With depth `full` the files are run on the mesh in force.
+    Args:
+        directory: the export.
+        depth: `full` also runs the files, on the mesh in force.
+        record: see `read_record`.
+        model: see `read_record`.
+        trained: the weights that the export was written from, to compare the tensors with again.
+        base: the model that training started from.
     """
     layout = record["format"]
     is_model = layout in get_args(expected.Model)
@@ -67,7 +77,7 @@ def repeat(
 
 
 def as_stored(stored: Mapping[str, reread.Stored]) -> list[expected.Wanted]:
-    """Every tensor of files as one that is only hashed."""
+    """Describe every tensor of the files as one that is only hashed."""
     return [expected.Wanted(name, t.shape, (expected.Part("", (), expected.as_is),)) for name, t in stored.items()]
 
 
@@ -113,7 +123,7 @@ def _same_weights(
         return compare.merge_figures(tensors[0]) if trained.lora is not None else (said, figures)
     if base is None:
         raise NotChecked("the weights that were exported are not here; give --run, or --base, or --base and --adapter")
-    prove.check_architecture(base.model, model, "mistral")  # families of the same mathematics
+    prove.check_architecture(base.model, model, "mistral")  # a family with the same mathematics is accepted
     if layout not in get_args(expected.Model):
         read_lora(directory, model)
         return "the adapter fits the base; its deltas are compared with --run", {}
@@ -133,7 +143,7 @@ def _same_answers(
         raise NotChecked("the export was proved with --proof tensors, and has no answers to compare with")
     prompts = logits.Prompts(np.array(kept["tokens"]), np.array(kept["positions"]))
     arrays = {key: None if kept[key] is None else np.array(kept[key]) for key in logits.Reference._fields}
-    wanted = logits.Reference(**arrays)  # type: ignore[arg-type]  # the experts alone may be None
+    wanted = logits.Reference(**arrays)  # type: ignore[arg-type]  # only the experts may be None
     found = prove.load_answers(directory, model, prove.kind_of(record["dtype"]), prompts)
     difference = logits.compare(found, wanted, prompts, model, REPEATED)
     prove.check_difference(difference, REPEATED)

@@ -1,6 +1,6 @@
-"""Files of weights as a second, plain reader sees them: headers parsed here, bytes read with `pread`, nothing mapped.
+"""Read files of weights as a second, plain reader: headers are parsed here, bytes are read with `pread`, nothing is mapped.
 
-For the proof alone: it shares no code with what wrote the files, and with what loads them.
+This module is for the proof alone and shares no code with what writes or loads the files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GGUF = {
     **{3: ("Q4_1", 32, 20), 7: ("Q5_1", 32, 24), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136)},
     **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210)},
 }
-"""Code -> (name, numbers of a block, its bytes)."""
+"""Code -> (name, numbers per block, bytes per block)."""
 
 
 class Stored(NamedTuple):
@@ -33,21 +33,22 @@ class Stored(NamedTuple):
     name: str
     file: Path
     kind: str
-    """F32, F16, BF16, Q8_0, or what else the file says."""
+    """F32, F16, BF16, Q8_0, or whatever else the file states."""
     shape: tuple[int, ...]
     offset: int
     nbytes: int
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return math.prod(self.shape[:-1])
 
     def read(self, descriptor: int, start: int, stop: int) -> bytearray:
-        """The bytes of rows `start` to `stop`."""
+        """Read the bytes of rows `start` to `stop` from an open file descriptor. Raises ValueError if the file ends before."""
         row = self.nbytes // max(1, self.rows)
         buffer = bytearray((stop - start) * row)
         done = os.preadv(descriptor, [buffer], self.offset + start * row)
-        while 0 < done < len(buffer):  # a call gives 2 GiB at most
+        while 0 < done < len(buffer):  # one call returns at most 2 GiB
             done += (more := os.preadv(descriptor, [memoryview(buffer)[done:]], self.offset + start * row + done))
             if not more:
                 break
@@ -57,9 +58,13 @@ class Stored(NamedTuple):
 
 
 def tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of the .safetensors and .gguf files in a directory.
+    """Read the headers of the .safetensors and .gguf files in a directory.
 
-    Raises ValueError for a file that cannot be read, that has bytes of no tensor or of two, and for a name given twice.
+    Returns:
+        Every tensor by name.
+
+    Raises:
+        ValueError: a file cannot be read, has bytes that belong to no tensor or to two, or a name is given twice.
     """
     found: dict[str, Stored] = {}
     for file in sorted(directory.iterdir()):
@@ -77,14 +82,14 @@ def tensors(directory: Path) -> dict[str, Stored]:
 
 
 def dequantised(kind: str, raw: bytearray, rows: int) -> np.ndarray:
-    """(rows, numbers) in float32 of what llama.cpp's own tool has quantised, as the package `gguf` has it."""
+    """Dequantize rows that llama.cpp's own tool has quantized, with the package `gguf`; returns (rows, numbers) in float32."""
     import gguf
 
     return gguf.dequantize(np.frombuffer(raw, np.uint8).reshape(rows, -1), gguf.GGMLQuantizationType[kind])
 
 
 def gguf_settings(file: Path) -> dict[str, Any]:
-    """The keys of a GGUF file with their values."""
+    """Return the keys of a GGUF file with their values."""
     return _gguf(file)[0]
 
 
@@ -94,7 +99,7 @@ def _safetensors(file: Path) -> Iterator[Stored]:
         (length,) = struct.unpack("<Q", data.read(8))
         if length > size - 8:
             raise ValueError(f"its header should have {length} bytes")
-        pairs = json.loads(data.read(length), object_pairs_hook=list)  # a dict would hide a name given twice
+        pairs = json.loads(data.read(length), object_pairs_hook=list)  # a dict would hide a duplicate name
     if len({name for name, _ in pairs}) < len(pairs):
         raise ValueError("its header has a name twice")
     end = 0
@@ -112,7 +117,7 @@ def _safetensors(file: Path) -> Iterator[Stored]:
 
 
 def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
-    """llama.cpp's container (docs/gguf.md, version 3): counts, keys, tensors' names and places, then aligned data."""
+    """Parse llama.cpp's container (docs/gguf.md, version 3): counts, keys, tensors' names and places, then aligned data."""
     numbers = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     with file.open("rb") as data:
 
@@ -144,6 +149,7 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
     stored, end = [], 0
     for name, shape, kind, block, size, offset in sorted(places, key=lambda place: place[-1]):
         nbytes = math.prod(shape) // block * size
+        # Only the padding of the alignment may lie between two tensors.
         if not end <= offset < end + 32:
             raise ValueError(f"{name} begins at {offset}; the tensor before it ends at {end}")
         end = offset + nbytes

@@ -14,7 +14,7 @@ CONFIG = "adapter_config.json"
 
 
 def prove_scaled(directory: Path, source: Path, factor: float) -> None:
-    """Raise Fault unless the adapter in `directory` is the one in `source` with `factor` times its scales."""
+    """Raise Fault unless the adapter in `directory` is the one in `source` with its scales multiplied by `factor`."""
     before, after = (reread.tensors(path) for path in (source, directory))
     if different := sorted(before.keys() ^ after.keys()):
         raise Fault(f"{directory} has other tensors than {source}: {different[0]}")
@@ -30,7 +30,7 @@ def prove_scaled(directory: Path, source: Path, factor: float) -> None:
 
 
 def _settings(settings: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    """(alphas by their pattern, all other settings)"""
+    """Split settings into (alphas by their pattern, all other settings)."""
     alphas = {"lora_alpha": settings["lora_alpha"], **(settings.get("alpha_pattern") or {})}
     return alphas, {key: value for key, value in settings.items() if key not in ("lora_alpha", "alpha_pattern")}
 

@@ -1,4 +1,4 @@
-"""What a proof records of its surroundings: hashes of files, versions, hardware."""
+"""The environment that a proof records: hashes of files, versions and hardware."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import jax
 
 FILE = "export_proof.json"
+"""Name of the record in an export."""
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
-    """sha256 of every file but the record itself, by its name."""
+    """Return the sha256 of every file except the record itself, by relative path."""
 
     def digest(file: Path) -> str:
         with file.open("rb") as content:
@@ -27,11 +28,13 @@ def file_hashes(directory: Path) -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
+    """Return the devices, the number of processes and the host's architecture."""
     kinds = [device.device_kind for device in jax.devices()]
     return {"devices": {kind: kinds.count(kind) for kind in kinds}, "processes": jax.process_count(), "host": platform.machine()}
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that a proof depends on."""
     packages = ("moe_train", "jax", "flax", "numpy", "safetensors", "tokenizers", "jinja2", "mistral_common", "gguf")
     found = {"python": platform.python_version()}
     for package in packages:

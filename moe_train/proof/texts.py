@@ -1,4 +1,4 @@
-"""The proof of what an export holds besides weights: tokenizer, chat template, and what ends a generation."""
+"""Prove what an export contains besides weights: tokenizer, chat template, and the end of a generation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIXED = (
         [],
     ),
 )
-"""Rendered at the export and whenever it is verified; training conversations may be private, and are not kept."""
+"""Conversations rendered at the export and at every verification; training conversations may be private and are not kept."""
 
 
 def check_texts(
@@ -42,7 +42,16 @@ def check_texts(
     conversations: Sequence[Conversation],
     record: dict[str, Any],
 ) -> list[Check]:
-    """The tokenizer's files, the chat template as it lies there, and what ends a generation."""
+    """Check the tokenizer's files, the chat template in the directory, and the token that ends a generation.
+
+    Args:
+        directory: the export.
+        layout: layout of the files.
+        tokenizer: the tokenizer of training; None if the export has none.
+        template: Jinja; None for the tokenizer's own.
+        conversations: training conversations.
+        record: receives the tokens of the fixed conversations.
+    """
     return [
         run("tokenizer", partial(_tokenizer, directory, layout, tokenizer)),
         run("template", partial(_template, directory, layout, tokenizer, template, conversations, record)),
@@ -54,7 +63,7 @@ def _tokenizer(directory: Path, layout: str, tokenizer: Tokenizer | None) -> tup
     if tokenizer is None:
         raise NotChecked("the export has no tokenizer")
     there = {hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir() if file.suffix not in _WEIGHTS}
-    replaced = {"chat_template.jinja"}  # by the template of the run
+    replaced = {"chat_template.jinja"}  # replaced by the run's template
     for file in tokenizer.files:
         if file.name not in replaced and hashlib.sha256(file.read_bytes()).hexdigest() not in there:
             raise Fault(f"{file.name} of the tokenizer is not in the directory, byte for byte")
@@ -65,7 +74,7 @@ _WEIGHTS = (".safetensors", ".gguf")
 
 
 def reopened(directory: Path, layout: str) -> tuple[Tokenizer, str | None]:
-    """The tokenizer and the chat template that lie in a directory."""
+    """Load the tokenizer and the chat template of a directory. Raises NotChecked if it has no tokenizer."""
     if (directory / "tokenizer.json").is_file():
         tokenizer: Tokenizer = HuggingFace(directory)
     else:
@@ -96,7 +105,7 @@ def _template(
     for i, conversation in enumerate(FIXED):
         try:
             kept[i] = rendered(conversation, template, tokenizer)
-        except ValueError:  # a format without system messages, say
+        except ValueError:  # for example a format without system messages
             continue
         check_tokens(f"fixed conversation {i}", rendered(conversation, reloaded[1], reloaded[0]), kept[i])
     for i, conversation in enumerate(conversations):
@@ -115,17 +124,23 @@ def _template(
 
 
 def rendered(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> list[list[int]]:
-    """Tokens of each example that a conversation is trained as."""
+    """Return the tokens of each example that a conversation is trained as."""
     return [example.tokens for example in conversation_to_tokens.examples(conversation, template, tokenizer)]
 
 
 def check_tokens(what: str, found: list[list[int]], wanted: list[list[int]]) -> None:
+    """Raise Fault if two renderings of a conversation differ; `what` names it in the message."""
     if found != wanted:
         raise Fault(f"the template in the directory renders {what} to other tokens than training's")
 
 
 def check_generation(directory: Path, layout: str, eos_id: int | None) -> tuple[str, dict[str, Any]]:
-    """That servers are told where a generation ends."""
+    """Check that servers are told which token ends a generation.
+
+    Raises:
+        Fault: the files state another token than the tokenizer's end.
+        NotChecked: the layout leaves this to the tokenizer's own files.
+    """
     match layout:
         case "hf":
             what, found = "generation_config.json", read_object(directory / "generation_config.json").get("eos_token_id")

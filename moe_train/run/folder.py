@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time trains in it, and it carries what the run was started with."""
+"""The folder of a run: a lock that admits one process at a time, and a copy of what the run was started with."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from moe_train.weights.together import require_shared
 
 
 class RunFolder:
-    """Locks the folder for this job while the block runs; a folder that does not exist is made by `write` alone.
+    """Context manager that locks the folder of a run for this job while the block runs.
 
-    Raises ValueError where the path is a file, or another job of this machine trains there.
+    Entering does not create a folder that does not exist yet; only `write` does.
+
+    Raises:
+        ValueError: the path is a file, or another job on this machine trains in the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,6 +52,7 @@ class RunFolder:
     def write(self, run: config.Run, inputs: Inputs) -> None:
         """Make the folder and write the config, the manifest of the data and a copy of the tokenizer into it."""
         if jax.process_index() == 0:
+            # A new folder could not be locked on entry, so it is locked as soon as it exists.
             self.path.mkdir(parents=True, exist_ok=True)
             self._enter_lock()
             write_text(self.path / "config.yaml", yaml_file.dump(run.to_config()))
@@ -58,7 +62,7 @@ class RunFolder:
 
 
 def _keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Copy the tokenizer's files, so that the run can be moved and exported whatever becomes of them."""
+    """Copy the tokenizer's files into `folder`, so that the run can be moved and exported even if the originals disappear."""
     if not folder.exists():
         with new_directory(folder) as unfinished:
             write_texts(unfinished, Texts(tokenizer))
@@ -66,9 +70,15 @@ def _keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 @contextlib.contextmanager
 def only_one(run_dir: Path) -> Iterator[None]:
-    """Keep a second job of this machine out of `run_dir`, which exists, until this one has left it.
+    """Keep other jobs on this machine out of `run_dir` while the block runs.
 
-    Raises ValueError where another one is in there. The lock dies with its process, however that ends.
+    Only an advisory file lock is held, so it is released with the process, however the process ends.
+
+    Args:
+        run_dir: an existing folder.
+
+    Raises:
+        ValueError: another process holds the lock.
     """
     with (run_dir / ".lock").open("a") as file:
         try:

@@ -1,4 +1,4 @@
-"""The held-out loss during a run, and the drift of the routing of a model with adapters."""
+"""Measure the held-out loss during a run, and the routing drift of a model with adapters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
 
 DRIFT_BATCHES = 4
-"""Held-out batches on which the routing is compared where `evaluation.drift_batches` does not say how many."""
+"""Number of held-out batches on which routing is compared with the base model's if `evaluation.drift_batches` is not set."""
 
 
 class HeldOut:
-    """Measures the held-out loss where it is due; never due without held-out data."""
+    """Measure the held-out loss at the steps where it is due; without held-out data it is never due."""
 
     def __init__(self, run: config.Run, mesh: Mesh, inputs: Inputs, begin: Start, objective: Objective, writer: Writer) -> None:
         self._run, self._mesh, self._loader, self._writer = run, mesh, inputs.held_out, writer
@@ -32,12 +32,12 @@ class HeldOut:
             writer.say(f"routing is compared with the base model's on {batches} held-out batches, a second forward pass each")
 
     def is_due(self, step: int) -> bool:
-        """Whether the loss is measured after `step`."""
+        """Return whether the loss is measured after `step`: every `evaluation.every_steps` steps and after the last one."""
         is_step = step % self._run.evaluation.every_steps == 0 or step == self._total_steps
         return self._loader is not None and is_step
 
     def measure(self, step: int, state: TrainState) -> float | None:
-        """Measure, write the figures and return the loss; None without held-out data."""
+        """Measure the held-out loss after `step`, write its metrics and return it; returns None without held-out data."""
         if self._loader is None:
             return None
         batches = self._run.evaluation.batches
@@ -47,7 +47,11 @@ class HeldOut:
 
 
 def drift_batches(run: config.Run) -> int:
-    """Held-out batches on which the routing is compared with the base model's; 0 without adapters or routers."""
+    """Return the number of held-out batches on which routing is compared with the base model's.
+
+    Returns:
+        0 for a run without adapters or a model without routers.
+    """
     if run.lora is None or not isinstance(run.model.ffn, config.MoeFfn):
         return 0
     stated = run.evaluation.drift_batches

@@ -1,4 +1,4 @@
-"""What a run learns from and is measured on: the tokenizer, loaded once, and the loaders."""
+"""The inputs of a run: the tokenizer, loaded once, and the loaders of training and held-out data."""
 
 from __future__ import annotations
 
@@ -16,22 +16,30 @@ from moe_train.train.objectives.objective import Objective
 
 
 class Inputs(NamedTuple):
-    """The opened data of a run. held_out: None where `data.eval` names no source."""
+    """The opened data of a run."""
 
     tokenizer: Tokenizer
     train: Loader
     held_out: Loader | None
+    """None if `data.eval` names no source."""
     total_steps: int
     """Optimizer steps of the whole run."""
 
 
 def open_inputs(run: config.Run, objective: Objective) -> Inputs:
-    """Load the tokenizer, check that it is the model's, and open the data of this process as the objective's batches.
+    """Load the tokenizer, check that it belongs to the model, and open this process's share of the data.
 
-    Raises ValueError or FileNotFoundError where the data or the tokenizer cannot be used.
+    Args:
+        run: the resolved run.
+        objective: decides the batch type that both loaders produce.
+
+    Raises:
+        ValueError: the data or the tokenizer cannot be used.
+        FileNotFoundError: a file of the data or of the tokenizer does not exist.
     """
     data = run.training_data()
     tokenizer = load_tokenizer(data.tokenizer)
+    # Checked before any data is tokenized, which may take long.
     check_ready(run, data, tokenizer)
     open_loader = partial(
         Loader,
@@ -44,6 +52,7 @@ def open_inputs(run: config.Run, objective: Objective) -> Inputs:
         batch_type=objective.batch_type,
     )
     train = open_loader("train", batch_size=run.train.batch_size)
+    # One microbatch is the most that training computes at once, so held-out batches have its size.
     microbatch = run.train.batch_size // run.train.microbatches
     held_out = open_loader("eval", batch_size=microbatch) if data.eval else None
     return Inputs(tokenizer, train, held_out, train.total_steps(run.train))

@@ -1,4 +1,4 @@
-"""What a person is told before the first step and after the last."""
+"""The messages that a person reads before the first step and after the last."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Say = Callable[[str], None]
 
 
 def introduce(run: config.Run, say: Say, inputs: Inputs, begin: Start) -> None:
-    """Model, mesh, transport, data, epochs; where the run continues, and which settings have changed since."""
+    """Describe the run before its first step.
+
+    The lines state the model, mesh, transport, data and epochs, the step at which the run continues, and the settings that
+    have changed since the checkpoint.
+    """
     mesh_shape = jax.sharding.get_mesh().shape
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh_shape.items() if size > 1) or "one device"
     say(f"{run.name}: {begin.sizes[0]:,} parameters, {begin.sizes[1]:,} trained, on {axes}")
@@ -40,7 +44,7 @@ def introduce(run: config.Run, say: Say, inputs: Inputs, begin: Start) -> None:
 
 
 def print_damage(begin: Start) -> None:
-    """Warn of checkpoints that could not be read, on the first process's stderr."""
+    """Warn about checkpoints that could not be read, on the stderr of the first process."""
     if jax.process_index() == 0:
         for step, why in begin.damaged.items():
             renamed = f"was renamed to damaged-{step}"
@@ -48,7 +52,7 @@ def print_damage(begin: Start) -> None:
 
 
 def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
-    """Say that nothing is left to do, and which changed settings therefore have no effect."""
+    """Say that no steps are left, and list the changed settings that therefore have no effect."""
     print(f"{run.name}: all {total_steps} steps are done; raise train.steps, epochs or tokens to go on")
     if jax.process_index() == 0:
         for change in _changes(begin):
@@ -56,7 +60,7 @@ def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
 
 
 def conclude(run: config.Run, say: Say, total_steps: int) -> None:
-    """Where the checkpoints are, and the command that makes files of them."""
+    """Say where the checkpoints are and which command exports them."""
     say(f"finished {total_steps} steps; the checkpoints are in {Path(run.run_dir) / manager.FOLDER}")
     if run.export == "all":
         merge = " --merge" if run.lora else ""

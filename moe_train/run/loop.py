@@ -1,4 +1,4 @@
-"""A training run, from its resolved record to its last checkpoint."""
+"""The training loop: from a resolved run to its last checkpoint."""
 
 from __future__ import annotations
 
@@ -32,15 +32,23 @@ from moe_train.train.step import StepMetrics, compile_step
 from moe_train.train.step_definition import definition_of
 
 FINISHED = 0
-"""The exit code of a run that is done; UNFINISHED is that of one to be started again."""
+"""Exit code of a run that is done; UNFINISHED is the exit code of a run that has to be started again."""
 
 
 def train(run: config.Run, objective: Objective | None = None) -> int:
-    """Train as `run` says, from its newest checkpoint where it has one; FINISHED or UNFINISHED.
+    """Train a resolved run, continuing from its newest checkpoint if it has one.
 
-    objective: in place of the one that `run` names, such as a loss of one's own (`objectives.custom.custom`).
-    Raises ValueError or FileNotFoundError for what cannot be done as asked, RuntimeError for a fault while running;
-    the checkpoints that exist stay in both cases.
+    Args:
+        run: the resolved run.
+        objective: replaces the objective that `run` names, for example by a custom loss (`objectives.custom.custom`).
+
+    Returns:
+        FINISHED after the last step; UNFINISHED if the run was asked to stop before, saved, and can be started again.
+
+    Raises:
+        ValueError: the run cannot be carried out as configured. Existing checkpoints are kept.
+        FileNotFoundError: a file that the run needs does not exist. Existing checkpoints are kept.
+        RuntimeError: a fault while running. Existing checkpoints are kept.
     """
     mesh = make_mesh(run.mesh)
     check_fits(run, mesh.local_devices[0])
@@ -57,7 +65,7 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
             introduction.print_finished(run, begin, total_steps)
             return FINISHED
 
-        # From here on something is written.
+        # From here on, files are written.
         folder.write(run, inputs)
         writer = Writer(
             folder.path,
@@ -90,6 +98,7 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
             state, now = run_step(state, batch, begin.originals)
             voted = vote((asked.reason is not None, saving.is_overdue()), mesh)
             if step < total_steps:
+                # The next batch is fetched while the device still computes the step that was just dispatched.
                 batch = put_batch(figures.awaited(batches), mesh)
             # Metrics and votes are read one step late, so that the device never waits for the host.
             votes = Votes() if unread is None else figures.read(*unread, now, writer)
@@ -101,11 +110,12 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
             if not (evaluates or saves or votes.stop or votes.save):
                 saving.check()
                 continue
+            # The loop pauses here anyway, so this step's metrics and vote are read at once.
             votes = figures.read(*unread, now, writer).joined(votes)
             unread = None
             loss = held_out.measure(step, state) if evaluates else None
             saves |= votes.stop or votes.save or saving.is_best(loss)
-            # After a step that was not finite the weights may be past help: the last good checkpoint is not rotated away.
+            # After a non-finite step the weights may be unusable, so no save rotates the last good checkpoint away.
             if saves and (figures.finite or votes.stop or step == total_steps):
                 saving.save(step, state, loss)
             figures.go_on(step)

@@ -1,4 +1,4 @@
-"""The figures of steps: read one step late, so that the device never waits for somebody to read them."""
+"""The metrics of steps, read one step late so that the device never waits for the host to read them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moe_train.train.step import StepMetrics
 
 
 class Figures:
-    """Reads the figures of steps, counts the skipped ones, and knows how fast it goes."""
+    """Read the metrics of steps, count the skipped steps and measure the speed of training."""
 
     def __init__(self, run: config.Run, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
         self._run, self._skipped = run, skipped
@@ -32,21 +32,29 @@ class Figures:
         self._tokens = run.train.batch_size * run.train.seq_len
         self._flops = self._tokens * flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
         self._peak, self.peak_source = peak_flops(list(mesh.devices.flat))
-        # A table, since a schedule's own arithmetic would queue behind the steps on the device.
+        # Tabulated once: evaluating the schedule at each step would queue its arithmetic behind the training steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
         self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
         self._seconds, self._input_wait, self.finite = math.nan, math.nan, True
         self.go_on(start)
 
     def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: Writer) -> Votes:
-        """Wait for a step's figures and write them; what the processes voted at that step.
+        """Wait for the metrics of a step, write them, and return what the processes voted at that step.
 
-        newest: the figures of the last step that was started, this one or the next.
-        Raises RuntimeError where too many steps were not finite.
+        Args:
+            step: the step that `now` and `voted` belong to.
+            now: metrics of that step, still on the device.
+            voted: (2,) int32 on the device, from `stopping.vote`.
+            newest: metrics of the most recently started step: either this step or the one after it.
+            writer: receives the metrics.
+
+        Raises:
+            RuntimeError: more than `train.max_skipped_steps` steps were not finite, or a layer dropped too many assignments.
         """
         is_next = newest is not now
         now, voted = jax.device_get((now, voted))
-        ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]  # a device may have been that quick
+        # If the newest step is finished too, the time so far covers both.
+        ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]  # a fast device may already have finished it
         done = step + ahead
         if done > self._done and step % self._run.metrics.every_steps == 0:
             self._seconds = (time.perf_counter() - self._since) / (done - self._done)
@@ -68,11 +76,14 @@ class Figures:
         return Votes(*(bool(vote) for vote in voted))
 
     def go_on(self, step: int) -> None:
-        """Time the steps after `step` from now on; a pause before is not to count."""
+        """Restart the timer after `step`, so that a pause before it (an evaluation, a save) is not counted."""
         self._done, self._since, self._waited = step, time.perf_counter(), 0.0
 
     def awaited(self, batches: Iterator[Any]) -> Any:
-        """The next batch; the time until it is there counts as `input_wait`, a share of the step that is lost at most."""
+        """Return the next batch and count the time spent waiting for it as `input_wait`.
+
+        `input_wait` is a share of the step's time and an upper bound on the time lost, since the device may be busy meanwhile.
+        """
         begun = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - begun
@@ -83,6 +94,7 @@ class Figures:
             "loss": float(now.loss),
             **{name: np.asarray(value).item() for name, value in now.objective.items()},
             "grad_norm": float(now.grad_norm),
+            # A skipped step does not advance the schedule.
             "learning_rate": float(self._rates[step - 1 - self._skipped]),
             "skipped": self._skipped,
             "seconds": self._seconds,
@@ -94,12 +106,21 @@ class Figures:
 
 
 def check_dropped(step: int, routers: RouterStats, settings: config.Train, layers: Sequence[int]) -> None:
-    """Raise RuntimeError where a layer dropped a larger share of its assignments than `settings` allow: none without a
-    capacity. layers: the number of each router's layer in the model."""
+    """Raise RuntimeError if a layer dropped a larger share of its assignments than allowed.
+
+    Without a capacity the allowed share is zero.
+
+    Args:
+        step: the step, for the message.
+        routers: statistics of all routers, arrays of (L, …).
+        settings: states `max_drop_rate` and `capacity_factor`.
+        layers: index in the model of the layer of each router.
+    """
     rates_L = np.asarray(routers.dropped) / np.maximum(np.sum(routers.chosen_E, axis=1), 1)
     worst = int(np.argmax(rates_L))
     if rates_L[worst] > (settings.max_drop_rate or 0):
         said = f"step {step}: layer {layers[worst]} dropped {rates_L[worst]:.2%} of its assignments"
+        # Without a capacity every transport is dropless, so any drop is a fault of ours.
         if settings.max_drop_rate is None:
             raise RuntimeError(f"{said} without a capacity: a fault of the transport; try compute.transport all_gather")
         raise RuntimeError(
@@ -109,10 +130,14 @@ def check_dropped(step: int, routers: RouterStats, settings: config.Train, layer
 
 
 def router_figures(routers: Any) -> dict[str, Any]:
-    """Metrics of a step's `RouterStats` (arrays of (L, …)), each kept per sparse layer: a mean would hide a dead one.
+    """Return the metrics of a step's `RouterStats`, one value per sparse layer, since a mean would hide a dead layer.
 
-    load[l][e]: share of the assignments of sparse layer l that expert e got; balance: E * largest share, worst layer (1 is
-    even). dead_experts[l]: share of experts that got less than 1% of an even share. l counts the layers with routers.
+    Args:
+        routers: `RouterStats` with arrays of (L, …), where l counts the layers that have a router.
+
+    Returns:
+        Among others `load[l][e]`, the share of the assignments of sparse layer l that expert e got; `balance`, E * the largest
+        share in the worst layer (1 is even); and `dead_experts[l]`, the share of experts that got less than 1% of an even share.
     """
     load_LE = np.asarray(routers.load_E, np.float64)
     E = load_LE.shape[1]

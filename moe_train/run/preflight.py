@@ -19,12 +19,12 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.proof import texts
 from moe_train.weights.texts import Texts, write_texts
 
-_CONVERSATIONS = 8  # of each source, that are rendered both ways
-_IDS = 512  # that are compared of two vocabularies
+_CONVERSATIONS = 8  # number of conversations of each source that are rendered both ways
+_IDS = 512  # number of ids that are compared between two vocabularies
 
 
 def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where the tokenizer is not the model's, or an export would render conversations differently."""
+    """Raise ValueError if the tokenizer is not the model's, or if an export would render conversations differently."""
     check_vocab(tokenizer, run.model.vocab_size)
     if run.init_from is not None:
         _check_is_the_models(data.tokenizer, tokenizer, run.init_from)
@@ -34,9 +34,10 @@ def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> 
 
 
 def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
+    """Raise ValueError if more than 5% of the compared ids decode differently with the tokenizer found at `init_from`."""
     try:
         models_own = model_dir.find_tokenizer(init_from)
-    except FileNotFoundError:  # weights alone: there is nothing to compare
+    except FileNotFoundError:  # weights without a tokenizer: nothing to compare
         return
     if models_own == section:
         return
@@ -47,10 +48,11 @@ def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_f
     compared = range(0, count, max(1, count // _IDS))
     differing = []
     for number in compared:
+        # Spaces, invalid UTF-8 and byte tokens are spelled differently by kinds of tokenizers, so they do not count.
         ours, known = (either.decode([number], keep_special=True).replace("▁", " ") for either in (tokenizer, theirs))
         if ours.strip() != known.strip() and "\ufffd" not in ours + known and "<0x" not in ours + known:
             differing.append((number, ours, known))
-    # A few control tokens may have got names that they had not in the other file.
+    # A few control tokens may have been renamed since the other file was written.
     if len(differing) > len(compared) // 20:
         number, ours, known = differing[0]
         raise ValueError(
@@ -60,7 +62,7 @@ def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_f
 
 
 def _conversations(data: config.Data) -> Iterator[tuple[str, Conversation]]:
-    """(where it stands, conversation)."""
+    """Yield (location for error messages, conversation) for the first records of each file source of conversations."""
     for source in data.train:
         if isinstance(source, config.FileSource) and not isinstance(source.record, config.TextRecord):
             records = open_source(source)
@@ -70,6 +72,7 @@ def _conversations(data: config.Data) -> Iterator[tuple[str, Conversation]]:
 
 
 def _check_carried(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:
+    """Write the tokenizer and template as an export would, read them back, and compare the rendered tokens."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_texts(directory, Texts(tokenizer, template))

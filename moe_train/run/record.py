@@ -25,13 +25,15 @@ from moe_train.run.self_test import chosen_kernels
 from moe_train.run.start import Start
 
 PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+"""Packages whose versions are recorded."""
 
 
 @contextlib.contextmanager
 def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: Inputs) -> Iterator[SimpleNamespace]:
     """Write to `run.json` how the run starts and, when the block ends, how it stops.
 
-    Yields what the caller keeps up to date: `step`, the last one done, and `reason`, why the run stops.
+    Yields:
+        A namespace that the caller keeps up to date: `step`, the last step done, and `reason`, why the run stops.
     """
     start = int(begin.state.step)
     digest = hashlib.sha256(yaml_file.dump(run.to_config()).encode()).hexdigest()
@@ -50,14 +52,14 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: Inputs) -> Ite
     try:
         yield stopped
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the disk may be full: the error that stopped the run is the one to show
+        with contextlib.suppress(OSError):  # the disk may be full, and the error that stopped the run is the one to show
             write_event(run_dir, "stop", stopped.step, reason=f"{type(error).__name__}: {error}")
         raise
     write_event(run_dir, "stop", stopped.step, reason=stopped.reason)
 
 
 def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:
-    """Append an event to `run.json`; on processes but the first, do nothing. The file is replaced whole."""
+    """Append an event to `run.json`, replacing the file atomically; only the first process writes."""
     if jax.process_index():
         return
     path = run_dir / "run.json"
@@ -68,7 +70,7 @@ def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:
 
 
 def surroundings() -> dict[str, Any]:
-    """The command, the versions and the hardware of this process."""
+    """Return the command line, package versions and hardware of this process, ready for JSON."""
     device = jax.devices()[0]
     return {
         "command": sys.argv,
@@ -85,6 +87,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed

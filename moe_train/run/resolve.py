@@ -1,4 +1,4 @@
-"""`Config` -> `Run`: everything that a config leaves to `init_from`, to its tokenizer and to the devices is decided here."""
+"""Resolve a `Config` into a `Run`: fill in all that the config leaves to `init_from`, its tokenizer or the devices."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from moe_train.model.transformer import init_model
 
 
 def resolve(written: config.Config, device_count: int) -> config.Run:
-    """Decide everything that `written` leaves open.
+    """Resolve everything that the config leaves open.
 
-    The architecture comes from `init_from` (its config.json, or its saved run) where `model` is left out; the adapters' targets
-    from `lora.init_from`; the tokenizer from `init_from`; a mesh axis of -1 from `device_count`. Neither weights nor a
-    tokenizer need to be there: without a tokenizer `Run.data` says what is missing, and whoever needs data says so.
+    The architecture comes from `init_from` (its config.json or its saved run) if `model` is left out, the targets of adapters
+    from `lora.init_from`, the tokenizer from `init_from`, and a mesh axis of -1 from `device_count`. Neither weights nor a
+    tokenizer need to exist: without a tokenizer, `Run.data` states what is missing, and code that needs data reports it.
+
+    Args:
+        written: the config as the user wrote it.
+        device_count: number of devices of the mesh.
 
     Raises:
-        ValueError: the config contradicts the checkpoint or the adapter, or model, mesh and batch do not go together.
-        FileNotFoundError: a checkpoint, an adapter or a template that is named is not there.
+        ValueError: the config contradicts the checkpoint or the adapter, or model, mesh and batch do not fit together.
+        FileNotFoundError: a checkpoint, adapter or template that the config names does not exist.
     """
     model = _architecture(written)
     changes: dict[str, Any] = {"model": model, "mesh": mesh_sizes(written.mesh, device_count)}
@@ -43,7 +47,7 @@ def resolve(written: config.Config, device_count: int) -> config.Run:
 
 
 def _architecture(written: config.Config) -> config.Model:
-    """The stated architecture, or that of `init_from`; where both are there they have to agree."""
+    """Return the stated architecture or that of `init_from`; if both are given they must agree."""
     if written.init_from is None or not Path(written.init_from).exists():
         if written.model is None:
             raise FileNotFoundError(
@@ -65,10 +69,13 @@ def _architecture(written: config.Config) -> config.Model:
 
 
 def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:
-    """The section with the tokenizer of `init_from` where it names none and there is one, and a template's text for its file."""
+    """Return the data section with the tokenizer and the template's text filled in.
+
+    The tokenizer is that of `init_from` if the section names none and `init_from` has one.
+    """
     changes: dict[str, Any] = {}
     if data.chat_template is not None:
-        # The text itself, so that checkpoints and exports carry it whatever becomes of the file.
+        # The text instead of the path, so that checkpoints and exports carry it even if the file changes or disappears.
         changes["chat_template"] = read_template(data.chat_template)
     if data.tokenizer is None and init_from is not None:
         with contextlib.suppress(FileNotFoundError):  # `config.run_of` notes that there is none
@@ -77,7 +84,7 @@ def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:
 
 
 def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config.Lora:
-    """The section with the targets of the adapter that it starts from. Raises ValueError where the two contradict."""
+    """Return the section with the targets of the adapter that it starts from. Raises ValueError if the two contradict."""
     saved = read_adapter(source, model)
     if not lora.targets:
         lora = lora.model_copy(update={"targets": saved.targets, "rslora": saved.rslora})
@@ -98,14 +105,15 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config
 
 
 def _modules(model: config.Model) -> list[str]:
-    """Names of all modules with weights, each once: `attention.q_proj`."""
+    """Return the names of all modules with weights, each once, such as `attention.q_proj`."""
+    # Module names do not depend on the mesh, so one abstract device is enough.
     with jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1))):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
     return sorted({ParameterPath.parse(path).module for path in shapes})
 
 
 class _ModuleAdapter(NamedTuple):
-    """One adapter of a module, as far as two sections can contradict each other."""
+    """The properties of one adapter of a module in which two sections could contradict each other."""
 
     experts: tuple[int, ...]
     rank: int
@@ -113,8 +121,11 @@ class _ModuleAdapter(NamedTuple):
 
 
 def _module_adapters(lora: config.Lora, module: str) -> list[_ModuleAdapter]:
+    """Return the adapters of `module` in a form that two sections can be compared by."""
     adapters = [
-        _ModuleAdapter(target.experts or (), target.rank, float(f"{lora.scale(target):.9g}")) for target in lora.targets_of(module)
+        # Scales are rounded to nine digits: the same scale may have been computed in different ways.
+        _ModuleAdapter(target.experts or (), target.rank, float(f"{lora.scale(target):.9g}"))
+        for target in lora.targets_of(module)
     ]
     return sorted(adapters)
 

@@ -1,4 +1,4 @@
-"""When a run saves a checkpoint, and what the checkpoint says of itself."""
+"""Decide when a run saves a checkpoint, and what the checkpoint records about itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_train.train.state import TrainState
 
 
 class Saving:
-    """Saves every so many steps and minutes, at the end, and where the held-out loss is the best so far."""
+    """Save every so many steps and minutes, at the end, and when the held-out loss is the best so far."""
 
     def __init__(self, run: config.Run, checkpoints: ocp.CheckpointManager, begin: Start, inputs: Inputs) -> None:
         self._run, self._checkpoints, self._begin, self._inputs = run, checkpoints, begin, inputs
@@ -23,23 +23,28 @@ class Saving:
         self._saved_at = time.monotonic()
 
     def is_overdue(self) -> bool:
-        """Whether `checkpoint.every_minutes` have passed since the last save."""
+        """Return whether `checkpoint.every_minutes` have passed since the last save."""
         minutes = self._run.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
     def is_due(self, step: int) -> bool:
-        """Whether the state is saved after `step` whatever else happens."""
+        """Return whether the state is always saved after `step`: every `checkpoint.every_steps` steps and after the last one."""
         return step % self._run.checkpoint.every_steps == 0 or step == self._inputs.total_steps
 
     def is_best(self, held_out_loss: float | None) -> bool:
-        """Whether the loss is lower than any before and such checkpoints are kept; it is then the one to beat."""
+        """Return whether the loss is the lowest so far and best checkpoints are kept; it then becomes the loss to beat.
+
+        Args:
+            held_out_loss: None if it was not measured.
+        """
+        # `not <` rather than `>=`, so that a NaN is never the best.
         if held_out_loss is None or not self._run.checkpoint.keep_best or not held_out_loss < self._best:
             return False
         self._best = held_out_loss
         return True
 
     def save(self, step: int, state: TrainState, held_out_loss: float | None) -> None:
-        """Start saving. Raises RuntimeError where this save, or the one before, could not be written."""
+        """Start an asynchronous save. Raises RuntimeError if this save or the previous one could not be written."""
         loader = self._inputs.train
         about = About(
             config=self._run.to_config().model_dump(mode="json"),
@@ -53,9 +58,9 @@ class Saving:
         self._saved_at = time.monotonic()
 
     def check(self) -> None:
-        """Raise RuntimeError if the save under way has failed so far; does not wait."""
+        """Raise RuntimeError if the save in progress has already failed; does not wait for it."""
         manager.check_saving(self._checkpoints)
 
     def finish(self) -> None:
-        """Wait for the save under way. Raises RuntimeError where it failed."""
+        """Wait for the save in progress. Raises RuntimeError if it failed."""
         manager.finish_saving(self._checkpoints)

@@ -1,9 +1,11 @@
-"""Before step 0, on the devices that will train: attention and the grouped matmul against their plain references, a
-transport that few platforms have against one that all have.
+"""Self-tests on the training devices before step 0.
 
-A kernel can be right on one chip and wrong on the next: wrong gradients for empty groups, for groups that do not
-fill a tile, for one group that has it all. Errors are relative to each expert's and each segment's own part, so that a
-small one's cannot hide behind a large one's.
+Attention and the grouped matmul are compared with their plain references, and a transport that only some platforms support
+with one that all platforms support.
+
+A kernel can be correct on one chip and wrong on the next: wrong gradients for empty groups, for groups that do not fill a
+tile, or for a single group that holds all rows. Errors are relative to each expert's or segment's own magnitude, so that
+the error of a small part cannot hide behind a large part.
 """
 
 from __future__ import annotations
@@ -36,12 +38,15 @@ CASES = {
     "skewed": (0, 0, 1000, 0, 1, 0, 0, 23),
     "no rows": (0, 0, 0, 0, 0, 0, 0, 0),
 }
-"""Rows of each of 8 experts; what is left of ROWS belongs to nobody."""
+"""Rows of each of 8 experts; the remaining rows, up to ROWS, belong to no expert."""
 
 
 def chosen_kernels(run: config.Run) -> dict[str, Any]:
-    """What `auto` stands for on the mesh in force, with the sizes of blocks where a kernel has a choice of them: for the
-    record of a run."""
+    """Return what `auto` resolves to on the mesh in force, for the run log.
+
+    Returns:
+        Kernel names, with block or tile sizes if the kernel can choose among several.
+    """
     dtype, ffn, T = jnp.dtype(run.compute.dtype), run.model.ffn, run.train.seq_len
     found: dict[str, Any] = {"attention": kernels.choose_kernel(run.compute.attention, T, dtype)}
     if found["attention"] == "splash":
@@ -50,15 +55,16 @@ def chosen_kernels(run: config.Run) -> dict[str, Any]:
         found["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
         if found["grouped_matmul"] == "megablox":
             D, f = run.model.model_dim, ffn.ffn_dim // axis_size("tensor")
-            rows = run.train.batch_size * T * ffn.experts_per_token  # at the most; few rows have smaller tiles
+            rows = run.train.batch_size * T * ffn.experts_per_token  # upper bound; fewer rows use smaller tiles
             found["grouped_matmul_tiles"] = {"gate, up": gm.tiles(rows, D, f, dtype), "down": gm.tiles(rows, f, D, dtype)}
     return found
 
 
 def run_self_tests(run: config.Run, say: Callable[[str], None]) -> None:
-    """Test the kernels that the run uses, on the mesh in force, and say how exact they are.
+    """Test the kernels that the run uses, on the mesh in force, and report their errors.
 
-    Raises RuntimeError where a kernel is wrong on this device, before it spoils anything.
+    Raises:
+        RuntimeError: a kernel is wrong on this device; nothing has been trained with it yet.
     """
     error = check_attention(run.model, run.compute, run.train.seq_len)
     say(f"self-test of attention: largest relative error {error:.1e}")
@@ -71,9 +77,13 @@ def run_self_tests(run: config.Run, say: Callable[[str], None]) -> None:
 
 
 def check_grouped_matmul(compute: config.Compute) -> float:
-    """The largest relative error of the result and both gradients, over all cases.
+    """Compare the grouped matmul with its reference in all cases.
 
-    Raises RuntimeError where it is more than rounding in the compute dtype explains.
+    Returns:
+        The largest relative error of the result and of both gradients.
+
+    Raises:
+        RuntimeError: the error is larger than rounding in the compute dtype explains.
     """
     dtype = jnp.dtype(compute.dtype)
     device = jax.local_devices()[0]
@@ -86,7 +96,7 @@ def check_grouped_matmul(compute: config.Compute) -> float:
         )
 
         @jax.jit
-        @partial(jax.shard_map, in_specs=P(), out_specs=P())  # local view, as where the model calls it
+        @partial(jax.shard_map, in_specs=P(), out_specs=P())  # local view, as in the model
         def both(
             x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array
         ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
@@ -111,24 +121,35 @@ def check_grouped_matmul(compute: config.Compute) -> float:
 
 
 def check_attention(model: config.Model, compute: config.Compute, seq_len: int) -> float:
-    """The largest relative error of the result and its three gradients, on packed sequences, with the model's windows and
-    heads as large as its own; the kernel is that of sequences of `seq_len` on the mesh in force.
+    """Compare the attention kernel with its reference on packed sequences, with the model's windows and head size.
 
-    Raises RuntimeError where it is more than rounding in the compute dtype explains.
+    Args:
+        model: the model, of which the windows, the head size and the ratio of query to key heads are used.
+        compute: the kernel and the compute dtype.
+        seq_len: selects the kernel that sequences of this length use on the mesh in force. The test's own sequences have 256
+            tokens on a CPU and 1024 elsewhere.
+
+    Returns:
+        The largest relative error of the result and of its three gradients.
+
+    Raises:
+        RuntimeError: the error is larger than rounding in the compute dtype explains.
     """
     dtype, sizes = jnp.dtype(compute.dtype), model.attention
     kernel = kernels.choose_kernel(compute.attention, seq_len, dtype)
     device = jax.local_devices()[0]
     T, K, N = 256 if device.platform == "cpu" else 1024, 2, 2 * sizes.num_heads // sizes.num_kv_heads
-    # One row whole, and one of segments that end beside the edges of blocks; its end is padding.
+    # One row is a single segment; the other has segments that end next to block boundaries and padding at its end.
     starts = ([0], [0, T // 3 + 5, T // 3 + 22, T - 61])
     segments_BT, positions_BT = np.ones((2, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (2, 1))
     for number, (start, end) in enumerate(itertools.pairwise([*starts[1], T])):
         segments_BT[1, start:end], positions_BT[1, start:end] = (number + 1) % len(starts[1]), np.arange(end - start)
     rng, worst, tolerance = np.random.default_rng(0), 0.0, _tolerance(dtype, device)
     q, k, v, dy = (rng.normal(size=(2, T, heads, sizes.head_dim)).astype(np.float32) for heads in (N, K, K, N))
+    # Kernels may return anything at padding; without a gradient it cannot reach the results that are compared.
     dy[segments_BT == 0] = 0
 
+    # Windows are shortened, so that they mask something within the test's sequences.
     for window in sorted({min(w or T, T // 4) if w else 0 for w in sizes.windows}):
 
         @partial(jax.jit, static_argnames="kernel")
@@ -159,15 +180,23 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
 
 
 def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:
-    """Elsewhere than on a CPU a float32 product may round its operands to bfloat16 or tf32."""
+    """Return the largest relative error that rounding explains.
+
+    Except on a CPU, a float32 product may round its operands to bfloat16 or tf32, so only float32 on a CPU is strict.
+    """
     return 1e-5 if dtype == jnp.float32 and device.platform == "cpu" else 3e-2
 
 
 def check_against_all_gather(transport: Name) -> float:
-    """The largest relative error of what a transport makes of a small layer, result and gradients, against all_gather: on
-    the mesh in force, with even routing and with every token at one expert, which takes several rounds.
+    """Compare a transport with all_gather on a small layer on the mesh in force.
 
-    Raises RuntimeError where it is more than rounding explains.
+    The cases are even routing and all tokens sent to one expert, which takes several rounds.
+
+    Returns:
+        The largest relative error of the result and of the gradients.
+
+    Raises:
+        RuntimeError: the error is larger than rounding explains.
     """
     errors = _transport_errors(transport)
     tolerance = _tolerance(jnp.dtype(jnp.float32), jax.local_devices()[0])
@@ -184,7 +213,7 @@ def check_against_all_gather(transport: Name) -> float:
 
 
 def _transport_errors(transport: Name) -> Any:
-    """The program: 1, or 0 for one expert alone -> the error of the result and of each gradient."""
+    """Return a compiled function of `spread` (1 for even routing, 0 for one expert) to the errors of result and gradients."""
     rows, T = math.prod(axis_size(axis) for axis in BATCH), 32 * axis_size("context")
     D, F, E, A = math.lcm(128, axis_size("fsdp")), 128 * axis_size("tensor"), 2 * axis_size("expert"), 2
     tokens, into, out = P(BATCH, "context", None), P("expert", "fsdp", "tensor"), P("expert", "tensor", "fsdp")
@@ -198,6 +227,7 @@ def _transport_errors(transport: Name) -> Any:
         experts = ExpertWeights(gate, up, ExpertMatrix(normal(2, out, E, F, D), None, None))
         x, dy, weights = (normal(i, tokens, rows, T, n) for i, n in ((3, D), (4, D), (5, A)))
         row, column, choice = (jax.lax.broadcasted_iota(jnp.int32, (rows, T, A), dim, out_sharding=tokens) for dim in range(3))
+        # `spread` 0 sends every token to expert 0.
         ids = (row * T + column + choice) % E * spread
 
         def through(transport: Name) -> Any:
@@ -216,8 +246,16 @@ def _transport_errors(transport: Name) -> Any:
 
 
 def _worst_part(found: np.ndarray, wanted: np.ndarray, sizes: Sequence[int] | np.ndarray | None) -> float:
-    """max|a - b| / max|b| over the parts of the experts (rows by `sizes`, or dim 0), the tail that nobody owns included;
-    a part that has to be zero, and is not, counts as infinitely wrong."""
+    """Return the largest error max|a - b| / max|b| among the parts that belong to different experts or segments.
+
+    Args:
+        found: the kernel's output.
+        wanted: the reference's output.
+        sizes: rows of each part, where the rest, owned by no expert, is one more part; None if dim 0 indexes the parts.
+
+    Returns:
+        Infinity if a part that must be zero is not.
+    """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     cuts = list(range(1, len(found))) if sizes is None else np.cumsum(sizes).tolist()
     worst = 0.0

@@ -1,4 +1,4 @@
-"""Where a run starts: from its newest checkpoint, from the weights of `init_from`, or from random ones."""
+"""The state that a run starts from: its newest checkpoint, the weights of `init_from`, or random weights."""
 
 from __future__ import annotations
 
@@ -26,31 +26,45 @@ from moe_train.train.state import TrainState, create_state, partition
 
 
 class Start(NamedTuple):
-    """A state to go on from, and how it came about."""
+    """The state that training continues from, and where it came from."""
 
     structure: Any
-    """Of the model, for `combine`."""
+    """Structure of the model without its arrays, as `combine` takes it."""
     optimizer: optax.GradientTransformation
     state: TrainState
     resumed: bool
+    """Whether the state comes from a checkpoint of this run."""
     originals: Parameters
-    """Trained weights as the base has them, where a part of it is frozen: routing is compared with theirs."""
+    """Base weights of what is trained in full while other weights are frozen; routing is compared with the base model's through
+    them. Empty otherwise.
+    """
     base: Base | None
+    """Identity of the weights of `init_from`; None if the run started from random weights."""
     adapter: Base | None
+    """Identity of the adapter of `lora.init_from`; None without one."""
     changed: dict[str, tuple[Any, Any]]
-    """Settings that are not the checkpoint's, {key: (then, now)}."""
+    """Settings that differ from the checkpoint's, {key: (then, now)}."""
     damaged: dict[int, str]
-    """Newer checkpoints that could not be read, {step: why}."""
+    """Newer checkpoints that could not be read, {step: reason}."""
     sizes: tuple[int, int]
-    """Parameters: (all, trained)."""
+    """Numbers of parameters: (all, trained)."""
 
 
 def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointManager, total_steps: int) -> Start:
-    """The state of a resolved run on the mesh in force. Nothing is written, but a damaged checkpoint is renamed.
+    """Build the state that a resolved run starts from, on the mesh in force.
 
-    Raises ValueError where the config, the data or the base are not those of the checkpoint.
+    Nothing is written, except that a damaged checkpoint is renamed.
+
+    Args:
+        run: the resolved run.
+        loader: training data, whose identity must match the checkpoint's.
+        checkpoints: the checkpoints of this run, if it has any.
+        total_steps: optimizer steps of the whole run, for the schedule.
+
+    Raises:
+        ValueError: the config, the data or the base differ from the checkpoint's.
     """
-    # Shapes first, so that no more than one copy of the weights is ever made.
+    # Shapes are computed first, so that at most one copy of the weights is ever allocated.
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
     structure, shapes = parameters(jax.eval_shape(model))
     learned, frozen = partition(shapes, run.lora)
@@ -74,9 +88,11 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     elif base is not None and not frozen:
         state = new_state(model_dir.load_parameters(base.source, learned, base.step))
     else:
+        # A copy, since the step donates the trained weights while the originals must stay.
         loaded = jax.tree.map(jnp.copy, originals)
         if adapter is not None:
             loaded |= model_dir.load_adapter(adapter, run.model, learned)
+        # Only what was not loaded is returned, so XLA initializes nothing else.
         fresh = jax.jit(lambda: {path: x for path, x in parameters(model())[1].items() if path in learned.keys() - loaded})()
         state = new_state(fresh | loaded)
     return Start(
@@ -97,11 +113,15 @@ _DECIDED_AT_START = (
     *("seed", "model", "lora", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
     *("optimizer.name", "optimizer.min_dim_size_to_factor"),
 )
-"""Settings that a run cannot change: its checkpoint would not fit, or its batches would be others."""
+"""Settings that a run cannot change: its checkpoint would no longer fit, or its batches would differ."""
 
 
 def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from the checkpoint's, {key: (then, now)}. Raises ValueError where one must not."""
+    """Return the settings that differ from the checkpoint's, {key: (then, now)}.
+
+    Raises:
+        ValueError: a setting that is fixed when a run starts, the base or the training data differ.
+    """
     before = saved_config(run.run_dir, last)
     then, now = (yaml_file.flat(each.model_dump(mode="json")) for each in (before, run.to_config()))
     changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
@@ -120,7 +140,14 @@ def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[An
 
 
 def _base(run: config.Run, last: About | None, frozen: bool) -> Base | None:
-    """The identity of the weights of `init_from`; at a resume that loads them again, checked against the checkpoint."""
+    """Return the identity of the weights of `init_from`, or None for random weights.
+
+    Args:
+        run: the resolved run.
+        last: what the newest checkpoint records; None for a new run.
+        frozen: whether some weights are frozen, so that a resumed run loads them again; they are then checked against the
+            checkpoint.
+    """
     if run.init_from is None:
         if frozen:
             raise ValueError("lora needs init_from: adapters belong to weights that can be loaded again")
@@ -135,7 +162,7 @@ def _base(run: config.Run, last: About | None, frozen: bool) -> Base | None:
 
 
 def _adapter(run: config.Run, last: About | None) -> Base | None:
-    """The identity of the adapter that the run starts from; at a resume the same one as then."""
+    """Return the identity of the adapter that the run starts from; a resumed run must find the same adapter."""
     if run.lora is None or run.lora.init_from is None:
         return None
     now = identity.adapter_of(run.lora.init_from)

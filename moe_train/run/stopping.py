@@ -1,4 +1,4 @@
-"""What makes a run stop or save before its end: a signal to one process, agreed on by all at one step."""
+"""Stop or save before the end of a run: a signal to one process, on which all processes agree at the same step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from moe_train.machine.mesh import AXES
 
 @contextlib.contextmanager
 def signals() -> Iterator[SimpleNamespace]:
-    """`reason` names the first SIGTERM or SIGINT; the second one has its usual effect. The handlers are the main thread's."""
+    """Catch SIGTERM and SIGINT while the block runs.
+
+    Handlers can only be installed in the main thread; in another thread nothing is caught.
+
+    Yields:
+        A namespace whose `reason` is None, and the name of the first signal once it has arrived. A second signal has its usual
+        effect.
+    """
     asked = SimpleNamespace(reason=None)
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -28,6 +35,7 @@ def signals() -> Iterator[SimpleNamespace]:
 
     def note(number: int, _: FrameType | None) -> None:
         asked.reason = signal.Signals(number).name
+        # Restored at once, so that a second signal acts as usual.
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -41,17 +49,27 @@ def signals() -> Iterator[SimpleNamespace]:
 
 
 class Votes(NamedTuple):
-    """What some process wants, agreed by all."""
+    """Whether any process wants to stop or to save, agreed on by all."""
 
     stop: bool = False
     save: bool = False
 
     def joined(self, other: Votes) -> Votes:
+        """Combine two votes: stop or save if either asks for it."""
         return Votes(self.stop or other.stop, self.save or other.save)
 
 
 def vote(wishes: tuple[bool, bool], mesh: Mesh) -> jax.Array:
-    """(2,) int32 on the device: what any process wishes. All processes read the same, at the same step."""
+    """Agree on what any process wishes.
+
+    Args:
+        wishes: (stop, save) of this process.
+        mesh: the mesh of all processes.
+
+    Returns:
+        (2,) int32 on the device. All processes read the same value at the same step.
+    """
+    # One row per local device, so that the rows of all processes form one sharded array.
     mine = np.tile(np.array(wishes, np.int32), (len(mesh.local_devices), 1))
     return _any(jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine))
 

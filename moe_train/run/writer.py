@@ -1,4 +1,4 @@
-"""What a run tells its people: figures of each step, on the terminal, in `metrics.jsonl` and as TensorBoard events."""
+"""Write the metrics of a run to the terminal, to `metrics.jsonl` and as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ from moe_train.machine.progress_bar import ProgressBar
 
 
 LINE_SECONDS = 5.0
-"""Where there is no terminal: time between two lines of figures."""
+"""Seconds between two lines of metrics if stderr is not a terminal."""
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
 class Writer:
-    """Figures of a run to all of its places; on processes but the first, to none.
+    """Write the metrics of a run to all destinations; processes other than the first write nothing.
 
-    `metrics.jsonl` has one object a line with `step` (steps tried so far) and `kind` ("train" or "eval"). Lines past
-    `start_step`, left by a process that died after its last checkpoint, are removed: these steps are done again.
-    TensorBoard names what is kept per router by the number of its layer, entry i by `sparse_layers[i]`.
+    `metrics.jsonl` has one object per line with `step` (steps tried so far) and `kind` ("train" or "eval"). Lines past
+    `start_step`, left by a process that died after its last checkpoint, are removed, since those steps are done again.
+
+    Args:
+        run_dir: folder for `metrics.jsonl` and `tensorboard/`.
+        settings: whether TensorBoard events are written.
+        start_step: the step that the run continues after; 0 for a new run.
+        total_steps: optimizer steps of the whole run.
+        write: whether this process writes.
+        sparse_layers: layer index of each router; TensorBoard names entry i of a per-router metric by `sparse_layers[i]`.
     """
 
     def __init__(
@@ -56,11 +63,12 @@ class Writer:
         if settings.tensorboard:
             from tensorboardX import SummaryWriter
 
-            logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a figure that is not finite is told by the loop
+            logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # the loop already reports non-finite values
+            # Events past the checkpoint are dropped, like the lines of metrics.jsonl.
             self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
         self._console = Console(stderr=True, highlight=False)
         self._total = total_steps
-        self._first: tuple[float, int] | None = None  # when and after which step the first figures came
+        self._first: tuple[float, int] | None = None  # (time, step) of the first metrics
         self._said = 0.0
         self._bar: ProgressBar | None = None
         if self._console.is_terminal:
@@ -69,12 +77,12 @@ class Writer:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress line."""
+        """Print a line for people, above the progress bar."""
         if self._write:
             self._console.print(text, markup=False, soft_wrap=True)
 
     def train(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Figures of a training step."""
+        """Write the metrics of a training step."""
         if not self._write:
             return
         self._record("train", step, figures)
@@ -91,12 +99,12 @@ class Writer:
             self.say(f"step {step}/{self._total}  {line}{left}")
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Figures of an evaluation after a step."""
+        """Write the metrics of an evaluation after `step`."""
         if self._write:
             self._record("eval", step, figures)
             drift = figures.get("routing_drift")
             drifted = f"; {np.mean(drift):.1%} of the assignments drifted, {max(drift):.1%} in one layer" if drift else ""
-            tokens = figures.get("loss_tokens")  # an objective may average over something else
+            tokens = figures.get("loss_tokens")  # absent if the objective averages over something other than tokens
             over = "" if tokens is None else f" over {tokens:,} tokens"
             self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f}{over}{drifted}")
 
@@ -111,11 +119,12 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one to show
+        # the error that ended the block must not be hidden
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.close()
 
     def close(self) -> None:
-        """Finish the files; on a terminal, leave the progress line as it is."""
+        """Finish the files; on a terminal, leave the progress bar as it is."""
         if not self._write:
             return
         if self._bar is not None:
@@ -127,7 +136,7 @@ class Writer:
 
 
 def _strict(figures: Any) -> Any:
-    """Figures with null where JSON has no word: NaN and the infinities."""
+    """Replace NaN and infinities, which JSON cannot express, by null."""
     if isinstance(figures, Mapping):
         return {key: _strict(value) for key, value in figures.items()}
     if isinstance(figures, list):
@@ -136,7 +145,10 @@ def _strict(figures: Any) -> Any:
 
 
 def _open_lines(path: Path, start_step: int) -> TextIO:
-    """Open for appending, without the lines past `start_step` (of a new start: without any) and without a half line."""
+    """Open `path` for appending, after removing lines past `start_step` and an incomplete last line.
+
+    With `start_step` 0, a new start, all lines are removed.
+    """
     kept: list[str] = []
     if start_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -147,7 +159,12 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
 
 
 def _scalars(figures: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tuple[str, float]]:
-    """(name, number), lists spelled out: `load/layer_3/expert_0`. layers: numbers of the entries of a list."""
+    """Yield (name, number) pairs with lists expanded, such as `load/layer_3/expert_0`.
+
+    Args:
+        figures: metrics by name; a list has one entry per router, each a number or a list over experts.
+        layers: layer index of each entry of a list; empty to number the entries from 0.
+    """
     for name, value in figures.items():
         if isinstance(value, int | float):
             yield name, value
@@ -160,6 +177,7 @@ def _scalars(figures: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tupl
 
 
 def _line(figures: Mapping[str, Any]) -> str:
+    """Format the metrics of a training step as one line."""
     parts = [f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
     if figures.get("mfu") is not None:
         parts.append(f"MFU {figures['mfu']:.1%}")
@@ -175,6 +193,7 @@ def _line(figures: Mapping[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """Format seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,1 @@
+"""External weights: models and adapters in the files of other tools, read and written."""

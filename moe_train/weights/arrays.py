@@ -1,4 +1,4 @@
-"""Between tensors of files and sharded arrays, a part at a time in both directions."""
+"""Move weights between tensors of files and sharded arrays, a part at a time in both directions."""
 
 from __future__ import annotations
 
@@ -23,44 +23,53 @@ from moe_train.weights.names import Piece
 from moe_train.weights.on_disk import Tensor, nbytes
 
 Parameters = dict[str, jax.Array]
+"""Arrays by path."""
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
+"""Shapes, dtypes and shardings by path."""
 Ranges = tuple[tuple[int, int], ...]
+"""(start, stop) of each dim."""
 Read = Callable[[tuple[int, ...], Sequence[np.ndarray]], None]
-"""Reads a matrix, by its entry in the stacked dims, into memory: one array, or its codes and scales."""
+"""Reads a matrix, given its entry in the stacked dims, into host arrays: a single one, or quantized values and scales."""
 CHUNK = 2**20
 """Bytes of a file that are read at a time."""
 HUGE = 2**22
-"""Bytes from which numpy asks for huge pages."""
+"""Size from which numpy asks for huge pages."""
 BESIDE = 2**27
-"""Bytes of weights that are on the host at a time on their way to an accelerator, unless one matrix is larger."""
+"""Bytes of weights that are on the host at a time on their way to an accelerator, unless a single matrix is larger."""
 
 
 class InFiles(NamedTuple):
-    """What an array would hold, left in the files: read a matrix, or a layer, at a time."""
+    """The content of an array, left in the files and read a matrix or a layer at a time."""
 
     like: jax.ShapeDtypeStruct
+    """Shape, dtype and sharding of the array."""
     pieces: Mapping[tuple[int, ...], Piece]
+    """The piece of each entry in the stacked dims."""
     tensors: Mapping[str, Tensor]
+    """Tensors of the files by name."""
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
         return self.like.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """Dtype that values are cast to when they are read."""
         return self.like.dtype
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return self.like.size
 
     def entry(self, lead: tuple[int, ...]) -> np.ndarray:
-        """The matrix with this entry in the stacked dims."""
+        """Read the matrix with this entry in the stacked dims."""
         piece = self.pieces[lead]
         return piece.from_file(self.tensors[piece.name].read).astype(self.dtype, copy=False)
 
     def layers(self, first: int) -> InFiles:
-        """Entry `first` of the first dim, which stays."""
+        """Return entry `first` of the first dim, which is kept with size 1; nothing is read."""
         like = jax.ShapeDtypeStruct((1, *self.shape[1:]), self.dtype, sharding=self.like.sharding)
         pieces = {(0, *lead[1:]): piece for lead, piece in self.pieces.items() if lead[0] == first}
         return InFiles(like, pieces, self.tensors)
@@ -71,13 +80,13 @@ Held = Mapping[str, jax.Array | InFiles]
 
 
 def leave(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> dict[str, InFiles]:
-    """As `fill`, but nothing is read yet, nor may weights be quantised."""
+    """Return lazy weights: like `fill`, but nothing is read yet, and weights must not be quantized."""
     by_path = _by_path(table)
     return {path: InFiles(like, by_path[path], tensors) for path, like in abstract.items()}
 
 
 def load(weights: Held) -> Parameters:
-    """All of them as arrays."""
+    """Read all weights that are in files into arrays."""
     with ThreadPoolExecutor() as pool:
         return {
             path: _arrays(x.shape, [x.like], x.pieces, x.tensors, pool)[0] if isinstance(x, InFiles) else x
@@ -93,11 +102,16 @@ def _by_path(table: Collection[Piece]) -> dict[str, dict[tuple[int, ...], Piece]
 
 
 def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> Parameters:
-    """Arrays with the shapes, dtypes and shardings of `abstract`, read from `tensors` as `table` says.
+    """Read arrays with the shapes, dtypes and shardings of `abstract` from files.
 
-    Each device's part is read on its own, and no more of the files than that: onto an accelerator matrix by matrix, and
-    where the device's memory is the host's, straight into it. Quantised weights are so as they are read, about a MiB of
-    the file at a time. `names.check` has found the three to fit. The mesh in force is the one of the shardings.
+    Each device's part is read separately, and nothing else of the files: onto an accelerator matrix by matrix, or, if the
+    device's memory is the host's, directly into it. Weights are quantized while they are read, about a MiB of the file at a
+    time. The mesh in force must be the one of the shardings.
+
+    Args:
+        abstract: the arrays to fill, by path.
+        table: where each matrix is in the files.
+        tensors: tensors of the files by name. `names.check` must have found that the three arguments fit together.
     """
     filled: Parameters = {}
     by_path = _by_path(table)
@@ -121,10 +135,10 @@ def _arrays(
     tensors: Mapping[str, Tensor],
     pool: ThreadPoolExecutor,
 ) -> list[jax.Array]:
-    """The weight of this shape as an array; or its codes and scales, both split alike."""
+    """Read the weight of this shape as one array, or as its quantized values and scales, both sharded alike."""
     spec = likes[0].sharding
     assert isinstance(spec, NamedSharding), likes
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec.spec)  # that of `likes` may be of an abstract mesh
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec.spec)  # the mesh of `likes` may be abstract
     replicas: dict[Ranges, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
@@ -153,14 +167,14 @@ def _arrays(
 
 
 def _is_host(device: jax.Device) -> bool:
-    """Whether the device's memory is the host's."""
+    """Return whether the device's memory is the host's."""
     return device.platform == "cpu"
 
 
 def _put_in_place(
     lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: Read, pool: ThreadPoolExecutor
 ) -> list[list[jax.Array]]:
-    """Of each of `shards` an array for each of the devices, in memory that these then use as it is."""
+    """Read each of `shards` into host memory that the devices then use directly; returns one array per device for each."""
     hosts = [_aligned(shard.shape, shard.dtype) for shard in shards]
 
     def one(lead: tuple[int, ...]) -> None:
@@ -174,7 +188,7 @@ def _put_in_place(
 def _put_one_by_one(
     lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: Read, pool: ThreadPoolExecutor
 ) -> list[list[jax.Array]]:
-    """The same, a few matrices on the host at a time."""
+    """Like `_put_in_place`, for accelerators: a few matrices are on the host at a time."""
     stacked = len(lead_ranges)
 
     def one(lead: tuple[int, ...]) -> list[np.ndarray]:
@@ -183,7 +197,8 @@ def _put_one_by_one(
         return hosts
 
     leads = list(_leads(lead_ranges))
-    meshes = [Mesh(np.array([device]), ("here",)) for device in devices]  # arrays of one device alone
+    # a mesh per device, for arrays that live on this device only
+    meshes = [Mesh(np.array([device]), ("here",)) for device in devices]
     buffers: list[list[jax.Array]] = [[] for _ in shards]
     for found, shard in zip(buffers, shards, strict=True):
         for mesh in meshes:
@@ -199,7 +214,7 @@ def _put_one_by_one(
                 for i, mesh in enumerate(meshes):
                     with jax.set_mesh(mesh):
                         found[i] = _place(found[i], jax.device_put(host, NamedSharding(mesh, P())), where)
-        jax.block_until_ready(buffers)  # the host's copies go before the next ones come
+        jax.block_until_ready(buffers)  # frees the host's copies before the next ones are read
     return [[buffer.addressable_data(0) for buffer in found] for found in buffers]
 
 
@@ -213,11 +228,18 @@ def _leads(ranges: Ranges) -> Iterator[tuple[int, ...]]:
 
 
 def _cuts(piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None) -> Iterator[tuple[tuple[slice, ...], Ranges]]:
-    """The entries `ranges` of a matrix, about a MiB of the file at a time: where they lie among these, and their own ranges.
+    """Split the entries `ranges` of a matrix into cuts of about a MiB of the file.
 
-    never: a dim, from the end, that is not cut.
+    Args:
+        piece: the matrix.
+        tensor: its tensor in the file.
+        ranges: (start, stop) of each of our dims.
+        never: a dim, counted from the end, that is not cut; None if any may be.
+
+    Yields:
+        (where the cut lies within the entries, the ranges of the cut).
     """
-    rows = piece.axes.index((0,))  # the dim of ours that goes over rows of the file
+    rows = piece.axes.index((0,))  # our dim that runs over rows of the file
     start, stop = ranges[rows]
     row = nbytes([stop - start for start, stop in ranges], tensor.dtype) // max(1, stop - start)
     step = stop - start if never is not None and rows == len(ranges) + never else CHUNK // max(1, row)
@@ -228,14 +250,14 @@ def _cuts(piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None
 
 
 _quantized = jax.jit(quantize, static_argnums=(1, 2, 3, 4))
-"""On this process's first device, even where that is the host: a few times as fast as numpy."""
+"""Quantizes on this process's first device, even if that is the host: a few times as fast as numpy."""
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Memory that XLA:CPU takes for an array's own, without a copy.
+    """Allocate memory that XLA:CPU uses as an array's own, without a copy.
 
-    Much of it comes from the system as that would have its pages, and all at once: huge ones, which numpy asks for, take a
-    virtual machine seconds a GiB, since its host has taken back just those that were free.
+    Large memory comes directly from the system, with its ordinary pages and populated at once. Huge pages, which numpy asks for,
+    take a virtual machine seconds per GiB, since its host has reclaimed exactly the pages that were free.
     """
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size >= HUGE and hasattr(mmap, "MAP_POPULATE"):  # Linux
@@ -247,9 +269,9 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def fetch(array: jax.Array | InFiles, lead: tuple[int, ...] = ()) -> np.ndarray:
-    """Entry `lead` of a stacked array, on the host; a view where a CPU device holds all of it.
+    """Return entry `lead` of a stacked array on the host; a view if a CPU device holds all of it.
 
-    An array that is spread over several processes is gathered, so all of them have to ask for the same at a time.
+    An array that is spread over several processes is gathered, so all of them must ask for the same entries in the same order.
     """
     if isinstance(array, InFiles):
         return array.entry(lead)
@@ -270,8 +292,8 @@ def fetch(array: jax.Array | InFiles, lead: tuple[int, ...] = ()) -> np.ndarray:
 
 def _entry_of_shard(shard: Any, lead: tuple[int, ...]) -> np.ndarray:
     if shard.device.platform == "cpu":
-        return np.asarray(shard.data)[lead]  # the device's memory is the host's
-    # cut on the device, as an array of a mesh of this device alone; the one in force has others
+        return np.asarray(shard.data)[lead]  # a view, since the device's memory is the host's
+    # Sliced on the device, as an array of a one-device mesh, since the mesh in force has other devices.
     mesh = Mesh(np.array([shard.device]), ("here",))
     with jax.set_mesh(mesh):
         part = jax.make_array_from_single_device_arrays(shard.data.shape, NamedSharding(mesh, P()), [shard.data])
@@ -280,12 +302,14 @@ def _entry_of_shard(shard: Any, lead: tuple[int, ...]) -> np.ndarray:
 
 @jax.jit
 def _entry(array: jax.Array, lead: tuple[jax.Array, ...]) -> jax.Array:
-    """Whole on every device, bit for bit."""
+    """Return the entry replicated on every device, bit for bit."""
+    # As integers, since adding zeros to floats could change negative zeros and NaNs.
     bits = jax.lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
     for i in lead:
         if spec_of(bits)[0] is None:
             bits = jax.lax.dynamic_index_in_dim(bits, i, keepdims=False)
-        else:  # the others' are zeros, so that the sum over the devices is this entry
+        else:  # other devices contribute zeros, so the sum over devices is this entry
+            # Indexing a sharded dim would gather all of it; a masked sum moves a single entry.
             mine = (jnp.arange(len(bits)) == i).reshape(-1, *(1,) * (bits.ndim - 1))
             bits = jnp.sum(jnp.where(mine, bits, 0), axis=0, dtype=bits.dtype)
     return jax.lax.bitcast_convert_type(jax.sharding.reshard(bits, P()), array.dtype)

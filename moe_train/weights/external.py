@@ -1,4 +1,4 @@
-"""External models, whatever their layout: from disk into sharded arrays."""
+"""External models of any layout: from disk into sharded arrays."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from moe_train.weights.on_disk import Weights
 
 
 def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
-    """The layout of the model at `path`: Hugging Face's where a folder has both, as Mistral's releases do.
+    """Detect the layout of the model at `path`; Hugging Face's if a folder has both, as Mistral's releases do.
 
-    Raises FileNotFoundError where there is no model, naming the files that were looked for.
+    Raises:
+        FileNotFoundError: there is no model; the message names the files that were looked for.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -28,6 +29,7 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
         )
     has_config = (path / config_json.FILE).is_file()
     has_params = (path / params_json.FILE).is_file()
+    # config.json alone does not decide: the weights may be there only in Mistral's layout.
     if has_config and (safetensors_files.has_model(path) or not has_params):
         return "hf"
     if has_params:
@@ -45,7 +47,9 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
 def open_weights(path: str | Path) -> Weights:
     """Open the tensors of the model at `path` without reading them.
 
-    Raises FileNotFoundError where there is none, ValueError where it is damaged or its architecture is not supported.
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: the model is damaged or its architecture is not supported.
     """
     match layout_of(path):
         case "hf":
@@ -57,7 +61,7 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def read_model(path: str | Path) -> config.Model:
-    """The architecture of the model at `path`."""
+    """Read the architecture of the model at `path`."""
     match layout_of(path):
         case "hf":
             return hf.read_model_config(path)
@@ -68,17 +72,23 @@ def read_model(path: str | Path) -> config.Model:
 
 
 def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:
-    """Read the weights of a model into arrays of the shapes, dtypes and shardings of `abstract` ({path: …}).
+    """Read the weights of a model into arrays.
 
-    `abstract` may name some of the weights only; adapters are not among them. The host holds one device's part of one array at
-    a time. Raises ValueError unless the tensors are those of the architecture and fill every array.
+    The host holds one device's part of one array at a time.
+
+    Args:
+        path: the model.
+        abstract: {path: shape, dtype and sharding}. It may contain only some of the weights; adapters are not among them.
+
+    Raises:
+        ValueError: the tensors are not those of the architecture, or do not fill every array.
     """
     found = _checked(path, abstract)
     return fill(abstract, found.table, found.tensors)
 
 
 def leave_parameters(path: str | Path, abstract: Abstract) -> dict[str, InFiles]:
-    """The weights of `load_parameters`, each read when it is needed. Raises as `load_parameters`."""
+    """Return the weights of `load_parameters` lazily, each read when it is needed. Raises the errors of `load_parameters`."""
     found = _checked(path, abstract)
     return leave(abstract, found.table, found.tensors)
 
@@ -91,5 +101,5 @@ def _checked(path: str | Path, abstract: Abstract) -> Weights:
 
 
 def hashes(path: str | Path) -> dict[str, str]:
-    """sha256 of each tensor that `load_parameters` reads, by its name in the files; several processes read a share each."""
+    """Return the sha256 of each tensor that `load_parameters` reads, by its name in the files; processes share the reading."""
     return together.tensor_hashes(open_weights(path).tensors)

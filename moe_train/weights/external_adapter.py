@@ -1,4 +1,4 @@
-"""External adapters, whatever their layout: PEFT's, Mistral's own, or llama.cpp's."""
+"""External adapters of any layout: PEFT's, Mistral's own, or llama.cpp's."""
 
 from __future__ import annotations
 
@@ -15,36 +15,46 @@ from moe_train.weights.mistral import params_json
 
 
 def read_lora(path: str | Path, model: config.Model) -> config.Lora:
-    """The section `lora` that the adapter at a path amounts to. Raises FileNotFoundError where there is none."""
+    """Return the section `lora` that describes the adapter at `path`. Raises FileNotFoundError if there is none."""
     return _layout_of(path).read_lora(path, model)
 
 
 def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
-    """Read the adapters, and the weights that were trained in full, into arrays like `abstract` ({path: …}).
+    """Read adapters, and the weights that were trained in full, into arrays.
 
-    `abstract` comes from a model with the section `read_lora(path, model)`. Raises ValueError where the files belong to another
-    base.
+    Args:
+        path: the adapter.
+        model: the architecture of its base.
+        abstract: {path: shape, dtype and sharding}, from a model with the section `read_lora(path, model)`.
+
+    Raises:
+        ValueError: the files belong to another base.
     """
     return _layout_of(path).load_adapter(path, model, abstract)
 
 
 def hashes(path: str | Path) -> dict[str, str]:
-    """sha256 of each tensor by its name, and of the settings that decide its scale; each process reads a share of the tensors."""
+    """Return the sha256 of each tensor by name, and of the settings that decide its scale; processes share the reading."""
     layout = _layout_of(path)
     if layout is gguf_lora:
         opened = gguf_lora.open_adapter(path)
+        # alpha scales the tensors, so a change of it alone makes another adapter.
         alpha = repr(opened.settings.get("adapter.lora.alpha"))
         return together.tensor_hashes(opened.tensors) | {"adapter.lora.alpha": hashlib.sha256(alpha.encode()).hexdigest()}
     weights, settings = (peft.WEIGHTS, peft.CONFIG) if layout is peft else (mistral_lora.FILE, params_json.FILE)
     hashes = together.tensor_hashes(safetensors_files.open_file(Path(path) / weights))
     file = Path(path) / settings
-    if file.is_file():  # mistral-inference needs none
+    if file.is_file():  # optional, since mistral-inference does not need it
         hashes[settings] = hashlib.sha256(file.read_bytes()).hexdigest()
     return hashes
 
 
 def _layout_of(path: str | Path) -> ModuleType:
-    """The module that reads the adapter at `path`. Raises FileNotFoundError, naming the files that were looked for."""
+    """Return the module that reads the adapter at `path`.
+
+    Raises:
+        FileNotFoundError: there is no adapter; the message names the files that were looked for.
+    """
     directory = Path(path)
     if (directory / peft.CONFIG).is_file():
         return peft

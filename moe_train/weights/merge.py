@@ -1,4 +1,4 @@
-"""What an adapter adds to the weight beside it, one matrix at a time on the host."""
+"""Compute what an adapter adds to its weight, one matrix at a time on the host."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.names import Piece
 
 CHUNK = 2**18
-"""Entries that are worked out together, in float64: they stay in a core's cache."""
+"""Entries that are computed at once, in float64, so that they stay in a core's cache."""
 
 
 def scale_of(lora: config.Lora, module: str, lead: tuple[int, ...] = ()) -> float:
-    """What the product of an adapter's A and B is multiplied with, beside a module such as
-    `stacks.0.layers.0.attention.q_proj`; `lead` (repeat, expert) says whose, where experts differ."""
+    """Return the factor of an adapter's product A·B.
+
+    Args:
+        lora: the section of the adapters.
+        module: path of the module, such as `stacks.0.layers.0.attention.q_proj`.
+        lead: (repeat, expert) of a routed expert, since experts may have different scales.
+    """
     if len(lead) == 2:
         return scale_of_expert(lora, lora.targets_of(of_module(module).module), lead[1])[0]
     return lora.scale(lora.targets_of(of_module(module).module, routed=False)[0])
 
 
 def target_of(lora: config.Lora, module: str) -> config.LoraTarget:
-    """The target that put the adapter beside a module; the first, where several share its experts."""
+    """Return the target that created the adapter of a module; the first one if several share its experts."""
     return lora.targets_of(of_module(module).module)[0]
 
 
 def delta(parameters: Held, lora: config.Lora | None, piece: Piece) -> np.ndarray | None:
-    """scale · A·B in float64, in the dims of the weight; None where there is no adapter."""
+    """Return scale · A·B in float64, in the dims of the weight; None without an adapter."""
     if (factors := _factors(parameters, lora, piece)) is None:
         return None
     a, b = factors
@@ -38,16 +43,17 @@ def delta(parameters: Held, lora: config.Lora | None, piece: Piece) -> np.ndarra
 
 
 def merged(parameters: Held, lora: config.Lora | None, piece: Piece, dtype: np.dtype) -> np.ndarray:
-    """round(base + scale · A·B) in `dtype`: one rounding. The base's own values where there is no adapter."""
+    """Return round(base + scale · A·B) in `dtype`, with a single rounding; without an adapter, the base's own values."""
     base = fetch(parameters[piece.path], piece.lead)
     if (factors := _factors(parameters, lora, piece)) is None:
         return base.astype(dtype, copy=False)
     a, b = factors
     inputs, rank = math.prod(a.shape[:-1]), len(b)
     weight, left, right = base.reshape(inputs, -1), a.reshape(inputs, rank), b.reshape(rank, -1)
-    turned = weight.flags.f_contiguous  # left in a file, as (out, in): several times as fast row by row of that
+    turned = weight.flags.f_contiguous  # read from a file as (out, in); processing rows of that is several times as fast
     if turned:
         weight, left, right = weight.T, right.T, left.T
+    # Sums are formed in float64 and rounded once, when they are stored in `out`.
     out = np.empty(weight.shape, dtype)
     step = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), step):
@@ -57,7 +63,7 @@ def merged(parameters: Held, lora: config.Lora | None, piece: Piece, dtype: np.d
 
 
 def _factors(parameters: Held, lora: config.Lora | None, piece: Piece) -> tuple[np.ndarray, np.ndarray] | None:
-    """Two matrices in float64 whose product is what is added."""
+    """Return two matrices in float64 whose product is added to the weight; None without an adapter."""
     path = ParameterPath.parse(piece.path)
     module = path.module_path
     if not path.has_adapter(parameters):
@@ -66,6 +72,6 @@ def _factors(parameters: Held, lora: config.Lora | None, piece: Piece) -> tuple[
         raise ValueError(f"{module} has an adapter, but nothing says its alpha; give the section lora")
     a, b = (fetch(parameters[name], piece.lead).astype(np.float64) for name in path.adapter)
     scale = scale_of(lora, module, piece.lead)
-    if path.is_head:  # its weight is (V, D), as the embedding's; A is (D, J), B (J, V)
+    if path.is_head:  # its weight is (V, D) like the embedding's; A is (D, J), B (J, V)
         return scale * b.T, a.T
     return scale * a, b

@@ -1,8 +1,8 @@
-"""The names of a model's tensors in other people's files, ours, and the transform between: one two-way table a layout.
+"""Names of a model's tensors in external files, our paths, and the transform between them: one two-way table per layout.
 
-File: linear weights (out, in). Ours: einsum operands (in dims…, out dims…), stacked on repeats of the period (and on
-experts). Of Hugging Face's layouts the per-expert one is written, which transformers 4 and 5, vLLM and llama.cpp read;
-transformers 5's fused experts, and the prefixes of a text model inside a vision wrapper, are read only.
+In files, linear weights are (out, in). Ours are einsum operands, (in dims…, out dims…), stacked over repeats of the period (and
+over experts). Of Hugging Face's layouts, the per-expert one is written, which transformers 4 and 5, vLLM and llama.cpp read.
+transformers 5's fused experts, and the prefixes of a text model inside a vision wrapper, are only read.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from moe_train.model.paths import ParameterPath, in_layer
 class Row(NamedTuple):
     """A tensor of a file and our parameter.
 
-    Letters of dims: V vocabulary, D model_dim, N heads, K kv heads, H head_dim, F ffn_dim, E experts, J rank of an
-    adapter; H may be spelled by its halves, Z = 2 and P = H / 2. Letters that stand together are one dim.
+    Letters of dims: V vocabulary, D model_dim, N heads, K kv heads, H head_dim, F ffn_dim, E experts, J rank of an adapter; H may
+    be written as its halves, Z = 2 and P = H / 2. Adjacent letters form one dim.
     """
 
     name: str
+    """Name in the file, without the layer's prefix if it belongs to a layer."""
     dims: str
+    """Dims of the file's tensor, by letter."""
     path: str
+    """Path of our parameter."""
     ours: str
+    """Dims of our parameter, by letter."""
     stack: Literal["", "experts", "gate of gate_up", "up of gate_up"] = ""
-    """What more the file's tensor holds: all experts, (E, dims); or gate above up of all, (E, 2F, D)."""
+    """What else the file's tensor contains: all experts, (E, dims); or gate stacked on up for all experts, (E, 2F, D)."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,26 @@ class Layout:
     norm: Row
     head: Row
     layer: str
-    """What the names of layer `{l}` begin with."""
+    """Prefix of the names of layer `{l}`."""
     of_layer: tuple[Row, ...]
     dense: tuple[Row, ...]
     router: Row
     experts: tuple[Row, ...]
-    """`{e}` is the expert, where each has tensors of its own."""
+    """Rows of the experts; `{e}` is the expert, if each has its own tensors."""
     adapters: tuple[str, str]
-    """Names of A (rank, in) and B (out, rank) beside `{stem}`, a name without its `.weight`."""
+    """Names of A (rank, in) and B (out, rank) for `{stem}`, a weight's name without `.weight`."""
     adapters_of_embed: tuple[str, str] | None = None
-    """The same beside the embedding, A (rank, V) and B (D, rank); None where routers and both ends have no adapters."""
+    """The same for the embedding, A (rank, V) and B (D, rank); None if routers, embedding and head cannot have adapters."""
 
 
 def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> Layout:
-    """body and head: what names begin with; the defaults are written. fused: transformers 5's layout of the experts."""
+    """Build a variant of Hugging Face's layout.
+
+    Args:
+        body: prefix of all names except the head's; the default is the one that is written.
+        head: prefix of the head's name; the default is the one that is written.
+        fused: whether experts have transformers 5's fused layout.
+    """
     if fused:
         router = Row("mlp.gate.weight", "E D", "ffn.router.weight", "D E")
         experts = (
@@ -97,8 +107,9 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> L
 
 
 HUGGING_FACE = hugging_face()
+"""The layout that is written for Hugging Face."""
 _BODIES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
-"""Body and head of a text model, alone and inside two kinds of vision wrapper."""
+"""Prefixes of body and head of a text model: alone, and inside two kinds of vision wrapper."""
 
 MISTRAL = Layout(
     file_format="mistral",
@@ -108,7 +119,7 @@ MISTRAL = Layout(
     layer="layers.{l}.",
     of_layer=(
         Row("attention_norm.weight", "D", "attention_norm.scale", "D"),
-        # rotary pairs side by side; ours, as Hugging Face's, are half a head apart
+        # rotary pairs are adjacent; ours, like Hugging Face's, are half a head apart
         Row("attention.wq.weight", "NPZ D", "attention.q_proj.weight", "D N ZP"),
         Row("attention.wk.weight", "KPZ D", "attention.k_proj.weight", "D K ZP"),
         Row("attention.wv.weight", "KH D", "attention.v_proj.weight", "D K H"),
@@ -128,7 +139,7 @@ MISTRAL = Layout(
     ),
     adapters=("{stem}.lora_A.weight", "{stem}.lora_B.weight"),
 )
-"""Mistral's own: consolidated.safetensors and lora.safetensors."""
+"""Mistral's own layout: consolidated.safetensors and lora.safetensors."""
 
 GGUF = Layout(
     file_format="gguf",
@@ -157,10 +168,10 @@ GGUF = Layout(
     ),
     adapters=("{stem}.weight.lora_a", "{stem}.weight.lora_b"),
 )
-"""llama.cpp's architectures `llama` and `mistral3`; shapes as numpy has them, the reverse of the file's."""
+"""llama.cpp's architectures `llama` and `mistral3`; shapes are in numpy's order, the reverse of the file's."""
 
 IGNORED = (".rotary_emb.inv_freq", "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
-"""Parts of names in files that hold no weight of the text model."""
+"""Parts of names in files whose tensors hold no weight of the text model."""
 
 
 @dataclass(frozen=True)
@@ -168,27 +179,32 @@ class Piece:
     """One matrix or vector of the model: where it is in the file, and where it is in our arrays."""
 
     name: str
-    """Tensor of the file."""
+    """Name of the file's tensor."""
     shape: tuple[int, ...]
-    """Of that whole tensor."""
+    """Shape of the whole tensor."""
     part: tuple[int | tuple[int, int], ...]
-    """Which part of the tensor: an index, or a (start, end), of each leading dim; () is the whole."""
+    """The part of the tensor: an index or a (start, end) for each leading dim; () is the whole tensor."""
     groups: tuple[tuple[int, ...], ...]
-    """The part's dims, each split into its letters: ((N, H), (D,))."""
+    """The part's dims, each split into the sizes of its letters: ((N, H), (D,))."""
     path: str
-    """Our parameter."""
+    """Path of our parameter."""
     lead: tuple[int, ...]
-    """Its index in the stacked dims: (), (repeat,) or (repeat, expert)."""
+    """Index in the stacked dims: (), (repeat,) or (repeat, expert)."""
     axes: tuple[tuple[int, ...], ...]
-    """Of each of our dims the letters' places: ours = part.reshape(N, H, D).transpose(2, 0, 1), each tuple then one dim."""
+    """For each of our dims, the positions of its letters in the file's.
+
+    Ours = part.reshape(N, H, D).transpose(2, 0, 1), after which each tuple becomes one dim.
+    """
 
     @property
     def ours_shape(self) -> tuple[int, ...]:
+        """Shape of our matrix."""
         sizes = self._sizes()
         return tuple(math.prod(sizes[axis] for axis in dim) for dim in self.axes)
 
     @property
     def part_shape(self) -> tuple[int, ...]:
+        """Shape of the part in the file."""
         return tuple(math.prod(group) for group in self.groups)
 
     def _sizes(self) -> list[int]:
@@ -198,17 +214,19 @@ class Piece:
         return [axis for dim in self.axes for axis in dim]
 
     def to_file(self, ours: np.ndarray) -> np.ndarray:
-        """(in dims…, out dims…) -> the part of the file's tensor."""
+        """Turn our matrix, (in dims…, out dims…), into the part of the file's tensor."""
         sizes, flat = self._sizes(), self._flat_axes()
         return ours.reshape([sizes[axis] for axis in flat]).transpose(np.argsort(flat)).reshape(self.part_shape)
 
     def from_file(
         self, read: Callable[[tuple[int | slice, ...]], np.ndarray], ranges: Sequence[tuple[int, int]] | None = None
     ) -> np.ndarray:
-        """Our matrix, or the part of it that `ranges` names, reading no more of the file than that.
+        """Read our matrix, or a part of it, without reading more of the file than that.
 
-        read: an index -> that part of the file's tensor. ranges: (start, stop) of each of our dims; inside a group
-        such as NH only the first letter may be cut, and a dim of several letters never.
+        Args:
+            read: an index -> that part of the file's tensor.
+            ranges: (start, stop) of each of our dims, None for all. In a group such as NH only the first letter may be cut, and a
+                dim of several letters never.
         """
         sizes, shape = self._sizes(), self.ours_shape
         cuts = {axis: (0, size) for axis, size in enumerate(sizes)}
@@ -232,7 +250,11 @@ class Piece:
 
 
 def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
-    """Every weight of `model` in the order of the layers. Raises ValueError for a model that the layout cannot express."""
+    """List every weight of `model` in the order of the layers.
+
+    Raises:
+        ValueError: the layout cannot express the model.
+    """
     if has := config.without_format(model, layout.file_format):
         raise ValueError(f"no file format has a place for {has} of family {model.family}")
     sizes = _sizes(model)
@@ -254,26 +276,34 @@ def _pieces_of_layer(model: config.Model, layout: Layout, position: config.Layer
 
 
 def _in_layer(row: Row, position: config.LayerPosition, prefix: str) -> Row:
-    """A row of a layer's tensor, with its whole names."""
+    """Return the row with the complete names of a tensor of a layer."""
     return row._replace(name=prefix + row.name, path=in_layer(position, row.path))
 
 
 def hugging_face_of(names: Collection[str]) -> Layout:
-    """The variant of Hugging Face's layout that a file with these tensor names has."""
+    """Detect the variant of Hugging Face's layout from the tensor names of a file."""
     body = next((prefix for prefix in _BODIES if f"{prefix[0]}embed_tokens.weight" in names), _BODIES[0])
     return hugging_face(*body, fused=any(name.endswith("mlp.experts.gate_up_proj") for name in names))
 
 
 def linear_rows(ffn: config.Ffn, layout: Layout = HUGGING_FACE) -> list[Row]:
-    """Rows of the linear maps, routers aside, of a layer with this feed-forward part; those of an expert are for each one."""
+    """Return the rows of the linear maps, without routers, of a layer with this feed-forward part.
+
+    Rows of an expert stand for every expert.
+    """
     rows = layout.dense if isinstance(ffn, config.DenseFfn) else layout.experts
     return [row for row in (*layout.of_layer, *rows) if " " in row.dims]
 
 
 def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout = HUGGING_FACE) -> list[Piece]:
-    """Adapters, named as the layout names them; `ranks`: of each of our modules (`stacks.0.layers.0.ffn.up_proj`).
+    """List the matrices of adapters under the layout's names.
 
-    A is (J, in) in the file and (in dims…, J) here, B (out, J) and (J, out dims…).
+    A is (J, in) in the file and (in dims…, J) in our arrays; B is (out, J) and (J, out dims…).
+
+    Args:
+        model: the architecture of the base.
+        ranks: rank of each of our modules that has an adapter, such as `stacks.0.layers.0.ffn.up_proj`.
+        layout: names of the files.
     """
     found: list[Piece] = []
     everywhere = layout.adapters_of_embed is not None
@@ -284,9 +314,10 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
             return
         out, into = row.dims.split()
         of_names: tuple[str, str] | None = layout.adapters
-        if row is layout.embed:  # a lookup: its rows are what goes in
+        if row is layout.embed:  # the embedding is a lookup: its rows are the inputs
             out, into, of_names = into, out, layout.adapters_of_embed
         assert of_names is not None
+        # A has the weight's in dims and B its out dims, each followed or preceded by the rank.
         inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
         name_a, name_b = (name.format(stem=row.name.removesuffix(".weight")) for name in of_names)
         a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
@@ -309,8 +340,15 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
 
 
 def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any]) -> None:
-    """Raise ValueError where a file states more layers or experts than its tensors can have: a table of them all may then be
-    larger than memory. tensors: with their shapes, by name in the file."""
+    """Raise ValueError if a file states more layers or experts than its tensors can have.
+
+    A table of all of them might otherwise exceed memory.
+
+    Args:
+        where: names the file in messages.
+        model: the architecture that the file states.
+        tensors: tensors with a `shape`, by name in the file.
+    """
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 0
     for count, what, most in ((model.num_layers, "layers", len(tensors)), (experts, "experts", largest)):
@@ -321,9 +359,13 @@ def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any])
 def check(
     where: object, table: Collection[Piece], tensors: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise ValueError unless the file has the table's tensors and no others, fills each parameter once, and shapes fit.
+    """Raise ValueError unless a file has exactly the table's tensors, fills each parameter once, and shapes fit.
 
-    where: for the message. tensors: shapes by name in the file. parameters: shapes by our path.
+    Args:
+        where: names the file in messages.
+        table: the pieces of the architecture.
+        tensors: shapes by name in the file.
+        parameters: shapes by our path.
     """
     wanted = {piece.name: piece.shape for piece in table}
     faults = []
@@ -356,7 +398,7 @@ def _some(names: Collection[str], show: int = 3) -> str:
 
 
 def _sizes(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, int]:
-    """Sizes of dims by their letters; ffn: that of the layer, for a tensor of a layer."""
+    """Return the sizes of dims by letter; `ffn` is the layer's feed-forward part, for a tensor of a layer."""
     a = model.attention
     sizes = {"V": model.vocab_size, "D": model.model_dim}
     sizes |= {"N": a.num_heads, "K": a.num_kv_heads, "H": a.head_dim, "Z": 2, "P": a.head_dim // 2}
@@ -368,7 +410,7 @@ def _sizes(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, int]
 
 
 def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Piece:
-    """The matrix of a row with this entry in the stacked dims; the row's names are whole."""
+    """Return the matrix of a row with this entry in the stacked dims; the row's names must be complete."""
     groups = tuple(tuple(sizes[letter] for letter in group) for group in row.dims.split())
     shape: tuple[int, ...] = tuple(math.prod(group) for group in groups)
     part: tuple[int | tuple[int, int], ...] = ()
@@ -378,6 +420,7 @@ def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Pi
         F = shape[0]
         part = (lead[1], (0, F) if row.stack == "gate of gate_up" else (F, 2 * F))
         shape = (sizes["E"], 2 * F, *shape[1:])
+    # Each of our dims is found by where its letters are in the file's.
     letters = row.dims.replace(" ", "")
     return Piece(
         name=row.name.format(e=lead[1]) if len(lead) == 2 else row.name,

@@ -1,4 +1,4 @@
-"""Somebody's model in files: its architecture, its names and its tensors, nothing of it in memory."""
+"""A model in files: its architecture, names and tensors, none of which are in memory."""
 
 from __future__ import annotations
 
@@ -15,35 +15,46 @@ from moe_train.machine import progress
 from moe_train.weights.names import Piece
 
 CHUNK = 2**22
-"""Bytes that are hashed together: of much more the system would give and take back the memory each time."""
+"""Bytes that are hashed at once; with much more, the system would allocate and free the memory each time."""
 
 
 class Tensor(Protocol):
     """A tensor in a file."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name in the file."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape in numpy's order of dims."""
+        ...
+
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Dtype of what `read` returns."""
+        ...
+
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
-        """The part at `index` (integers and step-1 slices of leading dims; () is all of it), copied into memory."""
+        """Read the part at `index` into memory: integers and step-1 slices of leading dims; () is the whole tensor."""
         ...
 
 
 class Weights(NamedTuple):
-    """A model that lies on disk."""
+    """A model on disk."""
 
     where: Path
+    """The file or folder, for messages."""
     model: config.Model
     table: list[Piece]
+    """Location of each weight in the files."""
     tensors: Mapping[str, Tensor]
-    """Those of the text model alone."""
+    """Tensors of the text model only, by name."""
 
     @property
     def dtype(self) -> config.Dtype | None:
-        """The dtype of all tensors; None where they have several, or one that is not written here."""
+        """The dtype of all tensors; None if they have several, or one that this package does not write."""
         found = {tensor.dtype.name for tensor in self.tensors.values()}
         for dtype in get_args(config.Dtype):
             if found == {dtype}:
@@ -52,11 +63,12 @@ class Weights(NamedTuple):
 
 
 def nbytes(shape: Sequence[int], dtype: np.dtype) -> int:
+    """Return the bytes of an array."""
     return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
 def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's dtype, shape and bytes, by name; several at a time, each in parts of 4 MiB."""
+    """Return the sha256 of each tensor's dtype, shape and bytes, by name; several tensors at a time, each in parts of 4 MiB."""
 
     total_bytes = sum(nbytes(tensor.shape, tensor.dtype) for tensor in tensors.values())
     hashed = progress.counted("hashing the base", total_bytes, "bytes")

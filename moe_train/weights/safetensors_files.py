@@ -1,4 +1,4 @@
-"""Safetensors files: checked by the library, read a range at a time; written as a stream, a MiB in memory.
+"""Safetensors files: checked by the library, read a range at a time; written as a stream, with a MiB in memory.
 
 A model is one `model.safetensors`, or shards with `model.safetensors.index.json`; Mistral's are called `consolidated`.
 """
@@ -21,9 +21,11 @@ from moe_train.weights import strided
 from moe_train.weights.on_disk import nbytes
 
 INDEX = "model.safetensors.index.json"
+"""Name of the index of a sharded model."""
 MAX_SHARD_BYTES = 5_000_000_000
+"""Default size limit of a shard."""
 
-# Formats of weights that we read; integers and float8 belong to quantised models.
+# Dtypes that are read; integers and float8 belong to quantized models.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -35,25 +37,26 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file; nothing of it is in memory."""
+    """A tensor in a file; none of it is in memory."""
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int
+    """Position of its first byte in the file."""
     opened: BinaryIO
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
-        """The part at `index` (integers and step-1 slices of leading dims; () is all of it), copied into memory.
+        """Read the part at `index` into memory: integers and step-1 slices of leading dims; () is the whole tensor.
 
-        Read, not mapped: pages of a mapped file would count as this process's memory.
+        The file is read rather than mapped, since pages of a mapped file would count as this process's memory.
         """
         cuts = [range(at, at + 1) if isinstance(at, int) else range(*at.indices(size)) for at, size in zip(index, self.shape)]  # noqa: B905
         cuts += [range(size) for size in self.shape[len(cuts) :]]
         out = np.empty([len(cut) for cut in cuts], self.dtype)
         if out.size:
-            # dims from `whole` on lie together in the file
+            # dims from `whole` on are contiguous in the file
             whole = max((d for d, (cut, size) in enumerate(zip(cuts, self.shape, strict=True)) if len(cut) < size), default=0)
             strides = [nbytes(self.shape[d + 1 :], self.dtype) for d in range(len(self.shape))]
             for lead in itertools.product(*(range(len(cut)) for cut in cuts[:whole])):
@@ -63,7 +66,7 @@ class Tensor:
 
     def _read_into(self, out: np.ndarray, offset: int) -> None:
         into, done = out.reshape(-1).view(np.uint8).data, 0
-        while done < len(into):  # a call gives 2 GiB at most
+        while done < len(into):  # one call returns at most 2 GiB
             count = os.preadv(self.opened.fileno(), [into[done:]], offset + done)
             if not count:
                 raise ValueError(f"{self.file} is truncated: it ends inside {self.name}")
@@ -71,7 +74,7 @@ class Tensor:
 
 
 def has_model(directory: str | Path, stem: str = "model") -> bool:
-    """Whether `open_model` finds something to open."""
+    """Return whether `open_model` would find a model to open."""
     return any(file.is_file() for file in _single_and_index(directory, stem))
 
 
@@ -80,9 +83,15 @@ def _single_and_index(directory: str | Path, stem: str) -> tuple[Path, Path]:
 
 
 def open_model(directory: str | Path, stem: str = "model") -> dict[str, Tensor]:
-    """The tensors of a model's directory, single file or sharded.
+    """Open the tensors of a model's directory, single file or sharded.
 
-    Raises FileNotFoundError where there is none, ValueError where a file is damaged or contradicts the index.
+    Args:
+        directory: the folder.
+        stem: first part of the file names.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: a file is damaged or contradicts the index.
     """
     single, index = _single_and_index(directory, stem)
     if not has_model(directory, stem):
@@ -101,11 +110,16 @@ def open_model(directory: str | Path, stem: str = "model") -> dict[str, Tensor]:
 
 
 def open_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, its header and size checked."""
+    """Open the tensors of one file, after checking its header and size.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is damaged, or a tensor has an unsupported dtype.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
-        with safetensors.safe_open(str(file), framework="numpy") as checked:  # its places are found to fit the file
+        with safetensors.safe_open(str(file), framework="numpy") as checked:  # the library checks that offsets fit the file
             names = list(checked.keys())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error
@@ -125,7 +139,10 @@ def open_file(file: Path) -> dict[str, Tensor]:
 
 
 def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The library takes the last of several; which of them was meant is not known."""
+    """Build a dict of JSON pairs, refusing duplicate names.
+
+    The library would take the last of several tensors with the same name, but which of them was meant is unknown.
+    """
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -149,7 +166,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class Spec(NamedTuple):
-    """A tensor that is to be written."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -157,13 +174,14 @@ class Spec(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which files of a model this process writes: every `of`th, from `first` on."""
+    """The files of a model that this process writes: every `of`th, starting with `first`."""
 
     first: int = 0
     of: int = 1
 
 
 ALL = Share()
+"""The share of a process that writes alone."""
 
 
 def write_model(
@@ -173,10 +191,19 @@ def write_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     share: Share = ALL,
 ) -> list[Path]:
-    """Write `model-0000i-of-0000N.safetensors` and the index; `tensor` is asked for one array at a time.
+    """Write `model-0000i-of-0000N.safetensors` and the index.
 
-    share: of several processes. All of them ask for all arrays, in one order, and write a file each at a time; the index
-    is the first one's. An error of one is raised when all have been asked for, so that no other process waits for it.
+    Args:
+        directory: the folder.
+        specs: tensors in the order in which they are written.
+        tensor: returns the array of a spec; called for one array at a time.
+        max_shard_bytes: size limit of a shard.
+        share: the part of one of several processes. All of them ask for all arrays in the same order, and write one file each at a
+            time; the first process writes the index. An error in one is raised after all arrays were asked for, so that no other
+            process waits for it.
+
+    Returns:
+        The paths of all files, the index included.
     """
     shards: list[list[Spec]] = [[]]
     for spec in specs:
@@ -191,6 +218,7 @@ def write_model(
             continue
         together = shards[first : first + share.of]
         mine = share.first if share.first < len(together) else None
+        # Interleaved (the k-th tensor of each file in turn), so that all processes write at the same time.
         in_order = [(i, spec) for specs in itertools.zip_longest(*together) for i, spec in enumerate(specs) if spec is not None]
         asked = ((i == mine, tensor(spec)) for i, spec in in_order)
         try:
@@ -199,7 +227,7 @@ def write_model(
                 write_file(files[first + mine], together[mine], lambda spec, mine_alone=mine_alone: next(mine_alone))  # type: ignore[misc]
         except OSError as error:
             errors.append(error)
-        for _ in asked:  # the rest is the other processes'
+        for _ in asked:  # the remaining arrays belong to other processes, but asking for them is collective
             pass
     if errors:
         raise errors[0]
@@ -214,16 +242,16 @@ def write_model(
 
 
 def write_file(file: Path, specs: Iterable[Spec], tensor: Callable[[Spec], np.ndarray]) -> None:
-    """One safetensors file: u64 length of the header, the header in JSON, then the tensors back to back."""
+    """Write one safetensors file: u64 length of the header, the header in JSON, then the tensors back to back."""
     specs = list(specs)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects a file without it
     offset = 0
     for spec in specs:
         end = offset + nbytes(spec.shape, spec.dtype)
         header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligned, as the format asks
+    text += b" " * (-len(text) % 8)  # aligned, as the format requires
     try:
         with file.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
@@ -233,5 +261,5 @@ def write_file(file: Path, specs: Iterable[Spec], tensor: Callable[[Spec], np.nd
                 for part in strided.parts(array):
                     out.write(part.reshape(-1).view(np.uint8).data)
     except OSError as error:
-        error.filename = error.filename or str(file)  # a failed write does not know its file
+        error.filename = error.filename or str(file)  # a failed write does not state its file
         raise

@@ -1,14 +1,14 @@
-"""What vLLM, llama.cpp and transformers read of an export, where that is less than the layout can say.
+"""What vLLM, llama.cpp and transformers can read of an export, if that is less than the layout can express.
 
-As their sources have it in 2026, and as vLLM 0.32.0 was seen to do (tests/judges/test_vllm.py):
-- vLLM refuses `modules_to_save` (vllm/lora/peft_helper.py), and knows the ranks of `MaxLoRARanks` (vllm/config/lora.py).
-  Of its releases, 0.32 has `rank_pattern` and `alpha_pattern`; earlier ones have one `r` and one `lora_alpha` for all modules.
-- Adapters of routed experts and of the router it applies; of embedding and head in Mixtral and Llama, and refuses them in what
-  it runs as MistralForCausalLM (`embedding_modules`, vllm/model_executor/models/mistral.py).
-- It knows no tensor of a Mixtral by Mistral's names (vllm/model_executor/models/mixtral.py); dense models it reads by both.
-- Interleaved windows it has from params.json (vllm/transformers_utils/configs/mistral.py); from config.json, a Ministral runs
-  by way of transformers' layers.
-- llama.cpp reads GGUF alone, adapters too (`gguf_lora`).
+This is taken from their sources in 2026 and from tests of vLLM 0.32.0 (tests/judges/test_vllm.py):
+- vLLM rejects `modules_to_save` (vllm/lora/peft_helper.py) and supports only the ranks of `MaxLoRARanks` (vllm/config/lora.py).
+  Release 0.32 supports `rank_pattern` and `alpha_pattern`; earlier ones have one `r` and one `lora_alpha` for all modules.
+- vLLM applies adapters of routed experts and of the router. It applies those of embedding and head in Mixtral and Llama, and
+  rejects them in what it runs as MistralForCausalLM (`embedding_modules`, vllm/model_executor/models/mistral.py).
+- vLLM does not know a Mixtral's tensors by Mistral's names (vllm/model_executor/models/mixtral.py); dense models work with both.
+- vLLM supports interleaved windows from params.json (vllm/transformers_utils/configs/mistral.py); with config.json, it runs a
+  Ministral through transformers' layers.
+- llama.cpp reads only GGUF, including adapters (`gguf_lora`).
 - transformers and PEFT read everything that we write.
 """
 
@@ -40,7 +40,7 @@ READS: dict[Server, dict[Layout, str]] = {
         "peft": "python -c {code}",
     },
 }
-"""The command that serves what lies at `out`, by server and layout."""
+"""The command that serves the export at `out`, by server and layout."""
 
 _PEFT_CODE = (
     "from peft import PeftModel; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
@@ -48,10 +48,11 @@ _PEFT_CODE = (
     "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
 )
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Maximum ranks that vLLM can be started with."""
 
 
 class Shape(NamedTuple):
-    """Of a module's adapter in a file; its scale is alpha / rank."""
+    """Rank and alpha of a module's adapter in a file; its scale is alpha / rank."""
 
     rank: int
     alpha: float
@@ -60,13 +61,19 @@ class Shape(NamedTuple):
 def adapter_shapes(
     server: Server, family: config.FamilyName, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()
 ) -> dict[str, Shape]:
-    """Rank and alpha that an adapter's file in PEFT's layout has to state for each module, so that `server` applies what was
-    trained.
+    """Return the rank and alpha that a PEFT file has to state for each module, so that `server` applies what was trained.
 
-    family: the model's. shapes: of our modules, alpha / rank being the scale. trained_in_full: modules that have no adapter,
-    but other weights than the base. For vLLM all modules get one rank, up to which the writer fills with zeros, and one alpha,
-    that of most modules' scale; the writer multiplies the B of the others by (scale here / scale there).
-    Raises ValueError for what vLLM cannot be made to apply.
+    For vLLM all modules get one rank, up to which the writer pads with zeros, and one alpha, the one that gives the most common
+    scale; the writer multiplies B of the other modules by (scale here / scale there).
+
+    Args:
+        server: the server.
+        family: the model's family.
+        shapes: rank and alpha of our modules, with the scale alpha / rank.
+        trained_in_full: modules without an adapter whose weights differ from the base's.
+
+    Raises:
+        ValueError: vLLM cannot be made to apply the adapter.
     """
     if server != "vllm":
         return dict(shapes)
@@ -96,10 +103,19 @@ def command(
     rank: int = 1,
     tokenizer: Literal["mistral", "huggingface"] = "huggingface",
 ) -> str:
-    """The command line that serves an export. Raises ValueError where the server does not read it, naming what it reads.
+    """Return the command line that serves an export.
 
-    base_model and rank: of an adapter; base_model has Hugging Face's layout, and without it the line says BASE_MODEL.
-    tokenizer: the kind that travels with the weights.
+    Args:
+        server: the server.
+        layout: layout of the export.
+        model: its architecture.
+        out_dir: its folder.
+        base_model: of an adapter: its base in Hugging Face's layout; None to print the placeholder BASE_MODEL.
+        rank: of an adapter: its largest rank.
+        tokenizer: the kind of tokenizer that is exported with the weights.
+
+    Raises:
+        ValueError: the server does not read the layout; the message names those it reads.
     """
     readable = READS[server]
     if layout not in readable:

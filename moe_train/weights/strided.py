@@ -1,4 +1,4 @@
-"""Copies between arrays of which one is the other turned: numpy alone goes a line of the cache for each number."""
+"""Copy between an array and its transpose. numpy alone would touch a whole cache line for each number."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 LINE = 64
-"""Bytes of a line of the cache."""
+"""Bytes of a cache line."""
 
 
 def contiguous(x: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-    """`np.ascontiguousarray`, several times as fast where x is a transposed view."""
+    """Return `np.ascontiguousarray(x, dtype)`, several times as fast if x is a transposed view."""
     dtype = x.dtype if dtype is None else dtype
     if x.ndim < 2 or x.flags.c_contiguous:
         return np.ascontiguousarray(x, dtype)
@@ -20,7 +20,7 @@ def contiguous(x: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
 
 
 def copy_into(out: np.ndarray, x: np.ndarray) -> None:
-    """`out[...] = x`, several times as fast where x is a transposed view and out is in order."""
+    """Do `out[...] = x`, several times as fast if x is a transposed view and out is contiguous."""
     if x.ndim < 2 or x.flags.c_contiguous:
         out[...] = x
         return
@@ -30,7 +30,7 @@ def copy_into(out: np.ndarray, x: np.ndarray) -> None:
 
 
 def parts(x: np.ndarray) -> Iterator[np.ndarray]:
-    """x in order, in contiguous parts of about a MiB; a transposed view is never copied whole."""
+    """Yield x in order, in contiguous parts of about a MiB; a transposed view is never copied as a whole."""
     if x.flags.c_contiguous:
         yield x
         return

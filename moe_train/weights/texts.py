@@ -14,11 +14,11 @@ class Texts(NamedTuple):
     """What an export contains besides weights."""
 
     tokenizer: Tokenizer | None = None
-    """Its files are copied byte for byte."""
+    """The tokenizer, whose files are copied byte for byte; None for an export without one."""
     chat_template: str | None = None
-    """Replaces the tokenizer's own."""
+    """Template that replaces the tokenizer's own; None to keep that."""
     config: str | None = None
-    """The resolved config of the run, kept as `moe_train.yaml`."""
+    """The resolved config of the run, kept as `moe_train.yaml`; None for a model without a run."""
 
 
 NO_TEXTS = Texts()

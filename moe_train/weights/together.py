@@ -1,4 +1,4 @@
-"""What the processes that hold one model between them agree upon, over the mesh in force; alone, one agrees with itself."""
+"""Agreement between the processes that hold a model together, over the mesh in force; a single process agrees with itself."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from moe_train.weights.on_disk import Tensor
 T = TypeVar("T")
 
 _ROOM = 4096
+"""Maximum length in bytes of a text that is sent."""
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Return whether this process writes what is written only once."""
     return jax.process_index() == 0
 
 
 def all_agree(well: bool) -> bool:
-    """Whether it went well in every process; none goes on before all have answered."""
+    """Return whether every process reports success; no process continues before all have answered."""
     return well if jax.process_count() == 1 else bool(_over_processes(np.array([well], np.int32)).min())
 
 
 def from_first(text: str) -> str:
-    """The text that process 0 has."""
+    """Return the text that process 0 has."""
     if jax.process_count() == 1:
         return text
     encoded = np.zeros(_ROOM, np.int32)
@@ -46,6 +47,7 @@ def from_first(text: str) -> str:
         own = np.frombuffer(text.encode(), np.uint8)
         encoded[: len(own)] = own
     (first, *_) = _over_processes(encoded)
+    # The text ends at the last byte that is not zero.
     return bytes(first[: np.flatnonzero(first)[-1] + 1].astype(np.uint8)).decode()
 
 
@@ -54,9 +56,10 @@ def from_first(text: str) -> str:
 
 @contextmanager
 def one_directory(path: str | Path) -> Iterator[Path]:
-    """`new_directory`, the same for all processes: the first one makes it, and renames it when all have come to the end.
+    """Like `new_directory`, but shared: the first process creates the folder, and renames it after all have finished.
 
-    Raises ValueError, in all of them, where one does not see what the first one has made.
+    Raises:
+        ValueError: in all processes, if one of them does not see what the first one created.
     """
     with new_directory(path) if is_first() else nullcontext() as made:
         directory = Path(from_first(str(made and made.absolute())))
@@ -66,11 +69,11 @@ def one_directory(path: str | Path) -> Iterator[Path]:
 
 
 SEEN_WITHIN_SECONDS = 10.0
-"""A network's file system may show a new directory late."""
+"""Seconds to wait for a new directory, which a network file system may show late."""
 
 
 def require_shared(directory: Path) -> None:
-    """Raise ValueError, in all processes, where one of them does not see a directory that the first one sees."""
+    """Raise ValueError, in all processes, if one of them does not see a directory that the first process sees."""
     if jax.process_count() == 1:
         return
     until = time.monotonic() + SEEN_WITHIN_SECONDS
@@ -83,7 +86,7 @@ def require_shared(directory: Path) -> None:
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """What goes wrong in one process stops all of them at the end of the block."""
+    """Stop all processes at the end of the block if an error occurs in one of them."""
     fault: Exception | None = None
     try:
         yield
@@ -96,10 +99,10 @@ def all_or_none() -> Iterator[None]:
 
 
 def first_writes(made: Iterator[T], write: Callable[[Iterator[T]], object]) -> None:
-    """The first process writes what all of them make together, a part at a time.
+    """Let the first process write what all of them compute together, a part at a time.
 
-    The others only make it. So does the first one past an error of writing, since the others do not wait for it; the
-    error is raised then.
+    The other processes only compute. After an error of writing, so does the first one, since the others depend on its part of the
+    computation; the error is raised at the end.
     """
     try:
         if is_first():
@@ -110,7 +113,7 @@ def first_writes(made: Iterator[T], write: Callable[[Iterator[T]], object]) -> N
 
 
 def gathered(parameters: Held) -> Parameters:
-    """The same arrays whole in each process, on its first device: for few and small ones, such as adapters."""
+    """Return the same arrays whole in each process, on its first device; for few and small arrays, such as adapters."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("here",))
     whole = {path: fetch(array) for path, array in parameters.items()}
     with jax.set_mesh(mesh):
@@ -118,10 +121,14 @@ def gathered(parameters: Held) -> Parameters:
 
 
 def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]]) -> dict[str, str]:
-    """sha256 of what all processes see, by name: each works out its share, `of(names)`, and then all know all of them.
+    """Return the sha256 of items that all processes see, by name; each process computes a share, and all get the result.
 
-    sizes: bytes by name; the largest first, each goes to the process that has the fewest. Raises ValueError, in all of
-    them, where they do not see the same.
+    Args:
+        sizes: bytes by name. Largest first, each item goes to the process with the least work.
+        of: names -> hashes, computed by this process.
+
+    Raises:
+        ValueError: in all processes, if they do not see the same names and sizes.
     """
     if jax.process_count() == 1:
         return dict(of(list(sizes)))
@@ -136,11 +143,12 @@ def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]
         loads[owner[name]] += sizes[name]
     mine = of([name for name in names if owner[name] == jax.process_index()])
     found = np.stack([np.frombuffer(bytes.fromhex(mine.get(name, "00" * 32)), np.int32) for name in names])
+    # Hashes that other processes computed are zero here, so a bitwise OR combines them.
     return {name: row.tobytes().hex() for name, row in zip(names, np.bitwise_or.reduce(_over_processes(found)), strict=True)}
 
 
 def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """`on_disk.hashes` of files that all processes see; each reads a share of them. Raises as `hashes`."""
+    """Return `on_disk.hashes` of files that all processes see, each reading a share. Raises the errors of `hashes`."""
     sizes = {name: on_disk.nbytes(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     return hashes(sizes, lambda names: on_disk.hashes({name: tensors[name] for name in names}))
 
@@ -149,12 +157,13 @@ def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _over_processes(mine: np.ndarray) -> np.ndarray:
-    """(devices, …): every device's row is its process's `mine`, in the order of processes."""
+    """Return an array of every device's row, (devices, …), in the order of processes; a row is its process's `mine`."""
     mesh = jax.sharding.get_mesh()
     rows = np.stack([mine] * len(mesh.local_devices))
     spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), rows)
     owner = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), np.full(len(rows), jax.process_index(), np.int32))
     found, owners = (np.asarray(x) for x in _whole(spread, owner))
+    # The mesh need not list devices in the order of their processes.
     return found[np.argsort(owners, kind="stable")]
 
 

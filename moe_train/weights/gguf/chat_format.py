@@ -1,7 +1,7 @@
-"""Chat formats that can be said in a few strings: what stands around each turn. Of each, the text of a conversation, the
-Jinja template and the Go template (Ollama's language) come from the one description.
+"""Chat formats that a few strings can describe: those around each turn. The text of a conversation, the Jinja template and the Go
+template (Ollama's language) are all derived from this one description.
 
-A Jinja template is known here when it renders fixed conversations as a format spells them.
+A Jinja template is recognized if it renders fixed conversations exactly as a format does.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 
 class Format(NamedTuple):
-    """Texts before and after a turn. The one that begins the sequence is not part of it."""
+    """Texts before and after a turn. The token that begins the sequence is not part of it."""
 
     user: tuple[str, str]
     assistant: tuple[str, str]
     system: tuple[str, str] | Literal["first", "last"]
-    """A turn of its own; or, with an empty line after it, before the text of the first or the last user turn."""
+    """Texts around a system turn; or, with an empty line after it, where the system text goes: before the first or the last user
+    turn's text.
+    """
 
     @property
     def ask(self) -> str:
-        """What asks for an answer; a space belongs to its first token."""
+        """What prompts for an answer; a trailing space belongs to the answer's first token."""
         return self.assistant[0].rstrip(" ")
 
     @property
     def end(self) -> str:
+        """What ends an answer."""
         return self.assistant[1].rstrip("\n")
 
 
@@ -43,27 +46,29 @@ FORMATS = {
         ("<|im_start|>assistant\n", "<|im_end|>\n"),
         ("<|im_start|>system\n", "<|im_end|>\n"),
     ),
-    # of Mistral's, llama.cpp's sentencepiece puts the space after a control token itself
+    # for Mistral's formats, llama.cpp's sentencepiece itself adds the space after a control token
     "mistral v1": Format(("[INST] ", " [/INST]"), (" ", "</s>"), "first"),
     "mistral v1 to v3, system first": _inst("first"),
     "mistral v3": _inst("last"),
     "mistral v7": _inst(("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
 }
+"""The known formats by name."""
 _OF_VERSION = {"v1": "mistral v1", "v2": "mistral v3", "v3": "mistral v3"}
+"""mistral-common's tokenizer version -> format; later versions are like v7."""
 
 
 def of_tokenizer(tokenizer: Mistral) -> Format:
-    """What mistral-common writes for plain conversations: of v7 and later they are alike."""
+    """Return the format that mistral-common writes for plain conversations; v7 and later are alike."""
     return FORMATS[_OF_VERSION.get(tokenizer.finetuning.version.value, "mistral v7")]
 
 
-# Turns whose texts can be told apart.
+# Conversations whose texts are all different, so that their order in a rendering is unambiguous.
 _SYSTEM, _TURNS = ("system", "the rules"), (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
 _PROBES = (_TURNS[:2], _TURNS[:3], _TURNS, (_SYSTEM, *_TURNS[:2]), (_SYSTEM, *_TURNS[:3]))
 
 
 def recognised(template: str, tokenizer: Tokenizer) -> Format | None:
-    """The format that a Jinja template amounts to, for conversations of system, user and assistant."""
+    """Return the format of a Jinja template for conversations of system, user and assistant; None if it is not known."""
     tokens = getattr(tokenizer, "named_tokens", {})
     conversations = [[{"role": role, "content": content} for role, content in probe] for probe in _PROBES]
     asks = [conversation[-1]["role"] == "user" for conversation in conversations]
@@ -74,7 +79,7 @@ def recognised(template: str, tokenizer: Tokenizer) -> Format | None:
     try:
         texts = sandbox.render(template, variables)
     except ValueError:
-        return None  # it refuses, say, a system turn; no format here does
+        return None  # the template rejects a conversation, for example a system turn; no known format does
     for mark in sandbox.GENERATION:
         texts = [text.replace(mark, "") for text in texts]
     begin = tokens.get("bos_token", "")
@@ -86,7 +91,7 @@ def recognised(template: str, tokenizer: Tokenizer) -> Format | None:
 
 
 def spelled(chat: Format, messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
-    """The text of a conversation; ask: up to where the next answer begins."""
+    """Return the text of a conversation; with `ask`, followed by what prompts for the next answer."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     system = next((message["content"] for message in messages if message["role"] == "system"), None)
     text = ""
@@ -105,7 +110,7 @@ def spelled(chat: Format, messages: Sequence[Mapping[str, Any]], ask: bool = Fal
 
 
 def jinja(chat: Format) -> str:
-    """The Jinja template, with the beginning of a sequence; what it has no words for (tools) is an error."""
+    """Return the Jinja template, including the beginning of the sequence; what it does not support (tools) raises an error."""
     content, refuse = "message['content']", "{{- raise_exception('of roles, there are system, user and assistant') }}"
     user = f"{{{{- {_quoted(chat.user[0])} + {content} + {_quoted(chat.user[1])} }}}}"
     lines = ["{{- bos_token }}"]
@@ -142,15 +147,15 @@ def jinja(chat: Format) -> str:
 
 
 def go(chat: Format) -> str:
-    """The Go template, on one line, since line ends would count; an answer that is being continued has no end.
+    """Return the Go template, on one line, since line ends would count as text; an answer that is being continued has no end.
 
-    .Messages has the system turns too, .System their text (https://docs.ollama.com/template).
+    .Messages includes the system turns, .System their text (https://docs.ollama.com/template).
     """
     last = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
     system = rules = first = ""
     if isinstance(chat.system, tuple):
         system = f'{{{{ if eq .Role "system" }}}}{_go(chat.system[0])}{{{{ .Content }}}}{_go(chat.system[1])}{{{{ end }}}}'
-    else:  # the user turn that is answered is the last message
+    else:  # the user turn to be answered is the last message
         where = "$first" if chat.system == "first" else "$last"
         rules = f'{{{{ if and {where} $.System }}}}{{{{ $.System }}}}{{{{ "\\n\\n" }}}}{{{{ end }}}}'
     if chat.system == "first":

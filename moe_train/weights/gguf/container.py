@@ -1,10 +1,10 @@
-"""GGUF files: nothing in the header is believed before it is checked; tensors are dequantised a range at a time, and
-written as a stream.
+"""GGUF files: nothing in the header is trusted before it is checked; tensors are dequantized a range at a time and written as a
+stream.
 
-Format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3; 2 is read too), little-endian: magic, version,
-number of tensors, number of keys; the keys with their values; the tensors' names, dims (fastest first), types and offsets;
-then, aligned, their data. The package `gguf` quantises and dequantises; its own reader trusts counts and lengths, and
-takes minutes or all memory where these are false.
+The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3; 2 is read too) is little-endian: magic,
+version, number of tensors, number of keys; the keys with their values; the tensors' names, dims (fastest first), types and
+offsets; then, aligned, their data. The package `gguf` quantizes and dequantizes. Its own reader trusts counts and lengths, and
+takes minutes or all memory if these are false.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import numpy as np
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 MAX_DIMS = 4
 
-# Codes of metadata's numbers; 8 is a string, 9 an array.
+# Type codes of numbers in metadata; 8 is a string, 9 an array.
 _NUMBERS: dict[int, np.dtype] = {
     code: np.dtype(kind) for code, kind in enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")) if code < 8
 } | {code: np.dtype(kind) for code, kind in enumerate(("<u8", "<i8", "<f8"), start=10)}
 _STRING, _ARRAY = 8, 9
 
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""Encodings without quantization."""
 _CODES = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}
 _Q8_BLOCK, _Q8_BYTES = 32, 34
 
@@ -38,31 +39,31 @@ class Encoding(NamedTuple):
     """How a tensor's numbers are stored."""
 
     name: str
-    """llama.cpp's: F32, Q8_0, Q4_K, …"""
+    """llama.cpp's name: F32, Q8_0, Q4_K, …"""
     block: int
-    """Numbers of a row that are stored together …"""
+    """Numbers of a row that are stored together."""
     size: int
-    """… in so many bytes."""
+    """Bytes of such a block."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file; nothing of it is in memory."""
+    """A tensor in a file; none of it is in memory."""
 
     name: str
     file: Path
     shape: tuple[int, ...]
     encoding: Encoding
     data: np.ndarray
-    """Its bytes, mapped: (rows…, bytes of a row)."""
+    """Bytes of the tensor, memory-mapped: (rows…, bytes of a row)."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of what `read` returns: float32 where the file's numbers are quantised."""
+        """Dtype of what `read` returns: float32 if the file's numbers are quantized."""
         return PLAIN.get(self.encoding.name, PLAIN["F32"])
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
-        """The part at `index` (integers and step-1 slices of leading dims; () is all of it), copied into memory."""
+        """Read the part at `index` into memory: integers and step-1 slices of leading dims; () is the whole tensor."""
         rows, columns = index[: len(self.shape) - 1], index[len(self.shape) - 1 :]
         found = np.array(self.data[rows])
         plain = PLAIN.get(self.encoding.name)
@@ -75,14 +76,16 @@ class Gguf(NamedTuple):
 
     file: Path
     settings: dict[str, Any]
-    """Numbers and booleans, strings, lists of strings, and arrays of numbers by their keys."""
+    """Values by key: numbers, booleans, strings, lists of strings, and arrays of numbers."""
     tensors: dict[str, Tensor]
 
 
 def open_file(file: str | Path) -> Gguf:
-    """Header read and checked, data mapped.
+    """Open a file: read and check the header, map the data.
 
-    Raises FileNotFoundError without the file, ValueError where it is damaged or of a version or type not read here.
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is damaged, or has a version or type that is not supported.
     """
     file = Path(file)
     if not file.is_file():
@@ -94,11 +97,13 @@ def open_file(file: str | Path) -> Gguf:
     if bytes(at.take(4, "the magic")) != MAGIC:
         raise ValueError(f"{file} is no GGUF file: it begins with {bytes(data[:4])!r}")
     version = at.number("<I", "the version")
+    # A big-endian version number that is read as little-endian has zero low bytes.
     if version & 0xFFFF == 0:
         raise ValueError(f"{file} is big-endian, which is not read here; make a little-endian one (gguf-convert-endian)")
     if version not in VERSIONS:
         raise ValueError(f"{file} has GGUF version {version}; read are {VERSIONS[0]} and {VERSIONS[1]}")
     num_tensors, num_keys = at.number("<Q", "the number of tensors"), at.number("<Q", "the number of keys")
+    # The smallest possible key (13 bytes) and tensor (32 bytes) bound the counts, before anything is allocated for them.
     at.can_hold(num_keys, 13, "keys")
     at.can_hold(num_tensors, 32, "tensors")
     settings: dict[str, Any] = {}
@@ -115,26 +120,30 @@ def open_file(file: str | Path) -> Gguf:
 
 
 class _Cursor:
-    """Reads a header front to back; what would lie beyond the end of the file is an error before it is looked at."""
+    """Reads a header from front to back; anything beyond the end of the file is an error before it is accessed."""
 
     def __init__(self, file: Path, data: np.ndarray) -> None:
         self.file, self.data, self.offset = file, data.data, 0
 
     def can_hold(self, count: int, size: int, what: str) -> None:
+        """Raise ValueError if fewer than `count` items of `size` bytes are left in the file."""
         if count * size > (left := len(self.data) - self.offset):
             raise ValueError(
                 f"{self.file} is truncated or damaged: {count:,} {what} at byte {self.offset}, {left:,} bytes are left"
             )
 
     def take(self, size: int, what: str) -> memoryview:
+        """Return the next `size` bytes."""
         self.can_hold(size, 1, f"bytes for {what}")
         self.offset += size
         return self.data[self.offset - size : self.offset]
 
     def number(self, code: str, what: str) -> int:
+        """Read a number with the given `struct` code."""
         return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
 
     def text(self, what: str) -> str:
+        """Read a string."""
         found = self.take(self.number("<Q", f"the length of {what}"), what)
         try:
             return str(found, "utf-8")
@@ -142,13 +151,14 @@ class _Cursor:
             raise ValueError(f"{self.file}: {what} is not UTF-8 at byte {self.offset - len(found) + error.start}") from error
 
     def name(self, what: str) -> str:
-        """A text that errors can show in a line."""
+        """Read a string that error messages can show in a line."""
         found = self.text(what)
         if not found.isprintable() or len(found) > 256:
             raise ValueError(f"{self.file} is damaged: {what} is {found[:40]!r}, of {len(found)} letters")
         return found
 
     def value(self, key: str) -> Any:
+        """Read the value of a key."""
         code = self.number("<I", f"the type of {key}")
         if code == _STRING:
             return self.text(key)
@@ -197,6 +207,7 @@ def _encoding(file: Path, name: str, code: int) -> Encoding:
     try:
         kind = gguf.GGMLQuantizationType(code)
         block, size = gguf.GGML_QUANT_SIZES[kind]
+        # The package names more types than it can dequantize, so a block is tried.
         gguf.dequantize(np.zeros((1, size), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{file}: {name} has the type {code}, which the package gguf does not read: {error}") from error
@@ -204,7 +215,7 @@ def _encoding(file: Path, name: str, code: int) -> Encoding:
 
 
 def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, alignment: int) -> dict[str, Tensor]:
-    """The tensors, each inside the file and apart from the others."""
+    """Return the tensors after checking that each is inside the file and that none overlap."""
     found: dict[str, Tensor] = {}
     end, before = 0, ""
     for name, shape, encoding, offset in sorted(infos, key=lambda info: info.offset):
@@ -228,19 +239,26 @@ def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, a
 
 
 class Spec(NamedTuple):
-    """A tensor that is to be written."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
     encoding: str
-    """F32, F16, BF16 or Q8_0; the last in rows of a multiple of 32."""
+    """F32, F16, BF16 or Q8_0; Q8_0 requires rows of a multiple of 32 numbers."""
 
 
 def write_file(
     file: Path, settings: Mapping[str, Any], specs: Sequence[Spec], parts: Callable[[Spec], Iterable[np.ndarray]]
 ) -> None:
-    """Settings as `Gguf` has them, numbers as numpy's (np.uint32(8)); `parts` is asked for one tensor at a time, in rows
-    that follow each other, float32 where they are to be quantised."""
+    """Write a GGUF file.
+
+    Args:
+        file: the file.
+        settings: values by key as in `Gguf`, with numbers as numpy's (np.uint32(8)).
+        specs: tensors in the order in which they are written.
+        parts: returns a tensor in consecutive parts of rows, float32 if they are to be quantized; called for one tensor at a
+            time.
+    """
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(specs), len(settings)))
     for key, value in settings.items():
         header += _text(key) + _value(value)
@@ -262,17 +280,18 @@ def write_file(
                 assert written == nbytes(spec), (spec, written)
                 out.write(bytes(-written % ALIGNMENT))
     except OSError as error:
-        error.filename = error.filename or str(file)  # a failed write does not know its file
+        error.filename = error.filename or str(file)  # a failed write does not state its file
         raise
 
 
 def nbytes(spec: Spec) -> int:
+    """Return the bytes of a tensor in the file."""
     numbers = math.prod(spec.shape)
     return numbers * PLAIN[spec.encoding].itemsize if spec.encoding in PLAIN else numbers // _Q8_BLOCK * _Q8_BYTES
 
 
 def fits(encoding: str, shape: tuple[int, ...]) -> bool:
-    """Whether rows of this shape can be stored so."""
+    """Return whether rows of this shape can be stored in the encoding."""
     return encoding in PLAIN or shape[-1] % _Q8_BLOCK == 0
 
 
@@ -298,7 +317,7 @@ def _value(value: Any) -> bytes:
 
 
 def package(why: str) -> ModuleType:
-    """The package `gguf`; ValueError, beginning with `why`, where it is not installed."""
+    """Import the package `gguf`. Raises ValueError, whose message begins with `why`, if it is not installed."""
     try:
         import gguf
     except ImportError as error:

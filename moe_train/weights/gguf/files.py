@@ -1,11 +1,11 @@
-"""GGUF models, as llama.cpp and Ollama run them: opened, quantised ones too, and written.
+"""GGUF models, as llama.cpp and Ollama run them: opened (quantized ones too) and written.
 
-What llama.cpp (v0.5.0) takes, as tried and as its source has it, decides what is written:
-- Rotary pairs stand side by side; experts are stacked, one tensor a matrix and layer. Of older files, with a tensor an
-  expert, it reads none any more; they are read here.
-- Norms and the router are F32 in a file of any type; other matrices are of the file's type, F16 where rows do not divide
+What llama.cpp (v0.5.0) accepts, according to tests and its source, decides what is written:
+- Rotary pairs are adjacent; experts are stacked, one tensor per matrix and layer. llama.cpp no longer reads older files with one
+  tensor per expert; this package does.
+- Norms and the router are F32 in a file of any type. Other matrices have the file's type, or F16 if their rows do not divide
   into Q8_0's blocks of 32. Embeddings and head are no exception.
-- A tied head is left out. Unknown keys are ignored. For the others see gguf_settings.
+- A tied head is left out. Unknown keys are ignored. For the other keys see gguf_settings.
 """
 
 from __future__ import annotations
@@ -37,25 +37,30 @@ log = logging.getLogger(__name__)
 
 FILE = "model.gguf"
 Matrix = Callable[[names.Piece, np.dtype], np.ndarray]
-"""A piece of the file's tensors, rounded once to a dtype."""
+"""Returns the values of a piece of the file's tensors, rounded once to a dtype."""
 
-# Name on the command line -> (type of matrices, llama.cpp's code of such a file)
+# name on the command line -> (type of matrices, llama.cpp's code of such a file)
 _TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7), "bf16": ("BF16", 32)}
 _ALIASES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 QUANTIZE = "llama-quantize"
+"""Name of llama.cpp's quantization tool."""
 
 _PER_EXPERT = replace(
     names.GGUF,
     experts=tuple(row._replace(name=row.name.replace("_exps.weight", ".{e}.weight"), stack="") for row in names.GGUF.experts),
 )
-"""Files from before April 2024."""
+"""The layout of files from before April 2024."""
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
 def file_in(path: str | Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one in a folder."""
+    """Return the GGUF file that a path refers to: the path itself, or the only one in a folder.
+
+    Returns:
+        None if the folder has no GGUF file, or several.
+    """
     path = Path(path)
     if path.suffix == ".gguf":
         return path
@@ -64,9 +69,11 @@ def file_in(path: str | Path) -> Path | None:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """A model of one file, or of the only one in a folder.
+    """Open a model of one file, or of the only file in a folder.
 
-    Raises FileNotFoundError where there is none, ValueError where it is damaged or of an architecture not built here.
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or its architecture is not implemented here.
     """
     opened = _open(path)
     model = gguf_settings.read_model(opened)
@@ -76,15 +83,20 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def read_model(path: str | Path) -> config.Model:
-    """The architecture of a GGUF file."""
+    """Read the architecture of a GGUF file."""
     return gguf_settings.read_model(_open(path))
 
 
 def unpack_tokenizer(file: Path) -> Path:
-    """The folder, beside the file and made where it is not there, with a Hugging Face tokenizer made of the file's own.
+    """Convert the tokenizer of a file to a Hugging Face tokenizer in a folder next to it, unless that folder exists.
 
-    Its name says what it was made of, so that it never outlives another file's. Raises ValueError for a tokenizer that is
-    not read here.
+    The folder's name contains a hash of the tokenizer, so that it is never used for another file's.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the tokenizer is not supported, or the folder cannot be written.
     """
     found = gguf_tokenizer.keys(container.open_file(file).settings)
     folder = file.with_name(f"{file.stem}.tokenizer-{gguf_tokenizer.identity(found)[:8]}")
@@ -118,12 +130,21 @@ def write(
     chat_template: str | None = None,
     name: str = "model",
 ) -> None:
-    """`model.gguf`, and a `Modelfile` for Ollama.
+    """Write `model.gguf`, and a `Modelfile` for Ollama. One matrix is in memory at a time.
 
-    dtype: f32, f16, bf16, q8_0, or what llama.cpp's own tool makes of bf16 (q4_k_m, q6_k, …) where it is installed.
-    chat_template: Jinja, instead of the tokenizer's own. name: shown by servers. One matrix is in memory at a time.
-    Where several processes hold the weights, all of them call this, and the first one writes.
-    Raises ValueError for what llama.cpp could not serve.
+    If several processes hold the weights, all of them call this, and the first one writes.
+
+    Args:
+        directory: the folder.
+        model: the architecture.
+        dtype: f32, f16, bf16, q8_0, or what llama.cpp's own tool makes from bf16 (q4_k_m, q6_k, …), if it is installed.
+        matrix: returns the values of a piece; called for one piece at a time.
+        tokenizer: written into the file; None without one.
+        chat_template: Jinja; None for the tokenizer's own.
+        name: shown by servers.
+
+    Raises:
+        ValueError: llama.cpp could not serve the model.
     """
     kind = _ALIASES.get(dtype, dtype).lower()
     tool = None if kind in _TYPES else quantize_tool(kind)
@@ -134,6 +155,7 @@ def write(
     if tool is None:
         _write_file(directory / FILE, model, kind, matrix, settings)
     else:
+        # llama.cpp's tool converts files, so a bf16 file is written first.
         beside = directory / f".{FILE}.bf16"
         _write_file(beside, model, "bf16", matrix, settings)
         if together.is_first():
@@ -147,8 +169,8 @@ def write(
 
 
 def _chat(tokenizer: Tokenizer | None, template: str | None) -> tuple[str | None, chat_format.Format | None]:
-    """The Jinja template that goes into the file, and the format that it is, where that is known."""
-    if isinstance(tokenizer, Mistral):  # its format is in mistral-common, not in a template
+    """Return the Jinja template for the file, and its format, if that is known."""
+    if isinstance(tokenizer, Mistral):  # its format is defined in mistral-common and not by a template
         chat = chat_format.of_tokenizer(tokenizer)
         return chat_format.jinja(chat), chat
     if tokenizer is not None and template is None:
@@ -190,7 +212,7 @@ def _encoding(piece: names.Piece, usual: str) -> str:
 
 
 def quantize_tool(kind: str) -> str:
-    """Path of llama.cpp's tool. Raises ValueError where it is missing."""
+    """Return the path of llama.cpp's tool. Raises ValueError if it is missing."""
     if found := shutil.which(QUANTIZE):
         return found
     raise ValueError(

@@ -1,15 +1,16 @@
 """Adapters as a GGUF file, which llama.cpp adds to its base model's GGUF (`llama-server -m BASE.gguf --lora adapter.gguf`).
 
-What llama.cpp (v0.5.0) takes, as its source has it (llama-adapter.cpp, llama-graph.cpp) and as tried; so it is read, too:
-- A is (rank, in) and B (out, rank) beside the name of the base's tensor; B's rows of q and k are in interleaved rotary
-  order, as the weights' are.
-- Experts are stacked, (experts, rank, in) and (experts, out, rank), every expert in both: one rank a matrix and layer. Gate,
-  up and down are apart: each may lack.
-- It adds alpha / rank · B·A, with one alpha a file and the rank of each B; rsLoRA is unknown to it. So a scale that differs
-  goes into B. An alpha of 0 would stand for a scale of 1.
-- The router and a head of its own may have one too. Of the embedding it wants A and B the other way round, and applies them
-  to a tied head as well; that is left out here.
-- general.architecture has to be the base's. Nothing else of the base is compared than names and shapes.
+What llama.cpp (v0.5.0) accepts, according to its source (llama-adapter.cpp, llama-graph.cpp) and to tests, decides what is
+written and read:
+- A is (rank, in) and B (out, rank), named after the base's tensor; B's rows of q and k are in interleaved rotary order, like
+  the weights'.
+- Experts are stacked, (experts, rank, in) and (experts, out, rank), with every expert in both, so there is one rank per matrix
+  and layer. Gate, up and down are independent: each may be missing.
+- It adds alpha / rank · B·A, with one alpha per file and the rank of each B; it does not know rsLoRA. So a different scale is
+  multiplied into B. An alpha of 0 would mean a scale of 1.
+- The router and an untied head may have an adapter too. For the embedding it expects A and B swapped, and applies them to a tied
+  head as well; that is not supported here.
+- general.architecture has to be the base's. Apart from that, only names and shapes are compared with the base.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 FILE = "adapter.gguf"
 _LAYOUT = replace(names.GGUF, adapters_of_embed=names.GGUF.adapters)
+"""llama.cpp's names, with adapters of routers, embedding and head."""
 
 
 def export_adapter(
@@ -47,12 +49,19 @@ def export_adapter(
 ) -> None:
     """Write the adapters of `parameters` as a folder with `adapter.gguf`, in float32.
 
-    `out_dir` appears complete or not at all. `proof.prove_adapter` compares the file with `parameters`. Raises ValueError
-    where there are no adapters, or where llama.cpp has no place for one.
+    `out_dir` appears complete or not at all. `proof.prove_adapter` compares the file with `parameters`.
 
     Args:
+        parameters: weights by path.
+        model: the architecture of the base.
+        lora: the section of the adapters.
+        out_dir: the folder to write.
         base_model: name or path of the model that the adapter belongs to.
         name: shown by servers.
+        texts: tokenizer, chat template and config to put beside the adapter.
+
+    Raises:
+        ValueError: there are no adapters, or llama.cpp has no place for one.
     """
     ranks = adapter_ranks(parameters)
     if not ranks:
@@ -72,6 +81,7 @@ def export_adapter(
         for piece in tensors[spec.name]:
             ours, module = fetch(parameters[piece.path], piece.lead), _module(piece)
             if ParameterPath.parse(piece.path).leaf == "lora_b":
+                # llama.cpp multiplies by alpha / rank, so B carries what is left of the scale.
                 factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
                 ours = ours if factor == 1 else (ours.astype(np.float64) * factor)
             yield piece.to_file(ours.astype(np.float32))
@@ -93,8 +103,12 @@ def export_adapter(
 
 
 def open_adapter(path: str | Path) -> container.Gguf:
-    """The adapter of one file, or of the only one in a folder. Raises FileNotFoundError where there is none, ValueError
-    where the file is something else."""
+    """Open the adapter of one file, or of the only file in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is no adapter.
+    """
     file = gguf.file_in(path)
     if file is None:
         raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
@@ -106,7 +120,7 @@ def open_adapter(path: str | Path) -> container.Gguf:
 
 
 def read_lora(path: str | Path, model: config.Model) -> config.Lora:
-    """The section `lora` that an adapter amounts to. Raises ValueError where it is another base's, or not read here."""
+    """Return the section `lora` that describes an adapter. Raises ValueError if it is for another base, or not supported."""
     opened = open_adapter(path)
     file, tensors, alpha = opened.file, opened.tensors, opened.settings.get("adapter.lora.alpha")
     if (arch := opened.settings.get("general.architecture")) != (ours := gguf_settings.architecture(model)):
@@ -117,7 +131,7 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
     table = names.adapter_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
         raise ValueError(f"{file} has {unknown[0]}, which is no adapter of this model that is read here")
-    ranks: dict[str, dict[int, str]] = {}  # of each module: its rank in the layers, 0 for none, and the first that has it
+    ranks: dict[str, dict[int, str]] = {}  # for each module, the ranks of its layers (0 for none) and the first tensor with each
     for piece in table[::2]:
         shape = tensors[piece.name].shape if piece.name in tensors else (0, 0)
         ranks.setdefault(ParameterPath.parse(piece.path).module, {}).setdefault(shape[-2] if len(shape) > 1 else -1, piece.name)
@@ -138,10 +152,15 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
 
 
 def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
-    """The adapters of a file as arrays like `abstract` ({path of lora_a or lora_b: …}).
+    """Read the adapters of a file into arrays.
 
-    `abstract` comes from a model with the section `read_lora(path, model)`. Raises ValueError where the adapter is of
-    another base.
+    Args:
+        path: the file or folder.
+        model: the architecture of the base.
+        abstract: {path of lora_a or lora_b: shape, dtype and sharding}, from a model with the section `read_lora(path, model)`.
+
+    Raises:
+        ValueError: the adapter belongs to another base.
     """
     tensors = open_adapter(path).tensors
     ranks = adapter_ranks(abstract)
@@ -152,11 +171,11 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
 
 
 def _alpha(lora: config.Lora, table: list[names.Piece]) -> float:
-    """The alpha that most matrices have, since theirs are then left as they are; a float32."""
+    """Return the alpha that most matrices have, as a float32, so that most matrices are written unchanged."""
     of_b = [piece for piece in table if ParameterPath.parse(piece.path).leaf == "lora_b"]
-    # B is (rank, …) here
+    # B is (rank, …) in our arrays
     alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.ours_shape[0] for piece in of_b)
-    alphas.pop(0.0, None)  # of an expert without an adapter
+    alphas.pop(0.0, None)  # from experts without an adapter
     return float(np.float32(alphas.most_common(1)[0][0]))
 
 

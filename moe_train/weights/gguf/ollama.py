@@ -1,8 +1,8 @@
-"""Ollama's `Modelfile`: which file, how a chat is spelled, where an answer ends.
+"""Ollama's `Modelfile`: the file to load, the chat format, and the end of an answer.
 
-Ollama spells chats with a Go template. One is written where the format is known (see chat_format); otherwise it is left
-out, and Ollama takes, of the templates that it brings, the one whose Jinja looks most like that of the GGUF file.
-Format of the file: https://docs.ollama.com/modelfile.
+Ollama renders chats with a Go template. One is written if the format is known (see chat_format). Otherwise it is left out, and
+Ollama picks, among the templates that it ships, the one whose Jinja is most similar to that of the GGUF file. Format of the
+file: https://docs.ollama.com/modelfile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from moe_train.weights.gguf.chat_format import Format, go
 
 
 def modelfile(model: str, chat: Format | None) -> str:
-    """The text of a Modelfile beside the file `model`."""
+    """Return the text of a Modelfile for the file `model` in the same folder; `chat` is None if the format is unknown."""
     lines = [f"FROM ./{model}"]
     if chat is None:
         lines.append("# The chat template is the one in the file, in Jinja; Ollama takes that of its own which is most like it.")

@@ -1,8 +1,8 @@
-"""The keys of a GGUF file that say its architecture <-> `config.Model`.
+"""Convert between the keys of a GGUF file that describe its architecture and `config.Model`.
 
-llama.cpp's `llama` is Llama, Mistral and Mixtral, dense or with experts; it reads neither yarn's settings nor a scale of
-queries. `mistral3` does, and has one original length for both. Neither has sliding windows: up to its window a model is the
-same without, so that is the context that is written.
+llama.cpp's `llama` covers Llama, Mistral and Mixtral, dense or with experts; it reads neither YaRN's settings nor a scaling of
+queries. `mistral3` reads both, with one original length for the two. Neither supports sliding windows. Up to its window's length
+a model is the same without the window, so that length is written as the context.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from moe_train.weights.gguf.container import Gguf
 log = logging.getLogger(__name__)
 
 OURS = "moe_train.model"
-"""The key under which a file of ours has the whole architecture, in JSON; llama.cpp ignores it."""
+"""The key under which our files contain the whole architecture, in JSON; llama.cpp ignores it."""
 
 
 def read_model(opened: Gguf) -> config.Model:
-    """Raises ValueError for what is not built here, naming the key."""
+    """Read the architecture of a file.
+
+    Raises:
+        ValueError: the architecture is not implemented here; the message names the key.
+    """
     try:
         if OURS in opened.settings:
             return _ours(opened.settings)
@@ -41,9 +45,10 @@ def read_model(opened: Gguf) -> config.Model:
 
 
 def _ours(settings: Mapping[str, Any]) -> config.Model:
-    """Of a file that we wrote, unless somebody has changed what llama.cpp reads of it."""
+    """Read the architecture of a file that we wrote. Raises ValueError if somebody changed the keys that llama.cpp reads."""
     model = config.Model.model_validate_json(settings[OURS])
     wanted = _keys(model)
+    # A tool that edits the keys of llama.cpp leaves ours behind, and the two then disagree.
     if changed := [
         key for key, value in wanted.items() if settings.get(key) != (value if isinstance(value, str) else value.item())
     ]:
@@ -54,6 +59,7 @@ def _ours(settings: Mapping[str, Any]) -> config.Model:
 
 
 def _theirs(opened: Gguf) -> config.Model:
+    """Read the architecture of a file that another tool wrote."""
     settings, tensors = opened.settings, opened.tensors
     arch = settings.get("general.architecture")
     if arch not in ("llama", "mistral3"):
@@ -69,14 +75,14 @@ def _theirs(opened: Gguf) -> config.Model:
         value = settings.get(f"{arch}.{key}", default)
         if value is None:
             raise ValueError(f"the key {arch}.{key} is missing")
-        if isinstance(value, np.ndarray):  # one for each layer
+        if isinstance(value, np.ndarray):  # one value per layer
             if len({*value.tolist()}) != 1:
                 raise ValueError(f"{arch}.{key} differs between layers, which is not built here")
             value = value[0].item()
         return value
 
     def real(key: str, default: float | None = None) -> float:
-        return float(str(np.float32(get(key, default))))  # the shortest number that it can have been
+        return float(str(np.float32(get(key, default))))  # the shortest decimal that rounds to this float32
 
     D, N = get("embedding_length"), get("attention.head_count")
     H = get("attention.key_length", D // N)
@@ -93,7 +99,7 @@ def _theirs(opened: Gguf) -> config.Model:
     if E:
         ffn = {**ffn, "name": "moe", "num_experts": E, "experts_per_token": get("expert_used_count")}
     rope, scaling = _rope(arch, get, real)
-    # Llama and Mistral are one mathematics without a window; only Llama's head is always D / N
+    # Llama and Mistral have the same mathematics without a window; only Llama's head_dim is always D / N
     family = "mixtral" if E else "ministral3" if arch == "mistral3" else "llama" if N * H == D else "mistral"
     embedding = tensors.get(names.GGUF.embed.name)
     model = config.Model.model_validate(
@@ -144,7 +150,7 @@ def _rope(arch: str, get: Callable[..., Any], real: Callable[..., float]) -> tup
 
 
 def architecture(model: config.Model) -> str:
-    """llama.cpp's name of what computes this model."""
+    """Return llama.cpp's name of the architecture that computes this model."""
     return "mistral3" if model.attention.query_scaling or isinstance(model.rope, config.YarnRope) else "llama"
 
 
@@ -187,12 +193,12 @@ def _keys(model: config.Model) -> dict[str, Any]:
 
 
 def settings(model: config.Model) -> dict[str, Any]:
-    """The keys of an architecture. Raises ValueError for what llama.cpp would compute differently."""
+    """Return the keys that describe an architecture. Raises ValueError if llama.cpp would compute it differently."""
     return {**_keys(model), OURS: model.model_dump_json()}
 
 
 def warnings(model: config.Model) -> list[str]:
-    """What a user of the file has to know."""
+    """Return what a user of the file has to know."""
     context = int(_keys(model)[f"{architecture(model)}.context_length"])
     if context == model.max_seq_len:
         return []

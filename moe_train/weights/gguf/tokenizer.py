@@ -1,8 +1,8 @@
-"""Tokenizers inside GGUF files: ours -> llama.cpp's keys, and those keys -> a Hugging Face tokenizer in a folder.
+"""Tokenizers inside GGUF files: convert ours to llama.cpp's keys, and these keys to a Hugging Face tokenizer in a folder.
 
-llama.cpp has two that matter here. `gpt2`: byte-level BPE, its split of text known by a name (`tokenizer.ggml.pre`) that
-stands for a regular expression in its source; a file can not bring its own, so that an unknown split is refused.
-`llama`: sentencepiece's BPE, which joins the neighbours whose union has the highest score.
+llama.cpp has two kinds that matter here. `gpt2` is byte-level BPE. Its way of splitting text has a name (`tokenizer.ggml.pre`)
+that stands for a regular expression in llama.cpp's source; a file cannot bring its own, so an unknown split is refused.
+`llama` is sentencepiece's BPE, which merges the neighbors whose union has the highest score.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Kinds of tokens; llama.cpp's numbers."""
+"""llama.cpp's numbers for the kinds of tokens."""
 _PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
+"""The key of the chat template."""
 SPACE = "▁"
+"""What sentencepiece writes for a space."""
 
 # tokenizer.ggml.pre -> (steps of a tokenizer.json before its byte-level one, whether that one splits, ignore_merges)
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -43,16 +45,22 @@ _SPLITS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     "tekken": ((_TEKKEN,), False, True),
 }
 _SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "pixtral": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-"""Other names that llama.cpp takes for the same."""
+"""Other names that llama.cpp treats as the same split."""
 
 
 # --- ours -> keys ------------------------------------------------------------------------------------------------
 
 
 def settings(tokenizer: Tokenizer, vocab_size: int, chat_template: str | None) -> dict[str, Any]:
-    """The keys that make llama.cpp tokenise as `tokenizer` does; unused tokens fill up to `vocab_size`.
+    """Return the keys that make llama.cpp tokenize as `tokenizer` does.
 
-    Raises ValueError, with the reason, for a tokenizer that llama.cpp can not reproduce.
+    Args:
+        tokenizer: the tokenizer.
+        vocab_size: the model's; unused tokens pad the vocabulary to it.
+        chat_template: Jinja; None without one.
+
+    Raises:
+        ValueError: llama.cpp cannot reproduce the tokenizer; the message gives the reason.
     """
     if isinstance(tokenizer, HuggingFace):
         found = _of_hugging_face(tokenizer)
@@ -92,6 +100,7 @@ def _of_hugging_face(tokenizer: HuggingFace) -> dict[str, Any]:
         pre = _name_of_split(file, described)
         found = {"model": "gpt2", "pre": pre, "merges": [f"{left} {right}" for left, right in merges]}
         found["add_space_prefix"] = np.bool_(False)
+    # The encoding of an empty text shows whether the tokenizer itself adds BOS.
     begins = tokenizers.Tokenizer.from_file(str(file)).encode("", add_special_tokens=True).ids == [tokenizer.bos_id]
     names = {"unknown": "unk_token", "padding": "pad_token"}
     ids = {key: tokens.index(tokenizer.named_tokens[name]) for key, name in names.items() if name in tokenizer.named_tokens}
@@ -99,7 +108,7 @@ def _of_hugging_face(tokenizer: HuggingFace) -> dict[str, Any]:
 
 
 def _name_of_split(file: Path, described: Mapping[str, Any]) -> str:
-    """The name under which llama.cpp knows how this byte-level tokenizer splits text."""
+    """Return llama.cpp's name for how this byte-level tokenizer splits text."""
     normalizer = described.get("normalizer")
     if normalizer and normalizer != {"type": "Sequence", "normalizers": []}:
         raise ValueError(f"{file} normalises text ({normalizer['type']}); llama.cpp's byte-level tokenizer does not")
@@ -134,7 +143,10 @@ def _name_of_split(file: Path, described: Mapping[str, Any]) -> str:
 def _sentencepiece_like(
     file: Path, described: Mapping[str, Any], merges: list[tuple[str, ...]], tokens: list[str], kinds: list[int]
 ) -> dict[str, Any]:
-    """Scores that join what the merges join. They do where the merges are all there are, those of one token together."""
+    """Return scores that merge what the merges merge.
+
+    This requires that all possible merges exist and that those of one token are consecutive; raises ValueError otherwise.
+    """
     _name_bytes(tokens, kinds)
     if (unknown := described["model"].get("unk_token")) is not None:
         kinds[tokens.index(unknown)] = UNKNOWN
@@ -159,6 +171,7 @@ def _sentencepiece_like(
 
 
 def _name_bytes(tokens: Iterable[str], kinds: list[int]) -> None:
+    """Mark the tokens that stand for single bytes."""
     byte = {f"<0x{value:02X}>" for value in range(256)}
     for i, token in enumerate(tokens):
         if token in byte:
@@ -166,7 +179,7 @@ def _name_bytes(tokens: Iterable[str], kinds: list[int]) -> None:
 
 
 def _adds_space(file: Path, described: Mapping[str, Any]) -> bool:
-    """Whether text begins with a space more; spaces are ▁ in any case."""
+    """Return whether a space is prepended to text; spaces become ▁ in any case."""
     normalizer, pre = described.get("normalizer"), described.get("pre_tokenizer")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if pre is None and normalizer == {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}:
@@ -196,7 +209,10 @@ def _of_sentencepiece(file: Path) -> dict[str, Any]:
 
 
 def _of_tekken(file: Path) -> dict[str, Any]:
-    """mistral-common joins by the rank of the union; each way to split a token is a merge, in the order of the ranks."""
+    """Convert a tekken file.
+
+    mistral-common merges by the rank of the union, so each way to split a token is a merge, in the order of the ranks.
+    """
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     tekken = Tekkenizer.from_file(file)
@@ -221,7 +237,7 @@ def _of_tekken(file: Path) -> dict[str, Any]:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary: itself where it is visible, else one from 256 on."""
+    """Return the letter for each byte in a byte-level vocabulary: the byte itself if visible, otherwise one from 256 on."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
@@ -231,12 +247,12 @@ def _byte_letters() -> list[str]:
 
 
 def keys(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a GGUF file's settings that make its tokenizer."""
+    """Return those of a GGUF file's settings that define its tokenizer."""
     return {key: value for key, value in settings.items() if key.startswith(_PREFIX) or key == TEMPLATE}
 
 
 def identity(found: Mapping[str, Any]) -> str:
-    """sha256 of `keys`."""
+    """Return the sha256 of the result of `keys`."""
     total = hashlib.sha256()
     for key, value in sorted(found.items()):
         total.update(f"{key}\0{value.tolist() if isinstance(value, np.ndarray) else value!r}\0".encode())
@@ -246,7 +262,13 @@ def identity(found: Mapping[str, Any]) -> str:
 def extract(found: Mapping[str, Any], directory: Path, where: object) -> None:
     """Write the tokenizer of a GGUF file as tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-    found: its `keys`. where: the file, for messages. Raises ValueError for a tokenizer that is not read here.
+    Args:
+        found: the result of `keys` for the file.
+        directory: the folder to write into.
+        where: the file, for messages.
+
+    Raises:
+        ValueError: the tokenizer is not supported.
     """
     keys = {key.removeprefix(_PREFIX): value for key, value in found.items()}
     kind, tokens = keys.get("model"), keys.get("tokens")
@@ -311,7 +333,10 @@ def _step(step: str) -> dict[str, Any]:
 
 
 def _sentencepiece(keys: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
-    """Of each token all ways to split it are merges, best score first; as transformers converts sentencepiece models."""
+    """Describe a sentencepiece tokenizer for tokenizer.json.
+
+    All ways to split a token become merges, best score first, as when transformers converts sentencepiece models.
+    """
     vocab = _vocab(tokens, kinds)
     scores = keys["scores"]
     known = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}

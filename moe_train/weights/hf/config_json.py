@@ -1,7 +1,7 @@
-"""A Hugging Face `config.json` -> `config.Model`, and back.
+"""Convert a Hugging Face `config.json` to `config.Model` and back.
 
-Whatever would change the mathematics and is not built is an error; library defaults changed between versions, so
-what a file does not state is derived only where every version agrees.
+Whatever would change the mathematics and is not implemented is an error. Defaults of the library have changed between versions,
+so what a file does not state is derived only if every version agrees.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ FILE = "config.json"
 
 _FAMILIES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
 _WRAPPERS = ("Mistral3ForConditionalGeneration",)
-"""Vision models, of which the text model is read."""
+"""Vision models of which only the text model is read."""
 
-# The only values that mean what is built here.
+# The only values whose meaning is implemented here.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -40,7 +40,7 @@ _READ = (
     *("rope_theta", "rope_parameters", "rope_scaling", "sliding_window", "tie_word_embeddings", "max_position_embeddings"),
     "initializer_range",
 )
-# No part of the mathematics: bookkeeping, generation, training losses.
+# Fields that do not affect the mathematics: bookkeeping, generation, training losses.
 _IGNORED = (
     *("_name_or_path", "bos_token_id", "dtype", "eos_token_id", "is_llama_config", "output_router_logits", "pad_token_id"),
     *("pretraining_tp", "router_aux_loss_coef", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache"),
@@ -50,9 +50,11 @@ _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
 
 
 def read_model_config(directory: str | Path) -> config.Model:
-    """The architecture that a model's directory (or its `config.json`) describes.
+    """Read the architecture from a model's directory (or its `config.json`).
 
-    Raises FileNotFoundError without the file, ValueError for what is not built here, naming the field.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the architecture is not implemented here; the message names the field.
     """
     file = Path(directory)
     file = file / FILE if file.is_dir() else file
@@ -137,14 +139,14 @@ def _num_kv_heads(family: config.Family, fields: dict[str, Any], num_heads: int)
 
 
 def _windows(family: config.Family, fields: dict[str, Any], layers: int) -> tuple[int | None, ...]:
-    """One period of windows; `layer_types` names the layers that have one."""
+    """Return the shortest period of windows; `layer_types` names the layers that have one."""
     if "window" not in family.features:
         return (None,)
     if "sliding_window" not in fields:
         raise ValueError(f"{_not_stated('sliding_window')} (null: none)")
     window = fields.get("sliding_window")
     kinds = fields.get("layer_types")
-    if not kinds:  # one for all layers, of which a damaged file may state very many
+    if not kinds:  # one window for all layers; not expanded, since a damaged file may state a huge number of layers
         return (window,)
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"layer_types has {sorted(unknown)[0]!r}; built are full_attention and sliding_attention")
@@ -158,7 +160,7 @@ def _windows(family: config.Family, fields: dict[str, Any], layers: int) -> tupl
 
 
 def _rope(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Rotary positions and query scaling, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    """Read rotary positions and query scaling from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     given = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     kind = given.get("rope_type", given.get("type", "default"))
     theta = given.get("rope_theta", fields.get("rope_theta"))
@@ -181,7 +183,7 @@ def _rope(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None
     if missing := [key for key in _YARN[:2] if key not in given]:
         raise ValueError(f"rope_parameters.{missing[0]} is missing, which yarn needs")
     yarn = {key: float(given[key]) for key in _YARN if key in given and key != "original_max_position_embeddings"}
-    # without both, transformers takes 0.1 * log(factor) + 1, which mscale 1 over mscale_all_dim 0 gives too
+    # Unless both are stated, transformers uses 0.1 * log(factor) + 1, which mscale 1 over mscale_all_dim 0 gives too.
     if not (given.get("mscale") and given.get("mscale_all_dim")):
         yarn |= {"mscale": 0.0, "mscale_all_dim": 0.0}
     return {"name": "yarn", "theta": float(theta), **yarn, "original_max_seq_len": original}, scaling
@@ -196,7 +198,7 @@ def write_model_config(
     pad_token_id: int | None = None,
     router_aux_loss_coef: float = 0.0,
 ) -> dict[str, Any]:
-    """The `config.json` of an export: old and new spellings side by side, and every default stated."""
+    """Return the `config.json` of an export, with old and new spellings side by side and every default stated."""
     a = model.attention
     fields: dict[str, Any] = {
         "architectures": [config.FAMILIES[model.family].hugging_face.architecture],
@@ -230,7 +232,7 @@ def write_model_config(
     if "interleaved_windows" in family.features:
         kinds = ["full_attention" if window is None else "sliding_attention" for window in a.windows]
         fields["layer_types"] = kinds * (model.num_layers // len(kinds))
-    if a.query_scaling is not None:  # vLLM looks here, and not in rope_parameters (vllm/model_executor/models/mistral.py)
+    if a.query_scaling is not None:  # vLLM reads this and not rope_parameters (vllm/model_executor/models/mistral.py)
         original = a.query_scaling.original_max_seq_len
         fields["llama_4_scaling"] = {"beta": a.query_scaling.beta, "original_max_position_embeddings": original}
     if isinstance(model.ffn, config.MoeFfn):
@@ -246,7 +248,7 @@ def write_model_config(
 
 
 def check_expressible(model: config.Model) -> None:
-    """Raise ValueError where a Hugging Face `config.json` has no words for `model`."""
+    """Raise ValueError if a Hugging Face `config.json` cannot express `model`."""
     windows = {window for window in model.attention.windows if window is not None}
     if len(windows) > 1:
         raise ValueError(f"attention.windows has {sorted(windows)}; a config.json has one size of window")
@@ -274,7 +276,7 @@ def _rope_parameters(model: config.Model) -> dict[str, Any]:
             "mscale": float(rope.mscale),
             "mscale_all_dim": float(rope.mscale_all_dim),
         }
-    if "query_scaling" in config.FAMILIES[model.family].features:  # transformers multiplies by it in any case
+    if "query_scaling" in config.FAMILIES[model.family].features:  # transformers always applies it
         original = scaling.original_max_seq_len if scaling else model.max_seq_len
         given = {"original_max_position_embeddings": original, **given, "llama_4_scaling_beta": scaling.beta if scaling else 0.0}
     return given

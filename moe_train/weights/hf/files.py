@@ -1,4 +1,4 @@
-"""Hugging Face models: opened, and written in the layout that transformers 4 and 5, vLLM and llama.cpp load."""
+"""Open Hugging Face models, and write them in the layout that transformers 4 and 5, vLLM and llama.cpp load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_train.weights.on_disk import Weights
 
 
 def open_weights(directory: str | Path) -> Weights:
-    """A model's directory, single file or shards. Raises ValueError for a tied model with a head of its own."""
+    """Open a model's directory, single file or shards. Raises ValueError if a tied model has a different head of its own."""
     model, tensors = read_model_config(directory), open_tensors(directory)
     if model.tie_embeddings:
         _drop_copied_head(directory, tensors)
@@ -26,7 +26,7 @@ def open_weights(directory: str | Path) -> Weights:
 
 
 def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_files.Tensor]) -> None:
-    """Some tools write a tied head out. Raise ValueError where it is not the embedding."""
+    """Remove a copy of a tied head, which some tools write. Raises ValueError if it differs from the embedding."""
     for head in [name for name in tensors if name.endswith("lm_head.weight")]:
         embedding = next((t for name, t in tensors.items() if name.endswith("embed_tokens.weight")), None)
         if embedding is None or len({*on_disk.hashes({"head": tensors[head], "embed": embedding}).values()}) > 1:
@@ -35,7 +35,7 @@ def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_file
 
 
 def open_tensors(directory: str | Path) -> dict[str, safetensors_files.Tensor]:
-    """The tensors of the text model, those that hold no weight of it left out."""
+    """Open the tensors of the text model; others are left out."""
     found = safetensors_files.open_model(directory)
     return {name: tensor for name, tensor in found.items() if not any(part in name for part in names.IGNORED)}
 
@@ -49,9 +49,16 @@ def write(
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
     share: safetensors_files.Share = safetensors_files.ALL,
 ) -> None:
-    """Shards, their index, config.json and generation_config.json; `matrix` is asked for one piece at a time.
+    """Write shards, their index, config.json and generation_config.json.
 
-    share: of several processes that write together.
+    Args:
+        directory: the folder.
+        model: the architecture.
+        dtype: dtype of the files.
+        matrix: returns the values of a piece; called for one piece at a time.
+        tokenizer: states the ids of control tokens; None if the export has none.
+        max_shard_bytes: size limit of a shard.
+        share: the part of one of several processes that write together.
     """
     settings = write_model_config(
         model,
@@ -70,4 +77,5 @@ def write(
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file with indentation."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Mistral's own layout: `params.json` and `consolidated.safetensors`, for mistral-inference and vLLM's `--load-format mistral`.
 
-mistral-inference loads strictly: a missing or an unknown tensor is an error.
+mistral-inference loads strictly: a missing or unknown tensor is an error.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ log = logging.getLogger(__name__)
 
 STEM = "consolidated"
 _OF_VISION = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
+"""Prefixes of tensors of a vision model that hold no weight of its text model."""
 
 
 def open_weights(directory: str | Path) -> Weights:
-    """A model's folder, one consolidated file or shards with their index; of a vision model the text model.
+    """Open a model's folder, one consolidated file or shards with their index; of a vision model, only the text model.
 
-    Raises ValueError for a tied model with an output of its own.
+    Raises:
+        ValueError: the model is tied but has an output weight of its own.
     """
     model = read_model_config(directory)
     tensors = safetensors_files.open_model(directory, STEM)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_VISION)}
     head, embed = names.MISTRAL.head.name, names.MISTRAL.embed.name
+    # A tied head may be written as well; it is accepted only as an exact copy.
     if model.tie_embeddings and head in tensors:
         if embed not in tensors or len({*on_disk.hashes({name: tensors[name] for name in (head, embed)}).values()}) > 1:
             raise ValueError(f"{directory} has an {head} of its own, but tied_embeddings is true in its {PARAMS}")
@@ -50,10 +53,19 @@ def write(
     matrix: Callable[[names.Piece], np.ndarray],
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """consolidated.safetensors and params.json; `matrix` is asked for one piece at a time.
+    """Write consolidated.safetensors and params.json.
 
-    Where several processes hold the weights, all of them call this, and the first one writes. Raises ValueError for what
-    params.json has no words for.
+    If several processes hold the weights, all of them call this, and the first one writes.
+
+    Args:
+        directory: the folder.
+        model: the architecture.
+        dtype: dtype of the file.
+        matrix: returns the values of a piece; called for one piece at a time.
+        tokenizer: the tokenizer that is exported with the weights.
+
+    Raises:
+        ValueError: params.json cannot express the model.
     """
     params = write_model_config(model)
     if isinstance(tokenizer, HuggingFace):
@@ -70,6 +82,6 @@ def write(
 
 
 def tokenizer_file_name(file: Path) -> str:
-    """The name under which mistral-inference, vLLM and transformers look for a tokenizer: tekken.json, tokenizer.model.v3."""
+    """Return the name that mistral-inference, vLLM and transformers look for: tekken.json, tokenizer.model.v3."""
     _, sentencepiece, version = file.name.partition(".model")
     return f"tokenizer{sentencepiece}{version}" if sentencepiece else "tekken.json" if "tekken" in file.name else file.name

@@ -1,8 +1,8 @@
-"""Mistral's own adapters: `lora.safetensors` and a `params.json`, as mistral-finetune writes them and mistral-inference loads them.
+"""Mistral's own adapters: `lora.safetensors` and a `params.json`, as mistral-finetune writes and mistral-inference loads them.
 
-mistral-inference adds scaling · B·A, where scaling is an argument of its own and 2.0 unless stated (`lora.py`,
-`load_lora`): what is written is right for 2.0. It wants one dtype, that of the model, and where it does not merge, one
-rank. B's rows of q and k are in interleaved rotary order, as the weights' are.
+mistral-inference adds scaling · B·A, where scaling is an argument of its own and 2.0 unless stated (`lora.py`, `load_lora`); the
+written files are correct for 2.0. It requires one dtype, that of the model, and one rank if it does not merge. B's rows of q
+and k are in interleaved rotary order, like the weights'.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 FILE = "lora.safetensors"
 SCALING = 2.0
+"""mistral-inference's default scaling, for which files are written."""
 
 
 def export_adapter(
@@ -36,12 +37,19 @@ def export_adapter(
 ) -> None:
     """Write the adapters of `parameters` as a folder.
 
-    alpha / rank goes into B, and smaller ranks are padded with zeros. `out_dir` appears complete or not at all.
-    `proof.prove_adapter` compares the files with `parameters`. Raises ValueError where there are no adapters, or where
-    mistral-inference has no place for one.
+    alpha / rank is multiplied into B, and smaller ranks are padded with zeros. `out_dir` appears complete or not at all.
+    `proof.prove_adapter` compares the files with `parameters`.
 
     Args:
-        dtype: that of the base model's files, since mistral-inference takes no other.
+        parameters: weights by path.
+        model: the architecture of the base.
+        lora: the section of the adapters.
+        out_dir: the folder to write.
+        dtype: the dtype of the base model's files, since mistral-inference accepts no other.
+        texts: tokenizer, chat template and config to put beside the adapter.
+
+    Raises:
+        ValueError: there are no adapters, or mistral-inference has no place for one.
     """
     ranks = adapter_ranks(parameters)
     if not ranks:
@@ -75,7 +83,7 @@ def export_adapter(
 
 
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
-    """The section `lora` that the adapter in a folder amounts to; scaling comes from params.json, and is 2.0 without."""
+    """Return the section `lora` that describes the adapter in a folder; scaling comes from params.json, or is 2.0 without it."""
     tensors, scaling = _open(directory)
     targets: dict[int, list[str]] = {}
     for row in names.linear_rows(model.ffn, names.MISTRAL):
@@ -101,10 +109,16 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
 
 
 def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
-    """The adapters of a folder as arrays like `abstract` ({path of lora_a or lora_b: …}).
+    """Read the adapters of a folder into arrays.
 
-    `abstract` comes from a model with the section `read_lora(directory, model)`. Raises ValueError where the adapter is
-    of another base.
+    Args:
+        directory: the folder.
+        model: the architecture of the base.
+        abstract: {path of lora_a or lora_b: shape, dtype and sharding}, from a model with the section
+            `read_lora(directory, model)`.
+
+    Raises:
+        ValueError: the adapter belongs to another base.
     """
     tensors, _ = _open(directory)
     ranks = adapter_ranks(abstract)
@@ -115,7 +129,7 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
 
 
 def _open(directory: str | Path) -> tuple[dict[str, safetensors_files.Tensor], float]:
-    """(tensors, scaling)"""
+    """Return (tensors, scaling)."""
     directory = Path(directory)
     tensors, params = safetensors_files.open_file(directory / FILE), directory / params_json.FILE
     if not params.is_file():

@@ -1,8 +1,7 @@
-"""Mistral's `params.json` -> `config.Model`, and back.
+"""Convert Mistral's `params.json` to `config.Model` and back.
 
-Its readers are mistral-inference (`args.py`), vLLM (`transformers_utils/configs/mistral.py`) and mistral-finetune; where
-they take different defaults for a field that is not stated, it has to be stated. It has no word for a family: what the
-fields say decides.
+Its readers are mistral-inference (`args.py`), vLLM (`transformers_utils/configs/mistral.py`) and mistral-finetune; a field for
+which they have different defaults must be stated. The file does not name a family, so the fields decide.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 FILE = "params.json"
 
-# The only values that mean what is built here.
+# The only values whose meaning is implemented here.
 _ONLY: dict[str, Any] = {
     "model_type": "transformer",
     "activation": "silu",
@@ -31,13 +30,15 @@ _ONLY: dict[str, Any] = {
     "quantization_config": None,
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")),
 }
-# No part of the text model's mathematics.
+# Fields that do not affect the text model's mathematics.
 _IGNORED = {"dtype", "max_batch_size", "vision_encoder", "multimodal", "lora"}
 _MAX_SEQ_LEN = 128_000
-"""What mistral-inference and vLLM take where nothing is stated."""
+"""What mistral-inference and vLLM assume if nothing is stated."""
 
 
 class Moe(BaseModel):
+    """The experts of a sparse model."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     num_experts: Positive
@@ -45,8 +46,11 @@ class Moe(BaseModel):
 
 
 class Yarn(BaseModel):
-    """alpha and beta are the turns at which interpolation is full and at which it ends; apply_scale: cos and sin are
-    multiplied by 0.1 log(factor) + 1."""
+    """YaRN's settings.
+
+    `alpha` and `beta` are the numbers of rotations at which interpolation is full and at which it ends. With `apply_scale`, cos and
+    sin are multiplied by 0.1 log(factor) + 1.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -58,6 +62,8 @@ class Yarn(BaseModel):
 
 
 class Llama4Scaling(BaseModel):
+    """Scaling of queries by position."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     beta: PositiveFloat
@@ -79,9 +85,9 @@ class Params(BaseModel):
     vocab_size: Positive
     rope_theta: PositiveFloat | None = None
     sliding_window: Positive | list[Positive | None] | None = None
-    """One for all layers, or a period of layers."""
+    """One window for all layers, or a period of layers."""
     hidden_sliding_window: Positive | list[Positive | None] | None = Field(None, alias="_sliding_window")
-    """The same, named so that an older vLLM does not see it."""
+    """The same under a name that an older vLLM ignores."""
     max_seq_len: Positive | None = None
     max_position_embeddings: Positive | None = None
     tied_embeddings: bool = False
@@ -91,9 +97,11 @@ class Params(BaseModel):
 
 
 def read_model_config(directory: str | Path) -> config.Model:
-    """The architecture that a folder's `params.json` (or that file) describes.
+    """Read the architecture from a folder's `params.json` (or that file).
 
-    Raises FileNotFoundError without the file, ValueError for what is not built here, naming the field.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the architecture is not implemented here; the message names the field.
     """
     file = Path(directory)
     file = file / FILE if file.is_dir() else file
@@ -158,7 +166,7 @@ def _family(params: Params, windows: tuple[int | None, ...]) -> str:
 
 
 def _windows(params: Params) -> tuple[int | None, ...]:
-    """One shortest period of windows."""
+    """Return the shortest period of windows."""
     if params.sliding_window is not None and params.hidden_sliding_window is not None:
         raise ValueError("sliding_window and _sliding_window are both stated; keep one")
     window = params.hidden_sliding_window if params.sliding_window is None else params.sliding_window
@@ -196,7 +204,7 @@ def _rope(params: Params) -> dict[str, Any]:
 
 
 def write_model_config(model: config.Model) -> dict[str, Any]:
-    """The `params.json` of an export. Raises ValueError for what it has no words for."""
+    """Return the `params.json` of an export. Raises ValueError if the format cannot express the model."""
     a, rope, ffn = model.attention, model.rope, model.ffn
     windows = list(a.windows)
     params = Params(
@@ -234,6 +242,7 @@ def _yarn(rope: config.YarnRope) -> Yarn:
 
 
 def _applies_scale(rope: config.YarnRope) -> bool:
+    """Return whether cos and sin are scaled; raises ValueError for two mscales that params.json cannot express."""
     if not (rope.mscale and rope.mscale_all_dim):
         return True
     if rope.mscale != rope.mscale_all_dim:
@@ -245,8 +254,11 @@ def _applies_scale(rope: config.YarnRope) -> bool:
 
 
 def as_written(model: config.Model) -> config.Model:
-    """The model as it is read back from params.json: the same mathematics, without what the file has no words for
-    (the family where several fit, how weights were drawn, which mscale gave a factor of 1)."""
+    """Return the model as it is read back from params.json.
+
+    It has the same mathematics, without what the file cannot express: the family if several fit, how weights were initialized, and
+    which mscale gave a factor of 1.
+    """
     rope = model.rope
     if isinstance(rope, config.YarnRope):
         mscale = 0.0 if _applies_scale(rope) else 1.0

@@ -1,10 +1,10 @@
-"""Split PEFT's fused adapters of experts into per-expert ones; they are read and never written.
+"""Split PEFT's fused adapters of experts into per-expert ones; fused adapters are read and never written.
 
 For a parameter (E, out, in) such as `mlp.experts.gate_up_proj`, PEFT keeps one A (r·E, in), expert after expert, and one B
-(out, r·E), of which every E-th column belongs to one expert (`ParamWrapper.get_delta_weight`). The names say no more than
-`experts` and `experts.base_layer`, so the shapes have to tell gate_up from down. PEFT up to 0.19.0 took (E, out, in) for
-(E, in, out): there A and B are swapped and transposed. The shapes show that too, except where model_dim equals ffn_dim or
-twice ffn_dim: then the version in adapter_config.json decides.
+(out, r·E), of which every E-th column belongs to the same expert (`ParamWrapper.get_delta_weight`). The names state only
+`experts` and `experts.base_layer`, so shapes must tell gate_up from down. PEFT up to 0.19.0 mistook (E, out, in) for
+(E, in, out): there A and B are swapped and transposed. The shapes reveal that too, except if model_dim equals ffn_dim or twice
+ffn_dim; then the version in adapter_config.json decides.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from moe_train.weights.peft.settings import alpha_of
 
 _NAME = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(base_layer\.)?lora_(?P<matrix>[AB])\.weight")
 _LEAVES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-"""A fused parameter, and the matrices of an expert that lie in its rows."""
+"""A fused parameter, and the matrices of an expert that its rows contain."""
 _FIRST_NOT_SWAPPED = (0, 19, 1)
-"""The first version of PEFT that writes A and B in their own places."""
+"""The first version of PEFT that does not swap A and B."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A matrix of one expert: some rows and columns of a fused one, transposed if `transposed` is set."""
+    """A matrix of one expert: some rows and columns of a fused matrix, transposed if `transposed` is set."""
 
     name: str
     shape: tuple[int, int]
@@ -52,7 +52,9 @@ def split(where: object, tensors: Mapping[str, Tensor], model: config.Model, ver
 
     Args:
         where: the file, for messages.
-        version: of PEFT, as the file states it.
+        tensors: tensors of the file by name.
+        model: the architecture of the base.
+        version: PEFT's version, as the file states it; None if it does not.
 
     Raises:
         ValueError: the shapes do not fit the model, or two versions of PEFT would read them differently.
@@ -107,13 +109,13 @@ def _experts(where: object, layer: str, a: Tensor, b: Tensor, model: config.Mode
 
 
 def _parse(version: str | None) -> tuple[int, ...] | None:
-    """0.19.1.dev0@UNKNOWN -> (0, 19, 1)"""
+    """Parse a version: 0.19.1.dev0@UNKNOWN -> (0, 19, 1)."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
     return tuple(int(part) for part in match.groups()) if match else None
 
 
 def alpha_pattern(settings: Mapping[str, Any], model: config.Model) -> dict[str, float]:
-    """The `alpha_pattern` with an entry in front for each expert matrix, which has the alpha of its fused parameter."""
+    """Return the `alpha_pattern`, preceded by an entry for each expert matrix with the alpha of its fused parameter."""
     of_experts = {
         rf"layers\.{layer}\.block_sparse_moe\.experts\.\d+\.({'|'.join(leaves)})": alpha_of(
             settings, f"model.layers.{layer}.mlp.experts.{parameter}"

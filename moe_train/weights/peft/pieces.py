@@ -1,4 +1,4 @@
-"""What a PEFT directory can hold: its files, and the adapters and whole weights in them under PEFT's names."""
+"""What a PEFT directory can contain: its files, and the adapters and whole weights in them under PEFT's names."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ GATE, UP, DOWN = "ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"
 ROUTER_IN_ADAPTERS = "block_sparse_moe.gate"
 """The router in the names of LoRA tensors, which PEFT renames while loading."""
 ROUTER_OF_TRANSFORMERS = "mlp.gate"
-"""The router as transformers 5 has it, and so in the names of modules_to_save, which PEFT does not rename."""
+"""The router's name in transformers 5, and so in modules_to_save, which PEFT does not rename."""
 
 
 def adapter_pieces(model: config.Model) -> list[names.Piece]:
-    """A and B in turn of every weight that can have an adapter; their rank is a placeholder."""
+    """List A and B, in turn, of every weight that can have an adapter; their rank is a placeholder."""
     modules = {piece.path.rpartition(".")[0] for piece in names.pieces(model) if not piece.path.endswith(".scale")}
     return names.adapter_pieces(model, dict.fromkeys(modules, 1))
 
 
 def saved_pieces(model: config.Model) -> list[names.Piece]:
-    """Every whole weight that modules_to_save can hold. Experts are none: transformers 5 fuses them into one module."""
+    """List every whole weight that modules_to_save can contain. Experts are excluded: transformers 5 fuses them into one module."""
     found = []
     for piece in names.pieces(model):
         if len(piece.lead) < 2:
@@ -35,6 +35,6 @@ def saved_pieces(model: config.Model) -> list[names.Piece]:
 
 
 def tied_head(model: config.Model) -> names.Piece:
-    """The second name under which PEFT writes a tied embedding table."""
+    """Return the second name under which PEFT writes a tied embedding table."""
     (embed,) = (piece for piece in names.pieces(model) if piece.path == "embed.weight")
     return replace(embed, name=f"base_model.model.{names.HUGGING_FACE.head.name}")

@@ -31,7 +31,7 @@ from moe_train.weights.peft.settings import alpha_of, read_settings
 
 
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
-    """The section `lora` that an adapter amounts to. Raises ValueError for what is not supported."""
+    """Return the section `lora` that describes an adapter. Raises ValueError if it is not supported."""
     directory = Path(directory)
     settings = read_settings(directory)
     tensors = _open(directory, model)
@@ -50,15 +50,23 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
 
 
 def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
-    """The adapters of a PEFT directory, and its modules_to_save, as arrays like `abstract` ({path: …}).
+    """Read the adapters of a PEFT directory, and its modules_to_save, into arrays.
 
-    `abstract` comes from a model with the section `read_lora(directory, model)`; ranks that are smaller than the stack's
-    are padded with zeros. Raises ValueError where the files have other tensors than the section says.
+    Adapters with a smaller rank than their stack's are padded with zeros.
+
+    Args:
+        directory: the adapter.
+        model: the architecture of the base.
+        abstract: {path: shape, dtype and sharding}, from a model with the section `read_lora(directory, model)`.
+
+    Raises:
+        ValueError: the files have other tensors than the section states.
     """
     tensors = _open(Path(directory), model)
     ranks = adapter_ranks(abstract)
     saved = [piece for piece in saved_pieces(model) if piece.path in abstract]
     if model.tie_embeddings:
+        # `read_lora` has checked that both names of a tied table hold the same values.
         second = tied_head(model).name
         saved = [piece for piece in saved if piece.name != second]
         tensors.pop(second, None)
@@ -93,7 +101,7 @@ class _Padded(NamedTuple):
 
 
 def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
-    """Tensors by the names of a per-expert file, without the copies of the base's tables that PEFT adds to adapted ones."""
+    """Open tensors under the names of a per-expert file, without the copies of the base's tables that PEFT adds to adapted ones."""
     found: dict[str, Tensor] = {}
     table = (model.vocab_size, model.model_dim)
     for name, tensor in safetensors_files.open_file(directory / WEIGHTS).items():
@@ -116,15 +124,16 @@ def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
 
 
 Kind = tuple[int, float]
-"""Rank and alpha."""
+"""(rank, alpha)."""
 
 
 def _kinds(
     directory: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model
 ) -> dict[str, dict[Kind, set[int]]]:
-    """For each module, each kind of adapter that it has, and the experts that have it (0 where there are none).
+    """Return, for each module, each kind of adapter that it has and the experts that have it (0 for unrouted modules).
 
-    Raises ValueError where layers differ, or some layers have no adapter.
+    Raises:
+        ValueError: layers differ, or some layers have no adapter.
     """
     kinds: dict[str, dict[Kind, set[int]]] = {}
     firsts: dict[tuple[str, int], tuple[str, Kind]] = {}
@@ -160,7 +169,7 @@ def _kinds(
 
 
 def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tuple[config.LoraTarget, ...]:
-    """One target for all modules whose adapters have the same rank, alpha and experts."""
+    """Return one target for all modules whose adapters have the same rank, alpha and experts."""
     num_experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 1
     modules_of: dict[tuple[Kind, tuple[int, ...] | None], list[str]] = {}
     for module, owners_by_kind in kinds.items():
@@ -174,7 +183,7 @@ def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tup
 
 
 def _trained_in_full(file: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model) -> tuple[str, ...]:
-    """The modules whose whole weights are in the files. Raises ValueError where modules_to_save says otherwise."""
+    """Return the modules whose whole weights are in the files. Raises ValueError if modules_to_save contradicts them."""
     saved = {
         piece.name.removesuffix(".weight"): ParameterPath.parse(piece.path).module
         for piece in saved_pieces(model)

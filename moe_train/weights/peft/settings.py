@@ -1,4 +1,4 @@
-"""adapter_config.json, read and checked."""
+"""Read and check adapter_config.json."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ _REQUIRED: Mapping[str, Any] = {
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
 }
-"""Keys that may only have one value here; None stands for an empty list too."""
+"""Keys for which only one value is supported; None also allows an empty list."""
 _FUSED_PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """The settings of an adapter. Raises ValueError for one that is malformed or not supported."""
+    """Read the settings of an adapter.
+
+    Raises:
+        FileNotFoundError: there is no adapter_config.json.
+        ValueError: the settings are malformed or not supported.
+    """
     file = directory / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a PEFT adapter")
@@ -60,7 +65,7 @@ def _check_alphas(file: Path, settings: Mapping[str, Any]) -> None:
 
 
 def alpha_of(settings: Mapping[str, Any], module: str) -> float:
-    """The alpha of a module by its name in the model: that of the first pattern that matches, else lora_alpha."""
+    """Return the alpha of a module by its name in the model: that of the first matching pattern, else lora_alpha."""
     for key, alpha in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return float(alpha)

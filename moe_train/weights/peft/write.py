@@ -1,14 +1,13 @@
 """Write PEFT adapters: one A and one B per matrix, experts included, as vLLM and PEFT read them.
 
-PEFT under transformers 5 (tried with 0.21.2) turns the experts' tensors into its fused form while loading. What it accepts
+PEFT with transformers 5 (tested with 0.21.2) converts the experts' tensors into its fused form while loading. What it accepts
 decides what is written:
-- w1, w2 and w3 come together: a gate without its up is refused, and both without a down load with their weights left out and
-  only a warning.
-- w1 and w3 have the file's own `r` and `lora_alpha`; a w2 that differs is named in the patterns by its old name and by its
-  fused one.
+- w1, w2 and w3 are written together: a gate without its up is rejected, and both without a down load with their weights left
+  out and only a warning.
+- w1 and w3 have the file's own `r` and `lora_alpha`; a w2 that differs is named in the patterns by its old and its fused name.
 - All experts of a matrix share rank and scale: a smaller rank is padded with zeros, and B absorbs a different scale.
 - Scales are written as lora_alpha / r, rank-stabilized ones too: PEFT's fusing of gate and up, and llama.cpp, know no other.
-- Dropout is written where PEFT has it, which is not for experts or a router.
+- Dropout is written only where PEFT supports it, which excludes experts and routers.
 - Weights that were trained in full are `modules_to_save`.
 """
 
@@ -45,12 +44,20 @@ def export_adapter(
 ) -> None:
     """Write the adapters of `parameters`, and the weights that were trained in full, as a PEFT directory.
 
-    A and B keep their dtype and their bytes, except where experts have to agree (see the top of this file), or all modules
-    for the sake of `server` (see `serve`). `out_dir` appears complete or not at all. `proof.prove_adapter` compares the files
-    with `parameters`. Raises ValueError for what PEFT, or the server, cannot express.
+    A and B keep their dtype and bytes, except where experts must agree (see the top of this file), or all modules for the sake of
+    `server` (see `serve`). `out_dir` appears complete or not at all. `proof.prove_adapter` compares the files with `parameters`.
 
     Args:
+        parameters: weights by path.
+        model: the architecture of the base.
+        lora: the section of the adapters.
+        out_dir: the folder to write.
         base_model: name or path of the model that the adapter belongs to.
+        texts: tokenizer, chat template and config to put beside the adapter.
+        server: the server that is to read the adapter; None for PEFT itself.
+
+    Raises:
+        ValueError: PEFT or the server cannot express the adapter.
     """
     adapted = adapter_ranks(parameters)
     if not adapted:
@@ -72,10 +79,11 @@ def export_adapter(
         path = ParameterPath.parse(piece.path)
         if piece in saved:
             return fetch(parameters[piece.path], piece.lead)
-        if piece.path not in parameters:  # PEFT wants to see the expert's other matrices too
+        if piece.path not in parameters:  # PEFT requires the expert's other matrices too
             return np.zeros(piece.ours_shape, dtype)
         trained = fetch(parameters[piece.path], piece.lead)
         shape = shapes[path.module_path]
+        # B absorbs the difference between the scale here and the one that the file's settings imply.
         factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
         if path.leaf == "lora_b" and factor != 1:
             trained = (trained.astype(np.float64) * factor).astype(dtype)
@@ -95,14 +103,17 @@ def export_adapter(
 
 
 def _shape(lora: config.Lora, module: str, rank: int) -> Shape:
-    """The rank of a stack of adapters, and the alpha that gives its first target's scale at that rank."""
+    """Return the rank of a stack of adapters, and the alpha that gives its first target's scale at that rank."""
     target = merge.target_of(lora, module)
     return Shape(rank, target.alpha if rank == target.rank and not lora.rslora else lora.scale(target) * rank)
 
 
 def _saved(model: config.Model, lora: config.Lora) -> list[names.Piece]:
-    """The weights that were trained in full. Raises ValueError for experts, which PEFT under transformers 5 has as one fused
-    module."""
+    """Return the weights that were trained in full.
+
+    Raises:
+        ValueError: experts are among them, which PEFT with transformers 5 has as a single fused module.
+    """
     paths = {piece.path for piece in names.pieces(model) if ParameterPath.parse(piece.path).is_trained(lora)}
     saved = [piece for piece in saved_pieces(model) if piece.path in paths]
     if experts := sorted(ParameterPath.parse(path).module for path in paths - {piece.path for piece in saved}):
@@ -114,7 +125,7 @@ def _saved(model: config.Model, lora: config.Lora) -> list[names.Piece]:
 
 
 def _in_file(model: config.Model, trained: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The adapters of the file by module: experts have all three matrices, gate and up with the same shape."""
+    """Return the adapters of the file by module: experts have all three matrices, gate and up with the same shape."""
     shapes = dict(trained)
     if isinstance(model.ffn, config.DenseFfn):
         return shapes
@@ -127,14 +138,14 @@ def _in_file(model: config.Model, trained: Mapping[str, Shape]) -> dict[str, Sha
 
 
 def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora) -> dict[str, Any]:
-    """adapter_config.json without the base model's name."""
+    """Return adapter_config.json without the base model's name."""
     leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.pieces(model)}
     by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
     usual = by_module[GATE] if sparse and GATE in by_module else Counter(by_module.values()).most_common(1)[0][0]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # of transformers 5
+    fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # the names in transformers 5
     for module, shape in by_module.items():
         for key in (leaves[module], *([fused_names[module]] if module in fused_names else [])):
             if shape.rank != usual.rank:
@@ -145,8 +156,8 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
     saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved(model, lora)}
     tied = model.tie_embeddings and "lm_head" in saved
     if tied:
-        saved.remove("lm_head")  # PEFT names one end, and keeps both
-    # A module of a layer goes by its name inside the layer: `norm` alone would end input_layernorm too.
+        saved.remove("lm_head")  # PEFT names one of the two and keeps both
+    # A module of a layer is named within the layer, since `norm` alone would also match the end of input_layernorm.
     to_save = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in saved})
     return {
         "peft_type": "LORA",
@@ -168,5 +179,5 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
 
 
 def _number(x: float) -> int | float:
-    """PEFT writes whole alphas as int, and accepts a float where it has to be one."""
+    """Return an integral alpha as int, as PEFT writes it; PEFT accepts a float otherwise."""
     return int(x) if x.is_integer() else x

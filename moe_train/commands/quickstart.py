@@ -25,6 +25,7 @@ from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.config import yaml_file
 from moe_train.data.records.open_source import texts
 from moe_train.run.loop import FINISHED
+from moe_train.run.resolve import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORK = Path("runs/quickstart")
@@ -38,7 +39,7 @@ def quickstart() -> int:
         FINISHED, or the exit code of the training run that stopped early.
     """
     pretrain, lora = (_load(name) for name in ("quickstart_pretrain.yaml", "quickstart_lora.yaml"))
-    first_run = config.run_of(pretrain)
+    first_run = resolve(pretrain, jax.device_count())
     console = Console(stderr=True, highlight=False)
     jax.config.update("jax_compilation_cache_dir", str(WORK.absolute() / "jax_cache"))
 

@@ -34,7 +34,15 @@ def test_interrupted_and_started_again(tmp_path, finished, small_run, monkeypatc
     assert "continuing after step 4" in capsys.readouterr().err
 
 
-def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect():
+@pytest.fixture
+def usual_interrupt():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(usual_interrupt):
     with signals() as asked:
         assert asked.reason is None
         signal.raise_signal(signal.SIGINT)

@@ -113,8 +113,8 @@ class Order:
         epoch = bisect.bisect_right(self._ends, row)
         plan = self.plan(epoch)
         row -= self._ends[epoch - 1] if epoch else 0
-        mine = slice(*plan.row_pieces[row : row + 2].tolist())
-        return [Piece(*piece) for piece in zip(*(array[mine].tolist() for array in plan[1:4]), strict=True)]
+        row_slice = slice(*plan.row_pieces[row : row + 2].tolist())
+        return [Piece(*piece) for piece in zip(*(array[row_slice].tolist() for array in plan[1:4]), strict=True)]
 
 
 def _windows(lengths: np.ndarray, window: int | None) -> list[int]:

@@ -105,7 +105,8 @@ def fix_call_id(conversation: Conversation, form: Form) -> Iterator[str]:
 
 def _join_the_last_pair(calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
     """Give a result the id of a call, if exactly one call has no result and exactly one result no call."""
-    called, answered = {call["id"] for call in calls}, {result.get("tool_call_id") for result in results}
+    called = {call["id"] for call in calls}
+    answered = {result.get("tool_call_id") for result in results}
     missing = [call for call in calls if call["id"] not in answered]
     unclaimed = [result for result in results if result.get("tool_call_id") not in called]
     if len(missing) == len(unclaimed) == 1:
@@ -139,10 +140,19 @@ def _rename_to_nine(i: int, calls: list[dict[str, Any]], results: list[Message])
 
 def _new_id(name: str, taken: set[Any]) -> str:
     """Derive an id of nine characters from `name`, so that a file is fixed the same way every time."""
-    while (new := name if _NINE.fullmatch(name) else hashlib.sha256(name.encode()).hexdigest()[:9]) in taken:
+    new = _nine_characters(name)
+    while new in taken:
         name += "."
+        new = _nine_characters(name)
     taken.add(new)
     return new
+
+
+def _nine_characters(name: str) -> str:
+    """Return `name` if it has the form of an id, otherwise nine characters of its hash."""
+    if _NINE.fullmatch(name):
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()[:9]
 
 
 def _results(messages: list[Message], i: int) -> Iterator[tuple[int, Message]]:

@@ -148,7 +148,9 @@ class Loader:
             streams = [grain.MapDataset.range(i * _ROWS, (i + 1) * _ROWS) for i in range(len(plans))]
             # Grain gets the weights as integers, with a resolution of a hundredth of the smallest one.
             self._shares = [round(100 * weight / min(weights)) for weight in weights]
-            rows = grain.MapDataset.mix(streams, self._shares) if len(streams) > 1 else streams[0]
+            rows = streams[0]
+            if len(streams) > 1:
+                rows = grain.MapDataset.mix(streams, self._shares)
         else:
             streams = [grain.MapDataset.range(i * _ROWS, i * _ROWS + plan.num_rows) for i, plan in enumerate(plans)]
             rows = grain.MapDataset.concatenate(streams)

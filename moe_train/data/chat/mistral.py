@@ -46,7 +46,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     """
     messages, tools = conversation
     if not uses_tools(conversation):
-        return [_whole(messages, tokenizer)]
+        return [_all_turns(messages, tokenizer)]
     return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.bears_loss]
 
 
@@ -62,7 +62,7 @@ def check_has_tools(tokenizer: Mistral) -> None:
         raise without_tools(f"{tokenizer.files[0].name}, a tokenizer of version {version.value}, has no tokens for them")
 
 
-def _whole(messages: list[Message], tokenizer: Mistral) -> Example:
+def _all_turns(messages: list[Message], tokenizer: Mistral) -> Example:
     """Encode a conversation without tools.
 
     Each turn ends with EOS, and EOS occurs nowhere else: the length of a turn is counted back from its EOS.

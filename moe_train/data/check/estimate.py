@@ -93,12 +93,15 @@ def epoch(
     rows_seen = seen
     if batch_size is not None and steps is not None:
         rows_seen = steps * batch_size
+    seconds: float | None = None
+    if tokens_per_second is not None:
+        seconds = rows_seen * seq_len / tokens_per_second
     return {
         "rows": total,
         "efficiency": round(positions / (total * seq_len), 4) if total else None,
         "batch_size": batch_size,
         "steps_per_epoch": steps,
-        "seconds_per_epoch": None if tokens_per_second is None else rows_seen * seq_len / tokens_per_second,
+        "seconds_per_epoch": seconds,
     }
 
 

@@ -182,7 +182,9 @@ def examine(chunk: Chunk, question: Question, form: Form) -> Findings:
 
 def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]:
     """Yield number and record, and the line itself if it may be kept unchanged."""
-    blocks = [chunk.records] if isinstance(chunk.records, Block) else chunk.records
+    blocks = chunk.records
+    if isinstance(blocks, Block):
+        blocks = [blocks]
     for block in blocks:
         if not isinstance(block, Block):
             yield *block, None
@@ -246,17 +248,23 @@ def _shape(entry: _Read) -> str:
     if isinstance(entry.record, str):
         return "text"
     with_tools = entry.record.tools or any("tool_calls" in m or m.get("role") == "tool" for m in entry.record.messages)
-    return f"{entry.section.name} with tools" if with_tools else entry.section.name
+    if with_tools:
+        return f"{entry.section.name} with tools"
+    return entry.section.name
 
 
 def _loss_tokens(example: Example) -> int:
     """Return the number of ids that are trained on; the first id is never predicted."""
-    return len(example.tokens) - 1 if example.loss_mask is None else sum(example.loss_mask[1:])
+    if example.loss_mask is None:
+        return len(example.tokens) - 1
+    return sum(example.loss_mask[1:])
 
 
 def _content(record: str | Conversation) -> str:
     """Return a text that is equal only for exact duplicates."""
-    return record if isinstance(record, str) else json.dumps(record, sort_keys=True, default=str)
+    if isinstance(record, str):
+        return record
+    return json.dumps(record, sort_keys=True, default=str)
 
 
 # --- putting right ---------------------------------------------------------------------------------------------

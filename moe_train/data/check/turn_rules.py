@@ -174,5 +174,7 @@ def fix_weight(conversation: Conversation, form: Form) -> Iterator[str]:
 def no_loss(conversation: Conversation, form: Form) -> Iterator[str]:
     """Find conversations in which no assistant message is trained on."""
     answers = [message for message in conversation.messages if message["role"] == "assistant"]
-    if not any(message.get("weight", 1) for message in answers):
-        yield "the record has no assistant turn" if not answers else "every assistant turn has weight 0"
+    if not answers:
+        yield "the record has no assistant turn"
+    elif not any(message.get("weight", 1) for message in answers):
+        yield "every assistant turn has weight 0"

@@ -72,7 +72,9 @@ class TokenStore:
             size += shard.sizes.get("tokens", 0) + shard.sizes.get("loss_mask", 0)
         bytes_per_token = size / self.manifest.tokens
         # Two windows are in use at once when a batch crosses from one window to the next.
-        shuffled_bytes = size if window is None else min(size, 2 * window * bytes_per_token)
+        shuffled_bytes: float = size
+        if window is not None:
+            shuffled_bytes = min(size, 2 * window * bytes_per_token)
         if shuffled_bytes > self._folder.cache_bytes:
             log.warning(
                 "%s: %d MiB of records are shuffled at a time, and %d MiB stay in memory, so that most records are fetched with a "
@@ -117,8 +119,8 @@ class TokenStore:
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         opened = [self._open(number) for number in shards]
         rows = [int(piece.example - self._first[number]) for number, piece in zip(shards, pieces, strict=True)]
-        begin = self._folder.read([(offsets, row, row + 1) for (_, _, offsets), row in zip(opened, rows, strict=True)])
-        starts = [int(offset[0]) + piece.start for offset, piece in zip(begin, pieces, strict=True)]
+        first_offsets = self._folder.read([(offsets, row, row + 1) for (_, _, offsets), row in zip(opened, rows, strict=True)])
+        starts = [int(offset[0]) + piece.start for offset, piece in zip(first_offsets, pieces, strict=True)]
         ends = [start + piece.length + 1 for start, piece in zip(starts, pieces, strict=True)]
         return [(tokens, mask, start, end) for (tokens, mask, _), start, end in zip(opened, starts, ends, strict=True)]
 

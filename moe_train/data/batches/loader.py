@@ -296,15 +296,15 @@ def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
         ValueError: If an example is too long and `too_long` is "error".
     """
     lengths = store.lengths()
-    over = np.flatnonzero(lengths > seq_len)
-    if too_long == "error" and len(over):
-        longest = int(over[np.argmax(lengths[over])])
+    overlong = np.flatnonzero(lengths > seq_len)
+    if too_long == "error" and len(overlong):
+        longest = int(overlong[np.argmax(lengths[overlong])])
         raise ValueError(
-            f"{store.where(longest)}: the record has {lengths[longest]} tokens, train.seq_len is {seq_len} ({len(over)} of "
+            f"{store.where(longest)}: the record has {lengths[longest]} tokens, train.seq_len is {seq_len} ({len(overlong)} of "
             f"{len(lengths)} records are too long); raise train.seq_len, or set record.too_long: drop"
         )
     if too_long == "truncate":
-        for group in np.split(over, range(_TOGETHER, len(over), _TOGETHER)):
+        for group in np.split(overlong, range(_TOGETHER, len(overlong), _TOGETHER)):
             masks = store.masks([Piece(example, 0, seq_len) for example in group.tolist()])
             for example, mask in zip(group, masks, strict=True):
                 if not learns(mask, seq_len):

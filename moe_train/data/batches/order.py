@@ -122,5 +122,5 @@ def _windows(lengths: np.ndarray, window: int | None) -> list[int]:
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     count = max(round(total / window), 1) if window else 1
-    between = np.searchsorted(ends, np.arange(1, count) * total // count) + 1
-    return np.unique([0, *between, len(lengths)]).tolist()
+    borders = np.searchsorted(ends, np.arange(1, count) * total // count) + 1
+    return np.unique([0, *borders, len(lengths)]).tolist()

@@ -65,9 +65,9 @@ def make_plan(lengths: np.ndarray, seq_len: int, too_long: TooLong, seed: Sequen
             different neighbours with every seed. None keeps the order of the examples.
     """
     lengths = np.asarray(lengths, np.int64)
-    over = lengths > seq_len
-    assert too_long != "error" or not over.any()
-    example = np.flatnonzero(lengths > 0 if too_long != "drop" else (lengths > 0) & ~over)
+    is_too_long = lengths > seq_len
+    assert too_long != "error" or not is_too_long.any()
+    example = np.flatnonzero(lengths > 0 if too_long != "drop" else (lengths > 0) & ~is_too_long)
     num_dropped = len(lengths) - len(example)
     if too_long == "split":
         # A piece starts at its index within the example, counted by the cumulative sum, times seq_len.
@@ -93,7 +93,7 @@ def make_plan(lengths: np.ndarray, seq_len: int, too_long: TooLong, seed: Sequen
         rank[np.argsort(firsts)] = np.arange(num_rows)
         rows = rank[rows]
     order = np.argsort(rows, kind="stable")
-    num_over = int(over.sum())
+    num_over = int(is_too_long.sum())
     return Plan(
         seq_len,
         example[order],

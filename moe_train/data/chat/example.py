@@ -64,6 +64,6 @@ def uses_tools(conversation: Conversation) -> bool:
 
 def without_tools(why: str) -> Problem:
     """Return the problem for a record with tools that the tokenizer or template cannot represent."""
-    having = "versions v2, v3, v7, v11, v13 and v15 have them"
+    versions = "versions v2, v3, v7, v11, v13 and v15 have them"
     remedy = "extend the base with moe-train extend-vocab BASE OUT --tokenizer v3, or drop the record"
-    return Problem("tools", f"the record has tools, and {why}; {having}", remedy)
+    return Problem("tools", f"the record has tools, and {why}; {versions}", remedy)

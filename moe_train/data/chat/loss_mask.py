@@ -50,16 +50,16 @@ def learnt_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
     prefixes: list[Prefix] = []
     for end, learnt in reversed(parts):
         prefixes += [(end, False), *_around(learnt)]
-    asked: list[Request] = []
+    requests: list[Request] = []
     if parts:
-        asked.append(request(conversation, list(dict.fromkeys(prefixes)), tokenizer))
+        requests.append(request(conversation, list(dict.fromkeys(prefixes)), tokenizer))
     for id_variant in id_variants:
         if id_variant:
-            asked.append(request(Conversation(id_variant, conversation.tools), [(len(id_variant), False)], tokenizer))
-    answers = yield asked
+            requests.append(request(Conversation(id_variant, conversation.tools), [(len(id_variant), False)], tokenizer))
+    answers = yield requests
     rendered: dict[Prefix, str | ValueError] = {}
     if parts:
-        rendered.update(zip(asked[0].prefixes, answers[0], strict=True))
+        rendered.update(zip(requests[0].prefixes, answers[0], strict=True))
     variant_answers = iter(answers[1:])
     texts = []
     for (end, learnt), id_variant in zip(parts, id_variants, strict=True):
@@ -197,9 +197,9 @@ def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
     """Raise ValueError if the template's marks and the prefixes differ in more than white space."""
     if spans == added:
         return
-    marked = _characters(spans)
-    grown = _characters(added)
-    for difference, verb in ((marked - grown, "marks"), (grown - marked, "leaves out")):
+    marked_characters = _characters(spans)
+    added_characters = _characters(added)
+    for difference, verb in ((marked_characters - added_characters, "marks"), (added_characters - marked_characters, "leaves out")):
         differing = "".join(text[i] for i in sorted(difference)).strip("".join(PLAIN) + " \t\r\n")
         if differing:
             raise ValueError(

@@ -118,8 +118,8 @@ def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list
 
 def _text(conversation: Conversation, prompt: bool, template: str, tokenizer: HuggingFace) -> str:
     """Render one conversation."""
-    asked = request(conversation, [(len(conversation.messages), prompt)], tokenizer)
-    (text,) = checked(sandbox.render_prefixes(template, [asked])[0], asked)
+    text_request = request(conversation, [(len(conversation.messages), prompt)], tokenizer)
+    (text,) = checked(sandbox.render_prefixes(template, [text_request])[0], text_request)
     return text_or_raise(text)
 
 

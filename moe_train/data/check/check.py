@@ -207,19 +207,19 @@ def _examined(
             return
         # spawn: this process may have started threads that a fork would not survive
         with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _begin, (question,)) as pool:
-            waiting: collections.deque[tuple[Future[Findings], int]] = collections.deque()
+            in_flight: collections.deque[tuple[Future[Findings], int]] = collections.deque()
             try:
                 for chunk, done in chunks:
-                    waiting.append((pool.submit(_work, chunk), done))
+                    in_flight.append((pool.submit(_work, chunk), done))
                     # Bound the chunks in flight, since every one is in memory.
-                    if len(waiting) > 2 * num_proc:
-                        future, done = waiting.popleft()
+                    if len(in_flight) > 2 * num_proc:
+                        future, done = in_flight.popleft()
                         yield future.result(), done
-                while waiting:
-                    future, done = waiting.popleft()
+                while in_flight:
+                    future, done = in_flight.popleft()
                     yield future.result(), done
             finally:
-                for future, _ in waiting:
+                for future, _ in in_flight:
                     future.cancel()
     except Stop as stop:
         place, number, _, _ = stop.args
@@ -299,8 +299,8 @@ class _Gathered:
         """Count a problem, and keep it if it is among the first of its rule."""
         self.broken[problem.rule] += 1
         if self.broken[problem.rule] <= self.shown:
-            named = {"where": place.where(number), "file": str(place.file), place.counted: number}
-            self.problems.append({**named, "rule": problem.rule, "message": problem.message, "remedy": problem.remedy})
+            location = {"where": place.where(number), "file": str(place.file), place.counted: number}
+            self.problems.append({**location, "rule": problem.rule, "message": problem.message, "remedy": problem.remedy})
 
     def answer(self, sources: Sequence[Source], settings: Settings, tokens_per_second: float | None) -> dict[str, Any]:
         """Return the results in JSON form."""

@@ -82,11 +82,11 @@ def _copy_names(paths: list[Path]) -> list[str]:
     root = Path(os.path.commonpath([path.parent for path in absolute]))
     names: list[str] = []
     for path in absolute:
-        inside = path.relative_to(root)
-        name = Path(inside.stem) if is_compressed(inside) else Path(inside.name)
+        relative = path.relative_to(root)
+        name = Path(relative.stem) if is_compressed(relative) else Path(relative.name)
         if name.suffix.lower() not in (".jsonl", ".ndjson"):
             name = Path(f"{name}.jsonl")
-        name = inside.parent / name
+        name = relative.parent / name
         unique = itertools.chain([name], (name.with_name(f"{name.stem}-{k}{name.suffix}") for k in itertools.count(2)))
         names.append(next(str(n) for n in unique if str(n) not in names))
     return names

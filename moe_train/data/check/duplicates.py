@@ -165,15 +165,15 @@ def _alike(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     # Each part holds the keys with one remainder, so equal keys meet in the same part and one part at a time is sorted.
     parts = -(-len(keys) // _AT_ONCE)
     for part in range(parts):
-        chosen = []
+        indices = []
         for start in range(0, len(keys), _AT_ONCE):
             block = np.asarray(keys[start : start + _AT_ONCE])
-            chosen.append(np.flatnonzero(block % block.dtype.type(parts) == part) + start)
-        places = np.concatenate(chosen)
+            indices.append(np.flatnonzero(block % block.dtype.type(parts) == part) + start)
+        places = np.concatenate(indices)
         places = places[np.argsort(keys[places], kind="stable")]
         ordered = keys[places]
-        again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+        repeats = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
         is_first = np.concatenate(([True], ordered[1:] != ordered[:-1]))
         first = np.maximum.accumulate(np.where(is_first, np.arange(len(places)), 0))
-        yield places[first[again]], places[again]
-        yield places[again - 1], places[again]
+        yield places[first[repeats]], places[repeats]
+        yield places[repeats - 1], places[repeats]

@@ -281,8 +281,8 @@ def _repaired(
     """Return every good record unchanged, and the other records corrected or dropped."""
     changes = [Change(number, "dropped", problem.rule, problem.message) for number, problem in unreadable]
     lines: dict[int, bytes] = {}
-    tried: list[_Read] = []
-    done: dict[int, list[tuple[str, str]]] = {}
+    repaired: list[_Read] = []
+    repairs: dict[int, list[tuple[str, str]]] = {}
     for entry in read:
         if not entry.problems:
             line = raw.get(entry.number)
@@ -291,21 +291,21 @@ def _repaired(
             else:
                 lines[entry.number] = _line(entry.fields)
             continue
-        record, done[entry.number] = rules.repair(entry.record, form)
-        if done[entry.number] and (isinstance(record, str) or record.messages):
-            tried.append(_Read(entry.number, entry.fields, entry.section, record))
+        record, repairs[entry.number] = rules.repair(entry.record, form)
+        if repairs[entry.number] and (isinstance(record, str) or record.messages):
+            repaired.append(_Read(entry.number, entry.fields, entry.section, record))
         else:
             reason = "nothing is left of it"
-            if not done[entry.number]:
+            if not repairs[entry.number]:
                 reason = "; ".join(problem.message for problem in entry.problems)
             changes.append(Change(entry.number, "dropped", entry.problems[0].rule, reason))
-    _judge(tried, place, question, form)
-    for entry in tried:
+    _judge(repaired, place, question, form)
+    for entry in repaired:
         if entry.problems:
             reason = "; ".join(problem.message for problem in entry.problems)
             changes.append(Change(entry.number, "dropped", entry.problems[0].rule, reason))
             continue
-        changes += [Change(entry.number, "changed", rule, change) for rule, change in done[entry.number]]
+        changes += [Change(entry.number, "changed", rule, change) for rule, change in repairs[entry.number]]
         if isinstance(entry.record, str):
             fields = {**entry.fields, _column(entry): entry.record}
         else:

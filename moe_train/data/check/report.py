@@ -15,8 +15,8 @@ _BAR = 40  # width of a bar in characters
 def print_report(answer: dict[str, Any], console: Console) -> None:
     """Print the results that `check.check` returned."""
     for rule, count in answer["problem_counts"].items():
-        named = [problem for problem in answer["problems"] if problem["rule"] == rule]
-        _print_named(console, rule, count, named[0]["remedy"], [f"{p['where']}: {p['message']}" for p in named])
+        problems = [problem for problem in answer["problems"] if problem["rule"] == rule]
+        _print_named(console, rule, count, problems[0]["remedy"], [f"{p['where']}: {p['message']}" for p in problems])
     if (duplicates := answer["duplicates"]) and duplicates["examples"]:
         twins = [f"{twin['where']}: like {twin['like']} ({twin['similarity']:.0%})" for twin in duplicates["examples"]]
         remedy = "no fault; learnt as often as they stand there, so leave out what is not meant"
@@ -32,13 +32,13 @@ def print_report(answer: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _print_named(console: Console, heading: str, count: int, remedy: str, named: list[str]) -> None:
+def _print_named(console: Console, heading: str, count: int, remedy: str, lines: list[str]) -> None:
     """Print the heading of a group of findings, its members, and how many more there are."""
     console.print(f"[bold]{heading}[/bold]: {count:,} × — {escape(remedy)}")
-    for line in named:
+    for line in lines:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    if count > len(named):
-        console.print(f"  … and {count - len(named):,} more")
+    if count > len(lines):
+        console.print(f"  … and {count - len(lines):,} more")
     console.print()
 
 
@@ -99,10 +99,10 @@ def _sample(sample: dict[str, Any]) -> str:
     total = "an unknown number"
     if sample["of_about"] is not None:
         total = f"about {sample['of_about']:,} ({sample['share']:.2%})"
-    begun = ""
+    begun_files = ""
     if sample["only_begun"]:
-        begun = f"; only the beginning of {len(sample['only_begun']):,} files that cannot be entered anywhere"
-    return f"{sample['records']:,} of {total} records, from all over the files{begun}; what follows is of the sample alone"
+        begun_files = f"; only the beginning of {len(sample['only_begun']):,} files that cannot be entered anywhere"
+    return f"{sample['records']:,} of {total} records, from all over the files{begun_files}; what follows is of the sample alone"
 
 
 def _duration(seconds: float) -> str:

@@ -117,12 +117,14 @@ class TokenStore:
     def _located(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
         """Return the ids, the loss mask (or None), the start and the stop of each piece in its shard's arrays."""
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
-        opened = [self._open(number) for number in shards]
+        shard_arrays = [self._open(number) for number in shards]
         rows = [int(piece.example - self._first[number]) for number, piece in zip(shards, pieces, strict=True)]
-        first_offsets = self._folder.read([(offsets, row, row + 1) for (_, _, offsets), row in zip(opened, rows, strict=True)])
+        first_offsets = self._folder.read(
+            [(offsets, row, row + 1) for (_, _, offsets), row in zip(shard_arrays, rows, strict=True)]
+        )
         starts = [int(offset[0]) + piece.start for offset, piece in zip(first_offsets, pieces, strict=True)]
         ends = [start + piece.length + 1 for start, piece in zip(starts, pieces, strict=True)]
-        return [(tokens, mask, start, end) for (tokens, mask, _), start, end in zip(opened, starts, ends, strict=True)]
+        return [(tokens, mask, start, end) for (tokens, mask, _), start, end in zip(shard_arrays, starts, ends, strict=True)]
 
     def origin(self, example: int) -> Origin:
         """Return the location of an example's record in the source."""

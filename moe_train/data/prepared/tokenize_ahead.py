@@ -95,8 +95,8 @@ def prepare(
             return directory
         unfinished = directory.with_suffix(".unfinished")
         unfinished.mkdir(exist_ok=True)
-        for torn in unfinished.glob(".*.unfinished-*"):  # left by a process that was killed
-            shutil.rmtree(torn)
+        for leftover in unfinished.glob(".*.unfinished-*"):  # left by a process that was killed
+            shutil.rmtree(leftover)
         distinct = {shard.key: shard for shard in shards}  # two files may have the same content
         todo = []
         for shard in distinct.values():
@@ -234,9 +234,9 @@ def _tokenize(
     shared = context.Array("q", 2)
     pool = ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (source, recipe.tokenizer, recipe.template, shared))
     try:
-        waiting = _submitted(pool, directory, todo, recipe)
-        while waiting:
-            finished, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
+        in_flight = _submitted(pool, directory, todo, recipe)
+        while in_flight:
+            finished, in_flight = wait(in_flight, 0.2, FIRST_EXCEPTION)
             for future in finished:
                 future.result()
             now = Progress(now.done + len(finished), num_shards, *shared[:])

@@ -145,10 +145,10 @@ def _conversation(fields: Mapping[str, Any], record: config.ChatRecord) -> Conve
     prompts = [name for name in _SYSTEM if fields.get(name)]
     if prompts:
         messages.insert(0, {"role": "system", "content": fields[prompts[0]]})
-    named = [name for name in _TOOLS if fields.get(name)]
-    if len(named) > 1:
+    tool_columns = [name for name in _TOOLS if fields.get(name)]
+    if len(tool_columns) > 1:
         raise Problem("columns", "the record has both tools and available_tools", "keep the one that is meant")
-    return Conversation(messages, _tools(fields[named[0]], named[0]) if named else [])
+    return Conversation(messages, _tools(fields[tool_columns[0]], tool_columns[0]) if tool_columns else [])
 
 
 def _completion(prompt: Any, completion: Any, record: config.CompletionRecord) -> Conversation:

@@ -105,8 +105,8 @@ def _elements(window: _Window) -> Iterator[tuple[int, Item]]:
     assert window.take("["), "is_array has found it"
     while not window.take("]"):
         if number and not window.take(","):
-            seen = brief(window.text[window.position : window.position + 20])
-            raise Problem("not-json", f"not JSON: no , before {seen} on line {window.line_of(window.position)}", "put it there")
+            excerpt = brief(window.text[window.position : window.position + 20])
+            raise Problem("not-json", f"not JSON: no , before {excerpt} on line {window.line_of(window.position)}", "put it there")
         window.take("")
         number += 1
         value, end = _element(window, parser)

@@ -81,8 +81,8 @@ def _matching(pattern: str, file_format: str) -> list[Path]:
     """Return the files that a path, a folder or a glob names; from a folder, only files of known formats unless one is stated."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
-        return [file for file in inside if file_format != "auto" or files.suffix(file) in files.FORMATS]
+        folder_files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
+        return [file for file in folder_files if file_format != "auto" or files.suffix(file) in files.FORMATS]
     if path.is_file():
         return [path]
     return [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]

@@ -71,8 +71,8 @@ class HuggingFace(Tokenizer):
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
 
         settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
-        named = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        self.named_tokens = {key: text for key, text in named.items() if text is not None}
+        token_texts = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self.named_tokens = {key: text for key, text in token_texts.items() if text is not None}
         if "eos_token" not in self.named_tokens:
             raise ValueError(f"{directory / 'tokenizer_config.json'} names no eos_token; a model could not learn to stop")
         self.bos_id = self._id("bos_token") if "bos_token" in self.named_tokens else None
@@ -251,6 +251,6 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        templates = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = templates.get("default")
     return template

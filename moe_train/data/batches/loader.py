@@ -8,6 +8,7 @@ so the number of processes does not change the data, and the step is the only po
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -97,7 +98,9 @@ class Loader:
         if not chosen:
             raise ValueError(f"data.{sources} names no source")
         template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
-        self._batch_size, self._seq_len, self._prefetch = batch_size, seq_len, data.prefetch
+        self._batch_size = batch_size
+        self._seq_len = seq_len
+        self._prefetch = data.prefetch
         self._batch_type = batch_type
         per_process = batch_size // process_count
         self._slice = slice(process_index * per_process, (process_index + 1) * per_process)
@@ -107,13 +110,17 @@ class Loader:
         self._orders: list[Order] = []
         for i, source in enumerate(chosen):
             store = open_store(source, data, tokenizer, template)
-            too_long = store.manifest.too_long if isinstance(source, config.PreparedSource) else source.record.too_long
-            if isinstance(source, config.PreparedSource) and source.too_long is not None:
+            if not isinstance(source, config.PreparedSource):
+                too_long = source.record.too_long
+            elif source.too_long is not None:
                 too_long = source.too_long
+            else:
+                too_long = store.manifest.too_long
+            shuffle: Shuffle | None = None
             if sources == "train":
                 store.warn_of_cache(data.shuffle_tokens)
+                shuffle = Shuffle((seed, i), data.shuffle_tokens)
             lengths = _lengths(store, seq_len, too_long)
-            shuffle = Shuffle((seed, i), data.shuffle_tokens) if sources == "train" else None
             self._stores.append(store)
             self._orders.append(Order(store, lengths, seq_len, too_long, shuffle, data.cache_dir))
         plans = [order.plan() for order in self._orders]
@@ -127,20 +134,23 @@ class Loader:
         self.num_truncated = sum(plan.num_truncated for plan in plans)
         self.num_split = sum(plan.num_split for plan in plans)
         self.num_empty = sum(store.manifest.empty for store in self._stores)
-        made = [store.manifest for store in self._stores]
-        self.manifest_hash, self.manifest = manifest.hash_of_all(made), manifest.text_of_all(made)
+        manifests = [store.manifest for store in self._stores]
+        self.manifest_hash = manifest.hash_of_all(manifests)
+        self.manifest = manifest.text_of_all(manifests)
 
         weights = [source.weight for source in chosen]
         contents = [[shard.sha256 for shard in store.manifest.shards] for store in self._stores]
         decides = [sources, weights, contents, [plan.digest for plan in plans]]
         self.identity = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
+        self.batches: int | None = None
         if sources == "train":
             streams = [grain.MapDataset.range(i * _ROWS, (i + 1) * _ROWS) for i in range(len(plans))]
             # Grain gets the weights as integers, with a resolution of a hundredth of the smallest one.
-            shares = [round(100 * weight / min(weights)) for weight in weights]
-            rows = grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
-            self._shares, self.batches = shares, None
+            self._shares = [round(100 * weight / min(weights)) for weight in weights]
+            rows = streams[0]
+            if len(streams) > 1:
+                rows = grain.MapDataset.mix(streams, self._shares)
         else:
             streams = [grain.MapDataset.range(i * _ROWS, i * _ROWS + plan.num_rows) for i, plan in enumerate(plans)]
             rows = grain.MapDataset.concatenate(streams)
@@ -224,11 +234,11 @@ class Loader:
         batch = self._batch_type.empty(self._slice.stop - self._slice.start, self._seq_len)
         sources, rows = np.divmod(numbers[self._slice], _ROWS)
         for i, (store, order) in enumerate(zip(self._stores, self._orders, strict=True)):
-            at = np.flatnonzero(sources == i).tolist()
-            pieces = [order.pieces(row) for row in rows[at].tolist()]
-            read = iter(store.read([piece for row in pieces for piece in row]))
-            for row, inside in zip(at, pieces, strict=True):
-                batch.fill_row(row, [next(read) for _ in inside])
+            batch_rows = np.flatnonzero(sources == i).tolist()
+            row_pieces = [order.pieces(row) for row in rows[batch_rows].tolist()]
+            contents = iter(store.read(list(itertools.chain.from_iterable(row_pieces))))
+            for row, pieces in zip(batch_rows, row_pieces, strict=True):
+                batch.fill_row(row, [next(contents) for _ in pieces])
         return batch
 
 
@@ -269,10 +279,12 @@ def open_store(
         directory = prepare(source, records, tokenizer, template, data.cache_dir, data.num_proc, shown)
         return TokenStore(directory, records)
     store = TokenStore(source.path, cache_mib=source.cache_mib)
-    used = None if template is None else hashlib.sha256(template.encode()).hexdigest()
+    template_sha256 = None
+    if template is not None:
+        template_sha256 = hashlib.sha256(template.encode()).hexdigest()
     if store.manifest.tokenizer_sha256 != tokenizer.identity:
         raise ValueError(f"{source.path} was prepared with another tokenizer than {tokenizer.files[0]}; prepare it with this one")
-    if store.manifest.rules.template_sha256 not in (None, used):
+    if store.manifest.rules.template_sha256 not in (None, template_sha256):
         raise ValueError(f"{source.path} was prepared with another chat template; prepare it with this one (data.chat_template)")
     return store
 
@@ -284,15 +296,17 @@ def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
         ValueError: If an example is too long and `too_long` is "error".
     """
     lengths = store.lengths()
-    over = np.flatnonzero(lengths > seq_len)
-    if too_long == "error" and len(over):
-        longest = int(over[np.argmax(lengths[over])])
+    overlong = np.flatnonzero(lengths > seq_len)
+    if too_long == "error" and len(overlong):
+        longest = int(overlong[np.argmax(lengths[overlong])])
         raise ValueError(
-            f"{store.where(longest)}: the record has {lengths[longest]} tokens, train.seq_len is {seq_len} ({len(over)} of "
+            f"{store.where(longest)}: the record has {lengths[longest]} tokens, train.seq_len is {seq_len} ({len(overlong)} of "
             f"{len(lengths)} records are too long); raise train.seq_len, or set record.too_long: drop"
         )
     if too_long == "truncate":
-        for some in np.split(over, range(_TOGETHER, len(over), _TOGETHER)):
-            masks = store.masks([Piece(example, 0, seq_len) for example in some.tolist()])
-            lengths[[example for example, mask in zip(some, masks, strict=True) if not learns(mask, seq_len)]] = 0
+        for group in np.split(overlong, range(_TOGETHER, len(overlong), _TOGETHER)):
+            masks = store.masks([Piece(example, 0, seq_len) for example in group.tolist()])
+            for example, mask in zip(group, masks, strict=True):
+                if not learns(mask, seq_len):
+                    lengths[example] = 0
     return lengths

@@ -113,8 +113,8 @@ class Order:
         epoch = bisect.bisect_right(self._ends, row)
         plan = self.plan(epoch)
         row -= self._ends[epoch - 1] if epoch else 0
-        mine = slice(*plan.row_pieces[row : row + 2].tolist())
-        return [Piece(*piece) for piece in zip(*(array[mine].tolist() for array in plan[1:4]), strict=True)]
+        row_slice = slice(*plan.row_pieces[row : row + 2].tolist())
+        return [Piece(*piece) for piece in zip(*(array[row_slice].tolist() for array in plan[1:4]), strict=True)]
 
 
 def _windows(lengths: np.ndarray, window: int | None) -> list[int]:
@@ -122,5 +122,5 @@ def _windows(lengths: np.ndarray, window: int | None) -> list[int]:
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     count = max(round(total / window), 1) if window else 1
-    between = np.searchsorted(ends, np.arange(1, count) * total // count) + 1
-    return np.unique([0, *between, len(lengths)]).tolist()
+    borders = np.searchsorted(ends, np.arange(1, count) * total // count) + 1
+    return np.unique([0, *borders, len(lengths)]).tolist()

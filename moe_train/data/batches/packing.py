@@ -65,9 +65,9 @@ def make_plan(lengths: np.ndarray, seq_len: int, too_long: TooLong, seed: Sequen
             different neighbours with every seed. None keeps the order of the examples.
     """
     lengths = np.asarray(lengths, np.int64)
-    over = lengths > seq_len
-    assert too_long != "error" or not over.any()
-    example = np.flatnonzero(lengths > 0 if too_long != "drop" else (lengths > 0) & ~over)
+    is_too_long = lengths > seq_len
+    assert too_long != "error" or not is_too_long.any()
+    example = np.flatnonzero(lengths > 0 if too_long != "drop" else (lengths > 0) & ~is_too_long)
     num_dropped = len(lengths) - len(example)
     if too_long == "split":
         # A piece starts at its index within the example, counted by the cumulative sum, times seq_len.
@@ -81,7 +81,8 @@ def make_plan(lengths: np.ndarray, seq_len: int, too_long: TooLong, seed: Sequen
         # Raw bits stay the same in every version of numpy; its permutations do not.
         random = np.random.Philox(np.random.SeedSequence(list(seed)))
         order = np.argsort(random.random_raw(len(example)), kind="stable")
-        example, start = example[order], start[order]
+        example = example[order]
+        start = start[order]
     length = np.minimum(lengths[example] - start, seq_len)
     rows, num_rows = _best_fit(length, seq_len, random)
     if random is not None:
@@ -92,7 +93,7 @@ def make_plan(lengths: np.ndarray, seq_len: int, too_long: TooLong, seed: Sequen
         rank[np.argsort(firsts)] = np.arange(num_rows)
         rows = rank[rows]
     order = np.argsort(rows, kind="stable")
-    num_over = int(over.sum())
+    num_over = int(is_too_long.sum())
     return Plan(
         seq_len,
         example[order],
@@ -126,28 +127,29 @@ def packed_size(counts: Mapping[int, int], seq_len: int, too_long: TooLong) -> t
             pieces[length % seq_len] += count
         elif length <= seq_len or too_long == "truncate":
             pieces[min(length, seq_len)] += count
-    rows_with: Counter[int] = Counter()  # room -> number of rows with that much room
-    rooms: list[int] = []  # the keys of rows_with, ascending
+    rows_with: Counter[int] = Counter()  # free space -> number of rows with that much
+    spaces: list[int] = []  # the keys of rows_with, ascending
     for length in sorted((length for length, count in pieces.items() if length and count), reverse=True):
-        left = pieces[length]
-        while left:
-            at = bisect.bisect_left(rooms, length)
-            opens_rows = at == len(rooms)
+        remaining = pieces[length]
+        while remaining:
+            index = bisect.bisect_left(spaces, length)
+            opens_rows = index == len(spaces)
             if opens_rows:
-                room, rows = seq_len, left
+                space = seq_len
+                rows = remaining
             else:
-                room = rooms.pop(at)
-                rows = rows_with.pop(room)
-            per_row = room // length
-            full = min(rows, left // per_row)
-            rest = left - full * per_row if full < rows else 0  # pieces in a last row that is not full
-            left -= full * per_row + rest
+                space = spaces.pop(index)
+                rows = rows_with.pop(space)
+            per_row = space // length
+            full = min(rows, remaining // per_row)
+            rest = remaining - full * per_row if full < rows else 0  # pieces in a last row that is not full
+            remaining -= full * per_row + rest
             unused = 0 if opens_rows else rows - full - (rest > 0)
-            for new_room, count in ((room - per_row * length, full), (room - rest * length, int(rest > 0)), (room, unused)):
+            for new_space, count in ((space - per_row * length, full), (space - rest * length, int(rest > 0)), (space, unused)):
                 if count:
-                    if not rows_with[new_room]:
-                        bisect.insort(rooms, new_room)
-                    rows_with[new_room] += count
+                    if not rows_with[new_space]:
+                        bisect.insort(spaces, new_space)
+                    rows_with[new_space] += count
     return rows_with.total(), sum(length * count for length, count in pieces.items())
 
 
@@ -177,30 +179,32 @@ def _best_fit(lengths: np.ndarray, capacity: int, random: np.random.Philox | Non
     Returns:
         The row of each piece, and the number of rows.
     """
-    counted = lengths * (1 - 0.1 * 2.0**-64 * random.random_raw(len(lengths))) if random is not None else lengths
+    counted = lengths
+    if random is not None:
+        counted = lengths * (1 - 0.1 * 2.0**-64 * random.random_raw(len(lengths)))
     order = np.argsort(-counted, kind="stable")
     rows = np.empty(len(lengths), np.int64)
-    rows_with: dict[int, array[int]] = {}  # room -> rows with that much room
-    rooms: list[int] = []  # the keys of rows_with, ascending
+    rows_with: dict[int, array[int]] = {}  # free space -> rows with that much
+    spaces: list[int] = []  # the keys of rows_with, ascending
     num_rows = 0
     for piece, length in _pairs(order, lengths[order]):
-        at = bisect.bisect_left(rooms, length)
-        if at < len(rooms):
-            room = rooms[at]
-            row = rows_with[room].pop()
-            if not rows_with[room]:
-                del rows_with[room], rooms[at]
+        index = bisect.bisect_left(spaces, length)
+        if index < len(spaces):
+            space = spaces[index]
+            row = rows_with[space].pop()
+            if not rows_with[space]:
+                del rows_with[space], spaces[index]
         else:
-            room = capacity
+            space = capacity
             row = num_rows
             num_rows += 1
         rows[piece] = row
-        room -= length
-        if room:
-            if room not in rows_with:
-                bisect.insort(rooms, room)
-                rows_with[room] = array("q")
-            rows_with[room].append(row)
+        space -= length
+        if space:
+            if space not in rows_with:
+                bisect.insort(spaces, space)
+                rows_with[space] = array("q")
+            rows_with[space].append(row)
     return rows, num_rows
 
 

@@ -30,27 +30,34 @@ def examples(conversation: Conversation, template: str | None, tokenizer: Tokeni
             fails, the assistant's turns cannot be located, or nothing would be trained on. The message is one line without
             file and line number, which the caller knows.
     """
-    (found,) = examples_batch([conversation], template, tokenizer)
-    if isinstance(found, ValueError):
-        raise found
-    return found
+    (result,) = examples_batch([conversation], template, tokenizer)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def examples_batch(
     conversations: Sequence[Conversation], template: str | None, tokenizer: Tokenizer
 ) -> list[list[Example] | ValueError]:
     """Return `examples` of each conversation, or the ValueError that it raises."""
-    found: list[list[Example] | ValueError] = [_refused(conversation, template, tokenizer) or [] for conversation in conversations]
-    good = [i for i, refused in enumerate(found) if not refused]
-    made = (
-        _made([conversations[i] for i in good], template, tokenizer) if good else []
-    )  # without conversations no template is needed
-    for i, some in zip(good, made, strict=True):
-        if not isinstance(some, ValueError) and not any(True in (example.loss_mask or [])[1:] for example in some):
-            what = "no token would bear loss: the conversation has no assistant text (or only of weight 0)"
-            some = Problem("no-loss", what, "drop the record")
-        found[i] = some
-    return found
+    results: list[list[Example] | ValueError] = []
+    for conversation in conversations:
+        results.append(_refused(conversation, template, tokenizer) or [])
+    accepted = [i for i, refused in enumerate(results) if not refused]
+    converted: list[list[Example] | ValueError] = []
+    if accepted:  # without conversations no template is needed
+        converted = _convert([conversations[i] for i in accepted], template, tokenizer)
+    for i, record_examples in zip(accepted, converted, strict=True):
+        if not isinstance(record_examples, ValueError) and not any(_learns(example) for example in record_examples):
+            message = "no token would bear loss: the conversation has no assistant text (or only of weight 0)"
+            record_examples = Problem("no-loss", message, "drop the record")
+        results[i] = record_examples
+    return results
+
+
+def _learns(example: Example) -> bool:
+    """Return whether any id after the first, which is never predicted, is trained on."""
+    return True in (example.loss_mask or [])[1:]
 
 
 def _refused(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> ValueError | None:
@@ -58,8 +65,8 @@ def _refused(conversation: Conversation, template: str | None, tokenizer: Tokeni
     try:
         _check(conversation)
         if conversation.messages and conversation.messages[-1]["role"] != "assistant":
-            what = f"the last message is {conversation.messages[-1]['role']}, so nothing answers it"
-            raise Problem("last-turn", what, "end with an assistant turn: there is nothing else to learn")
+            message = f"the last message is {conversation.messages[-1]['role']}, so nothing answers it"
+            raise Problem("last-turn", message, "end with an assistant turn: there is nothing else to learn")
         if uses_tools(conversation):
             check_has_tools(template, tokenizer)
     except ValueError as error:
@@ -67,19 +74,19 @@ def _refused(conversation: Conversation, template: str | None, tokenizer: Tokeni
     return None
 
 
-def _made(conversations: list[Conversation], template: str | None, tokenizer: Tokenizer) -> list[list[Example] | ValueError]:
+def _convert(conversations: list[Conversation], template: str | None, tokenizer: Tokenizer) -> list[list[Example] | ValueError]:
     """Render and encode conversations that have been checked."""
     match tokenizer:
         case Mistral():
             from moe_train.data.chat import mistral  # importing it takes half a second
 
-            found: list[list[Example] | ValueError] = []
+            results: list[list[Example] | ValueError] = []
             for conversation in conversations:
                 try:
-                    found.append(mistral.examples(conversation, tokenizer))
+                    results.append(mistral.examples(conversation, tokenizer))
                 except ValueError as error:
-                    found.append(error)
-            return found
+                    results.append(error)
+            return results
         case HuggingFace():
             return templates.examples(conversations, _needed(template), tokenizer)
         case _:
@@ -157,7 +164,8 @@ def _needed(template: str | None) -> str:
 def _check(conversation: Conversation) -> None:
     """Check only for what would otherwise be trained on wrongly, or fail deep inside a library; `rules` checks the rest."""
     for i, message in enumerate(conversation.messages):
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
+        content = message.get("content")
         if len(message) == 2 and role in ("user", "assistant") and content.__class__ is str and content.isascii():
             continue  # the fast path for almost all messages
         if role not in ("system", "user", "assistant", "tool"):

@@ -12,7 +12,9 @@ from moe_train.data.records.conversation import Conversation, normalise
 from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
-_CHARACTERS, _RECORDS = 1 << 17, 1024  # tokenized at once; larger batches no longer fit the CPU cache and are slower
+# Tokenized at once; larger batches no longer fit the CPU cache and are slower.
+_CHARACTERS = 1 << 17
+_RECORDS = 1024
 
 Where = Callable[[Origin], str]
 """A function that formats the location of a record for messages."""
@@ -41,13 +43,16 @@ def encode(
     """
     if not isinstance(record, config.TextRecord):
         for conversations in _chunks(numbered, where, record, _size):
-            found = conversation_to_tokens.examples_batch([conversation for _, conversation in conversations], template, tokenizer)
-            for (origin, _), examples in zip(conversations, found, strict=True):
+            results = conversation_to_tokens.examples_batch(
+                [conversation for _, conversation in conversations], template, tokenizer
+            )
+            for (origin, _), examples in zip(conversations, results, strict=True):
                 if isinstance(examples, ValueError):
                     raise ValueError(f"{where(origin)}: {examples}") from examples
                 yield origin, examples
         return
-    begin, end = [] if tokenizer.bos_id is None else [tokenizer.bos_id], [tokenizer.eos_id]
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    end = [tokenizer.eos_id]
     for texts in _chunks(numbered, where, record, len):
         for (origin, _), ids in zip(texts, tokenizer.encode_batch([text for _, text in texts]), strict=True):
             yield origin, [Example([*begin, *ids, *end], None)] if ids else []
@@ -56,28 +61,32 @@ def encode(
 def _size(conversation: Conversation) -> int:
     """Estimate the number of characters to tokenize, for records of any form; with tools a record gives several examples."""
     messages, tools = conversation
-    said, with_tools = 0, bool(tools)
+    num_characters = 0
+    with_tools = bool(tools)
     for message in messages:
-        if isinstance(text := message.get("content"), str):
-            said += len(text)
+        content = message.get("content")
+        if isinstance(content, str):
+            num_characters += len(content)
         with_tools = with_tools or "tool_calls" in message
-    return said * len(messages) if with_tools else said
+    return num_characters * len(messages) if with_tools else num_characters
 
 
 def _chunks(
     numbered: Iterable[tuple[Origin, dict[str, Any]]], where: Where, record: config.Record, size: Callable[[Any], int]
 ) -> Iterator[list[tuple[Origin, Any]]]:
     """Yield records in the normal form, as many at once as keep the tokenizer's threads busy within bounded memory."""
-    chunk, room = [], _CHARACTERS
+    chunk = []
+    characters_left = _CHARACTERS
     for origin, fields in numbered:
         try:
             normal = normalise(fields, record)
         except ValueError as error:
             raise ValueError(f"{where(origin)}: {error}") from error
         chunk.append((origin, normal))
-        room -= size(normal)
-        if room <= 0 or len(chunk) == _RECORDS:
+        characters_left -= size(normal)
+        if characters_left <= 0 or len(chunk) == _RECORDS:
             yield chunk
-            chunk, room = [], _CHARACTERS
+            chunk = []
+            characters_left = _CHARACTERS
     if chunk:
         yield chunk

@@ -39,19 +39,19 @@ def bears_loss(message: Message) -> bool:
 
 def turns(messages: list[Message]) -> list[Turn]:
     """Return the assistant's turns. Raises Problem if the messages of a turn differ in weight."""
-    found: list[Turn] = []
+    result: list[Turn] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         weighs = bears_loss(message)
-        if not found or found[-1].end < i:
-            found.append(Turn(i, i + 1, weighs))
-        elif found[-1].bears_loss != weighs:
-            what = f"messages {i - 1} and {i} are one turn of the assistant, and differ in weight"
-            raise Problem("weight", what, "give them the same weight, or put the user's words between them")
+        if not result or result[-1].end < i:
+            result.append(Turn(i, i + 1, weighs))
+        elif result[-1].bears_loss != weighs:
+            error_text = f"messages {i - 1} and {i} are one turn of the assistant, and differ in weight"
+            raise Problem("weight", error_text, "give them the same weight, or put the user's words between them")
         else:
-            found[-1] = Turn(found[-1].start, i + 1, weighs)
-    return found
+            result[-1] = Turn(result[-1].start, i + 1, weighs)
+    return result
 
 
 def uses_tools(conversation: Conversation) -> bool:
@@ -64,6 +64,6 @@ def uses_tools(conversation: Conversation) -> bool:
 
 def without_tools(why: str) -> Problem:
     """Return the problem for a record with tools that the tokenizer or template cannot represent."""
-    having = "versions v2, v3, v7, v11, v13 and v15 have them"
+    versions = "versions v2, v3, v7, v11, v13 and v15 have them"
     remedy = "extend the base with moe-train extend-vocab BASE OUT --tokenizer v3, or drop the record"
-    return Problem("tools", f"the record has tools, and {why}; {having}", remedy)
+    return Problem("tools", f"the record has tools, and {why}; {versions}", remedy)

@@ -45,18 +45,28 @@ def learnt_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
         parts = [(turn.end, list(range(turn.start, turn.end))) for turn in turns(messages) if turn.bears_loss]
     else:
         parts = [(len(messages), [i for i, message in enumerate(messages) if bears_loss(message)])]
-    others = [_with_other_ids(messages[:end], learnt) for end, learnt in parts]
+    id_variants = [_with_other_ids(messages[:end], learnt) for end, learnt in parts]
     # Request all prefixes at once. Some templates refuse prefixes; that is an error only if the prefixes are needed.
-    prefixes = [prefix for end, learnt in reversed(parts) for prefix in ((end, False), *_around(learnt))]
-    asked = [request(conversation, list(dict.fromkeys(prefixes)), tokenizer)] if parts else []
-    asked += [request(Conversation(other, conversation.tools), [(len(other), False)], tokenizer) for other in others if other]
-    answers = yield asked
-    known = dict(zip(asked[0].prefixes, answers[0], strict=True)) if parts else {}
-    variants = iter(answers[1:])
+    prefixes: list[Prefix] = []
+    for end, learnt in reversed(parts):
+        prefixes += [(end, False), *_around(learnt)]
+    requests: list[Request] = []
+    if parts:
+        requests.append(request(conversation, list(dict.fromkeys(prefixes)), tokenizer))
+    for id_variant in id_variants:
+        if id_variant:
+            requests.append(request(Conversation(id_variant, conversation.tools), [(len(id_variant), False)], tokenizer))
+    answers = yield requests
+    rendered: dict[Prefix, str | ValueError] = {}
+    if parts:
+        rendered.update(zip(requests[0].prefixes, answers[0], strict=True))
+    variant_answers = iter(answers[1:])
     texts = []
-    for (end, learnt), other in zip(parts, others, strict=True):
-        renderings = _Renderings(Conversation(messages[:end], conversation.tools), known, tokenizer)
-        texts.append((yield from _learnt_text(renderings, learnt, text_or_raise(next(variants)[0]) if other else None)))
+    for (end, learnt), id_variant in zip(parts, id_variants, strict=True):
+        renderings = _Renderings(Conversation(messages[:end], conversation.tools), rendered, tokenizer)
+        rendered_variant = text_or_raise(next(variant_answers)[0]) if id_variant else None
+        text = yield from _learnt_text(renderings, learnt, rendered_variant)
+        texts.append(text)
     return texts
 
 
@@ -68,18 +78,18 @@ class _Renderings(NamedTuple):
     tokenizer: HuggingFace
 
 
-def _learnt_text(renderings: _Renderings, learnt: list[int], other: str | None) -> Generator[Any, Any, Text]:
+def _learnt_text(renderings: _Renderings, learnt: list[int], id_variant: str | None) -> Generator[Any, Any, Text]:
     """Return the text of one prefix, with the spans that are trained on.
 
     Args:
         renderings: The conversation, and its known renderings.
         learnt: Indices of the messages that are trained on.
-        other: The rendering with other call ids; None if the trained messages have no call ids.
+        id_variant: The rendering with other call ids; None if the trained messages have no call ids.
     """
     messages = renderings.conversation.messages
     marked = text_or_raise(renderings.known[len(messages), False])
     text = without_marks(marked)
-    random = [] if other is None else _differing(text, without_marks(other))
+    random = [] if id_variant is None else _differing(text, without_marks(id_variant))
     if GENERATION[0] not in marked:
         return Text(text, (yield from _prefix_spans(text, renderings, learnt)), random)
     try:
@@ -93,7 +103,10 @@ def _learnt_text(renderings: _Renderings, learnt: list[int], other: str | None) 
 
 def _around(messages: list[int]) -> list[Prefix]:
     """Return the prefix before and the prefix through each message."""
-    return [(end, end == i) for i in messages for end in (i, i + 1)]
+    prefixes: list[Prefix] = []
+    for i in messages:
+        prefixes += [(i, True), (i + 1, False)]
+    return prefixes
 
 
 def _generation_spans(marked: str, messages: list[Message], learnt: list[int], added: list[Span] | None) -> list[Span]:
@@ -113,15 +126,16 @@ def _generation_spans(marked: str, messages: list[Message], learnt: list[int], a
     for piece in pieces:
         ends.append(ends[-1] + len(piece))
     spans = [(ends[i], ends[i + 1]) for i in range(1, len(pieces), 2)]
-    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if learnt == said:
+    assistant_messages = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if learnt == assistant_messages:
         return spans
-    if len(spans) == len(said):
-        return [span for i, span in zip(said, spans, strict=True) if i in learnt]
+    if len(spans) == len(assistant_messages):
+        return [span for i, span in zip(assistant_messages, spans, strict=True) if i in learnt]
     if added is not None:
         return [span for span in spans if any(start <= span[0] and span[1] <= end for start, end in added)]
     raise ValueError(
-        f"the chat template marks {len(spans)} generations for {len(said)} assistant messages, of which {len(learnt)} bear loss; "
+        f"the chat template marks {len(spans)} generations for {len(assistant_messages)} assistant messages, of which "
+        f"{len(learnt)} bear loss; "
         "put one {% generation %} … {% endgeneration %} around each message"
     )
 
@@ -136,56 +150,70 @@ def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> Gene
     if all(through is not None and text.startswith(through) for through, _, _ in added.values()):
         return [(start, end) for _, start, end in added.values()]
     conversation, known, tokenizer = renderings
-    said = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    assistant_messages = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     # Searching by text has to go through all assistant turns in order, since two turns may have the same text.
-    if missing := [prefix for prefix in _around(said) if prefix not in known]:
+    missing = [prefix for prefix in _around(assistant_messages) if prefix not in known]
+    if missing:
         (answers,) = yield [request(conversation, missing, tokenizer)]
         known.update(zip(missing, answers, strict=True))
     spans = []
     position = 0
-    for i, (through, start, end) in _added_spans(renderings, said).items():
+    for i, (through, start, end) in _added_spans(renderings, assistant_messages).items():
         turn = "" if through is None else through[start:end]
-        found = text.find(turn, position) if turn.endswith(tokenizer.special_tokens) else -1
-        if found < 0:
+        turn_start = -1
+        if turn.endswith(tokenizer.special_tokens):
+            turn_start = text.find(turn, position)
+        if turn_start < 0:
             raise ValueError(
                 f"the chat template renders the turns before message {i} differently once it is there, so its tokens cannot "
                 "be told apart; put {% generation %} … {% endgeneration %} around the assistant's part of the template"
             )
-        position = found + len(turn)
+        position = turn_start + len(turn)
         if i in learnt:
-            spans.append((found, position))
+            spans.append((turn_start, position))
     return spans
 
 
-def _added_spans(renderings: _Renderings, wanted: list[int]) -> dict[int, tuple[str | None, int, int]]:
-    """Locate what each wanted message adds to its prefix.
+def _added_spans(renderings: _Renderings, indices: list[int]) -> dict[int, tuple[str | None, int, int]]:
+    """Locate what each of these messages adds to its prefix.
 
     Returns:
         For each message, the text through it, and the start and end of the message in that text. The text is None if it does not
         begin with the rendering of the messages before, so that the message cannot be located.
     """
-    found: dict[int, tuple[str | None, int, int]] = {}
-    for i in wanted:
+    added_spans: dict[int, tuple[str | None, int, int]] = {}
+    for i in indices:
         before, through = (without_marks(text_or_raise(renderings.known[prefix])) for prefix in _around([i]))
         # What follows the end token before the next turn, such as ChatML's newline, is never generated by a model.
         stripped = through.rstrip()
         ended = len(stripped) > len(before) and stripped.endswith(renderings.tokenizer.special_tokens)
         end = len(stripped) if ended else len(through)
-        found[i] = (through if through.startswith(before) else None), len(before), end
-    return found
+        located_in = through if through.startswith(before) else None
+        added_spans[i] = (located_in, len(before), end)
+    return added_spans
 
 
 def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
     """Raise ValueError if the template's marks and the prefixes differ in more than white space."""
     if spans == added:
         return
-    marked, grown = ({i for start, end in some for i in range(start, end)} for some in (spans, added))
-    for only, said in ((marked - grown, "marks"), (grown - marked, "leaves out")):
-        if differing := "".join(text[i] for i in sorted(only)).strip("".join(PLAIN) + " \t\r\n"):
+    marked_characters = _characters(spans)
+    added_characters = _characters(added)
+    for difference, verb in ((marked_characters - added_characters, "marks"), (added_characters - marked_characters, "leaves out")):
+        differing = "".join(text[i] for i in sorted(difference)).strip("".join(PLAIN) + " \t\r\n")
+        if differing:
             raise ValueError(
-                f"the chat template's {{% generation %}} {said} {brief(differing)}, unlike what the assistant's turns add to the "
+                f"the chat template's {{% generation %}} {verb} {brief(differing)}, unlike what the assistant's turns add to the "
                 "rendering; put it around what the assistant writes, the end token included"
             )
+
+
+def _characters(spans: list[Span]) -> set[int]:
+    """Return the positions of all characters in the spans."""
+    positions: set[int] = set()
+    for start, end in spans:
+        positions.update(range(start, end))
+    return positions
 
 
 def _with_other_ids(messages: list[Message], learnt: list[int]) -> list[Message]:
@@ -195,17 +223,25 @@ def _with_other_ids(messages: list[Message], learnt: list[int]) -> list[Message]
         return []
     changed = list(messages)
     for i in calling:
-        calls = [call | {"id": call["id"].translate(_OTHER)} if "id" in call else call for call in messages[i]["tool_calls"]]
-        changed[i] = messages[i] | {"tool_calls": calls}
-    return changed if any(changed[i] != messages[i] for i in calling) else []
+        changed[i] = messages[i] | {"tool_calls": [_with_other_id(call) for call in messages[i]["tool_calls"]]}
+    if all(changed[i] == messages[i] for i in calling):
+        return []
+    return changed
 
 
-def _differing(text: str, other: str) -> list[Span]:
+def _with_other_id(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the call with every character of its id, if it has one, replaced by another."""
+    if "id" not in call:
+        return call
+    return call | {"id": call["id"].translate(_OTHER)}
+
+
+def _differing(text: str, id_variant: str) -> list[Span]:
     """Find the ids of trained calls in a text: the characters that change when every character of the ids is replaced."""
-    if len(other) != len(text):
+    if len(id_variant) != len(text):
         raise ValueError("the chat template writes calls differently for different ids, so that what is random cannot be told")
     spans: list[Span] = []
-    for i, (a, b) in enumerate(zip(text, other, strict=True)):
+    for i, (a, b) in enumerate(zip(text, id_variant, strict=True)):
         if a != b:
             spans.append((spans.pop()[0] if spans and spans[-1][1] == i else i, i + 1))
     return spans

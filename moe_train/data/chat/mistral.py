@@ -46,7 +46,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     """
     messages, tools = conversation
     if not uses_tools(conversation):
-        return [_whole(messages, tokenizer)]
+        return [_all_turns(messages, tokenizer)]
     return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.bears_loss]
 
 
@@ -62,7 +62,7 @@ def check_has_tools(tokenizer: Mistral) -> None:
         raise without_tools(f"{tokenizer.files[0].name}, a tokenizer of version {version.value}, has no tokens for them")
 
 
-def _whole(messages: list[Message], tokenizer: Mistral) -> Example:
+def _all_turns(messages: list[Message], tokenizer: Mistral) -> Example:
     """Encode a conversation without tools.
 
     Each turn ends with EOS, and EOS occurs nowhere else: the length of a turn is counted back from its EOS.
@@ -71,8 +71,8 @@ def _whole(messages: list[Message], tokenizer: Mistral) -> Example:
     tokens = _encode(request, tokenizer)
     mask = [False] * len(tokens)
     ends = [i + 1 for i, token in enumerate(tokens) if token == tokenizer.eos_id]
-    said = [message for message in request.messages if isinstance(message, AssistantMessage)]
-    for end, message, turn in zip(ends, said, turns(messages), strict=True):
+    assistant_messages = [message for message in request.messages if isinstance(message, AssistantMessage)]
+    for end, message, turn in zip(ends, assistant_messages, turns(messages), strict=True):
         start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.bears_loss:
             mask[start:end] = [True] * (end - start)
@@ -100,9 +100,9 @@ def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mis
     closing = _closing(tokenizer)
     if closing:
         return next(i for i, token in enumerate(reversed(tokens)) if i and token in closing)
-    own = _instruct(tokenizer).encode_assistant_message(message, False)
-    assert tokens[len(tokens) - len(own) :] == own, "mistral-common put an assistant's turn elsewhere"
-    return len(own)
+    encoded = _instruct(tokenizer).encode_assistant_message(message, False)
+    assert tokens[len(tokens) - len(encoded) :] == encoded, "mistral-common put an assistant's turn elsewhere"
+    return len(encoded)
 
 
 _CLOSING = (SpecialTokens.end_inst, SpecialTokens.end_tool_results, SpecialTokens.end_system, SpecialTokens.eos)
@@ -126,8 +126,13 @@ def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
     """
     encoder = copy.copy(tokenizer.finetuning.instruct_tokenizer)
     assert isinstance(encoder, InstructTokenizerBase)
-    vars(encoder)["decode"] = lambda *_, **__: ""
+    vars(encoder)["decode"] = _no_decoding
     return encoder
+
+
+def _no_decoding(*_: Any, **__: Any) -> str:
+    """Stand in for the encoder's `decode`."""
+    return ""
 
 
 def _encode(request: InstructRequest, tokenizer: Mistral) -> list[int]:
@@ -142,9 +147,9 @@ def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer
     Consecutive messages of a role are joined, and system texts are moved to where the tokenizer's version has them.
     """
     with _refusals():
-        known = [Tool.from_openai(tool) for tool in tools] or None
+        parsed_tools = [Tool.from_openai(tool) for tool in tools] or None
         request: ChatCompletionRequest = ChatCompletionRequest.model_validate(
-            {"messages": [_plain(message) for message in messages], "tools": known}
+            {"messages": [_plain(message) for message in messages], "tools": parsed_tools}
         )
         validator, normalizer = _rules(tokenizer, mode)
         validator.validate_request(request)
@@ -154,7 +159,8 @@ def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer
 @functools.lru_cache(maxsize=8)
 def _rules(tokenizer: Mistral, mode: ValidationMode) -> tuple[Any, Any]:
     """Return mistral-common's validator and normalizer for the tokenizer's version."""
-    version, settings = tokenizer.finetuning.version, _instruct(tokenizer).tokenizer.model_settings_builder
+    version = tokenizer.finetuning.version
+    settings = _instruct(tokenizer).tokenizer.model_settings_builder
     return get_validator(version, mode), get_normalizer(version, settings)
 
 
@@ -176,7 +182,7 @@ def _refusals() -> Iterator[None]:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"mistral-common refuses the record: {where}: {first['msg']}") from error
+        location = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"mistral-common refuses the record: {location}: {first['msg']}") from error
     except (MistralCommonException, NotImplementedError, AssertionError, ValueError) as error:
         raise ValueError(f"mistral-common refuses the record: {' '.join(str(error).split())}") from error

@@ -70,10 +70,10 @@ def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Li
     answers = []
     for (variables, prefixes), max_output in question["requests"]:
         texts: list[str | int | list[str]] = []
-        left = max_output
+        characters_left = max_output
         for prefix in prefixes or [None]:
             try:
-                text = _limited(template.generate(_prefix_variables(variables, prefix)), left)
+                text = _limited(template.generate(_prefix_variables(variables, prefix)), characters_left)
             except Exception as error:  # a template is a program and can raise anything
                 if isinstance(error, MemoryError):
                     return {"over": f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"}
@@ -84,7 +84,7 @@ def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Li
             # Most prefixes render to the beginning of the first text; then sending its length is enough.
             begins_first = texts and isinstance(texts[0], str) and texts[0].startswith(text)
             texts.append(len(text) if begins_first else text)
-            left -= 0 if begins_first else len(text)
+            characters_left -= 0 if begins_first else len(text)
         answers.append(texts)
     return {"texts": answers}
 
@@ -99,13 +99,13 @@ def _prefix_variables(variables: dict[str, Any], prefix: tuple[int, bool] | None
 
 def _limited(pieces: Iterable[str], limit: int) -> str | None:
     """Join the pieces; return None if they have more than `limit` characters."""
-    kept = []
+    joined = []
     for piece in pieces:
         limit -= len(piece)
         if limit < 0:
             return None
-        kept.append(piece)
-    return "".join(kept)
+        joined.append(piece)
+    return "".join(joined)
 
 
 def _line(error: BaseException) -> str:

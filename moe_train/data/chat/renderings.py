@@ -62,8 +62,8 @@ def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
 def _marked_text(text: str, pattern: re.Pattern[str]) -> str:
     """Return the text with marks around what looks like a control token. Raises Problem if the text itself contains such marks."""
     if not text.isascii() and _MARKS.search(text):
-        what = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(text)}"
-        raise Problem("unicode", what, "remove it")
+        message = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(text)}"
+        raise Problem("unicode", message, "remove it")
     return pattern.sub(_between_marks, text)
 
 
@@ -99,14 +99,16 @@ def _parsed(arguments: Any) -> Any:
 
 def without_marks(text: str) -> str:
     """Return a rendering without the marks of the assistant's parts."""
-    return text.replace(GENERATION[0], "").replace(GENERATION[1], "") if GENERATION[0] in text else text
+    if GENERATION[0] not in text:
+        return text
+    return text.replace(GENERATION[0], "").replace(GENERATION[1], "")
 
 
 def checked(texts: list[str | ValueError], asked: Request) -> list[str | ValueError]:
     """Return the renderings of a request, or errors if the template has escaped our marks."""
     if any(isinstance(text, str) and _ESCAPED in text for text in texts) and not _has_escapes(asked.variables):
-        what = r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart"
-        return [ValueError(what)] * len(texts)
+        message = r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart"
+        return [ValueError(message)] * len(texts)
     return texts
 
 

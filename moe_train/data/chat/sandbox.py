@@ -47,11 +47,13 @@ def render(template: str, requests: Sequence[dict[str, Any]], limits: Limits = L
     Raises:
         ValueError: In one line, if the template cannot be read, fails, or exceeds `limits`.
     """
-    found = [text for texts in render_prefixes(template, [Request(each) for each in requests], limits) for text in texts]
-    for text in found:
-        if isinstance(text, ValueError):
-            raise text
-    return cast(list[str], found)
+    renderings: list[str] = []
+    for texts in render_prefixes(template, [Request(variables) for variables in requests], limits):
+        for text in texts:
+            if isinstance(text, ValueError):
+                raise text
+            renderings.append(text)
+    return renderings
 
 
 def render_prefixes(
@@ -78,55 +80,68 @@ def render_prefixes(
     """
     if len(template) > limits.template:
         raise ValueError(f"the chat template has {len(template):,} characters; {limits.template:,} are allowed")
-    found: list[list[str | ValueError]] = []
+    renderings: list[list[str | ValueError]] = []
     for batch in _batches(requests, limits):
-        for each in _answers(template, batch, _child(limits)):
-            if "unreadable" in each:
-                raise ValueError(each["unreadable"])
-            if "over" in each:
-                found.append([ValueError(each["over"])])
+        for answer in _answers(template, batch, _child(limits)):
+            if "unreadable" in answer:
+                raise ValueError(answer["unreadable"])
+            if "over" in answer:
+                renderings.append([ValueError(answer["over"])])
             else:
-                found.extend(map(_texts, each["texts"]))
-    return [texts * max(1, len(r.prefixes)) if len(texts) == 1 else texts for texts, r in zip(found, requests, strict=True)]
+                renderings.extend(map(_texts, answer["texts"]))
+    # A request with a single answer has that answer for each of its prefixes.
+    for i, (texts, request) in enumerate(zip(renderings, requests, strict=True)):
+        if len(texts) == 1:
+            renderings[i] = texts * max(1, len(request.prefixes))
+    return renderings
 
 
 def _answers(template: str, batch: list[bytes], child: _Child) -> list[dict[str, Any]]:
     """Return the child's answers: each has the texts of some requests in order, or the problem with one request."""
-    found: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
     for _ in range(3):
-        together = child.ask(template, batch)
-        if "over" not in together or len(batch) == 1:
-            return [*found, together]
+        answer = child.ask(template, batch)
+        if "over" not in answer or len(batch) == 1:
+            return [*answers, answer]
         while batch:
-            found.append(child.ask(template, [batch.pop(0)]))
-            if "over" in found[-1]:
+            answers.append(child.ask(template, [batch.pop(0)]))
+            if "over" in answers[-1]:
                 break
         else:
-            return found
-    what = "not rendered: the chat template came to a limit of time or size for three records before it"
-    return [*found, *[{"over": what}] * len(batch)]
+            return answers
+    message = "not rendered: the chat template came to a limit of time or size for three records before it"
+    return [*answers, *[{"over": message}] * len(batch)]
 
 
 def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes]]:
     """Yield the requests as JSON, about `_BATCH` bytes at a time."""
     batch: list[bytes] = []
-    room = _BATCH
+    bytes_left = _BATCH
     for request in requests:
         text = json.dumps(request)
         max_output = min(limits.output, max(1 << 20, 64 * len(text)))  # so that many records together cannot fill the memory
         batch.append(f"[{text}, {max_output}]".encode())
-        room -= len(text)
-        if room <= 0:
+        bytes_left -= len(text)
+        if bytes_left <= 0:
             yield batch
-            batch, room = [], _BATCH
+            batch = []
+            bytes_left = _BATCH
     if batch:
         yield batch
 
 
 def _texts(answer: list[str | int | list[str]]) -> list[str | ValueError]:
     """Decode an answer: a number is the length of a prefix of the first text, a list holds an error message."""
-    whole = answer[0]
-    return [ValueError(*a) if isinstance(a, list) else a if isinstance(a, str) else cast(str, whole)[:a] for a in answer]
+    first_text = answer[0]
+    texts: list[str | ValueError] = []
+    for entry in answer:
+        if isinstance(entry, list):
+            texts.append(ValueError(*entry))
+        elif isinstance(entry, str):
+            texts.append(entry)
+        else:
+            texts.append(cast(str, first_text)[:entry])
+    return texts
 
 
 # --- the process -----------------------------------------------------------------------------------------------
@@ -142,7 +157,8 @@ class _Child:
     """The process that renders; it is started when first needed, and again after it had to be ended."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits, self._lock = limits, threading.Lock()
+        self._limits = limits
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
@@ -170,11 +186,11 @@ class _Child:
 
     def _start(self) -> None:
         """Start the process, connected by a socket pair."""
-        ours, theirs = socket.socketpair()
-        with theirs:
+        parent_end, child_end = socket.socketpair()
+        with child_end:
             # -P keeps that file's folder out of sys.path. In a session of its own, the child gets no Ctrl-C of this process.
-            command = [sys.executable, "-P", str(Path(renderer.__file__)), str(theirs.fileno()), *map(str, self._limits)]
+            command = [sys.executable, "-P", str(Path(renderer.__file__)), str(child_end.fileno()), *map(str, self._limits)]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True, cwd="/"
+                command, stdin=subprocess.DEVNULL, pass_fds=[child_end.fileno()], start_new_session=True, cwd="/"
             )
-        self._connection = Connection(ours.detach())
+        self._connection = Connection(parent_end.detach())

@@ -29,9 +29,18 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
         line, if the template rejects the conversation or its turns cannot be located.
     """
     rendered = _rendered([learnt_texts(conversation, tokenizer) for conversation in conversations], template, tokenizer)
-    texts = [text for some in rendered if not isinstance(some, ValueError) for text in some]
+    texts: list[_Written] = []
+    for written in rendered:
+        if not isinstance(written, ValueError):
+            texts += written
     encoded = iter(_encode(texts, tokenizer))
-    return [some if isinstance(some, ValueError) else [next(encoded) for _ in some] for some in rendered]
+    results: list[list[Example] | ValueError] = []
+    for written in rendered:
+        if isinstance(written, ValueError):
+            results.append(written)
+        else:
+            results.append([next(encoded) for _ in written])
+    return results
 
 
 def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:
@@ -60,9 +69,9 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
         text = _text(Conversation(messages, tools), False, template, tokenizer)
     except ValueError as error:
         raise without_tools(f"the chat template takes none ({error})") from error
-    for what, shown in (("tools", "Look a word up."), ("calls", "quokka"), ("results", "marsupial")):
+    for feature, shown in (("tools", "Look a word up."), ("calls", "quokka"), ("results", "marsupial")):
         if shown not in text:
-            raise without_tools(f"the chat template leaves {what} out")
+            raise without_tools(f"the chat template leaves {feature} out")
     for token in re.findall(r"\[/?[A-Z_]+\]", text):
         if len(tokenizer.encode_control(token)) != 1:
             raise without_tools(f"the chat template writes {token}, which {tokenizer.files[0]} has no token for")
@@ -84,32 +93,33 @@ def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list
     Returns:
         The texts of each conversation, or its error.
     """
-    found: list[list[_Written] | ValueError] = [[] for _ in steps]
-    told: list[tuple[int, list[list[str | ValueError]] | None]] = [(i, None) for i in range(len(steps))]
-    while told:
-        asking: list[tuple[int, list[Request]]] = []
-        for i, answers in told:
+    results: list[list[_Written] | ValueError] = [[] for _ in steps]
+    answered: list[tuple[int, list[list[str | ValueError]] | None]] = [(i, None) for i in range(len(steps))]
+    while answered:
+        pending: list[tuple[int, list[Request]]] = []
+        for i, answers in answered:
             try:
-                asking.append((i, next(steps[i]) if answers is None else steps[i].send(answers)))
+                pending.append((i, next(steps[i]) if answers is None else steps[i].send(answers)))
             except StopIteration as done:
-                found[i] = [_written(text, tokenizer) for text in done.value]
+                results[i] = [_written(text, tokenizer) for text in done.value]
             except ValueError as error:
-                found[i] = error
+                results[i] = error
         try:
-            texts = iter(sandbox.render_prefixes(template, [each for _, some in asking for each in some]))
+            all_requests = itertools.chain.from_iterable(requests for _, requests in pending)
+            texts = iter(sandbox.render_prefixes(template, list(all_requests)))
         except ValueError as error:  # the template itself is at fault
-            for i, _ in asking:
-                found[i] = error
-            return found
+            for i, _ in pending:
+                results[i] = error
+            return results
         # The next round sends each generator its renderings; finished generators have left the list.
-        told = [(i, [checked(next(texts), asked) for asked in some]) for i, some in asking]
-    return found
+        answered = [(i, [checked(next(texts), asked) for asked in requests]) for i, requests in pending]
+    return results
 
 
 def _text(conversation: Conversation, prompt: bool, template: str, tokenizer: HuggingFace) -> str:
     """Render one conversation."""
-    asked = request(conversation, [(len(conversation.messages), prompt)], tokenizer)
-    (text,) = checked(sandbox.render_prefixes(template, [asked])[0], asked)
+    text_request = request(conversation, [(len(conversation.messages), prompt)], tokenizer)
+    (text,) = checked(sandbox.render_prefixes(template, [text_request])[0], text_request)
     return text_or_raise(text)
 
 
@@ -121,7 +131,8 @@ _SPLIT = re.compile("[" + "".join(PLAIN) + "]")
 
 def _written(text: Text, tokenizer: HuggingFace) -> _Written:
     """Move the marks: from around user text that looks like a control token to around the control tokens themselves."""
-    pieces, spans = _SPLIT.split(text.text), text.learnt + text.random
+    pieces = _SPLIT.split(text.text)
+    spans = text.learnt + text.random
     if len(pieces) > 1:  # translate positions in the text with marks to positions without
         marks = [end + i for i, end in enumerate(itertools.accumulate(map(len, pieces[:-1])))]
         spans = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]
@@ -130,10 +141,10 @@ def _written(text: Text, tokenizer: HuggingFace) -> _Written:
 
 def _encode(texts: list[_Written], tokenizer: HuggingFace) -> list[Example]:
     """Encode texts; ids that touch a trained span are trained on, unless they touch a random one."""
-    found = []
+    encoded = []
     for (ids, touched), text in zip(tokenizer.encode_marked([text.marked for text in texts]), texts, strict=True):
         mask = [False] * len(ids)
         for i, (first, last) in enumerate(touched):
             mask[first:last] = [i < text.num_learnt] * (last - first)
-        found.append(Example(ids, mask))
-    return found
+        encoded.append(Example(ids, mask))
+    return encoded

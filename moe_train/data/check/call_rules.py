@@ -105,7 +105,8 @@ def fix_call_id(conversation: Conversation, form: Form) -> Iterator[str]:
 
 def _join_the_last_pair(calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
     """Give a result the id of a call, if exactly one call has no result and exactly one result no call."""
-    called, answered = {call["id"] for call in calls}, {result.get("tool_call_id") for result in results}
+    called = {call["id"] for call in calls}
+    answered = {result.get("tool_call_id") for result in results}
     missing = [call for call in calls if call["id"] not in answered]
     unclaimed = [result for result in results if result.get("tool_call_id") not in called]
     if len(missing) == len(unclaimed) == 1:
@@ -115,34 +116,43 @@ def _join_the_last_pair(calls: list[dict[str, Any]], results: list[Message]) -> 
 
 def _name_in_order(i: int, calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
     """Give calls without an id the ids of results that no other call has, or new ids if these have none either."""
-    taken = {call.get("id") for call in calls}
+    used_ids = {call.get("id") for call in calls}
     unnamed = [call for call in calls if not call.get("id")]
-    unclaimed = [result for result in results if result.get("tool_call_id") not in taken - {None, ""}]
+    unclaimed = [result for result in results if result.get("tool_call_id") not in used_ids - {None, ""}]
     if len(unnamed) == len(unclaimed):
         for call, result in zip(unnamed, unclaimed, strict=True):
-            call["id"] = result["tool_call_id"] = _new_id(result.get("tool_call_id") or f"{i}.{calls.index(call)}", taken)
+            call["id"] = result["tool_call_id"] = _new_id(result.get("tool_call_id") or f"{i}.{calls.index(call)}", used_ids)
             yield f"message {i}: the call of {call['function']['name']} got the id {call['id']}"
 
 
 def _rename_to_nine(i: int, calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
     """Rename ids to nine characters, in calls and results."""
-    taken = {call.get("id") for call in calls}
+    used_ids = {call.get("id") for call in calls}
     for call in calls:
         old = call.get("id")
         if old and not _NINE.fullmatch(old):
-            call["id"] = _new_id(old, taken)
+            call["id"] = _new_id(old, used_ids)
             for result in results:
                 if result.get("tool_call_id") == old:
                     result["tool_call_id"] = call["id"]
             yield f"message {i}: the id {brief(old)} written as {call['id']}"
 
 
-def _new_id(name: str, taken: set[Any]) -> str:
+def _new_id(name: str, used_ids: set[Any]) -> str:
     """Derive an id of nine characters from `name`, so that a file is fixed the same way every time."""
-    while (new := name if _NINE.fullmatch(name) else hashlib.sha256(name.encode()).hexdigest()[:9]) in taken:
+    new = _nine_characters(name)
+    while new in used_ids:
         name += "."
-    taken.add(new)
+        new = _nine_characters(name)
+    used_ids.add(new)
     return new
+
+
+def _nine_characters(name: str) -> str:
+    """Return `name` if it has the form of an id, otherwise nine characters of its hash."""
+    if _NINE.fullmatch(name):
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()[:9]
 
 
 def _results(messages: list[Message], i: int) -> Iterator[tuple[int, Message]]:

@@ -70,16 +70,16 @@ def sources_of(chosen: Sequence[config.Source]) -> tuple[Source, ...]:
     Raises:
         ValueError: If a source does not consist of files.
     """
-    found = []
+    sources = []
     for source in chosen:
         if not isinstance(source, config.FileSource):
-            where, made_of = _not_files(source)
+            title, file_names = _not_files(source)
             raise ValueError(
-                f"data: {where} is a {source.name} source, and not files of records, which are what is checked; "
-                f"name files ({made_of}): moe-train data check FILES --tokenizer T"
+                f"data: {title} is a {source.name} source, and not files of records, which are what is checked; "
+                f"name files ({file_names}): moe-train data check FILES --tokenizer T"
             )
-        found.append(Source(source.files, source.format, source.record, source.weight))
-    return tuple(found)
+        sources.append(Source(source.files, source.format, source.record, source.weight))
+    return tuple(sources)
 
 
 def _not_files(source: config.HubSource | config.PythonSource | config.PreparedSource) -> tuple[str, str]:
@@ -157,15 +157,21 @@ def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, p
         held_out=held_out.hashes,
     )
     sizes = [place.file.stat().st_size for place in places]
-    num_proc = settings.num_proc if sum(sizes) > _WORTH_PROCESSES or settings.sample else 1
-    coverage = None if settings.sample is None else Coverage(settings.sample, sizes)
-    chunks = all_chunks(places, question) if coverage is None else some_chunks(places, question, coverage)
+    num_proc = 1
+    if sum(sizes) > _WORTH_PROCESSES or settings.sample:
+        num_proc = settings.num_proc
+    if settings.sample is None:
+        coverage = None
+        chunks = all_chunks(places, question)
+    else:
+        coverage = Coverage(settings.sample, sizes)
+        chunks = some_chunks(places, question, coverage)
     with tempfile.TemporaryDirectory(prefix="moe-train-check-") as scratch, corrected_copy(settings.fix, places) as fixed:
         gathered = _Gathered(places, Path(scratch), settings.shown, held_out)
-        for found, done in _examined(chunks, question, num_proc, places):
-            gathered.add(found)
-            if fixed is not None and found.kept is not None:
-                fixed.add(found)
+        for findings, done in _examined(chunks, question, num_proc, places):
+            gathered.add(findings)
+            if fixed is not None and findings.kept is not None:
+                fixed.add(findings)
             if progress is not None:
                 progress(done, sum(sizes), gathered.records)
         gathered.name_empty_files()
@@ -201,19 +207,19 @@ def _examined(
             return
         # spawn: this process may have started threads that a fork would not survive
         with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _begin, (question,)) as pool:
-            waiting: collections.deque[tuple[Future[Findings], int]] = collections.deque()
+            in_flight: collections.deque[tuple[Future[Findings], int]] = collections.deque()
             try:
                 for chunk, done in chunks:
-                    waiting.append((pool.submit(_work, chunk), done))
+                    in_flight.append((pool.submit(_work, chunk), done))
                     # Bound the chunks in flight, since every one is in memory.
-                    if len(waiting) > 2 * num_proc:
-                        future, done = waiting.popleft()
+                    if len(in_flight) > 2 * num_proc:
+                        future, done = in_flight.popleft()
                         yield future.result(), done
-                while waiting:
-                    future, done = waiting.popleft()
+                while in_flight:
+                    future, done = in_flight.popleft()
                     yield future.result(), done
             finally:
-                for future, _ in waiting:
+                for future, _ in in_flight:
                     future.cancel()
     except Stop as stop:
         place, number, _, _ = stop.args
@@ -264,24 +270,24 @@ class _Gathered:
         self._origins = (self.scratch / "origins").open("wb")
         self._seen = [0] * len(self.places)
 
-    def add(self, found: Findings) -> None:
+    def add(self, findings: Findings) -> None:
         """Add the findings of the next chunk."""
-        place = self.places[found.place]
-        self.records += found.num_records
-        self._seen[found.place] += found.num_records
-        self.loss_tokens += found.loss_tokens
-        self.shapes.update(found.shapes)
-        self.bad_records += len({number for number, _ in found.problems})
-        for number, problem in found.problems:
+        place = self.places[findings.place]
+        self.records += findings.num_records
+        self._seen[findings.place] += findings.num_records
+        self.loss_tokens += findings.loss_tokens
+        self.shapes.update(findings.shapes)
+        self.bad_records += len({number for number, _ in findings.problems})
+        for number, problem in findings.problems:
             self._name(place, number, problem)
-        for (kind, ids), count in found.lengths.items():
+        for (kind, ids), count in findings.lengths.items():
             self.lengths.setdefault((place.source, kind), Counter())[ids] += count
-        self._spool.add(found.prints)
-        self._origins.write(np.stack([np.full_like(found.numbers, found.place), found.numbers], 1).tobytes())
+        self._spool.add(findings.prints)
+        self._origins.write(np.stack([np.full_like(findings.numbers, findings.place), findings.numbers], 1).tobytes())
         if self.held_out.hashes is not None:
-            self.overlapping += len(found.overlapping)
-            self.held_out.add(found.held_out)
-            self.overlaps += [place.where(int(n)) for n in found.overlapping[: self.shown - len(self.overlaps)]]
+            self.overlapping += len(findings.overlapping)
+            self.held_out.add(findings.held_out)
+            self.overlaps += [place.where(int(n)) for n in findings.overlapping[: self.shown - len(self.overlaps)]]
 
     def name_empty_files(self) -> None:
         """Add a problem for each file without records."""
@@ -293,8 +299,8 @@ class _Gathered:
         """Count a problem, and keep it if it is among the first of its rule."""
         self.broken[problem.rule] += 1
         if self.broken[problem.rule] <= self.shown:
-            named = {"where": place.where(number), "file": str(place.file), place.counted: number}
-            self.problems.append({**named, "rule": problem.rule, "message": problem.message, "remedy": problem.remedy})
+            location = {"where": place.where(number), "file": str(place.file), place.counted: number}
+            self.problems.append({**location, "rule": problem.rule, "message": problem.message, "remedy": problem.remedy})
 
     def answer(self, sources: Sequence[Source], settings: Settings, tokens_per_second: float | None) -> dict[str, Any]:
         """Return the results in JSON form."""
@@ -324,20 +330,22 @@ class _Gathered:
 
     def _duplicates(self) -> dict[str, Any]:
         """Find the duplicates in the corpus."""
-        found = self._spool.duplicates(self.shown)
-        origins = np.memmap(self.scratch / "origins", np.int64, "r").reshape(-1, 2) if self._spool.num_records else np.zeros((0, 2))
+        duplicates = self._spool.duplicates(self.shown)
+        origins: np.ndarray = np.zeros((0, 2))
+        if self._spool.num_records:
+            origins = np.memmap(self.scratch / "origins", np.int64, "r").reshape(-1, 2)
 
-        def where(record: int) -> str:
+        def location(record: int) -> str:
             place, number = origins[record].tolist()
             return self.places[place].where(number)
 
         return {
-            "exact": found.exact,
-            "near": found.near,
+            "exact": duplicates.exact,
+            "near": duplicates.near,
             "method": f"MinHash of {DUPLICATE_WORDS}-word sequences, Jaccard similarity of {SIMILAR} or more",
             "examples": [
-                {"where": where(twin.record), "like": where(twin.earlier), "similarity": round(twin.similarity, 2)}
-                for twin in found.examples
+                {"where": location(twin.record), "like": location(twin.earlier), "similarity": round(twin.similarity, 2)}
+                for twin in duplicates.examples
             ],
         }
 

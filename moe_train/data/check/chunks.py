@@ -17,7 +17,9 @@ from moe_train.data.records.json_lines import Block, blocks
 from moe_train.data.records.local_files import resolve
 from moe_train.data.records.problem import Item
 
-_ROWS, _CHARACTERS = 256, 1 << 20  # largest number of records that are not lines, and of characters in their columns, in one chunk
+# Largest number of records that are not lines, and of characters in their columns, in one chunk.
+_ROWS = 256
+_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Place(NamedTuple):
 
     def where(self, number: int) -> str:
         """Return the location of a record, for messages."""
-        return f"{self.file}:{number}" if self.counted == "line" else f"{self.file}: {self.counted} {number}"
+        if self.counted == "line":
+            return f"{self.file}:{number}"
+        return f"{self.file}: {self.counted} {number}"
 
 
 def places_of(sources: Sequence[Source], picked: bool) -> list[Place]:
@@ -63,15 +67,22 @@ def places_of(sources: Sequence[Source], picked: bool) -> list[Place]:
             {"name": "files", "files": source.files, "format": source.format, "record": record}
         )
         for file, kind in resolve(section):
-            lines = files.is_json_lines(file, kind)
-            anywhere = picked and lines and not is_compressed(file)
-            places.append(Place(file, kind, i, "byte" if anywhere else "line" if lines or kind == "text" else "row"))
+            is_json_lines = files.is_json_lines(file, kind)
+            if picked and is_json_lines and not is_compressed(file):
+                counted = "byte"
+            elif is_json_lines or kind == "text":
+                counted = "line"
+            else:
+                counted = "row"
+            places.append(Place(file, kind, i, counted))
     return places
 
 
 def read(place: Place, section: config.Record | None) -> Iterator[tuple[int, Item]]:
     """Yield the records of a file, one after the other."""
-    text_column = section.column if isinstance(section, config.TextRecord) else "text"
+    text_column = "text"
+    if isinstance(section, config.TextRecord):
+        text_column = section.column
     return files.read(place.file, place.kind, place.counted == "line", text_column)
 
 
@@ -87,23 +98,25 @@ def all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk,
                 yield Chunk(i, block), before + (0 if is_compressed(place.file) else min(done, size))
         else:
             rows = read(place, question.records[i])
-            for some in _grouped(rows):
-                yield Chunk(i, some), before
+            for group in _grouped(rows):
+                yield Chunk(i, group), before
         before += size
 
 
 def _grouped(rows: Iterator[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]]:
     """Group rows into chunks of bounded size."""
-    some: list[tuple[int, Item]] = []
-    room = _CHARACTERS
+    group: list[tuple[int, Item]] = []
+    characters_left = _CHARACTERS
     for number, item in rows:
-        some.append((number, item))
-        room -= sum(len(value) for value in item.values() if isinstance(value, str)) if isinstance(item, dict) else 0
-        if len(some) == _ROWS or room <= 0:
-            yield some
-            some, room = [], _CHARACTERS
-    if some:
-        yield some
+        group.append((number, item))
+        if isinstance(item, dict):
+            characters_left -= sum(len(value) for value in item.values() if isinstance(value, str))
+        if len(group) == _ROWS or characters_left <= 0:
+            yield group
+            group = []
+            characters_left = _CHARACTERS
+    if group:
+        yield group
 
 
 class Coverage:
@@ -127,7 +140,9 @@ class Coverage:
         `of_about` is the total number of records, estimated from the lengths of the sampled lines; it is None if the number of
         records of some file cannot be estimated.
         """
-        about = round(self.picked_of * self.picked / self.picked_bytes) if self.picked_bytes and not self.only_begun else None
+        about: int | None = None
+        if self.picked_bytes and not self.only_begun:
+            about = round(self.picked_of * self.picked / self.picked_bytes)
         return {
             "records": records,
             "of_about": None if about is None else max(about, records),
@@ -156,22 +171,22 @@ def some_chunks(places: list[Place], question: Question, coverage: Coverage) -> 
                     stream.seek(max(goal - 1, 0))
                     if goal:
                         stream.readline(MAX_RECORD)  # skip the rest of the line that contains the goal
-                    at = stream.tell()
+                    line_start = stream.tell()
                     line = stream.readline(MAX_RECORD)
-                    if at <= last or not line.strip():
+                    if line_start <= last or not line.strip():
                         continue
-                    last = at
+                    last = line_start
                     coverage.picked += 1
                     coverage.picked_bytes += len(line)
-                    lines.append(Block(at + 1, line))
+                    lines.append(Block(line_start + 1, line))
             coverage.picked_of += size
             for start in range(0, len(lines), _ROWS):
                 yield Chunk(i, lines[start : start + _ROWS]), before
         else:
             rows = read(place, question.records[i])
-            some = list(itertools.islice(rows, quota))
+            first_rows = list(itertools.islice(rows, quota))
             if next(rows, None) is not None:
                 coverage.only_begun.append(str(place.file))
-            for group in _grouped(iter(some)):
+            for group in _grouped(iter(first_rows)):
                 yield Chunk(i, group), before
         before += size

@@ -39,7 +39,8 @@ class Corrected:
     """
 
     def __init__(self, directory: Path, places: list[Place]) -> None:
-        self._directory, self._places = directory, places
+        self._directory = directory
+        self._places = places
         self._changes = (directory / "changes.log").open("w", encoding="utf-8")
         self._names = _copy_names([place.file for place in places])
         self._open: tuple[int, IO[bytes]] | None = None
@@ -59,9 +60,9 @@ class Corrected:
         for action in ("changed", "dropped"):
             self.counts[action] += len({change.number for change in found.kept.changes if change.action == action})
         for change in found.kept.changes:
-            said = {"where": self._places[found.place].where(change.number), **change._asdict()}
-            del said["number"]
-            self._changes.write(json.dumps(said, ensure_ascii=True) + "\n")
+            entry = {"where": self._places[found.place].where(change.number), **change._asdict()}
+            del entry["number"]
+            self._changes.write(json.dumps(entry, ensure_ascii=True) + "\n")
 
     def close(self, written: Path | None) -> dict[str, Any]:
         """Close the files, and return the counts in JSON form."""
@@ -81,9 +82,11 @@ def _copy_names(paths: list[Path]) -> list[str]:
     root = Path(os.path.commonpath([path.parent for path in absolute]))
     names: list[str] = []
     for path in absolute:
-        inside = path.relative_to(root)
-        name = Path(inside.stem) if is_compressed(inside) else Path(inside.name)
-        name = inside.parent / (name if name.suffix.lower() in (".jsonl", ".ndjson") else f"{name}.jsonl")
+        relative = path.relative_to(root)
+        name = Path(relative.stem) if is_compressed(relative) else Path(relative.name)
+        if name.suffix.lower() not in (".jsonl", ".ndjson"):
+            name = Path(f"{name}.jsonl")
+        name = relative.parent / name
         unique = itertools.chain([name], (name.with_name(f"{name.stem}-{k}{name.suffix}") for k in itertools.count(2)))
         names.append(next(str(n) for n in unique if str(n) not in names))
     return names

@@ -18,8 +18,10 @@ import numpy as np
 
 from moe_train.data.check.ngrams import Words, grams, mixed
 
-WORDS, SIMILAR = 5, 0.8
-_BANDS, _ROWS = 16, 8
+WORDS = 5
+SIMILAR = 0.8
+_BANDS = 16
+_ROWS = 8
 _MINIMA = _BANDS * _ROWS
 _FACTORS = mixed(np.arange(1, _MINIMA + 1, dtype=np.uint64)) | np.uint64(1)
 _MASKS = mixed(np.arange(1000, 1000 + _MINIMA, dtype=np.uint64))
@@ -114,12 +116,13 @@ class Spool:
         self.close()
         if not self.num_records:
             return Duplicates(0, 0, [])
-        whole = np.memmap(self._paths["whole"], np.uint64, "r")
+        record_hashes = np.memmap(self._paths["whole"], np.uint64, "r")
         is_exact = np.zeros(self.num_records, bool)
         examples: list[Twin] = []
-        for first, later in _alike(whole):
+        for first, later in _alike(record_hashes):
             new = ~is_exact[later]
-            first, later = first[new], later[new]
+            first = first[new]
+            later = later[new]
             is_exact[later] = True
             examples += [Twin(int(a), int(b), 1.0) for a, b in zip(later[:num_examples], first[:num_examples], strict=True)]
         examples = sorted(examples)[:num_examples]
@@ -132,17 +135,24 @@ class Spool:
         is_near = np.zeros(self.num_records, bool)
         near: list[Twin] = []
         for band in range(_BANDS):
-            for one, two in _alike(np.memmap(self._paths[str(band)], np.uint32, "r")):
-                new = ~(is_exact[record[two]] | is_near[record[two]])
-                one, two = one[new], two[new]
-                for start in range(0, len(one), _COMPARED):
-                    a, b = one[start : start + _COMPARED], two[start : start + _COMPARED]
+            for first, later in _alike(np.memmap(self._paths[str(band)], np.uint32, "r")):
+                new = ~(is_exact[record[later]] | is_near[record[later]])
+                first = first[new]
+                later = later[new]
+                for start in range(0, len(first), _COMPARED):
+                    a = first[start : start + _COMPARED]
+                    b = later[start : start + _COMPARED]
                     mapped.madvise(mmap.MADV_DONTNEED)  # release the pages of earlier pairs
                     similarity = (minima[a] == minima[b]).mean(1)
-                    found = similarity >= SIMILAR
-                    is_near[record[b[found]]] = True
-                    room = max(0, num_examples - len(near))
-                    pairs = zip(record[b[found]][:room], record[a[found]][:room], similarity[found][:room], strict=True)
+                    is_similar = similarity >= SIMILAR
+                    is_near[record[b[is_similar]]] = True
+                    num_missing = max(0, num_examples - len(near))
+                    pairs = zip(
+                        record[b[is_similar]][:num_missing],
+                        record[a[is_similar]][:num_missing],
+                        similarity[is_similar][:num_missing],
+                        strict=True,
+                    )
                     near += [Twin(int(x), int(y), float(s)) for x, y, s in pairs]
         return Duplicates(int(is_exact.sum()), int(is_near.sum()), examples + sorted(near))
 
@@ -155,15 +165,15 @@ def _alike(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     # Each part holds the keys with one remainder, so equal keys meet in the same part and one part at a time is sorted.
     parts = -(-len(keys) // _AT_ONCE)
     for part in range(parts):
-        chosen = []
+        indices = []
         for start in range(0, len(keys), _AT_ONCE):
             block = np.asarray(keys[start : start + _AT_ONCE])
-            chosen.append(np.flatnonzero(block % block.dtype.type(parts) == part) + start)
-        places = np.concatenate(chosen)
+            indices.append(np.flatnonzero(block % block.dtype.type(parts) == part) + start)
+        places = np.concatenate(indices)
         places = places[np.argsort(keys[places], kind="stable")]
         ordered = keys[places]
-        again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+        repeats = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
         is_first = np.concatenate(([True], ordered[1:] != ordered[:-1]))
         first = np.maximum.accumulate(np.where(is_first, np.arange(len(places)), 0))
-        yield places[first[again]], places[again]
-        yield places[again - 1], places[again]
+        yield places[first[repeats]], places[repeats]
+        yield places[repeats - 1], places[repeats]

@@ -45,7 +45,9 @@ def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
 
 def truncation(lengths: Lengths, seq_len: int) -> dict[str, int]:
     """Count the examples, and their tokens, that do not fit into one row."""
-    beyond = [(ids - 1 - seq_len, count) for counts in lengths.values() for ids, count in counts.items() if ids - 1 > seq_len]
+    beyond: list[tuple[int, int]] = []  # (positions beyond the row, number of examples)
+    for counts in lengths.values():
+        beyond += [(ids - 1 - seq_len, count) for ids, count in counts.items() if ids - 1 > seq_len]
     return {
         "seq_len": seq_len,
         "examples_longer": sum(count for _, count in beyond),
@@ -72,7 +74,13 @@ def epoch(
     positions = 0
     for (source, kind), counts in lengths.items():
         record = sources[source].record
-        too_long: packing.TooLong = record.too_long if record is not None else "split" if kind == "text" else "drop"
+        too_long: packing.TooLong
+        if record is not None:
+            too_long = record.too_long
+        elif kind == "text":
+            too_long = "split"
+        else:
+            too_long = "drop"
         needed = {ids - 1: count for ids, count in counts.items()}
         num_rows, num_tokens = packing.packed_size(needed, seq_len, "drop" if too_long == "error" else too_long)
         rows[source] += num_rows
@@ -82,13 +90,18 @@ def epoch(
     shares = np.array([sources[source].weight for source in rows if rows[source]])
     seen = int(np.ceil(max((rows[s] * shares.sum() / sources[s].weight for s in rows if rows[s]), default=0)))
     steps = None if batch_size is None else -(-seen // batch_size)
-    rows_seen = seen if batch_size is None or steps is None else steps * batch_size
+    rows_seen = seen
+    if batch_size is not None and steps is not None:
+        rows_seen = steps * batch_size
+    seconds: float | None = None
+    if tokens_per_second is not None:
+        seconds = rows_seen * seq_len / tokens_per_second
     return {
         "rows": total,
         "efficiency": round(positions / (total * seq_len), 4) if total else None,
         "batch_size": batch_size,
         "steps_per_epoch": steps,
-        "seconds_per_epoch": None if tokens_per_second is None else rows_seen * seq_len / tokens_per_second,
+        "seconds_per_epoch": seconds,
     }
 
 
@@ -100,7 +113,7 @@ def tokens_per_second(bench: Path | None) -> float | None:
     """
     if bench is None:
         return None
-    found = read_object(bench).get("tokens_per_second")
-    if not isinstance(found, int | float) or found <= 0:
+    speed = read_object(bench).get("tokens_per_second")
+    if not isinstance(speed, int | float) or speed <= 0:
         raise ValueError(f"{bench} has no tokens_per_second; write it with: moe-train bench CONFIG --json > {bench}")
-    return float(found)
+    return float(speed)

@@ -154,20 +154,26 @@ def examine(chunk: Chunk, question: Question, form: Form) -> Findings:
         except Problem as problem:
             unreadable.append((number, problem))
     _judge(read, chunk.place, question, form)
-    problems = unreadable + [(one.number, problem) for one in read for problem in one.problems]
-    lengths: Counter[tuple[str, int]] = Counter((one.section.name, len(example.tokens)) for one in read for example in one.examples)
-    texts = words([said_in(one.record) for one in read])
+    problems = list(unreadable)
+    lengths: Counter[tuple[str, int]] = Counter()
+    loss_tokens = 0
+    for entry in read:
+        problems += [(entry.number, problem) for problem in entry.problems]
+        lengths.update((entry.section.name, len(example.tokens)) for example in entry.examples)
+        loss_tokens += sum(map(_loss_tokens, entry.examples))
+    texts = words([said_in(entry.record) for entry in read])
     overlapping, held_out = overlap(texts, question.held_out)
-    numbers = np.array([one.number for one in read], np.int64)
+
+    numbers = np.array([entry.number for entry in read], np.int64)
     return Findings(
         place=chunk.place,
         num_records=num_records,
-        shapes=Counter(_shape(one) for one in read),
+        shapes=Counter(_shape(entry) for entry in read),
         problems=sorted(problems, key=lambda pair: pair[0]),
         lengths=lengths,
-        loss_tokens=sum(_loss_tokens(example) for one in read for example in one.examples),
+        loss_tokens=loss_tokens,
         numbers=numbers,
-        prints=fingerprints([_content(one.record) for one in read], texts),
+        prints=fingerprints([_content(entry.record) for entry in read], texts),
         overlapping=numbers[overlapping],
         held_out=held_out,
         kept=_repaired(read, unreadable, raw, chunk.place, question, form) if question.repairing else None,
@@ -176,7 +182,9 @@ def examine(chunk: Chunk, question: Question, form: Form) -> Findings:
 
 def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]:
     """Yield number and record, and the line itself if it may be kept unchanged."""
-    blocks = [chunk.records] if isinstance(chunk.records, Block) else chunk.records
+    blocks = chunk.records
+    if isinstance(blocks, Block):
+        blocks = [blocks]
     for block in blocks:
         if not isinstance(block, Block):
             yield *block, None
@@ -193,62 +201,70 @@ def _judge(read: list[_Read], place: int, question: Question, form: Form) -> Non
     """Fill in the problems and the examples of each record."""
     texts: list[_Read] = []
     conversations: list[tuple[_Read, Conversation]] = []
-    for one in read:
-        one.problems = [problem for problem in rules.problems(one.record, form) if problem.rule not in question.allowed]
-        if isinstance(one.record, Conversation):
-            _stop_where_there_is_no_form(one, one.record, place, question)
-        if any(problem.rule not in _STILL_TOKENISED for problem in one.problems):
+    for entry in read:
+        entry.problems = [problem for problem in rules.problems(entry.record, form) if problem.rule not in question.allowed]
+        if isinstance(entry.record, Conversation):
+            _stop_where_there_is_no_form(entry, entry.record, place, question)
+        if any(problem.rule not in _STILL_TOKENISED for problem in entry.problems):
             continue
-        if isinstance(one.record, str):
-            texts.append(one)
+        if isinstance(entry.record, str):
+            texts.append(entry)
         else:
-            conversations.append((one, one.record))
-    made = conversation_to_tokens.examples_batch([record for _, record in conversations], question.template, question.tokenizer)
-    for (one, _), found in zip(conversations, made, strict=True):
-        if isinstance(found, ValueError):
-            one.problems.append(found if isinstance(found, Problem) else Problem("refused", str(found), "change or drop it"))
+            conversations.append((entry, entry.record))
+    results = conversation_to_tokens.examples_batch([record for _, record in conversations], question.template, question.tokenizer)
+    for (entry, _), result in zip(conversations, results, strict=True):
+        if isinstance(result, Problem):
+            entry.problems.append(result)
+        elif isinstance(result, ValueError):
+            entry.problems.append(Problem("refused", str(result), "change or drop it"))
         else:
-            one.examples = found
-    numbered = ((Origin(0, i), {"text": one.record}) for i, one in enumerate(texts))
+            entry.examples = result
+    numbered = ((Origin(0, i), {"text": entry.record}) for i, entry in enumerate(texts))
     text = config.TextRecord(name="text")
     for (_, i), examples in encode(numbered, str, text, question.tokenizer, None):
         texts[i].examples = examples
     if question.seq_len is not None:
-        for one in read:
-            longest = max((len(example.tokens) - 1 for example in one.examples), default=0)
-            if longest > question.seq_len and one.section.too_long == "error" and "too-long" not in question.allowed:
-                what = f"the record takes {longest} positions, the sequence has {question.seq_len}"
-                one.problems.append(Problem("too-long", what, "raise seq_len, set record.too_long, or shorten it"))
+        for entry in read:
+            longest = max((len(example.tokens) - 1 for example in entry.examples), default=0)
+            if longest > question.seq_len and entry.section.too_long == "error" and "too-long" not in question.allowed:
+                message = f"the record takes {longest} positions, the sequence has {question.seq_len}"
+                entry.problems.append(Problem("too-long", message, "raise seq_len, set record.too_long, or shorten it"))
 
 
-def _stop_where_there_is_no_form(one: _Read, conversation: Conversation, place: int, question: Question) -> None:
+def _stop_where_there_is_no_form(entry: _Read, conversation: Conversation, place: int, question: Question) -> None:
     """Raise Stop for a conversation without a chat template, or with tools that the tokenizer or template cannot represent."""
     if isinstance(question.tokenizer, HuggingFace) and question.template is None:
-        what = f"the record is a conversation, and the tokenizer {question.tokenizer.files[0]} has no chat template"
-        raise Stop(place, one.number, what, "name a jinja file with --chat-template (in a config: data.chat_template)")
-    if not any(problem.rule == "type" for problem in one.problems) and uses_tools(conversation):
+        message = f"the record is a conversation, and the tokenizer {question.tokenizer.files[0]} has no chat template"
+        raise Stop(place, entry.number, message, "name a jinja file with --chat-template (in a config: data.chat_template)")
+    if not any(problem.rule == "type" for problem in entry.problems) and uses_tools(conversation):
         try:
             conversation_to_tokens.check_has_tools(question.template, question.tokenizer)
         except Problem as problem:
-            raise Stop(place, one.number, problem.message, problem.remedy) from problem
+            raise Stop(place, entry.number, problem.message, problem.remedy) from problem
 
 
-def _shape(one: _Read) -> str:
+def _shape(entry: _Read) -> str:
     """Return the kind of a record, and whether it has tools."""
-    if isinstance(one.record, str):
+    if isinstance(entry.record, str):
         return "text"
-    with_tools = one.record.tools or any("tool_calls" in m or m.get("role") == "tool" for m in one.record.messages)
-    return f"{one.section.name} with tools" if with_tools else one.section.name
+    with_tools = entry.record.tools or any("tool_calls" in m or m.get("role") == "tool" for m in entry.record.messages)
+    if with_tools:
+        return f"{entry.section.name} with tools"
+    return entry.section.name
 
 
 def _loss_tokens(example: Example) -> int:
     """Return the number of ids that are trained on; the first id is never predicted."""
-    return len(example.tokens) - 1 if example.loss_mask is None else sum(example.loss_mask[1:])
+    if example.loss_mask is None:
+        return len(example.tokens) - 1
+    return sum(example.loss_mask[1:])
 
 
 def _content(record: str | Conversation) -> str:
     """Return a text that is equal only for exact duplicates."""
-    return record if isinstance(record, str) else json.dumps(record, sort_keys=True, default=str)
+    if isinstance(record, str):
+        return record
+    return json.dumps(record, sort_keys=True, default=str)
 
 
 # --- putting right ---------------------------------------------------------------------------------------------
@@ -265,39 +281,43 @@ def _repaired(
     """Return every good record unchanged, and the other records corrected or dropped."""
     changes = [Change(number, "dropped", problem.rule, problem.message) for number, problem in unreadable]
     lines: dict[int, bytes] = {}
-    tried: list[_Read] = []
-    done: dict[int, list[tuple[str, str]]] = {}
-    for one in read:
-        if not one.problems:
-            line = raw.get(one.number)
-            lines[one.number] = line.removeprefix(BOM).strip() if line is not None else _line(one.fields)
+    repaired: list[_Read] = []
+    repairs: dict[int, list[tuple[str, str]]] = {}
+    for entry in read:
+        if not entry.problems:
+            line = raw.get(entry.number)
+            if line is not None:
+                lines[entry.number] = line.removeprefix(BOM).strip()
+            else:
+                lines[entry.number] = _line(entry.fields)
             continue
-        record, done[one.number] = rules.repair(one.record, form)
-        if done[one.number] and (isinstance(record, str) or record.messages):
-            tried.append(_Read(one.number, one.fields, one.section, record))
+        record, repairs[entry.number] = rules.repair(entry.record, form)
+        if repairs[entry.number] and (isinstance(record, str) or record.messages):
+            repaired.append(_Read(entry.number, entry.fields, entry.section, record))
         else:
-            cut = "nothing is left of it" if done[one.number] else "; ".join(problem.message for problem in one.problems)
-            changes.append(Change(one.number, "dropped", one.problems[0].rule, cut))
-    _judge(tried, place, question, form)
-    for one in tried:
-        if one.problems:
-            what = "; ".join(problem.message for problem in one.problems)
-            changes.append(Change(one.number, "dropped", one.problems[0].rule, what))
+            reason = "nothing is left of it"
+            if not repairs[entry.number]:
+                reason = "; ".join(problem.message for problem in entry.problems)
+            changes.append(Change(entry.number, "dropped", entry.problems[0].rule, reason))
+    _judge(repaired, place, question, form)
+    for entry in repaired:
+        if entry.problems:
+            reason = "; ".join(problem.message for problem in entry.problems)
+            changes.append(Change(entry.number, "dropped", entry.problems[0].rule, reason))
             continue
-        changes += [Change(one.number, "changed", rule, what) for rule, what in done[one.number]]
-        fields = (
-            {**one.fields, _column(one): one.record}
-            if isinstance(one.record, str)
-            else denormalise(one.fields, one.record, one.section)
-        )
-        lines[one.number] = _line(fields)
+        changes += [Change(entry.number, "changed", rule, change) for rule, change in repairs[entry.number]]
+        if isinstance(entry.record, str):
+            fields = {**entry.fields, _column(entry): entry.record}
+        else:
+            fields = denormalise(entry.fields, entry.record, entry.section)
+        lines[entry.number] = _line(fields)
     return Kept(b"".join(lines[number] + b"\n" for number in sorted(lines)), len(lines), sorted(changes, key=lambda c: c.number))
 
 
-def _column(one: _Read) -> str:
+def _column(entry: _Read) -> str:
     """Return the column that contains the text."""
-    assert isinstance(one.section, config.TextRecord)
-    return one.section.column
+    assert isinstance(entry.section, config.TextRecord)
+    return entry.section.column
 
 
 def _line(fields: dict[str, Any]) -> bytes:

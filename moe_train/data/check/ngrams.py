@@ -64,16 +64,16 @@ def grams(found: Words, n: int) -> Grams:
     """Hash each sequence of n consecutive words; a text with fewer words, but at least one, gives one hash of all its words."""
     hashes, offsets = found
     counts = np.diff(offsets)
-    end_of = np.repeat(offsets[1:], counts)
-    start_of = np.repeat(offsets[:-1], counts)
-    at = np.arange(len(hashes))
-    at = at[(at + n <= end_of) | ((at == start_of) & (end_of - start_of < n))]
-    stop = end_of[at]
-    total = np.zeros(len(at), np.uint64)
+    text_ends = np.repeat(offsets[1:], counts)
+    text_starts = np.repeat(offsets[:-1], counts)
+    starts = np.arange(len(hashes))
+    starts = starts[(starts + n <= text_ends) | ((starts == text_starts) & (text_ends - text_starts < n))]
+    stop = text_ends[starts]
+    total = np.zeros(len(starts), np.uint64)
     for k in range(n):
-        inside = at + k < stop
+        inside = starts + k < stop
         total *= _MULTIPLIER
-        total[inside] += hashes[at[inside] + k] if not inside.all() else hashes[at + k]
+        total[inside] += hashes[starts[inside] + k] if not inside.all() else hashes[starts + k]
     per_text = np.where(counts >= n, counts - n + 1, np.minimum(counts, 1))
     return Grams(mixed(total), np.concatenate(([0], np.cumsum(per_text))))
 

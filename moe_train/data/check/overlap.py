@@ -18,12 +18,12 @@ def said_in(record: str | Conversation) -> str:
     """Return the text that distinguishes a record from others: without system text and tools, which many records share."""
     if isinstance(record, str):
         return record
-    said = []
+    parts = []
     for message in record.messages:
         if message.get("role") != "system":
-            said.append(message.get("content"))
-            said += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
-    return "\n".join(text for text in said if isinstance(text, str))
+            parts.append(message.get("content"))
+            parts += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
+    return "\n".join(text for text in parts if isinstance(text, str))
 
 
 def overlap(texts: Words, held_out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -36,13 +36,13 @@ def overlap(texts: Words, held_out: np.ndarray | None) -> tuple[np.ndarray, np.n
     Returns:
         Indices of the texts with an overlap, and indices of the hashes in `held_out` that were found.
     """
-    none = np.zeros(0, np.int64)
+    empty = np.zeros(0, np.int64)
     if held_out is None or not len(held_out):
-        return none, none
+        return empty, empty
     hashes, offsets = grams(texts, OVERLAP_WORDS)
-    at = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
-    hit = held_out[at] == hashes
-    return np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[hit]), np.unique(at[hit])
+    indices = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
+    hit = held_out[indices] == hashes
+    return np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[hit]), np.unique(indices[hit])
 
 
 def held_out_hashes(records: Sequence[str | Conversation]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,8 +15,8 @@ _BAR = 40  # width of a bar in characters
 def print_report(answer: dict[str, Any], console: Console) -> None:
     """Print the results that `check.check` returned."""
     for rule, count in answer["problem_counts"].items():
-        named = [problem for problem in answer["problems"] if problem["rule"] == rule]
-        _print_named(console, rule, count, named[0]["remedy"], [f"{p['where']}: {p['message']}" for p in named])
+        problems = [problem for problem in answer["problems"] if problem["rule"] == rule]
+        _print_named(console, rule, count, problems[0]["remedy"], [f"{p['where']}: {p['message']}" for p in problems])
     if (duplicates := answer["duplicates"]) and duplicates["examples"]:
         twins = [f"{twin['where']}: like {twin['like']} ({twin['similarity']:.0%})" for twin in duplicates["examples"]]
         remedy = "no fault; learnt as often as they stand there, so leave out what is not meant"
@@ -32,13 +32,13 @@ def print_report(answer: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _print_named(console: Console, what: str, count: int, remedy: str, named: list[str]) -> None:
+def _print_named(console: Console, heading: str, count: int, remedy: str, lines: list[str]) -> None:
     """Print the heading of a group of findings, its members, and how many more there are."""
-    console.print(f"[bold]{what}[/bold]: {count:,} × — {escape(remedy)}")
-    for line in named:
+    console.print(f"[bold]{heading}[/bold]: {count:,} × — {escape(remedy)}")
+    for line in lines:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    if count > len(named):
-        console.print(f"  … and {count - len(named):,} more")
+    if count > len(lines):
+        console.print(f"  … and {count - len(lines):,} more")
     console.print()
 
 
@@ -52,7 +52,9 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "with problems", f"{answer['records_with_problems']:,}"
     if answer["examples"] != answer["records"]:
         yield "examples", f"{answer['examples']:,} (with tools one for each turn of the assistant; none of a record with problems)"
-    share = f" ({answer['loss_tokens'] / answer['tokens']:.1%})" if answer["tokens"] else ""
+    share = ""
+    if answer["tokens"]:
+        share = f" ({answer['loss_tokens'] / answer['tokens']:.1%})"
     yield "tokens", f"{answer['tokens']:,}"
     yield "… that bear loss", f"{answer['loss_tokens']:,}{share}"
     if lengths := answer["lengths"]:
@@ -60,20 +62,26 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "length",
             f"mean {lengths['mean']:,.0f}, median {lengths['median']:,}, 95% {lengths['p95']:,}, longest {lengths['max']:,}",
         )
-        most = max(entry["examples"] for entry in lengths["histogram"])
+        largest = max(entry["examples"] for entry in lengths["histogram"])
         for entry in lengths["histogram"]:
-            bar = "█" * -(-entry["examples"] * _BAR // most)
+            bar = "█" * -(-entry["examples"] * _BAR // largest)
             yield f"  up to {entry['up_to']:,}", f"{entry['examples']:>9,} {bar}"
     if truncation := answer["truncation"]:
-        longer, beyond = truncation["examples_longer"], truncation["tokens_beyond"]
+        longer = truncation["examples_longer"]
+        beyond = truncation["tokens_beyond"]
         yield f"longer than {truncation['seq_len']:,}", f"{longer:,} examples, {beyond:,} tokens beyond"
     else:
         yield "longer than", "unknown: state --seq-len"
     if packing := answer["packing"]:
-        filled = "" if packing["efficiency"] is None else f", {packing['efficiency']:.1%} full"
+        filled = ""
+        if packing["efficiency"] is not None:
+            filled = f", {packing['efficiency']:.1%} full"
         yield "packing", f"{packing['rows']:,} rows{filled}"
         steps = packing["steps_per_epoch"]
-        yield "an epoch", "unknown: state --batch-size" if steps is None else f"{steps:,} steps of {packing['batch_size']:,} rows"
+        if steps is None:
+            yield "an epoch", "unknown: state --batch-size"
+        else:
+            yield "an epoch", f"{steps:,} steps of {packing['batch_size']:,} rows"
         if (seconds := packing["seconds_per_epoch"]) is not None:
             yield "… takes", _duration(seconds)
     if duplicates := answer["duplicates"]:
@@ -88,16 +96,21 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _sample(sample: dict[str, Any]) -> str:
     """Describe the coverage of a sample."""
-    of = "an unknown number" if sample["of_about"] is None else f"about {sample['of_about']:,} ({sample['share']:.2%})"
-    begun = (
-        f"; only the beginning of {len(sample['only_begun']):,} files that cannot be entered anywhere"
-        if sample["only_begun"]
-        else ""
-    )
-    return f"{sample['records']:,} of {of} records, from all over the files{begun}; what follows is of the sample alone"
+    total = "an unknown number"
+    if sample["of_about"] is not None:
+        total = f"about {sample['of_about']:,} ({sample['share']:.2%})"
+    begun_files = ""
+    if sample["only_begun"]:
+        begun_files = f"; only the beginning of {len(sample['only_begun']):,} files that cannot be entered anywhere"
+    return f"{sample['records']:,} of {total} records, from all over the files{begun_files}; what follows is of the sample alone"
 
 
 def _duration(seconds: float) -> str:
     """Format seconds in a readable unit."""
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"
+    minutes = seconds / 60
+    hours = seconds / 3600
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    if minutes >= 2:
+        return f"{minutes:.0f} minutes"
+    return f"{seconds:.0f} seconds"

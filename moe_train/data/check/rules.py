@@ -82,7 +82,11 @@ def repair(record: str | Conversation, form: Form) -> tuple[str | Conversation, 
     if any(_types(record)):
         return record, []
     record = copy.deepcopy(record)
-    return record, [(rule.name, change) for rule in RULES if rule.fix is not None for change in rule.fix(record, form)]
+    changes: list[tuple[str, str]] = []
+    for rule in RULES:
+        if rule.fix is not None:
+            changes += [(rule.name, change) for change in rule.fix(record, form)]
+    return record, changes
 
 
 def _text_problems(text: str, form: Form) -> Iterator[Problem]:

@@ -20,17 +20,27 @@ _NO_TEXT = re.compile("[\x00\ufdd0-\ufdd3\ud800-\udfff]")
 
 def unusable_character(text: str) -> str | None:
     """Describe the first character that no text should contain; None if there is none."""
-    if (text.isascii() and "\0" not in text) or not (found := _NO_TEXT.search(text)):
+    if text.isascii() and "\0" not in text:
         return None
-    code = ord(found[0])
-    kind = "NUL" if code == 0 else "half a surrogate pair" if code < 0xE000 else "a noncharacter"
-    return f"has {kind} (U+{code:04X}) at character {found.start()}"
+    match = _NO_TEXT.search(text)
+    if match is None:
+        return None
+    code = ord(match[0])
+    if code == 0:
+        kind = "NUL"
+    elif code < 0xE000:
+        kind = "half a surrogate pair"
+    else:
+        kind = "a noncharacter"
+    return f"has {kind} (U+{code:04X}) at character {match.start()}"
 
 
 def typed_control_token(text: str, form: Form) -> str | None:
     """Describe the first control token that a text contains as if a user had typed it; None if there is none."""
-    found = form.control.search(text)
-    return f"has the control token {found[0]} typed as text at character {found.start()}" if found else None
+    match = form.control.search(text)
+    if match is None:
+        return None
+    return f"has the control token {match[0]} typed as text at character {match.start()}"
 
 
 def replaced(text: str) -> tuple[str, str | None]:

@@ -39,10 +39,10 @@ def fix_role(conversation: Conversation, form: Form) -> Iterator[str]:
     """Replace other names of roles by ours."""
     for i, message in enumerate(conversation.messages):
         role = message["role"]
-        known = known_role(role)
-        if known != role and known in ROLES:
-            message["role"] = known
-            yield f"message {i}: role {role} is {known} here"
+        normal_role = known_role(role)
+        if normal_role != role and normal_role in ROLES:
+            message["role"] = normal_role
+            yield f"message {i}: role {role} is {normal_role} here"
 
 
 def system_not_first(conversation: Conversation, form: Form) -> Iterator[str]:
@@ -72,21 +72,25 @@ def role_order(conversation: Conversation, form: Form) -> Iterator[str]:
         role = message["role"]
         if role not in ROLES:
             return  # `bad_role` reports it; what may follow it is unknown
-        wanted: tuple[str, ...]
+        allowed: tuple[str, ...]
         if before is None:
-            after, wanted = "at the start", ("user",)
+            after = "at the start"
+            allowed = ("user",)
         elif before["role"] == "user":
-            after, wanted = "after user", ("assistant",)
+            after = "after user"
+            allowed = ("assistant",)
         elif before["role"] == "tool":
-            after, wanted = "after tool", ("assistant", "tool")
+            after = "after tool"
+            allowed = ("assistant", "tool")
         elif "tool_calls" in before:
-            after, wanted = "after a call", ("tool",)
+            after = "after a call"
+            allowed = ("tool",)
         else:
-            after, wanted = "after assistant", ("user",)
-        if role not in wanted and not (
-            after == "after a call" and role == "assistant"
-        ):  # `call-result` reports this more precisely
-            yield f"message {i} is {role} {after}, where {' or '.join(wanted)} should be"
+            after = "after assistant"
+            allowed = ("user",)
+        unanswered_call = after == "after a call" and role == "assistant"  # `call-result` reports this more precisely
+        if role not in allowed and not unanswered_call:
+            yield f"message {i} is {role} {after}, where {' or '.join(allowed)} should be"
         before = message
 
 
@@ -95,12 +99,13 @@ def fix_role_order(conversation: Conversation, form: Form) -> Iterator[str]:
     messages = conversation.messages
     i = 1
     while i < len(messages):
-        one, two = messages[i - 1], messages[i]
-        alike = one["role"] == two["role"] in ("user", "assistant") and one.get("weight") == two.get("weight")
-        if alike and "tool_calls" not in one and "tool_calls" not in two:
-            one["content"] += "\n\n" + two["content"]
+        previous = messages[i - 1]
+        current = messages[i]
+        alike = previous["role"] == current["role"] in ("user", "assistant") and previous.get("weight") == current.get("weight")
+        if alike and "tool_calls" not in previous and "tool_calls" not in current:
+            previous["content"] += "\n\n" + current["content"]
             del messages[i]
-            yield f"message {i} joined to the {one['role']} message before it"
+            yield f"message {i} joined to the {previous['role']} message before it"
         else:
             i += 1
 
@@ -156,7 +161,11 @@ def fix_weight(conversation: Conversation, form: Form) -> Iterator[str]:
     for i, message in enumerate(conversation.messages):
         weight = message.get("weight", 1)
         text = str(weight).lower()
-        meant = 1 if text in ("true", "1", "1.0") else 0 if text in ("false", "0", "0.0") else None
+        meant: int | None = None
+        if text in ("true", "1", "1.0"):
+            meant = 1
+        elif text in ("false", "0", "0.0"):
+            meant = 0
         if meant is not None and (weight != meant or type(weight) is not int):
             message["weight"] = meant
             yield f"message {i}: weight {brief(weight)} written as {meant}"
@@ -165,5 +174,7 @@ def fix_weight(conversation: Conversation, form: Form) -> Iterator[str]:
 def no_loss(conversation: Conversation, form: Form) -> Iterator[str]:
     """Find conversations in which no assistant message is trained on."""
     answers = [message for message in conversation.messages if message["role"] == "assistant"]
-    if not any(message.get("weight", 1) for message in answers):
-        yield "the record has no assistant turn" if not answers else "every assistant turn has weight 0"
+    if not answers:
+        yield "the record has no assistant turn"
+    elif not any(message.get("weight", 1) for message in answers):
+        yield "every assistant turn has weight 0"

@@ -41,5 +41,7 @@ def reason(error: Exception) -> str:
     """Return the message of an error in one line, without the documents that stores append."""
     if isinstance(error, TimeoutError):
         return f"no answer within {PATIENCE} s"
-    said = " ".join(str(error).split())
-    return f"{said[:160]}…" if len(said) > 160 else said or type(error).__name__
+    message = " ".join(str(error).split())
+    if len(message) > 160:
+        return f"{message[:160]}…"
+    return message or type(error).__name__

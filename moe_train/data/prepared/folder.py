@@ -104,7 +104,10 @@ class RemoteFolder:
         """
         keys = [[(file, number) for number in self._numbers(0, file.size)] for file in files]
         blocks = self._threads.map(lambda key: self._block(*key), itertools.chain(*keys))
-        return [np.frombuffer(b"".join(next(blocks) for _ in mine), file.dtype) for file, mine in zip(files, keys, strict=True)]
+        return [
+            np.frombuffer(b"".join(next(blocks) for _ in file_keys), file.dtype)
+            for file, file_keys in zip(files, keys, strict=True)
+        ]
 
     def read(self, parts: Sequence[tuple[RemoteArray, int, int]]) -> list[np.ndarray]:
         """Return elements start to stop of each (array, start, stop).
@@ -112,36 +115,41 @@ class RemoteFolder:
         Blocks are fetched several at a time, but never more of them than the cache holds, so that each is fetched only once.
         """
         spans = [(array.file, a * array.dtype.itemsize, b * array.dtype.itemsize) for array, a, b in parts]
-        wanted = [[(file, number) for number in self._numbers(start, stop)] for file, start, stop in spans]
+        part_keys = [[(file, number) for number in self._numbers(start, stop)] for file, start, stop in spans]
         # Collect parts into groups whose blocks fit into the cache together, then fetch the blocks of a group in parallel.
-        found: dict[int, np.ndarray] = {}
-        todo = sorted(range(len(parts)), key=wanted.__getitem__, reverse=True)  # parts that share blocks become neighbours
+        arrays: dict[int, np.ndarray] = {}
+        todo = sorted(range(len(parts)), key=part_keys.__getitem__, reverse=True)  # parts that share blocks become neighbours
         while todo:
             group = [todo.pop()]
-            keys = dict.fromkeys(wanted[group[0]])
-            while todo and len(more := keys | dict.fromkeys(wanted[todo[-1]])) <= self._max_blocks:
-                keys = more
+            keys = dict.fromkeys(part_keys[group[0]])
+            while todo:
+                extended = keys | dict.fromkeys(part_keys[todo[-1]])
+                if len(extended) > self._max_blocks:
+                    break
+                keys = extended
                 group.append(todo.pop())
             blocks = dict(zip(keys, self._threads.map(lambda key: self.block(*key), keys), strict=True))
             for i in group:
-                data = b"".join(blocks[key] for key in wanted[i])
+                data = b"".join(blocks[key] for key in part_keys[i])
                 _, start, stop = spans[i]
-                start, stop = start % self._block_size, stop - start // self._block_size * self._block_size
-                found[i] = np.frombuffer(data[start:stop], parts[i][0].dtype)
-        return [found[i] for i in range(len(parts))]
+                first_byte = start // self._block_size * self._block_size  # the byte of the file at which `data` begins
+                arrays[i] = np.frombuffer(data[start - first_byte : stop - first_byte], parts[i][0].dtype)
+        return [arrays[i] for i in range(len(parts))]
 
     def _numbers(self, start: int, stop: int) -> range:
         """Return the numbers of the blocks that contain the bytes start to stop."""
-        return range(start // self._block_size, -(-stop // self._block_size)) if start < stop else range(0)
+        if start >= stop:
+            return range(0)
+        return range(start // self._block_size, -(-stop // self._block_size))
 
     def _block(self, file: File, number: int) -> bytes:
         """Fetch a block of a file. Raises ValueError if the file has another size than stated."""
         start = number * self._block_size
         stop = min(start + self._block_size, file.size)
-        found = self._read(file.name, _WAITS + _LATER_WAITS, start=start, end=stop)
-        if len(found) != stop - start:
+        data = self._read(file.name, _WAITS + _LATER_WAITS, start=start, end=stop)
+        if len(data) != stop - start:
             raise ValueError(f"{self.path}/{file.name} is damaged (not {file.size} bytes); copy the prepared data there again")
-        return found
+        return data
 
     def _read(self, name: str, waits: tuple[float, ...], **part: int) -> bytes:
         """Fetch a file, or its bytes `start` to `end`, with retries.
@@ -165,9 +173,8 @@ class RemoteFolder:
                 refusal = fault(path, error)
                 if isinstance(refusal, FileNotFoundError | PermissionError):
                     raise refusal from error
-                if (
-                    wait is None
-                ):  # parts are read after the store has answered once, so a ConnectionError says that a new start may succeed
+                # Parts are read after the store has answered once, so a ConnectionError says that a new start may succeed.
+                if wait is None:
                     raise (ConnectionError(str(refusal)) if part else refusal) from error
                 log.warning("%s: %s; once more in %g s", path, reason(error), wait)
                 _ending.wait(wait)
@@ -178,7 +185,9 @@ class RemoteArray:
     """A file in a bucket as an array; slices are fetched when they are read."""
 
     def __init__(self, folder: RemoteFolder, file: File) -> None:
-        self._folder, self.file, self.dtype = folder, file, np.dtype(file.dtype)
+        self._folder = folder
+        self.file = file
+        self.dtype = np.dtype(file.dtype)
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Fetch the elements of a slice."""
@@ -187,4 +196,6 @@ class RemoteArray:
 
 def open_folder(path: str, cache_mib: int) -> LocalFolder | RemoteFolder:
     """Open a folder: a `RemoteFolder` if the path is a URL, otherwise a `LocalFolder`."""
-    return RemoteFolder(path, cache_mib) if "://" in path else LocalFolder(path)
+    if "://" in path:
+        return RemoteFolder(path, cache_mib)
+    return LocalFolder(path)

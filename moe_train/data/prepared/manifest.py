@@ -90,8 +90,8 @@ class Manifest(_Entry):
         """Return the manifest with its hash, which covers everything except the paths of files and the handling of records that are
         too long.
         """
-        said = self.model_dump(mode="json", exclude={"hash": True, "too_long": True, "files": {"__all__": {"path"}}})
-        return self.model_copy(update={"hash": _sha256(said)})
+        content = self.model_dump(mode="json", exclude={"hash": True, "too_long": True, "files": {"__all__": {"path"}}})
+        return self.model_copy(update={"hash": _sha256(content)})
 
     def write(self, directory: Path) -> None:
         """Write the manifest into a folder."""
@@ -112,8 +112,10 @@ def read(text: str | bytes, where: str) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        at = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where} is no manifest that this version reads: {at}: {first['msg']}; prepare the data again") from error
+        location = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{where} is no manifest that this version reads: {location}: {first['msg']}; prepare the data again"
+        ) from error
     if manifest.sealed().hash != manifest.hash:
         raise ValueError(f"{where} was changed after it was written: its hash is another; prepare the data again")
     return manifest
@@ -121,7 +123,9 @@ def read(text: str | bytes, where: str) -> Manifest:
 
 def hash_of_all(manifests: list[Manifest]) -> str:
     """Return one hash over the prepared sets that a run trains on."""
-    return manifests[0].hash if len(manifests) == 1 else _sha256([manifest.hash for manifest in manifests])
+    if len(manifests) == 1:
+        return manifests[0].hash
+    return _sha256([manifest.hash for manifest in manifests])
 
 
 def text_of_all(manifests: list[Manifest]) -> str:
@@ -130,6 +134,6 @@ def text_of_all(manifests: list[Manifest]) -> str:
     return json.dumps({"hash": hash_of_all(manifests), "sets": sets}, indent=1, ensure_ascii=False) + "\n"
 
 
-def _sha256(said: Any) -> str:
+def _sha256(value: Any) -> str:
     """Return the sha256 of a value's JSON form."""
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

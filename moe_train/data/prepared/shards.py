@@ -30,19 +30,26 @@ def cut(source: OpenSource, scans: list[Scan], made_of: str, smallest: int = _SM
         smallest: Bytes up to which small files share a shard.
     """
     groups: list[list[Span]] = []
-    room = 0
-    for place, found in enumerate(scans):
-        starts = [(0, 1), *found.cuts]
-        stops = [*(at for at, _ in found.cuts), found.stop]
+    free_bytes = 0
+    for place, scan in enumerate(scans):
+        starts = [(0, 1), *scan.cuts]
+        stops = [*(position for position, _ in scan.cuts), scan.stop]
         for (start, line), stop in zip(starts, stops, strict=True):
-            size = None if found.size is None else (found.size if stop is None else stop) - start
-            if not groups or size is None or size > room:
+            size: int | None = None
+            if scan.size is not None:
+                size = (scan.size if stop is None else stop) - start
+            if not groups or size is None or size > free_bytes:
                 groups.append([])
-                room = smallest
+                free_bytes = smallest
             groups[-1].append(Span(place, start, stop, line))
-            room -= size or 0
-    keys = [[[source.places[s.place].kind, scans[s.place].sha256, s.start, s.stop] for s in spans] for spans in groups]
-    return [Shard(_key(made_of, contents), tuple(spans)) for contents, spans in zip(keys, groups, strict=True)]
+            free_bytes -= size or 0
+    shards = []
+    for spans in groups:
+        contents: list[list[str | int | None]] = [
+            [source.places[span.place].kind, scans[span.place].sha256, span.start, span.stop] for span in spans
+        ]
+        shards.append(Shard(_key(made_of, contents), tuple(spans)))
+    return shards
 
 
 def _key(made_of: str, contents: list[list[str | int | None]]) -> str:

@@ -45,8 +45,8 @@ class TokenStore:
         try:
             text = self._folder.text(manifest.NAME)
         except FileNotFoundError:
-            what = f"{self.path} holds no {manifest.NAME}; name a folder that `moe-train data prepare` made"
-            raise FileNotFoundError(what) from None
+            message = f"{self.path} holds no {manifest.NAME}; name a folder that `moe-train data prepare` made"
+            raise FileNotFoundError(message) from None
         self.manifest: Manifest = manifest.read(text, f"{self.path}/{manifest.NAME}")
         self._source = source
         counts = [shard.examples for shard in self.manifest.shards]
@@ -67,16 +67,20 @@ class TokenStore:
         """
         if not isinstance(self._folder, RemoteFolder):
             return
-        size = sum(shard.sizes[name] for shard in self.manifest.shards for name in ("tokens", "loss_mask") if name in shard.sizes)
-        a_token = size / self.manifest.tokens
+        size = 0
+        for shard in self.manifest.shards:
+            size += shard.sizes.get("tokens", 0) + shard.sizes.get("loss_mask", 0)
+        bytes_per_token = size / self.manifest.tokens
         # Two windows are in use at once when a batch crosses from one window to the next.
-        at_once = size if window is None else min(size, 2 * window * a_token)
-        if at_once > self._folder.cache_bytes:
+        shuffled_bytes: float = size
+        if window is not None:
+            shuffled_bytes = min(size, 2 * window * bytes_per_token)
+        if shuffled_bytes > self._folder.cache_bytes:
             log.warning(
                 "%s: %d MiB of records are shuffled at a time, and %d MiB stay in memory, so that most records are fetched with a "
                 "MiB around them; set data.shuffle_tokens to %d at most, or cache_mib to %d",
-                *(self.path, at_once / 2**20, self._folder.cache_bytes / 2**20),
-                *(self._folder.cache_bytes / 2 / a_token, math.ceil(at_once / 2**20)),
+                *(self.path, shuffled_bytes / 2**20, self._folder.cache_bytes / 2**20),
+                *(self._folder.cache_bytes / 2 / bytes_per_token, math.ceil(shuffled_bytes / 2**20)),
             )
 
     def lengths(self) -> np.ndarray:
@@ -87,45 +91,55 @@ class TokenStore:
     def _shard(self, number: int) -> tuple[Any, Any, Any]:
         """Open the arrays of a shard: ids, loss mask (None if all are trained on) and offsets."""
         shard = self.manifest.shards[number]
-        mask = self._folder.array(_file(shard, "loss_mask", "bool")) if "loss_mask" in shard.sizes else None
+        mask = None
+        if "loss_mask" in shard.sizes:
+            mask = self._folder.array(_file(shard, "loss_mask", "bool"))
         tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
         return tokens, mask, self._folder.array(_file(shard, "offsets", "int64"))
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Return the ids (length + 1,) of each piece, and their loss mask (None if all are trained on)."""
         located = self._located(pieces)
-        parts = [(array, a, b) for tokens, mask, a, b in located for array in (tokens, mask) if array is not None]
-        found = iter(self._folder.read(parts))
-        return [(next(found), None if mask is None else next(found)) for _, mask, _, _ in located]
+        parts: list[tuple[Any, int, int]] = []
+        for tokens, mask, start, stop in located:
+            parts.append((tokens, start, stop))
+            if mask is not None:
+                parts.append((mask, start, stop))
+        arrays = iter(self._folder.read(parts))
+        return [(next(arrays), None if mask is None else next(arrays)) for _, mask, _, _ in located]
 
     def masks(self, pieces: Sequence[Piece]) -> list[np.ndarray | None]:
         """Return only the loss masks that `read` returns."""
         located = self._located(pieces)
-        found = iter(self._folder.read([(mask, a, b) for _, mask, a, b in located if mask is not None]))
-        return [None if mask is None else next(found) for _, mask, _, _ in located]
+        arrays = iter(self._folder.read([(mask, start, stop) for _, mask, start, stop in located if mask is not None]))
+        return [None if mask is None else next(arrays) for _, mask, _, _ in located]
 
     def _located(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
         """Return the ids, the loss mask (or None), the start and the stop of each piece in its shard's arrays."""
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
-        opened = [self._open(number) for number in shards]
+        shard_arrays = [self._open(number) for number in shards]
         rows = [int(piece.example - self._first[number]) for number, piece in zip(shards, pieces, strict=True)]
-        begin = self._folder.read([(offsets, row, row + 1) for (_, _, offsets), row in zip(opened, rows, strict=True)])
-        starts = [int(offset[0]) + piece.start for offset, piece in zip(begin, pieces, strict=True)]
+        first_offsets = self._folder.read(
+            [(offsets, row, row + 1) for (_, _, offsets), row in zip(shard_arrays, rows, strict=True)]
+        )
+        starts = [int(offset[0]) + piece.start for offset, piece in zip(first_offsets, pieces, strict=True)]
         ends = [start + piece.length + 1 for start, piece in zip(starts, pieces, strict=True)]
-        return [(tokens, mask, a, b) for (tokens, mask, _), a, b in zip(opened, starts, ends, strict=True)]
+        return [(tokens, mask, start, end) for (tokens, mask, _), start, end in zip(shard_arrays, starts, ends, strict=True)]
 
     def origin(self, example: int) -> Origin:
         """Return the location of an example's record in the source."""
         number = int(np.searchsorted(self._first, example, side="right")) - 1
         shard = self.manifest.shards[number]
         pairs = self._folder.array(_file(shard, "origins", "int64"))
-        at = 2 * (example - int(self._first[number]))
-        span, line = (int(x) for x in pairs[at : at + 2])
+        index = 2 * (example - int(self._first[number]))
+        span, line = (int(x) for x in pairs[index : index + 2])
         return Origin(shard.spans[span][0], line)
 
     def place(self, origin: Origin) -> str:
         """Return the name of the file, or of another kind of place, that a record is from."""
-        return self.manifest.files[origin.place].path if self._source is None else self._source.names[origin.place]
+        if self._source is None:
+            return self.manifest.files[origin.place].path
+        return self._source.names[origin.place]
 
     def where(self, example: int) -> str:
         """Return where an example's record comes from, for messages: `path:line`, or `path: row N`."""

@@ -84,10 +84,10 @@ def prepare(
     cache = Path(cache_dir)
     scans = records.scan(cache / "scans")
     rules = _rules(source.record, template)
-    made_of = json.dumps([_RULES, tokenizer.identity, rules.model_dump(mode="json")], sort_keys=True)
-    shards = cut(records, scans, made_of)
-    named = [source.licence, source.origin, None, [shard.key for shard in shards]]
-    directory = cache / f"tokens-{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]}"
+    conversion = json.dumps([_RULES, tokenizer.identity, rules.model_dump(mode="json")], sort_keys=True)
+    shards = cut(records, scans, conversion)
+    identity = [source.licence, source.origin, None, [shard.key for shard in shards]]
+    directory = cache / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
     if directory.exists():
         return directory
     with _only_one(directory.with_suffix(".lock")):
@@ -95,17 +95,22 @@ def prepare(
             return directory
         unfinished = directory.with_suffix(".unfinished")
         unfinished.mkdir(exist_ok=True)
-        for torn in unfinished.glob(".*.unfinished-*"):  # left by a process that was killed
-            shutil.rmtree(torn)
-        every = {shard.key: shard for shard in shards}  # two files may have the same content
-        todo = [shard for shard in every.values() if not ((unfinished / shard.key).exists() or _taken(shard, unfinished, cache))]
+        for leftover in unfinished.glob(".*.unfinished-*"):  # left by a process that was killed
+            shutil.rmtree(leftover)
+        distinct = {shard.key: shard for shard in shards}  # two files may have the same content
+        todo = []
+        for shard in distinct.values():
+            if not (unfinished / shard.key).exists() and not _taken(shard, unfinished, cache):
+                todo.append(shard)
         places = ", ".join(records.names[:3]) + (", …" if len(records.names) > 3 else "")
         if todo:
-            done = f", {len(every) - len(todo)} of {len(every)} shards are there" if len(todo) < len(every) else ""
+            done = ""
+            if len(todo) < len(distinct):
+                done = f", {len(distinct) - len(todo)} of {len(distinct)} shards are there"
             log.info("tokenizing %s%s", places, done)
         try:
             recipe = Recipe(records, source.record, tokenizer, template)
-            _tokenize(unfinished, todo, len(every), source, recipe, num_proc, shown or _Log())
+            _tokenize(unfinished, todo, len(distinct), source, recipe, num_proc, shown or _Log())
         finally:
             if not any(unfinished.iterdir()):  # no finished shard to keep
                 unfinished.rmdir()
@@ -123,30 +128,33 @@ def prepare(
 
 def _rules(record: config.Record, template: str | None) -> Rules:
     """Return the rules that turn records into ids, for the manifest."""
+    template_sha256 = None
+    if template is not None and record.name != "text":
+        template_sha256 = hashlib.sha256(template.encode()).hexdigest()
     return Rules(
         record=record.model_dump(mode="json", exclude={"too_long"}),  # too_long matters only for packing
-        template_sha256=None if template is None or record.name == "text" else hashlib.sha256(template.encode()).hexdigest(),
+        template_sha256=template_sha256,
         libraries={name: importlib.metadata.version(name) for name in ("tokenizers", "mistral-common", "jinja2")},
     )
 
 
 def _taken(shard: Shard, unfinished: Path, cache: Path) -> bool:
     """Return whether another set has the same shard; if so, link its files into this one."""
-    for other in cache.glob(f"tokens-*/{shard.key}"):
-        beside = unfinished / f".{shard.key}.unfinished-link"
+    for existing in cache.glob(f"tokens-*/{shard.key}"):
+        link_dir = unfinished / f".{shard.key}.unfinished-link"
         with contextlib.suppress(FileNotFoundError):  # the other set was removed meanwhile
-            shutil.copytree(other, beside, copy_function=_link)
-            beside.rename(unfinished / shard.key)
+            shutil.copytree(existing, link_dir, copy_function=_link)
+            link_dir.rename(unfinished / shard.key)
             return True
     return False
 
 
-def _link(file: str, beside: str) -> None:
+def _link(file: str, target: str) -> None:
     """Create a hard link, or a copy if the file system has no hard links."""
     try:
-        os.link(file, beside)
+        os.link(file, target)
     except OSError:  # the file system has no hard links
-        shutil.copy2(file, beside)
+        shutil.copy2(file, target)
 
 
 @contextlib.contextmanager
@@ -185,8 +193,8 @@ def _manifest(
         records=sum(num_records for num_records, _ in counts),
         **{name: sum(fact[name] for fact in facts) for name in ("empty", "examples", "tokens", "loss_tokens")},
         files=tuple(
-            SourceFile(path=place.name, sha256=found.sha256, size=found.size, by_line=place.by_line, records=n, tokens=m)
-            for place, found, (n, m) in zip(records.places, scans, counts, strict=True)
+            SourceFile(path=place.name, sha256=scan.sha256, size=scan.size, by_line=place.by_line, records=n, tokens=m)
+            for place, scan, (n, m) in zip(records.places, scans, counts, strict=True)
         ),
         shards=tuple(
             ShardEntry(name=shard.key, spans=shard.spans, **{key: fact[key] for key in ("examples", "tokens", "sizes", "sha256")})
@@ -211,13 +219,13 @@ def _tokenize(
     now = Progress(num_shards - len(todo), num_shards, 0, 0)
     if num_proc == 1 or len(todo) == 1:
 
-        def told(num_records: int, num_tokens: int) -> None:
+        def report(num_records: int, num_tokens: int) -> None:
             nonlocal now
             now = now._replace(records=now.records + num_records, tokens=now.tokens + num_tokens)
             shown(now)
 
         for shard in todo:
-            write_shard(directory / shard.key, shard, recipe, told)
+            write_shard(directory / shard.key, shard, recipe, report)
             now = now._replace(done=now.done + 1)
             shown(now)
         return
@@ -226,9 +234,9 @@ def _tokenize(
     shared = context.Array("q", 2)
     pool = ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (source, recipe.tokenizer, recipe.template, shared))
     try:
-        waiting = _submitted(pool, directory, todo, recipe)
-        while waiting:
-            finished, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
+        in_flight = _submitted(pool, directory, todo, recipe)
+        while in_flight:
+            finished, in_flight = wait(in_flight, 0.2, FIRST_EXCEPTION)
             for future in finished:
                 future.result()
             now = Progress(now.done + len(finished), num_shards, *shared[:])
@@ -257,7 +265,7 @@ class _Worker(NamedTuple):
     """The state of a worker process."""
 
     recipe: Recipe
-    told: Told
+    report: Told
 
 
 _worker: _Worker | None = None
@@ -268,12 +276,12 @@ def _begin(source: config.RecordSource, tokenizer: Tokenizer, template: str | No
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
-    def told(num_records: int, num_tokens: int) -> None:
+    def report(num_records: int, num_tokens: int) -> None:
         with shared.get_lock():
             shared[0] += num_records
             shared[1] += num_tokens
 
-    _worker = _Worker(Recipe(open_source(source), source.record, tokenizer, template), told)
+    _worker = _Worker(Recipe(open_source(source), source.record, tokenizer, template), report)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -295,10 +303,11 @@ class _Log:
     """Logs the progress in one line every ten seconds."""
 
     def __init__(self) -> None:
-        self._start = self._said = time.monotonic()
+        self._start = time.monotonic()
+        self._last_logged = self._start
 
     def __call__(self, now: Progress) -> None:
-        if time.monotonic() - self._said > 10:
-            self._said = time.monotonic()
-            seconds = self._said - self._start
+        if time.monotonic() - self._last_logged > 10:
+            self._last_logged = time.monotonic()
+            seconds = self._last_logged - self._start
             log.info("%d of %d shards; %d records, %.1fM tokens in %.0f s", *now[:3], now.tokens / 1e6, seconds)

@@ -61,18 +61,21 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> No
         with _uncollected(), _Arrays(unfinished, dtype, record.name != "text") as arrays:
             for i, span in enumerate(shard.spans):
                 numbered = ((Origin(span.place, number), fields) for number, fields in records.read(span))
-                num_records, told_records, told_tokens = 0, 0, arrays.num_tokens
-                before = arrays.num_tokens
+                num_records = 0
+                reported_records = 0
+                tokens_before = arrays.num_tokens
+                reported_tokens = tokens_before
                 for origin, examples in encode(numbered, records.where, record, tokenizer, template):
                     num_records += 1
                     empty += not examples
                     for example in examples:
                         arrays.add(example, (i, origin.number))
-                    if arrays.num_tokens - told_tokens > _FLUSH:
-                        told(num_records - told_records, arrays.num_tokens - told_tokens)
-                        told_records, told_tokens = num_records, arrays.num_tokens
-                told(num_records - told_records, arrays.num_tokens - told_tokens)
-                per_span.append((num_records, arrays.num_tokens - before))
+                    if arrays.num_tokens - reported_tokens > _FLUSH:
+                        told(num_records - reported_records, arrays.num_tokens - reported_tokens)
+                        reported_records = num_records
+                        reported_tokens = arrays.num_tokens
+                told(num_records - reported_records, arrays.num_tokens - reported_tokens)
+                per_span.append((num_records, arrays.num_tokens - tokens_before))
         files = sorted(unfinished.iterdir())
         digest = hashlib.sha256(dtype.encode())
         for file in files:
@@ -108,31 +111,34 @@ class _Arrays:
 
     def __init__(self, directory: Path, dtype: str, masked: bool) -> None:
         self._directory = directory
-        self._held = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
-        self._held |= {"loss_mask": array("B")} if masked else {}
+        self._buffers = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
+        self._buffers |= {"loss_mask": array("B")} if masked else {}
         self.num_examples = self.num_tokens = self.loss_tokens = 0
 
     def __enter__(self) -> _Arrays:
-        self._files = {name: (self._directory / name).open("wb") for name in self._held}
+        self._files = {name: (self._directory / name).open("wb") for name in self._buffers}
         return self
 
     def add(self, example: Example, origin: tuple[int, int]) -> None:
         """Append an example and its origin (span, line)."""
-        held = self._held
-        held["tokens"].fromlist(example.tokens)
+        buffers = self._buffers
+        buffers["tokens"].fromlist(example.tokens)
         if example.loss_mask is not None:
-            held["loss_mask"].frombytes(bytes(example.loss_mask))
+            buffers["loss_mask"].frombytes(bytes(example.loss_mask))
         self.num_examples += 1
         self.num_tokens += len(example.tokens)
-        held["offsets"].append(self.num_tokens)
-        held["origins"].extend(origin)
-        if len(held["tokens"]) > _FLUSH:
+        buffers["offsets"].append(self.num_tokens)
+        buffers["origins"].extend(origin)
+        if len(buffers["tokens"]) > _FLUSH:
             self._flush()
 
     def _flush(self) -> None:
         """Write the buffered numbers to the files."""
-        self.loss_tokens += self._held["loss_mask"].count(1) if "loss_mask" in self._held else len(self._held["tokens"])
-        for name, numbers in self._held.items():
+        if "loss_mask" in self._buffers:
+            self.loss_tokens += self._buffers["loss_mask"].count(1)
+        else:
+            self.loss_tokens += len(self._buffers["tokens"])
+        for name, numbers in self._buffers.items():
             self._files[name].write(numbers)
             del numbers[:]
 

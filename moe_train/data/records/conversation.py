@@ -74,10 +74,10 @@ def recognise(fields: Mapping[str, Any]) -> config.Record:
     for column in _TEXT:
         if column in present:
             return config.TextRecord(name="text", column=column)
-    known = "text, messages, interactions, conversations, prompt and completion, question and answer"
+    supported = "text, messages, interactions, conversations, prompt and completion, question and answer"
     raise Problem(
         "columns",
-        f"no column is one of {known}; the record has {brief(', '.join(fields))}",
+        f"no column is one of {supported}; the record has {brief(', '.join(fields))}",
         "say which columns count in the record section of a config",
     )
 
@@ -107,7 +107,9 @@ def columns(record: config.Record) -> tuple[str, ...]:
     """Return the columns that `normalise` may read from a record."""
     match record:
         case config.TextRecord(column=column):
-            return tuple(dict.fromkeys((column, *_TEXT))) if column in _TEXT else (column,)
+            if column in _TEXT:
+                return tuple(dict.fromkeys((column, *_TEXT)))
+            return (column,)
         case config.ChatRecord():
             return (*_message_columns(record), *_TOOLS, *_SYSTEM)
         case config.CompletionRecord(prompt=prompt, completion=completion):
@@ -122,8 +124,8 @@ def denormalise(fields: Mapping[str, Any], conversation: Conversation, record: c
     if isinstance(record, config.CompletionRecord) and isinstance(fields[record.prompt], str):
         turns = {record.prompt: conversation.messages[0]["content"], record.completion: conversation.messages[1]["content"]}
         return {**fields, **turns}
-    kept = {name: value for name, value in fields.items() if name not in columns(record)}
-    return {"messages": conversation.messages, **({"tools": conversation.tools} if conversation.tools else {}), **kept}
+    other_columns = {name: value for name, value in fields.items() if name not in columns(record)}
+    return {"messages": conversation.messages, **({"tools": conversation.tools} if conversation.tools else {}), **other_columns}
 
 
 def _message_columns(record: config.ChatRecord) -> tuple[str, ...]:
@@ -143,10 +145,10 @@ def _conversation(fields: Mapping[str, Any], record: config.ChatRecord) -> Conve
     prompts = [name for name in _SYSTEM if fields.get(name)]
     if prompts:
         messages.insert(0, {"role": "system", "content": fields[prompts[0]]})
-    named = [name for name in _TOOLS if fields.get(name)]
-    if len(named) > 1:
+    tool_columns = [name for name in _TOOLS if fields.get(name)]
+    if len(tool_columns) > 1:
         raise Problem("columns", "the record has both tools and available_tools", "keep the one that is meant")
-    return Conversation(messages, _tools(fields[named[0]], named[0]) if named else [])
+    return Conversation(messages, _tools(fields[tool_columns[0]], tool_columns[0]) if tool_columns else [])
 
 
 def _completion(prompt: Any, completion: Any, record: config.CompletionRecord) -> Conversation:
@@ -154,10 +156,10 @@ def _completion(prompt: Any, completion: Any, record: config.CompletionRecord) -
     if isinstance(prompt, list) and isinstance(completion, list):
         plain = config.ChatRecord(name="chat")
         # The loss covers the completion only, so assistant messages of the prompt get weight 0.
-        before = [
-            message | {"weight": 0} if message.get("role") == "assistant" else message
-            for message in _messages(prompt, record.prompt, plain)
-        ]
+        before = _messages(prompt, record.prompt, plain)
+        for i, message in enumerate(before):
+            if message.get("role") == "assistant":
+                before[i] = message | {"weight": 0}
         return Conversation(before + _messages(completion, record.completion, plain), [])
     for column, value in ((record.prompt, prompt), (record.completion, completion)):
         if not isinstance(value, str):
@@ -170,8 +172,8 @@ def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Messag
     if isinstance(value, tuple):
         value = list(value)
     if not isinstance(value, list) or not value:
-        what = f"{column} should be a list with at least one message, not {brief(value)}"
-        raise Problem("type", what, "write one object with role and content for each turn")
+        message = f"{column} should be a list with at least one message, not {brief(value)}"
+        raise Problem("type", message, "write one object with role and content for each turn")
     messages: list[Message] = []
     plain = record.role == "role" and record.content == "content" and not record.roles
     for i, entry in enumerate(value):
@@ -179,8 +181,8 @@ def _messages(value: Any, column: str, record: config.ChatRecord) -> list[Messag
             messages.append(entry)  # the fast path for almost all messages
             continue
         if not isinstance(entry, dict):
-            what = f"message {i} should be an object with role and content, not {brief(entry)}"
-            raise Problem("type", what, 'write {"role": …, "content": …}')
+            message = f"message {i} should be an object with role and content, not {brief(entry)}"
+            raise Problem("type", message, 'write {"role": …, "content": …}')
         entry = {key: item for key, item in entry.items() if item is not None}
         if "role" not in entry and "from" in entry:
             messages.append(_sharegpt(entry, messages))
@@ -237,7 +239,8 @@ def _sharegpt(entry: Message, before: list[Message]) -> Message:
         before: The converted messages before it. ShareGPT has no call ids: calls are numbered, and a result answers the first
             call that has none yet.
     """
-    speaker, value = entry["from"], entry.get("value")
+    speaker = entry["from"]
+    value = entry.get("value")
     role = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
     rest = {"weight": entry["weight"]} if "weight" in entry else {}
     if role == "function_call":
@@ -246,25 +249,29 @@ def _sharegpt(entry: Message, before: list[Message]) -> Message:
             try:
                 call = json.loads(value)
             except (ValueError, RecursionError):
-                what = f"a function_call of {brief(value)} is not JSON"
-                raise Problem("arguments", what, 'write {"name": …, "arguments": …}') from None
+                error_text = f"a function_call of {brief(value)} is not JSON"
+                raise Problem("arguments", error_text, 'write {"name": …, "arguments": …}') from None
         calls: list[dict[str, Any]] = []
-        for one in call if isinstance(call, list) else [call]:
-            if not isinstance(one, dict):
-                raise Problem("arguments", f"a function_call of {brief(one)} is no call", 'write {"name": …, "arguments": …}')
-            arguments = one.get("arguments", {})  # ShareGPT writes them inside the JSON text, usually as an object
-            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        for function_call in call if isinstance(call, list) else [call]:
+            if not isinstance(function_call, dict):
+                error_text = f"a function_call of {brief(function_call)} is no call"
+                raise Problem("arguments", error_text, 'write {"name": …, "arguments": …}')
+            arguments = function_call.get("arguments", {})  # ShareGPT writes them inside the JSON text, usually as an object
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
             number = sum(len(message.get("tool_calls", ())) for message in before) + len(calls)
-            name = one.get("name")
+            name = function_call.get("name")
             calls.append({"id": f"call{number:05d}", "type": "function", "function": {"name": name, "arguments": arguments}})
         return {"role": "assistant", "tool_calls": calls, **rest}
     message = {"role": role, **({} if value is None else {"content": value}), **rest}
     if role == "tool":
-        answered = [m.get("tool_call_id") for m in before]  # ids may have any type here; `rules` checks them
-        asked = [call.get("id") for m in before for call in m.get("tool_calls", ()) if isinstance(call, dict)]
-        waiting = [name for name in asked if name is not None and name not in answered]
-        if waiting:
-            message["tool_call_id"] = waiting[0]
+        answered = [earlier.get("tool_call_id") for earlier in before]  # ids may have any type here; `rules` checks them
+        called: list[Any] = []
+        for earlier in before:
+            called += [call.get("id") for call in earlier.get("tool_calls", ()) if isinstance(call, dict)]
+        unanswered = [call_id for call_id in called if call_id is not None and call_id not in answered]
+        if unanswered:
+            message["tool_call_id"] = unanswered[0]
     return message
 
 

@@ -83,5 +83,5 @@ def not_utf8(error: UnicodeDecodeError, before: int = 0) -> Problem:
     """
     if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in error.object[:100]:
         return utf16()
-    what = f"not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x} at {before + error.start})"
-    return Problem("not-utf-8", what, "save it as UTF-8: iconv -f ENCODING -t utf-8")
+    message = f"not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x} at {before + error.start})"
+    return Problem("not-utf-8", message, "save it as UTF-8: iconv -f ENCODING -t utf-8")

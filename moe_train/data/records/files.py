@@ -25,7 +25,9 @@ FORMATS = {
 
 def suffix(file: Path) -> str:
     """Return the suffix of a file name in lower case, without the suffix of a compression."""
-    return Path(file.stem).suffix.lower() if is_compressed(file) else file.suffix.lower()
+    if is_compressed(file):
+        return Path(file.stem).suffix.lower()
+    return file.suffix.lower()
 
 
 def format_of(file: Path) -> str:

@@ -44,7 +44,7 @@ class _Window:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._line = 1
-        self.at = 0
+        self.position = 0
         first = stream.read(BLOCK).removeprefix(BOM)
         self.text = self._decoded(first) if first else ""
 
@@ -56,15 +56,16 @@ class _Window:
             raise not_utf8(error) from error
 
     def read_on(self, size: int) -> bool:
-        """Read more of the text and drop what is before `at`, which becomes 0. Returns False at the end of the stream."""
+        """Read more of the text and drop what is before `position`, which becomes 0. Returns False at the end of the stream."""
         data = self._stream.read(size)
-        self._line = self.line_of(self.at)
-        self.text, self.at = self.text[self.at :] + self._decoded(data), 0
+        self._line = self.line_of(self.position)
+        self.text = self.text[self.position :] + self._decoded(data)
+        self.position = 0
         return bool(data)
 
-    def line_of(self, at: int) -> int:
-        """Return the line number of the character at index `at`."""
-        return self._line + self.text.count("\n", 0, at)
+    def line_of(self, index: int) -> int:
+        """Return the line number of the character at index `index`."""
+        return self._line + self.text.count("\n", 0, index)
 
     def take(self, characters: str) -> bool:
         """Skip white space, and then the next character if it is one of `characters`.
@@ -76,19 +77,21 @@ class _Window:
             Problem: If the text ends here.
         """
         while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
-            if self.at < len(self.text):
+            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
+                self.position += 1
+            if self.position < len(self.text):
                 break
             if not self.read_on(BLOCK):
-                raise Problem("not-json", f"not JSON: the array ends on line {self.line_of(self.at)} without ]", CUT_SHORT)
-        found = self.text[self.at] in characters
-        self.at += found
-        return found
+                raise Problem("not-json", f"not JSON: the array ends on line {self.line_of(self.position)} without ]", CUT_SHORT)
+        is_match = self.text[self.position] in characters
+        self.position += is_match
+        return is_match
 
     def is_at_end(self) -> bool:
         """Return whether only white space follows."""
-        return not self.text[self.at :].strip() and not any(block.strip() for block in iter(lambda: self._stream.read(BLOCK), b""))
+        if self.text[self.position :].strip():
+            return False
+        return not any(block.strip() for block in iter(lambda: self._stream.read(BLOCK), b""))
 
 
 def _elements(window: _Window) -> Iterator[tuple[int, Item]]:
@@ -97,20 +100,21 @@ def _elements(window: _Window) -> Iterator[tuple[int, Item]]:
     Raises:
         Problem: If the array itself is malformed, so that nothing after this place can be read.
     """
-    parser, number = Parser(), 0
+    parser = Parser()
+    number = 0
     assert window.take("["), "is_array has found it"
     while not window.take("]"):
         if number and not window.take(","):
-            seen = brief(window.text[window.at : window.at + 20])
-            raise Problem("not-json", f"not JSON: no , before {seen} on line {window.line_of(window.at)}", "put it there")
+            excerpt = brief(window.text[window.position : window.position + 20])
+            raise Problem("not-json", f"not JSON: no , before {excerpt} on line {window.line_of(window.position)}", "put it there")
         window.take("")
         number += 1
         value, end = _element(window, parser)
-        yield number, parser.checked(value, window.text[window.at : end])
-        window.at = end
+        yield number, parser.checked(value, window.text[window.position : end])
+        window.position = end
     if not window.is_at_end():
-        what = f"not JSON: something follows the array on line {window.line_of(window.at)}"
-        raise Problem("not-json", what, "write one array, or one object a line")
+        message = f"not JSON: something follows the array on line {window.line_of(window.position)}"
+        raise Problem("not-json", message, "write one array, or one object a line")
 
 
 def _element(window: _Window, parser: Parser) -> tuple[Any, int]:
@@ -121,13 +125,14 @@ def _element(window: _Window, parser: Parser) -> tuple[Any, int]:
     """
     while True:
         try:
-            value, end = parser.value(window.text, window.at)
+            value, end = parser.value(window.text, window.position)
         except json.JSONDecodeError as error:
             # An incomplete value raises the same error as a malformed one, so read on until it parses or the limit is reached.
-            held, fault = len(window.text) - window.at, error.pos - window.at
-            if held > MAX_RECORD or not window.read_on(max(BLOCK, held)):
-                what = f"not JSON: {error.msg} on line {window.line_of(window.at + fault)}"
-                raise Problem("not-json", what, "write an array of objects, or one object a line") from error
+            buffered = len(window.text) - window.position
+            fault = error.pos - window.position
+            if buffered > MAX_RECORD or not window.read_on(max(BLOCK, buffered)):
+                message = f"not JSON: {error.msg} on line {window.line_of(window.position + fault)}"
+                raise Problem("not-json", message, "write an array of objects, or one object a line") from error
         except (RecursionError, ValueError) as error:
             raise unusable(error) from error
         else:

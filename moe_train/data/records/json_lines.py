@@ -31,46 +31,49 @@ def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -
         Blocks of complete lines. A line longer than `MAX_RECORD`, or one that cannot be read, is a Problem in a block of its own.
     """
     pieces: list[bytes] = []  # parts of a line that continues in the next data; empty if the line is too long to keep
-    held = 0  # length of that line so far, in bytes
-    at = start
+    pending_size = 0  # length of that line so far, in bytes
+    position = start
     try:
         with opened(file) as stream:
             if start:
                 stream.seek(start)
-            while data := stream.read(BLOCK if stop is None else max(min(BLOCK, stop - at), 1)):
-                at += len(data)
+            while data := stream.read(BLOCK if stop is None else max(min(BLOCK, stop - position), 1)):
+                position += len(data)
                 # The last line of this part extends beyond `stop`; the next part begins after it.
-                if stop is not None and at >= stop and not data.endswith(b"\n"):
+                if stop is not None and position >= stop and not data.endswith(b"\n"):
                     rest = stream.readline(MAX_RECORD)
-                    data, at = data + rest, at + len(rest)
+                    data += rest
+                    position += len(rest)
                 end = data.rfind(b"\n") + 1
                 if not end:
-                    held += len(data)
-                    if held <= MAX_RECORD:
+                    pending_size += len(data)
+                    if pending_size <= MAX_RECORD:
                         pieces.append(data)
                     else:
                         pieces.clear()
-                elif held > MAX_RECORD:  # the line that ends here is too long
+                elif pending_size > MAX_RECORD:  # the line that ends here is too long
                     first = data.index(b"\n") + 1
                     yield Block(line, _too_long())
                     line += 1
                     if first < end:
                         yield Block(line, data[first:end])
                         line += data.count(b"\n", first, end)
-                    pieces, held = [data[end:]], len(data) - end
+                    pieces = [data[end:]]
+                    pending_size = len(data) - end
                 else:
-                    whole = b"".join([*pieces, data[:end]])
-                    yield Block(line, whole)
-                    line += whole.count(b"\n")
-                    pieces, held = [data[end:]], len(data) - end
-                if stop is not None and at >= stop:
+                    lines = b"".join([*pieces, data[:end]])
+                    yield Block(line, lines)
+                    line += lines.count(b"\n")
+                    pieces = [data[end:]]
+                    pending_size = len(data) - end
+                if stop is not None and position >= stop:
                     break
     except Problem as problem:
         if any(pieces):
             yield Block(line, b"".join(pieces))
         yield Block(line, problem)
         return
-    if held > MAX_RECORD:
+    if pending_size > MAX_RECORD:
         yield Block(line, _too_long())
     elif any(pieces):
         yield Block(line, b"".join(pieces))

@@ -21,12 +21,10 @@ class Parser:
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Build an object, noting a duplicate key."""
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            self._faults.append(f"the key {brief(twice)} stands twice in an object")
-        return made
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            self._faults.append(f"the key {brief(_duplicate_key(pairs))} stands twice in an object")
+        return members
 
     def _constant(self, name: str) -> float:
         """Note NaN or Infinity, and return a placeholder."""
@@ -48,8 +46,8 @@ class Parser:
                 return utf16()
             if "\0" in text:
                 return Problem("not-json", f"not JSON: a NUL at column {text.index(chr(0)) + 1}", "is it a damaged text file?")
-            what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-            return Problem("not-json", f"not JSON: {what}", "write one JSON object a line")
+            message = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            return Problem("not-json", f"not JSON: {message}", "write one JSON object a line")
         except (RecursionError, ValueError) as error:
             return unusable(error)
         return self.checked(value, text)
@@ -92,15 +90,25 @@ def unusable(error: Exception) -> Problem:
     return Problem("not-json", f"not JSON that can be used: {error}", "write long numbers as text")
 
 
+def _duplicate_key(pairs: list[tuple[str, Any]]) -> str:
+    """Return the first key that is the same as an earlier one."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise AssertionError("no key is a duplicate")
+
+
 def _depth(value: Any) -> int:
     """Return the depth of nested lists and objects, without recursion."""
-    depth, level = 0, [value]
+    depth = 0
+    level = [value]
     while level:
         depth += 1
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if inner.__class__ in (dict, list)
-        ]
+        next_level: list[Any] = []
+        for container in level:
+            items = container.values() if isinstance(container, dict) else container
+            next_level += [item for item in items if item.__class__ in (dict, list)]
+        level = next_level
     return depth

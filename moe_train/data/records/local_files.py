@@ -53,7 +53,7 @@ def resolve(source: config.FileSource) -> list[tuple[Path, str]]:
         FileNotFoundError: If a pattern matches nothing.
         ValueError: If a file is named twice or has no known format, a pattern is a URL, or a text file is to hold conversations.
     """
-    found: dict[Path, str] = {}
+    formats: dict[Path, str] = {}
     for pattern in source.files:
         if "://" in pattern:
             raise ValueError(
@@ -64,22 +64,25 @@ def resolve(source: config.FileSource) -> list[tuple[Path, str]]:
         if not matching:
             raise FileNotFoundError(f"data: no file matches {pattern} (looked in {Path.cwd()})")
         for file in matching:
-            if file in found:
+            if file in formats:
                 raise ValueError(f"data: {file} is named twice in files; name it once (weight sets how often it is seen)")
-            found[file] = files.format_of(file) if source.format == "auto" else source.format
+            if source.format == "auto":
+                formats[file] = files.format_of(file)
+            else:
+                formats[file] = source.format
     if isinstance(source.record, config.ChatRecord | config.CompletionRecord):
-        for file, kind in found.items():
+        for file, kind in formats.items():
             if kind == "text":
                 raise ValueError(f"{file} is plain text, which has no {source.record.name} records; use record: {{name: text}}")
-    return list(found.items())
+    return list(formats.items())
 
 
 def _matching(pattern: str, file_format: str) -> list[Path]:
     """Return the files that a path, a folder or a glob names; from a folder, only files of known formats unless one is stated."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
-        return [file for file in inside if file_format != "auto" or files.suffix(file) in files.FORMATS]
+        folder_files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
+        return [file for file in folder_files if file_format != "auto" or files.suffix(file) in files.FORMATS]
     if path.is_file():
         return [path]
     return [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]

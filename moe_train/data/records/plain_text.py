@@ -20,19 +20,24 @@ def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
     Yields:
         The line on which the text begins, and the text; or the line at fault, and a Problem.
     """
-    line, at, held, more = 1, 0, b"", True
+    line = 1
+    position = 0
+    buffer = b""
+    has_more = True
     try:
         with opened(file) as stream:
-            while more:
-                while len(held) <= MAX_TEXT and (data := stream.read(MAX_TEXT + 1 - len(held))):
-                    held += data
-                more = len(held) > MAX_TEXT
-                cut = _text_end(held) if more else len(held)
+            while has_more:
+                while len(buffer) <= MAX_TEXT and (data := stream.read(MAX_TEXT + 1 - len(buffer))):
+                    buffer += data
+                has_more = len(buffer) > MAX_TEXT
+                cut = _text_end(buffer) if has_more else len(buffer)
                 try:
-                    yield line, held[:cut].removeprefix(b"" if at else BOM).decode()
+                    yield line, buffer[:cut].removeprefix(b"" if position else BOM).decode()
                 except UnicodeDecodeError as error:
-                    yield line + held.count(b"\n", 0, error.start), not_utf8(error, at)
-                line, at, held = line + held.count(b"\n", 0, cut), at + cut, held[cut:]
+                    yield line + buffer.count(b"\n", 0, error.start), not_utf8(error, position)
+                line += buffer.count(b"\n", 0, cut)
+                position += cut
+                buffer = buffer[cut:]
     except Problem as problem:
         yield line, problem
 
@@ -40,7 +45,8 @@ def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
 def _text_end(data: bytes) -> int:
     """Return where to cut data longer than `MAX_TEXT`: in the second half of the limit, if there is any border."""
     for border in (b"\n\n", b"\n", b" "):
-        if found := data.rfind(border, MAX_TEXT // 2, MAX_TEXT) + 1:
-            return found + len(border) - 1
+        start = data.rfind(border, MAX_TEXT // 2, MAX_TEXT)
+        if start >= 0:
+            return start + len(border)
     # Cut where no UTF-8 continuation byte follows; data that are not UTF-8 are cut anywhere.
     return next((k for k in range(MAX_TEXT, MAX_TEXT - 4, -1) if data[k] & 0xC0 != 0x80), MAX_TEXT)

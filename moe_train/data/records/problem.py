@@ -19,7 +19,9 @@ class Problem(ValueError):
 
     def __init__(self, rule: str, message: str, remedy: str) -> None:
         super().__init__(rule, message, remedy)  # the arguments with which pickle rebuilds it in a worker's parent
-        self.rule, self.message, self.remedy = rule, message, remedy
+        self.rule = rule
+        self.message = message
+        self.remedy = remedy
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}"

@@ -50,8 +50,8 @@ class PythonRecords(OpenSource):
             if isinstance(record, Mapping):
                 yield index + 1, dict(record)
             else:
-                what = f"the record should be a mapping of columns, not {brief(record)}"
-                yield index + 1, Problem("type", what, "return a dict from __getitem__")
+                message = f"the record should be a mapping of columns, not {brief(record)}"
+                yield index + 1, Problem("type", message, "return a dict from __getitem__")
 
     def where(self, origin: Origin) -> str:
         """Return what the object calls the place of a record."""

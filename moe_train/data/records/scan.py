@@ -39,33 +39,32 @@ def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[in
         bytes_per_part: Smallest and largest size of a part.
     """
     status = file.stat()
-    known_by = json.dumps([str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ino, cuttable, bytes_per_part])
-    known = memory / f"{hashlib.sha256(known_by.encode()).hexdigest()[:32]}.json"
-    if known.exists():
-        sha256, size, cuts = json.loads(known.read_text())
+    cache_key = json.dumps([str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ino, cuttable, bytes_per_part])
+    cache_file = memory / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}.json"
+    if cache_file.exists():
+        sha256, size, cuts = json.loads(cache_file.read_text())
         return Scan(sha256, size, tuple((byte, line) for byte, line in cuts), size if cuttable else None)
     smallest, largest = bytes_per_part
     step = min(max(status.st_size // 16, smallest), largest)
     digest = hashlib.sha256()
     cuts = []
-    at = 0
+    position = 0
     line = 1
     goal = step
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
-            while cuttable and goal < at + len(block):
-                end = block.find(b"\n", max(goal - at, 0)) + 1
+            while cuttable and goal < position + len(block):
+                end = block.find(b"\n", max(goal - position, 0)) + 1
                 if not end:  # the line continues in the next block, and the cut comes after it
                     break
-                cuts.append((at + end, line + block.count(b"\n", 0, end)))
-                goal = at + end + step
+                cuts.append((position + end, line + block.count(b"\n", 0, end)))
+                goal = position + end + step
             line += block.count(b"\n") if cuttable else 0
-            at += len(block)
-    found = Scan(digest.hexdigest(), at, tuple(cut for cut in cuts if cut[0] < at), at if cuttable else None)
-    if (
-        time.time_ns() - status.st_mtime_ns > 2e9
-    ):  # a file written just now can change again within one tick of its modification time
+            position += len(block)
+    scan = Scan(digest.hexdigest(), position, tuple(cut for cut in cuts if cut[0] < position), position if cuttable else None)
+    # A file written just now can change again within one tick of its modification time.
+    if time.time_ns() - status.st_mtime_ns > 2e9:
         memory.mkdir(parents=True, exist_ok=True)
-        write_text(known, json.dumps(found[:3]))
-    return found
+        write_text(cache_file, json.dumps(scan[:3]))
+    return scan

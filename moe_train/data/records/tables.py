@@ -29,8 +29,8 @@ def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
                     if len(row) == len(header):
                         yield number, dict(zip(header, row, strict=True))
                     else:
-                        what = f"line {rows.line_num} has {len(row)} values for {len(header)} columns"
-                        yield number, Problem("unreadable", what, "put text with commas in it into quotes")
+                        message = f"line {rows.line_num} has {len(row)} values for {len(header)} columns"
+                        yield number, Problem("unreadable", message, "put text with commas in it into quotes")
     except UnicodeDecodeError as error:
         yield number + 1, not_utf8(error)
     except csv.Error as error:
@@ -62,8 +62,8 @@ def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[t
         yield number, Problem("unreadable", f"cannot be read as {kind} ({reason})", CUT_SHORT)
 
 
-def _batches(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[Any]:
-    """Yield record batches of up to 1024 rows, with the wanted columns."""
+def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[Any]:
+    """Yield record batches of up to 1024 rows, with the given columns that exist."""
     import pyarrow
 
     rows = 1024
@@ -71,7 +71,9 @@ def _batches(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[An
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(file) as table:
-            names = None if wanted is None else [name for name in table.schema_arrow.names if name in wanted]
+            names = None
+            if columns is not None:
+                names = [name for name in table.schema_arrow.names if name in columns]
             if names == [] and table.metadata.num_rows:  # read all columns, so that the error of the record can name them
                 names = table.schema_arrow.names
             yield from table.iter_batches(rows, columns=names)
@@ -83,7 +85,7 @@ def _batches(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[An
         except pyarrow.ArrowInvalid:
             source.seek(0)
             reader = batches = pyarrow.ipc.open_stream(source)
-        names = [name for name in reader.schema.names if wanted is None or name in wanted] or reader.schema.names
+        names = [name for name in reader.schema.names if columns is None or name in columns] or reader.schema.names
         for batch in batches:
             batch.validate(full=True)  # in a damaged file offsets may point outside the data
             batch = batch.select(names)

@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,8 +71,8 @@ class HuggingFace(Tokenizer):
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
 
         settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
-        named = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        self.named_tokens = {key: text for key, text in named.items() if text is not None}
+        token_texts = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self.named_tokens = {key: text for key, text in token_texts.items() if text is not None}
         if "eos_token" not in self.named_tokens:
             raise ValueError(f"{directory / 'tokenizer_config.json'} names no eos_token; a model could not learn to stop")
         self.bos_id = self._id("bos_token") if "bos_token" in self.named_tokens else None
@@ -118,21 +118,24 @@ class HuggingFace(Tokenizer):
                 looks like a control token is plain text.
             spans: Spans of characters of the joined pieces.
         """
-        text = "".join(self.special_pattern.sub(_between_marks, piece) if i % 2 == 0 else piece for i, piece in enumerate(pieces))
+        enclosed = list(pieces)
+        enclosed[::2] = [self.special_pattern.sub(_between_marks, piece) for piece in pieces[::2]]
+        text = "".join(enclosed)
         parts = text.split(_MARK)  # plain text and control tokens alternate
         borders = [0, *itertools.accumulate(map(len, parts))]
-        openings, closings = borders[1:-1:2], borders[2:-1:2]
+        openings = borders[1:-1:2]
+        closings = borders[2:-1:2]
 
-        def among_marks(at: int) -> int:
+        def among_marks(position: int) -> int:
             """Translate a position in the joined pieces to one in the marked text; a token includes its marks."""
-            return at + bisect.bisect_left(openings, at) + bisect.bisect_right(closings, at)
+            return position + bisect.bisect_left(openings, position) + bisect.bisect_right(closings, position)
 
-        moved = [(among_marks(start), among_marks(stop)) for start, stop in spans]
+        marked_spans = [(among_marks(start), among_marks(stop)) for start, stop in spans]
         control = [self._ids_of_control[name] for name in parts[1::2]]
-        number_of = {border: number for number, border in enumerate(borders)}
-        edges = [(number_of.get(start, -1), number_of.get(stop, -1)) for start, stop in spans]
-        at_edges = self._control_apart and not any(-1 in pair for pair in edges)
-        return Marked(text, moved, control, edges if at_edges else None)
+        border_numbers = {border: number for number, border in enumerate(borders)}
+        edges = [(border_numbers.get(start, -1), border_numbers.get(stop, -1)) for start, stop in spans]
+        all_at_borders = self._control_apart and not any(-1 in pair for pair in edges)
+        return Marked(text, marked_spans, control, edges if all_at_borders else None)
 
     def encode_marked(self, texts: Sequence[Marked]) -> list[tuple[list[int], list[Span]]]:
         """Encode texts with control tokens.
@@ -145,15 +148,18 @@ class HuggingFace(Tokenizer):
         edges = [text.edges for text in texts if text.edges is not None]
         if len(edges) < len(texts):
             encodings = self._control.encode_batch(marked, add_special_tokens=False)
-            return [(e.ids, [_touching(e, span) for span in text.spans]) for e, text in zip(encodings, texts, strict=True)]
+            return [
+                (encoding.ids, [_touching(encoding, span) for span in text.spans])
+                for encoding, text in zip(encodings, texts, strict=True)
+            ]
         encoded = []
         encodings = self._control.encode_batch_fast(marked, add_special_tokens=False)  # a fifth faster, as it computes no offsets
         for encoding, text, spans in zip(encodings, texts, edges, strict=True):
             ids = encoding.ids
             border_ids = [0]
             for control in text.control:  # plain text never gives the id of a control token
-                at = ids.index(control, border_ids[-1])
-                border_ids += at, at + 1
+                index = ids.index(control, border_ids[-1])
+                border_ids += [index, index + 1]
             border_ids.append(len(ids))
             encoded.append((ids, [(border_ids[start], border_ids[stop]) for start, stop in spans]))
         return encoded
@@ -207,15 +213,25 @@ def _between_marks(match: re.Match[str]) -> str:
 def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
     """Return the tokens (first, last + 1) with characters in the span; a token without characters counts as one character long."""
     start, stop = span
-    first = next((token for at in range(start, stop) if (token := encoding.char_to_token(at)) is not None), None)
+    first = _first_token(encoding, range(start, stop))
     if first is None:
         return 0, 0
-    last = next(token for at in range(stop - 1, -1, -1) if (token := encoding.char_to_token(at)) is not None)
+    last = _first_token(encoding, range(stop - 1, -1, -1))
+    assert last is not None, "the first token is in reach of this search"
     while first and (chars := encoding.token_to_chars(first - 1)) and chars[0] >= start:
         first -= 1
     while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < stop:
         last += 1
     return first, last + 1
+
+
+def _first_token(encoding: tokenizers.Encoding, positions: Iterable[int]) -> int | None:
+    """Return the token of the first of these characters that belongs to one; None if none of them does."""
+    for position in positions:
+        token = encoding.char_to_token(position)
+        if token is not None:
+            return token
+    return None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -235,6 +251,6 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        templates = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = templates.get("default")
     return template

@@ -72,7 +72,9 @@ class Mistral(Tokenizer):
         """Return the text of ids; control tokens are omitted, or written by name with `keep_special`."""
         from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
-        policy = SpecialTokenPolicy.KEEP if keep_special else SpecialTokenPolicy.IGNORE
+        policy = SpecialTokenPolicy.IGNORE
+        if keep_special:
+            policy = SpecialTokenPolicy.KEEP
         return self._text.decode(list(ids), special_token_policy=policy)
 
     def __reduce__(self) -> tuple[Any, ...]:  # pickled by path: another process reads the files again

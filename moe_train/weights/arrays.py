@@ -123,8 +123,8 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
             parsed = ParameterPath.parse(path)
             if parsed.part == "codes":
                 scales = f"{parsed.weight}.scales"
-                both = Quantized(like, abstract[scales])
-                arrays = _arrays(both.shape, both, by_path[parsed.weight], tensors, pool)
+                quantized = Quantized(like, abstract[scales])
+                arrays = _arrays(quantized.shape, quantized, by_path[parsed.weight], tensors, pool)
                 filled |= {path: arrays[0], scales: arrays[1]}
             elif parsed.part != "scales":
                 (filled[path],) = _arrays(like.shape, [like], by_path[path], tensors, pool)

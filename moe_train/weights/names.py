@@ -364,7 +364,11 @@ def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any])
     """
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 0
-    for count, kind, limit in ((model.num_layers, "layers", len(tensors)), (experts, "experts", largest)):
+    counts = (
+        (model.num_layers, "layers", len(tensors)),
+        (experts, "experts", largest),
+    )
+    for count, kind, limit in counts:
         if count > limit:
             raise ValueError(f"{where} states {count:,} {kind}, but has {len(tensors):,} tensors, no dim above {largest:,}")
 

@@ -137,7 +137,10 @@ def open_file(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: {error}") from error
     tensors = {}
     for name in names:
-        code, shape, (start, _) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        entry = header[name]
+        code = entry["dtype"]
+        shape = entry["shape"]
+        start, _ = entry["data_offsets"]
         if code not in _DTYPES:
             raise ValueError(f"{file}: {name} is {code}, read are {', '.join(_DTYPES)}; quantised models are not supported")
         tensors[name] = Tensor(name, file, tuple(shape), _DTYPES[code], 8 + length + start, opened)

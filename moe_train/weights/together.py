@@ -77,8 +77,10 @@ def require_shared(directory: Path) -> None:
     if jax.process_count() == 1:
         return
     until = time.monotonic() + SEEN_WITHIN_SECONDS
-    while not (is_visible := directory.is_dir()) and time.monotonic() < until:
+    is_visible = directory.is_dir()
+    while not is_visible and time.monotonic() < until:
         time.sleep(0.1)
+        is_visible = directory.is_dir()
     if not all_agree(is_visible):
         observation = f"process {jax.process_index()} on {platform.node()} {'sees' if is_visible else 'does not see'} {directory}"
         raise ValueError(f"{directory.parent} is not on a file system that all processes share: {observation}; choose one that is")

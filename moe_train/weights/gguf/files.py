@@ -196,8 +196,12 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, sett
                 raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
             yield part
 
+    def all_parts() -> Iterator[np.ndarray]:
+        for spec in specs:
+            yield from parts(spec)
+
     settings = {**settings, "general.file_type": np.uint32(code), "general.quantization_version": np.uint32(2)}
-    chunks = (part for spec in specs for part in parts(spec))
+    chunks = all_parts()
     piece_counts = {name: len(pieces) for name, pieces in tensors.items()}
     together.first_writes(
         chunks, lambda chunks: container.write_file(file, settings, specs, lambda spec: islice(chunks, piece_counts[spec.name]))

@@ -72,7 +72,7 @@ def export_adapter(
         values = fetch(parameters[piece.path], piece.lead).astype(np.float64)
         if ParameterPath.parse(piece.path).leaf == "lora_b":
             values *= merge.scale_of(lora, _module(piece), piece.lead) / SCALING
-        padding = [(0, size - had) for size, had in zip(piece.ours_shape, values.shape, strict=True)]
+        padding = [(0, size - length) for size, length in zip(piece.ours_shape, values.shape, strict=True)]
         return piece.to_file(np.pad(values.astype(filetype), padding))
 
     specs = [safetensors_files.Spec(piece.name, piece.shape, filetype) for piece in table]

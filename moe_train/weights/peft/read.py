@@ -175,7 +175,8 @@ def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tup
     for module, owners_by_kind in kinds.items():
         for kind, owners in owners_by_kind.items():
             complete = len(owners) == (num_experts if module in (GATE, UP, DOWN) else 1)
-            modules_of.setdefault((kind, None if complete else tuple(sorted(owners))), []).append(module)
+            experts = None if complete else tuple(sorted(owners))
+            modules_of.setdefault((kind, experts), []).append(module)
     return tuple(
         config.LoraTarget(modules=tuple(modules), rank=rank, alpha=alpha, experts=owners)
         for ((rank, alpha), owners), modules in modules_of.items()

@@ -87,7 +87,7 @@ def export_adapter(
         factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
         if path.leaf == "lora_b" and factor != 1:
             trained = (trained.astype(np.float64) * factor).astype(dtype)
-        return np.pad(trained, [(0, size - had) for size, had in zip(piece.ours_shape, trained.shape, strict=True)])
+        return np.pad(trained, [(0, size - length) for size, length in zip(piece.ours_shape, trained.shape, strict=True)])
 
     pieces = {piece.name: piece for piece in (*table, *saved)}
     specs = [safetensors_files.Spec(piece.name, piece.shape, dtype) for piece in table]

@@ -201,7 +201,7 @@ class _Values:
         self.adapter: tuple[np.ndarray, np.ndarray] | None = None
         if lora is not None and path.has_adapter(parameters):
             self.adapter = in_file_order(part, parameters, lora)
-        self.wanted = self.kept = self.noise = 0.0
+        self.squared_norm = self.inner_product = self.noise = 0.0
         self.changed = False
 
     def compare(self, stored: Stored, raw: bytearray, start: int, stop: int) -> str | None:
@@ -222,8 +222,8 @@ class _Values:
         off = np.abs(written - right)
         if self.adapter is not None:
             change = written - base
-            self.wanted += float(np.vdot(delta, delta))
-            self.kept += float(np.vdot(delta, change))
+            self.squared_norm += float(np.vdot(delta, delta))
+            self.inner_product += float(np.vdot(delta, change))
             if stored.kind not in MANTISSA:
                 self.noise += float(np.vdot(off, off)) / base.size
             # Only in a file without quantization do equal numbers mean that nothing was added.
@@ -240,11 +240,11 @@ class _Values:
 
     def merged(self) -> Merged:
         """Return what happened to the delta, after all rows were compared."""
-        lost = self.wanted > 0 and not self.changed
+        lost = self.squared_norm > 0 and not self.changed
         # In a quantized file every number may differ, so the direction of the change decides.
-        if self.noise and self.wanted > FOUND**2 * self.noise:
-            lost = self.kept < self.wanted / 2
-        return Merged(self.module, self.part.lead, self.wanted, self.kept, lost)
+        if self.noise and self.squared_norm > FOUND**2 * self.noise:
+            lost = self.inner_product < self.squared_norm / 2
+        return Merged(self.module, self.part.lead, self.squared_norm, self.inner_product, lost)
 
 
 def in_file_order(part: Part, parameters: Held, lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:

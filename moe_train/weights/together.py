@@ -159,10 +159,10 @@ def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 # --- between processes ---------------------------------------------------------------------------------------------
 
 
-def _over_processes(mine: np.ndarray) -> np.ndarray:
-    """Return an array of every device's row, (devices, …), in the order of processes; a row is its process's `mine`."""
+def _over_processes(own_row: np.ndarray) -> np.ndarray:
+    """Return an array of every device's row, (devices, …), in the order of processes; a row is its process's `own_row`."""
     mesh = jax.sharding.get_mesh()
-    rows = np.stack([mine] * len(mesh.local_devices))
+    rows = np.stack([own_row] * len(mesh.local_devices))
     spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), rows)
     owner = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), np.full(len(rows), jax.process_index(), np.int32))
     values, owners = (np.asarray(x) for x in _whole(spread, owner))

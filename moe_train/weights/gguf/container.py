@@ -129,37 +129,37 @@ class _Cursor:
         self.data = data.data
         self.offset = 0
 
-    def can_hold(self, count: int, size: int, what: str) -> None:
+    def can_hold(self, count: int, size: int, label: str) -> None:
         """Raise ValueError if fewer than `count` items of `size` bytes are left in the file."""
         remaining = len(self.data) - self.offset
         if count * size > remaining:
             raise ValueError(
-                f"{self.file} is truncated or damaged: {count:,} {what} at byte {self.offset}, {remaining:,} bytes are left"
+                f"{self.file} is truncated or damaged: {count:,} {label} at byte {self.offset}, {remaining:,} bytes are left"
             )
 
-    def take(self, size: int, what: str) -> memoryview:
+    def take(self, size: int, label: str) -> memoryview:
         """Return the next `size` bytes."""
-        self.can_hold(size, 1, f"bytes for {what}")
+        self.can_hold(size, 1, f"bytes for {label}")
         self.offset += size
         return self.data[self.offset - size : self.offset]
 
-    def number(self, code: str, what: str) -> int:
+    def number(self, code: str, label: str) -> int:
         """Read a number with the given `struct` code."""
-        return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+        return struct.unpack(code, self.take(struct.calcsize(code), label))[0]
 
-    def text(self, what: str) -> str:
+    def text(self, label: str) -> str:
         """Read a string."""
-        raw = self.take(self.number("<Q", f"the length of {what}"), what)
+        raw = self.take(self.number("<Q", f"the length of {label}"), label)
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.file}: {what} is not UTF-8 at byte {self.offset - len(raw) + error.start}") from error
+            raise ValueError(f"{self.file}: {label} is not UTF-8 at byte {self.offset - len(raw) + error.start}") from error
 
-    def name(self, what: str) -> str:
+    def name(self, label: str) -> str:
         """Read a string that error messages can show in a line."""
-        text = self.text(what)
+        text = self.text(label)
         if not text.isprintable() or len(text) > 256:
-            raise ValueError(f"{self.file} is damaged: {what} is {text[:40]!r}, of {len(text)} letters")
+            raise ValueError(f"{self.file} is damaged: {label} is {text[:40]!r}, of {len(text)} letters")
         return text
 
     def value(self, key: str) -> Any:

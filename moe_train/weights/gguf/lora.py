@@ -84,7 +84,8 @@ def export_adapter(
             if ParameterPath.parse(piece.path).leaf == "lora_b":
                 # llama.cpp multiplies by alpha / rank, so B carries what is left of the scale.
                 factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
-                values = values if factor == 1 else (values.astype(np.float64) * factor)
+                if factor != 1:
+                    values = values.astype(np.float64) * factor
             yield piece.to_file(values.astype(np.float32))
 
     settings = {

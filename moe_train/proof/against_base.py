@@ -48,50 +48,55 @@ def check(
         Fault: a matrix cannot be the base's with an adapter; the first such matrix is named.
         ValueError: the base has other shapes.
     """
-    of_base = {(piece.path, piece.lead): piece for piece in base.table}
+    base_pieces = {(piece.path, piece.lead): piece for piece in base.table}
     same = in_full = 0
     adapted: list[tuple[str, int, float]] = []
     unmoved: list[str] = []
-    every = expected.model_tensors(layout, base.model)
-    compared = progress.counted("comparing with the base", len(every), "tensors")
-    for wanted in every:
+    expected_tensors = expected.model_tensors(layout, base.model)
+    compared = progress.counted("comparing with the base", len(expected_tensors), "tensors")
+    for tensor in expected_tensors:
         compared(1)
-        found = stored[wanted.name]
-        if found.shape != wanted.shape:
-            raise Fault(f"{found.name} has the shape {found.shape}, the base's is {wanted.shape}: another model")
-        for i, part in enumerate(wanted.parts):
-            piece = of_base[part.path, part.lead]
+        stored_tensor = stored[tensor.name]
+        if stored_tensor.shape != tensor.shape:
+            raise Fault(f"{stored_tensor.name} has the shape {stored_tensor.shape}, the base's is {tensor.shape}: another model")
+        for i, part in enumerate(tensor.parts):
+            piece = base_pieces[part.path, part.lead]
             b_oi = part.form(piece.from_file(base.tensors[piece.name].read))
-            where = f"{found.name}" + (f"[{i}]" if len(wanted.parts) > 1 else "")
+            label = f"{stored_tensor.name}" + (f"[{i}]" if len(tensor.parts) > 1 else "")
             rank = _rank(lora, part)
             if rank is None:
                 in_full += 1
                 continue
-            change = _change(found, i, len(wanted.parts), b_oi.reshape(-1, b_oi.shape[-1]))
-            if change.is_rounding and not (rank and found.kind not in compare.MANTISSA):  # quantization may hide a small delta
-                same += not rank
-                unmoved += [where] * bool(rank)
+            change = _change(stored_tensor, i, len(tensor.parts), b_oi.reshape(-1, b_oi.shape[-1]))
+            may_hide_delta = rank > 0 and stored_tensor.kind not in compare.MANTISSA  # quantization may hide a small delta
+            if change.is_rounding and not may_hide_delta:
+                if rank:
+                    unmoved.append(label)
+                else:
+                    same += 1
             elif not rank:
-                raise Fault(f"{where} was not adapted, and is not the base's: off by {change.largest:.3g}")
+                raise Fault(f"{label} was not adapted, and is not the base's: off by {change.largest:.3g}")
             else:
                 outside = change.outside(rank)
                 if outside > change.noise:
                     raise Fault(
-                        f"{where} less the base's is no change of rank {rank}: {outside:.3g} of {change.norm:.3g} is left, where "
+                        f"{label} less the base's is no change of rank {rank}: {outside:.3g} of {change.norm:.3g} is left, where "
                         f"rounding explains {change.noise:.3g}"
                     )
-                adapted.append((where, rank, outside))
+                adapted.append((label, rank, outside))
     if len(unmoved) > untrained:
         raise Fault(f"{unmoved[0]} is the base's: its delta is gone ({len(unmoved)} such matrices; {untrained} were never trained)")
-    said = f"{same:,} matrices are the base's"
+    summary = f"{same:,} matrices are the base's"
     if lora is not None:
-        said += f"; {len(adapted):,} others less the base's have their adapter's rank"
-        said += f"; {len(unmoved):,} never trained" if unmoved else ""
-        said += f"; {in_full:,} trained in full" if in_full else ""
-        said += ". What A and B were is not seen so: give --adapter or --run"
-        if few := sorted({found.kind for found in stored.values()} - compare.MANTISSA.keys()):
-            said += f", also for deltas of zero in {', '.join(few)}, which are not told from rounding"
-    return said, {
+        summary += f"; {len(adapted):,} others less the base's have their adapter's rank"
+        if unmoved:
+            summary += f"; {len(unmoved):,} never trained"
+        if in_full:
+            summary += f"; {in_full:,} trained in full"
+        summary += ". What A and B were is not seen so: give --adapter or --run"
+        if quantized_kinds := sorted({stored_tensor.kind for stored_tensor in stored.values()} - compare.MANTISSA.keys()):
+            summary += f", also for deltas of zero in {', '.join(quantized_kinds)}, which are not told from rounding"
+    return summary, {
         **{"count": same, "adapted": len(adapted), "untrained": len(unmoved), "trained_in_full": in_full},
         "tolerance": "half a unit in the last place of the file's dtype, all together",
     }
@@ -132,16 +137,18 @@ class _Change:
         q = np.linalg.qr(self.d_oi @ np.random.default_rng(0).normal(size=(self.d_oi.shape[1], wide)).astype(np.float32))[0]
         for _ in range(2):
             q = np.linalg.qr(self.d_oi @ (self.d_oi.T @ q))[0]
-        small = q.T @ self.d_oi
-        beyond = np.linalg.svd(small.astype(np.float64), compute_uv=False)[rank:]
-        return float(np.hypot(np.linalg.norm(self.d_oi - q @ small), np.linalg.norm(beyond)))
+        projected = q.T @ self.d_oi
+        remaining = np.linalg.svd(projected.astype(np.float64), compute_uv=False)[rank:]
+        return float(np.hypot(np.linalg.norm(self.d_oi - q @ projected), np.linalg.norm(remaining)))
 
 
 def _change(stored: Stored, part: int, parts: int, b_oi: np.ndarray) -> _Change:
     """Measure the difference between part `part` of `parts` of a tensor and the base's matrix, rows at a time."""
     rows = stored.rows // parts
     step = max(1, CHUNK * rows // max(1, stored.nbytes // parts))
-    d_oi, noise, fits = np.empty(b_oi.shape, np.float32), 0.0, True
+    d_oi = np.empty(b_oi.shape, np.float32)
+    noise = 0.0
+    fits = True
     with stored.file.open("rb") as file:
         for start in range(0, rows, step):
             stop = min(start + step, rows)

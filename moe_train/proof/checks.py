@@ -40,12 +40,16 @@ def run(name: str, check: Callable[[], Found]) -> Check:
     start = time.perf_counter()
     passed: bool | None = True
     try:
-        said, figures = check()
-    except NotChecked as why:
-        passed, said, figures = None, str(why), {}
+        summary, figures = check()
+    except NotChecked as reason:
+        passed = None
+        summary = str(reason)
+        figures = {}
     except (ValueError, OSError) as fault:
-        passed, said, figures = False, str(fault), {}
-    return Check(name, passed, said, figures, time.perf_counter() - start)
+        passed = False
+        summary = str(fault)
+        figures = {}
+    return Check(name, passed, summary, figures, time.perf_counter() - start)
 
 
 def require(checks: Iterable[Check]) -> None:

@@ -96,7 +96,7 @@ class Tensors(NamedTuple):
 
     def raise_faults(self) -> None:
         """Raise Fault with the first fault and the number of others, if there is one."""
-        if faults := [found.fault for found in self.examined.values() if found.fault]:
+        if faults := [result.fault for result in self.examined.values() if result.fault]:
             raise Fault(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
 
 
@@ -124,11 +124,11 @@ def check_names(stored: Mapping[str, Stored], wanted: Sequence[Wanted], kinds: M
     faults += [f"{name} in {stored[name].file.name} does not belong there" for name in set(stored) - names]
     for w in wanted:
         if w.name in stored:
-            found = stored[w.name]
-            if found.shape != w.shape:
-                faults.append(f"{w.name} has the shape {found.shape}, not {w.shape}")
-            if kinds[w.name] not in (found.kind, None):
-                faults.append(f"{w.name} is {found.kind}, not {kinds[w.name]}")
+            stored_tensor = stored[w.name]
+            if stored_tensor.shape != w.shape:
+                faults.append(f"{w.name} has the shape {stored_tensor.shape}, not {w.shape}")
+            if kinds[w.name] not in (stored_tensor.kind, None):
+                faults.append(f"{w.name} is {stored_tensor.kind}, not {kinds[w.name]}")
     if faults:
         raise Fault(min(faults) + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
 
@@ -150,34 +150,40 @@ def examine(
 
     compared = progress.counted("reading the files", sum(stored[w.name].nbytes for w in wanted), "bytes")
 
-    def one(w: Wanted) -> Examined:
-        found = _examine(stored[w.name], w, parameters, lora)
+    def examine_one(w: Wanted) -> Examined:
+        result = _examine(stored[w.name], w, parameters, lora)
         compared(stored[w.name].nbytes)
-        return found
+        return result
 
     if jax.process_count() > 1 and parameters is not None:  # collectives must run in the same order in every process
-        return Tensors(stored, {w.name: one(w) for w in wanted})
+        return Tensors(stored, {w.name: examine_one(w) for w in wanted})
     largest = max((np.prod(w.shape[-2:]) * 4 for w in wanted), default=1)
     with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, 8, int(BESIDE // largest)))) as pool:
-        return Tensors(stored, dict(zip((w.name for w in wanted), pool.map(one, wanted), strict=True)))
+        return Tensors(stored, dict(zip((w.name for w in wanted), pool.map(examine_one, wanted), strict=True)))
 
 
-def _examine(stored: Stored, wanted: Wanted, parameters: Held | None, lora: config.Lora | None) -> Examined:
-    total, fault, merged = hashlib.sha256(), None, []
-    rows = stored.rows // len(wanted.parts)
-    step = max(1, CHUNK * rows // max(1, stored.nbytes // len(wanted.parts)))
+def _examine(stored: Stored, tensor: Wanted, parameters: Held | None, lora: config.Lora | None) -> Examined:
+    total = hashlib.sha256()
+    fault: str | None = None
+    merged: list[Merged] = []
+    rows = stored.rows // len(tensor.parts)
+    step = max(1, CHUNK * rows // max(1, stored.nbytes // len(tensor.parts)))
     with stored.file.open("rb") as file:
-        for i, part in enumerate(wanted.parts):
-            decoded = stored.kind in (*MANTISSA, "Q8_0", *GRIDS)
-            values = _Values(part, parameters, lora) if parameters is not None and decoded else None
+        for i, part in enumerate(tensor.parts):
+            is_decoded = stored.kind in (*MANTISSA, "Q8_0", *GRIDS)
+            values = None
+            if parameters is not None and is_decoded:
+                values = _Values(part, parameters, lora)
             if not together.is_first():  # other processes have contributed their part of the values when they were fetched
                 continue
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 raw = stored.read(file.fileno(), i * rows + start, i * rows + stop)
                 total.update(raw)
-                if values is not None and fault is None and (found := values.compare(stored, raw, start, stop)):
-                    fault = f"{stored.name} {found}"
+                if values is not None and fault is None:
+                    problem = values.compare(stored, raw, start, stop)
+                    if problem:
+                        fault = f"{stored.name} {problem}"
             if values is not None and values.adapter is not None:
                 merged.append(values.merged())
     return Examined(total.hexdigest(), fault, tuple(merged))
@@ -187,25 +193,26 @@ class _Values:
     """What a part of a tensor has to contain, in the file's order, and what has been seen of its delta so far."""
 
     def __init__(self, part: Part, parameters: Held, lora: config.Lora | None) -> None:
-        self.part, path = part, ParameterPath.parse(part.path)
+        self.part = part
+        path = ParameterPath.parse(part.path)
         self.module = path.module_path
         base = part.form(fetch(parameters[part.path], part.lead))
         self.base = base.reshape(1, -1) if base.ndim == 1 else base
         self.adapter: tuple[np.ndarray, np.ndarray] | None = None
         if lora is not None and path.has_adapter(parameters):
             self.adapter = in_file_order(part, parameters, lora)
-        self.wanted = self.kept = self.noise = 0.0
+        self.squared_norm = self.inner_product = self.noise = 0.0
         self.changed = False
 
     def compare(self, stored: Stored, raw: bytearray, start: int, stop: int) -> str | None:
         """Compare rows start to stop of the part; returns what is wrong, or None."""
         base = self.base[start:stop]
-        where = f"in {stored.file.name} is not {self.part.path}{list(self.part.lead)} in memory"
+        mismatch = f"in {stored.file.name} is not {self.part.path}{list(self.part.lead)} in memory"
         if self.adapter is None and stored.kind in MANTISSA:
             written = np.frombuffer(raw, reread.PLAIN[stored.kind])
             same = contiguous(base, written.dtype).reshape(-1)
             # As bits, so that signed zeros and NaNs are compared too.
-            return None if np.array_equal(_bits(written), _bits(same)) else where
+            return None if np.array_equal(_bits(written), _bits(same)) else mismatch
         delta = np.zeros(())
         if self.adapter is not None:
             a, b = self.adapter
@@ -215,9 +222,10 @@ class _Values:
         off = np.abs(written - right)
         if self.adapter is not None:
             change = written - base
-            self.wanted += float(np.vdot(delta, delta))
-            self.kept += float(np.vdot(delta, change))
-            self.noise += float(np.vdot(off, off)) / base.size if stored.kind not in MANTISSA else 0.0
+            self.squared_norm += float(np.vdot(delta, delta))
+            self.inner_product += float(np.vdot(delta, change))
+            if stored.kind not in MANTISSA:
+                self.noise += float(np.vdot(off, off)) / base.size
             # Only in a file without quantization do equal numbers mean that nothing was added.
             self.changed = (
                 self.changed
@@ -227,16 +235,16 @@ class _Values:
         if np.all(off <= allowed):
             return None
         if self.adapter is None:
-            return f"{where}: off by {off.max():.3g}"
+            return f"{mismatch}: off by {off.max():.3g}"
         return f"in {stored.file.name} is not {self.part.path}{list(self.part.lead)} with its adapter: off by {off.max():.3g}"
 
     def merged(self) -> Merged:
         """Return what happened to the delta, after all rows were compared."""
-        lost = self.wanted > 0 and not self.changed
+        lost = self.squared_norm > 0 and not self.changed
         # In a quantized file every number may differ, so the direction of the change decides.
-        if self.noise and self.wanted > FOUND**2 * self.noise:
-            lost = self.kept < self.wanted / 2
-        return Merged(self.module, self.part.lead, self.wanted, self.kept, lost)
+        if self.noise and self.squared_norm > FOUND**2 * self.noise:
+            lost = self.inner_product < self.squared_norm / 2
+        return Merged(self.module, self.part.lead, self.squared_norm, self.inner_product, lost)
 
 
 def in_file_order(part: Part, parameters: Held, lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +299,9 @@ def merge_figures(tensors: Tensors) -> tuple[str, dict[str, Any]]:
         Fault: a trained delta was lost.
         NotChecked: nothing was merged.
     """
-    merged = [m for found in tensors.examined.values() for m in found.merged]
+    merged: list[Merged] = []
+    for result in tensors.examined.values():
+        merged += result.merged
     if not merged:
         raise NotChecked("nothing was merged")
     if lost := [m for m in merged if m.lost]:
@@ -301,20 +311,25 @@ def merge_figures(tensors: Tensors) -> tuple[str, dict[str, Any]]:
         )
     shares: dict[str, tuple[float, float]] = {}
     for m in merged:
-        wanted, kept = shares.get(m.module, (0.0, 0.0))
-        shares[m.module] = wanted + m.wanted, kept + m.kept
-    wanted, kept = (sum(share[i] for share in shares.values()) for i in (0, 1))
+        squared_norm, inner_product = shares.get(m.module, (0.0, 0.0))
+        shares[m.module] = squared_norm + m.wanted, inner_product + m.kept
+    squared_norm, inner_product = (sum(share[i] for share in shares.values()) for i in (0, 1))
     worst = min((module for module in shares if shares[module][0]), key=lambda m: shares[m][1] / shares[m][0], default=None)
     untrained = sum(m.wanted == 0 for m in merged)
+    least_kept = None
+    if worst:
+        least_kept = {"module": worst, "delta_kept": shares[worst][1] / shares[worst][0]}
     figures = {
         "count": len(merged),
         "untrained": untrained,
-        "delta_kept": kept / wanted if wanted else 1.0,
-        "least_kept": {"module": worst, "delta_kept": shares[worst][1] / shares[worst][0]} if worst else None,
+        "delta_kept": inner_product / squared_norm if squared_norm else 1.0,
+        "least_kept": least_kept,
         "tolerance": "one unit in the last place of the file's dtype; Q8_0: half a step of the block; others as `tensors` says",
     }
-    said = f"{len(merged):,} matrices are round(base + scale·B·A); {figures['delta_kept']:.4f} of the deltas kept"
-    return said + (f"; {untrained:,} have a delta of zero: never trained" if untrained else ""), figures
+    summary = f"{len(merged):,} matrices are round(base + scale·B·A); {figures['delta_kept']:.4f} of the deltas kept"
+    if untrained:
+        summary += f"; {untrained:,} have a delta of zero: never trained"
+    return summary, figures
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
@@ -355,59 +370,63 @@ def examine_adapter(
     Raises:
         Fault: a tensor is missing or does not belong there.
     """
-    left, deltas, whole = dict(stored), [], []
-    for wanted in expected.model_tensors(expected.OF_MODEL[layout], model):
-        name_a, name_b = expected.adapter_names(layout, wanted.name)
-        path = ParameterPath.parse(wanted.parts[0].path)
+    remaining = dict(stored)
+    deltas: list[Delta] = []
+    full_weights: list[Wanted] = []
+    for tensor in expected.model_tensors(expected.OF_MODEL[layout], model):
+        name_a, name_b = expected.adapter_names(layout, tensor.name)
+        path = ParameterPath.parse(tensor.parts[0].path)
         trained = path.has_adapter(parameters)
-        if trained and not {name_a, name_b} <= left.keys():
-            raise Fault(f"{name_a if name_a not in left else name_b} is missing")
-        if name_a in left and name_b in left:
-            a, b = left.pop(name_a), left.pop(name_b)
-            deltas += _deltas(wanted, a, b, parameters if trained else None, lora, scale_in_file)
+        if trained and not {name_a, name_b} <= remaining.keys():
+            raise Fault(f"{name_a if name_a not in remaining else name_b} is missing")
+        if name_a in remaining and name_b in remaining:
+            a = remaining.pop(name_a)
+            b = remaining.pop(name_b)
+            deltas += _deltas(tensor, a, b, parameters if trained else None, lora, scale_in_file)
             continue
-        for name in expected.whole_names(layout, wanted.name, model.tie_embeddings):
-            if name in left:
-                whole.append(wanted._replace(name=name))
-                left.pop(name)
+        for name in expected.whole_names(layout, tensor.name, model.tie_embeddings):
+            if name in remaining:
+                full_weights.append(tensor._replace(name=name))
+                remaining.pop(name)
             elif path.is_trained(lora):
                 raise Fault(f"{name}, which was trained in full, is missing")
-    if left:
-        raise Fault(f"{min(left)} does not belong there" + (f" (and {len(left) - 1} more)" if len(left) > 1 else ""))
-    examined = examine(stored, whole, parameters, None).examined if whole else {}
+    if remaining:
+        raise Fault(f"{min(remaining)} does not belong there" + (f" (and {len(remaining) - 1} more)" if len(remaining) > 1 else ""))
+    examined = examine(stored, full_weights, parameters, None).examined if full_weights else {}
     hashed = examine(stored, [Wanted(name, t.shape, (Part("", (), expected.as_is),)) for name, t in stored.items()], None, None)
     return Tensors(stored, {**hashed.examined, **examined}), deltas
 
 
 def _deltas(
-    wanted: Wanted,
+    tensor: Wanted,
     a: Stored,
     b: Stored,
     parameters: Held | None,
     lora: config.Lora,
     scale_in_file: Callable[[str, int], float],
 ) -> list[Delta]:
-    found = []
-    for i, part in enumerate(wanted.parts):
-        a_Ji, b_oJ = (_numbers(t, i, len(wanted.parts)) for t in (a, b))
-        if wanted.module == "embed" and a_Ji.shape[1] == wanted.shape[0]:  # here A takes tokens, (J, V), and B is (D, J)
+    deltas = []
+    for i, part in enumerate(tensor.parts):
+        a_Ji, b_oJ = (_numbers(t, i, len(tensor.parts)) for t in (a, b))
+        if tensor.module == "embed" and a_Ji.shape[1] == tensor.shape[0]:  # here A takes tokens, (J, V), and B is (D, J)
             a_Ji, b_oJ = b_oJ.T, a_Ji.T
-        if (len(b_oJ), a_Ji.shape[1]) != wanted.shape[-2:] or len(a_Ji) != b_oJ.shape[1]:
-            raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are no adapter of a weight {wanted.shape[-2:]}")
-        b_oJ *= scale_in_file(wanted.name, len(a_Ji))
+        if (len(b_oJ), a_Ji.shape[1]) != tensor.shape[-2:] or len(a_Ji) != b_oJ.shape[1]:
+            raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are no adapter of a weight {tensor.shape[-2:]}")
+        b_oJ *= scale_in_file(tensor.name, len(a_Ji))
         if parameters is None:
-            found.append(Delta(wanted.module, part.lead, False, 0.0 if not b_oJ.any() or not a_Ji.any() else np.inf))
+            deltas.append(Delta(tensor.module, part.lead, False, 0.0 if not b_oJ.any() or not a_Ji.any() else np.inf))
             continue
-        ours_a, ours_b = in_file_order(part, parameters, lora)
+        expected_a, expected_b = in_file_order(part, parameters, lora)
         eps = 2.0 ** (1 - MANTISSA[a.kind]) + 2.0**-22  # A and B were each rounded; a scale may have been multiplied into B
-        off, step = 0.0, max(1, CHUNK // (8 * ours_a.shape[1]))
-        for start in range(0, len(ours_b), step):
+        off = 0.0
+        step = max(1, CHUNK // (8 * expected_a.shape[1]))
+        for start in range(0, len(expected_b), step):
             rows = slice(start, start + step)
-            difference = np.abs(b_oJ[rows] @ a_Ji - ours_b[rows] @ ours_a)
-            allowed = eps * (np.abs(ours_b[rows]) @ np.abs(ours_a)) + 1e-30
+            difference = np.abs(b_oJ[rows] @ a_Ji - expected_b[rows] @ expected_a)
+            allowed = eps * (np.abs(expected_b[rows]) @ np.abs(expected_a)) + 1e-30
             off = max(off, float((difference / allowed).max(initial=0.0)))
-        found.append(Delta(wanted.module, part.lead, bool(ours_b.any() and ours_a.any()), off))
-    return found
+        deltas.append(Delta(tensor.module, part.lead, bool(expected_b.any() and expected_a.any()), off))
+    return deltas
 
 
 def _numbers(stored: Stored, part: int, parts: int) -> np.ndarray:
@@ -427,6 +446,8 @@ def delta_figures(deltas: Sequence[Delta]) -> tuple[str, dict[str, Any]]:
             f"({len(wrong)} matrices in all)"
         )
     untrained = sum(not delta.trained for delta in deltas)
-    said = f"{len(deltas):,} deltas are those in memory" + (f"; {untrained:,} are zero: never trained" if untrained else "")
+    summary = f"{len(deltas):,} deltas are those in memory"
+    if untrained:
+        summary += f"; {untrained:,} are zero: never trained"
     figures = {"count": len(deltas), "untrained": untrained, "tolerance": "A and B each rounded to the file's dtype"}
-    return said, figures
+    return summary, figures

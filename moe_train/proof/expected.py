@@ -94,7 +94,9 @@ def whole_names(layout: Adapter, weight: str, tied: bool) -> list[str]:
     if layout != "peft":
         return [weight]
     name = f"base_model.model.{weight.replace('.block_sparse_moe.gate.', '.mlp.gate.')}"  # the name in transformers 5
-    return [name, "base_model.model.lm_head.weight"] if tied and "embed_tokens" in weight else [name]
+    if tied and "embed_tokens" in weight:
+        return [name, "base_model.model.lm_head.weight"]
+    return [name]
 
 
 OF_MODEL: dict[Adapter, Model] = {"peft": "hf", "mistral-lora": "mistral", "gguf-lora": "gguf"}
@@ -121,81 +123,84 @@ def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
 
 
 def _hugging_face(model: config.Model) -> Iterator[Wanted]:
-    D, V, F, a = model.model_dim, model.vocab_size, model.ffn.ffn_dim, model.attention
+    D, V, F = model.model_dim, model.vocab_size, model.ffn.ffn_dim
+    a = model.attention
     Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     yield _one("model.embed_tokens.weight", (V, D), "embed.weight", (), as_is)
-    for layer, ours, r in _layers(model):
-        theirs = f"model.layers.{layer}."
-        yield _one(f"{theirs}input_layernorm.weight", (D,), f"{ours}attention_norm.scale", (r,), as_is)
-        yield _one(f"{theirs}self_attn.q_proj.weight", (Q, D), f"{ours}attention.q_proj.weight", (r,), outputs_last)
-        yield _one(f"{theirs}self_attn.k_proj.weight", (KV, D), f"{ours}attention.k_proj.weight", (r,), outputs_last)
-        yield _one(f"{theirs}self_attn.v_proj.weight", (KV, D), f"{ours}attention.v_proj.weight", (r,), outputs_last)
-        yield _one(f"{theirs}self_attn.o_proj.weight", (D, Q), f"{ours}attention.o_proj.weight", (r,), outputs_one)
-        yield _one(f"{theirs}post_attention_layernorm.weight", (D,), f"{ours}ffn_norm.scale", (r,), as_is)
+    for layer, path, r in _layers(model):
+        name = f"model.layers.{layer}."
+        yield _one(f"{name}input_layernorm.weight", (D,), f"{path}attention_norm.scale", (r,), as_is)
+        yield _one(f"{name}self_attn.q_proj.weight", (Q, D), f"{path}attention.q_proj.weight", (r,), outputs_last)
+        yield _one(f"{name}self_attn.k_proj.weight", (KV, D), f"{path}attention.k_proj.weight", (r,), outputs_last)
+        yield _one(f"{name}self_attn.v_proj.weight", (KV, D), f"{path}attention.v_proj.weight", (r,), outputs_last)
+        yield _one(f"{name}self_attn.o_proj.weight", (D, Q), f"{path}attention.o_proj.weight", (r,), outputs_one)
+        yield _one(f"{name}post_attention_layernorm.weight", (D,), f"{path}ffn_norm.scale", (r,), as_is)
         if isinstance(model.ffn, config.DenseFfn):
-            yield _one(f"{theirs}mlp.gate_proj.weight", (F, D), f"{ours}ffn.gate_proj.weight", (r,), outputs_last)
-            yield _one(f"{theirs}mlp.up_proj.weight", (F, D), f"{ours}ffn.up_proj.weight", (r,), outputs_last)
-            yield _one(f"{theirs}mlp.down_proj.weight", (D, F), f"{ours}ffn.down_proj.weight", (r,), outputs_last)
+            yield _one(f"{name}mlp.gate_proj.weight", (F, D), f"{path}ffn.gate_proj.weight", (r,), outputs_last)
+            yield _one(f"{name}mlp.up_proj.weight", (F, D), f"{path}ffn.up_proj.weight", (r,), outputs_last)
+            yield _one(f"{name}mlp.down_proj.weight", (D, F), f"{path}ffn.down_proj.weight", (r,), outputs_last)
             continue
-        moe = f"{theirs}block_sparse_moe."
-        yield _one(f"{moe}gate.weight", (model.ffn.num_experts, D), f"{ours}ffn.router.weight", (r,), outputs_last)
+        moe = f"{name}block_sparse_moe."
+        yield _one(f"{moe}gate.weight", (model.ffn.num_experts, D), f"{path}ffn.router.weight", (r,), outputs_last)
         for e in range(model.ffn.num_experts):
-            yield _one(f"{moe}experts.{e}.w1.weight", (F, D), f"{ours}ffn.gate_proj.weight", (r, e), outputs_last)
-            yield _one(f"{moe}experts.{e}.w2.weight", (D, F), f"{ours}ffn.down_proj.weight", (r, e), outputs_last)
-            yield _one(f"{moe}experts.{e}.w3.weight", (F, D), f"{ours}ffn.up_proj.weight", (r, e), outputs_last)
+            yield _one(f"{moe}experts.{e}.w1.weight", (F, D), f"{path}ffn.gate_proj.weight", (r, e), outputs_last)
+            yield _one(f"{moe}experts.{e}.w2.weight", (D, F), f"{path}ffn.down_proj.weight", (r, e), outputs_last)
+            yield _one(f"{moe}experts.{e}.w3.weight", (F, D), f"{path}ffn.up_proj.weight", (r, e), outputs_last)
     yield _one("model.norm.weight", (D,), "final_norm.scale", (), as_is)
     if not model.tie_embeddings:
         yield _one("lm_head.weight", (V, D), "head.weight", (), as_is)
 
 
 def _mistral(model: config.Model) -> Iterator[Wanted]:
-    D, V, F, a = model.model_dim, model.vocab_size, model.ffn.ffn_dim, model.attention
+    D, V, F = model.model_dim, model.vocab_size, model.ffn.ffn_dim
+    a = model.attention
     Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     yield _one("tok_embeddings.weight", (V, D), "embed.weight", (), as_is)
-    for layer, ours, r in _layers(model):
-        theirs = f"layers.{layer}."
-        yield _one(f"{theirs}attention_norm.weight", (D,), f"{ours}attention_norm.scale", (r,), as_is)
-        yield _one(f"{theirs}attention.wq.weight", (Q, D), f"{ours}attention.q_proj.weight", (r,), interleaved)
-        yield _one(f"{theirs}attention.wk.weight", (KV, D), f"{ours}attention.k_proj.weight", (r,), interleaved)
-        yield _one(f"{theirs}attention.wv.weight", (KV, D), f"{ours}attention.v_proj.weight", (r,), outputs_last)
-        yield _one(f"{theirs}attention.wo.weight", (D, Q), f"{ours}attention.o_proj.weight", (r,), outputs_one)
-        yield _one(f"{theirs}ffn_norm.weight", (D,), f"{ours}ffn_norm.scale", (r,), as_is)
-        experts: list[tuple[str, tuple[int, ...]]] = [(f"{theirs}feed_forward.", (r,))]
+    for layer, path, r in _layers(model):
+        name = f"layers.{layer}."
+        yield _one(f"{name}attention_norm.weight", (D,), f"{path}attention_norm.scale", (r,), as_is)
+        yield _one(f"{name}attention.wq.weight", (Q, D), f"{path}attention.q_proj.weight", (r,), interleaved)
+        yield _one(f"{name}attention.wk.weight", (KV, D), f"{path}attention.k_proj.weight", (r,), interleaved)
+        yield _one(f"{name}attention.wv.weight", (KV, D), f"{path}attention.v_proj.weight", (r,), outputs_last)
+        yield _one(f"{name}attention.wo.weight", (D, Q), f"{path}attention.o_proj.weight", (r,), outputs_one)
+        yield _one(f"{name}ffn_norm.weight", (D,), f"{path}ffn_norm.scale", (r,), as_is)
+        experts: list[tuple[str, tuple[int, ...]]] = [(f"{name}feed_forward.", (r,))]
         if isinstance(model.ffn, config.MoeFfn):
             E = model.ffn.num_experts
-            yield _one(f"{theirs}feed_forward.gate.weight", (E, D), f"{ours}ffn.router.weight", (r,), outputs_last)
-            experts = [(f"{theirs}feed_forward.experts.{e}.", (r, e)) for e in range(E)]
+            yield _one(f"{name}feed_forward.gate.weight", (E, D), f"{path}ffn.router.weight", (r,), outputs_last)
+            experts = [(f"{name}feed_forward.experts.{e}.", (r, e)) for e in range(E)]
         for expert, lead in experts:
-            yield _one(f"{expert}w1.weight", (F, D), f"{ours}ffn.gate_proj.weight", lead, outputs_last)
-            yield _one(f"{expert}w2.weight", (D, F), f"{ours}ffn.down_proj.weight", lead, outputs_last)
-            yield _one(f"{expert}w3.weight", (F, D), f"{ours}ffn.up_proj.weight", lead, outputs_last)
+            yield _one(f"{expert}w1.weight", (F, D), f"{path}ffn.gate_proj.weight", lead, outputs_last)
+            yield _one(f"{expert}w2.weight", (D, F), f"{path}ffn.down_proj.weight", lead, outputs_last)
+            yield _one(f"{expert}w3.weight", (F, D), f"{path}ffn.up_proj.weight", lead, outputs_last)
     yield _one("norm.weight", (D,), "final_norm.scale", (), as_is)
     if not model.tie_embeddings:
         yield _one("output.weight", (V, D), "head.weight", (), as_is)
 
 
 def _gguf(model: config.Model) -> Iterator[Wanted]:
-    D, V, F, a = model.model_dim, model.vocab_size, model.ffn.ffn_dim, model.attention
+    D, V, F = model.model_dim, model.vocab_size, model.ffn.ffn_dim
+    a = model.attention
     Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     yield _one("token_embd.weight", (V, D), "embed.weight", (), as_is)
-    for layer, ours, r in _layers(model):
-        theirs = f"blk.{layer}."
-        yield _one(f"{theirs}attn_norm.weight", (D,), f"{ours}attention_norm.scale", (r,), as_is)
-        yield _one(f"{theirs}attn_q.weight", (Q, D), f"{ours}attention.q_proj.weight", (r,), interleaved)
-        yield _one(f"{theirs}attn_k.weight", (KV, D), f"{ours}attention.k_proj.weight", (r,), interleaved)
-        yield _one(f"{theirs}attn_v.weight", (KV, D), f"{ours}attention.v_proj.weight", (r,), outputs_last)
-        yield _one(f"{theirs}attn_output.weight", (D, Q), f"{ours}attention.o_proj.weight", (r,), outputs_one)
-        yield _one(f"{theirs}ffn_norm.weight", (D,), f"{ours}ffn_norm.scale", (r,), as_is)
+    for layer, path, r in _layers(model):
+        name = f"blk.{layer}."
+        yield _one(f"{name}attn_norm.weight", (D,), f"{path}attention_norm.scale", (r,), as_is)
+        yield _one(f"{name}attn_q.weight", (Q, D), f"{path}attention.q_proj.weight", (r,), interleaved)
+        yield _one(f"{name}attn_k.weight", (KV, D), f"{path}attention.k_proj.weight", (r,), interleaved)
+        yield _one(f"{name}attn_v.weight", (KV, D), f"{path}attention.v_proj.weight", (r,), outputs_last)
+        yield _one(f"{name}attn_output.weight", (D, Q), f"{path}attention.o_proj.weight", (r,), outputs_one)
+        yield _one(f"{name}ffn_norm.weight", (D,), f"{path}ffn_norm.scale", (r,), as_is)
         shapes = {"gate": (F, D), "up": (F, D), "down": (D, F)}
         if isinstance(model.ffn, config.DenseFfn):
             for part, shape in shapes.items():
-                yield _one(f"{theirs}ffn_{part}.weight", shape, f"{ours}ffn.{part}_proj.weight", (r,), outputs_last)
+                yield _one(f"{name}ffn_{part}.weight", shape, f"{path}ffn.{part}_proj.weight", (r,), outputs_last)
             continue
         E = model.ffn.num_experts
-        yield _one(f"{theirs}ffn_gate_inp.weight", (E, D), f"{ours}ffn.router.weight", (r,), outputs_last)
+        yield _one(f"{name}ffn_gate_inp.weight", (E, D), f"{path}ffn.router.weight", (r,), outputs_last)
         for part, shape in shapes.items():
-            parts = (Part(f"{ours}ffn.{part}_proj.weight", (r, e), outputs_last) for e in range(E))
-            yield Wanted(f"{theirs}ffn_{part}_exps.weight", (E, *shape), tuple(parts))
+            parts = (Part(f"{path}ffn.{part}_proj.weight", (r, e), outputs_last) for e in range(E))
+            yield Wanted(f"{name}ffn_{part}_exps.weight", (E, *shape), tuple(parts))
     yield _one("output_norm.weight", (D,), "final_norm.scale", (), as_is)
     if not model.tie_embeddings:
         yield _one("output.weight", (V, D), "head.weight", (), as_is)

@@ -103,13 +103,15 @@ def answers(structure: Any, weights: Held, prompts: Prompts, altered: Altered = 
     pad = (0, -rows % math.prod(mesh.shape[axis] for axis in BATCH)), (0, -length % mesh.shape["context"])
 
     def put(x_PT: np.ndarray, fill: int) -> jax.Array:
-        whole = np.pad(x_PT, pad, constant_values=fill).astype(np.int32)
-        return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P(BATCH, "context")), lambda index: whole[index])
+        padded = np.pad(x_PT, pad, constant_values=fill).astype(np.int32)
+        return jax.make_array_from_callback(padded.shape, NamedSharding(mesh, P(BATCH, "context")), lambda index: padded[index])
 
     with jax.default_matmul_precision("highest"):
         logits, routers = _forward(structure, weights, altered, put(prompts.tokens_PT, 0), put(prompts.positions_PT, -1))
-    of_prompts = (slice(rows), slice(length))
-    return Answers(np.asarray(logits)[of_prompts], None if routers is None else np.asarray(routers)[:, *of_prompts])
+    unpadded = (slice(rows), slice(length))
+    if routers is None:
+        return Answers(np.asarray(logits)[unpadded], None)
+    return Answers(np.asarray(logits)[unpadded], np.asarray(routers)[:, *unpadded])
 
 
 def _forward(
@@ -121,26 +123,28 @@ def _forward(
     """
     stacks = _by_stack(weights)
     ends = altered(arrays.load({path: x for path, x in weights.items() if not ParameterPath.parse(path).in_layer}))
-    repeats = [next(iter(of_stack.values())).shape[0] for of_stack in stacks]
+    repeats = [next(iter(stack.values())).shape[0] for stack in stacks]
     run = progress.counted("answering prompts", sum(repeats))
-    x_BTD, seen = _embed(structure, ends, tokens_BT), list[jax.Array]()
-    for number, of_stack in enumerate(stacks):
+    x_BTD = _embed(structure, ends, tokens_BT)
+    router_logits: list[jax.Array] = []
+    for number, stack in enumerate(stacks):
         for i in range(repeats[number]):
-            period = altered(_period_of(of_stack, i))
+            period = altered(_period_of(stack, i))
             x_BTD, routers = _period(structure, number, period, x_BTD, positions_BT)
-            seen += routers
+            router_logits += routers
             x_BTD.block_until_ready()  # so that the weights of the next period are loaded only after this one's are freed
             run(1)
-    return _logits(structure, ends, x_BTD), jnp.stack(seen) if seen else None
+    return _logits(structure, ends, x_BTD), jnp.stack(router_logits) if router_logits else None
 
 
 def _by_stack(weights: Held) -> list[Held]:
     """Return the weights of each stack, in order."""
     stacks: dict[int, dict[str, Any]] = {}
     for path, x in weights.items():
-        if (stack := ParameterPath.parse(path).stack) is not None:
+        stack = ParameterPath.parse(path).stack
+        if stack is not None:
             stacks.setdefault(stack, {})[path] = x
-    return [of_stack for _, of_stack in sorted(stacks.items())]
+    return [stack_weights for _, stack_weights in sorted(stacks.items())]
 
 
 def _period_of(stack: Held, i: int) -> Parameters:
@@ -245,11 +249,15 @@ def compare(found: Answers, wanted: Reference, prompts: Prompts, model: config.M
         assert wanted.experts_LPTA is not None and found.routers_LPTE is not None
         A = chosen.shape[-1]
         layers = config.sparse_layers(model)
-        for layer, logits_PTE, ours, theirs in zip(layers, found.routers_LPTE, chosen, wanted.experts_LPTA, strict=True):
+        for layer, logits_PTE, chosen_PTA, reference_PTA in zip(
+            layers, found.routers_LPTE, chosen, wanted.experts_LPTA, strict=True
+        ):
             sorted_PTE = -np.sort(-logits_PTE, axis=-1)
-            gap_PT = (sorted_PTE[..., A - 1] - sorted_PTE[..., A]) if sorted_PTE.shape[-1] > A else np.ones(clean_PT.shape)
+            gap_PT = np.ones(clean_PT.shape)
+            if sorted_PTE.shape[-1] > A:
+                gap_PT = sorted_PTE[..., A - 1] - sorted_PTE[..., A]
             tie_PT = gap_PT < near * np.abs(sorted_PTE).max()
-            differ_PT = np.any(ours != theirs, axis=-1) & clean_PT
+            differ_PT = np.any(chosen_PTA != reference_PTA, axis=-1) & clean_PT
             choices += int(clean_PT.sum())
             ties += int((differ_PT & tie_PT).sum())
             bad = np.argwhere(differ_PT & ~tie_PT)
@@ -258,11 +266,13 @@ def compare(found: Answers, wanted: Reference, prompts: Prompts, model: config.M
                 first = layer, int(bad[0][0]), int(bad[0][1])
             # Attention spreads a different choice to all later positions, but not to earlier ones.
             clean_PT = clean_PT & ~np.maximum.accumulate(differ_PT, axis=1)
-    there = np.take_along_axis(found.logits_PTV, wanted.top_ids_PTn, axis=-1)
-    there[..., 0] = found.logits_PTV.max(axis=-1)  # the largest of all, so that another token with a larger logit is noticed
-    off = np.abs(there - wanted.top_logits_PTn)[clean_PT]
+    compared_PTn = np.take_along_axis(found.logits_PTV, wanted.top_ids_PTn, axis=-1)
+    compared_PTn[..., 0] = found.logits_PTV.max(axis=-1)  # the largest of all, so that another token with a larger logit is noticed
+    off = np.abs(compared_PTn - wanted.top_logits_PTn)[clean_PT]
     largest = float(np.abs(wanted.top_logits_PTn).max())
-    worst = float(off.max(initial=0.0)) / largest if np.all(np.isfinite(off)) and largest else math.inf
+    worst = math.inf
+    if np.all(np.isfinite(off)) and largest:
+        worst = float(off.max(initial=0.0)) / largest
     return Difference(worst, int(clean_PT.sum()), total - int(clean_PT.sum()), choices, ties, wrong, first)
 
 

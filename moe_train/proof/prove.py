@@ -92,7 +92,10 @@ def prove(export: Export, depth: Depth) -> dict[str, Any]:
     checks += texts.check_texts(
         export.directory, export.layout, export.tokenizer, export.chat_template, export.conversations, record
     )
-    record["adapted"] = [name for t in tensors for name, found in t.examined.items() if found.merged]
+    adapted: list[str] = []
+    for t in tensors:
+        adapted += [name for name, result in t.examined.items() if result.merged]
+    record["adapted"] = adapted
     record["lora"] = None if export.lora is None else export.lora.model_dump(mode="json")
     record |= {"tensors": _described(tensors), **_finish(export.directory, checks, start)}
     return record
@@ -100,16 +103,16 @@ def prove(export: Export, depth: Depth) -> dict[str, Any]:
 
 def _described(tensors: Iterable[compare.Tensors]) -> dict[str, Any]:
     """Return the file, dtype, shape and hash of every tensor, for the record."""
-    return {
-        name: {
-            "file": t.stored[name].file.name,
-            "dtype": t.stored[name].kind,
-            "shape": t.stored[name].shape,
-            "sha256": found.sha256,
-        }
-        for t in tensors
-        for name, found in t.examined.items()
-    }
+    described: dict[str, Any] = {}
+    for t in tensors:
+        for name, result in t.examined.items():
+            described[name] = {
+                "file": t.stored[name].file.name,
+                "dtype": t.stored[name].kind,
+                "shape": t.stored[name].shape,
+                "sha256": result.sha256,
+            }
+    return described
 
 
 def _finish(directory: Path, checks: list[Check], start: float) -> dict[str, Any]:
@@ -133,8 +136,8 @@ def _agree(checks: list[Check]) -> None:
 
 
 def _architecture(export: Export) -> tuple[str, dict[str, Any]]:
-    found = external.read_model(export.directory)
-    check_architecture(found, export.model, export.layout)
+    model = external.read_model(export.directory)
+    check_architecture(model, export.model, export.layout)
     return "what the files say of the architecture is the run's", {}
 
 
@@ -149,10 +152,14 @@ def check_architecture(found: config.Model, wanted: config.Model, layout: str) -
         wanted: the architecture that was exported.
         layout: layout of the files.
     """
-    ours, theirs = (m.model_dump(exclude={"init_stddev"} | ({"family"} if layout == "mistral" else set())) for m in (wanted, found))
-    if different := [key for key in ours if ours[key] != theirs[key]]:
+    excluded = {"init_stddev"}
+    if layout == "mistral":
+        excluded.add("family")
+    wanted_fields = wanted.model_dump(exclude=excluded)
+    found_fields = found.model_dump(exclude=excluded)
+    if different := [key for key in wanted_fields if wanted_fields[key] != found_fields[key]]:
         key = different[0]
-        raise Fault(f"the files describe another model: {key} is {theirs[key]}, not {ours[key]}")
+        raise Fault(f"the files describe another model: {key} is {found_fields[key]}, not {wanted_fields[key]}")
 
 
 def check_tensors(export: Export, out: list[compare.Tensors]) -> tuple[str, dict[str, Any]]:
@@ -165,12 +172,13 @@ def check_tensors(export: Export, out: list[compare.Tensors]) -> tuple[str, dict
     Raises:
         Fault: a tensor is missing, does not belong there, or differs.
     """
-    wanted = expected.model_tensors(export.layout, export.model)
+    expected_tensors = expected.model_tensors(export.layout, export.model)
     stored = reread.tensors(export.directory)
-    compare.check_names(stored, wanted, {w.name: compare.kind_of(export.layout, w, export.dtype) for w in wanted})
-    found = compare.examine(stored, wanted, export.parameters, export.lora)
-    out.append(found)
-    found.raise_faults()
+    expected_kinds = {w.name: compare.kind_of(export.layout, w, export.dtype) for w in expected_tensors}
+    compare.check_names(stored, expected_tensors, expected_kinds)
+    results = compare.examine(stored, expected_tensors, export.parameters, export.lora)
+    out.append(results)
+    results.raise_faults()
     kinds = {tensor.kind for tensor in stored.values()}
     figures = {
         "count": len(stored),
@@ -178,9 +186,10 @@ def check_tensors(export: Export, out: list[compare.Tensors]) -> tuple[str, dict
         "bytes": sum(tensor.nbytes for tensor in stored.values()),
         "tolerance": "bits; merged matrices and Q8_0 as `merge` says",
     }
-    if few := sorted(kinds & compare.GRIDS.keys()):
+    if quantized_kinds := sorted(kinds & compare.GRIDS.keys()):
         figures["tolerance_of_few_bits"] = {
-            kind: f"{compare.GRIDS[kind].share:.3g} of the largest of {compare.GRIDS[kind].block} numbers" for kind in few
+            kind: f"{compare.GRIDS[kind].share:.3g} of the largest of {compare.GRIDS[kind].block} numbers"
+            for kind in quantized_kinds
         }
     return f"{len(stored):,} tensors, each once, with shape, dtype and the values that were exported", figures
 
@@ -200,7 +209,8 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     """Compare the logits of the files with those of the trained weights; adds the prompts and logits to `record`."""
     if depth == "tensors":
         raise NotChecked("left out by --proof tensors: the files were not run")
-    model, lora = export.model, export.lora
+    model = export.model
+    lora = export.lora
     kind = kind_of(export.dtype)
     tolerance = TOLERANCES.get(kind)
     prompts = logits.fixed_prompts(model, export.tokenizer)
@@ -209,14 +219,15 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     # If no weight is wider than the file's dtype and nothing is merged, writing rounds nothing.
     wider = [x for path, x in export.parameters.items() if x.dtype.itemsize > 2 or ParameterPath.parse(path).is_adapter]
     as_trained = logits.answers(trained, export.parameters, prompts)
-    compared_with, rounding = as_trained, kind in ("bfloat16", "float16") and bool(wider)
+    compared_with = as_trained
+    rounding = kind in ("bfloat16", "float16") and bool(wider)
     if rounding:
         rounded = partial(round_weights, lora=lora, dtype=jnp.dtype(kind))
         compared_with = logits.answers(plain, export.parameters, prompts, rounded)
-    found = load_answers(export.directory, model, kind, prompts)
+    file_answers = load_answers(export.directory, model, kind, prompts)
     difference = logits.compare(
         # Without a tolerance every differing router choice counts as a near-tie, since nothing is judged.
-        found,
+        file_answers,
         logits.reference(compared_with, model),
         prompts,
         model,
@@ -228,7 +239,7 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
         **difference._asdict(),
     }
     if rounding:
-        unrounded = logits.compare(found, logits.reference(as_trained, model), prompts, model, 1.0)
+        unrounded = logits.compare(file_answers, logits.reference(as_trained, model), prompts, model, 1.0)
         figures["logits_moved_by_rounding"] = unrounded.logits
     if tolerance is not None:
         check_difference(difference, tolerance)
@@ -237,10 +248,12 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
     record["prompts"] = {
         "tokens": prompts.tokens_PT.tolist(),
         "positions": prompts.positions_PT.tolist(),
-        **{key: None if x is None else x.tolist() for key, x in logits.reference(found, model, 8)._asdict().items()},
+        **{key: None if x is None else x.tolist() for key, x in logits.reference(file_answers, model, 8)._asdict().items()},
     }
-    said = say(difference, figures["compared_with"])
-    return said + ("; measured, not judged, in so few bits" if tolerance is None else ""), figures
+    summary = say(difference, figures["compared_with"])
+    if tolerance is None:
+        summary += "; measured, not judged, in so few bits"
+    return summary, figures
 
 
 def load_answers(directory: Path, model: config.Model, kind: str, prompts: logits.Prompts) -> logits.Answers:
@@ -275,10 +288,10 @@ def say(difference: logits.Difference, what: str) -> str:
         difference: the difference.
         what: the words for what the logits were compared with.
     """
-    said = f"logits at {difference.positions} positions are those of {what}, off by {difference.logits:.1e} of the largest"
+    summary = f"logits at {difference.positions} positions are those of {what}, off by {difference.logits:.1e} of the largest"
     if difference.choices:
-        said += f"; {difference.choices:,} choices of routers the same, {difference.near_ties} near-ties aside"
-    return said
+        summary += f"; {difference.choices:,} choices of routers the same, {difference.near_ties} near-ties aside"
+    return summary
 
 
 def round_weights(parameters: Mapping[str, jax.Array], lora: config.Lora | None, dtype: jnp.dtype) -> dict[str, jax.Array]:
@@ -369,10 +382,10 @@ def prove_adapter(
 
     def look() -> tuple[str, dict[str, Any]]:
         stored = reread.tensors(directory)
-        found, pairs = compare.examine_adapter(layout, stored, model, parameters, lora, scale_in_file(layout, directory))
-        tensors.append(found)
+        results, pairs = compare.examine_adapter(layout, stored, model, parameters, lora, scale_in_file(layout, directory))
+        tensors.append(results)
         deltas.extend(pairs)
-        found.raise_faults()
+        results.raise_faults()
         return f"{len(stored):,} tensors, and no others", {"count": len(stored), "bytes": sum(t.nbytes for t in stored.values())}
 
     checks = [run("tensors", look), run("deltas", partial(compare.delta_figures, deltas))]
@@ -382,9 +395,9 @@ def prove_adapter(
     return record
 
 
-def _left_out(why: str) -> tuple[str, dict[str, Any]]:
+def _left_out(reason: str) -> tuple[str, dict[str, Any]]:
     """Raise NotChecked with the reason."""
-    raise NotChecked(why)
+    raise NotChecked(reason)
 
 
 def scale_in_file(layout: expected.Adapter, directory: Path) -> Callable[[str, int], float]:
@@ -395,13 +408,8 @@ def scale_in_file(layout: expected.Adapter, directory: Path) -> Callable[[str, i
 
             def peft(weight: str, rank: int) -> float:
                 module = weight.removesuffix(".weight")
-                alpha, stated = (
-                    next(
-                        (v for key, v in settings[f"{what}_pattern"].items() if re.match(rf"(.*\.)?({key})$", module)),
-                        settings[usual],
-                    )
-                    for what, usual in (("alpha", "lora_alpha"), ("rank", "r"))
-                )
+                alpha = _value_for(module, settings["alpha_pattern"], settings["lora_alpha"])
+                stated = _value_for(module, settings["rank_pattern"], settings["r"])
                 if stated != rank:
                     raise Fault(f"adapter_config.json states rank {stated} for {module}, whose lora_A has {rank} rows")
                 return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
@@ -414,6 +422,14 @@ def scale_in_file(layout: expected.Adapter, directory: Path) -> Callable[[str, i
             (file,) = directory.glob("*.gguf")
             alpha = float(reread.gguf_settings(file)["adapter.lora.alpha"])
             return lambda weight, rank: alpha / rank
+
+
+def _value_for(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """Return the value of the first pattern that matches the module's name, as PEFT does; the default if none matches."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
 
 
 # --- the record ----------------------------------------------------------------------------------------------------

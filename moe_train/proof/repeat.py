@@ -40,8 +40,8 @@ def read_record(directory: Path) -> tuple[dict[str, Any], config.Model]:
             raise ValueError(f"format is {record['format']!r}")
         return record, config.Model.model_validate_json(json.dumps(record["model"]))
     except (KeyError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{directory / surroundings.FILE} is no record of an export: {why}") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{directory / surroundings.FILE} is no record of an export: {reason}") from error
 
 
 def repeat(
@@ -82,10 +82,14 @@ def as_stored(stored: Mapping[str, reread.Stored]) -> list[expected.Wanted]:
 
 
 def _same_files(directory: Path, files: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    found = surroundings.file_hashes(directory)
-    if changed := sorted(name for name in {*found, *files} if found.get(name) != files.get(name)):
-        what = "is missing" if changed[0] not in found else "has been added" if changed[0] not in files else "has changed"
-        raise Fault(f"{changed[0]} {what}" + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""))
+    hashes = surroundings.file_hashes(directory)
+    if changed := sorted(name for name in {*hashes, *files} if hashes.get(name) != files.get(name)):
+        change = "has changed"
+        if changed[0] not in hashes:
+            change = "is missing"
+        elif changed[0] not in files:
+            change = "has been added"
+        raise Fault(f"{changed[0]} {change}" + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""))
     return f"{len(files):,} files have the bytes of the export", {"count": len(files)}
 
 
@@ -95,14 +99,16 @@ def _same_architecture(directory: Path, model: config.Model, layout: str) -> tup
 
 
 def _same_tensors(directory: Path, record: Mapping[str, Any], model: config.Model) -> tuple[str, dict[str, Any]]:
-    stored, tensors = reread.tensors(directory), record["tensors"]
+    stored = reread.tensors(directory)
+    tensors = record["tensors"]
     if record["format"] in get_args(expected.Model):
-        wanted = expected.model_tensors(record["format"], model)
-        compare.check_names(stored, wanted, {w.name: compare.kind_of(record["format"], w, record["dtype"]) for w in wanted})
+        expected_tensors = expected.model_tensors(record["format"], model)
+        expected_kinds = {w.name: compare.kind_of(record["format"], w, record["dtype"]) for w in expected_tensors}
+        compare.check_names(stored, expected_tensors, expected_kinds)
     if different := sorted(stored.keys() ^ tensors.keys()):
         raise Fault(f"{different[0]} is {'missing' if different[0] in tensors else 'not one of the export'}")
-    found = compare.examine(stored, as_stored(stored), None, None).examined
-    if changed := [name for name in tensors if found[name].sha256 != tensors[name]["sha256"]]:
+    examined = compare.examine(stored, as_stored(stored), None, None).examined
+    if changed := [name for name in tensors if examined[name].sha256 != tensors[name]["sha256"]]:
         raise Fault(f"{changed[0]} has changed" + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""))
     return f"{len(stored):,} tensors, each once, with shape, dtype and hash", {"count": len(stored)}
 
@@ -114,13 +120,16 @@ def _same_weights(
     if trained is not None:
         if layout not in get_args(expected.Model):
             assert trained.lora is not None
-            stored, scale = reread.tensors(directory), prove.scale_in_file(layout, directory)
-            found, deltas = compare.examine_adapter(layout, stored, trained.model, trained.parameters, trained.lora, scale)
-            found.raise_faults()
+            stored = reread.tensors(directory)
+            scale = prove.scale_in_file(layout, directory)
+            results, deltas = compare.examine_adapter(layout, stored, trained.model, trained.parameters, trained.lora, scale)
+            results.raise_faults()
             return compare.delta_figures(deltas)
         tensors: list[compare.Tensors] = []
-        said, figures = prove.check_tensors(trained, tensors)
-        return compare.merge_figures(tensors[0]) if trained.lora is not None else (said, figures)
+        summary, figures = prove.check_tensors(trained, tensors)
+        if trained.lora is None:
+            return summary, figures
+        return compare.merge_figures(tensors[0])
     if base is None:
         raise NotChecked("the weights that were exported are not here; give --run, or --base, or --base and --adapter")
     prove.check_architecture(base.model, model, "mistral")  # a family with the same mathematics is accepted
@@ -139,24 +148,26 @@ def _same_answers(
 ) -> tuple[str, dict[str, Any]]:
     if depth == "tensors":
         raise NotChecked("left out by --proof tensors: the files were not run")
-    if not (kept := record.get("prompts")):
+    recorded = record.get("prompts")
+    if not recorded:
         raise NotChecked("the export was proved with --proof tensors, and has no answers to compare with")
-    prompts = logits.Prompts(np.array(kept["tokens"]), np.array(kept["positions"]))
-    arrays = {key: None if kept[key] is None else np.array(kept[key]) for key in logits.Reference._fields}
-    wanted = logits.Reference(**arrays)  # type: ignore[arg-type]  # only the experts may be None
-    found = prove.load_answers(directory, model, prove.kind_of(record["dtype"]), prompts)
-    difference = logits.compare(found, wanted, prompts, model, REPEATED)
+    prompts = logits.Prompts(np.array(recorded["tokens"]), np.array(recorded["positions"]))
+    arrays = {key: None if recorded[key] is None else np.array(recorded[key]) for key in logits.Reference._fields}
+    reference = logits.Reference(**arrays)  # type: ignore[arg-type]  # only the experts may be None
+    answers = prove.load_answers(directory, model, prove.kind_of(record["dtype"]), prompts)
+    difference = logits.compare(answers, reference, prompts, model, REPEATED)
     prove.check_difference(difference, REPEATED)
     return prove.say(difference, "the export"), {"tolerance": REPEATED, **difference._asdict()}
 
 
 def _same_template(directory: Path, record: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if not (kept := record.get("conversations")):
+    recorded = record.get("conversations")
+    if not recorded:
         raise NotChecked("the export rendered no conversations")
     tokenizer, template = texts.reopened(directory, record["format"])
-    for i, tokens in kept.items():
+    for i, tokens in recorded.items():
         texts.check_tokens(f"fixed conversation {i}", texts.rendered(texts.FIXED[int(i)], template, tokenizer), tokens)
-    return f"{len(kept)} fixed conversations give the export's tokens", {"fixed": len(kept)}
+    return f"{len(recorded)} fixed conversations give the export's tokens", {"fixed": len(recorded)}
 
 
 def _same_generation(directory: Path, layout: str) -> tuple[str, dict[str, Any]]:

@@ -49,9 +49,10 @@ class Stored(NamedTuple):
         buffer = bytearray((stop - start) * row)
         done = os.preadv(descriptor, [buffer], self.offset + start * row)
         while 0 < done < len(buffer):  # one call returns at most 2 GiB
-            done += (more := os.preadv(descriptor, [memoryview(buffer)[done:]], self.offset + start * row + done))
-            if not more:
+            count = os.preadv(descriptor, [memoryview(buffer)[done:]], self.offset + start * row + done)
+            if not count:
                 break
+            done += count
         if done != len(buffer):
             raise ValueError(f"{self.file} ends inside {self.name}")
         return buffer
@@ -66,7 +67,7 @@ def tensors(directory: Path) -> dict[str, Stored]:
     Raises:
         ValueError: a file cannot be read, has bytes that belong to no tensor or to two, or a name is given twice.
     """
-    found: dict[str, Stored] = {}
+    by_name: dict[str, Stored] = {}
     for file in sorted(directory.iterdir()):
         if file.suffix not in (".safetensors", ".gguf"):
             continue
@@ -75,10 +76,10 @@ def tensors(directory: Path) -> dict[str, Stored]:
         except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
             raise ValueError(f"{file.name} cannot be read: {error}") from error
         for tensor in stored:
-            if tensor.name in found:
-                raise ValueError(f"{tensor.name} is in {found[tensor.name].file.name} and in {file.name}")
-            found[tensor.name] = tensor
-    return found
+            if tensor.name in by_name:
+                raise ValueError(f"{tensor.name} is in {by_name[tensor.name].file.name} and in {file.name}")
+            by_name[tensor.name] = tensor
+    return by_name
 
 
 def dequantised(kind: str, raw: bytearray, rows: int) -> np.ndarray:
@@ -129,13 +130,15 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
 
         def value(kind: int) -> Any:
             if kind == 9:
-                inner, length = take("I"), take("Q")
+                inner = take("I")
+                length = take("Q")
                 return [value(inner) for _ in range(length)]
             return text() if kind == 8 else take(numbers[kind])
 
         if data.read(4) != b"GGUF" or take("I") != 3:
             raise ValueError("it is no GGUF file of version 3")
-        num_tensors, num_keys = take("Q"), take("Q")
+        num_tensors = take("Q")
+        num_keys = take("Q")
         settings: dict[str, Any] = {}
         for _ in range(num_keys):
             key = text()
@@ -146,7 +149,8 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
             shape = tuple(take("Q") for _ in range(take("I")))[::-1]
             places.append((name, shape, *_GGUF[take("I")], take("Q")))
         start = data.tell() + -data.tell() % settings.get("general.alignment", 32)
-    stored, end = [], 0
+    stored: list[Stored] = []
+    end = 0
     for name, shape, kind, block, size, offset in sorted(places, key=lambda place: place[-1]):
         nbytes = math.prod(shape) // block * size
         # Only the padding of the alignment may lie between two tensors.

@@ -15,14 +15,16 @@ CONFIG = "adapter_config.json"
 
 def prove_scaled(directory: Path, source: Path, factor: float) -> None:
     """Raise Fault unless the adapter in `directory` is the one in `source` with its scales multiplied by `factor`."""
-    before, after = (reread.tensors(path) for path in (source, directory))
+    before = reread.tensors(source)
+    after = reread.tensors(directory)
     if different := sorted(before.keys() ^ after.keys()):
         raise Fault(f"{directory} has other tensors than {source}: {different[0]}")
     for name, tensor in after.items():
         if _content(tensor) != _content(before[name]):
             raise Fault(f"{name} in {directory} is not that of {source}")
-    (alphas, others), (scaled, same) = (_settings(read_object(path / CONFIG)) for path in (source, directory))
-    if same != others or scaled.keys() != alphas.keys():
+    alphas, other_settings = _settings(read_object(source / CONFIG))
+    scaled, scaled_other_settings = _settings(read_object(directory / CONFIG))
+    if scaled_other_settings != other_settings or scaled.keys() != alphas.keys():
         raise Fault(f"{directory / CONFIG} has other settings than that of {source}")
     for key, alpha in alphas.items():
         if not math.isclose(scaled[key], factor * alpha, rel_tol=1e-12):

@@ -36,10 +36,10 @@ def hardware() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that a proof depends on."""
     packages = ("moe_train", "jax", "flax", "numpy", "safetensors", "tokenizers", "jinja2", "mistral_common", "gguf")
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -62,10 +62,10 @@ def check_texts(
 def _tokenizer(directory: Path, layout: str, tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
     if tokenizer is None:
         raise NotChecked("the export has no tokenizer")
-    there = {hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir() if file.suffix not in _WEIGHTS}
+    file_hashes = {hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir() if file.suffix not in _WEIGHTS}
     replaced = {"chat_template.jinja"}  # replaced by the run's template
     for file in tokenizer.files:
-        if file.name not in replaced and hashlib.sha256(file.read_bytes()).hexdigest() not in there:
+        if file.name not in replaced and hashlib.sha256(file.read_bytes()).hexdigest() not in file_hashes:
             raise Fault(f"{file.name} of the tokenizer is not in the directory, byte for byte")
     return f"{len(tokenizer.files)} files of the tokenizer, byte for byte", {"count": len(tokenizer.files)}
 
@@ -101,26 +101,26 @@ def _template(
     if isinstance(tokenizer, HuggingFace) and template is None:
         raise NotChecked("the tokenizer has no chat template")
     reloaded = reopened(directory, layout)
-    kept = {}
+    tokens_of_fixed = {}
     for i, conversation in enumerate(FIXED):
         try:
-            kept[i] = rendered(conversation, template, tokenizer)
+            tokens_of_fixed[i] = rendered(conversation, template, tokenizer)
         except ValueError:  # for example a format without system messages
             continue
-        check_tokens(f"fixed conversation {i}", rendered(conversation, reloaded[1], reloaded[0]), kept[i])
+        check_tokens(f"fixed conversation {i}", rendered(conversation, reloaded[1], reloaded[0]), tokens_of_fixed[i])
     for i, conversation in enumerate(conversations):
         check_tokens(
             f"training conversation {i}",
             rendered(conversation, reloaded[1], reloaded[0]),
             rendered(conversation, template, tokenizer),
         )
-    if not kept and not conversations:
+    if not tokens_of_fixed and not conversations:
         raise NotChecked("the template renders no conversation that is here")
-    record["conversations"] = {str(i): tokens for i, tokens in kept.items()}
-    said = f"{len(conversations)} training and {len(kept)} fixed conversations give the training's tokens"
+    record["conversations"] = {str(i): tokens for i, tokens in tokens_of_fixed.items()}
+    summary = f"{len(conversations)} training and {len(tokens_of_fixed)} fixed conversations give the training's tokens"
     if not conversations:
-        said = f"{len(kept)} fixed conversations give the same tokens; the run has no training conversations"
-    return said, {"training": len(conversations), "fixed": len(kept)}
+        summary = f"{len(tokens_of_fixed)} fixed conversations give the same tokens; the run has no training conversations"
+    return summary, {"training": len(conversations), "fixed": len(tokens_of_fixed)}
 
 
 def rendered(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> list[list[int]]:
@@ -143,12 +143,14 @@ def check_generation(directory: Path, layout: str, eos_id: int | None) -> tuple[
     """
     match layout:
         case "hf":
-            what, found = "generation_config.json", read_object(directory / "generation_config.json").get("eos_token_id")
+            key = "generation_config.json"
+            stated = read_object(directory / "generation_config.json").get("eos_token_id")
         case "gguf":
-            what, file = "tokenizer.ggml.eos_token_id", gguf.file_in(directory)
-            found = None if file is None else reread.gguf_settings(file).get(what)
+            key = "tokenizer.ggml.eos_token_id"
+            file = gguf.file_in(directory)
+            stated = None if file is None else reread.gguf_settings(file).get(key)
         case _:
             raise NotChecked("this layout leaves the end of a generation to the tokenizer's own files")
-    if found != eos_id:
-        raise Fault(f"{what} ends a generation at {found}; the tokenizer's end is {eos_id}")
-    return f"{what} ends a generation at {found}", {}
+    if stated != eos_id:
+        raise Fault(f"{key} ends a generation at {stated}; the tokenizer's end is {eos_id}")
+    return f"{key} ends a generation at {stated}", {}

@@ -87,11 +87,14 @@ def leave(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Te
 
 def load(weights: Held) -> Parameters:
     """Read all weights that are in files into arrays."""
+    loaded: Parameters = {}
     with ThreadPoolExecutor() as pool:
-        return {
-            path: _arrays(x.shape, [x.like], x.pieces, x.tensors, pool)[0] if isinstance(x, InFiles) else x
-            for path, x in weights.items()
-        }
+        for path, x in weights.items():
+            if isinstance(x, InFiles):
+                (loaded[path],) = _arrays(x.shape, [x.like], x.pieces, x.tensors, pool)
+            else:
+                loaded[path] = x
+    return loaded
 
 
 def _by_path(table: Collection[Piece]) -> dict[str, dict[tuple[int, ...], Piece]]:
@@ -120,8 +123,8 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
             parsed = ParameterPath.parse(path)
             if parsed.part == "codes":
                 scales = f"{parsed.weight}.scales"
-                both = Quantized(like, abstract[scales])
-                arrays = _arrays(both.shape, both, by_path[parsed.weight], tensors, pool)
+                quantized = Quantized(like, abstract[scales])
+                arrays = _arrays(quantized.shape, quantized, by_path[parsed.weight], tensors, pool)
                 filled |= {path: arrays[0], scales: arrays[1]}
             elif parsed.part != "scales":
                 (filled[path],) = _arrays(like.shape, [like], by_path[path], tensors, pool)
@@ -150,20 +153,24 @@ def _arrays(
     for ranges, devices in replicas.items():
 
         def read(lead: tuple[int, ...], outs: Sequence[np.ndarray], ranges: Ranges = ranges) -> None:
-            piece, tensor = pieces[lead], tensors[pieces[lead].name]
+            piece = pieces[lead]
+            tensor = tensors[piece.name]
             blocks_along = likes.dim if isinstance(likes, Quantized) else None
-            for at, cut in _cuts(piece, tensor, ranges[stacked:], blocks_along):
+            for region, cut in _cuts(piece, tensor, ranges[stacked:], blocks_along):
                 if not isinstance(likes, Quantized):
-                    strided.copy_into(outs[0][at], piece.from_file(tensor.read, cut))
+                    strided.copy_into(outs[0][region], piece.from_file(tensor.read, cut))
                     continue
-                in_few_bits = _quantized(strided.contiguous(piece.from_file(tensor.read, cut)), *how_of(likes))
-                for out, x in zip(outs, in_few_bits, strict=True):
-                    out[at] = x
+                quantized = _quantized(strided.contiguous(piece.from_file(tensor.read, cut)), *how_of(likes))
+                for out, x in zip(outs, quantized, strict=True):
+                    out[region] = x
 
         put = _put_in_place if _is_host(devices[0]) else _put_one_by_one
-        for found, more in zip(parts, put(ranges[:stacked], shards, devices, read, pool), strict=True):
-            found += more
-    return [jax.make_array_from_single_device_arrays(like.shape, sharding, found) for like, found in zip(likes, parts, strict=True)]
+        for device_arrays, new_arrays in zip(parts, put(ranges[:stacked], shards, devices, read, pool), strict=True):
+            device_arrays += new_arrays
+    return [
+        jax.make_array_from_single_device_arrays(like.shape, sharding, device_arrays)
+        for like, device_arrays in zip(likes, parts, strict=True)
+    ]
 
 
 def _is_host(device: jax.Device) -> bool:
@@ -177,11 +184,11 @@ def _put_in_place(
     """Read each of `shards` into host memory that the devices then use directly; returns one array per device for each."""
     hosts = [_aligned(shard.shape, shard.dtype) for shard in shards]
 
-    def one(lead: tuple[int, ...]) -> None:
-        at = tuple(i - start for i, (start, _) in zip(lead, lead_ranges, strict=True))
-        read(lead, [host[at] if at else host for host in hosts])
+    def read_matrix(lead: tuple[int, ...]) -> None:
+        position = tuple(i - start for i, (start, _) in zip(lead, lead_ranges, strict=True))
+        read(lead, [host[position] if position else host for host in hosts])
 
-    list(pool.map(one, _leads(lead_ranges)))
+    list(pool.map(read_matrix, _leads(lead_ranges)))
     return [[jax.device_put(host, device) for device in devices] for host in hosts]
 
 
@@ -191,7 +198,7 @@ def _put_one_by_one(
     """Like `_put_in_place`, for accelerators: a few matrices are on the host at a time."""
     stacked = len(lead_ranges)
 
-    def one(lead: tuple[int, ...]) -> list[np.ndarray]:
+    def read_matrix(lead: tuple[int, ...]) -> list[np.ndarray]:
         hosts = [np.empty((1,) * stacked + shard.shape[stacked:], shard.dtype) for shard in shards]
         read(lead, [host[(0,) * stacked] if stacked else host for host in hosts])
         return hosts
@@ -200,22 +207,22 @@ def _put_one_by_one(
     # a mesh per device, for arrays that live on this device only
     meshes = [Mesh(np.array([device]), ("here",)) for device in devices]
     buffers: list[list[jax.Array]] = [[] for _ in shards]
-    for found, shard in zip(buffers, shards, strict=True):
+    for per_device, shard in zip(buffers, shards, strict=True):
         for mesh in meshes:
             with jax.set_mesh(mesh):
-                found.append(jax.jit(partial(jnp.zeros, shard.shape, shard.dtype), out_shardings=NamedSharding(mesh, P()))())
+                per_device.append(jax.jit(partial(jnp.zeros, shard.shape, shard.dtype), out_shardings=NamedSharding(mesh, P()))())
     window = max(1, BESIDE // max(1, sum(shard.size // len(leads) * shard.dtype.itemsize for shard in shards)))
     for start in range(0, len(leads), window):
-        some = leads[start : start + window]
-        for lead, hosts in zip(some, pool.map(one, some), strict=True):
-            at = [i - first for i, (first, _) in zip(lead, lead_ranges, strict=True)]
-            for found, host in zip(buffers, hosts, strict=True):
-                where = np.array(at + [0] * (host.ndim - stacked), np.int32)
+        batch = leads[start : start + window]
+        for lead, hosts in zip(batch, pool.map(read_matrix, batch), strict=True):
+            position = [i - first for i, (first, _) in zip(lead, lead_ranges, strict=True)]
+            for per_device, host in zip(buffers, hosts, strict=True):
+                start_indices = np.array(position + [0] * (host.ndim - stacked), np.int32)
                 for i, mesh in enumerate(meshes):
                     with jax.set_mesh(mesh):
-                        found[i] = _place(found[i], jax.device_put(host, NamedSharding(mesh, P())), where)
+                        per_device[i] = _place(per_device[i], jax.device_put(host, NamedSharding(mesh, P())), start_indices)
         jax.block_until_ready(buffers)  # frees the host's copies before the next ones are read
-    return [[buffer.addressable_data(0) for buffer in found] for found in buffers]
+    return [[buffer.addressable_data(0) for buffer in per_device] for per_device in buffers]
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -241,8 +248,10 @@ def _cuts(piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None
     """
     rows = piece.axes.index((0,))  # our dim that runs over rows of the file
     start, stop = ranges[rows]
-    row = nbytes([stop - start for start, stop in ranges], tensor.dtype) // max(1, stop - start)
-    step = stop - start if never is not None and rows == len(ranges) + never else CHUNK // max(1, row)
+    row_bytes = nbytes([stop - start for start, stop in ranges], tensor.dtype) // max(1, stop - start)
+    step = CHUNK // max(1, row_bytes)
+    if never is not None and rows == len(ranges) + never:
+        step = stop - start
     for first in range(start, stop, max(1, step)):
         last = min(first + max(1, step), stop)
         into = (slice(None),) * rows + (slice(first - start, last - start),)
@@ -277,17 +286,18 @@ def fetch(array: jax.Array | InFiles, lead: tuple[int, ...] = ()) -> np.ndarray:
         return array.entry(lead)
     if not array.is_fully_addressable:
         return np.asarray(_entry(array, lead))
-    whole = None
+    entry = None
     for shard in array.addressable_shards:
         cuts = [cut.indices(size)[:2] for cut, size in zip(shard.index, array.shape, strict=True)]
         if shard.replica_id == 0 and all(start <= i < stop for i, (start, stop) in zip(lead, cuts, strict=False)):
             part = _entry_of_shard(shard, tuple(i - start for i, (start, _) in zip(lead, cuts, strict=False)))
             if part.shape == array.shape[len(lead) :]:
                 return part
-            whole = np.empty(array.shape[len(lead) :], array.dtype) if whole is None else whole
-            whole[shard.index[len(lead) :]] = part
-    assert whole is not None
-    return whole
+            if entry is None:
+                entry = np.empty(array.shape[len(lead) :], array.dtype)
+            entry[shard.index[len(lead) :]] = part
+    assert entry is not None
+    return entry
 
 
 def _entry_of_shard(shard: Any, lead: tuple[int, ...]) -> np.ndarray:

@@ -83,21 +83,21 @@ def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:
     Raises:
         ValueError: the tensors are not those of the architecture, or do not fill every array.
     """
-    found = _checked(path, abstract)
-    return fill(abstract, found.table, found.tensors)
+    weights = _checked(path, abstract)
+    return fill(abstract, weights.table, weights.tensors)
 
 
 def leave_parameters(path: str | Path, abstract: Abstract) -> dict[str, InFiles]:
     """Return the weights of `load_parameters` lazily, each read when it is needed. Raises the errors of `load_parameters`."""
-    found = _checked(path, abstract)
-    return leave(abstract, found.table, found.tensors)
+    weights = _checked(path, abstract)
+    return leave(abstract, weights.table, weights.tensors)
 
 
 def _checked(path: str | Path, abstract: Abstract) -> Weights:
-    found = open_weights(path)
-    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-    names.check(path, found.table, shapes, {path: like.shape for path, like in unquantized(abstract).items()})
-    return found
+    weights = open_weights(path)
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    names.check(path, weights.table, shapes, {path: like.shape for path, like in unquantized(abstract).items()})
+    return weights
 
 
 def hashes(path: str | Path) -> dict[str, str]:

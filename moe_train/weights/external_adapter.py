@@ -41,7 +41,8 @@ def hashes(path: str | Path) -> dict[str, str]:
         # alpha scales the tensors, so a change of it alone makes another adapter.
         alpha = repr(opened.settings.get("adapter.lora.alpha"))
         return together.tensor_hashes(opened.tensors) | {"adapter.lora.alpha": hashlib.sha256(alpha.encode()).hexdigest()}
-    weights, settings = (peft.WEIGHTS, peft.CONFIG) if layout is peft else (mistral_lora.FILE, params_json.FILE)
+    weights = peft.WEIGHTS if layout is peft else mistral_lora.FILE
+    settings = peft.CONFIG if layout is peft else params_json.FILE
     hashes = together.tensor_hashes(safetensors_files.open_file(Path(path) / weights))
     file = Path(path) / settings
     if file.is_file():  # optional, since mistral-inference does not need it

@@ -36,7 +36,8 @@ def target_of(lora: config.Lora, module: str) -> config.LoraTarget:
 
 def delta(parameters: Held, lora: config.Lora | None, piece: Piece) -> np.ndarray | None:
     """Return scale · A·B in float64, in the dims of the weight; None without an adapter."""
-    if (factors := _factors(parameters, lora, piece)) is None:
+    factors = _factors(parameters, lora, piece)
+    if factors is None:
         return None
     a, b = factors
     return np.tensordot(a, b, axes=1)
@@ -45,13 +46,17 @@ def delta(parameters: Held, lora: config.Lora | None, piece: Piece) -> np.ndarra
 def merged(parameters: Held, lora: config.Lora | None, piece: Piece, dtype: np.dtype) -> np.ndarray:
     """Return round(base + scale · A·B) in `dtype`, with a single rounding; without an adapter, the base's own values."""
     base = fetch(parameters[piece.path], piece.lead)
-    if (factors := _factors(parameters, lora, piece)) is None:
+    factors = _factors(parameters, lora, piece)
+    if factors is None:
         return base.astype(dtype, copy=False)
     a, b = factors
-    inputs, rank = math.prod(a.shape[:-1]), len(b)
-    weight, left, right = base.reshape(inputs, -1), a.reshape(inputs, rank), b.reshape(rank, -1)
-    turned = weight.flags.f_contiguous  # read from a file as (out, in); processing rows of that is several times as fast
-    if turned:
+    inputs = math.prod(a.shape[:-1])
+    rank = len(b)
+    weight = base.reshape(inputs, -1)
+    left = a.reshape(inputs, rank)
+    right = b.reshape(rank, -1)
+    transposed = weight.flags.f_contiguous  # read from a file as (out, in); processing rows of that is several times as fast
+    if transposed:
         weight, left, right = weight.T, right.T, left.T
     # Sums are formed in float64 and rounded once, when they are stored in `out`.
     out = np.empty(weight.shape, dtype)
@@ -59,7 +64,7 @@ def merged(parameters: Held, lora: config.Lora | None, piece: Piece, dtype: np.d
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         out[rows] = left[rows] @ right + weight[rows]
-    return (out.T if turned else out).reshape(base.shape)
+    return (out.T if transposed else out).reshape(base.shape)
 
 
 def _factors(parameters: Held, lora: config.Lora | None, piece: Piece) -> tuple[np.ndarray, np.ndarray] | None:

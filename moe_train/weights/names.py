@@ -215,7 +215,8 @@ class Piece:
 
     def to_file(self, ours: np.ndarray) -> np.ndarray:
         """Turn our matrix, (in dims…, out dims…), into the part of the file's tensor."""
-        sizes, flat = self._sizes(), self._flat_axes()
+        sizes = self._sizes()
+        flat = self._flat_axes()
         return ours.reshape([sizes[axis] for axis in flat]).transpose(np.argsort(flat)).reshape(self.part_shape)
 
     def from_file(
@@ -228,25 +229,28 @@ class Piece:
             ranges: (start, stop) of each of our dims, None for all. In a group such as NH only the first letter may be cut, and a
                 dim of several letters never.
         """
-        sizes, shape = self._sizes(), self.ours_shape
+        sizes = self._sizes()
+        shape = self.ours_shape
         cuts = {axis: (0, size) for axis, size in enumerate(sizes)}
         for dim, cut, size in zip(self.axes, ranges or [(0, size) for size in shape], shape, strict=True):
             assert len(dim) == 1 or cut == (0, size), (self.path, ranges)
             if len(dim) == 1:
                 cuts[dim[0]] = cut
-        rows, dims, axis = [], [], 0
+        rows: list[tuple[int, int]] = []
+        dims: list[int] = []
+        axis = 0
         for group in self.groups:
-            (start, stop), *whole = (cuts[axis + i] for i in range(len(group)))
-            assert whole == [(0, size) for size in group[1:]], (self.path, ranges)
+            (start, stop), *inner_cuts = (cuts[axis + i] for i in range(len(group)))
+            assert inner_cuts == [(0, size) for size in group[1:]], (self.path, ranges)
             inner = math.prod(group[1:])
             rows.append((start * inner, stop * inner))
             dims += [stop - start, *group[1:]]
             axis += len(group)
-        where: list[int | slice] = [at for at in self.part if isinstance(at, int)]
-        offsets = [at[0] for at in self.part if not isinstance(at, int)] + [0] * len(rows)
-        where += [slice(start + o, stop + o) for (start, stop), o in zip(rows, offsets, strict=False)]
-        ours = read(tuple(where)).reshape(dims).transpose(self._flat_axes())
-        return ours.reshape([math.prod(dims[axis] for axis in dim) for dim in self.axes])
+        index: list[int | slice] = [item for item in self.part if isinstance(item, int)]
+        offsets = [item[0] for item in self.part if not isinstance(item, int)] + [0] * len(rows)
+        index += [slice(start + o, stop + o) for (start, stop), o in zip(rows, offsets, strict=False)]
+        matrix = read(tuple(index)).reshape(dims).transpose(self._flat_axes())
+        return matrix.reshape([math.prod(dims[axis] for axis in dim) for dim in self.axes])
 
 
 def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
@@ -255,24 +259,27 @@ def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
     Raises:
         ValueError: the layout cannot express the model.
     """
-    if has := config.without_format(model, layout.file_format):
-        raise ValueError(f"no file format has a place for {has} of family {model.family}")
+    if inexpressible := config.without_format(model, layout.file_format):
+        raise ValueError(f"no file format has a place for {inexpressible} of family {model.family}")
     sizes = _sizes(model)
-    found = [_piece(sizes, layout.embed)]
+    table = [_piece(sizes, layout.embed)]
     for position in config.layers(model):
-        found += _pieces_of_layer(model, layout, position)
-    found.append(_piece(sizes, layout.norm))
-    return found if model.tie_embeddings else [*found, _piece(sizes, layout.head)]
+        table += _pieces_of_layer(model, layout, position)
+    table.append(_piece(sizes, layout.norm))
+    if not model.tie_embeddings:
+        table.append(_piece(sizes, layout.head))
+    return table
 
 
 def _pieces_of_layer(model: config.Model, layout: Layout, position: config.LayerPosition) -> list[Piece]:
-    sizes, prefix = _sizes(model, position.ffn), layout.layer.format(l=position.layer)
+    sizes = _sizes(model, position.ffn)
+    prefix = layout.layer.format(l=position.layer)
     rows = layout.of_layer + (layout.dense if isinstance(position.ffn, config.DenseFfn) else (layout.router,))
-    found = [_piece(sizes, _in_layer(row, position, prefix), (position.repeat,)) for row in rows]
+    table = [_piece(sizes, _in_layer(row, position, prefix), (position.repeat,)) for row in rows]
     for expert in range(sizes.get("E", 0)):
         lead = (position.repeat, expert)
-        found += [_piece(sizes, _in_layer(row, position, prefix), lead) for row in layout.experts]
-    return found
+        table += [_piece(sizes, _in_layer(row, position, prefix), lead) for row in layout.experts]
+    return table
 
 
 def _in_layer(row: Row, position: config.LayerPosition, prefix: str) -> Row:
@@ -305,7 +312,7 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
         ranks: rank of each of our modules that has an adapter, such as `stacks.0.layers.0.ffn.up_proj`.
         layout: names of the files.
     """
-    found: list[Piece] = []
+    table: list[Piece] = []
     everywhere = layout.adapters_of_embed is not None
 
     def add(row: Row, sizes: Mapping[str, int], leads: Sequence[tuple[int, ...]] = ((),)) -> None:
@@ -313,30 +320,36 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
         if module not in ranks:
             return
         out, into = row.dims.split()
-        of_names: tuple[str, str] | None = layout.adapters
+        name_templates: tuple[str, str] | None = layout.adapters
         if row is layout.embed:  # the embedding is a lookup: its rows are the inputs
-            out, into, of_names = into, out, layout.adapters_of_embed
-        assert of_names is not None
+            out, into = into, out
+            name_templates = layout.adapters_of_embed
+        assert name_templates is not None
         # A has the weight's in dims and B its out dims, each followed or preceded by the rank.
         inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
-        name_a, name_b = (name.format(stem=row.name.removesuffix(".weight")) for name in of_names)
+        name_a, name_b = (name.format(stem=row.name.removesuffix(".weight")) for name in name_templates)
         a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
         b = Row(name_b, f"{out} J", f"{module}.lora_b", f"J {outputs}", row.stack)
         in_file = {**sizes, "J": ranks[module]}
-        found.extend(_piece(in_file, row, lead) for lead in leads for row in (a, b))
+        for lead in leads:
+            table.append(_piece(in_file, a, lead))
+            table.append(_piece(in_file, b, lead))
 
     if everywhere:
         add(layout.embed, _sizes(model))
     for position in config.layers(model):
-        sizes, prefix = _sizes(model, position.ffn), layout.layer.format(l=position.layer)
+        sizes = _sizes(model, position.ffn)
+        prefix = layout.layer.format(l=position.layer)
         sparse = isinstance(position.ffn, config.MoeFfn)
         for row in (*linear_rows(position.ffn, layout), *((layout.router,) if sparse and everywhere else ())):
-            of_expert = sparse and row in layout.experts
-            leads = [(position.repeat, e) for e in range(sizes["E"])] if of_expert else [(position.repeat,)]
+            is_expert = sparse and row in layout.experts
+            leads: list[tuple[int, ...]] = [(position.repeat,)]
+            if is_expert:
+                leads = [(position.repeat, e) for e in range(sizes["E"])]
             add(_in_layer(row, position, prefix), sizes, leads)
     if everywhere and not model.tie_embeddings:
         add(layout.head, _sizes(model))
-    return found
+    return table
 
 
 def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any]) -> None:
@@ -351,9 +364,13 @@ def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any])
     """
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 0
-    for count, what, most in ((model.num_layers, "layers", len(tensors)), (experts, "experts", largest)):
-        if count > most:
-            raise ValueError(f"{where} states {count:,} {what}, but has {len(tensors):,} tensors, no dim above {largest:,}")
+    counts = (
+        (model.num_layers, "layers", len(tensors)),
+        (experts, "experts", largest),
+    )
+    for count, kind, limit in counts:
+        if count > limit:
+            raise ValueError(f"{where} states {count:,} {kind}, but has {len(tensors):,} tensors, no dim above {largest:,}")
 
 
 def check(
@@ -367,14 +384,14 @@ def check(
         tensors: shapes by name in the file.
         parameters: shapes by our path.
     """
-    wanted = {piece.name: piece.shape for piece in table}
+    expected_shapes = {piece.name: piece.shape for piece in table}
     faults = []
-    if missing := [name for name in wanted if name not in tensors]:
+    if missing := [name for name in expected_shapes if name not in tensors]:
         faults.append(f"lacks {_some(missing)}")
-    if extra := [name for name in tensors if name not in wanted]:
+    if extra := [name for name in tensors if name not in expected_shapes]:
         faults.append(f"has {_some(extra)}, which this architecture has not")
-    if wrong := [n for n, shape in wanted.items() if n in tensors and tuple(tensors[n]) != shape]:
-        faults.append("has " + _some([f"{n} of shape {tuple(tensors[n])} instead of {wanted[n]}" for n in wrong]))
+    if wrong := [n for n, shape in expected_shapes.items() if n in tensors and tuple(tensors[n]) != shape]:
+        faults.append("has " + _some([f"{n} of shape {tuple(tensors[n])} instead of {expected_shapes[n]}" for n in wrong]))
     if faults:
         raise ValueError(f"{where} does not hold the model that its config describes: it {'; it '.join(faults)}")
     filled: dict[str, set[tuple[int, ...]]] = {}
@@ -387,14 +404,15 @@ def check(
     for piece in table:
         if piece.path not in parameters:
             continue
-        shape, lead = tuple(parameters[piece.path]), len(piece.lead)
-        if shape[lead:] != piece.ours_shape or math.prod(shape[:lead]) != len(filled[piece.path]):
+        shape = tuple(parameters[piece.path])
+        stacked = len(piece.lead)
+        if shape[stacked:] != piece.ours_shape or math.prod(shape[:stacked]) != len(filled[piece.path]):
             raise ValueError(f"{where}: {piece.name} gives {len(filled[piece.path])} x {piece.ours_shape}, {piece.path} is {shape}")
 
 
 def _some(names: Collection[str], show: int = 3) -> str:
-    more = f" and {len(names) - show} more" if len(names) > show else ""
-    return ", ".join(list(names)[:show]) + more
+    suffix = f" and {len(names) - show} more" if len(names) > show else ""
+    return ", ".join(list(names)[:show]) + suffix
 
 
 def _sizes(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, int]:
@@ -415,7 +433,8 @@ def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Pi
     shape: tuple[int, ...] = tuple(math.prod(group) for group in groups)
     part: tuple[int | tuple[int, int], ...] = ()
     if row.stack == "experts":
-        shape, part = (sizes["E"], *shape), (lead[1],)
+        shape = (sizes["E"], *shape)
+        part = (lead[1],)
     elif row.stack:
         F = shape[0]
         part = (lead[1], (0, F) if row.stack == "gate of gate_up" else (F, 2 * F))

@@ -55,9 +55,9 @@ class Weights(NamedTuple):
     @property
     def dtype(self) -> config.Dtype | None:
         """The dtype of all tensors; None if they have several, or one that this package does not write."""
-        found = {tensor.dtype.name for tensor in self.tensors.values()}
+        dtypes = {tensor.dtype.name for tensor in self.tensors.values()}
         for dtype in get_args(config.Dtype):
-            if found == {dtype}:
+            if dtypes == {dtype}:
                 return dtype
         return None
 

@@ -52,20 +52,26 @@ class Tensor:
 
         The file is read rather than mapped, since pages of a mapped file would count as this process's memory.
         """
-        cuts = [range(at, at + 1) if isinstance(at, int) else range(*at.indices(size)) for at, size in zip(index, self.shape)]  # noqa: B905
+        cuts: list[range] = []
+        for entry, size in zip(index, self.shape, strict=False):  # dims without an entry are read in full
+            if isinstance(entry, int):
+                cuts.append(range(entry, entry + 1))
+            else:
+                cuts.append(range(*entry.indices(size)))
         cuts += [range(size) for size in self.shape[len(cuts) :]]
         out = np.empty([len(cut) for cut in cuts], self.dtype)
         if out.size:
-            # dims from `whole` on are contiguous in the file
-            whole = max((d for d, (cut, size) in enumerate(zip(cuts, self.shape, strict=True)) if len(cut) < size), default=0)
+            # dims from `last_cut` on are contiguous in the file
+            last_cut = max((d for d, (cut, size) in enumerate(zip(cuts, self.shape, strict=True)) if len(cut) < size), default=0)
             strides = [nbytes(self.shape[d + 1 :], self.dtype) for d in range(len(self.shape))]
-            for lead in itertools.product(*(range(len(cut)) for cut in cuts[:whole])):
-                at = sum(cut[i] * stride for cut, i, stride in zip(cuts, (*lead, 0), strides))  # noqa: B905
-                self._read_into(out[lead], self.offset + at)
+            for lead in itertools.product(*(range(len(cut)) for cut in cuts[:last_cut])):
+                start = sum(cut[i] * stride for cut, i, stride in zip(cuts, (*lead, 0), strides))  # noqa: B905
+                self._read_into(out[lead], self.offset + start)
         return out.reshape([len(cut) for d, cut in enumerate(cuts) if d >= len(index) or not isinstance(index[d], int)])
 
     def _read_into(self, out: np.ndarray, offset: int) -> None:
-        into, done = out.reshape(-1).view(np.uint8).data, 0
+        into = out.reshape(-1).view(np.uint8).data
+        done = 0
         while done < len(into):  # one call returns at most 2 GiB
             count = os.preadv(self.opened.fileno(), [into[done:]], offset + done)
             if not count:
@@ -101,11 +107,11 @@ def open_model(directory: str | Path, stem: str = "model") -> dict[str, Tensor]:
     weight_map = _weight_map(index)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
-        found = open_file(index.parent / file)
-        listed = {name for name, at in weight_map.items() if at == file}
-        if different := sorted(listed ^ set(found)):
+        opened = open_file(index.parent / file)
+        listed = {name for name, shard in weight_map.items() if shard == file}
+        if different := sorted(listed ^ set(opened)):
             raise ValueError(f"{index} and {file} disagree about {different[0]} ({len(different)} tensors in all); fetch both")
-        tensors |= found
+        tensors |= opened
     return tensors
 
 
@@ -131,7 +137,10 @@ def open_file(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: {error}") from error
     tensors = {}
     for name in names:
-        code, shape, (start, _) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+        entry = header[name]
+        code = entry["dtype"]
+        shape = entry["shape"]
+        start, _ = entry["data_offsets"]
         if code not in _DTYPES:
             raise ValueError(f"{file}: {name} is {code}, read are {', '.join(_DTYPES)}; quantised models are not supported")
         tensors[name] = Tensor(name, file, tuple(shape), _DTYPES[code], 8 + length + start, opened)
@@ -143,12 +152,12 @@ def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
     The library would take the last of several tensors with the same name, but which of them was meant is unknown.
     """
-    found: dict[str, Any] = {}
+    header: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in header:
             raise ValueError(f"its header has {name} twice")
-        found[name] = value
-    return found
+        header[name] = value
+    return header
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -157,8 +166,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         files = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of safetensors files ({type(error).__name__}: {error})") from error
-    if foreign := sorted(str(f) for f in files if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")):
-        raise ValueError(f"{index} names {foreign[0]!r}; files of a model lie beside their index, as plain names")
+    if invalid := sorted(str(f) for f in files if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")):
+        raise ValueError(f"{index} names {invalid[0]!r}; files of a model lie beside their index, as plain names")
     return weight_map
 
 
@@ -217,17 +226,19 @@ def write_model(
             write_file(files[first], shards[first], tensor)
             continue
         together = shards[first : first + share.of]
-        mine = share.first if share.first < len(together) else None
+        own_index = share.first if share.first < len(together) else None
         # Interleaved (the k-th tensor of each file in turn), so that all processes write at the same time.
-        in_order = [(i, spec) for specs in itertools.zip_longest(*together) for i, spec in enumerate(specs) if spec is not None]
-        asked = ((i == mine, tensor(spec)) for i, spec in in_order)
+        in_order: list[tuple[int, Spec]] = []
+        for kth_specs in itertools.zip_longest(*together):
+            in_order += [(i, spec) for i, spec in enumerate(kth_specs) if spec is not None]
+        requested = ((i == own_index, tensor(spec)) for i, spec in in_order)
         try:
-            if mine is not None:
-                mine_alone = (x for own, x in asked if own)
-                write_file(files[first + mine], together[mine], lambda spec, mine_alone=mine_alone: next(mine_alone))  # type: ignore[misc]
+            if own_index is not None:
+                mine_alone = (x for is_own, x in requested if is_own)
+                write_file(files[first + own_index], together[own_index], lambda spec, mine_alone=mine_alone: next(mine_alone))  # type: ignore[misc]
         except OSError as error:
             errors.append(error)
-        for _ in asked:  # the remaining arrays belong to other processes, but asking for them is collective
+        for _ in requested:  # the remaining arrays belong to other processes, but asking for them is collective
             pass
     if errors:
         raise errors[0]
@@ -235,10 +246,10 @@ def write_model(
         "metadata": {"total_size": sum(nbytes(s.shape, s.dtype) for s in specs)},
         "weight_map": {spec.name: file.name for file, shard in zip(files, shards, strict=True) for spec in shard},
     }
-    at = directory / INDEX.format(stem="model")
+    index_path = directory / INDEX.format(stem="model")
     if share.first == 0:
-        at.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [*files, at]
+        index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*files, index_path]
 
 
 def write_file(file: Path, specs: Iterable[Spec], tensor: Callable[[Spec], np.ndarray]) -> None:

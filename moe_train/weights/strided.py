@@ -15,7 +15,8 @@ def contiguous(x: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
     dtype = x.dtype if dtype is None else dtype
     if x.ndim < 2 or x.flags.c_contiguous:
         return np.ascontiguousarray(x, dtype)
-    copy_into(out := np.empty(x.shape, dtype), x)
+    out = np.empty(x.shape, dtype)
+    copy_into(out, x)
     return out
 
 

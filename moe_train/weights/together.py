@@ -24,7 +24,7 @@ from moe_train.weights.on_disk import Tensor
 
 T = TypeVar("T")
 
-_ROOM = 4096
+_MAX_TEXT_BYTES = 4096
 """Maximum length in bytes of a text that is sent."""
 
 
@@ -42,10 +42,10 @@ def from_first(text: str) -> str:
     """Return the text that process 0 has."""
     if jax.process_count() == 1:
         return text
-    encoded = np.zeros(_ROOM, np.int32)
+    encoded = np.zeros(_MAX_TEXT_BYTES, np.int32)
     if is_first():
-        own = np.frombuffer(text.encode(), np.uint8)
-        encoded[: len(own)] = own
+        text_bytes = np.frombuffer(text.encode(), np.uint8)
+        encoded[: len(text_bytes)] = text_bytes
     (first, *_) = _over_processes(encoded)
     # The text ends at the last byte that is not zero.
     return bytes(first[: np.flatnonzero(first)[-1] + 1].astype(np.uint8)).decode()
@@ -61,8 +61,8 @@ def one_directory(path: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: in all processes, if one of them does not see what the first one created.
     """
-    with new_directory(path) if is_first() else nullcontext() as made:
-        directory = Path(from_first(str(made and made.absolute())))
+    with new_directory(path) if is_first() else nullcontext() as created:
+        directory = Path(from_first(str(created and created.absolute())))
         require_shared(directory)
         yield directory
     all_agree(True)
@@ -77,11 +77,13 @@ def require_shared(directory: Path) -> None:
     if jax.process_count() == 1:
         return
     until = time.monotonic() + SEEN_WITHIN_SECONDS
-    while not (seen := directory.is_dir()) and time.monotonic() < until:
+    is_visible = directory.is_dir()
+    while not is_visible and time.monotonic() < until:
         time.sleep(0.1)
-    if not all_agree(seen):
-        said = f"process {jax.process_index()} on {platform.node()} {'sees' if seen else 'does not see'} {directory}"
-        raise ValueError(f"{directory.parent} is not on a file system that all processes share: {said}; choose one that is")
+        is_visible = directory.is_dir()
+    if not all_agree(is_visible):
+        observation = f"process {jax.process_index()} on {platform.node()} {'sees' if is_visible else 'does not see'} {directory}"
+        raise ValueError(f"{directory.parent} is not on a file system that all processes share: {observation}; choose one that is")
 
 
 @contextmanager
@@ -115,9 +117,9 @@ def first_writes(made: Iterator[T], write: Callable[[Iterator[T]], object]) -> N
 def gathered(parameters: Held) -> Parameters:
     """Return the same arrays whole in each process, on its first device; for few and small arrays, such as adapters."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("here",))
-    whole = {path: fetch(array) for path, array in parameters.items()}
+    on_host = {path: fetch(array) for path, array in parameters.items()}
     with jax.set_mesh(mesh):
-        return {path: jax.device_put(array, NamedSharding(mesh, P())) for path, array in whole.items()}
+        return {path: jax.device_put(array, NamedSharding(mesh, P())) for path, array in on_host.items()}
 
 
 def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]]) -> dict[str, str]:
@@ -133,18 +135,19 @@ def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]
     if jax.process_count() == 1:
         return dict(of(list(sizes)))
     names = sorted(sizes, key=lambda name: (-sizes[name], name))
-    seen = hashlib.sha256(repr([(name, sizes[name]) for name in names]).encode()).digest()
-    everyones = _over_processes(np.frombuffer(seen, np.int32))
+    names_digest = hashlib.sha256(repr([(name, sizes[name]) for name in names]).encode()).digest()
+    everyones = _over_processes(np.frombuffer(names_digest, np.int32))
     if (everyones != everyones[0]).any():
         raise ValueError(f"the processes do not see the same files under the names {names[0]}, …; let them share a file system")
-    owner, loads = {}, [0] * jax.process_count()
+    owner: dict[str, int] = {}
+    loads = [0] * jax.process_count()
     for name in names:
         owner[name] = loads.index(min(loads))
         loads[owner[name]] += sizes[name]
-    mine = of([name for name in names if owner[name] == jax.process_index()])
-    found = np.stack([np.frombuffer(bytes.fromhex(mine.get(name, "00" * 32)), np.int32) for name in names])
+    own_hashes = of([name for name in names if owner[name] == jax.process_index()])
+    digests = np.stack([np.frombuffer(bytes.fromhex(own_hashes.get(name, "00" * 32)), np.int32) for name in names])
     # Hashes that other processes computed are zero here, so a bitwise OR combines them.
-    return {name: row.tobytes().hex() for name, row in zip(names, np.bitwise_or.reduce(_over_processes(found)), strict=True)}
+    return {name: row.tobytes().hex() for name, row in zip(names, np.bitwise_or.reduce(_over_processes(digests)), strict=True)}
 
 
 def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -156,15 +159,15 @@ def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 # --- between processes ---------------------------------------------------------------------------------------------
 
 
-def _over_processes(mine: np.ndarray) -> np.ndarray:
-    """Return an array of every device's row, (devices, …), in the order of processes; a row is its process's `mine`."""
+def _over_processes(own_row: np.ndarray) -> np.ndarray:
+    """Return an array of every device's row, (devices, …), in the order of processes; a row is its process's `own_row`."""
     mesh = jax.sharding.get_mesh()
-    rows = np.stack([mine] * len(mesh.local_devices))
+    rows = np.stack([own_row] * len(mesh.local_devices))
     spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), rows)
     owner = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), np.full(len(rows), jax.process_index(), np.int32))
-    found, owners = (np.asarray(x) for x in _whole(spread, owner))
+    values, owners = (np.asarray(x) for x in _whole(spread, owner))
     # The mesh need not list devices in the order of their processes.
-    return found[np.argsort(owners, kind="stable")]
+    return values[np.argsort(owners, kind="stable")]
 
 
 @jax.jit

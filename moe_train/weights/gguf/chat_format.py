@@ -83,10 +83,10 @@ def recognised(template: str, tokenizer: Tokenizer) -> Format | None:
     for mark in sandbox.GENERATION:
         texts = [text.replace(mark, "") for text in texts]
     begin = tokens.get("bos_token", "")
-    for found in FORMATS.values():
-        wanted = [spelled(found, conversation, ask) for conversation, ask in zip(conversations, asks, strict=True)]
-        if [text.removeprefix(begin) for text in texts] == wanted:
-            return found
+    for chat in FORMATS.values():
+        expected_texts = [spelled(chat, conversation, ask) for conversation, ask in zip(conversations, asks, strict=True)]
+        if [text.removeprefix(begin) for text in texts] == expected_texts:
+            return chat
     return None
 
 
@@ -99,10 +99,15 @@ def spelled(chat: Format, messages: Sequence[Mapping[str, Any]], ask: bool = Fal
         content = message["content"]
         match message["role"]:
             case "system":
-                text += content.join(chat.system) if isinstance(chat.system, tuple) else ""
+                if isinstance(chat.system, tuple):
+                    text += content.join(chat.system)
             case "user":
-                here = {"first": users[0], "last": users[-1]}.get(chat.system) if isinstance(chat.system, str) else None
-                text += (f"{system}\n\n{content}" if system is not None and i == here else content).join(chat.user)
+                system_turn = None  # index of the user turn that the system text precedes
+                if isinstance(chat.system, str):
+                    system_turn = {"first": users[0], "last": users[-1]}.get(chat.system)
+                if system is not None and i == system_turn:
+                    content = f"{system}\n\n{content}"
+                text += content.join(chat.user)
             case role:
                 assert role == "assistant", role
                 text += content.join(chat.assistant)
@@ -111,7 +116,8 @@ def spelled(chat: Format, messages: Sequence[Mapping[str, Any]], ask: bool = Fal
 
 def jinja(chat: Format) -> str:
     """Return the Jinja template, including the beginning of the sequence; what it does not support (tools) raises an error."""
-    content, refuse = "message['content']", "{{- raise_exception('of roles, there are system, user and assistant') }}"
+    content = "message['content']"
+    refuse = "{{- raise_exception('of roles, there are system, user and assistant') }}"
     user = f"{{{{- {_quoted(chat.user[0])} + {content} + {_quoted(chat.user[1])} }}}}"
     lines = ["{{- bos_token }}"]
     if isinstance(chat.system, tuple):
@@ -119,7 +125,7 @@ def jinja(chat: Format) -> str:
         lines += ["{%- for message in messages %}"]
     else:
         system = ""
-        where = "loop.index0 == turns.first" if chat.system == "first" else "loop.index0 == turns.last"
+        condition = "loop.index0 == turns.first" if chat.system == "first" else "loop.index0 == turns.last"
         lines += [
             "{%- set turns = namespace(first=none, last=none, system=none) %}",
             "{%- for message in messages %}",
@@ -129,7 +135,7 @@ def jinja(chat: Format) -> str:
             "{%- endfor %}",
             "{%- for message in messages %}",
         ]
-        rules = f"(turns.system + '\\n\\n' if turns.system is not none and {where} else '')"
+        rules = f"(turns.system + '\\n\\n' if turns.system is not none and {condition} else '')"
         user = f"{{{{- {_quoted(chat.user[0])} + {rules} + {content} + {_quoted(chat.user[1])} }}}}"
     return "\n".join(
         [
@@ -156,10 +162,11 @@ def go(chat: Format) -> str:
     if isinstance(chat.system, tuple):
         system = f'{{{{ if eq .Role "system" }}}}{_go(chat.system[0])}{{{{ .Content }}}}{_go(chat.system[1])}{{{{ end }}}}'
     else:  # the user turn to be answered is the last message
-        where = "$first" if chat.system == "first" else "$last"
-        rules = f'{{{{ if and {where} $.System }}}}{{{{ $.System }}}}{{{{ "\\n\\n" }}}}{{{{ end }}}}'
+        condition = "$first" if chat.system == "first" else "$last"
+        rules = f'{{{{ if and {condition} $.System }}}}{{{{ $.System }}}}{{{{ "\\n\\n" }}}}{{{{ end }}}}'
     if chat.system == "first":
-        first, rules = "{{ $first := true }}", rules + "{{ $first = false }}"
+        first = "{{ $first := true }}"
+        rules += "{{ $first = false }}"
     return "".join(
         [
             first,

@@ -64,11 +64,12 @@ class Tensor:
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Read the part at `index` into memory: integers and step-1 slices of leading dims; () is the whole tensor."""
-        rows, columns = index[: len(self.shape) - 1], index[len(self.shape) - 1 :]
-        found = np.array(self.data[rows])
+        rows = index[: len(self.shape) - 1]
+        columns = index[len(self.shape) - 1 :]
+        stored = np.array(self.data[rows])
         plain = PLAIN.get(self.encoding.name)
-        whole = found.view(plain) if plain else _dequantised(found, self.encoding.name)
-        return np.ascontiguousarray(whole[(..., *columns)]) if columns else whole
+        decoded = stored.view(plain) if plain else _dequantised(stored, self.encoding.name)
+        return np.ascontiguousarray(decoded[(..., *columns)]) if columns else decoded
 
 
 class Gguf(NamedTuple):
@@ -93,69 +94,73 @@ def open_file(file: str | Path) -> Gguf:
     if file.stat().st_size < 24:
         raise ValueError(f"{file} is no GGUF file: it has {file.stat().st_size} bytes")
     data = np.memmap(file, np.uint8, "r")
-    at = _Cursor(file, data)
-    if bytes(at.take(4, "the magic")) != MAGIC:
+    cursor = _Cursor(file, data)
+    if bytes(cursor.take(4, "the magic")) != MAGIC:
         raise ValueError(f"{file} is no GGUF file: it begins with {bytes(data[:4])!r}")
-    version = at.number("<I", "the version")
+    version = cursor.number("<I", "the version")
     # A big-endian version number that is read as little-endian has zero low bytes.
     if version & 0xFFFF == 0:
         raise ValueError(f"{file} is big-endian, which is not read here; make a little-endian one (gguf-convert-endian)")
     if version not in VERSIONS:
         raise ValueError(f"{file} has GGUF version {version}; read are {VERSIONS[0]} and {VERSIONS[1]}")
-    num_tensors, num_keys = at.number("<Q", "the number of tensors"), at.number("<Q", "the number of keys")
+    num_tensors = cursor.number("<Q", "the number of tensors")
+    num_keys = cursor.number("<Q", "the number of keys")
     # The smallest possible key (13 bytes) and tensor (32 bytes) bound the counts, before anything is allocated for them.
-    at.can_hold(num_keys, 13, "keys")
-    at.can_hold(num_tensors, 32, "tensors")
+    cursor.can_hold(num_keys, 13, "keys")
+    cursor.can_hold(num_tensors, 32, "tensors")
     settings: dict[str, Any] = {}
     for _ in range(num_keys):
-        key = at.name("a key")
+        key = cursor.name("a key")
         if key in settings:
             raise ValueError(f"{file} has the key {key!r} twice")
-        settings[key] = at.value(key)
-    infos = [_tensor_info(at) for _ in range(num_tensors)]
+        settings[key] = cursor.value(key)
+    infos = [_tensor_info(cursor) for _ in range(num_tensors)]
     alignment = settings.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"{file}: general.alignment is {alignment!r}; it has to be a power of two")
-    return Gguf(file, settings, _tensors(file, data, infos, at.offset + -at.offset % alignment, alignment))
+    return Gguf(file, settings, _tensors(file, data, infos, cursor.offset + -cursor.offset % alignment, alignment))
 
 
 class _Cursor:
     """Reads a header from front to back; anything beyond the end of the file is an error before it is accessed."""
 
     def __init__(self, file: Path, data: np.ndarray) -> None:
-        self.file, self.data, self.offset = file, data.data, 0
+        self.file = file
+        self.data = data.data
+        self.offset = 0
 
-    def can_hold(self, count: int, size: int, what: str) -> None:
+    def can_hold(self, count: int, size: int, label: str) -> None:
         """Raise ValueError if fewer than `count` items of `size` bytes are left in the file."""
-        if count * size > (left := len(self.data) - self.offset):
+        remaining = len(self.data) - self.offset
+        if count * size > remaining:
             raise ValueError(
-                f"{self.file} is truncated or damaged: {count:,} {what} at byte {self.offset}, {left:,} bytes are left"
+                f"{self.file} is truncated or damaged: {count:,} {label} at byte {self.offset}, {remaining:,} bytes are left"
             )
 
-    def take(self, size: int, what: str) -> memoryview:
+    def take(self, size: int, label: str) -> memoryview:
         """Return the next `size` bytes."""
-        self.can_hold(size, 1, f"bytes for {what}")
+        self.can_hold(size, 1, f"bytes for {label}")
         self.offset += size
         return self.data[self.offset - size : self.offset]
 
-    def number(self, code: str, what: str) -> int:
+    def number(self, code: str, label: str) -> int:
         """Read a number with the given `struct` code."""
-        return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+        return struct.unpack(code, self.take(struct.calcsize(code), label))[0]
 
-    def text(self, what: str) -> str:
+    def text(self, label: str) -> str:
         """Read a string."""
-        found = self.take(self.number("<Q", f"the length of {what}"), what)
+        raw = self.take(self.number("<Q", f"the length of {label}"), label)
         try:
-            return str(found, "utf-8")
+            return str(raw, "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.file}: {what} is not UTF-8 at byte {self.offset - len(found) + error.start}") from error
+            raise ValueError(f"{self.file}: {label} is not UTF-8 at byte {self.offset - len(raw) + error.start}") from error
 
-    def name(self, what: str) -> str:
+    def name(self, label: str) -> str:
         """Read a string that error messages can show in a line."""
-        found = self.text(what)
-        if not found.isprintable() or len(found) > 256:
-            raise ValueError(f"{self.file} is damaged: {what} is {found[:40]!r}, of {len(found)} letters")
-        return found
+        text = self.text(label)
+        if not text.isprintable() or len(text) > 256:
+            raise ValueError(f"{self.file} is damaged: {label} is {text[:40]!r}, of {len(text)} letters")
+        return text
 
     def value(self, key: str) -> Any:
         """Read the value of a key."""
@@ -166,7 +171,8 @@ class _Cursor:
             return np.frombuffer(self.take(_NUMBERS[code].itemsize, key), _NUMBERS[code])[0].item()
         if code != _ARRAY:
             raise ValueError(f"{self.file}: {key} has the unknown type {code}")
-        code, length = self.number("<I", f"the type of {key}"), self.number("<Q", f"the length of {key}")
+        code = self.number("<I", f"the type of {key}")
+        length = self.number("<Q", f"the length of {key}")
         if code == _STRING:
             self.can_hold(length, 8, f"strings in {key}")
             return [self.text(f"entry {i} of {key}") for i in range(length)]
@@ -183,20 +189,20 @@ class _Info(NamedTuple):
     offset: int
 
 
-def _tensor_info(at: _Cursor) -> _Info:
-    name = at.name("a tensor's name")
-    count = at.number("<I", f"the number of dims of {name}")
+def _tensor_info(cursor: _Cursor) -> _Info:
+    name = cursor.name("a tensor's name")
+    count = cursor.number("<I", f"the number of dims of {name}")
     if not 1 <= count <= MAX_DIMS:
-        raise ValueError(f"{at.file}: {name} has {count} dims; there may be 1 to {MAX_DIMS}")
-    dims = [at.number("<Q", f"a dim of {name}") for _ in range(count)]
+        raise ValueError(f"{cursor.file}: {name} has {count} dims; there may be 1 to {MAX_DIMS}")
+    dims = [cursor.number("<Q", f"a dim of {name}") for _ in range(count)]
     shape = tuple(reversed(dims))
-    code = at.number("<I", f"the type of {name}")
-    encoding = _encoding(at.file, name, code)
+    code = cursor.number("<I", f"the type of {name}")
+    encoding = _encoding(cursor.file, name, code)
     if 0 in dims or math.prod(dims) >= 2**60:
-        raise ValueError(f"{at.file}: {name} has the shape {shape}")
+        raise ValueError(f"{cursor.file}: {name} has the shape {shape}")
     if shape[-1] % encoding.block:
-        raise ValueError(f"{at.file}: {name} has rows of {shape[-1]} numbers; {encoding.name} has blocks of {encoding.block}")
-    return _Info(name, shape, encoding, at.number("<Q", f"the offset of {name}"))
+        raise ValueError(f"{cursor.file}: {name} has rows of {shape[-1]} numbers; {encoding.name} has blocks of {encoding.block}")
+    return _Info(name, shape, encoding, cursor.number("<Q", f"the offset of {name}"))
 
 
 def _encoding(file: Path, name: str, code: int) -> Encoding:
@@ -216,23 +222,25 @@ def _encoding(file: Path, name: str, code: int) -> Encoding:
 
 def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, alignment: int) -> dict[str, Tensor]:
     """Return the tensors after checking that each is inside the file and that none overlap."""
-    found: dict[str, Tensor] = {}
-    end, before = 0, ""
+    tensors: dict[str, Tensor] = {}
+    end = 0
+    previous = ""
     for name, shape, encoding, offset in sorted(infos, key=lambda info: info.offset):
-        if name in found:
+        if name in tensors:
             raise ValueError(f"{file} has the tensor {name} twice")
         row = shape[-1] // encoding.block * encoding.size
         size = math.prod(shape[:-1]) * row
         if offset % alignment:
             raise ValueError(f"{file}: {name} is at {offset}, which is no multiple of the alignment {alignment}")
         if offset < end:
-            raise ValueError(f"{file}: {name} overlaps {before}")
+            raise ValueError(f"{file}: {name} overlaps {previous}")
         if start + offset + size > len(data):
             raise ValueError(f"{file} is truncated: {name} ends at byte {start + offset + size:,}, the file at {len(data):,}")
-        bytes_of = data[start + offset : start + offset + size].reshape(*shape[:-1], row)
-        found[name] = Tensor(name, file, shape, encoding, bytes_of)
-        end, before = offset + size, name
-    return found
+        tensor_bytes = data[start + offset : start + offset + size].reshape(*shape[:-1], row)
+        tensors[name] = Tensor(name, file, shape, encoding, tensor_bytes)
+        end = offset + size
+        previous = name
+    return tensors
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -287,7 +295,9 @@ def write_file(
 def nbytes(spec: Spec) -> int:
     """Return the bytes of a tensor in the file."""
     numbers = math.prod(spec.shape)
-    return numbers * PLAIN[spec.encoding].itemsize if spec.encoding in PLAIN else numbers // _Q8_BLOCK * _Q8_BYTES
+    if spec.encoding in PLAIN:
+        return numbers * PLAIN[spec.encoding].itemsize
+    return numbers // _Q8_BLOCK * _Q8_BYTES
 
 
 def fits(encoding: str, shape: tuple[int, ...]) -> bool:

@@ -64,8 +64,8 @@ def file_in(path: str | Path) -> Path | None:
     path = Path(path)
     if path.suffix == ".gguf":
         return path
-    found = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return found[0] if len(found) == 1 else None
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    return files[0] if len(files) == 1 else None
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -98,12 +98,12 @@ def unpack_tokenizer(file: Path) -> Path:
     Raises:
         ValueError: the tokenizer is not supported, or the folder cannot be written.
     """
-    found = gguf_tokenizer.keys(container.open_file(file).settings)
-    folder = file.with_name(f"{file.stem}.tokenizer-{gguf_tokenizer.identity(found)[:8]}")
+    tokenizer_keys = gguf_tokenizer.keys(container.open_file(file).settings)
+    folder = file.with_name(f"{file.stem}.tokenizer-{gguf_tokenizer.identity(tokenizer_keys)[:8]}")
     if not folder.is_dir():
         try:
             with new_directory(folder) as directory:
-                gguf_tokenizer.extract(found, directory, file)
+                gguf_tokenizer.extract(tokenizer_keys, directory, file)
         except FileExistsError:
             log.info("another process has just unpacked %s", folder)
         except PermissionError as error:
@@ -175,7 +175,9 @@ def _chat(tokenizer: Tokenizer | None, template: str | None) -> tuple[str | None
         return chat_format.jinja(chat), chat
     if tokenizer is not None and template is None:
         template = tokenizer.chat_template
-    return template, chat_format.recognised(template, tokenizer) if tokenizer and template else None
+    if not tokenizer or not template:
+        return template, None
+    return template, chat_format.recognised(template, tokenizer)
 
 
 def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, settings: Mapping[str, Any]) -> None:
@@ -194,11 +196,15 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, sett
                 raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
             yield part
 
+    def all_parts() -> Iterator[np.ndarray]:
+        for spec in specs:
+            yield from parts(spec)
+
     settings = {**settings, "general.file_type": np.uint32(code), "general.quantization_version": np.uint32(2)}
-    made = (part for spec in specs for part in parts(spec))
-    each = {name: len(pieces) for name, pieces in tensors.items()}
+    chunks = all_parts()
+    piece_counts = {name: len(pieces) for name, pieces in tensors.items()}
     together.first_writes(
-        made, lambda made: container.write_file(file, settings, specs, lambda spec: islice(made, each[spec.name]))
+        chunks, lambda chunks: container.write_file(file, settings, specs, lambda spec: islice(chunks, piece_counts[spec.name]))
     )
 
 
@@ -213,8 +219,8 @@ def _encoding(piece: names.Piece, usual: str) -> str:
 
 def quantize_tool(kind: str) -> str:
     """Return the path of llama.cpp's tool. Raises ValueError if it is missing."""
-    if found := shutil.which(QUANTIZE):
-        return found
+    if path := shutil.which(QUANTIZE):
+        return path
     raise ValueError(
         f"dtype {kind} is neither {', '.join(_TYPES)} nor can llama.cpp make it here: {QUANTIZE} is not on PATH; install llama.cpp"
     )
@@ -224,5 +230,5 @@ def _quantize(tool: str, file: Path, out: Path, kind: str) -> None:
     command = [tool, str(file), str(out), kind.upper(), str(os.cpu_count() or 1)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode or not out.is_file():
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["nothing"]
-        raise ValueError(f"{QUANTIZE} could not make {kind} (exit code {done.returncode}); it said: {said[-1]}")
+        output = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["nothing"]
+        raise ValueError(f"{QUANTIZE} could not make {kind} (exit code {done.returncode}); it said: {output[-1]}")

@@ -79,12 +79,14 @@ def export_adapter(
 
     def parts(spec: container.Spec) -> Iterator[np.ndarray]:
         for piece in tensors[spec.name]:
-            ours, module = fetch(parameters[piece.path], piece.lead), _module(piece)
+            values = fetch(parameters[piece.path], piece.lead)
+            module = _module(piece)
             if ParameterPath.parse(piece.path).leaf == "lora_b":
                 # llama.cpp multiplies by alpha / rank, so B carries what is left of the scale.
                 factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
-                ours = ours if factor == 1 else (ours.astype(np.float64) * factor)
-            yield piece.to_file(ours.astype(np.float32))
+                if factor != 1:
+                    values = values.astype(np.float64) * factor
+            yield piece.to_file(values.astype(np.float32))
 
     settings = {
         "general.architecture": gguf_settings.architecture(model),
@@ -113,18 +115,23 @@ def open_adapter(path: str | Path) -> container.Gguf:
     if file is None:
         raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
     opened = container.open_file(file)
-    for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
-        if (found := opened.settings.get(key)) != wanted:
-            raise ValueError(f"{file} is no adapter: {key} is {found!r}, not {wanted!r}")
+    for key, required in (("general.type", "adapter"), ("adapter.type", "lora")):
+        stated = opened.settings.get(key)
+        if stated != required:
+            raise ValueError(f"{file} is no adapter: {key} is {stated!r}, not {required!r}")
     return opened
 
 
 def read_lora(path: str | Path, model: config.Model) -> config.Lora:
     """Return the section `lora` that describes an adapter. Raises ValueError if it is for another base, or not supported."""
     opened = open_adapter(path)
-    file, tensors, alpha = opened.file, opened.tensors, opened.settings.get("adapter.lora.alpha")
-    if (arch := opened.settings.get("general.architecture")) != (ours := gguf_settings.architecture(model)):
-        raise ValueError(f"{file} is for another base: general.architecture is {arch!r}, not {ours!r}")
+    file = opened.file
+    tensors = opened.tensors
+    alpha = opened.settings.get("adapter.lora.alpha")
+    arch = opened.settings.get("general.architecture")
+    expected_arch = gguf_settings.architecture(model)
+    if arch != expected_arch:
+        raise ValueError(f"{file} is for another base: general.architecture is {arch!r}, not {expected_arch!r}")
     if not isinstance(alpha, float) or not 0 <= alpha < math.inf:
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}; it has to be a number, 0 or larger")
     modules = {_module(piece) for piece in names.pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
@@ -134,10 +141,11 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
     ranks: dict[str, dict[int, str]] = {}  # for each module, the ranks of its layers (0 for none) and the first tensor with each
     for piece in table[::2]:
         shape = tensors[piece.name].shape if piece.name in tensors else (0, 0)
-        ranks.setdefault(ParameterPath.parse(piece.path).module, {}).setdefault(shape[-2] if len(shape) > 1 else -1, piece.name)
+        rank_in_layer = shape[-2] if len(shape) > 1 else -1
+        ranks.setdefault(ParameterPath.parse(piece.path).module, {}).setdefault(rank_in_layer, piece.name)
     targets: dict[int, list[str]] = {}
-    for module, found in ranks.items():
-        (rank, name), *others = found.items()
+    for module, tensor_of_rank in ranks.items():
+        (rank, name), *others = tensor_of_rank.items()
         if others or rank < 0:
             raise ValueError(f"{file}: {name} has rank {rank}, {others[0][1] if others else 'it'} another; here layers have one")
         if rank:
@@ -172,9 +180,9 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
 
 def _alpha(lora: config.Lora, table: list[names.Piece]) -> float:
     """Return the alpha that most matrices have, as a float32, so that most matrices are written unchanged."""
-    of_b = [piece for piece in table if ParameterPath.parse(piece.path).leaf == "lora_b"]
+    pieces_b = [piece for piece in table if ParameterPath.parse(piece.path).leaf == "lora_b"]
     # B is (rank, …) in our arrays
-    alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.ours_shape[0] for piece in of_b)
+    alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.ours_shape[0] for piece in pieces_b)
     alphas.pop(0.0, None)  # from experts without an adapter
     return float(np.float32(alphas.most_common(1)[0][0]))
 

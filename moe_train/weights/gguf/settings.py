@@ -47,20 +47,19 @@ def read_model(opened: Gguf) -> config.Model:
 def _ours(settings: Mapping[str, Any]) -> config.Model:
     """Read the architecture of a file that we wrote. Raises ValueError if somebody changed the keys that llama.cpp reads."""
     model = config.Model.model_validate_json(settings[OURS])
-    wanted = _keys(model)
+    expected_keys = _keys(model)
     # A tool that edits the keys of llama.cpp leaves ours behind, and the two then disagree.
-    if changed := [
-        key for key, value in wanted.items() if settings.get(key) != (value if isinstance(value, str) else value.item())
-    ]:
-        raise ValueError(
-            f"{changed[0]} is {settings.get(changed[0])}, but {wanted[changed[0]]} by {OURS}; write the file anew, or drop that key"
-        )
+    for key, value in expected_keys.items():
+        plain = value if isinstance(value, str) else value.item()
+        if settings.get(key) != plain:
+            raise ValueError(f"{key} is {settings.get(key)}, but {value} by {OURS}; write the file anew, or drop that key")
     return model
 
 
 def _theirs(opened: Gguf) -> config.Model:
     """Read the architecture of a file that another tool wrote."""
-    settings, tensors = opened.settings, opened.tensors
+    settings = opened.settings
+    tensors = opened.tensors
     arch = settings.get("general.architecture")
     if arch not in ("llama", "mistral3"):
         raise ValueError(f"general.architecture is {arch!r}; read are 'llama' (Llama, Mistral, Mixtral) and 'mistral3'")
@@ -84,13 +83,16 @@ def _theirs(opened: Gguf) -> config.Model:
     def real(key: str, default: float | None = None) -> float:
         return float(str(np.float32(get(key, default))))  # the shortest decimal that rounds to this float32
 
-    D, N = get("embedding_length"), get("attention.head_count")
+    D = get("embedding_length")
+    N = get("attention.head_count")
     H = get("attention.key_length", D // N)
     only = {"attention.value_length": H, "rope.dimension_count": H, "attention.scale": H**-0.5, "logit_scale": 1.0}
     only |= {"expert_weights_scale": 1.0, "expert_shared_count": 0, "attention.causal": True}
     for key, value in only.items():
-        if not math.isclose(found := get(key, value), value, rel_tol=1e-6) and not (key == "attention.scale" and found == 0):
-            raise ValueError(f"{arch}.{key} is {found}, which is not built here; it has to be {value}")
+        stated = get(key, value)
+        is_default_scale = key == "attention.scale" and stated == 0
+        if not math.isclose(stated, value, rel_tol=1e-6) and not is_default_scale:
+            raise ValueError(f"{arch}.{key} is {stated}, which is not built here; it has to be {value}")
     for name in ("rope_freqs.weight", "blk.0.rope_freqs.weight"):
         if name in tensors and np.any(tensors[name].read() != 1):
             raise ValueError(f"{name} changes the rotary frequencies (Llama 3's scaling), which is not built here")
@@ -100,7 +102,12 @@ def _theirs(opened: Gguf) -> config.Model:
         ffn = {**ffn, "name": "moe", "num_experts": E, "experts_per_token": get("expert_used_count")}
     rope, scaling = _rope(arch, get, real)
     # Llama and Mistral have the same mathematics without a window; only Llama's head_dim is always D / N
-    family = "mixtral" if E else "ministral3" if arch == "mistral3" else "llama" if N * H == D else "mistral"
+    if E:
+        family = "mixtral"
+    elif arch == "mistral3":
+        family = "ministral3"
+    else:
+        family = "llama" if N * H == D else "mistral"
     embedding = tensors.get(names.GGUF.embed.name)
     model = config.Model.model_validate(
         {
@@ -130,7 +137,9 @@ def _theirs(opened: Gguf) -> config.Model:
 
 
 def _rope(arch: str, get: Callable[..., Any], real: Callable[..., float]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    theta, kind, factor = real("rope.freq_base", 1e4), get("rope.scaling.type", "none"), real("rope.scaling.factor", 1.0)
+    theta = real("rope.freq_base", 1e4)
+    kind = get("rope.scaling.type", "none")
+    factor = real("rope.scaling.factor", 1.0)
     original = get("rope.scaling.original_context_length", get("context_length"))
     beta = real("attention.temperature_scale", 0.0)
     scaling = {"beta": beta, "original_max_seq_len": original} if beta else None
@@ -155,9 +164,12 @@ def architecture(model: config.Model) -> str:
 
 
 def _keys(model: config.Model) -> dict[str, Any]:
-    a, rope, scaling, arch = model.attention, model.rope, model.attention.query_scaling, architecture(model)
+    a = model.attention
+    rope = model.rope
+    scaling = a.query_scaling
+    arch = architecture(model)
     context = min([model.max_seq_len, *(window for window in a.windows if window is not None)])
-    found: dict[str, Any] = {
+    keys: dict[str, Any] = {
         "vocab_size": model.vocab_size,
         "context_length": context,
         "embedding_length": model.model_dim,
@@ -172,11 +184,11 @@ def _keys(model: config.Model) -> dict[str, Any]:
         "rope.freq_base": float(rope.theta),
     }
     if isinstance(model.ffn, config.MoeFfn):
-        found |= {"expert_count": model.ffn.num_experts, "expert_used_count": model.ffn.experts_per_token}
+        keys |= {"expert_count": model.ffn.num_experts, "expert_used_count": model.ffn.experts_per_token}
     if isinstance(rope, config.YarnRope):
         if rope.mscale and rope.mscale_all_dim and rope.mscale != 1:
             raise ValueError(f"rope.mscale is {rope.mscale}; llama.cpp takes it for 1")
-        found |= {
+        keys |= {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(rope.factor),
             "rope.scaling.original_context_length": rope.original_max_seq_len,
@@ -185,11 +197,11 @@ def _keys(model: config.Model) -> dict[str, Any]:
             "rope.scaling.yarn_log_multiplier": float(rope.mscale_all_dim) if rope.mscale else 0.0,
         }
     elif scaling:
-        found |= {"rope.scaling.type": "none", "rope.scaling.original_context_length": scaling.original_max_seq_len}
+        keys |= {"rope.scaling.type": "none", "rope.scaling.original_context_length": scaling.original_max_seq_len}
     if scaling:
-        found["attention.temperature_scale"] = float(scaling.beta)
+        keys["attention.temperature_scale"] = float(scaling.beta)
     kinds: dict[type, Callable[[Any], Any]] = {int: np.uint32, float: np.float32, str: str}
-    return {"general.architecture": arch, **{f"{arch}.{key}": kinds[type(value)](value) for key, value in found.items()}}
+    return {"general.architecture": arch, **{f"{arch}.{key}": kinds[type(value)](value) for key, value in keys.items()}}
 
 
 def settings(model: config.Model) -> dict[str, Any]:

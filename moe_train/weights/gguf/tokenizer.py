@@ -63,21 +63,22 @@ def settings(tokenizer: Tokenizer, vocab_size: int, chat_template: str | None) -
         ValueError: llama.cpp cannot reproduce the tokenizer; the message gives the reason.
     """
     if isinstance(tokenizer, HuggingFace):
-        found = _of_hugging_face(tokenizer)
+        fields = _of_hugging_face(tokenizer)
     else:
         assert isinstance(tokenizer, Mistral)
         (file,) = tokenizer.files
-        found = _of_tekken(file) if file.suffix == ".json" else _of_sentencepiece(file)
-        found["add_bos_token"] = np.bool_(True)
-    tokens, kinds = found["tokens"], found["token_type"]
+        fields = _of_tekken(file) if file.suffix == ".json" else _of_sentencepiece(file)
+        fields["add_bos_token"] = np.bool_(True)
+    tokens = fields["tokens"]
+    kinds = fields["token_type"]
     padding = range(len(tokens), vocab_size)
-    found["tokens"] = tokens + [f"[PAD{i}]" for i in padding]
-    found["token_type"] = np.array(kinds + [UNUSED for _ in padding], np.int32)
-    if "scores" in found:
-        found["scores"] = np.array(found["scores"] + [-1e4 for _ in padding], np.float32)
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, **found.pop("ids", {})}
-    found |= {f"{name}_token_id": np.uint32(i) for name, i in ids.items() if i is not None}
-    keys = {_PREFIX + key: value for key, value in found.items()}
+    fields["tokens"] = tokens + [f"[PAD{i}]" for i in padding]
+    fields["token_type"] = np.array(kinds + [UNUSED for _ in padding], np.int32)
+    if "scores" in fields:
+        fields["scores"] = np.array(fields["scores"] + [-1e4 for _ in padding], np.float32)
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, **fields.pop("ids", {})}
+    fields |= {f"{name}_token_id": np.uint32(i) for name, i in ids.items() if i is not None}
+    keys = {_PREFIX + key: value for key, value in fields.items()}
     return keys if chat_template is None else {**keys, TEMPLATE: chat_template}
 
 
@@ -91,20 +92,22 @@ def _of_hugging_face(tokenizer: HuggingFace) -> dict[str, Any]:
     tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
     kinds = [UNUSED] * len(tokens)
     for text, i in model["vocab"].items():
-        tokens[i], kinds[i] = text, NORMAL
+        tokens[i] = text
+        kinds[i] = NORMAL
     for added in described.get("added_tokens", []):
-        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     if model.get("byte_fallback"):
-        found = _sentencepiece_like(file, described, merges, tokens, kinds)
+        fields = _sentencepiece_like(file, described, merges, tokens, kinds)
     else:
         pre = _name_of_split(file, described)
-        found = {"model": "gpt2", "pre": pre, "merges": [f"{left} {right}" for left, right in merges]}
-        found["add_space_prefix"] = np.bool_(False)
+        fields = {"model": "gpt2", "pre": pre, "merges": [f"{left} {right}" for left, right in merges]}
+        fields["add_space_prefix"] = np.bool_(False)
     # The encoding of an empty text shows whether the tokenizer itself adds BOS.
     begins = tokenizers.Tokenizer.from_file(str(file)).encode("", add_special_tokens=True).ids == [tokenizer.bos_id]
     names = {"unknown": "unk_token", "padding": "pad_token"}
     ids = {key: tokens.index(tokenizer.named_tokens[name]) for key, name in names.items() if name in tokenizer.named_tokens}
-    return {**found, "tokens": tokens, "token_type": kinds, "add_bos_token": np.bool_(begins), "ids": ids}
+    return {**fields, "tokens": tokens, "token_type": kinds, "add_bos_token": np.bool_(begins), "ids": ids}
 
 
 def _name_of_split(file: Path, described: Mapping[str, Any]) -> str:
@@ -114,28 +117,28 @@ def _name_of_split(file: Path, described: Mapping[str, Any]) -> str:
         raise ValueError(f"{file} normalises text ({normalizer['type']}); llama.cpp's byte-level tokenizer does not")
     first = described.get("pre_tokenizer") or {"type": "none"}
     steps = first["pretokenizers"] if first["type"] == "Sequence" else [first]
-    before: list[str] = []
+    earlier_steps: list[str] = []
     for step in steps[:-1]:
         match step:
             case {"type": "Digits", "individual_digits": True}:
-                before.append("digits")
+                earlier_steps.append("digits")
             case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
-                before.append(regex)
+                earlier_steps.append(regex)
             case _:
-                before.append(json.dumps(step))
+                earlier_steps.append(json.dumps(step))
     last = steps[-1]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         raise ValueError(f"{file} is neither a byte-level nor a sentencepiece tokenizer as llama.cpp has them: {json.dumps(last)}")
     ignores = bool(described["model"].get("ignore_merges"))
-    wanted = (tuple(before), bool(last.get("use_regex", True)), ignores)
+    own_split = (tuple(earlier_steps), bool(last.get("use_regex", True)), ignores)
     for name, split in _SPLITS.items():
-        if split == wanted:
+        if split == own_split:
             return name
-    near = next((name for name, split in _SPLITS.items() if split[:2] == wanted[:2]), None)
-    if near:
-        raise ValueError(f"{file} has ignore_merges {ignores}, llama.cpp's {near} the opposite; it would tokenise differently")
+    nearest = next((name for name, split in _SPLITS.items() if split[:2] == own_split[:2]), None)
+    if nearest:
+        raise ValueError(f"{file} has ignore_merges {ignores}, llama.cpp's {nearest} the opposite; it would tokenise differently")
     raise ValueError(
-        f"{file} splits text in a way that has no name in llama.cpp ({' then '.join(before) or 'not at all'}); known here: "
+        f"{file} splits text in a way that has no name in llama.cpp ({' then '.join(earlier_steps) or 'not at all'}); known here: "
         f"{', '.join(_SPLITS)}"
     )
 
@@ -151,18 +154,18 @@ def _sentencepiece_like(
     if (unknown := described["model"].get("unk_token")) is not None:
         kinds[tokens.index(unknown)] = UNKNOWN
     place: dict[str, int] = {}
-    before = None
+    previous = None
     for rank, (left, right) in enumerate(merges):
-        if left + right != before and left + right in place:
+        if left + right != previous and left + right in place:
             raise ValueError(f"{file}: the merges of {left + right!r} are not in one place; llama.cpp would tokenise differently")
-        before = left + right
-        place.setdefault(before, rank)
-    known = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
-    there = set(merges)
-    for token in known:
+        previous = left + right
+        place.setdefault(previous, rank)
+    normal_tokens = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
+    merge_set = set(merges)
+    for token in normal_tokens:
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
-            if left in known and right in known and (left, right) not in there:
+            if left in normal_tokens and right in normal_tokens and (left, right) not in merge_set:
                 raise ValueError(
                     f"{file} has no merge of {left!r} and {right!r}, which llama.cpp would join; it can not tokenise so"
                 )
@@ -180,7 +183,8 @@ def _name_bytes(tokens: Iterable[str], kinds: list[int]) -> None:
 
 def _adds_space(file: Path, described: Mapping[str, Any]) -> bool:
     """Return whether a space is prepended to text; spaces become ▁ in any case."""
-    normalizer, pre = described.get("normalizer"), described.get("pre_tokenizer")
+    normalizer = described.get("normalizer")
+    pre = described.get("pre_tokenizer")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if pre is None and normalizer == {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}:
         return True
@@ -220,12 +224,12 @@ def _of_tekken(file: Path) -> dict[str, Any]:
     letters = _byte_letters()
     ordinary = (tekken.id_to_byte_piece(i) for i in range(len(special), tekken.n_words))
     spelled = ["".join(letters[byte] for byte in piece) for piece in ordinary]
-    known = {piece: rank for rank, piece in enumerate(spelled)}
+    ranks = {piece: rank for rank, piece in enumerate(spelled)}
     merges = []
     for piece in spelled:
         halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        found = [(known[left], known[right]) for left, right in halves if left in known and right in known]
-        merges += [f"{spelled[left]} {spelled[right]}" for left, right in sorted(found)]
+        pairs = [(ranks[left], ranks[right]) for left, right in halves if left in ranks and right in ranks]
+        merges += [f"{spelled[left]} {spelled[right]}" for left, right in sorted(pairs)]
     return {
         "model": "gpt2",
         "pre": "tekken",
@@ -271,7 +275,8 @@ def extract(found: Mapping[str, Any], directory: Path, where: object) -> None:
         ValueError: the tokenizer is not supported.
     """
     keys = {key.removeprefix(_PREFIX): value for key, value in found.items()}
-    kind, tokens = keys.get("model"), keys.get("tokens")
+    kind = keys.get("model")
+    tokens = keys.get("tokens")
     remedy = "name a tokenizer in data.tokenizer"
     if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
         raise ValueError(f"{where} has a tokenizer of kind {kind!r}; read are 'gpt2' and 'llama'; {remedy}")
@@ -280,8 +285,8 @@ def extract(found: Mapping[str, Any], directory: Path, where: object) -> None:
         raise ValueError(f"{where} has {len(tokens)} tokens, but {len(kinds)} token types; {remedy}")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: int(keys[f"{key}_token_id"]) for name, key in names.items() if f"{key}_token_id" in keys}
-    if over := [f"{name} {i}" for name, i in ids.items() if not 0 <= i < len(tokens)]:
-        raise ValueError(f"{where} has {len(tokens)} tokens, but a {over[0]}; {remedy}")
+    if out_of_range := [f"{name} {i}" for name, i in ids.items() if not 0 <= i < len(tokens)]:
+        raise ValueError(f"{where} has {len(tokens)} tokens, but a {out_of_range[0]}; {remedy}")
     if "eos_token" not in ids:
         raise ValueError(f"{where} names no end of sequence ({_PREFIX}eos_token_id); {remedy}")
     if kind == "gpt2":
@@ -312,15 +317,18 @@ def _byte_level(keys: Mapping[str, Any], tokens: list[str], kinds: list[int], re
     name = _SAME.get(name, name)
     if name not in _SPLITS:
         raise ValueError(refusal.format(f"its text is split as {name!r} has it, which is not read here ({', '.join(_SPLITS)})"))
-    before, splits, ignores = _SPLITS[name]
+    earlier_steps, splits, ignores = _SPLITS[name]
     merges = [merge.split(" ") for merge in keys.get("merges", [])]
     if wrong := [merge for merge in merges if len(merge) != 2]:
         raise ValueError(refusal.format(f"{' '.join(wrong[0])!r} is no merge of two tokens"))
-    steps = [_step(step) for step in before]
+    steps = [_step(step) for step in earlier_steps]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": splits}
+    pre_tokenizer = byte_level
+    if steps:
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [*steps, byte_level]}
     return {
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, byte_level]} if steps else byte_level,
+        "pre_tokenizer": pre_tokenizer,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": _bpe(_vocab(tokens, kinds), merges, ignore_merges=ignores),
     }
@@ -339,21 +347,21 @@ def _sentencepiece(keys: Mapping[str, Any], tokens: list[str], kinds: list[int])
     """
     vocab = _vocab(tokens, kinds)
     scores = keys["scores"]
-    known = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
+    normal_tokens = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
     merges = []
-    for token in sorted(known, key=lambda token: (-scores[vocab[token]], vocab[token])):
+    for token in sorted(normal_tokens, key=lambda token: (-scores[vocab[token]], vocab[token])):
         halves = [(token[:i], token[i:]) for i in range(1, len(token))]
-        found = [(left, right) for left, right in halves if left in known and right in known]
-        merges += [list(pair) for pair in sorted(found, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
+        pairs = [(left, right) for left, right in halves if left in normal_tokens and right in normal_tokens]
+        merges += [list(pair) for pair in sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = [{"type": "Prepend", "prepend": SPACE}] if keys.get("add_space_prefix", True) else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prepend else []
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
-    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    restore = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
         "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "decoder": {"type": "Sequence", "decoders": [restore, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": _bpe(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token=unknown),
     }
 

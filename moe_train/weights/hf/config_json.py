@@ -73,7 +73,9 @@ def read_model_config(directory: str | Path) -> config.Model:
 def _model(fields: dict[str, Any]) -> config.Model:
     names = fields.get("architectures") or []
     if len(names) == 1 and names[0] in _WRAPPERS:
-        tied = {"tie_word_embeddings": fields["tie_word_embeddings"]} if "tie_word_embeddings" in fields else {}
+        tied: dict[str, Any] = {}
+        if "tie_word_embeddings" in fields:
+            tied["tie_word_embeddings"] = fields["tie_word_embeddings"]
         fields = {**tied, **(fields.get("text_config") or {}), "architectures": ["Ministral3ForCausalLM"]}
         if fields.get("model_type") != "ministral3":
             raise ValueError(f"text_config.model_type is {fields.get('model_type')!r}; of vision models, ministral3's text is read")
@@ -93,7 +95,8 @@ def _model(fields: dict[str, Any]) -> config.Model:
             raise ValueError(_not_stated(key))
         return fields[key]
 
-    heads, layers = stated("num_attention_heads"), stated("num_hidden_layers")
+    heads = stated("num_attention_heads")
+    layers = stated("num_hidden_layers")
     row = config.FAMILIES[family]
     fields = {**row.hugging_face.defaults, **fields}
     rope, query_scaling = _rope(fields)
@@ -161,30 +164,32 @@ def _windows(family: config.Family, fields: dict[str, Any], layers: int) -> tupl
 
 def _rope(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Read rotary positions and query scaling from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    given = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    kind = given.get("rope_type", given.get("type", "default"))
-    theta = given.get("rope_theta", fields.get("rope_theta"))
+    rope_fields = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    kind = rope_fields.get("rope_type", rope_fields.get("type", "default"))
+    theta = rope_fields.get("rope_theta", fields.get("rope_theta"))
     if theta is None:
         raise ValueError("rope_theta is stated neither on its own nor in rope_parameters; add it")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"}
-    known |= {"original_max_position_embeddings"} | (set(_YARN) if kind == "yarn" else set())
-    if unknown := sorted(set(given) - known):
-        raise ValueError(f"rope_parameters.{unknown[0]} is not built here; understood are {', '.join(sorted(known))}")
-    if given.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"rope_parameters.partial_rotary_factor is {given['partial_rotary_factor']}, which is not built here")
-    original = given.get("original_max_position_embeddings")
+    known_keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"}
+    known_keys |= {"original_max_position_embeddings"} | (set(_YARN) if kind == "yarn" else set())
+    if unknown := sorted(set(rope_fields) - known_keys):
+        raise ValueError(f"rope_parameters.{unknown[0]} is not built here; understood are {', '.join(sorted(known_keys))}")
+    if rope_fields.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"rope_parameters.partial_rotary_factor is {rope_fields['partial_rotary_factor']}, which is not built here"
+        )
+    original = rope_fields.get("original_max_position_embeddings")
     scaling = None
-    if beta := given.get("llama_4_scaling_beta"):
+    if beta := rope_fields.get("llama_4_scaling_beta"):
         scaling = {"beta": float(beta), "original_max_seq_len": original}
     if kind == "default":
         return {"name": "default", "theta": float(theta)}, scaling
     if kind != "yarn":
         raise ValueError(f"rope_type is {kind!r}; built are default and yarn")
-    if missing := [key for key in _YARN[:2] if key not in given]:
+    if missing := [key for key in _YARN[:2] if key not in rope_fields]:
         raise ValueError(f"rope_parameters.{missing[0]} is missing, which yarn needs")
-    yarn = {key: float(given[key]) for key in _YARN if key in given and key != "original_max_position_embeddings"}
+    yarn = {key: float(rope_fields[key]) for key in _YARN if key in rope_fields and key != "original_max_position_embeddings"}
     # Unless both are stated, transformers uses 0.1 * log(factor) + 1, which mscale 1 over mscale_all_dim 0 gives too.
-    if not (given.get("mscale") and given.get("mscale_all_dim")):
+    if not (rope_fields.get("mscale") and rope_fields.get("mscale_all_dim")):
         yarn |= {"mscale": 0.0, "mscale_all_dim": 0.0}
     return {"name": "yarn", "theta": float(theta), **yarn, "original_max_seq_len": original}, scaling
 
@@ -252,7 +257,8 @@ def check_expressible(model: config.Model) -> None:
     windows = {window for window in model.attention.windows if window is not None}
     if len(windows) > 1:
         raise ValueError(f"attention.windows has {sorted(windows)}; a config.json has one size of window")
-    scaling, rope = model.attention.query_scaling, model.rope
+    scaling = model.attention.query_scaling
+    rope = model.rope
     if scaling and isinstance(rope, config.YarnRope) and scaling.original_max_seq_len != rope.original_max_seq_len:
         raise ValueError(
             f"attention.query_scaling.original_max_seq_len {scaling.original_max_seq_len} differs from rope's "
@@ -265,10 +271,11 @@ def check_expressible(model: config.Model) -> None:
 
 
 def _rope_parameters(model: config.Model) -> dict[str, Any]:
-    rope, scaling = model.rope, model.attention.query_scaling
-    given: dict[str, Any] = {"rope_type": rope.name, "rope_theta": float(rope.theta)}
+    rope = model.rope
+    scaling = model.attention.query_scaling
+    parameters: dict[str, Any] = {"rope_type": rope.name, "rope_theta": float(rope.theta)}
     if isinstance(rope, config.YarnRope):
-        given |= {
+        parameters |= {
             "factor": float(rope.factor),
             "original_max_position_embeddings": rope.original_max_seq_len,
             "beta_fast": float(rope.beta_fast),
@@ -278,5 +285,9 @@ def _rope_parameters(model: config.Model) -> dict[str, Any]:
         }
     if "query_scaling" in config.FAMILIES[model.family].features:  # transformers always applies it
         original = scaling.original_max_seq_len if scaling else model.max_seq_len
-        given = {"original_max_position_embeddings": original, **given, "llama_4_scaling_beta": scaling.beta if scaling else 0.0}
-    return given
+        parameters = {
+            "original_max_position_embeddings": original,
+            **parameters,
+            "llama_4_scaling_beta": scaling.beta if scaling else 0.0,
+        }
+    return parameters

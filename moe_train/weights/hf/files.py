@@ -18,7 +18,8 @@ from moe_train.weights.on_disk import Weights
 
 def open_weights(directory: str | Path) -> Weights:
     """Open a model's directory, single file or shards. Raises ValueError if a tied model has a different head of its own."""
-    model, tensors = read_model_config(directory), open_tensors(directory)
+    model = read_model_config(directory)
+    tensors = open_tensors(directory)
     if model.tie_embeddings:
         _drop_copied_head(directory, tensors)
     names.check_counts(directory, model, tensors)
@@ -36,8 +37,8 @@ def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_file
 
 def open_tensors(directory: str | Path) -> dict[str, safetensors_files.Tensor]:
     """Open the tensors of the text model; others are left out."""
-    found = safetensors_files.open_model(directory)
-    return {name: tensor for name, tensor in found.items() if not any(part in name for part in names.IGNORED)}
+    tensors = safetensors_files.open_model(directory)
+    return {name: tensor for name, tensor in tensors.items() if not any(part in name for part in names.IGNORED)}
 
 
 def write(

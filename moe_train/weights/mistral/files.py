@@ -36,7 +36,8 @@ def open_weights(directory: str | Path) -> Weights:
     model = read_model_config(directory)
     tensors = safetensors_files.open_model(directory, STEM)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_VISION)}
-    head, embed = names.MISTRAL.head.name, names.MISTRAL.embed.name
+    head = names.MISTRAL.head.name
+    embed = names.MISTRAL.embed.name
     # A tied head may be written as well; it is accepted only as an exact copy.
     if model.tie_embeddings and head in tensors:
         if embed not in tensors or len({*on_disk.hashes({name: tensors[name] for name in (head, embed)}).values()}) > 1:
@@ -75,8 +76,9 @@ def write(
         )
     pieces = {piece.name: piece for piece in names.pieces(model, names.MISTRAL)}
     specs = [safetensors_files.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
-    file, made = directory / f"{STEM}.safetensors", (matrix(pieces[spec.name]) for spec in specs)
-    together.first_writes(made, lambda made: safetensors_files.write_file(file, specs, lambda spec: next(made)))
+    file = directory / f"{STEM}.safetensors"
+    matrices = (matrix(pieces[spec.name]) for spec in specs)
+    together.first_writes(matrices, lambda matrices: safetensors_files.write_file(file, specs, lambda spec: next(matrices)))
     if together.is_first():
         (directory / PARAMS).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
 
@@ -84,4 +86,6 @@ def write(
 def tokenizer_file_name(file: Path) -> str:
     """Return the name that mistral-inference, vLLM and transformers look for: tekken.json, tokenizer.model.v3."""
     _, sentencepiece, version = file.name.partition(".model")
-    return f"tokenizer{sentencepiece}{version}" if sentencepiece else "tekken.json" if "tekken" in file.name else file.name
+    if sentencepiece:
+        return f"tokenizer{sentencepiece}{version}"
+    return "tekken.json" if "tekken" in file.name else file.name

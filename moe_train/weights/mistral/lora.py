@@ -54,7 +54,8 @@ def export_adapter(
     ranks = adapter_ranks(parameters)
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format mistral")
-    rank, filetype = max(ranks.values()), np.dtype(dtype)
+    rank = max(ranks.values())
+    filetype = np.dtype(dtype)
     table = names.adapter_pieces(model, dict.fromkeys(ranks, rank), names.MISTRAL)
     if elsewhere := ranks.keys() - {_module(piece) for piece in table}:
         raise ValueError(f"mistral-inference reads no adapter of {sorted(elsewhere)[0]}; export with --format mistral --merge")
@@ -68,11 +69,11 @@ def export_adapter(
 
     def tensor(spec: safetensors_files.Spec) -> np.ndarray:
         piece = pieces[spec.name]
-        ours = fetch(parameters[piece.path], piece.lead).astype(np.float64)
+        values = fetch(parameters[piece.path], piece.lead).astype(np.float64)
         if ParameterPath.parse(piece.path).leaf == "lora_b":
-            ours *= merge.scale_of(lora, _module(piece), piece.lead) / SCALING
-        more = [(0, size - had) for size, had in zip(piece.ours_shape, ours.shape, strict=True)]
-        return piece.to_file(np.pad(ours.astype(filetype), more))
+            values *= merge.scale_of(lora, _module(piece), piece.lead) / SCALING
+        padding = [(0, size - length) for size, length in zip(piece.ours_shape, values.shape, strict=True)]
+        return piece.to_file(np.pad(values.astype(filetype), padding))
 
     specs = [safetensors_files.Spec(piece.name, piece.shape, filetype) for piece in table]
     check_space(out_dir, sum(nbytes(spec.shape, spec.dtype) for spec in specs))
@@ -131,7 +132,8 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
 def _open(directory: str | Path) -> tuple[dict[str, safetensors_files.Tensor], float]:
     """Return (tensors, scaling)."""
     directory = Path(directory)
-    tensors, params = safetensors_files.open_file(directory / FILE), directory / params_json.FILE
+    tensors = safetensors_files.open_file(directory / FILE)
+    params = directory / params_json.FILE
     if not params.is_file():
         return tensors, SCALING
     section = read_object(params).get("lora") or {}

@@ -118,9 +118,11 @@ def read_model_config(directory: str | Path) -> config.Model:
         return _model(params)
     except ValidationError as error:
         first = error.errors()[0]
-        said = "is not built here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-        where = ".".join(str(part) for part in first["loc"]) or "the model"
-        raise ValueError(f"{file}: {where}: {said}") from error
+        problem = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            problem = "is not built here"
+        location = ".".join(str(part) for part in first["loc"]) or "the model"
+        raise ValueError(f"{file}: {location}: {problem}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -180,7 +182,8 @@ def _windows(params: Params) -> tuple[int | None, ...]:
 
 
 def _rope(params: Params) -> dict[str, Any]:
-    theta, yarn = params.rope_theta, params.yarn
+    theta = params.rope_theta
+    yarn = params.yarn
     if theta is None:
         if params.sliding_window is not None or yarn:
             raise ValueError(
@@ -205,8 +208,16 @@ def _rope(params: Params) -> dict[str, Any]:
 
 def write_model_config(model: config.Model) -> dict[str, Any]:
     """Return the `params.json` of an export. Raises ValueError if the format cannot express the model."""
-    a, rope, ffn = model.attention, model.rope, model.ffn
+    a = model.attention
+    rope = model.rope
+    ffn = model.ffn
     windows = list(a.windows)
+    moe = None
+    if isinstance(ffn, config.MoeFfn):
+        moe = Moe(num_experts=ffn.num_experts, num_experts_per_tok=ffn.experts_per_token)
+    scaling = None
+    if a.query_scaling is not None:
+        scaling = Llama4Scaling(beta=a.query_scaling.beta, original_max_position_embeddings=a.query_scaling.original_max_seq_len)
     params = Params(
         dim=model.model_dim,
         n_layers=model.num_layers,
@@ -221,11 +232,9 @@ def write_model_config(model: config.Model) -> dict[str, Any]:
         max_seq_len=model.max_seq_len,
         max_position_embeddings=model.max_seq_len,
         tied_embeddings=model.tie_embeddings,
-        moe=Moe(num_experts=ffn.num_experts, num_experts_per_tok=ffn.experts_per_token) if isinstance(ffn, config.MoeFfn) else None,
+        moe=moe,
         yarn=_yarn(rope) if isinstance(rope, config.YarnRope) else None,
-        llama_4_scaling=None
-        if a.query_scaling is None
-        else Llama4Scaling(beta=a.query_scaling.beta, original_max_position_embeddings=a.query_scaling.original_max_seq_len),
+        llama_4_scaling=scaling,
     )
     assert _model(params) == as_written(model), params
     return params.model_dump(exclude_none=True, exclude={"hidden_sliding_window"})

@@ -59,17 +59,21 @@ def split(where: object, tensors: Mapping[str, Tensor], model: config.Model, ver
     Raises:
         ValueError: the shapes do not fit the model, or two versions of PEFT would read them differently.
     """
-    fused = {name: match for name in tensors if (match := _NAME.fullmatch(name))}
-    found = {name: tensor for name, tensor in tensors.items() if name not in fused}
+    fused: dict[str, re.Match[str]] = {}
+    for name in tensors:
+        match = _NAME.fullmatch(name)
+        if match:
+            fused[name] = match
+    unfused = {name: tensor for name, tensor in tensors.items() if name not in fused}
     for stem, layer in sorted({(name.rpartition(".lora_")[0], match["layer"]) for name, match in fused.items()}):
         pair = [f"{stem}.lora_{matrix}.weight" for matrix in "AB"]
         if missing := [name for name in pair if name not in tensors]:
             raise ValueError(f"{where} lacks {missing[0]}")
         experts = _experts(where, layer, tensors[pair[0]], tensors[pair[1]], model, version)
-        if twice := sorted(found.keys() & experts.keys()):
-            raise ValueError(f"{where} has {twice[0]} twice, once in {pair[0]}")
-        found |= experts
-    return found
+        if duplicates := sorted(unfused.keys() & experts.keys()):
+            raise ValueError(f"{where} has {duplicates[0]} twice, once in {pair[0]}")
+        unfused |= experts
+    return unfused
 
 
 def _experts(where: object, layer: str, a: Tensor, b: Tensor, model: config.Model, version: str | None) -> dict[str, Tensor]:
@@ -82,30 +86,37 @@ def _experts(where: object, layer: str, a: Tensor, b: Tensor, model: config.Mode
     if wide != narrow or wide % E or not straight + swapped:
         raise ValueError(f"{where}: {a.name} of shape {a.shape} and its lora_B of {b.shape} fit neither gate_up_proj nor down_proj")
     if straight and swapped:
-        known = _parse(version)
-        if known is None:
+        parsed_version = _parse(version)
+        if parsed_version is None:
             raise ValueError(
                 f"{where}: {a.name} can be read in two ways, since model_dim {D} and ffn_dim {F} make a square matrix, and "
                 "adapter_config.json does not state peft_version; load and save it with PEFT 0.19.1 or later"
             )
-        straight, swapped = (straight, []) if known >= _FIRST_NOT_SWAPPED else ([], swapped)
+        if parsed_version >= _FIRST_NOT_SWAPPED:
+            swapped = []
+        else:
+            straight = []
     (parameter,) = straight or swapped
-    J, every = wide // E, slice(None)
-    found: dict[str, Tensor] = {}
+    J = wide // E
+    full = slice(None)
+    parts: dict[str, Tensor] = {}
     for e in range(E):
-        of_a, of_b = slice(e * J, (e + 1) * J), slice(e, None, E)  # expert-major rows, rank-major columns
+        slice_a = slice(e * J, (e + 1) * J)  # expert-major rows
+        slice_b = slice(e, None, E)  # rank-major columns
         for i, leaf in enumerate(_LEAVES[parameter]):
             size = sizes[parameter][1] // len(_LEAVES[parameter])
             rows = slice(i * size, (i + 1) * size)
             stem = f"{layer}block_sparse_moe.experts.{e}.{leaf}"
-            name_a, name_b, width = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", sizes[parameter][0]
+            name_a = f"{stem}.lora_A.weight"
+            name_b = f"{stem}.lora_B.weight"
+            width = sizes[parameter][0]
             if straight:
-                found[name_a] = _Part(name_a, (J, width), a, of_a, every, False)
-                found[name_b] = _Part(name_b, (size, J), b, rows, of_b, False)
+                parts[name_a] = _Part(name_a, (J, width), a, slice_a, full, False)
+                parts[name_b] = _Part(name_b, (size, J), b, rows, slice_b, False)
             else:
-                found[name_a] = _Part(name_a, (J, width), b, every, of_b, True)
-                found[name_b] = _Part(name_b, (size, J), a, of_a, rows, True)
-    return found
+                parts[name_a] = _Part(name_a, (J, width), b, full, slice_b, True)
+                parts[name_b] = _Part(name_b, (size, J), a, slice_a, rows, True)
+    return parts
 
 
 def _parse(version: str | None) -> tuple[int, ...] | None:
@@ -116,11 +127,9 @@ def _parse(version: str | None) -> tuple[int, ...] | None:
 
 def alpha_pattern(settings: Mapping[str, Any], model: config.Model) -> dict[str, float]:
     """Return the `alpha_pattern`, preceded by an entry for each expert matrix with the alpha of its fused parameter."""
-    of_experts = {
-        rf"layers\.{layer}\.block_sparse_moe\.experts\.\d+\.({'|'.join(leaves)})": alpha_of(
-            settings, f"model.layers.{layer}.mlp.experts.{parameter}"
-        )
-        for layer in range(model.num_layers)
-        for parameter, leaves in _LEAVES.items()
-    }
-    return of_experts | (settings.get("alpha_pattern") or {})
+    expert_alphas: dict[str, float] = {}
+    for layer in range(model.num_layers):
+        for parameter, leaves in _LEAVES.items():
+            pattern = rf"layers\.{layer}\.block_sparse_moe\.experts\.\d+\.({'|'.join(leaves)})"
+            expert_alphas[pattern] = alpha_of(settings, f"model.layers.{layer}.mlp.experts.{parameter}")
+    return expert_alphas | (settings.get("alpha_pattern") or {})

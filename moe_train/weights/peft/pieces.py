@@ -26,12 +26,12 @@ def adapter_pieces(model: config.Model) -> list[names.Piece]:
 
 def saved_pieces(model: config.Model) -> list[names.Piece]:
     """List every whole weight that modules_to_save can contain. Experts are excluded: transformers 5 fuses them into one module."""
-    found = []
+    table = []
     for piece in names.pieces(model):
         if len(piece.lead) < 2:
             name = piece.name.replace(f"{ROUTER_IN_ADAPTERS}.", f"{ROUTER_OF_TRANSFORMERS}.")
-            found.append(replace(piece, name=f"base_model.model.{name}"))
-    return [*found, tied_head(model)] if model.tie_embeddings else found
+            table.append(replace(piece, name=f"base_model.model.{name}"))
+    return [*table, tied_head(model)] if model.tie_embeddings else table
 
 
 def tied_head(model: config.Model) -> names.Piece:

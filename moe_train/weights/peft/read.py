@@ -38,8 +38,8 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
     kinds = _kinds(directory, settings, tensors, model)
-    known = {piece.name for piece in (*adapter_pieces(model), *saved_pieces(model))}
-    if unknown := sorted(tensors.keys() - known):
+    known_names = {piece.name for piece in (*adapter_pieces(model), *saved_pieces(model))}
+    if unknown := sorted(tensors.keys() - known_names):
         raise ValueError(f"{directory / WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter")
     return config.Lora(
         targets=_targets(kinds, model),
@@ -102,7 +102,7 @@ class _Padded(NamedTuple):
 
 def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
     """Open tensors under the names of a per-expert file, without the copies of the base's tables that PEFT adds to adapted ones."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     table = (model.vocab_size, model.model_dim)
     for name, tensor in safetensors_files.open_file(directory / WEIGHTS).items():
         stem = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
@@ -114,10 +114,10 @@ def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
             continue
         if isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
-        found[name] = tensor
+        tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
-        return fused.split(directory / WEIGHTS, found, model, read_object(directory / CONFIG).get("peft_version"))
-    return found
+        return fused.split(directory / WEIGHTS, tensors, model, read_object(directory / CONFIG).get("peft_version"))
+    return tensors
 
 
 # --- which adapters there are --------------------------------------------------------------------------------------
@@ -138,16 +138,16 @@ def _kinds(
     kinds: dict[str, dict[Kind, set[int]]] = {}
     firsts: dict[tuple[str, int], tuple[str, Kind]] = {}
     layers: Counter[tuple[str, int]] = Counter()
-    every = adapter_pieces(model)
-    for of_a, of_b in zip(every[::2], every[1::2], strict=True):
-        if (of_a.name in tensors) != (of_b.name in tensors):
-            raise ValueError(f"{directory / WEIGHTS} lacks {(of_a if of_b.name in tensors else of_b).name}")
-        if of_a.name not in tensors:
+    pieces = adapter_pieces(model)
+    for piece_a, piece_b in zip(pieces[::2], pieces[1::2], strict=True):
+        if (piece_a.name in tensors) != (piece_b.name in tensors):
+            raise ValueError(f"{directory / WEIGHTS} lacks {(piece_a if piece_b.name in tensors else piece_b).name}")
+        if piece_a.name not in tensors:
             continue
-        stem = of_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
-        kind = tensors[of_a.name].shape[0], alpha_of(settings, stem)
-        module = ParameterPath.parse(of_a.path).module
-        expert = of_a.lead[1] if len(of_a.lead) == 2 else 0
+        stem = piece_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+        kind = tensors[piece_a.name].shape[0], alpha_of(settings, stem)
+        module = ParameterPath.parse(piece_a.path).module
+        expert = piece_a.lead[1] if len(piece_a.lead) == 2 else 0
         kinds.setdefault(module, {}).setdefault(kind, set()).add(expert)
         layers[module, expert] += 1
         first, kind_of_first = firsts.setdefault((module, expert), (stem, kind))
@@ -175,7 +175,8 @@ def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tup
     for module, owners_by_kind in kinds.items():
         for kind, owners in owners_by_kind.items():
             complete = len(owners) == (num_experts if module in (GATE, UP, DOWN) else 1)
-            modules_of.setdefault((kind, None if complete else tuple(sorted(owners))), []).append(module)
+            experts = None if complete else tuple(sorted(owners))
+            modules_of.setdefault((kind, experts), []).append(module)
     return tuple(
         config.LoraTarget(modules=tuple(modules), rank=rank, alpha=alpha, experts=owners)
         for ((rank, alpha), owners), modules in modules_of.items()

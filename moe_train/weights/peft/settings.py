@@ -38,9 +38,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing; give a directory with a PEFT adapter")
     settings = read_object(file)
     for key in ("target_parameters", "modules_to_save"):
-        given = settings.get(key) or []
-        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            raise ValueError(f"{file}: {key} is {given!r}; it has to be a list of names")
+        entries = settings.get(key) or []
+        if not isinstance(entries, list) or not all(isinstance(name, str) for name in entries):
+            raise ValueError(f"{file}: {key} is {entries!r}; it has to be a list of names")
     _check_alphas(file, settings)
     for key, value in _REQUIRED.items():
         if settings.get(key, value) not in (value, [] if value is None else value):

@@ -87,7 +87,7 @@ def export_adapter(
         factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
         if path.leaf == "lora_b" and factor != 1:
             trained = (trained.astype(np.float64) * factor).astype(dtype)
-        return np.pad(trained, [(0, size - had) for size, had in zip(piece.ours_shape, trained.shape, strict=True)])
+        return np.pad(trained, [(0, size - length) for size, length in zip(piece.ours_shape, trained.shape, strict=True)])
 
     pieces = {piece.name: piece for piece in (*table, *saved)}
     specs = [safetensors_files.Spec(piece.name, piece.shape, dtype) for piece in table]
@@ -129,7 +129,12 @@ def _in_file(model: config.Model, trained: Mapping[str, Shape]) -> dict[str, Sha
     shapes = dict(trained)
     if isinstance(model.ffn, config.DenseFfn):
         return shapes
-    for layer in sorted({module.removesuffix(name) for module in trained for name in (GATE, UP, DOWN) if module.endswith(name)}):
+    layers: set[str] = set()
+    for module in trained:
+        for name in (GATE, UP, DOWN):
+            if module.endswith(name):
+                layers.add(module.removesuffix(name))
+    for layer in sorted(layers):
         gate, up, down = (layer + name for name in (GATE, UP, DOWN))
         fused = [trained[module] for module in (gate, up) if module in trained]
         shapes[gate] = shapes[up] = max(fused or [trained[down]])
@@ -142,12 +147,17 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
     leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.pieces(model)}
     by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
-    usual = by_module[GATE] if sparse and GATE in by_module else Counter(by_module.values()).most_common(1)[0][0]
+    usual = Counter(by_module.values()).most_common(1)[0][0]
+    if sparse and GATE in by_module:
+        usual = by_module[GATE]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # the names in transformers 5
     for module, shape in by_module.items():
-        for key in (leaves[module], *([fused_names[module]] if module in fused_names else [])):
+        keys = [leaves[module]]
+        if module in fused_names:
+            keys.append(fused_names[module])
+        for key in keys:
             if shape.rank != usual.rank:
                 ranks[key] = shape.rank
             if shape.alpha != usual.alpha:

@@ -84,7 +84,8 @@ def opened(run_dir: str | Path, settings: config.Checkpoint) -> Iterator[ocp.Che
     When the block ends, a save in progress is finished, or its error is raised. Nothing is written before the first save, not
     even the folder.
     """
-    checkpoints, orbax_log = _manager(run_dir, settings), logging.getLogger("absl")
+    checkpoints = _manager(run_dir, settings)
+    orbax_log = logging.getLogger("absl")
     # Orbax logs a traceback for a failed save; the error is raised here too, so the log line would repeat it.
     orbax_log.addFilter(_no_traceback)
     try:
@@ -306,7 +307,8 @@ def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Paramet
     kept: Parameters = {}
     for path in abstract if keep is None else keep:
         found: Parameters = {}
-        total, length = 0, abstract[path].shape[0]
+        total = 0
+        length = abstract[path].shape[0]
         for start, part in parts(Path(checkpoints.directory) / str(step) / "params", path, on_mesh(abstract[path])):
             total += bit_sums(part)[0]
             made = {path: part} if keep is None else keep[path](part)

@@ -214,7 +214,8 @@ def load_parameters(
 
 def _trained_by(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
-    model, lora = run.model, run.lora and run.lora.model_copy(update={"quantize": None})
+    model = run.model
+    lora = run.lora and run.lora.model_copy(update={"quantize": None})
     return partition(parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, lora)))[1], lora)[0]
 
 

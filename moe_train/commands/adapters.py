@@ -164,7 +164,8 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
     The difference is itself a product: A and -A' side by side, times B stacked on B'.
     """
     signed = [(sign * f[0], f[1]) for sign, f in zip((1, -1), factors, strict=False) if f is not None]
-    a, b = np.concatenate([f[0] for f in signed], axis=1), np.concatenate([f[1] for f in signed])
+    a = np.concatenate([f[0] for f in signed], axis=1)
+    b = np.concatenate([f[1] for f in signed])
     # Rounding can make the sum slightly negative where the two adapters are equal.
     return math.sqrt(max(0.0, float(np.sum((a.T @ a) * (b @ b.T)))))
 

@@ -24,7 +24,8 @@ from moe_train.train.state import create_state, partition, trained_in_full
 from moe_train.train.step import compile_step
 from moe_train.train.step_definition import definition_of
 
-WARM_UP, TIMED = 2, 7
+WARM_UP = 2
+TIMED = 7
 """Steps after the first one that are not timed, and steps that are."""
 
 
@@ -49,9 +50,12 @@ def bench(written: config.Config) -> dict[str, Any]:
         begun = time.perf_counter()
         step = compile_step(definition, state, batch, base_weights)
         compiled = time.perf_counter() - begun
-        seconds, cpu_seconds, losses = [], [], []
+        seconds = []
+        cpu_seconds = []
+        losses = []
         for _ in range(1 + WARM_UP + TIMED):
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             state, metrics = step(state, batch, base_weights)
             # Reading the loss waits for the step to finish.
             losses.append(float(metrics.loss))

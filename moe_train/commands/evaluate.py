@@ -32,7 +32,8 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         FileNotFoundError: a file does not exist.
     """
     opened = open_model(directory)
-    run, mesh = opened.run, opened.mesh
+    run = opened.run
+    mesh = opened.mesh
     seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
     replicas = math.prod(mesh.shape[axis] for axis in BATCH)
     batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)

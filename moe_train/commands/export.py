@@ -75,7 +75,9 @@ def export(
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
     shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
     opened = unquantised(open_model(source))
-    run, lora, model = opened.run, opened.lora, opened.model
+    run = opened.run
+    lora = opened.lora
+    model = opened.model
     if merge and run and run.lora and run.lora.quantize:
         log.info("trained beside weights in %s; merged into those of %s as they are there", run.lora.quantize.name, run.init_from)
     if has := config.without_format(model):
@@ -134,7 +136,9 @@ def _write_adapter(
     name: str,
 ) -> None:
     """Replace the empty directory by a complete adapter."""
-    model, lora, run = opened.model, opened.lora, opened.run
+    model = opened.model
+    lora = opened.lora
+    run = opened.run
     assert lora is not None and run is not None
     base = str(run.init_from)
     match layout:
@@ -164,9 +168,11 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
     run = opened.run
     rank = max((target.rank for target in opened.lora.targets), default=1) if opened.lora else 1
     kind = "huggingface" if opened.tokenizer.chat_template is not None else "mistral"
-    base, first = run.init_from if run else None, ""
+    base = run.init_from if run else None
+    first = ""
     if layout == "peft" and base is not None and (is_run(base) or external.layout_of(base) != "hf"):
-        first, base = f"moe-train export {shlex.quote(base)} BASE_MODEL && ", None
+        first = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
+        base = None
     return first + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
 
 
@@ -198,7 +204,8 @@ def _about(opened: Opened) -> dict[str, Any]:
     if opened.run is None:
         return found
     with manager.reading(opened.directory) as checkpoints:
-        step, about = checkpoints.latest_step(), manager.newest(checkpoints)
+        step = checkpoints.latest_step()
+        about = manager.newest(checkpoints)
     assert about is not None
     found |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
     found["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()

@@ -59,13 +59,15 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     refuse_existing(Path(out_dir))
     if runs.is_run(base):
         raise ValueError(f"{base} is a run; export it, and start from the export")
-    old, new = load_tokenizer(model_dir.find_tokenizer(base)), find_tokenizer(tokenizer)
+    old = load_tokenizer(model_dir.find_tokenizer(base))
+    new = find_tokenizer(tokenizer)
     weights = external.open_weights(base)
     names.check(base, weights.table, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
     ids = new_ids(old, new)
     check_vocab(old, weights.model.vocab_size)
     model = weights.model.model_copy(update={"vocab_size": new.vocab_size})
-    dtype, source = weights.dtype or "float32", {(piece.path, piece.lead): piece for piece in weights.table}
+    dtype = weights.dtype or "float32"
+    source = {(piece.path, piece.lead): piece for piece in weights.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:
         of_base = source[piece.path, piece.lead]
@@ -121,7 +123,8 @@ def new_ids(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
     Raises:
         ValueError: the new tokenizer lacks pieces of the old one, or has no others.
     """
-    before, after = pieces_of(old), {piece: number for number, piece in pieces_of(new).items()}
+    before = pieces_of(old)
+    after = {piece: number for number, piece in pieces_of(new).items()}
     if lost := [piece for piece in before.values() if piece not in after]:
         raise ValueError(
             f"{len(lost)} of the {len(before)} tokens of {old.files[0]} are not in {new.files[0]}, the first {lost[0]!r}; a model "
@@ -161,7 +164,9 @@ def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) 
         (size, D): row i of the old table at ids[i], and the mean of these rows everywhere else.
     """
     dim = piece.ours_shape[1]
-    total, new, out = np.zeros(dim), np.ones(size, bool), None
+    total = np.zeros(dim)
+    new = np.ones(size, bool)
+    out = None
     for old, rows in _rows(piece, read, list(ids)):
         out = np.empty((size, dim), rows.dtype) if out is None else out
         out[at := [ids[i] for i in old]] = rows
@@ -184,13 +189,15 @@ def _rows(piece: names.Piece, read: Read, ids: Sequence[int]) -> Iterator[tuple[
 
 def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
     """Read the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
-    written, source = external.open_weights(directory), {(piece.path, piece.lead): piece for piece in weights.table}
+    written = external.open_weights(directory)
+    source = {(piece.path, piece.lead): piece for piece in weights.table}
     names.check(directory, written.table, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
     if written.model.vocab_size != model.vocab_size:
         raise RuntimeError(f"{directory} was written with {written.model.vocab_size} tokens, not {model.vocab_size}")
     for piece in written.table:
         of_base = source[piece.path, piece.lead]
-        read, now = weights.tensors[of_base.name].read, piece.from_file(written.tensors[piece.name].read)
+        read = weights.tensors[of_base.name].read
+        now = piece.from_file(written.tensors[piece.name].read)
         if piece.path in _ROWS:
             same = all(np.array_equal(was, now[[ids[i] for i in old]]) for old, was in _rows(of_base, read, list(ids)))
         else:

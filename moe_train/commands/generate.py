@@ -34,7 +34,8 @@ def generate_dir(
         The completions, without their prompts.
     """
     opened = open_model(directory)
-    model, tokenizer = opened.model, opened.tokenizer
+    model = opened.model
+    tokenizer = opened.tokenizer
     tokens = [_encode(prompt, tokenizer, opened.chat_template, chat) for prompt in prompts]
     check_lengths(tokens, max_tokens, model)
     with jax.set_mesh(opened.mesh):
@@ -52,5 +53,6 @@ def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool)
 
 def _text_after(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
     """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
-    start, whole = tokenizer.decode(before), tokenizer.decode(before + after)
+    start = tokenizer.decode(before)
+    whole = tokenizer.decode(before + after)
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(after)

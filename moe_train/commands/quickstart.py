@@ -42,7 +42,8 @@ def quickstart() -> int:
     console = Console(stderr=True, highlight=False)
     jax.config.update("jax_compilation_cache_dir", str(WORK.absolute() / "jax_cache"))
 
-    text, tokenizer = WORK / "text", WORK / "tokenizer"
+    text = WORK / "text"
+    tokenizer = WORK / "tokenizer"
     if not text.exists():
         console.rule("gathering the standard library's own text")
         counts = gather(text)
@@ -57,7 +58,8 @@ def quickstart() -> int:
         if code != FINISHED:
             return code
 
-    merged, adapter = WORK / "export_hf", WORK / "export_peft"
+    merged = WORK / "export_hf"
+    adapter = WORK / "export_peft"
     layout: Literal["hf", "peft"]
     for directory, layout, options in ((merged, "hf", " --merge"), (adapter, "peft", "")):
         if not directory.exists():

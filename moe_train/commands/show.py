@@ -171,7 +171,8 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     for i, token in enumerate(ids):
         if token in tokenizer.control_ids:
             found.append(tokenizer.decode([token], keep_special=True))
-            window, done = list(context), len(tokenizer.decode(context))
+            window = list(context)
+            done = len(tokenizer.decode(context))
             continue
         window.append(token)
         text = tokenizer.decode(window)
@@ -228,7 +229,8 @@ def _title(segment: Segment, rows: Rows) -> str:
 
 def summary(rows: Rows) -> str:
     """Describe the rows in a line: their number and length, positions used, and positions with a loss."""
-    used, learnt = int((rows.batch.segment_ids > 0).sum()), int(rows.batch.loss_mask.sum())
+    used = int((rows.batch.segment_ids > 0).sum())
+    learnt = int(rows.batch.loss_mask.sum())
     count, seq_len = rows.batch.tokens.shape
     return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {learnt} of them with a loss"
 

@@ -14,7 +14,11 @@ from moe_train.machine.files import new_directory, refuse_existing
 
 log = logging.getLogger(__name__)
 
-PAD, BOS, EOS, BEGIN_USER, END_USER = "<pad>", "<s>", "</s>", "[INST]", "[/INST]"
+PAD = "<pad>"
+BOS = "<s>"
+EOS = "</s>"
+BEGIN_USER = "[INST]"
+END_USER = "[/INST]"
 
 # Mistral's instruct format (v3 tekken: no spaces around the markers); the system text precedes the first user turn.
 CHAT_TEMPLATE = """\

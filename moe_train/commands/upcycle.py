@@ -68,7 +68,8 @@ def upcycle(
     names.check(base, dense.table, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer(base))
     check_vocab(tokenizer, model.vocab_size)
-    texts, dtype = Texts(tokenizer), dense.dtype or "float32"
+    texts = Texts(tokenizer)
+    dtype = dense.dtype or "float32"
     source = {(piece.path, piece.lead): piece for piece in dense.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:

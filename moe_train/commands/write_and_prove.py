@@ -111,7 +111,8 @@ def write(
     """Write the files of a whole model, except those that `write_texts` copies."""
     match layout:
         case "hf":
-            filetype, share = np.dtype(dtype), Share(jax.process_index(), jax.process_count())
+            filetype = np.dtype(dtype)
+            share = Share(jax.process_index(), jax.process_count())
             hf.write(directory, model, dtype, lambda p: matrix(p, filetype), texts.tokenizer, max_shard_bytes, share)  # type: ignore[arg-type]
         case "mistral":
             filetype = np.dtype(dtype)

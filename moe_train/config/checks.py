@@ -32,7 +32,8 @@ class Sections(Protocol):
 
 def check_batch(sections: Sections) -> None:
     """Raise ValueError if a microbatch or a sequence does not divide evenly over the mesh."""
-    mesh, train = sections.mesh, sections.train
+    mesh = sections.mesh
+    train = sections.train
     # These three axes split the batch; a -1 among them makes the product negative, and the check waits for the resolved mesh.
     replicas = mesh.data * mesh.fsdp * mesh.expert
     per_microbatch = train.batch_size // train.microbatches
@@ -57,7 +58,9 @@ def check_batch(sections: Sections) -> None:
 
 def check_model(sections: Sections, model: Model) -> None:
     """Raise ValueError if `model` (stated, or read from `init_from`) does not fit the other sections."""
-    mesh, loss, attention = sections.mesh, sections.loss, model.attention
+    mesh = sections.mesh
+    loss = sections.loss
+    attention = model.attention
     _divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
     _divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
     _divides(mesh.tensor, "tensor", model.ffn.ffn_dim, "ffn_dim")

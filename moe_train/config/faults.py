@@ -26,7 +26,9 @@ def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[Key
     """
     for fault in error.errors(include_url=False):
         path, section = key_path(fault["loc"])
-        kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
+        kind = fault["type"]
+        given = fault["input"]
+        context = fault.get("ctx", {})
         value = f" (value {shown(given)})"
         if kind == "value_error":
             message = " ".join(str(context["error"]).split())

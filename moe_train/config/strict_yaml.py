@@ -99,7 +99,8 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: li
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, child in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
+            key = key_node.value
+            line = key_node.start_mark.line + 1
             if key_node.tag != _STR:
                 shown = key if isinstance(key_node, yaml.ScalarNode) else "a list or section"
                 faults.append(f"{_at(origin, line)}: {dotted(path)}a key is a name (value {shown})")
@@ -114,7 +115,8 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: li
 
 def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
     """Convert a scalar node, or add the reason why it is invalid to `faults`."""
-    tag, text = node.tag, node.value
+    tag = node.tag
+    text = node.value
     if tag == _STR:
         return text
     if tag == _NULL:

@@ -55,7 +55,8 @@ def join_processes() -> None:
             jax.distributed.initialize()
     except RuntimeError as error:
         raise RuntimeError(f"the processes of this job did not find each other: {error}") from error
-    index, count = jax.process_index(), jax.process_count()
+    index = jax.process_index()
+    count = jax.process_count()
     processes.first_alone_speaks(index)
     if count == 1:
         return
@@ -126,7 +127,8 @@ def slices_along(axis: str) -> int:
 
     Each slice must hold an equal, contiguous part of the axis; otherwise every device is counted as a slice of its own.
     """
-    mesh, size = get_concrete_mesh(), axis_size(axis)
+    mesh = get_concrete_mesh()
+    size = axis_size(axis)
     if mesh.empty or size == 1:
         return 1
     slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)

@@ -74,7 +74,8 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         return Found()
     if any(name in env for name in _OF_JAX):
         _need(env, _OF_JAX, "of {there} set, all three or none have to be")
-        count, index = _number(env, "JAX_NUM_PROCESSES"), _number(env, "JAX_PROCESS_ID")
+        count = _number(env, "JAX_NUM_PROCESSES")
+        index = _number(env, "JAX_PROCESS_ID")
         address = env["JAX_COORDINATOR_ADDRESS"]
         if not re.fullmatch(r".+:\d{1,5}", address):
             raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it has to be HOST:PORT of the first process")

@@ -85,7 +85,8 @@ def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[s
     if not found:
         fault = _commonest(faults, run, topology)
         raise ValueError(f"no mesh of {topology.name}'s {topology.num_devices} devices takes this run: {fault}")
-    considered, fitting = len(found), sum(choice.fits for choice in found)
+    considered = len(found)
+    fitting = sum(choice.fits for choice in found)
     if options.compile_best:
         found = search.confirm(found, topology, options.compile_best, say, options.by)
     best = search.best_of_meshes(found, options.by)

@@ -11,7 +11,8 @@ from moe_train.plan.search import Choice
 
 def as_json(answer: Answer) -> dict[str, Any]:
     """Return the whole answer: the topology, the price, and the best choice of each mesh."""
-    place, best = answer.topology, answer.best
+    place = answer.topology
+    best = answer.best
     return {
         "topology": {
             "name": place.name,
@@ -32,7 +33,9 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
     """Return one choice: its settings, its costs as modelled and as compiled, and why it is not the best."""
-    place, run, compiled = answer.topology, choice.run, choice.compiled
+    place = answer.topology
+    run = choice.run
+    compiled = choice.compiled
     reference = answer.best
     found: dict[str, Any] = {
         "mesh": run.mesh.model_dump(),

@@ -13,7 +13,8 @@ SHOWN = 12
 
 def introduction(answer: Answer) -> list[str]:
     """Return the lines above the table."""
-    place, device = answer.topology, DEVICES[answer.topology.device]
+    place = answer.topology
+    device = DEVICES[answer.topology.device]
     chips = f"{place.num_chips} chips" + (f", {place.num_devices} devices" if place.devices_per_chip > 1 else "")
     price = answer.priced if answer.price is None else f"{answer.price:g} dollars per chip and hour ({answer.priced})"
     lines = [f"{place.name}: {chips} of {device.hbm_bytes / GIB:.1f} GiB; {price}"]
@@ -27,7 +28,8 @@ def rows(answer: Answer) -> list[dict[str, str]]:
     found = []
     for choice in answer.choices[:SHOWN]:
         dollars = search.dollars_per_billion(choice, answer.topology, answer.price)
-        run, reference = choice.run, answer.best
+        run = choice.run
+        reference = answer.best
         found.append(
             {
                 "mesh": search.in_words(run.mesh),
@@ -60,7 +62,9 @@ def _compiled(choice: Choice) -> str:
 
 def conclusion(answer: Answer) -> list[str]:
     """Return the lines below the table: what fits, whether the compiler confirmed it, and how to change the config."""
-    best, given, place = answer.best, answer.given, answer.topology
+    best = answer.best
+    given = answer.given
+    place = answer.topology
     if best is None:
         closest = answer.choices[0]
         said = [f"nothing fits on {place.name}: the closest is {search.in_words(closest.run.mesh)}, {search.why(closest, closest)}"]

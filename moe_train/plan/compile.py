@@ -101,7 +101,8 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
         raise ValueError(f"init_from {run.init_from} is not here, and the architecture with it; state model as well")
     check_installed(topology)
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
+        asked = Path(folder, "asked.json")
+        answered = Path(folder, "answered.json")
         asked.write_text(json.dumps({"run": run.model_dump(mode="json"), "topology": topology.name}), encoding="utf-8")
         # -P and PYTHONPATH make the child import this package, whatever the working directory contains
         command = [sys.executable, "-P", "-m", "moe_train.plan.compile", str(asked), str(answered)]
@@ -198,7 +199,8 @@ def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
     with jax.set_mesh(mesh):
         program = compile_step(*abstract_step(run, mesh))
     seconds = time.perf_counter() - begun
-    memory, text = program.memory_analysis(), program.as_text()
+    memory = program.memory_analysis()
+    text = program.as_text()
     assert memory is not None and text is not None
     counts = hlo.read(text)
     return Compiled(

@@ -90,7 +90,9 @@ class _Module:
 
     def _largest_constant(self, name: str) -> int:
         """Return the largest integer constant of a computation and of those it calls; 0 if there is none."""
-        largest, todo, seen = 0, [name], set()
+        largest = 0
+        todo = [name]
+        seen = set()
         while todo:
             now = todo.pop()
             if now in seen or now not in self.computations:

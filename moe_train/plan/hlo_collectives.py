@@ -67,7 +67,8 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
     if kind == "ragged-all-to-all":
         size = min(size, operand_shapes(i, known)[0].bytes)
     if kind == "all-reduce" and scattered:
-        kind, size = "reduce-scatter", size / len(groups[0])
+        kind = "reduce-scatter"
+        size = size / len(groups[0])
     received = _received(kind, size, len(groups[0]))
     source = re.search(r'op_name="([^"]*)"', i.attributes)
     chain = re.search(r'chain_id="\w+"', i.attributes)

@@ -59,7 +59,8 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
         ValueError: the text has no ENTRY computation.
     """
     found: dict[str, list[Instruction]] = {}
-    entry, now = "", None
+    entry = ""
+    now = None
     for line in text.splitlines():
         if not line.startswith(" ") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)):
             now = found.setdefault(header[2], [])
@@ -114,7 +115,9 @@ def second_element(result: str) -> str:
 
     The start of every collective except an all-reduce returns (operands, results, …).
     """
-    depth, parts, start = 0, [], 1
+    depth = 0
+    parts = []
+    start = 1
     for at, c in enumerate(result):
         depth += (c in "([{") - (c in ")]}")
         if (c == "," and depth == 1) or (c == ")" and depth == 0):

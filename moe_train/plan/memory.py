@@ -51,9 +51,12 @@ def memory(run: config.Run, laid: Layout) -> Memory:
         run: the resolved run.
         laid: the weights of the run with their shardings.
     """
-    model, sizes, shape = run.model, axis_sizes(run.mesh), shape_of(run)
+    model = run.model
+    sizes = axis_sizes(run.mesh)
+    shape = shape_of(run)
     bytes_per_token = sum(x.itemsize for x in objective_of(run.objective).batch_type.empty(1, 1))
-    M, b = run.train.microbatches, shape.itemsize
+    M = run.train.microbatches
+    b = shape.itemsize
     stacked = [w for w in laid.weights if w.path.in_layer]
     stacks = config.stacks(model)
     trained = [w for w in laid.weights if w.trainable]
@@ -98,8 +101,13 @@ def _is_narrow(w: Weight) -> bool:
 
 def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: Shape) -> int:
     """Return the bytes that remat `minimal` keeps per layer besides its input (`transformer.SAVED`)."""
-    m, b, t, D, a = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, model.attention
-    heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
+    m = shape.tokens
+    b = shape.itemsize
+    t = sizes["tensor"]
+    D = model.model_dim
+    a = model.attention
+    heads = a.num_heads * a.head_dim // t
+    keys = a.num_kv_heads * a.head_dim // t
     kept = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
     f = ffn.ffn_dim // t
     if not isinstance(ffn, config.MoeFfn):
@@ -117,8 +125,13 @@ def _layer(
 
     Saved activations and gradients are not included.
     """
-    m, b, t, D, R = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, shape.rows
-    a, f = model.attention, ffn.ffn_dim // sizes["tensor"]
+    m = shape.tokens
+    b = shape.itemsize
+    t = sizes["tensor"]
+    D = model.model_dim
+    R = shape.rows
+    a = model.attention
+    f = ffn.ffn_dim // sizes["tensor"]
     over = ("fsdp", "expert")
     gathered = sum(
         w.elements(sizes, over) * b for w in stacked if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter
@@ -131,7 +144,8 @@ def _layer(
             experts += whole
         if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
             experts += whole // 3 // b
-        products, inputs = R * f * b, R * D * b * (3 if shape.recomputes_experts else 2)
+        products = R * f * b
+        inputs = R * D * b * (3 if shape.recomputes_experts else 2)
         if shape.transport == "all_gather":
             inputs += sizes["expert"] * m * D * b
     else:
@@ -139,9 +153,11 @@ def _layer(
         mine = [w for w in linear if not w.path.is_adapter and w.path.part != "scales"]
         per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in mine}
         experts = sum(w.elements(sizes, over) * per_code[w.path] * b for w in mine)
-        products, inputs = m * f * b, m * D * b
+        products = m * f * b
+        inputs = m * D * b
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
-    heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
+    heads = a.num_heads * a.head_dim // t
+    keys = a.num_kv_heads * a.head_dim // t
     attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * D * b
     # The product of gate and up involves six arrays in the backward pass (both, their product, and the gradient of each);
     # three of them reuse the space of the others, unless adapters need them again.
@@ -155,7 +171,8 @@ def _is_nf4(run: config.Run) -> bool:
 
 def _loss(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
     """Return the bytes of the head in compute dtype, its float32 gradient if trained, a chunk of logits, and the hidden states."""
-    v, D = model.vocab_size // sizes["tensor"], model.model_dim
+    v = model.vocab_size // sizes["tensor"]
+    D = model.model_dim
     tables = [w for w in laid.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
     trained = any(w.trainable for w in tables)
     rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))

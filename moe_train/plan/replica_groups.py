@@ -51,7 +51,8 @@ def _groups_of_mesh(text: str) -> Groups:
     stated = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? ?\{(.*?)\}", text)
     assert stated, text
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", stated[1])}
-    names, chosen = list(sizes), re.findall(r"'(\w+)'", stated[3])
+    names = list(sizes)
+    chosen = re.findall(r"'(\w+)'", stated[3])
     assert set(chosen) <= set(names), text
     ids = _iota(stated[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
     order = [name for name in names if name not in chosen] + chosen

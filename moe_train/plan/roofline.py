@@ -78,7 +78,9 @@ def work(run: config.Run, laid: Layout, flows: list[Flow], topology: Topology) -
         flows: the collectives of a step, as modelled by `traffic.flows`.
         topology: decides which bytes cross slices.
     """
-    train, model, shape = run.train, run.model, shape_of(run)
+    train = run.train
+    model = run.model
+    shape = shape_of(run)
     tokens = train.batch_size * train.seq_len / topology.num_devices
     trained = laid.trainable if run.lora is not None else None
     useful = tokens * flops_per_token(model, train.seq_len, trained)
@@ -93,7 +95,8 @@ def _recomputed(run: config.Run, model: config.Model, shape: Shape) -> float:
 
     With remat `full` it is the layers' whole forward pass, otherwise that of experts whose transport recomputes them.
     """
-    D, V = model.model_dim, model.vocab_size
+    D = model.model_dim
+    V = model.vocab_size
     if run.compute.remat == "full":
         return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
     if isinstance(model.ffn, config.MoeFfn) and shape.recomputes_experts:
@@ -108,7 +111,9 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
     read. Activations are the operands and results of a layer's products, counted three times (forward and both gradients), and
     once more if recomputed. The update reads gradients, and reads and writes weights and moments.
     """
-    sizes, M, b = axis_sizes(run.mesh), run.train.microbatches, shape.itemsize
+    sizes = axis_sizes(run.mesh)
+    M = run.train.microbatches
+    b = shape.itemsize
     again = 1 if run.compute.remat == "full" else 0
     total = 0.0
     for w in laid.weights:
@@ -116,7 +121,10 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
         total += M * whole * (2 + 2 + again + (3 if w.trainable else 0))
         total += 3 * w.stored_bytes(sizes) if w.trainable else 0
     total += 2 * laid.optimizer_bytes
-    a, t, D, m = model.attention, sizes["tensor"], model.model_dim, shape.tokens
+    a = model.attention
+    t = sizes["tensor"]
+    D = model.model_dim
+    m = shape.tokens
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim // t
     layers = 0
     for stack in config.stacks(model):
@@ -136,7 +144,8 @@ def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, dev
         topology: decides which bytes cross slices.
         device: a chip. If JAX sees a chip as two devices, each has half of its rates.
     """
-    share, sizes = topology.devices_per_chip, axis_sizes(run.mesh)
+    share = topology.devices_per_chip
+    sizes = axis_sizes(run.mesh)
     near = {True: 0.0, False: 0.0}
     far = {True: 0.0, False: 0.0}
     for flow in flows:

@@ -154,7 +154,8 @@ def choices(run: config.Run, topology: Topology, free_batch: bool = False) -> tu
     Returns:
         (the choices that are possible, the faults of those that are not).
     """
-    found, faults = [], []
+    found = []
+    faults = []
     for mesh in meshes(run, topology):
         transports = transports_of(topology.platform) if mesh.expert > 1 else ("auto",)
         for transport, remat in itertools.product(transports, ("full", "minimal")):
@@ -214,7 +215,8 @@ def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[
     Returns:
         All of `found`, ranked again with the compiler's figures.
     """
-    order, confirmed = ranked(found, by), 0
+    order = ranked(found, by)
+    confirmed = 0
     done: list[Choice] = []
     for choice in order:
         if confirmed == count or not choice.fits:
@@ -336,7 +338,8 @@ def changed(run: config.Run, other: config.Run) -> dict[str, Any]:
     """Return the settings of mesh, transport, remat and batch that differ in `other`, {key.path: value}."""
     found: dict[str, Any] = {}
     for section in ("mesh", "compute", "train"):
-        ours, theirs = getattr(run, section).model_dump(), getattr(other, section).model_dump()
+        ours = getattr(run, section).model_dump()
+        theirs = getattr(other, section).model_dump()
         found |= {f"{section}.{key}": theirs[key] for key in ours if ours[key] != theirs[key]}
     if run.compute.transport == "auto":
         found.pop("compute.transport", None)

@@ -103,7 +103,8 @@ def parse(name: str) -> Topology:
 def _slice(name: str) -> tuple[str, tuple[int, ...]]:
     """Parse the name of one slice or host into its device and shape."""
     if found := re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name):
-        device, shape = found[1], tuple(int(side) for side in found[2].split("x"))
+        device = found[1]
+        shape = tuple(int(side) for side in found[2].split("x"))
         if device in GPUS:
             raise _no_such_host(name, device, math.prod(shape))
         _known(device, ("v5p", "v5e", "v6e", "tpu7x"), name)
@@ -111,13 +112,15 @@ def _slice(name: str) -> tuple[str, tuple[int, ...]]:
             raise _no_such(name, device, math.prod(shape), "chips")
         return device, shape
     if found := re.fullmatch(r"([a-z]+\d+)x(\d+)", name):
-        device, count = found[1], int(found[2])
+        device = found[1]
+        count = int(found[2])
         _known(device, GPUS, name)
         if count not in GPUS_PER_HOST:
             raise _no_such_host(name, device, count)
         return device, (count,)
     if found := re.fullmatch(r"([a-z0-9]+)-(\d+)", name):
-        word, number = found[1], int(found[2])
+        word = found[1]
+        number = int(found[2])
         _known(word, CLOUD_NAMES, name)
         device, per_chip = CLOUD_NAMES[word]
         same = [shape for shape in shapes(device) if math.prod(shape) * per_chip == number]

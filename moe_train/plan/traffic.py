@@ -65,9 +65,12 @@ def shape_of(run: config.Run, platform: str | None = None) -> Shape:
         run: the resolved run.
         platform: the platform that transport `auto` is resolved for; None for that of this process.
     """
-    model, train, sizes = run.model, run.train, axis_sizes(run.mesh)
+    model = run.model
+    train = run.train
+    sizes = axis_sizes(run.mesh)
     sequences = train.batch_size // train.microbatches // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-    tokens, itemsize = sequences * train.seq_len // sizes["context"], ITEMSIZE[run.compute.dtype]
+    tokens = sequences * train.seq_len // sizes["context"]
+    itemsize = ITEMSIZE[run.compute.dtype]
     if not isinstance(model.ffn, config.MoeFfn):
         return Shape(tokens, itemsize, None, tokens)
     exchange = exchange_sizes(run, sizes)
@@ -85,7 +88,9 @@ def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Fl
         laid: its weights with their shardings.
         platform: the platform that the program is compiled for.
     """
-    sizes, shape, M = axis_sizes(run.mesh), shape_of(run), run.train.microbatches
+    sizes = axis_sizes(run.mesh)
+    shape = shape_of(run)
+    M = run.train.microbatches
     found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings)]
     found += _of_tokens(run, run.model, sizes, shape, platform)
     found = [flow._replace(bytes=M * flow.bytes) for flow in found]
@@ -118,7 +123,8 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
     def flow(kind: str, axis: str, devices: int, whole: float, times: int) -> Flow:
         return Flow(name, kind, axis, times * w.layers * _received(kind, devices, whole), True)
 
-    found, gathered = [], w.elements(sizes)
+    found = []
+    gathered = w.elements(sizes)
     for axis in order:
         gathered *= sizes[axis]
         found.append(flow("all-gather", axis, sizes[axis], gathered * b, gathers))
@@ -136,8 +142,13 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
 
 def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
     """Return the transfers of activations, for all layers and one microbatch."""
-    m, b, D, L = shape.tokens, shape.itemsize, model.model_dim, model.num_layers
-    a, tensor, context = model.attention, sizes["tensor"], sizes["context"]
+    m = shape.tokens
+    b = shape.itemsize
+    D = model.model_dim
+    L = model.num_layers
+    a = model.attention
+    tensor = sizes["tensor"]
+    context = sizes["context"]
     found = []
 
     def flow(what: str, kind: str, axis: str, whole: float, times: int = 1) -> None:

@@ -59,7 +59,9 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
         folder = leaving.enter_context(RunFolder(Path(run.run_dir)))
         checkpoints = leaving.enter_context(manager.opened(folder.path, run.checkpoint))
         begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
-        state, start, total_steps = begin.state, int(begin.state.step), inputs.total_steps
+        state = begin.state
+        start = int(begin.state.step)
+        total_steps = inputs.total_steps
         introduction.print_damage(begin)
         if start >= total_steps:
             introduction.print_finished(run, begin, total_steps)

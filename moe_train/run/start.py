@@ -75,7 +75,8 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
 
     last = manager.newest(checkpoints)
     changed = {} if last is None else _changes(run, last, loader)
-    base, adapter = _base(run, last, bool(frozen)), _adapter(run, last)
+    base = _base(run, last, bool(frozen))
+    adapter = _adapter(run, last)
     weights: Parameters = {}
     if base is not None and frozen:
         wanted = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}

@@ -49,10 +49,10 @@ class Counts:
 
     def bytes_by(self, of: str) -> dict[str, float]:
         """Return received bytes grouped by an attribute of the collectives, `kind` or `dtype`."""
-        found: Counter[str] = Counter()
+        totals: Counter[str] = Counter()
         for collective, times in self.collectives.items():
-            found[getattr(collective, of)] += collective.bytes * times  # type: ignore[assignment]
-        return dict(found)
+            totals[getattr(collective, of)] += collective.bytes * times  # type: ignore[assignment]
+        return dict(totals)
 
 
 def read(text: str) -> Counts:
@@ -83,9 +83,9 @@ class _Module:
 
         It is the count that XLA states, or else the constant that the condition compares with; 1 if neither is known.
         """
-        known = re.search(r"known_trip_count\D*(\d+)", loop.attributes)
-        if known:
-            return int(known[1])
+        stated_count = re.search(r"known_trip_count\D*(\d+)", loop.attributes)
+        if stated_count:
+            return int(stated_count[1])
         return self._largest_constants[loop.called("condition")[0]] or 1
 
     def _largest_constant(self, name: str) -> int:
@@ -94,11 +94,11 @@ class _Module:
         todo = [name]
         seen = set()
         while todo:
-            now = todo.pop()
-            if now in seen or now not in self.computations:
+            current = todo.pop()
+            if current in seen or current not in self.computations:
                 continue
-            seen.add(now)
-            for i in self.computations[now]:
+            seen.add(current)
+            for i in self.computations[current]:
                 if i.opcode == "constant" and i.result.startswith(("s32[]", "s64[]", "u32[]")) and i.operands.isdigit():
                     largest = max(largest, int(i.operands))
                 todo += i.called("calls")
@@ -161,9 +161,9 @@ class _Walk:
     def _add_conditional(self, i: Instruction) -> None:
         names = i.called("branch_computations", "true_computation", "false_computation")
         # The branch with the fewest bytes is taken as the usual one; the others are fallbacks.
-        least, *_, most = sorted((self._module.count(name) for name in names), key=lambda branch: branch.bytes)
-        self._total.add(least)
-        self._total.fallback_bytes += most.bytes - least.bytes
+        cheapest, *_, costliest = sorted((self._module.count(name) for name in names), key=lambda branch: branch.bytes)
+        self._total.add(cheapest)
+        self._total.fallback_bytes += costliest.bytes - cheapest.bytes
 
     def _add_calls(self, i: Instruction) -> Counter[Collective]:
         """Count what an instruction calls except its collectives, which are returned."""

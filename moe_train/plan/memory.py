@@ -108,14 +108,14 @@ def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: S
     a = model.attention
     heads = a.num_heads * a.head_dim // t
     keys = a.num_kv_heads * a.head_dim // t
-    kept = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
+    saved = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
     f = ffn.ffn_dim // t
     if not isinstance(ffn, config.MoeFfn):
-        return kept + m * 2 * f * b
-    kept += m * ffn.num_experts * 4 + 2 * m * ffn.experts_per_token * 4
+        return saved + m * 2 * f * b
+    saved += m * ffn.num_experts * 4 + 2 * m * ffn.experts_per_token * 4
     if not shape.recomputes_experts:
-        kept += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
-    return kept + m * 2 * f * ffn.num_shared_experts * b
+        saved += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
+    return saved + m * 2 * f * ffn.num_shared_experts * b
 
 
 def _layer(
@@ -132,18 +132,18 @@ def _layer(
     R = shape.rows
     a = model.attention
     f = ffn.ffn_dim // sizes["tensor"]
-    over = ("fsdp", "expert")
+    gather_axes = ("fsdp", "expert")
     gathered = sum(
-        w.elements(sizes, over) * b for w in stacked if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter
+        w.elements(sizes, gather_axes) * b for w in stacked if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter
     )
     if isinstance(ffn, config.MoeFfn):
         matrices = [w for w in stacked if w.kind == "expert" and not w.path.is_adapter and w.path.part != "scales"]
         per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in matrices}
-        experts = whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
+        experts = gathered_experts = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
         if shape.recomputes_experts and any(w.trainable for w in matrices):  # their gradients are summed over chunks
-            experts += whole
+            experts += gathered_experts
         if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
-            experts += whole // 3 // b
+            experts += gathered_experts // 3 // b
         products = R * f * b
         inputs = R * D * b * (3 if shape.recomputes_experts else 2)
         if shape.transport == "all_gather":
@@ -152,7 +152,7 @@ def _layer(
         linear = [w for w in stacked if w.kind == "linear" and w.path.is_ffn]
         mine = [w for w in linear if not w.path.is_adapter and w.path.part != "scales"]
         per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in mine}
-        experts = sum(w.elements(sizes, over) * per_code[w.path] * b for w in mine)
+        experts = sum(w.elements(sizes, gather_axes) * per_code[w.path] * b for w in mine)
         products = m * f * b
         inputs = m * D * b
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v

@@ -114,11 +114,11 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
     sizes = axis_sizes(run.mesh)
     M = run.train.microbatches
     b = shape.itemsize
-    again = 1 if run.compute.remat == "full" else 0
+    recomputations = 1 if run.compute.remat == "full" else 0
     total = 0.0
     for w in laid.weights:
-        whole = w.layers * w.elements(sizes, ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")) * min(b, w.itemsize)
-        total += M * whole * (2 + 2 + again + (3 if w.trainable else 0))
+        weight_bytes = w.layers * w.elements(sizes, ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")) * min(b, w.itemsize)
+        total += M * weight_bytes * (2 + 2 + recomputations + (3 if w.trainable else 0))
         total += 3 * w.stored_bytes(sizes) if w.trainable else 0
     total += 2 * laid.optimizer_bytes
     a = model.attention
@@ -131,7 +131,7 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
         ffn = stack.ffn  # rows per device, assuming balanced routing
         rows = m * (ffn.experts_per_token + ffn.num_shared_experts) if isinstance(ffn, config.MoeFfn) else m
         layers += stack.num_layers * (m * (2 * heads + 6 * D) * b + rows * (4 * ffn.ffn_dim // t + 4 * D) * b)
-    return total + M * layers * (3 + again) + M * 3 * m * (model.vocab_size // t) * 4
+    return total + M * layers * (3 + recomputations) + M * 3 * m * (model.vocab_size // t) * 4
 
 
 def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, device: Device) -> Time:
@@ -193,10 +193,10 @@ def _far(flow: Flow, sizes: dict[str, int], devices_per_slice: int) -> float:
     last = flow.axis.split("+")[-1]
     inner = math.prod(sizes[axis] for axis in AXES[AXES.index(last) + 1 :])
     g = math.prod(sizes[axis] for axis in flow.axis.split("+"))
-    here = max(1, min(g, devices_per_slice // inner))
-    if here == g:
+    group_in_slice = max(1, min(g, devices_per_slice // inner))
+    if group_in_slice == g:
         return 0.0
     if flow.kind.endswith("all-to-all"):
-        return flow.bytes * (g - here) / (g - 1)
-    slices = g // here
-    return flow.bytes * ((slices - 1) / slices / here) / ((g - 1) / g)
+        return flow.bytes * (g - group_in_slice) / (g - 1)
+    slices = g // group_in_slice
+    return flow.bytes * ((slices - 1) / slices / group_in_slice) / ((g - 1) / g)

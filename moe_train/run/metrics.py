@@ -119,12 +119,12 @@ def check_dropped(step: int, routers: RouterStats, settings: config.Train, layer
     rates_L = np.asarray(routers.dropped) / np.maximum(np.sum(routers.chosen_E, axis=1), 1)
     worst = int(np.argmax(rates_L))
     if rates_L[worst] > (settings.max_drop_rate or 0):
-        said = f"step {step}: layer {layers[worst]} dropped {rates_L[worst]:.2%} of its assignments"
+        problem = f"step {step}: layer {layers[worst]} dropped {rates_L[worst]:.2%} of its assignments"
         # Without a capacity every transport is dropless, so any drop is a fault of ours.
         if settings.max_drop_rate is None:
-            raise RuntimeError(f"{said} without a capacity: a fault of the transport; try compute.transport all_gather")
+            raise RuntimeError(f"{problem} without a capacity: a fault of the transport; try compute.transport all_gather")
         raise RuntimeError(
-            f"{said}; train.max_drop_rate is {settings.max_drop_rate:.2%}: raise train.capacity_factor "
+            f"{problem}; train.max_drop_rate is {settings.max_drop_rate:.2%}: raise train.capacity_factor "
             f"({settings.capacity_factor:g}), or balance the routers more (loss)"
         )
 

@@ -52,17 +52,17 @@ def chosen_kernels(run: config.Run) -> dict[str, Any]:
     dtype = jnp.dtype(run.compute.dtype)
     ffn = run.model.ffn
     T = run.train.seq_len
-    found: dict[str, Any] = {"attention": kernels.choose_kernel(run.compute.attention, T, dtype)}
-    if found["attention"] == "splash":
-        found["attention_block"] = splash.block_size(T)
+    choices: dict[str, Any] = {"attention": kernels.choose_kernel(run.compute.attention, T, dtype)}
+    if choices["attention"] == "splash":
+        choices["attention_block"] = splash.block_size(T)
     if isinstance(ffn, config.MoeFfn):
-        found["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
-        if found["grouped_matmul"] == "megablox":
+        choices["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
+        if choices["grouped_matmul"] == "megablox":
             D = run.model.model_dim
             f = ffn.ffn_dim // axis_size("tensor")
             rows = run.train.batch_size * T * ffn.experts_per_token  # upper bound; fewer rows use smaller tiles
-            found["grouped_matmul_tiles"] = {"gate, up": gm.tiles(rows, D, f, dtype), "down": gm.tiles(rows, f, D, dtype)}
-    return found
+            choices["grouped_matmul_tiles"] = {"gate, up": gm.tiles(rows, D, f, dtype), "down": gm.tiles(rows, f, D, dtype)}
+    return choices
 
 
 def run_self_tests(run: config.Run, say: Callable[[str], None]) -> None:
@@ -113,12 +113,12 @@ def check_grouped_matmul(compute: config.Compute) -> float:
 
         worst = 0.0
         for case, sizes in CASES.items():
-            found, wanted = jax.device_get(both(x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32)))
-            for what, a, b in zip(("result", "gradient of x", "gradient of w"), found, wanted, strict=True):
-                error = _worst_part(a, b, sizes if what != "gradient of w" else None)
+            actual, expected = jax.device_get(both(x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32)))
+            for quantity, a, b in zip(("result", "gradient of x", "gradient of w"), actual, expected, strict=True):
+                error = _worst_part(a, b, sizes if quantity != "gradient of w" else None)
                 if not error <= tolerance:
                     raise RuntimeError(
-                        f"self-test: {what} of grouped_matmul={kernel} is wrong on {device.device_kind}, case {case!r}: "
+                        f"self-test: {quantity} of grouped_matmul={kernel} is wrong on {device.device_kind}, case {case!r}: "
                         f"relative error {error:.2g}, limit {tolerance:g}; set compute.grouped_matmul to another kernel"
                     )
                 worst = max(worst, error)
@@ -173,17 +173,19 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
         with jax.set_mesh(make_mesh(config.Mesh(), [device])):
             rounded = [jnp.asarray(x, dtype) for x in (q, k, v, dy)]
             tokens = [positions_BT, segments_BT]
-            found = jax.device_get(run(rounded, tokens, kernel))
+            actual = jax.device_get(run(rounded, tokens, kernel))
             with jax.default_matmul_precision("highest"):
-                wanted = jax.device_get(run([x.astype(jnp.float32) for x in rounded], tokens, "reference"))
-        for what, ours, theirs in zip(("result", *(f"gradient of {x}" for x in "qkv")), found, wanted, strict=True):
+                expected = jax.device_get(run([x.astype(jnp.float32) for x in rounded], tokens, "reference"))
+        for quantity, actual_array, expected_array in zip(
+            ("result", *(f"gradient of {x}" for x in "qkv")), actual, expected, strict=True
+        ):
             for row in range(2):
-                seen = segments_BT[row] != 0
-                a, b = (x[row][seen].reshape(seen.sum(), -1) for x in (ours, theirs))
+                is_token = segments_BT[row] != 0
+                a, b = (x[row][is_token].reshape(is_token.sum(), -1) for x in (actual_array, expected_array))
                 error = _worst_part(a, b, np.diff([*starts[row], T])[:-1])
                 if not error <= tolerance:
                     raise RuntimeError(
-                        f"self-test: {what} of attention={kernel} is wrong on {device.device_kind}, window {window or 'none'}, "
+                        f"self-test: {quantity} of attention={kernel} is wrong on {device.device_kind}, window {window or 'none'}, "
                         f"{'packed segments' if row else 'one segment'}: relative error {error:.2g}, limit {tolerance:g}; "
                         "set compute.attention to another kernel"
                     )
@@ -263,22 +265,22 @@ def _transport_errors(transport: Name) -> Any:
     return errors
 
 
-def _worst_part(found: np.ndarray, wanted: np.ndarray, sizes: Sequence[int] | np.ndarray | None) -> float:
+def _worst_part(actual: np.ndarray, expected: np.ndarray, sizes: Sequence[int] | np.ndarray | None) -> float:
     """Return the largest error max|a - b| / max|b| among the parts that belong to different experts or segments.
 
     Args:
-        found: the kernel's output.
-        wanted: the reference's output.
+        actual: the kernel's output.
+        expected: the reference's output.
         sizes: rows of each part, where the rest, owned by no expert, is one more part; None if dim 0 indexes the parts.
 
     Returns:
         Infinity if a part that must be zero is not.
     """
-    found = np.asarray(found, np.float64)
-    wanted = np.asarray(wanted, np.float64)
-    cuts = list(range(1, len(found))) if sizes is None else np.cumsum(sizes).tolist()
+    actual = np.asarray(actual, np.float64)
+    expected = np.asarray(expected, np.float64)
+    cuts = list(range(1, len(actual))) if sizes is None else np.cumsum(sizes).tolist()
     worst = 0.0
-    for a, b in zip(np.split(found, cuts), np.split(wanted, cuts), strict=True):
+    for a, b in zip(np.split(actual, cuts), np.split(expected, cuts), strict=True):
         if not a.size:
             continue
         error = np.max(np.abs(a - b))

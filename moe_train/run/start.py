@@ -79,8 +79,8 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     adapter = _adapter(run, last)
     weights: Parameters = {}
     if base is not None and frozen:
-        wanted = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
-        weights = model_dir.load_parameters(base.source, wanted, base.step)
+        base_shapes = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
+        weights = model_dir.load_parameters(base.source, base_shapes, base.step)
     originals = {path: x for path, x in weights.items() if path in learned}
 
     restored = manager.restore(checkpoints, learned_state)
@@ -130,8 +130,8 @@ def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[An
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
             raise ValueError(f"{key} is {new}, but {run.run_dir} was started with {old}; set it back, or choose another run_dir")
     if (last.base is None) != (run.init_from is None):
-        theirs = last.config["init_from"]
-        raise ValueError(f"init_from is {run.init_from}, but {run.run_dir} was started with {theirs}; set it back")
+        original_path = last.config["init_from"]
+        raise ValueError(f"init_from is {run.init_from}, but {run.run_dir} was started with {original_path}; set it back")
     if last.data != loader.identity:
         raise ValueError(
             f"the training data of {run.run_dir} are not those that it was started with, so its position in them (row {last.row}) "

@@ -95,8 +95,8 @@ class Writer:
             if step not in (after, self._total) and now - self._said < LINE_SECONDS:
                 return
             self._said = now
-            left = f"  {_duration((now - since) / (step - after) * (self._total - step))} left" if step > after else ""
-            self.say(f"step {step}/{self._total}  {line}{left}")
+            remaining = f"  {_duration((now - since) / (step - after) * (self._total - step))} left" if step > after else ""
+            self.say(f"step {step}/{self._total}  {line}{remaining}")
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Write the metrics of an evaluation after `step`."""
@@ -149,12 +149,12 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
 
     With `start_step` 0, a new start, all lines are removed.
     """
-    kept: list[str] = []
+    kept_lines: list[str] = []
     if start_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= start_step:
-                kept.append(line)
-    write_text(path, "".join(kept))
+                kept_lines.append(line)
+    write_text(path, "".join(kept_lines))
     return path.open("a", encoding="utf-8")
 
 

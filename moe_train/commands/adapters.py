@@ -92,7 +92,11 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         both = [_load(path, model) for path in (source, against) if path is not None]
         weight = _weights_of(base, model)
-        moved = [m for piece in names.pieces(model) if (m := _moved(piece, model, both, weight)) is not None]
+        moved = []
+        for piece in names.pieces(model):
+            change = _moved(piece, model, both, weight)
+            if change is not None:
+                moved.append(change)
     return Comparison(str(base), sorted(moved, key=lambda m: -m.relative))
 
 
@@ -130,8 +134,8 @@ def _moved(piece: names.Piece, model: config.Model, both: list[tuple[config.Lora
         return None
     own = weight(piece)
     if any(piece.path in trained for _, trained in both):  # trained in full
-        first, *other = (_whole(lora, trained, piece, own) for lora, trained in both)
-        delta = float(np.linalg.norm(first - (other[0] if other else own)))
+        first, *others = (_whole(lora, trained, piece, own) for lora, trained in both)
+        delta = float(np.linalg.norm(first - (others[0] if others else own)))
     else:
         delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in both])
     layer = path.layer(model, piece.lead[0]) if piece.lead else None

@@ -25,8 +25,9 @@ from moe_train.train.step import compile_step
 from moe_train.train.step_definition import definition_of
 
 WARM_UP = 2
+"""Steps after the first one that are not timed."""
 TIMED = 7
-"""Steps after the first one that are not timed, and steps that are."""
+"""Steps that are timed."""
 
 
 def bench(written: config.Config) -> dict[str, Any]:

@@ -45,15 +45,15 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
         structure, params = opened.load()
-        found = evaluate(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
-    if not math.isfinite(found["loss"]):
+        metrics = evaluate(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
+    if not math.isfinite(metrics["loss"]):
         raise RuntimeError(
-            f"the loss of {directory} on {found['loss_tokens']} tokens is {found['loss']}: its weights are past help"
+            f"the loss of {directory} on {metrics['loss_tokens']} tokens is {metrics['loss']}: its weights are past help"
         )
     return {
-        **found,
+        **metrics,
         # Limited, since exp overflows float64 beyond 709.
-        "perplexity": math.exp(min(found["loss"], 700)),
+        "perplexity": math.exp(min(metrics["loss"], 700)),
         "records": loader.num_records,
         "records_truncated": loader.num_truncated,
         "seq_len": seq_len,
@@ -67,10 +67,10 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
     text = config.TextRecord(name="text")
     records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
     origin, first = next(iter(records), (None, {"text": ""}))  # an empty file is reported by the loader
-    where = str(file) if origin is None else records.where(origin)
+    location = str(file) if origin is None else records.where(origin)
     sources = (*run.data.eval, *run.data.train) if run and isinstance(run.data, config.RunData) else ()
-    own = [source.record for source in sources if isinstance(source, config.RecordSource)]
-    record = next((r for r in own if _readable(first, r)), None) or located(where, recognise, first)
+    run_records = [source.record for source in sources if isinstance(source, config.RecordSource)]
+    record = next((r for r in run_records if _readable(first, r)), None) or located(location, recognise, first)
     return record if isinstance(record, config.TextRecord) else record.model_copy(update={"too_long": "truncate"})
 
 

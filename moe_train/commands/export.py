@@ -80,12 +80,14 @@ def export(
     model = opened.model
     if merge and run and run.lora and run.lora.quantize:
         log.info("trained beside weights in %s; merged into those of %s as they are there", run.lora.quantize.name, run.init_from)
-    if has := config.without_format(model):
-        raise ValueError(f"{source} cannot be exported: no file format has a place for {has}; its weights are in its checkpoints")
-    whole = layout in get_args(expected.Model)
-    if not whole and (lora is None or merge):
-        why = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"
-        raise ValueError(f"{source} gives no adapter: {why}; use --format hf")
+    if inexpressible := config.without_format(model):
+        raise ValueError(
+            f"{source} cannot be exported: no file format has a place for {inexpressible}; its weights are in its checkpoints"
+        )
+    whole_model = layout in get_args(expected.Model)
+    if not whole_model and (lora is None or merge):
+        reason = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"
+        raise ValueError(f"{source} gives no adapter: {reason}; use --format hf")
     command = _command(server, layout, opened, out_dir)
     texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()) if run else None)
     conversations = list(islice(_conversations(run), CONVERSATIONS)) if run else []
@@ -93,7 +95,7 @@ def export(
     about = _about(opened)
     with jax.set_mesh(opened.mesh):
         weights = opened.to_export()
-        if whole:
+        if whole_model:
             record = write_and_prove.export(
                 weights,
                 model,
@@ -177,9 +179,9 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
 
 
 def _whole_dtype(dtype: str) -> config.Dtype:
-    for known in get_args(config.Dtype):
-        if dtype == known:
-            return known
+    for supported in get_args(config.Dtype):
+        if dtype == supported:
+            return supported
     raise ValueError(f"dtype {dtype} is not one of this layout's, which are {', '.join(get_args(config.Dtype))}")
 
 
@@ -200,23 +202,23 @@ def _dtype(opened: Opened) -> config.Dtype:
 
 def _about(opened: Opened) -> dict[str, Any]:
     """Return what the record states about the origin of the weights."""
-    found: dict[str, Any] = {"source": str(opened.directory)}
+    origin: dict[str, Any] = {"source": str(opened.directory)}
     if opened.run is None:
-        return found
+        return origin
     with manager.reading(opened.directory) as checkpoints:
         step = checkpoints.latest_step()
         about = manager.newest(checkpoints)
     assert about is not None
-    found |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
-    found["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()
+    origin |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
+    origin["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()
     if about.base is not None:
         hashes = "".join(f"{name} {digest}\n" for name, digest in sorted(about.base.hashes.items()))
-        found["base"] = {
+        origin["base"] = {
             "source": about.base.source,
             "step": about.base.step,
             "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
         }
-    return found
+    return origin
 
 
 def _conversations(run: config.Run) -> Iterator[Conversation]:

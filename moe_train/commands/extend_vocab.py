@@ -123,16 +123,18 @@ def new_ids(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
     Raises:
         ValueError: the new tokenizer lacks pieces of the old one, or has no others.
     """
-    before = pieces_of(old)
-    after = {piece: number for number, piece in pieces_of(new).items()}
-    if lost := [piece for piece in before.values() if piece not in after]:
+    old_pieces = pieces_of(old)
+    new_pieces = {piece: number for number, piece in pieces_of(new).items()}
+    if missing := [piece for piece in old_pieces.values() if piece not in new_pieces]:
         raise ValueError(
-            f"{len(lost)} of the {len(before)} tokens of {old.files[0]} are not in {new.files[0]}, the first {lost[0]!r}; a model "
-            "can be extended to a tokenizer that holds all of its own"
+            f"{len(missing)} of the {len(old_pieces)} tokens of {old.files[0]} are not in {new.files[0]}, "
+            f"the first {missing[0]!r}; a model can be extended to a tokenizer that holds all of its own"
         )
-    if len(after) == len(before):
-        raise ValueError(f"{new.files[0]} has the {len(before)} tokens of {old.files[0]} and no others; there is nothing to extend")
-    return {number: after[piece] for number, piece in before.items()}
+    if len(new_pieces) == len(old_pieces):
+        raise ValueError(
+            f"{new.files[0]} has the {len(old_pieces)} tokens of {old.files[0]} and no others; there is nothing to extend"
+        )
+    return {number: new_pieces[piece] for number, piece in old_pieces.items()}
 
 
 def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
@@ -165,17 +167,18 @@ def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) 
     """
     dim = piece.ours_shape[1]
     total = np.zeros(dim)
-    new = np.ones(size, bool)
+    is_new = np.ones(size, bool)
     out = None
     for old, rows in _rows(piece, read, list(ids)):
         out = np.empty((size, dim), rows.dtype) if out is None else out
-        out[at := [ids[i] for i in old]] = rows
+        new_rows = [ids[i] for i in old]
+        out[new_rows] = rows
         # In float64, since a sum over a whole vocabulary would lose the mean in 16 bits.
         total += rows.sum(0, dtype=np.float64)
         # Rows that stay marked belong to new tokens.
-        new[at] = False
+        is_new[new_rows] = False
     assert out is not None
-    out[new] = (total / len(ids)).astype(out.dtype)
+    out[is_new] = (total / len(ids)).astype(out.dtype)
     return out
 
 
@@ -183,8 +186,9 @@ def _rows(piece: names.Piece, read: Read, ids: Sequence[int]) -> Iterator[tuple[
     """Yield (some of the ids, their rows) until all were read, so that a table of embeddings is never in memory as a whole."""
     for start in range(0, piece.ours_shape[0], ROWS):
         stop = min(start + ROWS, piece.ours_shape[0])
-        if some := [i for i in ids if start <= i < stop]:
-            yield some, piece.from_file(read, [(start, stop), (0, piece.ours_shape[1])])[np.array(some) - start]
+        chunk = [i for i in ids if start <= i < stop]
+        if chunk:
+            yield chunk, piece.from_file(read, [(start, stop), (0, piece.ours_shape[1])])[np.array(chunk) - start]
 
 
 def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
@@ -195,12 +199,15 @@ def _check_written(directory: Path, model: config.Model, weights: Weights, ids: 
     if written.model.vocab_size != model.vocab_size:
         raise RuntimeError(f"{directory} was written with {written.model.vocab_size} tokens, not {model.vocab_size}")
     for piece in written.table:
-        of_base = source[piece.path, piece.lead]
-        read = weights.tensors[of_base.name].read
-        now = piece.from_file(written.tensors[piece.name].read)
+        base_piece = source[piece.path, piece.lead]
+        read = weights.tensors[base_piece.name].read
+        written_matrix = piece.from_file(written.tensors[piece.name].read)
         if piece.path in _ROWS:
-            same = all(np.array_equal(was, now[[ids[i] for i in old]]) for old, was in _rows(of_base, read, list(ids)))
+            same = all(
+                np.array_equal(base_rows, written_matrix[[ids[i] for i in old]])
+                for old, base_rows in _rows(base_piece, read, list(ids))
+            )
         else:
-            same = np.array_equal(of_base.from_file(read), now)
+            same = np.array_equal(base_piece.from_file(read), written_matrix)
         if not same:  # 16-bit tensors may have been written as float32, which changes no value
             raise RuntimeError(f"{piece.name} in the file is not that of the base")

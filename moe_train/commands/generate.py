@@ -53,6 +53,6 @@ def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool)
 
 def _text_after(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
     """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
-    start = tokenizer.decode(before)
-    whole = tokenizer.decode(before + after)
-    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(after)
+    prefix = tokenizer.decode(before)
+    full_text = tokenizer.decode(before + after)
+    return full_text[len(prefix) :] if full_text.startswith(prefix) else tokenizer.decode(after)

@@ -46,8 +46,8 @@ def read(run_dir: Path) -> Story:
     train = [line for line in lines if line["kind"] == "train"]
     if not train:
         raise ValueError(f"{path} has no figures of a training step yet")
-    diary = run_dir / "run.json"
-    events = json.loads(diary.read_text(encoding="utf-8"))["events"] if diary.is_file() else []
+    log_path = run_dir / "run.json"
+    events = json.loads(log_path.read_text(encoding="utf-8"))["events"] if log_path.is_file() else []
     resumed = [event["step"] for event in events if event["event"] == "resume"]
     return Story(str(run_dir), train, [line for line in lines if line["kind"] == "eval"], resumed)
 
@@ -106,11 +106,11 @@ def plot(run_dirs: list[Path], out: Path) -> None:
     write_bytes(out, picture.getvalue())
 
 
-def _line(panel: Any, lines: list[dict[str, Any]], key: str, color: str, **how: Any) -> None:
+def _line(panel: Any, lines: list[dict[str, Any]], key: str, color: str, **style: Any) -> None:
     """Plot a metric over steps; for one kept per layer, the mean."""
-    found = [(line["step"], np.mean(line[key])) for line in lines if line.get(key) is not None]
-    if found:
-        panel.plot(*zip(*found, strict=True), color=color, linewidth=1.2, markersize=4, **how)
+    points = [(line["step"], np.mean(line[key])) for line in lines if line.get(key) is not None]
+    if points:
+        panel.plot(*zip(*points, strict=True), color=color, linewidth=1.2, markersize=4, **style)
 
 
 def _heat(figure: Any, panel: Any, story: Story) -> None:

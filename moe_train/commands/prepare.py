@@ -41,12 +41,12 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
         for i, source in enumerate(sources):
             begun = time.perf_counter()
             store = open_store(source, data, tokenizer, template, _reporter(f"data.{kind}.{i}"))
-            made = store.manifest
+            manifest = store.manifest
             sets.append(
                 {
                     "source": f"data.{kind}.{i}",
-                    **{"records": made.records, "examples": made.examples, "empty": made.empty},
-                    **{"tokens": made.tokens, "loss_tokens": made.loss_tokens, "shards": len(made.shards)},
+                    **{"records": manifest.records, "examples": manifest.examples, "empty": manifest.empty},
+                    **{"tokens": manifest.tokens, "loss_tokens": manifest.loss_tokens, "shards": len(manifest.shards)},
                     "seconds": round(time.perf_counter() - begun, 2),
                     "path": store.path if to is None else upload(store.path, to),
                 }
@@ -83,7 +83,11 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[dic
     if row is not None and not 0 <= row < run.train.batch_size:
         raise ValueError(f"row {row}: a step has {run.train.batch_size} rows, from 0")
     rows = range(run.train.batch_size) if row is None else [row]
-    return [{"row": r, "segment": i, **s._asdict()} for r in rows for i, s in enumerate(loader.trace(step - 1, r), start=1)]
+    traced = []
+    for r in rows:
+        for number, segment in enumerate(loader.trace(step - 1, r), start=1):
+            traced.append({"row": r, "segment": number, **segment._asdict()})
+    return traced
 
 
 def _resolve(written: config.Config) -> config.Run:

@@ -129,8 +129,8 @@ def _docstrings(tree: ast.Module, module: str) -> Iterator[_Docstring]:
             yield _Docstring(name, kind, inspect.cleandoc(text))
         for child in getattr(node, "body", []):
             if isinstance(child, _DOCUMENTED) and not child.name.startswith("_"):  # type: ignore[union-attr]
-                what = "class" if isinstance(child, ast.ClassDef) else "function"
-                yield from walk(child, f"{name}.{child.name}", what)  # type: ignore[union-attr]
+                child_kind = "class" if isinstance(child, ast.ClassDef) else "function"
+                yield from walk(child, f"{name}.{child.name}", child_kind)  # type: ignore[union-attr]
 
     return walk(tree, module, "module")
 

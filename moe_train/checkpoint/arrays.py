@@ -89,9 +89,9 @@ def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple
         yield start, jax.make_array_from_callback(part.shape, like.sharding, partial(_read, part))
 
 
-def _read(stored: tensorstore.TensorStore, at: Any) -> np.ndarray:
-    """Read the index range `at` of a stored array."""
-    return np.asarray(stored[at].read().result())
+def _read(stored: tensorstore.TensorStore, index: Any) -> np.ndarray:
+    """Read the index range `index` of a stored array."""
+    return np.asarray(stored[index].read().result())
 
 
 def joined(whole: jax.Array | None, part: jax.Array, start: int, length: int) -> jax.Array:

@@ -154,11 +154,11 @@ def save(
         return
     Path(checkpoints.directory).mkdir(parents=True, exist_ok=True)
     origins = {"base": about.base, "adapter": about.adapter}
-    said = {**about._asdict(), **{key: origin and origin._asdict() for key, origin in origins.items()}}
+    metadata = {**about._asdict(), **{key: origin and origin._asdict() for key, origin in origins.items()}}
     arrays = {"params": params_of(state), "optimizer": optimizer_of(state)}
     sums = {item: bit_sums(tree) for item, tree in arrays.items()}
     args = ocp.args.Composite(
-        about=ocp.args.JsonSave({"about": said, "sums": sums}),
+        about=ocp.args.JsonSave({"about": metadata, "sums": sums}),
         **{item: ocp.args.StandardSave(tree, in_chunks(tree)) for item, tree in arrays.items()},
     )
     metrics = {"held_out_loss": held_out_loss if held_out_loss is not None and math.isfinite(held_out_loss) else None}
@@ -195,8 +195,8 @@ def _cannot_save(checkpoints: ocp.CheckpointManager, error: Exception) -> Runtim
                 break
     checkpoints.reload()
     last = checkpoints.latest_step()
-    kept = "there is none before it" if last is None else f"the one of step {last} is intact"
-    return RuntimeError(f"could not save a checkpoint in {checkpoints.directory}: {_brief(error)}; {kept}")
+    previous = "there is none before it" if last is None else f"the one of step {last} is intact"
+    return RuntimeError(f"could not save a checkpoint in {checkpoints.directory}: {_brief(error)}; {previous}")
 
 
 def _brief(error: BaseException) -> str:
@@ -231,8 +231,8 @@ def newest(checkpoints: ocp.CheckpointManager) -> About | None:
 
 def _about(checkpoints: ocp.CheckpointManager, step: int) -> About:
     """Read the metadata of a checkpoint."""
-    said = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
-    return About(**{**said, **{key: said.get(key) and Base(**said[key]) for key in ("base", "adapter")}})
+    metadata = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
+    return About(**{**metadata, **{key: metadata.get(key) and Base(**metadata[key]) for key in ("base", "adapter")}})
 
 
 def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
@@ -242,11 +242,11 @@ def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> A
         ValueError: If the bit sums of an item differ from those that were saved.
     """
     items = {item: ocp.args.StandardRestore(on_mesh(tree)) for item, tree in abstract.items()}
-    found = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
+    restored = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
     for item in items:
-        if bit_sums(found[item]) != found.about["sums"][item]:
+        if bit_sums(restored[item]) != restored.about["sums"][item]:
             raise _other_sums(checkpoints, step, item)
-    return found
+    return restored
 
 
 def _other_sums(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
@@ -282,8 +282,8 @@ def load_params(
         RuntimeError: If no checkpoint can be read.
     """
     with reading(run_dir) as checkpoints:
-        there = sorted(checkpoints.all_steps(), reverse=True)
-        steps = there if step is None else [s for s in there if s == step]
+        saved_steps = sorted(checkpoints.all_steps(), reverse=True)
+        steps = saved_steps if step is None else [s for s in saved_steps if s == step]
         if not steps:
             raise FileNotFoundError(f"{run_dir} has no checkpoint" + (f" of step {step}" if step is not None else ""))
         for step in steps:
@@ -304,22 +304,22 @@ def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Paramet
     about = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
     # The sums are stored in the order of the sorted paths, which is the order of the leaves of a dict in JAX.
     sums = dict(zip(sorted(abstract), about["sums"]["params"], strict=True))
-    kept: Parameters = {}
+    loaded: Parameters = {}
     for path in abstract if keep is None else keep:
-        found: Parameters = {}
+        collected: Parameters = {}
         total = 0
         length = abstract[path].shape[0]
         for start, part in parts(Path(checkpoints.directory) / str(step) / "params", path, on_mesh(abstract[path])):
             total += bit_sums(part)[0]
-            made = {path: part} if keep is None else keep[path](part)
-            for name, x in made.items():
-                found[name] = joined(found.get(name), x, start, length)
-            del part, made
-            jax.block_until_ready(found)  # the next part may need the memory of this one
+            converted = {path: part} if keep is None else keep[path](part)
+            for name, x in converted.items():
+                collected[name] = joined(collected.get(name), x, start, length)
+            del part, converted
+            jax.block_until_ready(collected)  # the next part may need the memory of this one
         if total % 2**32 != sums[path]:
             raise _other_sums(checkpoints, step, "params")
-        kept |= found
-    return kept
+        loaded |= collected
+    return loaded
 
 
 class Restored(NamedTuple):
@@ -353,13 +353,13 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
             about = _about(checkpoints, step)
-            found = _arrays(checkpoints, step, params=params_of(abstract), optimizer=optimizer_of(abstract))
+            arrays = _arrays(checkpoints, step, params=params_of(abstract), optimizer=optimizer_of(abstract))
         except Exception as error:
             damaged[step] = _brief(error)
             continue
         _set_aside(checkpoints, damaged)
-        trainable, buffers = split_buffers(found.params)
-        return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **found.optimizer), about, damaged)
+        trainable, buffers = split_buffers(arrays.params)
+        return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **arrays.optimizer), about, damaged)
     if damaged:
         step, why = next(iter(damaged.items()))
         raise RuntimeError(f"no checkpoint in {checkpoints.directory} can be read; the newest, of step {step}: {why}")

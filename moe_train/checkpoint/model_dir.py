@@ -251,8 +251,8 @@ def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any])
     Returns:
         The arrays of `abstract` whose paths are trained by the `lora` section that `read_adapter` returns, and no others.
     """
-    theirs = read_adapter(origin.source, model)
-    wanted = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(theirs)}
+    lora = read_adapter(origin.source, model)
+    trained_shapes = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(lora)}
     if is_run(origin.source):
-        return manager.load_params(origin.source, wanted, origin.step)[0]
-    return external_adapter.load_adapter(origin.source, model, wanted)
+        return manager.load_params(origin.source, trained_shapes, origin.step)[0]
+    return external_adapter.load_adapter(origin.source, model, trained_shapes)

@@ -164,8 +164,8 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
     def put(x: Any) -> jax.Array:
         # The global shape is given, not inferred: if `tensor` spans processes, JAX would silently treat their rows as equal.
-        whole = (x.shape[0] * jax.process_count(), *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x, whole)
+        global_shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, global_shape)
 
     return jax.tree.map(put, batch)
 

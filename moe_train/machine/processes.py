@@ -69,8 +69,10 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         ValueError: one of these variables is missing or is not a number.
     """
     if env.get("JAX_NUM_PROCESSES") == "auto":
-        if also := [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]:
-            raise ValueError(f"JAX_NUM_PROCESSES is auto, but {also[0]} is {env[also[0]]!r}; unset it, or state the number")
+        if conflicting := [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]:
+            raise ValueError(
+                f"JAX_NUM_PROCESSES is auto, but {conflicting[0]} is {env[conflicting[0]]!r}; unset it, or state the number"
+            )
         return Found()
     if any(name in env for name in _OF_JAX):
         _need(env, _OF_JAX, "of {there} set, all three or none have to be")
@@ -97,8 +99,8 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
 
 def _need(env: Mapping[str, str], names: tuple[str, ...], why: str) -> None:
     if missing := [name for name in names if name not in env]:
-        there = ", ".join(name for name in names if name in env)
-        raise ValueError(f"{' and '.join(missing)} is missing in the environment: {why.format(there=there)}")
+        present = ", ".join(name for name in names if name in env)
+        raise ValueError(f"{' and '.join(missing)} is missing in the environment: {why.format(there=present)}")
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
@@ -163,13 +165,13 @@ def _introduced(peer: socket.socket, password: str) -> int | None:
     """Return the index of a peer that knows the password; None for anybody else, and after a few seconds of silence."""
     peer.settimeout(STRANGER_SECONDS)
     try:
-        said = peer.recv(len(password) + _NUMBER.size, socket.MSG_WAITALL)
+        greeting = peer.recv(len(password) + _NUMBER.size, socket.MSG_WAITALL)
     except OSError:
         return None
-    if not secrets.compare_digest(said[: -_NUMBER.size], password.encode()):
+    if not secrets.compare_digest(greeting[: -_NUMBER.size], password.encode()):
         return None
     peer.settimeout(None)
-    return int(_NUMBER.unpack(said[-_NUMBER.size :])[0])
+    return int(_NUMBER.unpack(greeting[-_NUMBER.size :])[0])
 
 
 def connect(host: str, invitation: str, index: int, count: int) -> None:
@@ -255,24 +257,24 @@ def _follow(index: int, peer: socket.socket) -> None:
     After a failure of the peer this process first gets some time to report its own error.
     """
     try:
-        said = peer.recv(_NUMBER.size, socket.MSG_WAITALL)
+        message = peer.recv(_NUMBER.size, socket.MSG_WAITALL)
     except OSError:
-        said = b""
+        message = b""
     if _watch.left:
         return
     who = f"process {index} of {_watch.count}"
-    if len(said) < _NUMBER.size:
+    if len(message) < _NUMBER.size:
         _give_up(f"{who} was lost; what is saved stays: start again to continue", UNFINISHED)
-    elif code := _NUMBER.unpack(said)[0]:
+    elif code := _NUMBER.unpack(message)[0]:
         if code != UNFINISHED:
             time.sleep(GRACE_SECONDS)
         _give_up(f"{who} has stopped with exit code {code}, and says why", code)
 
 
-def _give_up(said: str, code: int) -> None:
+def _give_up(reason: str, code: int) -> None:
     if _watch.left:
         return
-    os.write(2, f"moe-train: {said}\n".encode())
+    os.write(2, f"moe-train: {reason}\n".encode())
     # `end` joins the threads of the watch, and a thread cannot join itself.
     _watch.threads.remove(threading.current_thread())
     end(code)

@@ -64,10 +64,10 @@ def counted(what: str, total: int, unit: str = "") -> Callable[[int], None]:
     lock = threading.Lock()
     done = 0
 
-    def add(more: int) -> None:
+    def add(amount: int) -> None:
         nonlocal done
         with lock:
-            done += more
+            done += amount
             if listener is not None:
                 listener(Progress(what, done, total, unit))
 

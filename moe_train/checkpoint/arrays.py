@@ -80,7 +80,8 @@ def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple
     if stored.shape != like.shape:
         raise ValueError(f"{path} has the shape {stored.shape}, not {like.shape}")
     assert isinstance(like.sharding, NamedSharding)
-    (length, *_), (split, *_) = stored.shape, (*like.sharding.spec, None)
+    length = stored.shape[0]
+    split = (*like.sharding.spec, None)[0]
     together = stored.chunk_layout.read_chunk.shape
     # An array whose first dim is sharded over devices, or that is stored as one chunk, is read at once.
     step = length if split or together is None else together[0] or length

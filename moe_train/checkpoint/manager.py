@@ -161,7 +161,9 @@ def save(
         about=ocp.args.JsonSave({"about": metadata, "sums": sums}),
         **{item: ocp.args.StandardSave(tree, in_chunks(tree)) for item, tree in arrays.items()},
     )
-    metrics = {"held_out_loss": held_out_loss if held_out_loss is not None and math.isfinite(held_out_loss) else None}
+    if held_out_loss is not None and not math.isfinite(held_out_loss):
+        held_out_loss = None
+    metrics = {"held_out_loss": held_out_loss}
     try:
         checkpoints.save(step, args=args, metrics=metrics, force=True)
     except Exception as error:

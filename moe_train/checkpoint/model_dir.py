@@ -81,7 +81,10 @@ def open_model(directory: str | Path) -> Opened:
     model = run.model if run else read_model(directory)
     tokenizer = load_tokenizer(find_tokenizer(directory))
     check_vocab(tokenizer, model.vocab_size)
-    template = load_template(run.data.chat_template if run and isinstance(run.data, config.RunData) else None, tokenizer)
+    chat_template = None
+    if run and isinstance(run.data, config.RunData):
+        chat_template = run.data.chat_template
+    template = load_template(chat_template, tokenizer)
     compute = run.compute if run else compute_here()
     mesh = make_mesh(mesh_here(run, model))
     return Opened(Path(directory), run, model, run.lora if run else None, compute, tokenizer, template, mesh)
@@ -107,7 +110,8 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
     if Path(directory).is_dir():
         with contextlib.suppress(FileNotFoundError):
             return tokenizer_at(directory)
-    if (gguf_file := gguf.file_in(directory)) is not None:
+    gguf_file = gguf.file_in(directory)
+    if gguf_file is not None:
         return config.HuggingFaceTokenizer(name="huggingface", path=str(gguf.unpack_tokenizer(gguf_file)))
     raise FileNotFoundError(
         f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; put the model's own there, or for training name it "

@@ -36,11 +36,15 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
     mesh = opened.mesh
     seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
     replicas = math.prod(mesh.shape[axis] for axis in BATCH)
-    batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
+    batch_size = replicas * max(1, 8 // replicas)
+    if run:
+        batch_size = run.train.batch_size // run.train.microbatches
     # Rounded up to a multiple of the replicas, over which the batch is divided.
     batch_size += -batch_size % replicas
     sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
-    template = run.data.chat_template if run and isinstance(run.data, config.RunData) else None
+    template = None
+    if run and isinstance(run.data, config.RunData):
+        template = run.data.chat_template
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)

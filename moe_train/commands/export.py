@@ -80,13 +80,19 @@ def export(
     model = opened.model
     if merge and run and run.lora and run.lora.quantize:
         log.info("trained beside weights in %s; merged into those of %s as they are there", run.lora.quantize.name, run.init_from)
-    if inexpressible := config.without_format(model):
+    inexpressible = config.without_format(model)
+    if inexpressible:
         raise ValueError(
             f"{source} cannot be exported: no file format has a place for {inexpressible}; its weights are in its checkpoints"
         )
     whole_model = layout in get_args(expected.Model)
     if not whole_model and (lora is None or merge):
-        reason = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"
+        if merge:
+            reason = "--merge makes a whole model"
+        elif run:
+            reason = "it was trained in full"
+        else:
+            reason = "it is no run"
         raise ValueError(f"{source} gives no adapter: {reason}; use --format hf")
     command = _command(server, layout, opened, out_dir)
     texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()) if run else None)
@@ -168,7 +174,9 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
     if server is None:
         return None
     run = opened.run
-    rank = max((target.rank for target in opened.lora.targets), default=1) if opened.lora else 1
+    rank = 1
+    if opened.lora:
+        rank = max((target.rank for target in opened.lora.targets), default=1)
     kind = "huggingface" if opened.tokenizer.chat_template is not None else "mistral"
     base = run.init_from if run else None
     first = ""

@@ -125,7 +125,8 @@ def new_ids(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
     """
     old_pieces = pieces_of(old)
     new_pieces = {piece: number for number, piece in pieces_of(new).items()}
-    if missing := [piece for piece in old_pieces.values() if piece not in new_pieces]:
+    missing = [piece for piece in old_pieces.values() if piece not in new_pieces]
+    if missing:
         raise ValueError(
             f"{len(missing)} of the {len(old_pieces)} tokens of {old.files[0]} are not in {new.files[0]}, "
             f"the first {missing[0]!r}; a model can be extended to a tokenizer that holds all of its own"

@@ -82,4 +82,11 @@ def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
 def _shown(spec: Any, ndim: int) -> str:
     """Format a spec as `- fsdp tensor -`: the mesh axis of each dim, `-` for a dim that is not split."""
     entries = [*spec, *[None] * (ndim - len(spec))]
-    return " ".join("-" if e is None else "+".join(e) if isinstance(e, tuple) else str(e) for e in entries)
+    return " ".join(_shown_entry(entry) for entry in entries)
+
+
+def _shown_entry(entry: Any) -> str:
+    """Format the entry of one dim: its axes joined by `+`, or `-`."""
+    if entry is None:
+        return "-"
+    return "+".join(entry) if isinstance(entry, tuple) else str(entry)

@@ -115,7 +115,8 @@ def _topics(path: Path) -> list[tuple[str, str]]:
     """Read the dict `topics` of pydoc_data/topics.py as (name, reference text), each text once, under its first name."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "topics" for t in node.targets):
-            by_text = {text: name for name, text in sorted(ast.literal_eval(node.value).items(), reverse=True)}
+            topics = sorted(ast.literal_eval(node.value).items(), reverse=True)
+            by_text = {text: name for name, text in topics}
             return sorted((name, text) for text, name in by_text.items())
     raise ValueError(f"{path} does not define topics; Python {sys.version.split()[0]} keeps its reference text elsewhere")
 

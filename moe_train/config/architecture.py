@@ -163,8 +163,9 @@ class MoeFfn(Section):
             if self.num_experts % G or size < 2:
                 raise ValueError(f"router.num_groups {G} does not divide num_experts {self.num_experts} into groups of two or more")
             # The groups of a token have to offer enough experts.
-            if (within := self.router.groups_per_token * size) < self.experts_per_token:
-                raise ValueError(f"experts_per_token {self.experts_per_token} exceeds the {within} experts of a token's groups")
+            reachable = self.router.groups_per_token * size
+            if reachable < self.experts_per_token:
+                raise ValueError(f"experts_per_token {self.experts_per_token} exceeds the {reachable} experts of a token's groups")
         return self
 
 

@@ -73,9 +73,12 @@ def check_model(sections: Sections, model: Model) -> None:
         raise ValueError("evaluation.drift_batches compares the routing of adapters with their base's; here is none: leave it out")
     if sections.compute.transport != "auto" and mesh.expert == 1:
         raise ValueError(f"compute.transport {sections.compute.transport} has no effect where mesh.expert is 1; leave it out")
-    if (has := without_format(model)) and sections.export != "none":
-        raise ValueError(f"no file format has a place for {has} of family {model.family}; set export: none to train it anyway")
-    if not has and sections.export == "none":
+    inexpressible = without_format(model)
+    if inexpressible and sections.export != "none":
+        raise ValueError(
+            f"no file format has a place for {inexpressible} of family {model.family}; set export: none to train it anyway"
+        )
+    if not inexpressible and sections.export == "none":
         raise ValueError(f"export: none has no effect on family {model.family}, which has its formats; leave it out")
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):

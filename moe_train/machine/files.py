@@ -72,7 +72,8 @@ def refuse_existing(path: Path) -> None:
         FileExistsError: `path` exists and is not an empty directory.
         ValueError: `path` is a URL.
     """
-    if (scheme := path.parts[0] if path.parts else "").endswith(":") and len(scheme) > 2:  # a Windows drive has one letter
+    scheme = path.parts[0] if path.parts else ""
+    if scheme.endswith(":") and len(scheme) > 2:  # a Windows drive has one letter
         raise ValueError(f"{path} is a URL where a folder is needed; write to a file system, and copy what is there")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; remove it or choose another directory")

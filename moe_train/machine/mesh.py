@@ -60,7 +60,9 @@ def join_processes() -> None:
     processes.first_alone_speaks(index)
     if count == 1:
         return
-    key, (store, address) = "moe_train/watch", (distributed.global_state.client, distributed.global_state.coordinator_address)
+    key = "moe_train/watch"
+    store = distributed.global_state.client
+    address = distributed.global_state.coordinator_address
     assert store is not None and address is not None
     if index == 0:
         store.key_value_set(key, processes.listen(count))

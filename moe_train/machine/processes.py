@@ -69,7 +69,8 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         ValueError: one of these variables is missing or is not a number.
     """
     if env.get("JAX_NUM_PROCESSES") == "auto":
-        if conflicting := [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]:
+        conflicting = [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]
+        if conflicting:
             raise ValueError(
                 f"JAX_NUM_PROCESSES is auto, but {conflicting[0]} is {env[conflicting[0]]!r}; unset it, or state the number"
             )
@@ -98,7 +99,8 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
 
 
 def _need(env: Mapping[str, str], names: tuple[str, ...], why: str) -> None:
-    if missing := [name for name in names if name not in env]:
+    missing = [name for name in names if name not in env]
+    if missing:
         present = ", ".join(name for name in names if name in env)
         raise ValueError(f"{' and '.join(missing)} is missing in the environment: {why.format(there=present)}")
 
@@ -122,7 +124,8 @@ class _Watch:
     """Connections of this process: the first process has one to every other process, each other process one to the first."""
 
     def __init__(self) -> None:
-        self.index, self.count = 0, 1
+        self.index = 0
+        self.count = 1
         self.peers: list[socket.socket] = []
         self.threads: list[threading.Thread] = []
         self.left = False
@@ -183,7 +186,8 @@ def connect(host: str, invitation: str, index: int, count: int) -> None:
         index: index of this process.
         count: number of processes.
     """
-    _watch.index, _watch.count = index, count
+    _watch.index = index
+    _watch.count = count
     port, password = invitation.split()
     peer = socket.create_connection((host, int(port)), timeout=60)
     peer.settimeout(None)

@@ -82,7 +82,8 @@ def conclusion(answer: Answer) -> list[str]:
             )
         return explanation
     lines = ["Times are the roofline's, and so the least; a real step is longer."]
-    if hidden := answer.choices[SHOWN:]:
+    hidden = answer.choices[SHOWN:]
+    if hidden:
         slow = [choice for choice in hidden if choice.fits]
         fates = [f"{len(slow)} are slower"] if slow else []
         if too_large := [choice for choice in hidden if not choice.fits]:

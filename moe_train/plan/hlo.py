@@ -109,7 +109,8 @@ class _Walk:
     """One pass over the instructions of a computation, in scheduled order."""
 
     def __init__(self, module: _Module, name: str):
-        self._module, self._name = module, name
+        self._module = module
+        self._name = name
         self._shapes = {i.name: stated_shapes(i.result) for i in module.computations[name]}
         self._total = Counts()
         self._started: dict[str, tuple[Counter[Collective], float]] = {}

@@ -29,8 +29,10 @@ def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> 
     if run.init_from is not None:
         _check_is_the_models(data.tokenizer, tokenizer, run.init_from)
     template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
-    if isinstance(tokenizer, HuggingFace) and template is not None and (conversations := list(_conversations(data))):
-        _check_carried(tokenizer, template, conversations)
+    if isinstance(tokenizer, HuggingFace) and template is not None:
+        conversations = list(_conversations(data))
+        if conversations:
+            _check_carried(tokenizer, template, conversations)
 
 
 def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
@@ -49,10 +51,10 @@ def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_f
     differing = []
     for number in compared:
         # Spaces, invalid UTF-8 and byte tokens are spelled differently by kinds of tokenizers, so they do not count.
-        run_text, model_text = (
-            either.decode([number], keep_special=True).replace("▁", " ") for either in (tokenizer, model_tokenizer)
-        )
-        if run_text.strip() != model_text.strip() and "\ufffd" not in run_text + model_text and "<0x" not in run_text + model_text:
+        run_text = tokenizer.decode([number], keep_special=True).replace("▁", " ")
+        model_text = model_tokenizer.decode([number], keep_special=True).replace("▁", " ")
+        both_texts = run_text + model_text
+        if run_text.strip() != model_text.strip() and "\ufffd" not in both_texts and "<0x" not in both_texts:
             differing.append((number, run_text, model_text))
     # A few control tokens may have been renamed since the other file was written.
     if len(differing) > len(compared) // 20:

@@ -96,9 +96,9 @@ def check_grouped_matmul(compute: config.Compute) -> float:
         kernel = gm.choose_kernel(compute.grouped_matmul)
         tolerance = _tolerance(dtype, device)
         rng = np.random.default_rng(0)
-        x_RD, w_EDF, dy_RF = (
-            jnp.asarray(rng.normal(size=shape), dtype) for shape in ((ROWS, IN), (len(CASES["even"]), IN, OUT), (ROWS, OUT))
-        )
+        x_RD = jnp.asarray(rng.normal(size=(ROWS, IN)), dtype)
+        w_EDF = jnp.asarray(rng.normal(size=(len(CASES["even"]), IN, OUT)), dtype)
+        dy_RF = jnp.asarray(rng.normal(size=(ROWS, OUT)), dtype)
 
         @jax.jit
         @partial(jax.shard_map, in_specs=P(), out_specs=P())  # local view, as in the model
@@ -152,7 +152,8 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     segments_BT = np.ones((2, T), np.int32)
     positions_BT = np.tile(np.arange(T, dtype=np.int32), (2, 1))
     for number, (start, end) in enumerate(itertools.pairwise([*starts[1], T])):
-        segments_BT[1, start:end], positions_BT[1, start:end] = (number + 1) % len(starts[1]), np.arange(end - start)
+        segments_BT[1, start:end] = (number + 1) % len(starts[1])
+        positions_BT[1, start:end] = np.arange(end - start)
     rng = np.random.default_rng(0)
     worst = 0.0
     tolerance = _tolerance(dtype, device)
@@ -285,6 +286,11 @@ def _worst_part(actual: np.ndarray, expected: np.ndarray, sizes: Sequence[int] |
             continue
         error = np.max(np.abs(a - b))
         scale = np.max(np.abs(b))
-        part = error / scale if scale else (0.0 if error == 0 else np.inf)
+        if scale:
+            part = error / scale
+        elif error == 0:
+            part = 0.0
+        else:
+            part = np.inf
         worst = max(worst, float(part)) if np.isfinite(part) else np.inf
     return worst

@@ -55,7 +55,8 @@ class Writer:
         write: bool = True,
         sparse_layers: Sequence[int] = (),
     ):
-        self._write, self._sparse_layers = write, sparse_layers
+        self._write = write
+        self._sparse_layers = sparse_layers
         if not write:
             return
         self._file = _open_lines(run_dir / "metrics.jsonl", start_step)
@@ -91,11 +92,15 @@ class Writer:
             self._bar.show(Progress("", step, self._total, "steps", line))
         else:
             now = time.monotonic()
-            since, after = self._first = self._first or (now, step)
+            self._first = self._first or (now, step)
+            since, after = self._first
             if step not in (after, self._total) and now - self._said < LINE_SECONDS:
                 return
             self._said = now
-            remaining = f"  {_duration((now - since) / (step - after) * (self._total - step))} left" if step > after else ""
+            remaining = ""
+            if step > after:
+                seconds_left = (now - since) / (step - after) * (self._total - step)
+                remaining = f"  {_duration(seconds_left)} left"
             self.say(f"step {step}/{self._total}  {line}{remaining}")
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
@@ -103,7 +108,9 @@ class Writer:
         if self._write:
             self._record("eval", step, figures)
             drift = figures.get("routing_drift")
-            drifted = f"; {np.mean(drift):.1%} of the assignments drifted, {max(drift):.1%} in one layer" if drift else ""
+            drifted = ""
+            if drift:
+                drifted = f"; {np.mean(drift):.1%} of the assignments drifted, {max(drift):.1%} in one layer"
             tokens = figures.get("loss_tokens")  # absent if the objective averages over something other than tokens
             over = "" if tokens is None else f" over {tokens:,} tokens"
             self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f}{over}{drifted}")

@@ -31,7 +31,9 @@ def base_of(directory: str | Path) -> Base:
 
 def adapter_of(source: str | Path) -> Base:
     """Return the identity of an adapter's files, as `base_of` does for a model."""
-    return base_of(source) if is_run(source) else Base(str(source), None, external_adapter.hashes(source))
+    if is_run(source):
+        return base_of(source)
+    return Base(str(source), None, external_adapter.hashes(source))
 
 
 def check_base(base: Base) -> None:

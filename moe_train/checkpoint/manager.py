@@ -287,7 +287,8 @@ def load_params(
         saved_steps = sorted(checkpoints.all_steps(), reverse=True)
         steps = saved_steps if step is None else [s for s in saved_steps if s == step]
         if not steps:
-            raise FileNotFoundError(f"{run_dir} has no checkpoint" + (f" of step {step}" if step is not None else ""))
+            wanted_step = "" if step is None else f" of step {step}"
+            raise FileNotFoundError(f"{run_dir} has no checkpoint{wanted_step}")
         for step in steps:
             try:
                 return _one_by_one(checkpoints, step, abstract, keep), _about(checkpoints, step)
@@ -307,7 +308,8 @@ def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Paramet
     # The sums are stored in the order of the sorted paths, which is the order of the leaves of a dict in JAX.
     sums = dict(zip(sorted(abstract), about["sums"]["params"], strict=True))
     loaded: Parameters = {}
-    for path in abstract if keep is None else keep:
+    paths = abstract if keep is None else keep
+    for path in paths:
         collected: Parameters = {}
         total = 0
         length = abstract[path].shape[0]

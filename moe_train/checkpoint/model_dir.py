@@ -92,7 +92,9 @@ def open_model(directory: str | Path) -> Opened:
 
 def read_model(directory: str | Path) -> config.Model:
     """Return the architecture of a run or of an external model."""
-    return read_run(directory).model if is_run(directory) else external.read_model(directory)
+    if is_run(directory):
+        return read_run(directory).model
+    return external.read_model(directory)
 
 
 def find_tokenizer(directory: str | Path) -> config.Tokenizer:
@@ -167,7 +169,9 @@ def left_in_files(path: str | Path, abstract: Mapping[str, Any]) -> Held:
         path: The external model.
         abstract: Shapes, dtypes and shardings of the weights.
     """
-    return (external.leave_parameters if jax.process_count() == 1 else external.load_parameters)(path, abstract)
+    if jax.process_count() == 1:
+        return external.leave_parameters(path, abstract)
+    return external.load_parameters(path, abstract)
 
 
 @overload

@@ -75,7 +75,9 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
     sources = (*run.data.eval, *run.data.train) if run and isinstance(run.data, config.RunData) else ()
     run_records = [source.record for source in sources if isinstance(source, config.RecordSource)]
     record = next((r for r in run_records if _readable(first, r)), None) or located(location, recognise, first)
-    return record if isinstance(record, config.TextRecord) else record.model_copy(update={"too_long": "truncate"})
+    if isinstance(record, config.TextRecord):
+        return record
+    return record.model_copy(update={"too_long": "truncate"})
 
 
 def _readable(fields: dict[str, Any], record: config.Record) -> bool:

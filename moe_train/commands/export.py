@@ -163,7 +163,9 @@ def _write_adapter(
 def unquantised(opened: Opened) -> Opened:
     """Return the same model with the weights of the base's files, even if the run held them quantized."""
     lora = opened.lora
-    return opened if lora is None or lora.quantize is None else opened._replace(lora=lora.model_copy(update={"quantize": None}))
+    if lora is None or lora.quantize is None:
+        return opened
+    return opened._replace(lora=lora.model_copy(update={"quantize": None}))
 
 
 def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, out_dir: str | Path) -> str | None:

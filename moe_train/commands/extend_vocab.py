@@ -72,8 +72,10 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     def matrix(piece: names.Piece) -> np.ndarray:
         of_base = source[piece.path, piece.lead]
         read = weights.tensors[of_base.name].read
-        w = extended(of_base, read, ids, new.vocab_size) if piece.path in _ROWS else of_base.from_file(read)
-        return piece.to_file(w).astype(dtype, copy=False)
+        if piece.path in _ROWS:
+            w = extended(of_base, read, ids, new.vocab_size)
+            return piece.to_file(w).astype(dtype, copy=False)
+        return piece.to_file(of_base.from_file(read)).astype(dtype, copy=False)
 
     check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in names.pieces(model)))
     with new_directory(out_dir) as directory:

@@ -48,11 +48,14 @@ def generate_dir(
 def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool) -> list[int]:
     if chat:
         return render_prompt([{"role": "user", "content": prompt}], template, tokenizer)
-    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(checked_text(prompt, "the prompt"))
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return start + tokenizer.encode(checked_text(prompt, "the prompt"))
 
 
 def _text_after(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
     """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
     prefix = tokenizer.decode(before)
     full_text = tokenizer.decode(before + after)
-    return full_text[len(prefix) :] if full_text.startswith(prefix) else tokenizer.decode(after)
+    if full_text.startswith(prefix):
+        return full_text[len(prefix) :]
+    return tokenizer.decode(after)

@@ -47,7 +47,9 @@ def read(run_dir: Path) -> Story:
     if not train:
         raise ValueError(f"{path} has no figures of a training step yet")
     log_path = run_dir / "run.json"
-    events = json.loads(log_path.read_text(encoding="utf-8"))["events"] if log_path.is_file() else []
+    events: list[dict[str, Any]] = []
+    if log_path.is_file():
+        events = json.loads(log_path.read_text(encoding="utf-8"))["events"]
     resumed = [event["step"] for event in events if event["event"] == "resume"]
     return Story(str(run_dir), train, [line for line in lines if line["kind"] == "eval"], resumed)
 

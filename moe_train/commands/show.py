@@ -107,7 +107,10 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
 
 def _piece(example: Example, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
     cut = slice(start, start + length + 1)
-    return np.asarray(example.tokens[cut]), None if example.loss_mask is None else np.asarray(example.loss_mask[cut])
+    tokens = np.asarray(example.tokens[cut])
+    if example.loss_mask is None:
+        return tokens, None
+    return tokens, np.asarray(example.loss_mask[cut])
 
 
 def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int = 1) -> Rows:

@@ -36,18 +36,19 @@ def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[Key
         elif kind == "extra_forbidden":
             yield path, f"unknown key; {_instead(path, section)}{value}"
         elif kind == "missing":
-            names = f"; a section whose name is one of {', '.join(members(section))}" if "discriminator" in section else ""
+            names = ""
+            if "discriminator" in section:
+                names = f"; a section whose name is one of {', '.join(members(section))}"
             yield path, f"required, and missing{names}"
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             tags = re.findall(r"'([^']*)'", context.get("expected_tags", "")) or list(section["discriminator"]["mapping"])
             tag = context["discriminator"].strip("'")
             invalid = invalid.get(tag) if isinstance(invalid, dict) else invalid
-            yield (
-                (*path, tag),
-                f"required, and missing; one of {', '.join(tags)}"
-                if kind == "union_tag_not_found"
-                else f"one of {', '.join(_nearest_first(str(invalid), tags))} (value {shown(invalid)})",
-            )
+            if kind == "union_tag_not_found":
+                message = f"required, and missing; one of {', '.join(tags)}"
+            else:
+                message = f"one of {', '.join(_nearest_first(str(invalid), tags))} (value {shown(invalid)})"
+            yield (*path, tag), message
         elif kind == "literal_error":
             yield path, f"has to be {context['expected']}{value}"
         elif kind == "too_short" and len(invalid) >= context["min_length"]:
@@ -111,7 +112,8 @@ def _instead(path: KeyPath, section: dict[str, Any]) -> str:
     siblings = [p for p in elsewhere if p.rpartition(".")[0] == section_path]
     if siblings:
         return f"{section['properties']['name']['const']} has none; it belongs to {' and '.join(owners(key, section_path))}"
-    if trainer_remark := remark(str(key)):
+    trainer_remark = remark(str(key))
+    if trainer_remark:
         return trainer_remark
     if closest := difflib.get_close_matches(str(key), section_keys, n=1, cutoff=0.7):
         return f"did you mean {closest[0]}?"

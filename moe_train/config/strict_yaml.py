@@ -129,7 +129,9 @@ def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
     if tag == _INT:
         fault = "too large a number"
     elif tag == _FLOAT:
-        number = float(text.replace(".inf", "inf").replace(".nan", "nan")) if text[-1].isdigit() or text[-1] == "." else math.inf
+        number = math.inf
+        if text[-1].isdigit() or text[-1] == ".":
+            number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
         if math.isfinite(number):
             return number
         fault = "a number has to be finite"

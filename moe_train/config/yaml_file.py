@@ -31,7 +31,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'is a folder, not a config file' if path.is_dir() else 'no such config file'}")
+        problem = "is a folder, not a config file" if path.is_dir() else "no such config file"
+        raise FileNotFoundError(f"{path}: {problem}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -33,7 +33,9 @@ def check_host_memory(arrays: Any, whose: str) -> None:
         return
     bytes_per_device = 0
     for x in jax.tree.leaves(arrays):
-        shape = x.shape if x.sharding is None else NamedSharding(mesh, x.sharding.spec).shard_shape(x.shape)
+        shape = x.shape
+        if x.sharding is not None:
+            shape = NamedSharding(mesh, x.sharding.spec).shard_shape(x.shape)
         bytes_per_device += math.prod(shape) * x.dtype.itemsize
     needed_bytes = bytes_per_device * len(mesh.local_devices)
     if needed_bytes > available_bytes:

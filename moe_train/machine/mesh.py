@@ -187,4 +187,6 @@ def check_rows(devices: np.ndarray) -> None:
 def platform() -> str:
     """Return the platform of the mesh in force ("cpu", "tpu", "gpu"); its devices need not be attached to this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None and device.platform else jax.default_backend()
+    if device is not None and device.platform:
+        return device.platform
+    return jax.default_backend()

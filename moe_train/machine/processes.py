@@ -85,7 +85,8 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         if not 0 <= index < count:
             raise ValueError(f"JAX_PROCESS_ID is {index}, and there are {count} processes (JAX_NUM_PROCESSES); they count from 0")
         return Job(address, count, index) if count > 1 else None
-    if "SLURM_STEP_NUM_TASKS" in env and (count := _number(env, "SLURM_STEP_NUM_TASKS")) > 1:
+    count = _number(env, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in env else 1
+    if count > 1:
         _need(env, _OF_SLURM, "srun sets it; start the processes with srun")
         # JAX's own rule: with one task per host a task has all devices of its host, otherwise one device.
         spread = set(re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")) == {"1"}

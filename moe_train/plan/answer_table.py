@@ -15,8 +15,12 @@ def introduction(answer: Answer) -> list[str]:
     """Return the lines above the table."""
     topology = answer.topology
     device = DEVICES[answer.topology.device]
-    chips = f"{topology.num_chips} chips" + (f", {topology.num_devices} devices" if topology.devices_per_chip > 1 else "")
-    price = answer.priced if answer.price is None else f"{answer.price:g} dollars per chip and hour ({answer.priced})"
+    chips = f"{topology.num_chips} chips"
+    if topology.devices_per_chip > 1:
+        chips += f", {topology.num_devices} devices"
+    price = answer.priced
+    if answer.price is not None:
+        price = f"{answer.price:g} dollars per chip and hour ({answer.priced})"
     lines = [f"{topology.name}: {chips} of {device.hbm_bytes / GIB:.1f} GiB; {price}"]
     if answer.considered > 1:
         lines.append(f"{answer.considered} choices modelled, {answer.fitting} fit; the best of each mesh, in order")
@@ -30,12 +34,15 @@ def rows(answer: Answer) -> list[dict[str, str]]:
         dollars = search.dollars_per_billion(choice, answer.topology, answer.price)
         run = choice.run
         reference = answer.best
+        batch = f"{run.train.batch_size}"
+        if run.train.microbatches > 1:
+            batch += f" / {run.train.microbatches}"
         table.append(
             {
                 "mesh": search.in_words(run.mesh),
                 "transport": choice.transport or "-",
                 "remat": run.compute.remat,
-                "batch": f"{run.train.batch_size}" + (f" / {run.train.microbatches}" if run.train.microbatches > 1 else ""),
+                "batch": batch,
                 "HBM GiB": f"{choice.memory.total / GIB:.2f}",
                 "compiled": _compiled(choice),
                 "step s": f"{choice.time.step:.3f}",
@@ -70,7 +77,8 @@ def conclusion(answer: Answer) -> list[str]:
         explanation = [
             f"nothing fits on {topology.name}: the closest is {search.in_words(closest.run.mesh)}, {search.why(closest, closest)}"
         ]
-        if fitting := search.smallest_that_fits(closest.run, topology):
+        fitting = search.smallest_that_fits(closest.run, topology)
+        if fitting:
             larger, choice = fitting
             explanation.append(
                 f"it fits on {larger.name} ({larger.num_chips} chips): {search.in_words(choice.run.mesh)}, remat full, "
@@ -86,10 +94,10 @@ def conclusion(answer: Answer) -> list[str]:
     if hidden:
         slow = [choice for choice in hidden if choice.fits]
         fates = [f"{len(slow)} are slower"] if slow else []
-        if too_large := [choice for choice in hidden if not choice.fits]:
-            fates.append(
-                f"{len(too_large)} do not fit, by {min(c.bytes_per_device - c.limit for c in too_large) / GIB:.2f} GiB and more"
-            )
+        too_large = [choice for choice in hidden if not choice.fits]
+        if too_large:
+            least_excess = min(choice.bytes_per_device - choice.limit for choice in too_large)
+            fates.append(f"{len(too_large)} do not fit, by {least_excess / GIB:.2f} GiB and more")
         lines.append(f"{len(hidden)} more meshes: {', '.join(fates)} (--json has them)")
     if best.compiled is None:
         lines.append("confirmed: no (the model alone)")
@@ -98,7 +106,9 @@ def conclusion(answer: Answer) -> list[str]:
             f"confirmed by the compiler: the model is off by {best.memory_error:+.1%} in memory "
             f"and {best.received_error:+.1%} in bytes received"
         )
-    if stated_choice is not None and stated_choice is not best and (differences := search.changed(stated_choice.run, best.run)):
-        settings = " ".join(f"{key}={value}" for key, value in differences.items())
-        lines.append(f"the config as it is: {search.why(stated_choice, best)}; better: {settings}")
+    if stated_choice is not None and stated_choice is not best:
+        differences = search.changed(stated_choice.run, best.run)
+        if differences:
+            settings = " ".join(f"{key}={value}" for key, value in differences.items())
+            lines.append(f"the config as it is: {search.why(stated_choice, best)}; better: {settings}")
     return lines

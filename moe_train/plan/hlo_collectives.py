@@ -53,7 +53,10 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
         None if a group is a single device, or if every device of a permute keeps its data.
     """
     asynchronous = i.opcode.endswith("-start")
-    results = stated_shapes(second_element(i.result) if asynchronous and kind != "all-reduce" else i.result)
+    result_text = i.result
+    if asynchronous and kind != "all-reduce":
+        result_text = second_element(i.result)
+    results = stated_shapes(result_text)
     size = sum(s.bytes for s in results)
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes.split("source_target_pairs=")[1].split("}}")[0] + "}")

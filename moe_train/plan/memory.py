@@ -88,7 +88,9 @@ def memory(run: config.Run, laid: Layout) -> Memory:
 
 def _in_lanes(w: Weight, sizes: dict[str, int]) -> int:
     """Return the bytes of a weight of all layers, or of its gradient, in the padded layout that kernels use."""
-    return w.stored_bytes(sizes) * LANES // w.shape[-1] if _is_narrow(w) else w.stored_bytes(sizes)
+    if _is_narrow(w):
+        return w.stored_bytes(sizes) * LANES // w.shape[-1]
+    return w.stored_bytes(sizes)
 
 
 def _is_narrow(w: Weight) -> bool:

@@ -362,7 +362,9 @@ def dollars_per_billion(choice: Choice, topology: Topology, price: float | None)
         topology: states the number of chips.
         price: dollars per chip and hour; None if unknown, and then the result is None too.
     """
-    return None if price is None else price * topology.num_chips / 3600 / choice.tokens_per_second * 1e9
+    if price is None:
+        return None
+    return price * topology.num_chips / 3600 / choice.tokens_per_second * 1e9
 
 
 def price_of(device: Device, stated: float | None) -> tuple[float | None, str]:

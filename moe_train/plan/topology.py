@@ -144,7 +144,9 @@ def shapes(device: str) -> Iterator[tuple[int, ...]]:
 
 
 def _name(device: str, shape: tuple[int, ...]) -> str:
-    return f"{device}x{shape[0]}" if device in GPUS else f"{device}:{'x'.join(map(str, shape))}"
+    if device in GPUS:
+        return f"{device}x{shape[0]}"
+    return f"{device}:{'x'.join(map(str, shape))}"
 
 
 def _known(word: str, words: tuple[str, ...] | dict[str, tuple[str, int]], name: str) -> None:
@@ -172,5 +174,7 @@ def _no_such(name: str, device: str, chips: float, unit: str) -> ValueError:
 
 def _no_such_host(name: str, device: str, count: int) -> ValueError:
     nearest = min(GPUS_PER_HOST, key=lambda size: abs(size - count))
-    hosts = f"; several hosts are {count // 8}x{device}x8" if count > 8 and count % 8 == 0 else ""
+    hosts = ""
+    if count > 8 and count % 8 == 0:
+        hosts = f"; several hosts are {count // 8}x{device}x8"
     return ValueError(f"topology {name}: a host has 1, 2, 4 or 8 GPUs, and no shape; nearest: {device}x{nearest}{hosts}")

@@ -12,6 +12,7 @@ All of this happens in every microbatch; along `data` gradients are summed once 
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -55,7 +56,9 @@ class Shape(NamedTuple):
 
         Dense layers of a sparse model process the device's own tokens.
         """
-        return self if isinstance(ffn, config.MoeFfn) else self._replace(transport=None, rows=self.tokens)
+        if isinstance(ffn, config.MoeFfn):
+            return self
+        return self._replace(transport=None, rows=self.tokens)
 
 
 def shape_of(run: config.Run, platform: str | None = None) -> Shape:
@@ -119,7 +122,8 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
     # quantized values and scales are sent as they are; other weights in the compute dtype
     b = w.itemsize if not w.is_float or w.path.part == "scales" else min(w.itemsize, itemsize)
     own = ("expert",) if w.kind == "expert" else ()  # axes along which no two devices share this weight
-    split = {axis for entry in w.spec for axis in entry if axis in ("fsdp", "expert")} - {*own}
+    spec_axes = set(itertools.chain.from_iterable(w.spec))
+    split = (spec_axes & {"fsdp", "expert"}) - {*own}
     gather_order = ("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")
     order = [axis for axis in gather_order if axis in split]
     uses = 2 if tied and w.path.is_embedding and not w.path.is_adapter else 1

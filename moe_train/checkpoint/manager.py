@@ -167,7 +167,7 @@ def save(
     try:
         checkpoints.save(step, args=args, metrics=metrics, force=True)
     except Exception as error:
-        raise _cannot_save(checkpoints, error) from error
+        raise _save_error(checkpoints, error) from error
 
 
 def finish_saving(checkpoints: ocp.CheckpointManager) -> None:
@@ -175,7 +175,7 @@ def finish_saving(checkpoints: ocp.CheckpointManager) -> None:
     try:
         checkpoints.wait_until_finished()
     except Exception as error:
-        raise _cannot_save(checkpoints, error) from error
+        raise _save_error(checkpoints, error) from error
 
 
 def check_saving(checkpoints: ocp.CheckpointManager) -> None:
@@ -183,10 +183,10 @@ def check_saving(checkpoints: ocp.CheckpointManager) -> None:
     try:
         checkpoints.check_for_errors()
     except Exception as error:
-        raise _cannot_save(checkpoints, error) from error
+        raise _save_error(checkpoints, error) from error
 
 
-def _cannot_save(checkpoints: ocp.CheckpointManager, error: Exception) -> RuntimeError:
+def _save_error(checkpoints: ocp.CheckpointManager, error: Exception) -> RuntimeError:
     """Remove what a failed save left behind, and return the error to raise."""
     if jax.process_index() == 0:
         for _ in range(20):  # one of several writers has failed; the others may still be writing
@@ -247,11 +247,11 @@ def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> A
     restored = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
     for item in items:
         if bit_sums(restored[item]) != restored.about["sums"][item]:
-            raise _other_sums(checkpoints, step, item)
+            raise _checksum_error(checkpoints, step, item)
     return restored
 
 
-def _other_sums(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
+def _checksum_error(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
     """Return the error for arrays whose bit sums differ from those that were saved."""
     return ValueError(f"{checkpoints.directory}/{step}/{item} does not hold what was saved: its arrays have other sums")
 
@@ -291,14 +291,14 @@ def load_params(
             raise FileNotFoundError(f"{run_dir} has no checkpoint{wanted_step}")
         for step in steps:
             try:
-                return _one_by_one(checkpoints, step, abstract, keep), _about(checkpoints, step)
+                return _load_array_by_array(checkpoints, step, abstract, keep), _about(checkpoints, step)
             except Exception as error:
                 fault = f"the checkpoint of step {step} in {run_dir} cannot be read: {_brief(error)}"
                 log.warning("%s", fault)
     raise RuntimeError(fault)
 
 
-def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Parameters, keep: Keep | None) -> Parameters:
+def _load_array_by_array(checkpoints: ocp.CheckpointManager, step: int, abstract: Parameters, keep: Keep | None) -> Parameters:
     """Read the arrays of `abstract` one after the other, in parts, and verify their bit sums.
 
     Returns:
@@ -321,7 +321,7 @@ def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Paramet
             del part, converted
             jax.block_until_ready(collected)  # the next part may need the memory of this one
         if total % 2**32 != sums[path]:
-            raise _other_sums(checkpoints, step, "params")
+            raise _checksum_error(checkpoints, step, "params")
         loaded |= collected
     return loaded
 
@@ -361,7 +361,7 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
         except Exception as error:
             damaged[step] = _brief(error)
             continue
-        _set_aside(checkpoints, damaged)
+        _rename_damaged(checkpoints, damaged)
         trainable, buffers = split_buffers(arrays.params)
         return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **arrays.optimizer), about, damaged)
     if damaged:
@@ -370,7 +370,7 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
     return None
 
 
-def _set_aside(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
+def _rename_damaged(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
     """Rename damaged checkpoints; one process does it, and all processes reload the list of steps."""
     if damaged and jax.process_index() == 0:
         for step in damaged:

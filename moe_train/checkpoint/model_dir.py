@@ -212,7 +212,7 @@ def load_parameters(
         return quantized({path: array.astype(like.dtype)}, parts)
 
     keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
-    params, about = manager.load_params(directory, _trained_by(run), step, keep)
+    params, about = manager.load_params(directory, _trained_shapes(run), step, keep)
     if not frozen:
         return params
     assert about.base is not None
@@ -220,7 +220,7 @@ def load_parameters(
     return {**params, **load_parameters(about.base.source, frozen, about.base.step, load=load)}
 
 
-def _trained_by(run: config.Run) -> dict[str, Any]:
+def _trained_shapes(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
     model = run.model
     lora = run.lora and run.lora.model_copy(update={"quantize": None})

@@ -87,20 +87,20 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
         FileNotFoundError: the base that is named does not exist here.
         ValueError: the adapters belong to another model.
     """
-    base = _base_of(source) if base is None else base
+    base = _find_base(source) if base is None else base
     model = model_dir.read_model(base)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         both = [_load(path, model) for path in (source, against) if path is not None]
         weight = _weights_of(base, model)
         moved = []
         for piece in names.pieces(model):
-            change = _moved(piece, model, both, weight)
+            change = _measure_change(piece, model, both, weight)
             if change is not None:
                 moved.append(change)
     return Comparison(str(base), sorted(moved, key=lambda m: -m.relative))
 
 
-def _base_of(source: str | Path) -> str:
+def _find_base(source: str | Path) -> str:
     if runs.is_run(source):
         named = runs.read_run(source).init_from
     elif (file := Path(source) / peft.CONFIG).is_file():
@@ -127,23 +127,27 @@ def _weights_of(base: str | Path, model: config.Model) -> Weight:
     return lambda piece: fetch(held[piece.path], piece.lead)
 
 
-def _moved(piece: names.Piece, model: config.Model, both: list[tuple[config.Lora, Parameters]], weight: Weight) -> Moved | None:
+def _measure_change(
+    piece: names.Piece, model: config.Model, both: list[tuple[config.Lora, Parameters]], weight: Weight
+) -> Moved | None:
     """Measure the change of one piece; None if none of the adapters touches it."""
     path = ParameterPath.parse(piece.path)
     if not any(piece.path in trained or path.has_adapter(trained) for _, trained in both):
         return None
-    own = weight(piece)
+    base_weight = weight(piece)
     if any(piece.path in trained for _, trained in both):  # trained in full
-        first, *others = (_whole(lora, trained, piece, own) for lora, trained in both)
-        delta = float(np.linalg.norm(first - (others[0] if others else own)))
+        trained_weight, *others = (_full_weight(lora, trained, piece, base_weight) for lora, trained in both)
+        delta = float(np.linalg.norm(trained_weight - (others[0] if others else base_weight)))
     else:
         delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in both])
     layer = path.layer(model, piece.lead[0]) if piece.lead else None
     expert = piece.lead[1] if len(piece.lead) == 2 else None
-    return Moved(layer, path.module, expert, float(delta), math.sqrt(np.sum(np.square(own, dtype=np.float32), dtype=np.float64)))
+    return Moved(
+        layer, path.module, expert, float(delta), math.sqrt(np.sum(np.square(base_weight, dtype=np.float32), dtype=np.float64))
+    )
 
 
-def _whole(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.ndarray) -> np.ndarray:
+def _full_weight(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.ndarray) -> np.ndarray:
     """Return the trained weight in float64, with an adapter's delta added."""
     if piece.path in trained:
         return fetch(trained[piece.path], piece.lead).astype(np.float64)
@@ -258,12 +262,12 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     # A delta is alpha / rank · B·A (or over the square root of rank), so alphas alone scale it.
     settings["lora_alpha"] *= factor
     settings["alpha_pattern"] = {key: alpha * factor for key, alpha in (settings.get("alpha_pattern") or {}).items()}
-    with new_directory(out_dir) as beside:
+    with new_directory(out_dir) as unfinished:
         for file in directory.iterdir():
             if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):  # the old proof is about the old scale
-                shutil.copyfile(file, beside / file.name)
-        (beside / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        prove_scaled(beside, directory, factor)
+                shutil.copyfile(file, unfinished / file.name)
+        (unfinished / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        prove_scaled(unfinished, directory, factor)
     return {"adapter": str(out_dir), "lora_alpha": settings["lora_alpha"], "alpha_pattern": settings["alpha_pattern"]}
 
 

@@ -48,9 +48,9 @@ def bench(written: config.Config) -> dict[str, Any]:
         rows = run.train.batch_size // jax.process_count()
         batch = put_batch(objective.batch_type.synthetic(rows, run.train.seq_len, run.model.vocab_size, run.seed), mesh)
 
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         step = compile_step(definition, state, batch, base_weights)
-        compiled = time.perf_counter() - begun
+        compiled = time.perf_counter() - start_time
         seconds = []
         cpu_seconds = []
         losses = []

@@ -70,11 +70,11 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
         raise FileNotFoundError(f"{file}: no such file to evaluate on")
     text = config.TextRecord(name="text")
     records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
-    origin, first = next(iter(records), (None, {"text": ""}))  # an empty file is reported by the loader
+    origin, first_fields = next(iter(records), (None, {"text": ""}))  # an empty file is reported by the loader
     location = str(file) if origin is None else records.where(origin)
     sources = (*run.data.eval, *run.data.train) if run and isinstance(run.data, config.RunData) else ()
     run_records = [source.record for source in sources if isinstance(source, config.RecordSource)]
-    record = next((r for r in run_records if _readable(first, r)), None) or located(location, recognise, first)
+    record = next((r for r in run_records if _readable(first_fields, r)), None) or located(location, recognise, first_fields)
     if isinstance(record, config.TextRecord):
         return record
     return record.model_copy(update={"too_long": "truncate"})

@@ -181,11 +181,11 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
         rank = max((target.rank for target in opened.lora.targets), default=1)
     kind = "huggingface" if opened.tokenizer.chat_template is not None else "mistral"
     base = run.init_from if run else None
-    first = ""
+    base_export = ""
     if layout == "peft" and base is not None and (is_run(base) or external.layout_of(base) != "hf"):
-        first = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
+        base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
-    return first + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
+    return base_export + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
 
 
 def _whole_dtype(dtype: str) -> config.Dtype:

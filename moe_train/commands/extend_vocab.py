@@ -172,9 +172,9 @@ def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) 
     total = np.zeros(dim)
     is_new = np.ones(size, bool)
     out = None
-    for old, rows in _rows(piece, read, list(ids)):
+    for old_ids, rows in _rows(piece, read, list(ids)):
         out = np.empty((size, dim), rows.dtype) if out is None else out
-        new_rows = [ids[i] for i in old]
+        new_rows = [ids[i] for i in old_ids]
         out[new_rows] = rows
         # In float64, since a sum over a whole vocabulary would lose the mean in 16 bits.
         total += rows.sum(0, dtype=np.float64)
@@ -206,11 +206,11 @@ def _check_written(directory: Path, model: config.Model, weights: Weights, ids: 
         read = weights.tensors[base_piece.name].read
         written_matrix = piece.from_file(written.tensors[piece.name].read)
         if piece.path in _ROWS:
-            same = all(
-                np.array_equal(base_rows, written_matrix[[ids[i] for i in old]])
-                for old, base_rows in _rows(base_piece, read, list(ids))
+            is_equal = all(
+                np.array_equal(base_rows, written_matrix[[ids[i] for i in old_ids]])
+                for old_ids, base_rows in _rows(base_piece, read, list(ids))
             )
         else:
-            same = np.array_equal(base_piece.from_file(read), written_matrix)
-        if not same:  # 16-bit tensors may have been written as float32, which changes no value
+            is_equal = np.array_equal(base_piece.from_file(read), written_matrix)
+        if not is_equal:  # 16-bit tensors may have been written as float32, which changes no value
             raise RuntimeError(f"{piece.name} in the file is not that of the base")

@@ -41,8 +41,8 @@ def generate_dir(
     with jax.set_mesh(opened.mesh):
         structure, weights = opened.load()
         dtype = opened.compute.dtype
-        new = generate(structure, weights, model, opened.mesh, tokens, max_tokens, tokenizer.eos_id, temperature, seed, dtype)
-    return [_text_after(tokenizer, before, after) for before, after in zip(tokens, new, strict=True)]
+        generated = generate(structure, weights, model, opened.mesh, tokens, max_tokens, tokenizer.eos_id, temperature, seed, dtype)
+    return [_text_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
 
 
 def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool) -> list[int]:

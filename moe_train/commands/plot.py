@@ -100,7 +100,7 @@ def plot(run_dirs: list[Path], out: Path) -> None:
         panel.set_title(title, fontsize="medium")
         panel.set_xlabel("step")
         if not panel.lines:
-            _say_nothing(panel)
+            _mark_empty(panel)
     _heat(figure, experts, stories[-1])
     picture = io.BytesIO()
     figure.savefig(picture, format=out.suffix[1:], dpi=110)
@@ -120,7 +120,7 @@ def _heat(figure: Any, panel: Any, story: Story) -> None:
     loads = [line["load"] for line in story.train if "load" in line]
     panel.set_title(f"load of experts, last tenth of {story.name}", fontsize="medium")
     if not loads:
-        _say_nothing(panel)
+        _mark_empty(panel)
         return
     load_LE = np.mean(loads[-max(1, len(loads) // 10) :], axis=0)
     image = panel.imshow(load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
@@ -130,6 +130,6 @@ def _heat(figure: Any, panel: Any, story: Story) -> None:
     figure.colorbar(image, ax=panel)
 
 
-def _say_nothing(panel: Any) -> None:
+def _mark_empty(panel: Any) -> None:
     panel.text(0.5, 0.5, "none in this run", ha="center", va="center", transform=panel.transAxes, color="gray")
     panel.set(xticks=[], yticks=[])

@@ -39,7 +39,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
     kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
     for kind, sources in kinds:
         for i, source in enumerate(sources):
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             store = open_store(source, data, tokenizer, template, _reporter(f"data.{kind}.{i}"))
             manifest = store.manifest
             sets.append(
@@ -47,7 +47,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
                     "source": f"data.{kind}.{i}",
                     **{"records": manifest.records, "examples": manifest.examples, "empty": manifest.empty},
                     **{"tokens": manifest.tokens, "loss_tokens": manifest.loss_tokens, "shards": len(manifest.shards)},
-                    "seconds": round(time.perf_counter() - begun, 2),
+                    "seconds": round(time.perf_counter() - start_time, 2),
                     "path": store.path if to is None else upload(store.path, to),
                 }
             )
@@ -107,10 +107,10 @@ def _open_tokenizer(run: config.Run) -> Tokenizer:
 
 def _reporter(source: str) -> Callable[[Shards], None]:
     """Return a callback that reports how many shards of a source are done, and how many tokens per second."""
-    begun = time.monotonic()
+    start_time = time.monotonic()
 
     def report(now: Shards) -> None:
-        rate = now.tokens / max(time.monotonic() - begun, 1e-9)
+        rate = now.tokens / max(time.monotonic() - start_time, 1e-9)
         detail = f"{now.records:,} records  {now.tokens:,} tokens  {rate:,.0f} tokens/s"
         progress.report(progress.Progress(source, now.done, now.shards, "shards", detail))
 

@@ -78,7 +78,7 @@ def gather(
         chat[f"module {module}"] = list(_questions(docstrings))
         if source.strip():
             sources[f"module {module}"] = source
-    records = _capped([*text.items(), *sorted(sources.items(), key=lambda item: _digest(item[0]))], max_bytes)
+    records = _limit_bytes([*text.items(), *sorted(sources.items(), key=lambda item: _digest(item[0]))], max_bytes)
 
     lines: dict[str, list[dict]] = {name: [] for name in FILES}
     for name, body in records:
@@ -103,7 +103,7 @@ def _side(name: str, heldout: float) -> str:
     return "heldout" if int(_digest(name)[:8], 16) < heldout * 2**32 else "train"
 
 
-def _capped(records: list[tuple[str, str]], max_bytes: int) -> Iterator[tuple[str, str]]:
+def _limit_bytes(records: list[tuple[str, str]], max_bytes: int) -> Iterator[tuple[str, str]]:
     for name, body in records:
         max_bytes -= len(body.encode("utf-8", "surrogatepass"))
         if max_bytes < 0:

@@ -158,7 +158,7 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
             shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
             texts = pieces(ids, tokenizer)
             shown = zip(ids, shown_positions, learnt, texts, strict=True)
-            segment_tokens = [Token(i, position, yes, i in control, text) for i, position, yes, text in shown]
+            segment_tokens = [Token(i, position, is_learnt, i in control, text) for i, position, is_learnt, text in shown]
             yield Segment(row + 1, number, place, segment_tokens)
 
 
@@ -167,12 +167,12 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     context = tokenizer.encode("a")  # prepended, since some decoders drop the first space of a text
     piece_texts = []
     window = list(context)
-    done = len(tokenizer.decode(window))  # number of characters of the window's text that were already returned
+    num_returned = len(tokenizer.decode(window))  # number of characters of the window's text that were already returned
     for i, token in enumerate(ids):
         if token in tokenizer.control_ids:
             piece_texts.append(tokenizer.decode([token], keep_special=True))
             window = list(context)
-            done = len(tokenizer.decode(context))
+            num_returned = len(tokenizer.decode(context))
             continue
         window.append(token)
         text = tokenizer.decode(window)
@@ -180,12 +180,12 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
         if text.endswith("\ufffd") and not ends:  # a character whose other bytes follow, or an invalid one
             piece_texts.append("")
             continue
-        piece_texts.append(text[done:])
-        done = len(text)
+        piece_texts.append(text[num_returned:])
+        num_returned = len(text)
         # A bounded window keeps decoding linear in the number of tokens.
         if len(window) > 32:
             window = window[-4:]
-            done = len(tokenizer.decode(window))
+            num_returned = len(tokenizer.decode(window))
     return piece_texts
 
 

@@ -32,9 +32,9 @@ def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[Key
         value = f" (value {shown(invalid)})"
         if kind == "value_error":
             message = " ".join(str(context["error"]).split())
-            yield _blamed(path, message, tree), message
+            yield _blamed_path(path, message, tree), message
         elif kind == "extra_forbidden":
-            yield path, f"unknown key; {_instead(path, section)}{value}"
+            yield path, f"unknown key; {_suggestion(path, section)}{value}"
         elif kind == "missing":
             names = ""
             if "discriminator" in section:
@@ -54,10 +54,10 @@ def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[Key
         elif kind == "too_short" and len(invalid) >= context["min_length"]:
             continue  # pydantic counts only the valid items; the invalid ones have their own messages
         else:
-            yield path, f"{_of_pydantic(kind, fault['msg'])}{_quote_it(kind, invalid)}{value}"
+            yield path, f"{_rephrase(kind, fault['msg'])}{_quoting_hint(kind, invalid)}{value}"
 
 
-def _of_pydantic(kind: str, message: str) -> str:
+def _rephrase(kind: str, message: str) -> str:
     """Rephrase one of pydantic's messages in the words of a config file."""
     if kind in ("dict_type", "model_type", "model_attributes_type"):
         return "has to be a section of keys"
@@ -78,12 +78,12 @@ def _of_pydantic(kind: str, message: str) -> str:
     return message
 
 
-def _quote_it(kind: str, value: Any) -> str:
+def _quoting_hint(kind: str, value: Any) -> str:
     """Add a hint where YAML read a value as a boolean or a number and the config needs a string."""
     return "; quote it" if kind == "string_type" and isinstance(value, bool | int | float) else ""
 
 
-def _blamed(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
+def _blamed_path(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
     """Return the path of the first key that the message names and the config states; otherwise the path of the section."""
     section_tree: Any = tree
     for part in section:
@@ -99,7 +99,7 @@ def _blamed(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
     return section
 
 
-def _instead(path: KeyPath, section: dict[str, Any]) -> str:
+def _suggestion(path: KeyPath, section: dict[str, Any]) -> str:
     """Suggest what an unknown key was meant to be.
 
     The candidates, in this order: a key of another kind of the same union, another trainer's name for a setting, a similar key of

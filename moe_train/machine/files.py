@@ -28,22 +28,22 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     refuse_existing(path)  # fail before the work, not after it
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
     try:
-        yield beside
-        for entry in sorted(beside.rglob("*")):
+        yield unfinished
+        for entry in sorted(unfinished.rglob("*")):
             _sync(entry)
-        _sync(beside)
-        beside.chmod(0o777 & ~_umask())  # mkdtemp creates it for the owner only
+        _sync(unfinished)
+        unfinished.chmod(0o777 & ~_umask())  # mkdtemp creates it for the owner only
         refuse_existing(path)
-        os.rename(beside, path)
+        os.rename(unfinished, path)
         _sync(path.parent)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(errno.ENOSPC, f"No space left on device; {path} was not written") from error
         raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

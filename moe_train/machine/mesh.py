@@ -177,10 +177,10 @@ def check_rows(devices: np.ndarray) -> None:
     *_, context, tensor = devices.shape
     owners = np.array([device.process_index for device in devices.flat]).reshape(-1, context * tensor)
     if (owners != owners[:, :1]).any():
-        each = np.bincount(owners.reshape(-1)).max()
+        devices_per_process = np.bincount(owners.reshape(-1)).max()
         raise ValueError(
             f"mesh.context {context} x mesh.tensor {tensor} devices share a sequence, and are of several processes, which have "
-            f"{each} each; a process reads whole sequences: let context x tensor divide {each}"
+            f"{devices_per_process} each; a process reads whole sequences: let context x tensor divide {devices_per_process}"
         )
 
 

@@ -76,7 +76,7 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
             )
         return Found()
     if any(name in env for name in _OF_JAX):
-        _need(env, _OF_JAX, "of {there} set, all three or none have to be")
+        _require_variables(env, _OF_JAX, "of {there} set, all three or none have to be")
         count = _number(env, "JAX_NUM_PROCESSES")
         index = _number(env, "JAX_PROCESS_ID")
         address = env["JAX_COORDINATOR_ADDRESS"]
@@ -87,7 +87,7 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         return Job(address, count, index) if count > 1 else None
     count = _number(env, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in env else 1
     if count > 1:
-        _need(env, _OF_SLURM, "srun sets it; start the processes with srun")
+        _require_variables(env, _OF_SLURM, "srun sets it; start the processes with srun")
         # JAX's own rule: with one task per host a task has all devices of its host, otherwise one device.
         spread = set(re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")) == {"1"}
         local = None if spread else (_number(env, "SLURM_LOCALID"),)
@@ -99,7 +99,7 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
     return Found() if "," in hosts or slices > 1 else None
 
 
-def _need(env: Mapping[str, str], names: tuple[str, ...], why: str) -> None:
+def _require_variables(env: Mapping[str, str], names: tuple[str, ...], why: str) -> None:
     missing = [name for name in names if name not in env]
     if missing:
         present = ", ".join(name for name in names if name in env)
@@ -146,14 +146,14 @@ def listen(count: int) -> str:
     """
     _watch.count = count
     password = secrets.token_hex(16)
-    both = socket.has_dualstack_ipv6()
-    server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    dual_stack = socket.has_dualstack_ipv6()
+    server = socket.create_server(("", 0), family=socket.AF_INET6 if dual_stack else socket.AF_INET, dualstack_ipv6=dual_stack)
 
     def accept() -> None:
         awaited = set(range(1, count))
         while awaited:
             peer, _ = server.accept()
-            index = _introduced(peer, password)
+            index = _authenticate(peer, password)
             if index in awaited:
                 awaited.remove(index)
                 _start(index, peer)
@@ -165,7 +165,7 @@ def listen(count: int) -> str:
     return f"{server.getsockname()[1]} {password}"
 
 
-def _introduced(peer: socket.socket, password: str) -> int | None:
+def _authenticate(peer: socket.socket, password: str) -> int | None:
     """Return the index of a peer that knows the password; None for anybody else, and after a few seconds of silence."""
     peer.settimeout(STRANGER_SECONDS)
     try:
@@ -269,14 +269,14 @@ def _follow(index: int, peer: socket.socket) -> None:
         return
     who = f"process {index} of {_watch.count}"
     if len(message) < _NUMBER.size:
-        _give_up(f"{who} was lost; what is saved stays: start again to continue", UNFINISHED)
+        _stop_process(f"{who} was lost; what is saved stays: start again to continue", UNFINISHED)
     elif code := _NUMBER.unpack(message)[0]:
         if code != UNFINISHED:
             time.sleep(GRACE_SECONDS)
-        _give_up(f"{who} has stopped with exit code {code}, and says why", code)
+        _stop_process(f"{who} has stopped with exit code {code}, and says why", code)
 
 
-def _give_up(reason: str, code: int) -> None:
+def _stop_process(reason: str, code: int) -> None:
     if _watch.left:
         return
     os.write(2, f"moe-train: {reason}\n".encode())

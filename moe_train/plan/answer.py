@@ -83,7 +83,7 @@ def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[s
     stated_choice = search.model_choice(run, topology) if fits_topology else None
     modelled, faults = search.choices(run, topology, options.free_batch)
     if not modelled:
-        fault = _commonest(faults, run, topology)
+        fault = _most_common_fault(faults, run, topology)
         raise ValueError(f"no mesh of {topology.name}'s {topology.num_devices} devices takes this run: {fault}")
     considered = len(modelled)
     fitting = sum(choice.fits for choice in modelled)
@@ -93,7 +93,7 @@ def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[s
     return Answer(topology, stated_choice, best, considered, fitting, dollars, priced)
 
 
-def _commonest(faults: list[str], run: config.Run, topology: Topology) -> str:
+def _most_common_fault(faults: list[str], run: config.Run, topology: Topology) -> str:
     """Return the most common fault, or why no batch could be formed if no mesh was even tried."""
     if not faults:
         smallest = topology.num_devices if topology.num_slices == 1 else topology.num_slices

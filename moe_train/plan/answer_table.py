@@ -44,7 +44,7 @@ def rows(answer: Answer) -> list[dict[str, str]]:
                 "remat": run.compute.remat,
                 "batch": batch,
                 "HBM GiB": f"{choice.memory.total / GIB:.2f}",
-                "compiled": _compiled(choice),
+                "compiled": _compiled_in_words(choice),
                 "step s": f"{choice.time.step:.3f}",
                 "tokens/s": f"{choice.tokens_per_second:,.0f}",
                 "MFU at most": f"{search.share_of_peak(choice, answer.topology):.0%}",
@@ -58,7 +58,7 @@ def rows(answer: Answer) -> list[dict[str, str]]:
     return table
 
 
-def _compiled(choice: Choice) -> str:
+def _compiled_in_words(choice: Choice) -> str:
     """Return the compiler's memory and received bytes in words, `refused`, or `-` for a choice that was not compiled."""
     if choice.refused is not None:
         return "refused"

@@ -195,10 +195,10 @@ def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
 
 def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
     """Compile the training step of `run` for the devices of `mesh`, in this process."""
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with jax.set_mesh(mesh):
         program = compile_step(*abstract_step(run, mesh))
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start_time
     memory = program.memory_analysis()
     text = program.as_text()
     assert memory is not None and text is not None
@@ -230,7 +230,7 @@ def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
     return tuple(sorted(flows, key=lambda t: -t.bytes))
 
 
-def _answer(request_path: Path) -> dict[str, Any]:
+def _compile_request(request_path: Path) -> dict[str, Any]:
     """Compile what the request file asks for; returns the fields of `Compiled`, or {"error": message}."""
     request = json.loads(request_path.read_text(encoding="utf-8"))
     run = config.Run.model_validate_json(json.dumps(request["run"]))
@@ -243,4 +243,4 @@ def _answer(request_path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(_answer(Path(sys.argv[1]))), encoding="utf-8")
+    Path(sys.argv[2]).write_text(json.dumps(_compile_request(Path(sys.argv[1]))), encoding="utf-8")

@@ -92,12 +92,12 @@ class _Module:
         """Return the largest integer constant of a computation and of those it calls; 0 if there is none."""
         largest = 0
         todo = [name]
-        seen = set()
+        visited = set()
         while todo:
             current = todo.pop()
-            if current in seen or current not in self.computations:
+            if current in visited or current not in self.computations:
                 continue
-            seen.add(current)
+            visited.add(current)
             for i in self.computations[current]:
                 if i.opcode == "constant" and i.result.startswith(("s32[]", "s64[]", "u32[]")) and i.operands.isdigit():
                     largest = max(largest, int(i.operands))
@@ -146,9 +146,9 @@ class _Walk:
             case "async-start" | "call-start":  # runs on another thread of the device
                 return self._add_calls(i)
             case "fusion" | "call":
-                before = self._total.flops
+                flops_before = self._total.flops
                 collectives = self._add_calls(i)
-                self._add_parts(collectives, self._total.flops - before)
+                self._add_parts(collectives, self._total.flops - flops_before)
             case "custom-call":
                 self._add_custom_call(i)
             case "dot":
@@ -184,9 +184,9 @@ class _Walk:
             if not c.chain:
                 self._total.collectives[c] += times
                 continue
-            before = self._chains[c.chain].hidden_flops if c.chain in self._chains else 0
+            earlier_flops = self._chains[c.chain].hidden_flops if c.chain in self._chains else 0
             # Matrix products of all parts run while the collective is in progress.
-            self._chains[c.chain] = replace(c, asynchronous=True, hidden_flops=before + flops, chain="")
+            self._chains[c.chain] = replace(c, asynchronous=True, hidden_flops=earlier_flops + flops, chain="")
 
     def _add_custom_call(self, i: Instruction) -> None:
         for name in i.called("calls", "to_apply", "called_computations"):

@@ -72,7 +72,7 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
         size = size / len(groups[0])
-    received = _received(kind, size, len(groups[0]))
+    received = _received_bytes(kind, size, len(groups[0]))
     source = re.search(r'op_name="([^"]*)"', i.attributes)
     chain = re.search(r'chain_id="\w+"', i.attributes)
     chain_name = chain[0] if chain else ""
@@ -82,7 +82,7 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
     )
 
 
-def _received(kind: str, size: float, g: int) -> float:
+def _received_bytes(kind: str, size: float, g: int) -> float:
     """Return the bytes received by one of g devices for a result of `size` bytes."""
     return size * {"all-reduce": 2 * (g - 1) / g, "reduce-scatter": g - 1, "collective-permute": 1}.get(kind, (g - 1) / g)
 
@@ -102,7 +102,7 @@ def received_between_slices(i: Instruction) -> Collective | None:
     result = stated_shapes(i.result)[0]
     collective_kind = kind[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
     return Collective(
-        collective_kind, result.dtype, result.dims, _received(collective_kind, result.bytes, len(slices)), groups, True, 0, ""
+        collective_kind, result.dtype, result.dims, _received_bytes(collective_kind, result.bytes, len(slices)), groups, True, 0, ""
     )
 
 

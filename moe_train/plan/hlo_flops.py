@@ -45,27 +45,27 @@ def convolution_flops(i: Instruction, known: ShapesByName) -> float:
     flops = 2 * out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")] * rhs.dims[labels[2].index("i")]
     spatial = sorted(c for c in labels[1] if c.isdigit())
     for n, label in enumerate(spatial):
-        low = int(_entry(stated, "pad", n, "0_0").split("_")[0])
-        flops *= _meetings(
+        low = int(_window_entry(stated, "pad", n, "0_0").split("_")[0])
+        flops *= _count_tap_inputs(
             lhs.dims[labels[1].index(label)],
             out.dims[labels[3].index(label)],
-            int(_entry(stated, "size", n, "1")),
-            int(_entry(stated, "stride", n, "1")),
-            int(_entry(stated, "lhs_dilate", n, "1")),
-            int(_entry(stated, "rhs_dilate", n, "1")),
+            int(_window_entry(stated, "size", n, "1")),
+            int(_window_entry(stated, "stride", n, "1")),
+            int(_window_entry(stated, "lhs_dilate", n, "1")),
+            int(_window_entry(stated, "rhs_dilate", n, "1")),
             low,
         )
     groups = re.search(r"batch_group_count=(\d+)", i.attributes)
     return flops / (int(groups[1]) if groups else 1)
 
 
-def _entry(window: dict[str, str], key: str, dim: int, default: str) -> str:
+def _window_entry(window: dict[str, str], key: str, dim: int, default: str) -> str:
     """Return what a window states under `key` for one spatial dim, or the default."""
     return window[key].split("x")[dim] if key in window else default
 
 
 @cache
-def _meetings(inputs: int, outputs: int, taps: int, stride: int, lhs_dilate: int, rhs_dilate: int, pad: int) -> int:
+def _count_tap_inputs(inputs: int, outputs: int, taps: int, stride: int, lhs_dilate: int, rhs_dilate: int, pad: int) -> int:
     """Count pairs (output, tap) along one spatial dim whose input exists, that is, is neither padding nor a dilation hole."""
     pairs = 0
     starts = np.arange(outputs) * stride - pad

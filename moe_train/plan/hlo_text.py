@@ -86,16 +86,16 @@ def _instruction(line: str) -> Instruction | None:
     if not start:
         return None
     rest = line[start.end() :]
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
+    end = _closing_bracket(rest) + 1 if rest.startswith("(") else rest.find(" ")
     opcode = re.match(r" ?([\w\-]+)\(", rest[end:])
     if not opcode:
         return None
     opening = end + opcode.end() - 1
-    closing = opening + _closing(rest[opening:])
+    closing = opening + _closing_bracket(rest[opening:])
     return Instruction(start[1], rest[:end], opcode[1], rest[opening + 1 : closing], rest[closing + 1 :])
 
 
-def _closing(text: str) -> int:
+def _closing_bracket(text: str) -> int:
     """Return the index of the bracket that closes the one `text` starts with."""
     depth = 0
     for bracket in re.finditer(r"[()]", text):

@@ -63,7 +63,7 @@ def memory(run: config.Run, laid: Layout) -> Memory:
 
     gradients = sum(_in_lanes(w, sizes) for w in trained)
     layer = max(
-        _layer(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
+        _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
     )
     loss = max(0, _loss(model, laid, sizes, shape) - gradients - layer)
@@ -71,7 +71,9 @@ def memory(run: config.Run, laid: Layout) -> Memory:
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
     saved = sum(stack.repeats for stack in stacks) * shape.tokens * model.model_dim * b  # inputs of each period
     if run.compute.remat == "minimal":
-        saved += sum(stack.num_layers * _named(model, stack.ffn, sizes, shape.in_layer(stack.ffn)) for stack in stacks)
+        saved += sum(
+            stack.num_layers * _named_activation_bytes(model, stack.ffn, sizes, shape.in_layer(stack.ffn)) for stack in stacks
+        )
     # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim does not fill whole lanes.
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
     saved += sum(_in_lanes(w, sizes) for w in stacked if _is_narrow(w))
@@ -101,7 +103,7 @@ def _is_narrow(w: Weight) -> bool:
     return w.kind == "expert" and w.path.is_adapter and w.shape[-1] < LANES
 
 
-def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: Shape) -> int:
+def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: Shape) -> int:
     """Return the bytes that remat `minimal` keeps per layer besides its input (`transformer.SAVED`)."""
     m = shape.tokens
     b = shape.itemsize
@@ -120,7 +122,7 @@ def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: S
     return saved + m * 2 * f * ffn.num_shared_experts * b
 
 
-def _layer(
+def _layer_bytes(
     run: config.Run, model: config.Model, ffn: config.Ffn, stacked: list[Weight], sizes: dict[str, int], shape: Shape
 ) -> int:
     """Return the bytes that the backward pass of one period of layers of one stack needs at its peak.

@@ -83,14 +83,16 @@ def work(run: config.Run, laid: Layout, flows: list[Flow], topology: Topology) -
     shape = shape_of(run)
     tokens = train.batch_size * train.seq_len / topology.num_devices
     trained = laid.trainable if run.lora is not None else None
-    useful = tokens * flops_per_token(model, train.seq_len, trained)
-    again = tokens * _recomputed(run, model, shape)
-    far = [_far(flow, axis_sizes(run.mesh), topology.devices_per_slice) for flow in flows]
-    near = sum(flow.bytes for flow in flows) - sum(far)
-    return Work(useful, useful + again, _hbm_bytes(run, model, laid, shape), near, sum(far))
+    model_flops = tokens * flops_per_token(model, train.seq_len, trained)
+    recomputed_flops = tokens * _recomputed_flops(run, model, shape)
+    bytes_from_outside = [_bytes_between_slices(flow, axis_sizes(run.mesh), topology.devices_per_slice) for flow in flows]
+    bytes_inside = sum(flow.bytes for flow in flows) - sum(bytes_from_outside)
+    return Work(
+        model_flops, model_flops + recomputed_flops, _hbm_bytes(run, model, laid, shape), bytes_inside, sum(bytes_from_outside)
+    )
 
 
-def _recomputed(run: config.Run, model: config.Model, shape: Shape) -> float:
+def _recomputed_flops(run: config.Run, model: config.Model, shape: Shape) -> float:
     """Return the FLOPs per token that are computed again in the backward pass.
 
     With remat `full` it is the layers' whole forward pass, otherwise that of experts whose transport recomputes them.
@@ -146,19 +148,19 @@ def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, dev
     """
     share = topology.devices_per_chip
     sizes = axis_sizes(run.mesh)
-    near = {True: 0.0, False: 0.0}
-    far = {True: 0.0, False: 0.0}
+    inside_seconds = {True: 0.0, False: 0.0}
+    outside_seconds = {True: 0.0, False: 0.0}
     for flow in flows:
-        outside = _far(flow, sizes, topology.devices_per_slice)
-        near[flow.overlaps] += (flow.bytes - outside) / (_bandwidth(flow, sizes, topology, device) / share)
-        far[flow.overlaps] += outside / (device.dcn_bandwidth / share)
+        outside_bytes = _bytes_between_slices(flow, sizes, topology.devices_per_slice)
+        inside_seconds[flow.overlaps] += (flow.bytes - outside_bytes) / (_bandwidth(flow, sizes, topology, device) / share)
+        outside_seconds[flow.overlaps] += outside_bytes / (device.dcn_bandwidth / share)
     return Time(
         compute=work.flops / (device.flops[run.compute.dtype] / share),
         hbm=work.hbm_bytes / (device.hbm_bandwidth / share),
-        network=near[True],
-        waited=near[False],
-        dcn=far[True],
-        dcn_waited=far[False],
+        network=inside_seconds[True],
+        waited=inside_seconds[False],
+        dcn=outside_seconds[True],
+        dcn_waited=outside_seconds[False],
     )
 
 
@@ -183,7 +185,7 @@ def _bandwidth(flow: Flow, sizes: dict[str, int], topology: Topology, device: De
     return bandwidth
 
 
-def _far(flow: Flow, sizes: dict[str, int], devices_per_slice: int) -> float:
+def _bytes_between_slices(flow: Flow, sizes: dict[str, int], devices_per_slice: int) -> float:
     """Return the part of a flow's bytes that comes from other slices.
 
     Devices are laid out with `data` outermost and `tensor` innermost. A gather or sum over g devices in o slices works inside

@@ -143,8 +143,8 @@ def batches(run: config.Run, mesh: config.Mesh, free: bool) -> Iterator[tuple[in
     if free:
         yield from ((replicas * 2**i, 1) for i in range(LARGEST_BATCH.bit_length()))
         return
-    sequences, rest = divmod(run.train.batch_size, replicas)
-    if rest == 0:
+    sequences, remainder = divmod(run.train.batch_size, replicas)
+    if remainder == 0:
         yield from ((run.train.batch_size, m) for m in range(1, sequences + 1) if sequences % m == 0)
 
 

@@ -110,27 +110,27 @@ def _slice(name: str) -> tuple[str, tuple[int, ...]]:
         device = match[1]
         shape = tuple(int(side) for side in match[2].split("x"))
         if device in GPUS:
-            raise _no_such_host(name, device, math.prod(shape))
-        _known(device, ("v5p", "v5e", "v6e", "tpu7x"), name)
+            raise _missing_host(name, device, math.prod(shape))
+        _check_known(device, ("v5p", "v5e", "v6e", "tpu7x"), name)
         if shape not in shapes(device):
-            raise _no_such(name, device, math.prod(shape), "chips")
+            raise _missing_slice(name, device, math.prod(shape), "chips")
         return device, shape
     if match := re.fullmatch(r"([a-z]+\d+)x(\d+)", name):
         device = match[1]
         count = int(match[2])
-        _known(device, GPUS, name)
+        _check_known(device, GPUS, name)
         if count not in GPUS_PER_HOST:
-            raise _no_such_host(name, device, count)
+            raise _missing_host(name, device, count)
         return device, (count,)
     if match := re.fullmatch(r"([a-z0-9]+)-(\d+)", name):
         cloud_name = match[1]
         number = int(match[2])
-        _known(cloud_name, CLOUD_NAMES, name)
+        _check_known(cloud_name, CLOUD_NAMES, name)
         device, per_chip = CLOUD_NAMES[cloud_name]
         matching_shapes = [shape for shape in shapes(device) if math.prod(shape) * per_chip == number]
         if not matching_shapes:
             counted = f" ({number} TensorCores, {per_chip} to a chip)" if per_chip > 1 else ""
-            raise _no_such(name, device, number / per_chip, f"chips{counted}")
+            raise _missing_slice(name, device, number / per_chip, f"chips{counted}")
         return device, min(matching_shapes, key=sum)  # among several shapes, the one closest to a cube
     raise ValueError(f"topology {name!r} cannot be read; write one of the kind {EXAMPLES}")
 
@@ -149,13 +149,13 @@ def _name(device: str, shape: tuple[int, ...]) -> str:
     return f"{device}:{'x'.join(map(str, shape))}"
 
 
-def _known(word: str, words: tuple[str, ...] | dict[str, tuple[str, int]], name: str) -> None:
+def _check_known(word: str, words: tuple[str, ...] | dict[str, tuple[str, int]], name: str) -> None:
     if word not in words:
         nearest = difflib.get_close_matches(word, words, 1, 0.0)
         raise ValueError(f"topology {name}: there is no {word}; nearest: {nearest[0]} (known: {', '.join(words)})")
 
 
-def _no_such(name: str, device: str, chips: float, unit: str) -> ValueError:
+def _missing_slice(name: str, device: str, chips: float, unit: str) -> ValueError:
     """Return the error for a slice that does not exist.
 
     Args:
@@ -172,7 +172,7 @@ def _no_such(name: str, device: str, chips: float, unit: str) -> ValueError:
     )
 
 
-def _no_such_host(name: str, device: str, count: int) -> ValueError:
+def _missing_host(name: str, device: str, count: int) -> ValueError:
     nearest = min(GPUS_PER_HOST, key=lambda size: abs(size - count))
     hosts = ""
     if count > 8 and count % 8 == 0:

@@ -96,12 +96,12 @@ def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Fl
     M = run.train.microbatches
     collectives: list[Flow] = []
     for w in laid.weights:
-        collectives += _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings)
-    collectives += _of_tokens(run, run.model, sizes, shape, platform)
+        collectives += _weight_flows(w, sizes, shape.itemsize, run.model.tie_embeddings)
+    collectives += _token_flows(run, run.model, sizes, shape, platform)
     collectives = [flow._replace(bytes=M * flow.bytes) for flow in collectives]
     trained = (w for w in laid.weights if w.trainable)
     gradients = sum(w.layers * w.elements(sizes) * min(w.itemsize, shape.itemsize) for w in trained)
-    collectives.append(Flow("gradients", "all-reduce", "data", _received("all-reduce", sizes["data"], gradients), True))
+    collectives.append(Flow("gradients", "all-reduce", "data", _received_bytes("all-reduce", sizes["data"], gradients), True))
     sums: dict[tuple[str, str, str, bool], float] = {}
     for flow in collectives:
         key = flow.what, flow.kind, flow.axis, flow.overlaps
@@ -112,25 +112,25 @@ def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Fl
     return sorted(combined, key=lambda flow: -flow.bytes)
 
 
-def _received(kind: str, devices: int, size: float) -> float:
+def _received_bytes(kind: str, devices: int, size: float) -> float:
     return (devices - 1) / devices * size * (2 if kind == "all-reduce" else 1)
 
 
-def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
+def _weight_flows(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
     """Return the gathers of a weight and the sums of its gradient, for all layers and one microbatch."""
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
     # quantized values and scales are sent as they are; other weights in the compute dtype
     b = w.itemsize if not w.is_float or w.path.part == "scales" else min(w.itemsize, itemsize)
-    own = ("expert",) if w.kind == "expert" else ()  # axes along which no two devices share this weight
+    expert_axes = ("expert",) if w.kind == "expert" else ()  # axes along which no two devices share this weight
     spec_axes = set(itertools.chain.from_iterable(w.spec))
-    split = (spec_axes & {"fsdp", "expert"}) - {*own}
+    split = (spec_axes & {"fsdp", "expert"}) - {*expert_axes}
     gather_order = ("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")
     order = [axis for axis in gather_order if axis in split]
     uses = 2 if tied and w.path.is_embedding and not w.path.is_adapter else 1
     gathers = uses if w.kind == "table" else 2
 
     def flow(kind: str, axis: str, devices: int, size: float, times: int) -> Flow:
-        return Flow(name, kind, axis, times * w.layers * _received(kind, devices, size), True)
+        return Flow(name, kind, axis, times * w.layers * _received_bytes(kind, devices, size), True)
 
     transfers = []
     gathered = w.elements(sizes)
@@ -144,12 +144,12 @@ def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> l
         gathered //= sizes[axis]
     # gradients of weights not split along these axes are all-reduced: those of small weights in their stored dtype
     b = w.itemsize if w.kind == "small" else b
-    summed = [axis for axis in SUMMED if sizes[axis] > 1 and axis not in (*split, *own)]
+    summed = [axis for axis in SUMMED if sizes[axis] > 1 and axis not in (*split, *expert_axes)]
     transfers.append(flow("all-reduce", "+".join(summed), math.prod(sizes[axis] for axis in summed), gathered * b, 1))
     return transfers
 
 
-def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
+def _token_flows(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
     """Return the transfers of activations, for all layers and one microbatch."""
     m = shape.tokens
     b = shape.itemsize
@@ -161,7 +161,7 @@ def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shap
     transfers = []
 
     def flow(purpose: str, kind: str, axis: str, size: float, times: int = 1) -> None:
-        transfers.append(Flow(purpose, kind, axis, times * _received(kind, sizes[axis], size), False))
+        transfers.append(Flow(purpose, kind, axis, times * _received_bytes(kind, sizes[axis], size), False))
 
     num_sparse = len(config.sparse_layers(model))
     if shape.transport is not None and isinstance(model.ffn, config.MoeFfn):

@@ -27,15 +27,15 @@ def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> 
     """Raise ValueError if the tokenizer is not the model's, or if an export would render conversations differently."""
     check_vocab(tokenizer, run.model.vocab_size)
     if run.init_from is not None:
-        _check_is_the_models(data.tokenizer, tokenizer, run.init_from)
+        _check_same_tokenizer(data.tokenizer, tokenizer, run.init_from)
     template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
     if isinstance(tokenizer, HuggingFace) and template is not None:
         conversations = list(_conversations(data))
         if conversations:
-            _check_carried(tokenizer, template, conversations)
+            _check_exported_template(tokenizer, template, conversations)
 
 
-def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
+def _check_same_tokenizer(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
     """Raise ValueError if more than 5% of the compared ids decode differently with the tokenizer found at `init_from`."""
     try:
         models_own = model_dir.find_tokenizer(init_from)
@@ -75,7 +75,7 @@ def _conversations(data: config.Data) -> Iterator[tuple[str, Conversation]]:
                 yield location, located(location, normalise, fields, source.record)
 
 
-def _check_carried(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:
+def _check_exported_template(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:
     """Write the tokenizer and template as an export would, read them back, and compare the rendered tokens."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)

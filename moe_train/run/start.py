@@ -124,8 +124,12 @@ def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[An
         ValueError: a setting that is fixed when a run starts, the base or the training data differ.
     """
     before = saved_config(run.run_dir, last)
-    then, now = (yaml_file.flat(each.model_dump(mode="json")) for each in (before, run.to_config()))
-    changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
+    saved = yaml_file.flat(before.model_dump(mode="json"))
+    current = yaml_file.flat(run.to_config().model_dump(mode="json"))
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in {**saved, **current}:
+        if saved.get(key) != current.get(key):
+            changed[key] = (saved.get(key), current.get(key))
     for key, (old, new) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
             raise ValueError(f"{key} is {new}, but {run.run_dir} was started with {old}; set it back, or choose another run_dir")

@@ -70,8 +70,8 @@ def vote(wishes: tuple[bool, bool], mesh: Mesh) -> jax.Array:
         (2,) int32 on the device. All processes read the same value at the same step.
     """
     # One row per local device, so that the rows of all processes form one sharded array.
-    mine = np.tile(np.array(wishes, np.int32), (len(mesh.local_devices), 1))
-    return _any(jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine))
+    local_wishes = np.tile(np.array(wishes, np.int32), (len(mesh.local_devices), 1))
+    return _any(jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), local_wishes))
 
 
 @jax.jit

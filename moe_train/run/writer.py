@@ -70,7 +70,7 @@ class Writer:
         self._console = Console(stderr=True, highlight=False)
         self._total = total_steps
         self._first: tuple[float, int] | None = None  # (time, step) of the first metrics
-        self._said = 0.0
+        self._last_line_time = 0.0
         self._bar: ProgressBar | None = None
         if self._console.is_terminal:
             self._bar = ProgressBar("training", self._console, keep=True)
@@ -94,9 +94,9 @@ class Writer:
             now = time.monotonic()
             self._first = self._first or (now, step)
             since, after = self._first
-            if step not in (after, self._total) and now - self._said < LINE_SECONDS:
+            if step not in (after, self._total) and now - self._last_line_time < LINE_SECONDS:
                 return
-            self._said = now
+            self._last_line_time = now
             remaining = ""
             if step > after:
                 seconds_left = (now - since) / (step - after) * (self._total - step)

@@ -90,11 +90,11 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
     base = _find_base(source) if base is None else base
     model = model_dir.read_model(base)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        both = [_load(path, model) for path in (source, against) if path is not None]
+        adapters = [_load(path, model) for path in (source, against) if path is not None]
         weight = _weights_of(base, model)
         moved = []
         for piece in names.pieces(model):
-            change = _measure_change(piece, model, both, weight)
+            change = _measure_change(piece, model, adapters, weight)
             if change is not None:
                 moved.append(change)
     return Comparison(str(base), sorted(moved, key=lambda m: -m.relative))
@@ -128,23 +128,22 @@ def _weights_of(base: str | Path, model: config.Model) -> Weight:
 
 
 def _measure_change(
-    piece: names.Piece, model: config.Model, both: list[tuple[config.Lora, Parameters]], weight: Weight
+    piece: names.Piece, model: config.Model, adapters: list[tuple[config.Lora, Parameters]], weight: Weight
 ) -> Moved | None:
     """Measure the change of one piece; None if none of the adapters touches it."""
     path = ParameterPath.parse(piece.path)
-    if not any(piece.path in trained or path.has_adapter(trained) for _, trained in both):
+    if not any(piece.path in trained or path.has_adapter(trained) for _, trained in adapters):
         return None
     base_weight = weight(piece)
-    if any(piece.path in trained for _, trained in both):  # trained in full
-        trained_weight, *others = (_full_weight(lora, trained, piece, base_weight) for lora, trained in both)
+    if any(piece.path in trained for _, trained in adapters):  # trained in full
+        trained_weight, *others = (_full_weight(lora, trained, piece, base_weight) for lora, trained in adapters)
         delta = float(np.linalg.norm(trained_weight - (others[0] if others else base_weight)))
     else:
-        delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in both])
+        delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in adapters])
     layer = path.layer(model, piece.lead[0]) if piece.lead else None
     expert = piece.lead[1] if len(piece.lead) == 2 else None
-    return Moved(
-        layer, path.module, expert, float(delta), math.sqrt(np.sum(np.square(base_weight, dtype=np.float32), dtype=np.float64))
-    )
+    weight_norm = math.sqrt(np.sum(np.square(base_weight, dtype=np.float32), dtype=np.float64))
+    return Moved(layer, path.module, expert, float(delta), weight_norm)
 
 
 def _full_weight(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.ndarray) -> np.ndarray:

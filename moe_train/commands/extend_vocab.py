@@ -106,9 +106,8 @@ def find_tokenizer(name: str) -> Tokenizer:
         versions = [version.value for version in TokenizerVersion]
         if name not in versions:
             raise FileNotFoundError(f"{name}: no such file or folder, and no version of Mistral's ({', '.join(versions)})")
-        files = [
-            file for file in resources.files("mistral_common").joinpath("data").iterdir() if file.name.endswith(f".model.{name}")
-        ]
+        data_dir = resources.files("mistral_common").joinpath("data")
+        files = [file for file in data_dir.iterdir() if file.name.endswith(f".model.{name}")]
         if not files:
             raise FileNotFoundError(f"mistral-common carries no sentencepiece model of version {name}; give the path of its file")
         path = Path(str(files[0]))

@@ -54,15 +54,15 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically, like `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
+    unfinished = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
-        with beside.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(unfinished, path)
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:

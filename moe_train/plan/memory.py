@@ -137,13 +137,15 @@ def _layer_bytes(
     a = model.attention
     f = ffn.ffn_dim // sizes["tensor"]
     gather_axes = ("fsdp", "expert")
-    gathered = sum(
-        w.elements(sizes, gather_axes) * b for w in stacked if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter
-    )
+    gathered = 0
+    for w in stacked:
+        if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter:
+            gathered += w.elements(sizes, gather_axes) * b
     if isinstance(ffn, config.MoeFfn):
         matrices = [w for w in stacked if w.kind == "expert" and not w.path.is_adapter and w.path.part != "scales"]
         per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in matrices}
-        experts = gathered_experts = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
+        gathered_experts = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
+        experts = gathered_experts
         if shape.recomputes_experts and any(w.trainable for w in matrices):  # their gradients are summed over chunks
             experts += gathered_experts
         if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
@@ -154,9 +156,9 @@ def _layer_bytes(
             inputs += sizes["expert"] * m * D * b
     else:
         linear = [w for w in stacked if w.kind == "linear" and w.path.is_ffn]
-        mine = [w for w in linear if not w.path.is_adapter and w.path.part != "scales"]
-        per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in mine}
-        experts = sum(w.elements(sizes, gather_axes) * per_code[w.path] * b for w in mine)
+        ffn_matrices = [w for w in linear if not w.path.is_adapter and w.path.part != "scales"]
+        per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in ffn_matrices}
+        experts = sum(w.elements(sizes, gather_axes) * per_code[w.path] * b for w in ffn_matrices)
         products = m * f * b
         inputs = m * D * b
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v

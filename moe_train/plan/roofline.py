@@ -88,7 +88,11 @@ def work(run: config.Run, laid: Layout, flows: list[Flow], topology: Topology) -
     bytes_from_outside = [_bytes_between_slices(flow, axis_sizes(run.mesh), topology.devices_per_slice) for flow in flows]
     bytes_inside = sum(flow.bytes for flow in flows) - sum(bytes_from_outside)
     return Work(
-        model_flops, model_flops + recomputed_flops, _hbm_bytes(run, model, laid, shape), bytes_inside, sum(bytes_from_outside)
+        model_flops=model_flops,
+        flops=model_flops + recomputed_flops,
+        hbm_bytes=_hbm_bytes(run, model, laid, shape),
+        network_bytes=bytes_inside,
+        dcn_bytes=sum(bytes_from_outside),
     )
 
 

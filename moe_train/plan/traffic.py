@@ -106,9 +106,10 @@ def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Fl
     for flow in collectives:
         key = flow.what, flow.kind, flow.axis, flow.overlaps
         sums[key] = sums.get(key, 0.0) + flow.bytes
-    combined = [
-        Flow(purpose, kind, axis, received, overlaps) for (purpose, kind, axis, overlaps), received in sums.items() if received
-    ]
+    combined = []
+    for (purpose, kind, axis, overlaps), received in sums.items():
+        if received:
+            combined.append(Flow(purpose, kind, axis, received, overlaps))
     return sorted(combined, key=lambda flow: -flow.bytes)
 
 

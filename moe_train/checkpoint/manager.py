@@ -225,19 +225,19 @@ def newest(checkpoints: ocp.CheckpointManager) -> About | None:
     """Return the metadata of the newest checkpoint whose metadata can be read; None if there is none."""
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            return _about(checkpoints, step)
+            return _read_metadata(checkpoints, step)
         except Exception:  # damaged: `restore` reports it, once an older checkpoint has proved readable
             continue
     return None
 
 
-def _about(checkpoints: ocp.CheckpointManager, step: int) -> About:
+def _read_metadata(checkpoints: ocp.CheckpointManager, step: int) -> About:
     """Read the metadata of a checkpoint."""
     metadata = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
     return About(**{**metadata, **{key: metadata.get(key) and Base(**metadata[key]) for key in ("base", "adapter")}})
 
 
-def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
+def _restore_arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
     """Restore items of a checkpoint, by name, on the mesh in force.
 
     Raises:
@@ -291,7 +291,7 @@ def load_params(
             raise FileNotFoundError(f"{run_dir} has no checkpoint{wanted_step}")
         for step in steps:
             try:
-                return _load_array_by_array(checkpoints, step, abstract, keep), _about(checkpoints, step)
+                return _load_array_by_array(checkpoints, step, abstract, keep), _read_metadata(checkpoints, step)
             except Exception as error:
                 fault = f"the checkpoint of step {step} in {run_dir} cannot be read: {_brief(error)}"
                 log.warning("%s", fault)
@@ -356,8 +356,8 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            about = _about(checkpoints, step)
-            arrays = _arrays(checkpoints, step, params=params_of(abstract), optimizer=optimizer_of(abstract))
+            about = _read_metadata(checkpoints, step)
+            arrays = _restore_arrays(checkpoints, step, params=params_of(abstract), optimizer=optimizer_of(abstract))
         except Exception as error:
             damaged[step] = _brief(error)
             continue

@@ -146,12 +146,12 @@ def _measure_change(
     return Moved(layer, path.module, expert, float(delta), weight_norm)
 
 
-def _full_weight(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.ndarray) -> np.ndarray:
+def _full_weight(lora: config.Lora, trained: Parameters, piece: names.Piece, base_weight: np.ndarray) -> np.ndarray:
     """Return the trained weight in float64, with an adapter's delta added."""
     if piece.path in trained:
         return fetch(trained[piece.path], piece.lead).astype(np.float64)
-    added = merge.delta(trained, lora, piece)
-    return own.astype(np.float64) + (0 if added is None else added)
+    delta = merge.delta(trained, lora, piece)
+    return base_weight.astype(np.float64) + (0 if delta is None else delta)
 
 
 def _factors(

@@ -50,18 +50,18 @@ def bench(written: config.Config) -> dict[str, Any]:
 
         start_time = time.perf_counter()
         step = compile_step(definition, state, batch, base_weights)
-        compiled = time.perf_counter() - start_time
+        compile_seconds = time.perf_counter() - start_time
         seconds = []
         cpu_seconds = []
         losses = []
         for _ in range(1 + WARM_UP + TIMED):
-            wall = time.perf_counter()
-            cpu = time.process_time()
+            step_start = time.perf_counter()
+            cpu_start = time.process_time()
             state, metrics = step(state, batch, base_weights)
             # Reading the loss waits for the step to finish.
             losses.append(float(metrics.loss))
-            seconds.append(time.perf_counter() - wall)
-            cpu_seconds.append(time.process_time() - cpu)
+            seconds.append(time.perf_counter() - step_start)
+            cpu_seconds.append(time.process_time() - cpu_start)
 
         median = statistics.median(seconds[-TIMED:])
         tokens = run.train.batch_size * run.train.seq_len
@@ -69,8 +69,8 @@ def bench(written: config.Config) -> dict[str, Any]:
         flops = tokens * flops_per_token(run.model, run.train.seq_len, adapters) / median
         peak, source = peak_flops(list(mesh.devices.flat))
         return {
-            "compile_seconds": compiled,
-            "first_step_seconds": compiled + seconds[0],
+            "compile_seconds": compile_seconds,
+            "first_step_seconds": compile_seconds + seconds[0],
             "median_step_seconds": median,
             "cpu_seconds_per_step": statistics.median(cpu_seconds[-TIMED:]),
             "tokens_per_second": tokens / median,

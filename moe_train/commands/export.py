@@ -153,7 +153,7 @@ def _write_adapter(
         case "peft":
             peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=server)
         case "mistral-lora":
-            mistral_lora.export_adapter(weights, model, lora, directory, dtype=_whole_dtype(filetype), texts=texts)
+            mistral_lora.export_adapter(weights, model, lora, directory, dtype=_checked_dtype(filetype), texts=texts)
         case "gguf-lora":
             gguf_lora.export_adapter(weights, model, lora, directory, base_model=base, name=name, texts=texts)
         case _:
@@ -188,7 +188,7 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
     return base_export + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
 
 
-def _whole_dtype(dtype: str) -> config.Dtype:
+def _checked_dtype(dtype: str) -> config.Dtype:
     for supported in get_args(config.Dtype):
         if dtype == supported:
             return supported

@@ -82,11 +82,11 @@ def gather(
 
     lines: dict[str, list[dict]] = {name: [] for name in FILES}
     for name, body in records:
-        lines[f"text_{_side(name, heldout)}.jsonl"].append({"text": body})
+        lines[f"text_{_split_of(name, heldout)}.jsonl"].append({"text": body})
     for name, pairs in chat.items():
         for question, answer in pairs:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            lines[f"chat_{_side(name, heldout)}.jsonl"].append({"messages": messages})
+            lines[f"chat_{_split_of(name, heldout)}.jsonl"].append({"messages": messages})
     with new_directory(out_dir) as directory:
         for name, rows in lines.items():
             rows.sort(key=lambda row: _digest(json.dumps(row)))  # mixes the kinds of records throughout each file
@@ -99,7 +99,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _side(name: str, heldout: float) -> str:
+def _split_of(name: str, heldout: float) -> str:
     return "heldout" if int(_digest(name)[:8], 16) < heldout * 2**32 else "train"
 
 

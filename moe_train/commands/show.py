@@ -215,7 +215,7 @@ def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bo
     """
     for segment in segments(rows, tokenizer):
         console.print(Rule(Text(_title(segment, rows)), align="left"))
-        console.print(_table(segment) if positions else _running(segment))
+        console.print(_token_table(segment) if positions else _running_text(segment))
     console.print(Group(Rule(), Text(f"{summary(rows)}; {_LEGEND}", style="dim")))
 
 
@@ -235,14 +235,14 @@ def summary(rows: Rows) -> str:
     return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {learnt} of them with a loss"
 
 
-def _running(segment: Segment) -> RenderableType:
+def _running_text(segment: Segment) -> RenderableType:
     text = Text(overflow="fold")
     for token in segment.tokens:
         text.append(visible(token.text), _STYLES[token.learnt, token.control])
     return text
 
 
-def _table(segment: Segment) -> RenderableType:
+def _token_table(segment: Segment) -> RenderableType:
     table = Table("position", "id", "learnt", "token", box=None)
     for token in segment.tokens:
         shown = Text(repr(visible(token.text))[1:-1] or "(part of a character)", _STYLES[token.learnt, token.control])

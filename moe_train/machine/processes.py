@@ -251,12 +251,12 @@ def _start(index: int, peer: socket.socket) -> None:
         if hasattr(socket, option):  # some systems lack it
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     _watch.peers.append(peer)
-    thread = threading.Thread(target=_follow, args=(index, peer), daemon=True)
+    thread = threading.Thread(target=_await_peer, args=(index, peer), daemon=True)
     _watch.threads.append(thread)
     thread.start()
 
 
-def _follow(index: int, peer: socket.socket) -> None:
+def _await_peer(index: int, peer: socket.socket) -> None:
     """Wait until a peer leaves, and end this process if the peer is lost or has failed.
 
     After a failure of the peer this process first gets some time to report its own error.

@@ -61,12 +61,12 @@ def memory(run: config.Run, laid: Layout) -> Memory:
     stacks = config.stacks(model)
     trained = [w for w in laid.weights if w.trainable]
 
-    gradients = sum(_in_lanes(w, sizes) for w in trained)
+    gradients = sum(_padded_bytes(w, sizes) for w in trained)
     layer = max(
         _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
     )
-    loss = max(0, _loss(model, laid, sizes, shape) - gradients - layer)
+    loss = max(0, _loss_bytes(model, laid, sizes, shape) - gradients - layer)
     if M > 1:  # float32 copies of the sum so far and of the next summand
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
     saved = sum(stack.repeats for stack in stacks) * shape.tokens * model.model_dim * b  # inputs of each period
@@ -76,7 +76,7 @@ def memory(run: config.Run, laid: Layout) -> Memory:
         )
     # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim does not fill whole lanes.
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
-    saved += sum(_in_lanes(w, sizes) for w in stacked if _is_narrow(w))
+    saved += sum(_padded_bytes(w, sizes) for w in stacked if _is_narrow(w))
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
         optimizer=laid.optimizer_bytes,
@@ -88,7 +88,7 @@ def memory(run: config.Run, laid: Layout) -> Memory:
     )
 
 
-def _in_lanes(w: Weight, sizes: dict[str, int]) -> int:
+def _padded_bytes(w: Weight, sizes: dict[str, int]) -> int:
     """Return the bytes of a weight of all layers, or of its gradient, in the padded layout that kernels use."""
     if _is_narrow(w):
         return w.stored_bytes(sizes) * LANES // w.shape[-1]
@@ -175,7 +175,7 @@ def _is_nf4(run: config.Run) -> bool:
     return run.lora is not None and isinstance(run.lora.quantize, config.Nf4)
 
 
-def _loss(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
+def _loss_bytes(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
     """Return the bytes of the head in compute dtype, its float32 gradient if trained, a chunk of logits, and the hidden states."""
     v = model.vocab_size // sizes["tensor"]
     D = model.model_dim

@@ -246,7 +246,7 @@ def why(choice: Choice, best: Choice) -> str:
     if choice.refused is not None:
         return f"the compiler refuses it: {choice.refused}"
     if not choice.fits:
-        return f"does not fit: {_gib(choice.bytes_per_device)} of {_gib(choice.limit)} GiB, {_largest(choice.memory)}"
+        return f"does not fit: {_gib(choice.bytes_per_device)} of {_gib(choice.limit)} GiB, {_largest_part(choice.memory)}"
     slower = best.tokens_per_second / choice.tokens_per_second - 1
     ratio = choice.received / choice.tokens / max(best.received / best.tokens, 1e-9)
     if slower < -0.005:
@@ -256,7 +256,7 @@ def why(choice: Choice, best: Choice) -> str:
     return f"{slower:.0%} slower, {ratio:.2f} x the bytes"
 
 
-def _largest(memory: Memory) -> str:
+def _largest_part(memory: Memory) -> str:
     name, size = max(memory._asdict().items(), key=lambda part: part[1])
     return f"{_gib(size)} of it {NAMES[name]}"
 

@@ -170,9 +170,9 @@ def _adapter(run: config.Run, last: About | None) -> Base | None:
     """Return the identity of the adapter that the run starts from; a resumed run must find the same adapter."""
     if run.lora is None or run.lora.init_from is None:
         return None
-    now = identity.adapter_of(run.lora.init_from)
-    if last is not None and last.adapter is not None and last.adapter.hashes != now.hashes:
+    current_adapter = identity.adapter_of(run.lora.init_from)
+    if last is not None and last.adapter is not None and last.adapter.hashes != current_adapter.hashes:
         raise ValueError(
             f"the adapter in {run.lora.init_from} has changed since this run started; bring it back, or start a new run_dir"
         )
-    return now
+    return current_adapter

@@ -116,7 +116,7 @@ class Writer:
             self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f}{over}{drifted}")
 
     def _record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **_strict(figures)}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"kind": kind, "step": step, **_replace_non_finite(figures)}, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in _scalars(figures, self._sparse_layers):
@@ -142,12 +142,12 @@ class Writer:
         self._file.close()
 
 
-def _strict(figures: Any) -> Any:
+def _replace_non_finite(figures: Any) -> Any:
     """Replace NaN and infinities, which JSON cannot express, by null."""
     if isinstance(figures, Mapping):
-        return {key: _strict(value) for key, value in figures.items()}
+        return {key: _replace_non_finite(value) for key, value in figures.items()}
     if isinstance(figures, list):
-        return [_strict(value) for value in figures]
+        return [_replace_non_finite(value) for value in figures]
     return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 

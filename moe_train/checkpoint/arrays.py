@@ -31,11 +31,11 @@ def in_chunks(tree: Any) -> Any:
     Arrays are stored in chunks of `CHUNK` bytes; large stacked arrays get separate chunks for each layer (first dim).
     """
 
-    def one(x: jax.Array) -> ocp.SaveArgs:
+    def save_args(x: jax.Array) -> ocp.SaveArgs:
         large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > CHUNK
         return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if large and x.ndim > 2 else ())
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(save_args, tree)
 
 
 def bit_sums(tree: Any) -> list[int]:
@@ -75,23 +75,24 @@ def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple
     Raises:
         ValueError: If the stored array has another shape than `like`.
     """
-    place = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params.absolute()}/"}, "path": f"{path}/"}
-    stored = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
+    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params.absolute()}/"}, "path": f"{path}/"}
+    stored = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
     if stored.shape != like.shape:
         raise ValueError(f"{path} has the shape {stored.shape}, not {like.shape}")
     assert isinstance(like.sharding, NamedSharding)
-    (length, *_), (split, *_) = stored.shape, (*like.sharding.spec, None)
-    together = stored.chunk_layout.read_chunk.shape
+    length = stored.shape[0]
+    split = (*like.sharding.spec, None)[0]
+    chunk_shape = stored.chunk_layout.read_chunk.shape
     # An array whose first dim is sharded over devices, or that is stored as one chunk, is read at once.
-    step = length if split or together is None else together[0] or length
+    step = length if split or chunk_shape is None else chunk_shape[0] or length
     for start in range(0, length, step):
         part = stored[tensorstore.d[0][start : min(start + step, length)].translate_to[0]]
         yield start, jax.make_array_from_callback(part.shape, like.sharding, partial(_read, part))
 
 
-def _read(stored: tensorstore.TensorStore, at: Any) -> np.ndarray:
-    """Read the index range `at` of a stored array."""
-    return np.asarray(stored[at].read().result())
+def _read(stored: tensorstore.TensorStore, index: Any) -> np.ndarray:
+    """Read the index range `index` of a stored array."""
+    return np.asarray(stored[index].read().result())
 
 
 def joined(whole: jax.Array | None, part: jax.Array, start: int, length: int) -> jax.Array:

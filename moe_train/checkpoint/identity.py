@@ -31,7 +31,9 @@ def base_of(directory: str | Path) -> Base:
 
 def adapter_of(source: str | Path) -> Base:
     """Return the identity of an adapter's files, as `base_of` does for a model."""
-    return base_of(source) if is_run(source) else Base(str(source), None, external_adapter.hashes(source))
+    if is_run(source):
+        return base_of(source)
+    return Base(str(source), None, external_adapter.hashes(source))
 
 
 def check_base(base: Base) -> None:
@@ -42,13 +44,13 @@ def check_base(base: Base) -> None:
         FileNotFoundError: If the checkpoint that holds the weights is gone.
     """
     if base.step is None:
-        now = external.hashes(base.source)
+        current_hashes = external.hashes(base.source)
     else:
         folder = Path(base.source) / FOLDER / str(base.step) / "params"
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is gone, and holds the weights that this run's adapters belong to")
-        now = _file_hashes(folder)
-    changed = sorted(name for name in {*now, *base.hashes} if now.get(name) != base.hashes.get(name))
+        current_hashes = _file_hashes(folder)
+    changed = sorted(name for name in {*current_hashes, *base.hashes} if current_hashes.get(name) != base.hashes.get(name))
     if changed:
         raise ValueError(
             f"the base weights in {base.source} have changed since this run started ({len(changed)} tensors or files, the first "

@@ -84,7 +84,8 @@ def opened(run_dir: str | Path, settings: config.Checkpoint) -> Iterator[ocp.Che
     When the block ends, a save in progress is finished, or its error is raised. Nothing is written before the first save, not
     even the folder.
     """
-    checkpoints, orbax_log = _manager(run_dir, settings), logging.getLogger("absl")
+    checkpoints = _manager(run_dir, settings)
+    orbax_log = logging.getLogger("absl")
     # Orbax logs a traceback for a failed save; the error is raised here too, so the log line would repeat it.
     orbax_log.addFilter(_no_traceback)
     try:
@@ -153,18 +154,20 @@ def save(
         return
     Path(checkpoints.directory).mkdir(parents=True, exist_ok=True)
     origins = {"base": about.base, "adapter": about.adapter}
-    said = {**about._asdict(), **{key: origin and origin._asdict() for key, origin in origins.items()}}
+    metadata = {**about._asdict(), **{key: origin and origin._asdict() for key, origin in origins.items()}}
     arrays = {"params": params_of(state), "optimizer": optimizer_of(state)}
     sums = {item: bit_sums(tree) for item, tree in arrays.items()}
     args = ocp.args.Composite(
-        about=ocp.args.JsonSave({"about": said, "sums": sums}),
+        about=ocp.args.JsonSave({"about": metadata, "sums": sums}),
         **{item: ocp.args.StandardSave(tree, in_chunks(tree)) for item, tree in arrays.items()},
     )
-    metrics = {"held_out_loss": held_out_loss if held_out_loss is not None and math.isfinite(held_out_loss) else None}
+    if held_out_loss is not None and not math.isfinite(held_out_loss):
+        held_out_loss = None
+    metrics = {"held_out_loss": held_out_loss}
     try:
         checkpoints.save(step, args=args, metrics=metrics, force=True)
     except Exception as error:
-        raise _cannot_save(checkpoints, error) from error
+        raise _save_error(checkpoints, error) from error
 
 
 def finish_saving(checkpoints: ocp.CheckpointManager) -> None:
@@ -172,7 +175,7 @@ def finish_saving(checkpoints: ocp.CheckpointManager) -> None:
     try:
         checkpoints.wait_until_finished()
     except Exception as error:
-        raise _cannot_save(checkpoints, error) from error
+        raise _save_error(checkpoints, error) from error
 
 
 def check_saving(checkpoints: ocp.CheckpointManager) -> None:
@@ -180,10 +183,10 @@ def check_saving(checkpoints: ocp.CheckpointManager) -> None:
     try:
         checkpoints.check_for_errors()
     except Exception as error:
-        raise _cannot_save(checkpoints, error) from error
+        raise _save_error(checkpoints, error) from error
 
 
-def _cannot_save(checkpoints: ocp.CheckpointManager, error: Exception) -> RuntimeError:
+def _save_error(checkpoints: ocp.CheckpointManager, error: Exception) -> RuntimeError:
     """Remove what a failed save left behind, and return the error to raise."""
     if jax.process_index() == 0:
         for _ in range(20):  # one of several writers has failed; the others may still be writing
@@ -194,8 +197,8 @@ def _cannot_save(checkpoints: ocp.CheckpointManager, error: Exception) -> Runtim
                 break
     checkpoints.reload()
     last = checkpoints.latest_step()
-    kept = "there is none before it" if last is None else f"the one of step {last} is intact"
-    return RuntimeError(f"could not save a checkpoint in {checkpoints.directory}: {_brief(error)}; {kept}")
+    previous = "there is none before it" if last is None else f"the one of step {last} is intact"
+    return RuntimeError(f"could not save a checkpoint in {checkpoints.directory}: {_brief(error)}; {previous}")
 
 
 def _brief(error: BaseException) -> str:
@@ -222,33 +225,33 @@ def newest(checkpoints: ocp.CheckpointManager) -> About | None:
     """Return the metadata of the newest checkpoint whose metadata can be read; None if there is none."""
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            return _about(checkpoints, step)
+            return _read_metadata(checkpoints, step)
         except Exception:  # damaged: `restore` reports it, once an older checkpoint has proved readable
             continue
     return None
 
 
-def _about(checkpoints: ocp.CheckpointManager, step: int) -> About:
+def _read_metadata(checkpoints: ocp.CheckpointManager, step: int) -> About:
     """Read the metadata of a checkpoint."""
-    said = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
-    return About(**{**said, **{key: said.get(key) and Base(**said[key]) for key in ("base", "adapter")}})
+    metadata = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
+    return About(**{**metadata, **{key: metadata.get(key) and Base(**metadata[key]) for key in ("base", "adapter")}})
 
 
-def _arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
+def _restore_arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
     """Restore items of a checkpoint, by name, on the mesh in force.
 
     Raises:
         ValueError: If the bit sums of an item differ from those that were saved.
     """
     items = {item: ocp.args.StandardRestore(on_mesh(tree)) for item, tree in abstract.items()}
-    found = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
+    restored = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
     for item in items:
-        if bit_sums(found[item]) != found.about["sums"][item]:
-            raise _other_sums(checkpoints, step, item)
-    return found
+        if bit_sums(restored[item]) != restored.about["sums"][item]:
+            raise _checksum_error(checkpoints, step, item)
+    return restored
 
 
-def _other_sums(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
+def _checksum_error(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
     """Return the error for arrays whose bit sums differ from those that were saved."""
     return ValueError(f"{checkpoints.directory}/{step}/{item} does not hold what was saved: its arrays have other sums")
 
@@ -281,20 +284,21 @@ def load_params(
         RuntimeError: If no checkpoint can be read.
     """
     with reading(run_dir) as checkpoints:
-        there = sorted(checkpoints.all_steps(), reverse=True)
-        steps = there if step is None else [s for s in there if s == step]
+        saved_steps = sorted(checkpoints.all_steps(), reverse=True)
+        steps = saved_steps if step is None else [s for s in saved_steps if s == step]
         if not steps:
-            raise FileNotFoundError(f"{run_dir} has no checkpoint" + (f" of step {step}" if step is not None else ""))
+            wanted_step = "" if step is None else f" of step {step}"
+            raise FileNotFoundError(f"{run_dir} has no checkpoint{wanted_step}")
         for step in steps:
             try:
-                return _one_by_one(checkpoints, step, abstract, keep), _about(checkpoints, step)
+                return _load_array_by_array(checkpoints, step, abstract, keep), _read_metadata(checkpoints, step)
             except Exception as error:
                 fault = f"the checkpoint of step {step} in {run_dir} cannot be read: {_brief(error)}"
                 log.warning("%s", fault)
     raise RuntimeError(fault)
 
 
-def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Parameters, keep: Keep | None) -> Parameters:
+def _load_array_by_array(checkpoints: ocp.CheckpointManager, step: int, abstract: Parameters, keep: Keep | None) -> Parameters:
     """Read the arrays of `abstract` one after the other, in parts, and verify their bit sums.
 
     Returns:
@@ -303,21 +307,23 @@ def _one_by_one(checkpoints: ocp.CheckpointManager, step: int, abstract: Paramet
     about = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
     # The sums are stored in the order of the sorted paths, which is the order of the leaves of a dict in JAX.
     sums = dict(zip(sorted(abstract), about["sums"]["params"], strict=True))
-    kept: Parameters = {}
-    for path in abstract if keep is None else keep:
-        found: Parameters = {}
-        total, length = 0, abstract[path].shape[0]
+    loaded: Parameters = {}
+    paths = abstract if keep is None else keep
+    for path in paths:
+        collected: Parameters = {}
+        total = 0
+        length = abstract[path].shape[0]
         for start, part in parts(Path(checkpoints.directory) / str(step) / "params", path, on_mesh(abstract[path])):
             total += bit_sums(part)[0]
-            made = {path: part} if keep is None else keep[path](part)
-            for name, x in made.items():
-                found[name] = joined(found.get(name), x, start, length)
-            del part, made
-            jax.block_until_ready(found)  # the next part may need the memory of this one
+            converted = {path: part} if keep is None else keep[path](part)
+            for name, x in converted.items():
+                collected[name] = joined(collected.get(name), x, start, length)
+            del part, converted
+            jax.block_until_ready(collected)  # the next part may need the memory of this one
         if total % 2**32 != sums[path]:
-            raise _other_sums(checkpoints, step, "params")
-        kept |= found
-    return kept
+            raise _checksum_error(checkpoints, step, "params")
+        loaded |= collected
+    return loaded
 
 
 class Restored(NamedTuple):
@@ -350,21 +356,21 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            about = _about(checkpoints, step)
-            found = _arrays(checkpoints, step, params=params_of(abstract), optimizer=optimizer_of(abstract))
+            about = _read_metadata(checkpoints, step)
+            arrays = _restore_arrays(checkpoints, step, params=params_of(abstract), optimizer=optimizer_of(abstract))
         except Exception as error:
             damaged[step] = _brief(error)
             continue
-        _set_aside(checkpoints, damaged)
-        trainable, buffers = split_buffers(found.params)
-        return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **found.optimizer), about, damaged)
+        _rename_damaged(checkpoints, damaged)
+        trainable, buffers = split_buffers(arrays.params)
+        return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **arrays.optimizer), about, damaged)
     if damaged:
         step, why = next(iter(damaged.items()))
         raise RuntimeError(f"no checkpoint in {checkpoints.directory} can be read; the newest, of step {step}: {why}")
     return None
 
 
-def _set_aside(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
+def _rename_damaged(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
     """Rename damaged checkpoints; one process does it, and all processes reload the list of steps."""
     if damaged and jax.process_index() == 0:
         for step in damaged:

@@ -81,7 +81,10 @@ def open_model(directory: str | Path) -> Opened:
     model = run.model if run else read_model(directory)
     tokenizer = load_tokenizer(find_tokenizer(directory))
     check_vocab(tokenizer, model.vocab_size)
-    template = load_template(run.data.chat_template if run and isinstance(run.data, config.RunData) else None, tokenizer)
+    chat_template = None
+    if run and isinstance(run.data, config.RunData):
+        chat_template = run.data.chat_template
+    template = load_template(chat_template, tokenizer)
     compute = run.compute if run else compute_here()
     mesh = make_mesh(mesh_here(run, model))
     return Opened(Path(directory), run, model, run.lora if run else None, compute, tokenizer, template, mesh)
@@ -89,7 +92,9 @@ def open_model(directory: str | Path) -> Opened:
 
 def read_model(directory: str | Path) -> config.Model:
     """Return the architecture of a run or of an external model."""
-    return read_run(directory).model if is_run(directory) else external.read_model(directory)
+    if is_run(directory):
+        return read_run(directory).model
+    return external.read_model(directory)
 
 
 def find_tokenizer(directory: str | Path) -> config.Tokenizer:
@@ -107,7 +112,8 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
     if Path(directory).is_dir():
         with contextlib.suppress(FileNotFoundError):
             return tokenizer_at(directory)
-    if (gguf_file := gguf.file_in(directory)) is not None:
+    gguf_file = gguf.file_in(directory)
+    if gguf_file is not None:
         return config.HuggingFaceTokenizer(name="huggingface", path=str(gguf.unpack_tokenizer(gguf_file)))
     raise FileNotFoundError(
         f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; put the model's own there, or for training name it "
@@ -163,7 +169,9 @@ def left_in_files(path: str | Path, abstract: Mapping[str, Any]) -> Held:
         path: The external model.
         abstract: Shapes, dtypes and shardings of the weights.
     """
-    return (external.leave_parameters if jax.process_count() == 1 else external.load_parameters)(path, abstract)
+    if jax.process_count() == 1:
+        return external.leave_parameters(path, abstract)
+    return external.load_parameters(path, abstract)
 
 
 @overload
@@ -204,7 +212,7 @@ def load_parameters(
         return quantized({path: array.astype(like.dtype)}, parts)
 
     keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
-    params, about = manager.load_params(directory, _trained_by(run), step, keep)
+    params, about = manager.load_params(directory, _trained_shapes(run), step, keep)
     if not frozen:
         return params
     assert about.base is not None
@@ -212,9 +220,10 @@ def load_parameters(
     return {**params, **load_parameters(about.base.source, frozen, about.base.step, load=load)}
 
 
-def _trained_by(run: config.Run) -> dict[str, Any]:
+def _trained_shapes(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
-    model, lora = run.model, run.lora and run.lora.model_copy(update={"quantize": None})
+    model = run.model
+    lora = run.lora and run.lora.model_copy(update={"quantize": None})
     return partition(parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, lora)))[1], lora)[0]
 
 
@@ -250,8 +259,8 @@ def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any])
     Returns:
         The arrays of `abstract` whose paths are trained by the `lora` section that `read_adapter` returns, and no others.
     """
-    theirs = read_adapter(origin.source, model)
-    wanted = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(theirs)}
+    lora = read_adapter(origin.source, model)
+    trained_shapes = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(lora)}
     if is_run(origin.source):
-        return manager.load_params(origin.source, wanted, origin.step)[0]
-    return external_adapter.load_adapter(origin.source, model, wanted)
+        return manager.load_params(origin.source, trained_shapes, origin.step)[0]
+    return external_adapter.load_adapter(origin.source, model, trained_shapes)

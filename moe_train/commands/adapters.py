@@ -87,16 +87,20 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
         FileNotFoundError: the base that is named does not exist here.
         ValueError: the adapters belong to another model.
     """
-    base = _base_of(source) if base is None else base
+    base = _find_base(source) if base is None else base
     model = model_dir.read_model(base)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        both = [_load(path, model) for path in (source, against) if path is not None]
+        adapters = [_load(path, model) for path in (source, against) if path is not None]
         weight = _weights_of(base, model)
-        moved = [m for piece in names.pieces(model) if (m := _moved(piece, model, both, weight)) is not None]
+        moved = []
+        for piece in names.pieces(model):
+            change = _measure_change(piece, model, adapters, weight)
+            if change is not None:
+                moved.append(change)
     return Comparison(str(base), sorted(moved, key=lambda m: -m.relative))
 
 
-def _base_of(source: str | Path) -> str:
+def _find_base(source: str | Path) -> str:
     if runs.is_run(source):
         named = runs.read_run(source).init_from
     elif (file := Path(source) / peft.CONFIG).is_file():
@@ -123,28 +127,31 @@ def _weights_of(base: str | Path, model: config.Model) -> Weight:
     return lambda piece: fetch(held[piece.path], piece.lead)
 
 
-def _moved(piece: names.Piece, model: config.Model, both: list[tuple[config.Lora, Parameters]], weight: Weight) -> Moved | None:
+def _measure_change(
+    piece: names.Piece, model: config.Model, adapters: list[tuple[config.Lora, Parameters]], weight: Weight
+) -> Moved | None:
     """Measure the change of one piece; None if none of the adapters touches it."""
     path = ParameterPath.parse(piece.path)
-    if not any(piece.path in trained or path.has_adapter(trained) for _, trained in both):
+    if not any(piece.path in trained or path.has_adapter(trained) for _, trained in adapters):
         return None
-    own = weight(piece)
-    if any(piece.path in trained for _, trained in both):  # trained in full
-        first, *other = (_whole(lora, trained, piece, own) for lora, trained in both)
-        delta = float(np.linalg.norm(first - (other[0] if other else own)))
+    base_weight = weight(piece)
+    if any(piece.path in trained for _, trained in adapters):  # trained in full
+        trained_weight, *others = (_full_weight(lora, trained, piece, base_weight) for lora, trained in adapters)
+        delta = float(np.linalg.norm(trained_weight - (others[0] if others else base_weight)))
     else:
-        delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in both])
+        delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in adapters])
     layer = path.layer(model, piece.lead[0]) if piece.lead else None
     expert = piece.lead[1] if len(piece.lead) == 2 else None
-    return Moved(layer, path.module, expert, float(delta), math.sqrt(np.sum(np.square(own, dtype=np.float32), dtype=np.float64)))
+    weight_norm = math.sqrt(np.sum(np.square(base_weight, dtype=np.float32), dtype=np.float64))
+    return Moved(layer, path.module, expert, float(delta), weight_norm)
 
 
-def _whole(lora: config.Lora, trained: Parameters, piece: names.Piece, own: np.ndarray) -> np.ndarray:
+def _full_weight(lora: config.Lora, trained: Parameters, piece: names.Piece, base_weight: np.ndarray) -> np.ndarray:
     """Return the trained weight in float64, with an adapter's delta added."""
     if piece.path in trained:
         return fetch(trained[piece.path], piece.lead).astype(np.float64)
-    added = merge.delta(trained, lora, piece)
-    return own.astype(np.float64) + (0 if added is None else added)
+    delta = merge.delta(trained, lora, piece)
+    return base_weight.astype(np.float64) + (0 if delta is None else delta)
 
 
 def _factors(
@@ -164,7 +171,8 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
     The difference is itself a product: A and -A' side by side, times B stacked on B'.
     """
     signed = [(sign * f[0], f[1]) for sign, f in zip((1, -1), factors, strict=False) if f is not None]
-    a, b = np.concatenate([f[0] for f in signed], axis=1), np.concatenate([f[1] for f in signed])
+    a = np.concatenate([f[0] for f in signed], axis=1)
+    b = np.concatenate([f[1] for f in signed])
     # Rounding can make the sum slightly negative where the two adapters are equal.
     return math.sqrt(max(0.0, float(np.sum((a.T @ a) * (b @ b.T)))))
 
@@ -253,12 +261,12 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     # A delta is alpha / rank · B·A (or over the square root of rank), so alphas alone scale it.
     settings["lora_alpha"] *= factor
     settings["alpha_pattern"] = {key: alpha * factor for key, alpha in (settings.get("alpha_pattern") or {}).items()}
-    with new_directory(out_dir) as beside:
+    with new_directory(out_dir) as unfinished:
         for file in directory.iterdir():
             if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):  # the old proof is about the old scale
-                shutil.copyfile(file, beside / file.name)
-        (beside / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        prove_scaled(beside, directory, factor)
+                shutil.copyfile(file, unfinished / file.name)
+        (unfinished / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        prove_scaled(unfinished, directory, factor)
     return {"adapter": str(out_dir), "lora_alpha": settings["lora_alpha"], "alpha_pattern": settings["alpha_pattern"]}
 
 

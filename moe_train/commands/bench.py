@@ -24,8 +24,10 @@ from moe_train.train.state import create_state, partition, trained_in_full
 from moe_train.train.step import compile_step
 from moe_train.train.step_definition import definition_of
 
-WARM_UP, TIMED = 2, 7
-"""Steps after the first one that are not timed, and steps that are."""
+WARM_UP = 2
+"""Steps after the first one that are not timed."""
+TIMED = 7
+"""Steps that are timed."""
 
 
 def bench(written: config.Config) -> dict[str, Any]:
@@ -46,17 +48,20 @@ def bench(written: config.Config) -> dict[str, Any]:
         rows = run.train.batch_size // jax.process_count()
         batch = put_batch(objective.batch_type.synthetic(rows, run.train.seq_len, run.model.vocab_size, run.seed), mesh)
 
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         step = compile_step(definition, state, batch, base_weights)
-        compiled = time.perf_counter() - begun
-        seconds, cpu_seconds, losses = [], [], []
+        compile_seconds = time.perf_counter() - start_time
+        seconds = []
+        cpu_seconds = []
+        losses = []
         for _ in range(1 + WARM_UP + TIMED):
-            wall, cpu = time.perf_counter(), time.process_time()
+            step_start = time.perf_counter()
+            cpu_start = time.process_time()
             state, metrics = step(state, batch, base_weights)
             # Reading the loss waits for the step to finish.
             losses.append(float(metrics.loss))
-            seconds.append(time.perf_counter() - wall)
-            cpu_seconds.append(time.process_time() - cpu)
+            seconds.append(time.perf_counter() - step_start)
+            cpu_seconds.append(time.process_time() - cpu_start)
 
         median = statistics.median(seconds[-TIMED:])
         tokens = run.train.batch_size * run.train.seq_len
@@ -64,8 +69,8 @@ def bench(written: config.Config) -> dict[str, Any]:
         flops = tokens * flops_per_token(run.model, run.train.seq_len, adapters) / median
         peak, source = peak_flops(list(mesh.devices.flat))
         return {
-            "compile_seconds": compiled,
-            "first_step_seconds": compiled + seconds[0],
+            "compile_seconds": compile_seconds,
+            "first_step_seconds": compile_seconds + seconds[0],
             "median_step_seconds": median,
             "cpu_seconds_per_step": statistics.median(cpu_seconds[-TIMED:]),
             "tokens_per_second": tokens / median,

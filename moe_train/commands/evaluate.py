@@ -32,27 +32,32 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         FileNotFoundError: a file does not exist.
     """
     opened = open_model(directory)
-    run, mesh = opened.run, opened.mesh
+    run = opened.run
+    mesh = opened.mesh
     seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
     replicas = math.prod(mesh.shape[axis] for axis in BATCH)
-    batch_size = run.train.batch_size // run.train.microbatches if run else replicas * max(1, 8 // replicas)
+    batch_size = replicas * max(1, 8 // replicas)
+    if run:
+        batch_size = run.train.batch_size // run.train.microbatches
     # Rounded up to a multiple of the replicas, over which the batch is divided.
     batch_size += -batch_size % replicas
     sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
-    template = run.data.chat_template if run and isinstance(run.data, config.RunData) else None
+    template = None
+    if run and isinstance(run.data, config.RunData):
+        template = run.data.chat_template
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
         structure, params = opened.load()
-        found = evaluate(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
-    if not math.isfinite(found["loss"]):
+        metrics = evaluate(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
+    if not math.isfinite(metrics["loss"]):
         raise RuntimeError(
-            f"the loss of {directory} on {found['loss_tokens']} tokens is {found['loss']}: its weights are past help"
+            f"the loss of {directory} on {metrics['loss_tokens']} tokens is {metrics['loss']}: its weights are past help"
         )
     return {
-        **found,
+        **metrics,
         # Limited, since exp overflows float64 beyond 709.
-        "perplexity": math.exp(min(found["loss"], 700)),
+        "perplexity": math.exp(min(metrics["loss"], 700)),
         "records": loader.num_records,
         "records_truncated": loader.num_truncated,
         "seq_len": seq_len,
@@ -65,12 +70,14 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
         raise FileNotFoundError(f"{file}: no such file to evaluate on")
     text = config.TextRecord(name="text")
     records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
-    origin, first = next(iter(records), (None, {"text": ""}))  # an empty file is reported by the loader
-    where = str(file) if origin is None else records.where(origin)
+    origin, first_fields = next(iter(records), (None, {"text": ""}))  # an empty file is reported by the loader
+    location = str(file) if origin is None else records.where(origin)
     sources = (*run.data.eval, *run.data.train) if run and isinstance(run.data, config.RunData) else ()
-    own = [source.record for source in sources if isinstance(source, config.RecordSource)]
-    record = next((r for r in own if _readable(first, r)), None) or located(where, recognise, first)
-    return record if isinstance(record, config.TextRecord) else record.model_copy(update={"too_long": "truncate"})
+    run_records = [source.record for source in sources if isinstance(source, config.RecordSource)]
+    record = next((r for r in run_records if _readable(first_fields, r)), None) or located(location, recognise, first_fields)
+    if isinstance(record, config.TextRecord):
+        return record
+    return record.model_copy(update={"too_long": "truncate"})
 
 
 def _readable(fields: dict[str, Any], record: config.Record) -> bool:

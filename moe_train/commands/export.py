@@ -75,15 +75,25 @@ def export(
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
     shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
     opened = unquantised(open_model(source))
-    run, lora, model = opened.run, opened.lora, opened.model
+    run = opened.run
+    lora = opened.lora
+    model = opened.model
     if merge and run and run.lora and run.lora.quantize:
         log.info("trained beside weights in %s; merged into those of %s as they are there", run.lora.quantize.name, run.init_from)
-    if has := config.without_format(model):
-        raise ValueError(f"{source} cannot be exported: no file format has a place for {has}; its weights are in its checkpoints")
-    whole = layout in get_args(expected.Model)
-    if not whole and (lora is None or merge):
-        why = "--merge makes a whole model" if merge else "it was trained in full" if run else "it is no run"
-        raise ValueError(f"{source} gives no adapter: {why}; use --format hf")
+    inexpressible = config.without_format(model)
+    if inexpressible:
+        raise ValueError(
+            f"{source} cannot be exported: no file format has a place for {inexpressible}; its weights are in its checkpoints"
+        )
+    whole_model = layout in get_args(expected.Model)
+    if not whole_model and (lora is None or merge):
+        if merge:
+            reason = "--merge makes a whole model"
+        elif run:
+            reason = "it was trained in full"
+        else:
+            reason = "it is no run"
+        raise ValueError(f"{source} gives no adapter: {reason}; use --format hf")
     command = _command(server, layout, opened, out_dir)
     texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()) if run else None)
     conversations = list(islice(_conversations(run), CONVERSATIONS)) if run else []
@@ -91,7 +101,7 @@ def export(
     about = _about(opened)
     with jax.set_mesh(opened.mesh):
         weights = opened.to_export()
-        if whole:
+        if whole_model:
             record = write_and_prove.export(
                 weights,
                 model,
@@ -134,14 +144,16 @@ def _write_adapter(
     name: str,
 ) -> None:
     """Replace the empty directory by a complete adapter."""
-    model, lora, run = opened.model, opened.lora, opened.run
+    model = opened.model
+    lora = opened.lora
+    run = opened.run
     assert lora is not None and run is not None
     base = str(run.init_from)
     match layout:
         case "peft":
             peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=server)
         case "mistral-lora":
-            mistral_lora.export_adapter(weights, model, lora, directory, dtype=_whole_dtype(filetype), texts=texts)
+            mistral_lora.export_adapter(weights, model, lora, directory, dtype=_checked_dtype(filetype), texts=texts)
         case "gguf-lora":
             gguf_lora.export_adapter(weights, model, lora, directory, base_model=base, name=name, texts=texts)
         case _:
@@ -151,7 +163,9 @@ def _write_adapter(
 def unquantised(opened: Opened) -> Opened:
     """Return the same model with the weights of the base's files, even if the run held them quantized."""
     lora = opened.lora
-    return opened if lora is None or lora.quantize is None else opened._replace(lora=lora.model_copy(update={"quantize": None}))
+    if lora is None or lora.quantize is None:
+        return opened
+    return opened._replace(lora=lora.model_copy(update={"quantize": None}))
 
 
 def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, out_dir: str | Path) -> str | None:
@@ -162,18 +176,22 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
     if server is None:
         return None
     run = opened.run
-    rank = max((target.rank for target in opened.lora.targets), default=1) if opened.lora else 1
+    rank = 1
+    if opened.lora:
+        rank = max((target.rank for target in opened.lora.targets), default=1)
     kind = "huggingface" if opened.tokenizer.chat_template is not None else "mistral"
-    base, first = run.init_from if run else None, ""
+    base = run.init_from if run else None
+    base_export = ""
     if layout == "peft" and base is not None and (is_run(base) or external.layout_of(base) != "hf"):
-        first, base = f"moe-train export {shlex.quote(base)} BASE_MODEL && ", None
-    return first + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
+        base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
+        base = None
+    return base_export + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
 
 
-def _whole_dtype(dtype: str) -> config.Dtype:
-    for known in get_args(config.Dtype):
-        if dtype == known:
-            return known
+def _checked_dtype(dtype: str) -> config.Dtype:
+    for supported in get_args(config.Dtype):
+        if dtype == supported:
+            return supported
     raise ValueError(f"dtype {dtype} is not one of this layout's, which are {', '.join(get_args(config.Dtype))}")
 
 
@@ -194,22 +212,23 @@ def _dtype(opened: Opened) -> config.Dtype:
 
 def _about(opened: Opened) -> dict[str, Any]:
     """Return what the record states about the origin of the weights."""
-    found: dict[str, Any] = {"source": str(opened.directory)}
+    origin: dict[str, Any] = {"source": str(opened.directory)}
     if opened.run is None:
-        return found
+        return origin
     with manager.reading(opened.directory) as checkpoints:
-        step, about = checkpoints.latest_step(), manager.newest(checkpoints)
+        step = checkpoints.latest_step()
+        about = manager.newest(checkpoints)
     assert about is not None
-    found |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
-    found["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()
+    origin |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
+    origin["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()
     if about.base is not None:
         hashes = "".join(f"{name} {digest}\n" for name, digest in sorted(about.base.hashes.items()))
-        found["base"] = {
+        origin["base"] = {
             "source": about.base.source,
             "step": about.base.step,
             "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
         }
-    return found
+    return origin
 
 
 def _conversations(run: config.Run) -> Iterator[Conversation]:

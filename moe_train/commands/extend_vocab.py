@@ -59,19 +59,23 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     refuse_existing(Path(out_dir))
     if runs.is_run(base):
         raise ValueError(f"{base} is a run; export it, and start from the export")
-    old, new = load_tokenizer(model_dir.find_tokenizer(base)), find_tokenizer(tokenizer)
+    old = load_tokenizer(model_dir.find_tokenizer(base))
+    new = find_tokenizer(tokenizer)
     weights = external.open_weights(base)
     names.check(base, weights.table, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
     ids = new_ids(old, new)
     check_vocab(old, weights.model.vocab_size)
     model = weights.model.model_copy(update={"vocab_size": new.vocab_size})
-    dtype, source = weights.dtype or "float32", {(piece.path, piece.lead): piece for piece in weights.table}
+    dtype = weights.dtype or "float32"
+    source = {(piece.path, piece.lead): piece for piece in weights.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:
         of_base = source[piece.path, piece.lead]
         read = weights.tensors[of_base.name].read
-        w = extended(of_base, read, ids, new.vocab_size) if piece.path in _ROWS else of_base.from_file(read)
-        return piece.to_file(w).astype(dtype, copy=False)
+        if piece.path in _ROWS:
+            w = extended(of_base, read, ids, new.vocab_size)
+            return piece.to_file(w).astype(dtype, copy=False)
+        return piece.to_file(of_base.from_file(read)).astype(dtype, copy=False)
 
     check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in names.pieces(model)))
     with new_directory(out_dir) as directory:
@@ -102,9 +106,8 @@ def find_tokenizer(name: str) -> Tokenizer:
         versions = [version.value for version in TokenizerVersion]
         if name not in versions:
             raise FileNotFoundError(f"{name}: no such file or folder, and no version of Mistral's ({', '.join(versions)})")
-        files = [
-            file for file in resources.files("mistral_common").joinpath("data").iterdir() if file.name.endswith(f".model.{name}")
-        ]
+        data_dir = resources.files("mistral_common").joinpath("data")
+        files = [file for file in data_dir.iterdir() if file.name.endswith(f".model.{name}")]
         if not files:
             raise FileNotFoundError(f"mistral-common carries no sentencepiece model of version {name}; give the path of its file")
         path = Path(str(files[0]))
@@ -121,15 +124,19 @@ def new_ids(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
     Raises:
         ValueError: the new tokenizer lacks pieces of the old one, or has no others.
     """
-    before, after = pieces_of(old), {piece: number for number, piece in pieces_of(new).items()}
-    if lost := [piece for piece in before.values() if piece not in after]:
+    old_pieces = pieces_of(old)
+    new_pieces = {piece: number for number, piece in pieces_of(new).items()}
+    missing = [piece for piece in old_pieces.values() if piece not in new_pieces]
+    if missing:
         raise ValueError(
-            f"{len(lost)} of the {len(before)} tokens of {old.files[0]} are not in {new.files[0]}, the first {lost[0]!r}; a model "
-            "can be extended to a tokenizer that holds all of its own"
+            f"{len(missing)} of the {len(old_pieces)} tokens of {old.files[0]} are not in {new.files[0]}, "
+            f"the first {missing[0]!r}; a model can be extended to a tokenizer that holds all of its own"
         )
-    if len(after) == len(before):
-        raise ValueError(f"{new.files[0]} has the {len(before)} tokens of {old.files[0]} and no others; there is nothing to extend")
-    return {number: after[piece] for number, piece in before.items()}
+    if len(new_pieces) == len(old_pieces):
+        raise ValueError(
+            f"{new.files[0]} has the {len(old_pieces)} tokens of {old.files[0]} and no others; there is nothing to extend"
+        )
+    return {number: new_pieces[piece] for number, piece in old_pieces.items()}
 
 
 def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
@@ -161,16 +168,19 @@ def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) 
         (size, D): row i of the old table at ids[i], and the mean of these rows everywhere else.
     """
     dim = piece.ours_shape[1]
-    total, new, out = np.zeros(dim), np.ones(size, bool), None
-    for old, rows in _rows(piece, read, list(ids)):
+    total = np.zeros(dim)
+    is_new = np.ones(size, bool)
+    out = None
+    for old_ids, rows in _rows(piece, read, list(ids)):
         out = np.empty((size, dim), rows.dtype) if out is None else out
-        out[at := [ids[i] for i in old]] = rows
+        new_rows = [ids[i] for i in old_ids]
+        out[new_rows] = rows
         # In float64, since a sum over a whole vocabulary would lose the mean in 16 bits.
         total += rows.sum(0, dtype=np.float64)
         # Rows that stay marked belong to new tokens.
-        new[at] = False
+        is_new[new_rows] = False
     assert out is not None
-    out[new] = (total / len(ids)).astype(out.dtype)
+    out[is_new] = (total / len(ids)).astype(out.dtype)
     return out
 
 
@@ -178,22 +188,28 @@ def _rows(piece: names.Piece, read: Read, ids: Sequence[int]) -> Iterator[tuple[
     """Yield (some of the ids, their rows) until all were read, so that a table of embeddings is never in memory as a whole."""
     for start in range(0, piece.ours_shape[0], ROWS):
         stop = min(start + ROWS, piece.ours_shape[0])
-        if some := [i for i in ids if start <= i < stop]:
-            yield some, piece.from_file(read, [(start, stop), (0, piece.ours_shape[1])])[np.array(some) - start]
+        chunk = [i for i in ids if start <= i < stop]
+        if chunk:
+            yield chunk, piece.from_file(read, [(start, stop), (0, piece.ours_shape[1])])[np.array(chunk) - start]
 
 
 def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
     """Read the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
-    written, source = external.open_weights(directory), {(piece.path, piece.lead): piece for piece in weights.table}
+    written = external.open_weights(directory)
+    source = {(piece.path, piece.lead): piece for piece in weights.table}
     names.check(directory, written.table, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
     if written.model.vocab_size != model.vocab_size:
         raise RuntimeError(f"{directory} was written with {written.model.vocab_size} tokens, not {model.vocab_size}")
     for piece in written.table:
-        of_base = source[piece.path, piece.lead]
-        read, now = weights.tensors[of_base.name].read, piece.from_file(written.tensors[piece.name].read)
+        base_piece = source[piece.path, piece.lead]
+        read = weights.tensors[base_piece.name].read
+        written_matrix = piece.from_file(written.tensors[piece.name].read)
         if piece.path in _ROWS:
-            same = all(np.array_equal(was, now[[ids[i] for i in old]]) for old, was in _rows(of_base, read, list(ids)))
+            is_equal = all(
+                np.array_equal(base_rows, written_matrix[[ids[i] for i in old_ids]])
+                for old_ids, base_rows in _rows(base_piece, read, list(ids))
+            )
         else:
-            same = np.array_equal(of_base.from_file(read), now)
-        if not same:  # 16-bit tensors may have been written as float32, which changes no value
+            is_equal = np.array_equal(base_piece.from_file(read), written_matrix)
+        if not is_equal:  # 16-bit tensors may have been written as float32, which changes no value
             raise RuntimeError(f"{piece.name} in the file is not that of the base")

@@ -34,23 +34,28 @@ def generate_dir(
         The completions, without their prompts.
     """
     opened = open_model(directory)
-    model, tokenizer = opened.model, opened.tokenizer
+    model = opened.model
+    tokenizer = opened.tokenizer
     tokens = [_encode(prompt, tokenizer, opened.chat_template, chat) for prompt in prompts]
     check_lengths(tokens, max_tokens, model)
     with jax.set_mesh(opened.mesh):
         structure, weights = opened.load()
         dtype = opened.compute.dtype
-        new = generate(structure, weights, model, opened.mesh, tokens, max_tokens, tokenizer.eos_id, temperature, seed, dtype)
-    return [_text_after(tokenizer, before, after) for before, after in zip(tokens, new, strict=True)]
+        generated = generate(structure, weights, model, opened.mesh, tokens, max_tokens, tokenizer.eos_id, temperature, seed, dtype)
+    return [_text_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
 
 
 def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool) -> list[int]:
     if chat:
         return render_prompt([{"role": "user", "content": prompt}], template, tokenizer)
-    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(checked_text(prompt, "the prompt"))
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return start + tokenizer.encode(checked_text(prompt, "the prompt"))
 
 
 def _text_after(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
     """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
-    start, whole = tokenizer.decode(before), tokenizer.decode(before + after)
-    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(after)
+    prefix = tokenizer.decode(before)
+    full_text = tokenizer.decode(before + after)
+    if full_text.startswith(prefix):
+        return full_text[len(prefix) :]
+    return tokenizer.decode(after)

@@ -47,7 +47,7 @@ def inspect(written: config.Config) -> Report:
             "path": path,
             "shape": list(x.shape),
             "dtype": str(x.dtype),
-            "spec": _shown(x.sharding.spec, x.ndim),
+            "spec": _spec_text(x.sharding.spec, x.ndim),
             "bytes_per_device": math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize,
             "trainable": path in trainable,
         }
@@ -79,7 +79,14 @@ def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
     return sum(x.size for x in shapes.values()) - of_experts * idle // model.ffn.num_experts
 
 
-def _shown(spec: Any, ndim: int) -> str:
+def _spec_text(spec: Any, ndim: int) -> str:
     """Format a spec as `- fsdp tensor -`: the mesh axis of each dim, `-` for a dim that is not split."""
     entries = [*spec, *[None] * (ndim - len(spec))]
-    return " ".join("-" if e is None else "+".join(e) if isinstance(e, tuple) else str(e) for e in entries)
+    return " ".join(_spec_entry_text(entry) for entry in entries)
+
+
+def _spec_entry_text(entry: Any) -> str:
+    """Format the entry of one dim: its axes joined by `+`, or `-`."""
+    if entry is None:
+        return "-"
+    return "+".join(entry) if isinstance(entry, tuple) else str(entry)

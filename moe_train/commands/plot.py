@@ -46,8 +46,10 @@ def read(run_dir: Path) -> Story:
     train = [line for line in lines if line["kind"] == "train"]
     if not train:
         raise ValueError(f"{path} has no figures of a training step yet")
-    diary = run_dir / "run.json"
-    events = json.loads(diary.read_text(encoding="utf-8"))["events"] if diary.is_file() else []
+    log_path = run_dir / "run.json"
+    events: list[dict[str, Any]] = []
+    if log_path.is_file():
+        events = json.loads(log_path.read_text(encoding="utf-8"))["events"]
     resumed = [event["step"] for event in events if event["event"] == "resume"]
     return Story(str(run_dir), train, [line for line in lines if line["kind"] == "eval"], resumed)
 
@@ -98,7 +100,7 @@ def plot(run_dirs: list[Path], out: Path) -> None:
         panel.set_title(title, fontsize="medium")
         panel.set_xlabel("step")
         if not panel.lines:
-            _say_nothing(panel)
+            _mark_empty(panel)
     _heat(figure, experts, stories[-1])
     picture = io.BytesIO()
     figure.savefig(picture, format=out.suffix[1:], dpi=110)
@@ -106,11 +108,11 @@ def plot(run_dirs: list[Path], out: Path) -> None:
     write_bytes(out, picture.getvalue())
 
 
-def _line(panel: Any, lines: list[dict[str, Any]], key: str, color: str, **how: Any) -> None:
+def _line(panel: Any, lines: list[dict[str, Any]], key: str, color: str, **style: Any) -> None:
     """Plot a metric over steps; for one kept per layer, the mean."""
-    found = [(line["step"], np.mean(line[key])) for line in lines if line.get(key) is not None]
-    if found:
-        panel.plot(*zip(*found, strict=True), color=color, linewidth=1.2, markersize=4, **how)
+    points = [(line["step"], np.mean(line[key])) for line in lines if line.get(key) is not None]
+    if points:
+        panel.plot(*zip(*points, strict=True), color=color, linewidth=1.2, markersize=4, **style)
 
 
 def _heat(figure: Any, panel: Any, story: Story) -> None:
@@ -118,7 +120,7 @@ def _heat(figure: Any, panel: Any, story: Story) -> None:
     loads = [line["load"] for line in story.train if "load" in line]
     panel.set_title(f"load of experts, last tenth of {story.name}", fontsize="medium")
     if not loads:
-        _say_nothing(panel)
+        _mark_empty(panel)
         return
     load_LE = np.mean(loads[-max(1, len(loads) // 10) :], axis=0)
     image = panel.imshow(load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
@@ -128,6 +130,6 @@ def _heat(figure: Any, panel: Any, story: Story) -> None:
     figure.colorbar(image, ax=panel)
 
 
-def _say_nothing(panel: Any) -> None:
+def _mark_empty(panel: Any) -> None:
     panel.text(0.5, 0.5, "none in this run", ha="center", va="center", transform=panel.transAxes, color="gray")
     panel.set(xticks=[], yticks=[])

@@ -39,15 +39,15 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
     kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
     for kind, sources in kinds:
         for i, source in enumerate(sources):
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             store = open_store(source, data, tokenizer, template, _reporter(f"data.{kind}.{i}"))
-            made = store.manifest
+            manifest = store.manifest
             sets.append(
                 {
                     "source": f"data.{kind}.{i}",
-                    **{"records": made.records, "examples": made.examples, "empty": made.empty},
-                    **{"tokens": made.tokens, "loss_tokens": made.loss_tokens, "shards": len(made.shards)},
-                    "seconds": round(time.perf_counter() - begun, 2),
+                    **{"records": manifest.records, "examples": manifest.examples, "empty": manifest.empty},
+                    **{"tokens": manifest.tokens, "loss_tokens": manifest.loss_tokens, "shards": len(manifest.shards)},
+                    "seconds": round(time.perf_counter() - start_time, 2),
                     "path": store.path if to is None else upload(store.path, to),
                 }
             )
@@ -83,7 +83,11 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[dic
     if row is not None and not 0 <= row < run.train.batch_size:
         raise ValueError(f"row {row}: a step has {run.train.batch_size} rows, from 0")
     rows = range(run.train.batch_size) if row is None else [row]
-    return [{"row": r, "segment": i, **s._asdict()} for r in rows for i, s in enumerate(loader.trace(step - 1, r), start=1)]
+    traced = []
+    for r in rows:
+        for number, segment in enumerate(loader.trace(step - 1, r), start=1):
+            traced.append({"row": r, "segment": number, **segment._asdict()})
+    return traced
 
 
 def _resolve(written: config.Config) -> config.Run:
@@ -103,10 +107,10 @@ def _open_tokenizer(run: config.Run) -> Tokenizer:
 
 def _reporter(source: str) -> Callable[[Shards], None]:
     """Return a callback that reports how many shards of a source are done, and how many tokens per second."""
-    begun = time.monotonic()
+    start_time = time.monotonic()
 
     def report(now: Shards) -> None:
-        rate = now.tokens / max(time.monotonic() - begun, 1e-9)
+        rate = now.tokens / max(time.monotonic() - start_time, 1e-9)
         detail = f"{now.records:,} records  {now.tokens:,} tokens  {rate:,.0f} tokens/s"
         progress.report(progress.Progress(source, now.done, now.shards, "shards", detail))
 

@@ -43,7 +43,8 @@ def quickstart() -> int:
     console = Console(stderr=True, highlight=False)
     jax.config.update("jax_compilation_cache_dir", str(WORK.absolute() / "jax_cache"))
 
-    text, tokenizer = WORK / "text", WORK / "tokenizer"
+    text = WORK / "text"
+    tokenizer = WORK / "tokenizer"
     if not text.exists():
         console.rule("gathering the standard library's own text")
         counts = gather(text)
@@ -52,13 +53,14 @@ def quickstart() -> int:
         console.rule(f"training a tokenizer of {first_run.model.vocab_size} tokens")
         sources = [source for source in first_run.training_data().train if isinstance(source, config.FileSource)]
         train_bpe(itertools.chain.from_iterable(texts(source) for source in sources), first_run.model.vocab_size, tokenizer)
-    for what, run in (("pretraining a small Mixtral", pretrain), ("fine-tuning it with LoRA", lora)):
-        _begin(console, what, f"moe-train train {CONFIGS.name}/{run.name}.yaml")
+    for title, run in (("pretraining a small Mixtral", pretrain), ("fine-tuning it with LoRA", lora)):
+        _begin(console, title, f"moe-train train {CONFIGS.name}/{run.name}.yaml")
         code = train(run)
         if code != FINISHED:
             return code
 
-    merged, adapter = WORK / "export_hf", WORK / "export_peft"
+    merged = WORK / "export_hf"
+    adapter = WORK / "export_peft"
     layout: Literal["hf", "peft"]
     for directory, layout, options in ((merged, "hf", " --merge"), (adapter, "peft", "")):
         if not directory.exists():
@@ -66,8 +68,8 @@ def quickstart() -> int:
             for check in export(lora.run_dir, directory, layout, merge=bool(options))["checks"]:
                 console.print(f"{check['name']}: {check['said']}")
 
-    asked = " ".join(f"--prompt {shlex.quote(question)}" for question in QUESTIONS)
-    _begin(console, "generating from the exported files", f"moe-train generate {merged} --chat --max-tokens 40 {asked}")
+    prompt_options = " ".join(f"--prompt {shlex.quote(question)}" for question in QUESTIONS)
+    _begin(console, "generating from the exported files", f"moe-train generate {merged} --chat --max-tokens 40 {prompt_options}")
     for question, answer in zip(QUESTIONS, generate_dir(merged, QUESTIONS, max_tokens=40, chat=True), strict=True):
         console.print(f"[bold]{question}[/bold]", answer.strip(), sep="\n", markup=True)
     _summary(console, [pretrain, lora], [merged, adapter])
@@ -76,8 +78,8 @@ def quickstart() -> int:
     return FINISHED
 
 
-def _begin(console: Console, what: str, command: str) -> None:
-    console.rule(what)
+def _begin(console: Console, title: str, command: str) -> None:
+    console.rule(title)
     console.print(command, style="bold", markup=False, soft_wrap=True)
 
 
@@ -93,10 +95,15 @@ def _summary(console: Console, runs: list[config.Config], exports: list[Path]) -
         lines = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
         held_out = [line["loss"] for line in lines if line["kind"] == "eval"]
         speeds = sorted(line["tokens_per_second"] for line in lines if line["kind"] == "train")
-        row = run.name, f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}", str(lines[-1]["step"]), f"{speeds[len(speeds) // 2]:,.0f}"
-        table.add_row(*row)
+        before = f"{held_out[0]:.3f}"
+        after = f"{held_out[-1]:.3f}"
+        median_speed = f"{speeds[len(speeds) // 2]:,.0f}"
+        table.add_row(run.name, before, after, str(lines[-1]["step"]), median_speed)
     console.print(table)
     files = Table("file", "MB", title="what other tools load")
-    for file in sorted(f for directory in exports for f in directory.iterdir()):
+    exported_files: list[Path] = []
+    for directory in exports:
+        exported_files += directory.iterdir()
+    for file in sorted(exported_files):
         files.add_row(str(file), f"{file.stat().st_size / 1e6:,.2f}")
     console.print(files)

@@ -78,15 +78,15 @@ def gather(
         chat[f"module {module}"] = list(_questions(docstrings))
         if source.strip():
             sources[f"module {module}"] = source
-    records = _capped([*text.items(), *sorted(sources.items(), key=lambda item: _digest(item[0]))], max_bytes)
+    records = _limit_bytes([*text.items(), *sorted(sources.items(), key=lambda item: _digest(item[0]))], max_bytes)
 
     lines: dict[str, list[dict]] = {name: [] for name in FILES}
     for name, body in records:
-        lines[f"text_{_side(name, heldout)}.jsonl"].append({"text": body})
+        lines[f"text_{_split_of(name, heldout)}.jsonl"].append({"text": body})
     for name, pairs in chat.items():
         for question, answer in pairs:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            lines[f"chat_{_side(name, heldout)}.jsonl"].append({"messages": messages})
+            lines[f"chat_{_split_of(name, heldout)}.jsonl"].append({"messages": messages})
     with new_directory(out_dir) as directory:
         for name, rows in lines.items():
             rows.sort(key=lambda row: _digest(json.dumps(row)))  # mixes the kinds of records throughout each file
@@ -99,11 +99,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _side(name: str, heldout: float) -> str:
+def _split_of(name: str, heldout: float) -> str:
     return "heldout" if int(_digest(name)[:8], 16) < heldout * 2**32 else "train"
 
 
-def _capped(records: list[tuple[str, str]], max_bytes: int) -> Iterator[tuple[str, str]]:
+def _limit_bytes(records: list[tuple[str, str]], max_bytes: int) -> Iterator[tuple[str, str]]:
     for name, body in records:
         max_bytes -= len(body.encode("utf-8", "surrogatepass"))
         if max_bytes < 0:
@@ -115,7 +115,8 @@ def _topics(path: Path) -> list[tuple[str, str]]:
     """Read the dict `topics` of pydoc_data/topics.py as (name, reference text), each text once, under its first name."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "topics" for t in node.targets):
-            by_text = {text: name for name, text in sorted(ast.literal_eval(node.value).items(), reverse=True)}
+            topics = sorted(ast.literal_eval(node.value).items(), reverse=True)
+            by_text = {text: name for name, text in topics}
             return sorted((name, text) for text, name in by_text.items())
     raise ValueError(f"{path} does not define topics; Python {sys.version.split()[0]} keeps its reference text elsewhere")
 
@@ -129,8 +130,8 @@ def _docstrings(tree: ast.Module, module: str) -> Iterator[_Docstring]:
             yield _Docstring(name, kind, inspect.cleandoc(text))
         for child in getattr(node, "body", []):
             if isinstance(child, _DOCUMENTED) and not child.name.startswith("_"):  # type: ignore[union-attr]
-                what = "class" if isinstance(child, ast.ClassDef) else "function"
-                yield from walk(child, f"{name}.{child.name}", what)  # type: ignore[union-attr]
+                child_kind = "class" if isinstance(child, ast.ClassDef) else "function"
+                yield from walk(child, f"{name}.{child.name}", child_kind)  # type: ignore[union-attr]
 
     return walk(tree, module, "module")
 

@@ -79,9 +79,9 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     records = open_source(source)
     examples: list[Example] = []
     places: list[str] = []
-    for origin, found in encode(itertools.islice(records, count), records.where, source.record, tokenizer, template):
-        examples += found
-        places += [records.where(origin)] * len(found)
+    for origin, record_examples in encode(itertools.islice(records, count), records.where, source.record, tokenizer, template):
+        examples += record_examples
+        places += [records.where(origin)] * len(record_examples)
     if not examples:
         raise ValueError(f"{', '.join(records.names)}: no record with any text")
     lengths = np.asarray([len(example.tokens) - 1 for example in examples])
@@ -99,15 +99,18 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     batch = Batch.empty(plan.num_rows, plan.seq_len)
     placed = []
     for row in range(plan.num_rows):
-        mine = range(*plan.row_pieces[row : row + 2].tolist())
-        batch.fill_row(row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in mine])
-        placed.append([places[plan.example[i]] for i in mine])
+        piece_indices = range(*plan.row_pieces[row : row + 2].tolist())
+        batch.fill_row(row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in piece_indices])
+        placed.append([places[plan.example[i]] for i in piece_indices])
     return Rows(batch, placed)
 
 
 def _piece(example: Example, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
     cut = slice(start, start + length + 1)
-    return np.asarray(example.tokens[cut]), None if example.loss_mask is None else np.asarray(example.loss_mask[cut])
+    tokens = np.asarray(example.tokens[cut])
+    if example.loss_mask is None:
+        return tokens, None
+    return tokens, np.asarray(example.loss_mask[cut])
 
 
 def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int = 1) -> Rows:
@@ -148,44 +151,42 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
     for row, places in enumerate(rows.places):
         tokens, targets, loss_mask, segment_ids, positions = (array[row] for array in rows.batch)
         for number, place in enumerate(places, start=1):
-            at = np.flatnonzero(segment_ids == number)
-            ids = [int(tokens[at[0]]), *targets[at].tolist()]
-            learnt = [False, *loss_mask[at].tolist()]
+            token_indices = np.flatnonzero(segment_ids == number)
+            ids = [int(tokens[token_indices[0]]), *targets[token_indices].tolist()]
+            learnt = [False, *loss_mask[token_indices].tolist()]
             # The last target has no position of its own in the batch.
-            seen = [*positions[at].tolist(), int(positions[at[-1]]) + 1]
+            shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
             texts = pieces(ids, tokenizer)
-            yield Segment(
-                row + 1,
-                number,
-                place,
-                [Token(i, at, yes, i in control, text) for i, at, yes, text in zip(ids, seen, learnt, texts, strict=True)],
-            )
+            shown = zip(ids, shown_positions, learnt, texts, strict=True)
+            segment_tokens = [Token(i, position, is_learnt, i in control, text) for i, position, is_learnt, text in shown]
+            yield Segment(row + 1, number, place, segment_tokens)
 
 
 def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Return the text that each id adds; a control token is shown by its name."""
     context = tokenizer.encode("a")  # prepended, since some decoders drop the first space of a text
-    found = []
+    piece_texts = []
     window = list(context)
-    done = len(tokenizer.decode(window))  # number of characters of the window's text that were already returned
+    num_returned = len(tokenizer.decode(window))  # number of characters of the window's text that were already returned
     for i, token in enumerate(ids):
         if token in tokenizer.control_ids:
-            found.append(tokenizer.decode([token], keep_special=True))
-            window, done = list(context), len(tokenizer.decode(context))
+            piece_texts.append(tokenizer.decode([token], keep_special=True))
+            window = list(context)
+            num_returned = len(tokenizer.decode(context))
             continue
         window.append(token)
         text = tokenizer.decode(window)
         ends = i + 1 == len(ids) or ids[i + 1] in tokenizer.control_ids
         if text.endswith("\ufffd") and not ends:  # a character whose other bytes follow, or an invalid one
-            found.append("")
+            piece_texts.append("")
             continue
-        found.append(text[done:])
-        done = len(text)
+        piece_texts.append(text[num_returned:])
+        num_returned = len(text)
         # A bounded window keeps decoding linear in the number of tokens.
         if len(window) > 32:
             window = window[-4:]
-            done = len(tokenizer.decode(window))
-    return found
+            num_returned = len(tokenizer.decode(window))
+    return piece_texts
 
 
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
@@ -214,33 +215,34 @@ def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bo
     """
     for segment in segments(rows, tokenizer):
         console.print(Rule(Text(_title(segment, rows)), align="left"))
-        console.print(_table(segment) if positions else _running(segment))
+        console.print(_token_table(segment) if positions else _running_text(segment))
     console.print(Group(Rule(), Text(f"{summary(rows)}; {_LEGEND}", style="dim")))
 
 
 def _title(segment: Segment, rows: Rows) -> str:
     learnt = sum(token.learnt for token in segment.tokens)
-    of = len(rows.places[segment.row - 1])
+    count = len(rows.places[segment.row - 1])
     return visible(
-        f"row {segment.row}, segment {segment.number} of {of}: {segment.place}, {len(segment.tokens)} tokens, {learnt} learnt"
+        f"row {segment.row}, segment {segment.number} of {count}: {segment.place}, {len(segment.tokens)} tokens, {learnt} learnt"
     )
 
 
 def summary(rows: Rows) -> str:
     """Describe the rows in a line: their number and length, positions used, and positions with a loss."""
-    used, learnt = int((rows.batch.segment_ids > 0).sum()), int(rows.batch.loss_mask.sum())
+    used = int((rows.batch.segment_ids > 0).sum())
+    learnt = int(rows.batch.loss_mask.sum())
     count, seq_len = rows.batch.tokens.shape
     return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {learnt} of them with a loss"
 
 
-def _running(segment: Segment) -> RenderableType:
+def _running_text(segment: Segment) -> RenderableType:
     text = Text(overflow="fold")
     for token in segment.tokens:
         text.append(visible(token.text), _STYLES[token.learnt, token.control])
     return text
 
 
-def _table(segment: Segment) -> RenderableType:
+def _token_table(segment: Segment) -> RenderableType:
     table = Table("position", "id", "learnt", "token", box=None)
     for token in segment.tokens:
         shown = Text(repr(visible(token.text))[1:-1] or "(part of a character)", _STYLES[token.learnt, token.control])

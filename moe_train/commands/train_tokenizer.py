@@ -14,7 +14,11 @@ from moe_train.machine.files import new_directory, refuse_existing
 
 log = logging.getLogger(__name__)
 
-PAD, BOS, EOS, BEGIN_USER, END_USER = "<pad>", "<s>", "</s>", "[INST]", "[/INST]"
+PAD = "<pad>"
+BOS = "<s>"
+EOS = "</s>"
+BEGIN_USER = "[INST]"
+END_USER = "[/INST]"
 
 # Mistral's instruct format (v3 tekken: no spaces around the markers); the system text precedes the first user turn.
 CHAT_TEMPLATE = """\
@@ -67,12 +71,12 @@ def train_bpe(
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    seen = 0
+    num_characters = 0
 
     def counted() -> Iterable[str]:
-        nonlocal seen
+        nonlocal num_characters
         for text in texts:
-            seen += len(text)
+            num_characters += len(text)
             yield text
 
     trainer = trainers.BpeTrainer(
@@ -83,10 +87,10 @@ def train_bpe(
         show_progress=progress,
     )
     tokenizer.train_from_iterator(counted(), trainer)
-    if not seen:
+    if not num_characters:
         raise ValueError("no text to train a tokenizer on")
     if tokenizer.get_vocab_size() < vocab_size:
-        log.warning("%d characters of text gave %d ids, not %d", seen, tokenizer.get_vocab_size(), vocab_size)
+        log.warning("%d characters of text gave %d ids, not %d", num_characters, tokenizer.get_vocab_size(), vocab_size)
     # Other tools use this rule to put BOS before plain text.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]

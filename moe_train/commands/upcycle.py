@@ -68,7 +68,8 @@ def upcycle(
     names.check(base, dense.table, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer(base))
     check_vocab(tokenizer, model.vocab_size)
-    texts, dtype = Texts(tokenizer), dense.dtype or "float32"
+    texts = Texts(tokenizer)
+    dtype = dense.dtype or "float32"
     source = {(piece.path, piece.lead): piece for piece in dense.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:
@@ -89,8 +90,9 @@ def upcycle(
     with new_directory(out_dir) as directory:
         hf.write(directory, model, dtype, matrix, texts.tokenizer, max_shard_bytes)
         write_texts(directory, texts)
-        if (generation := Path(base) / "generation_config.json").is_file():
-            shutil.copyfile(generation, directory / generation.name)
+        generation_config = Path(base) / "generation_config.json"
+        if generation_config.is_file():
+            shutil.copyfile(generation_config, directory / generation_config.name)
         written = external.open_weights(directory)
         if written.model != model:
             raise RuntimeError(f"{directory / 'config.json'} was written as a different model: {written.model}")

@@ -53,7 +53,8 @@ def verify(
         opened = unquantised(open_model(run))
         with jax.set_mesh(opened.mesh):
             weights = opened.to_export()
-            lora = opened.lora if record["format"] not in get_args(expected.Model) or record.get("adapted") else None
+            holds_adapter = record["format"] not in get_args(expected.Model) or record.get("adapted")
+            lora = opened.lora if holds_adapter else None
             trained = prove.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if adapter is not None:

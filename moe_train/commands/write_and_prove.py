@@ -86,20 +86,20 @@ def export(
     written = progress.counted("writing", numbers)
 
     def matrix(piece: names.Piece, filetype: np.dtype) -> np.ndarray:
-        made = piece.to_file(merging.merged(parameters, section, piece, filetype))
-        written(made.size)
-        return made
+        array = piece.to_file(merging.merged(parameters, section, piece, filetype))
+        written(array.size)
+        return array
 
     with together.one_directory(out_dir) as directory:
         with together.all_or_none():
             write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)
             if together.is_first():
                 write_texts(directory, texts)
-        made = prove.Export(
+        exported = prove.Export(
             *(directory, layout, dtype, parameters, model, section),
             *(texts.tokenizer, texts.chat_template, conversations, about or {}),
         )
-        record = prove.prove(made, depth)
+        record = prove.prove(exported, depth)
         if together.is_first():
             prove.write(directory, record)
         return record
@@ -111,7 +111,8 @@ def write(
     """Write the files of a whole model, except those that `write_texts` copies."""
     match layout:
         case "hf":
-            filetype, share = np.dtype(dtype), Share(jax.process_index(), jax.process_count())
+            filetype = np.dtype(dtype)
+            share = Share(jax.process_index(), jax.process_count())
             hf.write(directory, model, dtype, lambda p: matrix(p, filetype), texts.tokenizer, max_shard_bytes, share)  # type: ignore[arg-type]
         case "mistral":
             filetype = np.dtype(dtype)

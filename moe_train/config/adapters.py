@@ -88,7 +88,7 @@ class Lora(Section):
     @property
     def trains_router(self) -> bool:
         """Whether the router is trained, in full or through an adapter."""
-        return "ffn.router" in (*self.train, *(name for target in self.targets for name in target.modules))
+        return "ffn.router" in self.train or any("ffn.router" in target.modules for target in self.targets)
 
     def trains_in_full(self, module: str) -> bool:
         """Return whether a module such as `ffn.router` is itself trained, in addition to the adapters."""

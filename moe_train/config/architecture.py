@@ -158,12 +158,14 @@ class MoeFfn(Section):
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}")
         if isinstance(self.router, SigmoidRouter) and self.router.num_groups > 1:
-            G, size = self.router.num_groups, self.num_experts // self.router.num_groups
+            G = self.router.num_groups
+            size = self.num_experts // self.router.num_groups
             if self.num_experts % G or size < 2:
                 raise ValueError(f"router.num_groups {G} does not divide num_experts {self.num_experts} into groups of two or more")
             # The groups of a token have to offer enough experts.
-            if (within := self.router.groups_per_token * size) < self.experts_per_token:
-                raise ValueError(f"experts_per_token {self.experts_per_token} exceeds the {within} experts of a token's groups")
+            reachable = self.router.groups_per_token * size
+            if reachable < self.experts_per_token:
+                raise ValueError(f"experts_per_token {self.experts_per_token} exceeds the {reachable} experts of a token's groups")
         return self
 
 
@@ -228,7 +230,9 @@ def _check_family(model: Model) -> None:
 
 def features(model: Model) -> frozenset[Feature]:
     """Return the features of a model that not every family, or not every file format, supports."""
-    attention, windows, ffn = model.attention, set(model.attention.windows), model.ffn
+    attention = model.attention
+    windows = set(model.attention.windows)
+    ffn = model.ffn
     present: dict[Feature, bool] = {
         "window": windows != {None},
         "interleaved_windows": len(windows) > 1,

@@ -32,7 +32,8 @@ class Sections(Protocol):
 
 def check_batch(sections: Sections) -> None:
     """Raise ValueError if a microbatch or a sequence does not divide evenly over the mesh."""
-    mesh, train = sections.mesh, sections.train
+    mesh = sections.mesh
+    train = sections.train
     # These three axes split the batch; a -1 among them makes the product negative, and the check waits for the resolved mesh.
     replicas = mesh.data * mesh.fsdp * mesh.expert
     per_microbatch = train.batch_size // train.microbatches
@@ -57,26 +58,31 @@ def check_batch(sections: Sections) -> None:
 
 def check_model(sections: Sections, model: Model) -> None:
     """Raise ValueError if `model` (stated, or read from `init_from`) does not fit the other sections."""
-    mesh, loss, attention = sections.mesh, sections.loss, model.attention
-    _divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
-    _divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
-    _divides(mesh.tensor, "tensor", model.ffn.ffn_dim, "ffn_dim")
+    mesh = sections.mesh
+    loss = sections.loss
+    attention = model.attention
+    _check_divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
+    _check_divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
+    _check_divides(mesh.tensor, "tensor", model.ffn.ffn_dim, "ffn_dim")
     if isinstance(model.ffn, MoeFfn) and model.ffn.dense_layers is not None:
-        _divides(mesh.tensor, "tensor", model.ffn.dense_layers.ffn_dim, "ffn.dense_layers.ffn_dim")
-    _divides(mesh.tensor, "tensor", model.vocab_size, "vocab_size")
+        _check_divides(mesh.tensor, "tensor", model.ffn.dense_layers.ffn_dim, "ffn.dense_layers.ffn_dim")
+    _check_divides(mesh.tensor, "tensor", model.vocab_size, "vocab_size")
     if sections.train.seq_len > model.max_seq_len:
         raise ValueError(f"train.seq_len {sections.train.seq_len} exceeds the model's max_seq_len {model.max_seq_len}")
     if sections.evaluation.drift_batches and (sections.lora is None or not isinstance(model.ffn, MoeFfn)):
         raise ValueError("evaluation.drift_batches compares the routing of adapters with their base's; here is none: leave it out")
     if sections.compute.transport != "auto" and mesh.expert == 1:
         raise ValueError(f"compute.transport {sections.compute.transport} has no effect where mesh.expert is 1; leave it out")
-    if (has := without_format(model)) and sections.export != "none":
-        raise ValueError(f"no file format has a place for {has} of family {model.family}; set export: none to train it anyway")
-    if not has and sections.export == "none":
+    inexpressible = without_format(model)
+    if inexpressible and sections.export != "none":
+        raise ValueError(
+            f"no file format has a place for {inexpressible} of family {model.family}; set export: none to train it anyway"
+        )
+    if not inexpressible and sections.export == "none":
         raise ValueError(f"export: none has no effect on family {model.family}, which has its formats; leave it out")
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
-        _divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
+        _check_divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
         if (sections.lora is None or sections.lora.trains_router) and None in coefs.values():
             missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
             raise ValueError(f"state {missing} where routers are trained (0.01 and 0.001 are usual; 0 is off)")
@@ -96,7 +102,7 @@ def check_model(sections: Sections, model: Model) -> None:
             raise ValueError("loss has router coefficients, but the model has no router; leave them out")
 
 
-def _divides(size: int, axis: str, dim: int, name: str) -> None:
+def _check_divides(size: int, axis: str, dim: int, name: str) -> None:
     """Raise ValueError if `dim` is not a multiple of the mesh axis size; an axis of -1 is not checked yet."""
     if size > 0 and dim % size:
         nearest = next(n for n in range(size, 0, -1) if dim % n == 0)

@@ -26,35 +26,38 @@ def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[Key
     """
     for fault in error.errors(include_url=False):
         path, section = key_path(fault["loc"])
-        kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
-        value = f" (value {shown(given)})"
+        kind = fault["type"]
+        invalid = fault["input"]
+        context = fault.get("ctx", {})
+        value = f" (value {shown(invalid)})"
         if kind == "value_error":
             message = " ".join(str(context["error"]).split())
-            yield _blamed(path, message, tree), message
+            yield _blamed_path(path, message, tree), message
         elif kind == "extra_forbidden":
-            yield path, f"unknown key; {_instead(path, section)}{value}"
+            yield path, f"unknown key; {_suggestion(path, section)}{value}"
         elif kind == "missing":
-            names = f"; a section whose name is one of {', '.join(members(section))}" if "discriminator" in section else ""
+            names = ""
+            if "discriminator" in section:
+                names = f"; a section whose name is one of {', '.join(members(section))}"
             yield path, f"required, and missing{names}"
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             tags = re.findall(r"'([^']*)'", context.get("expected_tags", "")) or list(section["discriminator"]["mapping"])
             tag = context["discriminator"].strip("'")
-            given = given.get(tag) if isinstance(given, dict) else given
-            yield (
-                (*path, tag),
-                f"required, and missing; one of {', '.join(tags)}"
-                if kind == "union_tag_not_found"
-                else f"one of {', '.join(_nearest_first(str(given), tags))} (value {shown(given)})",
-            )
+            invalid = invalid.get(tag) if isinstance(invalid, dict) else invalid
+            if kind == "union_tag_not_found":
+                message = f"required, and missing; one of {', '.join(tags)}"
+            else:
+                message = f"one of {', '.join(_nearest_first(str(invalid), tags))} (value {shown(invalid)})"
+            yield (*path, tag), message
         elif kind == "literal_error":
             yield path, f"has to be {context['expected']}{value}"
-        elif kind == "too_short" and len(given) >= context["min_length"]:
+        elif kind == "too_short" and len(invalid) >= context["min_length"]:
             continue  # pydantic counts only the valid items; the invalid ones have their own messages
         else:
-            yield path, f"{_of_pydantic(kind, fault['msg'])}{_quote_it(kind, given)}{value}"
+            yield path, f"{_rephrase(kind, fault['msg'])}{_quoting_hint(kind, invalid)}{value}"
 
 
-def _of_pydantic(kind: str, message: str) -> str:
+def _rephrase(kind: str, message: str) -> str:
     """Rephrase one of pydantic's messages in the words of a config file."""
     if kind in ("dict_type", "model_type", "model_attributes_type"):
         return "has to be a section of keys"
@@ -66,24 +69,28 @@ def _of_pydantic(kind: str, message: str) -> str:
         return "has to be true or false"
     if kind == "too_short":
         return "the list is too short; it needs 1 item or more"
-    for theirs, ours in (("Input should be a valid", "has to be a"), ("Input should be", "has to be"), ("String should", "has to")):
-        message = message.replace(theirs, ours)
+    for original, replacement in (
+        ("Input should be a valid", "has to be a"),
+        ("Input should be", "has to be"),
+        ("String should", "has to"),
+    ):
+        message = message.replace(original, replacement)
     return message
 
 
-def _quote_it(kind: str, given: Any) -> str:
+def _quoting_hint(kind: str, value: Any) -> str:
     """Add a hint where YAML read a value as a boolean or a number and the config needs a string."""
-    return "; quote it" if kind == "string_type" and isinstance(given, bool | int | float) else ""
+    return "; quote it" if kind == "string_type" and isinstance(value, bool | int | float) else ""
 
 
-def _blamed(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
+def _blamed_path(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
     """Return the path of the first key that the message names and the config states; otherwise the path of the section."""
-    here: Any = tree
+    section_tree: Any = tree
     for part in section:
-        here = here[part]
+        section_tree = section_tree[part]
     for name in re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*", message):
         # A message names keys relative to its own section or by their full path.
-        for base, prefix in ((here, section), (tree, ())):
+        for base, prefix in ((section_tree, section), (tree, ())):
             parts = name.split(".")
             for part in parts:
                 base = base.get(part) if isinstance(base, dict) else None
@@ -92,29 +99,30 @@ def _blamed(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
     return section
 
 
-def _instead(path: KeyPath, section: dict[str, Any]) -> str:
+def _suggestion(path: KeyPath, section: dict[str, Any]) -> str:
     """Suggest what an unknown key was meant to be.
 
     The candidates, in this order: a key of another kind of the same union, another trainer's name for a setting, a similar key of
     this section, the same key elsewhere, a similar key elsewhere; failing all, the keys of this section.
     """
-    *above, key = path
-    known = list(section.get("properties", {}))
+    *parents, key = path
+    section_keys = list(section.get("properties", {}))
     elsewhere = [p for p in all_keys() if p.rpartition(".")[2] == key]
-    here = ".".join("0" if isinstance(part, int) else part for part in above)
-    siblings = [p for p in elsewhere if p.rpartition(".")[0] == here]
+    section_path = ".".join("0" if isinstance(part, int) else part for part in parents)
+    siblings = [p for p in elsewhere if p.rpartition(".")[0] == section_path]
     if siblings:
-        return f"{section['properties']['name']['const']} has none; it belongs to {' and '.join(owners(key, here))}"
-    if theirs := remark(str(key)):
-        return theirs
-    if near := difflib.get_close_matches(str(key), known, n=1, cutoff=0.7):
-        return f"did you mean {near[0]}?"
+        return f"{section['properties']['name']['const']} has none; it belongs to {' and '.join(owners(key, section_path))}"
+    trainer_remark = remark(str(key))
+    if trainer_remark:
+        return trainer_remark
+    if closest := difflib.get_close_matches(str(key), section_keys, n=1, cutoff=0.7):
+        return f"did you mean {closest[0]}?"
     if elsewhere:
         return f"did you mean {' or '.join(dict.fromkeys(elsewhere))}?"
     names = {p.rpartition(".")[2]: p for p in reversed(all_keys())}
-    if near := difflib.get_close_matches(str(key), names, n=1, cutoff=0.75):
-        return f"did you mean {names[near[0]]}?"
-    return f"{'.'.join(map(str, above)) or 'a config'} has {', '.join(_nearest_first(str(key), known))}"
+    if closest := difflib.get_close_matches(str(key), names, n=1, cutoff=0.75):
+        return f"did you mean {names[closest[0]]}?"
+    return f"{'.'.join(map(str, parents)) or 'a config'} has {', '.join(_nearest_first(str(key), section_keys))}"
 
 
 def _nearest_first(word: str, choices: Sequence[str]) -> list[str]:

@@ -63,7 +63,8 @@ class LayerPosition:
 
 def stacks(model: Model) -> tuple[LayerStack, ...]:
     """Return the stacks of a model, in the order of its layers."""
-    windows, ffn = model.attention.windows, model.ffn
+    windows = model.attention.windows
+    ffn = model.ffn
     dense = ffn.dense_layers if isinstance(ffn, MoeFfn) else None
     if dense is None:
         return (LayerStack(0, model.num_layers // len(windows), windows, ffn),)

@@ -181,8 +181,8 @@ REMARKS = {
 
 def remark(key: str) -> str | None:
     """Return what to write instead of another trainer's `key`, or None if no trainer in the tables has a setting of this name."""
-    ours = next((path for path, theirs in RENAMED.items() if key in theirs.split()), None)
+    our_key = next((path for path, other_names in RENAMED.items() if key in other_names.split()), None)
     note = REMARKS.get(key)
-    if ours is None:
+    if our_key is None:
         return note
-    return f"here it is {ours}" + (f" ({note})" if note else "")
+    return f"here it is {our_key}" + (f" ({note})" if note else "")

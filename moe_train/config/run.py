@@ -131,6 +131,6 @@ def _decided_data(config: Config) -> RunData | NoData:
     if config.data is None:
         return NoData(reason="the config has no data section; state data.train and data.tokenizer")
     if config.data.tokenizer is None:
-        where = "" if config.init_from is None else f", and {config.init_from} has none"
-        return NoData(reason=f"data.tokenizer is not stated{where}; state it")
+        source_note = "" if config.init_from is None else f", and {config.init_from} has none"
+        return NoData(reason=f"data.tokenizer is not stated{source_note}; state it")
     return RunData(**dict(config.data))

@@ -51,8 +51,10 @@ def key_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, dict[str, Any]]:
             continue
         section = schema if "properties" in schema else section
         path = (*path, part)
-        below = schema.get("items", {}) if isinstance(part, int) else schema.get("properties", {}).get(part, {})
-        schema = _follow(below)
+        subschema = schema.get("items", {})
+        if not isinstance(part, int):
+            subschema = schema.get("properties", {}).get(part, {})
+        schema = _follow(subschema)
     return path, schema if "discriminator" in schema else section
 
 

@@ -70,11 +70,11 @@ def parse(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{_at(origin, mark.line + 1 if mark else 1)}: not valid YAML: {error.problem}") from error
+        raise ConfigError(f"{_location(origin, mark.line + 1 if mark else 1)}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{_at(origin, 1)}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{_location(origin, 1)}: not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
-        raise ConfigError(f"{_at(origin, 1)}: not valid YAML: nested too deeply") from None
+        raise ConfigError(f"{_location(origin, 1)}: not valid YAML: nested too deeply") from None
     lines: dict[KeyPath, int] = {(): 1}
     faults: list[str] = []
     value = None if node is None else _value(node, (), lines, faults, origin)
@@ -83,7 +83,7 @@ def parse(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
     return value, lines
 
 
-def _at(origin: str, line: int) -> str:
+def _location(origin: str, line: int) -> str:
     """Return `origin:line`; an override has no lines."""
     return origin if origin.startswith("override ") else f"{origin}:{line}"
 
@@ -99,12 +99,13 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: li
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, child in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
+            key = key_node.value
+            line = key_node.start_mark.line + 1
             if key_node.tag != _STR:
                 shown = key if isinstance(key_node, yaml.ScalarNode) else "a list or section"
-                faults.append(f"{_at(origin, line)}: {dotted(path)}a key is a name (value {shown})")
+                faults.append(f"{_location(origin, line)}: {dotted(path)}a key is a name (value {shown})")
             elif key in mapping:
-                faults.append(f"{_at(origin, line)}: {dotted((*path, key))}stated twice; first in line {lines[*path, key]}")
+                faults.append(f"{_location(origin, line)}: {dotted((*path, key))}stated twice; first in line {lines[*path, key]}")
             else:
                 lines[*path, key] = line
                 mapping[key] = _value(child, (*path, key), lines, faults, origin)
@@ -114,7 +115,8 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: li
 
 def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
     """Convert a scalar node, or add the reason why it is invalid to `faults`."""
-    tag, text = node.tag, node.value
+    tag = node.tag
+    text = node.value
     if tag == _STR:
         return text
     if tag == _NULL:
@@ -127,13 +129,15 @@ def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
     if tag == _INT:
         fault = "too large a number"
     elif tag == _FLOAT:
-        number = float(text.replace(".inf", "inf").replace(".nan", "nan")) if text[-1].isdigit() or text[-1] == "." else math.inf
+        number = math.inf
+        if text[-1].isdigit() or text[-1] == ".":
+            number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
         if math.isfinite(number):
             return number
         fault = "a number has to be finite"
     else:
         fault = f"tags ({tag}) are not read"
-    faults.append(f"{_at(origin, node.start_mark.line + 1)}: {label}{fault} (value {shown(text)})")
+    faults.append(f"{_location(origin, node.start_mark.line + 1)}: {label}{fault} (value {shown(text)})")
     return None
 
 

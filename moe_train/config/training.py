@@ -30,9 +30,9 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = [k for k in ("steps", "epochs", "tokens") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(f"the length of a run is exactly one of steps, epochs, tokens; here: {', '.join(given) or 'none'}")
+        stated = [k for k in ("steps", "epochs", "tokens") if getattr(self, k) is not None]
+        if len(stated) != 1:
+            raise ValueError(f"the length of a run is exactly one of steps, epochs, tokens; here: {', '.join(stated) or 'none'}")
         if self.batch_size % self.microbatches:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of microbatches {self.microbatches}")
         if self.capacity_factor is not None and self.max_drop_rate is None:

@@ -31,7 +31,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: {'is a folder, not a config file' if path.is_dir() else 'no such config file'}")
+        problem = "is a folder, not a config file" if path.is_dir() else "no such config file"
+        raise FileNotFoundError(f"{path}: {problem}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -53,28 +54,28 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
     if not equals or not all(parts):
         raise ConfigError(f"{origin}: an override is key.path=value, such as optimizer.learning_rate=1e-4")
     value, _ = parse(text, origin)
-    at: Any = tree
+    section: Any = tree
     path: KeyPath = ()
     for i, part in enumerate(parts):
-        last = i == len(parts) - 1
+        is_last = i == len(parts) - 1
         step: str | int = part
-        if isinstance(at, list):
-            if not (part.isdigit() and int(part) < len(at)):
-                raise ConfigError(f"{origin}: {dotted(path)}a list of {len(at)} items, counted from 0 (value {part})")
+        if isinstance(section, list):
+            if not (part.isdigit() and int(part) < len(section)):
+                raise ConfigError(f"{origin}: {dotted(path)}a list of {len(section)} items, counted from 0 (value {part})")
             step = int(part)
-        elif not isinstance(at, dict):
-            raise ConfigError(f"{origin}: {dotted(path)}not a section, so it has no {part} (value {shown(at)})")
+        elif not isinstance(section, dict):
+            raise ConfigError(f"{origin}: {dotted(path)}not a section, so it has no {part} (value {shown(section)})")
         path = (*path, step)
-        if last:
-            at[step] = value
+        if is_last:
+            section[step] = value
         else:
-            if isinstance(at, dict) and at.get(part) is None:
-                at[part] = {}
+            if isinstance(section, dict) and section.get(part) is None:
+                section[part] = {}
                 origins[path] = origin
-            at = at[step]
+            section = section[step]
     # The override replaces everything below its key, so errors there no longer belong to lines of the file.
-    for below in [p for p in origins if p[: len(path)] == path]:
-        del origins[below]
+    for overridden in [p for p in origins if p[: len(path)] == path]:
+        del origins[overridden]
     origins[path] = origin
 
 
@@ -103,4 +104,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten nested sections to dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {path: x for key, below in tree.items() for path, x in flat(below, f"{prefix}.{key}" if prefix else key).items()}
+    flattened: dict[str, Any] = {}
+    for key, subtree in tree.items():
+        flattened |= flat(subtree, f"{prefix}.{key}" if prefix else key)
+    return flattened

@@ -193,9 +193,9 @@ def measured_matmul_flops(size: int = 1024) -> float:
         product = jax.jit(jnp.matmul)
         jax.block_until_ready(product(x, x))
         # The call above has compiled the product.
-        best = math.inf
+        best_seconds = math.inf
         for _ in range(3):
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             jax.block_until_ready(product(x, x))
-            best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best
+            best_seconds = min(best_seconds, time.perf_counter() - start_time)
+    return 2 * size**3 / best_seconds

@@ -28,22 +28,22 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     refuse_existing(path)  # fail before the work, not after it
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
     try:
-        yield beside
-        for entry in sorted(beside.rglob("*")):
+        yield unfinished
+        for entry in sorted(unfinished.rglob("*")):
             _sync(entry)
-        _sync(beside)
-        beside.chmod(0o777 & ~_umask())  # mkdtemp creates it for the owner only
+        _sync(unfinished)
+        unfinished.chmod(0o777 & ~_umask())  # mkdtemp creates it for the owner only
         refuse_existing(path)
-        os.rename(beside, path)
+        os.rename(unfinished, path)
         _sync(path.parent)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(errno.ENOSPC, f"No space left on device; {path} was not written") from error
         raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,15 +54,15 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically, like `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
+    unfinished = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
-        with beside.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(unfinished, path)
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:
@@ -72,7 +72,8 @@ def refuse_existing(path: Path) -> None:
         FileExistsError: `path` exists and is not an empty directory.
         ValueError: `path` is a URL.
     """
-    if (scheme := path.parts[0] if path.parts else "").endswith(":") and len(scheme) > 2:  # a Windows drive has one letter
+    scheme = path.parts[0] if path.parts else ""
+    if scheme.endswith(":") and len(scheme) > 2:  # a Windows drive has one letter
         raise ValueError(f"{path} is a URL where a folder is needed; write to a file system, and copy what is there")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already; remove it or choose another directory")

@@ -28,18 +28,21 @@ def check_host_memory(arrays: Any, whose: str) -> None:
         ValueError: the arrays do not fit.
     """
     mesh = jax.sharding.get_mesh()
-    here = available()
-    if here is None or mesh.local_devices[0].platform != "cpu":
+    available_bytes = available()
+    if available_bytes is None or mesh.local_devices[0].platform != "cpu":
         return
-    on_a_device = 0
+    bytes_per_device = 0
     for x in jax.tree.leaves(arrays):
-        shape = x.shape if x.sharding is None else NamedSharding(mesh, x.sharding.spec).shard_shape(x.shape)
-        on_a_device += math.prod(shape) * x.dtype.itemsize
-    if (needed := on_a_device * len(mesh.local_devices)) > here:
+        shape = x.shape
+        if x.sharding is not None:
+            shape = NamedSharding(mesh, x.sharding.spec).shard_shape(x.shape)
+        bytes_per_device += math.prod(shape) * x.dtype.itemsize
+    needed_bytes = bytes_per_device * len(mesh.local_devices)
+    if needed_bytes > available_bytes:
         raise ValueError(
-            f"{whose} needs {needed / 2**30:.3g} GiB of memory for its weights and what is kept beside them, and this machine has "
-            f"{here / 2**30:.3g} GiB available; use a machine with more, or several (`moe-train plan` counts them), or hold "
-            "what is frozen in fewer bits (lora.quantize)"
+            f"{whose} needs {needed_bytes / 2**30:.3g} GiB of memory for its weights and what is kept beside them, "
+            f"and this machine has {available_bytes / 2**30:.3g} GiB available; use a machine with more, "
+            "or several (`moe-train plan` counts them), or hold what is frozen in fewer bits (lora.quantize)"
         )
 
 
@@ -49,11 +52,11 @@ def available() -> int | None:
     None if the available memory is not known, as on other systems.
     """
     try:
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+        stated = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
     except OSError:  # not Linux
         return None
-    if found is None:
+    if stated is None:
         return None
     # A container's limit can be lower than what the host has available.
     limits = (Path(file).read_text(encoding="ascii").strip() for file in LIMITS if Path(file).is_file())
-    return min(int(found[1]) * 1024, *(int(limit) for limit in limits if limit.isdigit()), 2**62)
+    return min(int(stated[1]) * 1024, *(int(limit) for limit in limits if limit.isdigit()), 2**62)

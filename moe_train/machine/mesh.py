@@ -55,11 +55,14 @@ def join_processes() -> None:
             jax.distributed.initialize()
     except RuntimeError as error:
         raise RuntimeError(f"the processes of this job did not find each other: {error}") from error
-    index, count = jax.process_index(), jax.process_count()
+    index = jax.process_index()
+    count = jax.process_count()
     processes.first_alone_speaks(index)
     if count == 1:
         return
-    key, (store, address) = "moe_train/watch", (distributed.global_state.client, distributed.global_state.coordinator_address)
+    key = "moe_train/watch"
+    store = distributed.global_state.client
+    address = distributed.global_state.coordinator_address
     assert store is not None and address is not None
     if index == 0:
         store.key_value_set(key, processes.listen(count))
@@ -126,7 +129,8 @@ def slices_along(axis: str) -> int:
 
     Each slice must hold an equal, contiguous part of the axis; otherwise every device is counted as a slice of its own.
     """
-    mesh, size = get_concrete_mesh(), axis_size(axis)
+    mesh = get_concrete_mesh()
+    size = axis_size(axis)
     if mesh.empty or size == 1:
         return 1
     slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
@@ -162,8 +166,8 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
     def put(x: Any) -> jax.Array:
         # The global shape is given, not inferred: if `tensor` spans processes, JAX would silently treat their rows as equal.
-        whole = (x.shape[0] * jax.process_count(), *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x, whole)
+        global_shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, global_shape)
 
     return jax.tree.map(put, batch)
 
@@ -173,14 +177,16 @@ def check_rows(devices: np.ndarray) -> None:
     *_, context, tensor = devices.shape
     owners = np.array([device.process_index for device in devices.flat]).reshape(-1, context * tensor)
     if (owners != owners[:, :1]).any():
-        each = np.bincount(owners.reshape(-1)).max()
+        devices_per_process = np.bincount(owners.reshape(-1)).max()
         raise ValueError(
             f"mesh.context {context} x mesh.tensor {tensor} devices share a sequence, and are of several processes, which have "
-            f"{each} each; a process reads whole sequences: let context x tensor divide {each}"
+            f"{devices_per_process} each; a process reads whole sequences: let context x tensor divide {devices_per_process}"
         )
 
 
 def platform() -> str:
     """Return the platform of the mesh in force ("cpu", "tpu", "gpu"); its devices need not be attached to this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None and device.platform else jax.default_backend()
+    if device is not None and device.platform:
+        return device.platform
+    return jax.default_backend()

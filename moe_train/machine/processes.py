@@ -69,20 +69,25 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         ValueError: one of these variables is missing or is not a number.
     """
     if env.get("JAX_NUM_PROCESSES") == "auto":
-        if also := [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]:
-            raise ValueError(f"JAX_NUM_PROCESSES is auto, but {also[0]} is {env[also[0]]!r}; unset it, or state the number")
+        conflicting = [name for name in (_OF_JAX[0], _OF_JAX[2]) if name in env]
+        if conflicting:
+            raise ValueError(
+                f"JAX_NUM_PROCESSES is auto, but {conflicting[0]} is {env[conflicting[0]]!r}; unset it, or state the number"
+            )
         return Found()
     if any(name in env for name in _OF_JAX):
-        _need(env, _OF_JAX, "of {there} set, all three or none have to be")
-        count, index = _number(env, "JAX_NUM_PROCESSES"), _number(env, "JAX_PROCESS_ID")
+        _require_variables(env, _OF_JAX, "of {there} set, all three or none have to be")
+        count = _number(env, "JAX_NUM_PROCESSES")
+        index = _number(env, "JAX_PROCESS_ID")
         address = env["JAX_COORDINATOR_ADDRESS"]
         if not re.fullmatch(r".+:\d{1,5}", address):
             raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it has to be HOST:PORT of the first process")
         if not 0 <= index < count:
             raise ValueError(f"JAX_PROCESS_ID is {index}, and there are {count} processes (JAX_NUM_PROCESSES); they count from 0")
         return Job(address, count, index) if count > 1 else None
-    if "SLURM_STEP_NUM_TASKS" in env and (count := _number(env, "SLURM_STEP_NUM_TASKS")) > 1:
-        _need(env, _OF_SLURM, "srun sets it; start the processes with srun")
+    count = _number(env, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in env else 1
+    if count > 1:
+        _require_variables(env, _OF_SLURM, "srun sets it; start the processes with srun")
         # JAX's own rule: with one task per host a task has all devices of its host, otherwise one device.
         spread = set(re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")) == {"1"}
         local = None if spread else (_number(env, "SLURM_LOCALID"),)
@@ -94,10 +99,11 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
     return Found() if "," in hosts or slices > 1 else None
 
 
-def _need(env: Mapping[str, str], names: tuple[str, ...], why: str) -> None:
-    if missing := [name for name in names if name not in env]:
-        there = ", ".join(name for name in names if name in env)
-        raise ValueError(f"{' and '.join(missing)} is missing in the environment: {why.format(there=there)}")
+def _require_variables(env: Mapping[str, str], names: tuple[str, ...], why: str) -> None:
+    missing = [name for name in names if name not in env]
+    if missing:
+        present = ", ".join(name for name in names if name in env)
+        raise ValueError(f"{' and '.join(missing)} is missing in the environment: {why.format(there=present)}")
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
@@ -119,7 +125,8 @@ class _Watch:
     """Connections of this process: the first process has one to every other process, each other process one to the first."""
 
     def __init__(self) -> None:
-        self.index, self.count = 0, 1
+        self.index = 0
+        self.count = 1
         self.peers: list[socket.socket] = []
         self.threads: list[threading.Thread] = []
         self.left = False
@@ -139,14 +146,14 @@ def listen(count: int) -> str:
     """
     _watch.count = count
     password = secrets.token_hex(16)
-    both = socket.has_dualstack_ipv6()
-    server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    dual_stack = socket.has_dualstack_ipv6()
+    server = socket.create_server(("", 0), family=socket.AF_INET6 if dual_stack else socket.AF_INET, dualstack_ipv6=dual_stack)
 
     def accept() -> None:
         awaited = set(range(1, count))
         while awaited:
             peer, _ = server.accept()
-            index = _introduced(peer, password)
+            index = _authenticate(peer, password)
             if index in awaited:
                 awaited.remove(index)
                 _start(index, peer)
@@ -158,17 +165,17 @@ def listen(count: int) -> str:
     return f"{server.getsockname()[1]} {password}"
 
 
-def _introduced(peer: socket.socket, password: str) -> int | None:
+def _authenticate(peer: socket.socket, password: str) -> int | None:
     """Return the index of a peer that knows the password; None for anybody else, and after a few seconds of silence."""
     peer.settimeout(STRANGER_SECONDS)
     try:
-        said = peer.recv(len(password) + _NUMBER.size, socket.MSG_WAITALL)
+        greeting = peer.recv(len(password) + _NUMBER.size, socket.MSG_WAITALL)
     except OSError:
         return None
-    if not secrets.compare_digest(said[: -_NUMBER.size], password.encode()):
+    if not secrets.compare_digest(greeting[: -_NUMBER.size], password.encode()):
         return None
     peer.settimeout(None)
-    return int(_NUMBER.unpack(said[-_NUMBER.size :])[0])
+    return int(_NUMBER.unpack(greeting[-_NUMBER.size :])[0])
 
 
 def connect(host: str, invitation: str, index: int, count: int) -> None:
@@ -180,7 +187,8 @@ def connect(host: str, invitation: str, index: int, count: int) -> None:
         index: index of this process.
         count: number of processes.
     """
-    _watch.index, _watch.count = index, count
+    _watch.index = index
+    _watch.count = count
     port, password = invitation.split()
     peer = socket.create_connection((host, int(port)), timeout=60)
     peer.settimeout(None)
@@ -243,35 +251,35 @@ def _start(index: int, peer: socket.socket) -> None:
         if hasattr(socket, option):  # some systems lack it
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     _watch.peers.append(peer)
-    thread = threading.Thread(target=_follow, args=(index, peer), daemon=True)
+    thread = threading.Thread(target=_await_peer, args=(index, peer), daemon=True)
     _watch.threads.append(thread)
     thread.start()
 
 
-def _follow(index: int, peer: socket.socket) -> None:
+def _await_peer(index: int, peer: socket.socket) -> None:
     """Wait until a peer leaves, and end this process if the peer is lost or has failed.
 
     After a failure of the peer this process first gets some time to report its own error.
     """
     try:
-        said = peer.recv(_NUMBER.size, socket.MSG_WAITALL)
+        message = peer.recv(_NUMBER.size, socket.MSG_WAITALL)
     except OSError:
-        said = b""
+        message = b""
     if _watch.left:
         return
     who = f"process {index} of {_watch.count}"
-    if len(said) < _NUMBER.size:
-        _give_up(f"{who} was lost; what is saved stays: start again to continue", UNFINISHED)
-    elif code := _NUMBER.unpack(said)[0]:
+    if len(message) < _NUMBER.size:
+        _stop_process(f"{who} was lost; what is saved stays: start again to continue", UNFINISHED)
+    elif code := _NUMBER.unpack(message)[0]:
         if code != UNFINISHED:
             time.sleep(GRACE_SECONDS)
-        _give_up(f"{who} has stopped with exit code {code}, and says why", code)
+        _stop_process(f"{who} has stopped with exit code {code}, and says why", code)
 
 
-def _give_up(said: str, code: int) -> None:
+def _stop_process(reason: str, code: int) -> None:
     if _watch.left:
         return
-    os.write(2, f"moe-train: {said}\n".encode())
+    os.write(2, f"moe-train: {reason}\n".encode())
     # `end` joins the threads of the watch, and a thread cannot join itself.
     _watch.threads.remove(threading.current_thread())
     end(code)

@@ -60,12 +60,14 @@ def counted(what: str, total: int, unit: str = "") -> Callable[[int], None]:
         unit: unit of the amounts.
     """
     # The listener is looked up now: threads that are started later do not see this thread's context variable.
-    listener, lock, done = _listener.get(), threading.Lock(), 0
+    listener = _listener.get()
+    lock = threading.Lock()
+    done = 0
 
-    def add(more: int) -> None:
+    def add(amount: int) -> None:
         nonlocal done
         with lock:
-            done += more
+            done += amount
             if listener is not None:
                 listener(Progress(what, done, total, unit))
 

@@ -33,8 +33,9 @@ class ProgressBar:
 
     def show(self, now: progress.Progress) -> None:
         """Draw the progress of some work. A report of other work, or of a smaller amount, restarts the line."""
-        before, self._shown = self._shown, now
-        if before is None or before.what != now.what or before.done > now.done:
+        previous = self._shown
+        self._shown = now
+        if previous is None or previous.what != now.what or previous.done > now.done:
             description = f"{self._title}: {now.what}" if now.what else self._title
             self._bar.reset(self._task, total=now.total, completed=now.done, description=description)
         self._bar.update(self._task, total=now.total, completed=now.done, amount=_amount(now), detail=now.detail)

@@ -80,19 +80,20 @@ def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[s
             )
         choice = search.compiled(search.model_choice(run, topology), topology)
         return Answer(topology, choice, [choice], 1, int(choice.fits), dollars, priced)
-    given = search.model_choice(run, topology) if fits_topology else None
-    found, faults = search.choices(run, topology, options.free_batch)
-    if not found:
-        fault = _commonest(faults, run, topology)
+    stated_choice = search.model_choice(run, topology) if fits_topology else None
+    modelled, faults = search.choices(run, topology, options.free_batch)
+    if not modelled:
+        fault = _most_common_fault(faults, run, topology)
         raise ValueError(f"no mesh of {topology.name}'s {topology.num_devices} devices takes this run: {fault}")
-    considered, fitting = len(found), sum(choice.fits for choice in found)
+    considered = len(modelled)
+    fitting = sum(choice.fits for choice in modelled)
     if options.compile_best:
-        found = search.confirm(found, topology, options.compile_best, say, options.by)
-    best = search.best_of_meshes(found, options.by)
-    return Answer(topology, given, best, considered, fitting, dollars, priced)
+        modelled = search.confirm(modelled, topology, options.compile_best, say, options.by)
+    best = search.best_of_meshes(modelled, options.by)
+    return Answer(topology, stated_choice, best, considered, fitting, dollars, priced)
 
 
-def _commonest(faults: list[str], run: config.Run, topology: Topology) -> str:
+def _most_common_fault(faults: list[str], run: config.Run, topology: Topology) -> str:
     """Return the most common fault, or why no batch could be formed if no mesh was even tried."""
     if not faults:
         smallest = topology.num_devices if topology.num_slices == 1 else topology.num_slices

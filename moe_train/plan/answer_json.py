@@ -11,15 +11,16 @@ from moe_train.plan.search import Choice
 
 def as_json(answer: Answer) -> dict[str, Any]:
     """Return the whole answer: the topology, the price, and the best choice of each mesh."""
-    place, best = answer.topology, answer.best
+    topology = answer.topology
+    best = answer.best
     return {
         "topology": {
-            "name": place.name,
-            "device": place.device,
-            "slices": place.num_slices,
-            "chips": place.num_chips,
-            "devices": place.num_devices,
-            "hbm_bytes_per_device": search.device_limit(place),
+            "name": topology.name,
+            "device": topology.device,
+            "slices": topology.num_slices,
+            "chips": topology.num_chips,
+            "devices": topology.num_devices,
+            "hbm_bytes_per_device": search.device_limit(topology),
         },
         "price": {"dollars_per_chip_hour": answer.price, "source": answer.priced},
         "considered": answer.considered,
@@ -32,9 +33,11 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
     """Return one choice: its settings, its costs as modelled and as compiled, and why it is not the best."""
-    place, run, compiled = answer.topology, choice.run, choice.compiled
+    topology = answer.topology
+    run = choice.run
+    compiled = choice.compiled
     reference = answer.best
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "mesh": run.mesh.model_dump(),
         "transport": choice.transport,
         "remat": run.compute.remat,
@@ -43,7 +46,7 @@ def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
         "fits": choice.fits,
         "memory_bytes": {**choice.memory._asdict(), "total": choice.memory.total},
         "received_bytes": {"network": choice.work.network_bytes, "dcn": choice.work.dcn_bytes},
-        "received_bytes_per_token": choice.received_per_token(place.num_devices),
+        "received_bytes_per_token": choice.received_per_token(topology.num_devices),
         "flows": [flow._asdict() for flow in choice.flows],
         "model_flops": choice.work.model_flops,
         "flops": choice.work.flops,
@@ -51,13 +54,13 @@ def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
         "seconds": {**choice.time._asdict(), "step": choice.time.step},
         "binds": choice.time.binds,
         "tokens_per_second": choice.tokens_per_second,
-        "mfu": search.share_of_peak(choice, place),
-        "dollars_per_billion_tokens": search.dollars_per_billion(choice, place, answer.price),
+        "mfu": search.share_of_peak(choice, topology),
+        "dollars_per_billion_tokens": search.dollars_per_billion(choice, topology, answer.price),
         "compiled": None,
         "why_not": None if choice is reference else search.why(choice, reference or choice),
     }
     if compiled is not None:
-        found["compiled"] = {
+        record["compiled"] = {
             "bytes_per_device": compiled.bytes_per_device,
             "received_bytes": compiled.network_bytes,
             "seconds": compiled.compile_seconds,
@@ -65,5 +68,5 @@ def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
             "received_error": choice.received_error,
         }
     elif choice.refused is not None:
-        found["compiled"] = {"refused": choice.refused}
-    return found
+        record["compiled"] = {"refused": choice.refused}
+    return record

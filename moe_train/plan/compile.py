@@ -101,39 +101,40 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
         raise ValueError(f"init_from {run.init_from} is not here, and the architecture with it; state model as well")
     check_installed(topology)
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
-        asked.write_text(json.dumps({"run": run.model_dump(mode="json"), "topology": topology.name}), encoding="utf-8")
+        request_path = Path(folder, "asked.json")
+        reply_path = Path(folder, "answered.json")
+        request_path.write_text(json.dumps({"run": run.model_dump(mode="json"), "topology": topology.name}), encoding="utf-8")
         # -P and PYTHONPATH make the child import this package, whatever the working directory contains
-        command = [sys.executable, "-P", "-m", "moe_train.plan.compile", str(asked), str(answered)]
-        here = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-        done = subprocess.run(
+        command = [sys.executable, "-P", "-m", "moe_train.plan.compile", str(request_path), str(reply_path)]
+        python_path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+        process = subprocess.run(
             command,
-            env=os.environ | _environment(topology) | {"PYTHONPATH": here},
+            env=os.environ | _environment(topology) | {"PYTHONPATH": python_path},
             capture_output=True,
             text=True,
             timeout=timeout_seconds,
             check=False,
         )
-        if not answered.exists():
+        if not reply_path.exists():
             # The compiler aborted the process, so its last line is the only explanation.
-            last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-            raise ValueError(f"{topology.name}: the compiler gave up: {last[-1]}")
-        answer = json.loads(answered.read_text(encoding="utf-8"))
+            last_lines = [line for line in process.stderr.splitlines() if line.strip()] or [f"exit status {process.returncode}"]
+            raise ValueError(f"{topology.name}: the compiler gave up: {last_lines[-1]}")
+        answer = json.loads(reply_path.read_text(encoding="utf-8"))
     if "error" in answer:
         raise ValueError(f"{topology.name}: {answer['error']}")
     traffic = tuple(Traffic(**{**t, "axes": tuple(t["axes"])}) for t in answer.pop("traffic"))
-    return Compiled(**answer, traffic=traffic, warnings=_warnings(done.stderr))
+    return Compiled(**answer, traffic=traffic, warnings=_warnings(process.stderr))
 
 
 def check_installed(topology: Topology) -> None:
     """Raise ValueError if the compiler for `topology` is not installed."""
-    what, extra, modules = {
+    compiler, extra, modules = {
         "tpu": ("libtpu", "tpu", ("libtpu",)),
         "gpu": ("JAX's CUDA plugin", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
     }[topology.platform]
     if not any(importlib.util.find_spec(module) for module in modules):
         remedy = f"run: bash launch/install.sh {extra}, or plan with --no-compile"
-        raise ValueError(f"compiling for {topology.name} needs {what}, which is not here; {remedy}")
+        raise ValueError(f"compiling for {topology.name} needs {compiler}, which is not here; {remedy}")
 
 
 def _environment(topology: Topology) -> dict[str, str]:
@@ -145,10 +146,10 @@ def _environment(topology: Topology) -> dict[str, str]:
     return quiet
 
 
-def _warnings(said: str) -> tuple[str, ...]:
+def _warnings(stderr: str) -> tuple[str, ...]:
     """Return the distinct lines about memory or rematerialization, without their timestamps."""
-    found = (line for line in said.splitlines() if re.search(r"rematerializ|exceed|out of memory", line, re.IGNORECASE))
-    return tuple(dict.fromkeys(re.sub(r"^\S+ \S+ +\d+ (\S+\] )?", "", line) for line in found))
+    relevant_lines = (line for line in stderr.splitlines() if re.search(r"rematerializ|exceed|out of memory", line, re.IGNORECASE))
+    return tuple(dict.fromkeys(re.sub(r"^\S+ \S+ +\d+ (\S+\] )?", "", line) for line in relevant_lines))
 
 
 # --- in the process that compiles ----------------------------------------------------------------------------------
@@ -160,8 +161,8 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
         shape = f"1x{topology.num_slices}x{topology.chips_per_slice}"  # network partitions x hosts x GPUs per host
         target = gpu_targets.description(topology.device)
         return topologies.get_topology_desc("", platform="cuda", topology=shape, target_config=target).devices
-    several = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
-    return topologies.get_topology_desc(topology.slice_name, platform="tpu", **several).devices
+    slice_options = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
+    return topologies.get_topology_desc(topology.slice_name, platform="tpu", **slice_options).devices
 
 
 class AbstractStep(NamedTuple):
@@ -194,11 +195,12 @@ def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
 
 def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
     """Compile the training step of `run` for the devices of `mesh`, in this process."""
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with jax.set_mesh(mesh):
         program = compile_step(*abstract_step(run, mesh))
-    seconds = time.perf_counter() - begun
-    memory, text = program.memory_analysis(), program.as_text()
+    seconds = time.perf_counter() - start_time
+    memory = program.memory_analysis()
+    text = program.as_text()
     assert memory is not None and text is not None
     counts = hlo.read(text)
     return Compiled(
@@ -222,18 +224,18 @@ def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
         axes = axes_of(c.groups, mesh.shape)
         crosses = any(len({slices[device] for device in group}) > 1 for group in c.groups)
         total = sums.setdefault((c.kind, axes, c.dtype, crosses), [0, 0, 0])
-        more = (times, c.bytes * times, c.bytes * times if c.hidden_flops else 0)
-        total[:] = (a + b for a, b in zip(total, more, strict=True))
-    found = (Traffic(*of, int(n), received, overlapped) for of, (n, received, overlapped) in sums.items())
-    return tuple(sorted(found, key=lambda t: -t.bytes))
+        increment = (times, c.bytes * times, c.bytes * times if c.hidden_flops else 0)
+        total[:] = (a + b for a, b in zip(total, increment, strict=True))
+    flows = (Traffic(*key, int(n), received, overlapped) for key, (n, received, overlapped) in sums.items())
+    return tuple(sorted(flows, key=lambda t: -t.bytes))
 
 
-def _answer(asked: Path) -> dict[str, Any]:
+def _compile_request(request_path: Path) -> dict[str, Any]:
     """Compile what the request file asks for; returns the fields of `Compiled`, or {"error": message}."""
-    question = json.loads(asked.read_text(encoding="utf-8"))
-    run = config.Run.model_validate_json(json.dumps(question["run"]))
+    request = json.loads(request_path.read_text(encoding="utf-8"))
+    run = config.Run.model_validate_json(json.dumps(request["run"]))
     try:
-        answer = asdict(compile_on(run, make_mesh(run.mesh, devices_of(parse(question["topology"])))))
+        answer = asdict(compile_on(run, make_mesh(run.mesh, devices_of(parse(request["topology"])))))
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return {"error": str(error).splitlines()[0]}
     answer.pop("warnings")  # only the parent process sees the compiler's output
@@ -241,4 +243,4 @@ def _answer(asked: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(_answer(Path(sys.argv[1]))), encoding="utf-8")
+    Path(sys.argv[2]).write_text(json.dumps(_compile_request(Path(sys.argv[1]))), encoding="utf-8")

@@ -55,10 +55,12 @@ def _remedy(run: config.Run, device: jax.Device, limit: int) -> str:
     kind = chip_name(device)
     if kind not in DEVICES:
         return "use more devices, compute.remat full or more train.microbatches"
-    here = Topology(f"{jax.device_count()} x {kind}", "gpu" if device.platform == "gpu" else "tpu", kind, (jax.device_count(),), 1)
-    if here.devices_per_chip > 1:
-        here = Topology(here.name, here.platform, kind, (jax.device_count() // here.devices_per_chip,), 1)
-    nearest = search.nearest_that_fits(run, here, limit)
+    topology = Topology(
+        f"{jax.device_count()} x {kind}", "gpu" if device.platform == "gpu" else "tpu", kind, (jax.device_count(),), 1
+    )
+    if topology.devices_per_chip > 1:
+        topology = Topology(topology.name, topology.platform, kind, (jax.device_count() // topology.devices_per_chip,), 1)
+    nearest = search.nearest_that_fits(run, topology, limit)
     if nearest is None:
         return f"no mesh of the {jax.device_count()} devices here fits it: use more of them (`moe-train plan` says how many)"
     return "this fits: " + " ".join(f"{key}={value}" for key, value in search.changed(run, nearest.run).items())

@@ -27,7 +27,8 @@ class Gpu(NamedTuple):
     memory_bytes: int
 
 
-KIB, MIB = 2**10, 2**20
+KIB = 2**10
+MIB = 2**20
 GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 164 * KIB, 163 * KIB, 40 * MIB, 1.41, 2_039_000_000_000, 85_100_068_864),
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 228 * KIB, 227 * KIB, 50 * MIB, 1.98, 3_352_000_000_000, 84_942_979_072),

@@ -49,10 +49,10 @@ class Counts:
 
     def bytes_by(self, of: str) -> dict[str, float]:
         """Return received bytes grouped by an attribute of the collectives, `kind` or `dtype`."""
-        found: Counter[str] = Counter()
+        totals: Counter[str] = Counter()
         for collective, times in self.collectives.items():
-            found[getattr(collective, of)] += collective.bytes * times  # type: ignore[assignment]
-        return dict(found)
+            totals[getattr(collective, of)] += collective.bytes * times  # type: ignore[assignment]
+        return dict(totals)
 
 
 def read(text: str) -> Counts:
@@ -83,20 +83,22 @@ class _Module:
 
         It is the count that XLA states, or else the constant that the condition compares with; 1 if neither is known.
         """
-        known = re.search(r"known_trip_count\D*(\d+)", loop.attributes)
-        if known:
-            return int(known[1])
+        stated_count = re.search(r"known_trip_count\D*(\d+)", loop.attributes)
+        if stated_count:
+            return int(stated_count[1])
         return self._largest_constants[loop.called("condition")[0]] or 1
 
     def _largest_constant(self, name: str) -> int:
         """Return the largest integer constant of a computation and of those it calls; 0 if there is none."""
-        largest, todo, seen = 0, [name], set()
+        largest = 0
+        todo = [name]
+        visited = set()
         while todo:
-            now = todo.pop()
-            if now in seen or now not in self.computations:
+            current = todo.pop()
+            if current in visited or current not in self.computations:
                 continue
-            seen.add(now)
-            for i in self.computations[now]:
+            visited.add(current)
+            for i in self.computations[current]:
                 if i.opcode == "constant" and i.result.startswith(("s32[]", "s64[]", "u32[]")) and i.operands.isdigit():
                     largest = max(largest, int(i.operands))
                 todo += i.called("calls")
@@ -107,7 +109,8 @@ class _Walk:
     """One pass over the instructions of a computation, in scheduled order."""
 
     def __init__(self, module: _Module, name: str):
-        self._module, self._name = module, name
+        self._module = module
+        self._name = name
         self._shapes = {i.name: stated_shapes(i.result) for i in module.computations[name]}
         self._total = Counts()
         self._started: dict[str, tuple[Counter[Collective], float]] = {}
@@ -143,9 +146,9 @@ class _Walk:
             case "async-start" | "call-start":  # runs on another thread of the device
                 return self._add_calls(i)
             case "fusion" | "call":
-                before = self._total.flops
+                flops_before = self._total.flops
                 collectives = self._add_calls(i)
-                self._add_parts(collectives, self._total.flops - before)
+                self._add_parts(collectives, self._total.flops - flops_before)
             case "custom-call":
                 self._add_custom_call(i)
             case "dot":
@@ -159,9 +162,9 @@ class _Walk:
     def _add_conditional(self, i: Instruction) -> None:
         names = i.called("branch_computations", "true_computation", "false_computation")
         # The branch with the fewest bytes is taken as the usual one; the others are fallbacks.
-        least, *_, most = sorted((self._module.count(name) for name in names), key=lambda branch: branch.bytes)
-        self._total.add(least)
-        self._total.fallback_bytes += most.bytes - least.bytes
+        cheapest, *_, costliest = sorted((self._module.count(name) for name in names), key=lambda branch: branch.bytes)
+        self._total.add(cheapest)
+        self._total.fallback_bytes += costliest.bytes - cheapest.bytes
 
     def _add_calls(self, i: Instruction) -> Counter[Collective]:
         """Count what an instruction calls except its collectives, which are returned."""
@@ -181,9 +184,9 @@ class _Walk:
             if not c.chain:
                 self._total.collectives[c] += times
                 continue
-            before = self._chains[c.chain].hidden_flops if c.chain in self._chains else 0
+            earlier_flops = self._chains[c.chain].hidden_flops if c.chain in self._chains else 0
             # Matrix products of all parts run while the collective is in progress.
-            self._chains[c.chain] = replace(c, asynchronous=True, hidden_flops=before + flops, chain="")
+            self._chains[c.chain] = replace(c, asynchronous=True, hidden_flops=earlier_flops + flops, chain="")
 
     def _add_custom_call(self, i: Instruction) -> None:
         for name in i.called("calls", "to_apply", "called_computations"):

@@ -53,7 +53,10 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
         None if a group is a single device, or if every device of a permute keeps its data.
     """
     asynchronous = i.opcode.endswith("-start")
-    results = stated_shapes(second_element(i.result) if asynchronous and kind != "all-reduce" else i.result)
+    result_text = i.result
+    if asynchronous and kind != "all-reduce":
+        result_text = second_element(i.result)
+    results = stated_shapes(result_text)
     size = sum(s.bytes for s in results)
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes.split("source_target_pairs=")[1].split("}}")[0] + "}")
@@ -67,16 +70,19 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
     if kind == "ragged-all-to-all":
         size = min(size, operand_shapes(i, known)[0].bytes)
     if kind == "all-reduce" and scattered:
-        kind, size = "reduce-scatter", size / len(groups[0])
-    received = _received(kind, size, len(groups[0]))
+        kind = "reduce-scatter"
+        size = size / len(groups[0])
+    received = _received_bytes(kind, size, len(groups[0]))
     source = re.search(r'op_name="([^"]*)"', i.attributes)
     chain = re.search(r'chain_id="\w+"', i.attributes)
-    named = chain[0] if chain else ""
-    of = results[0]
-    return Collective(kind, of.dtype, of.dims, received, groups, asynchronous, 0, source[1] if source else "", named)
+    chain_name = chain[0] if chain else ""
+    first_result = results[0]
+    return Collective(
+        kind, first_result.dtype, first_result.dims, received, groups, asynchronous, 0, source[1] if source else "", chain_name
+    )
 
 
-def _received(kind: str, size: float, g: int) -> float:
+def _received_bytes(kind: str, size: float, g: int) -> float:
     """Return the bytes received by one of g devices for a result of `size` bytes."""
     return size * {"all-reduce": 2 * (g - 1) / g, "reduce-scatter": g - 1, "collective-permute": 1}.get(kind, (g - 1) / g)
 
@@ -94,11 +100,16 @@ def received_between_slices(i: Instruction) -> Collective | None:
     slices, places = (_numbers(text) for text in devices.groups())
     groups = tuple(tuple((s - slices[0]) * len(places) + place for s in slices) for place in places)
     result = stated_shapes(i.result)[0]
-    of = kind[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
-    return Collective(of, result.dtype, result.dims, _received(of, result.bytes, len(slices)), groups, True, 0, "")
+    collective_kind = kind[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    return Collective(
+        collective_kind, result.dtype, result.dims, _received_bytes(collective_kind, result.bytes, len(slices)), groups, True, 0, ""
+    )
 
 
 def _numbers(text: str) -> list[int]:
     """Expand ranges: `0:3,8` -> 0, 1, 2, 3, 8."""
-    ends = ([int(n) for n in part.split(":")] for part in text.split(","))
-    return [n for end in ends for n in range(end[0], end[-1] + 1)]
+    numbers: list[int] = []
+    for part in text.split(","):
+        ends = [int(n) for n in part.split(":")]
+        numbers += range(ends[0], ends[-1] + 1)
+    return numbers

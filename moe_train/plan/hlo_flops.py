@@ -15,7 +15,9 @@ def dot_flops(i: Instruction, known: ShapesByName) -> float:
     """Return the FLOPs of a `dot`: two for each entry of the result and of the contracted dims."""
     lhs = operand_shapes(i, known)[0]
     dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
-    depth = math.prod(lhs.dims[int(d)] for d in dims[1].split(",") if d) if dims else 1
+    depth = 1
+    if dims:
+        depth = math.prod(lhs.dims[int(d)] for d in dims[1].split(",") if d)
     return 2 * math.prod(stated_shapes(i.result)[0].dims) * depth
 
 
@@ -43,27 +45,31 @@ def convolution_flops(i: Instruction, known: ShapesByName) -> float:
     flops = 2 * out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")] * rhs.dims[labels[2].index("i")]
     spatial = sorted(c for c in labels[1] if c.isdigit())
     for n, label in enumerate(spatial):
-        entry = lambda key, default, n=n: stated[key].split("x")[n] if key in stated else default  # noqa: E731
-        low = int(entry("pad", "0_0").split("_")[0])
-        flops *= _meetings(
+        low = int(_window_entry(stated, "pad", n, "0_0").split("_")[0])
+        flops *= _count_tap_inputs(
             lhs.dims[labels[1].index(label)],
             out.dims[labels[3].index(label)],
-            int(entry("size", "1")),
-            int(entry("stride", "1")),
-            int(entry("lhs_dilate", "1")),
-            int(entry("rhs_dilate", "1")),
+            int(_window_entry(stated, "size", n, "1")),
+            int(_window_entry(stated, "stride", n, "1")),
+            int(_window_entry(stated, "lhs_dilate", n, "1")),
+            int(_window_entry(stated, "rhs_dilate", n, "1")),
             low,
         )
     groups = re.search(r"batch_group_count=(\d+)", i.attributes)
     return flops / (int(groups[1]) if groups else 1)
 
 
+def _window_entry(window: dict[str, str], key: str, dim: int, default: str) -> str:
+    """Return what a window states under `key` for one spatial dim, or the default."""
+    return window[key].split("x")[dim] if key in window else default
+
+
 @cache
-def _meetings(inputs: int, outputs: int, taps: int, stride: int, lhs_dilate: int, rhs_dilate: int, pad: int) -> int:
+def _count_tap_inputs(inputs: int, outputs: int, taps: int, stride: int, lhs_dilate: int, rhs_dilate: int, pad: int) -> int:
     """Count pairs (output, tap) along one spatial dim whose input exists, that is, is neither padding nor a dilation hole."""
-    met = 0
-    at = np.arange(outputs) * stride - pad
+    pairs = 0
+    starts = np.arange(outputs) * stride - pad
     for tap in range(taps):
-        place = at + tap * rhs_dilate
-        met += int(np.sum((place >= 0) & (place % lhs_dilate == 0) & (place // lhs_dilate < inputs)))
-    return met
+        positions = starts + tap * rhs_dilate
+        pairs += int(np.sum((positions >= 0) & (positions % lhs_dilate == 0) & (positions // lhs_dilate < inputs)))
+    return pairs

@@ -21,7 +21,12 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> float:
         """Size of the array; fractional for types of less than a byte."""
-        bits = 8 if self.dtype.startswith("f8") else 4 if self.dtype.startswith("f4") else _BITS[self.dtype]
+        if self.dtype.startswith("f8"):
+            bits = 8
+        elif self.dtype.startswith("f4"):
+            bits = 4
+        else:
+            bits = _BITS[self.dtype]
         return math.prod(self.dims) * bits / 8
 
 
@@ -40,8 +45,11 @@ class Instruction(NamedTuple):
 
     def called(self, *attributes: str) -> list[str]:
         """Return the names of the computations listed under these attributes."""
-        found = re.findall(rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
-        return [name.lstrip("%") for several, one in found for name in (several.split(", ") if several else [one])]
+        matches = re.findall(rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
+        names: list[str] = []
+        for listed, single in matches:
+            names += listed.split(", ") if listed else [single]
+        return [name.lstrip("%") for name in names]
 
 
 def num_instructions(text: str) -> int:
@@ -58,17 +66,18 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     Raises:
         ValueError: the text has no ENTRY computation.
     """
-    found: dict[str, list[Instruction]] = {}
-    entry, now = "", None
+    by_name: dict[str, list[Instruction]] = {}
+    entry = ""
+    current = None
     for line in text.splitlines():
         if not line.startswith(" ") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)):
-            now = found.setdefault(header[2], [])
+            current = by_name.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif now is not None and (instruction := _instruction(line)):
-            now.append(instruction)
+        elif current is not None and (instruction := _instruction(line)):
+            current.append(instruction)
     if not entry:
         raise ValueError("the text has no ENTRY computation; is it the text of an HLO module?")
-    return found, entry
+    return by_name, entry
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -77,16 +86,16 @@ def _instruction(line: str) -> Instruction | None:
     if not start:
         return None
     rest = line[start.end() :]
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
+    end = _closing_bracket(rest) + 1 if rest.startswith("(") else rest.find(" ")
     opcode = re.match(r" ?([\w\-]+)\(", rest[end:])
     if not opcode:
         return None
-    at = end + opcode.end() - 1
-    close = at + _closing(rest[at:])
-    return Instruction(start[1], rest[:end], opcode[1], rest[at + 1 : close], rest[close + 1 :])
+    opening = end + opcode.end() - 1
+    closing = opening + _closing_bracket(rest[opening:])
+    return Instruction(start[1], rest[:end], opcode[1], rest[opening + 1 : closing], rest[closing + 1 :])
 
 
-def _closing(text: str) -> int:
+def _closing_bracket(text: str) -> int:
     """Return the index of the bracket that closes the one `text` starts with."""
     depth = 0
     for bracket in re.finditer(r"[()]", text):
@@ -114,10 +123,12 @@ def second_element(result: str) -> str:
 
     The start of every collective except an all-reduce returns (operands, results, …).
     """
-    depth, parts, start = 0, [], 1
-    for at, c in enumerate(result):
+    depth = 0
+    parts = []
+    start = 1
+    for index, c in enumerate(result):
         depth += (c in "([{") - (c in ")]}")
         if (c == "," and depth == 1) or (c == ")" and depth == 0):
-            parts.append(result[start:at])
-            start = at + 1
+            parts.append(result[start:index])
+            start = index + 1
     return parts[1] if len(parts) > 1 else result

@@ -51,27 +51,32 @@ def memory(run: config.Run, laid: Layout) -> Memory:
         run: the resolved run.
         laid: the weights of the run with their shardings.
     """
-    model, sizes, shape = run.model, axis_sizes(run.mesh), shape_of(run)
+    model = run.model
+    sizes = axis_sizes(run.mesh)
+    shape = shape_of(run)
     bytes_per_token = sum(x.itemsize for x in objective_of(run.objective).batch_type.empty(1, 1))
-    M, b = run.train.microbatches, shape.itemsize
+    M = run.train.microbatches
+    b = shape.itemsize
     stacked = [w for w in laid.weights if w.path.in_layer]
     stacks = config.stacks(model)
     trained = [w for w in laid.weights if w.trainable]
 
-    gradients = sum(_in_lanes(w, sizes) for w in trained)
+    gradients = sum(_padded_bytes(w, sizes) for w in trained)
     layer = max(
-        _layer(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
+        _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
     )
-    loss = max(0, _loss(model, laid, sizes, shape) - gradients - layer)
+    loss = max(0, _loss_bytes(model, laid, sizes, shape) - gradients - layer)
     if M > 1:  # float32 copies of the sum so far and of the next summand
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
     saved = sum(stack.repeats for stack in stacks) * shape.tokens * model.model_dim * b  # inputs of each period
     if run.compute.remat == "minimal":
-        saved += sum(stack.num_layers * _named(model, stack.ffn, sizes, shape.in_layer(stack.ffn)) for stack in stacks)
+        saved += sum(
+            stack.num_layers * _named_activation_bytes(model, stack.ffn, sizes, shape.in_layer(stack.ffn)) for stack in stacks
+        )
     # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim does not fill whole lanes.
     saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
-    saved += sum(_in_lanes(w, sizes) for w in stacked if _is_narrow(w))
+    saved += sum(_padded_bytes(w, sizes) for w in stacked if _is_narrow(w))
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
         optimizer=laid.optimizer_bytes,
@@ -83,9 +88,11 @@ def memory(run: config.Run, laid: Layout) -> Memory:
     )
 
 
-def _in_lanes(w: Weight, sizes: dict[str, int]) -> int:
+def _padded_bytes(w: Weight, sizes: dict[str, int]) -> int:
     """Return the bytes of a weight of all layers, or of its gradient, in the padded layout that kernels use."""
-    return w.stored_bytes(sizes) * LANES // w.shape[-1] if _is_narrow(w) else w.stored_bytes(sizes)
+    if _is_narrow(w):
+        return w.stored_bytes(sizes) * LANES // w.shape[-1]
+    return w.stored_bytes(sizes)
 
 
 def _is_narrow(w: Weight) -> bool:
@@ -96,52 +103,67 @@ def _is_narrow(w: Weight) -> bool:
     return w.kind == "expert" and w.path.is_adapter and w.shape[-1] < LANES
 
 
-def _named(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: Shape) -> int:
+def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: Shape) -> int:
     """Return the bytes that remat `minimal` keeps per layer besides its input (`transformer.SAVED`)."""
-    m, b, t, D, a = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, model.attention
-    heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
-    kept = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
+    m = shape.tokens
+    b = shape.itemsize
+    t = sizes["tensor"]
+    D = model.model_dim
+    a = model.attention
+    heads = a.num_heads * a.head_dim // t
+    keys = a.num_kv_heads * a.head_dim // t
+    saved = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
     f = ffn.ffn_dim // t
     if not isinstance(ffn, config.MoeFfn):
-        return kept + m * 2 * f * b
-    kept += m * ffn.num_experts * 4 + 2 * m * ffn.experts_per_token * 4
+        return saved + m * 2 * f * b
+    saved += m * ffn.num_experts * 4 + 2 * m * ffn.experts_per_token * 4
     if not shape.recomputes_experts:
-        kept += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
-    return kept + m * 2 * f * ffn.num_shared_experts * b
+        saved += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
+    return saved + m * 2 * f * ffn.num_shared_experts * b
 
 
-def _layer(
+def _layer_bytes(
     run: config.Run, model: config.Model, ffn: config.Ffn, stacked: list[Weight], sizes: dict[str, int], shape: Shape
 ) -> int:
     """Return the bytes that the backward pass of one period of layers of one stack needs at its peak.
 
     Saved activations and gradients are not included.
     """
-    m, b, t, D, R = shape.tokens, shape.itemsize, sizes["tensor"], model.model_dim, shape.rows
-    a, f = model.attention, ffn.ffn_dim // sizes["tensor"]
-    over = ("fsdp", "expert")
-    gathered = sum(
-        w.elements(sizes, over) * b for w in stacked if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter
-    )
+    m = shape.tokens
+    b = shape.itemsize
+    t = sizes["tensor"]
+    D = model.model_dim
+    R = shape.rows
+    a = model.attention
+    f = ffn.ffn_dim // sizes["tensor"]
+    gather_axes = ("fsdp", "expert")
+    gathered = 0
+    for w in stacked:
+        if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter:
+            gathered += w.elements(sizes, gather_axes) * b
     if isinstance(ffn, config.MoeFfn):
         matrices = [w for w in stacked if w.kind == "expert" and not w.path.is_adapter and w.path.part != "scales"]
         per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in matrices}
-        experts = whole = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
+        gathered_experts = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
+        experts = gathered_experts
         if shape.recomputes_experts and any(w.trainable for w in matrices):  # their gradients are summed over chunks
-            experts += whole
+            experts += gathered_experts
         if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
-            experts += whole // 3 // b
-        products, inputs = R * f * b, R * D * b * (3 if shape.recomputes_experts else 2)
+            experts += gathered_experts // 3 // b
+        products = R * f * b
+        inputs = R * D * b * (3 if shape.recomputes_experts else 2)
         if shape.transport == "all_gather":
             inputs += sizes["expert"] * m * D * b
     else:
         linear = [w for w in stacked if w.kind == "linear" and w.path.is_ffn]
-        mine = [w for w in linear if not w.path.is_adapter and w.path.part != "scales"]
-        per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in mine}
-        experts = sum(w.elements(sizes, over) * per_code[w.path] * b for w in mine)
-        products, inputs = m * f * b, m * D * b
+        ffn_matrices = [w for w in linear if not w.path.is_adapter and w.path.part != "scales"]
+        per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in ffn_matrices}
+        experts = sum(w.elements(sizes, gather_axes) * per_code[w.path] * b for w in ffn_matrices)
+        products = m * f * b
+        inputs = m * D * b
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
-    heads, keys = a.num_heads * a.head_dim // t, a.num_kv_heads * a.head_dim // t
+    heads = a.num_heads * a.head_dim // t
+    keys = a.num_kv_heads * a.head_dim // t
     attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * D * b
     # The product of gate and up involves six arrays in the backward pass (both, their product, and the gradient of each);
     # three of them reuse the space of the others, unless adapters need them again.
@@ -153,9 +175,10 @@ def _is_nf4(run: config.Run) -> bool:
     return run.lora is not None and isinstance(run.lora.quantize, config.Nf4)
 
 
-def _loss(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
+def _loss_bytes(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
     """Return the bytes of the head in compute dtype, its float32 gradient if trained, a chunk of logits, and the hidden states."""
-    v, D = model.vocab_size // sizes["tensor"], model.model_dim
+    v = model.vocab_size // sizes["tensor"]
+    D = model.model_dim
     tables = [w for w in laid.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
     trained = any(w.trainable for w in tables)
     rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))

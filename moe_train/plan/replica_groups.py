@@ -21,8 +21,8 @@ def axes_of(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
         mesh: {axis: size}, with the last axis varying fastest.
     """
     shape = tuple(mesh.values())
-    places = np.stack(np.unravel_index(np.array(groups[0]), shape))
-    return tuple(axis for axis, along in zip(mesh, places, strict=True) if len(set(along.tolist())) > 1)
+    coordinates = np.stack(np.unravel_index(np.array(groups[0]), shape))
+    return tuple(axis for axis, indices in zip(mesh, coordinates, strict=True) if len(set(indices.tolist())) > 1)
 
 
 def replica_groups(attributes: str) -> Groups:
@@ -38,8 +38,8 @@ def _read_groups(text: str) -> Groups:
     if text.startswith("mesh"):
         return _groups_of_mesh(text)
     if "<=" in text:
-        shape, of = text.split("<=")
-        return _tuples(_iota(of).reshape([int(n) for n in re.findall(r"\d+", shape)]))
+        shape, iota = text.split("<=")
+        return _tuples(_iota(iota).reshape([int(n) for n in re.findall(r"\d+", shape)]))
     return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", text))
 
 
@@ -51,7 +51,8 @@ def _groups_of_mesh(text: str) -> Groups:
     stated = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? ?\{(.*?)\}", text)
     assert stated, text
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", stated[1])}
-    names, chosen = list(sizes), re.findall(r"'(\w+)'", stated[3])
+    names = list(sizes)
+    chosen = re.findall(r"'(\w+)'", stated[3])
     assert set(chosen) <= set(names), text
     ids = _iota(stated[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
     order = [name for name in names if name not in chosen] + chosen

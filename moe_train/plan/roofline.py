@@ -78,22 +78,31 @@ def work(run: config.Run, laid: Layout, flows: list[Flow], topology: Topology) -
         flows: the collectives of a step, as modelled by `traffic.flows`.
         topology: decides which bytes cross slices.
     """
-    train, model, shape = run.train, run.model, shape_of(run)
+    train = run.train
+    model = run.model
+    shape = shape_of(run)
     tokens = train.batch_size * train.seq_len / topology.num_devices
     trained = laid.trainable if run.lora is not None else None
-    useful = tokens * flops_per_token(model, train.seq_len, trained)
-    again = tokens * _recomputed(run, model, shape)
-    far = [_far(flow, axis_sizes(run.mesh), topology.devices_per_slice) for flow in flows]
-    near = sum(flow.bytes for flow in flows) - sum(far)
-    return Work(useful, useful + again, _hbm_bytes(run, model, laid, shape), near, sum(far))
+    model_flops = tokens * flops_per_token(model, train.seq_len, trained)
+    recomputed_flops = tokens * _recomputed_flops(run, model, shape)
+    bytes_from_outside = [_bytes_between_slices(flow, axis_sizes(run.mesh), topology.devices_per_slice) for flow in flows]
+    bytes_inside = sum(flow.bytes for flow in flows) - sum(bytes_from_outside)
+    return Work(
+        model_flops=model_flops,
+        flops=model_flops + recomputed_flops,
+        hbm_bytes=_hbm_bytes(run, model, laid, shape),
+        network_bytes=bytes_inside,
+        dcn_bytes=sum(bytes_from_outside),
+    )
 
 
-def _recomputed(run: config.Run, model: config.Model, shape: Shape) -> float:
+def _recomputed_flops(run: config.Run, model: config.Model, shape: Shape) -> float:
     """Return the FLOPs per token that are computed again in the backward pass.
 
     With remat `full` it is the layers' whole forward pass, otherwise that of experts whose transport recomputes them.
     """
-    D, V = model.model_dim, model.vocab_size
+    D = model.model_dim
+    V = model.vocab_size
     if run.compute.remat == "full":
         return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
     if isinstance(model.ffn, config.MoeFfn) and shape.recomputes_experts:
@@ -108,22 +117,27 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
     read. Activations are the operands and results of a layer's products, counted three times (forward and both gradients), and
     once more if recomputed. The update reads gradients, and reads and writes weights and moments.
     """
-    sizes, M, b = axis_sizes(run.mesh), run.train.microbatches, shape.itemsize
-    again = 1 if run.compute.remat == "full" else 0
+    sizes = axis_sizes(run.mesh)
+    M = run.train.microbatches
+    b = shape.itemsize
+    recomputations = 1 if run.compute.remat == "full" else 0
     total = 0.0
     for w in laid.weights:
-        whole = w.layers * w.elements(sizes, ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")) * min(b, w.itemsize)
-        total += M * whole * (2 + 2 + again + (3 if w.trainable else 0))
+        weight_bytes = w.layers * w.elements(sizes, ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")) * min(b, w.itemsize)
+        total += M * weight_bytes * (2 + 2 + recomputations + (3 if w.trainable else 0))
         total += 3 * w.stored_bytes(sizes) if w.trainable else 0
     total += 2 * laid.optimizer_bytes
-    a, t, D, m = model.attention, sizes["tensor"], model.model_dim, shape.tokens
+    a = model.attention
+    t = sizes["tensor"]
+    D = model.model_dim
+    m = shape.tokens
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim // t
     layers = 0
     for stack in config.stacks(model):
         ffn = stack.ffn  # rows per device, assuming balanced routing
         rows = m * (ffn.experts_per_token + ffn.num_shared_experts) if isinstance(ffn, config.MoeFfn) else m
         layers += stack.num_layers * (m * (2 * heads + 6 * D) * b + rows * (4 * ffn.ffn_dim // t + 4 * D) * b)
-    return total + M * layers * (3 + again) + M * 3 * m * (model.vocab_size // t) * 4
+    return total + M * layers * (3 + recomputations) + M * 3 * m * (model.vocab_size // t) * 4
 
 
 def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, device: Device) -> Time:
@@ -136,20 +150,21 @@ def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, dev
         topology: decides which bytes cross slices.
         device: a chip. If JAX sees a chip as two devices, each has half of its rates.
     """
-    share, sizes = topology.devices_per_chip, axis_sizes(run.mesh)
-    near = {True: 0.0, False: 0.0}
-    far = {True: 0.0, False: 0.0}
+    share = topology.devices_per_chip
+    sizes = axis_sizes(run.mesh)
+    inside_seconds = {True: 0.0, False: 0.0}
+    outside_seconds = {True: 0.0, False: 0.0}
     for flow in flows:
-        outside = _far(flow, sizes, topology.devices_per_slice)
-        near[flow.overlaps] += (flow.bytes - outside) / (_bandwidth(flow, sizes, topology, device) / share)
-        far[flow.overlaps] += outside / (device.dcn_bandwidth / share)
+        outside_bytes = _bytes_between_slices(flow, sizes, topology.devices_per_slice)
+        inside_seconds[flow.overlaps] += (flow.bytes - outside_bytes) / (_bandwidth(flow, sizes, topology, device) / share)
+        outside_seconds[flow.overlaps] += outside_bytes / (device.dcn_bandwidth / share)
     return Time(
         compute=work.flops / (device.flops[run.compute.dtype] / share),
         hbm=work.hbm_bytes / (device.hbm_bandwidth / share),
-        network=near[True],
-        waited=near[False],
-        dcn=far[True],
-        dcn_waited=far[False],
+        network=inside_seconds[True],
+        waited=inside_seconds[False],
+        dcn=outside_seconds[True],
+        dcn_waited=outside_seconds[False],
     )
 
 
@@ -174,7 +189,7 @@ def _bandwidth(flow: Flow, sizes: dict[str, int], topology: Topology, device: De
     return bandwidth
 
 
-def _far(flow: Flow, sizes: dict[str, int], devices_per_slice: int) -> float:
+def _bytes_between_slices(flow: Flow, sizes: dict[str, int], devices_per_slice: int) -> float:
     """Return the part of a flow's bytes that comes from other slices.
 
     Devices are laid out with `data` outermost and `tensor` innermost. A gather or sum over g devices in o slices works inside
@@ -184,10 +199,10 @@ def _far(flow: Flow, sizes: dict[str, int], devices_per_slice: int) -> float:
     last = flow.axis.split("+")[-1]
     inner = math.prod(sizes[axis] for axis in AXES[AXES.index(last) + 1 :])
     g = math.prod(sizes[axis] for axis in flow.axis.split("+"))
-    here = max(1, min(g, devices_per_slice // inner))
-    if here == g:
+    group_in_slice = max(1, min(g, devices_per_slice // inner))
+    if group_in_slice == g:
         return 0.0
     if flow.kind.endswith("all-to-all"):
-        return flow.bytes * (g - here) / (g - 1)
-    slices = g // here
-    return flow.bytes * ((slices - 1) / slices / here) / ((g - 1) / g)
+        return flow.bytes * (g - group_in_slice) / (g - 1)
+    slices = g // group_in_slice
+    return flow.bytes * ((slices - 1) / slices / group_in_slice) / ((g - 1) / g)

@@ -103,11 +103,11 @@ def model_choice(run: config.Run, topology: Topology) -> Choice:
         # Resolved here for the topology's platform; later it would be resolved for this process's.
         transport = shape_of(run, topology.platform).transport
         run = run.model_copy(update={"compute": run.compute.model_copy(update={"transport": transport})})
-    laid = layout(run)
-    moved = flows(run, laid, topology.platform)
-    done = work(run, laid, moved, topology)
-    spent = time(done, moved, run, topology, DEVICES[topology.device])
-    return Choice(run, memory(run, laid), moved, done, spent, device_limit(topology))
+    weight_layout = layout(run)
+    transfers = flows(run, weight_layout, topology.platform)
+    step_work = work(run, weight_layout, transfers, topology)
+    duration = time(step_work, transfers, run, topology, DEVICES[topology.device])
+    return Choice(run, memory(run, weight_layout), transfers, step_work, duration, device_limit(topology))
 
 
 def meshes(run: config.Run, topology: Topology) -> Iterator[config.Mesh]:
@@ -143,8 +143,8 @@ def batches(run: config.Run, mesh: config.Mesh, free: bool) -> Iterator[tuple[in
     if free:
         yield from ((replicas * 2**i, 1) for i in range(LARGEST_BATCH.bit_length()))
         return
-    sequences, rest = divmod(run.train.batch_size, replicas)
-    if rest == 0:
+    sequences, remainder = divmod(run.train.batch_size, replicas)
+    if remainder == 0:
         yield from ((run.train.batch_size, m) for m in range(1, sequences + 1) if sequences % m == 0)
 
 
@@ -154,21 +154,22 @@ def choices(run: config.Run, topology: Topology, free_batch: bool = False) -> tu
     Returns:
         (the choices that are possible, the faults of those that are not).
     """
-    found, faults = [], []
+    possible = []
+    faults = []
     for mesh in meshes(run, topology):
         transports = transports_of(topology.platform) if mesh.expert > 1 else ("auto",)
         for transport, remat in itertools.product(transports, ("full", "minimal")):
             compute = run.compute.model_copy(update={"transport": transport, "remat": remat})
             for batch_size, microbatches in batches(run, mesh, free_batch):
                 train = run.train.model_copy(update={"batch_size": batch_size, "microbatches": microbatches})
-                here = run.model_copy(update={"mesh": mesh, "compute": compute, "train": train})
+                candidate = run.model_copy(update={"mesh": mesh, "compute": compute, "train": train})
                 try:
-                    config.check_model(here, run.model)
-                    config.check_batch(here)
-                    found.append(model_choice(here, topology))
+                    config.check_model(candidate, run.model)
+                    config.check_batch(candidate)
+                    possible.append(model_choice(candidate, topology))
                 except ValueError as fault:
                     faults.append(str(fault))
-    return found, faults
+    return possible, faults
 
 
 By = Literal["speed", "bytes"]
@@ -183,22 +184,24 @@ def ranked(found: list[Choice], by: By = "speed") -> list[Choice]:
     """
 
     def order(choice: Choice) -> tuple[Any, ...]:
-        moved = choice.received / choice.tokens
+        bytes_per_token = choice.received / choice.tokens
         if not choice.fits:
             return True, choice.bytes_per_device
         # Three digits: nearly equal speeds count as a tie, which the received bytes then decide.
         speed = -float(f"{choice.tokens_per_second:.3g}")
-        return (False, speed, moved, choice.memory.total) if by == "speed" else (False, moved, speed, choice.memory.total)
+        if by == "speed":
+            return False, speed, bytes_per_token, choice.memory.total
+        return False, bytes_per_token, speed, choice.memory.total
 
     return sorted(found, key=order)
 
 
 def best_of_meshes(found: list[Choice], by: By = "speed") -> list[Choice]:
     """Return the best choice of each mesh, best first."""
-    first: dict[config.Mesh, Choice] = {}
+    best_by_mesh: dict[config.Mesh, Choice] = {}
     for choice in ranked(found, by):
-        first.setdefault(choice.run.mesh, choice)
-    return list(first.values())
+        best_by_mesh.setdefault(choice.run.mesh, choice)
+    return list(best_by_mesh.values())
 
 
 def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[str], None], by: By = "speed") -> list[Choice]:
@@ -214,16 +217,17 @@ def confirm(found: list[Choice], topology: Topology, count: int, say: Callable[[
     Returns:
         All of `found`, ranked again with the compiler's figures.
     """
-    order, confirmed = ranked(found, by), 0
-    done: list[Choice] = []
+    order = ranked(found, by)
+    confirmed = 0
+    compiled_choices: list[Choice] = []
     for choice in order:
         if confirmed == count or not choice.fits:
             break
         say(f"compiling {in_words(choice.run.mesh)} for {topology.name} …")
         choice = compiled(choice, topology)
         confirmed += choice.fits
-        done.append(choice)
-    return ranked([*done, *order[len(done) :]], by)
+        compiled_choices.append(choice)
+    return ranked([*compiled_choices, *order[len(compiled_choices) :]], by)
 
 
 def compiled(choice: Choice, topology: Topology) -> Choice:
@@ -242,7 +246,7 @@ def why(choice: Choice, best: Choice) -> str:
     if choice.refused is not None:
         return f"the compiler refuses it: {choice.refused}"
     if not choice.fits:
-        return f"does not fit: {_gib(choice.bytes_per_device)} of {_gib(choice.limit)} GiB, {_largest(choice.memory)}"
+        return f"does not fit: {_gib(choice.bytes_per_device)} of {_gib(choice.limit)} GiB, {_largest_part(choice.memory)}"
     slower = best.tokens_per_second / choice.tokens_per_second - 1
     ratio = choice.received / choice.tokens / max(best.received / best.tokens, 1e-9)
     if slower < -0.005:
@@ -252,7 +256,7 @@ def why(choice: Choice, best: Choice) -> str:
     return f"{slower:.0%} slower, {ratio:.2f} x the bytes"
 
 
-def _largest(memory: Memory) -> str:
+def _largest_part(memory: Memory) -> str:
     name, size = max(memory._asdict().items(), key=lambda part: part[1])
     return f"{_gib(size)} of it {NAMES[name]}"
 
@@ -283,8 +287,8 @@ def nearest_that_fits(run: config.Run, topology: Topology, limit: int) -> Choice
 
     Choices are compared by the number of settings that differ from the run's, then by speed.
     """
-    found, _ = choices(run, topology)
-    fitting = [choice for choice in found if choice.memory.total <= limit]
+    possible, _ = choices(run, topology)
+    fitting = [choice for choice in possible if choice.memory.total <= limit]
     return min(fitting, key=lambda c: (len(changed(run, c.run)), -c.tokens_per_second), default=None)
 
 
@@ -302,21 +306,21 @@ def smallest_that_fits(run: config.Run, topology: Topology, chips: int = 4096) -
         (the topology, the choice), or None if no topology of up to `chips` chips fits.
     """
     for name in larger(topology, chips):
-        place = parse(name)
-        for mesh in meshes(run.model_copy(update={"mesh": config.Mesh()}), place):
-            if mesh.data > place.num_slices or mesh.tensor > 1:
+        candidate_topology = parse(name)
+        for mesh in meshes(run.model_copy(update={"mesh": config.Mesh()}), candidate_topology):
+            if mesh.data > candidate_topology.num_slices or mesh.tensor > 1:
                 continue
             batch = {"batch_size": mesh.data * mesh.fsdp * mesh.expert, "microbatches": 1}
             compute = run.compute.model_copy(update={"transport": "auto", "remat": "full"})
             train = run.train.model_copy(update=batch)
-            here = run.model_copy(update={"mesh": mesh, "compute": compute, "train": train})
+            candidate = run.model_copy(update={"mesh": mesh, "compute": compute, "train": train})
             try:
-                config.check_model(here, run.model)
-                choice = model_choice(here, place)
+                config.check_model(candidate, run.model)
+                choice = model_choice(candidate, candidate_topology)
             except ValueError:
                 continue
             if choice.fits:
-                return place, choice
+                return candidate_topology, choice
     return None
 
 
@@ -334,13 +338,14 @@ def larger(topology: Topology, chips: int) -> list[str]:
 
 def changed(run: config.Run, other: config.Run) -> dict[str, Any]:
     """Return the settings of mesh, transport, remat and batch that differ in `other`, {key.path: value}."""
-    found: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     for section in ("mesh", "compute", "train"):
-        ours, theirs = getattr(run, section).model_dump(), getattr(other, section).model_dump()
-        found |= {f"{section}.{key}": theirs[key] for key in ours if ours[key] != theirs[key]}
+        run_settings = getattr(run, section).model_dump()
+        other_settings = getattr(other, section).model_dump()
+        differences |= {f"{section}.{key}": other_settings[key] for key in run_settings if run_settings[key] != other_settings[key]}
     if run.compute.transport == "auto":
-        found.pop("compute.transport", None)
-    return found
+        differences.pop("compute.transport", None)
+    return differences
 
 
 def share_of_peak(choice: Choice, topology: Topology) -> float:
@@ -357,7 +362,9 @@ def dollars_per_billion(choice: Choice, topology: Topology, price: float | None)
         topology: states the number of chips.
         price: dollars per chip and hour; None if unknown, and then the result is None too.
     """
-    return None if price is None else price * topology.num_chips / 3600 / choice.tokens_per_second * 1e9
+    if price is None:
+        return None
+    return price * topology.num_chips / 3600 / choice.tokens_per_second * 1e9
 
 
 def price_of(device: Device, stated: float | None) -> tuple[float | None, str]:

@@ -87,44 +87,51 @@ def parse(name: str) -> Topology:
     Raises:
         ValueError: no such hardware exists; the message names the nearest that does.
     """
-    several = re.fullmatch(r"(\d+)[x*](?=[a-z])(.+)", name.lower())
-    count, one = (int(several[1]), several[2]) if several else (1, name.lower())
+    count = 1
+    slice_name = name.lower()
+    several_slices = re.fullmatch(r"(\d+)[x*](?=[a-z])(.+)", slice_name)
+    if several_slices:
+        count = int(several_slices[1])
+        slice_name = several_slices[2]
     if count < 1:
         raise ValueError(f"topology {name} has {count} slices; use at least 1")
-    device, shape = _slice(one)
+    device, shape = _slice(slice_name)
     platform: Literal["tpu", "gpu"] = "gpu" if device in GPUS else "tpu"
-    whole = _name(device, shape)
-    found = Topology(whole if count == 1 else f"{count}x{whole}", platform, device, shape, count)
-    if found.num_chips > MOST_CHIPS:
-        raise ValueError(f"topology {name} has {found.num_chips:,} chips; plans are for at most {MOST_CHIPS:,}")
-    return found
+    canonical_name = _name(device, shape)
+    topology = Topology(canonical_name if count == 1 else f"{count}x{canonical_name}", platform, device, shape, count)
+    if topology.num_chips > MOST_CHIPS:
+        raise ValueError(f"topology {name} has {topology.num_chips:,} chips; plans are for at most {MOST_CHIPS:,}")
+    return topology
 
 
 def _slice(name: str) -> tuple[str, tuple[int, ...]]:
     """Parse the name of one slice or host into its device and shape."""
-    if found := re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name):
-        device, shape = found[1], tuple(int(side) for side in found[2].split("x"))
+    if match := re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name):
+        device = match[1]
+        shape = tuple(int(side) for side in match[2].split("x"))
         if device in GPUS:
-            raise _no_such_host(name, device, math.prod(shape))
-        _known(device, ("v5p", "v5e", "v6e", "tpu7x"), name)
+            raise _missing_host(name, device, math.prod(shape))
+        _check_known(device, ("v5p", "v5e", "v6e", "tpu7x"), name)
         if shape not in shapes(device):
-            raise _no_such(name, device, math.prod(shape), "chips")
+            raise _missing_slice(name, device, math.prod(shape), "chips")
         return device, shape
-    if found := re.fullmatch(r"([a-z]+\d+)x(\d+)", name):
-        device, count = found[1], int(found[2])
-        _known(device, GPUS, name)
+    if match := re.fullmatch(r"([a-z]+\d+)x(\d+)", name):
+        device = match[1]
+        count = int(match[2])
+        _check_known(device, GPUS, name)
         if count not in GPUS_PER_HOST:
-            raise _no_such_host(name, device, count)
+            raise _missing_host(name, device, count)
         return device, (count,)
-    if found := re.fullmatch(r"([a-z0-9]+)-(\d+)", name):
-        word, number = found[1], int(found[2])
-        _known(word, CLOUD_NAMES, name)
-        device, per_chip = CLOUD_NAMES[word]
-        same = [shape for shape in shapes(device) if math.prod(shape) * per_chip == number]
-        if not same:
+    if match := re.fullmatch(r"([a-z0-9]+)-(\d+)", name):
+        cloud_name = match[1]
+        number = int(match[2])
+        _check_known(cloud_name, CLOUD_NAMES, name)
+        device, per_chip = CLOUD_NAMES[cloud_name]
+        matching_shapes = [shape for shape in shapes(device) if math.prod(shape) * per_chip == number]
+        if not matching_shapes:
             counted = f" ({number} TensorCores, {per_chip} to a chip)" if per_chip > 1 else ""
-            raise _no_such(name, device, number / per_chip, f"chips{counted}")
-        return device, min(same, key=sum)  # among several shapes, the one closest to a cube
+            raise _missing_slice(name, device, number / per_chip, f"chips{counted}")
+        return device, min(matching_shapes, key=sum)  # among several shapes, the one closest to a cube
     raise ValueError(f"topology {name!r} cannot be read; write one of the kind {EXAMPLES}")
 
 
@@ -137,33 +144,37 @@ def shapes(device: str) -> Iterator[tuple[int, ...]]:
 
 
 def _name(device: str, shape: tuple[int, ...]) -> str:
-    return f"{device}x{shape[0]}" if device in GPUS else f"{device}:{'x'.join(map(str, shape))}"
+    if device in GPUS:
+        return f"{device}x{shape[0]}"
+    return f"{device}:{'x'.join(map(str, shape))}"
 
 
-def _known(word: str, words: tuple[str, ...] | dict[str, tuple[str, int]], name: str) -> None:
+def _check_known(word: str, words: tuple[str, ...] | dict[str, tuple[str, int]], name: str) -> None:
     if word not in words:
-        near = difflib.get_close_matches(word, words, 1, 0.0)
-        raise ValueError(f"topology {name}: there is no {word}; nearest: {near[0]} (known: {', '.join(words)})")
+        nearest = difflib.get_close_matches(word, words, 1, 0.0)
+        raise ValueError(f"topology {name}: there is no {word}; nearest: {nearest[0]} (known: {', '.join(words)})")
 
 
-def _no_such(name: str, device: str, chips: float, said: str) -> ValueError:
+def _missing_slice(name: str, device: str, chips: float, unit: str) -> ValueError:
     """Return the error for a slice that does not exist.
 
     Args:
         name: the name as the user wrote it.
         device: the TPU.
         chips: the number of chips that was asked for.
-        said: how the message words that number.
+        unit: what the message calls that number, such as chips.
     """
     # Closest by ratio of sizes, then the shape closest to a cube.
     nearest = min(shapes(device), key=lambda s: (abs(math.log(math.prod(s) / max(chips, 0.5))), sum(s)))
-    chips_said = f"{chips:g} {said}"
+    chips_text = f"{chips:g} {unit}"
     return ValueError(
-        f"topology {name} does not exist: {chips_said}; nearest: {_name(device, nearest)}, {math.prod(nearest)} chips"
+        f"topology {name} does not exist: {chips_text}; nearest: {_name(device, nearest)}, {math.prod(nearest)} chips"
     )
 
 
-def _no_such_host(name: str, device: str, count: int) -> ValueError:
+def _missing_host(name: str, device: str, count: int) -> ValueError:
     nearest = min(GPUS_PER_HOST, key=lambda size: abs(size - count))
-    hosts = f"; several hosts are {count // 8}x{device}x8" if count > 8 and count % 8 == 0 else ""
+    hosts = ""
+    if count > 8 and count % 8 == 0:
+        hosts = f"; several hosts are {count // 8}x{device}x8"
     return ValueError(f"topology {name}: a host has 1, 2, 4 or 8 GPUs, and no shape; nearest: {device}x{nearest}{hosts}")

@@ -12,6 +12,7 @@ All of this happens in every microbatch; along `data` gradients are summed once 
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -55,7 +56,9 @@ class Shape(NamedTuple):
 
         Dense layers of a sparse model process the device's own tokens.
         """
-        return self if isinstance(ffn, config.MoeFfn) else self._replace(transport=None, rows=self.tokens)
+        if isinstance(ffn, config.MoeFfn):
+            return self
+        return self._replace(transport=None, rows=self.tokens)
 
 
 def shape_of(run: config.Run, platform: str | None = None) -> Shape:
@@ -65,9 +68,12 @@ def shape_of(run: config.Run, platform: str | None = None) -> Shape:
         run: the resolved run.
         platform: the platform that transport `auto` is resolved for; None for that of this process.
     """
-    model, train, sizes = run.model, run.train, axis_sizes(run.mesh)
+    model = run.model
+    train = run.train
+    sizes = axis_sizes(run.mesh)
     sequences = train.batch_size // train.microbatches // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-    tokens, itemsize = sequences * train.seq_len // sizes["context"], ITEMSIZE[run.compute.dtype]
+    tokens = sequences * train.seq_len // sizes["context"]
+    itemsize = ITEMSIZE[run.compute.dtype]
     if not isinstance(model.ffn, config.MoeFfn):
         return Shape(tokens, itemsize, None, tokens)
     exchange = exchange_sizes(run, sizes)
@@ -85,72 +91,87 @@ def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Fl
         laid: its weights with their shardings.
         platform: the platform that the program is compiled for.
     """
-    sizes, shape, M = axis_sizes(run.mesh), shape_of(run), run.train.microbatches
-    found = [flow for w in laid.weights for flow in _of_weight(w, sizes, shape.itemsize, run.model.tie_embeddings)]
-    found += _of_tokens(run, run.model, sizes, shape, platform)
-    found = [flow._replace(bytes=M * flow.bytes) for flow in found]
+    sizes = axis_sizes(run.mesh)
+    shape = shape_of(run)
+    M = run.train.microbatches
+    collectives: list[Flow] = []
+    for w in laid.weights:
+        collectives += _weight_flows(w, sizes, shape.itemsize, run.model.tie_embeddings)
+    collectives += _token_flows(run, run.model, sizes, shape, platform)
+    collectives = [flow._replace(bytes=M * flow.bytes) for flow in collectives]
     trained = (w for w in laid.weights if w.trainable)
     gradients = sum(w.layers * w.elements(sizes) * min(w.itemsize, shape.itemsize) for w in trained)
-    found.append(Flow("gradients", "all-reduce", "data", _received("all-reduce", sizes["data"], gradients), True))
+    collectives.append(Flow("gradients", "all-reduce", "data", _received_bytes("all-reduce", sizes["data"], gradients), True))
     sums: dict[tuple[str, str, str, bool], float] = {}
-    for flow in found:
+    for flow in collectives:
         key = flow.what, flow.kind, flow.axis, flow.overlaps
         sums[key] = sums.get(key, 0.0) + flow.bytes
-    combined = [Flow(what, kind, axis, received, overlaps) for (what, kind, axis, overlaps), received in sums.items() if received]
+    combined = []
+    for (purpose, kind, axis, overlaps), received in sums.items():
+        if received:
+            combined.append(Flow(purpose, kind, axis, received, overlaps))
     return sorted(combined, key=lambda flow: -flow.bytes)
 
 
-def _received(kind: str, devices: int, whole: float) -> float:
-    return (devices - 1) / devices * whole * (2 if kind == "all-reduce" else 1)
+def _received_bytes(kind: str, devices: int, size: float) -> float:
+    return (devices - 1) / devices * size * (2 if kind == "all-reduce" else 1)
 
 
-def _of_weight(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
+def _weight_flows(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
     """Return the gathers of a weight and the sums of its gradient, for all layers and one microbatch."""
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
     # quantized values and scales are sent as they are; other weights in the compute dtype
     b = w.itemsize if not w.is_float or w.path.part == "scales" else min(w.itemsize, itemsize)
-    own = ("expert",) if w.kind == "expert" else ()  # axes along which no two devices share this weight
-    split = {axis for entry in w.spec for axis in entry if axis in ("fsdp", "expert")} - {*own}
-    order = [axis for axis in (("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")) if axis in split]
+    expert_axes = ("expert",) if w.kind == "expert" else ()  # axes along which no two devices share this weight
+    spec_axes = set(itertools.chain.from_iterable(w.spec))
+    split = (spec_axes & {"fsdp", "expert"}) - {*expert_axes}
+    gather_order = ("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")
+    order = [axis for axis in gather_order if axis in split]
     uses = 2 if tied and w.path.is_embedding and not w.path.is_adapter else 1
     gathers = uses if w.kind == "table" else 2
 
-    def flow(kind: str, axis: str, devices: int, whole: float, times: int) -> Flow:
-        return Flow(name, kind, axis, times * w.layers * _received(kind, devices, whole), True)
+    def flow(kind: str, axis: str, devices: int, size: float, times: int) -> Flow:
+        return Flow(name, kind, axis, times * w.layers * _received_bytes(kind, devices, size), True)
 
-    found, gathered = [], w.elements(sizes)
+    transfers = []
+    gathered = w.elements(sizes)
     for axis in order:
         gathered *= sizes[axis]
-        found.append(flow("all-gather", axis, sizes[axis], gathered * b, gathers))
+        transfers.append(flow("all-gather", axis, sizes[axis], gathered * b, gathers))
     if not w.trainable:
-        return found
+        return transfers
     for axis in order[::-1]:
-        found.append(flow("reduce-scatter", axis, sizes[axis], gathered * b, uses))
+        transfers.append(flow("reduce-scatter", axis, sizes[axis], gathered * b, uses))
         gathered //= sizes[axis]
     # gradients of weights not split along these axes are all-reduced: those of small weights in their stored dtype
     b = w.itemsize if w.kind == "small" else b
-    summed = [axis for axis in SUMMED if sizes[axis] > 1 and axis not in (*split, *own)]
-    found.append(flow("all-reduce", "+".join(summed), math.prod(sizes[axis] for axis in summed), gathered * b, 1))
-    return found
+    summed = [axis for axis in SUMMED if sizes[axis] > 1 and axis not in (*split, *expert_axes)]
+    transfers.append(flow("all-reduce", "+".join(summed), math.prod(sizes[axis] for axis in summed), gathered * b, 1))
+    return transfers
 
 
-def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
+def _token_flows(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
     """Return the transfers of activations, for all layers and one microbatch."""
-    m, b, D, L = shape.tokens, shape.itemsize, model.model_dim, model.num_layers
-    a, tensor, context = model.attention, sizes["tensor"], sizes["context"]
-    found = []
+    m = shape.tokens
+    b = shape.itemsize
+    D = model.model_dim
+    L = model.num_layers
+    a = model.attention
+    tensor = sizes["tensor"]
+    context = sizes["context"]
+    transfers = []
 
-    def flow(what: str, kind: str, axis: str, whole: float, times: int = 1) -> None:
-        found.append(Flow(what, kind, axis, times * _received(kind, sizes[axis], whole), False))
+    def flow(purpose: str, kind: str, axis: str, size: float, times: int = 1) -> None:
+        transfers.append(Flow(purpose, kind, axis, times * _received_bytes(kind, sizes[axis], size), False))
 
     num_sparse = len(config.sparse_layers(model))
     if shape.transport is not None and isinstance(model.ffn, config.MoeFfn):
         exchange = exchange_sizes(run, sizes)
         for kind, received in choose_transport(shape.transport, exchange).received(exchange).items():
-            moved: float = num_sparse * received
+            exchanged: float = num_sparse * received
             if kind == "ragged-all-to-all":  # a row's routing weight fills 128 lanes: sent twice, and its gradient in float32
-                moved += moved / (5 * D * b) * 128 * (2 * b + 4)
-            found.append(Flow("tokens to experts", kind, "expert", moved, False))
+                exchanged += exchanged / (5 * D * b) * 128 * (2 * b + 4)
+            transfers.append(Flow("tokens to experts", kind, "expert", exchanged, False))
     # Along `tensor` (Megatron-LM, arXiv:1909.08053, section 3) the outputs of attention (again if recomputed) and of the
     # feed-forward layer are summed, and so are the gradients of the inputs of both. With all_gather these outputs are for
     # the tokens of all devices of `expert`; XLA:TPU scatters them before summing, so that only a device's own are left.
@@ -168,5 +189,5 @@ def _of_tokens(run: config.Run, model: config.Model, sizes: dict[str, int], shap
     flow("keys and values", "all-gather", "context", keys, 2 * L)
     flow("keys and values", "reduce-scatter", "context", keys, L)
     changed = {1: 0.0, 2: queries / 2}.get(context, queries)
-    found.append(Flow("queries", "collective-permute", "context", 6 * L * changed, False))
-    return found
+    transfers.append(Flow("queries", "collective-permute", "context", 6 * L * changed, False))
+    return transfers

@@ -117,9 +117,15 @@ def _local_bytes(x: Any) -> int:
 
 
 def _weight(path: ParameterPath, x: Any, trainable: bool) -> Weight:
-    axes = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in x.sharding.spec]
+    axes = [_axes_of_dim(entry) for entry in x.sharding.spec]
     axes += [()] * (x.ndim - len(axes))
-    layers, shape, spec = (x.shape[0], x.shape[1:], axes[1:]) if path.in_layer else (1, x.shape, axes)
+    layers = 1
+    shape = x.shape
+    spec = axes
+    if path.in_layer:
+        layers = x.shape[0]
+        shape = x.shape[1:]
+        spec = axes[1:]
     kind: Kind = "small"
     if path.is_embedding or path.is_head:
         kind = "table"
@@ -129,6 +135,13 @@ def _weight(path: ParameterPath, x: Any, trainable: bool) -> Weight:
         kind = "linear"
     is_float = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
     return Weight(path, kind, layers, tuple(shape), tuple(spec), x.dtype.itemsize, is_float, trainable)
+
+
+def _axes_of_dim(entry: Any) -> tuple[str, ...]:
+    """Return the mesh axes that an entry of a `PartitionSpec` names."""
+    if isinstance(entry, tuple):
+        return entry
+    return (entry,) if entry else ()
 
 
 def divisions(number: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -22,7 +22,10 @@ class HeldOut:
     """Measure the held-out loss at the steps where it is due; without held-out data it is never due."""
 
     def __init__(self, run: config.Run, mesh: Mesh, inputs: Inputs, begin: Start, objective: Objective, writer: Writer) -> None:
-        self._run, self._mesh, self._loader, self._writer = run, mesh, inputs.held_out, writer
+        self._run = run
+        self._mesh = mesh
+        self._loader = inputs.held_out
+        self._writer = writer
         self._total_steps = inputs.total_steps
         self._sums = make_batch_sums(begin.structure, objective, begin.originals)
         self._drift: Drift | None = None

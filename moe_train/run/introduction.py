@@ -33,7 +33,7 @@ def introduce(run: config.Run, say: Say, inputs: Inputs, begin: Start) -> None:
     loader = inputs.train
     parts = [f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"]
     left_out = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
-    parts += [f"{count:,} {what}" for what, count in left_out.items() if count]
+    parts += [f"{count:,} {outcome}" for outcome, count in left_out.items() if count]
     say("; ".join(parts))
     epochs = loader.epochs(inputs.total_steps)
     say(f"epochs in {inputs.total_steps:,} steps: " + ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items()))

@@ -52,14 +52,16 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
     """
     mesh = make_mesh(run.mesh)
     check_fits(run, mesh.local_devices[0])
-    with jax.set_mesh(mesh), signals() as asked, contextlib.ExitStack() as leaving:
+    with jax.set_mesh(mesh), signals() as stop_request, contextlib.ExitStack() as exit_stack:
         check_transport(run.compute.transport)
         objective = objective or objective_of(run.objective)
         inputs = open_inputs(run, objective)
-        folder = leaving.enter_context(RunFolder(Path(run.run_dir)))
-        checkpoints = leaving.enter_context(manager.opened(folder.path, run.checkpoint))
+        folder = exit_stack.enter_context(RunFolder(Path(run.run_dir)))
+        checkpoints = exit_stack.enter_context(manager.opened(folder.path, run.checkpoint))
         begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
-        state, start, total_steps = begin.state, int(begin.state.step), inputs.total_steps
+        state = begin.state
+        start = int(begin.state.step)
+        total_steps = inputs.total_steps
         introduction.print_damage(begin)
         if start >= total_steps:
             introduction.print_finished(run, begin, total_steps)
@@ -75,17 +77,17 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
             write=jax.process_index() == 0,
             sparse_layers=config.sparse_layers(run.model),
         )
-        leaving.enter_context(writer)
-        stopped = leaving.enter_context(run_log(run, folder.path, begin, inputs))
+        exit_stack.enter_context(writer)
+        stopped = exit_stack.enter_context(run_log(run, folder.path, begin, inputs))
         introduction.introduce(run, writer.say, inputs, begin)
         run_self_tests(run, writer.say)
 
-        batches: Any = leaving.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
+        batches: Any = exit_stack.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         definition = definition_of(run, begin.structure, begin.optimizer, objective)
         run_step = compile_step(definition, state, batch, begin.originals)
-        writer.say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+        writer.say(f"compiled the step in {time.perf_counter() - start_time:.1f} s")
 
         held_out = HeldOut(run, mesh, inputs, begin, objective, writer)
         if start == 0:
@@ -95,14 +97,14 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
         writer.say(f"MFU is the share of {figures.peak_source}")
         unread: tuple[int, StepMetrics, jax.Array] | None = None
         for step in range(start + 1, total_steps + 1):
-            state, now = run_step(state, batch, begin.originals)
-            voted = vote((asked.reason is not None, saving.is_overdue()), mesh)
+            state, step_metrics = run_step(state, batch, begin.originals)
+            voted = vote((stop_request.reason is not None, saving.is_overdue()), mesh)
             if step < total_steps:
                 # The next batch is fetched while the device still computes the step that was just dispatched.
                 batch = put_batch(figures.awaited(batches), mesh)
             # Metrics and votes are read one step late, so that the device never waits for the host.
-            votes = Votes() if unread is None else figures.read(*unread, now, writer)
-            unread = step, now, voted
+            votes = Votes() if unread is None else figures.read(*unread, step_metrics, writer)
+            unread = step, step_metrics, voted
             stopped.step = step
 
             evaluates = held_out.is_due(step)
@@ -111,7 +113,7 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
                 saving.check()
                 continue
             # The loop pauses here anyway, so this step's metrics and vote are read at once.
-            votes = figures.read(*unread, now, writer).joined(votes)
+            votes = figures.read(*unread, step_metrics, writer).joined(votes)
             unread = None
             loss = held_out.measure(step, state) if evaluates else None
             saves |= votes.stop or votes.save or saving.is_best(loss)
@@ -121,7 +123,7 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
             figures.go_on(step)
             if votes.stop and step < total_steps:
                 saving.finish()
-                stopped.reason = asked.reason or "another process was asked to stop"
+                stopped.reason = stop_request.reason or "another process was asked to stop"
                 writer.say(f"stopped after step {step} of {total_steps} ({stopped.reason}) and saved; start again to continue")
                 return UNFINISHED
 

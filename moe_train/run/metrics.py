@@ -27,7 +27,8 @@ class Figures:
     """Read the metrics of steps, count the skipped steps and measure the speed of training."""
 
     def __init__(self, run: config.Run, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
-        self._run, self._skipped = run, skipped
+        self._run = run
+        self._skipped = skipped
         self._sparse_layers = config.sparse_layers(run.model)
         self._tokens = run.train.batch_size * run.train.seq_len
         self._flops = self._tokens * flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
@@ -35,7 +36,9 @@ class Figures:
         # Tabulated once: evaluating the schedule at each step would queue its arithmetic behind the training steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
         self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
-        self._seconds, self._input_wait, self.finite = math.nan, math.nan, True
+        self._seconds = math.nan
+        self._input_wait = math.nan
+        self.finite = True
         self.go_on(start)
 
     def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: Writer) -> Votes:
@@ -60,7 +63,8 @@ class Figures:
             self._seconds = (time.perf_counter() - self._since) / (done - self._done)
             self._input_wait = self._waited / (time.perf_counter() - self._since)
             self.go_on(done)
-        limit, self.finite = self._run.train.max_skipped_steps, bool(now.finite)
+        limit = self._run.train.max_skipped_steps
+        self.finite = bool(now.finite)
         if not now.finite:
             self._skipped += 1
             writer.say(f"step {step}: loss {now.loss} or gradient {now.grad_norm} is not finite; skipped, {self._skipped} so far")
@@ -77,7 +81,9 @@ class Figures:
 
     def go_on(self, step: int) -> None:
         """Restart the timer after `step`, so that a pause before it (an evaluation, a save) is not counted."""
-        self._done, self._since, self._waited = step, time.perf_counter(), 0.0
+        self._done = step
+        self._since = time.perf_counter()
+        self._waited = 0.0
 
     def awaited(self, batches: Iterator[Any]) -> Any:
         """Return the next batch and count the time spent waiting for it as `input_wait`.
@@ -119,12 +125,12 @@ def check_dropped(step: int, routers: RouterStats, settings: config.Train, layer
     rates_L = np.asarray(routers.dropped) / np.maximum(np.sum(routers.chosen_E, axis=1), 1)
     worst = int(np.argmax(rates_L))
     if rates_L[worst] > (settings.max_drop_rate or 0):
-        said = f"step {step}: layer {layers[worst]} dropped {rates_L[worst]:.2%} of its assignments"
+        problem = f"step {step}: layer {layers[worst]} dropped {rates_L[worst]:.2%} of its assignments"
         # Without a capacity every transport is dropless, so any drop is a fault of ours.
         if settings.max_drop_rate is None:
-            raise RuntimeError(f"{said} without a capacity: a fault of the transport; try compute.transport all_gather")
+            raise RuntimeError(f"{problem} without a capacity: a fault of the transport; try compute.transport all_gather")
         raise RuntimeError(
-            f"{said}; train.max_drop_rate is {settings.max_drop_rate:.2%}: raise train.capacity_factor "
+            f"{problem}; train.max_drop_rate is {settings.max_drop_rate:.2%}: raise train.capacity_factor "
             f"({settings.capacity_factor:g}), or balance the routers more (loss)"
         )
 

@@ -27,13 +27,15 @@ def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> 
     """Raise ValueError if the tokenizer is not the model's, or if an export would render conversations differently."""
     check_vocab(tokenizer, run.model.vocab_size)
     if run.init_from is not None:
-        _check_is_the_models(data.tokenizer, tokenizer, run.init_from)
+        _check_same_tokenizer(data.tokenizer, tokenizer, run.init_from)
     template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
-    if isinstance(tokenizer, HuggingFace) and template is not None and (conversations := list(_conversations(data))):
-        _check_carried(tokenizer, template, conversations)
+    if isinstance(tokenizer, HuggingFace) and template is not None:
+        conversations = list(_conversations(data))
+        if conversations:
+            _check_exported_template(tokenizer, template, conversations)
 
 
-def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
+def _check_same_tokenizer(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
     """Raise ValueError if more than 5% of the compared ids decode differently with the tokenizer found at `init_from`."""
     try:
         models_own = model_dir.find_tokenizer(init_from)
@@ -41,23 +43,25 @@ def _check_is_the_models(section: config.Tokenizer, tokenizer: Tokenizer, init_f
         return
     if models_own == section:
         return
-    theirs = load_tokenizer(models_own)
-    if theirs.identity == tokenizer.identity:
+    model_tokenizer = load_tokenizer(models_own)
+    if model_tokenizer.identity == tokenizer.identity:
         return
-    count = min(theirs.vocab_size, tokenizer.vocab_size)
+    count = min(model_tokenizer.vocab_size, tokenizer.vocab_size)
     compared = range(0, count, max(1, count // _IDS))
     differing = []
     for number in compared:
         # Spaces, invalid UTF-8 and byte tokens are spelled differently by kinds of tokenizers, so they do not count.
-        ours, known = (either.decode([number], keep_special=True).replace("▁", " ") for either in (tokenizer, theirs))
-        if ours.strip() != known.strip() and "\ufffd" not in ours + known and "<0x" not in ours + known:
-            differing.append((number, ours, known))
+        run_text = tokenizer.decode([number], keep_special=True).replace("▁", " ")
+        model_text = model_tokenizer.decode([number], keep_special=True).replace("▁", " ")
+        both_texts = run_text + model_text
+        if run_text.strip() != model_text.strip() and "\ufffd" not in both_texts and "<0x" not in both_texts:
+            differing.append((number, run_text, model_text))
     # A few control tokens may have been renamed since the other file was written.
     if len(differing) > len(compared) // 20:
-        number, ours, known = differing[0]
+        number, run_text, model_text = differing[0]
         raise ValueError(
-            f"the tokenizer {tokenizer.files[0]} is not that of {init_from}: id {number} is {brief(ours)}, there {brief(known)}, "
-            "and many others differ; leave data.tokenizer out to use the model's own"
+            f"the tokenizer {tokenizer.files[0]} is not that of {init_from}: id {number} is {brief(run_text)}, "
+            f"there {brief(model_text)}, and many others differ; leave data.tokenizer out to use the model's own"
         )
 
 
@@ -67,28 +71,28 @@ def _conversations(data: config.Data) -> Iterator[tuple[str, Conversation]]:
         if isinstance(source, config.FileSource) and not isinstance(source.record, config.TextRecord):
             records = open_source(source)
             for origin, fields in itertools.islice(records, _CONVERSATIONS):
-                where = records.where(origin)
-                yield where, located(where, normalise, fields, source.record)
+                location = records.where(origin)
+                yield location, located(location, normalise, fields, source.record)
 
 
-def _check_carried(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:
+def _check_exported_template(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:
     """Write the tokenizer and template as an export would, read them back, and compare the rendered tokens."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_texts(directory, Texts(tokenizer, template))
         try:
-            theirs = HuggingFace(directory)
+            exported = HuggingFace(directory)
         except (FileNotFoundError, ValueError) as error:
             files = ", ".join(file.name for file in tokenizer.files)
             raise ValueError(
                 f"an export would carry {files}, which nothing reads as a tokenizer ({str(error).replace(scratch, 'it')}); "
                 "let data.tokenizer.path be a folder with tokenizer.json"
             ) from error
-        carried = conversation_to_tokens.load_template(None, theirs)
-        for where, conversation in conversations:
-            ours = located(where, texts.rendered, conversation, template, tokenizer)
-            if texts.rendered(conversation, carried, theirs) != ours:
+        exported_template = conversation_to_tokens.load_template(None, exported)
+        for location, conversation in conversations:
+            expected = located(location, texts.rendered, conversation, template, tokenizer)
+            if texts.rendered(conversation, exported_template, exported) != expected:
                 raise ValueError(
-                    f"{where}: an export's chat template would render the record to other tokens than training does; "
+                    f"{location}: an export's chat template would render the record to other tokens than training does; "
                     "check data.chat_template and the files beside the tokenizer"
                 )

@@ -64,8 +64,8 @@ def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:
         return
     path = run_dir / "run.json"
     events = json.loads(path.read_text(encoding="utf-8"))["events"] if path.exists() else []
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    events.append({"event": event, "time": now, "step": step, **more})
+    timestamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    events.append({"event": event, "time": timestamp, "step": step, **more})
     write_text(path, json.dumps({"events": events}, indent=1, ensure_ascii=False) + "\n")
 
 

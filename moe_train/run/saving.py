@@ -18,7 +18,10 @@ class Saving:
     """Save every so many steps and minutes, at the end, and when the held-out loss is the best so far."""
 
     def __init__(self, run: config.Run, checkpoints: ocp.CheckpointManager, begin: Start, inputs: Inputs) -> None:
-        self._run, self._checkpoints, self._begin, self._inputs = run, checkpoints, begin, inputs
+        self._run = run
+        self._checkpoints = checkpoints
+        self._begin = begin
+        self._inputs = inputs
         self._best = manager.best_loss(checkpoints)
         self._saved_at = time.monotonic()
 

@@ -30,7 +30,9 @@ from moe_train.model.moe.transport.choose import transport_of
 from moe_train.model.moe.transport.transport import Name
 from moe_train.model.sharding.specs import activation_spec
 
-ROWS, IN, OUT = 1024, 256, 128
+ROWS = 1024
+IN = 256
+OUT = 128
 CASES = {
     "even": (128, 128, 128, 128, 128, 128, 128, 128),
     "empty": (0, 256, 0, 0, 300, 0, 68, 0),
@@ -47,17 +49,20 @@ def chosen_kernels(run: config.Run) -> dict[str, Any]:
     Returns:
         Kernel names, with block or tile sizes if the kernel can choose among several.
     """
-    dtype, ffn, T = jnp.dtype(run.compute.dtype), run.model.ffn, run.train.seq_len
-    found: dict[str, Any] = {"attention": kernels.choose_kernel(run.compute.attention, T, dtype)}
-    if found["attention"] == "splash":
-        found["attention_block"] = splash.block_size(T)
+    dtype = jnp.dtype(run.compute.dtype)
+    ffn = run.model.ffn
+    T = run.train.seq_len
+    choices: dict[str, Any] = {"attention": kernels.choose_kernel(run.compute.attention, T, dtype)}
+    if choices["attention"] == "splash":
+        choices["attention_block"] = splash.block_size(T)
     if isinstance(ffn, config.MoeFfn):
-        found["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
-        if found["grouped_matmul"] == "megablox":
-            D, f = run.model.model_dim, ffn.ffn_dim // axis_size("tensor")
+        choices["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
+        if choices["grouped_matmul"] == "megablox":
+            D = run.model.model_dim
+            f = ffn.ffn_dim // axis_size("tensor")
             rows = run.train.batch_size * T * ffn.experts_per_token  # upper bound; fewer rows use smaller tiles
-            found["grouped_matmul_tiles"] = {"gate, up": gm.tiles(rows, D, f, dtype), "down": gm.tiles(rows, f, D, dtype)}
-    return found
+            choices["grouped_matmul_tiles"] = {"gate, up": gm.tiles(rows, D, f, dtype), "down": gm.tiles(rows, f, D, dtype)}
+    return choices
 
 
 def run_self_tests(run: config.Run, say: Callable[[str], None]) -> None:
@@ -91,9 +96,9 @@ def check_grouped_matmul(compute: config.Compute) -> float:
         kernel = gm.choose_kernel(compute.grouped_matmul)
         tolerance = _tolerance(dtype, device)
         rng = np.random.default_rng(0)
-        x_RD, w_EDF, dy_RF = (
-            jnp.asarray(rng.normal(size=shape), dtype) for shape in ((ROWS, IN), (len(CASES["even"]), IN, OUT), (ROWS, OUT))
-        )
+        x_RD = jnp.asarray(rng.normal(size=(ROWS, IN)), dtype)
+        w_EDF = jnp.asarray(rng.normal(size=(len(CASES["even"]), IN, OUT)), dtype)
+        dy_RF = jnp.asarray(rng.normal(size=(ROWS, OUT)), dtype)
 
         @jax.jit
         @partial(jax.shard_map, in_specs=P(), out_specs=P())  # local view, as in the model
@@ -108,12 +113,12 @@ def check_grouped_matmul(compute: config.Compute) -> float:
 
         worst = 0.0
         for case, sizes in CASES.items():
-            found, wanted = jax.device_get(both(x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32)))
-            for what, a, b in zip(("result", "gradient of x", "gradient of w"), found, wanted, strict=True):
-                error = _worst_part(a, b, sizes if what != "gradient of w" else None)
+            actual, expected = jax.device_get(both(x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32)))
+            for quantity, a, b in zip(("result", "gradient of x", "gradient of w"), actual, expected, strict=True):
+                error = _worst_part(a, b, sizes if quantity != "gradient of w" else None)
                 if not error <= tolerance:
                     raise RuntimeError(
-                        f"self-test: {what} of grouped_matmul={kernel} is wrong on {device.device_kind}, case {case!r}: "
+                        f"self-test: {quantity} of grouped_matmul={kernel} is wrong on {device.device_kind}, case {case!r}: "
                         f"relative error {error:.2g}, limit {tolerance:g}; set compute.grouped_matmul to another kernel"
                     )
                 worst = max(worst, error)
@@ -135,16 +140,23 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     Raises:
         RuntimeError: the error is larger than rounding in the compute dtype explains.
     """
-    dtype, sizes = jnp.dtype(compute.dtype), model.attention
+    dtype = jnp.dtype(compute.dtype)
+    sizes = model.attention
     kernel = kernels.choose_kernel(compute.attention, seq_len, dtype)
     device = jax.local_devices()[0]
-    T, K, N = 256 if device.platform == "cpu" else 1024, 2, 2 * sizes.num_heads // sizes.num_kv_heads
+    T = 256 if device.platform == "cpu" else 1024
+    K = 2
+    N = 2 * sizes.num_heads // sizes.num_kv_heads
     # One row is a single segment; the other has segments that end next to block boundaries and padding at its end.
     starts = ([0], [0, T // 3 + 5, T // 3 + 22, T - 61])
-    segments_BT, positions_BT = np.ones((2, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (2, 1))
+    segments_BT = np.ones((2, T), np.int32)
+    positions_BT = np.tile(np.arange(T, dtype=np.int32), (2, 1))
     for number, (start, end) in enumerate(itertools.pairwise([*starts[1], T])):
-        segments_BT[1, start:end], positions_BT[1, start:end] = (number + 1) % len(starts[1]), np.arange(end - start)
-    rng, worst, tolerance = np.random.default_rng(0), 0.0, _tolerance(dtype, device)
+        segments_BT[1, start:end] = (number + 1) % len(starts[1])
+        positions_BT[1, start:end] = np.arange(end - start)
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    tolerance = _tolerance(dtype, device)
     q, k, v, dy = (rng.normal(size=(2, T, heads, sizes.head_dim)).astype(np.float32) for heads in (N, K, K, N))
     # Kernels may return anything at padding; without a gradient it cannot reach the results that are compared.
     dy[segments_BT == 0] = 0
@@ -160,18 +172,21 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
             return y, *vjp(dy)
 
         with jax.set_mesh(make_mesh(config.Mesh(), [device])):
-            rounded, tokens = [jnp.asarray(x, dtype) for x in (q, k, v, dy)], [positions_BT, segments_BT]
-            found = jax.device_get(run(rounded, tokens, kernel))
+            rounded = [jnp.asarray(x, dtype) for x in (q, k, v, dy)]
+            tokens = [positions_BT, segments_BT]
+            actual = jax.device_get(run(rounded, tokens, kernel))
             with jax.default_matmul_precision("highest"):
-                wanted = jax.device_get(run([x.astype(jnp.float32) for x in rounded], tokens, "reference"))
-        for what, ours, theirs in zip(("result", *(f"gradient of {x}" for x in "qkv")), found, wanted, strict=True):
+                expected = jax.device_get(run([x.astype(jnp.float32) for x in rounded], tokens, "reference"))
+        for quantity, actual_array, expected_array in zip(
+            ("result", *(f"gradient of {x}" for x in "qkv")), actual, expected, strict=True
+        ):
             for row in range(2):
-                seen = segments_BT[row] != 0
-                a, b = (x[row][seen].reshape(seen.sum(), -1) for x in (ours, theirs))
+                is_token = segments_BT[row] != 0
+                a, b = (x[row][is_token].reshape(is_token.sum(), -1) for x in (actual_array, expected_array))
                 error = _worst_part(a, b, np.diff([*starts[row], T])[:-1])
                 if not error <= tolerance:
                     raise RuntimeError(
-                        f"self-test: {what} of attention={kernel} is wrong on {device.device_kind}, window {window or 'none'}, "
+                        f"self-test: {quantity} of attention={kernel} is wrong on {device.device_kind}, window {window or 'none'}, "
                         f"{'packed segments' if row else 'one segment'}: relative error {error:.2g}, limit {tolerance:g}; "
                         "set compute.attention to another kernel"
                     )
@@ -214,9 +229,15 @@ def check_against_all_gather(transport: Name) -> float:
 
 def _transport_errors(transport: Name) -> Any:
     """Return a compiled function of `spread` (1 for even routing, 0 for one expert) to the errors of result and gradients."""
-    rows, T = math.prod(axis_size(axis) for axis in BATCH), 32 * axis_size("context")
-    D, F, E, A = math.lcm(128, axis_size("fsdp")), 128 * axis_size("tensor"), 2 * axis_size("expert"), 2
-    tokens, into, out = P(BATCH, "context", None), P("expert", "fsdp", "tensor"), P("expert", "tensor", "fsdp")
+    rows = math.prod(axis_size(axis) for axis in BATCH)
+    T = 32 * axis_size("context")
+    D = math.lcm(128, axis_size("fsdp"))
+    F = 128 * axis_size("tensor")
+    E = 2 * axis_size("expert")
+    A = 2
+    tokens = P(BATCH, "context", None)
+    into = P("expert", "fsdp", "tensor")
+    out = P("expert", "tensor", "fsdp")
 
     @jax.jit
     def errors(spread: jax.Array) -> list[jax.Array]:
@@ -245,24 +266,31 @@ def _transport_errors(transport: Name) -> Any:
     return errors
 
 
-def _worst_part(found: np.ndarray, wanted: np.ndarray, sizes: Sequence[int] | np.ndarray | None) -> float:
+def _worst_part(actual: np.ndarray, expected: np.ndarray, sizes: Sequence[int] | np.ndarray | None) -> float:
     """Return the largest error max|a - b| / max|b| among the parts that belong to different experts or segments.
 
     Args:
-        found: the kernel's output.
-        wanted: the reference's output.
+        actual: the kernel's output.
+        expected: the reference's output.
         sizes: rows of each part, where the rest, owned by no expert, is one more part; None if dim 0 indexes the parts.
 
     Returns:
         Infinity if a part that must be zero is not.
     """
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    cuts = list(range(1, len(found))) if sizes is None else np.cumsum(sizes).tolist()
+    actual = np.asarray(actual, np.float64)
+    expected = np.asarray(expected, np.float64)
+    cuts = list(range(1, len(actual))) if sizes is None else np.cumsum(sizes).tolist()
     worst = 0.0
-    for a, b in zip(np.split(found, cuts), np.split(wanted, cuts), strict=True):
+    for a, b in zip(np.split(actual, cuts), np.split(expected, cuts), strict=True):
         if not a.size:
             continue
-        error, scale = np.max(np.abs(a - b)), np.max(np.abs(b))
-        part = error / scale if scale else (0.0 if error == 0 else np.inf)
+        error = np.max(np.abs(a - b))
+        scale = np.max(np.abs(b))
+        if scale:
+            part = error / scale
+        elif error == 0:
+            part = 0.0
+        else:
+            part = np.inf
         worst = max(worst, float(part)) if np.isfinite(part) else np.inf
     return worst

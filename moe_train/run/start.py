@@ -75,11 +75,12 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
 
     last = manager.newest(checkpoints)
     changed = {} if last is None else _changes(run, last, loader)
-    base, adapter = _base(run, last, bool(frozen)), _adapter(run, last)
+    base = _base(run, last, bool(frozen))
+    adapter = _adapter(run, last)
     weights: Parameters = {}
     if base is not None and frozen:
-        wanted = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
-        weights = model_dir.load_parameters(base.source, wanted, base.step)
+        base_shapes = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
+        weights = model_dir.load_parameters(base.source, base_shapes, base.step)
     originals = {path: x for path, x in weights.items() if path in learned}
 
     restored = manager.restore(checkpoints, learned_state)
@@ -123,14 +124,18 @@ def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[An
         ValueError: a setting that is fixed when a run starts, the base or the training data differ.
     """
     before = saved_config(run.run_dir, last)
-    then, now = (yaml_file.flat(each.model_dump(mode="json")) for each in (before, run.to_config()))
-    changed = {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
+    saved = yaml_file.flat(before.model_dump(mode="json"))
+    current = yaml_file.flat(run.to_config().model_dump(mode="json"))
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in {**saved, **current}:
+        if saved.get(key) != current.get(key):
+            changed[key] = (saved.get(key), current.get(key))
     for key, (old, new) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
             raise ValueError(f"{key} is {new}, but {run.run_dir} was started with {old}; set it back, or choose another run_dir")
     if (last.base is None) != (run.init_from is None):
-        theirs = last.config["init_from"]
-        raise ValueError(f"init_from is {run.init_from}, but {run.run_dir} was started with {theirs}; set it back")
+        original_path = last.config["init_from"]
+        raise ValueError(f"init_from is {run.init_from}, but {run.run_dir} was started with {original_path}; set it back")
     if last.data != loader.identity:
         raise ValueError(
             f"the training data of {run.run_dir} are not those that it was started with, so its position in them (row {last.row}) "
@@ -165,9 +170,9 @@ def _adapter(run: config.Run, last: About | None) -> Base | None:
     """Return the identity of the adapter that the run starts from; a resumed run must find the same adapter."""
     if run.lora is None or run.lora.init_from is None:
         return None
-    now = identity.adapter_of(run.lora.init_from)
-    if last is not None and last.adapter is not None and last.adapter.hashes != now.hashes:
+    current_adapter = identity.adapter_of(run.lora.init_from)
+    if last is not None and last.adapter is not None and last.adapter.hashes != current_adapter.hashes:
         raise ValueError(
             f"the adapter in {run.lora.init_from} has changed since this run started; bring it back, or start a new run_dir"
         )
-    return now
+    return current_adapter

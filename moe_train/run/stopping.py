@@ -28,23 +28,23 @@ def signals() -> Iterator[SimpleNamespace]:
         A namespace whose `reason` is None, and the name of the first signal once it has arrived. A second signal has its usual
         effect.
     """
-    asked = SimpleNamespace(reason=None)
+    stop_request = SimpleNamespace(reason=None)
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop_request
         return
 
-    def note(number: int, _: FrameType | None) -> None:
-        asked.reason = signal.Signals(number).name
+    def record_signal(number: int, _: FrameType | None) -> None:
+        stop_request.reason = signal.Signals(number).name
         # Restored at once, so that a second signal acts as usual.
-        signal.signal(number, before[number])
+        signal.signal(number, previous_handlers[number])
 
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, note)
+    previous_handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in previous_handlers:
+        signal.signal(number, record_signal)
     try:
-        yield asked
+        yield stop_request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
@@ -70,8 +70,8 @@ def vote(wishes: tuple[bool, bool], mesh: Mesh) -> jax.Array:
         (2,) int32 on the device. All processes read the same value at the same step.
     """
     # One row per local device, so that the rows of all processes form one sharded array.
-    mine = np.tile(np.array(wishes, np.int32), (len(mesh.local_devices), 1))
-    return _any(jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), mine))
+    local_wishes = np.tile(np.array(wishes, np.int32), (len(mesh.local_devices), 1))
+    return _any(jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), local_wishes))
 
 
 @jax.jit

@@ -55,7 +55,8 @@ class Writer:
         write: bool = True,
         sparse_layers: Sequence[int] = (),
     ):
-        self._write, self._sparse_layers = write, sparse_layers
+        self._write = write
+        self._sparse_layers = sparse_layers
         if not write:
             return
         self._file = _open_lines(run_dir / "metrics.jsonl", start_step)
@@ -69,7 +70,7 @@ class Writer:
         self._console = Console(stderr=True, highlight=False)
         self._total = total_steps
         self._first: tuple[float, int] | None = None  # (time, step) of the first metrics
-        self._said = 0.0
+        self._last_line_time = 0.0
         self._bar: ProgressBar | None = None
         if self._console.is_terminal:
             self._bar = ProgressBar("training", self._console, keep=True)
@@ -91,25 +92,31 @@ class Writer:
             self._bar.show(Progress("", step, self._total, "steps", line))
         else:
             now = time.monotonic()
-            since, after = self._first = self._first or (now, step)
-            if step not in (after, self._total) and now - self._said < LINE_SECONDS:
+            self._first = self._first or (now, step)
+            since, after = self._first
+            if step not in (after, self._total) and now - self._last_line_time < LINE_SECONDS:
                 return
-            self._said = now
-            left = f"  {_duration((now - since) / (step - after) * (self._total - step))} left" if step > after else ""
-            self.say(f"step {step}/{self._total}  {line}{left}")
+            self._last_line_time = now
+            remaining = ""
+            if step > after:
+                seconds_left = (now - since) / (step - after) * (self._total - step)
+                remaining = f"  {_duration(seconds_left)} left"
+            self.say(f"step {step}/{self._total}  {line}{remaining}")
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Write the metrics of an evaluation after `step`."""
         if self._write:
             self._record("eval", step, figures)
             drift = figures.get("routing_drift")
-            drifted = f"; {np.mean(drift):.1%} of the assignments drifted, {max(drift):.1%} in one layer" if drift else ""
+            drifted = ""
+            if drift:
+                drifted = f"; {np.mean(drift):.1%} of the assignments drifted, {max(drift):.1%} in one layer"
             tokens = figures.get("loss_tokens")  # absent if the objective averages over something other than tokens
             over = "" if tokens is None else f" over {tokens:,} tokens"
             self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f}{over}{drifted}")
 
     def _record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **_strict(figures)}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"kind": kind, "step": step, **_replace_non_finite(figures)}, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in _scalars(figures, self._sparse_layers):
@@ -135,12 +142,12 @@ class Writer:
         self._file.close()
 
 
-def _strict(figures: Any) -> Any:
+def _replace_non_finite(figures: Any) -> Any:
     """Replace NaN and infinities, which JSON cannot express, by null."""
     if isinstance(figures, Mapping):
-        return {key: _strict(value) for key, value in figures.items()}
+        return {key: _replace_non_finite(value) for key, value in figures.items()}
     if isinstance(figures, list):
-        return [_strict(value) for value in figures]
+        return [_replace_non_finite(value) for value in figures]
     return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
@@ -149,12 +156,12 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
 
     With `start_step` 0, a new start, all lines are removed.
     """
-    kept: list[str] = []
+    kept_lines: list[str] = []
     if start_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= start_step:
-                kept.append(line)
-    write_text(path, "".join(kept))
+                kept_lines.append(line)
+    write_text(path, "".join(kept_lines))
     return path.open("a", encoding="utf-8")
 
 

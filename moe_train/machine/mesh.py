@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,19 @@ def join_processes() -> None:
     else:
         processes.connect(address.rpartition(":")[0], store.blocking_key_value_get(key, 60_000), index, count)
     atexit.register(processes.leave)  # registered after JAX's own handler, and so called before it
+
+
+_barriers = itertools.count()
+
+
+def wait_for_processes() -> None:
+    """Wait, for a minute at most, until every process of the job has come here; all of them call it equally often.
+
+    It goes through JAX's coordination service and so does not depend on the devices or their collectives.
+    """
+    client = distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(f"moe_train/{next(_barriers)}", 60_000)
 
 
 def mesh_sizes(sizes: config.Mesh, device_count: int) -> config.Mesh:

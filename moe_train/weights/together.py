@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train.machine.files import new_directory
-from moe_train.machine.mesh import AXES
+from moe_train.machine.mesh import AXES, wait_for_processes
 from moe_train.weights import on_disk
 from moe_train.weights.arrays import Held, Parameters, fetch
 from moe_train.weights.on_disk import Tensor
@@ -35,7 +35,13 @@ def is_first() -> bool:
 
 def all_agree(well: bool) -> bool:
     """Return whether every process reports success; no process continues before all have answered."""
-    return well if jax.process_count() == 1 else bool(_over_processes(np.array([well], np.int32)).min())
+    if jax.process_count() == 1:
+        return well
+    agreed = bool(_over_processes(np.array([well], np.int32)).min())
+    if not agreed:
+        # A process that has failed ends now. If it did so before the others have read the answer, their collective would break.
+        wait_for_processes()
+    return agreed
 
 
 def from_first(text: str) -> str:

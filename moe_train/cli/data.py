@@ -88,14 +88,14 @@ def check_data(
         sources = checks.sources_of(chosen.train)
         evaluation = checks.sources_of(chosen.eval)
     else:
-        sources = (checks.Source(tuple(files or ()), layout, checks.section_of(columns or ())),)
+        sources = (checks.CheckedSource(tuple(files or ()), layout, checks.section_of(columns or ())),)
         evaluation = ()
     settings = checks.Settings(
         template=load_template(chat_template or (chosen.chat_template if chosen else None), loaded),
         allowed=frozenset(allow or ()),
         seq_len=seq_len or (config.train.seq_len if config else None),
         batch_size=batch_size or (config.train.batch_size if config else None),
-        against=(checks.Source(tuple(against)),) if against else evaluation,
+        against=(checks.CheckedSource(tuple(against)),) if against else evaluation,
         bench=bench,
         fix=fix,
         sample=sample,
@@ -107,7 +107,7 @@ def check_data(
         progress.report(progress.Progress("", done, total, "bytes", f"{records:,} records"))
 
     with waiting("checking"):
-        answer = checks.check(sources, loaded, settings, report)
+        answer = checks.check_records(sources, loaded, settings, report)
     if as_json:
         print_json(answer)
     else:

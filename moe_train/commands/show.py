@@ -22,7 +22,7 @@ from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
-from moe_train.data.chat.example import Example, learns
+from moe_train.data.chat.example import Example, has_trained_token
 from moe_train.data.records.conversation import recognise
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import located
@@ -43,7 +43,7 @@ class Token(NamedTuple):
 
     id: int
     position: int
-    learnt: bool
+    trained_on: bool
     """Whether its prediction contributes to the loss."""
     control: bool
     """Whether it is a control token."""
@@ -91,7 +91,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
         if too_long == "error":
             raise ValueError(f"{places[i]}: the record has {lengths[i]} tokens, seq_len is {seq_len}; raise it, or see it without")
         # A record that is left with nothing to train on is dropped.
-        if too_long == "truncate" and not learns(examples[i].loss_mask, seq_len):
+        if too_long == "truncate" and not has_trained_token(examples[i].loss_mask, seq_len):
             lengths[i] = 0
     plan = make_plan(lengths, seq_len, too_long)
     if not plan.num_rows:
@@ -153,11 +153,11 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
         for number, place in enumerate(places, start=1):
             token_indices = np.flatnonzero(segment_ids == number)
             ids = [int(tokens[token_indices[0]]), *targets[token_indices].tolist()]
-            learnt = [False, *loss_mask[token_indices].tolist()]
+            trained_on = [False, *loss_mask[token_indices].tolist()]
             # The last target has no position of its own in the batch.
             shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
             texts = pieces(ids, tokenizer)
-            shown = zip(ids, shown_positions, learnt, texts, strict=True)
+            shown = zip(ids, shown_positions, trained_on, texts, strict=True)
             segment_tokens = [Token(i, position, is_learnt, i in control, text) for i, position, is_learnt, text in shown]
             yield Segment(row + 1, number, place, segment_tokens)
 
@@ -201,7 +201,7 @@ def visible(text: str) -> str:
 # --- for a terminal ---------------------------------------------------------------------------------------------
 
 _STYLES = {(True, False): "bold green", (True, True): "bold black on green", (False, True): "cyan", (False, False): ""}
-_LEGEND = "green is learnt; control tokens stand out; a rule begins a segment, which sees nothing of the others"
+_LEGEND = "green is trained on; control tokens stand out; a rule begins a segment, which sees nothing of the others"
 
 
 def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bool) -> None:
@@ -220,33 +220,32 @@ def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bo
 
 
 def _title(segment: Segment, rows: Rows) -> str:
-    learnt = sum(token.learnt for token in segment.tokens)
+    trained_on = sum(token.trained_on for token in segment.tokens)
     count = len(rows.places[segment.row - 1])
-    return visible(
-        f"row {segment.row}, segment {segment.number} of {count}: {segment.place}, {len(segment.tokens)} tokens, {learnt} learnt"
-    )
+    place = f"row {segment.row}, segment {segment.number} of {count}: {segment.place}"
+    return visible(f"{place}, {len(segment.tokens)} tokens, {trained_on} trained on")
 
 
 def summary(rows: Rows) -> str:
     """Describe the rows in a line: their number and length, positions used, and positions with a loss."""
     used = int((rows.batch.segment_ids > 0).sum())
-    learnt = int(rows.batch.loss_mask.sum())
+    trained_on = int(rows.batch.loss_mask.sum())
     count, seq_len = rows.batch.tokens.shape
-    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {learnt} of them with a loss"
+    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {trained_on} of them with a loss"
 
 
 def _running_text(segment: Segment) -> RenderableType:
     text = Text(overflow="fold")
     for token in segment.tokens:
-        text.append(visible(token.text), _STYLES[token.learnt, token.control])
+        text.append(visible(token.text), _STYLES[token.trained_on, token.control])
     return text
 
 
 def _token_table(segment: Segment) -> RenderableType:
-    table = Table("position", "id", "learnt", "token", box=None)
+    table = Table("position", "id", "trained on", "token", box=None)
     for token in segment.tokens:
-        shown = Text(repr(visible(token.text))[1:-1] or "(part of a character)", _STYLES[token.learnt, token.control])
-        table.add_row(str(token.position), str(token.id), "yes" if token.learnt else "", shown)
+        shown = Text(repr(visible(token.text))[1:-1] or "(part of a character)", _STYLES[token.trained_on, token.control])
+        table.add_row(str(token.position), str(token.id), "yes" if token.trained_on else "", shown)
     return table
 
 
@@ -283,7 +282,7 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
 
 
 def _span(token: Token, positions: bool) -> str:
-    classes = " ".join(name for name, on in (("l", token.learnt), ("c", token.control)) if on)
+    classes = " ".join(name for name, on in (("l", token.trained_on), ("c", token.control)) if on)
     text = html.escape(visible(token.text)) + (f"<sub>{token.position}</sub>" if positions else "")
     return f'<span class="{classes}" title="position {token.position}, id {token.id}">{text}</span>'
 

@@ -47,7 +47,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     messages, tools = conversation
     if not uses_tools(conversation):
         return [_all_turns(messages, tokenizer)]
-    return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.bears_loss]
+    return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.trained_on]
 
 
 def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
@@ -74,7 +74,7 @@ def _all_turns(messages: list[Message], tokenizer: Mistral) -> Example:
     assistant_messages = [message for message in request.messages if isinstance(message, AssistantMessage)]
     for end, message, turn in zip(ends, assistant_messages, turns(messages), strict=True):
         start = end - _length_of_last(tokens[:end], message, tokenizer)
-        if turn.bears_loss:
+        if turn.trained_on:
             mask[start:end] = [True] * (end - start)
     return Example(tokens, mask)
 
@@ -87,8 +87,8 @@ def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: 
     if last.tool_calls and tokenizer.finetuning.version < _FIRST_WITHOUT_IDS:
         last.tool_calls = [ToolCall(function=call.function) for call in last.tool_calls]
     tokens = _encode(request, tokenizer)
-    learnt = _length_of_last(tokens, last, tokenizer)
-    return Example(tokens, [False] * (len(tokens) - learnt) + [True] * learnt)
+    trained_on = _length_of_last(tokens, last, tokenizer)
+    return Example(tokens, [False] * (len(tokens) - trained_on) + [True] * trained_on)
 
 
 def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:

@@ -55,14 +55,14 @@ def check_equal(pair: tuple[str, HuggingFace, Mistral], tools: bool, wanted: int
     def compare(record: dict[str, Any]) -> None:
         nonlocal count
         conversation = Conversation(record["messages"], record.get("tools", []))
-        learnt = [turn for turn in turns(conversation.messages) if turn.bears_loss]
+        trained_on = [turn for turn in turns(conversation.messages) if turn.trained_on]
         found = conversation_to_tokens.examples(conversation, ours.chat_template, ours)
         for i, (example, expected) in enumerate(
             zip(found, conversation_to_tokens.examples(conversation, None, theirs), strict=True)
         ):
-            last = conversation.messages[learnt[i].end - 1]
+            last = conversation.messages[trained_on[i].end - 1]
             if tools and "tool_calls" in last and version != "tekken-v13":
-                compare_call(example, Conversation(conversation.messages[: learnt[i].end], conversation.tools), ours, theirs)
+                compare_call(example, Conversation(conversation.messages[: trained_on[i].end], conversation.tools), ours, theirs)
             else:
                 assert example == expected
         seen.add(json.dumps(record))
@@ -74,14 +74,14 @@ def check_equal(pair: tuple[str, HuggingFace, Mistral], tools: bool, wanted: int
 
 
 def compare_call(example: Example, conversation: Conversation, ours: HuggingFace, theirs: Mistral) -> None:
-    """The template insists on ids, which mistral-common's fine-tuning leaves out: they are there, and not learnt."""
+    """The template insists on ids, which mistral-common's fine-tuning leaves out: they are there, and not trained_on."""
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in conversation.messages]
     request = ChatCompletionRequest.model_validate({"messages": plain, "tools": conversation.tools})
     assert example.tokens == theirs.finetuning.encode_chat_completion(request).tokens
     start = len(templates.prompt(Conversation(plain[:-1], conversation.tools), str(ours.chat_template), ours))
     assert example.loss_mask is not None and not any(example.loss_mask[:start])
     turn = list(zip(example.tokens[start:], example.loss_mask[start:], strict=True))
-    left_out = ours.decode([token for token, learnt in turn if not learnt])
+    left_out = ours.decode([token for token, trained_on in turn if not trained_on])
     ids = [] if ours.files[0].parent.name == "v2" else [call["id"] for call in plain[-1]["tool_calls"]]
     assert re.sub(r"[^a-zA-Z0-9]", "", left_out) == "".join(ids)
     assert example.loss_mask[-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_train.data.chat import template as templates
 from moe_train.data.chat.example import Example, uses_tools
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief, checked_text
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral

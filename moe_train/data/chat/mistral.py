@@ -25,7 +25,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from pydantic import ValidationError
 
 from moe_train.data.chat.example import Example, turns, uses_tools, without_tools
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.mistral import Mistral
 
 _FIRST_WITH_TOOLS = TokenizerVersion.v2
@@ -44,7 +44,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     Raises:
         ValueError: In one line, if mistral-common rejects the conversation.
     """
-    messages, tools = conversation
+    messages, tools, _ = conversation
     if not uses_tools(conversation):
         return [_all_turns(messages, tokenizer)]
     return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.trained_on]
@@ -52,7 +52,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
 
 def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
     """Return the tokens up to where the assistant's next turn begins."""
-    return _encode(_request(*conversation, tokenizer, ValidationMode.test), tokenizer)
+    return _encode(_request(conversation.messages, conversation.tools, tokenizer, ValidationMode.test), tokenizer)
 
 
 def check_has_tools(tokenizer: Mistral) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from moe_train.data.chat.renderer import GENERATION
 from moe_train.data.chat.sandbox import Prefix, Request
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 

@@ -17,7 +17,7 @@ from moe_train.data.chat.example import Example, without_tools
 from moe_train.data.chat.loss_mask import Steps, Text, trained_texts
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.huggingface import HuggingFace, Marked
 
 

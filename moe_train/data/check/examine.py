@@ -22,9 +22,10 @@ from moe_train.data.check.duplicates import Fingerprints, fingerprints
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import overlap, said_in
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.conversation import Conversation, denormalise, normalise, recognise
+from moe_train.data.records.conversation import denormalise, normalise, recognise
 from moe_train.data.records.file_bytes import BOM
 from moe_train.data.records.json_lines import Block, records_in
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Item, Problem
 from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.huggingface import HuggingFace

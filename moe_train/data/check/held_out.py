@@ -6,7 +6,8 @@ import numpy as np
 
 from moe_train.data.check.chunks import CheckedSource, places_of, read_checked
 from moe_train.data.check.overlap import held_out_hashes
-from moe_train.data.records.conversation import Conversation, normalise, recognise
+from moe_train.data.records.conversation import normalise, recognise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 
 

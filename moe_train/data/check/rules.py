@@ -16,7 +16,7 @@ from moe_train.data.check import call_rules as calls
 from moe_train.data.check import text_rules as texts
 from moe_train.data.check import turn_rules as turns
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem, brief
 
 

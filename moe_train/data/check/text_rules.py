@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 
 # NUL, the noncharacters that mark spans while a template is rendered, and lone surrogates.
 _NO_TEXT = re.compile("[\x00\ufdd0-\ufdd3\ud800-\udfff]")

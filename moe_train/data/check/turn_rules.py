@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import brief
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_train.data.chat.example import Turn, has_trained_token, turns, uses_tools, without_tools
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 
 USER = {"role": "user", "content": "a"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.chat.chats import (
     ANSWER,

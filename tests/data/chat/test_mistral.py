@@ -19,7 +19,8 @@ from moe_train import config
 from moe_train.data.chat import mistral
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.chat.example import Example
-from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.chat.chats import CALL, TOOL
 from tests.data.conversations import conversations

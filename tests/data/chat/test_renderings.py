@@ -7,7 +7,7 @@ import pytest
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.renderer import GENERATION
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, without_marks
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.chat.chats import ANSWER, QUESTION, WITH_GENERATION, render, spans

@@ -14,7 +14,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat import template as templates
 from moe_train.data.chat.example import Example, turns
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
@@ -128,7 +128,7 @@ def test_control_tokens_typed_as_text_stay_text(pair: tuple[str, HuggingFace, Mi
     for either, template in ((ours, ours.chat_template), (theirs, None)):
         counts = []
         for text in (every, "x"):
-            messages, tools = typed(text)
+            messages, tools, _ = typed(text)
             if not with_tools:
                 messages, tools = [m for m in messages if m["role"] != "tool" and "tool_calls" not in m], []
             found = conversation_to_tokens.examples(Conversation(messages, tools), template, either)
@@ -180,7 +180,7 @@ def test_transformers_has_the_same_tokens_for_tools(pair: tuple[str, HuggingFace
     if version == "v1":
         return
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(ours.files[0].parent)
-    messages, tools = typed("Grüße 東京")
+    messages, tools, _ = typed("Grüße 東京")
     *_, whole = conversation_to_tokens.examples(Conversation(messages, tools), ours.chat_template, ours)
     plain = json.loads(json.dumps(messages))
     function = plain[2]["tool_calls"][0]["function"]

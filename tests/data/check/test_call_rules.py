@@ -9,7 +9,7 @@ import pytest
 
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.check.rules import problems, repair
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from tests.data.check.broken_records import ANSWER, CALLS, FORM, USER, call, calling, check_repair, result
 
 

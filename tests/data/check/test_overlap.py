@@ -7,7 +7,7 @@ import numpy as np
 from moe_train.data.check.check import CheckedSource
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import OVERLAP_WORDS, held_out_hashes, overlap, said_in
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import ANSWER, USER, Write, check_files
 

@@ -15,7 +15,8 @@ from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.check import rules
 from moe_train.data.check.requirements import Requirements, requirements_of
 from moe_train.data.check.rules import problems, repair
-from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.check.broken_records import (
     ANSWER,

@@ -14,7 +14,7 @@ from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared.shards import Shard
 from moe_train.data.prepared.store import ExampleSlice
 from moe_train.data.prepared.tokenize_shard import Recipe, write_shard
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.source import Span
 from moe_train.data.tokenizers.huggingface import HuggingFace

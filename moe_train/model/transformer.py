@@ -15,10 +15,12 @@ from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe_train import config
+from moe_train.machine.mesh import use_default_mesh
 from moe_train.model.attention.gqa import Cache
 from moe_train.model.attention.kinds import attention_class
 from moe_train.model.ffn import DenseFfn
@@ -28,6 +30,7 @@ from moe_train.model.moe.layer import ExpertLinear, MoE
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.quantize import quantize_weights
 from moe_train.model.sharding import fsdp
+from moe_train.model.sharding.specs import place, plain_on_one_device
 
 SAVED = ("projection", "attention", "routing", "experts")
 """Names (`jax.ad_checkpoint.checkpoint_name`) of the values that are worth their memory in the backward pass.
@@ -192,23 +195,33 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
+        tokens_BT: Int[Array | np.ndarray, "B T"],
+        positions_BT: Int[Array | np.ndarray, "B T"] | None = None,
+        segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Compute the hidden states after the final norm.
 
+        The arrays may have any sharding. On a mesh of one device, the hidden states can be used like any JAX array; on other
+        meshes they are sharded by B and T (see `model.sharding.specs`).
+
         Args:
             tokens_BT: token ids.
-            positions_BT: positions, which restart in each segment.
-            segment_ids_BT: packed segments; 0 for padding.
+            positions_BT: positions, which restart in each segment; None for 0, 1, 2, … in each row.
+            segment_ids_BT: packed segments; 0 for padding. None if each row is one segment without padding.
             key: PRNG key for the dropout of the adapters; None for no dropout, as in evaluation.
 
         Returns:
             The hidden states, and the statistics (L, …) of the routers in the order of the sparse layers (`config.sparse_layers`);
             None for a dense model.
         """
+        tokens_BT = place(tokens_BT, "BT")
+        if positions_BT is None:
+            positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+        if segment_ids_BT is None:
+            segment_ids_BT = np.ones(tokens_BT.shape, np.int32)
+        positions_BT = place(positions_BT, "BT")
+        segment_ids_BT = place(segment_ids_BT, "BT")
         x_BTD = self.embed(tokens_BT, self.dtype)
         # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
@@ -219,7 +232,7 @@ class Transformer(nnx.Module):
             if stack_stats is not None:
                 stats.append(stack_stats)
             first += stack.repeats
-        return self.final_norm(x_BTD), _joined(stats)
+        return plain_on_one_device(self.final_norm(x_BTD)), _joined(stats)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """Return the output matrix; with tied embeddings it is the embedding table."""
@@ -232,11 +245,14 @@ class Transformer(nnx.Module):
         return None if self.head is None else self.head.beside(hidden_BTD, key)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Compute float32 logits of all positions at once, for generation and tests; training computes them chunk by chunk."""
+        """Compute float32 logits of all positions at once; the built-in objectives compute them chunk by chunk instead.
+
+        On a mesh of one device, the logits can be used like any JAX array.
+        """
         logits_BTV = fsdp.project("BTD,VD->BTV", hidden_BTD, self.head_weight())
         if beside := self.beside_head(hidden_BTD):
             logits_BTV += fsdp.project("BTJ,VJ->BTV", *beside)
-        return logits_BTV.astype(jnp.float32)
+        return plain_on_one_device(logits_BTV.astype(jnp.float32))
 
     def decode(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Any
@@ -261,20 +277,27 @@ class Transformer(nnx.Module):
         return self.logits(self.final_norm(x_BTD)), new
 
 
-def init_model(seed: int, model: config.Model, compute: config.Compute, lora: config.Lora | None = None) -> Transformer:
+def init_model(
+    seed: int,
+    model: config.Model,
+    compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
+    lora: config.Lora | None = None,
+) -> Transformer:
     """Initialize a model with random weights, including adapters and quantized weights.
 
-    Under a mesh each array is created with its sharding.
+    Each array is created with its sharding on the mesh in force; without one, a mesh of one device is put in force
+    (`machine.mesh.use_default_mesh`).
 
     Args:
         seed: seed of the weights.
         model: model section of the config.
-        compute: dtypes, kernels and rematerialization.
+        compute: dtypes, kernels and rematerialization; by default float32.
         lora: adapters and quantization to add; None for full training.
 
     Raises:
         ValueError: `lora` does not fit the model (see `add_lora` and `quantize_weights`).
     """
+    use_default_mesh()
     rngs = nnx.Rngs(params=jax.random.key(seed))
     transformer = Transformer(rngs, model, compute)
     if lora is not None:

@@ -30,6 +30,10 @@ LINE_SECONDS = 5.0
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
+MetricsRecord = dict[str, Any]
+"""A line of metrics.jsonl: `kind` ("train" or "eval"), `step`, and the metrics by name; None for what is not finite."""
+
+
 class Writer:
     """Write the metrics of a run to all destinations; processes other than the first write nothing.
 
@@ -56,6 +60,7 @@ class Writer:
         sparse_layers: Sequence[int] = (),
     ):
         self._write = write
+        self._new_records: list[MetricsRecord] = []
         self._sparse_layers = sparse_layers
         if not write:
             return
@@ -84,9 +89,9 @@ class Writer:
 
     def train(self, step: int, figures: Mapping[str, Any]) -> None:
         """Write the metrics of a training step."""
+        self._record("train", step, figures)
         if not self._write:
             return
-        self._record("train", step, figures)
         line = _line(figures)
         if self._bar is not None:
             self._bar.show(Progress("", step, self._total, "steps", line))
@@ -105,8 +110,8 @@ class Writer:
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Write the metrics of an evaluation after `step`."""
+        self._record("eval", step, figures)
         if self._write:
-            self._record("eval", step, figures)
             drift = figures.get("routing_drift")
             drifted = ""
             if drift:
@@ -115,8 +120,18 @@ class Writer:
             over = "" if tokens is None else f" over {tokens:,} tokens"
             self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f}{over}{drifted}")
 
+    def new_records(self) -> list[MetricsRecord]:
+        """Return the records since the last call, in every process."""
+        records = self._new_records
+        self._new_records = []
+        return records
+
     def _record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **_replace_non_finite(figures)}, allow_nan=False) + "\n")
+        record = {"kind": kind, "step": step, **_replace_non_finite(figures)}
+        self._new_records.append(record)
+        if not self._write:
+            return
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in _scalars(figures, self._sparse_layers):

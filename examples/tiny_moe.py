@@ -1,5 +1,7 @@
 """Train a tiny Mixture-of-Experts transformer on bytes: python examples/tiny_moe.py"""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def step(model: moe_train.Transformer, opt_state: optax.OptState, tokens_BT: jax
     return optax.apply_updates(model, updates), opt_state, value
 
 
-text = np.frombuffer(open("LICENSE", "rb").read(), np.uint8).astype(np.int32)
+text = np.frombuffer(Path("LICENSE").read_bytes(), np.uint8).astype(np.int32)
 random = np.random.default_rng(0)
 model = moe_train.init_model(0, MODEL)
 optimizer = optax.adamw(3e-3)

@@ -13,6 +13,7 @@ from moe_train import config
 def expert_loads(model: moe_train.Transformer, ids: list[int]) -> np.ndarray:
     """Return the share of routing choices of each expert in each sparse layer, (L, E)."""
     _, routers = jax.jit(lambda model, tokens_BT: model(tokens_BT))(model, np.array([ids], np.int32))
+    assert routers is not None, "a dense model chooses no experts"
     return np.asarray(routers.load_E)
 
 
@@ -22,8 +23,10 @@ if len(sys.argv) > 1:
 else:  # a random model on bytes, to try the program
     attention = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8)
     experts = config.MoeFfn(name="moe", ffn_dim=64, num_experts=8, experts_per_token=2)
-    sizes = {"vocab_size": 256, "model_dim": 32, "num_layers": 2, "max_seq_len": 512}
-    model = moe_train.init_model(0, config.Model(family="mixtral", attention=attention, ffn=experts, **sizes))
+    sizes = config.Model(
+        family="mixtral", vocab_size=256, model_dim=32, num_layers=2, max_seq_len=512, attention=attention, ffn=experts
+    )
+    model = moe_train.init_model(0, sizes)
     encode = lambda text: list(text.encode())  # noqa: E731
 
 prose = expert_loads(model, encode(Path("LICENSE").read_text())[:500])

@@ -23,6 +23,7 @@ MODEL = config.Model(
 
 def loss(model: moe_train.Transformer, tokens_BT: jax.Array) -> jax.Array:
     hidden_BTD, routers = model(tokens_BT[:, :-1])
+    assert routers is not None  # a model with experts has router statistics
     logprobs_BTV = jax.nn.log_softmax(model.logits(hidden_BTD))
     target_logprobs = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1)
     return -target_logprobs.mean() + 0.01 * routers.load_balance_loss.mean()

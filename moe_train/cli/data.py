@@ -149,7 +149,7 @@ def show_data(
         show.write_page(html, rows, loaded, file, positions)
         print(f"{html}: {show.summary(rows)}")
     elif as_json:
-        print_json(show.as_json(rows, loaded))
+        print_json(show.segments_to_json(rows, loaded))
     else:
         show.print_rows(rows, loaded, console(), positions)
 

@@ -105,7 +105,7 @@ def test_a_row_is_traced_to_its_lines(run: Callable[..., Path], tmp_path: Path, 
         ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id][segment["start"] :][: segment["length"]]
         row = segment["row"]
         assert batch.tokens[row][batch.segment_ids[row] == segment["segment"]].tolist() == ids
-    for wrong, said in (((0, None), "step 0: steps count from 1"), ((1, 4), "row 4: a step has 4 rows, from 0")):
+    for wrong, said in (((0, None), "step 0: steps are counted from 1"), ((1, 4), "row 4: a step has 4 rows, counted from 0")):
         with pytest.raises(ValueError, match=f"^{said}$"):
             trace(cli_config(path), *wrong)
 

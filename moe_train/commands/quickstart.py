@@ -86,7 +86,7 @@ def _begin(console: Console, title: str, command: str) -> None:
 def _load(name: str) -> config.Config:
     if not (CONFIGS / name).is_file():
         raise FileNotFoundError(f"{CONFIGS / name} is missing: the quickstart runs from a checkout (pip install --editable .)")
-    return yaml_file.load(CONFIGS / name)
+    return yaml_file.load_config(CONFIGS / name)
 
 
 def _summary(console: Console, runs: list[config.Config], exports: list[Path]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, FileFormat, in_words
+from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, FileFormat, describe_features
 from moe_train.config.section import (
     NonNegative,
     NonNegativeFloat,
@@ -266,4 +266,4 @@ def without_format(model: Model, file_format: FileFormat | None = None) -> str |
     if not considered:
         return "the architecture"
     missing = [features(model) - formats[name] for name in considered]
-    return in_words(min(missing, key=len))
+    return describe_features(min(missing, key=len))

@@ -14,7 +14,7 @@ from moe_train.config.schema import all_keys, key_path, members, owners
 from moe_train.config.strict_yaml import KeyPath, shown
 
 
-def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+def explain_errors(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Translate pydantic's validation errors into messages about the config file.
 
     Args:

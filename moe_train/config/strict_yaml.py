@@ -40,7 +40,9 @@ class _Loader(yaml.SafeLoader):
         """Compose the next node; reject an anchor or alias."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read; write the value out", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, "anchors and aliases are not read; format_yaml the value out", event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -53,7 +55,7 @@ for _tag, _pattern, _first in _CORE_SCALARS:
     _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 
 
-def parse(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
+def parse_yaml(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse YAML text to plain values.
 
     Args:
@@ -141,8 +143,8 @@ def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
     return None
 
 
-def write(tree: Any) -> str:
-    """Return `tree` as YAML text that `parse` reads back to an equal tree."""
+def format_yaml(tree: Any) -> str:
+    """Return `tree` as YAML text that `parse_yaml` reads back to an equal tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
 
 

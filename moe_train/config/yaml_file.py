@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_train.config import Config, strict_yaml
-from moe_train.config.faults import in_words
-from moe_train.config.strict_yaml import ConfigError, KeyPath, dotted, parse, shown
+from moe_train.config.faults import explain_errors
+from moe_train.config.strict_yaml import ConfigError, KeyPath, dotted, parse_yaml, shown
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read and check the `Config` of a YAML file.
 
     Args:
@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    tree, lines = parse(text, str(path))
+    tree, lines = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}:1: a config is sections of `key: value` (value {shown(tree)})")
     origins = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
@@ -53,7 +53,7 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"{origin}: an override is key.path=value, such as optimizer.learning_rate=1e-4")
-    value, _ = parse(text, origin)
+    value, _ = parse_yaml(text, origin)
     section: Any = tree
     path: KeyPath = ()
     for i, part in enumerate(parts):
@@ -84,7 +84,7 @@ def _validate(tree: dict[str, Any], origins: dict[KeyPath, str]) -> Config:
     try:
         return Config.model_validate_json(json.dumps(tree))  # strict types accept a list as a tuple only when they read JSON
     except ValidationError as error:
-        faults = {(path, message): None for path, message in in_words(error, tree)}
+        faults = {(path, message): None for path, message in explain_errors(error, tree)}
     raise ConfigError("\n".join(f"{_origin(origins, path)}: {dotted(path)}{message}" for path, message in faults))
 
 
@@ -97,7 +97,7 @@ def _origin(origins: dict[KeyPath, str], path: KeyPath) -> str:
 
 def dump(config: Config) -> str:
     """Return the config, with every default stated, as YAML that loads back to an equal `Config`."""
-    return strict_yaml.write(config.model_dump(mode="json"))
+    return strict_yaml.format_yaml(config.model_dump(mode="json"))
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_the_run_finds_what_was_prepared(
 def cli_config(path: Path) -> Any:
     from moe_train.config import yaml_file
 
-    return yaml_file.load(path, ())
+    return yaml_file.load_config(path, ())
 
 
 def test_from_a_folder_that_holds_the_sets(run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

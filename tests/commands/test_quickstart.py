@@ -48,7 +48,7 @@ def test_every_part_runs_and_what_is_done_is_left_alone(here: Path, monkeypatch:
     theirs = quickstart.CONFIGS
     (here / "configs").mkdir()
     for name, overrides in (("quickstart_pretrain.yaml", SMALLER + SHORTER), ("quickstart_lora.yaml", SHORTER)):
-        (here / "configs" / name).write_text(yaml_file.dump(yaml_file.load(theirs / name, overrides)))
+        (here / "configs" / name).write_text(yaml_file.dump(yaml_file.load_config(theirs / name, overrides)))
     monkeypatch.setattr(quickstart, "CONFIGS", here / "configs")
     monkeypatch.setattr(quickstart, "gather", partial(gather, max_bytes=400_000))
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, family_with, in_words
+from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, describe_features, family_with
 
 
 def test_every_name_has_a_row_and_every_feature_has_words() -> None:
@@ -35,5 +35,5 @@ def test_features_that_no_family_has_together_are_named() -> None:
 
 
 def test_features_in_the_order_of_the_table() -> None:
-    assert in_words({"router_bias", "sigmoid_router"}) == "a sigmoid router and a router bias"
-    assert in_words(()) is None
+    assert describe_features({"router_bias", "sigmoid_router"}) == "a sigmoid router and a router bias"
+    assert describe_features(()) is None

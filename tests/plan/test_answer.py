@@ -17,10 +17,10 @@ def test_the_best_choice_is_written_as_a_config(tmp_path: Path, capsys: pytest.C
     assert run("plan", PRETRAIN, "--topology", "v5p:2x2x2", "--no-compile", "--config-out", str(out), *SMALL) == 0
     said = capsys.readouterr().out
     assert "v5p:2x2x2: 8 chips of 95.0 GiB" in said and "confirmed: no" in said
-    given = yaml_file.load(PRETRAIN, SMALL)
+    given = yaml_file.load_config(PRETRAIN, SMALL)
     best = plan(given, "v5p:2x2x2", compile_best=0).best
     assert best is not None
-    written = yaml_file.load(out)
+    written = yaml_file.load_config(out)
     assert config.run_of(written) == best.run
     unchanged = {"mesh": given.mesh, "compute": given.compute, "train": given.train}
     assert written.model_copy(update=unchanged) == given  # nothing else is touched

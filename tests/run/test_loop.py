@@ -36,7 +36,7 @@ def test_what_a_run_leaves(finished, small_run):
     assert first["cross_entropy"] == pytest.approx(math.log(288), rel=0.02) and last["loss"] < first["loss"] - 0.3
     assert last["tokens_per_second"] == pytest.approx(8 * 32 / last["seconds"]) and 0 < last["mfu"] < 1
     assert steps_in(finished) == [2, 3, 4, 6]  # 3 because it was the best so far
-    assert yaml_file.load(finished / "config.yaml") == run
+    assert yaml_file.load_config(finished / "config.yaml") == run
     start, stop = events(finished)
     assert (start["event"], stop["event"], stop["step"], stop["reason"]) == ("start", "stop", 6, "finished")
     assert start["versions"]["jax"] == jax.__version__ and start["hardware"]["devices"] == 8 and len(start["config_sha256"]) == 64

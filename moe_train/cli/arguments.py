@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from moe_train.config import Config
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that override those of the file.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that override those of the file.")]
 ModelDir = Annotated[
     Path,
     typer.Argument(metavar="RUN_OR_MODEL_DIR", help="Directory of a run, or of a model in Hugging Face, Mistral or GGUF format."),
@@ -23,7 +21,7 @@ ProofDepth = Annotated[
     Literal["full", "tensors"],
     typer.Option(
         "--proof",
-        help="full: also compare the model's logits before and after; tensors: compare only files, without an accelerator.",
+        help="full: also run the written model and compare logits; tensors: compare files only, without an accelerator.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

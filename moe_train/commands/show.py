@@ -97,9 +97,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
             lengths[i] = 0
     plan = make_plan(lengths, seq_len, too_long)
     if not plan.num_rows:
-        raise ValueError(
-            f"{', '.join(records.names)}: all {len(examples)} records are too long for seq_len {seq_len}; raise --seq-len, or leave it out"
-        )
+        raise ValueError(f"{', '.join(records.names)}: all {len(examples)} records are too long for seq_len {seq_len}; raise it")
     batch = Batch.empty(plan.num_rows, plan.seq_len)
     placed = []
     for row in range(plan.num_rows):
@@ -226,9 +224,8 @@ def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bo
 def _title(segment: ShownSegment, rows: Rows) -> str:
     learnt = sum(token.learnt for token in segment.tokens)
     count = len(rows.places[segment.row - 1])
-    return escape_control_characters(
-        f"row {segment.row}, segment {segment.number} of {count}: {segment.place}, {len(segment.tokens)} tokens, {learnt} trained on"
-    )
+    position = f"row {segment.row}, segment {segment.number} of {count}"
+    return escape_control_characters(f"{position}: {segment.place}, {len(segment.tokens)} tokens, {learnt} trained on")
 
 
 def summary(rows: Rows) -> str:
@@ -272,7 +269,8 @@ sub {{ font-size: .6em; opacity: .6; user-select: none }}
 span:hover {{ outline: 1px solid }}
 </style></head><body><h1>{title}</h1>
 <p>{summary}. Tokens on <span class="l">green</span> are trained on; <span class="c">control tokens</span> are blue.
-Segments do not attend to one another. Point at a token to see its position and id; the last token of a segment is only predicted.</p>
+Segments do not attend to one another. Point at a token to see its position and id; the last token of a segment is only
+predicted.</p>
 {body}
 </body></html>
 """

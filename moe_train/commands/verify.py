@@ -10,7 +10,7 @@ import jax
 from moe_train.checkpoint.model_dir import mesh_here, open_model
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands.adapters import base_and_adapter
-from moe_train.commands.export import unquantised
+from moe_train.commands.export import unquantized_model
 from moe_train.machine.mesh import make_mesh
 from moe_train.proof import expected, prove, repeat, surroundings
 from moe_train.proof.checks import Check
@@ -50,7 +50,7 @@ def verify(
     if run is not None:
         if not is_run(run):
             raise ValueError(f"--run {run} is no run; give the run that was exported")
-        opened = unquantised(open_model(run))
+        opened = unquantized_model(open_model(run))
         with jax.set_mesh(opened.mesh):
             weights = opened.to_export()
             holds_adapter = record["format"] not in get_args(expected.Model) or record.get("adapted")

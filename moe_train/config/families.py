@@ -107,19 +107,18 @@ def family_with(features: Collection[Feature], *, sparse: bool, file_format: Fil
     """Return the first family of the table that may have all of these features, for a format that does not name families.
 
     Args:
-        features: Features that the model has.
-        sparse: Whether the model has a sparse ffn.
-        file_format: The format, which has to be able to express the family.
+        features: features that the model has.
+        sparse: whether the model has a sparse ffn.
+        file_format: the format, which has to be able to express the family.
 
     Raises:
-        ValueError: If no family has all of these features.
+        ValueError: no family has all of these features.
     """
     for name, family in FAMILIES.items():
         if family.sparse == sparse and file_format in family.formats and set(features) <= family.features:
             return name
-    raise ValueError(
-        f"no {'sparse' if sparse else 'dense'} family can have {describe_features(features)}; leave out what is too much"
-    )
+    kind = "sparse" if sparse else "dense"
+    raise ValueError(f"no {kind} family can have all of {describe_features(features)}; remove some of them")
 
 
 def describe_features(features: Collection[Feature]) -> str | None:

@@ -22,12 +22,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read and check the `Config` of a YAML file.
 
     Args:
-        path: The YAML file.
+        path: the YAML file.
         overrides: `key.path=value` settings that replace those of the file; the last one for a key wins.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ConfigError: With every error found, one per line.
+        FileNotFoundError: there is no such file.
+        ConfigError: with every error, one per line.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,7 +39,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
     tree, lines = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}:1: a config is sections of `key: value` (value {shown(tree)})")
+        raise ConfigError(f"{path}:1: a config consists of sections with `key: value` (value {shown(tree)})")
     origins = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
     for override in overrides:
         _apply(tree, origins, override)
@@ -52,7 +52,7 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"{origin}: an override is key.path=value, such as optimizer.learning_rate=1e-4")
+        raise ConfigError(f"{origin}: an override has the form key.path=value, such as optimizer.learning_rate=1e-4")
     value, _ = parse_yaml(text, origin)
     section: Any = tree
     path: KeyPath = ()
@@ -61,10 +61,10 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
         step: str | int = part
         if isinstance(section, list):
             if not (part.isdigit() and int(part) < len(section)):
-                raise ConfigError(f"{origin}: {dotted(path)}a list of {len(section)} items, counted from 0 (value {part})")
+                raise ConfigError(f"{origin}: {dotted(path)}this list has {len(section)} items, counted from 0 (value {part})")
             step = int(part)
         elif not isinstance(section, dict):
-            raise ConfigError(f"{origin}: {dotted(path)}not a section, so it has no {part} (value {shown(section)})")
+            raise ConfigError(f"{origin}: {dotted(path)}this is not a section, so it has no key {part} (value {shown(section)})")
         path = (*path, step)
         if is_last:
             section[step] = value

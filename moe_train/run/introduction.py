@@ -29,7 +29,7 @@ def introduce(run: config.Run, say: Say, inputs: Inputs, begin: Start) -> None:
     if transport := transport_in_words(run, mesh_shape):
         say(f"experts: {transport}")
     if run.export == "none":
-        say(f"export: none, since no file format has a place for {config.without_format(run.model)}")
+        say(f"export: none, since no file format can express {config.without_format(run.model)}")
     loader = inputs.train
     parts = [f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"]
     left_out = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}

@@ -30,7 +30,7 @@ def test_the_first_family_that_may_have_the_features(features: tuple[Feature, ..
 
 
 def test_features_that_no_family_has_together_are_named() -> None:
-    with pytest.raises(ValueError, match=r"no sparse family can have a yarn rope and shared experts"):
+    with pytest.raises(ValueError, match=r"no sparse family can have all of a yarn rope and shared experts"):
         family_with(("shared_experts", "yarn"), sparse=True, file_format="mistral")
 
 

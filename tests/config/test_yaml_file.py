@@ -46,16 +46,16 @@ def test_overrides(run: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.steps", "an override is key.path=value, such as optimizer.learning_rate=1e-4"),
-        ("train..steps=3", "an override is key.path=value, such as optimizer.learning_rate=1e-4"),
+        ("train.steps", "an override has the form key.path=value, such as optimizer.learning_rate=1e-4"),
+        ("train..steps=3", "an override has the form key.path=value, such as optimizer.learning_rate=1e-4"),
         ("train.stepz=3", "train.stepz: unknown key; did you mean steps? (value 3)"),
         ("train.steps=many", 'train.steps: has to be a whole number (value "many")'),
         ("train.steps=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
-        ("data.train.2.weight=1", "data.train: a list of 2 items, counted from 0 (value 2)"),
-        ("data.train.x.weight=1", "data.train: a list of 2 items, counted from 0 (value x)"),
-        ("name.first=1", 'name: not a section, so it has no first (value "tiny")'),
+        ("data.train.2.weight=1", "data.train: this list has 2 items, counted from 0 (value 2)"),
+        ("data.train.x.weight=1", "data.train: this list has 2 items, counted from 0 (value x)"),
+        ("name.first=1", 'name: this is not a section, so it has no key first (value "tiny")'),
         ("name=123", "name: has to be a string; quote it (value 123)"),
-        ("optimizer.learning_rate=.inf", 'a number has to be finite (value ".inf")'),
+        ("optimizer.learning_rate=.inf", 'a number must be finite (value ".inf")'),
     ],
 )
 def test_a_bad_override_is_quoted(run: Path, override: str, said: str) -> None:

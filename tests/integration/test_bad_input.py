@@ -83,7 +83,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
         _, weights = parameters(jax.jit(lambda: init_model(0, section, config.Compute()))())
-        write_and_prove.export(weights, section, path, dtype="float32")
+        write_and_prove.export_model(weights, section, path, write_and_prove.WriteOptions(dtype="float32"))
     return path
 
 

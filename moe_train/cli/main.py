@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except Exception as error:
         code = _report(error, debug)
-        processes.end(code)
+        processes.exit_process(code)
         sys.exit(code)
 
 

@@ -154,7 +154,7 @@ def _check_source(opened: Opened, layout: serve.Layout, merge: bool) -> None:
     if merge:
         reason = "--merge makes a whole model"
     elif opened.run:
-        reason = "all its weights were trained"
+        reason = "it was trained in full, without adapters"
     else:
         reason = "it is not a run"
     raise ValueError(f"{opened.directory} has no adapter to write as {layout}: {reason}; use --format hf")

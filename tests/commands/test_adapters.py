@@ -165,4 +165,4 @@ def test_the_command_shows_tables_or_json(files: Callable[[str], Path], capsys: 
             answer = json.loads(said)
             assert len(answer["moved"]) == 2 * (1 + 3 * 4) + 1 and np.shape(answer["experts"]) == (2, 4)
         else:
-            assert "ffn.gate_proj" in said and "change over weight of each expert" in said
+            assert "ffn.gate_proj" in said and "relative change of each expert" in said

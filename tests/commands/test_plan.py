@@ -40,5 +40,5 @@ def test_the_stated_mesh_is_filled_with_the_devices_of_the_topology() -> None:
 def test_a_mesh_that_the_topology_cannot_fill_is_chosen_anyway() -> None:
     answer = plan(written(data=3, fsdp=-1), "tpu7x-8", Options(compile_best=0))
     assert answer.choices and all(math.prod(choice.run.mesh.model_dump().values()) == 8 for choice in answer.choices)
-    with pytest.raises(ValueError, match="mesh axes of 3 devices do not divide the 8 devices"):
+    with pytest.raises(ValueError, match="mesh axes of 3 devices do not divide the 8 available devices"):
         plan(written(data=3, fsdp=-1), "tpu7x-8", Options(compile_only=True))

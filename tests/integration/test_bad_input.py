@@ -120,7 +120,7 @@ def one_tensor_less() -> None:
         (nothing, ["data.tokenizer.path=none"], "none"),
         (nothing, ["data.tokenizer=null"], "data.tokenizer"),
         (nothing, ["data=null"], "data.train and data.tokenizer"),
-        (nothing, ["mesh.fsdp=1"], "needs 4 devices, but 8 are here"),
+        (nothing, ["mesh.fsdp=1"], "needs 4 devices, but 8 are available"),
         (nothing, ["mesh.fsdp=-1", "mesh.expert=3"], "mesh.expert 3 does not divide num_experts 4"),
         (nothing, ["model.vocab_size=264"], "vocab_size"),
         (nothing, ["train.seq_len=65536", "train.batch_size=8"], "train.seq_len 65536 exceeds the model's max_seq_len 32768"),

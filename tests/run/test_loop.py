@@ -45,7 +45,7 @@ def test_what_a_run_leaves(finished, small_run):
 def test_a_finished_run_is_left_alone(finished, small_run, capsys):
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
     assert train(small_run(finished)) == loop.FINISHED
-    assert "all 6 steps are done; raise train.steps, epochs or tokens to go on" in capsys.readouterr().out
+    assert "all 6 steps are done; raise train.steps, train.epochs or train.tokens to continue" in capsys.readouterr().out
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
 
@@ -118,7 +118,7 @@ def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"mesh": {"data": 4}}, ValueError, "needs 4 devices, but 8 are here"),
+        ({"mesh": {"data": 4}}, ValueError, "needs 4 devices, but 8 are available"),
         ({"mesh": {"fsdp": -1}, "train__batch_size": 4}, ValueError, "do not divide over mesh data x fsdp x expert = 8"),
         ({"mesh": {"tensor": -1}}, ValueError, "mesh.tensor 8 does not divide num_kv_heads 2"),
         ({"data": None}, ValueError, "the config has no data section; state data.train and data.tokenizer"),

@@ -21,7 +21,7 @@ from tests.run_dir import lines
 def test_router_figures_stay_per_layer():
     chosen = np.array([[2, 2, 2, 2], [4, 4, 0, 0]])
     ones = np.ones(2)
-    found = metrics.router_figures(RouterStats(chosen, ones, ones, np.array([math.log(4), 0.1]), np.array([0, 3])))
+    found = metrics.router_metrics(RouterStats(chosen, ones, ones, np.array([math.log(4), 0.1]), np.array([0, 3])))
     assert found["dead_experts"] == [0.0, 0.5]
     assert found["balance"] == 2.0 and found["dropped"] == [0, 3]
     assert found["router_entropy"] == [pytest.approx(math.log(4), abs=1e-5), 0.1]

@@ -12,7 +12,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.attention import kernels
 from moe_train.model.moe import grouped_matmul as gm
 from moe_train.model.moe.transport import choose as transport
-from moe_train.run.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul, chosen_kernels
+from moe_train.run.self_test import ROWS_PER_EXPERT, check_against_all_gather, check_attention, check_grouped_matmul, chosen_kernels
 from tests.compiled_programs import ragged_all_to_all
 
 MODEL = config.Model(
@@ -92,7 +92,7 @@ def test_a_transport_is_compared_with_all_gather(monkeypatch):
 
 
 def test_cases_say_what_their_names_say():
-    sizes = {name: np.array(case) for name, case in CASES.items()}
+    sizes = {name: np.array(case) for name, case in ROWS_PER_EXPERT.items()}
     assert all(len(case) == 8 and case.sum() <= 1024 for case in sizes.values())
     assert (sizes["empty"] == 0).any() and sizes["empty"].sum() < 1024
     assert (sizes["unaligned"] % 8 != 0).all() or (sizes["unaligned"] % 8 != 0).sum() > 5

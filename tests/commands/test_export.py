@@ -63,7 +63,7 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: Huggi
         export(tmp_path / "run", tmp_path / "other", "hf")
     with pytest.raises(ValueError, match="--format hf"):
         export(tmp_path / "run", tmp_path / "other", "peft", ExportOptions(merge=True))
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         export(tmp_path / "run", tmp_path / "hf", "hf", ExportOptions(merge=True))
     (tmp_path / "base").rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"the adapters of .*run belong to the weights in .*base, which .* has not"):

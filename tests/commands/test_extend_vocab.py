@@ -128,7 +128,7 @@ def test_a_row_that_is_written_wrong_is_found(tmp_path: Path, monkeypatch: pytes
 
     base, right = make_base(tmp_path / "base", MODEL), module.extend_table
     monkeypatch.setattr(module, "extend_table", lambda *given: np.roll(right(*given), 1, 0))
-    with pytest.raises(RuntimeError, match=r"embed_tokens\.weight in the file is not that of the base"):
+    with pytest.raises(RuntimeError, match=r"embed_tokens\.weight in .* differs from the base's"):
         extend_vocab(base, tmp_path / "out", "v3")
     assert not (tmp_path / "out").exists()
     assert names.HUGGING_FACE.head.path in module._ROWS

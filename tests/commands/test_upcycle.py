@@ -139,7 +139,7 @@ def test_what_cannot_be_upcycled_is_refused_and_leaves_nothing(tokenizer: Any, t
         upcycle(base, tmp_path / "out", 2, 3)
     with pytest.raises(ValueError, match="noise is -1"):
         upcycle(base, tmp_path / "out", noise=-1)
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         upcycle(base, tmp_path / "sparse")
     with pytest.raises(FileNotFoundError):
         upcycle(tmp_path / "nothing", tmp_path / "out")

@@ -172,10 +172,10 @@ def test_a_run_is_not_continued_as_another(capsys: pytest.CaptureFixture) -> Non
         "run.yaml",
         "train.steps=3",
         "model.ffn.ffn_dim=64",
-        said="model.ffn.ffn_dim is 64, but run was started with 32",
+        said="model.ffn.ffn_dim is 64, but the run in run was started with 32",
         capsys=capsys,
     )
-    refused("run.yaml", "train.steps=3", "seed=1", said="seed is 1, but run was started with 0", capsys=capsys)
+    refused("run.yaml", "train.steps=3", "seed=1", said="seed is 1, but the run in run was started with 0", capsys=capsys)
     write_records(CHAT)
     refused("run.yaml", "train.steps=3", said="the training data of run are not those", capsys=capsys)
     assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before

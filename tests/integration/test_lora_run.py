@@ -126,7 +126,7 @@ def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match=r"the adapter in .*peft has changed since this run started"):
+    with pytest.raises(ValueError, match=r"the adapter in .*peft has changed since this run was started"):
         train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=3))
 
 
@@ -135,9 +135,9 @@ def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[
     [
         (
             {"targets": [{"modules": ["attention.*"], "rank": 4, "alpha": 8.0}]},
-            r"lora.targets: attention.k_proj has rank 4, scale 2; the adapter in .* has rank 2, scale 2; leave targets out",
+            r"lora.targets gives attention.k_proj rank 4, scale 2, but the adapter in .* has rank 2, scale 2; leave targets out",
         ),
-        ({"train": ["ffn.router"]}, "lora.train does not name final_norm, of which .* has the trained weights"),
+        ({"train": ["ffn.router"]}, "lora.train does not name final_norm, but .* contains trained weights of it"),
     ],
 )
 def test_an_adapter_that_is_another(

@@ -65,14 +65,14 @@ def test_a_finished_run_says_which_changes_have_no_effect(capsys: pytest.Capture
     introduction.print_finished(config.run_of(written(model=MODEL)), begin(changed={"metrics.every_steps": (1, 5)}), 3)
     said = capsys.readouterr()
     assert said.out == "run: all 3 steps are done; raise train.steps, train.epochs or train.tokens to continue\n"
-    assert said.err.endswith("without effect on a finished run: metrics.every_steps 1 -> 5\n")
+    assert said.err.endswith("but without effect, since the run is finished: metrics.every_steps 1 -> 5\n")
 
 
 @pytest.mark.parametrize(
     ("sections", "command"),
     [
-        ({}, ["for other tools: moe-train export runs/run runs/run-hf"]),
-        ({"lora": LORA, "init_from": "base"}, ["for other tools: moe-train export runs/run runs/run-hf --merge"]),
+        ({}, ["to use the model in other tools: moe-train export runs/run runs/run-hf"]),
+        ({"lora": LORA, "init_from": "base"}, ["to use the model in other tools: moe-train export runs/run runs/run-hf --merge"]),
         ({"export": "none"}, []),
     ],
     ids=["full training", "adapters", "no export"],

@@ -35,7 +35,7 @@ def test_a_layer_that_drops_is_named() -> None:
     check_dropped(5, routers, config.Train(**bounded, max_drop_rate=0.03), [3, 4])
     with pytest.raises(RuntimeError, match=r"step 5: layer 4 dropped 3.00% of its assignments; train.max_drop_rate is 2.90%"):
         check_dropped(5, routers, config.Train(**bounded, max_drop_rate=0.029), [3, 4])
-    with pytest.raises(RuntimeError, match=r"layer 4 dropped 3.00% of its assignments without a capacity: a fault"):
+    with pytest.raises(RuntimeError, match=r"layer 4 dropped 3.00% of its assignments although no capacity is set, which is a bug"):
         check_dropped(5, routers, config.Train(batch_size=8, seq_len=8, steps=1), [3, 4])
 
 

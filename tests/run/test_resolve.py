@@ -72,7 +72,7 @@ def test_what_does_not_go_together_is_refused(base: Path, sections: dict[str, An
 
 def test_a_model_that_is_stated_needs_no_checkpoint() -> None:
     assert resolve(written(model=MODEL, init_from="/not/here"), device_count=1).model.num_layers == 2
-    with pytest.raises(FileNotFoundError, match="init_from /not/here: no such folder or file; bring it here, or state model"):
+    with pytest.raises(FileNotFoundError, match="init_from /not/here: no such folder or file; copy it there, or state model"):
         resolve(written(init_from="/not/here"), device_count=1)
 
 

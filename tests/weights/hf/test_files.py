@@ -85,7 +85,7 @@ def test_the_files_of_an_export(tmp_path: Path) -> None:
     ]
     assert set(json.loads((tmp_path / "out/generation_config.json").read_text())) >= {"bos_token_id", "eos_token_id"}
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-    with jax.set_mesh(ONE), pytest.raises(FileExistsError, match="exists already"):
+    with jax.set_mesh(ONE), pytest.raises(FileExistsError, match="already exists"):
         write.export_model(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="bfloat16"))
 
 

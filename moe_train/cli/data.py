@@ -15,7 +15,7 @@ from moe_train.machine import progress
 if TYPE_CHECKING:
     from moe_train.commands.show import Rows
     from moe_train.config import Config
-    from moe_train.data.check.check import Source
+    from moe_train.data.check.check import CheckedSource
     from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 data_commands = typer.Typer(name="data", help="Check, show and prepare data before training on them.", no_args_is_help=True)
@@ -83,7 +83,7 @@ def check_command(
     config = None if config_path is None else load_config(config_path)
     sources, evaluation = _sources_to_check(files, layout, columns, config_path, config)
     if against:
-        evaluation = (checks.Source(tuple(against)),)
+        evaluation = (checks.CheckedSource(tuple(against)),)
     loaded = _load_tokenizer(tokenizer, config)
     if config and config.data:
         chat_template = chat_template or config.data.chat_template
@@ -100,7 +100,7 @@ def check_command(
         shown=show,
     )
     with progress_line("checking"):
-        answer = checks.check(sources, loaded, settings, _report_bytes)
+        answer = checks.check_records(sources, loaded, settings, _report_bytes)
     if as_json:
         print_json(answer)
     else:
@@ -112,14 +112,14 @@ def check_command(
 
 def _sources_to_check(
     files: list[str] | None, layout: Layout, columns: list[str] | None, config_path: Path | None, config: Config | None
-) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+) -> tuple[tuple[CheckedSource, ...], tuple[CheckedSource, ...]]:
     """Return the sources to check and those of the evaluation set, from the command line or from a run's data section."""
     from moe_train.data.check import check as checks
 
     if (config is None) == (not files):
         raise ValueError("name either FILES, or with --config a run whose data.train is to be checked")
     if config is None:
-        return (checks.Source(tuple(files or ()), layout, checks.section_of(columns or ())),), ()
+        return (checks.CheckedSource(tuple(files or ()), layout, checks.section_of(columns or ())),), ()
     _refuse_options({"--format": layout != "auto", "--map": bool(columns)}, "the config states the format and columns of its files")
     if config.data is None:
         raise ValueError(f"{config_path} has no data section; add one, or name FILES instead of --config")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from moe_train import config
 from moe_train.data.batches.loader import Loader, open_store
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.prepared.tokenize_ahead import Progress as Shards
+from moe_train.data.prepared.tokenize_ahead import PrepareProgress as Shards
 from moe_train.data.prepared.upload import upload
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab

@@ -22,7 +22,7 @@ from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
-from moe_train.data.chat.example import Example, learns
+from moe_train.data.chat.example import Example, has_trained_token
 from moe_train.data.records.conversation import recognise
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import located
@@ -43,7 +43,7 @@ class Token(NamedTuple):
 
     id: int
     position: int
-    learnt: bool
+    trained_on: bool
     """Whether its prediction contributes to the loss."""
     control: bool
     """Whether it is a control token."""
@@ -93,7 +93,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
                 f"{places[i]}: the record has {lengths[i]} tokens, seq_len is {seq_len}; raise --seq-len, or leave it out"
             )
         # A record that is left with nothing to train on is dropped.
-        if too_long == "truncate" and not learns(examples[i].loss_mask, seq_len):
+        if too_long == "truncate" and not has_trained_token(examples[i].loss_mask, seq_len):
             lengths[i] = 0
     plan = make_plan(lengths, seq_len, too_long)
     if not plan.num_rows:
@@ -129,7 +129,7 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     """
     if run.data is None:
         raise ValueError("the config has no data section; state data.train")
-    from moe_train.data.batches.loader import Loader  # imported here: the import takes a second, and only this function needs it
+    from moe_train.data.batches.loader import Loader  # imported here, since it takes a second that other uses do not need
 
     loader = Loader(run.data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
     count = min(count, run.train.batch_size)
@@ -155,12 +155,12 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownSegment]:
         for number, place in enumerate(places, start=1):
             token_indices = np.flatnonzero(segment_ids == number)
             ids = [int(tokens[token_indices[0]]), *targets[token_indices].tolist()]
-            learnt = [False, *loss_mask[token_indices].tolist()]
+            trained_on = [False, *loss_mask[token_indices].tolist()]
             # The last target has no position of its own in the batch.
             shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
             texts = token_texts(ids, tokenizer)
-            shown = zip(ids, shown_positions, learnt, texts, strict=True)
-            segment_tokens = [Token(i, position, is_learnt, i in control, text) for i, position, is_learnt, text in shown]
+            shown = zip(ids, shown_positions, trained_on, texts, strict=True)
+            segment_tokens = [Token(i, position, is_trained_on, i in control, text) for i, position, is_trained_on, text in shown]
             yield ShownSegment(row + 1, number, place, segment_tokens)
 
 
@@ -222,24 +222,24 @@ def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bo
 
 
 def _title(segment: ShownSegment, rows: Rows) -> str:
-    learnt = sum(token.learnt for token in segment.tokens)
+    trained_on = sum(token.trained_on for token in segment.tokens)
     count = len(rows.places[segment.row - 1])
-    position = f"row {segment.row}, segment {segment.number} of {count}"
-    return escape_control_characters(f"{position}: {segment.place}, {len(segment.tokens)} tokens, {learnt} trained on")
+    place = f"row {segment.row}, segment {segment.number} of {count}: {segment.place}"
+    return escape_control_characters(f"{place}, {len(segment.tokens)} tokens, {trained_on} trained on")
 
 
 def summary(rows: Rows) -> str:
     """Describe the rows in a line: their number and length, positions used, and positions trained on."""
     used = int((rows.batch.segment_ids > 0).sum())
-    learnt = int(rows.batch.loss_mask.sum())
+    trained_on = int(rows.batch.loss_mask.sum())
     count, seq_len = rows.batch.tokens.shape
-    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {learnt} of them trained on"
+    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {trained_on} of them trained on"
 
 
 def _running_text(segment: ShownSegment) -> RenderableType:
     text = Text(overflow="fold")
     for token in segment.tokens:
-        text.append(escape_control_characters(token.text), _STYLES[token.learnt, token.control])
+        text.append(escape_control_characters(token.text), _STYLES[token.trained_on, token.control])
     return text
 
 
@@ -247,9 +247,9 @@ def _token_table(segment: ShownSegment) -> RenderableType:
     table = Table("position", "id", "trained on", "token", box=None)
     for token in segment.tokens:
         shown = Text(
-            repr(escape_control_characters(token.text))[1:-1] or "(part of a character)", _STYLES[token.learnt, token.control]
+            repr(escape_control_characters(token.text))[1:-1] or "(part of a character)", _STYLES[token.trained_on, token.control]
         )
-        table.add_row(str(token.position), str(token.id), "yes" if token.learnt else "", shown)
+        table.add_row(str(token.position), str(token.id), "yes" if token.trained_on else "", shown)
     return table
 
 
@@ -289,7 +289,7 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
 
 
 def _span(token: Token, positions: bool) -> str:
-    classes = " ".join(name for name, on in (("l", token.learnt), ("c", token.control)) if on)
+    classes = " ".join(name for name, on in (("l", token.trained_on), ("c", token.control)) if on)
     text = html.escape(escape_control_characters(token.text)) + (f"<sub>{token.position}</sub>" if positions else "")
     return f'<span class="{classes}" title="position {token.position}, id {token.id}">{text}</span>'
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from moe_train import config
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.machine import progress
 from moe_train.machine.files import check_space
 from moe_train.model.paths import ParameterPath

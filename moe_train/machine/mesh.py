@@ -128,6 +128,30 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.array(chosen).reshape(shape), AXES, axis_types=types)
 
 
+def use_default_mesh() -> None:
+    """Put a mesh of one device in force, for the rest of the process, if no mesh is in force.
+
+    So a program that never mentions a mesh runs on the first device. `jax.set_mesh` replaces it.
+
+    Raises:
+        ValueError: JAX is tracing, where a mesh can no longer be put in force.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return
+    try:
+        jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1]))
+    except ValueError as error:
+        raise ValueError(
+            "no mesh is in force inside this jit; call jax.set_mesh(moe_train.make_mesh(moe_train.Mesh())) before it, or create "
+            "the model outside"
+        ) from error
+
+
+def is_one_device() -> bool:
+    """Return whether the mesh in force has a single device."""
+    return jax.sharding.get_abstract_mesh().size == 1
+
+
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     """Return a mesh without devices, for shapes and shardings only."""
     return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))

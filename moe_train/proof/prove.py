@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_train import config
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
 from moe_train.model.paths import ParameterPath

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer

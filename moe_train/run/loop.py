@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from moe_train.run.saving import Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import starting_state
 from moe_train.run.stopping import Votes, signals, vote
-from moe_train.run.writer import Writer
+from moe_train.run.writer import MetricsRecord, Writer
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.step import StepMetrics, compile_step
@@ -40,10 +41,38 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
 
     Args:
         run: the resolved run.
-        objective: replaces the objective that `run` names, for example by a custom loss (`objectives.custom.custom`).
+        objective: replaces the objective that `run` names, for example by a custom loss (`objectives.custom.custom_objective`).
 
     Returns:
         FINISHED after the last step; UNFINISHED if the run was asked to stop before, saved, and can be started again.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: as `steps`.
+    """
+    run_steps = steps(run, objective)
+    while True:
+        try:
+            next(run_steps)
+        except StopIteration as done:
+            return done.value
+
+
+def steps(run: config.Run, objective: Objective | None = None) -> Generator[MetricsRecord, None, int]:
+    """Train a resolved run, and yield its metrics while it goes on.
+
+    The run continues from its newest checkpoint if it has one; it evaluates and saves as `run` says. A caller that leaves the
+    loop early ends the run where it is; the next call continues from the last checkpoint.
+
+    Args:
+        run: the resolved run.
+        objective: replaces the objective that `run` names, for example by a custom loss (`objectives.custom.custom_objective`).
+
+    Yields:
+        The lines of metrics.jsonl: {"kind": "train" or "eval", "step": …, "loss": …, …}. The metrics of a step come when the next
+        step has been started, so that the device never waits.
+
+    Returns:
+        FINISHED or UNFINISHED, as `train`.
 
     Raises:
         ValueError: the run cannot be carried out as configured. Existing checkpoints are kept.
@@ -92,6 +121,7 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
         held_out = HeldOutLoss(run, mesh, inputs, begin, objective, writer)
         if start == 0:
             held_out.measure(0, state)
+            yield from writer.new_records()
         saving = Saving(run, checkpoints, begin, inputs)
         figures = MetricsReader(run, mesh, state.learned, total_steps, start, int(state.skipped))
         writer.say(f"MFU is the share of {figures.peak_source}")
@@ -104,6 +134,7 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
                 batch = put_batch(figures.next_batch(batches), mesh)
             # Metrics and votes are read one step late, so that the device never waits for the host.
             votes = Votes() if unread is None else figures.read(*unread, step_metrics, writer)
+            yield from writer.new_records()
             unread = step, step_metrics, voted
             stopped.step = step
 
@@ -116,6 +147,7 @@ def train(run: config.Run, objective: Objective | None = None) -> int:
             votes = figures.read(*unread, step_metrics, writer).combined_with(votes)
             unread = None
             loss = held_out.measure(step, state) if evaluates else None
+            yield from writer.new_records()
             saves |= votes.stop or votes.save or saving.is_best(loss)
             # After a non-finite step the weights may be unusable, so no save rotates the last good checkpoint away.
             if saves and (figures.finite or votes.stop or step == total_steps):

@@ -10,7 +10,8 @@ from pathlib import Path
 from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import brief, located
 from moe_train.data.tokenizers.huggingface import HuggingFace

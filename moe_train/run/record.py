@@ -51,6 +51,9 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs) -> 
     stopped = SimpleNamespace(step=start, reason="finished")
     try:
         yield stopped
+    except GeneratorExit:  # the caller of `loop.steps` has left its loop
+        write_event(run_dir, "stop", stopped.step, reason="the caller stopped iterating")
+        raise
     except BaseException as error:
         with contextlib.suppress(OSError):  # the disk may be full, and the error that stopped the run is the one to show
             write_event(run_dir, "stop", stopped.step, reason=f"{type(error).__name__}: {error}")

@@ -19,7 +19,7 @@ from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 
 
-def resolve(written: config.Config, device_count: int) -> config.Run:
+def resolve(written: config.Config, device_count: int | None = None) -> config.Run:
     """Resolve everything that the config leaves open.
 
     The architecture comes from `init_from` (its config.json or its saved run) if `model` is left out, the targets of adapters
@@ -28,12 +28,14 @@ def resolve(written: config.Config, device_count: int) -> config.Run:
 
     Args:
         written: the config as the user wrote it.
-        device_count: number of devices of the mesh.
+        device_count: number of devices of the mesh; None for all devices of JAX.
 
     Raises:
         ValueError: the config contradicts the checkpoint or the adapter, or model, mesh and batch do not fit together.
         FileNotFoundError: a checkpoint, adapter or template that the config names does not exist.
     """
+    if device_count is None:
+        device_count = jax.device_count()
     model = _architecture(written)
     changes: dict[str, Any] = {"model": model, "mesh": mesh_sizes(written.mesh, device_count)}
     if written.lora is not None and written.lora.init_from is not None:

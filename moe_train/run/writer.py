@@ -24,6 +24,10 @@ LINE_SECONDS = 5.0
 """Seconds between two lines of metrics if stderr is not a terminal."""
 
 
+MetricsRecord = dict[str, Any]
+"""A line of metrics.jsonl: `kind` ("train" or "eval"), `step`, and the metrics by name; None for values that are not finite."""
+
+
 class Writer:
     """Write the metrics of a run to all destinations; processes other than the first write nothing.
 
@@ -50,6 +54,7 @@ class Writer:
         sparse_layers: Sequence[int] = (),
     ):
         self._write = write
+        self._new_records: list[MetricsRecord] = []
         self._sparse_layers = sparse_layers
         if not write:
             return
@@ -78,9 +83,9 @@ class Writer:
 
     def train(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of a training step."""
+        self._record("train", step, metrics)
         if not self._write:
             return
-        self._record("train", step, metrics)
         line = _line(metrics)
         if self._bar is not None:
             self._bar.show(Progress("", step, self._total, "steps", line))
@@ -99,8 +104,8 @@ class Writer:
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of an evaluation after `step`."""
+        self._record("eval", step, metrics)
         if self._write:
-            self._record("eval", step, metrics)
             drift = metrics.get("routing_drift")
             routing = ""
             if drift:
@@ -111,8 +116,18 @@ class Writer:
             over = "" if tokens is None else f" over {tokens:,} tokens"
             self.say(f"step {step}/{self._total}  held-out loss {metrics['loss']:.4f}{over}{routing}")
 
+    def new_records(self) -> list[MetricsRecord]:
+        """Return the records since the last call, in every process."""
+        records = self._new_records
+        self._new_records = []
+        return records
+
     def _record(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **_replace_non_finite(metrics)}, allow_nan=False) + "\n")
+        record = {"kind": kind, "step": step, **_replace_non_finite(metrics)}
+        self._new_records.append(record)
+        if not self._write:
+            return
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in _scalars(metrics, self._sparse_layers):

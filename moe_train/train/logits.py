@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from moe_train.machine.mesh import batch_axes, global_axes
 from moe_train.model.sharding.fsdp import whole_rows
-from moe_train.model.sharding.specs import spec_of
+from moe_train.model.sharding.specs import place, spec_of
 
 CHUNK_ELEMENTS = 2**23
 """Number of logits in one chunk (32 MiB in float32)."""
@@ -50,6 +50,10 @@ def on_each_device(
         out_specs: partition specs of the results of `local`.
     """
     tokens = P(batch_axes(), "context")
+    hidden_BTD = place(hidden_BTD, "BTD")
+    per_token_BT = [place(x_BT, "BT") for x_BT in per_token_BT]
+    if lora_factors is not None:
+        lora_factors = (place(lora_factors[0], "BTJ"), lora_factors[1])
     axes = global_axes()
     factors = [(hidden_BTD, head_VD)]
     if lora_factors is not None:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from moe_train.machine.mesh import batch_axes
 from moe_train.model.layers import keys_of
 from moe_train.model.moe.router import RouterStats
+from moe_train.model.sharding.specs import plain_on_one_device
 from moe_train.model.transformer import Transformer
 from moe_train.train.logits import (
     LoraFactors,
@@ -74,7 +75,7 @@ def token_logprobs(
         return logprob_m.reshape(targets_bt.shape), entropy_m.reshape(targets_bt.shape)
 
     outputs = on_each_device(local, hidden_BTD, head_VD, lora_factors, (targets_BT,), (tokens, tokens))
-    return TokenLogprobs(*outputs)
+    return TokenLogprobs(*plain_on_one_device(outputs))
 
 
 def batch_logprobs(model: Transformer, batch: Any, key: Array | None = None) -> tuple[TokenLogprobs, RouterStats | None]:

@@ -131,4 +131,4 @@ def test_a_row_that_is_written_wrong_is_found(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RuntimeError, match=r"embed_tokens\.weight in .* differs from the base's"):
         extend_vocab(base, tmp_path / "out", "v3")
     assert not (tmp_path / "out").exists()
-    assert names.HUGGING_FACE.head.path in module._ROWS
+    assert names.HUGGING_FACE.head.path in module._VOCAB_TABLES

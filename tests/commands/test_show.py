@@ -115,8 +115,8 @@ def test_the_segments_say_what_is_learnt(mistral: Mistral, write_lines: Callable
     source = config.FileSource(name="files", files=(str(file),), record=CHAT)
     call, answer = show.segments(show.rows_of_records(source, 3, mistral, None, None), mistral)
     assert (call.place, call.row, call.number, answer.number) == (f"{file}:1", 1, 1, 2)
-    learnt = ["".join(token.text for token in segment.tokens if token.learnt) for segment in (call, answer)]
-    assert learnt == ['[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Pariş"}}]</s>', " It is 18 degrees.</s>"]
+    trained_on = ["".join(token.text for token in segment.tokens if token.trained_on) for segment in (call, answer)]
+    assert trained_on == ['[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Pariş"}}]</s>', " It is 18 degrees.</s>"]
     assert [token.position for token in answer.tokens] == list(range(len(answer.tokens)))
     assert "".join(token.text for token in answer.tokens if token.control) == (
         "<s>[AVAILABLE_TOOLS][/AVAILABLE_TOOLS][INST][/INST][TOOL_CALLS]</s>[TOOL_RESULTS][/TOOL_RESULTS]</s>"
@@ -146,14 +146,14 @@ def test_the_command(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callab
     assert "\x1b" not in text and "␛[31m" in text
     assert re.search(r"^ 0 +1 +<s>", show_file(file, *where, "-n", "1", "--positions"), re.MULTILINE)
     segment = json.loads(show_file(file, *where, "-n", "1", "--json"))[0]
-    assert "".join(token["text"] for token in segment["tokens"] if token["learnt"]) == "<script>x</script></s>"
+    assert "".join(token["text"] for token in segment["tokens"] if token["trained_on"]) == "<script>x</script></s>"
 
     page = tmp_path / "page.html"
     assert "2 rows of 64 positions" in show_file(file, *where, "-n", "2", "--seq-len", "64", "--html", str(page), "--positions")
     source = page.read_text()
     assert "<script" not in source and "http://" not in source and "https://" not in source and "src=" not in source
-    learnt = re.findall(r'<span class="l[ c]*" title="[^"]*">([^<]*)', source)
-    assert html.unescape("".join(learnt)).startswith("<script>x</script></s>")
+    trained_on = re.findall(r'<span class="l[ c]*" title="[^"]*">([^<]*)', source)
+    assert html.unescape("".join(trained_on)).startswith("<script>x</script></s>")
 
 
 def test_what_cannot_be_shown(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:

@@ -15,7 +15,7 @@ from moe_train.evaluate.held_out import evaluate
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine
-from moe_train.train.objectives.custom import custom
+from moe_train.train.objectives.custom import custom_objective
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import Mean
 from moe_train.train.token_logprobs import batch_logprobs
@@ -53,7 +53,7 @@ def test_metrics_that_an_objective_names() -> None:
 
     mesh = MESHES["data, fsdp, tensor"]
     with jax.set_mesh(mesh):
-        sums = make_batch_sums(structure_of(None), custom(rows_and_length))
+        sums = make_batch_sums(structure_of(None), custom_objective(rows_and_length))
         params = random_parameters(MODEL)
         both, first = (evaluate(sums, params, {}, LOADER, mesh, batches) for batches in (None, 1))
     assert both["rows"] == both["weight"] == 16 and first["rows"] == 8

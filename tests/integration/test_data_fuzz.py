@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from moe_train import config
 from moe_train.commands import show
 from moe_train.data.batches.batch import Batch
-from moe_train.data.check.check import RULES, Settings, Source, check
+from moe_train.data.check.check import RULE_NAMES, CheckedSource, Settings, check_records
 from moe_train.data.prepared.tokenize_ahead import prepare
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -73,7 +73,7 @@ def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, second
         asked = Settings(template=tokenizer.chat_template, seq_len=64, batch_size=2, fix=Path(scratch) / "out")
         try:
             with no_hang(seconds):
-                answer = check([Source((str(path),))], tokenizer, asked)
+                answer = check_records([CheckedSource((str(path),))], tokenizer, asked)
         except ValueError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
             return None
@@ -82,7 +82,7 @@ def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, second
         assert path.read_bytes() == content
         fixed = answer["fixed"]
         assert fixed["kept"] + fixed["dropped"] == answer["records"]
-        assert answer["problem_counts"].keys() <= RULES
+        assert answer["problem_counts"].keys() <= RULE_NAMES
         # Nothing is passed over: each record is good, or named as bad; and a file without records is named too.
         assert answer["records"] or answer["problem_counts"]
         good = sum(answer["shapes"].values())
@@ -92,7 +92,7 @@ def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, second
             assert "\n" not in problem["message"]
         if fixed["kept"]:  # what was kept is good
             [copy] = [file for file in (Path(scratch) / "out").iterdir() if file.name != "changes.log"]
-            again = check([Source((str(copy),))], tokenizer, Settings(template=tokenizer.chat_template, seq_len=64))
+            again = check_records([CheckedSource((str(copy),))], tokenizer, Settings(template=tokenizer.chat_template, seq_len=64))
             assert again["problems"] == [] and again["records"] == fixed["kept"]
         return answer
 

@@ -9,7 +9,7 @@ import jax
 
 from moe_train import config
 from moe_train.commands import write_and_prove
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.weights.texts import Texts
 from tests.tiny import ONE
 

@@ -103,7 +103,8 @@ def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
     poison(2, 4)
     run = small_run(tmp_path, train__max_skipped_steps=1)
     with pytest.raises(
-        RuntimeError, match=r"2 steps had a loss or gradient that is not finite, the last one step 4, and train.max_skipped_steps is 1"
+        RuntimeError,
+        match=r"2 steps had a loss or gradient that is not finite, the last one step 4, and train.max_skipped_steps is 1",
     ):
         train(run)
     assert steps_in(tmp_path) == [3]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-Piece = tuple[np.ndarray, np.ndarray | None]
+TokensAndMask = tuple[np.ndarray, np.ndarray | None]
 """Token ids (n + 1,) of a part of an example, and their loss mask; None if all are trained on."""
 
 
@@ -25,7 +25,7 @@ class PackedBatch(Protocol):
     def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:
         """Return a batch of uniformly random tokens without padding, all trained on, for measurements."""
 
-    def fill_row(self, row: int, pieces: Sequence[Piece]) -> None:
+    def fill_row(self, row: int, pieces: Sequence[TokensAndMask]) -> None:
         """Write pieces one after the other into an empty row."""
 
     def __iter__(self) -> Any:
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
         positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), tokens.shape).copy()
         return cls(tokens, np.roll(tokens, -1, axis=1), np.ones(tokens.shape, bool), np.ones_like(tokens), positions)
 
-    def fill_row(self, row: int, pieces: Sequence[Piece]) -> None:
+    def fill_row(self, row: int, pieces: Sequence[TokensAndMask]) -> None:
         """Write pieces one after the other into an empty row; each piece becomes a segment."""
         start = 0
         for segment, (ids, mask) in enumerate(pieces, start=1):

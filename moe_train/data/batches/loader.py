@@ -22,10 +22,10 @@ from moe_train.data.batches.batch import Batch, PackedBatch
 from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.chat.example import learns
+from moe_train.data.chat.example import has_trained_token
 from moe_train.data.prepared import manifest
-from moe_train.data.prepared.store import Piece, TokenStore
-from moe_train.data.prepared.tokenize_ahead import Progress, prepare
+from moe_train.data.prepared.store import ExampleSlice, TokenStore
+from moe_train.data.prepared.tokenize_ahead import PrepareProgress, prepare
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -260,7 +260,7 @@ def open_store(
     data: config.Data,
     tokenizer: Tokenizer,
     template: str | None,
-    shown: Callable[[Progress], None] | None = None,
+    shown: Callable[[PrepareProgress], None] | None = None,
 ) -> TokenStore:
     """Open the tokens of a source; tokenize them first if that has not been done.
 
@@ -305,8 +305,8 @@ def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
         )
     if too_long == "truncate":
         for group in np.split(overlong, range(_TOGETHER, len(overlong), _TOGETHER)):
-            masks = store.masks([Piece(example, 0, seq_len) for example in group.tolist()])
+            masks = store.masks([ExampleSlice(example, 0, seq_len) for example in group.tolist()])
             for example, mask in zip(group, masks, strict=True):
-                if not learns(mask, seq_len):
+                if not has_trained_token(mask, seq_len):
                     lengths[example] = 0
     return lengths

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_train.data.batches.packing import Plan, TooLong, concatenated, make_plan
-from moe_train.data.prepared.store import Piece, TokenStore
+from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.machine.files import new_directory
 
 _LAYOUT = 2  # version of the layout of plan.npy and of its key
@@ -105,7 +105,7 @@ class Order:
                 self._ends.append(before + self._plan(len(self._ends)).num_rows)
             return self._ends[epoch]
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[ExampleSlice]:
         """Return the pieces in a row, segment by segment."""
         # Plan further epochs until one contains the row.
         while row >= self.end(len(self._ends) - 1 if self._ends else 0):
@@ -114,7 +114,7 @@ class Order:
         plan = self.plan(epoch)
         row -= self._ends[epoch - 1] if epoch else 0
         row_slice = slice(*plan.row_pieces[row : row + 2].tolist())
-        return [Piece(*piece) for piece in zip(*(array[row_slice].tolist() for array in plan[1:4]), strict=True)]
+        return [ExampleSlice(*piece) for piece in zip(*(array[row_slice].tolist() for array in plan[1:4]), strict=True)]
 
 
 def _windows(lengths: np.ndarray, window: int | None) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_train.data.chat import template as templates
 from moe_train.data.chat.example import Example, uses_tools
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief, checked_text
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
@@ -48,14 +48,14 @@ def examples_batch(
     if accepted:  # without conversations no template is needed
         converted = _convert([conversations[i] for i in accepted], template, tokenizer)
     for i, record_examples in zip(accepted, converted, strict=True):
-        if not isinstance(record_examples, ValueError) and not any(_learns(example) for example in record_examples):
+        if not isinstance(record_examples, ValueError) and not any(_has_trained_token(example) for example in record_examples):
             message = "no token would bear loss: the conversation has no assistant text (or only of weight 0)"
             record_examples = Problem("no-loss", message, "drop the record")
         results[i] = record_examples
     return results
 
 
-def _learns(example: Example) -> bool:
+def _has_trained_token(example: Example) -> bool:
     """Return whether any id after the first, which is never predicted, is trained on."""
     return True in (example.loss_mask or [])[1:]
 

@@ -8,7 +8,8 @@ from typing import Any
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.example import Example
-from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ def encode(
 
 def _size(conversation: Conversation) -> int:
     """Estimate the number of characters to tokenize, for records of any form; with tools a record gives several examples."""
-    messages, tools = conversation
+    messages, tools, _ = conversation
     num_characters = 0
     with_tools = bool(tools)
     for message in messages:

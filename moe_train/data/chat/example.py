@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem
 
 
@@ -18,7 +18,7 @@ class Example(NamedTuple):
     loss_mask: list[bool] | None
 
 
-def learns(loss_mask: Sequence[bool] | np.ndarray | None, seq_len: int) -> bool:
+def has_trained_token(loss_mask: Sequence[bool] | np.ndarray | None, seq_len: int) -> bool:
     """Return whether the part of an example in one row, its first `seq_len` positions, contains a token that is trained on."""
     return loss_mask is None or any(loss_mask[1 : seq_len + 1])
 
@@ -28,11 +28,11 @@ class Turn(NamedTuple):
 
     start: int
     end: int
-    bears_loss: bool
+    trained_on: bool
     """Whether the turn is trained on."""
 
 
-def bears_loss(message: Message) -> bool:
+def is_trained_on(message: Message) -> bool:
     """Return whether a message is trained on: an assistant message of weight 1, the default."""
     return message["role"] == "assistant" and message.get("weight", 1) == 1
 
@@ -43,10 +43,10 @@ def turns(messages: list[Message]) -> list[Turn]:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        weighs = bears_loss(message)
+        weighs = is_trained_on(message)
         if not result or result[-1].end < i:
             result.append(Turn(i, i + 1, weighs))
-        elif result[-1].bears_loss != weighs:
+        elif result[-1].trained_on != weighs:
             error_text = f"messages {i - 1} and {i} are one turn of the assistant, and differ in weight"
             raise Problem("weight", error_text, "give them the same weight, or put the user's words between them")
         else:

@@ -12,11 +12,11 @@ import string
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from moe_train.data.chat.example import bears_loss, turns, uses_tools
+from moe_train.data.chat.example import is_trained_on, turns, uses_tools
 from moe_train.data.chat.renderer import GENERATION
-from moe_train.data.chat.renderings import PLAIN, request, text_or_raise, without_marks
+from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Span
@@ -26,7 +26,7 @@ class Text(NamedTuple):
     """A text to encode."""
 
     text: str
-    learnt: list[Span]
+    trained_on: list[Span]
     """Spans of characters that are trained on."""
     random: list[Span]
     """Spans of characters that are random and never trained on."""
@@ -38,18 +38,18 @@ It is a generator so that the requests of many conversations can be sent to the 
 """
 
 
-def learnt_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
+def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
     """Find the texts that a conversation is trained on as: one, or with tools one for each assistant turn that is trained on."""
     messages = conversation.messages
     if uses_tools(conversation):
-        parts = [(turn.end, list(range(turn.start, turn.end))) for turn in turns(messages) if turn.bears_loss]
+        parts = [(turn.end, list(range(turn.start, turn.end))) for turn in turns(messages) if turn.trained_on]
     else:
-        parts = [(len(messages), [i for i, message in enumerate(messages) if bears_loss(message)])]
-    id_variants = [_with_other_ids(messages[:end], learnt) for end, learnt in parts]
+        parts = [(len(messages), [i for i, message in enumerate(messages) if is_trained_on(message)])]
+    id_variants = [_with_other_ids(messages[:end], trained_on) for end, trained_on in parts]
     # Request all prefixes at once. Some templates refuse prefixes; that is an error only if the prefixes are needed.
     prefixes: list[Prefix] = []
-    for end, learnt in reversed(parts):
-        prefixes += [(end, False), *_around(learnt)]
+    for end, trained_on in reversed(parts):
+        prefixes += [(end, False), *_around(trained_on)]
     requests: list[Request] = []
     if parts:
         requests.append(request(conversation, list(dict.fromkeys(prefixes)), tokenizer))
@@ -62,10 +62,10 @@ def learnt_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
         rendered.update(zip(requests[0].prefixes, answers[0], strict=True))
     variant_answers = iter(answers[1:])
     texts = []
-    for (end, learnt), id_variant in zip(parts, id_variants, strict=True):
+    for (end, trained_on), id_variant in zip(parts, id_variants, strict=True):
         renderings = _Renderings(Conversation(messages[:end], conversation.tools), rendered, tokenizer)
         rendered_variant = text_or_raise(next(variant_answers)[0]) if id_variant else None
-        text = yield from _learnt_text(renderings, learnt, rendered_variant)
+        text = yield from _trained_text(renderings, trained_on, rendered_variant)
         texts.append(text)
     return texts
 
@@ -78,12 +78,12 @@ class _Renderings(NamedTuple):
     tokenizer: HuggingFace
 
 
-def _learnt_text(renderings: _Renderings, learnt: list[int], id_variant: str | None) -> Generator[Any, Any, Text]:
+def _trained_text(renderings: _Renderings, trained_on: list[int], id_variant: str | None) -> Generator[Any, Any, Text]:
     """Return the text of one prefix, with the spans that are trained on.
 
     Args:
         renderings: The conversation, and its known renderings.
-        learnt: Indices of the messages that are trained on.
+        trained_on: Indices of the messages that are trained on.
         id_variant: The rendering with other call ids; None if the trained messages have no call ids.
     """
     messages = renderings.conversation.messages
@@ -91,12 +91,12 @@ def _learnt_text(renderings: _Renderings, learnt: list[int], id_variant: str | N
     text = without_marks(marked)
     random = [] if id_variant is None else _differing(text, without_marks(id_variant))
     if GENERATION[0] not in marked:
-        return Text(text, (yield from _prefix_spans(text, renderings, learnt)), random)
+        return Text(text, (yield from _prefix_spans(text, renderings, trained_on)), random)
     try:
-        added = yield from _prefix_spans(text, renderings, learnt)
+        added = yield from _prefix_spans(text, renderings, trained_on)
     except ValueError:  # the turns cannot be located by prefixes, so rely on the marks
-        return Text(text, _generation_spans(marked, messages, learnt, None), random)
-    spans = _generation_spans(marked, messages, learnt, added)
+        return Text(text, _generation_spans(marked, messages, trained_on, None), random)
+    spans = _generation_spans(marked, messages, trained_on, added)
     _check_agree(text, spans, added)
     return Text(text, spans, random)
 
@@ -109,13 +109,13 @@ def _around(messages: list[int]) -> list[Prefix]:
     return prefixes
 
 
-def _generation_spans(marked: str, messages: list[Message], learnt: list[int], added: list[Span] | None) -> list[Span]:
+def _generation_spans(marked: str, messages: list[Message], trained_on: list[int], added: list[Span] | None) -> list[Span]:
     """Return the spans between the template's marks for the trained messages, as characters of the text without marks.
 
     Args:
         marked: The rendering, with marks.
         messages: All messages.
-        learnt: Indices of the messages that are trained on.
+        trained_on: Indices of the messages that are trained on.
         added: What these messages add to the rendering of the messages before them; None if unknown.
 
     Raises:
@@ -127,26 +127,26 @@ def _generation_spans(marked: str, messages: list[Message], learnt: list[int], a
         ends.append(ends[-1] + len(piece))
     spans = [(ends[i], ends[i + 1]) for i in range(1, len(pieces), 2)]
     assistant_messages = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if learnt == assistant_messages:
+    if trained_on == assistant_messages:
         return spans
     if len(spans) == len(assistant_messages):
-        return [span for i, span in zip(assistant_messages, spans, strict=True) if i in learnt]
+        return [span for i, span in zip(assistant_messages, spans, strict=True) if i in trained_on]
     if added is not None:
         return [span for span in spans if any(start <= span[0] and span[1] <= end for start, end in added)]
     raise ValueError(
         f"the chat template marks {len(spans)} generations for {len(assistant_messages)} assistant messages, of which "
-        f"{len(learnt)} bear loss; "
+        f"{len(trained_on)} bear loss; "
         "put one {% generation %} … {% endgeneration %} around each message"
     )
 
 
-def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> Generator[Any, Any, list[Span]]:
+def _prefix_spans(text: str, renderings: _Renderings, trained_on: list[int]) -> Generator[Any, Any, list[Span]]:
     """Return the span that each trained message adds to the rendering of the messages before it.
 
     A template may insert something before the last user turn (Mistral's v3 inserts the system text there), so that a turn is at a
     later position in the whole text than in its prefix. Such a turn is found by its text, which has to end with an end token.
     """
-    added = _added_spans(renderings, learnt)
+    added = _added_spans(renderings, trained_on)
     if all(through is not None and text.startswith(through) for through, _, _ in added.values()):
         return [(start, end) for _, start, end in added.values()]
     conversation, known, tokenizer = renderings
@@ -169,7 +169,7 @@ def _prefix_spans(text: str, renderings: _Renderings, learnt: list[int]) -> Gene
                 "be told apart; put {% generation %} … {% endgeneration %} around the assistant's part of the template"
             )
         position = turn_start + len(turn)
-        if i in learnt:
+        if i in trained_on:
             spans.append((turn_start, position))
     return spans
 
@@ -200,7 +200,7 @@ def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
     marked_characters = _characters(spans)
     added_characters = _characters(added)
     for difference, verb in ((marked_characters - added_characters, "marks"), (added_characters - marked_characters, "leaves out")):
-        differing = "".join(text[i] for i in sorted(difference)).strip("".join(PLAIN) + " \t\r\n")
+        differing = "".join(text[i] for i in sorted(difference)).strip("".join(PLAIN_TEXT_MARKS) + " \t\r\n")
         if differing:
             raise ValueError(
                 f"the chat template's {{% generation %}} {verb} {brief(differing)}, unlike what the assistant's turns add to the "
@@ -216,9 +216,9 @@ def _characters(spans: list[Span]) -> set[int]:
     return positions
 
 
-def _with_other_ids(messages: list[Message], learnt: list[int]) -> list[Message]:
+def _with_other_ids(messages: list[Message], trained_on: list[int]) -> list[Message]:
     """Return the messages with every character of the trained calls' ids replaced by another; [] if nothing changes."""
-    calling = [i for i in learnt if "tool_calls" in messages[i]]
+    calling = [i for i in trained_on if "tool_calls" in messages[i]]
     if not calling:
         return []
     changed = list(messages)

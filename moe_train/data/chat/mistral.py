@@ -25,7 +25,7 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from pydantic import ValidationError
 
 from moe_train.data.chat.example import Example, turns, uses_tools, without_tools
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.mistral import Mistral
 
 _FIRST_WITH_TOOLS = TokenizerVersion.v2
@@ -44,15 +44,15 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     Raises:
         ValueError: In one line, if mistral-common rejects the conversation.
     """
-    messages, tools = conversation
+    messages, tools, _ = conversation
     if not uses_tools(conversation):
         return [_all_turns(messages, tokenizer)]
-    return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.bears_loss]
+    return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.trained_on]
 
 
 def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
     """Return the tokens up to where the assistant's next turn begins."""
-    return _encode(_request(*conversation, tokenizer, ValidationMode.test), tokenizer)
+    return _encode(_request(conversation.messages, conversation.tools, tokenizer, ValidationMode.test), tokenizer)
 
 
 def check_has_tools(tokenizer: Mistral) -> None:
@@ -74,7 +74,7 @@ def _all_turns(messages: list[Message], tokenizer: Mistral) -> Example:
     assistant_messages = [message for message in request.messages if isinstance(message, AssistantMessage)]
     for end, message, turn in zip(ends, assistant_messages, turns(messages), strict=True):
         start = end - _length_of_last(tokens[:end], message, tokenizer)
-        if turn.bears_loss:
+        if turn.trained_on:
             mask[start:end] = [True] * (end - start)
     return Example(tokens, mask)
 
@@ -87,8 +87,8 @@ def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: 
     if last.tool_calls and tokenizer.finetuning.version < _FIRST_WITHOUT_IDS:
         last.tool_calls = [ToolCall(function=call.function) for call in last.tool_calls]
     tokens = _encode(request, tokenizer)
-    learnt = _length_of_last(tokens, last, tokenizer)
-    return Example(tokens, [False] * (len(tokens) - learnt) + [True] * learnt)
+    trained_on = _length_of_last(tokens, last, tokenizer)
+    return Example(tokens, [False] * (len(tokens) - trained_on) + [True] * trained_on)
 
 
 def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:

@@ -13,13 +13,13 @@ from typing import Any
 
 from moe_train.data.chat.renderer import GENERATION
 from moe_train.data.chat.sandbox import Prefix, Request
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
-PLAIN = ("\ufdd0", "\ufdd1")
+PLAIN_TEXT_MARKS = ("\ufdd0", "\ufdd1")
 """Unicode noncharacters, which no text contains; they enclose user text that looks like a control token."""
-_MARKS = re.compile("[" + "".join(PLAIN + GENERATION) + "]")
+_MARKS = re.compile("[" + "".join(PLAIN_TEXT_MARKS + GENERATION) + "]")
 
 
 def request(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: HuggingFace) -> Request:
@@ -69,7 +69,7 @@ def _marked_text(text: str, pattern: re.Pattern[str]) -> str:
 
 def _between_marks(match: re.Match[str]) -> str:
     """Enclose a match in marks."""
-    return PLAIN[0] + match[0] + PLAIN[1]
+    return PLAIN_TEXT_MARKS[0] + match[0] + PLAIN_TEXT_MARKS[1]
 
 
 def _as_templates_read(message: Message) -> Message:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from moe_train.data.chat import sandbox
 from moe_train.data.chat.example import Example, without_tools
-from moe_train.data.chat.loss_mask import Steps, Text, learnt_texts
-from moe_train.data.chat.renderings import PLAIN, checked, request, text_or_raise, without_marks
+from moe_train.data.chat.loss_mask import Steps, Text, trained_texts
+from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.huggingface import HuggingFace, Marked
 
 
@@ -28,7 +28,7 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
         For each conversation one example, or with tools one for each assistant turn that is trained on; or a ValueError in one
         line, if the template rejects the conversation or its turns cannot be located.
     """
-    rendered = _rendered([learnt_texts(conversation, tokenizer) for conversation in conversations], template, tokenizer)
+    rendered = _rendered([trained_texts(conversation, tokenizer) for conversation in conversations], template, tokenizer)
     texts: list[_Written] = []
     for written in rendered:
         if not isinstance(written, ValueError):
@@ -81,10 +81,10 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
 
 
 class _Written(NamedTuple):
-    """A `Text` in the tokenizer's form; the first `num_learnt` spans are trained on, the others are random."""
+    """A `Text` in the tokenizer's form; the first `num_trained` spans are trained on, the others are random."""
 
     marked: Marked
-    num_learnt: int
+    num_trained: int
 
 
 def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list[list[_Written] | ValueError]:
@@ -126,17 +126,17 @@ def _text(conversation: Conversation, prompt: bool, template: str, tokenizer: Hu
 # --- text to ids -----------------------------------------------------------------------------------------------
 
 
-_SPLIT = re.compile("[" + "".join(PLAIN) + "]")
+_SPLIT = re.compile("[" + "".join(PLAIN_TEXT_MARKS) + "]")
 
 
 def _written(text: Text, tokenizer: HuggingFace) -> _Written:
     """Move the marks: from around user text that looks like a control token to around the control tokens themselves."""
     pieces = _SPLIT.split(text.text)
-    spans = text.learnt + text.random
+    spans = text.trained_on + text.random
     if len(pieces) > 1:  # translate positions in the text with marks to positions without
         marks = [end + i for i, end in enumerate(itertools.accumulate(map(len, pieces[:-1])))]
         spans = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]
-    return _Written(tokenizer.marked(pieces, spans), len(text.learnt))
+    return _Written(tokenizer.marked(pieces, spans), len(text.trained_on))
 
 
 def _encode(texts: list[_Written], tokenizer: HuggingFace) -> list[Example]:
@@ -145,6 +145,6 @@ def _encode(texts: list[_Written], tokenizer: HuggingFace) -> list[Example]:
     for (ids, touched), text in zip(tokenizer.encode_marked([text.marked for text in texts]), texts, strict=True):
         mask = [False] * len(ids)
         for i, (first, last) in enumerate(touched):
-            mask[first:last] = [i < text.num_learnt] * (last - first)
+            mask[first:last] = [i < text.num_trained] * (last - first)
         encoded.append(Example(ids, mask))
     return encoded

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from moe_train.data.check.form import Form
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.check.requirements import Requirements
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import brief
 
 _NINE = re.compile(r"[a-zA-Z0-9]{9}")
@@ -29,14 +29,14 @@ def _calls(conversation: Conversation) -> Iterator[tuple[int, dict[str, Any], bo
             yield i, call, i == last
 
 
-def caller(conversation: Conversation, form: Form) -> Iterator[str]:
+def caller(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find calls in messages that are not the assistant's."""
     for i, message in enumerate(conversation.messages):
         if "tool_calls" in message and message["role"] != "assistant":
             yield f"message {i} is {message['role']}, and has tool_calls"
 
 
-def function_name(conversation: Conversation, form: Form) -> Iterator[str]:
+def function_name(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find names of functions that are not 1 to 64 of a-z, A-Z, 0-9, _ and -."""
     for i, call, _ in _calls(conversation):
         if not _FUNCTION.fullmatch(call["function"]["name"]):
@@ -46,7 +46,7 @@ def function_name(conversation: Conversation, form: Form) -> Iterator[str]:
             yield f"tool {i} is named {brief(tool['function']['name'])}"
 
 
-def arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
+def arguments_text(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find arguments that are not JSON text."""
     for i, call, _ in _calls(conversation):
         arguments = call["function"].get("arguments")
@@ -65,7 +65,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def fix_arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_arguments_text(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Write arguments that are an object as JSON text."""
     for i, call, _ in _calls(conversation):
         function = call["function"]
@@ -75,7 +75,7 @@ def fix_arguments_text(conversation: Conversation, form: Form) -> Iterator[str]:
             yield f"message {i}: the arguments of {function['name']} written as JSON text"
 
 
-def call_id(conversation: Conversation, form: Form) -> Iterator[str]:
+def call_id(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find calls without an id, or with an id that the tokenizer's format does not allow."""
     for i, call, is_last in _calls(conversation):
         name = call.get("id")
@@ -87,7 +87,7 @@ def call_id(conversation: Conversation, form: Form) -> Iterator[str]:
             yield f"message {i} calls {call['function']['name']} with the id {brief(name)}"
 
 
-def fix_call_id(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_call_id(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Assign missing ids and correct wrong ones.
 
     Results without an id answer the calls in their order. Ids that do not fit are renamed in the call and in its results.
@@ -163,7 +163,7 @@ def _results(messages: list[Message], i: int) -> Iterator[tuple[int, Message]]:
         yield k, messages[k]
 
 
-def unpaired(conversation: Conversation, form: Form) -> Iterator[str]:
+def unpaired(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find calls without a result, results without a call, and ids that are used twice."""
     messages = conversation.messages
     for i, message in enumerate(messages):

@@ -23,14 +23,14 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.check import estimate, rules
-from moe_train.data.check.chunks import Coverage, Place, Source, all_chunks, places_of, some_chunks
+from moe_train.data.check.chunks import CheckedFile, CheckedSource, Coverage, all_chunks, places_of, some_chunks
 from moe_train.data.check.corrected import corrected_copy
 from moe_train.data.check.duplicates import SIMILAR, Spool
 from moe_train.data.check.duplicates import WORDS as DUPLICATE_WORDS
 from moe_train.data.check.examine import Chunk, Findings, Question, Stop, examine
-from moe_train.data.check.form import Form, form_of
-from moe_train.data.check.held_out import HeldOut
+from moe_train.data.check.held_out import HeldOutRecords
 from moe_train.data.check.overlap import OVERLAP_WORDS
+from moe_train.data.check.requirements import Requirements, requirements_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import refuse_existing
@@ -50,7 +50,7 @@ class Settings:
     """Positions in a row of the training to come; None if unknown."""
     batch_size: int | None = None
     """Rows in a batch of the training to come; None if unknown."""
-    against: tuple[Source, ...] = ()
+    against: tuple[CheckedSource, ...] = ()
     """The evaluation set to compare with."""
     bench: Path | None = None
     """The output of `bench --json`, for the speed of training; None if unknown."""
@@ -64,7 +64,7 @@ class Settings:
     """Number of problems and duplicates to list for each rule."""
 
 
-def sources_of(chosen: Sequence[config.Source]) -> tuple[Source, ...]:
+def sources_of(chosen: Sequence[config.Source]) -> tuple[CheckedSource, ...]:
     """Return the sources of a run's config, to be read as training would read them.
 
     Raises:
@@ -78,7 +78,7 @@ def sources_of(chosen: Sequence[config.Source]) -> tuple[Source, ...]:
                 f"data: {title} is a {source.name} source, and not files of records, which are what is checked; "
                 f"name files ({file_names}): moe-train data check FILES --tokenizer T"
             )
-        sources.append(Source(source.files, source.format, source.record, source.weight))
+        sources.append(CheckedSource(source.files, source.format, source.record, source.weight))
     return tuple(sources)
 
 
@@ -116,11 +116,13 @@ def section_of(columns: Sequence[str]) -> config.Record | None:
             return config.CompletionRecord(name="completion", prompt=pairs["prompt"], completion=pairs["completion"])
 
 
-Progress = Callable[[int, int, int], None]
+CheckProgress = Callable[[int, int, int], None]
 """A function that is called with the bytes of the files read so far, their total size, and the number of records so far."""
 
 
-def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
+def check_records(
+    sources: Sequence[CheckedSource], tokenizer: Tokenizer, settings: Settings, progress: CheckProgress | None = None
+) -> dict[str, Any]:
     """Check records.
 
     Args:
@@ -141,12 +143,12 @@ def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, p
         raise ValueError("a sample cannot be fixed: leave out --sample or --fix")
     if settings.fix is not None:
         refuse_existing(settings.fix)
-    unknown = sorted(settings.allowed - RULES)
+    unknown = sorted(settings.allowed - RULE_NAMES)
     if unknown:
-        raise ValueError(f"there is no rule {unknown[0]}; the rules are {', '.join(sorted(RULES))}")
+        raise ValueError(f"there is no rule {unknown[0]}; the rules are {', '.join(sorted(RULE_NAMES))}")
     tokens_per_second = estimate.tokens_per_second(settings.bench)
     places = places_of(sources, settings.sample is not None)
-    held_out = HeldOut(settings.against)
+    held_out = HeldOutRecords(settings.against)
     question = Question(
         records=tuple(sources[place.source].record for place in places),
         tokenizer=tokenizer,
@@ -185,7 +187,7 @@ def check(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, p
     return answer
 
 
-RULES = frozenset(rule.name for rule in rules.RULES) | {
+RULE_NAMES = frozenset(rule.name for rule in rules.RULES) | {
     *("type", "columns", "text-and-content", "empty-text", "refused", "too-long", "no-loss", "tools"),
     *("not-json", "not-a-record", "not-utf-8", "unreadable", "empty-file"),
 }
@@ -196,12 +198,12 @@ RULES = frozenset(rule.name for rule in rules.RULES) | {
 
 
 def _examined(
-    chunks: Iterator[tuple[Chunk, int]], question: Question, num_proc: int, places: list[Place]
+    chunks: Iterator[tuple[Chunk, int]], question: Question, num_proc: int, places: list[CheckedFile]
 ) -> Iterator[tuple[Findings, int]]:
     """Examine chunks in this process or in several; yield the findings in the order of the chunks."""
     try:
         if num_proc == 1:
-            form = form_of(question.tokenizer, question.template)
+            form = requirements_of(question.tokenizer, question.template)
             for chunk, done in chunks:
                 yield examine(chunk, question, form), done
             return
@@ -228,14 +230,14 @@ def _examined(
         raise RuntimeError("a process that examined records died, for want of memory perhaps; use --num-proc 1") from error
 
 
-_asked: tuple[Question, Form] | None = None
+_asked: tuple[Question, Requirements] | None = None
 
 
 def _begin(question: Question) -> None:
     """Set up a worker process."""
     global _asked
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _asked = question, form_of(question.tokenizer, question.template)
+    _asked = question, requirements_of(question.tokenizer, question.template)
 
 
 def _work(chunk: Chunk) -> Findings:
@@ -251,10 +253,10 @@ def _work(chunk: Chunk) -> Findings:
 class _Gathered:
     """The findings of all chunks together."""
 
-    places: list[Place]
+    places: list[CheckedFile]
     scratch: Path
     shown: int
-    held_out: HeldOut
+    held_out: HeldOutRecords
     records: int = 0
     loss_tokens: int = 0
     overlapping: int = 0
@@ -295,14 +297,14 @@ class _Gathered:
             if not seen:
                 self._name(place, 1, Problem("empty-file", "the file has no records", "leave it out"))
 
-    def _name(self, place: Place, number: int, problem: Problem) -> None:
+    def _name(self, place: CheckedFile, number: int, problem: Problem) -> None:
         """Count a problem, and keep it if it is among the first of its rule."""
         self.broken[problem.rule] += 1
         if self.broken[problem.rule] <= self.shown:
             location = {"where": place.where(number), "file": str(place.file), place.counted: number}
             self.problems.append({**location, "rule": problem.rule, "message": problem.message, "remedy": problem.remedy})
 
-    def answer(self, sources: Sequence[Source], settings: Settings, tokens_per_second: float | None) -> dict[str, Any]:
+    def answer(self, sources: Sequence[CheckedSource], settings: Settings, tokens_per_second: float | None) -> dict[str, Any]:
         """Return the results in JSON form."""
         self._origins.close()
         lengths: Counter[int] = sum(self.lengths.values(), Counter())

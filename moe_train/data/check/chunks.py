@@ -14,7 +14,7 @@ from moe_train.data.check.examine import Chunk, Question
 from moe_train.data.records import files
 from moe_train.data.records.file_bytes import MAX_RECORD, is_compressed
 from moe_train.data.records.json_lines import Block, blocks
-from moe_train.data.records.local_files import resolve
+from moe_train.data.records.local_files import expand_files
 from moe_train.data.records.problem import Item
 
 # Largest number of records that are not lines, and of characters in their columns, in one chunk.
@@ -23,7 +23,7 @@ _CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckedSource:
     """A group of files that are read in the same way."""
 
     files: tuple[str, ...]
@@ -36,7 +36,7 @@ class Source:
     """The share of the files in a mixture."""
 
 
-class Place(NamedTuple):
+class CheckedFile(NamedTuple):
     """A file to check."""
 
     file: Path
@@ -53,7 +53,7 @@ class Place(NamedTuple):
         return f"{self.file}: {self.counted} {number}"
 
 
-def places_of(sources: Sequence[Source], picked: bool) -> list[Place]:
+def places_of(sources: Sequence[CheckedSource], picked: bool) -> list[CheckedFile]:
     """Return the files of all sources.
 
     Args:
@@ -66,7 +66,7 @@ def places_of(sources: Sequence[Source], picked: bool) -> list[Place]:
         section = config.FileSource.model_validate(
             {"name": "files", "files": source.files, "format": source.format, "record": record}
         )
-        for file, kind in resolve(section):
+        for file, kind in expand_files(section):
             is_json_lines = files.is_json_lines(file, kind)
             if picked and is_json_lines and not is_compressed(file):
                 counted = "byte"
@@ -74,19 +74,19 @@ def places_of(sources: Sequence[Source], picked: bool) -> list[Place]:
                 counted = "line"
             else:
                 counted = "row"
-            places.append(Place(file, kind, i, counted))
+            places.append(CheckedFile(file, kind, i, counted))
     return places
 
 
-def read(place: Place, section: config.Record | None) -> Iterator[tuple[int, Item]]:
+def read_checked(place: CheckedFile, section: config.Record | None) -> Iterator[tuple[int, Item]]:
     """Yield the records of a file, one after the other."""
     text_column = "text"
     if isinstance(section, config.TextRecord):
         text_column = section.column
-    return files.read(place.file, place.kind, place.counted == "line", text_column)
+    return files.read_file(place.file, place.kind, place.counted == "line", text_column)
 
 
-def all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk, int]]:
+def all_chunks(places: list[CheckedFile], question: Question) -> Iterator[tuple[Chunk, int]]:
     """Yield every record in chunks, with the number of bytes of the files that have been read."""
     before = 0
     for i, place in enumerate(places):
@@ -97,7 +97,7 @@ def all_chunks(places: list[Place], question: Question) -> Iterator[tuple[Chunk,
                 done += len(block.lines) if isinstance(block.lines, bytes) else 0
                 yield Chunk(i, block), before + (0 if is_compressed(place.file) else min(done, size))
         else:
-            rows = read(place, question.records[i])
+            rows = read_checked(place, question.records[i])
             for group in _grouped(rows):
                 yield Chunk(i, group), before
         before += size
@@ -153,7 +153,7 @@ class Coverage:
         }
 
 
-def some_chunks(places: list[Place], question: Question, coverage: Coverage) -> Iterator[tuple[Chunk, int]]:
+def some_chunks(places: list[CheckedFile], question: Question, coverage: Coverage) -> Iterator[tuple[Chunk, int]]:
     """Yield a sample in chunks, with the number of bytes of the files that have been passed; it is the same every time.
 
     A file is divided into as many equal parts as lines are wanted, and one line is taken from each part. From files that can only
@@ -183,7 +183,7 @@ def some_chunks(places: list[Place], question: Question, coverage: Coverage) -> 
             for start in range(0, len(lines), _ROWS):
                 yield Chunk(i, lines[start : start + _ROWS]), before
         else:
-            rows = read(place, question.records[i])
+            rows = read_checked(place, question.records[i])
             first_rows = list(itertools.islice(rows, quota))
             if next(rows, None) is not None:
                 coverage.only_begun.append(str(place.file))

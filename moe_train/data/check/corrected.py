@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moe_train.data.check.chunks import Place
+from moe_train.data.check.chunks import CheckedFile
 from moe_train.data.check.examine import Findings
 from moe_train.data.records.file_bytes import is_compressed
 from moe_train.machine.files import new_directory
 
 
 @contextlib.contextmanager
-def corrected_copy(fix: Path | None, places: list[Place]) -> Iterator[Corrected | None]:
+def corrected_copy(fix: Path | None, places: list[CheckedFile]) -> Iterator[Corrected | None]:
     """Create the folder of a corrected copy, which appears when the block ends without an error.
 
     Args:
@@ -38,7 +38,7 @@ class Corrected:
     The log is JSON lines too; its name keeps it out of the data if the folder is used as a source.
     """
 
-    def __init__(self, directory: Path, places: list[Place]) -> None:
+    def __init__(self, directory: Path, places: list[CheckedFile]) -> None:
         self._directory = directory
         self._places = places
         self._changes = (directory / "changes.log").open("w", encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_train.data.batches import packing
-from moe_train.data.check.chunks import Source
+from moe_train.data.check.chunks import CheckedSource
 from moe_train.machine.files import read_object
 
 Lengths = Mapping[tuple[int, str], Mapping[int, int]]
@@ -56,7 +56,7 @@ def truncation(lengths: Lengths, seq_len: int) -> dict[str, int]:
 
 
 def epoch(
-    lengths: Lengths, sources: Sequence[Source], seq_len: int, batch_size: int | None, tokens_per_second: float | None
+    lengths: Lengths, sources: Sequence[CheckedSource], seq_len: int, batch_size: int | None, tokens_per_second: float | None
 ) -> dict[str, Any]:
     """Compute the packing and the length of an epoch with the packer of training.
 

@@ -19,12 +19,13 @@ from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, uses_tools
 from moe_train.data.check import rules
 from moe_train.data.check.duplicates import Fingerprints, fingerprints
-from moe_train.data.check.form import Form
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import overlap, said_in
-from moe_train.data.records.conversation import Conversation, denormalise, normalise, recognise
+from moe_train.data.check.requirements import Requirements
+from moe_train.data.records.conversation import denormalise, normalise, recognise
 from moe_train.data.records.file_bytes import BOM
 from moe_train.data.records.json_lines import Block, records_in
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Item, Problem
 from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -126,7 +127,7 @@ class _Read:
     examples: list[Example] = field(default_factory=list)
 
 
-def examine(chunk: Chunk, question: Question, form: Form) -> Findings:
+def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
     """Examine a chunk.
 
     Args:
@@ -197,7 +198,7 @@ def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]
                 yield number, item, None
 
 
-def _judge(read: list[_Read], place: int, question: Question, form: Form) -> None:
+def _judge(read: list[_Read], place: int, question: Question, form: Requirements) -> None:
     """Fill in the problems and the examples of each record."""
     texts: list[_Read] = []
     conversations: list[tuple[_Read, Conversation]] = []
@@ -276,7 +277,7 @@ def _repaired(
     raw: dict[int, bytes],
     place: int,
     question: Question,
-    form: Form,
+    form: Requirements,
 ) -> Kept:
     """Return every good record unchanged, and the other records corrected or dropped."""
     changes = [Change(number, "dropped", problem.rule, problem.message) for number, problem in unreadable]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_train.data.check.chunks import Source, places_of, read
+from moe_train.data.check.chunks import CheckedSource, places_of, read_checked
 from moe_train.data.check.overlap import held_out_hashes
-from moe_train.data.records.conversation import Conversation, normalise, recognise
+from moe_train.data.records.conversation import normalise, recognise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 
 
-class HeldOut:
+class HeldOutRecords:
     """The word sequences of an evaluation set.
 
     Args:
@@ -24,14 +25,14 @@ class HeldOut:
         ValueError: If a record cannot be read, or there are no records.
     """
 
-    def __init__(self, sources: tuple[Source, ...]) -> None:
+    def __init__(self, sources: tuple[CheckedSource, ...]) -> None:
         self.hashes: np.ndarray | None = None
         if not sources:
             return
         records: list[str | Conversation] = []
         for place in places_of(sources, picked=False):
             section = sources[place.source].record
-            for number, item in read(place, section):
+            for number, item in read_checked(place, section):
                 try:
                     if isinstance(item, Problem):
                         raise item

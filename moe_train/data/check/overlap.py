@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_train.data.check.ngrams import Words, grams, words
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 
 OVERLAP_WORDS = 13
 """Number of consecutive common words that count as an overlap (GPT-3, arXiv:2005.14165, appendix C)."""

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from moe_train.data.check import call_rules as calls
 from moe_train.data.check import text_rules as texts
 from moe_train.data.check import turn_rules as turns
-from moe_train.data.check.form import Form
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.check.requirements import Requirements
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem, brief
 
 
@@ -27,9 +27,9 @@ class Rule(NamedTuple):
     """The name in reports."""
     remedy: str
     """The advice for a record that breaks the rule."""
-    broken: Callable[[Conversation, Form], Iterator[str]]
+    broken: Callable[[Conversation, Requirements], Iterator[str]]
     """Yields a message for each place that breaks the rule."""
-    fix: Callable[[Conversation, Form], Iterator[str]] | None = None
+    fix: Callable[[Conversation, Requirements], Iterator[str]] | None = None
     """Corrects the conversation in place, and yields the changes; None if that would be a guess."""
 
 
@@ -57,7 +57,7 @@ RULES = (
 )
 
 
-def problems(record: str | Conversation, form: Form) -> Iterator[Problem]:
+def problems(record: str | Conversation, form: Requirements) -> Iterator[Problem]:
     """Yield a problem for every rule that the record breaks, in the order of the rules."""
     if isinstance(record, str):
         yield from _text_problems(record, form)
@@ -70,7 +70,7 @@ def problems(record: str | Conversation, form: Form) -> Iterator[Problem]:
                 yield Problem(rule.name, message, rule.remedy)
 
 
-def repair(record: str | Conversation, form: Form) -> tuple[str | Conversation, list[tuple[str, str]]]:
+def repair(record: str | Conversation, form: Requirements) -> tuple[str | Conversation, list[tuple[str, str]]]:
     """Return a copy in which everything is corrected that has only one right correction.
 
     Returns:
@@ -89,7 +89,7 @@ def repair(record: str | Conversation, form: Form) -> tuple[str | Conversation, 
     return record, changes
 
 
-def _text_problems(text: str, form: Form) -> Iterator[Problem]:
+def _text_problems(text: str, form: Requirements) -> Iterator[Problem]:
     """Yield the problems of a plain text."""
     if not text or text.isspace():
         yield Problem("empty-text", "the record has no text", "drop it")

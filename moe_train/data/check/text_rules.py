@@ -11,8 +11,8 @@ import json
 import re
 from collections.abc import Iterator
 
-from moe_train.data.check.form import Form
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.check.requirements import Requirements
+from moe_train.data.records.normal_form import Conversation
 
 # NUL, the noncharacters that mark spans while a template is rendered, and lone surrogates.
 _NO_TEXT = re.compile("[\x00\ufdd0-\ufdd3\ud800-\udfff]")
@@ -35,7 +35,7 @@ def unusable_character(text: str) -> str | None:
     return f"has {kind} (U+{code:04X}) at character {match.start()}"
 
 
-def typed_control_token(text: str, form: Form) -> str | None:
+def typed_control_token(text: str, form: Requirements) -> str | None:
     """Describe the first control token that a text contains as if a user had typed it; None if there is none."""
     match = form.control.search(text)
     if match is None:
@@ -66,14 +66,14 @@ def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
         yield f"tool {i}", json.dumps(tool, ensure_ascii=False)
 
 
-def unusable_characters(conversation: Conversation, form: Form) -> Iterator[str]:
+def unusable_characters(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find texts with a character that no text should contain."""
     for name, text in _texts(conversation):
         if fault := unusable_character(text):
             yield f"{name} {fault}"
 
 
-def fix_unusable_characters(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_unusable_characters(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Replace such characters in the contents of messages."""
     for i, message in enumerate(conversation.messages):
         if "content" in message:
@@ -82,7 +82,7 @@ def fix_unusable_characters(conversation: Conversation, form: Form) -> Iterator[
                 yield f"message {i}: {change}"
 
 
-def typed_control_tokens(conversation: Conversation, form: Form) -> Iterator[str]:
+def typed_control_tokens(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find texts with a control token that was typed as text."""
     for name, text in _texts(conversation):
         if fault := typed_control_token(text, form):

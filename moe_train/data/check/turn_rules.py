@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moe_train.data.check.form import Form
-from moe_train.data.records.conversation import Conversation, Message
+from moe_train.data.check.requirements import Requirements
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import brief
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -22,7 +22,7 @@ OTHER_NAMES = {
 """Other names of roles -> our names."""
 
 
-def bad_role(conversation: Conversation, form: Form) -> Iterator[str]:
+def bad_role(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find messages with an unknown role."""
     for i, message in enumerate(conversation.messages):
         if message["role"] not in ROLES:
@@ -35,7 +35,7 @@ def known_role(role: Any) -> str:
     return OTHER_NAMES.get(name, name)
 
 
-def fix_role(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_role(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Replace other names of roles by ours."""
     for i, message in enumerate(conversation.messages):
         role = message["role"]
@@ -45,14 +45,14 @@ def fix_role(conversation: Conversation, form: Form) -> Iterator[str]:
             yield f"message {i}: role {role} is {normal_role} here"
 
 
-def system_not_first(conversation: Conversation, form: Form) -> Iterator[str]:
+def system_not_first(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find system messages after the start."""
     for i, message in enumerate(conversation.messages[1:], start=1):
         if message["role"] == "system":
             yield f"message {i} is a system message, which stands first and once"
 
 
-def fix_system_not_first(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_system_not_first(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Move a single system message to the start, or join several that are at the start."""
     messages = conversation.messages
     systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
@@ -64,7 +64,7 @@ def fix_system_not_first(conversation: Conversation, form: Form) -> Iterator[str
         yield f"{len(systems)} system messages joined"
 
 
-def role_order(conversation: Conversation, form: Form) -> Iterator[str]:
+def role_order(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find messages whose role may not follow the role before it."""
     turns = [(i, message) for i, message in enumerate(conversation.messages) if message["role"] != "system"]
     before: Message | None = None
@@ -94,7 +94,7 @@ def role_order(conversation: Conversation, form: Form) -> Iterator[str]:
         before = message
 
 
-def fix_role_order(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_role_order(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Join consecutive messages of one role, as mistral-common does, if both are text and have the same weight."""
     messages = conversation.messages
     i = 1
@@ -110,14 +110,14 @@ def fix_role_order(conversation: Conversation, form: Form) -> Iterator[str]:
             i += 1
 
 
-def unanswered_end(conversation: Conversation, form: Form) -> Iterator[str]:
+def unanswered_end(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find a conversation that does not end with an assistant message."""
     last = conversation.messages[-1]
     if last["role"] != "assistant":
         yield f"the last message is {last['role']}, so nothing answers it"
 
 
-def fix_unanswered_end(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_unanswered_end(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Cut off the messages after the last answer."""
     cut = 0
     while conversation.messages and conversation.messages[-1]["role"] != "assistant":
@@ -127,14 +127,14 @@ def fix_unanswered_end(conversation: Conversation, form: Form) -> Iterator[str]:
         yield f"{cut} messages after the last answer cut off"
 
 
-def empty_answer(conversation: Conversation, form: Form) -> Iterator[str]:
+def empty_answer(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find assistant messages without text or calls."""
     for i, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and "tool_calls" not in message and not message["content"].strip():
             yield f"message {i} is an assistant turn without text"
 
 
-def fix_empty_answer(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_empty_answer(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Cut the conversation before the question that gets an empty answer.
 
     The messages before it are complete; those after it would continue a broken conversation.
@@ -148,7 +148,7 @@ def fix_empty_answer(conversation: Conversation, form: Form) -> Iterator[str]:
             return
 
 
-def weight(conversation: Conversation, form: Form) -> Iterator[str]:
+def weight(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find weights other than 0 and 1."""
     for i, message in enumerate(conversation.messages):
         weight = message.get("weight", 1)
@@ -156,7 +156,7 @@ def weight(conversation: Conversation, form: Form) -> Iterator[str]:
             yield f"message {i} has weight {brief(weight)}"
 
 
-def fix_weight(conversation: Conversation, form: Form) -> Iterator[str]:
+def fix_weight(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Write a weight that clearly means 0 or 1 as that integer."""
     for i, message in enumerate(conversation.messages):
         weight = message.get("weight", 1)
@@ -171,7 +171,7 @@ def fix_weight(conversation: Conversation, form: Form) -> Iterator[str]:
             yield f"message {i}: weight {brief(weight)} written as {meant}"
 
 
-def no_loss(conversation: Conversation, form: Form) -> Iterator[str]:
+def no_loss(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find conversations in which no assistant message is trained on."""
     answers = [message for message in conversation.messages if message["role"] == "assistant"]
     if not answers:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_train.machine.files import write_text
 
-NAME = "manifest.json"
+MANIFEST = "manifest.json"
 """File name of the manifest."""
 
 
@@ -95,10 +95,10 @@ class Manifest(_Entry):
 
     def write(self, directory: Path) -> None:
         """Write the manifest into a folder."""
-        write_text(directory / NAME, self.model_dump_json(indent=1) + "\n")
+        write_text(directory / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
 
-def read(text: str | bytes, where: str) -> Manifest:
+def read_manifest(text: str | bytes, where: str) -> Manifest:
     """Parse and verify a manifest.
 
     Args:

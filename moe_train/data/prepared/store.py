@@ -19,7 +19,7 @@ from moe_train.data.records.source import OpenSource, Origin, numbered
 log = logging.getLogger(__name__)
 
 
-class Piece(NamedTuple):
+class ExampleSlice(NamedTuple):
     """Positions start to start + length of an example; at each position one id is the input and the next one the target."""
 
     example: int
@@ -43,11 +43,11 @@ class TokenStore:
         self.path = str(path)
         self._folder = open_folder(self.path, cache_mib)
         try:
-            text = self._folder.text(manifest.NAME)
+            text = self._folder.text(manifest.MANIFEST)
         except FileNotFoundError:
-            message = f"{self.path} holds no {manifest.NAME}; name a folder that `moe-train data prepare` made"
+            message = f"{self.path} holds no {manifest.MANIFEST}; name a folder that `moe-train data prepare` made"
             raise FileNotFoundError(message) from None
-        self.manifest: Manifest = manifest.read(text, f"{self.path}/{manifest.NAME}")
+        self.manifest: Manifest = manifest.read_manifest(text, f"{self.path}/{manifest.MANIFEST}")
         self._source = source
         counts = [shard.examples for shard in self.manifest.shards]
         self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first example of each shard
@@ -97,7 +97,7 @@ class TokenStore:
         tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
         return tokens, mask, self._folder.array(_file(shard, "offsets", "int64"))
 
-    def read(self, pieces: Sequence[Piece]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def read(self, pieces: Sequence[ExampleSlice]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Return the ids (length + 1,) of each piece, and their loss mask (None if all are trained on)."""
         located = self._located(pieces)
         parts: list[tuple[Any, int, int]] = []
@@ -108,13 +108,13 @@ class TokenStore:
         arrays = iter(self._folder.read(parts))
         return [(next(arrays), None if mask is None else next(arrays)) for _, mask, _, _ in located]
 
-    def masks(self, pieces: Sequence[Piece]) -> list[np.ndarray | None]:
+    def masks(self, pieces: Sequence[ExampleSlice]) -> list[np.ndarray | None]:
         """Return only the loss masks that `read` returns."""
         located = self._located(pieces)
         arrays = iter(self._folder.read([(mask, start, stop) for _, mask, start, stop in located if mask is not None]))
         return [None if mask is None else next(arrays) for _, mask, _, _ in located]
 
-    def _located(self, pieces: Sequence[Piece]) -> list[tuple[Any, Any, int, int]]:
+    def _located(self, pieces: Sequence[ExampleSlice]) -> list[tuple[Any, Any, int, int]]:
         """Return the ids, the loss mask (or None), the start and the stop of each piece in its shard's arrays."""
         shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         shard_arrays = [self._open(number) for number in shards]

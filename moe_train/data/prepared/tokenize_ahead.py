@@ -40,7 +40,7 @@ _RULES = 4
 """Version of the rules that turn a record into ids. Increase it with every change of the ids, so that old sets are made again."""
 
 
-class Progress(NamedTuple):
+class PrepareProgress(NamedTuple):
     """The progress of `prepare`."""
 
     done: int
@@ -60,7 +60,7 @@ def prepare(
     template: str | None,
     cache_dir: str | Path,
     num_proc: int = 1,
-    shown: Callable[[Progress], None] | None = None,
+    shown: Callable[[PrepareProgress], None] | None = None,
 ) -> Path:
     """Tokenize a source, unless that has been done, and return the folder with its tokens.
 
@@ -213,10 +213,10 @@ def _tokenize(
     source: config.RecordSource,
     recipe: Recipe,
     num_proc: int,
-    shown: Callable[[Progress], None],
+    shown: Callable[[PrepareProgress], None],
 ) -> None:
     """Tokenize the shards in `todo`, in this process or in several."""
-    now = Progress(num_shards - len(todo), num_shards, 0, 0)
+    now = PrepareProgress(num_shards - len(todo), num_shards, 0, 0)
     if num_proc == 1 or len(todo) == 1:
 
         def report(num_records: int, num_tokens: int) -> None:
@@ -239,7 +239,7 @@ def _tokenize(
             finished, in_flight = wait(in_flight, 0.2, FIRST_EXCEPTION)
             for future in finished:
                 future.result()
-            now = Progress(now.done + len(finished), num_shards, *shared[:])
+            now = PrepareProgress(now.done + len(finished), num_shards, *shared[:])
             shown(now)
     except BrokenProcessPool as error:
         raise RuntimeError(
@@ -306,7 +306,7 @@ class _Log:
         self._start = time.monotonic()
         self._last_logged = self._start
 
-    def __call__(self, now: Progress) -> None:
+    def __call__(self, now: PrepareProgress) -> None:
         if time.monotonic() - self._last_logged > 10:
             self._last_logged = time.monotonic()
             seconds = self._last_logged - self._start

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.data.prepared.bucket import fault, open_files
-from moe_train.data.prepared.manifest import NAME
+from moe_train.data.prepared.manifest import MANIFEST
 
 
 def upload(directory: str, to: str) -> str:
@@ -31,9 +31,9 @@ def upload(directory: str, to: str) -> str:
     name = Path(directory).name
     target = f"{root.rstrip('/')}/{name}"
     try:
-        if not files.exists(f"{target}/{NAME}"):
-            shards = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != NAME)
-            for path in [*shards, Path(directory) / NAME]:
+        if not files.exists(f"{target}/{MANIFEST}"):
+            shards = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != MANIFEST)
+            for path in [*shards, Path(directory) / MANIFEST]:
                 _copy(path, files, f"{target}/{path.relative_to(directory).as_posix()}")
     except Exception as error:  # each file system has its own exceptions
         raise fault(to, error) from error
@@ -42,7 +42,7 @@ def upload(directory: str, to: str) -> str:
 
 def _copy(path: Path, files: Any, goal: str) -> None:
     """Copy a file, unless the target exists with the same size; the manifest is always copied."""
-    if path.name != NAME and files.exists(goal) and files.size(goal) == path.stat().st_size:
+    if path.name != MANIFEST and files.exists(goal) and files.size(goal) == path.stat().st_size:
         return
     if not files.async_impl:  # an object store has no folders, and would create a bucket for a misspelt name
         files.makedirs(goal.rpartition("/")[0], exist_ok=True)

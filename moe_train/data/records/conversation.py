@@ -23,13 +23,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_train import config
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief, field, text_field
-
-Message = dict[str, Any]
-"""A message in the normal form; see the top of this file."""
 
 _TEXT = ("text", "content")
 _MESSAGES = ("messages", "interactions", "conversations")
@@ -41,13 +39,6 @@ _SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
     "function_call": "function_call", "observation": "tool", "tool": "tool",
 }  # fmt: skip
-
-
-class Conversation(NamedTuple):
-    """Messages and tools in the normal form; see the top of this file."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]]
 
 
 def recognise(fields: Mapping[str, Any]) -> config.Record:

@@ -29,7 +29,7 @@ def is_compressed(file: Path) -> bool:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
+def open_bytes(file: Path) -> Iterator[Any]:
     """Open a file for reading bytes, decompressed if needed; a context manager.
 
     Raises:

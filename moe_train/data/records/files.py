@@ -16,7 +16,7 @@ from moe_train.data.records.plain_text import read_text
 from moe_train.data.records.problem import Item, Problem
 from moe_train.data.records.tables import read_csv, read_rows
 
-FORMATS = {
+FILE_FORMATS = {
     ".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
@@ -36,10 +36,10 @@ def format_of(file: Path) -> str:
     Raises:
         ValueError: If no format has this suffix, or the format cannot be compressed from outside.
     """
-    kind = FORMATS.get(suffix(file))
+    kind = FILE_FORMATS.get(suffix(file))
     if kind is None:
         raise ValueError(
-            f"{file}: no format goes with its name ({', '.join(FORMATS)}; json and text also as {', '.join(COMPRESSIONS)}); "
+            f"{file}: no format goes with its name ({', '.join(FILE_FORMATS)}; json and text also as {', '.join(COMPRESSIONS)}); "
             "state format"
         )
     if is_compressed(file) and kind in ("parquet", "arrow"):
@@ -52,7 +52,7 @@ def is_json_lines(file: Path, kind: str) -> bool:
     return kind == "json" and not is_array(file)
 
 
-def read(
+def read_file(
     file: Path,
     kind: str,
     by_line: bool,

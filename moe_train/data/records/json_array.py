@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.records.file_bytes import BLOCK, BOM, CUT_SHORT, MAX_RECORD, not_utf8, opened
+from moe_train.data.records.file_bytes import BLOCK, BOM, CUT_SHORT, MAX_RECORD, not_utf8, open_bytes
 from moe_train.data.records.json_parser import Parser, unusable
 from moe_train.data.records.problem import Item, Problem, brief
 
@@ -16,7 +16,7 @@ from moe_train.data.records.problem import Item, Problem, brief
 def is_array(file: Path) -> bool:
     """Return whether a JSON file is one array, rather than one record per line."""
     try:
-        with opened(file) as stream:
+        with open_bytes(file) as stream:
             while block := stream.read(1 << 12):
                 text = block.removeprefix(BOM).lstrip()
                 if text:
@@ -30,7 +30,7 @@ def read_array(file: Path) -> Iterator[tuple[int, Item]]:
     """Yield the elements of the array, counted from 1; a Problem ends it if nothing after it can be read."""
     number = 0
     try:
-        with opened(file) as stream:
+        with open_bytes(file) as stream:
             for number, item in _elements(_Window(stream)):
                 yield number, item
     except Problem as problem:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_train.data.records.file_bytes import BLOCK, BOM, MAX_RECORD, opened
+from moe_train.data.records.file_bytes import BLOCK, BOM, MAX_RECORD, open_bytes
 from moe_train.data.records.json_parser import Parser
 from moe_train.data.records.problem import Item, Problem
 
@@ -34,7 +34,7 @@ def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -
     pending_size = 0  # length of that line so far, in bytes
     position = start
     try:
-        with opened(file) as stream:
+        with open_bytes(file) as stream:
             if start:
                 stream.seek(start)
             while data := stream.read(BLOCK if stop is None else max(min(BLOCK, stop - position), 1)):

@@ -22,7 +22,7 @@ class LocalFiles(OpenSource):
     """The files of a config section. Only uncompressed JSON lines can be cut into parts."""
 
     def __init__(self, source: config.FileSource) -> None:
-        self._files = resolve(source)
+        self._files = expand_files(source)
         self._columns = columns(source.record)
         json_lines = [files.is_json_lines(file, kind) for file, kind in self._files]
         self._cuttable = [lines and not is_compressed(file) for (file, _), lines in zip(self._files, json_lines, strict=True)]
@@ -37,10 +37,10 @@ class LocalFiles(OpenSource):
     def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
         """Yield the records of a part of a file."""
         by_line = self.places[span.place].by_line
-        return files.read(*self._files[span.place], by_line, self._columns[0], self._columns, span[1:])
+        return files.read_file(*self._files[span.place], by_line, self._columns[0], self._columns, span[1:])
 
 
-def resolve(source: config.FileSource) -> list[tuple[Path, str]]:
+def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:
     """Expand the patterns of a section to files with their formats.
 
     Args:
@@ -82,7 +82,7 @@ def _matching(pattern: str, file_format: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         folder_files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
-        return [file for file in folder_files if file_format != "auto" or files.suffix(file) in files.FORMATS]
+        return [file for file in folder_files if file_format != "auto" or files.suffix(file) in files.FILE_FORMATS]
     if path.is_file():
         return [path]
     return [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_train.data.records.file_bytes import BOM, not_utf8, opened
+from moe_train.data.records.file_bytes import BOM, not_utf8, open_bytes
 from moe_train.data.records.problem import Problem
 
 MAX_TEXT = 4 << 20  # largest size of a record in bytes
@@ -25,7 +25,7 @@ def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
     buffer = b""
     has_more = True
     try:
-        with opened(file) as stream:
+        with open_bytes(file) as stream:
             while has_more:
                 while len(buffer) <= MAX_TEXT and (data := stream.read(MAX_TEXT + 1 - len(buffer))):
                     buffer += data

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.records.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, opened
+from moe_train.data.records.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, open_bytes
 from moe_train.data.records.problem import Item, Problem, brief
 
 
@@ -17,7 +17,7 @@ def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
     number = 0
     csv.field_size_limit(MAX_RECORD)
     try:
-        with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
             rows = csv.reader(text, strict=True)
             header = next(rows, [])
             if len(set(header)) < len(header):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from moe_train.machine.mesh import axis_size, batch_axes, global_axes
 from moe_train.model.quantize import Quantized, dequantize
 from moe_train.model.sharding.collectives import gather, scatter
-from moe_train.model.sharding.specs import ACTIVATION, SPLIT, activation_spec, gathered, spec_of
+from moe_train.model.sharding.specs import ACTIVATION, SPLIT, activation_spec, gathered, place, spec_of
 
 
 def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
@@ -32,6 +32,7 @@ def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quan
     Returns:
         The product, in the dtype of x.
     """
+    x = place(x, equation.split(",")[0])
     y = _project_quantized(equation, x, w) if isinstance(w, Quantized) else _project(equation, x, w.astype(x.dtype))
     return checkpoint_name(y, "projection")
 

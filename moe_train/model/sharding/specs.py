@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from moe_train.machine.mesh import axis_size, batch_axes, global_axes
+from moe_train.machine.mesh import axis_size, batch_axes, global_axes, is_one_device
 
 ACTIVATION = {"T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 """Mesh axis of each activation dim, by its letter; B is split over `batch_axes()`, all other dims are not split."""
@@ -25,6 +26,29 @@ def spec_of(x: jax.Array) -> P:
 def activation_spec(letters: str) -> P:
     """Return the partition spec of an activation with these dims, such as `"BTNH"`."""
     return P(*(batch_axes() if letter == "B" else ACTIVATION.get(letter) for letter in letters))
+
+
+def place(x: Any, letters: str) -> jax.Array:
+    """Return an activation, which may be a NumPy array or an array of any sharding, with the spec of its dims.
+
+    Args:
+        x: the array.
+        letters: its dims, such as `"BT"`; see `activation_spec`.
+    """
+    array = jnp.asarray(x)
+    spec = activation_spec(letters)
+    return array if spec_of(array) == spec else jax.sharding.reshard(array, spec)
+
+
+def plain_on_one_device(tree: Any) -> Any:
+    """Return arrays without mesh axes in their types if the mesh has one device; on other meshes return them unchanged.
+
+    JAX refuses to guess the sharding of an indexing operation, such as `jnp.take_along_axis`, if the operand's type names mesh
+    axes, even axes of one device. Nothing is moved.
+    """
+    if not is_one_device():
+        return tree
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, P(*(None,) * x.ndim)), tree)
 
 
 def without_fsdp(spec: P) -> P:

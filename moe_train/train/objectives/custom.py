@@ -6,17 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_train.data.batches.batch import Batch, PackedBatch
+from moe_train.model.sharding.specs import plain_on_one_device
 from moe_train.train.objectives.objective import Inputs, Objective, Terms
 
 LossFunction = Callable[..., tuple[Any, ...]]
 """`loss(model, batch, key)` -> (sum, weight, metrics) or (sum, weight, metrics, routers)."""
 
 
-def custom(function: LossFunction, batch_type: type[PackedBatch] = Batch) -> Objective:
+def custom_objective(function: LossFunction, batch_type: type[PackedBatch] = Batch) -> Objective:
     """Build an objective from a loss function; a step minimizes total(sum) / total(weight) over microbatches and devices.
 
     Args:
-        function: called with the model, one microbatch and the dropout key (or None), in global view. Returns
+        function: called with the model, one microbatch and the dropout key (or None), in global view. On a mesh of one device
+            all arrays can be indexed freely; on other meshes use `train.token_logprobs` instead of indexing logits. Returns
             sum: scalar to be differentiated.
             weight: scalar, without gradient. If it depends on the batch only, no second forward pass runs for it.
             metrics: {name: `Mean`, or array to be summed}.
@@ -26,11 +28,11 @@ def custom(function: LossFunction, batch_type: type[PackedBatch] = Batch) -> Obj
 
     def first_pass(inputs: Inputs) -> Any:
         # XLA removes what the weight does not need as dead code: usually the whole forward pass.
-        _, weight, *_ = function(inputs.model, inputs.batch, inputs.key)
+        _, weight, *_ = function(inputs.model, plain_on_one_device(inputs.batch), inputs.key)
         return weight
 
     def loss(inputs: Inputs, of_step: Any) -> Terms:
-        total, _, metrics, *routers = function(inputs.model, inputs.batch, inputs.key)
+        total, _, metrics, *routers = function(inputs.model, plain_on_one_device(inputs.batch), inputs.key)
         return Terms(total, metrics, *routers)
 
     return Objective(batch_type, lambda batch, of_step: of_step, loss, "objective", "weight", first_pass)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from moe_train import config
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.chat.example import Example
-from moe_train.data.records.conversation import Conversation, Message, normalise
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 

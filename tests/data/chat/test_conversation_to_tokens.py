@@ -14,7 +14,8 @@ from tokenizers import models, normalizers, trainers
 
 from moe_train import config
 from moe_train.data.chat.conversation_to_tokens import examples, load_template, render_prompt
-from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.chat.chats import CHATML, SEVERAL, SINGLE, TOOL, WITH_GENERATION, render, spans

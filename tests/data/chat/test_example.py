@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.data.chat.example import Turn, learns, turns, uses_tools, without_tools
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.chat.example import Turn, has_trained_token, turns, uses_tools, without_tools
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 
 USER = {"role": "user", "content": "a"}
@@ -25,7 +25,7 @@ def test_consecutive_messages_of_the_assistant_are_one_turn() -> None:
     [(None, 1, True), ([True, False, False, True], 3, True), ([True, False, False, True], 2, False)],
 )
 def test_an_example_that_is_cut_may_bear_no_loss(loss_mask: list[bool] | None, seq_len: int, expected: bool) -> None:
-    assert learns(loss_mask, seq_len) == expected
+    assert has_trained_token(loss_mask, seq_len) == expected
 
 
 def test_tools_calls_and_results_all_count_as_tools() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.chat.chats import (
     ANSWER,
@@ -81,5 +81,5 @@ def test_an_id_is_not_learnt(tokenizer: HuggingFace) -> None:
     calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": '{"q": "zq7"}'}} for name in ("zq7", "x")]
     conversation = Conversation([QUESTION, {"role": "assistant", "tool_calls": calls}], [TOOL])
     (example,) = conversation_to_tokens.examples(conversation, CALLS, tokenizer)
-    learnt = tokenizer.decode([t for t, m in zip(example.tokens, example.loss_mask or (), strict=True) if m], keep_special=True)
-    assert learnt == 'f{"q": "zq7"} id f{"q": "zq7"} id </s>'
+    trained_on = tokenizer.decode([t for t, m in zip(example.tokens, example.loss_mask or (), strict=True) if m], keep_special=True)
+    assert trained_on == 'f{"q": "zq7"} id f{"q": "zq7"} id </s>'

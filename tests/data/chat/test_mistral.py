@@ -1,4 +1,4 @@
-"""Tokens are mistral-common's own, id for id; what is learnt follows from the segments, one after the other."""
+"""Tokens are mistral-common's own, id for id; what is trained_on follows from the segments, one after the other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from moe_train import config
 from moe_train.data.chat import mistral
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.chat.example import Example
-from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.chat.chats import CALL, TOOL
 from tests.data.conversations import conversations
@@ -57,7 +58,7 @@ def reference(record: dict[str, Any], theirs: MistralTokenizer) -> list[Example]
 
 def _reference(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, theirs: MistralTokenizer) -> Example:
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    if "tool_calls" in plain[-1] and theirs.version < "v13":  # a learnt call has no id; later ones are never written
+    if "tool_calls" in plain[-1] and theirs.version < "v13":  # a trained_on call has no id; later ones are never written
         plain[-1]["tool_calls"] = [{"function": call["function"]} for call in plain[-1]["tool_calls"]]
     request = ChatCompletionRequest.model_validate({"messages": plain, "tools": tools})
     weights = [m["weight"] for m in messages if m["role"] == "assistant"]
@@ -66,7 +67,7 @@ def _reference(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | Non
     first, last = encoder.find_first_last_user(normal)
     tokens, mask = encoder.start(), [False]
     for i, m in enumerate(normal.messages):
-        learnt = False
+        trained_on = False
         match m:
             case UserMessage():
                 where = i == last, i == first
@@ -77,9 +78,9 @@ def _reference(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | Non
                 segment = encoder.encode_tool_message(m, i < last)[0]
             case AssistantMessage():
                 segment = encoder.encode_assistant_message(m, i < last)
-                learnt = weights.pop(0) == 1 and (not tools or i == len(normal.messages) - 1)
+                trained_on = weights.pop(0) == 1 and (not tools or i == len(normal.messages) - 1)
         tokens += segment
-        mask += [learnt] * len(segment)
+        mask += [trained_on] * len(segment)
     if theirs.version == "v11":  # its validator takes calls without ids for calls of one id
         assert tokens == encoder.encode_instruct(normal).tokens
     else:
@@ -100,7 +101,7 @@ def check_equal(version: str, tools: bool, wanted: int) -> collections.Counter[s
         assert found == reference(record, theirs)
         if (key := json.dumps(record)) not in seen:
             seen.add(key)
-            counts.update(conversations=1, examples=len(found), learnt=sum(sum(each.loss_mask or ()) for each in found))
+            counts.update(conversations=1, examples=len(found), trained_on=sum(sum(each.loss_mask or ()) for each in found))
             counts.update(system=record["messages"][0]["role"] == "system", calls=key.count('"tool_calls"'), long=len(key) > 2000)
 
     compare()

@@ -6,8 +6,8 @@ import pytest
 
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.renderer import GENERATION
-from moe_train.data.chat.renderings import PLAIN, request, without_marks
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, without_marks
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.chat.chats import ANSWER, QUESTION, WITH_GENERATION, render, spans
@@ -35,7 +35,7 @@ def test_a_request_has_what_templates_read(tokenizer: HuggingFace) -> None:
     made = request(Conversation(messages, []), [(2, False)], tokenizer)
     assert made.prefixes == [(2, False)] and made.variables["tools"] is None and made.variables["eos_token"] == "</s>"
     user, assistant = made.variables["messages"]
-    assert user["content"] == f"a{PLAIN[0]}</s>{PLAIN[1]}" and "weight" not in assistant
+    assert user["content"] == f"a{PLAIN_TEXT_MARKS[0]}</s>{PLAIN_TEXT_MARKS[1]}" and "weight" not in assistant
     assert assistant["tool_calls"][0]["function"]["arguments"] == {"a": 2}
 
 

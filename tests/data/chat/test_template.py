@@ -14,7 +14,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat import template as templates
 from moe_train.data.chat.example import Example, turns
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
@@ -55,14 +55,14 @@ def check_equal(pair: tuple[str, HuggingFace, Mistral], tools: bool, wanted: int
     def compare(record: dict[str, Any]) -> None:
         nonlocal count
         conversation = Conversation(record["messages"], record.get("tools", []))
-        learnt = [turn for turn in turns(conversation.messages) if turn.bears_loss]
+        trained_on = [turn for turn in turns(conversation.messages) if turn.trained_on]
         found = conversation_to_tokens.examples(conversation, ours.chat_template, ours)
         for i, (example, expected) in enumerate(
             zip(found, conversation_to_tokens.examples(conversation, None, theirs), strict=True)
         ):
-            last = conversation.messages[learnt[i].end - 1]
+            last = conversation.messages[trained_on[i].end - 1]
             if tools and "tool_calls" in last and version != "tekken-v13":
-                compare_call(example, Conversation(conversation.messages[: learnt[i].end], conversation.tools), ours, theirs)
+                compare_call(example, Conversation(conversation.messages[: trained_on[i].end], conversation.tools), ours, theirs)
             else:
                 assert example == expected
         seen.add(json.dumps(record))
@@ -74,14 +74,14 @@ def check_equal(pair: tuple[str, HuggingFace, Mistral], tools: bool, wanted: int
 
 
 def compare_call(example: Example, conversation: Conversation, ours: HuggingFace, theirs: Mistral) -> None:
-    """The template insists on ids, which mistral-common's fine-tuning leaves out: they are there, and not learnt."""
+    """The template insists on ids, which mistral-common's fine-tuning leaves out: they are there, and not trained_on."""
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in conversation.messages]
     request = ChatCompletionRequest.model_validate({"messages": plain, "tools": conversation.tools})
     assert example.tokens == theirs.finetuning.encode_chat_completion(request).tokens
     start = len(templates.prompt(Conversation(plain[:-1], conversation.tools), str(ours.chat_template), ours))
     assert example.loss_mask is not None and not any(example.loss_mask[:start])
     turn = list(zip(example.tokens[start:], example.loss_mask[start:], strict=True))
-    left_out = ours.decode([token for token, learnt in turn if not learnt])
+    left_out = ours.decode([token for token, trained_on in turn if not trained_on])
     ids = [] if ours.files[0].parent.name == "v2" else [call["id"] for call in plain[-1]["tool_calls"]]
     assert re.sub(r"[^a-zA-Z0-9]", "", left_out) == "".join(ids)
     assert example.loss_mask[-1]
@@ -128,7 +128,7 @@ def test_control_tokens_typed_as_text_stay_text(pair: tuple[str, HuggingFace, Mi
     for either, template in ((ours, ours.chat_template), (theirs, None)):
         counts = []
         for text in (every, "x"):
-            messages, tools = typed(text)
+            messages, tools, _ = typed(text)
             if not with_tools:
                 messages, tools = [m for m in messages if m["role"] != "tool" and "tool_calls" not in m], []
             found = conversation_to_tokens.examples(Conversation(messages, tools), template, either)
@@ -180,7 +180,7 @@ def test_transformers_has_the_same_tokens_for_tools(pair: tuple[str, HuggingFace
     if version == "v1":
         return
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(ours.files[0].parent)
-    messages, tools = typed("Grüße 東京")
+    messages, tools, _ = typed("Grüße 東京")
     *_, whole = conversation_to_tokens.examples(Conversation(messages, tools), ours.chat_template, ours)
     plain = json.loads(json.dumps(messages))
     function = plain[2]["tool_calls"][0]["function"]

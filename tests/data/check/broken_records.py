@@ -6,11 +6,11 @@ import copy
 import re
 from typing import Any
 
-from moe_train.data.check.form import Form
+from moe_train.data.check.requirements import Requirements
 from moe_train.data.check.rules import problems, repair
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 
-FORM = Form(re.compile(r"</s>|\[INST\]"), nine_character_ids=True)
+FORM = Requirements(re.compile(r"</s>|\[INST\]"), nine_character_ids=True)
 USER = {"role": "user", "content": "What is 2 + 3?"}
 ANSWER = {"role": "assistant", "content": "5"}
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train import config
-from moe_train.data.check.check import Settings, Source, check
+from moe_train.data.check.check import CheckedSource, Settings, check_records
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 
@@ -75,4 +75,4 @@ def check_files(
     tokenizer: HuggingFace | Mistral, *files: Path, record: config.Record | None = None, **settings: Any
 ) -> dict[str, Any]:
     settings.setdefault("template", tokenizer.chat_template)
-    return check([Source(tuple(map(str, files)), record=record)], tokenizer, Settings(**settings))
+    return check_records([CheckedSource(tuple(map(str, files)), record=record)], tokenizer, Settings(**settings))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from moe_train.data.check.form import Form
+from moe_train.data.check.requirements import Requirements
 from moe_train.data.check.rules import problems, repair
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from tests.data.check.broken_records import ANSWER, CALLS, FORM, USER, call, calling, check_repair, result
 
 
@@ -26,5 +26,5 @@ def test_ids_are_renamed_the_same_way_on_both_sides() -> None:
     assert all(re.fullmatch("[a-zA-Z0-9]{9}", name) for name in (one, two))
     assert [rule for rule, _ in changes] == ["call-id", "call-id"]
     assert repair(Conversation(messages, []), FORM)[0].messages == repaired
-    free = Form(FORM.control, nine_character_ids=False)
+    free = Requirements(FORM.control, nine_character_ids=False)
     assert not list(problems(Conversation(messages, []), free))

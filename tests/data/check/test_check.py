@@ -11,7 +11,7 @@ import pytest
 
 from moe_train import config
 from moe_train.data.check import check as checks
-from moe_train.data.check.check import Settings, Source, check, sources_of
+from moe_train.data.check.check import CheckedSource, Settings, check_records, sources_of
 from moe_train.data.records import json_array, json_lines
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import ANSWER, KINDS, LINES, USER, Write, check_files, varied
@@ -35,7 +35,7 @@ def test_every_problem_has_its_file_line_rule_and_remedy(tokenizer: HuggingFace,
     assert answer["records"] == len([line for line, _ in LINES if line])
     assert answer["records_with_problems"] == len(expected)
     assert answer["problem_counts"] == collections.Counter(rule for _, rule in expected)
-    assert set(answer["problem_counts"]) <= checks.RULES
+    assert set(answer["problem_counts"]) <= checks.RULE_NAMES
 
 
 def test_a_rule_may_be_broken_where_that_is_allowed(tokenizer: HuggingFace, write_lines: Write) -> None:
@@ -85,7 +85,7 @@ def test_any_number_of_processes_finds_the_same(
     monkeypatch.setattr(json_array, "BLOCK", 5000)
     paths = [write_lines("a.jsonl", varied(300)), write_lines("eval.jsonl", varied(4))]
     (tmp_path / "b.json").write_text(json.dumps(varied(300)[::-1]))
-    settings = {"seq_len": 64, "batch_size": 2, "against": (Source((str(paths[1]),)),), "shown": 5}
+    settings = {"seq_len": 64, "batch_size": 2, "against": (CheckedSource((str(paths[1]),)),), "shown": 5}
     answers, copies = [], []
     for num_proc in (1, 2, 3):
         out = tmp_path / f"fixed-{num_proc}"
@@ -102,7 +102,9 @@ def test_progress_ends_with_everything(tokenizer: HuggingFace, write_lines: Writ
     monkeypatch.setattr(json_lines, "BLOCK", 2000)
     path = write_lines("a.jsonl", varied(100))
     told: list[tuple[int, int, int]] = []
-    check([Source((str(path),))], tokenizer, Settings(template=tokenizer.chat_template), lambda *done: told.append(done))
+    check_records(
+        [CheckedSource((str(path),))], tokenizer, Settings(template=tokenizer.chat_template), lambda *done: told.append(done)
+    )
     assert told == sorted(told) and len(told) > 5
     assert told[-1] == (path.stat().st_size, path.stat().st_size, 100)
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from moe_train.data.check.chunks import Place
+from moe_train.data.check.chunks import CheckedFile
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import CHAT, Write, check_files
 
@@ -56,4 +56,4 @@ def test_a_problem_in_a_sample_names_its_byte(tokenizer: HuggingFace, write_line
 
 @pytest.mark.parametrize(("counted", "where"), [("line", "a.jsonl:7"), ("row", "a.jsonl: row 7"), ("byte", "a.jsonl: byte 7")])
 def test_a_record_is_named_by_what_its_file_is_counted_in(counted: str, where: str) -> None:
-    assert Place(Path("a.jsonl"), "json", 0, counted).where(7) == where
+    assert CheckedFile(Path("a.jsonl"), "json", 0, counted).where(7) == where

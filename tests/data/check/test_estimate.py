@@ -12,7 +12,7 @@ import pytest
 from moe_train import config
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.conversation_to_tokens import examples
-from moe_train.data.check.chunks import Source
+from moe_train.data.check.chunks import CheckedSource
 from moe_train.data.check.estimate import epoch, histogram
 from moe_train.data.records.conversation import normalise
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -62,7 +62,7 @@ def test_lengths_are_counted_in_bins_up_to_a_power_of_two() -> None:
 
 
 def test_an_epoch_is_as_long_as_its_slowest_source() -> None:
-    sources = [Source(("a",), weight=3.0), Source(("b",), weight=1.0)]
+    sources = [CheckedSource(("a",), weight=3.0), CheckedSource(("b",), weight=1.0)]
     lengths = {(0, "text"): {11: 3}, (1, "text"): {11: 3}}
     found = epoch(lengths, sources, seq_len=10, batch_size=5, tokens_per_second=10.0)
     assert found == {"rows": 6, "efficiency": 1.0, "batch_size": 5, "steps_per_epoch": 3, "seconds_per_epoch": 15.0}

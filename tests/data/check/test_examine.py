@@ -9,8 +9,9 @@ import pytest
 
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.check.examine import Chunk, Question, examine
-from moe_train.data.check.form import form_of
-from moe_train.data.records.conversation import Conversation, normalise, recognise
+from moe_train.data.check.requirements import requirements_of
+from moe_train.data.records.conversation import normalise, recognise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.check.samples import CHAT, KINDS, WITH_TOOLS, Write, check_files
@@ -57,7 +58,7 @@ def test_conversations_without_a_template_stop(tokenizer: HuggingFace, write_lin
 def test_a_chunk_of_rows(tokenizer: HuggingFace) -> None:
     question = Question((None,), tokenizer, tokenizer.chat_template, repairing=True)
     rows = [(1, {"text": "a"}), (2, {"text": "b\0"}), (5, {"body": "c"}), (6, CHAT)]
-    findings = examine(Chunk(0, rows), question, form_of(tokenizer, tokenizer.chat_template))
+    findings = examine(Chunk(0, rows), question, requirements_of(tokenizer, tokenizer.chat_template))
     assert (findings.num_records, findings.numbers.tolist()) == (4, [1, 2, 6])
     assert findings.shapes == {"text": 2, "chat": 1}
     assert [(number, problem.rule) for number, problem in findings.problems] == [(2, "unicode"), (5, "columns")]
@@ -68,4 +69,4 @@ def test_a_chunk_of_rows(tokenizer: HuggingFace) -> None:
 def test_a_value_without_json_cannot_be_kept(tokenizer: HuggingFace) -> None:
     question = Question((None,), tokenizer, None, repairing=True)
     with pytest.raises(ValueError, match=r"a column cannot be written as JSON \(.*set.*\); leave it out of the file"):
-        examine(Chunk(0, [(1, {"text": "a", "tags": {1}})]), question, form_of(tokenizer, None))
+        examine(Chunk(0, [(1, {"text": "a", "tags": {1}})]), question, requirements_of(tokenizer, None))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_train.data.check.check import Source
+from moe_train.data.check.check import CheckedSource
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import OVERLAP_WORDS, held_out_hashes, overlap, said_in
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import ANSWER, USER, Write, check_files
 
@@ -27,7 +27,7 @@ def test_duplicates_and_overlap(tokenizer: HuggingFace, write_lines: Write) -> N
             {"text": "unseen " * 30},
         ],
     )
-    answer = check_files(tokenizer, path, against=(Source((str(held_out),)),))
+    answer = check_files(tokenizer, path, against=(CheckedSource((str(held_out),)),))
     assert (answer["duplicates"]["exact"], answer["duplicates"]["near"]) == (1, 1)
     assert [(twin["where"], twin["like"]) for twin in answer["duplicates"]["examples"]] == [
         (f"{path}:4", f"{path}:2"),
@@ -41,7 +41,7 @@ def test_duplicates_and_overlap(tokenizer: HuggingFace, write_lines: Write) -> N
         "examples": [f"{path}:2", f"{path}:4"],
     }
     one_word_less = write_lines("less.jsonl", [{"text": " ".join(words[250:262]) + " and so on"}])
-    assert check_files(tokenizer, path, against=(Source((str(one_word_less),)),))["overlap"]["records"] == 0
+    assert check_files(tokenizer, path, against=(CheckedSource((str(one_word_less),)),))["overlap"]["records"] == 0
 
 
 def test_a_system_text_does_not_tell_a_conversation_from_others() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from moe_train.data.check.check import Settings, Source, check
+from moe_train.data.check.check import CheckedSource, Settings, check_records
 from moe_train.data.check.report import print_report
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
@@ -31,16 +31,16 @@ def test_all_that_is_known_is_shown(tokenizer: HuggingFace, tmp_path: Path) -> N
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines))
     (tmp_path / "bench.json").write_text('{"tokens_per_second": 0.01}')
-    source = Source((str(path),))
+    source = CheckedSource((str(path),))
     settings = Settings(
         seq_len=64,
         batch_size=1,
-        against=(Source((str(path.with_name("e.csv")),)),),
+        against=(CheckedSource((str(path.with_name("e.csv")),)),),
         bench=tmp_path / "bench.json",
         fix=tmp_path / "out",
     )
     path.with_name("e.csv").write_text(f'question,answer\n"{words}",x\n')
-    answer = check([source], tokenizer, settings)
+    answer = check_records([source], tokenizer, settings)
     text = shown(answer)
     for said in (
         "type: 12 × — write it as a string",
@@ -59,11 +59,11 @@ def test_all_that_is_known_is_shown(tokenizer: HuggingFace, tmp_path: Path) -> N
         "longer than 64",
     ):
         assert said in text, said
-    assert "unknown: state --seq-len" in shown(check([source], tokenizer, Settings()))
-    assert " of about " in shown(check([source], tokenizer, Settings(sample=5)))
+    assert "unknown: state --seq-len" in shown(check_records([source], tokenizer, Settings()))
+    assert " of about " in shown(check_records([source], tokenizer, Settings(sample=5)))
 
 
 def test_nothing_that_can_be_read(tokenizer: HuggingFace, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
-    text = shown(check([Source((str(tmp_path / "a.jsonl"),))], tokenizer, Settings(seq_len=8, batch_size=1)))
+    text = shown(check_records([CheckedSource((str(tmp_path / "a.jsonl"),))], tokenizer, Settings(seq_len=8, batch_size=1)))
     assert "empty-file: 1" in text and "none that can be read" in text and "0 rows" in text

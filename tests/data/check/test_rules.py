@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from moe_train import config
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.check import rules
-from moe_train.data.check.form import Form, form_of
+from moe_train.data.check.requirements import Requirements, requirements_of
 from moe_train.data.check.rules import problems, repair
-from moe_train.data.records.conversation import Conversation, normalise
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.check.broken_records import (
     ANSWER,
@@ -86,7 +87,7 @@ PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cn"], exclude_cha
 @settings(max_examples=60, deadline=None)
 @given(conversations(tools=True, said=PLAIN, answers=PLAIN, results=PLAIN))
 def test_no_false_alarms(record: dict[str, Any]) -> None:
-    form = Form(re.compile("(?!)"), nine_character_ids=True)
+    form = Requirements(re.compile("(?!)"), nine_character_ids=True)
     conversation = normalise(record, config.ChatRecord(name="chat"))
     found = [problem.message for problem in problems(conversation, form)]
     assert not [message for message in found if "U+" not in message]
@@ -118,7 +119,7 @@ V3 = Mistral(V3_FILE)
 @given(MESSAGES)
 def test_what_is_repaired_can_be_trained_on(messages: list[dict[str, Any]]) -> None:
     conversation = Conversation(messages, [])
-    form = form_of(V3, None)
+    form = requirements_of(V3, None)
     repaired, changes = repair(conversation, form)
     assert bool(changes) == (json.dumps(repaired) != json.dumps(conversation))  # True equals 1
     if repaired.messages and not list(problems(repaired, form)):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moe_train.data.check import text_rules
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from tests.data.check.broken_records import ANSWER, FORM, TEXTS, USER, check_repair
 
 

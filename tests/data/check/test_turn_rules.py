@@ -8,7 +8,7 @@ import pytest
 
 from moe_train.data.check import turn_rules
 from moe_train.data.check.rules import problems
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from tests.data.check.broken_records import ANSWER, FORM, TURNS, USER, check_repair
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_train import config
 from moe_train.data.prepared import tokenize_ahead
-from moe_train.data.prepared.store import Piece, TokenStore
+from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
@@ -30,7 +30,7 @@ def stored(*paths: Path, record: config.Record = TEXT, tokenizer: HuggingFace, c
 
 def ids(store: TokenStore) -> list[list[int]]:
     lengths = store.lengths()
-    return [tokens.tolist() for tokens, _ in store.read([Piece(i, 0, int(n)) for i, n in enumerate(lengths)])]
+    return [tokens.tolist() for tokens, _ in store.read([ExampleSlice(i, 0, int(n)) for i, n in enumerate(lengths)])]
 
 
 def prepared(data: config.Data, path: str, **more: Any) -> config.Data:

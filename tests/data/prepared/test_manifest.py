@@ -22,8 +22,8 @@ def make(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., Manifest]:
     def make(*files: Path, record: config.Record | None = None, **said: str) -> Manifest:
         record = record or config.TextRecord(name="text")
         source = config.FileSource(name="files", files=tuple(map(str, files)), record=record, **said)
-        made = Path(prepare(source, open_source(source), tokenizer, None, tmp_path / "cache")) / manifest.NAME
-        return manifest.read(made.read_bytes(), str(made))
+        made = Path(prepare(source, open_source(source), tokenizer, None, tmp_path / "cache")) / manifest.MANIFEST
+        return manifest.read_manifest(made.read_bytes(), str(made))
 
     return make
 
@@ -55,14 +55,14 @@ def test_the_hash_follows_content_rules_and_licence_and_not_the_path(
 def test_what_was_changed_by_hand_is_refused(make: Callable[..., Manifest], write_lines: Callable[..., Path]) -> None:
     made = make(write_lines("a.jsonl", [{"text": "fox"}]))
     text = made.model_dump_json()
-    assert manifest.read(text, "here") == made
+    assert manifest.read_manifest(text, "here") == made
     for old, new in (('"licence":null', '"licence":"MIT"'), ('"records":1', '"records":2'), (made.files[0].sha256, "0" * 64)):
         assert old and old in text
         with pytest.raises(ValueError, match=r"^here was changed after it was written"):
-            manifest.read(text.replace(old, new), "here")
+            manifest.read_manifest(text.replace(old, new), "here")
     for broken in ("", "{}", text.replace('"layout":2', '"layout":3'), text[:-9]):
         with pytest.raises(ValueError, match=r"^here is no manifest that this version reads: ") as caught:
-            manifest.read(broken, "here")
+            manifest.read_manifest(broken, "here")
         assert "\n" not in str(caught.value)
 
 

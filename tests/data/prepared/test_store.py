@@ -11,7 +11,7 @@ import pytest
 from moe_train import config
 from moe_train.data.batches.loader import Loader, open_store
 from moe_train.data.prepared.folder import RemoteFolder
-from moe_train.data.prepared.store import Piece, TokenStore
+from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.prepared.upload import upload
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.prepared.stores import ids, prepared, stored
@@ -55,7 +55,7 @@ def test_pieces_of_examples_are_read_by_number(tokenizer: HuggingFace, tmp_path:
     store = stored(*paths, tokenizer=tokenizer, cache=tmp_path / "cache")
     expected = ids(store)
     assert len(store) == 3 and store.lengths().tolist() == [len(example) - 1 for example in expected]
-    pieces = [Piece(2, 1, 2), Piece(0, 0, 1)]
+    pieces = [ExampleSlice(2, 1, 2), ExampleSlice(0, 0, 1)]
     assert [tokens.tolist() for tokens, _ in store.read(pieces)] == [expected[2][1:4], expected[0][:2]]
     assert store.masks(pieces) == [None, None]
     assert [(store.place(store.origin(i)), store.where(i)) for i in (1, 2)] == [

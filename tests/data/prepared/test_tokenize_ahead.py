@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from moe_train.data.prepared import shards, tokenize_ahead, tokenize_shard
-from moe_train.data.prepared.tokenize_ahead import Progress
+from moe_train.data.prepared.tokenize_ahead import PrepareProgress
 from moe_train.data.records import scan
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.prepared.stores import CHAT, COMPLETION, MESSAGES, TEXT, ids, stored
@@ -101,13 +101,13 @@ def test_one_of_several_at_once_does_the_work(
 @pytest.mark.usefixtures("small_shards")
 def test_several_processes_make_the_same_set(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
     path = write_lines("a.jsonl", [{"messages": MESSAGES}] * 100)
-    seen: list[Progress] = []
+    seen: list[PrepareProgress] = []
     alone, together = (
         stored(path, record=CHAT, tokenizer=tokenizer, cache=tmp_path / str(n), num_proc=n, shown=seen.append) for n in (1, 2)
     )
     assert alone.manifest == together.manifest and ids(alone) == ids(together)
     count = len(alone.manifest.shards)
-    assert seen.count(Progress(count, count, 100, alone.manifest.tokens)) == 2
+    assert seen.count(PrepareProgress(count, count, 100, alone.manifest.tokens)) == 2
     broken = write_lines("b.jsonl", [{"messages": MESSAGES}] * 80 + [{"messages": []}])
     with pytest.raises(ValueError, match=r"b\.jsonl:81: .*message"):
         stored(broken, record=CHAT, tokenizer=tokenizer, cache=tmp_path / "2", num_proc=2)

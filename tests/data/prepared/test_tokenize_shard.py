@@ -12,9 +12,9 @@ import pytest
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared.shards import Shard
-from moe_train.data.prepared.store import Piece
+from moe_train.data.prepared.store import ExampleSlice
 from moe_train.data.prepared.tokenize_shard import Recipe, write_shard
-from moe_train.data.records.conversation import Conversation
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.source import Span
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -28,7 +28,7 @@ def test_text_begins_with_bos_ends_with_eos_and_bears_loss(
     path = write_lines("a.jsonl", [{"text": text} for text in texts])
     store = stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")
     assert ids(store) == [[1, *tokenizer.encode(text), 2] for text in texts if text]
-    assert store.read([Piece(0, 0, 2)])[0][1] is None and store.manifest.dtype == "uint16"
+    assert store.read([ExampleSlice(0, 0, 2)])[0][1] is None and store.manifest.dtype == "uint16"
     assert [store.where(i) for i in range(2)] == [f"{path}:1", f"{path}:3"]
     made = store.manifest
     assert (made.records, made.empty, made.examples) == (3, 1, 2) and made.tokens == made.loss_tokens == sum(map(len, ids(store)))
@@ -43,7 +43,7 @@ def test_conversations_and_completions_are_rendered(
     for record, fields in ((CHAT, {"messages": MESSAGES}), (COMPLETION, pair)):
         path = write_lines("a.jsonl", [fields])
         store = stored(path, record=record, tokenizer=tokenizer, cache=tmp_path / "cache")
-        [(tokens, mask)] = store.read([Piece(0, 0, len(rendered.tokens) - 1)])
+        [(tokens, mask)] = store.read([ExampleSlice(0, 0, len(rendered.tokens) - 1)])
         assert mask is not None and (tokens.tolist(), mask.tolist()) == rendered
         assert store.manifest.loss_tokens == sum(mask)
 

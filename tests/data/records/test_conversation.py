@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.data.records.conversation import Conversation, columns, denormalise, normalise, recognise
+from moe_train.data.records.conversation import columns, denormalise, normalise, recognise
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 
 USER = {"role": "user", "content": "What is 2 + 3?"}

@@ -39,13 +39,13 @@ def test_what_is_malformed_is_named_by_file_and_line(tmp_path: Path, name: str, 
 def test_a_file_is_unpacked_by_its_suffix(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(PACKED[suffix](b"some bytes") if suffix else b"some bytes")
-    with file_bytes.opened(path) as stream:
+    with file_bytes.open_bytes(path) as stream:
         assert stream.read() == b"some bytes"
     assert is_compressed(path) == bool(suffix)
 
 
 def test_a_missing_file_is_not_called_damaged(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), file_bytes.opened(tmp_path / "a.gz"):
+    with pytest.raises(FileNotFoundError), file_bytes.open_bytes(tmp_path / "a.gz"):
         pass
 
 

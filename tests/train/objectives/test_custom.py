@@ -15,7 +15,7 @@ from moe_train.machine.mesh import put_batch
 from moe_train.model.paths import ParameterPath
 from moe_train.plan import hlo
 from moe_train.train.gradients import step_gradients
-from moe_train.train.objectives.custom import custom
+from moe_train.train.objectives.custom import custom_objective
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import Mean, Weights
 from moe_train.train.step_definition import StepDefinition
@@ -61,12 +61,12 @@ def plain_focal(model: Any, _: Any, batch: Any) -> jax.Array:
 
 @pytest.mark.parametrize(("mesh", "microbatches"), EVERY_MESH)
 def test_full_training_equals_plain_gradients(mesh: str, microbatches: int) -> None:
-    check_equal(gradients(custom(focal), MESHES[mesh], microbatches), plain_gradients(plain_focal))
+    check_equal(gradients(custom_objective(focal), MESHES[mesh], microbatches), plain_gradients(plain_focal))
 
 
 @pytest.mark.parametrize(("mesh", "microbatches"), [("one device", 1), ("data, fsdp, tensor", 2), ("fsdp, expert, context", 2)])
 def test_adapters_equal_plain_gradients(mesh: str, microbatches: int) -> None:
-    found = gradients(custom(focal), MESHES[mesh], microbatches, LORA)
+    found = gradients(custom_objective(focal), MESHES[mesh], microbatches, LORA)
     assert sum(ParameterPath.parse(path).is_adapter for path in found.gradients) == 6
     check_equal(found, plain_gradients(plain_focal, LORA))
 
@@ -76,7 +76,7 @@ def test_a_mean_is_of_the_whole_step() -> None:
         return jnp.sum(jnp.exp(plain_logprobs(model, batch)[1]) * batch.loss_mask) / jnp.sum(batch.loss_mask)
 
     wanted = plain_gradients(mean_confidence)
-    confidence = gradients(custom(focal), MESHES["data, fsdp, tensor"], 2).terms.metrics["confidence"]
+    confidence = gradients(custom_objective(focal), MESHES["data, fsdp, tensor"], 2).terms.metrics["confidence"]
     assert confidence.sum / confidence.weight == pytest.approx(wanted[0], rel=1e-5)
 
 
@@ -90,12 +90,12 @@ def test_a_weight_of_the_batch_alone_costs_no_forward_pass() -> None:
         assert text is not None
         return hlo.read(text).flops
 
-    once = flops(replace(custom(by_hand), weight=next_token().weight, first_pass=None))
-    assert flops(custom(by_hand)) == once < flops(custom(focal))
+    once = flops(replace(custom_objective(by_hand), weight=next_token().weight, first_pass=None))
+    assert flops(custom_objective(by_hand)) == once < flops(custom_objective(focal))
 
 
 def test_balanced_routers_need_the_routers_statistics() -> None:
-    definition = StepDefinition(structure_of(None), custom(focal), optax.identity(), COEFS)
+    definition = StepDefinition(structure_of(None), custom_objective(focal), optax.identity(), COEFS)
     with (
         jax.set_mesh(ONE),
         pytest.raises(ValueError, match=r"'load_balance_loss_coef': 0.5.*returns no router statistics; return those of model"),

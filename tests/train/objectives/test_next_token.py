@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moe_train.machine.mesh import put_batch
-from moe_train.train.objectives.custom import custom
+from moe_train.train.objectives.custom import custom_objective
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.state import create_state
 from moe_train.train.step import train_step
@@ -25,7 +25,7 @@ def test_a_cross_entropy_by_hand_takes_the_step_of_next_token(mesh: str) -> None
     """The same weights after a step, the routers' losses included; sums and means go among the metrics."""
     found = []
     with jax.set_mesh(MESHES[mesh]):
-        for objective in (custom(by_hand), next_token()):
+        for objective in (custom_objective(by_hand), next_token()):
             optimizer = optax.sgd(1.0)
             state = create_state(random_parameters(MODEL, scale=0.3), optimizer)
             definition = StepDefinition(structure_of(None), objective, optimizer, COEFS, microbatches=2)

@@ -10,7 +10,7 @@ from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 
-class Form(NamedTuple):
+class Requirements(NamedTuple):
     """The form of records that a tokenizer requires."""
 
     control: re.Pattern[str]
@@ -19,7 +19,7 @@ class Form(NamedTuple):
     """Whether the ids of calls must have nine characters."""
 
 
-def form_of(tokenizer: Tokenizer, template: str | None) -> Form:
+def requirements_of(tokenizer: Tokenizer, template: str | None) -> Requirements:
     """Return the form that records should have for a tokenizer and its chat template."""
     if isinstance(tokenizer, Mistral):
         text = tokenizer.finetuning.instruct_tokenizer.tokenizer
@@ -27,9 +27,9 @@ def form_of(tokenizer: Tokenizer, template: str | None) -> Form:
         # v1 writes its turns as plain text, so [INST] acts as a control token there without being one.
         special = {token for token in special if not re.fullmatch(r"\[control_\d+\]|<SPECIAL_\d+>", token)} | {"[INST]", "[/INST]"}
         version = int(re.sub(r"\D.*", "", text.version.value.lstrip("v")) or 0)
-        return Form(_any_of(special), 3 <= version < 13)
+        return Requirements(_any_of(special), 3 <= version < 13)
     assert isinstance(tokenizer, HuggingFace)
-    return Form(_any_of(set(tokenizer.special_tokens)), "[TOOL_CALLS]" in (template or ""))
+    return Requirements(_any_of(set(tokenizer.special_tokens)), "[TOOL_CALLS]" in (template or ""))
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

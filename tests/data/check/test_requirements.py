@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.data.check.form import form_of
+from moe_train.data.check.requirements import requirements_of
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.hugging_face import DATA
@@ -20,13 +20,13 @@ from tests.data.hugging_face import DATA
     ],
 )
 def test_the_form_of_mistral_tokenizers(file: str, nine: bool, control: str) -> None:
-    form = form_of(Mistral(DATA / file), None)
+    form = requirements_of(Mistral(DATA / file), None)
     assert form.nine_character_ids == nine
     assert form.control.search(f"a{control}b") and not form.control.search("[INSTALL] <span> </script>")
 
 
 def test_the_form_of_a_template(tokenizer: HuggingFace) -> None:
-    form = form_of(tokenizer, tokenizer.chat_template)
+    form = requirements_of(tokenizer, tokenizer.chat_template)
     assert form.control.search("</s>") and not form.control.search("</spam>")
     assert not form.nine_character_ids
-    assert form_of(tokenizer, "{{ '[TOOL_CALLS]' }}").nine_character_ids
+    assert requirements_of(tokenizer, "{{ '[TOOL_CALLS]' }}").nine_character_ids

@@ -1,0 +1,51 @@
+"""Types of the normal form, to which every supported spelling of a record is converted (`conversation`).
+
+The normal form is OpenAI's. A message is a dict with `role` (system, user, assistant, tool), `content`, and optionally
+`weight`, `tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id` and `name`. A content is
+text, or a list of parts if a part is not text: {type: text, text} and {type: thinking, thinking}. A tool is
+{type: function, function: {name, description, parameters}}.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Message = dict[str, Any]
+"""A message in the normal form; see the top of this file."""
+
+
+class ModelSettings(NamedTuple):
+    """Settings of a request that some tokenizers write into the prompt (v15: `[MODEL_SETTINGS]`); they are never trained on."""
+
+    reasoning_effort: str | None = None
+    """How long the model may think, such as "none" or "high"; None if the record does not say."""
+    response_format: dict[str, Any] | None = None
+    """The format that the answer must have, as in OpenAI's requests; None if the record does not say."""
+
+
+class Conversation(NamedTuple):
+    """Messages and tools in the normal form; see the top of this file."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    settings: ModelSettings = ModelSettings()
+
+
+class PreferencePair(NamedTuple):
+    """A prompt with a preferred and a rejected continuation."""
+
+    prompt: Conversation
+    """Messages that both continuations share, and their tools."""
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+class LabelledAnswer(NamedTuple):
+    """A conversation whose last turn is marked as good or bad."""
+
+    conversation: Conversation
+    good: bool
+
+
+NormalRecord = str | Conversation | PreferencePair | LabelledAnswer
+"""A record in the normal form; a text is plain text."""

@@ -105,9 +105,9 @@ def export_command(
     from moe_train.commands.export import ExportOptions, export
 
     layout = layout or ("gguf" if server == "llama.cpp" else "hf")
-    options = ExportOptions(merge=merge, dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size)
+    options = ExportOptions(dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size)
     with progress_line("exporting"):
-        record = export(source, out_dir, layout, options)
+        record = export(source, out_dir, layout, merge, options)
     serve_command = record.get("serve")
     if as_json:
         result = {"directory": str(out_dir), "checks": record["checks"]}

@@ -47,8 +47,6 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB":
 class ExportOptions:
     """How a run or a model is exported."""
 
-    merge: bool = False
-    """Whether to merge the run's adapters into the model."""
     dtype: str | None = None
     """Dtype of the files; None for that of the files that training started from, or else that of training."""
     depth: prove.Depth = "full"
@@ -78,7 +76,11 @@ class _AdapterFiles(NamedTuple):
 
 
 def export(
-    source: str | Path, out_dir: str | Path, layout: serve.Layout = "hf", options: ExportOptions = ExportOptions()
+    source: str | Path,
+    out_dir: str | Path,
+    layout: serve.Layout = "hf",
+    merge: bool = False,
+    options: ExportOptions = ExportOptions(),
 ) -> dict[str, Any]:
     """Write the weights of a run, or of an external model, to `out_dir` and verify them.
 
@@ -88,7 +90,8 @@ def export(
         source: a run or an external model.
         out_dir: the directory to create; it must be empty or not exist yet.
         layout: file layout of a whole model or of an adapter.
-        options: merging, dtype, server and the rest.
+        merge: whether to merge the run's adapters into the model.
+        options: dtype, server and the rest.
 
     Returns:
         The record of the verification, which is also kept in `out_dir`.
@@ -104,10 +107,10 @@ def export(
     _check_options(layout, options)
     shard_bytes = MAX_SHARD_BYTES if options.max_shard_size is None else _parse_size(options.max_shard_size)
     opened = unquantized_model(open_model(source))
-    _check_source(opened, layout, options.merge)
+    _check_source(opened, layout, merge)
     command = _serve_command(options.server, layout, opened, out_dir)
     run = opened.run
-    if options.merge and run and run.lora and run.lora.quantize:
+    if merge and run and run.lora and run.lora.quantize:
         log.info(
             "the base was quantized (%s) during training; adapters are merged into the unquantized weights of %s",
             run.lora.quantize.name,
@@ -126,7 +129,7 @@ def export(
                     dtype=dtype,
                     layout=layout,
                     lora=opened.lora,
-                    merge=options.merge,
+                    merge=merge,
                     texts=origin.texts,
                     max_shard_bytes=shard_bytes,
                     depth=options.depth,

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_train import config
-from moe_train.commands.export import ExportOptions, export
+from moe_train.commands.export import export
 from moe_train.commands.generate import generate_dir
 from moe_train.commands.quickstart_text import gather_texts
 from moe_train.commands.train import train
@@ -66,7 +66,7 @@ def quickstart() -> int:
     for directory, layout, options in ((merged, "hf", " --merge"), (adapter, "peft", "")):
         if not directory.exists():
             _begin(console, "exporting", f"moe-train export {lora.run_dir} {directory} --format {layout}{options}")
-            for check in export(lora.run_dir, directory, layout, ExportOptions(merge=bool(options)))["checks"]:
+            for check in export(lora.run_dir, directory, layout, merge=bool(options))["checks"]:
                 console.print(f"{check['name']}: {check['said']}")
 
     prompt_options = " ".join(f"--prompt {shlex.quote(question)}" for question in QUESTIONS)

@@ -63,12 +63,12 @@ def test_export(stand_in, capsys) -> None:
     shown = capsys.readouterr().out
     assert "3 tensors" in shown and "bits" in shown and "start the server: serve it" in shown
     assert run("export", "runs/tiny", "out") == 0
-    stated = ExportOptions(merge=True, dtype="q8_0", depth="tensors", server="llama.cpp", max_shard_size="1GB")
+    stated = ExportOptions(dtype="q8_0", depth="tensors", server="llama.cpp", max_shard_size="1GB")
     directories = (Path("runs/tiny"), Path("out"))
     assert handed_on == [
-        (*directories, "peft", ExportOptions()),
-        (*directories, "gguf", stated),
-        (*directories, "hf", ExportOptions()),
+        (*directories, "peft", False, ExportOptions()),
+        (*directories, "gguf", True, stated),
+        (*directories, "hf", False, ExportOptions()),
     ]
 
 

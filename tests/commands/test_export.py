@@ -42,11 +42,11 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: Huggi
             weights, MODEL, tmp_path / "merged", write_and_prove.WriteOptions(dtype="bfloat16", lora=LORA, merge=True, texts=texts)
         )
         peft.export_adapter(weights, MODEL, LORA, tmp_path / "adapter", base_model=str(tmp_path / "base"), texts=texts)
-    report = export(tmp_path / "run", tmp_path / "hf", "hf", ExportOptions(merge=True))
+    report = export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
     (merge,) = (check["figures"] for check in report["checks"] if check["name"] == "merge")
     assert merge["count"] == 2 * (4 + 3 * 4)
     same_files(tmp_path / "hf", tmp_path / "merged", "moe_train.yaml", "export_proof.json")
-    line = export(tmp_path / "run", tmp_path / "peft", "peft", ExportOptions(server="vllm"))["serve"]
+    line = export(tmp_path / "run", tmp_path / "peft", "peft", options=ExportOptions(server="vllm"))["serve"]
     assert line == f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 8 --lora-modules peft={tmp_path}/peft"
     opened = model_dir.open_model(tmp_path / "run")
     assert opened.run is not None
@@ -62,12 +62,12 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: Huggi
     with pytest.raises(ValueError, match="--merge"):
         export(tmp_path / "run", tmp_path / "other", "hf")
     with pytest.raises(ValueError, match="--format hf"):
-        export(tmp_path / "run", tmp_path / "other", "peft", ExportOptions(merge=True))
+        export(tmp_path / "run", tmp_path / "other", "peft", merge=True)
     with pytest.raises(FileExistsError, match="already exists"):
-        export(tmp_path / "run", tmp_path / "hf", "hf", ExportOptions(merge=True))
+        export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
     (tmp_path / "base").rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"the adapters of .*run belong to the weights in .*base, which .* has not"):
-        export(tmp_path / "run", tmp_path / "other", "hf", ExportOptions(merge=True))
+        export(tmp_path / "run", tmp_path / "other", "hf", merge=True)
     assert not (tmp_path / "other").exists()
 
 
@@ -111,7 +111,7 @@ def test_a_run_from_random_weights_becomes_a_model(small_tokenizer: HuggingFace,
         loaded = external.load_parameters(tmp_path / "hf", plain_shapes(weights))
     assert all(np.array_equal(np.asarray(loaded[path]), np.asarray(x)) for path, x in weights.items())
     with pytest.raises(ValueError, match="no adapters to merge"):
-        export(tmp_path / "run", tmp_path / "other", options=ExportOptions(merge=True))
+        export(tmp_path / "run", tmp_path / "other", merge=True)
     with pytest.raises(ValueError, match="trained in full"):
         export(tmp_path / "run", tmp_path / "other", "peft")
     with pytest.raises(ValueError, match="it is no run"):
@@ -128,7 +128,7 @@ def test_another_tools_model_is_turned_into_every_layout_and_back(small_tokenize
         )
     before = external.hashes(tmp_path / "hf")
     for layout in ("mistral", "gguf"):
-        export(tmp_path / "hf", tmp_path / layout, layout, ExportOptions(depth="tensors"))
+        export(tmp_path / "hf", tmp_path / layout, layout, options=ExportOptions(depth="tensors"))
         record = export(tmp_path / layout, tmp_path / f"{layout}-hf", options=ExportOptions(dtype="bfloat16", depth="tensors"))
         assert record["dtype"] == "bfloat16" and record["source"] == str(tmp_path / layout)
         assert external.hashes(tmp_path / f"{layout}-hf") == before

@@ -218,7 +218,13 @@ def test_two_processes_write_what_one_writes(both: tuple[Run, Path, subprocess.C
 
     for layout, options in LAYOUTS.items():
         shards = "20KB" if layout == "hf" else None
-        export(run.run_dir, one / layout, layout, ExportOptions(merge="--merge" in options, depth="tensors", max_shard_size=shards))  # type: ignore[arg-type]
+        export(
+            run.run_dir,
+            one / layout,
+            layout,
+            merge="--merge" in options,
+            options=ExportOptions(depth="tensors", max_shard_size=shards),
+        )  # type: ignore[arg-type]
         names = {file.name for file in (one / layout).iterdir()}
         assert names == {file.name for file in (two / layout).iterdir()}
         same = filecmp.cmpfiles(one / layout, two / layout, names - {"export_proof.json"}, shallow=False)

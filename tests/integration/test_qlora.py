@@ -15,7 +15,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import manager, model_dir, runs
 from moe_train.commands.evaluate import evaluate_dir
-from moe_train.commands.export import ExportOptions, export
+from moe_train.commands.export import export
 from moe_train.commands.generate import generate_dir
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
@@ -133,7 +133,7 @@ def test_merged_into_the_weights_before_they_were_quantised(
     base: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "moe_train"):
-        export(whole, tmp_path / "merged", options=ExportOptions(merge=True))
+        export(whole, tmp_path / "merged", merge=True)
     assert f"trained beside weights in nf4; merged into those of {base / 'hf'}" in caplog.text
     run = runs.read_run(whole)
     with jax.set_mesh(make_mesh(run.mesh)):

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Run a command, and run it again where it ends unfinished:   bash launch/again.sh .venv/bin/moe-train train configs/…yaml
+# Run a command, and restart it while it ends unfinished:   bash launch/again.sh .venv/bin/moe-train train configs/…yaml
 #
-# Purpose:  one process of a job (or a job of one) that survives the night where nothing else looks after it.
-# Hardware: any host. Of several hosts each runs this; their processes end together and meet again.
+# Purpose:  restarts a process of a job (or a job of one process) where no scheduler does so.
+# Hardware: any host. With several hosts, run this on each; their processes end together and reconnect.
 #
-# It is run again after exit code 75 (stopped before the end, saved) and where a signal killed it (its code is above 128),
-# at most RESTARTS times (default 100). Any other code is handed on. TERM or INT stops it for good: the command is sent TERM,
-# with which training saves and ends.
+# The command is restarted after exit code 75 (stopped before the end, saved) and after a signal killed it (code above 128),
+# at most RESTARTS times (default 100). Any other exit code is returned. TERM or INT stops it for good: the command receives
+# TERM, on which training saves and ends.
 set -uo pipefail
-if [ $# = 0 ]; then echo "launch/again.sh: name the command that is to be run" >&2; exit 2; fi
+if [ $# = 0 ]; then echo "launch/again.sh: state the command to run" >&2; exit 2; fi
 
 child='' stop='' noticed=''
 trap 'stop=1; noticed=1; [ -z "$child" ] || kill -TERM "$child"' TERM INT
 for ((restart = 0; ; restart++)); do
   "$@" &
   child=$!
-  while :; do  # a signal interrupts `wait`, and the child goes on
+  while :; do  # a signal interrupts `wait`, while the child continues
     noticed=
     wait "$child"
     code=$?
@@ -24,9 +24,9 @@ for ((restart = 0; ; restart++)); do
   child=
   if { [ "$code" != 75 ] && [ "$code" -le 128 ]; } || [ -n "$stop" ]; then exit "$code"; fi
   if [ "$restart" -ge "${RESTARTS:-100}" ]; then
-    echo "launch/again.sh: exit code $code; it was started again $restart times, which is enough (RESTARTS)" >&2
+    echo "launch/again.sh: exit code $code; it was restarted $restart times, the limit (RESTARTS)" >&2
     exit "$code"
   fi
-  echo "launch/again.sh: exit code $code; starting again" >&2
+  echo "launch/again.sh: exit code $code; restarting" >&2
   sleep 1
 done

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Make a virtual environment and install this checkout into it:   bash launch/install.sh [EXTRA…]
+# Create a virtual environment and install this checkout into it:   bash launch/install.sh [EXTRA…]
 #
-# PYTHON is the interpreter to make it with (default python3; 3.11 or newer), VENV the folder (default .venv).
-# pip's own settings hold: a mirror (PIP_INDEX_URL), a folder of wheels (PIP_NO_INDEX=1 PIP_FIND_LINKS=wheelhouse).
-# What is installed already is left alone until pyproject.toml changes.
+# PYTHON is the interpreter (default python3; 3.11 or newer), VENV the directory of the environment (default .venv).
+# pip's settings apply: a mirror (PIP_INDEX_URL), a directory of wheels (PIP_NO_INDEX=1 PIP_FIND_LINKS=wheelhouse).
+# Installed parts are not installed again until pyproject.toml changes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
@@ -11,10 +11,10 @@ venv=${VENV:-.venv}
 if [ ! -x "$venv/bin/pip" ]; then
   python=${PYTHON:-python3}
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "launch/install.sh: $python is older than 3.11, or missing; name a newer one: PYTHON=python3.12 bash $0" >&2
+    echo "launch/install.sh: $python is missing or older than 3.11; state a newer one: PYTHON=python3.12 bash $0" >&2
     exit 2
   fi
-  echo "making $venv with $("$python" --version)" >&2
+  echo "creating $venv with $("$python" --version)" >&2
   "$python" -m venv "$venv"
 elif [ -n "${PYTHON:-}" ] && [ "$("$PYTHON" -V)" != "$("$venv/bin/python" -V)" ]; then
   echo "launch/install.sh: $venv has $("$venv/bin/python" -V), PYTHON is $("$PYTHON" -V); remove $venv or choose another with VENV=" >&2

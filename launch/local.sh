@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# N processes on this machine, as one job:   bash launch/local.sh N -- train configs/…yaml [key.path=value …]
+# Run N processes on this machine as one job:   bash launch/local.sh N -- train configs/…yaml [key.path=value …]
 #
-# Purpose:  to try on one machine what runs on several hosts; to train on its GPUs with a process for each group of them.
-# Hardware: one host. N has to divide its GPUs, which are shared out in order; without any, each process has
-#           JAX_NUM_CPU_DEVICES CPU devices (1 where not set):
+# Purpose:  tries on one machine what will run on several hosts; trains on its GPUs with one process per group of GPUs.
+# Hardware: one host. N must divide the number of its GPUs, which are assigned in order; without GPUs, each process has
+#           JAX_NUM_CPU_DEVICES CPU devices (default 1):
 #             JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4 bash launch/local.sh 2 -- train run.yaml mesh.fsdp=8
 #
-# What stands after -- are moe-train's arguments. PYTHON or VENV say where it is installed (default .venv).
-# Restarts: each process is run by launch/again.sh (exit code 75; killed). TERM or Ctrl-C stops and saves all of them.
-# The first process has the terminal; what others say, errors alone, is marked with their number.
+# The arguments after -- are passed to moe-train. PYTHON or VENV select the installation (default .venv).
+# Restarts: launch/again.sh runs each process (exit code 75; killed). TERM or Ctrl-C saves and stops all of them.
+# The first process prints to the terminal; the others print only errors, with their number.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-${VENV:-$here/../.venv}/bin/python}
 if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ "${2:-}" != -- ] || [ $# -lt 3 ]; then
-  echo "launch/local.sh: say it like this: bash launch/local.sh 2 -- train run.yaml" >&2
+  echo "launch/local.sh: usage: bash launch/local.sh N -- COMMAND…, such as bash launch/local.sh 2 -- train run.yaml" >&2
   exit 2
 fi
 processes=$1

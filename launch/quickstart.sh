@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a fine-tuned model in files, on this machine:   bash launch/quickstart.sh
+# Install moe-train and run its main workflow on this machine, up to exported files:   bash launch/quickstart.sh
 #
-# Needs python3 (3.11 or newer) and pip, and the network for the install alone; launch/install.sh has the settings.
-# Works in runs/quickstart. Interrupted and started again, it continues.
+# Needs python3 (3.11 or newer) and pip, and a network for the installation only; launch/install.sh describes the settings.
+# It writes to runs/quickstart. If it is interrupted, the same command continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh

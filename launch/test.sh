@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Install what the tests need and run them:   bash launch/test.sh [--judges] [--llama] [--slow] [pytest's arguments]
 #
-# --judges also installs torch, transformers and peft and runs the comparisons with them. torch is wanted for CPU:
-#          where pip would take a CUDA build, add PyTorch's index of CPU wheels with PIP_EXTRA_INDEX_URL.
+# --judges also installs torch, transformers and peft and runs the comparisons with them. torch should be a CPU build:
+#          if pip would choose a CUDA build, add PyTorch's index of CPU wheels with PIP_EXTRA_INDEX_URL.
 # --llama  (with --judges) also compares with llama.cpp: node-llama-cpp, prebuilt, and Go's templates; 90 MB into .cache/llama_cpp; needs npm.
-#          LLAMA_CPP_NODE names another folder that has it, SMOLLM2_GGUF a real model for the slow tests.
+#          LLAMA_CPP_NODE names another directory that contains it, SMOLLM2_GGUF a real model for the slow tests.
 # VLLM_PYTHON (with --judges) names the interpreter of an environment with vLLM, to compare with it; see tests/judges/test_vllm.py.
 # --slow   also runs the tests that take minutes.
-# -n 2 --dist loadfile   in two processes; a file's tests share what they compile.
+# -n 2 --dist loadfile   runs two processes; the tests of a file share compiled programs.
 # The tests run on 8 fake CPU devices. Compiled programs are kept in .cache/jax for the next run and for child processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

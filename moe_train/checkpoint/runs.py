@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.manager import FOLDER, About
-from moe_train.config.faults import in_words
+from moe_train.config.faults import explain_errors
 
 TOKENIZER = "tokenizer"
 """The folder of a run that holds its tokenizer's files."""
@@ -47,7 +47,7 @@ def saved_config(run_dir: str | Path, about: About) -> config.Config:
     try:
         return config.Config.model_validate_json(json.dumps(about.config))
     except ValidationError as error:
-        path, message = next(in_words(error, about.config))
+        path, message = next(explain_errors(error, about.config))
         key = ".".join(str(part) for part in path)
         raise ValueError(
             f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version for it, or start anew"

@@ -7,47 +7,66 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, OutDir
-from moe_train.cli.terminal import console, print_answers, print_checks, print_json, waiting
+from moe_train.cli.arguments import AsJson, OutDir, examples
+from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line, stdout_console
 
-app = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
+adapter_commands = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
 
-AdapterDir = Annotated[Path, typer.Argument(metavar="ADAPTER", help="A run with adapters, a PEFT adapter, or Mistral's own.")]
+AdapterDir = Annotated[
+    Path,
+    typer.Argument(metavar="ADAPTER", help="Directory of a run with adapters, or of an adapter in PEFT, Mistral or GGUF format."),
+]
 
 
-@app.command("diff")
-def diff_adapters(
+@adapter_commands.command(
+    "diff",
+    epilog=examples(
+        "moe-train adapters diff runs/quickstart/lora",
+        "moe-train adapters diff runs/quickstart/export_peft --base runs/quickstart/pretrain --top 5",
+    ),
+)
+def diff_command(
     adapter: AdapterDir,
-    base: Annotated[Path | None, typer.Option(help="The base model, where the adapter names none that is here.")] = None,
-    against: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="Compare with these adapters of the same base.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Matrices to name; --json has all.")] = 20,
+    base: Annotated[Path | None, typer.Option(help="Base model. Default: the one that the run or adapter names.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="ADAPTER", help="Other adapters of the same base, to compare with instead of with the base."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of matrices to list, largest change first; --json lists all.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far each module, layer and expert moved: the norm of its change over the norm of its weight."""
-    from moe_train.commands.adapters import diff, show
+    """Show how much training changed each module, layer and expert.
 
-    with waiting("comparing"):
-        found = diff(adapter, base, against)
+    The change of a matrix is the norm of its difference from the base, relative to the norm of the base's matrix.
+    """
+    from moe_train.commands.adapters import comparison_tables, diff
+
+    with progress_line("comparing"):
+        comparison = diff(adapter, base, against)
     if as_json:
-        moved = [{**m._asdict(), "relative": m.relative if m.weight else None} for m in found.moved]
-        print_json({"base": found.base, "moved": moved, "experts": found.experts()})
+        print_json(comparison.to_json())
         return
-    for part in show(found, top):
-        console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    for title_or_table in comparison_tables(comparison, top):
+        stdout_console().print(title_or_table, markup=False, highlight=False, soft_wrap=isinstance(title_or_table, str))
 
 
-@app.command("merge")
-def merge_adapter(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The model that the adapter belongs to.")],
+@adapter_commands.command(
+    "merge",
+    epilog=examples("moe-train adapters merge runs/quickstart/pretrain runs/quickstart/export_peft merged_model"),
+)
+def merge_command(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the model that the adapter belongs to.")],
     adapter: AdapterDir,
     out_dir: OutDir,
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Of the files; else that of the base's.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Dtype of the written weights. Default: that of the base's files.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write BASE with the adapter added, as a Hugging Face model, proved."""
+    """Merge an adapter into its base model, write the result in Hugging Face format, and verify it."""
     from moe_train.commands.adapters import merge_into
 
-    with waiting("merging"):
+    with progress_line("merging"):
         record = merge_into(base, adapter, out_dir, dtype)
     if as_json:
         print_json({"directory": str(out_dir), "checks": record["checks"]})
@@ -55,14 +74,20 @@ def merge_adapter(
         print_checks(record["checks"])
 
 
-@app.command("scale")
-def scale_adapter(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT adapter.")],
-    factor: Annotated[float, typer.Argument(metavar="FACTOR", help="What its deltas are multiplied with.")],
+@adapter_commands.command(
+    "scale",
+    epilog=examples("moe-train adapters scale runs/quickstart/export_peft 0.5 half_strength_adapter"),
+)
+def scale_command(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a PEFT adapter.")],
+    factor: Annotated[float, typer.Argument(metavar="FACTOR", help="Positive number by which the adapter's update is multiplied.")],
     out_dir: OutDir,
     as_json: AsJson = False,
 ) -> None:
-    """Write a PEFT adapter that does FACTOR as much; every tensor keeps its bytes."""
+    """Write a PEFT adapter whose update is FACTOR times as large.
+
+    Only the alphas in its config change; the tensors are copied byte for byte.
+    """
     from moe_train.commands.adapters import scale
 
-    print_answers(scale(adapter, factor, out_dir), as_json)
+    print_mapping(scale(adapter, factor, out_dir), as_json)

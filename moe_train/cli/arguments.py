@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands share, and the examples at the end of `--help`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,32 @@ import typer
 if TYPE_CHECKING:
     from moe_train.config import Config
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the file's.")]
-ModelDir = Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL_DIR", help="A run, or a Hugging Face model.")]
-OutDir = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that does not exist yet.")]
-ProofDepth = Annotated[
-    Literal["full", "tensors"], typer.Option("--proof", help="tensors: do not run the files; needs no accelerator.")
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that override those of the file.")]
+ModelDir = Annotated[
+    Path,
+    typer.Argument(metavar="RUN_OR_MODEL_DIR", help="Directory of a run, or of a model in Hugging Face, Mistral or GGUF format."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
+OutDir = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Directory to create; it must be empty or not exist yet.")]
+ProofDepth = Annotated[
+    Literal["full", "tensors"],
+    typer.Option(
+        "--proof",
+        help="full: also run the written model and compare logits; tensors: compare files only, without an accelerator.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def load_run(config: Path, overrides: list[str] | None = None) -> Config:
-    """The run that CONFIG and overrides describe. Raises ValueError with a line for each fault."""
+def examples(*commands: str) -> str:
+    """Format commands as the examples that end a command's `--help`, one paragraph each, since Typer joins single lines."""
+    title = "Example:" if len(commands) == 1 else "Examples:"
+    return "\n\n".join([title, *commands])
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a config file and apply overrides. Raises ValueError with one line for each error."""
+    # Imported here, since pydantic would slow down `--help`.
     from moe_train.config import yaml_file
 
-    return yaml_file.load(config, overrides or ())
+    return yaml_file.load_config(path, overrides or ())

@@ -1,4 +1,4 @@
-"""The commands `moe-train data …`: look at data before anything is trained on it."""
+"""The commands `moe-train data …`: check, show and prepare data before training on them, and trace rows to their records."""
 
 from __future__ import annotations
 
@@ -8,188 +8,269 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, load_run
-from moe_train.cli.terminal import console, print_answers, print_json, print_table, waiting
+from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, examples, load_config
+from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line, stdout_console
 from moe_train.machine import progress
 
 if TYPE_CHECKING:
+    from moe_train.commands.show import Rows
     from moe_train.config import Config
+    from moe_train.data.check.check import CheckedSource
     from moe_train.data.tokenizers.tokenizer import Tokenizer
 
-app = typer.Typer(name="data", help="Look at data before anything is trained on it.", no_args_is_help=True)
+data_commands = typer.Typer(name="data", help="Check, show and prepare data before training on them.", no_args_is_help=True)
 
-TokenizerPath = Annotated[Path | None, typer.Option(help="A folder with tokenizer.json, a tekken.json or tokenizer.model.v*.")]
-RecordFormat = Annotated[
-    Literal["auto", "text", "json", "csv", "parquet", "arrow"],
-    typer.Option("--format", help="Of the files; auto goes by names."),
+Layout = Literal["auto", "text", "json", "csv", "parquet", "arrow"]
+TokenizerPath = Annotated[
+    Path | None, typer.Option(help="Directory with tokenizer.json, or a tekken.json or tokenizer.model.v*. Default: the run's own.")
 ]
-Columns = Annotated[
+RecordFormat = Annotated[Layout, typer.Option("--format", help="Format of the files; auto decides by their names.")]
+ColumnMap = Annotated[
     list[str] | None,
-    typer.Option("--map", metavar="OURS=THEIRS", help="A column: text=, messages=, or prompt= and completion=."),
+    typer.Option("--map", metavar="FIELD=COLUMN", help="Column of a field: text=, messages=, or prompt= and completion=."),
 ]
-ChatTemplate = Annotated[str | None, typer.Option(help="A jinja file, where the tokenizer has none or another.")]
+ChatTemplate = Annotated[str | None, typer.Option(help="Jinja file with a chat template. Default: the tokenizer's own.")]
 
 
-def _tokenizer(stated: Path | None, run: Config | None) -> Tokenizer:
-    """The one that is stated, or that `run` trains with: its own, or that of the model it starts from."""
-    from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
-
-    section = run.data.tokenizer if run and run.data else None
-    if stated is None and section is None and run and run.init_from:
-        stated = Path(run.init_from)
-    if stated is not None:
-        section = tokenizer_at(stated)
-    if section is None:
-        raise ValueError("state --tokenizer: tokens and chat format depend on it")
-    return load_tokenizer(section)
-
-
-@app.command("check")
-def check_data(
+@data_commands.command(
+    "check",
+    epilog=examples(
+        "moe-train data check runs/quickstart/text/chat_train.jsonl --tokenizer runs/quickstart/tokenizer --seq-len 256",
+        "moe-train data check --config configs/quickstart_lora.yaml",
+    ),
+)
+def check_command(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILES", help="JSON lines, JSON, CSV, Parquet, Arrow, text; packed or not; folders, globs."),
+        typer.Argument(
+            metavar="FILES", help="Files, folders or globs of JSON lines, JSON, CSV, Parquet, Arrow or text, compressed or not."
+        ),
     ] = None,
     tokenizer: TokenizerPath = None,
-    run: Annotated[Path | None, typer.Option("--config", help="A run, for its data, tokenizer, seq_len and batch_size.")] = None,
+    config_path: Annotated[
+        Path | None, typer.Option("--config", help="Config of a run whose data.train is checked with its own settings.")
+    ] = None,
     layout: RecordFormat = "auto",
-    columns: Columns = None,
+    columns: ColumnMap = None,
     chat_template: ChatTemplate = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Positions of a training row.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of an optimizer step.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in a training row.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in an optimizer step.")] = None,
     against: Annotated[
-        list[str] | None, typer.Option(metavar="EVAL_FILES", help="Files of the evaluation set; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="EVAL_FILES", help="Evaluation files to search for the same records; may be repeated."),
     ] = None,
-    bench: Annotated[Path | None, typer.Option(metavar="FILE", help="What `bench --json` wrote: how long an epoch takes.")] = None,
+    bench: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Output of `bench --json`, to estimate how long an epoch takes.")
+    ] = None,
     fix: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Write a corrected copy, and what was changed, to this folder.")
+        Path | None, typer.Option(metavar="OUT", help="Directory for a corrected copy of the files and a list of the changes.")
     ] = None,
-    sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read about N records from all over the files.")] = None,
-    allow: Annotated[list[str] | None, typer.Option(metavar="RULE", help="A rule that may be broken; may be repeated.")] = None,
-    show: Annotated[int, typer.Option(min=1, help="Problems to name for each rule; all are counted.")] = 10,
-    num_proc: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core where not given.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Check about N records spread over the files.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="RULE", help="Rule whose violations are accepted; may be repeated.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=1, help="Problems to list for each rule; all are counted.")] = 10,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU core.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find what is wrong with records, and say what training on them will take.
+    """Find problems in records, and estimate what training on them takes.
 
-    Exit code: 0 no problem, 1 problems found, 2 it could not be checked.
+    Exit code: 0 no problems, 1 problems found, 2 the check could not be made.
     """
     from moe_train.data.chat.conversation_to_tokens import load_template
     from moe_train.data.check import check as checks
 
-    config = None if run is None else load_run(run)
-    if (config is None) == (not files):
-        raise ValueError("name files, or a run with --config, whose data.train is checked")
-    chosen = config.data if config else None
-    if config and not chosen:
-        raise ValueError(f"{run} has no data section")
-    loaded = _tokenizer(tokenizer, config)
-    if chosen:
-        sources = checks.sources_of(chosen.train)
-        evaluation = checks.sources_of(chosen.eval)
-    else:
-        sources = (checks.CheckedSource(tuple(files or ()), layout, checks.section_of(columns or ())),)
-        evaluation = ()
+    config = None if config_path is None else load_config(config_path)
+    sources, evaluation = _sources_to_check(files, layout, columns, config_path, config)
+    if against:
+        evaluation = (checks.CheckedSource(tuple(against)),)
+    loaded = _load_tokenizer(tokenizer, config)
+    if config and config.data:
+        chat_template = chat_template or config.data.chat_template
     settings = checks.Settings(
-        template=load_template(chat_template or (chosen.chat_template if chosen else None), loaded),
+        template=load_template(chat_template, loaded),
         allowed=frozenset(allow or ()),
         seq_len=seq_len or (config.train.seq_len if config else None),
         batch_size=batch_size or (config.train.batch_size if config else None),
-        against=(checks.CheckedSource(tuple(against)),) if against else evaluation,
+        against=evaluation,
         bench=bench,
         fix=fix,
         sample=sample,
         num_proc=num_proc or len(os.sched_getaffinity(0)),
         shown=show,
     )
-
-    def report(done: int, total: int, records: int) -> None:
-        progress.report(progress.Progress("", done, total, "bytes", f"{records:,} records"))
-
-    with waiting("checking"):
-        answer = checks.check_records(sources, loaded, settings, report)
+    with progress_line("checking"):
+        answer = checks.check_records(sources, loaded, settings, _report_bytes)
     if as_json:
         print_json(answer)
     else:
         from moe_train.data.check.report import print_report
 
-        print_report(answer, console())
+        print_report(answer, stdout_console())
     raise typer.Exit(1 if answer["problem_counts"] else 0)
 
 
-@app.command("show")
-def show_data(
-    file: Annotated[str, typer.Argument(metavar="FILE_OR_CONFIG", help="A file of records, or a run's YAML with its data.")],
-    count: Annotated[int, typer.Option("-n", min=1, help="Records of a file, or rows of a run's step.")] = 3,
+def _sources_to_check(
+    files: list[str] | None, layout: Layout, columns: list[str] | None, config_path: Path | None, config: Config | None
+) -> tuple[tuple[CheckedSource, ...], tuple[CheckedSource, ...]]:
+    """Return the sources to check and those of the evaluation set, from the command line or from a run's data section."""
+    from moe_train.data.check import check as checks
+
+    if (config is None) == (not files):
+        raise ValueError("name either FILES, or with --config a run whose data.train is to be checked")
+    if config is None:
+        return (checks.CheckedSource(tuple(files or ()), layout, checks.section_of(columns or ())),), ()
+    _refuse_options({"--format": layout != "auto", "--map": bool(columns)}, "the config states the format and columns of its files")
+    if config.data is None:
+        raise ValueError(f"{config_path} has no data section; add one, or name FILES instead of --config")
+    return checks.sources_of(config.data.train), checks.sources_of(config.data.eval)
+
+
+def _report_bytes(done: int, total: int, records: int) -> None:
+    """Report how much of the files a check has read."""
+    progress.report(progress.Progress("", done, total, "bytes", f"{records:,} records"))
+
+
+def _load_tokenizer(stated: Path | None, config: Config | None) -> Tokenizer:
+    """Load the stated tokenizer, or the one that a run trains with: from its data section, or else from its initial model."""
+    from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
+
+    section = config.data.tokenizer if config and config.data else None
+    if stated is None and section is None and config and config.init_from:
+        stated = Path(config.init_from)
+    if stated is not None:
+        section = tokenizer_at(stated)
+    if section is None:
+        raise ValueError("state --tokenizer, which determines the tokens and the chat format")
+    return load_tokenizer(section)
+
+
+def _refuse_options(stated: dict[str, bool], reason: str) -> None:
+    """Raise ValueError if an option was stated that has no effect, rather than ignore it in silence."""
+    options = [option for option, is_stated in stated.items() if is_stated]
+    if options:
+        raise ValueError(f"{' and '.join(options)} would have no effect: {reason}; leave it out")
+
+
+@data_commands.command(
+    "show",
+    epilog=examples(
+        "moe-train data show runs/quickstart/text/chat_train.jsonl --tokenizer runs/quickstart/tokenizer",
+        "moe-train data show configs/quickstart_lora.yaml -n 16 --step 5 --html step_5.html",
+    ),
+)
+def show_command(
+    file: Annotated[str, typer.Argument(metavar="FILE_OR_CONFIG", help="File of records, or the config (.yaml) of a run.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of records of a file, or of rows of a run's training step.")] = 3,
     tokenizer: TokenizerPath = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser instead.")] = None,
-    positions: Annotated[bool, typer.Option("--positions", help="With each token's position and id.")] = False,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Pack a file's records into rows of so many positions.")] = None,
-    step: Annotated[int, typer.Option(min=1, help="The training step of a run.")] = 1,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page instead.")] = None,
+    positions: Annotated[bool, typer.Option("--positions", help="Show the position and id of each token.")] = False,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Pack the records of a file into rows of this many tokens.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Training step of a run to show. Default: 1.")] = None,
     layout: RecordFormat = "auto",
-    columns: Columns = None,
+    columns: ColumnMap = None,
     chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show records as training sees them: tokens, those that are learnt in green, segments, positions."""
+    """Show rows as training sees them: which tokens are trained on (green), segments and positions."""
+    from moe_train.commands import show
+
+    if html is not None:
+        _refuse_options({"--json": as_json}, "--html writes a page")
+    config = load_config(Path(file)) if file.endswith((".yaml", ".yml")) else None
+    loaded = _load_tokenizer(tokenizer, config)
+    if config is None:
+        _refuse_options({"--step": step is not None}, f"{file} is not the config of a run (.yaml)")
+        rows = _rows_of_file(file, count, loaded, seq_len, layout, columns, chat_template)
+    else:
+        _refuse_options(
+            {
+                "--seq-len": seq_len is not None,
+                "--format": layout != "auto",
+                "--map": bool(columns),
+                "--chat-template": chat_template is not None,
+            },
+            "the rows of a run are those that its config describes",
+        )
+        rows = show.rows_of_run(config, count, loaded, step or 1)
+    if html is not None:
+        show.write_page(html, rows, loaded, file, positions)
+        print(f"{html}: {show.summary(rows)}")
+    elif as_json:
+        print_json(show.segments_to_json(rows, loaded))
+    else:
+        show.print_rows(rows, loaded, stdout_console(), positions)
+
+
+def _rows_of_file(
+    file: str,
+    count: int,
+    tokenizer: Tokenizer,
+    seq_len: int | None,
+    layout: Layout,
+    columns: list[str] | None,
+    chat_template: str | None,
+) -> Rows:
+    """Encode and pack the first records of a file."""
     from moe_train import config as sections
     from moe_train.commands import show
     from moe_train.data.chat.conversation_to_tokens import load_template
     from moe_train.data.check import check
 
-    run = load_run(Path(file)) if file.endswith((".yaml", ".yml")) else None
-    loaded = _tokenizer(tokenizer, run)
-    if run is not None:
-        rows = show.rows_of_run(run, count, loaded, step)
-    else:
-        record = check.section_of(columns or ()) or show.record_of([file], layout)
-        source = sections.FileSource(name="files", files=(file,), format=layout, record=record)
-        rows = show.rows_of_records(source, count, loaded, load_template(chat_template, loaded), seq_len)
-    if html is not None:
-        show.write_page(html, rows, loaded, file, positions)
-        print(f"{html}: {show.summary(rows)}")
-    elif as_json:
-        print_json(show.as_json(rows, loaded))
-    else:
-        show.print_rows(rows, loaded, console(), positions)
+    record = check.section_of(columns or ()) or show.record_of([file], layout)
+    source = sections.FileSource(name="files", files=(file,), format=layout, record=record)
+    return show.rows_of_records(source, count, tokenizer, load_template(chat_template, tokenizer), seq_len)
 
 
-@app.command("prepare")
-def prepare_data(
-    config: ConfigPath,
+@data_commands.command(
+    "prepare",
+    epilog=examples(
+        "moe-train data prepare configs/quickstart_pretrain.yaml",
+        "moe-train data prepare configs/quickstart_pretrain.yaml data.num_proc=2 --to prepared_sets",
+    ),
+)
+def prepare_command(
+    config_path: ConfigPath,
     overrides: Overrides = None,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="DIR_OR_URL", help="Copy the prepared sets there, a bucket too.")
+        str | None,
+        typer.Option("--to", metavar="DIR_OR_URL", help="Directory or bucket that receives a copy of the prepared sets."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenise and pack what CONFIG trains on ahead, in data.num_proc processes; started again, goes on where it stopped."""
-    resolved = load_run(config, overrides)
+    """Tokenize the data of CONFIG in advance, with data.num_proc processes.
+
+    If it is interrupted, the same command continues where it stopped.
+    """
+    config = load_config(config_path, overrides)
     from moe_train.commands.prepare import prepare
 
-    with waiting("preparing"):
-        answer = prepare(resolved, to)
+    with progress_line("preparing"):
+        answer = prepare(config, to)
     if as_json:
         print_json(answer)
     else:
         print_table(answer.pop("sets"))
-        print_answers(answer)
+        print_mapping(answer)
 
 
-@app.command("trace")
-def trace_data(
-    config: ConfigPath,
+@data_commands.command(
+    "trace",
+    epilog=examples("moe-train data trace configs/quickstart_lora.yaml --step 20 --row 0"),
+)
+def trace_command(
+    config_path: ConfigPath,
     overrides: Overrides = None,
-    step: Annotated[int, typer.Option(help="The training step, from 1.")] = 1,
-    row: Annotated[int | None, typer.Option(help="Of its rows, from 0; all where not stated.")] = None,
+    step: Annotated[int, typer.Option(help="Training step, counted from 1.")] = 1,
+    row: Annotated[int | None, typer.Option(help="Row of the step, counted from 0. Default: all rows.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Name the file and line of every record that a training step of CONFIG learns from."""
-    resolved = load_run(config, overrides)
+    """Print the file and line of every record that a training step of CONFIG learns from."""
+    config = load_config(config_path, overrides)
     from moe_train.commands.prepare import trace
 
-    with waiting("looking up"):
-        segments = trace(resolved, step, row)
+    with progress_line("looking up records"):
+        segments = trace(config, step, row)
     if as_json:
         print_json(segments)
     else:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.table import Table
+from rich.text import Text
 
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
@@ -29,21 +31,21 @@ from moe_train.weights import gguf, merge, names, peft, texts
 from moe_train.weights.arrays import Held, fetch
 from moe_train.weights.gguf import lora as gguf_lora
 
-Weight = Callable[[names.Piece], np.ndarray]
-"""Returns the base's own weight of a piece."""
+ReadBaseWeight = Callable[[names.Piece], np.ndarray]
+"""Reads the base model's weight of a piece."""
 
 
-# --- how far it moved ----------------------------------------------------------------------------------------------
+# --- comparison ----------------------------------------------------------------------------------------------
 
 
-class Moved(NamedTuple):
-    """How far one matrix of one layer, and of one expert if routed, differs from the base's."""
+class MatrixChange(NamedTuple):
+    """The change of one matrix of one layer, and of one expert if it is routed, relative to the base model."""
 
     layer: int | None
     """None for embedding, final norm and head."""
     module: str
     expert: int | None
-    """None for a matrix that does not belong to a routed expert."""
+    """None for a matrix outside the routed experts."""
     delta: float
     """Frobenius norm of the change."""
     weight: float
@@ -52,29 +54,50 @@ class Moved(NamedTuple):
     @property
     def relative(self) -> float:
         """Norm of the change over that of the weight; infinity if only the weight is zero."""
-        return self.delta / self.weight if self.weight else math.inf if self.delta else 0.0
+        if self.weight:
+            return self.delta / self.weight
+        return math.inf if self.delta else 0.0
 
 
 class Comparison(NamedTuple):
     """How far the adapters of a model changed its matrices."""
 
     base: str
-    moved: list[Moved]
-    """Everything that was trained, with the largest relative change first."""
+    """Path of the base model."""
+    changes: list[MatrixChange]
+    """One entry per trained matrix, largest relative change first."""
+
+    def sparse_layers(self) -> list[int]:
+        """Return the layers with a changed expert, in order."""
+        return sorted({change.layer for change in self.changes if change.layer is not None and change.expert is not None})
 
     def experts(self) -> list[list[float]]:
-        """Return [layer][expert]: norm of the change of all of an expert's matrices, over the norm of its adapted matrices."""
-        sums: dict[int, dict[int, list[float]]] = {}
-        for m in self.moved:
-            if m.expert is not None and m.layer is not None:
-                total = sums.setdefault(m.layer, {}).setdefault(m.expert, [0.0, 0.0])
-                total[0] += m.delta**2
-                total[1] += m.weight**2
-        return [[math.sqrt(d / w) if w else 0.0 for _, (d, w) in sorted(row.items())] for _, row in sorted(sums.items())]
+        """Return [sparse layer][expert]: the norm of all changes of an expert, over the norm of its adapted matrices."""
+        squares: dict[tuple[int, int], list[float]] = {}
+        for change in self.changes:
+            if change.expert is not None and change.layer is not None:
+                total = squares.setdefault((change.layer, change.expert), [0.0, 0.0])
+                total[0] += change.delta**2
+                total[1] += change.weight**2
+        rows = []
+        for layer in self.sparse_layers():
+            row = []
+            for key in sorted(key for key in squares if key[0] == layer):
+                delta, weight = squares[key]
+                row.append(math.sqrt(delta / weight) if weight else 0.0)
+            rows.append(row)
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the comparison for JSON, which has no infinity: `relative` is None for a change of a zero matrix."""
+        rows = []
+        for change in self.changes:
+            rows.append({**change._asdict(), "relative": change.relative if change.weight else None})
+        return {"base": self.base, "moved": rows, "experts": self.experts()}
 
 
 def diff(source: str | Path, base: str | Path | None = None, against: str | Path | None = None) -> Comparison:
-    """Measure how far the adapters of `source`, and what was trained in full with them, are from the base model.
+    """Measure how much the adapters of `source`, and the modules trained in full, change the base model.
 
     Only the adapters and one matrix of the base are in memory at a time.
 
@@ -84,57 +107,66 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
         against: other adapters of the same base, to compare with instead of with the base.
 
     Raises:
-        FileNotFoundError: the base that is named does not exist here.
+        FileNotFoundError: the base model does not exist.
         ValueError: the adapters belong to another model.
     """
     base = _find_base(source) if base is None else base
     model = model_dir.read_model(base)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        adapters = [_load(path, model) for path in (source, against) if path is not None]
-        weight = _weights_of(base, model)
-        moved = []
+        adapters = [_load_adapter(path, model) for path in (source, against) if path is not None]
+        read_weight = _base_weights(base, model)
+        changes = []
         for piece in names.pieces(model):
-            change = _measure_change(piece, model, adapters, weight)
+            change = _measure_change(piece, model, adapters, read_weight)
             if change is not None:
-                moved.append(change)
-    return Comparison(str(base), sorted(moved, key=lambda m: -m.relative))
+                changes.append(change)
+    return Comparison(str(base), sorted(changes, key=lambda change: -change.relative))
 
 
 def _find_base(source: str | Path) -> str:
+    """Return the path of the base model that a run or an adapter names. Raises FileNotFoundError if it does not exist."""
+    peft_config = Path(source) / peft.CONFIG
     if runs.is_run(source):
         named = runs.read_run(source).init_from
-    elif (file := Path(source) / peft.CONFIG).is_file():
-        named = read_object(file).get("base_model_name_or_path")
+    elif peft_config.is_file():
+        named = read_object(peft_config).get("base_model_name_or_path")
     elif gguf.file_in(source) is not None:
         named = gguf_lora.open_adapter(source).settings.get("general.base_model.0.name")
     else:
         named = None
-    if not named or not Path(named).exists():
-        raise FileNotFoundError(f"{source} names {named or 'nothing'} as its base model, which is not here; name it with --base")
+    if not named:
+        raise FileNotFoundError(f"{source} does not name its base model; state it with --base")
+    if not Path(named).exists():
+        raise FileNotFoundError(f"{source} names {named} as its base model, which does not exist here; state its path with --base")
     return named
 
 
-def _load(source: str | Path, model: config.Model) -> tuple[config.Lora, Parameters]:
+def _load_adapter(source: str | Path, model: config.Model) -> tuple[config.Lora, Parameters]:
     """Return the section `lora` of an adapter, and the trained parameters."""
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute(), lora)))[1]
     return lora, model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
 
 
-def _weights_of(base: str | Path, model: config.Model) -> Weight:
+def _base_weights(base: str | Path, model: config.Model) -> ReadBaseWeight:
+    """Return a function that reads the base's weight of a piece from its files when it is called."""
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
-    held = model_dir.load_parameters(base, shapes, load=model_dir.left_in_files)
-    return lambda piece: fetch(held[piece.path], piece.lead)
+    lazy_weights = model_dir.load_parameters(base, shapes, load=model_dir.left_in_files)
+
+    def read_weight(piece: names.Piece) -> np.ndarray:
+        return fetch(lazy_weights[piece.path], piece.lead)
+
+    return read_weight
 
 
 def _measure_change(
-    piece: names.Piece, model: config.Model, adapters: list[tuple[config.Lora, Parameters]], weight: Weight
-) -> Moved | None:
+    piece: names.Piece, model: config.Model, adapters: list[tuple[config.Lora, Parameters]], read_weight: ReadBaseWeight
+) -> MatrixChange | None:
     """Measure the change of one piece; None if none of the adapters touches it."""
     path = ParameterPath.parse(piece.path)
     if not any(piece.path in trained or path.has_adapter(trained) for _, trained in adapters):
         return None
-    base_weight = weight(piece)
+    base_weight = read_weight(piece)
     if any(piece.path in trained for _, trained in adapters):  # trained in full
         trained_weight, *others = (_full_weight(lora, trained, piece, base_weight) for lora, trained in adapters)
         delta = float(np.linalg.norm(trained_weight - (others[0] if others else base_weight)))
@@ -143,7 +175,7 @@ def _measure_change(
     layer = path.layer(model, piece.lead[0]) if piece.lead else None
     expert = piece.lead[1] if len(piece.lead) == 2 else None
     weight_norm = math.sqrt(np.sum(np.square(base_weight, dtype=np.float32), dtype=np.float64))
-    return Moved(layer, path.module, expert, float(delta), weight_norm)
+    return MatrixChange(layer, path.module, expert, float(delta), weight_norm)
 
 
 def _full_weight(lora: config.Lora, trained: Parameters, piece: names.Piece, base_weight: np.ndarray) -> np.ndarray:
@@ -170,9 +202,14 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
 
     The difference is itself a product: A and -A' side by side, times B stacked on B'.
     """
-    signed = [(sign * f[0], f[1]) for sign, f in zip((1, -1), factors, strict=False) if f is not None]
-    a = np.concatenate([f[0] for f in signed], axis=1)
-    b = np.concatenate([f[1] for f in signed])
+    signed_a = []
+    b_factors = []
+    for sign, pair in zip((1, -1), factors, strict=False):
+        if pair is not None:
+            signed_a.append(sign * pair[0])
+            b_factors.append(pair[1])
+    a = np.concatenate(signed_a, axis=1)
+    b = np.concatenate(b_factors)
     # Rounding can make the sum slightly negative where the two adapters are equal.
     return math.sqrt(max(0.0, float(np.sum((a.T @ a) * (b @ b.T)))))
 
@@ -181,7 +218,7 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
 
 
 def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype: config.Dtype | None = None) -> dict[str, Any]:
-    """Write the base model with the adapters of `source` merged in, as a Hugging Face model, and prove it.
+    """Merge the adapters of `source` into the base model, write it in Hugging Face format, and verify it.
 
     Args:
         base: the base model.
@@ -190,28 +227,26 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
         dtype: dtype of the files; None for the dtype of the base's files.
 
     Returns:
-        The record of the proof.
+        The record of the verification.
 
     Raises:
-        ValueError: the base is a run with adapters of its own. Other errors are those of `write_and_prove.export`.
+        ValueError: the base is a run with adapters of its own. Other errors are those of `write_and_prove.export_model`.
     """
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
     opened = model_dir.open_model(base)
     if opened.lora is not None:
-        raise ValueError(f"{base} is a run with adapters of its own; export it with --merge, and merge into the export")
+        raise ValueError(f"BASE {base} is a run with adapters of its own; export it with --merge, and merge into that export")
     dtype = dtype or model_dir.dtype_of_files(base, otherwise=opened.compute.param_dtype)
     with jax.set_mesh(opened.mesh):
         lora, weights = base_and_adapter(base, source, opened.model, dtype)
-        return write_and_prove.export(
-            weights,
-            opened.model,
-            out_dir,
+        options = write_and_prove.WriteOptions(
             dtype=dtype,
             lora=lora,
             merge=True,
             texts=texts.Texts(opened.tokenizer, opened.chat_template),
             about={"source": str(base), "adapter": str(source)},
         )
+        return write_and_prove.export_model(weights, opened.model, out_dir, options)
 
 
 def base_and_adapter(
@@ -226,85 +261,88 @@ def base_and_adapter(
         dtype: dtype of the base's weights; None for the dtype of its files.
 
     Returns:
-        (the section `lora` of the adapters, all weights: the base's and what was trained). Weights in external files are left
-        there until they are needed.
+        (the section `lora` of the adapters, the weights of base and adapters). Weights in external files are read lazily.
     """
     dtype = dtype or model_dir.dtype_of_files(base, otherwise=model_dir.compute_here().param_dtype)
     compute = config.Compute(param_dtype=dtype)
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
     trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
-    plain = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
+    frozen_shapes = {path: shape for path, shape in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
     # Loaded lazily, since the base may be larger than the host's memory.
-    return lora, {**model_dir.load_parameters(base, plain, load=model_dir.left_in_files), **trained}
+    frozen = model_dir.load_parameters(base, frozen_shapes, load=model_dir.left_in_files)
+    return lora, {**frozen, **trained}
 
 
 def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, Any]:
-    """Write a PEFT adapter whose deltas are `factor` times as large, and prove it.
+    """Write a PEFT adapter whose deltas are `factor` times as large, and verify it.
 
     Only the alphas are multiplied; the tensors keep their bytes.
 
     Raises:
-        ValueError: the factor is not positive, modules were trained in full (these have no scale), or the proof fails.
+        ValueError: the factor is not positive, modules were trained in full (these have no scale), or the verification fails.
         FileNotFoundError: `source` has no PEFT adapter.
     """
     if not (factor > 0 and math.isfinite(factor)):
-        raise ValueError(f"factor is {factor}; it has to be positive: 1 leaves the adapter as it is, 0 would be the base itself")
+        raise ValueError(f"FACTOR {factor} is not a positive number; 1 would keep the adapter as it is")
     directory = Path(source)
     if runs.is_run(directory):
-        raise ValueError(f"{source} is a run; export its adapter with --format peft, and scale that")
+        raise ValueError(f"{source} is a run; export its adapter with --format peft, and scale the export")
     if not (directory / peft.CONFIG).is_file():
         raise FileNotFoundError(f"{directory / peft.CONFIG} is missing; give a directory with a PEFT adapter")
     settings = read_object(directory / peft.CONFIG)
     if settings.get("modules_to_save"):
-        raise ValueError(f"{source} has {settings['modules_to_save']}, trained in full: these have no scale; merge it instead")
+        raise ValueError(
+            f"{source} has modules trained in full ({settings['modules_to_save']}), which have no scale; merge the adapter instead"
+        )
     # A delta is alpha / rank · B·A (or over the square root of rank), so alphas alone scale it.
     settings["lora_alpha"] *= factor
     settings["alpha_pattern"] = {key: alpha * factor for key, alpha in (settings.get("alpha_pattern") or {}).items()}
     with new_directory(out_dir) as unfinished:
         for file in directory.iterdir():
-            if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):  # the old proof is about the old scale
+            # The old proof is about the old scale.
+            if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):
                 shutil.copyfile(file, unfinished / file.name)
         (unfinished / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         prove_scaled(unfinished, directory, factor)
     return {"adapter": str(out_dir), "lora_alpha": settings["lora_alpha"], "alpha_pattern": settings["alpha_pattern"]}
 
 
-# --- for people ----------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------------
 
 
-def show(found: Comparison, top: int) -> Iterator[Any]:
-    """Yield titles and tables for a terminal.
+def comparison_tables(comparison: Comparison, top: int) -> Iterator[str | Table]:
+    """Yield the titles and tables of a comparison for a terminal.
 
     Args:
-        found: the comparison.
+        comparison: the comparison.
         top: number of matrices to list, largest relative change first. A heat map of layers and experts follows.
     """
-    from rich.table import Table
-    from rich.text import Text
-
-    yield f"change over weight, beside {found.base}"
+    yield f"norm of the change relative to the norm of the weight in {comparison.base}"
     table = Table(box=None)
     for column in ("layer", "module", "expert", "change", "weight", "change / weight"):
         table.add_column(column, justify="left" if column == "module" else "right")
-    for m in found.moved[:top]:
-        place = ["" if x is None else str(x) for x in (m.layer, m.module, m.expert)]
-        table.add_row(*place, f"{m.delta:.4g}", f"{m.weight:.4g}", f"{m.relative:.3%}")
+    for change in comparison.changes[:top]:
+        place = ["" if x is None else str(x) for x in (change.layer, change.module, change.expert)]
+        table.add_row(*place, f"{change.delta:.4g}", f"{change.weight:.4g}", f"{change.relative:.3%}")
     yield table
-    if experts := found.experts():
-        largest = max(map(max, experts)) or 1.0
-        yield "change over weight of each expert, over its layer's modules, in %"
-        heat = Table(box=None)
-        heat.add_column("layer", justify="right")
-        for e in range(len(experts[0])):
-            heat.add_column(str(e), justify="right")
-        layers = sorted({m.layer for m in found.moved if m.expert is not None and m.layer is not None})
-        for layer, row in zip(layers, experts, strict=True):
-            heat.add_row(str(layer), *(Text(f"{100 * x:.3g}", style=_heat(x / largest)) for x in row))
-        yield heat
+    experts = comparison.experts()
+    if not experts:
+        return
+    yield "relative change of each expert, over its adapted matrices, in %"
+    heat_map = Table(box=None)
+    heat_map.add_column("layer", justify="right")
+    for e in range(len(experts[0])):
+        heat_map.add_column(str(e), justify="right")
+    largest = max(map(max, experts)) or 1.0
+    for layer, row in zip(comparison.sparse_layers(), experts, strict=True):
+        heat_map.add_row(str(layer), *(Text(f"{100 * x:.3g}", style=_heat(x / largest)) for x in row))
+    yield heat_map
 
 
 def _heat(share: float) -> str:
     """Return a style from black on white (no change) to white on dark red (the largest change)."""
+    text_color = "white" if share > 0.5 else "black"
+    red = 255 - round(100 * share**2)
     fade = round(255 * (1 - share))
-    return f"{'white' if share > 0.5 else 'black'} on rgb({255 - round(100 * share**2)},{fade},{fade})"
+    return f"{text_color} on rgb({red},{fade},{fade})"

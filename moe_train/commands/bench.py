@@ -24,10 +24,10 @@ from moe_train.train.state import create_state, partition, trained_in_full
 from moe_train.train.step import compile_step
 from moe_train.train.step_definition import definition_of
 
-WARM_UP = 2
-"""Steps after the first one that are not timed."""
-TIMED = 7
-"""Steps that are timed."""
+WARM_UP_STEPS = 2
+"""Number of steps after the first one that are not timed."""
+TIMED_STEPS = 7
+"""Number of steps that are timed."""
 
 
 def bench(written: config.Config) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def bench(written: config.Config) -> dict[str, Any]:
         seconds = []
         cpu_seconds = []
         losses = []
-        for _ in range(1 + WARM_UP + TIMED):
+        for _ in range(1 + WARM_UP_STEPS + TIMED_STEPS):
             step_start = time.perf_counter()
             cpu_start = time.process_time()
             state, metrics = step(state, batch, base_weights)
@@ -63,7 +63,7 @@ def bench(written: config.Config) -> dict[str, Any]:
             seconds.append(time.perf_counter() - step_start)
             cpu_seconds.append(time.process_time() - cpu_start)
 
-        median = statistics.median(seconds[-TIMED:])
+        median = statistics.median(seconds[-TIMED_STEPS:])
         tokens = run.train.batch_size * run.train.seq_len
         adapters = state.trainable if run.lora else None
         flops = tokens * flops_per_token(run.model, run.train.seq_len, adapters) / median
@@ -72,7 +72,7 @@ def bench(written: config.Config) -> dict[str, Any]:
             "compile_seconds": compile_seconds,
             "first_step_seconds": compile_seconds + seconds[0],
             "median_step_seconds": median,
-            "cpu_seconds_per_step": statistics.median(cpu_seconds[-TIMED:]),
+            "cpu_seconds_per_step": statistics.median(cpu_seconds[-TIMED_STEPS:]),
             "tokens_per_second": tokens / median,
             "model_flops_per_second": flops,
             "share_of_attainable": None if peak is None else flops / peak,

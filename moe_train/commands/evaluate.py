@@ -52,7 +52,8 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         metrics = evaluate(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
     if not math.isfinite(metrics["loss"]):
         raise RuntimeError(
-            f"the loss of {directory} on {metrics['loss_tokens']} tokens is {metrics['loss']}: its weights are past help"
+            f"the loss of {directory} on {metrics['loss_tokens']} tokens is {metrics['loss']}, so its weights are unusable; "
+            "evaluate an earlier checkpoint or another export"
         )
     return {
         **metrics,
@@ -67,14 +68,17 @@ def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
 def _record(file: Path, run: config.Run | None) -> config.Record:
     """Choose the record section for a file by its first record: one of the run's own if it fits, else by the columns."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file to evaluate on")
+        raise FileNotFoundError(f"--data {file}: no such file")
     text = config.TextRecord(name="text")
     records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
-    origin, first_fields = next(iter(records), (None, {"text": ""}))  # an empty file is reported by the loader
+    # An empty file is reported by the loader.
+    origin, first_fields = next(iter(records), (None, {"text": ""}))
     location = str(file) if origin is None else records.where(origin)
     sources = (*run.data.eval, *run.data.train) if run and isinstance(run.data, config.RunData) else ()
     run_records = [source.record for source in sources if isinstance(source, config.RecordSource)]
-    record = next((r for r in run_records if _readable(first_fields, r)), None) or located(location, recognise, first_fields)
+    record = next((r for r in run_records if _readable(first_fields, r)), None)
+    if record is None:
+        record = located(location, recognise, first_fields)
     if isinstance(record, config.TextRecord):
         return record
     return record.model_copy(update={"too_long": "truncate"})

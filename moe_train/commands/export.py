@@ -1,4 +1,4 @@
-"""Export a run's newest checkpoint or an external model as files that other tools load: a whole model or an adapter, proved."""
+"""Export a run's newest checkpoint or an external model, or only an adapter, as files that other tools load, and verify them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import logging
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
@@ -34,8 +35,44 @@ from moe_train.weights.safetensors_files import MAX_SHARD_BYTES
 from moe_train.weights.texts import Texts
 
 log = logging.getLogger(__name__)
-CONVERSATIONS = 32
+
+MAX_CONVERSATIONS = 32
 """Number of conversations of the training data whose tokens are compared."""
+
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+"""Bytes of the units of `--max-shard-size`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How a run or a model is exported."""
+
+    dtype: str | None = None
+    """Dtype of the files; None for that of the files that training started from, or else that of training."""
+    depth: prove.Depth = "full"
+    """`tensors` skips the checks that run the model."""
+    server: serve.Server | None = None
+    """The server that will read the files; the record then has `serve`, the command that starts it."""
+    max_shard_size: str | None = None
+    """Size limit of a file of weights, such as 5GB or 500MiB; None for the default."""
+
+
+class _Origin(NamedTuple):
+    """What both kinds of export write and record in addition to the weights."""
+
+    texts: Texts
+    conversations: list[Conversation]
+    about: dict[str, Any]
+
+
+class _AdapterFiles(NamedTuple):
+    """How an adapter alone is written."""
+
+    layout: expected.Adapter
+    name: str
+    """The adapter's name in the files of llama.cpp."""
+    dtype: str
+    server: serve.Server | None
 
 
 def export(
@@ -43,125 +80,145 @@ def export(
     out_dir: str | Path,
     layout: serve.Layout = "hf",
     merge: bool = False,
-    *,
-    dtype: str | None = None,
-    depth: prove.Depth = "full",
-    server: serve.Server | None = None,
-    max_shard_size: str | None = None,
+    options: ExportOptions = ExportOptions(),
 ) -> dict[str, Any]:
-    """Write the weights of a run, or of an external model, to `out_dir` and prove them.
+    """Write the weights of a run, or of an external model, to `out_dir` and verify them.
 
     `out_dir` appears complete or not at all.
 
     Args:
         source: a run or an external model.
-        out_dir: the folder to write; it must be empty or not exist yet.
+        out_dir: the directory to create; it must be empty or not exist yet.
         layout: file layout of a whole model or of an adapter.
         merge: whether to merge the run's adapters into the model.
-        dtype: dtype of the files; None for the dtype of the files that the weights came from, or else that of training.
-        depth: `tensors` does not run the model for the proof.
-        server: the server that is to read the files; the record then has `serve`, the command that starts it.
-        max_shard_size: such as 5GB or 500MiB; None for the default.
+        options: dtype, server and the rest.
 
     Returns:
-        The record that the proof keeps in `out_dir`.
+        The record of the verification, which is also kept in `out_dir`.
 
     Raises:
         ValueError: the layout or the server cannot express the model.
         FileNotFoundError: the run has no checkpoint.
-        FileExistsError: `out_dir` exists and is not an empty folder.
-        RuntimeError: the proof fails.
+        FileExistsError: `out_dir` exists and is not an empty directory.
+        RuntimeError: the verification fails.
     """
     join_processes()
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
-    shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else _bytes(max_shard_size)
-    opened = unquantised(open_model(source))
+    _check_options(layout, options)
+    shard_bytes = MAX_SHARD_BYTES if options.max_shard_size is None else _parse_size(options.max_shard_size)
+    opened = unquantized_model(open_model(source))
+    _check_source(opened, layout, merge)
+    command = _serve_command(options.server, layout, opened, out_dir)
     run = opened.run
-    lora = opened.lora
-    model = opened.model
     if merge and run and run.lora and run.lora.quantize:
-        log.info("trained beside weights in %s; merged into those of %s as they are there", run.lora.quantize.name, run.init_from)
-    inexpressible = config.without_format(model)
+        log.info(
+            "the base was quantized (%s) during training; adapters are merged into the unquantized weights of %s",
+            run.lora.quantize.name,
+            run.init_from,
+        )
+    origin = _Origin(
+        Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()) if run else None),
+        list(islice(_conversations(run), MAX_CONVERSATIONS)) if run else [],
+        _about(opened),
+    )
+    dtype = options.dtype or _default_dtype(opened)
+    with jax.set_mesh(opened.mesh):
+        match layout:
+            case "hf" | "mistral" | "gguf":
+                write_options = write_and_prove.WriteOptions(
+                    dtype=dtype,
+                    layout=layout,
+                    lora=opened.lora,
+                    merge=merge,
+                    texts=origin.texts,
+                    max_shard_bytes=shard_bytes,
+                    depth=options.depth,
+                    conversations=origin.conversations,
+                    about=origin.about,
+                )
+                record = write_and_prove.export_model(opened.to_export(), opened.model, out_dir, write_options)
+            case "peft" | "mistral-lora" | "gguf-lora":
+                files = _AdapterFiles(layout, Path(out_dir).name, dtype, options.server)
+                record = _export_adapter(opened, out_dir, files, origin)
+    if command is not None:
+        record["serve"] = command
+    return record
+
+
+def _check_source(opened: Opened, layout: serve.Layout, merge: bool) -> None:
+    """Raise ValueError if the model cannot be written in the layout."""
+    inexpressible = config.without_format(opened.model)
     if inexpressible:
         raise ValueError(
-            f"{source} cannot be exported: no file format has a place for {inexpressible}; its weights are in its checkpoints"
+            f"{opened.directory} cannot be exported: no file format can express {inexpressible}; "
+            "its weights are only in its checkpoints"
         )
-    whole_model = layout in get_args(expected.Model)
-    if not whole_model and (lora is None or merge):
-        if merge:
-            reason = "--merge makes a whole model"
-        elif run:
-            reason = "it was trained in full"
-        else:
-            reason = "it is no run"
-        raise ValueError(f"{source} gives no adapter: {reason}; use --format hf")
-    command = _command(server, layout, opened, out_dir)
-    texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()) if run else None)
-    conversations = list(islice(_conversations(run), CONVERSATIONS)) if run else []
-    filetype = dtype or _dtype(opened)
-    about = _about(opened)
-    with jax.set_mesh(opened.mesh):
-        weights = opened.to_export()
-        if whole_model:
-            record = write_and_prove.export(
-                weights,
-                model,
-                out_dir,
-                layout,  # type: ignore[arg-type]
-                dtype=filetype,
-                lora=lora,
-                merge=merge,
-                texts=texts,
-                max_shard_bytes=shard_bytes,
-                depth=depth,
-                conversations=conversations,
-                about=about,
-            )
-        else:
-            assert lora is not None and run is not None
-            if jax.process_count() > 1:
-                # The first process alone writes an adapter, so it needs all of it.
-                weights = together.gathered({path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)})
-            with together.one_directory(out_dir) as directory:
-                with together.all_or_none():
-                    if together.is_first():
-                        _write_adapter(directory, layout, weights, opened, filetype, texts, server, Path(out_dir).name)
-                record = prove.prove_adapter(
-                    *(directory, layout, weights, model, lora, opened.tokenizer, opened.chat_template, conversations, about)  # type: ignore[arg-type]
-                )
-                if together.is_first():
-                    prove.write(directory, record)
-    return record | ({"serve": command} if command else {})
+    if layout in get_args(expected.Model) or (opened.lora is not None and not merge):
+        return
+    if merge:
+        reason = "--merge makes a whole model"
+    elif opened.run:
+        reason = "it was trained in full, without adapters"
+    else:
+        reason = "it is not a run"
+    raise ValueError(f"{opened.directory} has no adapter to write as {layout}: {reason}; use --format hf")
 
 
-def _write_adapter(
-    directory: Path,
-    layout: serve.Layout,
-    weights: Held,
-    opened: Opened,
-    filetype: str,
-    texts: Texts,
-    server: serve.Server | None,
-    name: str,
-) -> None:
+def _export_adapter(opened: Opened, out_dir: str | Path, files: _AdapterFiles, origin: _Origin) -> dict[str, Any]:
+    """Write the adapter of a run and verify it, on the mesh in force; returns the record."""
+    lora = opened.lora
+    assert lora is not None  # `_check_source` has refused models without adapters
+    weights = opened.to_export()
+    if jax.process_count() > 1:
+        # The first process alone writes an adapter, so it needs all of it.
+        weights = together.gathered({path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)})
+    with together.one_directory(out_dir) as directory:
+        with together.all_or_none():
+            if together.is_first():
+                _write_adapter(directory, files, weights, opened, origin.texts)
+        record = prove.prove_adapter(
+            directory,
+            files.layout,
+            weights,
+            opened.model,
+            lora,
+            opened.tokenizer,
+            opened.chat_template,
+            origin.conversations,
+            origin.about,
+        )
+        if together.is_first():
+            prove.write(directory, record)
+    return record
+
+
+def _write_adapter(directory: Path, files: _AdapterFiles, weights: Held, opened: Opened, texts: Texts) -> None:
     """Replace the empty directory by a complete adapter."""
     model = opened.model
     lora = opened.lora
     run = opened.run
-    assert lora is not None and run is not None
+    assert lora is not None and run is not None  # only runs have adapters here
     base = str(run.init_from)
-    match layout:
+    match files.layout:
         case "peft":
-            peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=server)
+            peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=files.server)
         case "mistral-lora":
-            mistral_lora.export_adapter(weights, model, lora, directory, dtype=_checked_dtype(filetype), texts=texts)
+            dtype = write_and_prove.checked_dtype(files.layout, files.dtype)
+            mistral_lora.export_adapter(weights, model, lora, directory, dtype=dtype, texts=texts)
         case "gguf-lora":
-            gguf_lora.export_adapter(weights, model, lora, directory, base_model=base, name=name, texts=texts)
-        case _:
-            raise AssertionError(layout)
+            gguf_lora.export_adapter(weights, model, lora, directory, base_model=base, name=files.name, texts=texts)
 
 
-def unquantised(opened: Opened) -> Opened:
+def _check_options(layout: serve.Layout, options: ExportOptions) -> None:
+    """Raise ValueError if an option would have no effect in this layout."""
+    if options.dtype is not None and layout in ("peft", "gguf-lora"):
+        written = "keeps the dtype of training" if layout == "peft" else "is always float32"
+        raise ValueError(f"--dtype {options.dtype} has no effect with --format {layout}, which {written}; leave it out")
+    if options.max_shard_size is not None and layout != "hf":
+        raise ValueError(f"--max-shard-size has no effect with --format {layout}, which writes one file of weights; leave it out")
+
+
+def unquantized_model(opened: Opened) -> Opened:
     """Return the same model with the weights of the base's files, even if the run held them quantized."""
     lora = opened.lora
     if lora is None or lora.quantize is None:
@@ -169,7 +226,7 @@ def unquantised(opened: Opened) -> Opened:
     return opened._replace(lora=lora.model_copy(update={"quantize": None}))
 
 
-def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, out_dir: str | Path) -> str | None:
+def _serve_command(server: serve.Server | None, layout: serve.Layout, opened: Opened, out_dir: str | Path) -> str | None:
     """Return the command that starts `server` on the export; None without a server.
 
     vLLM and transformers need the base in Hugging Face's layout, so for another base the command exports it first.
@@ -180,23 +237,18 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
     rank = 1
     if opened.lora:
         rank = max((target.rank for target in opened.lora.targets), default=1)
-    kind = "huggingface" if opened.tokenizer.chat_template is not None else "mistral"
+    kind: Literal["huggingface", "mistral"] = "mistral"
+    if opened.tokenizer.chat_template is not None:
+        kind = "huggingface"
     base = run.init_from if run else None
     base_export = ""
     if layout == "peft" and base is not None and (is_run(base) or external.layout_of(base) != "hf"):
         base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
-    return base_export + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
+    return base_export + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)
 
 
-def _checked_dtype(dtype: str) -> config.Dtype:
-    for supported in get_args(config.Dtype):
-        if dtype == supported:
-            return supported
-    raise ValueError(f"dtype {dtype} is not one of this layout's, which are {', '.join(get_args(config.Dtype))}")
-
-
-def _dtype(opened: Opened) -> config.Dtype:
+def _default_dtype(opened: Opened) -> config.Dtype:
     """Return the dtype of the files that training started from, so that unchanged weights keep their bytes.
 
     Without such files it is the dtype of training.
@@ -204,7 +256,7 @@ def _dtype(opened: Opened) -> config.Dtype:
     files = opened.run.init_from if opened.run else opened.directory
     if files is not None and not Path(files).exists():
         raise FileNotFoundError(
-            f"{files}, from which the run started, is not here to say the dtype of the files; state it (--dtype)"
+            f"{files}, from which the run started, does not exist here, so the dtype of its files is unknown; state --dtype"
         )
     if files is None:
         return opened.compute.param_dtype
@@ -243,13 +295,13 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
                 assert isinstance(conversation, Conversation)
                 yield conversation
         except (FileNotFoundError, ValueError) as error:
-            log.warning("the template is not tried on training conversations of one source: %s", error)
+            log.warning("training conversations of one source cannot be read, so the export is not compared on them: %s", error)
 
 
-def _bytes(size: str) -> int:
-    """Parse a size such as 5GB or 500MiB."""
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", size.strip())
-    if match is None or match[2].upper() not in units or float(match[1]) * units[match[2].upper()] < 1:
-        raise ValueError(f"max-shard-size is {size!r}; say it like 5GB or 500MiB")
-    return int(float(match[1]) * units[match[2].upper()])
+def _parse_size(size: str) -> int:
+    """Parse a size such as 5GB or 500MiB to bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", size.strip())
+    unit = SIZE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise ValueError(f"--max-shard-size {size!r} is not a size; state a number and a unit, such as 5GB or 500MiB")
+    return int(float(match[1]) * unit)

@@ -27,16 +27,16 @@ from moe_train.weights import external, hf, mistral, names
 from moe_train.weights.on_disk import Weights, nbytes
 from moe_train.weights.texts import Texts, write_texts
 
-Format = Literal["hf", "mistral"]
-_ROWS = ("embed.weight", names.HUGGING_FACE.head.path)
-"""Our parameters whose first dim is the vocabulary."""
-ROWS = 2**12
+WrittenLayout = Literal["hf", "mistral"]
+_VOCAB_TABLES = ("embed.weight", names.HUGGING_FACE.head.path)
+"""Parameters whose first dim is the vocabulary."""
+ROWS_PER_READ = 2**12
 """Rows of embeddings that are read at a time."""
-Read = Callable[[tuple[int | slice, ...]], np.ndarray]
-"""Reads the part of a file's tensor at an index."""
+ReadTensor = Callable[[tuple[int | slice, ...]], np.ndarray]
+"""Reads a part of a tensor in a file, given by an index."""
 
 
-def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: Format = "hf") -> dict[str, Any]:
+def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: WrittenLayout = "hf") -> dict[str, Any]:
     """Write the model at `base` with the vocabulary of `tokenizer`.
 
     Weights are streamed with one matrix in memory. `out_dir` appears complete, after it was read back and compared, or not at all.
@@ -58,9 +58,9 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     """
     refuse_existing(Path(out_dir))
     if runs.is_run(base):
-        raise ValueError(f"{base} is a run; export it, and start from the export")
+        raise ValueError(f"BASE {base} is a run; export it first, and extend the export")
     old = load_tokenizer(model_dir.find_tokenizer(base))
-    new = find_tokenizer(tokenizer)
+    new = load_any_tokenizer(tokenizer)
     weights = external.open_weights(base)
     names.check(base, weights.table, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
     ids = new_ids(old, new)
@@ -70,12 +70,12 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     source = {(piece.path, piece.lead): piece for piece in weights.table}
 
     def matrix(piece: names.Piece) -> np.ndarray:
-        of_base = source[piece.path, piece.lead]
-        read = weights.tensors[of_base.name].read
-        if piece.path in _ROWS:
-            w = extended(of_base, read, ids, new.vocab_size)
-            return piece.to_file(w).astype(dtype, copy=False)
-        return piece.to_file(of_base.from_file(read)).astype(dtype, copy=False)
+        base_piece = source[piece.path, piece.lead]
+        read = weights.tensors[base_piece.name].read
+        if piece.path in _VOCAB_TABLES:
+            table = extend_table(base_piece, read, ids, new.vocab_size)
+            return piece.to_file(table).astype(dtype, copy=False)
+        return piece.to_file(base_piece.from_file(read)).astype(dtype, copy=False)
 
     check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in names.pieces(model)))
     with new_directory(out_dir) as directory:
@@ -97,7 +97,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     }
 
 
-def find_tokenizer(name: str) -> Tokenizer:
+def load_any_tokenizer(name: str) -> Tokenizer:
     """Load the tokenizer at a path, or mistral-common's own sentencepiece model of a version such as `v3`."""
     path = Path(name)
     if not path.exists():
@@ -105,11 +105,13 @@ def find_tokenizer(name: str) -> Tokenizer:
 
         versions = [version.value for version in TokenizerVersion]
         if name not in versions:
-            raise FileNotFoundError(f"{name}: no such file or folder, and no version of Mistral's ({', '.join(versions)})")
+            raise FileNotFoundError(
+                f"{name}: no such file or directory, and not a version of Mistral's tokenizer ({', '.join(versions)})"
+            )
         data_dir = resources.files("mistral_common").joinpath("data")
         files = [file for file in data_dir.iterdir() if file.name.endswith(f".model.{name}")]
         if not files:
-            raise FileNotFoundError(f"mistral-common carries no sentencepiece model of version {name}; give the path of its file")
+            raise FileNotFoundError(f"mistral-common contains no sentencepiece model of version {name}; state the path of its file")
         path = Path(str(files[0]))
     if path.is_dir():
         return load_tokenizer(model_dir.find_tokenizer(path))
@@ -124,23 +126,21 @@ def new_ids(old: Tokenizer, new: Tokenizer) -> dict[int, int]:
     Raises:
         ValueError: the new tokenizer lacks pieces of the old one, or has no others.
     """
-    old_pieces = pieces_of(old)
-    new_pieces = {piece: number for number, piece in pieces_of(new).items()}
+    old_pieces = token_pieces(old)
+    new_pieces = {piece: number for number, piece in token_pieces(new).items()}
     missing = [piece for piece in old_pieces.values() if piece not in new_pieces]
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(old_pieces)} tokens of {old.files[0]} are not in {new.files[0]}, "
-            f"the first {missing[0]!r}; a model can be extended to a tokenizer that holds all of its own"
+            f"the first {missing[0]!r}; use a tokenizer that contains all of them"
         )
     if len(new_pieces) == len(old_pieces):
-        raise ValueError(
-            f"{new.files[0]} has the {len(old_pieces)} tokens of {old.files[0]} and no others; there is nothing to extend"
-        )
+        raise ValueError(f"{new.files[0]} has the same {len(old_pieces)} tokens as {old.files[0]}; use a larger tokenizer")
     return {number: new_pieces[piece] for number, piece in old_pieces.items()}
 
 
-def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
-    """Return what each id stands for: text, or bytes if the tokenizer's pieces are bytes (its control tokens are text)."""
+def token_pieces(tokenizer: Tokenizer) -> dict[int, str | bytes]:
+    """Map each id to its text, or to its bytes for a tokenizer of bytes (whose control tokens are text)."""
     if isinstance(tokenizer, HuggingFace):
         vocab = tokenizers.Tokenizer.from_file(str(tokenizer.files[0])).get_vocab(with_added_tokens=True)
         return {number: piece for piece, number in vocab.items()}
@@ -148,14 +148,15 @@ def pieces_of(tokenizer: Tokenizer) -> dict[int, str | bytes]:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-    mistrals = MistralTokenizer.from_file(tokenizer.files[0]).instruct_tokenizer.tokenizer
-    pieces: dict[int, str | bytes] = dict(enumerate(mistrals.vocab()))
-    if isinstance(mistrals, Tekkenizer):
-        pieces |= {i: mistrals.id_to_byte_piece(i) for i in range(mistrals.num_special_tokens, mistrals.n_words)}
+    mistral_tokenizer = MistralTokenizer.from_file(tokenizer.files[0]).instruct_tokenizer.tokenizer
+    pieces: dict[int, str | bytes] = dict(enumerate(mistral_tokenizer.vocab()))
+    if isinstance(mistral_tokenizer, Tekkenizer):
+        for i in range(mistral_tokenizer.num_special_tokens, mistral_tokenizer.n_words):
+            pieces[i] = mistral_tokenizer.id_to_byte_piece(i)
     return pieces
 
 
-def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) -> np.ndarray:
+def extend_table(piece: names.Piece, read: ReadTensor, ids: Mapping[int, int], size: int) -> np.ndarray:
     """Extend a table to the new vocabulary.
 
     Args:
@@ -184,32 +185,35 @@ def extended(piece: names.Piece, read: Read, ids: Mapping[int, int], size: int) 
     return out
 
 
-def _rows(piece: names.Piece, read: Read, ids: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+def _rows(piece: names.Piece, read: ReadTensor, ids: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yield (some of the ids, their rows) until all were read, so that a table of embeddings is never in memory as a whole."""
-    for start in range(0, piece.ours_shape[0], ROWS):
-        stop = min(start + ROWS, piece.ours_shape[0])
+    for start in range(0, piece.ours_shape[0], ROWS_PER_READ):
+        stop = min(start + ROWS_PER_READ, piece.ours_shape[0])
         chunk = [i for i in ids if start <= i < stop]
         if chunk:
             yield chunk, piece.from_file(read, [(start, stop), (0, piece.ours_shape[1])])[np.array(chunk) - start]
 
 
 def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
-    """Read the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
+    """ReadTensor the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
     written = external.open_weights(directory)
     source = {(piece.path, piece.lead): piece for piece in weights.table}
     names.check(directory, written.table, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
     if written.model.vocab_size != model.vocab_size:
-        raise RuntimeError(f"{directory} was written with {written.model.vocab_size} tokens, not {model.vocab_size}")
+        raise RuntimeError(
+            f"{directory} was written with {written.model.vocab_size} tokens instead of {model.vocab_size}; report this as a bug"
+        )
     for piece in written.table:
         base_piece = source[piece.path, piece.lead]
         read = weights.tensors[base_piece.name].read
         written_matrix = piece.from_file(written.tensors[piece.name].read)
-        if piece.path in _ROWS:
-            is_equal = all(
-                np.array_equal(base_rows, written_matrix[[ids[i] for i in old_ids]])
-                for old_ids, base_rows in _rows(base_piece, read, list(ids))
-            )
+        if piece.path in _VOCAB_TABLES:
+            is_equal = True
+            for old_ids, base_rows in _rows(base_piece, read, list(ids)):
+                written_rows = written_matrix[[ids[i] for i in old_ids]]
+                is_equal = is_equal and np.array_equal(base_rows, written_rows)
         else:
             is_equal = np.array_equal(base_piece.from_file(read), written_matrix)
-        if not is_equal:  # 16-bit tensors may have been written as float32, which changes no value
-            raise RuntimeError(f"{piece.name} in the file is not that of the base")
+        # 16-bit tensors may have been written as float32, which changes no value.
+        if not is_equal:
+            raise RuntimeError(f"{piece.name} in {directory} differs from the base's; report this as a bug")

@@ -59,7 +59,8 @@ def inspect(written: config.Config) -> Report:
         "trainable_parameters": sum(x.size for x in trainable.values()),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
     }
-    if transport := transport_in_words(run, run.mesh.model_dump()):
+    transport = transport_in_words(run, run.mesh.model_dump())
+    if transport:
         totals["transport"] = transport
     return Report(run.to_config(), rows, totals)
 
@@ -74,9 +75,9 @@ def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
     """Count the parameters that one token passes through; of the experts, only the chosen ones count."""
     if not isinstance(model.ffn, config.MoeFfn):
         return sum(x.size for x in shapes.values())
-    of_experts = sum(x.size for path, x in shapes.items() if ParameterPath.parse(path).is_expert(model))
-    idle = model.ffn.num_experts - model.ffn.experts_per_token
-    return sum(x.size for x in shapes.values()) - of_experts * idle // model.ffn.num_experts
+    in_experts = sum(x.size for path, x in shapes.items() if ParameterPath.parse(path).is_expert(model))
+    idle_experts = model.ffn.num_experts - model.ffn.experts_per_token
+    return sum(x.size for x in shapes.values()) - in_experts * idle_experts // model.ffn.num_experts
 
 
 def _spec_text(spec: Any, ndim: int) -> str:

@@ -1,4 +1,4 @@
-"""`moe-train data prepare` tokenizes and packs training data in advance; `data trace` says where a row comes from."""
+"""Tokenize and pack training data in advance (`data prepare`), and find the records behind a row (`data trace`)."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[dic
     tokenizer = _open_tokenizer(run)
     loader = Loader(data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
     if step < 1:
-        raise ValueError(f"step {step}: steps count from 1")
+        raise ValueError(f"step {step}: steps are counted from 1")
     if row is not None and not 0 <= row < run.train.batch_size:
-        raise ValueError(f"row {row}: a step has {run.train.batch_size} rows, from 0")
+        raise ValueError(f"row {row}: a step has {run.train.batch_size} rows, counted from 0")
     rows = range(run.train.batch_size) if row is None else [row]
     traced = []
     for r in rows:

@@ -1,6 +1,6 @@
-"""The main workflow end to end, on what every machine has: text -> tokenizer -> Mixtral -> LoRA -> files -> completions.
+"""The main workflow end to end on every machine: text -> tokenizer -> Mixtral -> LoRA -> exported files -> completions.
 
-It works in `runs/quickstart` of the current folder, with the two quickstart files of configs/. Parts that are done are
+It works in `runs/quickstart` of the current directory, with the two quickstart files of configs/. Finished parts are
 skipped, so an interrupted quickstart continues.
 """
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from moe_train import config
 from moe_train.commands.export import export
 from moe_train.commands.generate import generate_dir
-from moe_train.commands.quickstart_text import gather
+from moe_train.commands.quickstart_text import gather_texts
 from moe_train.commands.train import train
 from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.config import yaml_file
@@ -33,12 +33,13 @@ QUESTIONS = ("What does json.dumps do?", "What does os.path.join do?", "What is 
 
 
 def quickstart() -> int:
-    """Run every part that is not done yet and end with a table.
+    """Run every part that is not done yet, and print a summary.
 
     Returns:
         FINISHED, or the exit code of the training run that stopped early.
     """
-    pretrain, lora = (_load(name) for name in ("quickstart_pretrain.yaml", "quickstart_lora.yaml"))
+    pretrain = _load_recipe("quickstart_pretrain.yaml")
+    lora = _load_recipe("quickstart_lora.yaml")
     first_run = resolve(pretrain, jax.device_count())
     console = Console(stderr=True, highlight=False)
     jax.config.update("jax_compilation_cache_dir", str(WORK.absolute() / "jax_cache"))
@@ -46,8 +47,8 @@ def quickstart() -> int:
     text = WORK / "text"
     tokenizer = WORK / "tokenizer"
     if not text.exists():
-        console.rule("gathering the standard library's own text")
-        counts = gather(text)
+        console.rule("gathering text of the Python standard library")
+        counts = gather_texts(text)
         console.print(", ".join(f"{count:,} in {name}" for name, count in counts.items()))
     if not tokenizer.exists():
         console.rule(f"training a tokenizer of {first_run.model.vocab_size} tokens")
@@ -73,8 +74,10 @@ def quickstart() -> int:
     for question, answer in zip(QUESTIONS, generate_dir(merged, QUESTIONS, max_tokens=40, chat=True), strict=True):
         console.print(f"[bold]{question}[/bold]", answer.strip(), sep="\n", markup=True)
     _summary(console, [pretrain, lora], [merged, adapter])
-    console.print(f"next, your own data: moe-train data check FILES --tokenizer {tokenizer}", soft_wrap=True)
-    console.print(f"then name them in data.train of a copy of {CONFIGS.name}/{lora.name}.yaml, its run_dir another", soft_wrap=True)
+    console.print(f"next, check your own data: moe-train data check FILES --tokenizer {tokenizer}", soft_wrap=True)
+    console.print(
+        f"then copy {CONFIGS.name}/{lora.name}.yaml, and state your files in data.train and another run_dir", soft_wrap=True
+    )
     return FINISHED
 
 
@@ -83,14 +86,16 @@ def _begin(console: Console, title: str, command: str) -> None:
     console.print(command, style="bold", markup=False, soft_wrap=True)
 
 
-def _load(name: str) -> config.Config:
+def _load_recipe(name: str) -> config.Config:
     if not (CONFIGS / name).is_file():
-        raise FileNotFoundError(f"{CONFIGS / name} is missing: the quickstart runs from a checkout (pip install --editable .)")
-    return yaml_file.load(CONFIGS / name)
+        raise FileNotFoundError(
+            f"{CONFIGS / name} is missing; run the quickstart from a checkout of the repository (pip install --editable .)"
+        )
+    return yaml_file.load_config(CONFIGS / name)
 
 
 def _summary(console: Console, runs: list[config.Config], exports: list[Path]) -> None:
-    table = Table("run", "held-out loss before", "after", "steps", "tokens/s", title="what was trained")
+    table = Table("run", "held-out loss before", "after", "steps", "tokens/s", title="training runs")
     for run in runs:
         lines = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
         held_out = [line["loss"] for line in lines if line["kind"] == "eval"]
@@ -100,7 +105,7 @@ def _summary(console: Console, runs: list[config.Config], exports: list[Path]) -
         median_speed = f"{speeds[len(speeds) // 2]:,.0f}"
         table.add_row(run.name, before, after, str(lines[-1]["step"]), median_speed)
     console.print(table)
-    files = Table("file", "MB", title="what other tools load")
+    files = Table("file", "MB", title="exported files")
     exported_files: list[Path] = []
     for directory in exports:
         exported_files += directory.iterdir()

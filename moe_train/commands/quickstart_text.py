@@ -1,6 +1,6 @@
-"""Gather real text that every machine has: the Python standard library's reference text, docstrings and sources.
+"""Gather real text that every machine has: reference text, docstrings and sources of the Python standard library.
 
-Everything is read with `ast`; no module is imported. What is gathered is under Python's licence (PSF).
+Files are parsed with `ast`; no module is imported. The text is under Python's licence (PSF).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_train.machine.files import new_directory, refuse_existing
 
 FILES = ("text_train.jsonl", "text_heldout.jsonl", "chat_train.jsonl", "chat_heldout.jsonl")
 # Not useful as text: tests, third-party packages, character tables.
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
+_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings"}
 _TOPICS = Path("pydoc_data", "topics.py")
 
 
@@ -29,7 +29,7 @@ class _Docstring(NamedTuple):
     text: str
 
 
-def gather(
+def gather_texts(
     out_dir: str | Path, *, max_bytes: int = 8_000_000, heldout: float = 0.05, stdlib: str | Path | None = None
 ) -> dict[str, int]:
     """Write `FILES` into the new directory `out_dir` and return the number of records of each.
@@ -51,39 +51,21 @@ def gather(
     """
     refuse_existing(Path(out_dir))
     root = Path(stdlib or sysconfig.get_path("stdlib"))
-    paths = [path for path in sorted(root.rglob("*.py")) if not _LEFT_OUT & set(path.relative_to(root).parts)]
+    paths = [path for path in sorted(root.rglob("*.py")) if not _EXCLUDED & set(path.relative_to(root).parts)]
     if root / _TOPICS not in paths or len(paths) < 100:
+        pydoc_data = "present" if root / _TOPICS in paths else "missing"
         raise FileNotFoundError(
-            f"{root} does not hold the standard library's sources ({len(paths)} .py files, pydoc_data "
-            f"{'present' if root / _TOPICS in paths else 'missing'}); use a full Python"
+            f"{root} does not contain the standard library's sources ({len(paths)} .py files, pydoc_data {pydoc_data}); "
+            "use a Python installation that includes them"
         )
-    text: dict[str, str] = {f"topic {name}": topic for name, topic in _topics(root / _TOPICS)}
-    chat: dict[str, list[tuple[str, str]]] = {}
-    sources: dict[str, str] = {}
-    answers: set[str] = set()
-    for path in paths:
-        relative = path.relative_to(root)
-        if relative == _TOPICS:
-            continue
-        try:
-            source = path.read_text(encoding="utf-8")
-            tree = ast.parse(source)
-        except (UnicodeDecodeError, SyntaxError):
-            continue  # a few files of the library are invalid on purpose
-        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-        docstrings = [doc for doc in _docstrings(tree, module) if doc.text not in answers]
-        answers.update(doc.text for doc in docstrings)
-        if docstrings:
-            text[f"module {module}"] = "\n\n".join(f"{doc.name}\n\n{doc.text}" for doc in docstrings)
-        chat[f"module {module}"] = list(_questions(docstrings))
-        if source.strip():
-            sources[f"module {module}"] = source
-    records = _limit_bytes([*text.items(), *sorted(sources.items(), key=lambda item: _digest(item[0]))], max_bytes)
-
-    lines: dict[str, list[dict]] = {name: [] for name in FILES}
-    for name, body in records:
+    library = _read_library(root, [path for path in paths if path != root / _TOPICS])
+    text = {f"topic {name}": topic for name, topic in _topics(root / _TOPICS)}
+    text |= library.docstrings
+    by_digest = sorted(library.sources.items(), key=lambda item: _digest(item[0]))
+    lines: dict[str, list[_Record]] = {name: [] for name in FILES}
+    for name, body in _limit_bytes([*text.items(), *by_digest], max_bytes):
         lines[f"text_{_split_of(name, heldout)}.jsonl"].append({"text": body})
-    for name, pairs in chat.items():
+    for name, pairs in library.questions.items():
         for question, answer in pairs:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             lines[f"chat_{_split_of(name, heldout)}.jsonl"].append({"messages": messages})
@@ -93,6 +75,40 @@ def gather(
             with (directory / name).open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return {name: len(rows) for name, rows in lines.items()}
+
+
+_Record = dict[str, str | list[dict[str, str]]]
+
+
+class _Library(NamedTuple):
+    """The texts of the standard library's modules, each by `module NAME`."""
+
+    docstrings: dict[str, str]
+    """All docstrings of a module, joined; absent for a module without any."""
+    questions: dict[str, list[tuple[str, str]]]
+    """Questions and answers made from the docstrings."""
+    sources: dict[str, str]
+
+
+def _read_library(root: Path, paths: list[Path]) -> _Library:
+    """Read the modules of the standard library."""
+    library = _Library({}, {}, {})
+    seen: set[str] = set()
+    for path in paths:
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError):
+            continue  # a few files of the library are invalid on purpose
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        docstrings = [doc for doc in _docstrings(tree, module) if doc.text not in seen]
+        seen.update(doc.text for doc in docstrings)
+        if docstrings:
+            library.docstrings[f"module {module}"] = "\n\n".join(f"{doc.name}\n\n{doc.text}" for doc in docstrings)
+        library.questions[f"module {module}"] = list(_questions(docstrings))
+        if source.strip():
+            library.sources[f"module {module}"] = source
+    return library
 
 
 def _digest(text: str) -> str:
@@ -118,7 +134,7 @@ def _topics(path: Path) -> list[tuple[str, str]]:
             topics = sorted(ast.literal_eval(node.value).items(), reverse=True)
             by_text = {text: name for name, text in topics}
             return sorted((name, text) for text, name in by_text.items())
-    raise ValueError(f"{path} does not define topics; Python {sys.version.split()[0]} keeps its reference text elsewhere")
+    raise ValueError(f"{path} does not define topics; use another version of Python than {sys.version.split()[0]}")
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[_Docstring]:

@@ -51,8 +51,8 @@ class Token(NamedTuple):
     """What it adds to the text before it; empty if its character continues in the next token."""
 
 
-class Segment(NamedTuple):
-    """One segment of a row, both counted from 1.
+class ShownSegment(NamedTuple):
+    """One segment of a row; rows and segments are counted from 1.
 
     Its last token is only predicted and never an input, so no position after it exists.
     """
@@ -83,19 +83,21 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
         examples += record_examples
         places += [records.where(origin)] * len(record_examples)
     if not examples:
-        raise ValueError(f"{', '.join(records.names)}: no record with any text")
+        raise ValueError(f"{', '.join(records.names)}: no record with any text; name files that have records")
     lengths = np.asarray([len(example.tokens) - 1 for example in examples])
     seq_len = seq_len or int(lengths.sum())
     too_long = source.record.too_long
     for i in np.flatnonzero(lengths > seq_len).tolist():
         if too_long == "error":
-            raise ValueError(f"{places[i]}: the record has {lengths[i]} tokens, seq_len is {seq_len}; raise it, or see it without")
+            raise ValueError(
+                f"{places[i]}: the record has {lengths[i]} tokens, seq_len is {seq_len}; raise --seq-len, or leave it out"
+            )
         # A record that is left with nothing to train on is dropped.
         if too_long == "truncate" and not has_trained_token(examples[i].loss_mask, seq_len):
             lengths[i] = 0
     plan = make_plan(lengths, seq_len, too_long)
     if not plan.num_rows:
-        raise ValueError(f"{', '.join(records.names)}: all {len(examples)} records are too long for seq_len {seq_len}")
+        raise ValueError(f"{', '.join(records.names)}: all {len(examples)} records are too long for seq_len {seq_len}; raise it")
     batch = Batch.empty(plan.num_rows, plan.seq_len)
     placed = []
     for row in range(plan.num_rows):
@@ -145,7 +147,7 @@ def record_of(files: Sequence[str], layout: Any) -> config.Record:
     return text  # empty files are reported when they are read
 
 
-def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
+def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownSegment]:
     """Decode the segments of all rows."""
     control = tokenizer.control_ids
     for row, places in enumerate(rows.places):
@@ -156,13 +158,13 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[Segment]:
             trained_on = [False, *loss_mask[token_indices].tolist()]
             # The last target has no position of its own in the batch.
             shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
-            texts = pieces(ids, tokenizer)
+            texts = token_texts(ids, tokenizer)
             shown = zip(ids, shown_positions, trained_on, texts, strict=True)
-            segment_tokens = [Token(i, position, is_learnt, i in control, text) for i, position, is_learnt, text in shown]
-            yield Segment(row + 1, number, place, segment_tokens)
+            segment_tokens = [Token(i, position, is_trained_on, i in control, text) for i, position, is_trained_on, text in shown]
+            yield ShownSegment(row + 1, number, place, segment_tokens)
 
 
-def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Return the text that each id adds; a control token is shown by its name."""
     context = tokenizer.encode("a")  # prepended, since some decoders drop the first space of a text
     piece_texts = []
@@ -193,7 +195,7 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"
 _VISIBLE |= {code: 0xFFFD for code in (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
-def visible(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """Make text safe for a terminal: control characters become their symbols, and changes of text direction are replaced."""
     return text.translate(_VISIBLE)
 
@@ -201,7 +203,7 @@ def visible(text: str) -> str:
 # --- for a terminal ---------------------------------------------------------------------------------------------
 
 _STYLES = {(True, False): "bold green", (True, True): "bold black on green", (False, True): "cyan", (False, False): ""}
-_LEGEND = "green is trained on; control tokens stand out; a rule begins a segment, which sees nothing of the others"
+_LEGEND = "green tokens are trained on; control tokens stand out; a rule begins a segment; segments do not attend to one another"
 
 
 def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bool) -> None:
@@ -219,32 +221,34 @@ def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bo
     console.print(Group(Rule(), Text(f"{summary(rows)}; {_LEGEND}", style="dim")))
 
 
-def _title(segment: Segment, rows: Rows) -> str:
+def _title(segment: ShownSegment, rows: Rows) -> str:
     trained_on = sum(token.trained_on for token in segment.tokens)
     count = len(rows.places[segment.row - 1])
     place = f"row {segment.row}, segment {segment.number} of {count}: {segment.place}"
-    return visible(f"{place}, {len(segment.tokens)} tokens, {trained_on} trained on")
+    return escape_control_characters(f"{place}, {len(segment.tokens)} tokens, {trained_on} trained on")
 
 
 def summary(rows: Rows) -> str:
-    """Describe the rows in a line: their number and length, positions used, and positions with a loss."""
+    """Describe the rows in a line: their number and length, positions used, and positions trained on."""
     used = int((rows.batch.segment_ids > 0).sum())
     trained_on = int(rows.batch.loss_mask.sum())
     count, seq_len = rows.batch.tokens.shape
-    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {trained_on} of them with a loss"
+    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {trained_on} of them trained on"
 
 
-def _running_text(segment: Segment) -> RenderableType:
+def _running_text(segment: ShownSegment) -> RenderableType:
     text = Text(overflow="fold")
     for token in segment.tokens:
-        text.append(visible(token.text), _STYLES[token.trained_on, token.control])
+        text.append(escape_control_characters(token.text), _STYLES[token.trained_on, token.control])
     return text
 
 
-def _token_table(segment: Segment) -> RenderableType:
+def _token_table(segment: ShownSegment) -> RenderableType:
     table = Table("position", "id", "trained on", "token", box=None)
     for token in segment.tokens:
-        shown = Text(repr(visible(token.text))[1:-1] or "(part of a character)", _STYLES[token.trained_on, token.control])
+        shown = Text(
+            repr(escape_control_characters(token.text))[1:-1] or "(part of a character)", _STYLES[token.trained_on, token.control]
+        )
         table.add_row(str(token.position), str(token.id), "yes" if token.trained_on else "", shown)
     return table
 
@@ -264,8 +268,9 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospa
 sub {{ font-size: .6em; opacity: .6; user-select: none }}
 span:hover {{ outline: 1px solid }}
 </style></head><body><h1>{title}</h1>
-<p>{summary}. <span class="l">Learnt</span> is what stands on green; <span class="c">control tokens</span> are blue.
-A segment sees nothing of the others. Point at a token for its position and id; the last one of a segment is only predicted.</p>
+<p>{summary}. Tokens on <span class="l">green</span> are trained on; <span class="c">control tokens</span> are blue.
+Segments do not attend to one another. Point at a token to see its position and id; the last token of a segment is only
+predicted.</p>
 {body}
 </body></html>
 """
@@ -278,12 +283,14 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
         body.append(
             f"<h2>{html.escape(_title(segment, rows))}</h2>\n<pre>{''.join(_span(t, positions) for t in segment.tokens)}</pre>"
         )
-    return _PAGE.format(title=html.escape(visible(title)), summary=html.escape(summary(rows)), body="\n".join(body))
+    return _PAGE.format(
+        title=html.escape(escape_control_characters(title)), summary=html.escape(summary(rows)), body="\n".join(body)
+    )
 
 
 def _span(token: Token, positions: bool) -> str:
     classes = " ".join(name for name, on in (("l", token.trained_on), ("c", token.control)) if on)
-    text = html.escape(visible(token.text)) + (f"<sub>{token.position}</sub>" if positions else "")
+    text = html.escape(escape_control_characters(token.text)) + (f"<sub>{token.position}</sub>" if positions else "")
     return f'<span class="{classes}" title="position {token.position}, id {token.id}">{text}</span>'
 
 
@@ -292,6 +299,6 @@ def write_page(path: Path, rows: Rows, tokenizer: Tokenizer, title: str, positio
     write_text(path, page(rows, tokenizer, title, positions))
 
 
-def as_json(rows: Rows, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Return the segments for use by a program."""
+def segments_to_json(rows: Rows, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return the segments of all rows as values that `json.dumps` accepts."""
     return [{**segment._asdict(), "tokens": [token._asdict() for token in segment.tokens]} for segment in segments(rows, tokenizer)]

@@ -60,12 +60,16 @@ def train_bpe(
         FileExistsError: `out_dir` exists and is not an empty folder.
         ValueError: `vocab_size` leaves no room for bytes and control tokens, or there is no text.
     """
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     specials = [PAD, BOS, EOS, BEGIN_USER, END_USER]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(specials) + len(alphabet):
-        raise ValueError(f"vocab_size {vocab_size} is less than the {len(alphabet)} bytes and {len(specials)} control tokens")
+        smallest = len(alphabet) + len(specials)
+        raise ValueError(
+            f"--vocab-size {vocab_size} has no room for the {len(alphabet)} bytes and {len(specials)} control tokens; "
+            f"use {smallest} or more"
+        )
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -88,9 +92,23 @@ def train_bpe(
     )
     tokenizer.train_from_iterator(counted(), trainer)
     if not num_characters:
-        raise ValueError("no text to train a tokenizer on")
+        raise ValueError("the files contain no text to train a tokenizer on; name others")
     if tokenizer.get_vocab_size() < vocab_size:
-        log.warning("%d characters of text gave %d ids, not %d", num_characters, tokenizer.get_vocab_size(), vocab_size)
+        log.warning(
+            "the tokenizer has %d tokens instead of %d, since %d characters of text contain no more frequent pairs; use more text",
+            tokenizer.get_vocab_size(),
+            vocab_size,
+            num_characters,
+        )
+    with new_directory(out_dir) as directory:
+        _write_files(tokenizer, directory)
+    return HuggingFace(out_dir)
+
+
+def _write_files(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+    """Write the tokenizer, its settings and the chat template into an existing directory."""
+    from tokenizers import processors
+
     # Other tools use this rule to put BOS before plain text.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
@@ -103,8 +121,6 @@ def train_bpe(
         "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
     }
-    with new_directory(out_dir) as directory:
-        tokenizer.save(str(directory / "tokenizer.json"))
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return HuggingFace(out_dir)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

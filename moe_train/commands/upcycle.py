@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moe_train.data.tokenizers.tokenizer import check_vocab
 from moe_train.machine.files import check_space, new_directory, refuse_existing
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, hf, names, safetensors_files
-from moe_train.weights.on_disk import nbytes
+from moe_train.weights.on_disk import Weights, nbytes
 from moe_train.weights.texts import Texts, write_texts
 
 
@@ -60,9 +61,9 @@ def upcycle(
     """
     refuse_existing(Path(out_dir))
     if runs.is_run(base):
-        raise ValueError(f"{base} is a run; export it, and start from the export")
+        raise ValueError(f"BASE {base} is a run; export it first, and upcycle the export")
     if not 0 <= noise < float("inf"):
-        raise ValueError(f"noise is {noise}; it is a standard deviation: 0 or more")
+        raise ValueError(f"--noise {noise} is not a standard deviation; use 0 or more")
     dense = external.open_weights(base)
     model = mixtral_of(dense.model, num_experts, experts_per_token, base)
     names.check(base, dense.table, {n: t.shape for n, t in dense.tensors.items()}, {})
@@ -70,21 +71,7 @@ def upcycle(
     check_vocab(tokenizer, model.vocab_size)
     texts = Texts(tokenizer)
     dtype = dense.dtype or "float32"
-    source = {(piece.path, piece.lead): piece for piece in dense.table}
-
-    def matrix(piece: names.Piece) -> np.ndarray:
-        # Seeded by name, so that a matrix is drawn identically when it is compared after writing.
-        rng = np.random.default_rng((seed, zlib.crc32(piece.path.encode()), *piece.lead))
-        if ParameterPath.parse(piece.path).is_router:
-            return piece.to_file(model.init_stddev * rng.standard_normal(piece.ours_shape, np.float32)).astype(dtype)
-        # Every expert of a layer comes from that layer's only feed-forward part.
-        of_base = source[piece.path, piece.lead[:1]]
-        w = of_base.from_file(dense.tensors[of_base.name].read)
-        if noise and len(piece.lead) == 2:  # a matrix of an expert
-            w = w.astype(np.float32)
-            w += noise * w.std() * rng.standard_normal(w.shape, np.float32)
-        return piece.to_file(w).astype(dtype)
-
+    matrix = _matrix_maker(dense, model, dtype, noise, seed)
     table = names.pieces(model)
     check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in table))
     with new_directory(out_dir) as directory:
@@ -93,17 +80,13 @@ def upcycle(
         generation_config = Path(base) / "generation_config.json"
         if generation_config.is_file():
             shutil.copyfile(generation_config, directory / generation_config.name)
-        written = external.open_weights(directory)
-        if written.model != model:
-            raise RuntimeError(f"{directory / 'config.json'} was written as a different model: {written.model}")
-        for piece in table:
-            if written.tensors[piece.name].read().tobytes() != matrix(piece).tobytes():
-                raise RuntimeError(f"{piece.name} in the file is not what was written")
-    idle = sum(np.prod(piece.shape) for piece in table if len(piece.lead) == 2) * (num_experts - experts_per_token) // num_experts
+        _check_written(directory, model, table, matrix)
+    in_experts = sum(int(np.prod(piece.shape)) for piece in table if len(piece.lead) == 2)
+    idle = in_experts * (num_experts - experts_per_token) // num_experts
     total = sum(int(np.prod(piece.shape)) for piece in table)
     return {
         "parameters": total,
-        "active_parameters": total - int(idle),
+        "active_parameters": total - idle,
         "parameters_of_base": sum(int(np.prod(piece.shape)) for piece in dense.table),
         "tensors": len(table),
         "bytes": total * np.dtype(dtype).itemsize,
@@ -111,7 +94,40 @@ def upcycle(
     }
 
 
-def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, where: object) -> config.Model:
+def _matrix_maker(dense: Weights, model: config.Model, dtype: str, noise: float, seed: int) -> Callable[[names.Piece], np.ndarray]:
+    """Return a function that computes a matrix of the Mixtral, as the file holds it, from the dense model."""
+    source = {(piece.path, piece.lead): piece for piece in dense.table}
+
+    def matrix(piece: names.Piece) -> np.ndarray:
+        # Seeded by name, so that a matrix is drawn identically when it is compared after writing.
+        rng = np.random.default_rng((seed, zlib.crc32(piece.path.encode()), *piece.lead))
+        if ParameterPath.parse(piece.path).is_router:
+            return piece.to_file(model.init_stddev * rng.standard_normal(piece.ours_shape, np.float32)).astype(dtype)
+        # Every expert of a layer comes from that layer's only feed-forward part.
+        base_piece = source[piece.path, piece.lead[:1]]
+        w = base_piece.from_file(dense.tensors[base_piece.name].read)
+        is_expert = len(piece.lead) == 2
+        if noise and is_expert:
+            w = w.astype(np.float32)
+            w += noise * w.std() * rng.standard_normal(w.shape, np.float32)
+        return piece.to_file(w).astype(dtype)
+
+    return matrix
+
+
+def _check_written(
+    directory: Path, model: config.Model, table: Sequence[names.Piece], matrix: Callable[[names.Piece], np.ndarray]
+) -> None:
+    """Read the files back and compare them with the matrices, computed again. Raises RuntimeError."""
+    written = external.open_weights(directory)
+    if written.model != model:
+        raise RuntimeError(f"{directory / 'config.json'} describes a different model than was written: {written.model}")
+    for piece in table:
+        if written.tensors[piece.name].read().tobytes() != matrix(piece).tobytes():
+            raise RuntimeError(f"{piece.name} in {directory} is not what was written; write it again, and check the disk")
+
+
+def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, where: str | Path) -> config.Model:
     """Return the architecture with `num_experts` copies of each feed-forward part.
 
     Args:
@@ -124,11 +140,14 @@ def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, wh
         ValueError: a Mixtral cannot express the rest of the architecture.
     """
     if not isinstance(dense.ffn, config.DenseFfn):
-        raise ValueError(f"{where} has {dense.ffn.num_experts} experts already; start from a dense model")
+        raise ValueError(f"{where} already has {dense.ffn.num_experts} experts; start from a dense model")
     if len(dense.attention.windows) > 1:
-        raise ValueError(f"{where} has windows in some layers only, which a Mixtral has not; start from another dense model")
+        raise ValueError(f"{where} has windows in some layers only, which a Mixtral cannot have; start from another dense model")
     if num_experts < 2 or not 1 <= experts_per_token <= num_experts:
-        raise ValueError(f"{experts_per_token} of {num_experts} experts a token: use at least 2 experts, and 1 to all of them")
+        raise ValueError(
+            f"--experts-per-token {experts_per_token} does not fit --experts {num_experts}; "
+            "use at least 2 experts, and from 1 to all of them per token"
+        )
     ffn = config.MoeFfn(name="moe", ffn_dim=dense.ffn.ffn_dim, num_experts=num_experts, experts_per_token=experts_per_token)
     try:
         return config.Model.model_validate({**dict(dense), "family": "mixtral", "ffn": ffn})

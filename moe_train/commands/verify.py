@@ -1,4 +1,4 @@
-"""Verify that a directory still is what was exported, by repeating its proof as far as possible here."""
+"""Verify that a directory still is what was exported, by repeating its checks as far as this machine allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 from moe_train.checkpoint.model_dir import mesh_here, open_model
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands.adapters import base_and_adapter
-from moe_train.commands.export import unquantised
+from moe_train.commands.export import unquantized_model
 from moe_train.machine.mesh import make_mesh
 from moe_train.proof import expected, prove, repeat, surroundings
 from moe_train.proof.checks import Check
@@ -43,14 +43,18 @@ def verify(
     """
     directory = Path(directory)
     if not (directory / surroundings.FILE).is_file():
-        raise FileNotFoundError(f"{directory} has no {surroundings.FILE}; only what moe-train export wrote can be verified")
+        raise FileNotFoundError(
+            f"{directory} has no {surroundings.FILE}; only directories that `moe-train export` wrote can be verified"
+        )
     record, model = repeat.read_record(directory)
     if adapter is not None and (base is None or run is not None):
-        raise ValueError("--adapter says what was merged into --base: give both, or --run")
+        raise ValueError(
+            "--adapter needs --base, the model that it was merged into, and excludes --run; state --adapter and --base, or --run"
+        )
     if run is not None:
         if not is_run(run):
-            raise ValueError(f"--run {run} is no run; give the run that was exported")
-        opened = unquantised(open_model(run))
+            raise ValueError(f"--run {run} is not a run; state the directory of the run that was exported")
+        opened = unquantized_model(open_model(run))
         with jax.set_mesh(opened.mesh):
             weights = opened.to_export()
             holds_adapter = record["format"] not in get_args(expected.Model) or record.get("adapted")
@@ -60,13 +64,13 @@ def verify(
     if adapter is not None:
         assert base is not None
         if record["format"] not in get_args(expected.Model):
-            raise ValueError(f"{directory} holds an adapter, not a merged model; compare it with --run")
+            raise ValueError(f"{directory} contains an adapter, not a merged model; compare it with its run (--run)")
         with jax.set_mesh(make_mesh(mesh_here(None, model))):
             lora, weights = base_and_adapter(base, adapter, model)
             trained = prove.Export(directory, record["format"], record["dtype"], weights, model, lora, None, None)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if base is not None and is_run(base):
-        raise ValueError(f"--base {base} is a run; give the files that it started from, or --run")
+        raise ValueError(f"--base {base} is a run; state the files that training started from, or use --run")
     opened_base = None if base is None else external.open_weights(base)
     if depth == "tensors" or "prompts" not in record:
         return record, repeat.repeat(directory, depth, record, model, None, opened_base)

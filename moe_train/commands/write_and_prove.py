@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,29 +22,39 @@ from moe_train.weights.arrays import Held
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, Share
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
-Format = expected.Model
+PieceValues = Callable[[names.Piece, np.dtype], np.ndarray]
+"""Returns the values of a piece of the file's tensors, rounded once to a dtype."""
+
+BYTES_PER_VALUE = {"float32": 4, "f32": 4, "q8_0": 1}
+"""Bytes of a value by dtype, to check for disk space; 2 for all others, which is an upper bound for quantized types."""
 
 
-Matrix = Callable[[names.Piece, np.dtype], np.ndarray]
-"""Returns the values that a piece of the file's tensors has to hold, rounded once to a dtype."""
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """How a whole model is written and verified."""
+
+    dtype: str
+    """float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's own types."""
+    layout: expected.Model = "hf"
+    """Layout of the files."""
+    lora: config.Lora | None = None
+    """The section of the adapters among the weights; None if there are none."""
+    merge: bool = False
+    """Whether to merge the adapters into the weights; without it there must be none."""
+    texts: Texts = NO_TEXTS
+    """Tokenizer, chat template and config to write in addition to the weights."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Size limit of a file of weights."""
+    depth: prove.Depth = "full"
+    """`tensors` skips the checks that run the model."""
+    conversations: Sequence[Conversation] = ()
+    """Training conversations whose tokens are compared."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Additional entries of the record, such as where the weights come from."""
 
 
-def export(
-    parameters: Held,
-    model: config.Model,
-    out_dir: str | Path,
-    layout: Format = "hf",
-    *,
-    dtype: str,
-    lora: config.Lora | None = None,
-    merge: bool = False,
-    texts: Texts = NO_TEXTS,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    depth: prove.Depth = "full",
-    conversations: Sequence[Conversation] = (),
-    about: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write a whole model's directory and prove it.
+def export_model(parameters: Held, model: config.Model, out_dir: str | Path, options: WriteOptions) -> dict[str, Any]:
+    """Write a whole model's directory, and verify it by reading it back.
 
     Weights are streamed with one tensor in memory. `out_dir` appears complete or not at all. If the weights are spread over several
     processes, all of them call this and must see the same file system.
@@ -51,77 +62,94 @@ def export(
     Args:
         parameters: weights by path, in memory or in files.
         model: the architecture.
-        out_dir: the folder to write; it must be empty or not exist yet.
-        layout: layout of the files.
-        dtype: float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's own types.
-        lora: the section of the adapters in `parameters`.
-        merge: whether to merge the adapters into the weights; without it there must be none.
-        texts: tokenizer, chat template and config to put beside the weights.
-        max_shard_bytes: size limit of a file of weights.
-        depth: see `proof.prove`.
-        conversations: training conversations whose tokens the proof compares.
-        about: what else the record states.
+        out_dir: the directory to create; it must be empty or not exist yet.
+        options: how the model is written.
 
     Returns:
         The record of `proof.prove`, which is also kept in the directory.
 
     Raises:
-        FileExistsError: `out_dir` exists and is not an empty folder.
+        FileExistsError: `out_dir` exists and is not an empty directory.
         ValueError: the layout cannot express the model.
         OSError: the disk is full.
-        RuntimeError: the proof fails.
+        RuntimeError: the verification fails.
     """
-    adapters = [path for path in parameters if ParameterPath.parse(path).is_adapter]
-    if adapters and not merge:
-        raise ValueError(
-            f"the model has adapters ({len(adapters)} arrays): merge them (--merge), or export them alone (--format peft)"
-        )
-    if merge and not adapters:
-        raise ValueError("there is nothing to merge: the model has no adapters")
-    check_dtype(layout, dtype)
-    section = lora if merge else None
+    _check_adapters(parameters, options.merge)
+    check_dtype(options.layout, options.dtype)
+    lora = options.lora if options.merge else None
+    num_values = sum(array.size for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter)
+    check_space(out_dir, num_values * BYTES_PER_VALUE.get(options.dtype, 2))
+    report_written = progress.counted("writing", num_values)
 
-    numbers = sum(array.size for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter)
-    check_space(out_dir, numbers * {"float32": 4, "f32": 4, "q8_0": 1}.get(dtype, 2))
-    written = progress.counted("writing", numbers)
+    def piece_values(piece: names.Piece, dtype: np.dtype) -> np.ndarray:
+        values = piece.to_file(merging.merged(parameters, lora, piece, dtype))
+        report_written(values.size)
+        return values
 
-    def matrix(piece: names.Piece, filetype: np.dtype) -> np.ndarray:
-        array = piece.to_file(merging.merged(parameters, section, piece, filetype))
-        written(array.size)
-        return array
-
+    texts = options.texts
     with together.one_directory(out_dir) as directory:
         with together.all_or_none():
-            write(directory, layout, model, dtype, matrix, texts, max_shard_bytes)
+            write_model(directory, model, piece_values, options)
             if together.is_first():
                 write_texts(directory, texts)
         exported = prove.Export(
-            *(directory, layout, dtype, parameters, model, section),
-            *(texts.tokenizer, texts.chat_template, conversations, about or {}),
+            directory,
+            options.layout,
+            options.dtype,
+            parameters,
+            model,
+            lora,
+            texts.tokenizer,
+            texts.chat_template,
+            options.conversations,
+            options.about,
         )
-        record = prove.prove(exported, depth)
+        record = prove.prove(exported, options.depth)
         if together.is_first():
             prove.write(directory, record)
         return record
 
 
-def write(
-    directory: Path, layout: Format, model: config.Model, dtype: str, matrix: Matrix, texts: Texts, max_shard_bytes: int
-) -> None:
+def _check_adapters(parameters: Held, merge: bool) -> None:
+    """Raise ValueError if there are adapters that are not merged, or none to merge."""
+    adapters = [path for path in parameters if ParameterPath.parse(path).is_adapter]
+    if adapters and not merge:
+        raise ValueError(
+            f"the model has adapters ({len(adapters)} arrays); merge them (--merge), or export them alone (--format peft)"
+        )
+    if merge and not adapters:
+        raise ValueError("the model has no adapters to merge; leave --merge out")
+
+
+def write_model(directory: Path, model: config.Model, piece_values: PieceValues, options: WriteOptions) -> None:
     """Write the files of a whole model, except those that `write_texts` copies."""
-    match layout:
+    tokenizer = options.texts.tokenizer
+    if options.layout == "gguf":
+        gguf.write(directory, model, options.dtype, piece_values, tokenizer, options.texts.chat_template)
+        return
+    dtype = checked_dtype(options.layout, options.dtype)
+
+    def matrix(piece: names.Piece) -> np.ndarray:
+        return piece_values(piece, np.dtype(dtype))
+
+    match options.layout:
         case "hf":
-            filetype = np.dtype(dtype)
+            # Each process writes the shards of its share of the tensors.
             share = Share(jax.process_index(), jax.process_count())
-            hf.write(directory, model, dtype, lambda p: matrix(p, filetype), texts.tokenizer, max_shard_bytes, share)  # type: ignore[arg-type]
+            hf.write(directory, model, dtype, matrix, tokenizer, options.max_shard_bytes, share)
         case "mistral":
-            filetype = np.dtype(dtype)
-            mistral.write(directory, model, dtype, lambda p: matrix(p, filetype), texts.tokenizer)  # type: ignore[arg-type]
-        case "gguf":
-            gguf.write(directory, model, dtype, matrix, texts.tokenizer, texts.chat_template)
+            mistral.write(directory, model, dtype, matrix, tokenizer)
 
 
-def check_dtype(layout: Format, dtype: str) -> None:
-    """Raise ValueError if the layout does not support the dtype."""
-    if layout != "gguf" and dtype not in get_args(config.Dtype):
-        raise ValueError(f"dtype {dtype} is not one of {layout}'s, which are {', '.join(get_args(config.Dtype))}")
+def check_dtype(layout: expected.Model, dtype: str) -> None:
+    """Raise ValueError if the layout does not support the dtype; gguf's dtypes are checked when it is written."""
+    if layout != "gguf":
+        checked_dtype(layout, dtype)
+
+
+def checked_dtype(layout: str, dtype: str) -> config.Dtype:
+    """Return the dtype of safetensors files. Raises ValueError if it is not supported."""
+    for supported in get_args(config.Dtype):
+        if dtype == supported:
+            return supported
+    raise ValueError(f"--format {layout} does not support dtype {dtype}; use {' or '.join(get_args(config.Dtype))}")

@@ -51,9 +51,9 @@ from moe_train.config.families import (
     FamilyName,
     Feature,
     FileFormat,
-    HuggingFace,
+    HuggingFaceFamily,
+    describe_features,
     family_with,
-    in_words,
 )
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
 from moe_train.config.objective import NextToken, Objective, check_records
@@ -117,7 +117,7 @@ __all__ = [
     "FullTraining",
     "GroupedQueryAttention",
     "HubSource",
-    "HuggingFace",
+    "HuggingFaceFamily",
     "HuggingFaceTokenizer",
     "InitialWeights",
     "Int8",
@@ -170,9 +170,9 @@ __all__ = [
     "check_batch",
     "check_model",
     "check_records",
+    "describe_features",
     "family_with",
     "features",
-    "in_words",
     "layers",
     "names_module",
     "run_of",

@@ -41,7 +41,7 @@ class LoraTarget(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.experts is not None and len(set(self.experts)) < len(self.experts):
-            raise ValueError(f"experts {list(self.experts)} names one twice")
+            raise ValueError(f"experts {list(self.experts)} lists an expert twice; list each once")
         return self
 
 
@@ -98,12 +98,16 @@ class Lora(Section):
         """Return the targets that give a module its adapter: one, or several that cover different experts.
 
         Args:
-            module: Path of the module inside a layer.
-            routed: Whether the module has routed experts. Targets that name experts skip all other modules, such as those of the
+            module: path of the module inside a layer.
+            routed: whether the module has routed experts. Targets that name experts skip all other modules, such as those of the
                 dense first layers of a sparse model.
         """
-        matching = [t for t in self.targets if any(names_module(pattern, module) for pattern in t.modules)]
-        return [target for target in matching if routed or target.experts is None]
+        matching = []
+        for target in self.targets:
+            matches = any(names_module(pattern, module) for pattern in target.modules)
+            if matches and (routed or target.experts is None):
+                matching.append(target)
+        return matching
 
     def scale(self, target: LoraTarget) -> float:
         """Return the factor by which the product B·A of a target is multiplied."""

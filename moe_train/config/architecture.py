@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, FileFormat, in_words
+from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, FileFormat, describe_features
 from moe_train.config.section import (
     NonNegative,
     NonNegativeFloat,
@@ -67,9 +67,9 @@ class GroupedQueryAttention(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change either")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs; use an even head_dim")
+            raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embeddings rotate pairs of dims; use an even head_dim")
         return self
 
 
@@ -117,9 +117,9 @@ class SigmoidRouter(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.groups_per_token > self.num_groups:
-            raise ValueError(f"groups_per_token {self.groups_per_token} exceeds num_groups {self.num_groups}")
+            raise ValueError(f"groups_per_token {self.groups_per_token} exceeds num_groups {self.num_groups}; lower it")
         if self.groups_per_token == self.num_groups > 1:
-            raise ValueError(f"groups_per_token {self.groups_per_token} is all of num_groups, which limits nothing; leave both out")
+            raise ValueError(f"groups_per_token {self.groups_per_token} equals num_groups, so it limits nothing; leave both out")
         return self
 
 
@@ -156,16 +156,22 @@ class MoeFfn(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.experts_per_token > self.num_experts:
-            raise ValueError(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}")
+            raise ValueError(f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}; lower it")
         if isinstance(self.router, SigmoidRouter) and self.router.num_groups > 1:
             G = self.router.num_groups
             size = self.num_experts // self.router.num_groups
             if self.num_experts % G or size < 2:
-                raise ValueError(f"router.num_groups {G} does not divide num_experts {self.num_experts} into groups of two or more")
+                raise ValueError(
+                    f"router.num_groups {G} does not divide num_experts {self.num_experts} into groups of two or more; "
+                    "use a smaller divisor of num_experts"
+                )
             # The groups of a token have to offer enough experts.
             reachable = self.router.groups_per_token * size
             if reachable < self.experts_per_token:
-                raise ValueError(f"experts_per_token {self.experts_per_token} exceeds the {reachable} experts of a token's groups")
+                raise ValueError(
+                    f"experts_per_token {self.experts_per_token} exceeds the {reachable} experts of a token's groups; "
+                    "lower it, or raise router.groups_per_token"
+                )
         return self
 
 
@@ -193,11 +199,17 @@ class Model(Section):
         _check_periods(self)
         _check_family(self)
         if len({w for w in self.attention.windows if w is not None}) > 1:
-            raise ValueError(f"attention.windows {list(self.attention.windows)} has several sizes; the family's layers share one")
+            raise ValueError(
+                f"attention.windows {list(self.attention.windows)} has several sizes; "
+                "use the same size in all layers that have a window"
+            )
         if isinstance(self.rope, YarnRope) and self.attention.query_scaling is not None:
-            lengths = self.rope.original_max_seq_len, self.attention.query_scaling.original_max_seq_len
-            if lengths[0] != lengths[1]:
-                raise ValueError(f"original_max_seq_len is {lengths[0]} in rope, {lengths[1]} in query_scaling; they are the same")
+            of_rope = self.rope.original_max_seq_len
+            of_queries = self.attention.query_scaling.original_max_seq_len
+            if of_rope != of_queries:
+                raise ValueError(
+                    f"original_max_seq_len is {of_rope} in rope and {of_queries} in query_scaling; use the same value in both"
+                )
         return self
 
 
@@ -205,12 +217,12 @@ def _check_periods(model: Model) -> None:
     """Raise ValueError unless each stack of layers is a whole number of periods."""
     period = len(model.attention.windows)
     if model.num_layers % period:
-        raise ValueError(f"num_layers {model.num_layers} is not a multiple of the {period} attention.windows")
+        raise ValueError(f"num_layers {model.num_layers} is not a multiple of the {period} attention.windows; change either")
     dense = model.ffn.dense_layers if isinstance(model.ffn, MoeFfn) else None
     if dense is None:
         return
     if dense.count % period:
-        raise ValueError(f"ffn.dense_layers.count {dense.count} is not a multiple of the {period} attention.windows")
+        raise ValueError(f"ffn.dense_layers.count {dense.count} is not a multiple of the {period} attention.windows; change either")
     if dense.count >= model.num_layers:
         raise ValueError(f"ffn.dense_layers.count {dense.count} leaves no sparse layer of num_layers {model.num_layers}; lower it")
 
@@ -220,12 +232,15 @@ def _check_family(model: Model) -> None:
     family = FAMILIES[model.family]
     if family.sparse != isinstance(model.ffn, MoeFfn):
         sparse = ", ".join(name for name, row in FAMILIES.items() if row.sparse)
-        raise ValueError(f"family {model.family} does not have a {model.ffn.name} ffn; only {sparse} has, and needs, moe")
+        raise ValueError(
+            f"family {model.family} cannot have a {model.ffn.name} ffn: {sparse} must have a moe ffn, and all others a dense one; "
+            "change model.ffn or model.family"
+        )
     excess = features(model) - family.features
     for feature, phrase in FEATURES.items():
         if feature in excess:
             owners = ", ".join(name for name, row in FAMILIES.items() if feature in row.features)
-            raise ValueError(f"family {model.family} cannot have {phrase}; only {owners} can: leave it out")
+            raise ValueError(f"family {model.family} cannot have {phrase}; only {owners} can; leave it out, or change model.family")
 
 
 def features(model: Model) -> frozenset[Feature]:
@@ -254,16 +269,16 @@ def without_format(model: Model, file_format: FileFormat | None = None) -> str |
     """Describe the features of a model that a file format cannot express.
 
     Args:
-        model: The architecture.
-        file_format: The format to check; None for all formats of the model's family, of which the one that lacks the fewest
+        model: the architecture.
+        file_format: the format to check; None for all formats of the model's family, of which the one that lacks the fewest
             features counts.
 
     Returns:
         The missing features as text for a message, or None if the model can be exported.
     """
     formats = FAMILIES[model.family].formats
-    considered = [name for name in formats if file_format in (name, None)]
+    considered = list(formats) if file_format is None else [name for name in formats if name == file_format]
     if not considered:
         return "the architecture"
     missing = [features(model) - formats[name] for name in considered]
-    return in_words(min(missing, key=len))
+    return describe_features(min(missing, key=len))

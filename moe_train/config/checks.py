@@ -39,20 +39,23 @@ def check_batch(sections: Sections) -> None:
     per_microbatch = train.batch_size // train.microbatches
     if replicas > 0 and per_microbatch % replicas:
         raise ValueError(
-            f"batch_size {train.batch_size} / microbatches {train.microbatches} = {per_microbatch} sequences do not divide "
-            f"over mesh data x fsdp x expert = {replicas}; use a multiple of {replicas * train.microbatches}"
+            f"batch_size {train.batch_size} / microbatches {train.microbatches} = {per_microbatch} sequences, which do not divide "
+            f"evenly over mesh data x fsdp x expert = {replicas}; use a batch_size that is a multiple of "
+            f"{replicas * train.microbatches}"
         )
     chunks = 1 if mesh.context == 1 else 2 * mesh.context  # zig-zag: two chunks a device balance causal attention
     if mesh.context > 0 and train.seq_len % chunks:
-        down = train.seq_len // chunks * chunks
+        lower = train.seq_len // chunks * chunks
+        # 0 is a multiple too, but no sequence length.
+        choices = f"{lower} or {lower + chunks}" if lower else str(chunks)
         raise ValueError(
-            f"train.seq_len {train.seq_len} does not divide into two chunks for each of mesh.context {mesh.context}; "
-            f"use a multiple of {chunks}: {f'{down} or ' if down else ''}{down + chunks}"
+            f"train.seq_len {train.seq_len} does not divide into two equal chunks for each of mesh.context {mesh.context} devices; "
+            f"use a multiple of {chunks}: {choices}"
         )
     if mesh.context > 0 and sections.compute.attention == "splash" and train.seq_len % (128 * chunks):
         raise ValueError(
-            f"compute.attention splash wants a train.seq_len of whole {128 * chunks}s"
-            f"{'' if chunks == 1 else f' on mesh.context {mesh.context}'}, not {train.seq_len}; use auto"
+            f"compute.attention splash needs a train.seq_len that is a multiple of {128 * chunks} on mesh.context {mesh.context}, "
+            f"not {train.seq_len}; change it, or set compute.attention to auto"
         )
 
 
@@ -70,36 +73,41 @@ def check_model(sections: Sections, model: Model) -> None:
     if sections.train.seq_len > model.max_seq_len:
         raise ValueError(f"train.seq_len {sections.train.seq_len} exceeds the model's max_seq_len {model.max_seq_len}")
     if sections.evaluation.drift_batches and (sections.lora is None or not isinstance(model.ffn, MoeFfn)):
-        raise ValueError("evaluation.drift_batches compares the routing of adapters with their base's; here is none: leave it out")
+        raise ValueError(
+            f"evaluation.drift_batches is {sections.evaluation.drift_batches}, but only adapters on a model with routers have a "
+            "base model to compare routing with; leave it out"
+        )
     if sections.compute.transport != "auto" and mesh.expert == 1:
-        raise ValueError(f"compute.transport {sections.compute.transport} has no effect where mesh.expert is 1; leave it out")
+        raise ValueError(f"compute.transport {sections.compute.transport} has no effect when mesh.expert is 1; leave it out")
     inexpressible = without_format(model)
     if inexpressible and sections.export != "none":
         raise ValueError(
-            f"no file format has a place for {inexpressible} of family {model.family}; set export: none to train it anyway"
+            f"no file format can express {inexpressible} of family {model.family}; set export: none to train it anyway"
         )
     if not inexpressible and sections.export == "none":
-        raise ValueError(f"export: none has no effect on family {model.family}, which has its formats; leave it out")
+        raise ValueError(f"export: none has no effect, since the model can be exported (family {model.family}); leave it out")
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
         _check_divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
         if (sections.lora is None or sections.lora.trains_router) and None in coefs.values():
             missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
-            raise ValueError(f"state {missing} where routers are trained (0.01 and 0.001 are usual; 0 is off)")
+            raise ValueError(f"state {missing}, since routers are trained (0.01 and 0.001 are usual; 0 disables a loss)")
         # With LoRA, the bias moves only if the router itself is trained in full.
         moves = model.ffn.router.bias and (sections.lora is None or "ffn.router" in sections.lora.train)
         if moves and loss.bias_update_rate is None:
-            raise ValueError("state loss.bias_update_rate where routers have a bias (0.001 is usual; 0 is off)")
+            raise ValueError("state loss.bias_update_rate, since routers have a bias (0.001 is usual; 0 keeps it fixed)")
         if not moves and loss.bias_update_rate is not None:
-            why = "is frozen" if model.ffn.router.bias else "is not there (model.ffn.router.bias)"
-            raise ValueError(f"loss.bias_update_rate has no effect: the routers' bias {why}; leave it out")
+            reason = "the routers have no bias (model.ffn.router.bias)"
+            if model.ffn.router.bias:
+                reason = "the routers' bias is frozen"
+            raise ValueError(f"loss.bias_update_rate has no effect: {reason}; leave it out")
     else:
         if mesh.expert != 1:
             raise ValueError(f"mesh.expert is {mesh.expert}, but a {model.family} model has no experts; use fsdp or data")
         if sections.train.capacity_factor is not None:
-            raise ValueError("train.capacity_factor is of experts, but the model has none; leave it out")
+            raise ValueError(f"train.capacity_factor is set, but a {model.family} model has no experts; leave it out")
         if any(coefs.values()) or loss.bias_update_rate is not None:
-            raise ValueError("loss has router coefficients, but the model has no router; leave them out")
+            raise ValueError(f"loss has router coefficients, but a {model.family} model has no routers; leave them out")
 
 
 def _check_divides(size: int, axis: str, dim: int, name: str) -> None:

@@ -53,7 +53,7 @@ class Mesh(Section):
         sizes = {k: getattr(self, k) for k in type(self).model_fields}
         for axis, size in sizes.items():
             if size != -1 and size < 1:
-                raise ValueError(f"mesh.{axis} is {size}; use a positive number, or -1 for the rest of the devices")
+                raise ValueError(f"mesh.{axis} is {size}; use a positive number, or -1 for all remaining devices")
         if list(sizes.values()).count(-1) > 1:
-            raise ValueError("only one mesh axis can be -1 (the rest of the devices)")
+            raise ValueError("only one mesh axis can be -1 (all remaining devices); state the sizes of the others")
         return self

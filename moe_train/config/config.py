@@ -48,12 +48,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.model is None and self.init_from is None:
-            raise ValueError("state model (an architecture, trained from random weights) or init_from (a checkpoint)")
+            raise ValueError("state model (an architecture to train from random weights) or init_from (a checkpoint to start from)")
         if self.model is not None:
             check_model(self, self.model)
         if self.data is not None:
             check_records(self.objective, self.data)
         check_batch(self)
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
-            raise ValueError("compute.attention cudnn takes 16-bit numbers; set compute.dtype to bfloat16, or attention to auto")
+            raise ValueError(
+                "compute.attention cudnn does not support float32; set compute.dtype to bfloat16, or attention to auto"
+            )
         return self

@@ -42,7 +42,7 @@ FEATURES: dict[Feature, str] = {
 
 
 @dataclass(frozen=True)
-class HuggingFace:
+class HuggingFaceFamily:
     """How the transformers library represents a family."""
 
     architecture: str
@@ -66,7 +66,7 @@ length, up to which the model behaves the same without a window.
 class Family:
     """One row of the table."""
 
-    hugging_face: HuggingFace
+    hugging_face: HuggingFaceFamily
     features: frozenset[Feature]
     """The features that a model of the family may have."""
     sparse: bool = False
@@ -78,17 +78,19 @@ class Family:
 
 
 FAMILIES: dict[FamilyName, Family] = {
-    "mistral": Family(HuggingFace("MistralForCausalLM"), frozenset({"window", "tied_embeddings"})),
+    "mistral": Family(HuggingFaceFamily("MistralForCausalLM"), frozenset({"window", "tied_embeddings"})),
     "mixtral": Family(
-        HuggingFace("MixtralForCausalLM", defaults={"sliding_window": None}),
+        HuggingFaceFamily("MixtralForCausalLM", defaults={"sliding_window": None}),
         frozenset({"window", "tied_embeddings", "sigmoid_router", "router_bias", "shared_experts", "dense_layers"}),
         sparse=True,
         vllm_adapts_ends=True,
     ),
-    "ministral": Family(HuggingFace("MinistralForCausalLM"), frozenset({"window", "interleaved_windows", "tied_embeddings"})),
-    "ministral3": Family(HuggingFace("Ministral3ForCausalLM"), frozenset({"window", "yarn", "query_scaling", "tied_embeddings"})),
+    "ministral": Family(HuggingFaceFamily("MinistralForCausalLM"), frozenset({"window", "interleaved_windows", "tied_embeddings"})),
+    "ministral3": Family(
+        HuggingFaceFamily("Ministral3ForCausalLM"), frozenset({"window", "yarn", "query_scaling", "tied_embeddings"})
+    ),
     "llama": Family(
-        HuggingFace(
+        HuggingFaceFamily(
             "LlamaForCausalLM",
             defaults={"rope_theta": 10000.0, "num_key_value_heads": None},  # None: equal to num_attention_heads
             fixed={"attention_bias": False, "mlp_bias": False},
@@ -105,19 +107,20 @@ def family_with(features: Collection[Feature], *, sparse: bool, file_format: Fil
     """Return the first family of the table that may have all of these features, for a format that does not name families.
 
     Args:
-        features: Features that the model has.
-        sparse: Whether the model has a sparse ffn.
-        file_format: The format, which has to be able to express the family.
+        features: features that the model has.
+        sparse: whether the model has a sparse ffn.
+        file_format: the format, which has to be able to express the family.
 
     Raises:
-        ValueError: If no family has all of these features.
+        ValueError: no family has all of these features.
     """
     for name, family in FAMILIES.items():
         if family.sparse == sparse and file_format in family.formats and set(features) <= family.features:
             return name
-    raise ValueError(f"no {'sparse' if sparse else 'dense'} family can have {in_words(features)}; leave out what is too much")
+    kind = "sparse" if sparse else "dense"
+    raise ValueError(f"no {kind} family can have all of {describe_features(features)}; remove some of them")
 
 
-def in_words(features: Collection[Feature]) -> str | None:
+def describe_features(features: Collection[Feature]) -> str | None:
     """Join the phrases of the features in the order of the table; None if there are no features."""
     return " and ".join(phrase for feature, phrase in FEATURES.items() if feature in features) or None

@@ -14,12 +14,12 @@ from moe_train.config.schema import all_keys, key_path, members, owners
 from moe_train.config.strict_yaml import KeyPath, shown
 
 
-def in_words(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+def explain_errors(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Translate pydantic's validation errors into messages about the config file.
 
     Args:
-        error: The error that validating the config raised.
-        tree: The config as plain values, to find the key that a check of a whole section blames.
+        error: the error that validating the config raised.
+        tree: the config as plain values, to find the key that a check of a whole section blames.
 
     Yields:
         The path of the key at fault, and a message in one line.
@@ -111,7 +111,7 @@ def _suggestion(path: KeyPath, section: dict[str, Any]) -> str:
     section_path = ".".join("0" if isinstance(part, int) else part for part in parents)
     siblings = [p for p in elsewhere if p.rpartition(".")[0] == section_path]
     if siblings:
-        return f"{section['properties']['name']['const']} has none; it belongs to {' and '.join(owners(key, section_path))}"
+        return f"{section['properties']['name']['const']} does not have it; it belongs to {' and '.join(owners(key, section_path))}"
     trainer_remark = remark(str(key))
     if trainer_remark:
         return trainer_remark

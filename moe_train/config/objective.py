@@ -29,4 +29,6 @@ def check_records(objective: Objective, data: Data) -> None:
     for source in (*data.train, *data.eval):
         if isinstance(source, RecordSource) and source.record.name not in objective.records:
             kinds = ", ".join(objective.records)
-            raise ValueError(f"objective {objective.name} reads records of kind {kinds}, not {source.record.name}; change record")
+            raise ValueError(
+                f"objective {objective.name} reads records of kind {kinds}, not {source.record.name}; change record in the source"
+            )

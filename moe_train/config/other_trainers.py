@@ -118,7 +118,7 @@ RENAMED = {
 }
 """Our key path -> the names of other trainers for it, separated by spaces."""
 
-_WHOLE_STEP = "the sequences of a whole optimizer step over all devices; train.microbatches splits it"
+_WHOLE_STEP = "the sequences of one optimizer step over all devices; train.microbatches splits it"
 _IN_STEPS = "a number of optimizer steps"
 _ROUTER = "the balance loss is per layer; transformers averages over the layers"
 
@@ -144,45 +144,53 @@ REMARKS = {
     "modules_to_save": "modules trained in full, such as embed, head, *_norm, ffn.router",
     "lora_modules_to_save": "modules trained in full, such as embed, head, *_norm, ffn.router",
     "additional_target": "modules trained in full, such as embed, head, *_norm, ffn.router",
-    "target_parameters": "modules such as ffn.*_proj; routed experts get an adapter each",
-    "val_set_size": "a source of its own",
+    "target_parameters": "modules such as ffn.*_proj; each routed expert gets its own adapter",
+    "val_set_size": "a separate source",
     "eval_strategy": _IN_STEPS,
     "evaluation_strategy": _IN_STEPS,
     "save_strategy": _IN_STEPS,
     "evals_per_epoch": _IN_STEPS,
     "saves_per_epoch": _IN_STEPS,
     "wsd_decay_steps_fraction": _IN_STEPS,
-    "deepspeed": "parameters, gradients and optimizer are sharded over the mesh; there is no other switch",
-    "fsdp_config": "parameters, gradients and optimizer are sharded over the mesh; there is no other switch",
-    "zero_stage": "parameters, gradients and optimizer are sharded over the mesh; there is no other switch",
+    "deepspeed": "parameters, gradients and optimizer are sharded over the mesh; there is no other setting",
+    "fsdp_config": "parameters, gradients and optimizer are sharded over the mesh; there is no other setting",
+    "zero_stage": "parameters, gradients and optimizer are sharded over the mesh; there is no other setting",
     "ici_fsdp_transpose_parallelism": "the mesh has the axes data, fsdp, expert, context and tensor",
-    "pipeline_model_parallel_size": "there is no pipeline; the mesh has the axes data, fsdp, expert, context and tensor",
-    "pipeline_parallel_degree": "there is no pipeline; the mesh has the axes data, fsdp, expert, context and tensor",
-    "ici_pipeline_parallelism": "there is no pipeline; the mesh has the axes data, fsdp, expert, context and tensor",
-    "model_name": "an architecture is stated under model; a checkpoint to start from is init_from",
-    "hidden_dim": "params.json's word for the FFN's width",
-    "sample_packing": "leave it out: sequences are always packed (longest first, best fit), and never see each other",
+    "pipeline_model_parallel_size": "pipelines are not supported; the mesh has the axes data, fsdp, expert, context and tensor",
+    "pipeline_parallel_degree": "pipelines are not supported; the mesh has the axes data, fsdp, expert, context and tensor",
+    "ici_pipeline_parallelism": "pipelines are not supported; the mesh has the axes data, fsdp, expert, context and tensor",
+    "model_name": "state an architecture under model, or a checkpoint to start from as init_from",
+    "hidden_dim": "the name of the FFN's width in params.json",
+    "sample_packing": "leave it out: sequences are always packed (longest first, best fit), and never attend to each other",
     "pad_to_sequence_len": "leave it out: every batch is train.batch_size x train.seq_len",
-    "train_on_inputs": "leave it out: of a conversation the assistant's tokens bear the loss",
-    "completion_only_loss": "leave it out: of a conversation the assistant's tokens bear the loss",
-    "assistant_only_loss": "leave it out: of a conversation the assistant's tokens bear the loss",
-    "adapter": "leave it out: a lora section makes adapters, none trains every weight",
-    "use_peft": "leave it out: a lora section makes adapters, none trains every weight",
+    "train_on_inputs": "leave it out: in conversations, the loss covers only the assistant's tokens",
+    "completion_only_loss": "leave it out: in conversations, the loss covers only the assistant's tokens",
+    "assistant_only_loss": "leave it out: in conversations, the loss covers only the assistant's tokens",
+    "adapter": "leave it out: a lora section trains adapters; without one every weight is trained",
+    "use_peft": "leave it out: a lora section trains adapters; without one every weight is trained",
     "load_in_4bit": "nf4",
     "load_in_8bit": "int8",
     "resume_from_checkpoint": "leave it out: a run continues from the last checkpoint in run_dir by itself",
     "auto_resume_from_checkpoints": "leave it out: a run continues from the last checkpoint in run_dir by itself",
     "scan_layers": "leave it out: layers are always scanned",
-    "trust_remote_code": "leave it out: no code is taken from a model's folder",
+    "trust_remote_code": "leave it out: code in a model's folder is never run",
     "special_tokens": "leave it out: they come with the tokenizer",
 }
 """A name of another trainer -> what else differs from our setting, or why we have no such setting."""
 
 
+def _our_key(key: str) -> str | None:
+    for path, other_names in RENAMED.items():
+        if key in other_names.split():
+            return path
+    return None
+
+
 def remark(key: str) -> str | None:
     """Return what to write instead of another trainer's `key`, or None if no trainer in the tables has a setting of this name."""
-    our_key = next((path for path, other_names in RENAMED.items() if key in other_names.split()), None)
     note = REMARKS.get(key)
+    our_key = _our_key(key)
     if our_key is None:
         return note
-    return f"here it is {our_key}" + (f" ({note})" if note else "")
+    explanation = f" ({note})" if note else ""
+    return f"use {our_key}{explanation}"

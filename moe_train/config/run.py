@@ -112,12 +112,12 @@ def run_of(config: Config) -> Run:
     """Convert a config that states everything to a `Run`: one from `Run.to_config`, or one that `resolve` has completed.
 
     Raises:
-        ValueError: If the config leaves a choice to a checkpoint or to the devices.
+        ValueError: the config leaves a choice to a checkpoint or to the devices.
     """
     if config.model is None:
-        raise ValueError("the config does not state model, and so is not a resolved one")
+        raise ValueError("the config does not state model, so it is not resolved; call run.resolve.resolve first")
     if -1 in config.mesh.model_dump().values():
-        raise ValueError("the config has a mesh axis of -1, and so is not a resolved one")
+        raise ValueError("the config has a mesh axis of -1, so it is not resolved; call run.resolve.resolve first")
     return Run(
         **{key: getattr(config, key) for key in _SHARED_WITH_CONFIG},
         initial_weights=RandomWeights() if config.init_from is None else PretrainedWeights(path=config.init_from),
@@ -131,6 +131,6 @@ def _decided_data(config: Config) -> RunData | NoData:
     if config.data is None:
         return NoData(reason="the config has no data section; state data.train and data.tokenizer")
     if config.data.tokenizer is None:
-        source_note = "" if config.init_from is None else f", and {config.init_from} has none"
-        return NoData(reason=f"data.tokenizer is not stated{source_note}; state it")
+        missing = "" if config.init_from is None else f", and there is none in {config.init_from}"
+        return NoData(reason=f"data.tokenizer is not stated{missing}; state it")
     return RunData(**dict(config.data))

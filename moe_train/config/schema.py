@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+
+from pydantic.json_schema import JsonSchemaValue
 
 from moe_train.config import Config
 from moe_train.config.strict_yaml import KeyPath
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> JsonSchemaValue:
     """Return the JSON schema (2020-12) of a config file, with which editors complete and check keys."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
@@ -17,7 +18,7 @@ def json_schema() -> dict[str, Any]:
 _SCHEMA = json_schema()
 
 
-def _follow(schema: dict[str, Any]) -> dict[str, Any]:
+def _follow(schema: JsonSchemaValue) -> JsonSchemaValue:
     """Resolve a reference, or the `X` of `X or null`, to the schema behind it."""
     if "$ref" in schema:
         return _follow(_SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]])
@@ -27,18 +28,18 @@ def _follow(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def members(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def members(schema: JsonSchemaValue) -> dict[str, JsonSchemaValue]:
     """Return tag -> section schema for a tagged union; one section under the tag "" for a plain one; {} for other values."""
     if "discriminator" in schema:
         return {tag: _follow({"$ref": ref}) for tag, ref in schema["discriminator"]["mapping"].items()}
     return {"": schema} if "properties" in schema else {}
 
 
-def key_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, dict[str, Any]]:
+def key_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, JsonSchemaValue]:
     """Translate pydantic's error location, which includes union tags, to the key path of the file.
 
     Args:
-        loc: The `loc` of a pydantic error.
+        loc: the `loc` of a pydantic error.
 
     Returns:
         The key path without tags, and the schema of the innermost section (of the union, if the tag itself is at fault).
@@ -58,7 +59,7 @@ def key_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, dict[str, Any]]:
     return path, schema if "discriminator" in schema else section
 
 
-def _keys(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+def _keys(schema: JsonSchemaValue, prefix: str) -> Iterator[tuple[str, str]]:
     """Yield every key path below `schema`, with the tag of the section that it is in; lists are entered at item 0."""
     schema = _follow(schema)
     if schema.get("type") == "array":

@@ -16,8 +16,8 @@ def _path(value: str) -> str:
     """Reject a URL, which would otherwise become a local folder of that name."""
     if "://" in value:
         raise ValueError(
-            "a URL where a path is needed; name a path of this machine, or of a file system (NFS, Lustre, a mounted bucket) "
-            "that all hosts share. Only prepared data are read from buckets: {name: prepared, path: …}"
+            "this is a URL, but a path is needed; state a path on this machine, or on a file system that all hosts share "
+            "(NFS, Lustre, a mounted bucket). Only prepared data are read from buckets: {name: prepared, path: …}"
         )
     return value
 

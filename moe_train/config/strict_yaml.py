@@ -40,7 +40,8 @@ class _Loader(yaml.SafeLoader):
         """Compose the next node; reject an anchor or alias."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read; write the value out", event.start_mark)
+            problem = "anchors and aliases are not supported; write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -53,7 +54,7 @@ for _tag, _pattern, _first in _CORE_SCALARS:
     _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 
 
-def parse(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
+def parse_yaml(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse YAML text to plain values.
 
     Args:
@@ -64,7 +65,7 @@ def parse(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
         The value, and the line number of every key and list item by its path.
 
     Raises:
-        ConfigError: With every error found, one per line.
+        ConfigError: with every error, one per line.
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -102,10 +103,10 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: li
             key = key_node.value
             line = key_node.start_mark.line + 1
             if key_node.tag != _STR:
-                shown = key if isinstance(key_node, yaml.ScalarNode) else "a list or section"
-                faults.append(f"{_location(origin, line)}: {dotted(path)}a key is a name (value {shown})")
+                key_text = key if isinstance(key_node, yaml.ScalarNode) else "a list or section"
+                faults.append(f"{_location(origin, line)}: {dotted(path)}a key must be a string (value {key_text})")
             elif key in mapping:
-                faults.append(f"{_location(origin, line)}: {dotted((*path, key))}stated twice; first in line {lines[*path, key]}")
+                faults.append(f"{_location(origin, line)}: {dotted((*path, key))}stated twice, first on line {lines[*path, key]}")
             else:
                 lines[*path, key] = line
                 mapping[key] = _value(child, (*path, key), lines, faults, origin)
@@ -127,22 +128,22 @@ def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
     if tag == _INT and len(text) < 40:
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if tag == _INT:
-        fault = "too large a number"
+        fault = "the number is too large"
     elif tag == _FLOAT:
         number = math.inf
         if text[-1].isdigit() or text[-1] == ".":
             number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
         if math.isfinite(number):
             return number
-        fault = "a number has to be finite"
+        fault = "a number must be finite"
     else:
-        fault = f"tags ({tag}) are not read"
+        fault = f"tags ({tag}) are not supported"
     faults.append(f"{_location(origin, node.start_mark.line + 1)}: {label}{fault} (value {shown(text)})")
     return None
 
 
-def write(tree: Any) -> str:
-    """Return `tree` as YAML text that `parse` reads back to an equal tree."""
+def format_yaml(tree: Any) -> str:
+    """Return `tree` as YAML text that `parse_yaml` reads back to an equal tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
 
 

@@ -32,15 +32,18 @@ class Train(Section):
     def _check(self) -> Self:
         stated = [k for k in ("steps", "epochs", "tokens") if getattr(self, k) is not None]
         if len(stated) != 1:
-            raise ValueError(f"the length of a run is exactly one of steps, epochs, tokens; here: {', '.join(stated) or 'none'}")
+            raise ValueError(
+                f"state the length of the run as exactly one of steps, epochs, tokens (stated: {', '.join(stated) or 'none'})"
+            )
         if self.batch_size % self.microbatches:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of microbatches {self.microbatches}")
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of microbatches {self.microbatches}; change either")
         if self.capacity_factor is not None and self.max_drop_rate is None:
-            raise ValueError("state max_drop_rate where there is a capacity_factor (0.1 stops at a tenth dropped; 1 never stops)")
+            raise ValueError("state max_drop_rate with capacity_factor (0.1 stops the run if a tenth is dropped; 1 never stops it)")
         if self.capacity_factor is None and self.max_drop_rate is not None:
             raise ValueError("max_drop_rate has no effect without a capacity_factor: nothing is dropped; leave it out")
-        if self.tokens is not None and self.tokens < self.batch_size * self.seq_len:
-            raise ValueError(f"tokens {self.tokens} is less than one step of {self.batch_size * self.seq_len}")
+        tokens_per_step = self.batch_size * self.seq_len
+        if self.tokens is not None and self.tokens < tokens_per_step:
+            raise ValueError(f"tokens {self.tokens} is less than one step of {tokens_per_step} (batch_size x seq_len); raise it")
         return self
 
 

@@ -14,20 +14,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_train.config import Config, strict_yaml
-from moe_train.config.faults import in_words
-from moe_train.config.strict_yaml import ConfigError, KeyPath, dotted, parse, shown
+from moe_train.config.faults import explain_errors
+from moe_train.config.strict_yaml import ConfigError, KeyPath, dotted, parse_yaml, shown
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read and check the `Config` of a YAML file.
 
     Args:
-        path: The YAML file.
+        path: the YAML file.
         overrides: `key.path=value` settings that replace those of the file; the last one for a key wins.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ConfigError: With every error found, one per line.
+        FileNotFoundError: there is no such file.
+        ConfigError: with every error, one per line.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,9 +37,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    tree, lines = parse(text, str(path))
+    tree, lines = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}:1: a config is sections of `key: value` (value {shown(tree)})")
+        raise ConfigError(f"{path}:1: a config consists of sections with `key: value` (value {shown(tree)})")
     origins = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
     for override in overrides:
         _apply(tree, origins, override)
@@ -52,8 +52,8 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"{origin}: an override is key.path=value, such as optimizer.learning_rate=1e-4")
-    value, _ = parse(text, origin)
+        raise ConfigError(f"{origin}: an override has the form key.path=value, such as optimizer.learning_rate=1e-4")
+    value, _ = parse_yaml(text, origin)
     section: Any = tree
     path: KeyPath = ()
     for i, part in enumerate(parts):
@@ -61,10 +61,10 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
         step: str | int = part
         if isinstance(section, list):
             if not (part.isdigit() and int(part) < len(section)):
-                raise ConfigError(f"{origin}: {dotted(path)}a list of {len(section)} items, counted from 0 (value {part})")
+                raise ConfigError(f"{origin}: {dotted(path)}this list has {len(section)} items, counted from 0 (value {part})")
             step = int(part)
         elif not isinstance(section, dict):
-            raise ConfigError(f"{origin}: {dotted(path)}not a section, so it has no {part} (value {shown(section)})")
+            raise ConfigError(f"{origin}: {dotted(path)}this is not a section, so it has no key {part} (value {shown(section)})")
         path = (*path, step)
         if is_last:
             section[step] = value
@@ -84,7 +84,7 @@ def _validate(tree: dict[str, Any], origins: dict[KeyPath, str]) -> Config:
     try:
         return Config.model_validate_json(json.dumps(tree))  # strict types accept a list as a tuple only when they read JSON
     except ValidationError as error:
-        faults = {(path, message): None for path, message in in_words(error, tree)}
+        faults = {(path, message): None for path, message in explain_errors(error, tree)}
     raise ConfigError("\n".join(f"{_origin(origins, path)}: {dotted(path)}{message}" for path, message in faults))
 
 
@@ -97,7 +97,7 @@ def _origin(origins: dict[KeyPath, str], path: KeyPath) -> str:
 
 def dump(config: Config) -> str:
     """Return the config, with every default stated, as YAML that loads back to an equal `Config`."""
-    return strict_yaml.write(config.model_dump(mode="json"))
+    return strict_yaml.format_yaml(config.model_dump(mode="json"))
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -74,9 +74,9 @@ def refuse_existing(path: Path) -> None:
     """
     scheme = path.parts[0] if path.parts else ""
     if scheme.endswith(":") and len(scheme) > 2:  # a Windows drive has one letter
-        raise ValueError(f"{path} is a URL where a folder is needed; write to a file system, and copy what is there")
+        raise ValueError(f"{path} is a URL, but a directory is needed; write to a file system, and copy the result")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already; remove it or choose another directory")
+        raise FileExistsError(f"{path} already exists and is not empty; remove it, or choose another directory")
 
 
 def _umask() -> int:
@@ -108,7 +108,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} is not a JSON object")
+        raise ValueError(f"{file} is not a JSON object; restore the file")
     return value
 
 
@@ -117,4 +117,7 @@ def check_space(out_dir: str | Path, num_bytes: int) -> None:
     existing = next(path for path in Path(out_dir).absolute().parents if path.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
-        raise OSError(errno.ENOSPC, f"{out_dir} needs {num_bytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")
+        raise OSError(
+            errno.ENOSPC,
+            f"{out_dir} needs {num_bytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free; choose another disk",
+        )

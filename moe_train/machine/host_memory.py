@@ -14,7 +14,7 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 """Files with the memory limit of a container, in the two versions of Linux's control groups."""
 
 
-def check_host_memory(arrays: Any, whose: str) -> None:
+def check_host_memory(arrays: Any, owner: str) -> None:
     """Raise ValueError if arrays need more memory on this process's devices than the host has available.
 
     Only hosts whose devices are CPUs are checked. On an accelerator an allocation fails with a message, while Linux would kill
@@ -22,13 +22,13 @@ def check_host_memory(arrays: Any, whose: str) -> None:
 
     Args:
         arrays: a pytree of shapes with specs of the mesh in force.
-        whose: what the arrays belong to, for the message.
+        owner: the run or model that the arrays belong to, for the message.
 
     Raises:
         ValueError: the arrays do not fit.
     """
     mesh = jax.sharding.get_mesh()
-    available_bytes = available()
+    available_bytes = available_memory()
     if available_bytes is None or mesh.local_devices[0].platform != "cpu":
         return
     bytes_per_device = 0
@@ -40,13 +40,13 @@ def check_host_memory(arrays: Any, whose: str) -> None:
     needed_bytes = bytes_per_device * len(mesh.local_devices)
     if needed_bytes > available_bytes:
         raise ValueError(
-            f"{whose} needs {needed_bytes / 2**30:.3g} GiB of memory for its weights and what is kept beside them, "
-            f"and this machine has {available_bytes / 2**30:.3g} GiB available; use a machine with more, "
-            "or several (`moe-train plan` counts them), or hold what is frozen in fewer bits (lora.quantize)"
+            f"{owner} needs {needed_bytes / 2**30:.3g} GiB of memory for its weights and the state of the optimizer, "
+            f"but this machine has {available_bytes / 2**30:.3g} GiB available; use a machine with more memory, or several "
+            "(see `moe-train plan`), or quantize frozen weights (lora.quantize)"
         )
 
 
-def available() -> int | None:
+def available_memory() -> int | None:
     """Return the bytes that Linux can give programs without swapping, or the container's limit if that is lower.
 
     None if the available memory is not known, as on other systems.

@@ -55,10 +55,10 @@ def join_processes() -> None:
         else:
             jax.distributed.initialize()
     except RuntimeError as error:
-        raise RuntimeError(f"the processes of this job did not find each other: {error}") from error
+        raise RuntimeError(f"the processes of this job could not connect to each other: {error}") from error
     index = jax.process_index()
     count = jax.process_count()
-    processes.first_alone_speaks(index)
+    processes.silence_other_processes(index)
     if count == 1:
         return
     key = "moe_train/watch"
@@ -69,14 +69,14 @@ def join_processes() -> None:
         store.key_value_set(key, processes.listen(count))
     else:
         processes.connect(address.rpartition(":")[0], store.blocking_key_value_get(key, 60_000), index, count)
-    atexit.register(processes.leave)  # registered after JAX's own handler, and so called before it
+    atexit.register(processes.announce_exit)  # registered after JAX's own handler, and so called before it
 
 
 _barriers = itertools.count()
 
 
 def wait_for_processes() -> None:
-    """Wait, for a minute at most, until every process of the job has come here; all of them call it equally often.
+    """Wait, for a minute at most, until every process of the job has called this; all of them must call it equally often.
 
     It goes through JAX's coordination service and so does not depend on the devices or their collectives.
     """
@@ -100,7 +100,7 @@ def mesh_sizes(sizes: config.Mesh, device_count: int) -> config.Mesh:
         return sizes
     stated = math.prod(size for size in shape.values() if size != -1)
     if device_count % stated:
-        raise ValueError(f"mesh axes of {stated} devices do not divide the {device_count} devices that are here")
+        raise ValueError(f"mesh axes of {stated} devices do not divide the {device_count} available devices; change their sizes")
     return config.Mesh(**{axis: device_count // stated if size == -1 else size for axis, size in shape.items()})
 
 
@@ -120,7 +120,7 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
     if math.prod(shape) != len(chosen):
         axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True) if size > 1) or "one device"
         raise ValueError(
-            f"mesh ({axes}) needs {math.prod(shape)} devices, but {len(chosen)} are here; set one axis to -1 for the rest"
+            f"mesh ({axes}) needs {math.prod(shape)} devices, but {len(chosen)} are available; set one axis to -1 for the rest"
         )
     types = (AxisType.Explicit,) * len(AXES)
     if devices is None:
@@ -217,8 +217,8 @@ def check_rows(devices: np.ndarray) -> None:
     if (owners != owners[:, :1]).any():
         devices_per_process = np.bincount(owners.reshape(-1)).max()
         raise ValueError(
-            f"mesh.context {context} x mesh.tensor {tensor} devices share a sequence, and are of several processes, which have "
-            f"{devices_per_process} each; a process reads whole sequences: let context x tensor divide {devices_per_process}"
+            f"mesh.context {context} x mesh.tensor {tensor} devices share a sequence, but belong to several processes of "
+            f"{devices_per_process} devices, and a process reads whole sequences; let context x tensor divide {devices_per_process}"
         )
 
 

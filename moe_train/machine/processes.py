@@ -47,8 +47,8 @@ class Job(NamedTuple):
     """GPUs of the host that belong to this process; None for all."""
 
 
-class Found(NamedTuple):
-    """Marker: there are several processes, and JAX detects them itself (Cloud TPU)."""
+class DetectedByJax(NamedTuple):
+    """Marker for several processes that JAX detects itself, as on Cloud TPU."""
 
 
 _OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -57,7 +57,7 @@ _OF_SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
 """Variables that `srun` sets for every task."""
 
 
-def job(env: Mapping[str, str]) -> Job | Found | None:
+def job(env: Mapping[str, str]) -> Job | DetectedByJax | None:
     """Return the job that an environment describes; None for a single process.
 
     Recognized are:
@@ -74,16 +74,16 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
             raise ValueError(
                 f"JAX_NUM_PROCESSES is auto, but {conflicting[0]} is {env[conflicting[0]]!r}; unset it, or state the number"
             )
-        return Found()
+        return DetectedByJax()
     if any(name in env for name in _OF_JAX):
-        _require_variables(env, _OF_JAX, "of {there} set, all three or none have to be")
+        _require_variables(env, _OF_JAX, "{present} is set, and all three or none of them must be")
         count = _number(env, "JAX_NUM_PROCESSES")
         index = _number(env, "JAX_PROCESS_ID")
         address = env["JAX_COORDINATOR_ADDRESS"]
         if not re.fullmatch(r".+:\d{1,5}", address):
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it has to be HOST:PORT of the first process")
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be HOST:PORT of the first process")
         if not 0 <= index < count:
-            raise ValueError(f"JAX_PROCESS_ID is {index}, and there are {count} processes (JAX_NUM_PROCESSES); they count from 0")
+            raise ValueError(f"JAX_PROCESS_ID is {index}, but JAX_NUM_PROCESSES is {count}; use a number from 0 to {count - 1}")
         return Job(address, count, index) if count > 1 else None
     count = _number(env, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in env else 1
     if count > 1:
@@ -96,21 +96,21 @@ def job(env: Mapping[str, str]) -> Job | Found | None:
         return Job(f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}", count, _number(env, "SLURM_PROCID"), local)
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
     slices = _number(env, "MEGASCALE_NUM_SLICES") if "MEGASCALE_NUM_SLICES" in env else 1
-    return Found() if "," in hosts or slices > 1 else None
+    return DetectedByJax() if "," in hosts or slices > 1 else None
 
 
-def _require_variables(env: Mapping[str, str], names: tuple[str, ...], why: str) -> None:
+def _require_variables(env: Mapping[str, str], names: tuple[str, ...], reason: str) -> None:
     missing = [name for name in names if name not in env]
     if missing:
         present = ", ".join(name for name in names if name in env)
-        raise ValueError(f"{' and '.join(missing)} is missing in the environment: {why.format(there=present)}")
+        raise ValueError(f"{' and '.join(missing)} is missing in the environment: {reason.format(present=present)}")
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
     try:
         return int(env[name])
     except (KeyError, ValueError):
-        raise ValueError(f"{name} is {env.get(name)!r} in the environment; it has to be a whole number") from None
+        raise ValueError(f"{name} is {env.get(name)!r} in the environment; it must be a whole number") from None
 
 
 def _first_host(nodes: str) -> str:
@@ -196,7 +196,7 @@ def connect(host: str, invitation: str, index: int, count: int) -> None:
     _start(0, peer)
 
 
-def first_alone_speaks(index: int) -> None:
+def silence_other_processes(index: int) -> None:
     """Silence the output of this process unless it is the first one; errors go to stderr from any process.
 
     What C libraries write to stdout (Gloo prints its number of ranks) would break JSON output, so on the first process it goes to
@@ -211,7 +211,7 @@ def first_alone_speaks(index: int) -> None:
         os.dup2(2, 1)
 
 
-def leave(code: int = 0) -> None:
+def announce_exit(code: int = 0) -> None:
     """Tell the other processes that this one ends on purpose or, with a code other than 0, that it has failed."""
     if not _watch.left:
         _watch.left = True
@@ -220,11 +220,11 @@ def leave(code: int = 0) -> None:
                 peer.sendall(_NUMBER.pack(code))
 
 
-def end(code: int) -> None:
+def exit_process(code: int) -> None:
     """End this process if it is one of several: after a failure it must not wait for the others at JAX's exit barrier."""
     if _watch.count == 1:
         return
-    leave(code)
+    announce_exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     # The first process hosts JAX's coordination service, which aborts the others if it ends before them.
@@ -269,17 +269,20 @@ def _await_peer(index: int, peer: socket.socket) -> None:
         return
     who = f"process {index} of {_watch.count}"
     if len(message) < _NUMBER.size:
-        _stop_process(f"{who} was lost; what is saved stays: start again to continue", UNFINISHED)
-    elif code := _NUMBER.unpack(message)[0]:
-        if code != UNFINISHED:
-            time.sleep(GRACE_SECONDS)
-        _stop_process(f"{who} has stopped with exit code {code}, and says why", code)
+        _stop_process(f"{who} was lost; run the same command again to continue from what was saved", UNFINISHED)
+        return
+    code = _NUMBER.unpack(message)[0]
+    if code == 0:
+        return
+    if code != UNFINISHED:
+        time.sleep(GRACE_SECONDS)
+    _stop_process(f"{who} stopped with exit code {code}; see its message", code)
 
 
 def _stop_process(reason: str, code: int) -> None:
     if _watch.left:
         return
     os.write(2, f"moe-train: {reason}\n".encode())
-    # `end` joins the threads of the watch, and a thread cannot join itself.
+    # `exit_process` joins the threads of the watch, and a thread cannot join itself.
     _watch.threads.remove(threading.current_thread())
-    end(code)
+    exit_process(code)

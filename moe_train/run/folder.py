@@ -15,7 +15,7 @@ from moe_train.checkpoint.runs import TOKENIZER
 from moe_train.config import yaml_file
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory, write_text
-from moe_train.run.inputs import Inputs
+from moe_train.run.inputs import RunInputs
 from moe_train.weights.texts import Texts, write_texts
 from moe_train.weights.together import require_shared
 
@@ -31,7 +31,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_dir():
-            raise ValueError(f"run_dir {path} is a file; name a folder")
+            raise ValueError(f"run_dir {path} is a file; state a directory")
         self.path = path
         self._lock = contextlib.ExitStack()
         self._is_locked = False
@@ -49,7 +49,7 @@ class RunFolder:
             self._lock.enter_context(only_one(self.path))
             self._is_locked = True
 
-    def write(self, run: config.Run, inputs: Inputs) -> None:
+    def write(self, run: config.Run, inputs: RunInputs) -> None:
         """Make the folder and write the config, the manifest of the data and a copy of the tokenizer into it."""
         if jax.process_index() == 0:
             # A new folder could not be locked on entry, so it is locked as soon as it exists.
@@ -62,7 +62,7 @@ class RunFolder:
 
 
 def _keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Copy the tokenizer's files into `folder`, so that the run can be moved and exported even if the originals disappear."""
+    """Copy the tokenizer's files into `folder`, so that the run can be moved and exported even if the original files disappear."""
     if not folder.exists():
         with new_directory(folder) as unfinished:
             write_texts(unfinished, Texts(tokenizer))
@@ -84,5 +84,7 @@ def only_one(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is training in {run_dir}; wait for it, or choose another run_dir") from None
+            raise ValueError(
+                f"run_dir {run_dir} is in use by another process that trains in it; wait until it ends, or choose another run_dir"
+            ) from None
         yield

@@ -8,7 +8,7 @@ from moe_train import config
 from moe_train.evaluate.held_out import evaluate
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.evaluate.routing import Drift, make_drift_sums
-from moe_train.run.inputs import Inputs
+from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 from moe_train.run.writer import Writer
 from moe_train.train.objectives.objective import Objective
@@ -18,21 +18,21 @@ DRIFT_BATCHES = 4
 """Number of held-out batches on which routing is compared with the base model's if `evaluation.drift_batches` is not set."""
 
 
-class HeldOut:
+class HeldOutLoss:
     """Measure the held-out loss at the steps where it is due; without held-out data it is never due."""
 
-    def __init__(self, run: config.Run, mesh: Mesh, inputs: Inputs, begin: Start, objective: Objective, writer: Writer) -> None:
+    def __init__(self, run: config.Run, mesh: Mesh, inputs: RunInputs, begin: Start, objective: Objective, writer: Writer) -> None:
         self._run = run
         self._mesh = mesh
         self._loader = inputs.held_out
         self._writer = writer
         self._total_steps = inputs.total_steps
-        self._sums = make_batch_sums(begin.structure, objective, begin.originals)
+        self._sums = make_batch_sums(begin.structure, objective, begin.base_weights)
         self._drift: Drift | None = None
         batches = drift_batches(run)
         if self._loader is not None and batches and begin.base is not None:
-            self._drift = Drift(make_drift_sums(begin.structure, objective), begin.originals, batches)
-            writer.say(f"routing is compared with the base model's on {batches} held-out batches, a second forward pass each")
+            self._drift = Drift(make_drift_sums(begin.structure, objective), begin.base_weights, batches)
+            writer.say(f"routing is compared with the base model's on {batches} held-out batches, a second forward pass for each")
 
     def is_due(self, step: int) -> bool:
         """Return whether the loss is measured after `step`: every `evaluation.every_steps` steps and after the last one."""

@@ -15,7 +15,7 @@ from moe_train.run.preflight import check_ready
 from moe_train.train.objectives.objective import Objective
 
 
-class Inputs(NamedTuple):
+class RunInputs(NamedTuple):
     """The opened data of a run."""
 
     tokenizer: Tokenizer
@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
     """Optimizer steps of the whole run."""
 
 
-def open_inputs(run: config.Run, objective: Objective) -> Inputs:
+def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     """Load the tokenizer, check that it belongs to the model, and open this process's share of the data.
 
     Args:
@@ -55,4 +55,4 @@ def open_inputs(run: config.Run, objective: Objective) -> Inputs:
     # One microbatch is the most that training computes at once, so held-out batches have its size.
     microbatch = run.train.batch_size // run.train.microbatches
     held_out = open_loader("eval", batch_size=microbatch) if data.eval else None
-    return Inputs(tokenizer, train, held_out, train.total_steps(run.train))
+    return RunInputs(tokenizer, train, held_out, train.total_steps(run.train))

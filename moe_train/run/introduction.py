@@ -1,4 +1,4 @@
-"""The messages that a person reads before the first step and after the last."""
+"""Messages for people before the first step and after the last."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import jax
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.model.moe.transport.choose import transport_in_words
-from moe_train.run.inputs import Inputs
+from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 
 Say = Callable[[str], None]
 
 
-def introduce(run: config.Run, say: Say, inputs: Inputs, begin: Start) -> None:
+def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> None:
     """Describe the run before its first step.
 
     The lines state the model, mesh, transport, data and epochs, the step at which the run continues, and the settings that
@@ -26,14 +26,15 @@ def introduce(run: config.Run, say: Say, inputs: Inputs, begin: Start) -> None:
     mesh_shape = jax.sharding.get_mesh().shape
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh_shape.items() if size > 1) or "one device"
     say(f"{run.name}: {begin.sizes[0]:,} parameters, {begin.sizes[1]:,} trained, on {axes}")
-    if transport := transport_in_words(run, mesh_shape):
+    transport = transport_in_words(run, mesh_shape)
+    if transport:
         say(f"experts: {transport}")
     if run.export == "none":
-        say(f"export: none, since no file format has a place for {config.without_format(run.model)}")
+        say(f"export: none, since no file format can express {config.without_format(run.model)}")
     loader = inputs.train
     parts = [f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"]
-    left_out = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
-    parts += [f"{count:,} {outcome}" for outcome, count in left_out.items() if count]
+    unused = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
+    parts += [f"{count:,} {outcome}" for outcome, count in unused.items() if count]
     say("; ".join(parts))
     epochs = loader.epochs(inputs.total_steps)
     say(f"epochs in {inputs.total_steps:,} steps: " + ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items()))
@@ -46,17 +47,19 @@ def introduce(run: config.Run, say: Say, inputs: Inputs, begin: Start) -> None:
 def print_damage(begin: Start) -> None:
     """Warn about checkpoints that could not be read, on the stderr of the first process."""
     if jax.process_index() == 0:
-        for step, why in begin.damaged.items():
-            renamed = f"was renamed to damaged-{step}"
-            print(f"WARNING: the checkpoint of step {step} is damaged, and {renamed}: {why}", file=sys.stderr)
+        for step, reason in begin.damaged.items():
+            message = f"the checkpoint of step {step} is damaged and was renamed to damaged-{step}"
+            print(f"WARNING: {message}: {reason}", file=sys.stderr)
 
 
 def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
     """Say that no steps are left, and list the changed settings that therefore have no effect."""
-    print(f"{run.name}: all {total_steps} steps are done; raise train.steps, epochs or tokens to go on")
+    print(f"{run.name}: all {total_steps} steps are done; raise train.steps, train.epochs or train.tokens to continue")
     if jax.process_index() == 0:
         for change in _changes(begin):
-            print(f"WARNING: changed since the checkpoint, without effect on a finished run: {change}", file=sys.stderr)
+            print(
+                f"WARNING: changed since the checkpoint, but without effect, since the run is finished: {change}", file=sys.stderr
+            )
 
 
 def conclude(run: config.Run, say: Say, total_steps: int) -> None:
@@ -64,7 +67,7 @@ def conclude(run: config.Run, say: Say, total_steps: int) -> None:
     say(f"finished {total_steps} steps; the checkpoints are in {Path(run.run_dir) / manager.FOLDER}")
     if run.export == "all":
         merge = " --merge" if run.lora else ""
-        say(f"for other tools: moe-train export {run.run_dir} {run.run_dir}-hf{merge}")
+        say(f"to use the model in other tools: moe-train export {run.run_dir} {run.run_dir}-hf{merge}")
 
 
 def _changes(begin: Start) -> list[str]:

@@ -18,9 +18,9 @@ from moe_train.model.moe.transport.choose import check_transport
 from moe_train.plan.fits import check_fits
 from moe_train.run import introduction
 from moe_train.run.folder import RunFolder
-from moe_train.run.held_out import HeldOut
+from moe_train.run.held_out import HeldOutLoss
 from moe_train.run.inputs import open_inputs
-from moe_train.run.metrics import Figures
+from moe_train.run.metrics import MetricsReader
 from moe_train.run.record import run_log
 from moe_train.run.saving import Saving
 from moe_train.run.self_test import run_self_tests
@@ -115,23 +115,23 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         batch = put_batch(next(batches), mesh)
         start_time = time.perf_counter()
         definition = definition_of(run, begin.structure, begin.optimizer, objective)
-        run_step = compile_step(definition, state, batch, begin.originals)
+        run_step = compile_step(definition, state, batch, begin.base_weights)
         writer.say(f"compiled the step in {time.perf_counter() - start_time:.1f} s")
 
-        held_out = HeldOut(run, mesh, inputs, begin, objective, writer)
+        held_out = HeldOutLoss(run, mesh, inputs, begin, objective, writer)
         if start == 0:
             held_out.measure(0, state)
             yield from writer.new_records()
         saving = Saving(run, checkpoints, begin, inputs)
-        figures = Figures(run, mesh, state.learned, total_steps, start, int(state.skipped))
+        figures = MetricsReader(run, mesh, state.learned, total_steps, start, int(state.skipped))
         writer.say(f"MFU is the share of {figures.peak_source}")
         unread: tuple[int, StepMetrics, jax.Array] | None = None
         for step in range(start + 1, total_steps + 1):
-            state, step_metrics = run_step(state, batch, begin.originals)
+            state, step_metrics = run_step(state, batch, begin.base_weights)
             voted = vote((stop_request.reason is not None, saving.is_overdue()), mesh)
             if step < total_steps:
                 # The next batch is fetched while the device still computes the step that was just dispatched.
-                batch = put_batch(figures.awaited(batches), mesh)
+                batch = put_batch(figures.next_batch(batches), mesh)
             # Metrics and votes are read one step late, so that the device never waits for the host.
             votes = Votes() if unread is None else figures.read(*unread, step_metrics, writer)
             yield from writer.new_records()
@@ -144,7 +144,7 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
                 saving.check()
                 continue
             # The loop pauses here anyway, so this step's metrics and vote are read at once.
-            votes = figures.read(*unread, step_metrics, writer).joined(votes)
+            votes = figures.read(*unread, step_metrics, writer).combined_with(votes)
             unread = None
             loss = held_out.measure(step, state) if evaluates else None
             yield from writer.new_records()
@@ -152,7 +152,7 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
             # After a non-finite step the weights may be unusable, so no save rotates the last good checkpoint away.
             if saves and (figures.finite or votes.stop or step == total_steps):
                 saving.save(step, state, loss)
-            figures.go_on(step)
+            figures.restart_timer(step)
             if votes.stop and step < total_steps:
                 saving.finish()
                 stopped.reason = stop_request.reason or "another process was asked to stop"

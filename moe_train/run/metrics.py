@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from moe_train import config
 from moe_train.machine.devices import peak_flops
@@ -23,7 +24,7 @@ from moe_train.train.optimizer import make_schedule
 from moe_train.train.step import StepMetrics
 
 
-class Figures:
+class MetricsReader:
     """Read the metrics of steps, count the skipped steps and measure the speed of training."""
 
     def __init__(self, run: config.Run, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
@@ -39,7 +40,7 @@ class Figures:
         self._seconds = math.nan
         self._input_wait = math.nan
         self.finite = True
-        self.go_on(start)
+        self.restart_timer(start)
 
     def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: Writer) -> Votes:
         """Wait for the metrics of a step, write them, and return what the processes voted at that step.
@@ -57,45 +58,48 @@ class Figures:
         is_next = newest is not now
         now, voted = jax.device_get((now, voted))
         # If the newest step is finished too, the time so far covers both.
-        ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]  # a fast device may already have finished it
+        # A fast device may already have finished the step after this one.
+        ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]
         done = step + ahead
         if done > self._done and step % self._run.metrics.every_steps == 0:
             self._seconds = (time.perf_counter() - self._since) / (done - self._done)
             self._input_wait = self._waited / (time.perf_counter() - self._since)
-            self.go_on(done)
+            self.restart_timer(done)
         limit = self._run.train.max_skipped_steps
         self.finite = bool(now.finite)
         if not now.finite:
             self._skipped += 1
-            writer.say(f"step {step}: loss {now.loss} or gradient {now.grad_norm} is not finite; skipped, {self._skipped} so far")
+            problem = f"loss {now.loss} or gradient norm {now.grad_norm} is not finite"
+            writer.say(f"step {step} skipped, {self._skipped} so far: {problem}")
         if not now.finite or step % self._run.metrics.every_steps == 0:
-            writer.train(step, self._figures(step, now))
+            writer.train(step, self._to_json(step, now))
         if now.routers is not None:
             check_dropped(step, now.routers, self._run.train, self._sparse_layers)
         if self._skipped > limit:
             raise RuntimeError(
-                f"{self._skipped} steps had a loss or gradient that is not finite, the last step {step}; train.max_skipped_steps "
-                f"is {limit}. The checkpoints from before are kept: look at the data, or lower optimizer.learning_rate"
+                f"{self._skipped} steps had a loss or gradient that is not finite, the last one step {step}, and "
+                f"train.max_skipped_steps is {limit}; check the data, or lower optimizer.learning_rate (checkpoints are kept)"
             )
         return Votes(*(bool(vote) for vote in voted))
 
-    def go_on(self, step: int) -> None:
+    def restart_timer(self, step: int) -> None:
         """Restart the timer after `step`, so that a pause before it (an evaluation, a save) is not counted."""
         self._done = step
         self._since = time.perf_counter()
         self._waited = 0.0
 
-    def awaited(self, batches: Iterator[Any]) -> Any:
+    def next_batch(self, batches: Iterator[Any]) -> Any:
         """Return the next batch and count the time spent waiting for it as `input_wait`.
 
         `input_wait` is a share of the step's time and an upper bound on the time lost, since the device may be busy meanwhile.
         """
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         batch = next(batches)
-        self._waited += time.perf_counter() - begun
+        self._waited += time.perf_counter() - start_time
         return batch
 
-    def _figures(self, step: int, now: StepMetrics) -> dict[str, Any]:
+    def _to_json(self, step: int, now: StepMetrics) -> dict[str, Any]:
+        """Return the metrics of a step, which was read from the device, as values for JSON."""
         return {
             "loss": float(now.loss),
             **{name: np.asarray(value).item() for name, value in now.objective.items()},
@@ -107,7 +111,7 @@ class Figures:
             "tokens_per_second": self._tokens / self._seconds,
             "input_wait": self._input_wait,
             "mfu": None if self._peak is None else self._flops / self._seconds / self._peak,
-            **({} if now.routers is None else router_figures(now.routers)),
+            **({} if now.routers is None else router_metrics(now.routers)),
         }
 
 
@@ -126,16 +130,18 @@ def check_dropped(step: int, routers: RouterStats, settings: config.Train, layer
     worst = int(np.argmax(rates_L))
     if rates_L[worst] > (settings.max_drop_rate or 0):
         problem = f"step {step}: layer {layers[worst]} dropped {rates_L[worst]:.2%} of its assignments"
-        # Without a capacity every transport is dropless, so any drop is a fault of ours.
+        # Without a capacity every transport is dropless, so any drop is a bug.
         if settings.max_drop_rate is None:
-            raise RuntimeError(f"{problem} without a capacity: a fault of the transport; try compute.transport all_gather")
+            raise RuntimeError(
+                f"{problem} although no capacity is set, which is a bug in the transport; use compute.transport all_gather"
+            )
         raise RuntimeError(
             f"{problem}; train.max_drop_rate is {settings.max_drop_rate:.2%}: raise train.capacity_factor "
-            f"({settings.capacity_factor:g}), or balance the routers more (loss)"
+            f"({settings.capacity_factor:g}), or balance the routers more strongly (loss)"
         )
 
 
-def router_figures(routers: Any) -> dict[str, Any]:
+def router_metrics(routers: RouterStats) -> dict[str, Any]:
     """Return the metrics of a step's `RouterStats`, one value per sparse layer, since a mean would hide a dead layer.
 
     Args:
@@ -158,5 +164,6 @@ def router_figures(routers: Any) -> dict[str, Any]:
     }
 
 
-def _rounded(xs: Any) -> list[float]:
+def _rounded(xs: ArrayLike) -> list[float]:
+    """Round to six digits, which is enough to plot and keeps the files small."""
     return [float(f"{x:.6g}") for x in np.asarray(xs, np.float64)]

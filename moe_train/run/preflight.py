@@ -39,12 +39,12 @@ def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> 
 def _check_same_tokenizer(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
     """Raise ValueError if more than 5% of the compared ids decode differently with the tokenizer found at `init_from`."""
     try:
-        models_own = model_dir.find_tokenizer(init_from)
-    except FileNotFoundError:  # weights without a tokenizer: nothing to compare
+        model_section = model_dir.find_tokenizer(init_from)
+    except FileNotFoundError:
+        return  # weights without a tokenizer: nothing to compare
+    if model_section == section:
         return
-    if models_own == section:
-        return
-    model_tokenizer = load_tokenizer(models_own)
+    model_tokenizer = load_tokenizer(model_section)
     if model_tokenizer.identity == tokenizer.identity:
         return
     count = min(model_tokenizer.vocab_size, tokenizer.vocab_size)
@@ -61,8 +61,8 @@ def _check_same_tokenizer(section: config.Tokenizer, tokenizer: Tokenizer, init_
     if len(differing) > len(compared) // 20:
         number, run_text, model_text = differing[0]
         raise ValueError(
-            f"the tokenizer {tokenizer.files[0]} is not that of {init_from}: id {number} is {brief(run_text)}, "
-            f"there {brief(model_text)}, and many others differ; leave data.tokenizer out to use the model's own"
+            f"the tokenizer {tokenizer.files[0]} is not that of {init_from}: id {number} is {brief(run_text)} instead of "
+            f"{brief(model_text)}, and many other ids differ; leave data.tokenizer out to use the model's own tokenizer"
         )
 
 
@@ -85,15 +85,16 @@ def _check_exported_template(tokenizer: HuggingFace, template: str, conversation
             exported = HuggingFace(directory)
         except (FileNotFoundError, ValueError) as error:
             files = ", ".join(file.name for file in tokenizer.files)
+            reason = str(error).replace(scratch, "it")
             raise ValueError(
-                f"an export would carry {files}, which nothing reads as a tokenizer ({str(error).replace(scratch, 'it')}); "
-                "let data.tokenizer.path be a folder with tokenizer.json"
+                f"an export would contain {files}, which other tools cannot read as a tokenizer ({reason}); "
+                "set data.tokenizer.path to a directory with tokenizer.json"
             ) from error
         exported_template = conversation_to_tokens.load_template(None, exported)
         for location, conversation in conversations:
             expected = located(location, texts.rendered, conversation, template, tokenizer)
             if texts.rendered(conversation, exported_template, exported) != expected:
                 raise ValueError(
-                    f"{location}: an export's chat template would render the record to other tokens than training does; "
-                    "check data.chat_template and the files beside the tokenizer"
+                    f"{location}: the exported chat template would render this record to other tokens than in training; "
+                    "check data.chat_template and the files next to the tokenizer"
                 )

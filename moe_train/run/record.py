@@ -20,7 +20,7 @@ import jax
 from moe_train import config
 from moe_train.config import yaml_file
 from moe_train.machine.files import write_text
-from moe_train.run.inputs import Inputs
+from moe_train.run.inputs import RunInputs
 from moe_train.run.self_test import chosen_kernels
 from moe_train.run.start import Start
 
@@ -29,7 +29,7 @@ PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 
 @contextlib.contextmanager
-def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: Inputs) -> Iterator[SimpleNamespace]:
+def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs) -> Iterator[SimpleNamespace]:
     """Write to `run.json` how the run starts and, when the block ends, how it stops.
 
     Yields:
@@ -38,7 +38,7 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: Inputs) -> Ite
     start = int(begin.state.step)
     digest = hashlib.sha256(yaml_file.dump(run.to_config()).encode()).hexdigest()
     entry = {
-        **surroundings(),
+        **describe_process(),
         "config_sha256": digest,
         "epochs": inputs.train.epochs(inputs.total_steps),
         "changed": begin.changed,
@@ -72,7 +72,7 @@ def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:
     write_text(path, json.dumps({"events": events}, indent=1, ensure_ascii=False) + "\n")
 
 
-def surroundings() -> dict[str, Any]:
+def describe_process() -> dict[str, Any]:
     """Return the command line, package versions and hardware of this process, ready for JSON."""
     device = jax.devices()[0]
     return {

@@ -53,19 +53,21 @@ def _architecture(written: config.Config) -> config.Model:
     if written.init_from is None or not Path(written.init_from).exists():
         if written.model is None:
             raise FileNotFoundError(
-                f"init_from {written.init_from}: no such folder or file; bring it here, or state model to plan without it"
+                f"init_from {written.init_from}: no such folder or file; copy it there, or state model to plan without it"
             )
         return written.model
     if is_run(written.init_from) and read_run(written.init_from).lora is not None:
-        raise ValueError(f"init_from {written.init_from} is a run with adapters; export it with --merge, and start from the export")
+        raise ValueError(
+            f"init_from {written.init_from} is a run with adapters; export it with --merge, and set init_from to the export"
+        )
     read = read_model(written.init_from)
     if written.model is not None and written.model != read:
         stated_keys = yaml_file.flat(written.model.model_dump(mode="json"))
         read_keys = yaml_file.flat(read.model_dump(mode="json"))
         key = next(key for key in {**stated_keys, **read_keys} if stated_keys.get(key) != read_keys.get(key))
         raise ValueError(
-            f"model.{key} is {stated_keys.get(key)}, but {read_keys.get(key)} in {written.init_from}; "
-            "leave model out where init_from is given"
+            f"model.{key} is {stated_keys.get(key)}, but {read_keys.get(key)} in init_from {written.init_from}; "
+            "leave model out, since init_from determines it"
         )
     return read
 
@@ -97,12 +99,14 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config
         expected = _module_adapters(saved, module)
         if stated != expected:
             raise ValueError(
-                f"lora.targets: {module} has {_in_words(stated)}; the adapter in {source} has {_in_words(expected)}; "
-                "leave targets out"
+                f"lora.targets gives {module} {_describe_adapters(stated)}, but the adapter in {source} has "
+                f"{_describe_adapters(expected)}; leave targets out"
             )
         is_saved = saved.trains_in_full(module)
         if is_saved and not lora.trains_in_full(module):
-            raise ValueError(f"lora.train does not name {module}, of which {source} has the trained weights; name it")
+            raise ValueError(
+                f"lora.train does not name {module}, but {source} contains trained weights of it; add it to lora.train"
+            )
     return lora
 
 
@@ -132,9 +136,9 @@ def _module_adapters(lora: config.Lora, module: str) -> list[_ModuleAdapter]:
     return sorted(adapters)
 
 
-def _in_words(adapters: list[_ModuleAdapter]) -> str:
-    words = []
+def _describe_adapters(adapters: list[_ModuleAdapter]) -> str:
+    descriptions = []
     for adapter in adapters:
         experts = f" (experts {list(adapter.experts)})" if adapter.experts else ""
-        words.append(f"rank {adapter.rank}, scale {adapter.scale:g}{experts}")
-    return "; ".join(words) or "no adapter"
+        descriptions.append(f"rank {adapter.rank}, scale {adapter.scale:g}{experts}")
+    return "; ".join(descriptions) or "no adapter"

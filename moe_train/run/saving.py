@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.manager import About
-from moe_train.run.inputs import Inputs
+from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 from moe_train.train.state import TrainState
 
@@ -17,7 +17,7 @@ from moe_train.train.state import TrainState
 class Saving:
     """Save every so many steps and minutes, at the end, and when the held-out loss is the best so far."""
 
-    def __init__(self, run: config.Run, checkpoints: ocp.CheckpointManager, begin: Start, inputs: Inputs) -> None:
+    def __init__(self, run: config.Run, checkpoints: ocp.CheckpointManager, begin: Start, inputs: RunInputs) -> None:
         self._run = run
         self._checkpoints = checkpoints
         self._begin = begin

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +30,20 @@ from moe_train.model.moe.transport.choose import transport_of
 from moe_train.model.moe.transport.transport import Name
 from moe_train.model.sharding.specs import activation_spec
 
-ROWS = 1024
-IN = 256
-OUT = 128
-CASES = {
+TEST_ROWS = 1024
+TEST_DIM = 256
+TEST_FFN_DIM = 128
+ROWS_PER_EXPERT = {
     "even": (128, 128, 128, 128, 128, 128, 128, 128),
     "empty": (0, 256, 0, 0, 300, 0, 68, 0),
     "unaligned": (1, 127, 129, 3, 255, 65, 31, 200),
     "skewed": (0, 0, 1000, 0, 1, 0, 0, 23),
     "no rows": (0, 0, 0, 0, 0, 0, 0, 0),
 }
-"""Rows of each of 8 experts; the remaining rows, up to ROWS, belong to no expert."""
+"""Rows of each of 8 experts; the remaining rows, up to TEST_ROWS, belong to no expert."""
 
 
-def chosen_kernels(run: config.Run) -> dict[str, Any]:
+def chosen_kernels(run: config.Run) -> dict[str, str | int | dict[str, tuple[int, ...]]]:
     """Return what `auto` resolves to on the mesh in force, for the run log.
 
     Returns:
@@ -52,7 +52,9 @@ def chosen_kernels(run: config.Run) -> dict[str, Any]:
     dtype = jnp.dtype(run.compute.dtype)
     ffn = run.model.ffn
     T = run.train.seq_len
-    choices: dict[str, Any] = {"attention": kernels.choose_kernel(run.compute.attention, T, dtype)}
+    choices: dict[str, str | int | dict[str, tuple[int, ...]]] = {
+        "attention": kernels.choose_kernel(run.compute.attention, T, dtype)
+    }
     if choices["attention"] == "splash":
         choices["attention_block"] = splash.block_size(T)
     if isinstance(ffn, config.MoeFfn):
@@ -96,9 +98,9 @@ def check_grouped_matmul(compute: config.Compute) -> float:
         kernel = gm.choose_kernel(compute.grouped_matmul)
         tolerance = _tolerance(dtype, device)
         rng = np.random.default_rng(0)
-        x_RD = jnp.asarray(rng.normal(size=(ROWS, IN)), dtype)
-        w_EDF = jnp.asarray(rng.normal(size=(len(CASES["even"]), IN, OUT)), dtype)
-        dy_RF = jnp.asarray(rng.normal(size=(ROWS, OUT)), dtype)
+        x_RD = jnp.asarray(rng.normal(size=(TEST_ROWS, TEST_DIM)), dtype)
+        w_EDF = jnp.asarray(rng.normal(size=(len(ROWS_PER_EXPERT["even"]), TEST_DIM, TEST_FFN_DIM)), dtype)
+        dy_RF = jnp.asarray(rng.normal(size=(TEST_ROWS, TEST_FFN_DIM)), dtype)
 
         @jax.jit
         @partial(jax.shard_map, in_specs=P(), out_specs=P())  # local view, as in the model
@@ -112,17 +114,38 @@ def check_grouped_matmul(compute: config.Compute) -> float:
                 return (y, *vjp(dy)), (y_exact, *vjp_exact(exact[2]))
 
         worst = 0.0
-        for case, sizes in CASES.items():
+        for case, sizes in ROWS_PER_EXPERT.items():
             actual, expected = jax.device_get(both(x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32)))
             for quantity, a, b in zip(("result", "gradient of x", "gradient of w"), actual, expected, strict=True):
                 error = _worst_part(a, b, sizes if quantity != "gradient of w" else None)
                 if not error <= tolerance:
                     raise RuntimeError(
-                        f"self-test: {quantity} of grouped_matmul={kernel} is wrong on {device.device_kind}, case {case!r}: "
+                        f"self-test: {quantity} of grouped_matmul={kernel} is wrong on {device.device_kind} in case {case!r}: "
                         f"relative error {error:.2g}, limit {tolerance:g}; set compute.grouped_matmul to another kernel"
                     )
                 worst = max(worst, error)
     return worst
+
+
+class _PackedRows(NamedTuple):
+    """Two rows of test sequences: one is a single segment, the other has several segments and padding at its end."""
+
+    starts: tuple[list[int], list[int]]
+    """First position of each segment of each row; the last segment of the second row is padding."""
+    positions_BT: np.ndarray
+    segments_BT: np.ndarray
+    """Segment numbers from 1; 0 at padding."""
+
+
+def _packed_rows(T: int) -> _PackedRows:
+    """Return two rows of T tokens, whose segments end next to the boundaries of blocks."""
+    starts = ([0], [0, T // 3 + 5, T // 3 + 22, T - 61])
+    segments_BT = np.ones((2, T), np.int32)
+    positions_BT = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+    for number, (start, end) in enumerate(itertools.pairwise([*starts[1], T])):
+        segments_BT[1, start:end] = (number + 1) % len(starts[1])
+        positions_BT[1, start:end] = np.arange(end - start)
+    return _PackedRows(starts, positions_BT, segments_BT)
 
 
 def check_attention(model: config.Model, compute: config.Compute, seq_len: int) -> float:
@@ -144,54 +167,64 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     sizes = model.attention
     kernel = kernels.choose_kernel(compute.attention, seq_len, dtype)
     device = jax.local_devices()[0]
+    tolerance = _tolerance(dtype, device)
     T = 256 if device.platform == "cpu" else 1024
+    rows = _packed_rows(T)
     K = 2
     N = 2 * sizes.num_heads // sizes.num_kv_heads
-    # One row is a single segment; the other has segments that end next to block boundaries and padding at its end.
-    starts = ([0], [0, T // 3 + 5, T // 3 + 22, T - 61])
-    segments_BT = np.ones((2, T), np.int32)
-    positions_BT = np.tile(np.arange(T, dtype=np.int32), (2, 1))
-    for number, (start, end) in enumerate(itertools.pairwise([*starts[1], T])):
-        segments_BT[1, start:end] = (number + 1) % len(starts[1])
-        positions_BT[1, start:end] = np.arange(end - start)
     rng = np.random.default_rng(0)
-    worst = 0.0
-    tolerance = _tolerance(dtype, device)
     q, k, v, dy = (rng.normal(size=(2, T, heads, sizes.head_dim)).astype(np.float32) for heads in (N, K, K, N))
     # Kernels may return anything at padding; without a gradient it cannot reach the results that are compared.
-    dy[segments_BT == 0] = 0
+    dy[rows.segments_BT == 0] = 0
 
+    worst = 0.0
     # Windows are shortened, so that they mask something within the test's sequences.
     for window in sorted({min(w or T, T // 4) if w else 0 for w in sizes.windows}):
-
-        @partial(jax.jit, static_argnames="kernel")
-        def run(arrays: Any, tokens: Any, kernel: str, window: int | None = window or None) -> Any:
-            arrays, tokens = ([jax.sharding.reshard(x, activation_spec("BTNH"[: x.ndim])) for x in xs] for xs in (arrays, tokens))
-            (*arrays, dy), (positions, segments) = arrays, tokens
-            y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), *arrays)
-            return y, *vjp(dy)
-
         with jax.set_mesh(make_mesh(config.Mesh(), [device])):
             rounded = [jnp.asarray(x, dtype) for x in (q, k, v, dy)]
-            tokens = [positions_BT, segments_BT]
-            actual = jax.device_get(run(rounded, tokens, kernel))
+            actual = jax.device_get(_attention_and_gradients(rounded, rows, kernel, window or None))
+            exact = [x.astype(jnp.float32) for x in rounded]
             with jax.default_matmul_precision("highest"):
-                expected = jax.device_get(run([x.astype(jnp.float32) for x in rounded], tokens, "reference"))
-        for quantity, actual_array, expected_array in zip(
-            ("result", *(f"gradient of {x}" for x in "qkv")), actual, expected, strict=True
-        ):
-            for row in range(2):
-                is_token = segments_BT[row] != 0
+                expected = jax.device_get(_attention_and_gradients(exact, rows, "reference", window or None))
+        quantities = ("result", "gradient of q", "gradient of k", "gradient of v")
+        for quantity, actual_array, expected_array in zip(quantities, actual, expected, strict=True):
+            for row, row_name in enumerate(("one segment", "packed segments")):
+                is_token = rows.segments_BT[row] != 0
                 a, b = (x[row][is_token].reshape(is_token.sum(), -1) for x in (actual_array, expected_array))
-                error = _worst_part(a, b, np.diff([*starts[row], T])[:-1])
+                error = _worst_part(a, b, np.diff([*rows.starts[row], T])[:-1])
                 if not error <= tolerance:
                     raise RuntimeError(
                         f"self-test: {quantity} of attention={kernel} is wrong on {device.device_kind}, window {window or 'none'}, "
-                        f"{'packed segments' if row else 'one segment'}: relative error {error:.2g}, limit {tolerance:g}; "
-                        "set compute.attention to another kernel"
+                        f"{row_name}: relative error {error:.2g}, limit {tolerance:g}; set compute.attention to another kernel"
                     )
                 worst = max(worst, error)
     return worst
+
+
+def _attention_and_gradients(
+    arrays: Sequence[jax.Array], rows: _PackedRows, kernel: str, window: int | None
+) -> tuple[jax.Array, ...]:
+    """Return the attention of q, k and v, and its gradients for dy, on the mesh in force.
+
+    Args:
+        arrays: q, k, v and dy, each (B, T, heads, H).
+        rows: positions and segments of the tokens.
+        kernel: name of the kernel.
+        window: attention window; None for full attention.
+    """
+
+    def place(x: jax.Array | np.ndarray) -> jax.Array:
+        return jax.sharding.reshard(x, activation_spec("BTNH"[: x.ndim]))
+
+    @jax.jit
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, positions: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        q, k, v, dy, positions, segments = (place(x) for x in (q, k, v, dy, positions, segments))
+        y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), q, k, v)
+        return y, *vjp(dy)
+
+    return attend(*arrays, rows.positions_BT, rows.segments_BT)
 
 
 def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:
@@ -220,8 +253,8 @@ def check_against_all_gather(transport: Name) -> float:
         error = float(np.max(jax.device_get(errors(jnp.int32(spread)))))
         if not error <= tolerance:
             raise RuntimeError(
-                f"self-test: compute.transport {transport} is wrong on this mesh, case {case!r}: relative error {error:.2g} "
-                f"against all_gather, limit {tolerance:g}; set compute.transport to all_to_all"
+                f"self-test: compute.transport {transport} gives wrong results on this mesh in case {case!r}: relative error "
+                f"{error:.2g} against all_gather, limit {tolerance:g}; set compute.transport to all_to_all"
             )
         worst = max(worst, error)
     return worst

@@ -34,7 +34,7 @@ class Start(NamedTuple):
     state: TrainState
     resumed: bool
     """Whether the state comes from a checkpoint of this run."""
-    originals: Parameters
+    base_weights: Parameters
     """Base weights of what is trained in full while other weights are frozen; routing is compared with the base model's through
     them. Empty otherwise.
     """
@@ -81,7 +81,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     if base is not None and frozen:
         base_shapes = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
         weights = model_dir.load_parameters(base.source, base_shapes, base.step)
-    originals = {path: x for path, x in weights.items() if path in learned}
+    base_weights = {path: x for path, x in weights.items() if path in learned}
 
     restored = manager.restore(checkpoints, learned_state)
     if restored is not None:
@@ -89,8 +89,8 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     elif base is not None and not frozen:
         state = new_state(model_dir.load_parameters(base.source, learned, base.step))
     else:
-        # A copy, since the step donates the trained weights while the originals must stay.
-        loaded = jax.tree.map(jnp.copy, originals)
+        # A copy, since the step donates the trained weights while the base weights must stay.
+        loaded = jax.tree.map(jnp.copy, base_weights)
         if adapter is not None:
             loaded |= model_dir.load_adapter(adapter, run.model, learned)
         # Only what was not loaded is returned, so XLA initializes nothing else.
@@ -101,7 +101,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         optimizer,
         state._replace(frozen={path: weights[path] for path in frozen}),
         restored is not None,
-        originals,
+        base_weights,
         base,
         adapter,
         changed,
@@ -132,14 +132,19 @@ def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[An
             changed[key] = (saved.get(key), current.get(key))
     for key, (old, new) in changed.items():
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _DECIDED_AT_START):
-            raise ValueError(f"{key} is {new}, but {run.run_dir} was started with {old}; set it back, or choose another run_dir")
+            raise ValueError(
+                f"{key} is {new}, but the run in {run.run_dir} was started with {old}; restore it, or choose another run_dir"
+            )
     if (last.base is None) != (run.init_from is None):
         original_path = last.config["init_from"]
-        raise ValueError(f"init_from is {run.init_from}, but {run.run_dir} was started with {original_path}; set it back")
+        raise ValueError(
+            f"init_from is {run.init_from}, but the run in {run.run_dir} was started with {original_path}; "
+            "restore it, or choose another run_dir"
+        )
     if last.data != loader.identity:
         raise ValueError(
-            f"the training data of {run.run_dir} are not those that it was started with, so its position in them (row {last.row}) "
-            "means nothing; bring the old files, tokenizer and weights of sources back, or choose another run_dir"
+            f"the training data have changed since the run in {run.run_dir} was started, so its position in them "
+            f"(row {last.row}) is no longer valid; restore files, tokenizer and source weights, or choose another run_dir"
         )
     return changed
 
@@ -155,7 +160,9 @@ def _base(run: config.Run, last: About | None, frozen: bool) -> Base | None:
     """
     if run.init_from is None:
         if frozen:
-            raise ValueError("lora needs init_from: adapters belong to weights that can be loaded again")
+            raise ValueError(
+                "lora needs init_from, since adapters belong to weights that can be loaded again; state it, or leave lora out"
+            )
         return None
     if last is None:
         return identity.base_of(run.init_from)
@@ -173,6 +180,6 @@ def _adapter(run: config.Run, last: About | None) -> Base | None:
     current_adapter = identity.adapter_of(run.lora.init_from)
     if last is not None and last.adapter is not None and last.adapter.hashes != current_adapter.hashes:
         raise ValueError(
-            f"the adapter in {run.lora.init_from} has changed since this run started; bring it back, or start a new run_dir"
+            f"the adapter in {run.lora.init_from} has changed since this run was started; restore it, or choose another run_dir"
         )
     return current_adapter

@@ -54,7 +54,7 @@ class Votes(NamedTuple):
     stop: bool = False
     save: bool = False
 
-    def joined(self, other: Votes) -> Votes:
+    def combined_with(self, other: Votes) -> Votes:
         """Combine two votes: stop or save if either asks for it."""
         return Votes(self.stop or other.stop, self.save or other.save)
 

@@ -20,18 +20,12 @@ from moe_train.machine.files import write_text
 from moe_train.machine.progress import Progress
 from moe_train.machine.progress_bar import ProgressBar
 
-# --- figures of a step ---------------------------------------------------------------------------------------------
-
-
 LINE_SECONDS = 5.0
 """Seconds between two lines of metrics if stderr is not a terminal."""
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
 MetricsRecord = dict[str, Any]
-"""A line of metrics.jsonl: `kind` ("train" or "eval"), `step`, and the metrics by name; None for what is not finite."""
+"""A line of metrics.jsonl: `kind` ("train" or "eval"), `step`, and the metrics by name; None for values that are not finite."""
 
 
 class Writer:
@@ -87,12 +81,12 @@ class Writer:
         if self._write:
             self._console.print(text, markup=False, soft_wrap=True)
 
-    def train(self, step: int, figures: Mapping[str, Any]) -> None:
+    def train(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of a training step."""
-        self._record("train", step, figures)
+        self._record("train", step, metrics)
         if not self._write:
             return
-        line = _line(figures)
+        line = _line(metrics)
         if self._bar is not None:
             self._bar.show(Progress("", step, self._total, "steps", line))
         else:
@@ -108,17 +102,19 @@ class Writer:
                 remaining = f"  {_duration(seconds_left)} left"
             self.say(f"step {step}/{self._total}  {line}{remaining}")
 
-    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of an evaluation after `step`."""
-        self._record("eval", step, figures)
+        self._record("eval", step, metrics)
         if self._write:
-            drift = figures.get("routing_drift")
-            drifted = ""
+            drift = metrics.get("routing_drift")
+            routing = ""
             if drift:
-                drifted = f"; {np.mean(drift):.1%} of the assignments drifted, {max(drift):.1%} in one layer"
-            tokens = figures.get("loss_tokens")  # absent if the objective averages over something other than tokens
+                routing = (
+                    f"; {np.mean(drift):.1%} of routing choices differ from the base model's, at most {max(drift):.1%} in a layer"
+                )
+            tokens = metrics.get("loss_tokens")  # absent if the objective averages over something other than tokens
             over = "" if tokens is None else f" over {tokens:,} tokens"
-            self.say(f"step {step}/{self._total}  held-out loss {figures['loss']:.4f}{over}{drifted}")
+            self.say(f"step {step}/{self._total}  held-out loss {metrics['loss']:.4f}{over}{routing}")
 
     def new_records(self) -> list[MetricsRecord]:
         """Return the records since the last call, in every process."""
@@ -126,22 +122,22 @@ class Writer:
         self._new_records = []
         return records
 
-    def _record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
-        record = {"kind": kind, "step": step, **_replace_non_finite(figures)}
+    def _record(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        record = {"kind": kind, "step": step, **_replace_non_finite(metrics)}
         self._new_records.append(record)
         if not self._write:
             return
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in _scalars(figures, self._sparse_layers):
+            for name, value in _scalars(metrics, self._sparse_layers):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # the error that ended the block must not be hidden
+        # A full disk must not hide the error that ended the block.
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.close()
 
@@ -157,13 +153,15 @@ class Writer:
         self._file.close()
 
 
-def _replace_non_finite(figures: Any) -> Any:
+def _replace_non_finite(metrics: Any) -> Any:
     """Replace NaN and infinities, which JSON cannot express, by null."""
-    if isinstance(figures, Mapping):
-        return {key: _replace_non_finite(value) for key, value in figures.items()}
-    if isinstance(figures, list):
-        return [_replace_non_finite(value) for value in figures]
-    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
+    if isinstance(metrics, Mapping):
+        return {key: _replace_non_finite(value) for key, value in metrics.items()}
+    if isinstance(metrics, list):
+        return [_replace_non_finite(value) for value in metrics]
+    if isinstance(metrics, float) and not math.isfinite(metrics):
+        return None
+    return metrics
 
 
 def _open_lines(path: Path, start_step: int) -> TextIO:
@@ -180,14 +178,14 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def _scalars(figures: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tuple[str, float]]:
+def _scalars(metrics: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tuple[str, float]]:
     """Yield (name, number) pairs with lists expanded, such as `load/layer_3/expert_0`.
 
     Args:
-        figures: metrics by name; a list has one entry per router, each a number or a list over experts.
+        metrics: metrics by name; a list has one entry per router, each a number or a list over experts.
         layers: layer index of each entry of a list; empty to number the entries from 0.
     """
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, int | float):
             yield name, value
         elif isinstance(value, list):
@@ -195,22 +193,23 @@ def _scalars(figures: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tupl
                 row = entry if isinstance(entry, list) else [entry]
                 layer = layers[i] if layers else i
                 for e, x in enumerate(row):
-                    yield f"{name}/layer_{layer}" + (f"/expert_{e}" if isinstance(entry, list) else ""), x
+                    expert = f"/expert_{e}" if isinstance(entry, list) else ""
+                    yield f"{name}/layer_{layer}{expert}", x
 
 
-def _line(figures: Mapping[str, Any]) -> str:
+def _line(metrics: Mapping[str, Any]) -> str:
     """Format the metrics of a training step as one line."""
-    parts = [f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
-    if figures.get("mfu") is not None:
-        parts.append(f"MFU {figures['mfu']:.1%}")
-    if figures.get("input_wait", 0) >= 0.01:
-        parts.append(f"waits for input {figures['input_wait']:.0%}")
-    if "balance" in figures:
-        parts.append(f"balance {figures['balance']:.2f}")
-    if any(figures.get("dropped", ())):
-        parts.append(f"{sum(figures['dropped']):,} dropped")
-    if figures.get("skipped"):
-        parts.append(f"{figures['skipped']} skipped")
+    parts = [f"loss {metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+    if metrics.get("mfu") is not None:
+        parts.append(f"MFU {metrics['mfu']:.1%}")
+    if metrics.get("input_wait", 0) >= 0.01:
+        parts.append(f"waiting for input {metrics['input_wait']:.0%}")
+    if "balance" in metrics:
+        parts.append(f"balance {metrics['balance']:.2f}")
+    if any(metrics.get("dropped", ())):
+        parts.append(f"{sum(metrics['dropped']):,} dropped")
+    if metrics.get("skipped"):
+        parts.append(f"{metrics['skipped']} skipped")
     return "  ".join(parts)
 
 

@@ -77,7 +77,7 @@ def run_experts(kind: str) -> RunExperts:
 
 
 def program(kind: str) -> jax.stages.Compiled:
-    run = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml")
+    run = yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml")
     mesh = make_mesh(run.mesh.model_copy(update={"fsdp": 1}), topologies.get_topology_desc("v5p:2x2x2", platform="tpu").devices)
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:

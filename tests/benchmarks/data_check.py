@@ -24,7 +24,7 @@ from pathlib import Path
 
 import mistral_common
 
-from moe_train.commands.quickstart_text import gather
+from moe_train.commands.quickstart_text import gather_texts
 from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.data.tokenizers.load import tokenizer_at
 
@@ -40,7 +40,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        gather(root / "text")
+        gather_texts(root / "text")
         texts = [json.loads(line)["text"] for line in (root / "text" / "text_train.jsonl").open()]
         tokenizer = train_bpe(texts, 32_000, root / "tokenizer")
         words = " ".join(texts).split(" ")

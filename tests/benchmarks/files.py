@@ -24,8 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_train.weights import texts
-
 ROOT = Path(__file__).parents[2]
 SIZES = {"vocab": 32000, "hidden": 512, "intermediate": 1792, "layers": 10, "heads": 8, "kv_heads": 4, "head_dim": 64, "experts": 8}
 
@@ -85,11 +83,15 @@ def ours(mode: str, folder: Path) -> dict[str, float]:
                 return piece.to_file(merge.merged(weights, None, piece, dtype))
 
             with new_directory(folder / "hf") as directory:
-                write_and_prove.write(directory, "hf", model, "float32", matrix, texts.NO_TEXTS, write_and_prove.MAX_SHARD_BYTES)
+                write_and_prove.write_model(directory, model, matrix, write_and_prove.WriteOptions(dtype="float32"))
 
         if mode == "write":
             return measure(plain)[1]
-        return measure(lambda: write_and_prove.export(weights, model, folder / "hf", dtype="float32", depth=mode))[1]  # type: ignore[arg-type]
+        return measure(
+            lambda: write_and_prove.export_model(
+                weights, model, folder / "hf", write_and_prove.WriteOptions(dtype="float32", depth=mode)
+            )
+        )[1]  # type: ignore[arg-type]
 
 
 def theirs(mode: str, folder: Path) -> dict[str, float]:

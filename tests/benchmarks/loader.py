@@ -34,7 +34,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from moe_train import config
-from moe_train.commands.quickstart_text import gather
+from moe_train.commands.quickstart_text import gather_texts
 from moe_train.commands.train_tokenizer import train_bpe
 from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.packing import make_plan
@@ -155,7 +155,7 @@ def cpu_seconds() -> float:
 def main(num_proc: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        gather(root / "text")
+        gather_texts(root / "text")
         texts = [json.loads(line)["text"] for line in (root / "text" / "text_train.jsonl").open()]
         tokenizer = train_bpe(texts, 4096, root / "tokenizer")
         chats(root, texts, tokenizer, num_proc)

@@ -60,7 +60,7 @@ def report(name: str, f: Callable[..., Any], weights: Any, x: jax.Array, product
     print(f"{name:10} forward {forward * 1e3:7.1f} ms   with backward {both * 1e3:7.1f} ms   {share:.2f} of the dense product")
 
 
-run = yaml_file.load(sys.argv[1])
+run = yaml_file.load_config(sys.argv[1])
 m = run.model
 assert m is not None and isinstance(m.ffn, config.MoeFfn)
 B, T, D, F, V = run.train.batch_size, run.train.seq_len, m.model_dim, m.ffn.ffn_dim, m.vocab_size

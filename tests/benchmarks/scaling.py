@@ -32,7 +32,7 @@ def measure(chips: int, layers: int) -> dict[str, Any]:
     overrides = [f"model.num_layers={layers}", f"train.batch_size={chips}", "train.microbatches=1"]
     overrides += [f"mesh.{axis}={size}" for axis, size in mesh.items()]
     before = core_seconds()
-    compiled = compile_config(config.run_of(yaml_file.load(RECIPE, overrides)), parse(f"v5p:{SLICES[chips]}"))
+    compiled = compile_config(config.run_of(yaml_file.load_config(RECIPE, overrides)), parse(f"v5p:{SLICES[chips]}"))
     return {
         "chips": chips,
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1),

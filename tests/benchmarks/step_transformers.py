@@ -26,7 +26,7 @@ arguments.add_argument("--experts", default="grouped_mm")
 arguments.add_argument("--lora", type=int, default=0)
 arguments = arguments.parse_args()
 
-run = yaml_file.load(arguments.workload)
+run = yaml_file.load_config(arguments.workload)
 m, train = run.model, run.train
 torch.manual_seed(0)
 model = MixtralForCausalLM(

@@ -12,26 +12,13 @@ import pytest
 from tests.cli.command import run
 
 
-class Moved(NamedTuple):
-    """A matrix of a comparison."""
-
-    module: str
-    delta: float
-    weight: float
-
-    @property
-    def relative(self) -> float:
-        return self.delta / self.weight
-
-
 class Comparison(NamedTuple):
-    """What a comparison found."""
+    """A stand-in for the result of a comparison."""
 
-    base: str
-    moved: list[Moved]
+    modules: list[str]
 
-    def experts(self) -> list[list[float]]:
-        return [[0.5]]
+    def to_json(self) -> dict[str, list[str]]:
+        return {"moved": self.modules}
 
 
 def test_diff(stand_in: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,18 +26,14 @@ def test_diff(stand_in: Callable[..., None], capsys: pytest.CaptureFixture[str])
 
     def diff(*arguments: Path | None) -> Comparison:
         handed_on.append(arguments)
-        return Comparison("base", [Moved("head", 1.0, 2.0), Moved("embed", 1.0, 0.0)])
+        return Comparison(["head", "embed"])
 
-    stand_in("moe_train.commands.adapters", diff=diff, show=lambda found, top: [f"{len(found.moved)} of at most {top} [red]"])
+    def comparison_tables(comparison: Comparison, top: int) -> list[str]:
+        return [f"{len(comparison.modules)} of at most {top} [red]"]
+
+    stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=comparison_tables)
     assert run("adapters", "diff", "one", "--base", "base", "--against", "two", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {
-        "base": "base",
-        "moved": [
-            {"module": "head", "delta": 1.0, "weight": 2.0, "relative": 0.5},
-            {"module": "embed", "delta": 1.0, "weight": 0.0, "relative": None},
-        ],
-        "experts": [[0.5]],
-    }
+    assert json.loads(capsys.readouterr().out) == {"moved": ["head", "embed"]}
     assert run("adapters", "diff", "one", "--top", "3") == 0
     assert capsys.readouterr().out == "2 of at most 3 [red]\n"
     assert handed_on == [(Path("one"), Path("base"), Path("two")), (Path("one"), None, None)]

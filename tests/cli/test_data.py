@@ -32,7 +32,7 @@ def test_check(tokenizer: HuggingFace, write_lines: Write, capsys: pytest.Captur
     assert code == 1 and json.loads(out)["problem_counts"] == {"type": 1}
     for arguments, said in (
         ((clean,), "state --tokenizer"),
-        (("--tokenizer", tokenizer.path), "name files, or a run with --config"),
+        (("--tokenizer", tokenizer.path), "name either FILES, or with --config a run"),
         ((clean, "--tokenizer", clean.parent), "no tokenizer at"),
         ((clean.parent / "no.jsonl", "--tokenizer", tokenizer.path), "no file matches"),
     ):
@@ -82,7 +82,33 @@ def test_check_imports_no_jax(tokenizer: HuggingFace, write_lines: Write) -> Non
 
 def test_show_needs_a_tokenizer(write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "show", write_lines("a.jsonl", KINDS)) == 2
-    assert capsys.readouterr() == ("", "moe-train: state --tokenizer: tokens and chat format depend on it\n")
+    assert capsys.readouterr() == ("", "moe-train: state --tokenizer, which determines the tokens and the chat format\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--config", "RUN", "--map", "text=a"], "--map would have no effect: the config states"),
+        (["show", "FILE", "--step", "2", "--tokenizer", "TOKENIZER"], "--step would have no effect"),
+        (
+            ["show", "RUN", "--seq-len", "8", "--format", "json", "--tokenizer", "TOKENIZER"],
+            "--seq-len and --format would have no effect",
+        ),
+        (["show", "FILE", "--html", "page.html", "--json"], "--json would have no effect: --html writes a page"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    arguments: list[str],
+    message: str,
+    config_path: str,
+    tokenizer: HuggingFace,
+    write_lines: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = {"RUN": config_path, "FILE": str(write_lines("a.jsonl", KINDS)), "TOKENIZER": str(tokenizer.path)}
+    assert run("data", *(paths.get(argument, argument) for argument in arguments)) == 2
+    out, error = capsys.readouterr()
+    assert message in error and error.count("\n") == 1 and not out
 
 
 def test_prepare_and_trace_hand_on_the_run(

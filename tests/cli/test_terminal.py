@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.cli.terminal import print_answers, print_checks, print_json, print_table, waiting
+from moe_train.cli.terminal import print_checks, print_json, print_mapping, print_table, progress_line
 from moe_train.machine import progress
 
 
@@ -26,12 +26,12 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
     ],
 )
 def test_values_as_people_read_them(key: str, value: object, text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    print_answers({key: value})
+    print_mapping({key: value})
     assert lines(capsys) == [text]
 
 
 def test_json_keeps_the_values(capsys: pytest.CaptureFixture[str]) -> None:
-    print_answers({"loss": 2.71828, "name": "é"}, as_json=True)
+    print_mapping({"loss": 2.71828, "name": "é"}, as_json=True)
     assert capsys.readouterr().out == '{\n  "loss": 2.71828,\n  "name": "é"\n}\n'
     print_json([1, None])
     assert capsys.readouterr().out == "[\n  1,\n  null\n]\n"
@@ -49,6 +49,6 @@ def test_a_check_passed_failed_or_was_not_made(capsys: pytest.CaptureFixture[str
 
 
 def test_a_pipe_gets_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    with waiting("merging"):
+    with progress_line("merging"):
         progress.report(progress.Progress("reading", 1, 2))
     assert capsys.readouterr() == ("", "")

@@ -35,7 +35,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: HuggingFace
     folder = tmp_path_factory.mktemp("files")
     with jax.set_mesh(ONE):
         weights = {path: x for path, x in random_parameters(MODEL, lora=LORA, scale=0.3).items() if ".lora_" not in path}
-        write_and_prove.export(weights, MODEL, folder / "base", dtype="float32", texts=texts.Texts(small_tokenizer))
+        write_and_prove.export_model(
+            weights, MODEL, folder / "base", write_and_prove.WriteOptions(dtype="float32", texts=texts.Texts(small_tokenizer))
+        )
         full = LORA.model_copy(update={"train": ("ffn.router", "final_norm")})
         for name, seed, lora in (("one", 1, LORA), ("two", 2, LORA), ("full", 3, full)):
             trained = {
@@ -72,10 +74,10 @@ def place(name: str) -> tuple[int | None, str, int | None]:
 
 def check(found: adapters.Comparison, changes: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> None:
     wanted = {place(name): (np.linalg.norm(x), np.linalg.norm(base[name])) for name, x in changes.items()}
-    assert {(m.layer, m.module, m.expert): (m.delta, m.weight) for m in found.moved} == {
+    assert {(m.layer, m.module, m.expert): (m.delta, m.weight) for m in found.changes} == {
         key: pytest.approx(value, rel=1e-5) for key, value in wanted.items()
     }
-    assert [m.relative for m in found.moved] == sorted((m.relative for m in found.moved), reverse=True)
+    assert [m.relative for m in found.changes] == sorted((m.relative for m in found.changes), reverse=True)
 
 
 def test_norms_are_those_of_the_whole_deltas(files: Callable[[str], Path]) -> None:
@@ -85,12 +87,12 @@ def test_norms_are_those_of_the_whole_deltas(files: Callable[[str], Path]) -> No
     together = lambda x: np.sqrt(sum(np.sum(x[f"model.layers.1.block_sparse_moe.experts.3.w{i}.weight"] ** 2) for i in (1, 2, 3)))  # noqa: E731
     assert np.shape(found.experts()) == (2, 4) and found.experts()[1][3] == pytest.approx(together(one) / together(base), rel=1e-5)
     check(adapters.diff(files("one"), against=files("two")), {name: one[name] - two[name] for name in one}, base)
-    assert max(m.relative for m in adapters.diff(files("one"), against=files("one")).moved) < 1e-6
+    assert max(m.relative for m in adapters.diff(files("one"), against=files("one")).changes) < 1e-6
 
 
 def test_what_was_trained_in_full_counts_as_well(files: Callable[[str], Path]) -> None:
     there, base = tensors(files("full")), tensors(files("base"))
-    moved = {(m.layer, m.module): m for m in adapters.diff(files("full")).moved}
+    moved = {(m.layer, m.module): m for m in adapters.diff(files("full")).changes}
     change = there["base_model.model.model.layers.1.mlp.gate.weight"] - base["model.layers.1.block_sparse_moe.gate.weight"]
     assert moved[1, "ffn.router"].delta == pytest.approx(np.linalg.norm(change), rel=1e-5)
     assert moved[None, "final_norm"].weight == pytest.approx(np.linalg.norm(base["model.norm.weight"]), rel=1e-5)
@@ -124,12 +126,12 @@ def test_scaled_does_as_much_more(files: Callable[[str], Path], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("scale", "one", "0", "OUT"), "factor is 0.0; it has to be positive"),
-        (("scale", "full", "2", "OUT"), "trained in full: these have no scale"),
+        (("scale", "one", "0", "OUT"), "FACTOR 0.0 is not a positive number"),
+        (("scale", "full", "2", "OUT"), "which have no scale; merge the adapter instead"),
         (("scale", "base", "2", "OUT"), "adapter_config.json is missing"),
         (("merge", "base", "base", "OUT"), "holds no adapter: looked for adapter_config.json (PEFT), lora.safetensors"),
         (("merge", "base", "other", "OUT"), "does not hold the model that its config describes"),
-        (("diff", "moved"), "names nowhere/base as its base model, which is not here; name it with --base"),
+        (("diff", "moved"), "names nowhere/base as its base model, which does not exist here; state its path with --base"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(
@@ -163,4 +165,4 @@ def test_the_command_shows_tables_or_json(files: Callable[[str], Path], capsys: 
             answer = json.loads(said)
             assert len(answer["moved"]) == 2 * (1 + 3 * 4) + 1 and np.shape(answer["experts"]) == (2, 4)
         else:
-            assert "ffn.gate_proj" in said and "change over weight of each expert" in said
+            assert "ffn.gate_proj" in said and "relative change of each expert" in said

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from moe_train import config
-from moe_train.commands.bench import TIMED, WARM_UP, bench
+from moe_train.commands.bench import TIMED_STEPS, WARM_UP_STEPS, bench
 
 RUN = config.Config.model_validate_json(
     """{"name": "tiny", "run_dir": "run", "mesh": {"fsdp": 4, "expert": 2},
@@ -27,5 +27,5 @@ def test_a_run_given_in_tokens_is_timed_and_learns() -> None:
     assert found["tokens_per_second"] * found["median_step_seconds"] == pytest.approx(16 * 32)
     assert 0 < found["share_of_attainable"] < 1
     # the same tokens each time, at the full rate from the first step
-    assert found["last_loss"] < found["first_loss"] - 1e-4 * (WARM_UP + TIMED)
+    assert found["last_loss"] < found["first_loss"] - 1e-4 * (WARM_UP_STEPS + TIMED_STEPS)
     assert jax.device_count() == 8 and found["bytes_of_program_per_device"] > 0

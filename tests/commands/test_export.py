@@ -14,7 +14,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.commands import write_and_prove
-from moe_train.commands.export import _command, export
+from moe_train.commands.export import ExportOptions, _serve_command, export
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters
@@ -34,23 +34,25 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: Huggi
     with jax.set_mesh(make_mesh(MESH)):
         weights = random_parameters(MODEL, lora=LORA)
         plain = {path: x for path, x in weights.items() if ".lora_" not in path}
-        write_and_prove.export(plain, MODEL, tmp_path / "base", dtype="bfloat16")
+        write_and_prove.export_model(plain, MODEL, tmp_path / "base", write_and_prove.WriteOptions(dtype="bfloat16"))
         weights |= external.load_parameters(tmp_path / "base", plain_shapes(plain))
         save_run(tmp_path / "run", weights, small_tokenizer, init_from=str(tmp_path / "base"), lora=LORA)
         texts = Texts(small_tokenizer, small_tokenizer.chat_template, "")
-        write_and_prove.export(weights, MODEL, tmp_path / "merged", dtype="bfloat16", lora=LORA, merge=True, texts=texts)
+        write_and_prove.export_model(
+            weights, MODEL, tmp_path / "merged", write_and_prove.WriteOptions(dtype="bfloat16", lora=LORA, merge=True, texts=texts)
+        )
         peft.export_adapter(weights, MODEL, LORA, tmp_path / "adapter", base_model=str(tmp_path / "base"), texts=texts)
     report = export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
     (merge,) = (check["figures"] for check in report["checks"] if check["name"] == "merge")
     assert merge["count"] == 2 * (4 + 3 * 4)
     same_files(tmp_path / "hf", tmp_path / "merged", "moe_train.yaml", "export_proof.json")
-    line = export(tmp_path / "run", tmp_path / "peft", "peft", server="vllm")["serve"]
+    line = export(tmp_path / "run", tmp_path / "peft", "peft", options=ExportOptions(server="vllm"))["serve"]
     assert line == f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 8 --lora-modules peft={tmp_path}/peft"
     opened = model_dir.open_model(tmp_path / "run")
     assert opened.run is not None
     weights_of_the_run = config.PretrainedWeights(path=str(tmp_path / "run"))
     on_a_run = opened._replace(run=opened.run.model_copy(update={"initial_weights": weights_of_the_run}))
-    line = _command("vllm", "peft", on_a_run, "out")
+    line = _serve_command("vllm", "peft", on_a_run, "out")
     assert line is not None and line.startswith(
         f"moe-train export {tmp_path}/run BASE_MODEL && vllm serve BASE_MODEL --enable-lora"
     )
@@ -61,7 +63,7 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: Huggi
         export(tmp_path / "run", tmp_path / "other", "hf")
     with pytest.raises(ValueError, match="--format hf"):
         export(tmp_path / "run", tmp_path / "other", "peft", merge=True)
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
     (tmp_path / "base").rename(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"the adapters of .*run belong to the weights in .*base, which .* has not"):
@@ -76,7 +78,9 @@ def test_an_adapter_that_was_written_wrong_is_not_exported(
     with jax.set_mesh(make_mesh(MESH)):
         weights = random_parameters(MODEL, lora=LORA)
         plain = {path: x for path, x in weights.items() if ".lora_" not in path}
-        write_and_prove.export(plain, MODEL, tmp_path / "base", dtype="float32", depth="tensors")
+        write_and_prove.export_model(
+            plain, MODEL, tmp_path / "base", write_and_prove.WriteOptions(dtype="float32", depth="tensors")
+        )
         save_run(tmp_path / "run", weights, small_tokenizer, init_from=str(tmp_path / "base"), lora=LORA)
     write = safetensors_files.write_file
 
@@ -101,12 +105,12 @@ def test_a_run_from_random_weights_becomes_a_model(small_tokenizer: HuggingFace,
         export(tmp_path / "run", tmp_path / "hf")
         save_run(tmp_path / "tuned", weights, small_tokenizer, init_from=str(tmp_path / "hf"))
         (tmp_path / "hf").rename(tmp_path / "gone")
-        with pytest.raises(FileNotFoundError, match=r"hf, from which the run started, is not here .* \(--dtype\)"):
+        with pytest.raises(FileNotFoundError, match=r"hf, from which the run started, does not exist here.* state --dtype"):
             export(tmp_path / "tuned", tmp_path / "other")
-        export(tmp_path / "tuned", tmp_path / "hf", dtype="float32")
+        export(tmp_path / "tuned", tmp_path / "hf", options=ExportOptions(dtype="float32"))
         loaded = external.load_parameters(tmp_path / "hf", plain_shapes(weights))
     assert all(np.array_equal(np.asarray(loaded[path]), np.asarray(x)) for path, x in weights.items())
-    with pytest.raises(ValueError, match="nothing to merge"):
+    with pytest.raises(ValueError, match="no adapters to merge"):
         export(tmp_path / "run", tmp_path / "other", merge=True)
     with pytest.raises(ValueError, match="trained in full"):
         export(tmp_path / "run", tmp_path / "other", "peft")
@@ -119,18 +123,20 @@ def test_another_tools_model_is_turned_into_every_layout_and_back(small_tokenize
     with jax.set_mesh(make_mesh(MESH)):
         weights = random_parameters(MODEL)
         texts = Texts(small_tokenizer, small_tokenizer.chat_template)
-        write_and_prove.export(weights, MODEL, tmp_path / "hf", dtype="bfloat16", texts=texts, depth="tensors")
+        write_and_prove.export_model(
+            weights, MODEL, tmp_path / "hf", write_and_prove.WriteOptions(dtype="bfloat16", texts=texts, depth="tensors")
+        )
     before = external.hashes(tmp_path / "hf")
     for layout in ("mistral", "gguf"):
-        export(tmp_path / "hf", tmp_path / layout, layout, depth="tensors")
-        record = export(tmp_path / layout, tmp_path / f"{layout}-hf", dtype="bfloat16", depth="tensors")
+        export(tmp_path / "hf", tmp_path / layout, layout, options=ExportOptions(depth="tensors"))
+        record = export(tmp_path / layout, tmp_path / f"{layout}-hf", options=ExportOptions(dtype="bfloat16", depth="tensors"))
         assert record["dtype"] == "bfloat16" and record["source"] == str(tmp_path / layout)
         assert external.hashes(tmp_path / f"{layout}-hf") == before
         assert external.read_model(tmp_path / f"{layout}-hf") == MODEL
-    with pytest.raises(ValueError, match="dtype q8_0 is not one of hf's"):
-        export(tmp_path / "hf", tmp_path / "other", dtype="q8_0")
-    with pytest.raises(ValueError, match="max-shard-size is 'much'"):
-        export(tmp_path / "hf", tmp_path / "other", max_shard_size="much")
-    export(tmp_path / "hf", tmp_path / "shards", max_shard_size="10KB", depth="tensors")
+    with pytest.raises(ValueError, match="--format hf does not support dtype q8_0"):
+        export(tmp_path / "hf", tmp_path / "other", options=ExportOptions(dtype="q8_0"))
+    with pytest.raises(ValueError, match="--max-shard-size 'much' is not a size"):
+        export(tmp_path / "hf", tmp_path / "other", options=ExportOptions(max_shard_size="much"))
+    export(tmp_path / "hf", tmp_path / "shards", options=ExportOptions(max_shard_size="10KB", depth="tensors"))
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
     assert not (tmp_path / "other").exists()

@@ -15,7 +15,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.cli import main
-from moe_train.commands.extend_vocab import extend_vocab, find_tokenizer, new_ids
+from moe_train.commands.extend_vocab import extend_vocab, load_any_tokenizer, new_ids
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def v1() -> Tokenizer:
 
 @pytest.mark.parametrize("version", ["v2", "v3", "v7"])
 def test_mistrals_sentencepiece_versions_put_768_control_tokens_at_3(version: str, v1: Tokenizer) -> None:
-    ids = new_ids(v1, find_tokenizer(version))
+    ids = new_ids(v1, load_any_tokenizer(version))
     assert ids == {i: i if i < 3 else i + 768 for i in range(32000)}
 
 
@@ -126,9 +126,9 @@ def test_what_cannot_be_extended_is_refused_and_leaves_nothing(tmp_path: Path, c
 def test_a_row_that_is_written_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_train.commands import extend_vocab as module
 
-    base, right = make_base(tmp_path / "base", MODEL), module.extended
-    monkeypatch.setattr(module, "extended", lambda *given: np.roll(right(*given), 1, 0))
-    with pytest.raises(RuntimeError, match=r"embed_tokens\.weight in the file is not that of the base"):
+    base, right = make_base(tmp_path / "base", MODEL), module.extend_table
+    monkeypatch.setattr(module, "extend_table", lambda *given: np.roll(right(*given), 1, 0))
+    with pytest.raises(RuntimeError, match=r"embed_tokens\.weight in .* differs from the base's"):
         extend_vocab(base, tmp_path / "out", "v3")
     assert not (tmp_path / "out").exists()
-    assert names.HUGGING_FACE.head.path in module._ROWS
+    assert names.HUGGING_FACE.head.path in module._VOCAB_TABLES

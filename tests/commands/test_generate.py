@@ -19,7 +19,9 @@ def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> 
     tokenizer = train_bpe(["the quick brown fox jumps over the lazy dog"] * 20, 290, tmp_path / "tokenizer")
     with jax.set_mesh(ONE):
         structure, weights = random_model(MIXTRAL)
-        write_and_prove.export(weights, MIXTRAL, tmp_path / "model", dtype="float32", texts=texts.Texts(tokenizer))
+        write_and_prove.export_model(
+            weights, MIXTRAL, tmp_path / "model", write_and_prove.WriteOptions(dtype="float32", texts=texts.Texts(tokenizer))
+        )
         ids = [tokenizer.bos_id, *tokenizer.encode("the quick")]
         (new,) = generate(structure, weights, MIXTRAL, ONE, [ids], 6, eos_id=tokenizer.eos_id)
     (completion, other) = generate_dir(tmp_path / "model", ["the quick", "a dog"], 6)

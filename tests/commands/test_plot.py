@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moe_train.commands.plot import plot, read
+from moe_train.commands.plot import plot, read_run_metrics
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_read_up_to_the_line_that_is_being_written(run_dir: Path) -> None:
-    story = read(run_dir)
+    story = read_run_metrics(run_dir)
     assert [line["step"] for line in story.train] == [*range(1, 13)] and len(story.evaluations) == 1 and story.resumed == [6]
 
 
@@ -51,13 +51,13 @@ def test_what_cannot_be_drawn_is_said_in_one_line(run_dir: Path, tmp_path: Path,
     with pytest.raises(ValueError, match=r"a\.gif: a picture ends in \.png, \.svg, \.pdf"):
         plot([run_dir], tmp_path / "a.gif")
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl; name the run_dir of a run"):
-        read(tmp_path)
+        read_run_metrics(tmp_path)
     (run_dir / "metrics.jsonl").write_text('{"kind": "eval", "step": 0, "loss": 3.0}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl has no figures of a training step yet"):
-        read(run_dir)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has no metrics of a training step yet"):
+        read_run_metrics(run_dir)
     (run_dir / "metrics.jsonl").write_text("{}}\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl:1: not JSON"):
-        read(run_dir)
+        read_run_metrics(run_dir)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"plots need matplotlib; run: bash launch/install\.sh report"):
         plot([run_dir], tmp_path / "a.png")

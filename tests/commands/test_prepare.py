@@ -79,7 +79,7 @@ def test_the_run_finds_what_was_prepared(
 def cli_config(path: Path) -> Any:
     from moe_train.config import yaml_file
 
-    return yaml_file.load(path, ())
+    return yaml_file.load_config(path, ())
 
 
 def test_from_a_folder_that_holds_the_sets(run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +105,7 @@ def test_a_row_is_traced_to_its_lines(run: Callable[..., Path], tmp_path: Path, 
         ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id][segment["start"] :][: segment["length"]]
         row = segment["row"]
         assert batch.tokens[row][batch.segment_ids[row] == segment["segment"]].tolist() == ids
-    for wrong, said in (((0, None), "step 0: steps count from 1"), ((1, 4), "row 4: a step has 4 rows, from 0")):
+    for wrong, said in (((0, None), "step 0: steps are counted from 1"), ((1, 4), "row 4: a step has 4 rows, counted from 0")):
         with pytest.raises(ValueError, match=f"^{said}$"):
             trace(cli_config(path), *wrong)
 

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from moe_train.commands import quickstart
-from moe_train.commands.quickstart_text import gather
+from moe_train.commands.quickstart_text import gather_texts
 from moe_train.config import yaml_file
 
 SMALLER = (
@@ -48,9 +48,9 @@ def test_every_part_runs_and_what_is_done_is_left_alone(here: Path, monkeypatch:
     theirs = quickstart.CONFIGS
     (here / "configs").mkdir()
     for name, overrides in (("quickstart_pretrain.yaml", SMALLER + SHORTER), ("quickstart_lora.yaml", SHORTER)):
-        (here / "configs" / name).write_text(yaml_file.dump(yaml_file.load(theirs / name, overrides)))
+        (here / "configs" / name).write_text(yaml_file.dump(yaml_file.load_config(theirs / name, overrides)))
     monkeypatch.setattr(quickstart, "CONFIGS", here / "configs")
-    monkeypatch.setattr(quickstart, "gather", partial(gather, max_bytes=400_000))
+    monkeypatch.setattr(quickstart, "gather_texts", partial(gather_texts, max_bytes=400_000))
 
     assert quickstart.quickstart() == 0
     files = {file.name for folder in ("export_hf", "export_peft") for file in (quickstart.WORK / folder).iterdir()}

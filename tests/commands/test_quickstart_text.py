@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.commands.quickstart_text import FILES, gather
+from moe_train.commands.quickstart_text import FILES, gather_texts
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def read(directory: Path) -> dict[str, list[dict]]:
 
 
 def test_what_is_gathered(library: Path, tmp_path: Path) -> None:
-    counts = gather(tmp_path / "out", stdlib=library, heldout=0.2)
+    counts = gather_texts(tmp_path / "out", stdlib=library, heldout=0.2)
     gathered = read(tmp_path / "out")
     assert counts == {name: len(records) for name, records in gathered.items()}
     pairs = {(m[0]["content"], m[1]["content"]) for side in FILES[2:] for record in gathered[side] for m in [record["messages"]]}
@@ -51,7 +51,7 @@ def test_what_is_gathered(library: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_is_nowhere_in_training(library: Path, tmp_path: Path) -> None:
-    gather(tmp_path / "out", stdlib=library, heldout=0.2)
+    gather_texts(tmp_path / "out", stdlib=library, heldout=0.2)
     gathered = read(tmp_path / "out")
     for train, heldout in (FILES[:2], FILES[2:]):
         known, unknown = (set(re.findall(r"umber (\d+)", json.dumps(gathered[name]))) for name in (train, heldout))
@@ -60,11 +60,11 @@ def test_what_is_held_out_is_nowhere_in_training(library: Path, tmp_path: Path) 
 
 
 def test_the_same_files_again_and_no_more_than_asked(library: Path, tmp_path: Path) -> None:
-    gather(tmp_path / "a", stdlib=library)
-    gather(tmp_path / "b", stdlib=library)
+    gather_texts(tmp_path / "a", stdlib=library)
+    gather_texts(tmp_path / "b", stdlib=library)
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    gather(tmp_path / "c", stdlib=library, max_bytes=9_000)
+    gather_texts(tmp_path / "c", stdlib=library, max_bytes=9_000)
     texts = [record["text"] for name in FILES[:2] for record in read(tmp_path / "c")[name]]
     assert 8_000 < sum(map(len, texts)) <= 9_000
 
@@ -72,17 +72,17 @@ def test_the_same_files_again_and_no_more_than_asked(library: Path, tmp_path: Pa
 def test_without_sources_or_with_something_there(library: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"does not hold the standard library's sources \(0 \.py files"):
-        gather(tmp_path / "out", stdlib=tmp_path / "none")
+        gather_texts(tmp_path / "out", stdlib=tmp_path / "none")
     (library / "pydoc_data" / "topics.py").write_text("subjects = {}\n")
     with pytest.raises(ValueError, match="does not define topics"):
-        gather(tmp_path / "out", stdlib=library)
-    with pytest.raises(FileExistsError, match="exists already"):
-        gather(library)
+        gather_texts(tmp_path / "out", stdlib=library)
+    with pytest.raises(FileExistsError, match="already exists"):
+        gather_texts(library)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_library_of_this_python(tmp_path: Path) -> None:
-    counts = gather(tmp_path / "out", max_bytes=2_000_000)
+    counts = gather_texts(tmp_path / "out", max_bytes=2_000_000)
     gathered = read(tmp_path / "out")
     assert counts["chat_train.jsonl"] > 3000 and counts["chat_heldout.jsonl"] > 50
     assert 0.9 * 2_000_000 < sum(len(r["text"].encode()) for name in FILES[:2] for r in gathered[name]) <= 2_000_000

@@ -126,7 +126,7 @@ def test_the_segments_say_what_is_learnt(mistral: Mistral, write_lines: Callable
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
 def test_the_pieces_are_the_text(tokenizer: HuggingFace, mistral: Mistral, text: str) -> None:
     for either, before in ((tokenizer, ""), (mistral, " " if text else "")):  # sentencepiece puts a space before a text
-        pieces = show.pieces([1, *either.encode(text), 2], either)
+        pieces = show.token_texts([1, *either.encode(text), 2], either)
         assert (pieces[0], "".join(pieces[1:-1]), pieces[-1]) == ("<s>", before + text, "</s>")
 
 

@@ -28,7 +28,7 @@ def test_training_twice_gives_the_same_files(tmp_path: Path) -> None:
 def test_training_refuses_what_is_there_and_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "tokenizer.json").write_text("mine")
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         train_bpe(TEXTS, 300, tmp_path / "there")
 
     def breaks():

@@ -43,7 +43,9 @@ def dense_dir(directory: Path, model: config.Model, tokenizer: Any, dtype: confi
             path: jax.device_put(draw(0, 0.3, x.shape).astype(x.dtype), NamedSharding(ONE, x.sharding.spec))
             for path, x in shapes.items()
         }
-        write_and_prove.export(weights, model, directory, dtype=dtype, texts=texts.Texts(tokenizer))
+        write_and_prove.export_model(
+            weights, model, directory, write_and_prove.WriteOptions(dtype=dtype, texts=texts.Texts(tokenizer))
+        )
     (directory / "generation_config.json").write_text('{"eos_token_id": [2, 7], "temperature": 0.3}')
     return directory
 
@@ -137,7 +139,7 @@ def test_what_cannot_be_upcycled_is_refused_and_leaves_nothing(tokenizer: Any, t
         upcycle(base, tmp_path / "out", 2, 3)
     with pytest.raises(ValueError, match="noise is -1"):
         upcycle(base, tmp_path / "out", noise=-1)
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         upcycle(base, tmp_path / "sparse")
     with pytest.raises(FileNotFoundError):
         upcycle(tmp_path / "nothing", tmp_path / "out")

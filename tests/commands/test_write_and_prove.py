@@ -41,7 +41,8 @@ else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
 with jax.set_mesh(make_mesh(config.Mesh())):
     weights = parameters(init_model(0, model, config.Compute()))[1]
-    write_and_prove.export(weights, model, Path(sys.argv[1]), dtype="bfloat16", max_shard_bytes=20_000)
+    options = write_and_prove.WriteOptions(dtype="bfloat16", max_shard_bytes=20_000)
+    write_and_prove.export_model(weights, model, Path(sys.argv[1]), options)
 """
 
 
@@ -64,15 +65,17 @@ def test_an_export_that_is_killed_or_cannot_write_leaves_nothing_that_looks_fini
 @pytest.mark.parametrize(
     ("parameters", "merge", "message"),
     [
-        ({"head.lora_a": np.zeros(2)}, False, r"the model has adapters \(1 arrays\): merge them \(--merge\), or export them alone"),
-        ({"head.weight": np.zeros(2)}, True, "there is nothing to merge: the model has no adapters"),
+        ({"head.lora_a": np.zeros(2)}, False, r"the model has adapters \(1 arrays\); merge them \(--merge\), or export them alone"),
+        ({"head.weight": np.zeros(2)}, True, "the model has no adapters to merge; leave --merge out"),
     ],
 )
 def test_adapters_are_merged_only_where_that_is_asked(
     parameters: dict[str, np.ndarray], merge: bool, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        write_and_prove.export(parameters, MODEL, tmp_path / "out", dtype="float32", lora=LORA, merge=merge)
+        write_and_prove.export_model(
+            parameters, MODEL, tmp_path / "out", write_and_prove.WriteOptions(dtype="float32", lora=LORA, merge=merge)
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -80,5 +83,5 @@ def test_adapters_are_merged_only_where_that_is_asked(
 def test_few_bits_are_only_written_as_gguf(layout: Any) -> None:
     write_and_prove.check_dtype("gguf", "q8_0")
     write_and_prove.check_dtype(layout, "bfloat16")
-    with pytest.raises(ValueError, match=f"dtype q8_0 is not one of {layout}'s, which are float32, bfloat16"):
+    with pytest.raises(ValueError, match=f"--format {layout} does not support dtype q8_0; use float32 or bfloat16"):
         write_and_prove.check_dtype(layout, "q8_0")

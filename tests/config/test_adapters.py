@@ -16,7 +16,7 @@ TARGET = {"modules": ["attention.*"], "rank": 4, "alpha": 8.0}
     ("lora", "message"),
     [
         ({"targets": []}, "lora has no targets; state at least one, or init_from"),
-        ({"targets": [TARGET | {"experts": [1, 1]}]}, "experts [1, 1] names one twice"),
+        ({"targets": [TARGET | {"experts": [1, 1]}]}, "experts [1, 1] lists an expert twice"),
         ({"targets": [TARGET], "quantize": {"name": "nf4", "block_size": 6}}, "multiple of 4"),
     ],
 )

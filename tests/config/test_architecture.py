@@ -20,8 +20,8 @@ from tests.config.tiny import DENSE, SIGMOID, config_with, refusal
         ({"model.attention.windows": [None, 8]}, "family mixtral cannot have interleaved attention.windows; only ministral can"),
         ({"model.attention.windows": [8, 8, 8]}, "num_layers 2 is not a multiple of the 3 attention.windows"),
         ({"model.ffn.experts_per_token": 5}, "experts_per_token 5 exceeds num_experts 4"),
-        ({"model.ffn": DENSE}, "family mixtral does not have a dense ffn"),
-        ({"model.family": "llama"}, "family llama does not have a moe ffn"),
+        ({"model.ffn": DENSE}, "family mixtral cannot have a dense ffn"),
+        ({"model.family": "llama"}, "family llama cannot have a moe ffn"),
         ({"model.family": "llama", "model.ffn": DENSE}, "family llama cannot have an attention window"),
         (
             {"model.rope": {"name": "yarn", "factor": 2.0, "original_max_seq_len": 8}},
@@ -30,14 +30,14 @@ from tests.config.tiny import DENSE, SIGMOID, config_with, refusal
         ({"model.attention.query_scaling": {"beta": 0.1, "original_max_seq_len": 8}}, "cannot have attention.query_scaling"),
         (
             {"model.ffn.dense_layers": {"count": 1, "ffn_dim": 8}},
-            "no file format has a place for dense first layers of family mixtral",
+            "no file format can express dense first layers of family mixtral",
         ),
         ({"model.ffn.dense_layers": {"count": 2, "ffn_dim": 8}}, "ffn.dense_layers.count 2 leaves no sparse layer of num_layers 2"),
         ({"model.ffn.dense_layers": {"count": 0, "ffn_dim": 8}}, "greater than or equal to 1"),
         ({"model.ffn.router": {"name": "softmax", "scale": 2.0}}, "Extra inputs are not permitted"),
         ({"model.ffn.router": {**SIGMOID, "groups_per_token": 2}}, "groups_per_token 2 exceeds num_groups 1"),
         ({"model.ffn.router": {**SIGMOID, "num_groups": 3}}, "router.num_groups 3 does not divide num_experts 4 into groups"),
-        ({"model.ffn.router": {**SIGMOID, "num_groups": 2, "groups_per_token": 2}}, "which limits nothing; leave both out"),
+        ({"model.ffn.router": {**SIGMOID, "num_groups": 2, "groups_per_token": 2}}, "so it limits nothing; leave both out"),
     ],
 )
 def test_a_value_beyond_its_limit_is_refused(changes: dict[str, Any], message: str) -> None:

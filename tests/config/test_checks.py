@@ -16,23 +16,26 @@ LORA = {"targets": [{"modules": ["attention.*"], "rank": 4, "alpha": 8.0}]}
     [
         ({"train.seq_len": 40000}, "train.seq_len 40000 exceeds the model's max_seq_len 32768"),
         ({"loss": {}}, "state loss.load_balance_loss_coef, loss.router_z_loss_coef"),
-        ({"loss.router_z_loss_coef": ...}, "state loss.router_z_loss_coef where"),
-        ({"model.ffn.router": SIGMOID}, "no file format has a place for a sigmoid router of family mixtral; set export: none"),
-        ({"model.ffn.num_shared_experts": 1}, "no file format has a place for shared experts of family mixtral"),
-        ({"export": "none"}, "export: none has no effect on family mixtral"),
-        ({"loss.bias_update_rate": 0.001}, "loss.bias_update_rate has no effect: the routers' bias is not there"),
-        ({"model.ffn.router": {**SIGMOID, "bias": True}, "export": "none"}, "state loss.bias_update_rate where"),
+        ({"loss.router_z_loss_coef": ...}, "state loss.router_z_loss_coef, since"),
+        ({"model.ffn.router": SIGMOID}, "no file format can express a sigmoid router of family mixtral; set export: none"),
+        ({"model.ffn.num_shared_experts": 1}, "no file format can express shared experts of family mixtral"),
+        ({"export": "none"}, "export: none has no effect, since the model can be exported (family mixtral)"),
+        ({"loss.bias_update_rate": 0.001}, "loss.bias_update_rate has no effect: the routers have no bias"),
+        ({"model.ffn.router": {**SIGMOID, "bias": True}, "export": "none"}, "state loss.bias_update_rate, since"),
         ({"mesh.expert": 3, "train.batch_size": 12}, "mesh.expert 3 does not divide num_experts 4; use 2"),
         ({"mesh.fsdp": 3, "train.batch_size": 12}, "mesh.fsdp 3 does not divide model_dim 16"),
         ({"mesh.tensor": 4}, "mesh.tensor 4 does not divide num_kv_heads 2"),
-        ({"mesh.fsdp": 16}, "use a multiple of 16"),
-        ({"mesh.context": 3}, "does not divide into two chunks for each of mesh.context 3; use a multiple of 6: 30 or 36"),
+        ({"mesh.fsdp": 16}, "use a batch_size that is a multiple of 16"),
+        (
+            {"mesh.context": 3},
+            "does not divide into two equal chunks for each of mesh.context 3 devices; use a multiple of 6: 30 or 36",
+        ),
         (
             {"mesh.context": 2, "compute.attention": "splash"},
-            "splash wants a train.seq_len of whole 512s on mesh.context 2, not 32",
+            "splash needs a train.seq_len that is a multiple of 512 on mesh.context 2, not 32",
         ),
-        ({"compute.transport": "all_to_all"}, "compute.transport all_to_all has no effect where mesh.expert is 1"),
-        ({"evaluation.drift_batches": 1}, "evaluation.drift_batches compares the routing of adapters with their base's"),
+        ({"compute.transport": "all_to_all"}, "compute.transport all_to_all has no effect when mesh.expert is 1"),
+        ({"evaluation.drift_batches": 1}, "evaluation.drift_batches is 1, but only adapters on a model with routers"),
     ],
 )
 def test_a_value_beyond_its_limit_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -43,7 +46,7 @@ def test_a_value_beyond_its_limit_is_refused(changes: dict[str, Any], message: s
 def test_a_dense_model_has_no_router(coefficient: float | None) -> None:
     dense = {"model.family": "mistral", "model.ffn": DENSE}
     config_with(**dense, loss={"load_balance_loss_coef": coefficient})
-    assert "the model has no router" in refusal(**dense, loss={"load_balance_loss_coef": 0.1})
+    assert "a mistral model has no routers" in refusal(**dense, loss={"load_balance_loss_coef": 0.1})
     assert "mesh.expert is 2, but a mistral model has no experts" in refusal(**dense, loss={}, **{"mesh.expert": 2})
 
 

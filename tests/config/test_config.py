@@ -23,7 +23,7 @@ def test_a_small_run_is_accepted() -> None:
         ({"name": "../up"}, "should match pattern"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"model": ...}, "state model"),
-        ({"compute.attention": "cudnn"}, "compute.attention cudnn takes 16-bit numbers; set compute.dtype to bfloat16"),
+        ({"compute.attention": "cudnn"}, "compute.attention cudnn does not support float32; set compute.dtype to bfloat16"),
     ],
 )
 def test_a_value_beyond_its_limit_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ from tests.config.tiny import refusal
     ("changes", "message"),
     [
         ({"data": {"train": []}}, "at least 1 item"),
-        ({"data.cache_dir": "gs://bucket/cache"}, "a URL where a path is needed"),
+        ({"data.cache_dir": "gs://bucket/cache"}, "this is a URL, but a path is needed"),
         ({"data.tokenizer.name": "sentencepiece"}, "'huggingface', 'mistral'"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, family_with, in_words
+from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, describe_features, family_with
 
 
 def test_every_name_has_a_row_and_every_feature_has_words() -> None:
@@ -30,10 +30,10 @@ def test_the_first_family_that_may_have_the_features(features: tuple[Feature, ..
 
 
 def test_features_that_no_family_has_together_are_named() -> None:
-    with pytest.raises(ValueError, match=r"no sparse family can have a yarn rope and shared experts"):
+    with pytest.raises(ValueError, match=r"no sparse family can have all of a yarn rope and shared experts"):
         family_with(("shared_experts", "yarn"), sparse=True, file_format="mistral")
 
 
 def test_features_in_the_order_of_the_table() -> None:
-    assert in_words({"router_bias", "sigmoid_router"}) == "a sigmoid router and a router bias"
-    assert in_words(()) is None
+    assert describe_features({"router_bias", "sigmoid_router"}) == "a sigmoid router and a router bias"
+    assert describe_features(()) is None

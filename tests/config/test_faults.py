@@ -49,19 +49,19 @@ def test_a_check_across_keys_blames_a_stated_key(run: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("name: adamw", "name: adamw\n  lr: 3", "here it is optimizer.learning_rate"),
-        ("name: adamw", "name: lion\n  eps: 3", "lion has none; it belongs to adamw and muon"),
-        ("steps: 10", "steps: 10\n  micro_batch_size: 2", "here it is train.batch_size (the sequences of a whole optimizer step"),
+        ("name: adamw", "name: adamw\n  lr: 3", "use optimizer.learning_rate"),
+        ("name: adamw", "name: lion\n  eps: 3", "lion does not have it; it belongs to adamw and muon"),
+        ("steps: 10", "steps: 10\n  micro_batch_size: 2", "use train.batch_size (the sequences of one optimizer step"),
         ("steps: 10", "steps: 10\n  learning_rat: 2", "did you mean optimizer.learning_rate?"),
         ("steps: 10", "steps: 10\n  qqqq: 2", "train has "),
-        ("run_dir:", "base_model: mistralai/Mixtral\nrun_dir:", "here it is init_from"),
+        ("run_dir:", "base_model: mistralai/Mixtral\nrun_dir:", "use init_from"),
         ("run_dir:", "learning_rate: 1\nrun_dir:", "did you mean optimizer.learning_rate?"),
-        ("run_dir:", "lora_r: 16\nrun_dir:", "here it is lora.targets.0.rank"),
-        ("run_dir:", "ici_expert_parallelism: 8\nrun_dir:", "here it is mesh.expert"),
+        ("run_dir:", "lora_r: 16\nrun_dir:", "use lora.targets.0.rank"),
+        ("run_dir:", "ici_expert_parallelism: 8\nrun_dir:", "use mesh.expert"),
         ("run_dir:", "sample_packing: true\nrun_dir:", "leave it out: sequences are always packed"),
         ("run_dir:", "optimiser: {}\nrun_dir:", "did you mean optimizer?"),
         ("model_dim: 16", "model_dim: 16\n  num_experts: 8", "did you mean model.ffn.num_experts?"),
-        ("model_dim: 16", "model_dim: 16\n  num_experts_per_tok: 8", "here it is model.ffn.experts_per_token"),
+        ("model_dim: 16", "model_dim: 16\n  num_experts_per_tok: 8", "use model.ffn.experts_per_token"),
     ],
 )
 def test_an_unknown_key_names_ours(run: Path, old: str, new: str, said: str) -> None:

@@ -21,4 +21,4 @@ def test_other_tools_words_lead_to_keys_that_exist() -> None:
         "gradient_checkpointing remat_policy per_device_batch_size dataset_path"
     )
     for word in asked.split():
-        assert (other_trainers.remark(word) or "").startswith("here it is "), word
+        assert (other_trainers.remark(word) or "").startswith("use "), word

@@ -27,5 +27,5 @@ def test_a_whole_number_may_be_written_as_a_float(steps: float) -> None:
 
 @pytest.mark.parametrize("key", ["run_dir", "init_from"])
 def test_a_url_is_not_a_local_path(key: str) -> None:
-    message = "a URL where a path is needed; name a path of this machine, or of a file system"
+    message = "this is a URL, but a path is needed; state a path on this machine, or on a file system"
     assert message in refusal(**{key: "gs://bucket/run"})

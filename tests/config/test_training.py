@@ -13,11 +13,11 @@ from tests.config.tiny import refusal
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.epochs": 1}, "exactly one of steps, epochs, tokens; here: steps, epochs"),
-        ({"train.steps": ...}, "exactly one of steps, epochs, tokens; here: none"),
+        ({"train.epochs": 1}, "exactly one of steps, epochs, tokens (stated: steps, epochs"),
+        ({"train.steps": ...}, "exactly one of steps, epochs, tokens (stated: none"),
         ({"train.steps": ..., "train.tokens": 255}, "tokens 255 is less than one step of 256"),
         ({"train.microbatches": 3}, "batch_size 8 is not a multiple of microbatches 3"),
-        ({"train.capacity_factor": 1.25}, "state max_drop_rate where there is a capacity_factor"),
+        ({"train.capacity_factor": 1.25}, "state max_drop_rate with capacity_factor"),
         ({"train.max_drop_rate": 0.1}, "max_drop_rate has no effect without a capacity_factor"),
     ],
 )

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from moe_train.config import Config
-from moe_train.config.strict_yaml import ConfigError, parse
-from moe_train.config.yaml_file import load
+from moe_train.config.strict_yaml import ConfigError, parse_yaml
+from moe_train.config.yaml_file import load_config
 
 YAML = """\
 name: tiny
@@ -40,7 +40,7 @@ optimizer:
   learning_rate: 1e-4
 loss: {load_balance_loss_coef: 0.01, router_z_loss_coef: 0}
 """
-TREE, _ = parse(YAML, "tiny.yaml")
+TREE, _ = parse_yaml(YAML, "tiny.yaml")
 SIGMOID = {"name": "sigmoid"}
 DENSE = {"name": "dense", "ffn_dim": 32}
 
@@ -56,7 +56,7 @@ def faults(path: Path, *overrides: str, text: str | None = None) -> list[str]:
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError) as error:
-        load(path, overrides)
+        load_config(path, overrides)
     return str(error.value).replace(str(path), path.name).split("\n")
 
 

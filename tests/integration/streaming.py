@@ -118,7 +118,9 @@ def main(mode: str, folder: Path) -> dict[str, float]:
             left = external.leave_parameters(folder / "tensors", base) if mode == "files" else {}
             weights = random_weights({path: x for path, x in shapes.items() if path not in left}) | left
             _, most = above(
-                lambda: write_and_prove.export(weights, MODEL, out, dtype="bfloat16", lora=LORA, merge=True, depth=depth)
+                lambda: write_and_prove.export_model(
+                    weights, MODEL, out, write_and_prove.WriteOptions(dtype="bfloat16", lora=LORA, merge=True, depth=depth)
+                )
             )  # type: ignore[arg-type]
     files = sum(file.stat().st_size for file in (folder / "tensors").glob("*.safetensors")) / 2**20
     return {"above": most, "model": own, "largest": float(largest), "files": files}

@@ -83,7 +83,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
         _, weights = parameters(jax.jit(lambda: init_model(0, section, config.Compute()))())
-        write_and_prove.export(weights, section, path, dtype="float32")
+        write_and_prove.export_model(weights, section, path, write_and_prove.WriteOptions(dtype="float32"))
     return path
 
 
@@ -120,7 +120,7 @@ def one_tensor_less() -> None:
         (nothing, ["data.tokenizer.path=none"], "none"),
         (nothing, ["data.tokenizer=null"], "data.tokenizer"),
         (nothing, ["data=null"], "data.train and data.tokenizer"),
-        (nothing, ["mesh.fsdp=1"], "needs 4 devices, but 8 are here"),
+        (nothing, ["mesh.fsdp=1"], "needs 4 devices, but 8 are available"),
         (nothing, ["mesh.fsdp=-1", "mesh.expert=3"], "mesh.expert 3 does not divide num_experts 4"),
         (nothing, ["model.vocab_size=264"], "vocab_size"),
         (nothing, ["train.seq_len=65536", "train.batch_size=8"], "train.seq_len 65536 exceeds the model's max_seq_len 32768"),
@@ -172,10 +172,10 @@ def test_a_run_is_not_continued_as_another(capsys: pytest.CaptureFixture) -> Non
         "run.yaml",
         "train.steps=3",
         "model.ffn.ffn_dim=64",
-        said="model.ffn.ffn_dim is 64, but run was started with 32",
+        said="model.ffn.ffn_dim is 64, but the run in run was started with 32",
         capsys=capsys,
     )
-    refused("run.yaml", "train.steps=3", "seed=1", said="seed is 1, but run was started with 0", capsys=capsys)
+    refused("run.yaml", "train.steps=3", "seed=1", said="seed is 1, but the run in run was started with 0", capsys=capsys)
     write_records(CHAT)
     refused("run.yaml", "train.steps=3", said="the training data of run are not those", capsys=capsys)
     assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before

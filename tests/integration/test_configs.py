@@ -9,7 +9,7 @@ import pytest
 
 from moe_train import config
 from moe_train.commands.inspect import abstract_parameters, inspect
-from moe_train.config.yaml_file import dump, load
+from moe_train.config.yaml_file import dump, load_config
 from moe_train.machine.mesh import mesh_sizes
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -36,7 +36,7 @@ def model_of(path: Path, run: config.Config) -> config.Model:
     if run.model is not None:
         return run.model
     if path.stem == "quickstart_lora":
-        pretrained = load(path.with_name("quickstart_pretrain.yaml")).model
+        pretrained = load_config(path.with_name("quickstart_pretrain.yaml")).model
         assert pretrained is not None
         return pretrained
     if path.stem == "smollm2_upcycle_lora":
@@ -59,12 +59,12 @@ def test_header_says_what_it_is_for(path: Path) -> None:
     for line in ("# Hardware: ", "# Time: ", "# Command: "):
         assert line in header[0]
     assert f"configs/{path.name}" in header[0] or "launch/quickstart.sh" in header[0]
-    assert load(path).name == path.stem
+    assert load_config(path).name == path.stem
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_fits_together(path: Path, tmp_path: Path) -> None:
-    run = load(path)
+    run = load_config(path)
     model = model_of(path, run)
     config.check_model(run, model)
     resolved = run.model_copy(update={"model": model, "mesh": mesh_sizes(run.mesh, 8)})
@@ -76,13 +76,13 @@ def test_it_fits_together(path: Path, tmp_path: Path) -> None:
         wanted = "float32" if name in adapters else "uint8" if name.endswith(".codes") else run.compute.param_dtype
         assert str(x.dtype) == wanted, name
     (tmp_path / "resolved.yaml").write_text(dump(run))
-    assert load(tmp_path / "resolved.yaml") == run
+    assert load_config(tmp_path / "resolved.yaml") == run
 
 
 @pytest.mark.parametrize("stem", [path.stem for path in CONFIGS if not path.stem.startswith(("quickstart", "smollm2"))])
 def test_sizes_are_the_published_ones(stem: str) -> None:
     path = next(path for path in CONFIGS if path.stem == stem)
-    run = load(path)
+    run = load_config(path)
     model, total, active = PUBLISHED["_".join(stem.split("_")[:2])]
     loss = run.loss if run.lora is None else config.Loss(load_balance_loss_coef=0.0, router_z_loss_coef=0.0)
     report = inspect(run.model_copy(update={"model": model_of(path, run), "lora": None, "init_from": None, "loss": loss}))

@@ -104,7 +104,7 @@ def used(tokenizer: HuggingFace, path: Path, seconds: int = SECONDS) -> None:
         record = show.record_of([str(path)], "auto")
         source = config.FileSource(name="files", files=(str(path),), record=record)
         rows = show.rows_of_records(source, 100, tokenizer, tokenizer.chat_template, 64 if record.name == "text" else None)
-        assert json.dumps(show.as_json(show.Rows(Batch(*(array[:2] for array in rows.batch)), rows.places[:2]), tokenizer))
+        assert json.dumps(show.segments_to_json(show.Rows(Batch(*(array[:2] for array in rows.batch)), rows.places[:2]), tokenizer))
 
     def prepared() -> None:
         source = config.FileSource(name="files", files=(str(path),), record=show.record_of([str(path)], "auto"))

@@ -28,6 +28,7 @@ from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
+from moe_train.plan.answer import Options
 from moe_train.run import loop
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
@@ -145,7 +146,7 @@ def test_it_is_inspected_and_planned(trained: config.Config) -> None:
     assert rows["stacks.1.layers.0.ffn.gate_proj.weight"]["shape"] == [L - DENSE, 4, D, 16]
     idle = (L - DENSE) * 2 * 3 * D * 16  # two of four experts
     assert report.totals["active_parameters"] == report.totals["total_parameters"] - idle
-    answer = plan(trained, "v5e:2x4", compile_best=0)
+    answer = plan(trained, "v5e:2x4", Options(compile_best=0))
     assert answer.best is not None and answer.best.memory.total > 0
 
 
@@ -158,7 +159,7 @@ def test_its_flops_are_those_of_its_layers(trained: config.Config) -> None:
 
 
 def test_it_is_not_exported(trained: config.Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no file format has a place for .* and dense first layers"):
+    with pytest.raises(ValueError, match=r"no file format can express .* and dense first layers"):
         export(trained.run_dir, tmp_path / "out")
 
 

@@ -28,9 +28,9 @@ def test_a_run_without_a_format_trains_and_stops_where_it_drops_too_much(small_r
     assert train(run) == loop.FINISHED
     said = capsys.readouterr().err
     assert "experts: all_to_all over 4 devices, chosen by bytes on cpu: each receives" in said
-    assert "export: none, since no file format has a place for a router bias and shared experts" in said
+    assert "export: none, since no file format can express a router bias and shared experts" in said
     assert " dropped" in said
-    with pytest.raises(ValueError, match=r"cannot be exported: no file format has a place for a router bias and shared experts"):
+    with pytest.raises(ValueError, match=r"cannot be exported: no file format can express a router bias and shared experts"):
         export(run.run_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with jax.set_mesh(make_mesh(run.mesh)):

@@ -82,7 +82,9 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
         weights = parameters(jax.jit(lambda: init_model(0, MODEL, config.Compute()))())[1]
         texts = Texts(tokenizer, tokenizer.chat_template)
-        write_and_prove.export(weights, MODEL, folder / "base", dtype="float32", texts=texts, depth="tensors")
+        write_and_prove.export_model(
+            weights, MODEL, folder / "base", write_and_prove.WriteOptions(dtype="float32", texts=texts, depth="tensors")
+        )
     Path("run.yaml").write_text(RUN)
 
     def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:

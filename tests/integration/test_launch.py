@@ -148,7 +148,7 @@ def test_again_runs_again_what_is_unfinished_or_was_killed(tmp_path: Path, codes
     done = script("again.sh", str(program), "a b", RESTARTS="2", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == code
     assert (tmp_path / "program.calls").read_text() == "a b\n" * runs
-    assert ("which is enough (RESTARTS)" in done.stderr) == (code == 75)
+    assert ("the limit (RESTARTS)" in done.stderr) == (code == 75)
 
 
 def test_again_hands_term_on_and_ends(tmp_path: Path) -> None:

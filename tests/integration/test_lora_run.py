@@ -51,7 +51,7 @@ def base(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = config.Model.model_validate_json(json.dumps(MIXTRAL))
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         weights = parameters(init_model(0, model, config.Compute()))[1]
-        write_and_prove.export(weights, model, directory, dtype="float32")
+        write_and_prove.export_model(weights, model, directory, write_and_prove.WriteOptions(dtype="float32"))
     return directory
 
 
@@ -104,7 +104,7 @@ def test_routing_drifts_from_the_base(adapted: Path) -> None:
 def test_how_far_it_moved(adapted: Path) -> None:
     found = diff(adapted)
     assert all(row[1] == 0 and min(row[0], row[2], row[3]) > 0 for row in found.experts())  # expert 1 has no adapter
-    assert {m.module for m in found.moved if m.delta} >= {"ffn.router", "final_norm", "embed", "attention.q_proj", "ffn.up_proj"}
+    assert {m.module for m in found.changes if m.delta} >= {"ffn.router", "final_norm", "embed", "attention.q_proj", "ffn.up_proj"}
 
 
 def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[..., config.Config], tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ValueError, match=r"the adapter in .*peft has changed since this run started"):
+    with pytest.raises(ValueError, match=r"the adapter in .*peft has changed since this run was started"):
         train(make(small_run, Path(run.run_dir), base, lora=lora, train__steps=3))
 
 
@@ -135,9 +135,9 @@ def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[
     [
         (
             {"targets": [{"modules": ["attention.*"], "rank": 4, "alpha": 8.0}]},
-            r"lora.targets: attention.k_proj has rank 4, scale 2; the adapter in .* has rank 2, scale 2; leave targets out",
+            r"lora.targets gives attention.k_proj rank 4, scale 2, but the adapter in .* has rank 2, scale 2; leave targets out",
         ),
-        ({"train": ["ffn.router"]}, "lora.train does not name final_norm, of which .* has the trained weights"),
+        ({"train": ["ffn.router"]}, "lora.train does not name final_norm, but .* contains trained weights of it"),
     ],
 )
 def test_an_adapter_that_is_another(

@@ -52,7 +52,7 @@ def test_a_run_on_own_records(small_run: Callable[..., config.Config], text: Pat
     assert train(on(records, "1")) == loop.FINISHED
     assert losses(tmp_path / "own") == losses(tmp_path / "file")
     shutil.rmtree(tmp_path / "own/checkpoints/2")
-    with pytest.raises(ValueError, match=r"the training data of .* are not those that it was started with"):
+    with pytest.raises(ValueError, match=r"the training data have changed since the run in .* was started"):
         train(on(records[1:], "2"))
     assert train(on(records, "1")) == loop.FINISHED
     assert losses(tmp_path / "own") == losses(tmp_path / "file")

@@ -24,7 +24,7 @@ import pytest
 
 from moe_train import config
 from moe_train.commands import write_and_prove
-from moe_train.commands.export import export
+from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.train import train
 from moe_train.config import yaml_file
 from moe_train.machine.mesh import make_mesh
@@ -91,8 +91,11 @@ def run(small_run: Any, compiled: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("job")
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         weights = parameters(init_model(0, config.Model.model_validate_json(json.dumps(MODEL)), config.Compute()))[1]
-        write_and_prove.export(
-            weights, config.Model.model_validate_json(json.dumps(MODEL)), folder / "base", dtype="float32", depth="tensors"
+        write_and_prove.export_model(
+            weights,
+            config.Model.model_validate_json(json.dumps(MODEL)),
+            folder / "base",
+            write_and_prove.WriteOptions(dtype="float32", depth="tensors"),
         )
     changes = {
         "init_from": str(folder / "base"),
@@ -146,7 +149,7 @@ def test_a_lost_process_ends_the_other_and_both_are_started_again(stopped: tuple
     run, job, seconds = stopped
     assert job.returncode == 75 and seconds < 60, job.stderr  # JAX itself would take 100 s
     said = [line for line in job.stderr.splitlines() if not line.startswith(("[process 1]", "[Gloo]"))]
-    lost = said.index("moe-train: process 1 of 2 was lost; what is saved stays: start again to continue")
+    lost = said.index("moe-train: process 1 of 2 was lost; run the same command again to continue from what was saved")
     assert said[lost - 1].startswith("step ")  # one line, and no more
     assert said[lost + 1] == "launch/again.sh: exit code 75; starting again"
     assert "[process 1] launch/again.sh: exit code 137; starting again" in job.stderr
@@ -215,7 +218,13 @@ def test_two_processes_write_what_one_writes(both: tuple[Run, Path, subprocess.C
 
     for layout, options in LAYOUTS.items():
         shards = "20KB" if layout == "hf" else None
-        export(run.run_dir, one / layout, layout, "--merge" in options, depth="tensors", max_shard_size=shards)  # type: ignore[arg-type]
+        export(
+            run.run_dir,
+            one / layout,
+            layout,
+            merge="--merge" in options,
+            options=ExportOptions(depth="tensors", max_shard_size=shards),
+        )  # type: ignore[arg-type]
         names = {file.name for file in (one / layout).iterdir()}
         assert names == {file.name for file in (two / layout).iterdir()}
         same = filecmp.cmpfiles(one / layout, two / layout, names - {"export_proof.json"}, shallow=False)

@@ -54,7 +54,7 @@ def no_tpu_to_ask() -> Iterator[None]:
 
 def compiled(topology: str, *overrides: str) -> tuple[Any, dict[str, Any]]:
     """The recipe's step, and {path: abstract weight}."""
-    run = config.run_of(yaml_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides))
+    run = config.run_of(yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides))
     mesh = make_mesh(run.mesh, topologies.get_topology_desc(f"v5p:{topology}", platform="tpu").devices)
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
@@ -175,10 +175,10 @@ ONE_EACH = {"v5e:2x2": ("mesh={expert: 4}", "train.batch_size=4"), "v5e:2x4": ("
 )
 def test_adapters_of_mixtral_8x7b_fit_into_16_gb_a_chip(topology: str, num_layers: int, overrides: tuple[str, ...]) -> None:
     """A sequence on each chip; `plan` says so too. Codes of all layers exist once: laid out anew beside, they would not fit."""
-    model, place = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml").model, parse(topology)
+    model, place = yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml").model, parse(topology)
     assert model is not None
     adapters = [*ONE_EACH[topology], *overrides, "train.microbatches=1"]
-    run = yaml_file.load(ROOT / "configs" / "mixtral_8x7b_lora_v5e.yaml", adapters)
+    run = yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_lora_v5e.yaml", adapters)
     run = run.model_copy(update={"model": model.model_copy(update={"num_layers": num_layers})})
     choice = model_choice(config.run_of(run), place)
     needed = compile_config(choice.run, place).bytes_per_device

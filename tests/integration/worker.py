@@ -23,7 +23,7 @@ path, step_to_die, signal_name, *runs = sys.argv[1:]
 write, put = writer.Writer.train, loop.put_batch
 
 for overrides in runs:
-    config = yaml_file.load(path, overrides.split(","))
+    config = yaml_file.load_config(path, overrides.split(","))
     run_dir = Path(config.run_dir)
 
     def write_and_die(self: writer.Writer, step: int, figures: dict, run_dir: Path = run_dir) -> None:

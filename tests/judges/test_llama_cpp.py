@@ -25,7 +25,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.commands.train_tokenizer import train_bpe
-from moe_train.commands.write_and_prove import export
+from moe_train.commands.write_and_prove import WriteOptions, export_model
 from moe_train.data.chat import conversation_to_tokens, sandbox
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
@@ -179,7 +179,9 @@ def test_k_quants_by_llama_cpps_own_hand(
 
     texts = Texts(tokenizer, tokenizer.chat_template)
     for dtype, kinds in {"q4_k_m": {"Q4_K", "Q6_K"}, "q6_k": {"Q6_K"}}.items():
-        record = export(parameters, model, tmp_path / f"{dtype}-proved", "gguf", dtype=dtype, texts=texts)
+        record = export_model(
+            parameters, model, tmp_path / f"{dtype}-proved", WriteOptions(layout="gguf", dtype=dtype, texts=texts)
+        )
         (tensors,), (ran,) = ([c for c in record["checks"] if c["name"] == name] for name in ("tensors", "answers"))
         assert ran["passed"] and ran["said"].endswith("measured, not judged, in so few bits") and ran["figures"]["logits"] < 0.5
         assert tensors["passed"] and tensors["figures"]["tolerance_of_few_bits"].keys() == kinds

@@ -86,8 +86,11 @@ def test_a_model_answers_as_ours(judge: Any, name: str, layout: Any, tokenizer: 
     model = MODELS[name]
     structure, parameters = random_parameters(model)
     texts = Texts(tokenizer, tokenizer.chat_template)
-    write_and_prove.export(
-        parameters, model, tmp_path / "out", layout, dtype="float32" if layout == "hf" else "f32", texts=texts, depth="tensors"
+    write_and_prove.export_model(
+        parameters,
+        model,
+        tmp_path / "out",
+        write_and_prove.WriteOptions(layout=layout, dtype="float32" if layout == "hf" else "f32", texts=texts, depth="tensors"),
     )
     if layout == "hf":
         which = judge.Which.Plain(str(tmp_path / "out"), arch=architecture(judge, model), dtype=judge.ModelDType.F32)
@@ -102,7 +105,9 @@ def test_an_adapter_beside_its_base_answers_as_ours(judge: Any, name: str, token
     structure, parameters = random_parameters(model, ADAPTER)
     base = {path: array for path, array in parameters.items() if not path.endswith((".lora_a", ".lora_b"))}
     texts = Texts(tokenizer, tokenizer.chat_template)
-    write_and_prove.export(base, model, tmp_path / "base", "hf", dtype="float32", texts=texts, depth="tensors")
+    write_and_prove.export_model(
+        base, model, tmp_path / "base", write_and_prove.WriteOptions(layout="hf", dtype="float32", texts=texts, depth="tensors")
+    )
     peft.export_adapter(parameters, model, ADAPTER, tmp_path / "adapter", base_model="base")
     which = judge.Which.Lora(
         str(tmp_path / "base"),

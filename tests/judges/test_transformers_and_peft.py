@@ -185,7 +185,9 @@ def test_transformers_reads_an_export(family: str, mesh: jax.sharding.Mesh, tmp_
         structure, parameters = random_parameters(model)
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
-        write_and_prove.export(parameters, model, tmp_path / "export", dtype="float32", max_shard_bytes=20_000)
+        write_and_prove.export_model(
+            parameters, model, tmp_path / "export", write_and_prove.WriteOptions(dtype="float32", max_shard_bytes=20_000)
+        )
     assert len(list((tmp_path / "export").glob("model-*.safetensors"))) > 2
     assert_same_logits(read_by_transformers(tmp_path / "export"), ours, tokens)
 
@@ -234,7 +236,9 @@ def test_peft_and_transformers_read_an_adapter(family: str, adapters: str, mesh:
         }
         tokens, arrays = batch(mesh)
         ours = our_logits(structure, parameters, arrays)
-        write_and_prove.export(parameters, model, tmp_path / "merged", dtype="float32", lora=lora, merge=True)
+        write_and_prove.export_model(
+            parameters, model, tmp_path / "merged", write_and_prove.WriteOptions(dtype="float32", lora=lora, merge=True)
+        )
         peft.export_adapter(parameters, model, lora, tmp_path / "adapter", base_model=str(tmp_path / "base"))
     assert_same_logits(read_by_transformers(tmp_path / "merged"), ours, tokens)
     judge = read_by_transformers(tmp_path / "base")

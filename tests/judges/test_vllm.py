@@ -131,7 +131,9 @@ def test_vllm_answers_as_we_do(case: str, tmp_path: Path) -> None:
     refused = {"both ends"} & set(CASES[case]) if family == "mistral" else set()
     with jax.set_mesh(ONE):
         base = {path: x * 3 for path, x in random_parameters(model).items()}
-        write_and_prove.export(base, model, tmp_path / "base", layout, dtype="float32", depth="tensors")  # type: ignore[arg-type]
+        write_and_prove.export_model(
+            base, model, tmp_path / "base", write_and_prove.WriteOptions(layout=layout, dtype="float32", depth="tensors")
+        )  # type: ignore[arg-type]
         wanted[""] = ours(base, model)
         for name in CASES[case]:
             lora = LORAS[name]
@@ -155,6 +157,11 @@ def test_vllm_answers_as_we_do(case: str, tmp_path: Path) -> None:
 def test_vllm_does_not_read_experts_by_mistrals_names(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = random_parameters(MODELS["mixtral"])
-        write_and_prove.export(parameters, MODELS["mixtral"], tmp_path / "base", "mistral", dtype="float32", depth="tensors")
+        write_and_prove.export_model(
+            parameters,
+            MODELS["mixtral"],
+            tmp_path / "base",
+            write_and_prove.WriteOptions(layout="mistral", dtype="float32", depth="tensors"),
+        )
     with pytest.raises(RuntimeError, match="num_local_experts"):
         vllms(tmp_path / "base", {}, tmp_path)

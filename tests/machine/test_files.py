@@ -37,7 +37,7 @@ def test_what_is_there_is_refused_before_the_work_and_after_it(tmp_path: Path) -
     with new_directory(path) as directory:  # an empty directory is in nobody's way
         (directory / "file").write_text("first")
     began = False
-    with pytest.raises(FileExistsError, match="there exists already"), new_directory(path):
+    with pytest.raises(FileExistsError, match="there already exists"), new_directory(path):
         began = True
     assert not began
     with pytest.raises(FileExistsError), new_directory(tmp_path / "raced") as directory:

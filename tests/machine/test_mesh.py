@@ -25,9 +25,9 @@ def test_all_axes_exist_and_one_takes_the_rest():
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"fsdp": 3}, r"mesh \(fsdp 3\) needs 3 devices, but 8 are here; set one axis to -1"),
-        ({}, r"mesh \(one device\) needs 1 devices, but 8 are here"),
-        ({"fsdp": 3, "expert": -1}, "mesh axes of 3 devices do not divide the 8 devices"),
+        ({"fsdp": 3}, r"mesh \(fsdp 3\) needs 3 devices, but 8 are available; set one axis to -1"),
+        ({}, r"mesh \(one device\) needs 1 devices, but 8 are available"),
+        ({"fsdp": 3, "expert": -1}, "mesh axes of 3 devices do not divide the 8 available devices"),
         ({"data": 4, "tensor": 4}, r"mesh \(data 4 x tensor 4\) needs 16 devices, but 8"),
     ],
 )

@@ -24,7 +24,7 @@ STEP = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"
         ({}, None),
         (THREE, processes.Job("host:1234", 4, 3)),
         ({**THREE, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
-        ({"JAX_NUM_PROCESSES": "auto"}, processes.Found()),
+        ({"JAX_NUM_PROCESSES": "auto"}, processes.DetectedByJax()),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # the batch script, not a step
         ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, None),
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, processes.Job("node007:61441", 2, 1)),
@@ -34,8 +34,8 @@ STEP = {"SLURM_JOB_ID": "4097", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"
         ),
         ({**STEP, "JAX_COORDINATOR_PORT": "99"}, processes.Job("node007:99", 2, 1)),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, processes.Found()),
-        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, processes.Found()),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, processes.DetectedByJax()),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, processes.DetectedByJax()),
     ],
 )
 def test_the_environment_says_which_processes_there_are(env: dict[str, str], job: Any) -> None:
@@ -47,11 +47,11 @@ def test_the_environment_says_which_processes_there_are(env: dict[str, str], job
     [
         (
             {"JAX_COORDINATOR_ADDRESS": "host:1"},
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID is missing .* of JAX_COORDINATOR_ADDRESS set",
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID is missing .*: JAX_COORDINATOR_ADDRESS is set",
         ),
-        ({**THREE, "JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is 4, and there are 4 processes"),
-        ({**THREE, "JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES is 'four' in the environment; it has to be a whole number"),
-        ({**THREE, "JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS is 'host'; it has to be HOST:PORT"),
+        ({**THREE, "JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is 4, but JAX_NUM_PROCESSES is 4; use a number from 0 to 3"),
+        ({**THREE, "JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES is 'four' in the environment; it must be a whole number"),
+        ({**THREE, "JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS is 'host'; it must be HOST:PORT"),
         ({**THREE, "JAX_NUM_PROCESSES": "auto"}, "JAX_NUM_PROCESSES is auto, but JAX_COORDINATOR_ADDRESS is 'host:1234'"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_JOB_ID and SLURM_PROCID and SLURM_STEP_NODELIST is missing"),
     ],
@@ -68,16 +68,16 @@ from moe_train.machine import processes
 processes.GRACE_SECONDS = 0.5
 index, how, invitation = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 if index == 0:
-    processes.first_alone_speaks(0)
+    processes.silence_other_processes(0)
     print(processes.listen(3), flush=True)
 else:
     processes.connect("localhost", invitation, index, 3)
     print("connected", flush=True)
 sys.stdin.readline()
 if how == "leaves":
-    processes.leave()
+    processes.announce_exit()
 elif how == "fails":
-    processes.end(2)
+    processes.exit_process(2)
 elif how == "dies":
     os.kill(os.getpid(), 9)
 else:
@@ -112,9 +112,9 @@ def job_of_three(*hows: str, strangers: tuple[bytes, ...] = ()) -> list[tuple[in
 def test_a_process_that_dies_ends_the_others_with_75_and_one_line(gone: int) -> None:
     found = job_of_three(*("dies" if i == gone else "waits" for i in range(3)))
     assert [code for code, _ in found] == [-9 if i == gone else 75 for i in range(3)]
-    lost = f"moe-train: process {gone} of 3 was lost; what is saved stays: start again to continue\n"
+    lost = f"moe-train: process {gone} of 3 was lost; run the same command again to continue from what was saved\n"
     assert found[0 if gone else 1][1] == lost
-    assert found[1][1] in (lost, "moe-train: process 0 of 3 has stopped with exit code 75, and says why\n")
+    assert found[1][1] in (lost, "moe-train: process 0 of 3 stopped with exit code 75; see its message\n")
 
 
 OF_JAX = """
@@ -147,13 +147,13 @@ def test_the_others_miss_the_first_process_before_jax_aborts_them() -> None:
     job = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for command in commands]
     said = [process.communicate(timeout=60)[1] for process in job]
     assert [process.returncode for process in job] == [-9, 75], said
-    assert said[1].endswith("moe-train: process 0 of 2 was lost; what is saved stays: start again to continue\n")
+    assert said[1].endswith("moe-train: process 0 of 2 was lost; run the same command again to continue from what was saved\n")
 
 
 def test_a_process_that_fails_ends_the_others_with_its_exit_code() -> None:
     found = job_of_three("waits", "fails", "waits")
     assert [code for code, _ in found] == [2, 2, 2]
-    assert found[0][1] == "moe-train: process 1 of 3 has stopped with exit code 2, and says why\n"
+    assert found[0][1] == "moe-train: process 1 of 3 stopped with exit code 2; see its message\n"
 
 
 def test_processes_that_leave_in_order_are_not_missed() -> None:

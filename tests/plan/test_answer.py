@@ -9,6 +9,7 @@ import pytest
 from moe_train import config
 from moe_train.commands.plan import plan
 from moe_train.config import yaml_file
+from moe_train.plan.answer import Options
 from tests.plan.pretraining import PRETRAIN, SMALL, run
 
 
@@ -17,10 +18,10 @@ def test_the_best_choice_is_written_as_a_config(tmp_path: Path, capsys: pytest.C
     assert run("plan", PRETRAIN, "--topology", "v5p:2x2x2", "--no-compile", "--config-out", str(out), *SMALL) == 0
     said = capsys.readouterr().out
     assert "v5p:2x2x2: 8 chips of 95.0 GiB" in said and "confirmed: no" in said
-    given = yaml_file.load(PRETRAIN, SMALL)
-    best = plan(given, "v5p:2x2x2", compile_best=0).best
+    given = yaml_file.load_config(PRETRAIN, SMALL)
+    best = plan(given, "v5p:2x2x2", Options(compile_best=0)).best
     assert best is not None
-    written = yaml_file.load(out)
+    written = yaml_file.load_config(out)
     assert config.run_of(written) == best.run
     unchanged = {"mesh": given.mesh, "compute": given.compute, "train": given.train}
     assert written.model_copy(update=unchanged) == given  # nothing else is touched
@@ -31,8 +32,11 @@ def test_the_best_choice_is_written_as_a_config(tmp_path: Path, capsys: pytest.C
     ("arguments", "said"),
     [
         (["--topology", "v5p:4x4x5"], "topology v5p:4x4x5 does not exist: 80 chips; nearest: v5p:4x4x4, 64 chips"),
-        (["--topology", "v5p:2x2x2", "--compile-only"], "--no-compile leaves nothing for --compile-only; leave one out"),
-        (["--topology", "v5p:2x2x2", "--config-out", "nowhere/best.yaml"], "nowhere/best.yaml: there is no folder nowhere"),
+        (["--topology", "v5p:2x2x2", "--compile-only"], "--compile-only has no effect with --no-compile; leave one of them out"),
+        (
+            ["--topology", "v5p:2x2x2", "--config-out", "nowhere/best.yaml"],
+            "nowhere/best.yaml: the directory nowhere does not exist; create it first",
+        ),
         (["--topology", "v5p:2x2x2", "train.batch_size=12"], "batch_size 12"),
         (["--topology", "v5p:2x2x2", "mesh={fsdp: 1, context: 3}"], "context 3"),
         (["--topology", "v5p:2x2x2", "mesh={context: 16}"], "mesh.context 16 does not divide the 8 devices of v5p:2x2x2; use 8"),

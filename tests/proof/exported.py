@@ -30,7 +30,12 @@ CHAT = Conversation([{"role": "user", "content": "one"}, {"role": "assistant", "
 def make(out: Path, weights: dict[str, jax.Array], texts: Texts, layout: Any, dtype: str, **options: Any) -> dict[str, Any]:
     lora = LORA if any(".lora_" in path for path in weights) else None
     with jax.set_mesh(ONE):
-        return write_and_prove.export(
-            *(weights, MODEL, out, layout),
-            **{"dtype": dtype, "lora": lora, "merge": lora is not None, "texts": texts, "conversations": [CHAT], **options},
-        )
+        stated = {
+            "layout": layout,
+            "dtype": dtype,
+            "lora": lora,
+            "merge": lora is not None,
+            "texts": texts,
+            "conversations": [CHAT],
+        }
+        return write_and_prove.export_model(weights, MODEL, out, write_and_prove.WriteOptions(**{**stated, **options}))

@@ -71,6 +71,6 @@ def test_base_and_adapter_show_every_delta(layout: str, dtype: str, exports: Any
     other = MODEL.model_copy(update={"num_layers": 1})
     with jax.set_mesh(ONE):
         one = {path: x[:1] if path.startswith("stacks.") else x for path, x in weights.items() if ".lora_" not in path}
-        write_and_prove.export(one, other, tmp_path / "other", dtype="float32", depth="tensors")
+        write_and_prove.export_model(one, other, tmp_path / "other", write_and_prove.WriteOptions(dtype="float32", depth="tensors"))
     _, checks = verify(export, base=tmp_path / "other", depth="tensors")
     assert [check.said for check in checks if check.name == "merge"] == ["the files describe another model: num_layers is 1, not 2"]

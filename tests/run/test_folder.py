@@ -13,7 +13,7 @@ from moe_train.run.folder import RunFolder, only_one
 
 
 def test_a_second_process_is_kept_out_until_the_first_has_left(tmp_path: Path) -> None:
-    with only_one(tmp_path), pytest.raises(ValueError, match="another process is training in"), only_one(tmp_path):
+    with only_one(tmp_path), pytest.raises(ValueError, match="is in use by another process"), only_one(tmp_path):
         pass
     with only_one(tmp_path):
         pass
@@ -30,7 +30,7 @@ def test_a_run_has_its_tokenizer(finished, text, tmp_path):
 def test_a_folder_that_is_a_file_or_in_use_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(ValueError, match=r"run_dir .*file is a file; name a folder"):
+    with pytest.raises(ValueError, match=r"run_dir .*file is a file; state a directory"):
         RunFolder(file)
     with RunFolder(tmp_path), pytest.raises(ValueError, match="wait for it, or choose another run_dir"), RunFolder(tmp_path):
         pass

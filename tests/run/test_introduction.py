@@ -64,15 +64,15 @@ def test_damage_is_said_with_its_cause(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_finished_run_says_which_changes_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
     introduction.print_finished(config.run_of(written(model=MODEL)), begin(changed={"metrics.every_steps": (1, 5)}), 3)
     said = capsys.readouterr()
-    assert said.out == "run: all 3 steps are done; raise train.steps, epochs or tokens to go on\n"
-    assert said.err.endswith("without effect on a finished run: metrics.every_steps 1 -> 5\n")
+    assert said.out == "run: all 3 steps are done; raise train.steps, train.epochs or train.tokens to continue\n"
+    assert said.err.endswith("but without effect, since the run is finished: metrics.every_steps 1 -> 5\n")
 
 
 @pytest.mark.parametrize(
     ("sections", "command"),
     [
-        ({}, ["for other tools: moe-train export runs/run runs/run-hf"]),
-        ({"lora": LORA, "init_from": "base"}, ["for other tools: moe-train export runs/run runs/run-hf --merge"]),
+        ({}, ["to use the model in other tools: moe-train export runs/run runs/run-hf"]),
+        ({"lora": LORA, "init_from": "base"}, ["to use the model in other tools: moe-train export runs/run runs/run-hf --merge"]),
         ({"export": "none"}, []),
     ],
     ids=["full training", "adapters", "no export"],

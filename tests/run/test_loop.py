@@ -36,7 +36,7 @@ def test_what_a_run_leaves(finished, small_run):
     assert first["cross_entropy"] == pytest.approx(math.log(288), rel=0.02) and last["loss"] < first["loss"] - 0.3
     assert last["tokens_per_second"] == pytest.approx(8 * 32 / last["seconds"]) and 0 < last["mfu"] < 1
     assert steps_in(finished) == [2, 3, 4, 6]  # 3 because it was the best so far
-    assert yaml_file.load(finished / "config.yaml") == run
+    assert yaml_file.load_config(finished / "config.yaml") == run
     start, stop = events(finished)
     assert (start["event"], stop["event"], stop["step"], stop["reason"]) == ("start", "stop", 6, "finished")
     assert start["versions"]["jax"] == jax.__version__ and start["hardware"]["devices"] == 8 and len(start["config_sha256"]) == 64
@@ -45,7 +45,7 @@ def test_what_a_run_leaves(finished, small_run):
 def test_a_finished_run_is_left_alone(finished, small_run, capsys):
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
     assert train(small_run(finished)) == loop.FINISHED
-    assert "all 6 steps are done; raise train.steps, epochs or tokens to go on" in capsys.readouterr().out
+    assert "all 6 steps are done; raise train.steps, train.epochs or train.tokens to continue" in capsys.readouterr().out
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
 
@@ -103,7 +103,8 @@ def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
     poison(2, 4)
     run = small_run(tmp_path, train__max_skipped_steps=1)
     with pytest.raises(
-        RuntimeError, match=r"2 steps had a loss or gradient that is not finite, the last step 4; train.max_skipped_steps is 1"
+        RuntimeError,
+        match=r"2 steps had a loss or gradient that is not finite, the last one step 4, and train.max_skipped_steps is 1",
     ):
         train(run)
     assert steps_in(tmp_path) == [3]
@@ -118,7 +119,7 @@ def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"mesh": {"data": 4}}, ValueError, "needs 4 devices, but 8 are here"),
+        ({"mesh": {"data": 4}}, ValueError, "needs 4 devices, but 8 are available"),
         ({"mesh": {"fsdp": -1}, "train__batch_size": 4}, ValueError, "do not divide over mesh data x fsdp x expert = 8"),
         ({"mesh": {"tensor": -1}}, ValueError, "mesh.tensor 8 does not divide num_kv_heads 2"),
         ({"data": None}, ValueError, "the config has no data section; state data.train and data.tokenizer"),

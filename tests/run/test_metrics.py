@@ -21,7 +21,7 @@ from tests.run_dir import lines
 def test_router_figures_stay_per_layer():
     chosen = np.array([[2, 2, 2, 2], [4, 4, 0, 0]])
     ones = np.ones(2)
-    found = metrics.router_figures(RouterStats(chosen, ones, ones, np.array([math.log(4), 0.1]), np.array([0, 3])))
+    found = metrics.router_metrics(RouterStats(chosen, ones, ones, np.array([math.log(4), 0.1]), np.array([0, 3])))
     assert found["dead_experts"] == [0.0, 0.5]
     assert found["balance"] == 2.0 and found["dropped"] == [0, 3]
     assert found["router_entropy"] == [pytest.approx(math.log(4), abs=1e-5), 0.1]
@@ -35,7 +35,7 @@ def test_a_layer_that_drops_is_named() -> None:
     check_dropped(5, routers, config.Train(**bounded, max_drop_rate=0.03), [3, 4])
     with pytest.raises(RuntimeError, match=r"step 5: layer 4 dropped 3.00% of its assignments; train.max_drop_rate is 2.90%"):
         check_dropped(5, routers, config.Train(**bounded, max_drop_rate=0.029), [3, 4])
-    with pytest.raises(RuntimeError, match=r"layer 4 dropped 3.00% of its assignments without a capacity: a fault"):
+    with pytest.raises(RuntimeError, match=r"layer 4 dropped 3.00% of its assignments although no capacity is set, which is a bug"):
         check_dropped(5, routers, config.Train(batch_size=8, seq_len=8, steps=1), [3, 4])
 
 

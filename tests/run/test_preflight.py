@@ -64,7 +64,7 @@ def test_a_tokenizer_that_is_not_the_models(run: Any, tokenizer: HuggingFace, tm
         piece: (i - 5 + 7) % 256 + 5 if 5 <= i < 261 else i for piece, i in content["model"]["vocab"].items()
     }
     (other.path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"is not that of .*other: id \d+ is .*, there .*; leave data.tokenizer out"):
+    with pytest.raises(ValueError, match=r"is not that of .*other: id \d+ is .* instead of .*; leave data.tokenizer out"):
         check(run(init_from=other.path), tokenizer)
 
 
@@ -86,7 +86,7 @@ def test_a_template_that_the_export_would_not_carry(run: Any, tokenizer: Hugging
     template = "{% for m in messages %}{{ '[INST]' + m.role + ' ' + m.content + eos_token }}{% endfor %}"
     check(run(chat_template=template), tokenizer)
     monkeypatch.setattr(preflight, "write_texts", forgets)
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: an export's chat template would render the record to other tokens"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the exported chat template would render this record to other tokens"):
         check(run(chat_template=template), tokenizer)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_train.run.record import PACKAGES, surroundings, write_event
+from moe_train.run.record import PACKAGES, describe_process, write_event
 
 
 def test_the_diary_grows_by_an_event_at_a_time_and_is_replaced_whole(tmp_path: Path) -> None:
-    write_event(tmp_path, "start", 0, **surroundings())
+    write_event(tmp_path, "start", 0, **describe_process())
     write_event(tmp_path, "stop", 5, reason="an ä")
     events = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["events"]
     assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("stop", 5)]

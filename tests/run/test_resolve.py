@@ -61,7 +61,7 @@ def test_a_templates_file_is_replaced_by_its_text(tmp_path: Path) -> None:
     [
         ({"model": {**MODEL, "norm_eps": 1e-3}}, r"model\.norm_eps is 0\.001, but 1e-05 in .*; leave model out"),
         ({"mesh": {"expert": 8}}, "mesh.expert 8 does not divide num_experts 4; use 4"),
-        ({"mesh": {"fsdp": -1, "expert": 3}}, "mesh axes of 3 devices do not divide the 8 devices that are here"),
+        ({"mesh": {"fsdp": -1, "expert": 3}}, "mesh axes of 3 devices do not divide the 8 available devices"),
         ({"train": {"steps": 3, "batch_size": 4, "seq_len": 32}, "mesh": {"data": -1}}, r"4 sequences do not divide .* = 8; use"),
     ],
 )
@@ -72,7 +72,7 @@ def test_what_does_not_go_together_is_refused(base: Path, sections: dict[str, An
 
 def test_a_model_that_is_stated_needs_no_checkpoint() -> None:
     assert resolve(written(model=MODEL, init_from="/not/here"), device_count=1).model.num_layers == 2
-    with pytest.raises(FileNotFoundError, match="init_from /not/here: no such folder or file; bring it here, or state model"):
+    with pytest.raises(FileNotFoundError, match="init_from /not/here: no such folder or file; copy it there, or state model"):
         resolve(written(init_from="/not/here"), device_count=1)
 
 

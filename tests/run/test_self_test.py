@@ -12,7 +12,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.attention import kernels
 from moe_train.model.moe import grouped_matmul as gm
 from moe_train.model.moe.transport import choose as transport
-from moe_train.run.self_test import CASES, check_against_all_gather, check_attention, check_grouped_matmul, chosen_kernels
+from moe_train.run.self_test import ROWS_PER_EXPERT, check_against_all_gather, check_attention, check_grouped_matmul, chosen_kernels
 from tests.compiled_programs import ragged_all_to_all
 
 MODEL = config.Model(
@@ -64,9 +64,9 @@ def wrong_tail(x, w, sizes):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (wrong_weight_gradient, "gradient of w of grouped_matmul=blocked is wrong on cpu, case 'empty'"),
-        (wrong_small_group, "result of grouped_matmul=blocked is wrong on cpu, case"),
-        (wrong_tail, "result of grouped_matmul=blocked is wrong on cpu, case 'empty'"),
+        (wrong_weight_gradient, "gradient of w of grouped_matmul=blocked is wrong on cpu in case 'empty'"),
+        (wrong_small_group, "result of grouped_matmul=blocked is wrong on cpu in case"),
+        (wrong_tail, "result of grouped_matmul=blocked is wrong on cpu in case 'empty'"),
     ],
 )
 def test_stops_at_a_kernel_that_is_wrong(monkeypatch, wrong, said):
@@ -87,12 +87,12 @@ def test_a_transport_is_compared_with_all_gather(monkeypatch):
     with jax.set_mesh(make_mesh(config.Mesh(expert=2), jax.devices()[:2])):
         assert check_against_all_gather("ragged_all_to_all") < 1e-5
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", late_by_a_row)
-        with pytest.raises(RuntimeError, match="ragged_all_to_all is wrong on this mesh, case 'even': relative error"):
+        with pytest.raises(RuntimeError, match="ragged_all_to_all gives wrong results on this mesh in case 'even': relative error"):
             check_against_all_gather("ragged_all_to_all")
 
 
 def test_cases_say_what_their_names_say():
-    sizes = {name: np.array(case) for name, case in CASES.items()}
+    sizes = {name: np.array(case) for name, case in ROWS_PER_EXPERT.items()}
     assert all(len(case) == 8 and case.sum() <= 1024 for case in sizes.values())
     assert (sizes["empty"] == 0).any() and sizes["empty"].sum() < 1024
     assert (sizes["unaligned"] % 8 != 0).all() or (sizes["unaligned"] % 8 != 0).sum() > 5

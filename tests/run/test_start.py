@@ -28,13 +28,13 @@ from tests.run_dir import events, lines, losses
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"seed": 1}, "seed is 1, but {run_dir} was started with 0; set it back, or choose another run_dir"),
-        ({"model__model_dim": 64}, "model.model_dim is 64, but {run_dir} was started with 32"),
+        ({"seed": 1}, "seed is 1, but the run in {run_dir} was started with 0; restore it, or choose another run_dir"),
+        ({"model__model_dim": 64}, "model.model_dim is 64, but the run in {run_dir} was started with 32"),
         ({"train__batch_size": 16}, "train.batch_size is 16, but"),
         ({"train__seq_len": 16}, "train.seq_len is 16, but"),
         ({"optimizer": {"name": "lion", "learning_rate": 1e-3}}, "optimizer.name is lion, but"),
         ({"compute": {"param_dtype": "bfloat16"}}, "compute.param_dtype is bfloat16, but"),
-        ({"data__train__sources": "fewer"}, "the training data of {run_dir} are not those that it was started with"),
+        ({"data__train__sources": "fewer"}, "the training data have changed since the run in {run_dir} was started"),
     ],
     ids=str,
 )

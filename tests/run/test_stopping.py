@@ -58,5 +58,5 @@ def test_a_vote_counts_each_wish_alone(wishes):
 
 
 def test_votes_of_two_steps_are_joined():
-    assert Votes(stop=True).joined(Votes(save=True)) == Votes(stop=True, save=True)
-    assert Votes().joined(Votes()) == Votes(stop=False, save=False)
+    assert Votes(stop=True).combined_with(Votes(save=True)) == Votes(stop=True, save=True)
+    assert Votes().combined_with(Votes()) == Votes(stop=False, save=False)

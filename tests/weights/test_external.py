@@ -16,7 +16,7 @@ from tests.tiny import MIXTRAL, ONE
 
 def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
-        write.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="float32")
+        write.export_model(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
         file = tmp_path / "out/config.json"
         settings = json.loads(file.read_text())
         for change, message in (

@@ -26,7 +26,7 @@ from tests.tiny import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE
 def test_an_export_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dtype: Any, tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         sharded = random_parameters(model, dtype)
-        report = write.export(sharded, model, tmp_path / "out", dtype=dtype, max_shard_bytes=2000)
+        report = write.export_model(sharded, model, tmp_path / "out", write.WriteOptions(dtype=dtype, max_shard_bytes=2000))
         assert_equal(external.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
         for path, array in external.load_parameters(tmp_path / "out", abstract(model, dtype)).items():
             assert array.sharding == sharded[path].sharding
@@ -47,10 +47,17 @@ def test_weights_left_in_their_files_are_merged_and_proved_as_those_in_memory(
     with jax.set_mesh(EIGHT):
         weights = random_parameters(model, "bfloat16", LORA)
         plain = {path: x for path, x in weights.items() if not ParameterPath.parse(path).is_adapter}
-        write.export(plain, model, tmp_path / "base", layout, dtype="bf16" if layout == "gguf" else "bfloat16", depth="tensors")
+        write.export_model(
+            plain,
+            model,
+            tmp_path / "base",
+            write.WriteOptions(layout=layout, dtype="bf16" if layout == "gguf" else "bfloat16", depth="tensors"),
+        )
         left = external.leave_parameters(tmp_path / "base", abstract(model, "bfloat16"))
         reports = [
-            write.export(source, model, tmp_path / name, dtype="bfloat16", lora=LORA, merge=True, depth=depth)
+            write.export_model(
+                source, model, tmp_path / name, write.WriteOptions(dtype="bfloat16", lora=LORA, merge=True, depth=depth)
+            )
             for name, source in (("memory", weights), ("files", weights | left))
         ]
     for name in ("model-00001-of-00001.safetensors", "config.json"):
@@ -61,12 +68,11 @@ def test_weights_left_in_their_files_are_merged_and_proved_as_those_in_memory(
 
 def test_the_files_of_an_export(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
-        write.export(
+        write.export_model(
             random_parameters(MIXTRAL),
             MIXTRAL,
             tmp_path / "out",
-            dtype="bfloat16",
-            texts=texts.Texts(chat_template="{{ x }}", config="a: 1\n"),
+            write.WriteOptions(dtype="bfloat16", texts=texts.Texts(chat_template="{{ x }}", config="a: 1\n")),
         )
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "chat_template.jinja",
@@ -79,14 +85,14 @@ def test_the_files_of_an_export(tmp_path: Path) -> None:
     ]
     assert set(json.loads((tmp_path / "out/generation_config.json").read_text())) >= {"bos_token_id", "eos_token_id"}
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-    with jax.set_mesh(ONE), pytest.raises(FileExistsError, match="exists already"):
-        write.export(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", dtype="bfloat16")
+    with jax.set_mesh(ONE), pytest.raises(FileExistsError, match="already exists"):
+        write.export_model(random_parameters(MIXTRAL), MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="bfloat16"))
 
 
 def test_the_fused_layout_and_the_prefix_of_a_wrapper_are_read(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(MIXTRAL)
-        write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+        write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
         fused: dict[str, np.ndarray] = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
         for piece in names.pieces(MIXTRAL, names.hugging_face("model.language_model.", "", fused=True)):
             tensor = fused.setdefault(piece.name, np.zeros(piece.shape, np.float32))
@@ -124,7 +130,7 @@ def plain_merge(parameters: dict[str, jax.Array], path: str) -> np.ndarray:
 def test_merged_weights_are_base_plus_delta_rounded_once(dtype: Any, tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(MIXTRAL, lora=LORA)
-        report = write.export(parameters, MIXTRAL, tmp_path / "out", dtype=dtype, lora=LORA, merge=True)
+        report = write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype=dtype, lora=LORA, merge=True))
         loaded = external.load_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
     for path, array in loaded.items():
         assert np.array_equal(np.asarray(array), plain_merge(parameters, path).astype(dtype)), path
@@ -138,22 +144,22 @@ def test_the_report_tells_of_deltas_that_the_dtype_swallows(tmp_path: Path) -> N
         parameters = random_parameters(MIXTRAL, lora=LORA)
         lost = {path: x * 1e-5 if path.endswith("lora_b") else x for path, x in parameters.items()}
         with pytest.raises(RuntimeError, match=r"the delta of .* is lost: the file's numbers are those of the base, rounded"):
-            write.export(lost, MIXTRAL, tmp_path / "lost", dtype="bfloat16", lora=LORA, merge=True)
+            write.export_model(lost, MIXTRAL, tmp_path / "lost", write.WriteOptions(dtype="bfloat16", lora=LORA, merge=True))
         small = {path: x * 1e-3 if path.endswith("lora_b") else x for path, x in parameters.items()}
-        report = write.export(small, MIXTRAL, tmp_path / "low", dtype="bfloat16", lora=LORA, merge=True)
+        report = write.export_model(small, MIXTRAL, tmp_path / "low", write.WriteOptions(dtype="bfloat16", lora=LORA, merge=True))
         assert abs(figures(report, "merge")["delta_kept"] - 1) > 0.005
         none = {path: x * 0 if path.endswith("lora_b") else x for path, x in parameters.items()}
-        report = write.export(none, MIXTRAL, tmp_path / "none", dtype="float32", lora=LORA, merge=True)
+        report = write.export_model(none, MIXTRAL, tmp_path / "none", write.WriteOptions(dtype="float32", lora=LORA, merge=True))
     assert figures(report, "merge")["untrained"] == figures(report, "merge")["count"] == 56
 
 
 def test_weights_without_adapter_keep_their_bytes_through_a_lora_export(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
-        write.export(random_parameters(MIXTRAL, "bfloat16"), MIXTRAL, tmp_path / "base", dtype="bfloat16")
+        write.export_model(random_parameters(MIXTRAL, "bfloat16"), MIXTRAL, tmp_path / "base", write.WriteOptions(dtype="bfloat16"))
         before = external.hashes(tmp_path / "base")
         base = external.load_parameters(tmp_path / "base", abstract(MIXTRAL))  # float32 in memory
         parameters = random_parameters(MIXTRAL, lora=LORA) | base
-        write.export(parameters, MIXTRAL, tmp_path / "out", dtype="bfloat16", lora=LORA, merge=True)
+        write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="bfloat16", lora=LORA, merge=True))
         after = external.hashes(tmp_path / "out")
     adapted = ("q_proj", "o_proj", ".w1.", ".w2.", ".w3.")
     assert {name for name in before if before[name] != after[name]} == {n for n in before if any(part in n for part in adapted)}
@@ -196,7 +202,12 @@ def test_the_proof_finds_a_wrong_tensor_and_removes_the_export(
     with jax.set_mesh(ONE):
         parameters = random_parameters(MIXTRAL, lora=LORA if merge else None)
         with pytest.raises(RuntimeError, match=message):
-            write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA if merge else None, merge=merge)
+            write.export_model(
+                parameters,
+                MIXTRAL,
+                tmp_path / "out",
+                write.WriteOptions(dtype="float32", lora=LORA if merge else None, merge=merge),
+            )
     assert not list(tmp_path.iterdir())
 
 
@@ -212,7 +223,7 @@ def test_the_proof_finds_an_expert_whose_delta_was_dropped(factor: float, tmp_pa
 
         plant(monkeypatch, drop)
         with pytest.raises(RuntimeError, match=victim):
-            write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
+            write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32", lora=LORA, merge=True))
     assert not list(tmp_path.iterdir())
 
 
@@ -231,11 +242,11 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             plant(patch, full)
             with pytest.raises(OSError, match="No space left on device"):
-                write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+                write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
         assert not list(tmp_path.iterdir())
         monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
         with pytest.raises(OSError, match=r"needs 3e-05 GB, but its disk has 1e-06 GB free"):
-            write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+            write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
     assert not list(tmp_path.iterdir())
 
 
@@ -243,17 +254,17 @@ def test_adapters_are_neither_dropped_nor_imagined(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = random_parameters(MIXTRAL, lora=LORA)
         with pytest.raises(ValueError, match=r"merge them \(--merge\)"):
-            write.export(parameters, MIXTRAL, tmp_path / "out", dtype="float32")
+            write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
         plain = {path: array for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter}
-        with pytest.raises(ValueError, match="nothing to merge"):
-            write.export(plain, MIXTRAL, tmp_path / "out", dtype="float32", lora=LORA, merge=True)
+        with pytest.raises(ValueError, match="no adapters to merge"):
+            write.export_model(plain, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32", lora=LORA, merge=True))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tied_head_that_was_written_out_is_dropped_where_it_is_the_embedding(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         parameters = random_parameters(MINISTRAL)
-        write.export(parameters, MINISTRAL, tmp_path / "out", dtype="float32")
+        write.export_model(parameters, MINISTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
         (shard,) = (tmp_path / "out").glob("model-*")
         (tmp_path / "out" / safetensors_files.INDEX).unlink()
         found = safetensors.numpy.load_file(shard)

@@ -1,0 +1,203 @@
+"""The commands that read or write whole models: evaluate, generate, export, verify, upcycle and extend-vocab."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moe_train.cli.arguments import AsJson, ModelDir, OutDir, ProofDepth, examples
+from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line
+
+model_commands = typer.Typer()
+
+
+@model_commands.command(
+    "evaluate",
+    epilog=examples("moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl"),
+)
+def evaluate_command(
+    directory: ModelDir,
+    data: Annotated[list[Path], typer.Option("--data", help="File of records; may be repeated.")],
+    as_json: AsJson = False,
+) -> None:
+    """Measure the loss and perplexity of a run or a model on files of text or conversations."""
+    from moe_train.commands.evaluate import evaluate_dir
+
+    with progress_line("evaluating"):
+        answer = evaluate_dir(directory, data)
+    print_mapping(answer, as_json)
+
+
+@model_commands.command(
+    "generate",
+    epilog=examples(
+        'moe-train generate runs/quickstart/pretrain --prompt "The list type"',
+        'moe-train generate runs/quickstart/export_hf --chat --prompt "What does json.dumps do?" --temperature 0.7 --seed 1',
+    ),
+)
+def generate_command(
+    directory: ModelDir,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be repeated.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate for each prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Treat each prompt as a user message, rendered by the chat template.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue prompts with a run or a model."""
+    from moe_train.commands.generate import generate_dir
+
+    with progress_line("generating"):
+        completions = generate_dir(directory, prompt, max_tokens, temperature, seed, chat=chat)
+    pairs = list(zip(prompt, completions, strict=True))
+    if as_json:
+        print_json([{"prompt": text, "completion": completion} for text, completion in pairs])
+    else:
+        separator = "\n" if chat else ""
+        print("\n\n".join(f"{text}{separator}{completion}" for text, completion in pairs))
+
+
+@model_commands.command(
+    "export",
+    epilog=examples(
+        "moe-train export runs/quickstart/lora merged_model --merge",
+        "moe-train export runs/quickstart/lora model_gguf --merge --for llama.cpp --dtype bfloat16",
+    ),
+)
+def export_command(
+    source: ModelDir,
+    out_dir: OutDir,
+    layout: Annotated[
+        Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"] | None,
+        typer.Option(
+            "--format",
+            help="A whole model (hf, mistral, gguf) or only its adapter (peft, mistral-lora, gguf-lora). "
+            "Default: hf, or gguf for llama.cpp.",
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into the weights.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype of the written weights: float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's other types. "
+            "Default: that of the files that training started from."
+        ),
+    ] = None,
+    server: Annotated[
+        Literal["vllm", "llama.cpp", "transformers"] | None,
+        typer.Option("--for", help="Write files that this server can read, and print the command that starts it."),
+    ] = None,
+    depth: ProofDepth = "full",
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Maximum size of one file of weights, such as 5GB or 500MiB.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run or a model as files that other tools load, and verify them.
+
+    OUT_DIR appears complete or not at all. The results of the verification are in its export_proof.json.
+    """
+    from moe_train.commands.export import ExportOptions, export
+
+    layout = layout or ("gguf" if server == "llama.cpp" else "hf")
+    options = ExportOptions(dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size)
+    with progress_line("exporting"):
+        record = export(source, out_dir, layout, merge, options)
+    serve_command = record.get("serve")
+    if as_json:
+        result = {"directory": str(out_dir), "checks": record["checks"]}
+        if serve_command:
+            result["serve"] = serve_command
+        print_json(result)
+        return
+    print_checks(record["checks"])
+    if serve_command:
+        print(f"start the server: {serve_command}")
+
+
+@model_commands.command(
+    "verify",
+    epilog=examples(
+        "moe-train verify runs/quickstart/export_hf",
+        "moe-train verify runs/quickstart/export_hf --run runs/quickstart/lora --proof tensors",
+    ),
+)
+def verify_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that `moe-train export` wrote.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Model that training started from; checks that the files are a merge into it.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="With --base: the adapter that was merged; merges it again and compares every tensor.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run that was exported; compares every tensor with its weights.")] = None,
+    depth: ProofDepth = "full",
+    as_json: AsJson = False,
+) -> None:
+    """Repeat the verification of an export, as far as possible on this machine.
+
+    Exit code 1 if the files are no longer what was exported.
+    """
+    from moe_train.commands.verify import verify
+
+    with progress_line("verifying"):
+        _, results = verify(directory, base, run, depth, adapter)
+    checks = [check._asdict() for check in results]
+    failed = [check.name for check in results if check.passed is False]
+    if as_json:
+        print_json({"directory": str(directory), "passed": not failed, "checks": checks})
+    else:
+        print_checks(checks)
+    if failed:
+        print(f"moe-train: {directory} is not what was exported; these checks failed: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@model_commands.command(
+    "upcycle",
+    epilog=examples("moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4"),
+)
+def upcycle_command(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Dense model in Hugging Face, Mistral or GGUF format.")],
+    out_dir: OutDir,
+    experts: Annotated[int, typer.Option(min=2, help="Number of experts per layer, copies of the feed-forward layer.")] = 8,
+    experts_per_token: Annotated[int, typer.Option(min=1, help="Number of experts that each token is routed to.")] = 2,
+    noise: Annotated[
+        float,
+        typer.Option(min=0.0, help="Standard deviation of noise added to the copies, relative to that of each matrix."),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the routers and the noise.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a dense model into a Mixtral: copy its feed-forward layers into experts, with new routers."""
+    from moe_train.commands.upcycle import upcycle
+
+    with progress_line("copying experts"):
+        answer = upcycle(base, out_dir, experts, experts_per_token, noise, seed)
+    print_mapping(answer, as_json)
+
+
+@model_commands.command(
+    "extend-vocab",
+    epilog=examples("moe-train extend-vocab models/Mixtral-8x7B-v0.1 models/Mixtral-8x7B-v3 --tokenizer v3"),
+)
+def extend_vocab_command(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Model in Hugging Face, Mistral or GGUF format.")],
+    out_dir: OutDir,
+    tokenizer: Annotated[
+        str, typer.Option(help="Version of Mistral's sentencepiece tokenizer (such as v3), or a tokenizer's file or directory.")
+    ],
+    layout: Annotated[Literal["hf", "mistral"], typer.Option("--format", help="Format of the written model.")] = "hf",
+    as_json: AsJson = False,
+) -> None:
+    """Extend a model to a larger tokenizer, such as from 32000 tokens to the 32768 of v3, which tool calls need."""
+    from moe_train.commands.extend_vocab import extend_vocab
+
+    with progress_line("writing the model"):
+        answer = extend_vocab(base, out_dir, tokenizer, layout)
+    print_mapping(answer, as_json)

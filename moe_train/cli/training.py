@@ -1,0 +1,163 @@
+"""The commands around a training run: train, inspect, plan, bench and plot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, examples, load_config
+from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
+
+training_commands = typer.Typer()
+
+
+@training_commands.command(
+    "train",
+    epilog=examples(
+        "moe-train train configs/quickstart_pretrain.yaml",
+        "moe-train train configs/quickstart_lora.yaml run_dir=runs/lora_lr2e-3 optimizer.learning_rate=2e-3",
+    ),
+)
+def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the run that CONFIG describes; an interrupted run continues from its last checkpoint."""
+    config = load_config(config_path, overrides)
+    from moe_train.commands.train import train
+
+    raise typer.Exit(train(config))
+
+
+@training_commands.command(
+    "inspect",
+    epilog=examples(
+        "moe-train inspect configs/mixtral_8x7b_pretrain_v5p.yaml",
+        "moe-train inspect configs/mixtral_8x7b_pretrain_v5p.yaml mesh.expert=4 mesh.fsdp=16 --json",
+    ),
+)
+def inspect_command(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show the resolved config and every parameter with its shape, dtype, sharding and bytes per device.
+
+    Nothing is allocated, and the devices of the mesh need not be present.
+    """
+    config = load_config(config_path, overrides)
+    from moe_train.commands.inspect import inspect
+    from moe_train.config import yaml_file
+
+    with progress_line("computing shapes"):
+        report = inspect(config)
+    if as_json:
+        print_json({"config": report.config.model_dump(mode="json"), "parameters": report.parameters, **report.totals})
+    else:
+        print(yaml_file.dump(report.config))
+        print_table(report.parameters)
+        print_mapping(report.totals)
+
+
+@training_commands.command(
+    "plan",
+    epilog=examples(
+        "moe-train plan configs/mixtral_8x7b_pretrain_v5p.yaml --topology v5p:4x4x4 --no-compile",
+        "moe-train plan configs/mixtral_8x7b_pretrain_v5p.yaml --topology 2xv5p:4x4x4 --batch any --no-compile --json",
+    ),
+)
+def plan_command(
+    config_path: ConfigPath,
+    topology: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Devices to plan for: v5p:4x4x4, v5e:4x4, v6e:8x8, tpu7x:2x2x2 or h100x8; a cloud's name such as v5p-64 "
+            "(which counts TensorCores, so it has 32 chips) or v5litepod-16; several slices or hosts as 2xv5p:4x4x4 or 4xh100x8.",
+        ),
+    ],
+    overrides: Overrides = None,
+    batch: Annotated[
+        Literal["keep", "any"], typer.Option(help="keep: use the config's batch_size; any: try other batch sizes too.")
+    ] = "keep",
+    by: Annotated[
+        Literal["speed", "bytes"],
+        typer.Option(help="Rank by tokens per second (speed), or by the bytes that a device receives per token (bytes)."),
+    ] = "speed",
+    compile_best: Annotated[
+        int, typer.Option("--compile", min=1, metavar="N", help="Compile the best choices until N of them fit into memory.")
+    ] = 1,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Rank by the cost model alone, without a compiler.")] = False,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="Compile the config as it is, without a search.")] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, help="Price in dollars per chip and hour. Default: the list price.")
+    ] = None,
+    hlo: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the HLO text of the best compiled program.")] = None,
+    config_out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the best choice as a complete config.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict memory, traffic, time and price of CONFIG on hardware that need not be present.
+
+    Ranks meshes, transports, rematerialization and microbatches, and compiles the best to confirm that it fits.
+    Compiling needs libtpu or JAX's CUDA plugin; --no-compile needs neither. Exit code 1 if nothing fits into memory.
+    """
+    config = load_config(config_path, overrides)
+    _check_plan_options(no_compile, compile_only, hlo, config_out)
+    from moe_train.commands.plan import plan
+    from moe_train.config import yaml_file
+    from moe_train.machine.files import write_text
+    from moe_train.plan import answer as planning
+    from moe_train.plan import answer_json, answer_table
+
+    options = planning.Options(0 if no_compile else compile_best, compile_only, batch == "any", by, price)
+    with progress_line("modelling" if no_compile else "modelling and compiling"):
+        answer = plan(config, topology, options, say=lambda text: print(text, file=sys.stderr))
+    if hlo is not None:
+        planning.write_hlo(answer, hlo)
+    if as_json:
+        print_json(answer_json.as_json(answer))
+    else:
+        for line in answer_table.introduction(answer):
+            print(line)
+        print_table(answer_table.rows(answer))
+        for line in answer_table.conclusion(answer):
+            print(line)
+    if config_out is not None:
+        write_text(config_out, yaml_file.dump(planning.best_config(answer, config)))
+    if answer.best is None:
+        raise typer.Exit(1)
+
+
+def _check_plan_options(no_compile: bool, compile_only: bool, hlo: Path | None, config_out: Path | None) -> None:
+    """Check before the long work that options do not contradict each other and that files can be written."""
+    if no_compile and compile_only:
+        raise ValueError("--compile-only has no effect with --no-compile; leave one of them out")
+    if no_compile and hlo is not None:
+        raise ValueError("--hlo has no effect with --no-compile, which compiles no program; leave one of them out")
+    for file in (hlo, config_out):
+        if file is not None and not file.parent.is_dir():
+            raise FileNotFoundError(f"{file}: the directory {file.parent} does not exist; create it first")
+
+
+@training_commands.command("bench", epilog=examples("moe-train bench configs/quickstart_pretrain.yaml train.batch_size=8"))
+def bench_command(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure the speed of CONFIG's training step on these devices, with random weights and tokens."""
+    config = load_config(config_path, overrides)
+    from moe_train.commands.bench import bench
+
+    with progress_line("timing the training step"):
+        answer = bench(config)
+    print_mapping(answer, as_json)
+
+
+@training_commands.command(
+    "plot", epilog=examples("moe-train plot runs/quickstart/pretrain runs/quickstart/lora --out metrics.png")
+)
+def plot_command(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Directories of runs, drawn into the same plots.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A .png, .svg or .pdf file; an existing file is replaced.")],
+) -> None:
+    """Plot the metrics of runs: loss, speed, gradient norm, expert balance and load.
+
+    Needs matplotlib (bash launch/install.sh report).
+    """
+    from moe_train.commands.plot import plot
+
+    plot(run_dirs, out)
+    print(out)

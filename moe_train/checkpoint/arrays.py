@@ -21,19 +21,19 @@ from jax.sharding import NamedSharding
 
 from moe_train.machine.mesh import platform
 
-CHUNK = 2**25
+CHECKPOINT_CHUNK_BYTES = 2**25
 """Bytes per stored chunk, and per read. Without this setting, Orbax stores an array, or a device's shard of it, in one piece."""
 
 
-def in_chunks(tree: Any) -> Any:
+def chunked_save_args(tree: Any) -> Any:
     """Return Orbax save arguments that allow reading a part of an array without the rest.
 
-    Arrays are stored in chunks of `CHUNK` bytes; large stacked arrays get separate chunks for each layer (first dim).
+    Arrays are stored in chunks of `CHECKPOINT_CHUNK_BYTES`; large stacked arrays get separate chunks for each layer (first dim).
     """
 
     def save_args(x: jax.Array) -> ocp.SaveArgs:
-        large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > CHUNK
-        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if large and x.ndim > 2 else ())
+        large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > CHECKPOINT_CHUNK_BYTES
+        return ocp.SaveArgs(chunk_byte_size=CHECKPOINT_CHUNK_BYTES, shard_axes=(0,) if large and x.ndim > 2 else ())
 
     return jax.tree.map(save_args, tree)
 
@@ -61,7 +61,7 @@ def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.sum(jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]), dtype=jnp.uint32) for x in arrays]
 
 
-def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
+def read_in_parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
     """Read an array of a checkpoint in parts along its first dim, each with as many entries as a stored chunk.
 
     Args:
@@ -95,7 +95,7 @@ def _read(stored: tensorstore.TensorStore, index: Any) -> np.ndarray:
     return np.asarray(stored[index].read().result())
 
 
-def joined(whole: jax.Array | None, part: jax.Array, start: int, length: int) -> jax.Array:
+def add_part(whole: jax.Array | None, part: jax.Array, start: int, length: int) -> jax.Array:
     """Write a part into the array that collects the parts.
 
     Args:

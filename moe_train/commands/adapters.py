@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
-from moe_train.checkpoint.manager import Base
+from moe_train.checkpoint.manager import WeightOrigin
 from moe_train.commands import write_and_prove
 from moe_train.machine.files import new_directory, read_object, refuse_existing
 from moe_train.machine.mesh import make_mesh
@@ -26,10 +26,10 @@ from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.proof.scaled import prove_scaled
 from moe_train.weights import gguf, merge, names, peft, texts
-from moe_train.weights.arrays import Held, fetch
+from moe_train.weights.arrays import LazyParameters, fetch_entry
 from moe_train.weights.gguf import lora as gguf_lora
 
-Weight = Callable[[names.Piece], np.ndarray]
+Weight = Callable[[names.WeightPiece], np.ndarray]
 """Returns the base's own weight of a piece."""
 
 
@@ -93,7 +93,7 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
         adapters = [_load(path, model) for path in (source, against) if path is not None]
         weight = _weights_of(base, model)
         moved = []
-        for piece in names.pieces(model):
+        for piece in names.weight_pieces(model):
             change = _measure_change(piece, model, adapters, weight)
             if change is not None:
                 moved.append(change)
@@ -103,7 +103,7 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
 def _find_base(source: str | Path) -> str:
     if runs.is_run(source):
         named = runs.read_run(source).init_from
-    elif (file := Path(source) / peft.CONFIG).is_file():
+    elif (file := Path(source) / peft.ADAPTER_CONFIG).is_file():
         named = read_object(file).get("base_model_name_or_path")
     elif gguf.file_in(source) is not None:
         named = gguf_lora.open_adapter(source).settings.get("general.base_model.0.name")
@@ -118,17 +118,17 @@ def _load(source: str | Path, model: config.Model) -> tuple[config.Lora, Paramet
     """Return the section `lora` of an adapter, and the trained parameters."""
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute(), lora)))[1]
-    return lora, model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
+    return lora, model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
 
 
 def _weights_of(base: str | Path, model: config.Model) -> Weight:
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
-    held = model_dir.load_parameters(base, shapes, load=model_dir.left_in_files)
-    return lambda piece: fetch(held[piece.path], piece.lead)
+    held = model_dir.load_parameters(base, shapes, load=model_dir.load_lazily)
+    return lambda piece: fetch_entry(held[piece.path], piece.lead)
 
 
 def _measure_change(
-    piece: names.Piece, model: config.Model, adapters: list[tuple[config.Lora, Parameters]], weight: Weight
+    piece: names.WeightPiece, model: config.Model, adapters: list[tuple[config.Lora, Parameters]], weight: Weight
 ) -> Moved | None:
     """Measure the change of one piece; None if none of the adapters touches it."""
     path = ParameterPath.parse(piece.path)
@@ -146,11 +146,11 @@ def _measure_change(
     return Moved(layer, path.module, expert, float(delta), weight_norm)
 
 
-def _full_weight(lora: config.Lora, trained: Parameters, piece: names.Piece, base_weight: np.ndarray) -> np.ndarray:
+def _full_weight(lora: config.Lora, trained: Parameters, piece: names.WeightPiece, base_weight: np.ndarray) -> np.ndarray:
     """Return the trained weight in float64, with an adapter's delta added."""
     if piece.path in trained:
-        return fetch(trained[piece.path], piece.lead).astype(np.float64)
-    delta = merge.delta(trained, lora, piece)
+        return fetch_entry(trained[piece.path], piece.lead).astype(np.float64)
+    delta = merge.lora_delta(trained, lora, piece)
     return base_weight.astype(np.float64) + (0 if delta is None else delta)
 
 
@@ -160,7 +160,7 @@ def _factors(
     """Return (s·A as (in, J), B as (J, out)), or None without an adapter."""
     if not path.has_adapter(trained):
         return None
-    a, b = (fetch(trained[name], lead).astype(np.float64) for name in path.adapter)
+    a, b = (fetch_entry(trained[name], lead).astype(np.float64) for name in path.adapter)
     J = b.shape[0]
     return merge.scale_of(lora, path.module_path, lead) * a.reshape(-1, J), b.reshape(J, -1)
 
@@ -216,7 +216,7 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
 
 def base_and_adapter(
     base: str | Path, source: str | Path, model: config.Model, dtype: config.Dtype | None = None
-) -> tuple[config.Lora, Held]:
+) -> tuple[config.Lora, LazyParameters]:
     """Load a base model and adapters for it; the mesh must be in force.
 
     Args:
@@ -229,14 +229,14 @@ def base_and_adapter(
         (the section `lora` of the adapters, all weights: the base's and what was trained). Weights in external files are left
         there until they are needed.
     """
-    dtype = dtype or model_dir.dtype_of_files(base, otherwise=model_dir.compute_here().param_dtype)
+    dtype = dtype or model_dir.dtype_of_files(base, otherwise=model_dir.default_compute().param_dtype)
     compute = config.Compute(param_dtype=dtype)
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
-    trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
+    trained = model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
     plain = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
     # Loaded lazily, since the base may be larger than the host's memory.
-    return lora, {**model_dir.load_parameters(base, plain, load=model_dir.left_in_files), **trained}
+    return lora, {**model_dir.load_parameters(base, plain, load=model_dir.load_lazily), **trained}
 
 
 def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, Any]:
@@ -253,9 +253,9 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     directory = Path(source)
     if runs.is_run(directory):
         raise ValueError(f"{source} is a run; export its adapter with --format peft, and scale that")
-    if not (directory / peft.CONFIG).is_file():
-        raise FileNotFoundError(f"{directory / peft.CONFIG} is missing; give a directory with a PEFT adapter")
-    settings = read_object(directory / peft.CONFIG)
+    if not (directory / peft.ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"{directory / peft.ADAPTER_CONFIG} is missing; give a directory with a PEFT adapter")
+    settings = read_object(directory / peft.ADAPTER_CONFIG)
     if settings.get("modules_to_save"):
         raise ValueError(f"{source} has {settings['modules_to_save']}, trained in full: these have no scale; merge it instead")
     # A delta is alpha / rank · B·A (or over the square root of rank), so alphas alone scale it.
@@ -263,9 +263,12 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     settings["alpha_pattern"] = {key: alpha * factor for key, alpha in (settings.get("alpha_pattern") or {}).items()}
     with new_directory(out_dir) as unfinished:
         for file in directory.iterdir():
-            if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):  # the old proof is about the old scale
+            if file.is_file() and file.name not in (
+                peft.ADAPTER_CONFIG,
+                "export_proof.json",
+            ):  # the old proof is about the old scale
                 shutil.copyfile(file, unfinished / file.name)
-        (unfinished / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (unfinished / peft.ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         prove_scaled(unfinished, directory, factor)
     return {"adapter": str(out_dir), "lora_alpha": settings["lora_alpha"], "alpha_pattern": settings["alpha_pattern"]}
 

@@ -15,7 +15,7 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.model_dir import Opened, dtype_of_files, open_model
+from moe_train.checkpoint.model_dir import OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands import write_and_prove
 from moe_train.config import yaml_file
@@ -26,7 +26,7 @@ from moe_train.machine.mesh import join_processes
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
 from moe_train.weights import external, peft, serve, together
-from moe_train.weights.arrays import Held
+from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES
@@ -40,7 +40,7 @@ CONVERSATIONS = 32
 def export(
     source: str | Path,
     out_dir: str | Path,
-    layout: serve.Layout = "hf",
+    layout: serve.ExportFormat = "hf",
     merge: bool = False,
     *,
     dtype: str | None = None,
@@ -120,7 +120,9 @@ def export(
             assert lora is not None and run is not None
             if jax.process_count() > 1:
                 # The first process alone writes an adapter, so it needs all of it.
-                weights = together.gathered({path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)})
+                weights = together.gather_on_each_process(
+                    {path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)}
+                )
             with together.one_directory(out_dir) as directory:
                 with together.all_or_none():
                     if together.is_first():
@@ -135,9 +137,9 @@ def export(
 
 def _write_adapter(
     directory: Path,
-    layout: serve.Layout,
-    weights: Held,
-    opened: Opened,
+    layout: serve.ExportFormat,
+    weights: LazyParameters,
+    opened: OpenedModel,
     filetype: str,
     texts: Texts,
     server: serve.Server | None,
@@ -160,7 +162,7 @@ def _write_adapter(
             raise AssertionError(layout)
 
 
-def unquantised(opened: Opened) -> Opened:
+def unquantised(opened: OpenedModel) -> OpenedModel:
     """Return the same model with the weights of the base's files, even if the run held them quantized."""
     lora = opened.lora
     if lora is None or lora.quantize is None:
@@ -168,7 +170,7 @@ def unquantised(opened: Opened) -> Opened:
     return opened._replace(lora=lora.model_copy(update={"quantize": None}))
 
 
-def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, out_dir: str | Path) -> str | None:
+def _command(server: serve.Server | None, layout: serve.ExportFormat, opened: OpenedModel, out_dir: str | Path) -> str | None:
     """Return the command that starts `server` on the export; None without a server.
 
     vLLM and transformers need the base in Hugging Face's layout, so for another base the command exports it first.
@@ -185,7 +187,7 @@ def _command(server: serve.Server | None, layout: serve.Layout, opened: Opened, 
     if layout == "peft" and base is not None and (is_run(base) or external.layout_of(base) != "hf"):
         base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
-    return base_export + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
+    return base_export + serve.serving_command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)  # type: ignore[arg-type]
 
 
 def _checked_dtype(dtype: str) -> config.Dtype:
@@ -195,7 +197,7 @@ def _checked_dtype(dtype: str) -> config.Dtype:
     raise ValueError(f"dtype {dtype} is not one of this layout's, which are {', '.join(get_args(config.Dtype))}")
 
 
-def _dtype(opened: Opened) -> config.Dtype:
+def _dtype(opened: OpenedModel) -> config.Dtype:
     """Return the dtype of the files that training started from, so that unchanged weights keep their bytes.
 
     Without such files it is the dtype of training.
@@ -210,14 +212,14 @@ def _dtype(opened: Opened) -> config.Dtype:
     return dtype_of_files(files, otherwise=opened.compute.param_dtype)
 
 
-def _about(opened: Opened) -> dict[str, Any]:
+def _about(opened: OpenedModel) -> dict[str, Any]:
     """Return what the record states about the origin of the weights."""
     origin: dict[str, Any] = {"source": str(opened.directory)}
     if opened.run is None:
         return origin
-    with manager.reading(opened.directory) as checkpoints:
+    with manager.open_read_only(opened.directory) as checkpoints:
         step = checkpoints.latest_step()
-        about = manager.newest(checkpoints)
+        about = manager.newest_metadata(checkpoints)
     assert about is not None
     origin |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
     origin["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()

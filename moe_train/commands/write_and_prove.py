@@ -17,19 +17,19 @@ from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
 from moe_train.weights import gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
-from moe_train.weights.arrays import Held
-from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, Share
+from moe_train.weights.arrays import LazyParameters
+from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, WriterShare
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 Format = expected.Model
 
 
-Matrix = Callable[[names.Piece, np.dtype], np.ndarray]
+Matrix = Callable[[names.WeightPiece, np.dtype], np.ndarray]
 """Returns the values that a piece of the file's tensors has to hold, rounded once to a dtype."""
 
 
 def export(
-    parameters: Held,
+    parameters: LazyParameters,
     model: config.Model,
     out_dir: str | Path,
     layout: Format = "hf",
@@ -85,7 +85,7 @@ def export(
     check_space(out_dir, numbers * {"float32": 4, "f32": 4, "q8_0": 1}.get(dtype, 2))
     written = progress.counted("writing", numbers)
 
-    def matrix(piece: names.Piece, filetype: np.dtype) -> np.ndarray:
+    def matrix(piece: names.WeightPiece, filetype: np.dtype) -> np.ndarray:
         array = piece.to_file(merging.merged(parameters, section, piece, filetype))
         written(array.size)
         return array
@@ -112,7 +112,7 @@ def write(
     match layout:
         case "hf":
             filetype = np.dtype(dtype)
-            share = Share(jax.process_index(), jax.process_count())
+            share = WriterShare(jax.process_index(), jax.process_count())
             hf.write(directory, model, dtype, lambda p: matrix(p, filetype), texts.tokenizer, max_shard_bytes, share)  # type: ignore[arg-type]
         case "mistral":
             filetype = np.dtype(dtype)

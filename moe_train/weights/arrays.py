@@ -15,37 +15,36 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import Quantized, how_of, quantize
 from moe_train.model.sharding.specs import spec_of
 from moe_train.weights import strided
-from moe_train.weights.names import Piece
-from moe_train.weights.on_disk import Tensor, nbytes
+from moe_train.weights.names import WeightPiece
+from moe_train.weights.on_disk import FileTensor, array_bytes
 
-Parameters = dict[str, jax.Array]
-"""Arrays by path."""
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 """Shapes, dtypes and shardings by path."""
 Ranges = tuple[tuple[int, int], ...]
 """(start, stop) of each dim."""
-Read = Callable[[tuple[int, ...], Sequence[np.ndarray]], None]
+ReadMatrix = Callable[[tuple[int, ...], Sequence[np.ndarray]], None]
 """Reads a matrix, given its entry in the stacked dims, into host arrays: a single one, or quantized values and scales."""
-CHUNK = 2**20
+READ_CHUNK_BYTES = 2**20
 """Bytes of a file that are read at a time."""
-HUGE = 2**22
+HUGE_PAGES_FROM_BYTES = 2**22
 """Size from which numpy asks for huge pages."""
-BESIDE = 2**27
+MAX_STAGING_BYTES = 2**27
 """Bytes of weights that are on the host at a time on their way to an accelerator, unless a single matrix is larger."""
 
 
-class InFiles(NamedTuple):
+class LazyArray(NamedTuple):
     """The content of an array, left in the files and read a matrix or a layer at a time."""
 
     like: jax.ShapeDtypeStruct
     """Shape, dtype and sharding of the array."""
-    pieces: Mapping[tuple[int, ...], Piece]
+    pieces: Mapping[tuple[int, ...], WeightPiece]
     """The piece of each entry in the stacked dims."""
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, FileTensor]
     """Tensors of the files by name."""
 
     @property
@@ -68,43 +67,43 @@ class InFiles(NamedTuple):
         piece = self.pieces[lead]
         return piece.from_file(self.tensors[piece.name].read).astype(self.dtype, copy=False)
 
-    def layers(self, first: int) -> InFiles:
+    def layers(self, first: int) -> LazyArray:
         """Return entry `first` of the first dim, which is kept with size 1; nothing is read."""
         like = jax.ShapeDtypeStruct((1, *self.shape[1:]), self.dtype, sharding=self.like.sharding)
         pieces = {(0, *lead[1:]): piece for lead, piece in self.pieces.items() if lead[0] == first}
-        return InFiles(like, pieces, self.tensors)
+        return LazyArray(like, pieces, self.tensors)
 
 
-Held = Mapping[str, jax.Array | InFiles]
+LazyParameters = Mapping[str, jax.Array | LazyArray]
 """Weights by path, in memory or in files."""
 
 
-def leave(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> dict[str, InFiles]:
+def open_lazily(abstract: Abstract, table: Collection[WeightPiece], tensors: Mapping[str, FileTensor]) -> dict[str, LazyArray]:
     """Return lazy weights: like `fill`, but nothing is read yet, and weights must not be quantized."""
     by_path = _by_path(table)
-    return {path: InFiles(like, by_path[path], tensors) for path, like in abstract.items()}
+    return {path: LazyArray(like, by_path[path], tensors) for path, like in abstract.items()}
 
 
-def load(weights: Held) -> Parameters:
+def read_lazy(weights: LazyParameters) -> Parameters:
     """Read all weights that are in files into arrays."""
     loaded: Parameters = {}
     with ThreadPoolExecutor() as pool:
         for path, x in weights.items():
-            if isinstance(x, InFiles):
+            if isinstance(x, LazyArray):
                 (loaded[path],) = _arrays(x.shape, [x.like], x.pieces, x.tensors, pool)
             else:
                 loaded[path] = x
     return loaded
 
 
-def _by_path(table: Collection[Piece]) -> dict[str, dict[tuple[int, ...], Piece]]:
-    by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
+def _by_path(table: Collection[WeightPiece]) -> dict[str, dict[tuple[int, ...], WeightPiece]]:
+    by_path: dict[str, dict[tuple[int, ...], WeightPiece]] = {}
     for piece in table:
         by_path.setdefault(piece.path, {})[piece.lead] = piece
     return by_path
 
 
-def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> Parameters:
+def fill(abstract: Abstract, table: Collection[WeightPiece], tensors: Mapping[str, FileTensor]) -> Parameters:
     """Read arrays with the shapes, dtypes and shardings of `abstract` from files.
 
     Each device's part is read separately, and nothing else of the files: onto an accelerator matrix by matrix, or, if the
@@ -114,7 +113,7 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
     Args:
         abstract: the arrays to fill, by path.
         table: where each matrix is in the files.
-        tensors: tensors of the files by name. `names.check` must have found that the three arguments fit together.
+        tensors: tensors of the files by name. `names.check_tensors` must have accepted the combination.
     """
     filled: Parameters = {}
     by_path = _by_path(table)
@@ -134,8 +133,8 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
 def _arrays(
     shape: tuple[int, ...],
     likes: Sequence[jax.ShapeDtypeStruct] | Quantized,
-    pieces: Mapping[tuple[int, ...], Piece],
-    tensors: Mapping[str, Tensor],
+    pieces: Mapping[tuple[int, ...], WeightPiece],
+    tensors: Mapping[str, FileTensor],
     pool: ThreadPoolExecutor,
 ) -> list[jax.Array]:
     """Read the weight of this shape as one array, or as its quantized values and scales, both sharded alike."""
@@ -179,7 +178,7 @@ def _is_host(device: jax.Device) -> bool:
 
 
 def _put_in_place(
-    lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: Read, pool: ThreadPoolExecutor
+    lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: ReadMatrix, pool: ThreadPoolExecutor
 ) -> list[list[jax.Array]]:
     """Read each of `shards` into host memory that the devices then use directly; returns one array per device for each."""
     hosts = [_aligned(shard.shape, shard.dtype) for shard in shards]
@@ -193,7 +192,7 @@ def _put_in_place(
 
 
 def _put_one_by_one(
-    lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: Read, pool: ThreadPoolExecutor
+    lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: ReadMatrix, pool: ThreadPoolExecutor
 ) -> list[list[jax.Array]]:
     """Like `_put_in_place`, for accelerators: a few matrices are on the host at a time."""
     stacked = len(lead_ranges)
@@ -211,7 +210,7 @@ def _put_one_by_one(
         for mesh in meshes:
             with jax.set_mesh(mesh):
                 per_device.append(jax.jit(partial(jnp.zeros, shard.shape, shard.dtype), out_shardings=NamedSharding(mesh, P()))())
-    window = max(1, BESIDE // max(1, sum(shard.size // len(leads) * shard.dtype.itemsize for shard in shards)))
+    window = max(1, MAX_STAGING_BYTES // max(1, sum(shard.size // len(leads) * shard.dtype.itemsize for shard in shards)))
     for start in range(0, len(leads), window):
         batch = leads[start : start + window]
         for lead, hosts in zip(batch, pool.map(read_matrix, batch), strict=True):
@@ -234,7 +233,9 @@ def _leads(ranges: Ranges) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(*r) for r in ranges))
 
 
-def _cuts(piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None) -> Iterator[tuple[tuple[slice, ...], Ranges]]:
+def _cuts(
+    piece: WeightPiece, tensor: FileTensor, ranges: Ranges, never: int | None = None
+) -> Iterator[tuple[tuple[slice, ...], Ranges]]:
     """Split the entries `ranges` of a matrix into cuts of about a MiB of the file.
 
     Args:
@@ -248,8 +249,8 @@ def _cuts(piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None
     """
     rows = piece.axes.index((0,))  # our dim that runs over rows of the file
     start, stop = ranges[rows]
-    row_bytes = nbytes([stop - start for start, stop in ranges], tensor.dtype) // max(1, stop - start)
-    step = CHUNK // max(1, row_bytes)
+    row_bytes = array_bytes([stop - start for start, stop in ranges], tensor.dtype) // max(1, stop - start)
+    step = READ_CHUNK_BYTES // max(1, row_bytes)
     if never is not None and rows == len(ranges) + never:
         step = stop - start
     for first in range(start, stop, max(1, step)):
@@ -269,7 +270,7 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     take a virtual machine seconds per GiB, since its host has reclaimed exactly the pages that were free.
     """
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if size >= HUGE and hasattr(mmap, "MAP_POPULATE"):  # Linux
+    if size >= HUGE_PAGES_FROM_BYTES and hasattr(mmap, "MAP_POPULATE"):  # Linux
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
         return np.frombuffer(pages, dtype).reshape(shape)
     memory = np.empty(size + 64, np.uint8)
@@ -277,12 +278,12 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def fetch(array: jax.Array | InFiles, lead: tuple[int, ...] = ()) -> np.ndarray:
+def fetch_entry(array: jax.Array | LazyArray, lead: tuple[int, ...] = ()) -> np.ndarray:
     """Return entry `lead` of a stacked array on the host; a view if a CPU device holds all of it.
 
     An array that is spread over several processes is gathered, so all of them must ask for the same entries in the same order.
     """
-    if isinstance(array, InFiles):
+    if isinstance(array, LazyArray):
         return array.entry(lead)
     if not array.is_fully_addressable:
         return np.asarray(_entry(array, lead))

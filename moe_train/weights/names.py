@@ -27,18 +27,18 @@ class Row(NamedTuple):
 
     name: str
     """Name in the file, without the layer's prefix if it belongs to a layer."""
-    dims: str
+    file_dims: str
     """Dims of the file's tensor, by letter."""
     path: str
     """Path of our parameter."""
-    ours: str
+    internal_dims: str
     """Dims of our parameter, by letter."""
     stack: Literal["", "experts", "gate of gate_up", "up of gate_up"] = ""
     """What else the file's tensor contains: all experts, (E, dims); or gate stacked on up for all experts, (E, 2F, D)."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How files of one kind name the tensors of a model."""
 
     file_format: config.FileFormat
@@ -58,7 +58,7 @@ class Layout:
     """The same for the embedding, A (rank, V) and B (D, rank); None if routers, embedding and head cannot have adapters."""
 
 
-def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> Layout:
+def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> TensorLayout:
     """Build a variant of Hugging Face's layout.
 
     Args:
@@ -80,7 +80,7 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> L
             Row("block_sparse_moe.experts.{e}.w3.weight", "F D", "ffn.up_proj.weight", "D F"),
             Row("block_sparse_moe.experts.{e}.w2.weight", "D F", "ffn.down_proj.weight", "F D"),
         )
-    return Layout(
+    return TensorLayout(
         file_format="hf",
         embed=Row(f"{body}embed_tokens.weight", "V D", "embed.weight", "V D"),
         norm=Row(f"{body}norm.weight", "D", "final_norm.scale", "D"),
@@ -111,7 +111,7 @@ HUGGING_FACE = hugging_face()
 _BODIES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
 """Prefixes of body and head of a text model: alone, and inside two kinds of vision wrapper."""
 
-MISTRAL = Layout(
+MISTRAL = TensorLayout(
     file_format="mistral",
     embed=Row("tok_embeddings.weight", "V D", "embed.weight", "V D"),
     norm=Row("norm.weight", "D", "final_norm.scale", "D"),
@@ -141,7 +141,7 @@ MISTRAL = Layout(
 )
 """Mistral's own layout: consolidated.safetensors and lora.safetensors."""
 
-GGUF = Layout(
+GGUF = TensorLayout(
     file_format="gguf",
     embed=Row("token_embd.weight", "V D", "embed.weight", "V D"),
     norm=Row("output_norm.weight", "D", "final_norm.scale", "D"),
@@ -175,7 +175,7 @@ IGNORED = (".rotary_emb.inv_freq", "model.vision_tower.", "model.multi_modal_pro
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightPiece:
     """One matrix or vector of the model: where it is in the file, and where it is in our arrays."""
 
     name: str
@@ -197,7 +197,7 @@ class Piece:
     """
 
     @property
-    def ours_shape(self) -> tuple[int, ...]:
+    def internal_shape(self) -> tuple[int, ...]:
         """Shape of our matrix."""
         sizes = self._sizes()
         return tuple(math.prod(sizes[axis] for axis in dim) for dim in self.axes)
@@ -230,7 +230,7 @@ class Piece:
                 dim of several letters never.
         """
         sizes = self._sizes()
-        shape = self.ours_shape
+        shape = self.internal_shape
         cuts = {axis: (0, size) for axis, size in enumerate(sizes)}
         for dim, cut, size in zip(self.axes, ranges or [(0, size) for size in shape], shape, strict=True):
             assert len(dim) == 1 or cut == (0, size), (self.path, ranges)
@@ -253,7 +253,7 @@ class Piece:
         return matrix.reshape([math.prod(dims[axis] for axis in dim) for dim in self.axes])
 
 
-def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
+def weight_pieces(model: config.Model, layout: TensorLayout = HUGGING_FACE) -> list[WeightPiece]:
     """List every weight of `model` in the order of the layers.
 
     Raises:
@@ -271,7 +271,7 @@ def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
     return table
 
 
-def _pieces_of_layer(model: config.Model, layout: Layout, position: config.LayerPosition) -> list[Piece]:
+def _pieces_of_layer(model: config.Model, layout: TensorLayout, position: config.LayerPosition) -> list[WeightPiece]:
     sizes = _sizes(model, position.ffn)
     prefix = layout.layer.format(l=position.layer)
     rows = layout.of_layer + (layout.dense if isinstance(position.ffn, config.DenseFfn) else (layout.router,))
@@ -287,22 +287,22 @@ def _in_layer(row: Row, position: config.LayerPosition, prefix: str) -> Row:
     return row._replace(name=prefix + row.name, path=in_layer(position, row.path))
 
 
-def hugging_face_of(names: Collection[str]) -> Layout:
+def detect_hugging_face(names: Collection[str]) -> TensorLayout:
     """Detect the variant of Hugging Face's layout from the tensor names of a file."""
     body = next((prefix for prefix in _BODIES if f"{prefix[0]}embed_tokens.weight" in names), _BODIES[0])
     return hugging_face(*body, fused=any(name.endswith("mlp.experts.gate_up_proj") for name in names))
 
 
-def linear_rows(ffn: config.Ffn, layout: Layout = HUGGING_FACE) -> list[Row]:
+def linear_rows(ffn: config.Ffn, layout: TensorLayout = HUGGING_FACE) -> list[Row]:
     """Return the rows of the linear maps, without routers, of a layer with this feed-forward part.
 
     Rows of an expert stand for every expert.
     """
     rows = layout.dense if isinstance(ffn, config.DenseFfn) else layout.experts
-    return [row for row in (*layout.of_layer, *rows) if " " in row.dims]
+    return [row for row in (*layout.of_layer, *rows) if " " in row.file_dims]
 
 
-def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout = HUGGING_FACE) -> list[Piece]:
+def lora_pieces(model: config.Model, ranks: Mapping[str, int], layout: TensorLayout = HUGGING_FACE) -> list[WeightPiece]:
     """List the matrices of adapters under the layout's names.
 
     A is (J, in) in the file and (in dims…, J) in our arrays; B is (out, J) and (J, out dims…).
@@ -312,21 +312,21 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
         ranks: rank of each of our modules that has an adapter, such as `stacks.0.layers.0.ffn.up_proj`.
         layout: names of the files.
     """
-    table: list[Piece] = []
+    table: list[WeightPiece] = []
     everywhere = layout.adapters_of_embed is not None
 
     def add(row: Row, sizes: Mapping[str, int], leads: Sequence[tuple[int, ...]] = ((),)) -> None:
         module = ParameterPath.parse(row.path).module_path
         if module not in ranks:
             return
-        out, into = row.dims.split()
+        out, into = row.file_dims.split()
         name_templates: tuple[str, str] | None = layout.adapters
         if row is layout.embed:  # the embedding is a lookup: its rows are the inputs
             out, into = into, out
             name_templates = layout.adapters_of_embed
         assert name_templates is not None
         # A has the weight's in dims and B its out dims, each followed or preceded by the rank.
-        inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
+        inputs, outputs = (" ".join(d for d in row.internal_dims.split() if set(d) <= set(group)) for group in (into, out))
         name_a, name_b = (name.format(stem=row.name.removesuffix(".weight")) for name in name_templates)
         a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
         b = Row(name_b, f"{out} J", f"{module}.lora_b", f"J {outputs}", row.stack)
@@ -373,8 +373,8 @@ def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any])
             raise ValueError(f"{where} states {count:,} {kind}, but has {len(tensors):,} tensors, no dim above {largest:,}")
 
 
-def check(
-    where: object, table: Collection[Piece], tensors: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]]
+def check_tensors(
+    where: object, table: Collection[WeightPiece], tensors: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise ValueError unless a file has exactly the table's tensors, fills each parameter once, and shapes fit.
 
@@ -406,8 +406,10 @@ def check(
             continue
         shape = tuple(parameters[piece.path])
         stacked = len(piece.lead)
-        if shape[stacked:] != piece.ours_shape or math.prod(shape[:stacked]) != len(filled[piece.path]):
-            raise ValueError(f"{where}: {piece.name} gives {len(filled[piece.path])} x {piece.ours_shape}, {piece.path} is {shape}")
+        if shape[stacked:] != piece.internal_shape or math.prod(shape[:stacked]) != len(filled[piece.path]):
+            raise ValueError(
+                f"{where}: {piece.name} gives {len(filled[piece.path])} x {piece.internal_shape}, {piece.path} is {shape}"
+            )
 
 
 def _some(names: Collection[str], show: int = 3) -> str:
@@ -427,9 +429,9 @@ def _sizes(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, int]
     return sizes
 
 
-def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Piece:
+def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> WeightPiece:
     """Return the matrix of a row with this entry in the stacked dims; the row's names must be complete."""
-    groups = tuple(tuple(sizes[letter] for letter in group) for group in row.dims.split())
+    groups = tuple(tuple(sizes[letter] for letter in group) for group in row.file_dims.split())
     shape: tuple[int, ...] = tuple(math.prod(group) for group in groups)
     part: tuple[int | tuple[int, int], ...] = ()
     if row.stack == "experts":
@@ -440,13 +442,13 @@ def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Pi
         part = (lead[1], (0, F) if row.stack == "gate of gate_up" else (F, 2 * F))
         shape = (sizes["E"], 2 * F, *shape[1:])
     # Each of our dims is found by where its letters are in the file's.
-    letters = row.dims.replace(" ", "")
-    return Piece(
+    letters = row.file_dims.replace(" ", "")
+    return WeightPiece(
         name=row.name.format(e=lead[1]) if len(lead) == 2 else row.name,
         shape=shape,
         part=part,
         groups=groups,
         path=row.path,
         lead=lead,
-        axes=tuple(tuple(letters.index(letter) for letter in dim) for dim in row.ours.split()),
+        axes=tuple(tuple(letters.index(letter) for letter in dim) for dim in row.internal_dims.split()),
     )

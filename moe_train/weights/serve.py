@@ -23,9 +23,9 @@ from typing import Literal, NamedTuple
 from moe_train import config
 
 Server = Literal["vllm", "llama.cpp", "transformers"]
-Layout = Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"]
+ExportFormat = Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"]
 
-READS: dict[Server, dict[Layout, str]] = {
+SERVING_COMMANDS: dict[Server, dict[ExportFormat, str]] = {
     "vllm": {
         "hf": "vllm serve {out}",
         "mistral": "vllm serve {out} --tokenizer-mode {tokenizer} --config-format mistral --load-format mistral",
@@ -51,7 +51,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Maximum ranks that vLLM can be started with."""
 
 
-class Shape(NamedTuple):
+class AdapterShape(NamedTuple):
     """Rank and alpha of a module's adapter in a file; its scale is alpha / rank."""
 
     rank: int
@@ -59,8 +59,8 @@ class Shape(NamedTuple):
 
 
 def adapter_shapes(
-    server: Server, family: config.FamilyName, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()
-) -> dict[str, Shape]:
+    server: Server, family: config.FamilyName, shapes: Mapping[str, AdapterShape], trained_in_full: Collection[str] = ()
+) -> dict[str, AdapterShape]:
     """Return the rank and alpha that a PEFT file has to state for each module, so that `server` applies what was trained.
 
     For vLLM all modules get one rank, up to which the writer pads with zeros, and one alpha, the one that gives the most common
@@ -90,12 +90,12 @@ def adapter_shapes(
     if ends and not config.FAMILIES[family].vllm_adapts_ends:
         raise ValueError(f"vLLM refuses an adapter of {ends[0]} in a {family}; export the whole model with --merge")
     ((scale, _),) = Counter(shape.alpha / shape.rank for shape in shapes.values()).most_common(1)
-    return dict.fromkeys(shapes, Shape(rank, scale * rank))
+    return dict.fromkeys(shapes, AdapterShape(rank, scale * rank))
 
 
-def command(
+def serving_command(
     server: Server,
-    layout: Layout,
+    layout: ExportFormat,
     model: config.Model,
     out_dir: str | Path,
     *,
@@ -117,7 +117,7 @@ def command(
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.
     """
-    readable = READS[server]
+    readable = SERVING_COMMANDS[server]
     if layout not in readable:
         raise ValueError(f"{server} does not read --format {layout}; it reads --format {' or '.join(readable)}")
     if server == "vllm" and layout == "mistral" and isinstance(model.ffn, config.MoeFfn):

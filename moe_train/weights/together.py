@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.machine.files import new_directory
 from moe_train.machine.mesh import AXES, wait_for_processes
+from moe_train.model.parameters import Parameters
 from moe_train.weights import on_disk
-from moe_train.weights.arrays import Held, Parameters, fetch
-from moe_train.weights.on_disk import Tensor
+from moe_train.weights.arrays import LazyParameters, fetch_entry
+from moe_train.weights.on_disk import FileTensor
 
 T = TypeVar("T")
 
@@ -120,15 +121,15 @@ def first_writes(made: Iterator[T], write: Callable[[Iterator[T]], object]) -> N
             pass
 
 
-def gathered(parameters: Held) -> Parameters:
+def gather_on_each_process(parameters: LazyParameters) -> Parameters:
     """Return the same arrays whole in each process, on its first device; for few and small arrays, such as adapters."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("here",))
-    on_host = {path: fetch(array) for path, array in parameters.items()}
+    on_host = {path: fetch_entry(array) for path, array in parameters.items()}
     with jax.set_mesh(mesh):
         return {path: jax.device_put(array, NamedSharding(mesh, P())) for path, array in on_host.items()}
 
 
-def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]]) -> dict[str, str]:
+def hash_in_shares(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]]) -> dict[str, str]:
     """Return the sha256 of items that all processes see, by name; each process computes a share, and all get the result.
 
     Args:
@@ -156,10 +157,10 @@ def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]
     return {name: row.tobytes().hex() for name, row in zip(names, np.bitwise_or.reduce(_over_processes(digests)), strict=True)}
 
 
-def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return `on_disk.hashes` of files that all processes see, each reading a share. Raises the errors of `hashes`."""
-    sizes = {name: on_disk.nbytes(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    return hashes(sizes, lambda names: on_disk.hashes({name: tensors[name] for name in names}))
+def hash_tensors_in_shares(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
+    """Return `on_disk.hash_tensors` of files that all processes see, each reading a share; raises as `hash_in_shares` does."""
+    sizes = {name: on_disk.array_bytes(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return hash_in_shares(sizes, lambda names: on_disk.hash_tensors({name: tensors[name] for name in names}))
 
 
 # --- between processes ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ _NUMBERS: dict[int, np.dtype] = {
 } | {code: np.dtype(kind) for code, kind in enumerate(("<u8", "<i8", "<f8"), start=10)}
 _STRING, _ARRAY = 8, 9
 
-PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+UNQUANTIZED_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Encodings without quantization."""
 _CODES = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}
 _Q8_BLOCK, _Q8_BYTES = 32, 34
@@ -47,7 +47,7 @@ class Encoding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tensor:
+class GgufTensor:
     """A tensor in a file; none of it is in memory."""
 
     name: str
@@ -60,14 +60,14 @@ class Tensor:
     @property
     def dtype(self) -> np.dtype:
         """Dtype of what `read` returns: float32 if the file's numbers are quantized."""
-        return PLAIN.get(self.encoding.name, PLAIN["F32"])
+        return UNQUANTIZED_DTYPES.get(self.encoding.name, UNQUANTIZED_DTYPES["F32"])
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Read the part at `index` into memory: integers and step-1 slices of leading dims; () is the whole tensor."""
         rows = index[: len(self.shape) - 1]
         columns = index[len(self.shape) - 1 :]
         stored = np.array(self.data[rows])
-        plain = PLAIN.get(self.encoding.name)
+        plain = UNQUANTIZED_DTYPES.get(self.encoding.name)
         decoded = stored.view(plain) if plain else _dequantised(stored, self.encoding.name)
         return np.ascontiguousarray(decoded[(..., *columns)]) if columns else decoded
 
@@ -78,10 +78,10 @@ class Gguf(NamedTuple):
     file: Path
     settings: dict[str, Any]
     """Values by key: numbers, booleans, strings, lists of strings, and arrays of numbers."""
-    tensors: dict[str, Tensor]
+    tensors: dict[str, GgufTensor]
 
 
-def open_file(file: str | Path) -> Gguf:
+def open_gguf(file: str | Path) -> Gguf:
     """Open a file: read and check the header, map the data.
 
     Raises:
@@ -206,10 +206,10 @@ def _tensor_info(cursor: _Cursor) -> _Info:
 
 
 def _encoding(file: Path, name: str, code: int) -> Encoding:
-    plain = {_CODES[plain]: plain for plain in PLAIN}
+    plain = {_CODES[plain]: plain for plain in UNQUANTIZED_DTYPES}
     if code in plain:
-        return Encoding(plain[code], 1, PLAIN[plain[code]].itemsize)
-    gguf = package(f"{file}: {name} is quantised")
+        return Encoding(plain[code], 1, UNQUANTIZED_DTYPES[plain[code]].itemsize)
+    gguf = import_gguf(f"{file}: {name} is quantised")
     try:
         kind = gguf.GGMLQuantizationType(code)
         block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -220,9 +220,9 @@ def _encoding(file: Path, name: str, code: int) -> Encoding:
     return Encoding(kind.name, block, size)
 
 
-def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, alignment: int) -> dict[str, Tensor]:
+def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, alignment: int) -> dict[str, GgufTensor]:
     """Return the tensors after checking that each is inside the file and that none overlap."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, GgufTensor] = {}
     end = 0
     previous = ""
     for name, shape, encoding, offset in sorted(infos, key=lambda info: info.offset):
@@ -237,7 +237,7 @@ def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, a
         if start + offset + size > len(data):
             raise ValueError(f"{file} is truncated: {name} ends at byte {start + offset + size:,}, the file at {len(data):,}")
         tensor_bytes = data[start + offset : start + offset + size].reshape(*shape[:-1], row)
-        tensors[name] = Tensor(name, file, shape, encoding, tensor_bytes)
+        tensors[name] = GgufTensor(name, file, shape, encoding, tensor_bytes)
         end = offset + size
         previous = name
     return tensors
@@ -246,7 +246,7 @@ def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, a
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-class Spec(NamedTuple):
+class GgufSpec(NamedTuple):
     """A tensor to be written."""
 
     name: str
@@ -255,8 +255,8 @@ class Spec(NamedTuple):
     """F32, F16, BF16 or Q8_0; Q8_0 requires rows of a multiple of 32 numbers."""
 
 
-def write_file(
-    file: Path, settings: Mapping[str, Any], specs: Sequence[Spec], parts: Callable[[Spec], Iterable[np.ndarray]]
+def write_gguf(
+    file: Path, settings: Mapping[str, Any], specs: Sequence[GgufSpec], parts: Callable[[GgufSpec], Iterable[np.ndarray]]
 ) -> None:
     """Write a GGUF file.
 
@@ -274,35 +274,35 @@ def write_file(
     for spec in specs:
         header += _text(spec.name) + struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *reversed(spec.shape))
         header += struct.pack("<IQ", _CODES[spec.encoding], offset)
-        offset += nbytes(spec) + -nbytes(spec) % ALIGNMENT
+        offset += encoded_bytes(spec) + -encoded_bytes(spec) % ALIGNMENT
     try:
         with file.open("wb") as out:
             out.write(header + bytes(-len(header) % ALIGNMENT))
             for spec in specs:
                 written = 0
                 for part in parts(spec):
-                    if spec.encoding not in PLAIN:
+                    if spec.encoding not in UNQUANTIZED_DTYPES:
                         part = _quantised(part, spec.encoding)
-                    assert part.dtype in (PLAIN.get(spec.encoding), np.uint8), (spec, part.dtype)
+                    assert part.dtype in (UNQUANTIZED_DTYPES.get(spec.encoding), np.uint8), (spec, part.dtype)
                     written += out.write(np.ascontiguousarray(part).view(np.uint8).data)
-                assert written == nbytes(spec), (spec, written)
+                assert written == encoded_bytes(spec), (spec, written)
                 out.write(bytes(-written % ALIGNMENT))
     except OSError as error:
         error.filename = error.filename or str(file)  # a failed write does not state its file
         raise
 
 
-def nbytes(spec: Spec) -> int:
+def encoded_bytes(spec: GgufSpec) -> int:
     """Return the bytes of a tensor in the file."""
     numbers = math.prod(spec.shape)
-    if spec.encoding in PLAIN:
-        return numbers * PLAIN[spec.encoding].itemsize
+    if spec.encoding in UNQUANTIZED_DTYPES:
+        return numbers * UNQUANTIZED_DTYPES[spec.encoding].itemsize
     return numbers // _Q8_BLOCK * _Q8_BYTES
 
 
 def fits(encoding: str, shape: tuple[int, ...]) -> bool:
     """Return whether rows of this shape can be stored in the encoding."""
-    return encoding in PLAIN or shape[-1] % _Q8_BLOCK == 0
+    return encoding in UNQUANTIZED_DTYPES or shape[-1] % _Q8_BLOCK == 0
 
 
 def _text(text: str) -> bytes:
@@ -326,7 +326,7 @@ def _value(value: Any) -> bytes:
 # --- quantised numbers -------------------------------------------------------------------------------------------
 
 
-def package(why: str) -> ModuleType:
+def import_gguf(why: str) -> ModuleType:
     """Import the package `gguf`. Raises ValueError, whose message begins with `why`, if it is not installed."""
     try:
         import gguf
@@ -336,11 +336,11 @@ def package(why: str) -> ModuleType:
 
 
 def _dequantised(rows: np.ndarray, encoding: str) -> np.ndarray:
-    gguf = package(f"{encoding} is quantised")
+    gguf = import_gguf(f"{encoding} is quantised")
     return gguf.dequantize(rows.reshape(-1, rows.shape[-1]), gguf.GGMLQuantizationType[encoding]).reshape(*rows.shape[:-1], -1)
 
 
 def _quantised(rows: np.ndarray, encoding: str) -> np.ndarray:
-    gguf = package(f"{encoding} is quantised")
+    gguf = import_gguf(f"{encoding} is quantised")
     assert rows.dtype == np.float32, rows.dtype
     return gguf.quantize(np.ascontiguousarray(rows), gguf.GGMLQuantizationType[encoding])

@@ -25,20 +25,21 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import check_space, new_directory
+from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath, adapter_ranks
 from moe_train.weights import gguf, merge, names
-from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
+from moe_train.weights.arrays import Abstract, LazyParameters, fetch_entry, fill
 from moe_train.weights.gguf import container
 from moe_train.weights.gguf import settings as gguf_settings
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
-FILE = "adapter.gguf"
+ADAPTER_FILE = "adapter.gguf"
 _LAYOUT = replace(names.GGUF, adapters_of_embed=names.GGUF.adapters)
 """llama.cpp's names, with adapters of routers, embedding and head."""
 
 
 def export_adapter(
-    parameters: Held,
+    parameters: LazyParameters,
     model: config.Model,
     lora: config.Lora,
     out_dir: str | Path,
@@ -66,20 +67,20 @@ def export_adapter(
     ranks = adapter_ranks(parameters)
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format gguf")
-    table = names.adapter_pieces(model, ranks, _LAYOUT)
+    table = names.lora_pieces(model, ranks, _LAYOUT)
     if "embed" in ranks:
         raise ValueError("an adapter of embed is not written in this layout; export the whole model with --format gguf --merge")
     assert ranks.keys() == {_module(piece) for piece in table}, ranks
     if lora.train:
         raise ValueError(f"lora.train has {lora.train[0]!r}, and llama.cpp takes adapters alone; export with --format gguf --merge")
     alpha = _alpha(lora, table)
-    tensors: dict[str, list[names.Piece]] = {}
+    tensors: dict[str, list[names.WeightPiece]] = {}
     for piece in table:
         tensors.setdefault(piece.name, []).append(piece)
 
-    def parts(spec: container.Spec) -> Iterator[np.ndarray]:
+    def parts(spec: container.GgufSpec) -> Iterator[np.ndarray]:
         for piece in tensors[spec.name]:
-            values = fetch(parameters[piece.path], piece.lead)
+            values = fetch_entry(parameters[piece.path], piece.lead)
             module = _module(piece)
             if ParameterPath.parse(piece.path).leaf == "lora_b":
                 # llama.cpp multiplies by alpha / rank, so B carries what is left of the scale.
@@ -97,10 +98,10 @@ def export_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
     }
-    specs = [container.Spec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
-    check_space(out_dir, sum(container.nbytes(spec) for spec in specs))
+    specs = [container.GgufSpec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
+    check_space(out_dir, sum(container.encoded_bytes(spec) for spec in specs))
     with new_directory(out_dir) as directory:
-        container.write_file(directory / FILE, settings, specs, parts)
+        container.write_gguf(directory / ADAPTER_FILE, settings, specs, parts)
         write_texts(directory, texts)
 
 
@@ -114,7 +115,7 @@ def open_adapter(path: str | Path) -> container.Gguf:
     file = gguf.file_in(path)
     if file is None:
         raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
-    opened = container.open_file(file)
+    opened = container.open_gguf(file)
     for key, required in (("general.type", "adapter"), ("adapter.type", "lora")):
         stated = opened.settings.get(key)
         if stated != required:
@@ -134,8 +135,8 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
         raise ValueError(f"{file} is for another base: general.architecture is {arch!r}, not {expected_arch!r}")
     if not isinstance(alpha, float) or not 0 <= alpha < math.inf:
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}; it has to be a number, 0 or larger")
-    modules = {_module(piece) for piece in names.pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
-    table = names.adapter_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
+    modules = {_module(piece) for piece in names.weight_pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
+    table = names.lora_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
         raise ValueError(f"{file} has {unknown[0]}, which is no adapter of this model that is read here")
     ranks: dict[str, dict[int, str]] = {}  # for each module, the ranks of its layers (0 for none) and the first tensor with each
@@ -172,20 +173,20 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
     """
     tensors = open_adapter(path).tensors
     ranks = adapter_ranks(abstract)
-    table = names.adapter_pieces(model, ranks, _LAYOUT)
+    table = names.lora_pieces(model, ranks, _LAYOUT)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names.check(path, table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check_tensors(path, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, tensors)
 
 
-def _alpha(lora: config.Lora, table: list[names.Piece]) -> float:
+def _alpha(lora: config.Lora, table: list[names.WeightPiece]) -> float:
     """Return the alpha that most matrices have, as a float32, so that most matrices are written unchanged."""
     pieces_b = [piece for piece in table if ParameterPath.parse(piece.path).leaf == "lora_b"]
     # B is (rank, …) in our arrays
-    alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.ours_shape[0] for piece in pieces_b)
+    alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.internal_shape[0] for piece in pieces_b)
     alphas.pop(0.0, None)  # from experts without an adapter
     return float(np.float32(alphas.most_common(1)[0][0]))
 
 
-def _module(piece: names.Piece) -> str:
+def _module(piece: names.WeightPiece) -> str:
     return piece.path.rpartition(".")[0]

@@ -21,18 +21,18 @@ from moe_train.weights.gguf.container import Gguf
 
 log = logging.getLogger(__name__)
 
-OURS = "moe_train.model"
+MODEL_KEY = "moe_train.model"
 """The key under which our files contain the whole architecture, in JSON; llama.cpp ignores it."""
 
 
-def read_model(opened: Gguf) -> config.Model:
+def read_architecture(opened: Gguf) -> config.Model:
     """Read the architecture of a file.
 
     Raises:
         ValueError: the architecture is not implemented here; the message names the key.
     """
     try:
-        if OURS in opened.settings:
+        if MODEL_KEY in opened.settings:
             return _ours(opened.settings)
         return _theirs(opened)
     except ValidationError as error:
@@ -46,13 +46,13 @@ def read_model(opened: Gguf) -> config.Model:
 
 def _ours(settings: Mapping[str, Any]) -> config.Model:
     """Read the architecture of a file that we wrote. Raises ValueError if somebody changed the keys that llama.cpp reads."""
-    model = config.Model.model_validate_json(settings[OURS])
+    model = config.Model.model_validate_json(settings[MODEL_KEY])
     expected_keys = _keys(model)
     # A tool that edits the keys of llama.cpp leaves ours behind, and the two then disagree.
     for key, value in expected_keys.items():
         plain = value if isinstance(value, str) else value.item()
         if settings.get(key) != plain:
-            raise ValueError(f"{key} is {settings.get(key)}, but {value} by {OURS}; write the file anew, or drop that key")
+            raise ValueError(f"{key} is {settings.get(key)}, but {value} by {MODEL_KEY}; write the file anew, or drop that key")
     return model
 
 
@@ -204,9 +204,9 @@ def _keys(model: config.Model) -> dict[str, Any]:
     return {"general.architecture": arch, **{f"{arch}.{key}": kinds[type(value)](value) for key, value in keys.items()}}
 
 
-def settings(model: config.Model) -> dict[str, Any]:
+def architecture_settings(model: config.Model) -> dict[str, Any]:
     """Return the keys that describe an architecture. Raises ValueError if llama.cpp would compute it differently."""
-    return {**_keys(model), OURS: model.model_dump_json()}
+    return {**_keys(model), MODEL_KEY: model.model_dump_json()}
 
 
 def warnings(model: config.Model) -> list[str]:

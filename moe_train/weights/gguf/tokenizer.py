@@ -51,7 +51,7 @@ _SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "pixtral": "llama-bpe",
 # --- ours -> keys ------------------------------------------------------------------------------------------------
 
 
-def settings(tokenizer: Tokenizer, vocab_size: int, chat_template: str | None) -> dict[str, Any]:
+def tokenizer_settings(tokenizer: Tokenizer, vocab_size: int, chat_template: str | None) -> dict[str, Any]:
     """Return the keys that make llama.cpp tokenize as `tokenizer` does.
 
     Args:
@@ -250,24 +250,24 @@ def _byte_letters() -> list[str]:
 # --- keys -> ours ------------------------------------------------------------------------------------------------
 
 
-def keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+def tokenizer_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a GGUF file's settings that define its tokenizer."""
     return {key: value for key, value in settings.items() if key.startswith(_PREFIX) or key == TEMPLATE}
 
 
-def identity(found: Mapping[str, Any]) -> str:
-    """Return the sha256 of the result of `keys`."""
+def tokenizer_hash(found: Mapping[str, Any]) -> str:
+    """Return the sha256 of the result of `tokenizer_keys`."""
     total = hashlib.sha256()
     for key, value in sorted(found.items()):
         total.update(f"{key}\0{value.tolist() if isinstance(value, np.ndarray) else value!r}\0".encode())
     return total.hexdigest()
 
 
-def extract(found: Mapping[str, Any], directory: Path, where: object) -> None:
+def extract_tokenizer(found: Mapping[str, Any], directory: Path, where: object) -> None:
     """Write the tokenizer of a GGUF file as tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     Args:
-        found: the result of `keys` for the file.
+        found: the result of `tokenizer_keys` for the file.
         directory: the folder to write into.
         where: the file, for messages.
 

@@ -17,7 +17,7 @@ from moe_train.machine.files import read_object
 
 log = logging.getLogger(__name__)
 
-FILE = "config.json"
+CONFIG_FILE = "config.json"
 
 _FAMILIES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
 _WRAPPERS = ("Mistral3ForConditionalGeneration",)
@@ -57,7 +57,7 @@ def read_model_config(directory: str | Path) -> config.Model:
         ValueError: the architecture is not implemented here; the message names the field.
     """
     file = Path(directory)
-    file = file / FILE if file.is_dir() else file
+    file = file / CONFIG_FILE if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a Hugging Face model's config.json")
     fields = read_object(file)

@@ -18,7 +18,7 @@ from moe_train.machine.files import read_object
 
 log = logging.getLogger(__name__)
 
-FILE = "params.json"
+PARAMS_FILE = "params.json"
 
 # The only values whose meaning is implemented here.
 _ONLY: dict[str, Any] = {
@@ -104,7 +104,7 @@ def read_model_config(directory: str | Path) -> config.Model:
         ValueError: the architecture is not implemented here; the message names the field.
     """
     file = Path(directory)
-    file = file / FILE if file.is_dir() else file
+    file = file / PARAMS_FILE if file.is_dir() else file
     fields = read_object(file)
     try:
         for key, only in _ONLY.items():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
-from moe_train.weights.on_disk import Tensor
+from moe_train.weights.on_disk import FileTensor
 from moe_train.weights.peft.settings import alpha_of
 
 _NAME = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(base_layer\.)?lora_(?P<matrix>[AB])\.weight")
@@ -33,7 +33,7 @@ class _Part:
 
     name: str
     shape: tuple[int, int]
-    tensor: Tensor
+    tensor: FileTensor
     rows: slice
     columns: slice
     transposed: bool
@@ -47,7 +47,9 @@ class _Part:
         return np.ascontiguousarray((part.T if self.transposed else part)[index])
 
 
-def split(where: object, tensors: Mapping[str, Tensor], model: config.Model, version: str | None) -> dict[str, Tensor]:
+def split_fused(
+    where: object, tensors: Mapping[str, FileTensor], model: config.Model, version: str | None
+) -> dict[str, FileTensor]:
     """Replace each fused pair by the pairs of the experts, under the names of a per-expert adapter.
 
     Args:
@@ -76,7 +78,9 @@ def split(where: object, tensors: Mapping[str, Tensor], model: config.Model, ver
     return unfused
 
 
-def _experts(where: object, layer: str, a: Tensor, b: Tensor, model: config.Model, version: str | None) -> dict[str, Tensor]:
+def _experts(
+    where: object, layer: str, a: FileTensor, b: FileTensor, model: config.Model, version: str | None
+) -> dict[str, FileTensor]:
     assert isinstance(model.ffn, config.MoeFfn)
     D, F, E = model.model_dim, model.ffn.ffn_dim, model.ffn.num_experts
     sizes = {"gate_up_proj": (D, 2 * F), "down_proj": (F, D)}  # in, out
@@ -99,7 +103,7 @@ def _experts(where: object, layer: str, a: Tensor, b: Tensor, model: config.Mode
     (parameter,) = straight or swapped
     J = wide // E
     full = slice(None)
-    parts: dict[str, Tensor] = {}
+    parts: dict[str, FileTensor] = {}
     for e in range(E):
         slice_a = slice(e * J, (e + 1) * J)  # expert-major rows
         slice_b = slice(e, None, E)  # rank-major columns

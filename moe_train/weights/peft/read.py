@@ -10,20 +10,21 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
+from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import names, on_disk, safetensors_files
-from moe_train.weights.arrays import Abstract, Parameters, fill
-from moe_train.weights.on_disk import Tensor
+from moe_train.weights.arrays import Abstract, fill
+from moe_train.weights.on_disk import FileTensor
 from moe_train.weights.peft import fused
 from moe_train.weights.peft.pieces import (
-    CONFIG,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     DOWN,
     GATE,
     ROUTER_IN_ADAPTERS,
     ROUTER_OF_TRANSFORMERS,
     UP,
-    WEIGHTS,
-    adapter_pieces,
+    adaptable_pieces,
     saved_pieces,
     tied_head,
 )
@@ -38,14 +39,16 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
     kinds = _kinds(directory, settings, tensors, model)
-    known_names = {piece.name for piece in (*adapter_pieces(model), *saved_pieces(model))}
+    known_names = {piece.name for piece in (*adaptable_pieces(model), *saved_pieces(model))}
     if unknown := sorted(tensors.keys() - known_names):
-        raise ValueError(f"{directory / WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter")
+        raise ValueError(
+            f"{directory / ADAPTER_WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter"
+        )
     return config.Lora(
         targets=_targets(kinds, model),
         rslora=bool(settings.get("use_rslora")),
         dropout=float(settings.get("lora_dropout") or 0.0),
-        train=_trained_in_full(directory / CONFIG, settings, tensors, model),
+        train=_trained_in_full(directory / ADAPTER_CONFIG, settings, tensors, model),
     )
 
 
@@ -70,15 +73,15 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
         second = tied_head(model).name
         saved = [piece for piece in saved if piece.name != second]
         tensors.pop(second, None)
-    table = [*names.adapter_pieces(model, ranks), *saved]
+    table = [*names.lora_pieces(model, ranks), *saved]
     lora = read_lora(directory, model)
     shared = {m for m in ranks if any(target.experts is not None for target in lora.targets_of(of_module(m).module))}
-    padded: dict[str, Tensor] = dict(tensors)
+    padded: dict[str, FileTensor] = dict(tensors)
     for piece in table:
         if ParameterPath.parse(piece.path).module_path in shared:
             padded[piece.name] = _Padded(piece.name, piece.shape, tensors.get(piece.name))
     shapes = {name: tensor.shape for name, tensor in padded.items()}
-    names.check(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check_tensors(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, padded)
 
 
@@ -87,7 +90,7 @@ class _Padded(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    tensor: Tensor | None
+    tensor: FileTensor | None
 
     @property
     def dtype(self) -> np.dtype:
@@ -100,23 +103,25 @@ class _Padded(NamedTuple):
         return padded[index]
 
 
-def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
+def _open(directory: Path, model: config.Model) -> dict[str, FileTensor]:
     """Open tensors under the names of a per-expert file, without the copies of the base's tables that PEFT adds to adapted ones."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, FileTensor] = {}
     table = (model.vocab_size, model.model_dim)
-    for name, tensor in safetensors_files.open_file(directory / WEIGHTS).items():
+    for name, tensor in safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS).items():
         stem = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
         if name.endswith(".base_layer.weight") and stem in ("model.embed_tokens", "lm_head"):
             if tensor.shape != table:
                 raise ValueError(
-                    f"{directory / WEIGHTS}: {name} has shape {tensor.shape}, the base's is {table}: another vocabulary"
+                    f"{directory / ADAPTER_WEIGHTS}: {name} has shape {tensor.shape}, the base's is {table}: another vocabulary"
                 )
             continue
         if isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
-        return fused.split(directory / WEIGHTS, tensors, model, read_object(directory / CONFIG).get("peft_version"))
+        return fused.split_fused(
+            directory / ADAPTER_WEIGHTS, tensors, model, read_object(directory / ADAPTER_CONFIG).get("peft_version")
+        )
     return tensors
 
 
@@ -128,7 +133,7 @@ Kind = tuple[int, float]
 
 
 def _kinds(
-    directory: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model
+    directory: Path, settings: dict[str, Any], tensors: dict[str, FileTensor], model: config.Model
 ) -> dict[str, dict[Kind, set[int]]]:
     """Return, for each module, each kind of adapter that it has and the experts that have it (0 for unrouted modules).
 
@@ -138,10 +143,10 @@ def _kinds(
     kinds: dict[str, dict[Kind, set[int]]] = {}
     firsts: dict[tuple[str, int], tuple[str, Kind]] = {}
     layers: Counter[tuple[str, int]] = Counter()
-    pieces = adapter_pieces(model)
+    pieces = adaptable_pieces(model)
     for piece_a, piece_b in zip(pieces[::2], pieces[1::2], strict=True):
         if (piece_a.name in tensors) != (piece_b.name in tensors):
-            raise ValueError(f"{directory / WEIGHTS} lacks {(piece_a if piece_b.name in tensors else piece_b).name}")
+            raise ValueError(f"{directory / ADAPTER_WEIGHTS} lacks {(piece_a if piece_b.name in tensors else piece_b).name}")
         if piece_a.name not in tensors:
             continue
         stem = piece_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
@@ -153,18 +158,20 @@ def _kinds(
         first, kind_of_first = firsts.setdefault((module, expert), (stem, kind))
         if kind_of_first != kind:
             raise ValueError(
-                f"{directory / CONFIG}: {stem} has rank and alpha {kind}, {first} has {kind_of_first}; "
+                f"{directory / ADAPTER_CONFIG}: {stem} has rank and alpha {kind}, {first} has {kind_of_first}; "
                 "here a module has one in all layers"
             )
     for (module, expert), count in layers.items():
         if module not in config.NAMED_IN_FULL[1:] and count < model.num_layers:
             stem = firsts[module, expert][0]
             raise ValueError(
-                f"{directory / CONFIG}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; "
+                f"{directory / ADAPTER_CONFIG}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; "
                 "here it is all of them"
             )
     if not kinds:
-        raise ValueError(f"{directory / WEIGHTS} has no adapter in a spelling that is read here ({next(iter(tensors), 'empty')})")
+        raise ValueError(
+            f"{directory / ADAPTER_WEIGHTS} has no adapter in a spelling that is read here ({next(iter(tensors), 'empty')})"
+        )
     return kinds
 
 
@@ -183,7 +190,7 @@ def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tup
     )
 
 
-def _trained_in_full(file: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model) -> tuple[str, ...]:
+def _trained_in_full(file: Path, settings: dict[str, Any], tensors: dict[str, FileTensor], model: config.Model) -> tuple[str, ...]:
     """Return the modules whose whole weights are in the files. Raises ValueError if modules_to_save contradicts them."""
     saved = {
         piece.name.removesuffix(".weight"): ParameterPath.parse(piece.path).module
@@ -192,10 +199,10 @@ def _trained_in_full(file: Path, settings: dict[str, Any], tensors: dict[str, Te
     }
     for module in settings.get("modules_to_save") or ():
         if not any(name.endswith(module) for name in saved):
-            raise ValueError(f"{file}: modules_to_save has {module!r}, and {WEIGHTS} has no weight of it")
+            raise ValueError(f"{file}: modules_to_save has {module!r}, and {ADAPTER_WEIGHTS} has no weight of it")
     if model.tie_embeddings and "embed" in saved.values():
         ends = {name: tensors[f"{name}.weight"] for name, module in saved.items() if module == "embed"}
-        if len(ends) < 2 or len(set(on_disk.hashes(ends).values())) > 1:
+        if len(ends) < 2 or len(set(on_disk.hash_tensors(ends).values())) > 1:
             raise ValueError(
                 f"{file}: {min(ends)} was trained apart from the other end, and this model has one table for both; PEFT keeps them "
                 "alike with ensure_weight_tying"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.machine.files import read_object
-from moe_train.weights.peft.pieces import CONFIG
+from moe_train.weights.peft.pieces import ADAPTER_CONFIG
 
 _REQUIRED: Mapping[str, Any] = {
     "peft_type": "LORA",
@@ -33,7 +33,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         FileNotFoundError: there is no adapter_config.json.
         ValueError: the settings are malformed or not supported.
     """
-    file = directory / CONFIG
+    file = directory / ADAPTER_CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a PEFT adapter")
     settings = read_object(file)

@@ -23,12 +23,12 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 @pytest.fixture(scope="module")
 def there_and_back(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], HuggingFace]:
     def convert(tokenizer: Any) -> HuggingFace:
-        found = gguf_tokenizer.settings(tokenizer, tokenizer.vocab_size + 3, tokenizer.chat_template)
+        found = gguf_tokenizer.tokenizer_settings(tokenizer, tokenizer.vocab_size + 3, tokenizer.chat_template)
         directory = tmp_path_factory.mktemp("there")
-        gguf_tokenizer.extract(gguf_tokenizer.keys(found), directory, "file.gguf")
+        gguf_tokenizer.extract_tokenizer(gguf_tokenizer.tokenizer_keys(found), directory, "file.gguf")
         back = HuggingFace(directory)
         assert (back.bos_id, back.eos_id, back.chat_template) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template)
-        again = gguf_tokenizer.settings(back, tokenizer.vocab_size + 3, back.chat_template)
+        again = gguf_tokenizer.tokenizer_settings(back, tokenizer.vocab_size + 3, back.chat_template)
         for key, value in found.items():  # and what was read writes the same file
             if not (key.endswith("scores") or key.endswith("merges")):
                 assert np.array_equal(again[key], value), key
@@ -68,7 +68,7 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(change: Any, said: str, t
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match=said):
-        gguf_tokenizer.settings(HuggingFace(tmp_path), 400, None)
+        gguf_tokenizer.tokenizer_settings(HuggingFace(tmp_path), 400, None)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,6 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(change: Any, said: str, t
     ],
 )
 def test_a_tokenizer_in_a_file_that_is_not_read(change: Any, said: str, tokenizer: HuggingFace, tmp_path: Path) -> None:
-    found = {**gguf_tokenizer.settings(tokenizer, 352, None), **change}
+    found = {**gguf_tokenizer.tokenizer_settings(tokenizer, 352, None), **change}
     with pytest.raises(ValueError, match=f"{said}.*name a(?: tokenizer|) in data.tokenizer|{said}"):
-        gguf_tokenizer.extract({k: v for k, v in found.items() if v is not None}, tmp_path, "file.gguf")
+        gguf_tokenizer.extract_tokenizer({k: v for k, v in found.items() if v is not None}, tmp_path, "file.gguf")

@@ -20,7 +20,7 @@ PARAMS = params_json.write_model_config(MIXTRAL)
 def read(params: Any, folder: Path) -> config.Model:
     folder.mkdir(exist_ok=True)
     (folder / "params.json").write_text(params if isinstance(params, str) else json.dumps(params))
-    return external.read_model(folder)
+    return external.read_external_model(folder)
 
 
 def test_the_files_of_released_models_are_understood(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -62,7 +62,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     old = load_tokenizer(model_dir.find_tokenizer_config(base))
     new = find_tokenizer(tokenizer)
     weights = external.open_external_weights(base)
-    names.check_tensors(base, weights.pieces, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
+    names.check_file_tensors(base, weights.pieces, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
     ids = new_ids(old, new)
     check_vocab(old, weights.model.vocab_size)
     model = weights.model.model_copy(update={"vocab_size": new.vocab_size})
@@ -197,7 +197,7 @@ def _check_written(directory: Path, model: config.Model, weights: WeightFiles, i
     """Read the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
     written = external.open_external_weights(directory)
     source = {(piece.path, piece.lead): piece for piece in weights.pieces}
-    names.check_tensors(directory, written.pieces, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
+    names.check_file_tensors(directory, written.pieces, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
     if written.model.vocab_size != model.vocab_size:
         raise RuntimeError(f"{directory} was written with {written.model.vocab_size} tokens, not {model.vocab_size}")
     for piece in written.pieces:

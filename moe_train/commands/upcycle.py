@@ -65,7 +65,7 @@ def upcycle(
         raise ValueError(f"noise is {noise}; it is a standard deviation: 0 or more")
     dense = external.open_external_weights(base)
     model = mixtral_of(dense.model, num_experts, experts_per_token, base)
-    names.check_tensors(base, dense.pieces, {n: t.shape for n, t in dense.tensors.items()}, {})
+    names.check_file_tensors(base, dense.pieces, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer_config(base))
     check_vocab(tokenizer, model.vocab_size)
     texts = Texts(tokenizer)

@@ -113,7 +113,7 @@ def fill(abstract: Abstract, table: Collection[WeightPiece], tensors: Mapping[st
     Args:
         abstract: the arrays to fill, by path.
         table: where each matrix is in the files.
-        tensors: tensors of the files by name. `names.check_tensors` must have accepted the combination.
+        tensors: tensors of the files by name. `names.check_file_tensors` must have accepted the combination.
     """
     filled: Parameters = {}
     by_path = _by_path(table)

@@ -163,7 +163,10 @@ def index(change: Callable[[dict[str, str]], Any]) -> None:
 
 
 INDEX: dict[str, tuple[Callable[[], Any], str]] = {
-    "a foreign path": (lambda: index(lambda files: files.update({NORM: "../elsewhere.safetensors"})), "names the file '../elsewhere."),
+    "a foreign path": (
+        lambda: index(lambda files: files.update({NORM: "../elsewhere.safetensors"})),
+        "names the file '../elsewhere.",
+    ),
     "an absolute path": (
         lambda: index(lambda files: files.update({NORM: "/etc/passwd"})),
         "names the file '/etc/passwd'; shards must be plain",

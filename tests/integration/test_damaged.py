@@ -56,7 +56,7 @@ def read_model(folder: Path) -> None:
     """Everything that a start from it reads, and the second reader of the proof."""
     found = external.open_external_weights(folder)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-    names.check_tensors(folder, found.pieces, shapes, {path: like.shape for path, like in unquantized(SHAPES[""]).items()})
+    names.check_file_tensors(folder, found.pieces, shapes, {path: like.shape for path, like in unquantized(SHAPES[""]).items()})
     for tensor in found.tensors.values():
         assert tensor.read().shape == tensor.shape
     reread.tensors(folder)

@@ -72,7 +72,7 @@ def test_every_tensor_is_used_and_every_parameter_filled_once(name: str) -> None
         assert (
             total == sum(math.prod(piece.internal_shape) for piece in table) == sum(map(math.prod, shapes.values())) == parameters
         )
-        names.check_tensors("here", table, in_file, shapes)
+        names.check_file_tensors("here", table, in_file, shapes)
         if layout.layer.startswith(("model.", "language_model.")):
             assert names.weight_pieces(m, names.detect_hugging_face(in_file)) == table
 
@@ -162,7 +162,7 @@ def test_missing_extra_and_wrong_tensors_are_named_in_one_line() -> None:
     bad["model.layers.0.self_attn.q_norm.weight"] = (2,)
     bad["model.norm.weight"] = (7,)
     with pytest.raises(ValueError) as caught:
-        names.check_tensors("here", table, bad, shapes)
+        names.check_file_tensors("here", table, bad, shapes)
     message = str(caught.value)
     assert "\n" not in message
     assert "lacks lm_head.weight" in message
@@ -173,13 +173,13 @@ def test_missing_extra_and_wrong_tensors_are_named_in_one_line() -> None:
 def test_parameters_that_no_tensor_fills_are_named() -> None:
     shapes = shapes_of(SMALL)
     with pytest.raises(ValueError, match=r"has no tensors for stacks\.0\.layers\.0\.ffn\.up_proj\.lora_a"):
-        names.check_tensors(
+        names.check_file_tensors(
             "here", names.weight_pieces(SMALL), small_files(), shapes | {"stacks.0.layers.0.ffn.up_proj.lora_a": (2, 3, 6, 4)}
         )
     some = {p: s for p, s in shapes.items() if p != "head.weight"}
-    names.check_tensors("here", names.weight_pieces(SMALL), small_files(), some)
-    with pytest.raises(ValueError, match=r"embed\.weight is \(17, 6\)"):
-        names.check_tensors("here", names.weight_pieces(SMALL), small_files(), shapes | {"embed.weight": (17, 6)})
+    names.check_file_tensors("here", names.weight_pieces(SMALL), small_files(), some)
+    with pytest.raises(ValueError, match=r"embed\.weight has shape \(17, 6\)"):
+        names.check_file_tensors("here", names.weight_pieces(SMALL), small_files(), shapes | {"embed.weight": (17, 6)})
 
 
 def test_adapters_have_the_dims_of_their_layers() -> None:
@@ -191,7 +191,7 @@ def test_adapters_have_the_dims_of_their_layers() -> None:
     shapes = {path: a.shape for path, a in parameters.parameters(abstract)[1].items() if ".lora_" in path}
     table = names.lora_pieces(SMALL, ranks)
     in_file = {piece.name: piece.shape for piece in table}
-    names.check_tensors("here", table, in_file, shapes)
+    names.check_file_tensors("here", table, in_file, shapes)
     body = "base_model.model.model.layers.1."
     assert in_file[f"{body}self_attn.o_proj.lora_A.weight"] == (3, 24)
     assert in_file[f"{body}self_attn.o_proj.lora_B.weight"] == (6, 3)

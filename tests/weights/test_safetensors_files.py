@@ -97,7 +97,7 @@ def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: object) -> N
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["x"]}}'])
 def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / safetensors_files.INDEX_FILE).write_text(text)
-    with pytest.raises(ValueError, match=r"^[^\n]*is no index[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*is not an index[^\n]*$"):
         safetensors_files.open_model_tensors(tmp_path)
 
 

@@ -175,7 +175,7 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
     ranks = adapter_ranks(abstract)
     table = names.lora_pieces(model, ranks, _LAYOUT)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names.check_tensors(path, table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check_file_tensors(path, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, tensors)
 
 

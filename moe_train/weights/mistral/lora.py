@@ -128,7 +128,7 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     ranks = adapter_ranks(abstract)
     table = names.lora_pieces(model, ranks, names.MISTRAL)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names.check_tensors(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check_file_tensors(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, tensors)
 
 

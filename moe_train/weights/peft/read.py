@@ -81,7 +81,7 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
         if ParameterPath.parse(piece.path).module_path in shared:
             padded[piece.name] = _Padded(piece.name, piece.shape, tensors.get(piece.name))
     shapes = {name: tensor.shape for name, tensor in padded.items()}
-    names.check_tensors(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check_file_tensors(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, padded)
 
 

@@ -53,18 +53,21 @@ def merged(parameters: LazyParameters, lora: config.Lora | None, piece: WeightPi
     inputs = math.prod(a.shape[:-1])
     rank = len(b)
     weight = base.reshape(inputs, -1)
-    left = a.reshape(inputs, rank)
-    right = b.reshape(rank, -1)
-    transposed = weight.flags.f_contiguous  # read from a file as (out, in); processing rows of that is several times as fast
-    if transposed:
-        weight, left, right = weight.T, right.T, left.T
-    # Sums are formed in float64 and rounded once, when they are stored in `out`.
+    a = a.reshape(inputs, rank)
+    b = b.reshape(rank, -1)
+    if weight.flags.f_contiguous:  # read from a file as (out, in); processing rows of that is several times as fast
+        return _add_product(weight.T, b.T, a.T, dtype).T.reshape(base.shape)
+    return _add_product(weight, a, b, dtype).reshape(base.shape)
+
+
+def _add_product(weight: np.ndarray, a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return weight + a·b: sums are formed in float64, a few rows at a time, and rounded once when they are stored."""
     out = np.empty(weight.shape, dtype)
     step = max(1, MERGE_CHUNK_ENTRIES // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        out[rows] = left[rows] @ right + weight[rows]
-    return (out.T if transposed else out).reshape(base.shape)
+        out[rows] = a[rows] @ b + weight[rows]
+    return out
 
 
 def _factors(parameters: LazyParameters, lora: config.Lora | None, piece: WeightPiece) -> tuple[np.ndarray, np.ndarray] | None:
@@ -74,9 +77,9 @@ def _factors(parameters: LazyParameters, lora: config.Lora | None, piece: Weight
     if not path.has_adapter(parameters):
         return None
     if lora is None:
-        raise ValueError(f"{module} has an adapter, but nothing says its alpha; give the section lora")
+        raise ValueError(f"{module} has an adapter, but its alpha is unknown; pass the config's section `lora`")
     a, b = (fetch_entry(parameters[name], piece.lead).astype(np.float64) for name in path.adapter)
     scale = scale_of(lora, module, piece.lead)
-    if path.is_head:  # its weight is (V, D) like the embedding's; A is (D, J), B (J, V)
+    if path.is_head:  # the head's weight is (V, D), like the embedding's, but its A is (D, J) and its B (J, V)
         return scale * b.T, a.T
     return scale * a, b

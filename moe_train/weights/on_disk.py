@@ -42,7 +42,7 @@ class FileTensor(Protocol):
 
 
 class WeightFiles(NamedTuple):
-    """A model on disk."""
+    """A model on disk, opened without reading its tensors."""
 
     path: Path
     """The file or folder, for messages."""
@@ -69,17 +69,18 @@ def array_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
 
 def hash_tensors(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
     """Return the sha256 of each tensor's dtype, shape and bytes, by name; several tensors at a time, each in parts of 4 MiB."""
-
     total_bytes = sum(array_bytes(tensor.shape, tensor.dtype) for tensor in tensors.values())
-    hashed = progress.counted("hashing the base", total_bytes, "bytes")
+    report_hashed = progress.counted("hashing the base", total_bytes, "bytes")
 
     def digest(tensor: FileTensor) -> str:
+        """Hash one tensor, a chunk of rows at a time."""
         total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
         (length, *row) = tensor.shape or (0,)
         step = max(1, HASH_CHUNK_BYTES // max(1, array_bytes(row, tensor.dtype)))
         for start in range(0, length, step):
-            total.update(np.ascontiguousarray(tensor.read((slice(start, min(start + step, length)),))).view(np.uint8).data)
-        hashed(array_bytes(tensor.shape, tensor.dtype))
+            rows = tensor.read((slice(start, min(start + step, length)),))
+            total.update(np.ascontiguousarray(rows).view(np.uint8).data)
+        report_hashed(array_bytes(tensor.shape, tensor.dtype))
         return total.hexdigest()
 
     with ThreadPoolExecutor() as pool:

@@ -79,16 +79,17 @@ def adapter_shapes(
         return dict(shapes)
     if trained_in_full:
         raise ValueError(
-            f"vLLM takes adapters alone, but {sorted(trained_in_full)[0]} was trained in full; export the whole model with --merge"
+            f"vLLM loads only adapters, but {sorted(trained_in_full)[0]} was trained in full; export the merged model with --merge"
         )
     rank = max(shape.rank for shape in shapes.values())
     if rank > VLLM_RANKS[-1]:
         raise ValueError(
-            f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; export the whole model with --merge"
+            f"vLLM loads adapters up to rank {VLLM_RANKS[-1]}, this one has rank {rank}; export the merged model with --merge"
         )
     ends = sorted({"embed", "head"} & shapes.keys())
     if ends and not config.FAMILIES[family].vllm_adapts_ends:
-        raise ValueError(f"vLLM refuses an adapter of {ends[0]} in a {family}; export the whole model with --merge")
+        raise ValueError(f"vLLM rejects an adapter of {ends[0]} in a {family}; export the merged model with --merge")
+    # One alpha applies to all modules: with the most common scale, most of them are written unchanged.
     ((scale, _),) = Counter(shape.alpha / shape.rank for shape in shapes.values()).most_common(1)
     return dict.fromkeys(shapes, AdapterShape(rank, scale * rank))
 
@@ -119,15 +120,18 @@ def serving_command(
     """
     readable = SERVING_COMMANDS[server]
     if layout not in readable:
-        raise ValueError(f"{server} does not read --format {layout}; it reads --format {' or '.join(readable)}")
+        raise ValueError(f"{server} does not read --format {layout}; use --format {' or '.join(readable)}")
     if server == "vllm" and layout == "mistral" and isinstance(model.ffn, config.MoeFfn):
-        raise ValueError("vLLM does not read experts by the names of --format mistral; use --format hf")
+        raise ValueError("vLLM does not know the names that --format mistral gives to experts; use --format hf")
     base = base_model or "BASE_MODEL"
+    max_rank = rank
+    if server == "vllm":
+        max_rank = next(supported for supported in VLLM_RANKS if supported >= rank)
     return readable[layout].format(
         out=shlex.quote(str(out_dir)),
         base=shlex.quote(base),
         name=shlex.quote(Path(out_dir).name),
-        rank=next(r for r in VLLM_RANKS if r >= rank) if server == "vllm" else rank,
+        rank=max_rank,
         tokenizer="mistral" if tokenizer == "mistral" else "auto",
         code=shlex.quote(_PEFT_CODE.format(out=str(out_dir), base=base)),
     )

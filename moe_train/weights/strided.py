@@ -25,6 +25,7 @@ def copy_into(out: np.ndarray, x: np.ndarray) -> None:
     if x.ndim < 2 or x.flags.c_contiguous:
         out[...] = x
         return
+    # Columns of one cache line at a time: the lines that these touch in x stay in the cache until all of their numbers are used.
     step = max(1, CACHE_LINE_BYTES // out.itemsize)
     for start in range(0, x.shape[-1], step):
         out[..., start : start + step] = x[..., start : start + step]

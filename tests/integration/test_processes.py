@@ -209,7 +209,10 @@ def test_two_processes_write_what_one_writes(both: tuple[Run, Path, subprocess.C
     run, _, done = both
     two, one = run.folder / "two", run.folder / "one"
     assert done.returncode == 1, done.stderr
-    assert "moe-train: another process could not write its part of the export, and says why" in done.stderr.splitlines()
+    assert (
+        "moe-train: another process could not write its part of the export; its own error gives the reason"
+        in done.stderr.splitlines()
+    )
     assert (run.folder / "err").read_text() == "moe-train: No space left on device\n"  # process 0 alone speaks
     assert (run.folder / "out").read_text() == ""
 

@@ -36,7 +36,9 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no model: looked for config\.json .*params\.json"):
         external.read_external_model(tmp_path)
     (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(FileNotFoundError, match="is an adapter, not a model; merge it into its base: moe-train adapters merge BASE"):
+    with pytest.raises(
+        FileNotFoundError, match="is an adapter, not a model; merge it into its base: moe-train adapters merge BASE"
+    ):
         external.read_external_model(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"no such folder; a model is a folder with config\.json or params\.json, or a \.gguf"

@@ -53,7 +53,7 @@ def test_a_weight_without_adapter_keeps_its_bits(weights: Parameters) -> None:
 
 
 def test_an_adapter_without_an_alpha_is_refused(weights: Parameters) -> None:
-    with pytest.raises(ValueError, match=rf"{Q} has an adapter, but nothing says its alpha; give the section lora"):
+    with pytest.raises(ValueError, match=rf"{Q} has an adapter, but its alpha is unknown; pass the config's section `lora`"):
         merge.merged(weights, None, piece_of(f"{Q}.weight", 0), np.dtype("float32"))
 
 

@@ -63,7 +63,7 @@ def test_one_scale_gives_the_deltas_of_several(rslora: bool, tmp_path: Path) -> 
 
 def test_what_was_trained_in_full_is_refused_where_it_would_be_left_out(tmp_path: Path) -> None:
     lora = LORA.model_copy(update={"train": ("ffn_norm",)})
-    with jax.set_mesh(ONE), pytest.raises(ValueError, match=r"vLLM takes adapters alone, but .*ffn_norm was trained in full"):
+    with jax.set_mesh(ONE), pytest.raises(ValueError, match=r"vLLM loads only adapters, but .*ffn_norm was trained in full"):
         peft.export_adapter(
             random_parameters(MIXTRAL, lora=lora), MIXTRAL, lora, tmp_path / "out", base_model="base", server="vllm"
         )
@@ -76,19 +76,19 @@ def test_transformers_takes_every_shape() -> None:
 
 
 def test_what_a_server_cannot_apply_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"vLLM takes adapters alone, but .*up_proj was trained in full.*--merge"):
+    with pytest.raises(ValueError, match=r"vLLM loads only adapters, but .*up_proj was trained in full.*--merge"):
         serve.adapter_shapes("vllm", "mixtral", {Q: AdapterShape(4, 8.0)}, {UP})
-    with pytest.raises(ValueError, match=r"up to rank 512, this one has 513"):
+    with pytest.raises(ValueError, match=r"up to rank 512, this one has rank 513"):
         serve.adapter_shapes("vllm", "mixtral", {Q: AdapterShape(513, 8.0)})
     ends = {"embed": AdapterShape(4, 8.0), "head": AdapterShape(4, 8.0)}
     assert serve.adapter_shapes("vllm", "llama", ends) == serve.adapter_shapes("vllm", "mixtral", ends) == ends
     for family in ("mistral", "ministral", "ministral3"):
-        with pytest.raises(ValueError, match=rf"vLLM refuses an adapter of embed in a {family}; .*--merge"):
+        with pytest.raises(ValueError, match=rf"vLLM rejects an adapter of embed in a {family}; .*--merge"):
             serve.adapter_shapes("vllm", family, ends)
-    with pytest.raises(ValueError, match=r"experts by the names of --format mistral; use --format hf"):
+    with pytest.raises(ValueError, match=r"does not know the names that --format mistral gives to experts; use --format hf"):
         serve.serving_command("vllm", "mistral", MIXTRAL, "out")
     for server, layout, reads in (("llama.cpp", "hf", "gguf or gguf-lora"), ("transformers", "mistral", "hf or peft")):
-        with pytest.raises(ValueError, match=f"does not read --format {layout}; it reads --format {reads}"):
+        with pytest.raises(ValueError, match=f"does not read --format {layout}; use --format {reads}"):
             serve.serving_command(server, layout, MIXTRAL, "out")
 
 

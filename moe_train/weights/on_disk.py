@@ -67,6 +67,12 @@ def array_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
     return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
+def have_same_content(a: FileTensor, b: FileTensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and bytes."""
+    hashes = hash_tensors({"a": a, "b": b})
+    return hashes["a"] == hashes["b"]
+
+
 def hash_tensors(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
     """Return the sha256 of each tensor's dtype, shape and bytes, by name; several tensors at a time, each in parts of 4 MiB."""
     total_bytes = sum(array_bytes(tensor.shape, tensor.dtype) for tensor in tensors.values())

@@ -23,6 +23,7 @@ from moe_train.weights.on_disk import array_bytes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 LORA_FILE = "lora.safetensors"
+"""Name of an adapter's file of tensors."""
 SCALING = 2.0
 """mistral-inference's default scaling, for which files are written."""
 
@@ -56,27 +57,29 @@ def export_adapter(
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format mistral")
     rank = max(ranks.values())
-    filetype = np.dtype(dtype)
+    file_dtype = np.dtype(dtype)
     table = names.lora_pieces(model, dict.fromkeys(ranks, rank), names.MISTRAL)
-    if elsewhere := ranks.keys() - {_module(piece) for piece in table}:
-        raise ValueError(f"mistral-inference reads no adapter of {sorted(elsewhere)[0]}; export with --format mistral --merge")
+    if unsupported := ranks.keys() - {_module(piece) for piece in table}:
+        raise ValueError(f"mistral-inference has no adapters of {sorted(unsupported)[0]}; export with --format mistral --merge")
     if lora.train:
         raise ValueError(
-            f"lora.safetensors has no place for {lora.train[0]}, trained in full; export with --format mistral --merge"
+            f"lora.safetensors has no place for {lora.train[0]}, which was trained in full; export with --format mistral --merge"
         )
     pieces = {piece.name: piece for piece in table}
     params = params_json.write_model_config(model)
     params["lora"] = {"enable": True, "rank": rank, "dropout": 0.0, "scaling": SCALING}
 
     def tensor(spec: safetensors_files.TensorSpec) -> np.ndarray:
+        """Return one tensor of the file, padded with zeros to the common rank."""
         piece = pieces[spec.name]
         values = fetch_entry(parameters[piece.path], piece.lead).astype(np.float64)
         if ParameterPath.parse(piece.path).leaf == "lora_b":
+            # mistral-inference multiplies by SCALING, so B carries what remains of the scale.
             values *= merge.scale_of(lora, _module(piece), piece.lead) / SCALING
         padding = [(0, size - length) for size, length in zip(piece.internal_shape, values.shape, strict=True)]
-        return piece.to_file(np.pad(values.astype(filetype), padding))
+        return piece.to_file(np.pad(values.astype(file_dtype), padding))
 
-    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, filetype) for piece in table]
+    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, file_dtype) for piece in table]
     check_space(out_dir, sum(array_bytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
         safetensors_files.write_safetensors(directory / LORA_FILE, specs, tensor)
@@ -90,8 +93,10 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     targets: dict[int, list[str]] = {}
     for row in names.linear_rows(model.ffn, names.MISTRAL):
         stem = names.MISTRAL.layer.format(l=0) + row.name.format(e=0).removesuffix(".weight")
-        if tensor := tensors.get(names.MISTRAL.adapters[0].format(stem=stem)):
-            targets.setdefault(tensor.shape[0], []).append(ParameterPath.parse(row.path).module)
+        a = tensors.get(names.MISTRAL.adapters[0].format(stem=stem))
+        if a is not None:
+            rank = a.shape[0]
+            targets.setdefault(rank, []).append(ParameterPath.parse(row.path).module)
     if not targets:
         raise ValueError(f"{Path(directory) / LORA_FILE} has no adapter for layer 0 of this model ({next(iter(tensors), 'empty')})")
     modules = {
@@ -140,11 +145,14 @@ def _open(directory: str | Path) -> tuple[dict[str, safetensors_files.Safetensor
     if not params.is_file():
         return tensors, SCALING
     section = read_object(params).get("lora") or {}
-    scaling = section.get("scaling", SCALING) if isinstance(section, dict) else section
+    if not isinstance(section, dict):
+        raise ValueError(f"{params}: lora is {section!r}; it has to be an object with a `scaling`")
+    scaling = section.get("scaling", SCALING)
     if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not scaling > 0:
         raise ValueError(f"{params}: lora.scaling is {scaling!r}; it has to be a positive number")
     return tensors, float(scaling)
 
 
 def _module(piece: names.WeightPiece) -> str:
+    """Return the path of the module that a weight belongs to."""
     return piece.path.rpartition(".")[0]

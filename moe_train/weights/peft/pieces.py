@@ -8,9 +8,13 @@ from moe_train import config
 from moe_train.weights import names
 
 ADAPTER_CONFIG = "adapter_config.json"
+"""Name of an adapter's file of settings."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""Name of an adapter's file of tensors."""
 
-GATE, UP, DOWN = "ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"
+GATE = "ffn.gate_proj"
+UP = "ffn.up_proj"
+DOWN = "ffn.down_proj"
 
 ROUTER_IN_ADAPTERS = "block_sparse_moe.gate"
 """The router in the names of LoRA tensors, which PEFT renames while loading."""
@@ -25,13 +29,16 @@ def adaptable_pieces(model: config.Model) -> list[names.WeightPiece]:
 
 
 def saved_pieces(model: config.Model) -> list[names.WeightPiece]:
-    """List every whole weight that modules_to_save can contain. Experts are excluded: transformers 5 fuses them into one module."""
+    """List every full weight that modules_to_save can contain. Experts are excluded: transformers 5 fuses them into one module."""
     table = []
     for piece in names.weight_pieces(model):
-        if len(piece.lead) < 2:
+        is_expert = len(piece.lead) == 2
+        if not is_expert:
             name = piece.name.replace(f"{ROUTER_IN_ADAPTERS}.", f"{ROUTER_OF_TRANSFORMERS}.")
             table.append(replace(piece, name=f"base_model.model.{name}"))
-    return [*table, tied_head(model)] if model.tie_embeddings else table
+    if model.tie_embeddings:
+        table.append(tied_head(model))
+    return table
 
 
 def tied_head(model: config.Model) -> names.WeightPiece:

@@ -206,7 +206,7 @@ GGUF: dict[str, tuple[Callable[[], Any], str]] = {
     "2**63 keys": (lambda: patch(16, "<Q", 2**63), "9,223,372,036,854,775,808 keys"),
     "a key more than there is": (lambda: patch(16, "<Q", 40), "model.gguf"),
     "a key of 2**62 letters": (lambda: patch(24, "<Q", 2**62), "bytes for a key"),
-    "another magic": (lambda: patch(0, "<I", 7), "is no GGUF file"),
+    "another magic": (lambda: patch(0, "<I", 7), "is not a GGUF file"),
     "version 9": (lambda: patch(4, "<I", 9), "has GGUF version 9"),
     "cut in the header": (lambda: cut(500), "model.gguf is truncated"),
     "cut in the data": (lambda: cut(-64), "model.gguf is truncated"),

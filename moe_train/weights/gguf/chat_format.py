@@ -36,7 +36,7 @@ class ChatFormat(NamedTuple):
         return self.assistant[1].rstrip("\n")
 
 
-def _inst(system: tuple[str, str] | Literal["first", "last"]) -> ChatFormat:
+def _inst_format(system: tuple[str, str] | Literal["first", "last"]) -> ChatFormat:
     return ChatFormat(("[INST]", "[/INST]"), ("", "</s>"), system)
 
 
@@ -48,22 +48,23 @@ CHAT_FORMATS = {
     ),
     # for Mistral's formats, llama.cpp's sentencepiece itself adds the space after a control token
     "mistral v1": ChatFormat(("[INST] ", " [/INST]"), (" ", "</s>"), "first"),
-    "mistral v1 to v3, system first": _inst("first"),
-    "mistral v3": _inst("last"),
-    "mistral v7": _inst(("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
+    "mistral v1 to v3, system first": _inst_format("first"),
+    "mistral v3": _inst_format("last"),
+    "mistral v7": _inst_format(("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
 }
 """The known formats by name."""
-_OF_VERSION = {"v1": "mistral v1", "v2": "mistral v3", "v3": "mistral v3"}
+_FORMAT_OF_VERSION = {"v1": "mistral v1", "v2": "mistral v3", "v3": "mistral v3"}
 """mistral-common's tokenizer version -> format; later versions are like v7."""
 
 
 def mistral_format(tokenizer: Mistral) -> ChatFormat:
     """Return the format that mistral-common writes for plain conversations; v7 and later are alike."""
-    return CHAT_FORMATS[_OF_VERSION.get(tokenizer.finetuning.version.value, "mistral v7")]
+    return CHAT_FORMATS[_FORMAT_OF_VERSION.get(tokenizer.finetuning.version.value, "mistral v7")]
 
 
 # Conversations whose texts are all different, so that their order in a rendering is unambiguous.
-_SYSTEM, _TURNS = ("system", "the rules"), (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+_SYSTEM = ("system", "the rules")
+_TURNS = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
 _PROBES = (_TURNS[:2], _TURNS[:3], _TURNS, (_SYSTEM, *_TURNS[:2]), (_SYSTEM, *_TURNS[:3]))
 
 
@@ -111,13 +112,15 @@ def render_chat(chat: ChatFormat, messages: Sequence[Mapping[str, Any]], ask: bo
             case role:
                 assert role == "assistant", role
                 text += content.join(chat.assistant)
-    return text + (chat.ask if ask else "")
+    if ask:
+        text += chat.ask
+    return text
 
 
 def jinja_template(chat: ChatFormat) -> str:
     """Return the Jinja template, including the beginning of the sequence; what it does not support (tools) raises an error."""
     content = "message['content']"
-    refuse = "{{- raise_exception('of roles, there are system, user and assistant') }}"
+    refuse = "{{- raise_exception('supported roles are system, user and assistant') }}"
     user = f"{{{{- {_quoted(chat.user[0])} + {content} + {_quoted(chat.user[1])} }}}}"
     lines = ["{{- bos_token }}"]
     if isinstance(chat.system, tuple):
@@ -183,8 +186,12 @@ def go_template(chat: ChatFormat) -> str:
 
 
 def _quoted(text: str) -> str:
+    """Return a string literal of Jinja and Go, whose escapes are those of JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _go(text: str) -> str:
-    return f"{{{{ {_quoted(text)} }}}}" if text else ""
+    """Return the Go expression for a constant text; nothing for an empty one."""
+    if not text:
+        return ""
+    return f"{{{{ {_quoted(text)} }}}}"

@@ -14,11 +14,10 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,6 +35,7 @@ from moe_train.weights.on_disk import WeightFiles
 log = logging.getLogger(__name__)
 
 MODEL_FILE = "model.gguf"
+"""Name of the file that is written."""
 ReadPiece = Callable[[names.WeightPiece, np.dtype], np.ndarray]
 """Returns the values of a piece of the file's tensors, rounded once to a dtype."""
 
@@ -107,14 +107,17 @@ def unpack_tokenizer(file: Path) -> Path:
         except FileExistsError:
             log.info("another process has just unpacked %s", folder)
         except PermissionError as error:
-            raise ValueError(f"{folder} can not be written for the tokenizer in {file}; name one in data.tokenizer") from error
+            raise ValueError(
+                f"{folder} cannot be written, and {file} has its tokenizer inside; name a tokenizer in data.tokenizer"
+            ) from error
     return folder
 
 
 def _open(path: str | Path) -> container.Gguf:
+    """Open the file that a path refers to. Raises FileNotFoundError if there is none, or several."""
     file = file_in(path)
     if file is None:
-        raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
+        raise FileNotFoundError(f"{path} has no GGUF file, or several; name the file")
     return container.open_gguf(file)
 
 
@@ -156,11 +159,11 @@ def write(
         _write_file(directory / MODEL_FILE, model, kind, matrix, settings)
     else:
         # llama.cpp's tool converts files, so a bf16 file is written first.
-        beside = directory / f".{MODEL_FILE}.bf16"
-        _write_file(beside, model, "bf16", matrix, settings)
+        unquantized = directory / f".{MODEL_FILE}.bf16"
+        _write_file(unquantized, model, "bf16", matrix, settings)
         if together.is_first():
-            _quantize(tool, beside, directory / MODEL_FILE, kind)
-            beside.unlink()
+            _quantize(tool, unquantized, directory / MODEL_FILE, kind)
+            unquantized.unlink()
     if not together.is_first():
         return
     for warning in gguf_settings.warnings(model):
@@ -180,41 +183,43 @@ def _chat(tokenizer: Tokenizer | None, template: str | None) -> tuple[str | None
     return template, chat_format.recognize_format(template, tokenizer)
 
 
-def _write_file(file: Path, model: config.Model, kind: str, matrix: ReadPiece, settings: Mapping[str, Any]) -> None:
-    usual, code = _TYPES[kind]
+def _write_file(file: Path, model: config.Model, kind: str, matrix: ReadPiece, settings: container.GgufSettings) -> None:
+    """Write one GGUF file, whose matrices have the type that `kind` names in `_TYPES`."""
+    encoding, type_code = _TYPES[kind]
     tensors: dict[str, list[names.WeightPiece]] = {}
     for piece in names.weight_pieces(model, names.GGUF):
         tensors.setdefault(piece.name, []).append(piece)
-    specs = [container.GgufSpec(name, pieces[0].shape, _encoding(pieces[0], usual)) for name, pieces in tensors.items()]
-    if usual not in container.UNQUANTIZED_DTYPES:
-        container.import_gguf(f"{kind} is quantised")
-
-    def parts(spec: container.GgufSpec) -> Iterator[np.ndarray]:
-        for piece in tensors[spec.name]:
-            part = matrix(piece, container.UNQUANTIZED_DTYPES.get(spec.encoding, container.UNQUANTIZED_DTYPES["F32"]))
-            if spec.encoding == "F16" and not np.all(np.isfinite(part)):
-                raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
-            yield part
+    specs = [container.GgufSpec(name, pieces[0].shape, _encoding(pieces[0], encoding)) for name, pieces in tensors.items()]
+    if encoding not in container.UNQUANTIZED_DTYPES:
+        container.import_gguf(f"{kind} is quantized")  # fail before the work, not after it
 
     def all_parts() -> Iterator[np.ndarray]:
+        """Yield the matrices of all tensors, in the order in which the file has them."""
         for spec in specs:
-            yield from parts(spec)
+            dtype = container.UNQUANTIZED_DTYPES.get(spec.encoding, np.dtype(np.float32))
+            for piece in tensors[spec.name]:
+                part = matrix(piece, dtype)
+                if spec.encoding == "F16" and not np.all(np.isfinite(part)):
+                    raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
+                yield part
 
-    settings = {**settings, "general.file_type": np.uint32(code), "general.quantization_version": np.uint32(2)}
-    chunks = all_parts()
-    piece_counts = {name: len(pieces) for name, pieces in tensors.items()}
-    together.first_writes(
-        chunks, lambda chunks: container.write_gguf(file, settings, specs, lambda spec: islice(chunks, piece_counts[spec.name]))
-    )
+    settings = {**settings, "general.file_type": np.uint32(type_code), "general.quantization_version": np.uint32(2)}
+
+    def write_parts(parts: Iterator[np.ndarray]) -> None:
+        """Write the file; each tensor takes as many of the parts as it has pieces."""
+        container.write_gguf(file, settings, specs, lambda spec: islice(parts, len(tensors[spec.name])))
+
+    together.first_writes(all_parts(), write_parts)
 
 
-def _encoding(piece: names.WeightPiece, usual: str) -> str:
+def _encoding(piece: names.WeightPiece, encoding: str) -> str:
+    """Return how a tensor is stored in a file whose matrices have this encoding."""
     if len(piece.shape) == 1 or ParameterPath.parse(piece.path).is_router:
         return "F32"
-    return usual if container.fits(usual, piece.shape) else "F16"
+    return encoding if container.fits(encoding, piece.shape) else "F16"
 
 
-# --- llama.cpp's own quantisation ---------------------------------------------------------------------------------
+# --- llama.cpp's own quantization ---------------------------------------------------------------------------------
 
 
 def quantize_tool(kind: str) -> str:
@@ -228,8 +233,9 @@ def quantize_tool(kind: str) -> str:
 
 
 def _quantize(tool: str, file: Path, out: Path, kind: str) -> None:
+    """Run llama.cpp's tool. Raises ValueError, with the last line of its output, if it fails."""
     command = [tool, str(file), str(out), kind.upper(), str(os.cpu_count() or 1)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode or not out.is_file():
-        output = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["nothing"]
-        raise ValueError(f"{QUANTIZE_TOOL} could not make {kind} (exit code {done.returncode}); it said: {output[-1]}")
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if result.returncode or not out.is_file():
+        output = (result.stderr.strip() or result.stdout.strip()).splitlines() or ["(no output)"]
+        raise ValueError(f"{QUANTIZE_TOOL} could not make {kind} (exit code {result.returncode}): {output[-1]}")

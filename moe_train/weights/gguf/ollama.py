@@ -14,7 +14,7 @@ def modelfile(model: str, chat: ChatFormat | None) -> str:
     """Return the text of a Modelfile for the file `model` in the same folder; `chat` is None if the format is unknown."""
     lines = [f"FROM ./{model}"]
     if chat is None:
-        lines.append("# The chat template is the one in the file, in Jinja; Ollama takes that of its own which is most like it.")
+        lines.append("# The file has a chat template in Jinja; Ollama uses the most similar one of its own templates.")
     else:
         lines += [f'TEMPLATE """{go_template(chat)}"""', f'PARAMETER stop "{chat.end}"']
         if chat.user[0].strip().startswith("[INST]"):

@@ -54,10 +54,10 @@ def file_of(
 
 HUGE = 2**63
 MALFORMED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "no GGUF file: it has 0 bytes"),
-    "cut in the counts": (file_of()[:20], "no GGUF file: it has 20 bytes"),
+    "empty": (b"", "not a GGUF file: it has only 0 bytes"),
+    "cut in the counts": (file_of()[:20], "not a GGUF file: it has only 20 bytes"),
     "another magic": (file_of(start=b"GGML"), r"begins with b'GGML'"),
-    "version 1": (file_of(version=1), "GGUF version 1; read are 2 and 3"),
+    "version 1": (file_of(version=1), "GGUF version 1; supported: 2 and 3"),
     "a future version": (file_of(version=4), "GGUF version 4"),
     "big-endian": (file_of(version=3 << 24), "big-endian"),
     "too many tensors": (file_of(num_tensors=HUGE), "damaged: 9,223,372,036,854,775,808 tensors"),
@@ -79,8 +79,8 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "a name of 2**63 letters": (file_of(tensors=(struct.pack("<Q", HUGE) + bytes(32),)), "bytes for a tensor's name"),
     "no dims": (file_of(tensors=(tensor("x", (4,), count=0),)), "x has 0 dims"),
     "2**32 dims": (file_of(tensors=(tensor("x", (4,), count=2**32 - 1),)), "x has 4294967295 dims"),
-    "a dim of 0": (file_of(tensors=(tensor("x", (0, 4)),)), r"x has the shape \(4, 0\)"),
-    "2**80 numbers": (file_of(tensors=(tensor("x", (2**40, 2**40)),)), "x has the shape"),
+    "a dim of 0": (file_of(tensors=(tensor("x", (0, 4)),)), r"x has the impossible shape \(4, 0\)"),
+    "2**80 numbers": (file_of(tensors=(tensor("x", (2**40, 2**40)),)), "x has the impossible shape"),
     "2**50 numbers": (file_of(tensors=(tensor("x", (2**50,)),)), "truncated: x ends at byte"),
     "an unknown type": (file_of(tensors=(tensor("x", (32,), 99),)), "x has the type 99"),
     "a type that was removed": (file_of(tensors=(tensor("x", (32,), 4),)), "x has the type 4"),

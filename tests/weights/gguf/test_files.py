@@ -106,5 +106,5 @@ def test_k_quants_are_llama_cpps_work(tmp_path: Path, monkeypatch: pytest.Monkey
         assert sorted(path.name for path in file.parent.iterdir()) == ["Modelfile", "model.gguf", "model.gguf.kind"]
         assert container.open_gguf(file).tensors["token_embd.weight"].encoding.name == "BF16"
         tool.write_text('#!/bin/sh\necho "no such type $3" >&2\nexit 1\n')
-        with pytest.raises(ValueError, match=r"could not make q9_x \(exit code 1\); it said: no such type Q9_X"):
+        with pytest.raises(ValueError, match=r"could not make q9_x \(exit code 1\): no such type Q9_X"):
             write(tmp_path / "c", MISTRAL, parameters, "q9_x")

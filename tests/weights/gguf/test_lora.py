@@ -90,7 +90,7 @@ def test_a_file_that_is_no_adapter_is_refused(change: dict[str, Any], said: str,
     write_adapter(ranks)
     (target,) = external_adapter.read_external_lora(tmp_path, MISTRAL).targets
     assert (target.rank, target.alpha, target.modules) == (2, 2.0, ("attention.q_proj",))  # 0 stands for a scale of 1
-    for others in ({"blk.0.attn_q": 2}, {**ranks, "blk.1.attn_q": 3}):
-        write_adapter(others)
-        with pytest.raises(ValueError, match=r"blk.0.attn_q.weight.lora_a has rank 2, but blk.1.attn_q.weight.lora_a has rank 3"):
+    for unequal, state in (({"blk.0.attn_q": 2}, "is missing"), ({**ranks, "blk.1.attn_q": 3}, "has rank 3")):
+        write_adapter(unequal)
+        with pytest.raises(ValueError, match=rf"blk.0.attn_q.weight.lora_a has rank 2, but blk.1.attn_q.weight.lora_a {state}"):
             external_adapter.read_external_lora(tmp_path, MISTRAL)

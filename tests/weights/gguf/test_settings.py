@@ -62,10 +62,10 @@ def test_a_window_becomes_the_context(tmp_path: Path, caplog: pytest.LogCaptureF
     with jax.set_mesh(ONE):
         file = write(tmp_path, MINISTRAL, random_parameters(MINISTRAL))
     assert container.open_gguf(file).settings["llama.context_length"] == 48
-    assert "a context of 48 tokens, up to which it is exact" in caplog.text
+    assert "a context of 48 tokens, up to which the model is exact" in caplog.text
 
 
 def test_a_scale_that_llama_cpp_has_no_words_for_is_refused() -> None:
     model = MINISTRAL3.model_copy(update={"rope": YARN.model_copy(update={"mscale": 0.5})})
-    with pytest.raises(ValueError, match=r"rope.mscale is 0.5; llama.cpp takes it for 1"):
+    with pytest.raises(ValueError, match=r"rope.mscale is 0.5; llama.cpp assumes 1"):
         gguf_settings.architecture_settings(model)

@@ -54,8 +54,8 @@ def test_a_tokenizer_comes_back_out_of_the_file(which: str, tokenizer: HuggingFa
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda d: d["model"].update(ignore_merges=True), "has ignore_merges True, llama.cpp's gpt-2 the opposite"),
-        (lambda d: d.update(normalizer={"type": "NFC"}), r"normalises text \(NFC\)"),
+        (lambda d: d["model"].update(ignore_merges=True), "has ignore_merges True, but llama.cpp's gpt-2 has the opposite"),
+        (lambda d: d.update(normalizer={"type": "NFC"}), r"normalizes text \(NFC\)"),
         (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "neither a byte-level nor a sentencepiece tokenizer"),
         (lambda d: d["pre_tokenizer"].update(use_regex=False), "splits text in a way that has no name in llama.cpp"),
         (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "neither a byte-level nor a sentencepiece"),
@@ -75,11 +75,11 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(change: Any, said: str, t
     ("change", "said"),
     [
         ({"tokenizer.ggml.model": "bert"}, "a tokenizer of kind 'bert'"),
-        ({"tokenizer.ggml.pre": "falcon"}, "split as 'falcon' has it, which is not read here"),
+        ({"tokenizer.ggml.pre": "falcon"}, "splitting text is 'falcon', which is not supported"),
         ({"tokenizer.ggml.eos_token_id": 10_000}, "a eos_token 10000"),
-        ({"tokenizer.ggml.eos_token_id": None}, "names no end of sequence"),
+        ({"tokenizer.ggml.eos_token_id": None}, "states no end-of-sequence token"),
         ({"tokenizer.ggml.token_type": [1, 2]}, "but 2 token types"),
-        ({"tokenizer.ggml.merges": ["abc"]}, "'abc' is no merge of two tokens"),
+        ({"tokenizer.ggml.merges": ["abc"]}, "'abc' is not a merge of two tokens"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer of kind 'gpt2'"),
     ],
 )

@@ -25,7 +25,7 @@ def base_origin(directory: str | Path) -> WeightOrigin:
     with manager.open_read_only(directory) as checkpoints:
         step = checkpoints.latest_step()
     if step is None:
-        raise FileNotFoundError(f"{directory} has no checkpoint")
+        raise FileNotFoundError(f"{directory} has no checkpoint; train it first, or name a model")
     return WeightOrigin(str(directory), step, _file_hashes(Path(directory) / CHECKPOINTS_FOLDER / str(step) / "params"))
 
 
@@ -48,13 +48,15 @@ def check_base(base: WeightOrigin) -> None:
     else:
         folder = Path(base.source) / CHECKPOINTS_FOLDER / str(base.step) / "params"
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is gone, and holds the weights that this run's adapters belong to")
+            raise FileNotFoundError(
+                f"{folder} is missing, which has the weights that this run's adapters belong to; restore it, or start a new run_dir"
+            )
         current_hashes = _file_hashes(folder)
     changed = sorted(name for name in {*current_hashes, *base.hashes} if current_hashes.get(name) != base.hashes.get(name))
     if changed:
         raise ValueError(
             f"the base weights in {base.source} have changed since this run started ({len(changed)} tensors or files, the first "
-            f"{changed[0]}); bring the old ones back, or start a new run_dir"
+            f"{changed[0]}); restore the original files, or start a new run_dir"
         )
 
 
@@ -62,10 +64,12 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of each file by its name in the folder; with several processes, each reads a share of the files."""
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
-    def digest(name: str) -> str:
-        with files[name].open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+    def hash_files(names: list[str]) -> dict[str, str]:
+        """Return the sha256 of the named files."""
+        hashes: dict[str, str] = {}
+        for name in names:
+            with files[name].open("rb") as content:
+                hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()
+        return hashes
 
-    return together.hash_in_shares(
-        {name: file.stat().st_size for name, file in files.items()}, lambda names: {name: digest(name) for name in names}
-    )
+    return together.hash_in_shares({name: file.stat().st_size for name, file in files.items()}, hash_files)

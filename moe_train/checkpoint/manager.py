@@ -24,12 +24,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 
 from moe_train import config
 from moe_train.checkpoint.arrays import add_part, bit_sums, chunked_save_args, read_in_parts
+from moe_train.machine.files import JsonObject
 from moe_train.model.parameters import Parameters
 from moe_train.train.state import TrainState, split_buffers
+from moe_train.weights.arrays import Abstract
 
 log = logging.getLogger(__name__)
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -50,7 +52,7 @@ class WeightOrigin(NamedTuple):
 class CheckpointMetadata(NamedTuple):
     """The metadata of a checkpoint."""
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved config: every default and the architecture are stated."""
     row: int
     """Number of rows of training data used so far: the position in the global order."""
@@ -108,7 +110,7 @@ def _no_traceback(record: logging.LogRecord) -> bool:
 
 def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.CheckpointManager:
     """Create Orbax's manager, which keeps the last `keep_last` checkpoints and, with `keep_best`, the one with the best loss."""
-    keep: list[Any] = [LatestN(settings.keep_last)]
+    keep: list[PreservationPolicy] = [LatestN(settings.keep_last)]
     if settings.keep_best:
         best = BestN(get_metric_fn=_loss_or_inf, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         keep.append(best)
@@ -153,8 +155,10 @@ def save(
     if step in checkpoints.all_steps():
         return
     Path(checkpoints.directory).mkdir(parents=True, exist_ok=True)
-    origins = {"base": about.base, "adapter": about.adapter}
-    metadata = {**about._asdict(), **{key: origin and origin._asdict() for key, origin in origins.items()}}
+    metadata = about._asdict()
+    for key in ("base", "adapter"):
+        if metadata[key] is not None:
+            metadata[key] = metadata[key]._asdict()
     arrays = {"params": params_of(state), "optimizer": optimizer_of(state)}
     sums = {item: bit_sums(tree) for item, tree in arrays.items()}
     args = ocp.args.Composite(
@@ -197,14 +201,16 @@ def _save_error(checkpoints: ocp.CheckpointManager, error: Exception) -> Runtime
                 break
     checkpoints.reload()
     last = checkpoints.latest_step()
-    previous = "there is none before it" if last is None else f"the one of step {last} is intact"
+    previous = "there is no earlier checkpoint" if last is None else f"the checkpoint of step {last} is intact"
     return RuntimeError(f"could not save a checkpoint in {checkpoints.directory}: {_brief(error)}; {previous}")
 
 
 def _brief(error: BaseException) -> str:
     """Return the text of an error in one line of about 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " …"
+    if len(text) > 200:
+        text = text[:200] + " …"
+    return text
 
 
 # --- restoring -----------------------------------------------------------------------------------------------------
@@ -215,6 +221,7 @@ def on_current_mesh(abstract: Any) -> Any:
     mesh = jax.sharding.get_mesh()
 
     def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """Return the same shape on the concrete mesh."""
         spec = P() if x.sharding is None else x.sharding.spec  # scalars of the optimizer state have no sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
@@ -234,9 +241,10 @@ def newest_metadata(checkpoints: ocp.CheckpointManager) -> CheckpointMetadata | 
 def _read_metadata(checkpoints: ocp.CheckpointManager, step: int) -> CheckpointMetadata:
     """Read the metadata of a checkpoint."""
     metadata = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
-    return CheckpointMetadata(
-        **{**metadata, **{key: metadata.get(key) and WeightOrigin(**metadata[key]) for key in ("base", "adapter")}}
-    )
+    for key in ("base", "adapter"):
+        if metadata.get(key) is not None:
+            metadata[key] = WeightOrigin(**metadata[key])
+    return CheckpointMetadata(**metadata)
 
 
 def _restore_arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
@@ -255,7 +263,7 @@ def _restore_arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: A
 
 def _checksum_error(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
     """Return the error for arrays whose bit sums differ from those that were saved."""
-    return ValueError(f"{checkpoints.directory}/{step}/{item} does not hold what was saved: its arrays have other sums")
+    return ValueError(f"{checkpoints.directory}/{step}/{item} is damaged: the bit sums of its arrays differ from those saved")
 
 
 PartConverters = Mapping[str, Callable[[jax.Array], Parameters]]
@@ -265,7 +273,7 @@ such as its quantized values and scales.
 
 
 def load_params(
-    run_dir: str | Path, abstract: Parameters, step: int | None = None, keep: PartConverters | None = None
+    run_dir: str | Path, abstract: Abstract, step: int | None = None, keep: PartConverters | None = None
 ) -> tuple[Parameters, CheckpointMetadata]:
     """Load the trainable weights of a run onto the mesh in force.
 
@@ -286,22 +294,24 @@ def load_params(
         RuntimeError: If no checkpoint can be read.
     """
     with open_read_only(run_dir) as checkpoints:
-        saved_steps = sorted(checkpoints.all_steps(), reverse=True)
-        steps = saved_steps if step is None else [s for s in saved_steps if s == step]
+        steps = sorted(checkpoints.all_steps(), reverse=True)
         if not steps:
-            wanted_step = "" if step is None else f" of step {step}"
-            raise FileNotFoundError(f"{run_dir} has no checkpoint{wanted_step}")
-        for step in steps:
+            raise FileNotFoundError(f"{run_dir} has no checkpoint")
+        if step is not None:
+            if step not in steps:
+                raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}")
+            steps = [step]
+        for candidate in steps:
             try:
-                return _load_array_by_array(checkpoints, step, abstract, keep), _read_metadata(checkpoints, step)
+                return _load_array_by_array(checkpoints, candidate, abstract, keep), _read_metadata(checkpoints, candidate)
             except Exception as error:
-                fault = f"the checkpoint of step {step} in {run_dir} cannot be read: {_brief(error)}"
+                fault = f"the checkpoint of step {candidate} in {run_dir} cannot be read: {_brief(error)}"
                 log.warning("%s", fault)
     raise RuntimeError(fault)
 
 
 def _load_array_by_array(
-    checkpoints: ocp.CheckpointManager, step: int, abstract: Parameters, keep: PartConverters | None
+    checkpoints: ocp.CheckpointManager, step: int, abstract: Abstract, keep: PartConverters | None
 ) -> Parameters:
     """Read the arrays of `abstract` one after the other, in parts, and verify their bit sums.
 
@@ -369,8 +379,8 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
         trainable, buffers = split_buffers(arrays.params)
         return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **arrays.optimizer), about, damaged)
     if damaged:
-        step, why = next(iter(damaged.items()))
-        raise RuntimeError(f"no checkpoint in {checkpoints.directory} can be read; the newest, of step {step}: {why}")
+        step, reason = next(iter(damaged.items()))
+        raise RuntimeError(f"no checkpoint in {checkpoints.directory} can be read; the newest, of step {step}: {reason}")
     return None
 
 
@@ -378,9 +388,9 @@ def _rename_damaged(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, st
     """Rename damaged checkpoints; one process does it, and all processes reload the list of steps."""
     if damaged and jax.process_index() == 0:
         for step in damaged:
-            aside = checkpoints.directory / f"damaged-{step}"
-            shutil.rmtree(aside, ignore_errors=True)  # left by an earlier restore of the same step
-            (checkpoints.directory / str(step)).rename(aside)
+            renamed = checkpoints.directory / f"damaged-{step}"
+            shutil.rmtree(renamed, ignore_errors=True)  # left by an earlier restore of the same step
+            (checkpoints.directory / str(step)).rename(renamed)
     if damaged:
         checkpoints.reload()
 

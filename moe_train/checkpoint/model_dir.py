@@ -28,7 +28,7 @@ from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
 from moe_train.weights import external, external_adapter, gguf
-from moe_train.weights.arrays import LazyParameters
+from moe_train.weights.arrays import Abstract, LazyParameters
 
 
 class OpenedModel(NamedTuple):
@@ -60,7 +60,7 @@ class OpenedModel(NamedTuple):
         return structure, load_parameters(self.directory, shapes)
 
     def to_export(self) -> LazyParameters:
-        """Return the weights, adapters included, for an export; weights of external files are read lazily (see `load_lazily`)."""
+        """Return the weights for an export, adapters included; weights of external files are read lazily (see `load_lazily`)."""
         _, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
         return load_parameters(self.directory, shapes, load=load_lazily)
 
@@ -75,8 +75,8 @@ def open_model(directory: str | Path) -> OpenedModel:
     run = read_run(directory) if is_run(directory) else None
     if run and run.lora and run.init_from and not Path(run.init_from).exists():
         raise FileNotFoundError(
-            f"the adapters of {directory} belong to the weights in {run.init_from}, which {Path.cwd()} has not; "
-            "bring them there, or go to where the run was started"
+            f"the adapters of {directory} belong to the weights in {run.init_from}, which do not exist relative to {Path.cwd()}; "
+            "copy them there, or change to the folder where the run was started"
         )
     model = run.model if run else read_model(directory)
     tokenizer = load_tokenizer(find_tokenizer_config(directory))
@@ -116,8 +116,8 @@ def find_tokenizer_config(directory: str | Path) -> config.Tokenizer:
     if gguf_file is not None:
         return config.HuggingFaceTokenizer(name="huggingface", path=str(gguf.unpack_tokenizer(gguf_file)))
     raise FileNotFoundError(
-        f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; put the model's own there, or for training name it "
-        "in data.tokenizer"
+        f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; copy the model's own there, or name it in "
+        "data.tokenizer for training"
     )
 
 
@@ -154,12 +154,12 @@ def mesh_for_devices(run: config.Run | None, model: config.Model) -> config.Mesh
         return run.mesh
     if model.model_dim % devices:
         raise ValueError(
-            f"model_dim {model.model_dim} does not divide over the {devices} devices here; show the process fewer of them"
+            f"model_dim {model.model_dim} is not divisible by the {devices} available devices; make fewer of them visible"
         )
     return config.Mesh(fsdp=devices)
 
 
-def load_lazily(path: str | Path, abstract: Mapping[str, Any]) -> LazyParameters:
+def load_lazily(path: str | Path, abstract: Abstract) -> LazyParameters:
     """Open an external model for an export as lazy weights, which stay in their files and are read matrix by matrix.
 
     An export asks for each matrix a few times, so memory does not grow with the model. With several processes, each would read
@@ -206,25 +206,27 @@ def load_parameters(
     trainable, frozen = partition(dict(abstract), run.lora)
 
     # Checkpoints hold unquantized weights; each part is quantized as soon as it is read if `abstract` asks for it.
-    def held(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
+    def convert(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
         """Convert a part of a stored array to the dtype, or to the quantized values, of `abstract`."""
         parts = {part: trainable[part] for part in (f"{path}.codes", f"{path}.scales") if part in trainable}
         return quantized({path: array.astype(like.dtype)}, parts)
 
-    keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
-    params, about = manager.load_params(directory, _trained_shapes(run), step, keep)
+    converters = {path: partial(convert, path=path, like=like) for path, like in unquantized(trainable).items()}
+    params, about = manager.load_params(directory, _trained_shapes(run), step, converters)
     if not frozen:
         return params
-    assert about.base is not None
+    if about.base is None:
+        raise ValueError(f"{directory} has frozen weights, but its checkpoint does not state where they came from; start a new run")
     check_base(about.base)
     return {**params, **load_parameters(about.base.source, frozen, about.base.step, load=load)}
 
 
 def _trained_shapes(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
-    model = run.model
     lora = run.lora and run.lora.model_copy(update={"quantize": None})
-    return partition(parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, lora)))[1], lora)[0]
+    _, shapes = parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, lora)))
+    trainable, _ = partition(shapes, lora)
+    return trainable
 
 
 def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
@@ -242,9 +244,9 @@ def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
         return external_adapter.read_external_lora(source, model)
     run = read_run(source)
     if run.lora is None:
-        raise ValueError(f"{source} is a run without adapters: it was trained in full")
+        raise ValueError(f"{source} is a run without adapters: it was trained in full; name a run with a section `lora`")
     if run.model != model:
-        raise ValueError(f"the adapters of {source} belong to a model of another architecture")
+        raise ValueError(f"the adapters of {source} belong to a model of another architecture; name the base they were trained on")
     return run.lora
 
 

@@ -30,7 +30,7 @@ def read_run(run_dir: str | Path) -> config.Run:
     with manager.open_read_only(run_dir) as checkpoints:
         about = manager.newest_metadata(checkpoints)
     if about is None:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read")
+        raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read; wait for the first one")
     return config.run_of(saved_config(run_dir, about))
 
 
@@ -50,5 +50,5 @@ def saved_config(run_dir: str | Path, about: CheckpointMetadata) -> config.Confi
         path, message = next(in_words(error, about.config))
         key = ".".join(str(part) for part in path)
         raise ValueError(
-            f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version for it, or start anew"
+            f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version, or start a new run"
         ) from error

@@ -21,5 +21,5 @@ def test_a_changed_base_is_refused(tmp_path, mesh):
     ):
         identity.check_base(base)
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    with pytest.raises(FileNotFoundError, match="is gone, and holds the weights that this run's adapters belong to"):
+    with pytest.raises(FileNotFoundError, match="is missing, which has the weights that this run's adapters belong to"):
         identity.check_base(base)

@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
         manager.save(checkpoints, 2, changed(jax.jit(new_state)()), ABOUT)
         manager.finish_saving(checkpoints)
     said = str(caught.value)
-    assert said.startswith(f"could not save a checkpoint in {tmp_path}") and said.endswith("the one of step 1 is intact")
+    assert said.startswith(f"could not save a checkpoint in {tmp_path}") and said.endswith("the checkpoint of step 1 is intact")
     assert "\n" not in said and len(said) < 500
     assert steps_in(tmp_path) == ["1"]
     assert same(restored(tmp_path).state, saved[1])

@@ -34,14 +34,14 @@ def test_a_folder_with_one_file_is_a_model(tmp_path: Path, text: Path) -> None:
 
 def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"has no tokenizer\.json, tekken\.json or tokenizer\.model; put the model's own there"
+        FileNotFoundError, match=r"has no tokenizer\.json, tekken\.json or tokenizer\.model; copy the model's own there"
     ):
         model_dir.find_tokenizer_config(tmp_path)
 
 
 def test_a_model_lies_along_fsdp_on_the_devices_that_are_here() -> None:
     assert model_dir.mesh_for_devices(None, MISTRAL) == config.Mesh(fsdp=8)
-    with pytest.raises(ValueError, match="model_dim 12 does not divide over the 8 devices here; show the process fewer of them"):
+    with pytest.raises(ValueError, match="model_dim 12 is not divisible by the 8 available devices; make fewer of them visible"):
         model_dir.mesh_for_devices(None, MISTRAL.model_copy(update={"model_dim": 12}))
 
 

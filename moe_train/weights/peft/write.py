@@ -17,12 +17,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import check_space, new_directory
+from moe_train.machine.files import JsonObject, check_space, new_directory
 from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import LazyParameters, fetch_entry
@@ -68,14 +67,15 @@ def export_adapter(
         shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
     table = names.lora_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
-
     dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
 
     def tensor(spec: safetensors_files.TensorSpec) -> np.ndarray:
+        """Return one tensor of the file."""
         piece = pieces[spec.name]
         return piece.to_file(matrix(piece))
 
     def matrix(piece: names.WeightPiece) -> np.ndarray:
+        """Return our matrix, with the rank and scale that the file states for it."""
         path = ParameterPath.parse(piece.path)
         if piece in saved:
             return fetch_entry(parameters[piece.path], piece.lead)
@@ -118,7 +118,7 @@ def _saved(model: config.Model, lora: config.Lora) -> list[names.WeightPiece]:
     saved = [piece for piece in saved_pieces(model) if piece.path in paths]
     if experts := sorted(ParameterPath.parse(path).module for path in paths - {piece.path for piece in saved}):
         raise ValueError(
-            f"{experts[0]} was trained in full, and PEFT's modules_to_save has all matrices of all experts or none; "
+            f"{experts[0]} was trained in full, but PEFT's modules_to_save can only save all matrices of all experts or none; "
             "use --format hf --merge"
         )
     return saved
@@ -142,7 +142,7 @@ def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[s
     return shapes
 
 
-def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: config.Lora) -> dict[str, Any]:
+def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: config.Lora) -> JsonObject:
     """Return adapter_config.json without the base model's name."""
     leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.weight_pieces(model)}
     by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
@@ -152,7 +152,9 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
         usual = by_module[GATE]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # the names in transformers 5
+    fused_names: dict[str, str] = {}  # the names in transformers 5, which PEFT looks up in the patterns too
+    if sparse:
+        fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"}
     for module, shape in by_module.items():
         keys = [leaves[module]]
         if module in fused_names:
@@ -169,7 +171,7 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
         saved.remove("lm_head")  # PEFT names one of the two and keeps both
     # A module of a layer is named within the layer, since `norm` alone would also match the end of input_layernorm.
     to_save = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in saved})
-    return {
+    settings: JsonObject = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": usual.rank,
@@ -179,13 +181,15 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": to_save or None,
-        **({"ensure_weight_tying": True} if tied else {}),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if tied:
+        settings["ensure_weight_tying"] = True
+    return settings
 
 
 def _number(x: float) -> int | float:

@@ -21,19 +21,20 @@ from jax.sharding import NamedSharding
 
 from moe_train.machine.mesh import platform
 
-CHUNK = 2**25
+CHECKPOINT_CHUNK_BYTES = 2**25
 """Bytes per stored chunk, and per read. Without this setting, Orbax stores an array, or a device's shard of it, in one piece."""
 
 
-def in_chunks(tree: Any) -> Any:
-    """Return Orbax save arguments that allow reading a part of an array without the rest.
+def chunked_save_args(tree: Any) -> Any:
+    """Return Orbax's save arguments for a pytree of arrays, with which a part of an array can be read without the rest.
 
-    Arrays are stored in chunks of `CHUNK` bytes; large stacked arrays get separate chunks for each layer (first dim).
+    Arrays are stored in chunks of `CHECKPOINT_CHUNK_BYTES`; large stacked arrays get separate chunks for each layer (first dim).
     """
 
     def save_args(x: jax.Array) -> ocp.SaveArgs:
-        large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > CHUNK
-        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if large and x.ndim > 2 else ())
+        """Return the save arguments of one array."""
+        is_large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > CHECKPOINT_CHUNK_BYTES
+        return ocp.SaveArgs(chunk_byte_size=CHECKPOINT_CHUNK_BYTES, shard_axes=(0,) if is_large and x.ndim > 2 else ())
 
     return jax.tree.map(save_args, tree)
 
@@ -41,13 +42,23 @@ def in_chunks(tree: Any) -> Any:
 def bit_sums(tree: Any) -> list[int]:
     """Compute, for each array, the sum of its elements' bits modulo 2^32; the result does not depend on the mesh."""
     arrays = jax.tree.leaves(tree)
-    if platform() == "cpu" and all(x.is_fully_addressable for x in arrays):  # XLA:CPU would first widen the whole array
-        return [sum(_bit_sum(np.asarray(s.data)) for s in x.addressable_shards if s.replica_id == 0) % 2**32 for x in arrays]
+    if platform() == "cpu" and all(x.is_fully_addressable for x in arrays):
+        # On the host, since XLA:CPU would first convert the complete array to uint32.
+        return [_bit_sum_on_host(x) for x in arrays]
     return [int(x) for x in jax.device_get(_bit_sums(arrays))]
 
 
+def _bit_sum_on_host(array: jax.Array) -> int:
+    """Sum the bits of an array that this process holds completely, with numpy."""
+    total = 0
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            total += _bit_sum(np.asarray(shard.data))
+    return total % 2**32
+
+
 def _bit_sum(x: np.ndarray) -> int:
-    """Sum the bits of one array with numpy, modulo 2^32."""
+    """Sum the bits of a host array, modulo 2^32."""
     return int(np.sum(x.view(_BITS[x.itemsize]), dtype=np.uint32))
 
 
@@ -61,7 +72,7 @@ def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.sum(jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]), dtype=jnp.uint32) for x in arrays]
 
 
-def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
+def read_in_parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
     """Read an array of a checkpoint in parts along its first dim, each with as many entries as a stored chunk.
 
     Args:
@@ -78,28 +89,30 @@ def parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple
     kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params.absolute()}/"}, "path": f"{path}/"}
     stored = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
     if stored.shape != like.shape:
-        raise ValueError(f"{path} has the shape {stored.shape}, not {like.shape}")
+        raise ValueError(f"{path} is stored with shape {stored.shape}, but {like.shape} is expected")
     assert isinstance(like.sharding, NamedSharding)
     length = stored.shape[0]
-    split = (*like.sharding.spec, None)[0]
+    first_dim_is_sharded = bool(like.sharding.spec and like.sharding.spec[0])
     chunk_shape = stored.chunk_layout.read_chunk.shape
-    # An array whose first dim is sharded over devices, or that is stored as one chunk, is read at once.
-    step = length if split or chunk_shape is None else chunk_shape[0] or length
+    step = length
+    # A part of a sharded first dim would not divide over the devices, so such an array is read at once.
+    if chunk_shape is not None and chunk_shape[0] and not first_dim_is_sharded:
+        step = chunk_shape[0]
     for start in range(0, length, step):
         part = stored[tensorstore.d[0][start : min(start + step, length)].translate_to[0]]
         yield start, jax.make_array_from_callback(part.shape, like.sharding, partial(_read, part))
 
 
-def _read(stored: tensorstore.TensorStore, index: Any) -> np.ndarray:
+def _read(stored: tensorstore.TensorStore, index: tuple[slice, ...]) -> np.ndarray:
     """Read the index range `index` of a stored array."""
     return np.asarray(stored[index].read().result())
 
 
-def joined(whole: jax.Array | None, part: jax.Array, start: int, length: int) -> jax.Array:
+def add_part(collected: jax.Array | None, part: jax.Array, start: int, length: int) -> jax.Array:
     """Write a part into the array that collects the parts.
 
     Args:
-        whole: The array so far, whose memory is reused (donated); None for zeros.
+        collected: The array so far, whose memory is reused (donated); None for zeros.
         part: The entries to write.
         start: Index of the first entry on the first dim.
         length: Size of the first dim of the complete array.
@@ -109,12 +122,12 @@ def joined(whole: jax.Array | None, part: jax.Array, start: int, length: int) ->
     """
     if len(part) == length:
         return part
-    if whole is None:
-        whole = jnp.zeros((length, *part.shape[1:]), part.dtype, device=part.sharding)
-    return _put(whole, part, start)
+    if collected is None:
+        collected = jnp.zeros((length, *part.shape[1:]), part.dtype, device=part.sharding)
+    return _put(collected, part, start)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, part: jax.Array, start: int) -> jax.Array:
-    """Write `part` at entry `start` of `whole`, in place."""
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
+def _put(collected: jax.Array, part: jax.Array, start: int) -> jax.Array:
+    """Write `part` at entry `start` of `collected`, in place."""
+    return jax.lax.dynamic_update_slice_in_dim(collected, part, start, 0)

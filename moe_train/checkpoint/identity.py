@@ -6,12 +6,12 @@ import hashlib
 from pathlib import Path
 
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import FOLDER, Base
+from moe_train.checkpoint.manager import CHECKPOINTS_FOLDER, WeightOrigin
 from moe_train.checkpoint.runs import is_run
 from moe_train.weights import external, external_adapter, together
 
 
-def base_of(directory: str | Path) -> Base:
+def base_origin(directory: str | Path) -> WeightOrigin:
     """Return the identity of the weights that `load_parameters` would read, with hashes over every byte.
 
     Args:
@@ -21,22 +21,22 @@ def base_of(directory: str | Path) -> Base:
         FileNotFoundError: If a run has no checkpoint.
     """
     if not is_run(directory):
-        return Base(str(directory), None, external.hashes(directory))
-    with manager.reading(directory) as checkpoints:
+        return WeightOrigin(str(directory), None, external.hash_external_model(directory))
+    with manager.open_read_only(directory) as checkpoints:
         step = checkpoints.latest_step()
     if step is None:
-        raise FileNotFoundError(f"{directory} has no checkpoint")
-    return Base(str(directory), step, _file_hashes(Path(directory) / FOLDER / str(step) / "params"))
+        raise FileNotFoundError(f"{directory} has no checkpoint; train it first, or name a model")
+    return WeightOrigin(str(directory), step, _file_hashes(Path(directory) / CHECKPOINTS_FOLDER / str(step) / "params"))
 
 
-def adapter_of(source: str | Path) -> Base:
-    """Return the identity of an adapter's files, as `base_of` does for a model."""
+def adapter_origin(source: str | Path) -> WeightOrigin:
+    """Return the identity of an adapter's files, as `base_origin` does for a model."""
     if is_run(source):
-        return base_of(source)
-    return Base(str(source), None, external_adapter.hashes(source))
+        return base_origin(source)
+    return WeightOrigin(str(source), None, external_adapter.hash_external_adapter(source))
 
 
-def check_base(base: Base) -> None:
+def check_base(base: WeightOrigin) -> None:
     """Raise an error if the weights that `base` names have changed.
 
     Raises:
@@ -44,17 +44,19 @@ def check_base(base: Base) -> None:
         FileNotFoundError: If the checkpoint that holds the weights is gone.
     """
     if base.step is None:
-        current_hashes = external.hashes(base.source)
+        current_hashes = external.hash_external_model(base.source)
     else:
-        folder = Path(base.source) / FOLDER / str(base.step) / "params"
+        folder = Path(base.source) / CHECKPOINTS_FOLDER / str(base.step) / "params"
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is gone, and holds the weights that this run's adapters belong to")
+            raise FileNotFoundError(
+                f"{folder} is missing, which has the weights that this run's adapters belong to; restore it, or start a new run_dir"
+            )
         current_hashes = _file_hashes(folder)
     changed = sorted(name for name in {*current_hashes, *base.hashes} if current_hashes.get(name) != base.hashes.get(name))
     if changed:
         raise ValueError(
             f"the base weights in {base.source} have changed since this run started ({len(changed)} tensors or files, the first "
-            f"{changed[0]}); bring the old ones back, or start a new run_dir"
+            f"{changed[0]}); restore the original files, or start a new run_dir"
         )
 
 
@@ -62,10 +64,12 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of each file by its name in the folder; with several processes, each reads a share of the files."""
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
-    def digest(name: str) -> str:
-        with files[name].open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+    def hash_files(names: list[str]) -> dict[str, str]:
+        """Return the sha256 of the named files."""
+        hashes: dict[str, str] = {}
+        for name in names:
+            with files[name].open("rb") as content:
+                hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()
+        return hashes
 
-    return together.hashes(
-        {name: file.stat().st_size for name, file in files.items()}, lambda names: {name: digest(name) for name in names}
-    )
+    return together.hash_in_shares({name: file.stat().st_size for name, file in files.items()}, hash_files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_train.checkpoint.model_dir import find_tokenizer, open_model
+from moe_train.checkpoint.model_dir import find_tokenizer_config, open_model
 from moe_train.data.tokenizers import load
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.mesh import use_default_mesh
@@ -46,4 +46,4 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Raises:
         FileNotFoundError: If there is none.
     """
-    return load.load_tokenizer(find_tokenizer(directory))
+    return load.load_tokenizer(find_tokenizer_config(directory))

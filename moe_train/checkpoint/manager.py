@@ -2,7 +2,7 @@
 
     RUN_DIR/checkpoints/STEP/params       the trainable weights, and the routers' biases
                              optimizer    the optimizer state, and the numbers of steps tried and skipped
-                             about        JSON: `About`, and the bit sums of the arrays
+                             about        JSON: `CheckpointMetadata`, and the bit sums of the arrays
                              metrics      JSON: the held-out loss, if it was measured at this step
 
 For frozen weights a checkpoint holds only their source and hashes. A checkpoint appears completely or not at all (Orbax
@@ -24,19 +24,21 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 
 from moe_train import config
-from moe_train.checkpoint.arrays import bit_sums, in_chunks, joined, parts
+from moe_train.checkpoint.arrays import add_part, bit_sums, chunked_save_args, read_in_parts
+from moe_train.machine.files import JsonObject
 from moe_train.model.parameters import Parameters
 from moe_train.train.state import TrainState, split_buffers
+from moe_train.weights.arrays import Abstract
 
 log = logging.getLogger(__name__)
-FOLDER = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 """The folder of a run that holds its checkpoints."""
 
 
-class Base(NamedTuple):
+class WeightOrigin(NamedTuple):
     """The origin of a run's initial weights: an external model's directory, or another run and the step of its checkpoint."""
 
     source: str
@@ -47,20 +49,20 @@ class Base(NamedTuple):
     """The sha256 of each tensor, or of each file of the checkpoint's weights."""
 
 
-class About(NamedTuple):
+class CheckpointMetadata(NamedTuple):
     """The metadata of a checkpoint."""
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved config: every default and the architecture are stated."""
     row: int
     """Number of rows of training data used so far: the position in the global order."""
     data: str
     """The loader's identity: a hash over everything that decides the batches."""
-    base: Base | None
+    base: WeightOrigin | None
     """The origin of the run's initial weights; None if they were random."""
     manifest: str | None = None
     """The hash over the manifests of the training data."""
-    adapter: Base | None = None
+    adapter: WeightOrigin | None = None
     """The origin of the initial adapters; None if they were newly initialized."""
 
 
@@ -78,7 +80,7 @@ def optimizer_of(state: TrainState) -> Any:
 
 
 @contextlib.contextmanager
-def opened(run_dir: str | Path, settings: config.Checkpoint) -> Iterator[ocp.CheckpointManager]:
+def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterator[ocp.CheckpointManager]:
     """Open the checkpoints of a run for writing, as a context manager.
 
     When the block ends, a save in progress is finished, or its error is raised. Nothing is written before the first save, not
@@ -108,7 +110,7 @@ def _no_traceback(record: logging.LogRecord) -> bool:
 
 def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.CheckpointManager:
     """Create Orbax's manager, which keeps the last `keep_last` checkpoints and, with `keep_best`, the one with the best loss."""
-    keep: list[Any] = [LatestN(settings.keep_last)]
+    keep: list[PreservationPolicy] = [LatestN(settings.keep_last)]
     if settings.keep_best:
         best = BestN(get_metric_fn=_loss_or_inf, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         keep.append(best)
@@ -117,10 +119,10 @@ def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.Checkpoint
         best_fn=_loss_or_inf,  # Orbax writes metrics only if this is set
         best_mode="min",
         create=False,
-        cleanup_tmp_directories=(Path(run_dir) / FOLDER).exists(),
+        cleanup_tmp_directories=(Path(run_dir) / CHECKPOINTS_FOLDER).exists(),
         save_root_metadata=False,
     )
-    return ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options)
+    return ocp.CheckpointManager((Path(run_dir) / CHECKPOINTS_FOLDER).absolute(), options=options)
 
 
 def _loss_or_inf(metrics: Mapping[str, float | None]) -> float:
@@ -136,7 +138,7 @@ def best_loss(checkpoints: ocp.CheckpointManager) -> float:
 
 
 def save(
-    checkpoints: ocp.CheckpointManager, step: int, state: TrainState, about: About, held_out_loss: float | None = None
+    checkpoints: ocp.CheckpointManager, step: int, state: TrainState, about: CheckpointMetadata, held_out_loss: float | None = None
 ) -> None:
     """Start saving the state; it may be donated as soon as this returns. Does nothing if `step` is already saved.
 
@@ -153,13 +155,15 @@ def save(
     if step in checkpoints.all_steps():
         return
     Path(checkpoints.directory).mkdir(parents=True, exist_ok=True)
-    origins = {"base": about.base, "adapter": about.adapter}
-    metadata = {**about._asdict(), **{key: origin and origin._asdict() for key, origin in origins.items()}}
+    metadata = about._asdict()
+    for key in ("base", "adapter"):
+        if metadata[key] is not None:
+            metadata[key] = metadata[key]._asdict()
     arrays = {"params": params_of(state), "optimizer": optimizer_of(state)}
     sums = {item: bit_sums(tree) for item, tree in arrays.items()}
     args = ocp.args.Composite(
         about=ocp.args.JsonSave({"about": metadata, "sums": sums}),
-        **{item: ocp.args.StandardSave(tree, in_chunks(tree)) for item, tree in arrays.items()},
+        **{item: ocp.args.StandardSave(tree, chunked_save_args(tree)) for item, tree in arrays.items()},
     )
     if held_out_loss is not None and not math.isfinite(held_out_loss):
         held_out_loss = None
@@ -197,31 +201,34 @@ def _save_error(checkpoints: ocp.CheckpointManager, error: Exception) -> Runtime
                 break
     checkpoints.reload()
     last = checkpoints.latest_step()
-    previous = "there is none before it" if last is None else f"the one of step {last} is intact"
+    previous = "there is no earlier checkpoint" if last is None else f"the checkpoint of step {last} is intact"
     return RuntimeError(f"could not save a checkpoint in {checkpoints.directory}: {_brief(error)}; {previous}")
 
 
 def _brief(error: BaseException) -> str:
     """Return the text of an error in one line of about 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " …"
+    if len(text) > 200:
+        text = text[:200] + " …"
+    return text
 
 
 # --- restoring -----------------------------------------------------------------------------------------------------
 
 
-def on_mesh(abstract: Any) -> Any:
+def on_current_mesh(abstract: Any) -> Any:
     """Convert shapes from `jax.eval_shape` to shapes whose shardings name the concrete mesh in force, with its devices."""
     mesh = jax.sharding.get_mesh()
 
     def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """Return the same shape on the concrete mesh."""
         spec = P() if x.sharding is None else x.sharding.spec  # scalars of the optimizer state have no sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(concrete, abstract)
 
 
-def newest(checkpoints: ocp.CheckpointManager) -> About | None:
+def newest_metadata(checkpoints: ocp.CheckpointManager) -> CheckpointMetadata | None:
     """Return the metadata of the newest checkpoint whose metadata can be read; None if there is none."""
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
@@ -231,10 +238,13 @@ def newest(checkpoints: ocp.CheckpointManager) -> About | None:
     return None
 
 
-def _read_metadata(checkpoints: ocp.CheckpointManager, step: int) -> About:
+def _read_metadata(checkpoints: ocp.CheckpointManager, step: int) -> CheckpointMetadata:
     """Read the metadata of a checkpoint."""
     metadata = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
-    return About(**{**metadata, **{key: metadata.get(key) and Base(**metadata[key]) for key in ("base", "adapter")}})
+    for key in ("base", "adapter"):
+        if metadata.get(key) is not None:
+            metadata[key] = WeightOrigin(**metadata[key])
+    return CheckpointMetadata(**metadata)
 
 
 def _restore_arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
@@ -243,7 +253,7 @@ def _restore_arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: A
     Raises:
         ValueError: If the bit sums of an item differ from those that were saved.
     """
-    items = {item: ocp.args.StandardRestore(on_mesh(tree)) for item, tree in abstract.items()}
+    items = {item: ocp.args.StandardRestore(on_current_mesh(tree)) for item, tree in abstract.items()}
     restored = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
     for item in items:
         if bit_sums(restored[item]) != restored.about["sums"][item]:
@@ -253,18 +263,18 @@ def _restore_arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: A
 
 def _checksum_error(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
     """Return the error for arrays whose bit sums differ from those that were saved."""
-    return ValueError(f"{checkpoints.directory}/{step}/{item} does not hold what was saved: its arrays have other sums")
+    return ValueError(f"{checkpoints.directory}/{step}/{item} is damaged: the bit sums of its arrays differ from those saved")
 
 
-Keep = Mapping[str, Callable[[jax.Array], Parameters]]
+PartConverters = Mapping[str, Callable[[jax.Array], Parameters]]
 """Path of an array -> a function that converts a part of the array (along its first dim) to that part of what is kept of it,
 such as its quantized values and scales.
 """
 
 
 def load_params(
-    run_dir: str | Path, abstract: Parameters, step: int | None = None, keep: Keep | None = None
-) -> tuple[Parameters, About]:
+    run_dir: str | Path, abstract: Abstract, step: int | None = None, keep: PartConverters | None = None
+) -> tuple[Parameters, CheckpointMetadata]:
     """Load the trainable weights of a run onto the mesh in force.
 
     The newest checkpoint that can be read is used. Passing over a damaged one is logged, and nothing is renamed.
@@ -283,22 +293,26 @@ def load_params(
         FileNotFoundError: If there is no checkpoint (of `step`).
         RuntimeError: If no checkpoint can be read.
     """
-    with reading(run_dir) as checkpoints:
-        saved_steps = sorted(checkpoints.all_steps(), reverse=True)
-        steps = saved_steps if step is None else [s for s in saved_steps if s == step]
+    with open_read_only(run_dir) as checkpoints:
+        steps = sorted(checkpoints.all_steps(), reverse=True)
         if not steps:
-            wanted_step = "" if step is None else f" of step {step}"
-            raise FileNotFoundError(f"{run_dir} has no checkpoint{wanted_step}")
-        for step in steps:
+            raise FileNotFoundError(f"{run_dir} has no checkpoint")
+        if step is not None:
+            if step not in steps:
+                raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}")
+            steps = [step]
+        for candidate in steps:
             try:
-                return _load_array_by_array(checkpoints, step, abstract, keep), _read_metadata(checkpoints, step)
+                return _load_array_by_array(checkpoints, candidate, abstract, keep), _read_metadata(checkpoints, candidate)
             except Exception as error:
-                fault = f"the checkpoint of step {step} in {run_dir} cannot be read: {_brief(error)}"
+                fault = f"the checkpoint of step {candidate} in {run_dir} cannot be read: {_brief(error)}"
                 log.warning("%s", fault)
     raise RuntimeError(fault)
 
 
-def _load_array_by_array(checkpoints: ocp.CheckpointManager, step: int, abstract: Parameters, keep: Keep | None) -> Parameters:
+def _load_array_by_array(
+    checkpoints: ocp.CheckpointManager, step: int, abstract: Abstract, keep: PartConverters | None
+) -> Parameters:
     """Read the arrays of `abstract` one after the other, in parts, and verify their bit sums.
 
     Returns:
@@ -313,11 +327,11 @@ def _load_array_by_array(checkpoints: ocp.CheckpointManager, step: int, abstract
         collected: Parameters = {}
         total = 0
         length = abstract[path].shape[0]
-        for start, part in parts(Path(checkpoints.directory) / str(step) / "params", path, on_mesh(abstract[path])):
+        for start, part in read_in_parts(Path(checkpoints.directory) / str(step) / "params", path, on_current_mesh(abstract[path])):
             total += bit_sums(part)[0]
             converted = {path: part} if keep is None else keep[path](part)
             for name, x in converted.items():
-                collected[name] = joined(collected.get(name), x, start, length)
+                collected[name] = add_part(collected.get(name), x, start, length)
             del part, converted
             jax.block_until_ready(collected)  # the next part may need the memory of this one
         if total % 2**32 != sums[path]:
@@ -331,7 +345,7 @@ class Restored(NamedTuple):
 
     state: TrainState
     """The state; `frozen` is empty."""
-    about: About
+    about: CheckpointMetadata
     """The metadata of the checkpoint."""
     damaged: dict[int, str]
     """Step -> error for the newer checkpoints that could not be read."""
@@ -365,8 +379,8 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
         trainable, buffers = split_buffers(arrays.params)
         return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **arrays.optimizer), about, damaged)
     if damaged:
-        step, why = next(iter(damaged.items()))
-        raise RuntimeError(f"no checkpoint in {checkpoints.directory} can be read; the newest, of step {step}: {why}")
+        step, reason = next(iter(damaged.items()))
+        raise RuntimeError(f"no checkpoint in {checkpoints.directory} can be read; the newest, of step {step}: {reason}")
     return None
 
 
@@ -374,14 +388,14 @@ def _rename_damaged(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, st
     """Rename damaged checkpoints; one process does it, and all processes reload the list of steps."""
     if damaged and jax.process_index() == 0:
         for step in damaged:
-            aside = checkpoints.directory / f"damaged-{step}"
-            shutil.rmtree(aside, ignore_errors=True)  # left by an earlier restore of the same step
-            (checkpoints.directory / str(step)).rename(aside)
+            renamed = checkpoints.directory / f"damaged-{step}"
+            shutil.rmtree(renamed, ignore_errors=True)  # left by an earlier restore of the same step
+            (checkpoints.directory / str(step)).rename(renamed)
     if damaged:
         checkpoints.reload()
 
 
-def reading(run_dir: str | Path) -> ocp.CheckpointManager:
+def open_read_only(run_dir: str | Path) -> ocp.CheckpointManager:
     """Open the checkpoints of a run read-only; use the result as a context manager."""
     options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((Path(run_dir) / FOLDER).absolute(), options=options)
+    return ocp.CheckpointManager((Path(run_dir) / CHECKPOINTS_FOLDER).absolute(), options=options)

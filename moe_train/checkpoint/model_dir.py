@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.identity import check_base
-from moe_train.checkpoint.manager import Base
-from moe_train.checkpoint.runs import TOKENIZER, is_run, read_run
+from moe_train.checkpoint.manager import WeightOrigin
+from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, read_run
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
@@ -28,10 +28,10 @@ from moe_train.model.quantize import quantized, unquantized
 from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
 from moe_train.weights import external, external_adapter, gguf
-from moe_train.weights.arrays import Held
+from moe_train.weights.arrays import Abstract, LazyParameters
 
 
-class Opened(NamedTuple):
+class OpenedModel(NamedTuple):
     """A model that is ready to be loaded."""
 
     directory: Path
@@ -59,13 +59,13 @@ class Opened(NamedTuple):
         check_host_memory(shapes, str(self.directory))
         return structure, load_parameters(self.directory, shapes)
 
-    def to_export(self) -> Held:
-        """Return the weights, adapters included, for an export; weights of external files are read lazily (see `left_in_files`)."""
+    def to_export(self) -> LazyParameters:
+        """Return the weights for an export, adapters included; weights of external files are read lazily (see `load_lazily`)."""
         _, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
-        return load_parameters(self.directory, shapes, load=left_in_files)
+        return load_parameters(self.directory, shapes, load=load_lazily)
 
 
-def open_model(directory: str | Path) -> Opened:
+def open_model(directory: str | Path) -> OpenedModel:
     """Open a run (its newest checkpoint) or an external model, on the available devices.
 
     Raises:
@@ -75,29 +75,29 @@ def open_model(directory: str | Path) -> Opened:
     run = read_run(directory) if is_run(directory) else None
     if run and run.lora and run.init_from and not Path(run.init_from).exists():
         raise FileNotFoundError(
-            f"the adapters of {directory} belong to the weights in {run.init_from}, which {Path.cwd()} has not; "
-            "bring them there, or go to where the run was started"
+            f"the adapters of {directory} belong to the weights in {run.init_from}, which do not exist relative to {Path.cwd()}; "
+            "copy them there, or change to the folder where the run was started"
         )
     model = run.model if run else read_model(directory)
-    tokenizer = load_tokenizer(find_tokenizer(directory))
+    tokenizer = load_tokenizer(find_tokenizer_config(directory))
     check_vocab(tokenizer, model.vocab_size)
     chat_template = None
     if run and isinstance(run.data, config.RunData):
         chat_template = run.data.chat_template
     template = load_template(chat_template, tokenizer)
-    compute = run.compute if run else compute_here()
-    mesh = make_mesh(mesh_here(run, model))
-    return Opened(Path(directory), run, model, run.lora if run else None, compute, tokenizer, template, mesh)
+    compute = run.compute if run else default_compute()
+    mesh = make_mesh(mesh_for_devices(run, model))
+    return OpenedModel(Path(directory), run, model, run.lora if run else None, compute, tokenizer, template, mesh)
 
 
 def read_model(directory: str | Path) -> config.Model:
     """Return the architecture of a run or of an external model."""
     if is_run(directory):
         return read_run(directory).model
-    return external.read_model(directory)
+    return external.read_external_model(directory)
 
 
-def find_tokenizer(directory: str | Path) -> config.Tokenizer:
+def find_tokenizer_config(directory: str | Path) -> config.Tokenizer:
     """Find the tokenizer that a run was trained with, or that is in a model's folder; a GGUF file's is unpacked next to the file.
 
     Raises:
@@ -105,7 +105,7 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
     """
     if is_run(directory):
         with contextlib.suppress(FileNotFoundError):  # prefer the run's own copy
-            return tokenizer_at(Path(directory) / TOKENIZER)
+            return tokenizer_at(Path(directory) / TOKENIZER_FOLDER)
         data = read_run(directory).data
         if isinstance(data, config.RunData):
             return data.tokenizer
@@ -116,12 +116,12 @@ def find_tokenizer(directory: str | Path) -> config.Tokenizer:
     if gguf_file is not None:
         return config.HuggingFaceTokenizer(name="huggingface", path=str(gguf.unpack_tokenizer(gguf_file)))
     raise FileNotFoundError(
-        f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; put the model's own there, or for training name it "
-        "in data.tokenizer"
+        f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; copy the model's own there, or name it in "
+        "data.tokenizer for training"
     )
 
 
-def compute_here() -> config.Compute:
+def default_compute() -> config.Compute:
     """Return the compute settings for a model that no run's config describes: float32 on CPUs, bfloat16 otherwise."""
     dtype: config.Dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return config.Compute(dtype=dtype, param_dtype=dtype)
@@ -136,10 +136,10 @@ def dtype_of_files(directory: str | Path, otherwise: config.Dtype) -> config.Dty
     """
     if is_run(directory):
         return otherwise
-    return external.open_weights(directory).dtype or otherwise
+    return external.open_external_weights(directory).dtype or otherwise
 
 
-def mesh_here(run: config.Run | None, model: config.Model) -> config.Mesh:
+def mesh_for_devices(run: config.Run | None, model: config.Model) -> config.Mesh:
     """Return the run's mesh if it fits the number of available devices; otherwise all devices along `fsdp`.
 
     Args:
@@ -154,12 +154,12 @@ def mesh_here(run: config.Run | None, model: config.Model) -> config.Mesh:
         return run.mesh
     if model.model_dim % devices:
         raise ValueError(
-            f"model_dim {model.model_dim} does not divide over the {devices} devices here; show the process fewer of them"
+            f"model_dim {model.model_dim} is not divisible by the {devices} available devices; make fewer of them visible"
         )
     return config.Mesh(fsdp=devices)
 
 
-def left_in_files(path: str | Path, abstract: Mapping[str, Any]) -> Held:
+def load_lazily(path: str | Path, abstract: Abstract) -> LazyParameters:
     """Open an external model for an export as lazy weights, which stay in their files and are read matrix by matrix.
 
     An export asks for each matrix a few times, so memory does not grow with the model. With several processes, each would read
@@ -170,23 +170,23 @@ def left_in_files(path: str | Path, abstract: Mapping[str, Any]) -> Held:
         abstract: Shapes, dtypes and shardings of the weights.
     """
     if jax.process_count() == 1:
-        return external.leave_parameters(path, abstract)
-    return external.load_parameters(path, abstract)
+        return external.open_external_lazily(path, abstract)
+    return external.load_external_parameters(path, abstract)
 
 
 @overload
 def load_parameters(directory: str | Path, abstract: Mapping[str, Any], step: int | None = None) -> Parameters: ...
 @overload
 def load_parameters(
-    directory: str | Path, abstract: Mapping[str, Any], step: int | None = None, *, load: Callable[..., Held]
-) -> Held: ...
+    directory: str | Path, abstract: Mapping[str, Any], step: int | None = None, *, load: Callable[..., LazyParameters]
+) -> LazyParameters: ...
 def load_parameters(
     directory: str | Path,
     abstract: Mapping[str, Any],
     step: int | None = None,
     *,
-    load: Callable[..., Held] = external.load_parameters,
-) -> Held:
+    load: Callable[..., LazyParameters] = external.load_external_parameters,
+) -> LazyParameters:
     """Load all weights of a run or of an external model.
 
     For a run, trained weights come from its checkpoint, and frozen weights from where the run loaded them at first.
@@ -206,25 +206,27 @@ def load_parameters(
     trainable, frozen = partition(dict(abstract), run.lora)
 
     # Checkpoints hold unquantized weights; each part is quantized as soon as it is read if `abstract` asks for it.
-    def held(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
+    def convert(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
         """Convert a part of a stored array to the dtype, or to the quantized values, of `abstract`."""
         parts = {part: trainable[part] for part in (f"{path}.codes", f"{path}.scales") if part in trainable}
         return quantized({path: array.astype(like.dtype)}, parts)
 
-    keep = {path: partial(held, path=path, like=like) for path, like in unquantized(trainable).items()}
-    params, about = manager.load_params(directory, _trained_shapes(run), step, keep)
+    converters = {path: partial(convert, path=path, like=like) for path, like in unquantized(trainable).items()}
+    params, about = manager.load_params(directory, _trained_shapes(run), step, converters)
     if not frozen:
         return params
-    assert about.base is not None
+    if about.base is None:
+        raise ValueError(f"{directory} has frozen weights, but its checkpoint does not state where they came from; start a new run")
     check_base(about.base)
     return {**params, **load_parameters(about.base.source, frozen, about.base.step, load=load)}
 
 
 def _trained_shapes(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
-    model = run.model
     lora = run.lora and run.lora.model_copy(update={"quantize": None})
-    return partition(parameters(jax.eval_shape(lambda: init_model(run.seed, model, run.compute, lora)))[1], lora)[0]
+    _, shapes = parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, lora)))
+    trainable, _ = partition(shapes, lora)
+    return trainable
 
 
 def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
@@ -239,16 +241,16 @@ def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
         FileNotFoundError: If there are no adapters.
     """
     if not is_run(source):
-        return external_adapter.read_lora(source, model)
+        return external_adapter.read_external_lora(source, model)
     run = read_run(source)
     if run.lora is None:
-        raise ValueError(f"{source} is a run without adapters: it was trained in full")
+        raise ValueError(f"{source} is a run without adapters: it was trained in full; name a run with a section `lora`")
     if run.model != model:
-        raise ValueError(f"the adapters of {source} belong to a model of another architecture")
+        raise ValueError(f"the adapters of {source} belong to a model of another architecture; name the base they were trained on")
     return run.lora
 
 
-def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any]) -> Parameters:
+def load_adapter(origin: WeightOrigin, model: config.Model, abstract: Mapping[str, Any]) -> Parameters:
     """Load adapters, and the weights that were trained in full with them, from a run or from external files.
 
     Args:
@@ -263,4 +265,4 @@ def load_adapter(origin: Base, model: config.Model, abstract: Mapping[str, Any])
     trained_shapes = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(lora)}
     if is_run(origin.source):
         return manager.load_params(origin.source, trained_shapes, origin.step)[0]
-    return external_adapter.load_adapter(origin.source, model, trained_shapes)
+    return external_adapter.load_external_adapter(origin.source, model, trained_shapes)

@@ -9,16 +9,16 @@ from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import FOLDER, About
+from moe_train.checkpoint.manager import CHECKPOINTS_FOLDER, CheckpointMetadata
 from moe_train.config.faults import explain_errors
 
-TOKENIZER = "tokenizer"
+TOKENIZER_FOLDER = "tokenizer"
 """The folder of a run that holds its tokenizer's files."""
 
 
 def is_run(directory: str | Path) -> bool:
     """Return whether the directory is one of our runs."""
-    return (Path(directory) / FOLDER).is_dir()
+    return (Path(directory) / CHECKPOINTS_FOLDER).is_dir()
 
 
 def read_run(run_dir: str | Path) -> config.Run:
@@ -27,14 +27,14 @@ def read_run(run_dir: str | Path) -> config.Run:
     Raises:
         FileNotFoundError: If the run has no checkpoint that can be read.
     """
-    with manager.reading(run_dir) as checkpoints:
-        about = manager.newest(checkpoints)
+    with manager.open_read_only(run_dir) as checkpoints:
+        about = manager.newest_metadata(checkpoints)
     if about is None:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read")
+        raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read; wait for the first one")
     return config.run_of(saved_config(run_dir, about))
 
 
-def saved_config(run_dir: str | Path, about: About) -> config.Config:
+def saved_config(run_dir: str | Path, about: CheckpointMetadata) -> config.Config:
     """Return the config that a checkpoint was saved with, also if an older version of this package saved it.
 
     Args:
@@ -50,5 +50,5 @@ def saved_config(run_dir: str | Path, about: About) -> config.Config:
         path, message = next(explain_errors(error, about.config))
         key = ".".join(str(part) for part in path)
         raise ValueError(
-            f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version for it, or start anew"
+            f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version, or start a new run"
         ) from error

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
-from moe_train.checkpoint.manager import Base
+from moe_train.checkpoint.manager import WeightOrigin
 from moe_train.commands import write_and_prove
 from moe_train.machine.files import new_directory, read_object, refuse_existing
 from moe_train.machine.mesh import make_mesh
@@ -28,10 +28,10 @@ from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.proof.scaled import prove_scaled
 from moe_train.weights import gguf, merge, names, peft, texts
-from moe_train.weights.arrays import Held, fetch
+from moe_train.weights.arrays import LazyParameters, fetch_entry
 from moe_train.weights.gguf import lora as gguf_lora
 
-ReadBaseWeight = Callable[[names.Piece], np.ndarray]
+ReadBaseWeight = Callable[[names.WeightPiece], np.ndarray]
 """Reads the base model's weight of a piece."""
 
 
@@ -116,7 +116,7 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
         adapters = [_load_adapter(path, model) for path in (source, against) if path is not None]
         read_weight = _base_weights(base, model)
         changes = []
-        for piece in names.pieces(model):
+        for piece in names.weight_pieces(model):
             change = _measure_change(piece, model, adapters, read_weight)
             if change is not None:
                 changes.append(change)
@@ -125,7 +125,7 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
 
 def _find_base(source: str | Path) -> str:
     """Return the path of the base model that a run or an adapter names. Raises FileNotFoundError if it does not exist."""
-    peft_config = Path(source) / peft.CONFIG
+    peft_config = Path(source) / peft.ADAPTER_CONFIG
     if runs.is_run(source):
         named = runs.read_run(source).init_from
     elif peft_config.is_file():
@@ -145,22 +145,22 @@ def _load_adapter(source: str | Path, model: config.Model) -> tuple[config.Lora,
     """Return the section `lora` of an adapter, and the trained parameters."""
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute(), lora)))[1]
-    return lora, model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
+    return lora, model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
 
 
 def _base_weights(base: str | Path, model: config.Model) -> ReadBaseWeight:
     """Return a function that reads the base's weight of a piece from its files when it is called."""
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
-    lazy_weights = model_dir.load_parameters(base, shapes, load=model_dir.left_in_files)
+    lazy_weights = model_dir.load_parameters(base, shapes, load=model_dir.load_lazily)
 
-    def read_weight(piece: names.Piece) -> np.ndarray:
-        return fetch(lazy_weights[piece.path], piece.lead)
+    def read_weight(piece: names.WeightPiece) -> np.ndarray:
+        return fetch_entry(lazy_weights[piece.path], piece.lead)
 
     return read_weight
 
 
 def _measure_change(
-    piece: names.Piece, model: config.Model, adapters: list[tuple[config.Lora, Parameters]], read_weight: ReadBaseWeight
+    piece: names.WeightPiece, model: config.Model, adapters: list[tuple[config.Lora, Parameters]], read_weight: ReadBaseWeight
 ) -> MatrixChange | None:
     """Measure the change of one piece; None if none of the adapters touches it."""
     path = ParameterPath.parse(piece.path)
@@ -178,11 +178,11 @@ def _measure_change(
     return MatrixChange(layer, path.module, expert, float(delta), weight_norm)
 
 
-def _full_weight(lora: config.Lora, trained: Parameters, piece: names.Piece, base_weight: np.ndarray) -> np.ndarray:
+def _full_weight(lora: config.Lora, trained: Parameters, piece: names.WeightPiece, base_weight: np.ndarray) -> np.ndarray:
     """Return the trained weight in float64, with an adapter's delta added."""
     if piece.path in trained:
-        return fetch(trained[piece.path], piece.lead).astype(np.float64)
-    delta = merge.delta(trained, lora, piece)
+        return fetch_entry(trained[piece.path], piece.lead).astype(np.float64)
+    delta = merge.lora_delta(trained, lora, piece)
     return base_weight.astype(np.float64) + (0 if delta is None else delta)
 
 
@@ -192,7 +192,7 @@ def _factors(
     """Return (s·A as (in, J), B as (J, out)), or None without an adapter."""
     if not path.has_adapter(trained):
         return None
-    a, b = (fetch(trained[name], lead).astype(np.float64) for name in path.adapter)
+    a, b = (fetch_entry(trained[name], lead).astype(np.float64) for name in path.adapter)
     J = b.shape[0]
     return merge.scale_of(lora, path.module_path, lead) * a.reshape(-1, J), b.reshape(J, -1)
 
@@ -251,7 +251,7 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
 
 def base_and_adapter(
     base: str | Path, source: str | Path, model: config.Model, dtype: config.Dtype | None = None
-) -> tuple[config.Lora, Held]:
+) -> tuple[config.Lora, LazyParameters]:
     """Load a base model and adapters for it; the mesh must be in force.
 
     Args:
@@ -263,14 +263,14 @@ def base_and_adapter(
     Returns:
         (the section `lora` of the adapters, the weights of base and adapters). Weights in external files are read lazily.
     """
-    dtype = dtype or model_dir.dtype_of_files(base, otherwise=model_dir.compute_here().param_dtype)
+    dtype = dtype or model_dir.dtype_of_files(base, otherwise=model_dir.default_compute().param_dtype)
     compute = config.Compute(param_dtype=dtype)
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
-    trained = model_dir.load_adapter(Base(str(source), None, {}), model, shapes)
+    trained = model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
     frozen_shapes = {path: shape for path, shape in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
     # Loaded lazily, since the base may be larger than the host's memory.
-    frozen = model_dir.load_parameters(base, frozen_shapes, load=model_dir.left_in_files)
+    frozen = model_dir.load_parameters(base, frozen_shapes, load=model_dir.load_lazily)
     return lora, {**frozen, **trained}
 
 
@@ -288,9 +288,9 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     directory = Path(source)
     if runs.is_run(directory):
         raise ValueError(f"{source} is a run; export its adapter with --format peft, and scale the export")
-    if not (directory / peft.CONFIG).is_file():
-        raise FileNotFoundError(f"{directory / peft.CONFIG} is missing; give a directory with a PEFT adapter")
-    settings = read_object(directory / peft.CONFIG)
+    if not (directory / peft.ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"{directory / peft.ADAPTER_CONFIG} is missing; give a directory with a PEFT adapter")
+    settings = read_object(directory / peft.ADAPTER_CONFIG)
     if settings.get("modules_to_save"):
         raise ValueError(
             f"{source} has modules trained in full ({settings['modules_to_save']}), which have no scale; merge the adapter instead"
@@ -301,9 +301,9 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     with new_directory(out_dir) as unfinished:
         for file in directory.iterdir():
             # The old proof is about the old scale.
-            if file.is_file() and file.name not in (peft.CONFIG, "export_proof.json"):
+            if file.is_file() and file.name not in (peft.ADAPTER_CONFIG, "export_proof.json"):
                 shutil.copyfile(file, unfinished / file.name)
-        (unfinished / peft.CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (unfinished / peft.ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         prove_scaled(unfinished, directory, factor)
     return {"adapter": str(out_dir), "lora_alpha": settings["lora_alpha"], "alpha_pattern": settings["alpha_pattern"]}
 

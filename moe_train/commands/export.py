@@ -16,7 +16,7 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.model_dir import Opened, dtype_of_files, open_model
+from moe_train.checkpoint.model_dir import OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands import write_and_prove
 from moe_train.config import yaml_file
@@ -28,7 +28,7 @@ from moe_train.machine.mesh import join_processes
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
 from moe_train.weights import external, peft, serve, together
-from moe_train.weights.arrays import Held
+from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES
@@ -78,7 +78,7 @@ class _AdapterFiles(NamedTuple):
 def export(
     source: str | Path,
     out_dir: str | Path,
-    layout: serve.Layout = "hf",
+    layout: serve.ExportFormat = "hf",
     merge: bool = False,
     options: ExportOptions = ExportOptions(),
 ) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def export(
     return record
 
 
-def _check_source(opened: Opened, layout: serve.Layout, merge: bool) -> None:
+def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) -> None:
     """Raise ValueError if the model cannot be written in the layout."""
     inexpressible = config.without_format(opened.model)
     if inexpressible:
@@ -164,14 +164,16 @@ def _check_source(opened: Opened, layout: serve.Layout, merge: bool) -> None:
     raise ValueError(f"{opened.directory} has no adapter to write as {layout}: {reason}; use --format hf")
 
 
-def _export_adapter(opened: Opened, out_dir: str | Path, files: _AdapterFiles, origin: _Origin) -> dict[str, Any]:
+def _export_adapter(opened: OpenedModel, out_dir: str | Path, files: _AdapterFiles, origin: _Origin) -> dict[str, Any]:
     """Write the adapter of a run and verify it, on the mesh in force; returns the record."""
     lora = opened.lora
     assert lora is not None  # `_check_source` has refused models without adapters
     weights = opened.to_export()
     if jax.process_count() > 1:
         # The first process alone writes an adapter, so it needs all of it.
-        weights = together.gathered({path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)})
+        weights = together.gather_on_each_process(
+            {path: x for path, x in weights.items() if ParameterPath.parse(path).is_trained(lora)}
+        )
     with together.one_directory(out_dir) as directory:
         with together.all_or_none():
             if together.is_first():
@@ -192,7 +194,7 @@ def _export_adapter(opened: Opened, out_dir: str | Path, files: _AdapterFiles, o
     return record
 
 
-def _write_adapter(directory: Path, files: _AdapterFiles, weights: Held, opened: Opened, texts: Texts) -> None:
+def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameters, opened: OpenedModel, texts: Texts) -> None:
     """Replace the empty directory by a complete adapter."""
     model = opened.model
     lora = opened.lora
@@ -209,7 +211,7 @@ def _write_adapter(directory: Path, files: _AdapterFiles, weights: Held, opened:
             gguf_lora.export_adapter(weights, model, lora, directory, base_model=base, name=files.name, texts=texts)
 
 
-def _check_options(layout: serve.Layout, options: ExportOptions) -> None:
+def _check_options(layout: serve.ExportFormat, options: ExportOptions) -> None:
     """Raise ValueError if an option would have no effect in this layout."""
     if options.dtype is not None and layout in ("peft", "gguf-lora"):
         written = "keeps the dtype of training" if layout == "peft" else "is always float32"
@@ -218,7 +220,7 @@ def _check_options(layout: serve.Layout, options: ExportOptions) -> None:
         raise ValueError(f"--max-shard-size has no effect with --format {layout}, which writes one file of weights; leave it out")
 
 
-def unquantized_model(opened: Opened) -> Opened:
+def unquantized_model(opened: OpenedModel) -> OpenedModel:
     """Return the same model with the weights of the base's files, even if the run held them quantized."""
     lora = opened.lora
     if lora is None or lora.quantize is None:
@@ -226,7 +228,7 @@ def unquantized_model(opened: Opened) -> Opened:
     return opened._replace(lora=lora.model_copy(update={"quantize": None}))
 
 
-def _serve_command(server: serve.Server | None, layout: serve.Layout, opened: Opened, out_dir: str | Path) -> str | None:
+def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, opened: OpenedModel, out_dir: str | Path) -> str | None:
     """Return the command that starts `server` on the export; None without a server.
 
     vLLM and transformers need the base in Hugging Face's layout, so for another base the command exports it first.
@@ -245,10 +247,10 @@ def _serve_command(server: serve.Server | None, layout: serve.Layout, opened: Op
     if layout == "peft" and base is not None and (is_run(base) or external.layout_of(base) != "hf"):
         base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
-    return base_export + serve.command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)
+    return base_export + serve.serving_command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)
 
 
-def _default_dtype(opened: Opened) -> config.Dtype:
+def _default_dtype(opened: OpenedModel) -> config.Dtype:
     """Return the dtype of the files that training started from, so that unchanged weights keep their bytes.
 
     Without such files it is the dtype of training.
@@ -263,14 +265,14 @@ def _default_dtype(opened: Opened) -> config.Dtype:
     return dtype_of_files(files, otherwise=opened.compute.param_dtype)
 
 
-def _about(opened: Opened) -> dict[str, Any]:
+def _about(opened: OpenedModel) -> dict[str, Any]:
     """Return what the record states about the origin of the weights."""
     origin: dict[str, Any] = {"source": str(opened.directory)}
     if opened.run is None:
         return origin
-    with manager.reading(opened.directory) as checkpoints:
+    with manager.open_read_only(opened.directory) as checkpoints:
         step = checkpoints.latest_step()
-        about = manager.newest(checkpoints)
+        about = manager.newest_metadata(checkpoints)
     assert about is not None
     origin |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
     origin["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()

@@ -24,7 +24,7 @@ from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine.files import check_space, new_directory, refuse_existing
 from moe_train.weights import external, hf, mistral, names
-from moe_train.weights.on_disk import Weights, nbytes
+from moe_train.weights.on_disk import WeightFiles, array_bytes
 from moe_train.weights.texts import Texts, write_texts
 
 WrittenLayout = Literal["hf", "mistral"]
@@ -59,17 +59,17 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     refuse_existing(Path(out_dir))
     if runs.is_run(base):
         raise ValueError(f"BASE {base} is a run; export it first, and extend the export")
-    old = load_tokenizer(model_dir.find_tokenizer(base))
+    old = load_tokenizer(model_dir.find_tokenizer_config(base))
     new = load_any_tokenizer(tokenizer)
-    weights = external.open_weights(base)
-    names.check(base, weights.table, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
+    weights = external.open_external_weights(base)
+    names.check_file_tensors(base, weights.pieces, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
     ids = new_ids(old, new)
     check_vocab(old, weights.model.vocab_size)
     model = weights.model.model_copy(update={"vocab_size": new.vocab_size})
     dtype = weights.dtype or "float32"
-    source = {(piece.path, piece.lead): piece for piece in weights.table}
+    source = {(piece.path, piece.lead): piece for piece in weights.pieces}
 
-    def matrix(piece: names.Piece) -> np.ndarray:
+    def matrix(piece: names.WeightPiece) -> np.ndarray:
         base_piece = source[piece.path, piece.lead]
         read = weights.tensors[base_piece.name].read
         if piece.path in _VOCAB_TABLES:
@@ -77,7 +77,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
             return piece.to_file(table).astype(dtype, copy=False)
         return piece.to_file(base_piece.from_file(read)).astype(dtype, copy=False)
 
-    check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in names.pieces(model)))
+    check_space(out_dir, sum(array_bytes(piece.shape, np.dtype(dtype)) for piece in names.weight_pieces(model)))
     with new_directory(out_dir) as directory:
         match layout:
             case "hf":
@@ -92,7 +92,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
         "tokens_before": len(ids),
         "tokens": new.vocab_size,
         "ids_moved": sum(old_id != new_id for old_id, new_id in ids.items()),
-        "parameters": sum(int(np.prod(piece.shape)) for piece in names.pieces(model)),
+        "parameters": sum(int(np.prod(piece.shape)) for piece in names.weight_pieces(model)),
         "dtype": dtype,
     }
 
@@ -114,7 +114,7 @@ def load_any_tokenizer(name: str) -> Tokenizer:
             raise FileNotFoundError(f"mistral-common contains no sentencepiece model of version {name}; state the path of its file")
         path = Path(str(files[0]))
     if path.is_dir():
-        return load_tokenizer(model_dir.find_tokenizer(path))
+        return load_tokenizer(model_dir.find_tokenizer_config(path))
     if path.name == "tokenizer.json":
         return load_tokenizer(config.HuggingFaceTokenizer(name="huggingface", path=str(path)))
     return load_tokenizer(config.MistralTokenizer(name="mistral", path=str(path)))
@@ -156,7 +156,7 @@ def token_pieces(tokenizer: Tokenizer) -> dict[int, str | bytes]:
     return pieces
 
 
-def extend_table(piece: names.Piece, read: ReadTensor, ids: Mapping[int, int], size: int) -> np.ndarray:
+def extend_table(piece: names.WeightPiece, read: ReadTensor, ids: Mapping[int, int], size: int) -> np.ndarray:
     """Extend a table to the new vocabulary.
 
     Args:
@@ -168,7 +168,7 @@ def extend_table(piece: names.Piece, read: ReadTensor, ids: Mapping[int, int], s
     Returns:
         (size, D): row i of the old table at ids[i], and the mean of these rows everywhere else.
     """
-    dim = piece.ours_shape[1]
+    dim = piece.internal_shape[1]
     total = np.zeros(dim)
     is_new = np.ones(size, bool)
     out = None
@@ -185,25 +185,25 @@ def extend_table(piece: names.Piece, read: ReadTensor, ids: Mapping[int, int], s
     return out
 
 
-def _rows(piece: names.Piece, read: ReadTensor, ids: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
+def _rows(piece: names.WeightPiece, read: ReadTensor, ids: Sequence[int]) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yield (some of the ids, their rows) until all were read, so that a table of embeddings is never in memory as a whole."""
-    for start in range(0, piece.ours_shape[0], ROWS_PER_READ):
-        stop = min(start + ROWS_PER_READ, piece.ours_shape[0])
+    for start in range(0, piece.internal_shape[0], ROWS_PER_READ):
+        stop = min(start + ROWS_PER_READ, piece.internal_shape[0])
         chunk = [i for i in ids if start <= i < stop]
         if chunk:
-            yield chunk, piece.from_file(read, [(start, stop), (0, piece.ours_shape[1])])[np.array(chunk) - start]
+            yield chunk, piece.from_file(read, [(start, stop), (0, piece.internal_shape[1])])[np.array(chunk) - start]
 
 
-def _check_written(directory: Path, model: config.Model, weights: Weights, ids: Mapping[int, int]) -> None:
+def _check_written(directory: Path, model: config.Model, weights: WeightFiles, ids: Mapping[int, int]) -> None:
     """ReadTensor the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
-    written = external.open_weights(directory)
-    source = {(piece.path, piece.lead): piece for piece in weights.table}
-    names.check(directory, written.table, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
+    written = external.open_external_weights(directory)
+    source = {(piece.path, piece.lead): piece for piece in weights.pieces}
+    names.check_file_tensors(directory, written.pieces, {name: tensor.shape for name, tensor in written.tensors.items()}, {})
     if written.model.vocab_size != model.vocab_size:
         raise RuntimeError(
             f"{directory} was written with {written.model.vocab_size} tokens instead of {model.vocab_size}; report this as a bug"
         )
-    for piece in written.table:
+    for piece in written.pieces:
         base_piece = source[piece.path, piece.lead]
         read = weights.tensors[base_piece.name].read
         written_matrix = piece.from_file(written.tensors[piece.name].read)

@@ -24,7 +24,7 @@ from moe_train.data.tokenizers.tokenizer import check_vocab
 from moe_train.machine.files import check_space, new_directory, refuse_existing
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, hf, names, safetensors_files
-from moe_train.weights.on_disk import Weights, nbytes
+from moe_train.weights.on_disk import WeightFiles, array_bytes
 from moe_train.weights.texts import Texts, write_texts
 
 
@@ -64,16 +64,16 @@ def upcycle(
         raise ValueError(f"BASE {base} is a run; export it first, and upcycle the export")
     if not 0 <= noise < float("inf"):
         raise ValueError(f"--noise {noise} is not a standard deviation; use 0 or more")
-    dense = external.open_weights(base)
+    dense = external.open_external_weights(base)
     model = mixtral_of(dense.model, num_experts, experts_per_token, base)
-    names.check(base, dense.table, {n: t.shape for n, t in dense.tensors.items()}, {})
-    tokenizer = load_tokenizer(model_dir.find_tokenizer(base))
+    names.check_file_tensors(base, dense.pieces, {n: t.shape for n, t in dense.tensors.items()}, {})
+    tokenizer = load_tokenizer(model_dir.find_tokenizer_config(base))
     check_vocab(tokenizer, model.vocab_size)
     texts = Texts(tokenizer)
     dtype = dense.dtype or "float32"
     matrix = _matrix_maker(dense, model, dtype, noise, seed)
-    table = names.pieces(model)
-    check_space(out_dir, sum(nbytes(piece.shape, np.dtype(dtype)) for piece in table))
+    table = names.weight_pieces(model)
+    check_space(out_dir, sum(array_bytes(piece.shape, np.dtype(dtype)) for piece in table))
     with new_directory(out_dir) as directory:
         hf.write(directory, model, dtype, matrix, texts.tokenizer, max_shard_bytes)
         write_texts(directory, texts)
@@ -87,22 +87,24 @@ def upcycle(
     return {
         "parameters": total,
         "active_parameters": total - idle,
-        "parameters_of_base": sum(int(np.prod(piece.shape)) for piece in dense.table),
+        "parameters_of_base": sum(int(np.prod(piece.shape)) for piece in dense.pieces),
         "tensors": len(table),
         "bytes": total * np.dtype(dtype).itemsize,
         "dtype": dtype,
     }
 
 
-def _matrix_maker(dense: Weights, model: config.Model, dtype: str, noise: float, seed: int) -> Callable[[names.Piece], np.ndarray]:
+def _matrix_maker(
+    dense: WeightFiles, model: config.Model, dtype: str, noise: float, seed: int
+) -> Callable[[names.WeightPiece], np.ndarray]:
     """Return a function that computes a matrix of the Mixtral, as the file holds it, from the dense model."""
-    source = {(piece.path, piece.lead): piece for piece in dense.table}
+    source = {(piece.path, piece.lead): piece for piece in dense.pieces}
 
-    def matrix(piece: names.Piece) -> np.ndarray:
+    def matrix(piece: names.WeightPiece) -> np.ndarray:
         # Seeded by name, so that a matrix is drawn identically when it is compared after writing.
         rng = np.random.default_rng((seed, zlib.crc32(piece.path.encode()), *piece.lead))
         if ParameterPath.parse(piece.path).is_router:
-            return piece.to_file(model.init_stddev * rng.standard_normal(piece.ours_shape, np.float32)).astype(dtype)
+            return piece.to_file(model.init_stddev * rng.standard_normal(piece.internal_shape, np.float32)).astype(dtype)
         # Every expert of a layer comes from that layer's only feed-forward part.
         base_piece = source[piece.path, piece.lead[:1]]
         w = base_piece.from_file(dense.tensors[base_piece.name].read)
@@ -116,10 +118,10 @@ def _matrix_maker(dense: Weights, model: config.Model, dtype: str, noise: float,
 
 
 def _check_written(
-    directory: Path, model: config.Model, table: Sequence[names.Piece], matrix: Callable[[names.Piece], np.ndarray]
+    directory: Path, model: config.Model, table: Sequence[names.WeightPiece], matrix: Callable[[names.WeightPiece], np.ndarray]
 ) -> None:
     """Read the files back and compare them with the matrices, computed again. Raises RuntimeError."""
-    written = external.open_weights(directory)
+    written = external.open_external_weights(directory)
     if written.model != model:
         raise RuntimeError(f"{directory / 'config.json'} describes a different model than was written: {written.model}")
     for piece in table:

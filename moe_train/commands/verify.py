@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import jax
 
-from moe_train.checkpoint.model_dir import mesh_here, open_model
+from moe_train.checkpoint.model_dir import mesh_for_devices, open_model
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands.adapters import base_and_adapter
 from moe_train.commands.export import unquantized_model
@@ -65,14 +65,14 @@ def verify(
         assert base is not None
         if record["format"] not in get_args(expected.Model):
             raise ValueError(f"{directory} contains an adapter, not a merged model; compare it with its run (--run)")
-        with jax.set_mesh(make_mesh(mesh_here(None, model))):
+        with jax.set_mesh(make_mesh(mesh_for_devices(None, model))):
             lora, weights = base_and_adapter(base, adapter, model)
             trained = prove.Export(directory, record["format"], record["dtype"], weights, model, lora, None, None)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if base is not None and is_run(base):
         raise ValueError(f"--base {base} is a run; state the files that training started from, or use --run")
-    opened_base = None if base is None else external.open_weights(base)
+    opened_base = None if base is None else external.open_external_weights(base)
     if depth == "tensors" or "prompts" not in record:
         return record, repeat.repeat(directory, depth, record, model, None, opened_base)
-    with jax.set_mesh(make_mesh(mesh_here(None, model))):
+    with jax.set_mesh(make_mesh(mesh_for_devices(None, model))):
         return record, repeat.repeat(directory, depth, record, model, None, opened_base)

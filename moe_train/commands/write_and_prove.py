@@ -18,11 +18,11 @@ from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
 from moe_train.weights import gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
-from moe_train.weights.arrays import Held
-from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, Share
+from moe_train.weights.arrays import LazyParameters
+from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, WriterShare
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
-PieceValues = Callable[[names.Piece, np.dtype], np.ndarray]
+PieceValues = Callable[[names.WeightPiece, np.dtype], np.ndarray]
 """Returns the values of a piece of the file's tensors, rounded once to a dtype."""
 
 BYTES_PER_VALUE = {"float32": 4, "f32": 4, "q8_0": 1}
@@ -53,7 +53,7 @@ class WriteOptions:
     """Additional entries of the record, such as where the weights come from."""
 
 
-def export_model(parameters: Held, model: config.Model, out_dir: str | Path, options: WriteOptions) -> dict[str, Any]:
+def export_model(parameters: LazyParameters, model: config.Model, out_dir: str | Path, options: WriteOptions) -> dict[str, Any]:
     """Write a whole model's directory, and verify it by reading it back.
 
     Weights are streamed with one tensor in memory. `out_dir` appears complete or not at all. If the weights are spread over several
@@ -81,7 +81,7 @@ def export_model(parameters: Held, model: config.Model, out_dir: str | Path, opt
     check_space(out_dir, num_values * BYTES_PER_VALUE.get(options.dtype, 2))
     report_written = progress.counted("writing", num_values)
 
-    def piece_values(piece: names.Piece, dtype: np.dtype) -> np.ndarray:
+    def piece_values(piece: names.WeightPiece, dtype: np.dtype) -> np.ndarray:
         values = piece.to_file(merging.merged(parameters, lora, piece, dtype))
         report_written(values.size)
         return values
@@ -110,7 +110,7 @@ def export_model(parameters: Held, model: config.Model, out_dir: str | Path, opt
         return record
 
 
-def _check_adapters(parameters: Held, merge: bool) -> None:
+def _check_adapters(parameters: LazyParameters, merge: bool) -> None:
     """Raise ValueError if there are adapters that are not merged, or none to merge."""
     adapters = [path for path in parameters if ParameterPath.parse(path).is_adapter]
     if adapters and not merge:
@@ -129,13 +129,13 @@ def write_model(directory: Path, model: config.Model, piece_values: PieceValues,
         return
     dtype = checked_dtype(options.layout, options.dtype)
 
-    def matrix(piece: names.Piece) -> np.ndarray:
+    def matrix(piece: names.WeightPiece) -> np.ndarray:
         return piece_values(piece, np.dtype(dtype))
 
     match options.layout:
         case "hf":
             # Each process writes the shards of its share of the tensors.
-            share = Share(jax.process_index(), jax.process_count())
+            share = WriterShare(jax.process_index(), jax.process_count())
             hf.write(directory, model, dtype, matrix, tokenizer, options.max_shard_bytes, share)
         case "mistral":
             mistral.write(directory, model, dtype, matrix, tokenizer)

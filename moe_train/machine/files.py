@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+JsonObject = dict[str, Any]
+"""A JSON object. `Any`, since each reader checks the types of the keys that it uses."""
+
 
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
@@ -94,7 +97,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> JsonObject:
     """Read a JSON file that holds an object.
 
     Raises:

@@ -21,7 +21,7 @@ from moe_train.proof import compare, expected, reread
 from moe_train.proof.checks import Fault
 from moe_train.proof.expected import Part
 from moe_train.proof.reread import Stored
-from moe_train.weights.on_disk import Weights
+from moe_train.weights.on_disk import WeightFiles
 
 CHUNK = 2**22
 """Bytes of a file that are compared at once."""
@@ -30,7 +30,7 @@ MORE = 8
 
 
 def check(
-    layout: expected.Model, stored: Mapping[str, Stored], base: Weights, lora: config.Lora | None, untrained: int
+    layout: expected.Model, stored: Mapping[str, Stored], base: WeightFiles, lora: config.Lora | None, untrained: int
 ) -> tuple[str, dict[str, Any]]:
     """Compare every matrix of the files with the base's, whatever the base's layout. One matrix is in memory at a time.
 
@@ -48,7 +48,7 @@ def check(
         Fault: a matrix cannot be the base's with an adapter; the first such matrix is named.
         ValueError: the base has other shapes.
     """
-    base_pieces = {(piece.path, piece.lead): piece for piece in base.table}
+    base_pieces = {(piece.path, piece.lead): piece for piece in base.pieces}
     same = in_full = 0
     adapted: list[tuple[str, int, float]] = []
     unmoved: list[str] = []

@@ -22,7 +22,7 @@ from moe_train.proof.checks import Fault, NotChecked
 from moe_train.proof.expected import Part, Wanted
 from moe_train.proof.reread import Q8_0, Stored
 from moe_train.weights import together
-from moe_train.weights.arrays import Held, fetch
+from moe_train.weights.arrays import LazyParameters, fetch_entry
 from moe_train.weights.merge import scale_of
 from moe_train.weights.strided import contiguous
 
@@ -136,7 +136,7 @@ def check_names(stored: Mapping[str, Stored], wanted: Sequence[Wanted], kinds: M
 def examine(
     stored: Mapping[str, Stored],
     wanted: Sequence[Wanted],
-    parameters: Held | None,
+    parameters: LazyParameters | None,
     lora: config.Lora | None,
 ) -> Tensors:
     """Hash every tensor and compare it with the weights in memory.
@@ -162,7 +162,7 @@ def examine(
         return Tensors(stored, dict(zip((w.name for w in wanted), pool.map(examine_one, wanted), strict=True)))
 
 
-def _examine(stored: Stored, tensor: Wanted, parameters: Held | None, lora: config.Lora | None) -> Examined:
+def _examine(stored: Stored, tensor: Wanted, parameters: LazyParameters | None, lora: config.Lora | None) -> Examined:
     total = hashlib.sha256()
     fault: str | None = None
     merged: list[Merged] = []
@@ -192,11 +192,11 @@ def _examine(stored: Stored, tensor: Wanted, parameters: Held | None, lora: conf
 class _Values:
     """What a part of a tensor has to contain, in the file's order, and what has been seen of its delta so far."""
 
-    def __init__(self, part: Part, parameters: Held, lora: config.Lora | None) -> None:
+    def __init__(self, part: Part, parameters: LazyParameters, lora: config.Lora | None) -> None:
         self.part = part
         path = ParameterPath.parse(part.path)
         self.module = path.module_path
-        base = part.form(fetch(parameters[part.path], part.lead))
+        base = part.form(fetch_entry(parameters[part.path], part.lead))
         self.base = base.reshape(1, -1) if base.ndim == 1 else base
         self.adapter: tuple[np.ndarray, np.ndarray] | None = None
         if lora is not None and path.has_adapter(parameters):
@@ -247,10 +247,10 @@ class _Values:
         return Merged(self.module, self.part.lead, self.squared_norm, self.inner_product, lost)
 
 
-def in_file_order(part: Part, parameters: Held, lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:
+def in_file_order(part: Part, parameters: LazyParameters, lora: config.Lora) -> tuple[np.ndarray, np.ndarray]:
     """Return A (J, in) and B (out, J) in float64, in the file's order, with the scale multiplied into B."""
     path = ParameterPath.parse(part.path)
-    a, b = (fetch(parameters[name], part.lead).astype(np.float64) for name in path.adapter)
+    a, b = (fetch_entry(parameters[name], part.lead).astype(np.float64) for name in path.adapter)
     scale = scale_of(lora, path.module_path, part.lead)
     if path.is_embedding:  # (V, D) = A (V, J) · B (J, D)
         return b, scale * a
@@ -350,7 +350,7 @@ def examine_adapter(
     layout: expected.Adapter,
     stored: Mapping[str, Stored],
     model: config.Model,
-    parameters: Held,
+    parameters: LazyParameters,
     lora: config.Lora,
     scale_in_file: Callable[[str, int], float],
 ) -> tuple[Tensors, list[Delta]]:
@@ -401,7 +401,7 @@ def _deltas(
     tensor: Wanted,
     a: Stored,
     b: Stored,
-    parameters: Held | None,
+    parameters: LazyParameters | None,
     lora: config.Lora,
     scale_in_file: Callable[[str, int], float],
 ) -> list[Delta]:

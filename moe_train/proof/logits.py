@@ -25,7 +25,7 @@ from moe_train.model.parameters import Parameters, combine_some, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.weights import arrays
-from moe_train.weights.arrays import Held, InFiles
+from moe_train.weights.arrays import LazyArray, LazyParameters
 
 LENGTH = 16
 """Tokens of a prompt."""
@@ -87,7 +87,7 @@ def structure_and_shapes(
     return parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
 
 
-def answers(structure: Any, weights: Held, prompts: Prompts, altered: Altered = dict) -> Answers:
+def answers(structure: Any, weights: LazyParameters, prompts: Prompts, altered: Altered = dict) -> Answers:
     """Run the model on the prompts, on the mesh in force, of which several processes may hold parts.
 
     Of weights in files, one period of layers is in memory at a time.
@@ -115,14 +115,14 @@ def answers(structure: Any, weights: Held, prompts: Prompts, altered: Altered = 
 
 
 def _forward(
-    structure: Any, weights: Held, altered: Altered, tokens_BT: jax.Array, positions_BT: jax.Array
+    structure: Any, weights: LazyParameters, altered: Altered, tokens_BT: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return float32 logits (B, T, V) and those of the routers (L, B, T, E), whole on every device.
 
     The model is run period by period: in one program for all of them, XLA would make float32 copies of all weights at once.
     """
     stacks = _by_stack(weights)
-    ends = altered(arrays.load({path: x for path, x in weights.items() if not ParameterPath.parse(path).in_layer}))
+    ends = altered(arrays.read_lazy({path: x for path, x in weights.items() if not ParameterPath.parse(path).in_layer}))
     repeats = [next(iter(stack.values())).shape[0] for stack in stacks]
     run = progress.counted("answering prompts", sum(repeats))
     x_BTD = _embed(structure, ends, tokens_BT)
@@ -137,7 +137,7 @@ def _forward(
     return _logits(structure, ends, x_BTD), jnp.stack(router_logits) if router_logits else None
 
 
-def _by_stack(weights: Held) -> list[Held]:
+def _by_stack(weights: LazyParameters) -> list[LazyParameters]:
     """Return the weights of each stack, in order."""
     stacks: dict[int, dict[str, Any]] = {}
     for path, x in weights.items():
@@ -147,10 +147,10 @@ def _by_stack(weights: Held) -> list[Held]:
     return [stack_weights for _, stack_weights in sorted(stacks.items())]
 
 
-def _period_of(stack: Held, i: int) -> Parameters:
+def _period_of(stack: LazyParameters, i: int) -> Parameters:
     """Return the weights of period `i`, with a leading dim of 1."""
     in_memory = {path: x for path, x in stack.items() if isinstance(x, jax.Array)}
-    return _at(in_memory, i) | arrays.load({path: x.layers(i) for path, x in stack.items() if isinstance(x, InFiles)})
+    return _at(in_memory, i) | arrays.read_lazy({path: x.layers(i) for path, x in stack.items() if isinstance(x, LazyArray)})
 
 
 @jax.jit

@@ -30,7 +30,7 @@ from moe_train.proof import compare, expected, logits, reread, texts
 from moe_train.proof.checks import Check, Fault, NotChecked, require, run
 from moe_train.proof.surroundings import FILE, file_hashes, hardware, versions
 from moe_train.weights import external, together
-from moe_train.weights.arrays import Held
+from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.merge import scale_of
 
 Depth = Literal["full", "tensors"]
@@ -49,7 +49,7 @@ class Export(NamedTuple):
     directory: Path
     layout: expected.Model
     dtype: str
-    parameters: Held
+    parameters: LazyParameters
     model: config.Model
     lora: config.Lora | None
     """The section of the adapters that were merged; None if nothing was."""
@@ -136,7 +136,7 @@ def _agree(checks: list[Check]) -> None:
 
 
 def _architecture(export: Export) -> tuple[str, dict[str, Any]]:
-    model = external.read_model(export.directory)
+    model = external.read_external_model(export.directory)
     check_architecture(model, export.model, export.layout)
     return "what the files say of the architecture is the run's", {}
 
@@ -259,7 +259,7 @@ def _answers(export: Export, depth: Depth, record: dict[str, Any]) -> tuple[str,
 def load_answers(directory: Path, model: config.Model, kind: str, prompts: logits.Prompts) -> logits.Answers:
     """Run the files on the prompts, loaded like any external model, on the mesh in force."""
     structure, shapes = logits.structure_and_shapes(model, None, "bfloat16" if kind == "bfloat16" else "float32")
-    return logits.answers(structure, external.leave_parameters(directory, shapes), prompts)
+    return logits.answers(structure, external.open_external_lazily(directory, shapes), prompts)
 
 
 def kind_of(dtype: str) -> str:
@@ -348,7 +348,7 @@ def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, scales: np.ndarray, d
 def prove_adapter(
     directory: Path,
     layout: expected.Adapter,
-    parameters: Held,
+    parameters: LazyParameters,
     model: config.Model,
     lora: config.Lora,
     tokenizer: Tokenizer | None,

@@ -15,8 +15,8 @@ from moe_train.machine.files import read_object
 from moe_train.proof import against_base, compare, expected, logits, prove, reread, surroundings, texts
 from moe_train.proof.checks import Check, Fault, NotChecked, run
 from moe_train.weights import external
-from moe_train.weights.external_adapter import read_lora
-from moe_train.weights.on_disk import Weights
+from moe_train.weights.external_adapter import read_external_lora
+from moe_train.weights.on_disk import WeightFiles
 
 REPEATED = 1e-3
 """Tolerance for logits of the same files on another machine."""
@@ -50,7 +50,7 @@ def repeat(
     record: Mapping[str, Any],
     model: config.Model,
     trained: prove.Export | None = None,
-    base: Weights | None = None,
+    base: WeightFiles | None = None,
 ) -> list[Check]:
     """Run every check that can be repeated with what is available.
 
@@ -94,7 +94,7 @@ def _same_files(directory: Path, files: Mapping[str, str]) -> tuple[str, dict[st
 
 
 def _same_architecture(directory: Path, model: config.Model, layout: str) -> tuple[str, dict[str, Any]]:
-    prove.check_architecture(external.read_model(directory), model, layout)
+    prove.check_architecture(external.read_external_model(directory), model, layout)
     return "what the files say of the architecture is what they said", {}
 
 
@@ -114,7 +114,7 @@ def _same_tensors(directory: Path, record: Mapping[str, Any], model: config.Mode
 
 
 def _same_weights(
-    directory: Path, record: Mapping[str, Any], model: config.Model, trained: prove.Export | None, base: Weights | None
+    directory: Path, record: Mapping[str, Any], model: config.Model, trained: prove.Export | None, base: WeightFiles | None
 ) -> tuple[str, dict[str, Any]]:
     layout = record["format"]
     if trained is not None:
@@ -134,7 +134,7 @@ def _same_weights(
         raise NotChecked("the weights that were exported are not here; give --run, or --base, or --base and --adapter")
     prove.check_architecture(base.model, model, "mistral")  # a family with the same mathematics is accepted
     if layout not in get_args(expected.Model):
-        read_lora(directory, model)
+        read_external_lora(directory, model)
         return "the adapter fits the base; its deltas are compared with --run", {}
     if record.get("base") and not record.get("lora"):
         raise NotChecked("the model was trained in full: no tensor has to be the base's; give --run")

@@ -11,7 +11,7 @@ from types import TracebackType
 import jax
 
 from moe_train import config
-from moe_train.checkpoint.runs import TOKENIZER
+from moe_train.checkpoint.runs import TOKENIZER_FOLDER
 from moe_train.config import yaml_file
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory, write_text
@@ -57,7 +57,7 @@ class RunFolder:
             self._enter_lock()
             write_text(self.path / "config.yaml", yaml_file.dump(run.to_config()))
             write_text(self.path / "manifest.json", inputs.train.manifest)
-            _keep_tokenizer(self.path / TOKENIZER, inputs.tokenizer)
+            _keep_tokenizer(self.path / TOKENIZER_FOLDER, inputs.tokenizer)
         require_shared(self.path)
 
 

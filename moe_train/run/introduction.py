@@ -64,7 +64,7 @@ def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
 
 def conclude(run: config.Run, say: Say, total_steps: int) -> None:
     """Say where the checkpoints are and which command exports them."""
-    say(f"finished {total_steps} steps; the checkpoints are in {Path(run.run_dir) / manager.FOLDER}")
+    say(f"finished {total_steps} steps; the checkpoints are in {Path(run.run_dir) / manager.CHECKPOINTS_FOLDER}")
     if run.export == "all":
         merge = " --merge" if run.lora else ""
         say(f"to use the model in other tools: moe-train export {run.run_dir} {run.run_dir}-hf{merge}")

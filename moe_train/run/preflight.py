@@ -39,7 +39,7 @@ def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> 
 def _check_same_tokenizer(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
     """Raise ValueError if more than 5% of the compared ids decode differently with the tokenizer found at `init_from`."""
     try:
-        model_section = model_dir.find_tokenizer(init_from)
+        model_section = model_dir.find_tokenizer_config(init_from)
     except FileNotFoundError:
         return  # weights without a tokenizer: nothing to compare
     if model_section == section:

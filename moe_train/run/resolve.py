@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_train import config
-from moe_train.checkpoint.model_dir import find_tokenizer, read_adapter, read_model
+from moe_train.checkpoint.model_dir import find_tokenizer_config, read_adapter, read_model
 from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.config import yaml_file
 from moe_train.data.chat.conversation_to_tokens import read_template
@@ -83,7 +83,7 @@ def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:
         changes["chat_template"] = read_template(data.chat_template)
     if data.tokenizer is None and init_from is not None:
         with contextlib.suppress(FileNotFoundError):  # `config.run_of` notes that there is none
-            changes["tokenizer"] = find_tokenizer(init_from)
+            changes["tokenizer"] = find_tokenizer_config(init_from)
     return data.model_copy(update=changes)
 
 

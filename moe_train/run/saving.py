@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import About
+from moe_train.checkpoint.manager import CheckpointMetadata
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 from moe_train.train.state import TrainState
@@ -49,7 +49,7 @@ class Saving:
     def save(self, step: int, state: TrainState, held_out_loss: float | None) -> None:
         """Start an asynchronous save. Raises RuntimeError if this save or the previous one could not be written."""
         loader = self._inputs.train
-        about = About(
+        about = CheckpointMetadata(
             config=self._run.to_config().model_dump(mode="json"),
             row=step * self._run.train.batch_size,
             data=loader.identity,

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from moe_train import config
 from moe_train.checkpoint import identity, manager, model_dir
-from moe_train.checkpoint.manager import About, Base
+from moe_train.checkpoint.manager import CheckpointMetadata, WeightOrigin
 from moe_train.checkpoint.runs import saved_config
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
@@ -38,9 +38,9 @@ class Start(NamedTuple):
     """Base weights of what is trained in full while other weights are frozen; routing is compared with the base model's through
     them. Empty otherwise.
     """
-    base: Base | None
+    base: WeightOrigin | None
     """Identity of the weights of `init_from`; None if the run started from random weights."""
-    adapter: Base | None
+    adapter: WeightOrigin | None
     """Identity of the adapter of `lora.init_from`; None without one."""
     changed: dict[str, tuple[Any, Any]]
     """Settings that differ from the checkpoint's, {key: (then, now)}."""
@@ -73,7 +73,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     learned_state = jax.eval_shape(new_state, learned)
     check_host_memory((learned_state, frozen), run.name)
 
-    last = manager.newest(checkpoints)
+    last = manager.newest_metadata(checkpoints)
     changed = {} if last is None else _changes(run, last, loader)
     base = _base(run, last, bool(frozen))
     adapter = _adapter(run, last)
@@ -117,7 +117,7 @@ _DECIDED_AT_START = (
 """Settings that a run cannot change: its checkpoint would no longer fit, or its batches would differ."""
 
 
-def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[Any, Any]]:
+def _changes(run: config.Run, last: CheckpointMetadata, loader: Loader) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ from the checkpoint's, {key: (then, now)}.
 
     Raises:
@@ -149,7 +149,7 @@ def _changes(run: config.Run, last: About, loader: Loader) -> dict[str, tuple[An
     return changed
 
 
-def _base(run: config.Run, last: About | None, frozen: bool) -> Base | None:
+def _base(run: config.Run, last: CheckpointMetadata | None, frozen: bool) -> WeightOrigin | None:
     """Return the identity of the weights of `init_from`, or None for random weights.
 
     Args:
@@ -165,7 +165,7 @@ def _base(run: config.Run, last: About | None, frozen: bool) -> Base | None:
             )
         return None
     if last is None:
-        return identity.base_of(run.init_from)
+        return identity.base_origin(run.init_from)
     assert last.base is not None
     base = last.base._replace(source=run.init_from)
     if frozen:
@@ -173,11 +173,11 @@ def _base(run: config.Run, last: About | None, frozen: bool) -> Base | None:
     return base
 
 
-def _adapter(run: config.Run, last: About | None) -> Base | None:
+def _adapter(run: config.Run, last: CheckpointMetadata | None) -> WeightOrigin | None:
     """Return the identity of the adapter that the run starts from; a resumed run must find the same adapter."""
     if run.lora is None or run.lora.init_from is None:
         return None
-    current_adapter = identity.adapter_of(run.lora.init_from)
+    current_adapter = identity.adapter_origin(run.lora.init_from)
     if last is not None and last.adapter is not None and last.adapter.hashes != current_adapter.hashes:
         raise ValueError(
             f"the adapter in {run.lora.init_from} has changed since this run was started; restore it, or choose another run_dir"

@@ -7,7 +7,7 @@ import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,37 +15,38 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import Quantized, how_of, quantize
 from moe_train.model.sharding.specs import spec_of
 from moe_train.weights import strided
-from moe_train.weights.names import Piece
-from moe_train.weights.on_disk import Tensor, nbytes
+from moe_train.weights.names import WeightPiece
+from moe_train.weights.on_disk import FileTensor, array_bytes
 
-Parameters = dict[str, jax.Array]
-"""Arrays by path."""
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 """Shapes, dtypes and shardings by path."""
 Ranges = tuple[tuple[int, int], ...]
 """(start, stop) of each dim."""
-Read = Callable[[tuple[int, ...], Sequence[np.ndarray]], None]
+ReadMatrix = Callable[[tuple[int, ...], Sequence[np.ndarray]], None]
 """Reads a matrix, given its entry in the stacked dims, into host arrays: a single one, or quantized values and scales."""
-CHUNK = 2**20
+READ_CHUNK_BYTES = 2**20
 """Bytes of a file that are read at a time."""
-HUGE = 2**22
-"""Size from which numpy asks for huge pages."""
-BESIDE = 2**27
+HUGE_PAGES_FROM_BYTES = 2**22
+"""Size from which numpy asks the system for huge pages."""
+MAX_STAGING_BYTES = 2**27
 """Bytes of weights that are on the host at a time on their way to an accelerator, unless a single matrix is larger."""
+_DEVICE_AXIS = "device"
+"""The only axis of a mesh of one device."""
 
 
-class InFiles(NamedTuple):
-    """The content of an array, left in the files and read a matrix or a layer at a time."""
+class LazyArray(NamedTuple):
+    """An array whose content stays in files and is read a matrix or a layer at a time."""
 
     like: jax.ShapeDtypeStruct
     """Shape, dtype and sharding of the array."""
-    pieces: Mapping[tuple[int, ...], Piece]
+    pieces: Mapping[tuple[int, ...], WeightPiece]
     """The piece of each entry in the stacked dims."""
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, FileTensor]
     """Tensors of the files by name."""
 
     @property
@@ -68,43 +69,47 @@ class InFiles(NamedTuple):
         piece = self.pieces[lead]
         return piece.from_file(self.tensors[piece.name].read).astype(self.dtype, copy=False)
 
-    def layers(self, first: int) -> InFiles:
+    def layers(self, first: int) -> LazyArray:
         """Return entry `first` of the first dim, which is kept with size 1; nothing is read."""
         like = jax.ShapeDtypeStruct((1, *self.shape[1:]), self.dtype, sharding=self.like.sharding)
-        pieces = {(0, *lead[1:]): piece for lead, piece in self.pieces.items() if lead[0] == first}
-        return InFiles(like, pieces, self.tensors)
+        pieces: dict[tuple[int, ...], WeightPiece] = {}
+        for lead, piece in self.pieces.items():
+            if lead[0] == first:
+                pieces[(0, *lead[1:])] = piece
+        return LazyArray(like, pieces, self.tensors)
 
 
-Held = Mapping[str, jax.Array | InFiles]
+LazyParameters = Mapping[str, jax.Array | LazyArray]
 """Weights by path, in memory or in files."""
 
 
-def leave(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> dict[str, InFiles]:
-    """Return lazy weights: like `fill`, but nothing is read yet, and weights must not be quantized."""
-    by_path = _by_path(table)
-    return {path: InFiles(like, by_path[path], tensors) for path, like in abstract.items()}
+def open_lazily(abstract: Abstract, table: Collection[WeightPiece], tensors: Mapping[str, FileTensor]) -> dict[str, LazyArray]:
+    """Return lazy arrays: like `fill`, but nothing is read yet. `abstract` must not contain quantized weights."""
+    by_path = _group_by_path(table)
+    return {path: LazyArray(like, by_path[path], tensors) for path, like in abstract.items()}
 
 
-def load(weights: Held) -> Parameters:
-    """Read all weights that are in files into arrays."""
+def read_lazy(weights: LazyParameters) -> Parameters:
+    """Read the lazy arrays among `weights` into memory."""
     loaded: Parameters = {}
     with ThreadPoolExecutor() as pool:
         for path, x in weights.items():
-            if isinstance(x, InFiles):
+            if isinstance(x, LazyArray):
                 (loaded[path],) = _arrays(x.shape, [x.like], x.pieces, x.tensors, pool)
             else:
                 loaded[path] = x
     return loaded
 
 
-def _by_path(table: Collection[Piece]) -> dict[str, dict[tuple[int, ...], Piece]]:
-    by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
+def _group_by_path(table: Collection[WeightPiece]) -> dict[str, dict[tuple[int, ...], WeightPiece]]:
+    """Return the pieces of each parameter, by their entry in the stacked dims."""
+    by_path: dict[str, dict[tuple[int, ...], WeightPiece]] = {}
     for piece in table:
         by_path.setdefault(piece.path, {})[piece.lead] = piece
     return by_path
 
 
-def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Tensor]) -> Parameters:
+def fill(abstract: Abstract, table: Collection[WeightPiece], tensors: Mapping[str, FileTensor]) -> Parameters:
     """Read arrays with the shapes, dtypes and shardings of `abstract` from files.
 
     Each device's part is read separately, and nothing else of the files: onto an accelerator matrix by matrix, or, if the
@@ -114,10 +119,10 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
     Args:
         abstract: the arrays to fill, by path.
         table: where each matrix is in the files.
-        tensors: tensors of the files by name. `names.check` must have found that the three arguments fit together.
+        tensors: tensors of the files by name. `names.check_file_tensors` must have accepted the combination.
     """
     filled: Parameters = {}
-    by_path = _by_path(table)
+    by_path = _group_by_path(table)
     with ThreadPoolExecutor() as pool:
         for path, like in abstract.items():
             parsed = ParameterPath.parse(path)
@@ -134,25 +139,25 @@ def fill(abstract: Abstract, table: Collection[Piece], tensors: Mapping[str, Ten
 def _arrays(
     shape: tuple[int, ...],
     likes: Sequence[jax.ShapeDtypeStruct] | Quantized,
-    pieces: Mapping[tuple[int, ...], Piece],
-    tensors: Mapping[str, Tensor],
+    pieces: Mapping[tuple[int, ...], WeightPiece],
+    tensors: Mapping[str, FileTensor],
     pool: ThreadPoolExecutor,
 ) -> list[jax.Array]:
     """Read the weight of this shape as one array, or as its quantized values and scales, both sharded alike."""
     spec = likes[0].sharding
     assert isinstance(spec, NamedSharding), likes
     sharding = NamedSharding(jax.sharding.get_mesh(), spec.spec)  # the mesh of `likes` may be abstract
+    # Devices that hold the same part are grouped, so that the part is read once for all of them.
     replicas: dict[Ranges, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        ranges = tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
-        replicas.setdefault(ranges, []).append(device)
+        replicas.setdefault(_ranges(index or (), shape), []).append(device)
     stacked = len(next(iter(pieces)))
     shards = [jax.ShapeDtypeStruct(sharding.shard_shape(like.shape), like.dtype) for like in likes]
     parts: list[list[jax.Array]] = [[] for _ in likes]
     for ranges, devices in replicas.items():
-
+        # `ranges` is bound as a default, since the function is called by threads.
         def read(lead: tuple[int, ...], outs: Sequence[np.ndarray], ranges: Ranges = ranges) -> None:
+            """Read this part of one matrix into `outs`, and quantize it on the way if the weight is quantized."""
             piece = pieces[lead]
             tensor = tensors[piece.name]
             blocks_along = likes.dim if isinstance(likes, Quantized) else None
@@ -173,45 +178,62 @@ def _arrays(
     ]
 
 
+def _ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> Ranges:
+    """Return the (start, stop) of each dim that an index selects; dims without an entry are complete."""
+    cuts = [*index, *(slice(None) for _ in shape[len(index) :])]
+    return tuple(cut.indices(size)[:2] for cut, size in zip(cuts, shape, strict=True))
+
+
 def _is_host(device: jax.Device) -> bool:
     """Return whether the device's memory is the host's."""
     return device.platform == "cpu"
 
 
 def _put_in_place(
-    lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: Read, pool: ThreadPoolExecutor
+    lead_ranges: Ranges,
+    shards: Sequence[jax.ShapeDtypeStruct],
+    devices: Sequence[jax.Device],
+    read: ReadMatrix,
+    pool: ThreadPoolExecutor,
 ) -> list[list[jax.Array]]:
     """Read each of `shards` into host memory that the devices then use directly; returns one array per device for each."""
     hosts = [_aligned(shard.shape, shard.dtype) for shard in shards]
 
     def read_matrix(lead: tuple[int, ...]) -> None:
+        """Read one matrix to its place in the host's arrays."""
         position = tuple(i - start for i, (start, _) in zip(lead, lead_ranges, strict=True))
-        read(lead, [host[position] if position else host for host in hosts])
+        read(lead, [host[position] for host in hosts])
 
     list(pool.map(read_matrix, _leads(lead_ranges)))
     return [[jax.device_put(host, device) for device in devices] for host in hosts]
 
 
 def _put_one_by_one(
-    lead_ranges: Ranges, shards: Sequence[Any], devices: Sequence[jax.Device], read: Read, pool: ThreadPoolExecutor
+    lead_ranges: Ranges,
+    shards: Sequence[jax.ShapeDtypeStruct],
+    devices: Sequence[jax.Device],
+    read: ReadMatrix,
+    pool: ThreadPoolExecutor,
 ) -> list[list[jax.Array]]:
     """Like `_put_in_place`, for accelerators: a few matrices are on the host at a time."""
     stacked = len(lead_ranges)
 
     def read_matrix(lead: tuple[int, ...]) -> list[np.ndarray]:
+        """Read one matrix into new host arrays, whose stacked dims have size 1."""
         hosts = [np.empty((1,) * stacked + shard.shape[stacked:], shard.dtype) for shard in shards]
-        read(lead, [host[(0,) * stacked] if stacked else host for host in hosts])
+        read(lead, [host[(0,) * stacked] for host in hosts])
         return hosts
 
     leads = list(_leads(lead_ranges))
-    # a mesh per device, for arrays that live on this device only
-    meshes = [Mesh(np.array([device]), ("here",)) for device in devices]
+    # One mesh per device, since the mesh in force would spread each array over all of its devices.
+    meshes = [Mesh(np.array([device]), (_DEVICE_AXIS,)) for device in devices]
     buffers: list[list[jax.Array]] = [[] for _ in shards]
     for per_device, shard in zip(buffers, shards, strict=True):
         for mesh in meshes:
             with jax.set_mesh(mesh):
                 per_device.append(jax.jit(partial(jnp.zeros, shard.shape, shard.dtype), out_shardings=NamedSharding(mesh, P()))())
-    window = max(1, BESIDE // max(1, sum(shard.size // len(leads) * shard.dtype.itemsize for shard in shards)))
+    entry_bytes = sum(shard.size // len(leads) * shard.dtype.itemsize for shard in shards)
+    window = max(1, MAX_STAGING_BYTES // max(1, entry_bytes))
     for start in range(0, len(leads), window):
         batch = leads[start : start + window]
         for lead, hosts in zip(batch, pool.map(read_matrix, batch), strict=True):
@@ -226,36 +248,40 @@ def _put_one_by_one(
 
 
 @partial(jax.jit, donate_argnums=0)
-def _place(buffer: jax.Array, entry: jax.Array, at: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, entry, tuple(at))
+def _place(buffer: jax.Array, entry: jax.Array, start_indices: jax.Array) -> jax.Array:
+    """Write `entry` into `buffer`, in place."""
+    return jax.lax.dynamic_update_slice(buffer, entry, tuple(start_indices))
 
 
 def _leads(ranges: Ranges) -> Iterator[tuple[int, ...]]:
+    """Yield every index within the ranges of the stacked dims; () once if there are none."""
     return itertools.product(*(range(*r) for r in ranges))
 
 
-def _cuts(piece: Piece, tensor: Tensor, ranges: Ranges, never: int | None = None) -> Iterator[tuple[tuple[slice, ...], Ranges]]:
+def _cuts(
+    piece: WeightPiece, tensor: FileTensor, ranges: Ranges, uncut_dim: int | None = None
+) -> Iterator[tuple[tuple[slice, ...], Ranges]]:
     """Split the entries `ranges` of a matrix into cuts of about a MiB of the file.
 
     Args:
         piece: the matrix.
         tensor: its tensor in the file.
         ranges: (start, stop) of each of our dims.
-        never: a dim, counted from the end, that is not cut; None if any may be.
+        uncut_dim: a dim, counted from the end, that is not cut; None if any may be.
 
     Yields:
         (where the cut lies within the entries, the ranges of the cut).
     """
     rows = piece.axes.index((0,))  # our dim that runs over rows of the file
     start, stop = ranges[rows]
-    row_bytes = nbytes([stop - start for start, stop in ranges], tensor.dtype) // max(1, stop - start)
-    step = CHUNK // max(1, row_bytes)
-    if never is not None and rows == len(ranges) + never:
-        step = stop - start
-    for first in range(start, stop, max(1, step)):
-        last = min(first + max(1, step), stop)
-        into = (slice(None),) * rows + (slice(first - start, last - start),)
-        yield into, (*ranges[:rows], (first, last), *ranges[rows + 1 :])
+    row_bytes = array_bytes([stop - start for start, stop in ranges], tensor.dtype) // max(1, stop - start)
+    step = max(1, READ_CHUNK_BYTES // max(1, row_bytes))
+    if uncut_dim is not None and rows == len(ranges) + uncut_dim:
+        step = max(1, stop - start)
+    for first in range(start, stop, step):
+        end = min(first + step, stop)
+        region = (slice(None),) * rows + (slice(first - start, end - start),)
+        yield region, (*ranges[:rows], (first, end), *ranges[rows + 1 :])
 
 
 _quantized = jax.jit(quantize, static_argnums=(1, 2, 3, 4))
@@ -269,42 +295,44 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     take a virtual machine seconds per GiB, since its host has reclaimed exactly the pages that were free.
     """
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if size >= HUGE and hasattr(mmap, "MAP_POPULATE"):  # Linux
+    if size >= HUGE_PAGES_FROM_BYTES and hasattr(mmap, "MAP_POPULATE"):  # Linux
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
         return np.frombuffer(pages, dtype).reshape(shape)
     memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
+    start = -memory.ctypes.data % 64  # XLA:CPU copies arrays that are not aligned to 64 bytes
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def fetch(array: jax.Array | InFiles, lead: tuple[int, ...] = ()) -> np.ndarray:
+def fetch_entry(array: jax.Array | LazyArray, lead: tuple[int, ...] = ()) -> np.ndarray:
     """Return entry `lead` of a stacked array on the host; a view if a CPU device holds all of it.
 
     An array that is spread over several processes is gathered, so all of them must ask for the same entries in the same order.
     """
-    if isinstance(array, InFiles):
+    if isinstance(array, LazyArray):
         return array.entry(lead)
     if not array.is_fully_addressable:
         return np.asarray(_entry(array, lead))
-    entry = None
+    entry_shape = array.shape[len(lead) :]
+    entry: np.ndarray | None = None
     for shard in array.addressable_shards:
-        cuts = [cut.indices(size)[:2] for cut, size in zip(shard.index, array.shape, strict=True)]
-        if shard.replica_id == 0 and all(start <= i < stop for i, (start, stop) in zip(lead, cuts, strict=False)):
-            part = _entry_of_shard(shard, tuple(i - start for i, (start, _) in zip(lead, cuts, strict=False)))
-            if part.shape == array.shape[len(lead) :]:
+        cuts = [range(*cut.indices(size)) for cut, size in zip(shard.index, array.shape, strict=True)]
+        if shard.replica_id == 0 and all(i in cut for i, cut in zip(lead, cuts, strict=False)):
+            part = _entry_of_shard(shard, tuple(i - cut.start for i, cut in zip(lead, cuts, strict=False)))
+            if part.shape == entry_shape:
                 return part
             if entry is None:
-                entry = np.empty(array.shape[len(lead) :], array.dtype)
+                entry = np.empty(entry_shape, array.dtype)
             entry[shard.index[len(lead) :]] = part
-    assert entry is not None
+    assert entry is not None, lead
     return entry
 
 
-def _entry_of_shard(shard: Any, lead: tuple[int, ...]) -> np.ndarray:
+def _entry_of_shard(shard: jax.Shard, lead: tuple[int, ...]) -> np.ndarray:
+    """Return the part of an entry that one device holds, on the host."""
     if shard.device.platform == "cpu":
         return np.asarray(shard.data)[lead]  # a view, since the device's memory is the host's
     # Sliced on the device, as an array of a one-device mesh, since the mesh in force has other devices.
-    mesh = Mesh(np.array([shard.device]), ("here",))
+    mesh = Mesh(np.array([shard.device]), (_DEVICE_AXIS,))
     with jax.set_mesh(mesh):
         part = jax.make_array_from_single_device_arrays(shard.data.shape, NamedSharding(mesh, P()), [shard.data])
         return np.asarray(part[lead])
@@ -318,8 +346,8 @@ def _entry(array: jax.Array, lead: tuple[jax.Array, ...]) -> jax.Array:
     for i in lead:
         if spec_of(bits)[0] is None:
             bits = jax.lax.dynamic_index_in_dim(bits, i, keepdims=False)
-        else:  # other devices contribute zeros, so the sum over devices is this entry
-            # Indexing a sharded dim would gather all of it; a masked sum moves a single entry.
-            mine = (jnp.arange(len(bits)) == i).reshape(-1, *(1,) * (bits.ndim - 1))
-            bits = jnp.sum(jnp.where(mine, bits, 0), axis=0, dtype=bits.dtype)
+        else:
+            # Indexing a sharded dim would gather all of it. A masked sum moves a single entry: other devices contribute zeros.
+            is_entry = (jnp.arange(len(bits)) == i).reshape(-1, *(1,) * (bits.ndim - 1))
+            bits = jnp.sum(jnp.where(is_entry, bits, 0), axis=0, dtype=bits.dtype)
     return jax.lax.bitcast_convert_type(jax.sharding.reshard(bits, P()), array.dtype)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from moe_train import config
+from moe_train.model.parameters import Parameters
 from moe_train.model.quantize import unquantized
 from moe_train.weights import gguf, hf, mistral, names, peft, safetensors_files, together
-from moe_train.weights.arrays import Abstract, InFiles, Parameters, fill, leave
-from moe_train.weights.hf import config_json
-from moe_train.weights.mistral import params_json
-from moe_train.weights.on_disk import Weights
+from moe_train.weights.arrays import Abstract, LazyArray, fill, open_lazily
+from moe_train.weights.hf.config_json import CONFIG_FILE
+from moe_train.weights.mistral.params_json import PARAMS_FILE
+from moe_train.weights.on_disk import WeightFiles
 
 
 def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
@@ -24,11 +25,9 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
     if path.suffix == ".gguf":
         return "gguf"
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: no such folder; a model is a folder with {config_json.FILE} or {params_json.FILE}, or a .gguf file"
-        )
-    has_config = (path / config_json.FILE).is_file()
-    has_params = (path / params_json.FILE).is_file()
+        raise FileNotFoundError(f"{path}: no such folder; a model is a folder with {CONFIG_FILE} or {PARAMS_FILE}, or a .gguf file")
+    has_config = (path / CONFIG_FILE).is_file()
+    has_params = (path / PARAMS_FILE).is_file()
     # config.json alone does not decide: the weights may be there only in Mistral's layout.
     if has_config and (safetensors_files.has_model(path) or not has_params):
         return "hf"
@@ -36,15 +35,17 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
         return "mistral"
     if gguf.file_in(path) is not None:
         return "gguf"
-    if (path / peft.CONFIG).is_file():
-        raise FileNotFoundError(f"{path} is an adapter, not a model; add it to its base: moe-train adapters merge BASE {path} OUT")
+    if (path / peft.ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{path} is an adapter, not a model; merge it into its base: moe-train adapters merge BASE {path} OUT"
+        )
     raise FileNotFoundError(
-        f"{path} holds no model: looked for {config_json.FILE} (Hugging Face), {params_json.FILE} (Mistral's own layout) and "
-        "one .gguf file"
+        f"{path} has no model: looked for {CONFIG_FILE} (Hugging Face), {PARAMS_FILE} (Mistral's own layout) and one .gguf file; "
+        "download the model there"
     )
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_external_weights(path: str | Path) -> WeightFiles:
     """Open the tensors of the model at `path` without reading them.
 
     Raises:
@@ -60,7 +61,7 @@ def open_weights(path: str | Path) -> Weights:
             return gguf.open_weights(path)
 
 
-def read_model(path: str | Path) -> config.Model:
+def read_external_model(path: str | Path) -> config.Model:
     """Read the architecture of the model at `path`."""
     match layout_of(path):
         case "hf":
@@ -68,10 +69,10 @@ def read_model(path: str | Path) -> config.Model:
         case "mistral":
             return mistral.read_model_config(path)
         case "gguf":
-            return gguf.read_model(path)
+            return gguf.read_model_config(path)
 
 
-def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:
+def load_external_parameters(path: str | Path, abstract: Abstract) -> Parameters:
     """Read the weights of a model into arrays.
 
     The host holds one device's part of one array at a time.
@@ -83,23 +84,24 @@ def load_parameters(path: str | Path, abstract: Abstract) -> Parameters:
     Raises:
         ValueError: the tensors are not those of the architecture, or do not fill every array.
     """
-    weights = _checked(path, abstract)
-    return fill(abstract, weights.table, weights.tensors)
+    weights = _open_and_check(path, abstract)
+    return fill(abstract, weights.pieces, weights.tensors)
 
 
-def leave_parameters(path: str | Path, abstract: Abstract) -> dict[str, InFiles]:
-    """Return the weights of `load_parameters` lazily, each read when it is needed. Raises the errors of `load_parameters`."""
-    weights = _checked(path, abstract)
-    return leave(abstract, weights.table, weights.tensors)
+def open_external_lazily(path: str | Path, abstract: Abstract) -> dict[str, LazyArray]:
+    """Return the weights as lazy arrays, each read when it is needed; otherwise like `load_external_parameters`."""
+    weights = _open_and_check(path, abstract)
+    return open_lazily(abstract, weights.pieces, weights.tensors)
 
 
-def _checked(path: str | Path, abstract: Abstract) -> Weights:
-    weights = open_weights(path)
+def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:
+    """Open a model, and check that its tensors are those of its architecture and fill every array of `abstract`."""
+    weights = open_external_weights(path)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    names.check(path, weights.table, shapes, {path: like.shape for path, like in unquantized(abstract).items()})
+    names.check_file_tensors(path, weights.pieces, shapes, {path: like.shape for path, like in unquantized(abstract).items()})
     return weights
 
 
-def hashes(path: str | Path) -> dict[str, str]:
-    """Return the sha256 of each tensor that `load_parameters` reads, by its name in the files; processes share the reading."""
-    return together.tensor_hashes(open_weights(path).tensors)
+def hash_external_model(path: str | Path) -> dict[str, str]:
+    """Return the sha256 of each tensor of the text model, by its name in the files; processes share the reading."""
+    return together.hash_tensors_in_shares(open_external_weights(path).tensors)

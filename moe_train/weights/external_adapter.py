@@ -7,25 +7,26 @@ from pathlib import Path
 from types import ModuleType
 
 from moe_train import config
+from moe_train.model.parameters import Parameters
 from moe_train.weights import gguf, peft, safetensors_files, together
-from moe_train.weights.arrays import Abstract, Parameters
+from moe_train.weights.arrays import Abstract
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.mistral import params_json
 
 
-def read_lora(path: str | Path, model: config.Model) -> config.Lora:
+def read_external_lora(path: str | Path, model: config.Model) -> config.Lora:
     """Return the section `lora` that describes the adapter at `path`. Raises FileNotFoundError if there is none."""
     return _layout_of(path).read_lora(path, model)
 
 
-def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
+def load_external_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
     """Read adapters, and the weights that were trained in full, into arrays.
 
     Args:
         path: the adapter.
         model: the architecture of its base.
-        abstract: {path: shape, dtype and sharding}, from a model with the section `read_lora(path, model)`.
+        abstract: {path: shape, dtype and sharding}, from a model with the section `read_external_lora(path, model)`.
 
     Raises:
         ValueError: the files belong to another base.
@@ -33,17 +34,19 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
     return _layout_of(path).load_adapter(path, model, abstract)
 
 
-def hashes(path: str | Path) -> dict[str, str]:
+def hash_external_adapter(path: str | Path) -> dict[str, str]:
     """Return the sha256 of each tensor by name, and of the settings that decide its scale; processes share the reading."""
     layout = _layout_of(path)
     if layout is gguf_lora:
         opened = gguf_lora.open_adapter(path)
+        hashes = together.hash_tensors_in_shares(opened.tensors)
         # alpha scales the tensors, so a change of it alone makes another adapter.
         alpha = repr(opened.settings.get("adapter.lora.alpha"))
-        return together.tensor_hashes(opened.tensors) | {"adapter.lora.alpha": hashlib.sha256(alpha.encode()).hexdigest()}
-    weights = peft.WEIGHTS if layout is peft else mistral_lora.FILE
-    settings = peft.CONFIG if layout is peft else params_json.FILE
-    hashes = together.tensor_hashes(safetensors_files.open_file(Path(path) / weights))
+        hashes["adapter.lora.alpha"] = hashlib.sha256(alpha.encode()).hexdigest()
+        return hashes
+    weights = peft.ADAPTER_WEIGHTS if layout is peft else mistral_lora.LORA_FILE
+    settings = peft.ADAPTER_CONFIG if layout is peft else params_json.PARAMS_FILE
+    hashes = together.hash_tensors_in_shares(safetensors_files.open_safetensors(Path(path) / weights))
     file = Path(path) / settings
     if file.is_file():  # optional, since mistral-inference does not need it
         hashes[settings] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -57,12 +60,13 @@ def _layout_of(path: str | Path) -> ModuleType:
         FileNotFoundError: there is no adapter; the message names the files that were looked for.
     """
     directory = Path(path)
-    if (directory / peft.CONFIG).is_file():
+    if (directory / peft.ADAPTER_CONFIG).is_file():
         return peft
-    if (directory / mistral_lora.FILE).is_file():
+    if (directory / mistral_lora.LORA_FILE).is_file():
         return mistral_lora
     if gguf.file_in(path) is not None:
         return gguf_lora
     raise FileNotFoundError(
-        f"{path} holds no adapter: looked for {peft.CONFIG} (PEFT), {mistral_lora.FILE} (Mistral's own) and one .gguf file"
+        f"{path} has no adapter: looked for {peft.ADAPTER_CONFIG} (PEFT), {mistral_lora.LORA_FILE} (Mistral's own layout) and one "
+        ".gguf file; name the folder of an adapter"
     )

@@ -7,10 +7,11 @@ transformers 5's fused experts, and the prefixes of a text model inside a vision
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,18 +28,18 @@ class Row(NamedTuple):
 
     name: str
     """Name in the file, without the layer's prefix if it belongs to a layer."""
-    dims: str
+    file_dims: str
     """Dims of the file's tensor, by letter."""
     path: str
     """Path of our parameter."""
-    ours: str
+    internal_dims: str
     """Dims of our parameter, by letter."""
     stack: Literal["", "experts", "gate of gate_up", "up of gate_up"] = ""
     """What else the file's tensor contains: all experts, (E, dims); or gate stacked on up for all experts, (E, 2F, D)."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How files of one kind name the tensors of a model."""
 
     file_format: config.FileFormat
@@ -51,14 +52,14 @@ class Layout:
     dense: tuple[Row, ...]
     router: Row
     experts: tuple[Row, ...]
-    """Rows of the experts; `{e}` is the expert, if each has its own tensors."""
+    """Rows of the experts; `{e}` stands for the expert's index if each expert has tensors of its own."""
     adapters: tuple[str, str]
     """Names of A (rank, in) and B (out, rank) for `{stem}`, a weight's name without `.weight`."""
     adapters_of_embed: tuple[str, str] | None = None
     """The same for the embedding, A (rank, V) and B (D, rank); None if routers, embedding and head cannot have adapters."""
 
 
-def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> Layout:
+def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> TensorLayout:
     """Build a variant of Hugging Face's layout.
 
     Args:
@@ -80,7 +81,7 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> L
             Row("block_sparse_moe.experts.{e}.w3.weight", "F D", "ffn.up_proj.weight", "D F"),
             Row("block_sparse_moe.experts.{e}.w2.weight", "D F", "ffn.down_proj.weight", "F D"),
         )
-    return Layout(
+    return TensorLayout(
         file_format="hf",
         embed=Row(f"{body}embed_tokens.weight", "V D", "embed.weight", "V D"),
         norm=Row(f"{body}norm.weight", "D", "final_norm.scale", "D"),
@@ -111,7 +112,7 @@ HUGGING_FACE = hugging_face()
 _BODIES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
 """Prefixes of body and head of a text model: alone, and inside two kinds of vision wrapper."""
 
-MISTRAL = Layout(
+MISTRAL = TensorLayout(
     file_format="mistral",
     embed=Row("tok_embeddings.weight", "V D", "embed.weight", "V D"),
     norm=Row("norm.weight", "D", "final_norm.scale", "D"),
@@ -141,7 +142,7 @@ MISTRAL = Layout(
 )
 """Mistral's own layout: consolidated.safetensors and lora.safetensors."""
 
-GGUF = Layout(
+GGUF = TensorLayout(
     file_format="gguf",
     embed=Row("token_embd.weight", "V D", "embed.weight", "V D"),
     norm=Row("output_norm.weight", "D", "final_norm.scale", "D"),
@@ -175,7 +176,7 @@ IGNORED = (".rotary_emb.inv_freq", "model.vision_tower.", "model.multi_modal_pro
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightPiece:
     """One matrix or vector of the model: where it is in the file, and where it is in our arrays."""
 
     name: str
@@ -191,13 +192,13 @@ class Piece:
     lead: tuple[int, ...]
     """Index in the stacked dims: (), (repeat,) or (repeat, expert)."""
     axes: tuple[tuple[int, ...], ...]
-    """For each of our dims, the positions of its letters in the file's.
+    """For each of our dims, the positions of its letters among those of the file's dims.
 
-    Ours = part.reshape(N, H, D).transpose(2, 0, 1), after which each tuple becomes one dim.
+    Our matrix is part.reshape(N, H, D).transpose(2, 0, 1), after which each tuple becomes one dim.
     """
 
     @property
-    def ours_shape(self) -> tuple[int, ...]:
+    def internal_shape(self) -> tuple[int, ...]:
         """Shape of our matrix."""
         sizes = self._sizes()
         return tuple(math.prod(sizes[axis] for axis in dim) for dim in self.axes)
@@ -208,16 +209,18 @@ class Piece:
         return tuple(math.prod(group) for group in self.groups)
 
     def _sizes(self) -> list[int]:
-        return [size for group in self.groups for size in group]
+        """Return the size of each letter, in the file's order."""
+        return list(itertools.chain.from_iterable(self.groups))
 
     def _flat_axes(self) -> list[int]:
-        return [axis for dim in self.axes for axis in dim]
+        """Return the transposition from the file's order of letters to ours."""
+        return list(itertools.chain.from_iterable(self.axes))
 
-    def to_file(self, ours: np.ndarray) -> np.ndarray:
+    def to_file(self, matrix: np.ndarray) -> np.ndarray:
         """Turn our matrix, (in dims…, out dims…), into the part of the file's tensor."""
         sizes = self._sizes()
         flat = self._flat_axes()
-        return ours.reshape([sizes[axis] for axis in flat]).transpose(np.argsort(flat)).reshape(self.part_shape)
+        return matrix.reshape([sizes[axis] for axis in flat]).transpose(np.argsort(flat)).reshape(self.part_shape)
 
     def from_file(
         self, read: Callable[[tuple[int | slice, ...]], np.ndarray], ranges: Sequence[tuple[int, int]] | None = None
@@ -225,35 +228,39 @@ class Piece:
         """Read our matrix, or a part of it, without reading more of the file than that.
 
         Args:
-            read: an index -> that part of the file's tensor.
-            ranges: (start, stop) of each of our dims, None for all. In a group such as NH only the first letter may be cut, and a
-                dim of several letters never.
+            read: returns the part of the file's tensor at an index.
+            ranges: (start, stop) of each of our dims; None to read all of them. In a group such as NH only the first letter can be
+                cut, and a dim of several letters cannot be cut at all.
         """
         sizes = self._sizes()
-        shape = self.ours_shape
-        cuts = {axis: (0, size) for axis, size in enumerate(sizes)}
+        shape = self.internal_shape
+        cuts = [(0, size) for size in sizes]
         for dim, cut, size in zip(self.axes, ranges or [(0, size) for size in shape], shape, strict=True):
-            assert len(dim) == 1 or cut == (0, size), (self.path, ranges)
             if len(dim) == 1:
                 cuts[dim[0]] = cut
-        rows: list[tuple[int, int]] = []
-        dims: list[int] = []
+            else:
+                assert cut == (0, size), (self.path, ranges)
+        file_ranges: list[tuple[int, int]] = []
+        letter_sizes: list[int] = []
         axis = 0
         for group in self.groups:
-            (start, stop), *inner_cuts = (cuts[axis + i] for i in range(len(group)))
-            assert inner_cuts == [(0, size) for size in group[1:]], (self.path, ranges)
-            inner = math.prod(group[1:])
-            rows.append((start * inner, stop * inner))
-            dims += [stop - start, *group[1:]]
+            start, stop = cuts[axis]
+            # Only the first letter of a group is cut, since a cut of another one would not be contiguous in the file's dim.
+            assert cuts[axis + 1 : axis + len(group)] == [(0, size) for size in group[1:]], (self.path, ranges)
+            stride = math.prod(group[1:])
+            file_ranges.append((start * stride, stop * stride))
+            letter_sizes += [stop - start, *group[1:]]
             axis += len(group)
+        # Integers of `part` come first: they select an expert. A range of `part` shifts the ranges within it.
         index: list[int | slice] = [item for item in self.part if isinstance(item, int)]
-        offsets = [item[0] for item in self.part if not isinstance(item, int)] + [0] * len(rows)
-        index += [slice(start + o, stop + o) for (start, stop), o in zip(rows, offsets, strict=False)]
-        matrix = read(tuple(index)).reshape(dims).transpose(self._flat_axes())
-        return matrix.reshape([math.prod(dims[axis] for axis in dim) for dim in self.axes])
+        offsets = [item[0] for item in self.part if not isinstance(item, int)] + [0] * len(file_ranges)
+        for (start, stop), offset in zip(file_ranges, offsets, strict=False):
+            index.append(slice(start + offset, stop + offset))
+        matrix = read(tuple(index)).reshape(letter_sizes).transpose(self._flat_axes())
+        return matrix.reshape([math.prod(letter_sizes[axis] for axis in dim) for dim in self.axes])
 
 
-def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
+def weight_pieces(model: config.Model, layout: TensorLayout = HUGGING_FACE) -> list[WeightPiece]:
     """List every weight of `model` in the order of the layers.
 
     Raises:
@@ -271,10 +278,12 @@ def pieces(model: config.Model, layout: Layout = HUGGING_FACE) -> list[Piece]:
     return table
 
 
-def _pieces_of_layer(model: config.Model, layout: Layout, position: config.LayerPosition) -> list[Piece]:
+def _pieces_of_layer(model: config.Model, layout: TensorLayout, position: config.LayerPosition) -> list[WeightPiece]:
+    """List the weights of one layer: those that every layer has, and each expert's."""
     sizes = _sizes(model, position.ffn)
     prefix = layout.layer.format(l=position.layer)
-    rows = layout.of_layer + (layout.dense if isinstance(position.ffn, config.DenseFfn) else (layout.router,))
+    rows = layout.of_layer
+    rows += layout.dense if isinstance(position.ffn, config.DenseFfn) else (layout.router,)
     table = [_piece(sizes, _in_layer(row, position, prefix), (position.repeat,)) for row in rows]
     for expert in range(sizes.get("E", 0)):
         lead = (position.repeat, expert)
@@ -287,22 +296,22 @@ def _in_layer(row: Row, position: config.LayerPosition, prefix: str) -> Row:
     return row._replace(name=prefix + row.name, path=in_layer(position, row.path))
 
 
-def hugging_face_of(names: Collection[str]) -> Layout:
+def detect_hugging_face(names: Collection[str]) -> TensorLayout:
     """Detect the variant of Hugging Face's layout from the tensor names of a file."""
     body = next((prefix for prefix in _BODIES if f"{prefix[0]}embed_tokens.weight" in names), _BODIES[0])
     return hugging_face(*body, fused=any(name.endswith("mlp.experts.gate_up_proj") for name in names))
 
 
-def linear_rows(ffn: config.Ffn, layout: Layout = HUGGING_FACE) -> list[Row]:
+def linear_rows(ffn: config.Ffn, layout: TensorLayout = HUGGING_FACE) -> list[Row]:
     """Return the rows of the linear maps, without routers, of a layer with this feed-forward part.
 
     Rows of an expert stand for every expert.
     """
     rows = layout.dense if isinstance(ffn, config.DenseFfn) else layout.experts
-    return [row for row in (*layout.of_layer, *rows) if " " in row.dims]
+    return [row for row in (*layout.of_layer, *rows) if " " in row.file_dims]
 
 
-def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout = HUGGING_FACE) -> list[Piece]:
+def lora_pieces(model: config.Model, ranks: Mapping[str, int], layout: TensorLayout = HUGGING_FACE) -> list[WeightPiece]:
     """List the matrices of adapters under the layout's names.
 
     A is (J, in) in the file and (in dims…, J) in our arrays; B is (out, J) and (J, out dims…).
@@ -312,57 +321,77 @@ def adapter_pieces(model: config.Model, ranks: Mapping[str, int], layout: Layout
         ranks: rank of each of our modules that has an adapter, such as `stacks.0.layers.0.ffn.up_proj`.
         layout: names of the files.
     """
-    table: list[Piece] = []
-    everywhere = layout.adapters_of_embed is not None
-
-    def add(row: Row, sizes: Mapping[str, int], leads: Sequence[tuple[int, ...]] = ((),)) -> None:
+    table: list[WeightPiece] = []
+    for row, sizes, leads in _adaptable_rows(model, layout):
         module = ParameterPath.parse(row.path).module_path
         if module not in ranks:
-            return
-        out, into = row.dims.split()
-        name_templates: tuple[str, str] | None = layout.adapters
-        if row is layout.embed:  # the embedding is a lookup: its rows are the inputs
-            out, into = into, out
-            name_templates = layout.adapters_of_embed
-        assert name_templates is not None
-        # A has the weight's in dims and B its out dims, each followed or preceded by the rank.
-        inputs, outputs = (" ".join(d for d in row.ours.split() if set(d) <= set(group)) for group in (into, out))
-        name_a, name_b = (name.format(stem=row.name.removesuffix(".weight")) for name in name_templates)
-        a = Row(name_a, f"J {into}", f"{module}.lora_a", f"{inputs} J", row.stack)
-        b = Row(name_b, f"{out} J", f"{module}.lora_b", f"J {outputs}", row.stack)
-        in_file = {**sizes, "J": ranks[module]}
+            continue
+        row_a, row_b = _lora_rows(row, module, layout)
+        sizes_with_rank = {**sizes, "J": ranks[module]}
         for lead in leads:
-            table.append(_piece(in_file, a, lead))
-            table.append(_piece(in_file, b, lead))
-
-    if everywhere:
-        add(layout.embed, _sizes(model))
-    for position in config.layers(model):
-        sizes = _sizes(model, position.ffn)
-        prefix = layout.layer.format(l=position.layer)
-        sparse = isinstance(position.ffn, config.MoeFfn)
-        for row in (*linear_rows(position.ffn, layout), *((layout.router,) if sparse and everywhere else ())):
-            is_expert = sparse and row in layout.experts
-            leads: list[tuple[int, ...]] = [(position.repeat,)]
-            if is_expert:
-                leads = [(position.repeat, e) for e in range(sizes["E"])]
-            add(_in_layer(row, position, prefix), sizes, leads)
-    if everywhere and not model.tie_embeddings:
-        add(layout.head, _sizes(model))
+            table.append(_piece(sizes_with_rank, row_a, lead))
+            table.append(_piece(sizes_with_rank, row_b, lead))
     return table
 
 
-def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any]) -> None:
+def _adaptable_rows(
+    model: config.Model, layout: TensorLayout
+) -> Iterator[tuple[Row, Mapping[str, int], Sequence[tuple[int, ...]]]]:
+    """Yield the row, the sizes of dims and the entries in the stacked dims of each weight that can have an adapter."""
+    only_linear = layout.adapters_of_embed is None
+    if not only_linear:
+        yield layout.embed, _sizes(model), [()]
+    for position in config.layers(model):
+        sizes = _sizes(model, position.ffn)
+        prefix = layout.layer.format(l=position.layer)
+        expert_leads = [(position.repeat, e) for e in range(sizes.get("E", 0))]
+        rows = linear_rows(position.ffn, layout)
+        if expert_leads and not only_linear:
+            rows.append(layout.router)
+        for row in rows:
+            is_expert = bool(expert_leads) and row in layout.experts
+            yield _in_layer(row, position, prefix), sizes, expert_leads if is_expert else [(position.repeat,)]
+    if not only_linear and not model.tie_embeddings:
+        yield layout.head, _sizes(model), [()]
+
+
+def _lora_rows(row: Row, module: str, layout: TensorLayout) -> tuple[Row, Row]:
+    """Return the rows of A and B of the weight that `row` describes."""
+    out_dims, in_dims = row.file_dims.split()
+    name_templates = layout.adapters
+    if row is layout.embed and layout.adapters_of_embed is not None:
+        in_dims, out_dims = row.file_dims.split()  # the embedding is a lookup: the rows of its table are the inputs
+        name_templates = layout.adapters_of_embed
+    stem = row.name.removesuffix(".weight")
+    name_a, name_b = (template.format(stem=stem) for template in name_templates)
+    # A has the weight's in dims and B its out dims, each followed or preceded by the rank.
+    internal_in = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(in_dims))
+    internal_out = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(out_dims))
+    row_a = Row(name_a, f"J {in_dims}", f"{module}.lora_a", f"{internal_in} J", row.stack)
+    row_b = Row(name_b, f"{out_dims} J", f"{module}.lora_b", f"J {internal_out}", row.stack)
+    return row_a, row_b
+
+
+class HasShape(Protocol):
+    """Anything with a shape, such as a tensor in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dims."""
+        ...
+
+
+def check_counts(source: object, model: config.Model, tensors: Mapping[str, HasShape]) -> None:
     """Raise ValueError if a file states more layers or experts than its tensors can have.
 
     A table of all of them might otherwise exceed memory.
 
     Args:
-        where: names the file in messages.
+        source: the file, for messages.
         model: the architecture that the file states.
-        tensors: tensors with a `shape`, by name in the file.
+        tensors: tensors by name in the file.
     """
-    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    largest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 0
     counts = (
         (model.num_layers, "layers", len(tensors)),
@@ -370,16 +399,22 @@ def check_counts(where: object, model: config.Model, tensors: Mapping[str, Any])
     )
     for count, kind, limit in counts:
         if count > limit:
-            raise ValueError(f"{where} states {count:,} {kind}, but has {len(tensors):,} tensors, no dim above {largest:,}")
+            raise ValueError(
+                f"{source} states {count:,} {kind}, but has {len(tensors):,} tensors with no dim above {largest:,}; "
+                "correct its config"
+            )
 
 
-def check(
-    where: object, table: Collection[Piece], tensors: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]]
+def check_file_tensors(
+    source: object,
+    table: Collection[WeightPiece],
+    tensors: Mapping[str, tuple[int, ...]],
+    parameters: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise ValueError unless a file has exactly the table's tensors, fills each parameter once, and shapes fit.
 
     Args:
-        where: names the file in messages.
+        source: the file, for messages.
         table: the pieces of the architecture.
         tensors: shapes by name in the file.
         parameters: shapes by our path.
@@ -387,32 +422,40 @@ def check(
     expected_shapes = {piece.name: piece.shape for piece in table}
     faults = []
     if missing := [name for name in expected_shapes if name not in tensors]:
-        faults.append(f"lacks {_some(missing)}")
+        faults.append(f"lacks {_first_few(missing)}")
     if extra := [name for name in tensors if name not in expected_shapes]:
-        faults.append(f"has {_some(extra)}, which this architecture has not")
-    if wrong := [n for n, shape in expected_shapes.items() if n in tensors and tuple(tensors[n]) != shape]:
-        faults.append("has " + _some([f"{n} of shape {tuple(tensors[n])} instead of {expected_shapes[n]}" for n in wrong]))
+        faults.append(f"has {_first_few(extra)}, which this architecture does not have")
+    wrong_shapes: list[str] = []
+    for name, shape in expected_shapes.items():
+        if name in tensors and tuple(tensors[name]) != shape:
+            wrong_shapes.append(f"{name} of shape {tuple(tensors[name])} instead of {shape}")
+    if wrong_shapes:
+        faults.append(f"has {_first_few(wrong_shapes)}")
     if faults:
-        raise ValueError(f"{where} does not hold the model that its config describes: it {'; it '.join(faults)}")
+        raise ValueError(f"{source} does not hold the model that its config describes: it {'; it '.join(faults)}")
     filled: dict[str, set[tuple[int, ...]]] = {}
     for piece in table:
         leads = filled.setdefault(piece.path, set())
         assert piece.lead not in leads, piece
         leads.add(piece.lead)
     if unfilled := sorted(set(parameters) - set(filled)):
-        raise ValueError(f"{where} has no tensors for {_some(unfilled)}; take these from elsewhere")
+        raise ValueError(f"{source} has no tensors for {_first_few(unfilled)}; load these from another file")
     for piece in table:
         if piece.path not in parameters:
             continue
         shape = tuple(parameters[piece.path])
         stacked = len(piece.lead)
-        if shape[stacked:] != piece.ours_shape or math.prod(shape[:stacked]) != len(filled[piece.path]):
-            raise ValueError(f"{where}: {piece.name} gives {len(filled[piece.path])} x {piece.ours_shape}, {piece.path} is {shape}")
+        if shape[stacked:] != piece.internal_shape or math.prod(shape[:stacked]) != len(filled[piece.path]):
+            provided = f"{len(filled[piece.path])} x {piece.internal_shape}"
+            raise ValueError(f"{source}: {piece.name} provides {provided}, but {piece.path} has shape {shape}")
 
 
-def _some(names: Collection[str], show: int = 3) -> str:
-    suffix = f" and {len(names) - show} more" if len(names) > show else ""
-    return ", ".join(list(names)[:show]) + suffix
+def _first_few(names: Collection[str], limit: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    text = ", ".join(list(names)[:limit])
+    if len(names) > limit:
+        text += f" and {len(names) - limit} more"
+    return text
 
 
 def _sizes(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, int]:
@@ -427,9 +470,9 @@ def _sizes(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, int]
     return sizes
 
 
-def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Piece:
+def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> WeightPiece:
     """Return the matrix of a row with this entry in the stacked dims; the row's names must be complete."""
-    groups = tuple(tuple(sizes[letter] for letter in group) for group in row.dims.split())
+    groups = tuple(tuple(sizes[letter] for letter in group) for group in row.file_dims.split())
     shape: tuple[int, ...] = tuple(math.prod(group) for group in groups)
     part: tuple[int | tuple[int, int], ...] = ()
     if row.stack == "experts":
@@ -437,16 +480,19 @@ def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> Pi
         part = (lead[1],)
     elif row.stack:
         F = shape[0]
-        part = (lead[1], (0, F) if row.stack == "gate of gate_up" else (F, 2 * F))
+        first_row = 0 if row.stack == "gate of gate_up" else F
+        part = (lead[1], (first_row, first_row + F))
         shape = (sizes["E"], 2 * F, *shape[1:])
-    # Each of our dims is found by where its letters are in the file's.
-    letters = row.dims.replace(" ", "")
-    return Piece(
-        name=row.name.format(e=lead[1]) if len(lead) == 2 else row.name,
+    name = row.name
+    if len(lead) == 2:
+        name = name.format(e=lead[1])
+    letters = row.file_dims.replace(" ", "")
+    return WeightPiece(
+        name=name,
         shape=shape,
         part=part,
         groups=groups,
         path=row.path,
         lead=lead,
-        axes=tuple(tuple(letters.index(letter) for letter in dim) for dim in row.ours.split()),
+        axes=tuple(tuple(letters.index(letter) for letter in dim) for dim in row.internal_dims.split()),
     )

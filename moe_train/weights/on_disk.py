@@ -12,13 +12,13 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine import progress
-from moe_train.weights.names import Piece
+from moe_train.weights.names import WeightPiece
 
-CHUNK = 2**22
+HASH_CHUNK_BYTES = 2**22
 """Bytes that are hashed at once; with much more, the system would allocate and free the memory each time."""
 
 
-class Tensor(Protocol):
+class FileTensor(Protocol):
     """A tensor in a file."""
 
     @property
@@ -41,15 +41,15 @@ class Tensor(Protocol):
         ...
 
 
-class Weights(NamedTuple):
-    """A model on disk."""
+class WeightFiles(NamedTuple):
+    """A model on disk, opened without reading its tensors."""
 
-    where: Path
+    path: Path
     """The file or folder, for messages."""
     model: config.Model
-    table: list[Piece]
+    pieces: list[WeightPiece]
     """Location of each weight in the files."""
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, FileTensor]
     """Tensors of the text model only, by name."""
 
     @property
@@ -62,24 +62,31 @@ class Weights(NamedTuple):
         return None
 
 
-def nbytes(shape: Sequence[int], dtype: np.dtype) -> int:
+def array_bytes(shape: Sequence[int], dtype: np.dtype) -> int:
     """Return the bytes of an array."""
     return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
-def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def have_same_content(a: FileTensor, b: FileTensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and bytes."""
+    hashes = hash_tensors({"a": a, "b": b})
+    return hashes["a"] == hashes["b"]
+
+
+def hash_tensors(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
     """Return the sha256 of each tensor's dtype, shape and bytes, by name; several tensors at a time, each in parts of 4 MiB."""
+    total_bytes = sum(array_bytes(tensor.shape, tensor.dtype) for tensor in tensors.values())
+    report_hashed = progress.counted("hashing the base", total_bytes, "bytes")
 
-    total_bytes = sum(nbytes(tensor.shape, tensor.dtype) for tensor in tensors.values())
-    hashed = progress.counted("hashing the base", total_bytes, "bytes")
-
-    def digest(tensor: Tensor) -> str:
+    def digest(tensor: FileTensor) -> str:
+        """Hash one tensor, a chunk of rows at a time."""
         total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
         (length, *row) = tensor.shape or (0,)
-        step = max(1, CHUNK // max(1, nbytes(row, tensor.dtype)))
+        step = max(1, HASH_CHUNK_BYTES // max(1, array_bytes(row, tensor.dtype)))
         for start in range(0, length, step):
-            total.update(np.ascontiguousarray(tensor.read((slice(start, min(start + step, length)),))).view(np.uint8).data)
-        hashed(nbytes(tensor.shape, tensor.dtype))
+            rows = tensor.read((slice(start, min(start + step, length)),))
+            total.update(np.ascontiguousarray(rows).view(np.uint8).data)
+        report_hashed(array_bytes(tensor.shape, tensor.dtype))
         return total.hexdigest()
 
     with ThreadPoolExecutor() as pool:

@@ -18,9 +18,9 @@ import numpy as np
 import safetensors
 
 from moe_train.weights import strided
-from moe_train.weights.on_disk import nbytes
+from moe_train.weights.on_disk import array_bytes
 
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 """Name of the index of a sharded model."""
 MAX_SHARD_BYTES = 5_000_000_000
 """Default size limit of a shard."""
@@ -36,7 +36,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Tensor:
+class SafetensorsTensor:
     """A tensor in a file; none of it is in memory."""
 
     name: str
@@ -53,42 +53,54 @@ class Tensor:
         The file is read rather than mapped, since pages of a mapped file would count as this process's memory.
         """
         cuts: list[range] = []
-        for entry, size in zip(index, self.shape, strict=False):  # dims without an entry are read in full
+        kept_dims: list[int] = []  # an integer in the index drops its dim
+        for d, size in enumerate(self.shape):
+            entry = index[d] if d < len(index) else slice(None)
             if isinstance(entry, int):
                 cuts.append(range(entry, entry + 1))
             else:
                 cuts.append(range(*entry.indices(size)))
-        cuts += [range(size) for size in self.shape[len(cuts) :]]
+                kept_dims.append(d)
         out = np.empty([len(cut) for cut in cuts], self.dtype)
         if out.size:
-            # dims from `last_cut` on are contiguous in the file
-            last_cut = max((d for d, (cut, size) in enumerate(zip(cuts, self.shape, strict=True)) if len(cut) < size), default=0)
-            strides = [nbytes(self.shape[d + 1 :], self.dtype) for d in range(len(self.shape))]
-            for lead in itertools.product(*(range(len(cut)) for cut in cuts[:last_cut])):
-                start = sum(cut[i] * stride for cut, i, stride in zip(cuts, (*lead, 0), strides))  # noqa: B905
-                self._read_into(out[lead], self.offset + start)
-        return out.reshape([len(cut) for d, cut in enumerate(cuts) if d >= len(index) or not isinstance(index[d], int)])
+            self._read_cuts(out, cuts)
+        return out.reshape([len(cuts[d]) for d in kept_dims])
+
+    def _read_cuts(self, out: np.ndarray, cuts: list[range]) -> None:
+        """Read the ranges `cuts` of all dims, one contiguous part of the file at a time."""
+        last_cut = 0
+        for d, size in enumerate(self.shape):
+            if len(cuts[d]) < size:
+                last_cut = d
+        strides = [array_bytes(self.shape[d + 1 :], self.dtype) for d in range(len(self.shape))]
+        # Dims after `last_cut` are read in full, so the range of `last_cut` is contiguous for each entry of the dims before it.
+        for lead in itertools.product(*(range(len(cut)) for cut in cuts[:last_cut])):
+            start = self.offset
+            for cut, i, stride in zip(cuts, (*lead, 0), strides, strict=False):
+                start += cut[i] * stride
+            self._read_into(out[lead], start)
 
     def _read_into(self, out: np.ndarray, offset: int) -> None:
-        into = out.reshape(-1).view(np.uint8).data
-        done = 0
-        while done < len(into):  # one call returns at most 2 GiB
-            count = os.preadv(self.opened.fileno(), [into[done:]], offset + done)
+        destination = out.reshape(-1).view(np.uint8).data
+        num_read = 0
+        while num_read < len(destination):  # one call returns at most 2 GiB
+            count = os.preadv(self.opened.fileno(), [destination[num_read:]], offset + num_read)
             if not count:
-                raise ValueError(f"{self.file} is truncated: it ends inside {self.name}")
-            done += count
+                raise ValueError(f"{self.file} is truncated: it ends inside the tensor {self.name}; download it again")
+            num_read += count
 
 
 def has_model(directory: str | Path, stem: str = "model") -> bool:
-    """Return whether `open_model` would find a model to open."""
+    """Return whether `open_model_tensors` would find a model to open."""
     return any(file.is_file() for file in _single_and_index(directory, stem))
 
 
 def _single_and_index(directory: str | Path, stem: str) -> tuple[Path, Path]:
-    return Path(directory) / f"{stem}.safetensors", Path(directory) / INDEX.replace("model", stem)
+    """Return the paths of a model in a single file and of the index of a sharded one."""
+    return Path(directory) / f"{stem}.safetensors", Path(directory) / INDEX_FILE.replace("model", stem)
 
 
-def open_model(directory: str | Path, stem: str = "model") -> dict[str, Tensor]:
+def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, SafetensorsTensor]:
     """Open the tensors of a model's directory, single file or sharded.
 
     Args:
@@ -101,21 +113,23 @@ def open_model(directory: str | Path, stem: str = "model") -> dict[str, Tensor]:
     """
     single, index = _single_and_index(directory, stem)
     if not has_model(directory, stem):
-        raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}; fetch the weights")
+        raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}; download the weights")
     if not index.is_file():
-        return open_file(single)
+        return open_safetensors(single)
     weight_map = _weight_map(index)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, SafetensorsTensor] = {}
     for file in sorted(set(weight_map.values())):
-        opened = open_file(index.parent / file)
+        opened = open_safetensors(index.parent / file)
         listed = {name for name, shard in weight_map.items() if shard == file}
         if different := sorted(listed ^ set(opened)):
-            raise ValueError(f"{index} and {file} disagree about {different[0]} ({len(different)} tensors in all); fetch both")
+            raise ValueError(
+                f"{index} and {file} disagree about {different[0]} ({len(different)} tensors in all); download both again"
+            )
         tensors |= opened
     return tensors
 
 
-def open_file(file: Path) -> dict[str, Tensor]:
+def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
     """Open the tensors of one file, after checking its header and size.
 
     Raises:
@@ -123,12 +137,12 @@ def open_file(file: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, or a tensor has an unsupported dtype.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
+        raise FileNotFoundError(f"{file} is missing; download it")
     try:
         with safetensors.safe_open(str(file), framework="numpy") as checked:  # the library checks that offsets fit the file
             names = list(checked.keys())
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error
+        raise ValueError(f"{file} is truncated or not a safetensors file: {error}; download it again") from error
     opened = file.open("rb")
     length = int.from_bytes(opened.read(8), "little")
     try:
@@ -142,8 +156,9 @@ def open_file(file: Path) -> dict[str, Tensor]:
         shape = entry["shape"]
         start, _ = entry["data_offsets"]
         if code not in _DTYPES:
-            raise ValueError(f"{file}: {name} is {code}, read are {', '.join(_DTYPES)}; quantised models are not supported")
-        tensors[name] = Tensor(name, file, tuple(shape), _DTYPES[code], 8 + length + start, opened)
+            supported = ", ".join(_DTYPES)
+            raise ValueError(f"{file}: {name} has dtype {code}; supported: {supported}; quantized models are not supported")
+        tensors[name] = SafetensorsTensor(name, file, tuple(shape), _DTYPES[code], 8 + length + start, opened)
     return tensors
 
 
@@ -155,7 +170,7 @@ def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     header: dict[str, Any] = {}
     for name, value in pairs:
         if name in header:
-            raise ValueError(f"its header has {name} twice")
+            raise ValueError(f"the header has {name} twice; download the file again")
         header[name] = value
     return header
 
@@ -165,16 +180,19 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors files ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{index} is not an index of safetensors files ({type(error).__name__}: {error}); download it again"
+        ) from error
+    # A path with folders in it could lead out of the model's folder.
     if invalid := sorted(str(f) for f in files if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")):
-        raise ValueError(f"{index} names {invalid[0]!r}; files of a model lie beside their index, as plain names")
+        raise ValueError(f"{index} names the file {invalid[0]!r}; shards must be plain names of files in the folder of the index")
     return weight_map
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor to be written."""
 
     name: str
@@ -182,23 +200,23 @@ class Spec(NamedTuple):
     dtype: np.dtype
 
 
-class Share(NamedTuple):
+class WriterShare(NamedTuple):
     """The files of a model that this process writes: every `of`th, starting with `first`."""
 
     first: int = 0
     of: int = 1
 
 
-ALL = Share()
+SOLE_WRITER = WriterShare()
 """The share of a process that writes alone."""
 
 
-def write_model(
+def write_shards(
     directory: Path,
-    specs: Sequence[Spec],
-    tensor: Callable[[Spec], np.ndarray],
+    specs: Sequence[TensorSpec],
+    tensor: Callable[[TensorSpec], np.ndarray],
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    share: Share = ALL,
+    share: WriterShare = SOLE_WRITER,
 ) -> list[Path]:
     """Write `model-0000i-of-0000N.safetensors` and the index.
 
@@ -214,51 +232,78 @@ def write_model(
     Returns:
         The paths of all files, the index included.
     """
-    shards: list[list[Spec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(nbytes(s.shape, s.dtype) for s in (*shards[-1], spec)) > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
+    shards = _divide_into_shards(specs, max_shard_bytes)
     files = [directory / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    errors = []
+    errors: list[OSError] = []
     for first in range(0, len(shards), share.of):
         if share.of == 1:
-            write_file(files[first], shards[first], tensor)
+            write_safetensors(files[first], shards[first], tensor)
             continue
-        together = shards[first : first + share.of]
-        own_index = share.first if share.first < len(together) else None
-        # Interleaved (the k-th tensor of each file in turn), so that all processes write at the same time.
-        in_order: list[tuple[int, Spec]] = []
-        for kth_specs in itertools.zip_longest(*together):
-            in_order += [(i, spec) for i, spec in enumerate(kth_specs) if spec is not None]
-        requested = ((i == own_index, tensor(spec)) for i, spec in in_order)
-        try:
-            if own_index is not None:
-                mine_alone = (x for is_own, x in requested if is_own)
-                write_file(files[first + own_index], together[own_index], lambda spec, mine_alone=mine_alone: next(mine_alone))  # type: ignore[misc]
-        except OSError as error:
+        group = slice(first, first + share.of)
+        error = _write_own_shard(files[group], shards[group], share.first, tensor)
+        if error is not None:
             errors.append(error)
-        for _ in requested:  # the remaining arrays belong to other processes, but asking for them is collective
-            pass
     if errors:
         raise errors[0]
     index = {
-        "metadata": {"total_size": sum(nbytes(s.shape, s.dtype) for s in specs)},
+        "metadata": {"total_size": sum(array_bytes(s.shape, s.dtype) for s in specs)},
         "weight_map": {spec.name: file.name for file, shard in zip(files, shards, strict=True) for spec in shard},
     }
-    index_path = directory / INDEX.format(stem="model")
+    index_path = directory / INDEX_FILE
     if share.first == 0:
         index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*files, index_path]
 
 
-def write_file(file: Path, specs: Iterable[Spec], tensor: Callable[[Spec], np.ndarray]) -> None:
+def _divide_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """Divide tensors into consecutive shards of at most `max_shard_bytes`; a larger tensor has a shard of its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    shard_bytes = 0
+    for spec in specs:
+        tensor_bytes = array_bytes(spec.shape, spec.dtype)
+        if shards[-1] and shard_bytes + tensor_bytes > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(spec)
+        shard_bytes += tensor_bytes
+    return shards
+
+
+def _write_own_shard(
+    files: Sequence[Path],
+    shards: Sequence[Sequence[TensorSpec]],
+    own_index: int,
+    tensor: Callable[[TensorSpec], np.ndarray],
+) -> OSError | None:
+    """Write one of the shards that the processes write at the same time, one each.
+
+    All processes ask for the arrays of all these shards in the same order. An error in writing is therefore returned rather than
+    raised, after every array was asked for.
+    """
+    # The k-th tensor of each shard in turn, so that all processes have something to write at any time.
+    in_order: list[tuple[int, TensorSpec]] = []
+    for kth_specs in itertools.zip_longest(*shards):
+        in_order += [(i, spec) for i, spec in enumerate(kth_specs) if spec is not None]
+    requested = ((i, tensor(spec)) for i, spec in in_order)
+    own_arrays = (array for i, array in requested if i == own_index)
+    write_error = None
+    if own_index < len(shards):
+        try:
+            write_safetensors(files[own_index], shards[own_index], lambda spec: next(own_arrays))
+        except OSError as error:
+            write_error = error
+    for _ in requested:  # the remaining arrays belong to other processes, but asking for them is collective
+        pass
+    return write_error
+
+
+def write_safetensors(file: Path, specs: Iterable[TensorSpec], tensor: Callable[[TensorSpec], np.ndarray]) -> None:
     """Write one safetensors file: u64 length of the header, the header in JSON, then the tensors back to back."""
     specs = list(specs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects a file without it
     offset = 0
     for spec in specs:
-        end = offset + nbytes(spec.shape, spec.dtype)
+        end = offset + array_bytes(spec.shape, spec.dtype)
         header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -269,7 +314,7 @@ def write_file(file: Path, specs: Iterable[Spec], tensor: Callable[[Spec], np.nd
             for spec in specs:
                 array = tensor(spec)
                 assert array.shape == spec.shape and array.dtype == spec.dtype, (spec, array.shape, array.dtype)
-                for part in strided.parts(array):
+                for part in strided.contiguous_parts(array):
                     out.write(part.reshape(-1).view(np.uint8).data)
     except OSError as error:
         error.filename = error.filename or str(file)  # a failed write does not state its file

@@ -23,9 +23,9 @@ from typing import Literal, NamedTuple
 from moe_train import config
 
 Server = Literal["vllm", "llama.cpp", "transformers"]
-Layout = Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"]
+ExportFormat = Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"]
 
-READS: dict[Server, dict[Layout, str]] = {
+SERVING_COMMANDS: dict[Server, dict[ExportFormat, str]] = {
     "vllm": {
         "hf": "vllm serve {out}",
         "mistral": "vllm serve {out} --tokenizer-mode {tokenizer} --config-format mistral --load-format mistral",
@@ -51,7 +51,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Maximum ranks that vLLM can be started with."""
 
 
-class Shape(NamedTuple):
+class AdapterShape(NamedTuple):
     """Rank and alpha of a module's adapter in a file; its scale is alpha / rank."""
 
     rank: int
@@ -59,8 +59,8 @@ class Shape(NamedTuple):
 
 
 def adapter_shapes(
-    server: Server, family: config.FamilyName, shapes: Mapping[str, Shape], trained_in_full: Collection[str] = ()
-) -> dict[str, Shape]:
+    server: Server, family: config.FamilyName, shapes: Mapping[str, AdapterShape], trained_in_full: Collection[str] = ()
+) -> dict[str, AdapterShape]:
     """Return the rank and alpha that a PEFT file has to state for each module, so that `server` applies what was trained.
 
     For vLLM all modules get one rank, up to which the writer pads with zeros, and one alpha, the one that gives the most common
@@ -79,23 +79,24 @@ def adapter_shapes(
         return dict(shapes)
     if trained_in_full:
         raise ValueError(
-            f"vLLM takes adapters alone, but {sorted(trained_in_full)[0]} was trained in full; export the whole model with --merge"
+            f"vLLM loads only adapters, but {sorted(trained_in_full)[0]} was trained in full; export the merged model with --merge"
         )
     rank = max(shape.rank for shape in shapes.values())
     if rank > VLLM_RANKS[-1]:
         raise ValueError(
-            f"vLLM takes adapters up to rank {VLLM_RANKS[-1]}, this one has {rank}; export the whole model with --merge"
+            f"vLLM loads adapters up to rank {VLLM_RANKS[-1]}, this one has rank {rank}; export the merged model with --merge"
         )
     ends = sorted({"embed", "head"} & shapes.keys())
     if ends and not config.FAMILIES[family].vllm_adapts_ends:
-        raise ValueError(f"vLLM refuses an adapter of {ends[0]} in a {family}; export the whole model with --merge")
+        raise ValueError(f"vLLM rejects an adapter of {ends[0]} in a {family}; export the merged model with --merge")
+    # One alpha applies to all modules: with the most common scale, most of them are written unchanged.
     ((scale, _),) = Counter(shape.alpha / shape.rank for shape in shapes.values()).most_common(1)
-    return dict.fromkeys(shapes, Shape(rank, scale * rank))
+    return dict.fromkeys(shapes, AdapterShape(rank, scale * rank))
 
 
-def command(
+def serving_command(
     server: Server,
-    layout: Layout,
+    layout: ExportFormat,
     model: config.Model,
     out_dir: str | Path,
     *,
@@ -117,17 +118,20 @@ def command(
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.
     """
-    readable = READS[server]
+    readable = SERVING_COMMANDS[server]
     if layout not in readable:
-        raise ValueError(f"{server} does not read --format {layout}; it reads --format {' or '.join(readable)}")
+        raise ValueError(f"{server} does not read --format {layout}; use --format {' or '.join(readable)}")
     if server == "vllm" and layout == "mistral" and isinstance(model.ffn, config.MoeFfn):
-        raise ValueError("vLLM does not read experts by the names of --format mistral; use --format hf")
+        raise ValueError("vLLM does not know the names that --format mistral gives to experts; use --format hf")
     base = base_model or "BASE_MODEL"
+    max_rank = rank
+    if server == "vllm":
+        max_rank = next(supported for supported in VLLM_RANKS if supported >= rank)
     return readable[layout].format(
         out=shlex.quote(str(out_dir)),
         base=shlex.quote(base),
         name=shlex.quote(Path(out_dir).name),
-        rank=next(r for r in VLLM_RANKS if r >= rank) if server == "vllm" else rank,
+        rank=max_rank,
         tokenizer="mistral" if tokenizer == "mistral" else "auto",
         code=shlex.quote(_PEFT_CODE.format(out=str(out_dir), base=base)),
     )

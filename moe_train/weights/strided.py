@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-LINE = 64
+CACHE_LINE_BYTES = 64
 """Bytes of a cache line."""
 
 
@@ -25,12 +25,13 @@ def copy_into(out: np.ndarray, x: np.ndarray) -> None:
     if x.ndim < 2 or x.flags.c_contiguous:
         out[...] = x
         return
-    step = max(1, LINE // out.itemsize)
+    # Columns of one cache line at a time: the lines that these touch in x stay in the cache until all of their numbers are used.
+    step = max(1, CACHE_LINE_BYTES // out.itemsize)
     for start in range(0, x.shape[-1], step):
         out[..., start : start + step] = x[..., start : start + step]
 
 
-def parts(x: np.ndarray) -> Iterator[np.ndarray]:
+def contiguous_parts(x: np.ndarray) -> Iterator[np.ndarray]:
     """Yield x in order, in contiguous parts of about a MiB; a transposed view is never copied as a whole."""
     if x.flags.c_contiguous:
         yield x

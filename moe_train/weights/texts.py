@@ -26,8 +26,9 @@ NO_TEXTS = Texts()
 
 def write_texts(directory: Path, texts: Texts) -> None:
     """Write tokenizer, chat template and the run's config under the names that other tools, and this one, look for."""
-    for file in texts.tokenizer.files if texts.tokenizer else ():
-        shutil.copyfile(file, directory / mistral.tokenizer_file_name(file))
+    if texts.tokenizer is not None:
+        for file in texts.tokenizer.files:
+            shutil.copyfile(file, directory / mistral.tokenizer_file_name(file))
     if texts.chat_template is not None:
         (directory / "chat_template.jinja").write_text(texts.chat_template, encoding="utf-8")
     if texts.config is not None:

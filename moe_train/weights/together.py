@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.machine.files import new_directory
 from moe_train.machine.mesh import AXES, wait_for_processes
+from moe_train.model.parameters import Parameters
 from moe_train.weights import on_disk
-from moe_train.weights.arrays import Held, Parameters, fetch
-from moe_train.weights.on_disk import Tensor
+from moe_train.weights.arrays import LazyParameters, fetch_entry
+from moe_train.weights.on_disk import FileTensor
 
 T = TypeVar("T")
 
@@ -33,11 +34,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def all_agree(well: bool) -> bool:
+def all_agree(succeeded: bool) -> bool:
     """Return whether every process reports success; no process continues before all have answered."""
     if jax.process_count() == 1:
-        return well
-    agreed = bool(_over_processes(np.array([well], np.int32)).min())
+        return succeeded
+    agreed = bool(_over_processes(np.array([succeeded], np.int32)).min())
     if not agreed:
         # A process that has failed ends now. If it did so before the others have read the answer, their collective would break.
         wait_for_processes()
@@ -68,6 +69,7 @@ def one_directory(path: str | Path) -> Iterator[Path]:
         ValueError: in all processes, if one of them does not see what the first one created.
     """
     with new_directory(path) if is_first() else nullcontext() as created:
+        # Only the first process knows the folder's temporary name.
         directory = Path(from_first(str(created and created.absolute())))
         require_shared(directory)
         yield directory
@@ -82,13 +84,14 @@ def require_shared(directory: Path) -> None:
     """Raise ValueError, in all processes, if one of them does not see a directory that the first process sees."""
     if jax.process_count() == 1:
         return
-    until = time.monotonic() + SEEN_WITHIN_SECONDS
+    deadline = time.monotonic() + SEEN_WITHIN_SECONDS
     is_visible = directory.is_dir()
-    while not is_visible and time.monotonic() < until:
+    while not is_visible and time.monotonic() < deadline:
         time.sleep(0.1)
         is_visible = directory.is_dir()
     if not all_agree(is_visible):
-        observation = f"process {jax.process_index()} on {platform.node()} {'sees' if is_visible else 'does not see'} {directory}"
+        verb = "sees" if is_visible else "does not see"
+        observation = f"process {jax.process_index()} on {platform.node()} {verb} {directory}"
         raise ValueError(f"{directory.parent} is not on a file system that all processes share: {observation}; choose one that is")
 
 
@@ -101,65 +104,69 @@ def all_or_none() -> Iterator[None]:
     except Exception as error:
         fault = error
     if not all_agree(fault is None) and fault is None:
-        raise RuntimeError("another process could not write its part of the export, and says why")
+        raise RuntimeError("another process could not write its part of the export; its own error gives the reason")
     if fault is not None:
         raise fault
 
 
-def first_writes(made: Iterator[T], write: Callable[[Iterator[T]], object]) -> None:
+def first_writes(parts: Iterator[T], write: Callable[[Iterator[T]], object]) -> None:
     """Let the first process write what all of them compute together, a part at a time.
 
-    The other processes only compute. After an error of writing, so does the first one, since the others depend on its part of the
-    computation; the error is raised at the end.
+    The other processes only compute. If writing fails, the first process still computes the remaining parts, since the others
+    depend on its share of the computation; the error is raised at the end.
     """
     try:
         if is_first():
-            write(made)
+            write(parts)
     finally:
-        for _ in made:
+        for _ in parts:
             pass
 
 
-def gathered(parameters: Held) -> Parameters:
-    """Return the same arrays whole in each process, on its first device; for few and small arrays, such as adapters."""
-    mesh = Mesh(np.array(jax.local_devices()[:1]), ("here",))
-    on_host = {path: fetch(array) for path, array in parameters.items()}
+def gather_on_each_process(parameters: LazyParameters) -> Parameters:
+    """Return the same arrays, complete in each process on its first device; for few and small arrays, such as adapters."""
+    mesh = Mesh(np.array(jax.local_devices()[:1]), ("device",))
+    on_host = {path: fetch_entry(array) for path, array in parameters.items()}
     with jax.set_mesh(mesh):
         return {path: jax.device_put(array, NamedSharding(mesh, P())) for path, array in on_host.items()}
 
 
-def hashes(sizes: Mapping[str, int], of: Callable[[list[str]], Mapping[str, str]]) -> dict[str, str]:
+def hash_in_shares(sizes: Mapping[str, int], hash_items: Callable[[list[str]], Mapping[str, str]]) -> dict[str, str]:
     """Return the sha256 of items that all processes see, by name; each process computes a share, and all get the result.
 
     Args:
         sizes: bytes by name. Largest first, each item goes to the process with the least work.
-        of: names -> hashes, computed by this process.
+        hash_items: computes the hashes of the named items in this process.
 
     Raises:
         ValueError: in all processes, if they do not see the same names and sizes.
     """
     if jax.process_count() == 1:
-        return dict(of(list(sizes)))
+        return dict(hash_items(list(sizes)))
     names = sorted(sizes, key=lambda name: (-sizes[name], name))
     names_digest = hashlib.sha256(repr([(name, sizes[name]) for name in names]).encode()).digest()
-    everyones = _over_processes(np.frombuffer(names_digest, np.int32))
-    if (everyones != everyones[0]).any():
-        raise ValueError(f"the processes do not see the same files under the names {names[0]}, …; let them share a file system")
+    digests_of_names = _over_processes(np.frombuffer(names_digest, np.int32))
+    if (digests_of_names != digests_of_names[0]).any():
+        raise ValueError(
+            f"the processes do not see the same files under the names {names[0]}, …; place them on a file system that all share"
+        )
     owner: dict[str, int] = {}
     loads = [0] * jax.process_count()
     for name in names:
         owner[name] = loads.index(min(loads))
         loads[owner[name]] += sizes[name]
-    own_hashes = of([name for name in names if owner[name] == jax.process_index()])
-    digests = np.stack([np.frombuffer(bytes.fromhex(own_hashes.get(name, "00" * 32)), np.int32) for name in names])
-    # Hashes that other processes computed are zero here, so a bitwise OR combines them.
-    return {name: row.tobytes().hex() for name, row in zip(names, np.bitwise_or.reduce(_over_processes(digests)), strict=True)}
+    own_hashes = hash_items([name for name in names if owner[name] == jax.process_index()])
+    # Items of other processes are zero, so a bitwise OR combines the hashes of all processes.
+    own_rows = [bytes.fromhex(own_hashes.get(name, "00" * 32)) for name in names]
+    digests = np.stack([np.frombuffer(row, np.int32) for row in own_rows])
+    combined = np.bitwise_or.reduce(_over_processes(digests))
+    return {name: row.tobytes().hex() for name, row in zip(names, combined, strict=True)}
 
 
-def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return `on_disk.hashes` of files that all processes see, each reading a share. Raises the errors of `hashes`."""
-    sizes = {name: on_disk.nbytes(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    return hashes(sizes, lambda names: on_disk.hashes({name: tensors[name] for name in names}))
+def hash_tensors_in_shares(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
+    """Return `on_disk.hash_tensors` of files that all processes see, each reading a share; raises as `hash_in_shares` does."""
+    sizes = {name: on_disk.array_bytes(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return hash_in_shares(sizes, lambda names: on_disk.hash_tensors({name: tensors[name] for name in names}))
 
 
 # --- between processes ---------------------------------------------------------------------------------------------
@@ -171,11 +178,12 @@ def _over_processes(own_row: np.ndarray) -> np.ndarray:
     rows = np.stack([own_row] * len(mesh.local_devices))
     spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), rows)
     owner = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), np.full(len(rows), jax.process_index(), np.int32))
-    values, owners = (np.asarray(x) for x in _whole(spread, owner))
+    values, owners = (np.asarray(x) for x in _replicated(spread, owner))
     # The mesh need not list devices in the order of their processes.
     return values[np.argsort(owners, kind="stable")]
 
 
 @jax.jit
-def _whole(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def _replicated(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the arrays with every element on every device."""
     return tuple(jax.sharding.reshard(jnp.asarray(x), P()) for x in arrays)

@@ -67,7 +67,7 @@ def ours(mode: str, folder: Path) -> dict[str, float]:
     with jax.set_mesh(make_mesh(config.Mesh())):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
         if mode == "load":
-            loaded, figures = measure(lambda: external.load_parameters(folder / "hf", shapes))
+            loaded, figures = measure(lambda: external.load_external_parameters(folder / "hf", shapes))
             sums, more = measure(lambda: sum(float(np.asarray(x).sum()) for x in loaded.values()))
             own = sum(x.nbytes for x in loaded.values()) / 2**20
             return {key: figures[key] + more[key] for key in ("seconds", "cpu")} | {"above": figures["above"] - own, "sum": sums}

@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import About
+from moe_train.checkpoint.manager import CheckpointMetadata
 from moe_train.train.state import TrainState, create_state
 
 OPTIMIZER = optax.adamw(1e-2)
 SETTINGS = config.Checkpoint(keep_last=2)
-ABOUT = About({"name": "test"}, 16, "an identity", None)
+ABOUT = CheckpointMetadata({"name": "test"}, 16, "an identity", None)
 MESHES = {"one": config.Mesh(fsdp=8), "other": config.Mesh(data=2, fsdp=2, tensor=2)}
 
 
@@ -52,7 +52,7 @@ def same(a: TrainState, b: TrainState) -> bool:
 def save_steps(run_dir: Path, losses: dict[int, float | None]) -> dict[int, TrainState]:
     """A checkpoint for each step, of another state each; the states as numpy."""
     saved = {}
-    with manager.opened(run_dir, SETTINGS) as checkpoints:
+    with manager.open_for_saving(run_dir, SETTINGS) as checkpoints:
         state = jax.jit(new_state)()
         for step, loss in losses.items():
             saved[step] = numpy_of(state)

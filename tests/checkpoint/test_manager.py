@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.checkpoint import arrays, manager
-from moe_train.checkpoint.manager import Base
+from moe_train.checkpoint.manager import WeightOrigin
 from moe_train.machine.mesh import make_mesh
 from moe_train.train.state import TrainState, create_state
 from tests.checkpoint.states import ABOUT, MESHES, OPTIMIZER, SETTINGS, changed, damage, new_state, numpy_of, same, save_steps
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def restored(run_dir: Path, new: Callable[[], TrainState] = new_state) -> manager.Restored | None:
-    with manager.opened(run_dir, SETTINGS) as checkpoints:
+    with manager.open_for_saving(run_dir, SETTINGS) as checkpoints:
         return manager.restore(checkpoints, jax.eval_shape(new))
 
 
@@ -43,8 +43,8 @@ def test_what_is_saved_comes_back(tmp_path, mesh):
 
 
 def test_frozen_weights_are_not_in_it(tmp_path, mesh):
-    base = Base("models/base", None, {"a": "0" * 64})
-    with manager.opened(tmp_path, SETTINGS) as checkpoints:
+    base = WeightOrigin("models/base", None, {"a": "0" * 64})
+    with manager.open_for_saving(tmp_path, SETTINGS) as checkpoints:
         state = jax.jit(new_state)()._replace(frozen={"large": jnp.ones((1000, 1000))})
         manager.save(checkpoints, 1, state, ABOUT._replace(base=base))
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 200_000
@@ -66,7 +66,7 @@ def test_another_mesh_gets_the_same_numbers(tmp_path):
 
 def test_a_donated_state_does_not_change_what_is_being_saved(tmp_path, mesh):
     donating = jax.jit(lambda state: changed(state), donate_argnums=0)
-    with manager.opened(tmp_path, SETTINGS) as checkpoints:
+    with manager.open_for_saving(tmp_path, SETTINGS) as checkpoints:
         state = jax.jit(new_state)()
         wanted = numpy_of(state)
         manager.save(checkpoints, 1, state, ABOUT)
@@ -78,7 +78,7 @@ def test_a_donated_state_does_not_change_what_is_being_saved(tmp_path, mesh):
 def test_the_last_and_the_best_stay(tmp_path, mesh):
     save_steps(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: None, 6: 4.0})
     assert steps_in(tmp_path) == ["2", "5", "6"]
-    with manager.opened(tmp_path, SETTINGS) as checkpoints:
+    with manager.open_for_saving(tmp_path, SETTINGS) as checkpoints:
         assert manager.best_loss(checkpoints) == 1.0
         manager.save(checkpoints, 7, jax.jit(new_state)(), ABOUT, 0.5)
     assert steps_in(tmp_path) == ["6", "7"]
@@ -86,7 +86,7 @@ def test_the_last_and_the_best_stay(tmp_path, mesh):
 
 def test_without_the_best(tmp_path, mesh):
     settings = config.Checkpoint(keep_last=1, keep_best=False)
-    with manager.opened(tmp_path, settings) as checkpoints:
+    with manager.open_for_saving(tmp_path, settings) as checkpoints:
         for step, loss in ((1, 1.0), (2, 2.0)):
             manager.save(checkpoints, step, jax.jit(new_state)(), ABOUT, loss)
     assert steps_in(tmp_path) == ["2"]
@@ -128,8 +128,8 @@ def test_a_damaged_description_is_damage_too(tmp_path, mesh):
     saved = save_steps(tmp_path, {1: None, 2: None})
     for file in (tmp_path / "checkpoints" / "2" / "about").rglob("metadata"):
         file.write_text("{")
-    with manager.opened(tmp_path, SETTINGS) as checkpoints:
-        assert manager.newest(checkpoints) == ABOUT
+    with manager.open_for_saving(tmp_path, SETTINGS) as checkpoints:
+        assert manager.newest_metadata(checkpoints) == ABOUT
     assert same(restored(tmp_path).state, saved[1])
 
 
@@ -164,11 +164,11 @@ def full_disk(limit: int = 2000):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
     saved = save_steps(tmp_path, {1: None})
-    with pytest.raises(RuntimeError) as caught, manager.opened(tmp_path, SETTINGS) as checkpoints, full_disk():
+    with pytest.raises(RuntimeError) as caught, manager.open_for_saving(tmp_path, SETTINGS) as checkpoints, full_disk():
         manager.save(checkpoints, 2, changed(jax.jit(new_state)()), ABOUT)
         manager.finish_saving(checkpoints)
     said = str(caught.value)
-    assert said.startswith(f"could not save a checkpoint in {tmp_path}") and said.endswith("the one of step 1 is intact")
+    assert said.startswith(f"could not save a checkpoint in {tmp_path}") and said.endswith("the checkpoint of step 1 is intact")
     assert "\n" not in said and len(said) < 500
     assert steps_in(tmp_path) == ["1"]
     assert same(restored(tmp_path).state, saved[1])
@@ -176,14 +176,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
 
 @pytest.mark.parametrize("mesh_there", sorted(MESHES))
 def test_a_stacked_array_is_read_layer_by_layer(tmp_path, monkeypatch, mesh_there):
-    monkeypatch.setattr(arrays, "CHUNK", 4096)  # a device's part is more, and a layer of it less
+    monkeypatch.setattr(arrays, "CHECKPOINT_CHUNK_BYTES", 4096)  # a device's part is more, and a layer of it less
 
     def stacked() -> TrainState:
         w = jax.random.normal(jax.random.key(0), (5, 64, 128), jnp.bfloat16, out_sharding=P(None, "fsdp", "tensor"))
         table = jax.random.normal(jax.random.key(1), (512, 64), out_sharding=P(None, "fsdp"))
         return create_state({"w": w, "embed": table}, OPTIMIZER)
 
-    with jax.set_mesh(make_mesh(MESHES["one"])), manager.opened(tmp_path, SETTINGS) as checkpoints:
+    with jax.set_mesh(make_mesh(MESHES["one"])), manager.open_for_saving(tmp_path, SETTINGS) as checkpoints:
         state = jax.jit(stacked)()
         wanted = numpy_of(state)
         manager.save(checkpoints, 1, state, ABOUT)

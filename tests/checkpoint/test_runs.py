@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from moe_train.checkpoint.manager import About
+from moe_train.checkpoint.manager import CheckpointMetadata
 from moe_train.checkpoint.runs import is_run, read_run, saved_config
 from tests.run.tiny_config import MODEL, data, written
 
 TOKENIZER = {"name": "huggingface", "path": "tokenizer"}
 
 
-def about(**changes: Any) -> About:
+def about(**changes: Any) -> CheckpointMetadata:
     tree = written(model=MODEL, data=data(tokenizer=TOKENIZER)).model_dump(mode="json")
     for key, value in changes.items():
         section, _, name = key.partition("__")
         tree[section][name] = value
-    return About(config=tree, row=0, data="identity", base=None)
+    return CheckpointMetadata(config=tree, row=0, data="identity", base=None)
 
 
 def test_a_config_comes_back_as_it_was_saved() -> None:

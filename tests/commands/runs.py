@@ -44,8 +44,8 @@ def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **mor
         loss=config.Loss(load_balance_loss_coef=0.02, router_z_loss_coef=0.0),
         **more,
     )
-    base = manager.Base(run.init_from, None, external.hashes(run.init_from)) if run.init_from else None
-    about = manager.About(config=run.model_dump(mode="json"), row=0, data="", base=base)
-    with manager.opened(directory, run.checkpoint) as checkpoints:
+    base = manager.WeightOrigin(run.init_from, None, external.hash_external_model(run.init_from)) if run.init_from else None
+    about = manager.CheckpointMetadata(config=run.model_dump(mode="json"), row=0, data="", base=base)
+    with manager.open_for_saving(directory, run.checkpoint) as checkpoints:
         manager.save(checkpoints, 1, create_state(weights, optax.sgd(0.1), run.lora), about)
     return run

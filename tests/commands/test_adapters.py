@@ -129,7 +129,7 @@ def test_scaled_does_as_much_more(files: Callable[[str], Path], tmp_path: Path) 
         (("scale", "one", "0", "OUT"), "FACTOR 0.0 is not a positive number"),
         (("scale", "full", "2", "OUT"), "which have no scale; merge the adapter instead"),
         (("scale", "base", "2", "OUT"), "adapter_config.json is missing"),
-        (("merge", "base", "base", "OUT"), "holds no adapter: looked for adapter_config.json (PEFT), lora.safetensors"),
+        (("merge", "base", "base", "OUT"), "has no adapter: looked for adapter_config.json (PEFT), lora.safetensors"),
         (("merge", "base", "other", "OUT"), "does not hold the model that its config describes"),
         (("diff", "moved"), "names nowhere/base as its base model, which does not exist here; state its path with --base"),
     ],

@@ -35,7 +35,7 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: Huggi
         weights = random_parameters(MODEL, lora=LORA)
         plain = {path: x for path, x in weights.items() if ".lora_" not in path}
         write_and_prove.export_model(plain, MODEL, tmp_path / "base", write_and_prove.WriteOptions(dtype="bfloat16"))
-        weights |= external.load_parameters(tmp_path / "base", plain_shapes(plain))
+        weights |= external.load_external_parameters(tmp_path / "base", plain_shapes(plain))
         save_run(tmp_path / "run", weights, small_tokenizer, init_from=str(tmp_path / "base"), lora=LORA)
         texts = Texts(small_tokenizer, small_tokenizer.chat_template, "")
         write_and_prove.export_model(
@@ -82,9 +82,9 @@ def test_an_adapter_that_was_written_wrong_is_not_exported(
             plain, MODEL, tmp_path / "base", write_and_prove.WriteOptions(dtype="float32", depth="tensors")
         )
         save_run(tmp_path / "run", weights, small_tokenizer, init_from=str(tmp_path / "base"), lora=LORA)
-    write = safetensors_files.write_file
+    write = safetensors_files.write_safetensors
 
-    def swap_experts(file: Path, specs: list[safetensors_files.Spec], tensor: Callable[..., np.ndarray]) -> None:
+    def swap_experts(file: Path, specs: list[safetensors_files.TensorSpec], tensor: Callable[..., np.ndarray]) -> None:
         """Give expert 3 the matrices of expert 0."""
         write(file, specs, lambda spec: tensor(spec._replace(name=spec.name.replace("experts.3.", "experts.0."))))
 
@@ -108,7 +108,7 @@ def test_a_run_from_random_weights_becomes_a_model(small_tokenizer: HuggingFace,
         with pytest.raises(FileNotFoundError, match=r"hf, from which the run started, does not exist here.* state --dtype"):
             export(tmp_path / "tuned", tmp_path / "other")
         export(tmp_path / "tuned", tmp_path / "hf", options=ExportOptions(dtype="float32"))
-        loaded = external.load_parameters(tmp_path / "hf", plain_shapes(weights))
+        loaded = external.load_external_parameters(tmp_path / "hf", plain_shapes(weights))
     assert all(np.array_equal(np.asarray(loaded[path]), np.asarray(x)) for path, x in weights.items())
     with pytest.raises(ValueError, match="no adapters to merge"):
         export(tmp_path / "run", tmp_path / "other", merge=True)
@@ -126,13 +126,13 @@ def test_another_tools_model_is_turned_into_every_layout_and_back(small_tokenize
         write_and_prove.export_model(
             weights, MODEL, tmp_path / "hf", write_and_prove.WriteOptions(dtype="bfloat16", texts=texts, depth="tensors")
         )
-    before = external.hashes(tmp_path / "hf")
+    before = external.hash_external_model(tmp_path / "hf")
     for layout in ("mistral", "gguf"):
         export(tmp_path / "hf", tmp_path / layout, layout, options=ExportOptions(depth="tensors"))
         record = export(tmp_path / layout, tmp_path / f"{layout}-hf", options=ExportOptions(dtype="bfloat16", depth="tensors"))
         assert record["dtype"] == "bfloat16" and record["source"] == str(tmp_path / layout)
-        assert external.hashes(tmp_path / f"{layout}-hf") == before
-        assert external.read_model(tmp_path / f"{layout}-hf") == MODEL
+        assert external.hash_external_model(tmp_path / f"{layout}-hf") == before
+        assert external.read_external_model(tmp_path / f"{layout}-hf") == MODEL
     with pytest.raises(ValueError, match="--format hf does not support dtype q8_0"):
         export(tmp_path / "hf", tmp_path / "other", options=ExportOptions(dtype="q8_0"))
     with pytest.raises(ValueError, match="--max-shard-size 'much' is not a size"):

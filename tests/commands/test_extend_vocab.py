@@ -48,11 +48,11 @@ def make_base(
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    model = external.read_model(folder)
+    model = external.read_external_model(folder)
     with jax.set_mesh(ONE):
         abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute()))
         structure, shapes = parameters.parameters(abstract)
-        module = parameters.combine(structure, external.load_parameters(folder, shapes))
+        module = parameters.combine(structure, external.load_external_parameters(folder, shapes))
         batch = put_batch((tokens[None], np.arange(len(tokens))[None], np.ones((1, len(tokens)), int)), ONE)
         return np.asarray(jax.jit(lambda batch: module.logits(module(*batch)[0]))(batch))[0]
 
@@ -73,7 +73,7 @@ def test_texts_without_new_tokens_keep_their_logits(layout: Any, tmp_path: Path,
     base = make_base(tmp_path / "base", MODEL, layout)
     report = extend_vocab(base, tmp_path / "out", "v3", "hf" if layout is hf else "mistral")
     assert report["tokens_before"] == 32000 and report["tokens"] == 32768 and report["ids_moved"] == 31997
-    v3 = load_tokenizer(model_dir.find_tokenizer(tmp_path / "out"))
+    v3 = load_tokenizer(model_dir.find_tokenizer_config(tmp_path / "out"))
     text = "The capital of France is 巴黎."
     before, after = (np.array([1, *tokenizer.encode(text)]) for tokenizer in (v1, v3))
     ids = new_ids(v1, v3)
@@ -101,7 +101,7 @@ def test_the_files_of_an_extended_model(tmp_path: Path, capsys: pytest.CaptureFi
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((tmp_path / "out" / name).read_text())
         assert (fields["bos_token_id"], fields["eos_token_id"]) == (1, 2)
-    assert external.read_model(tmp_path / "out") == tied.model_copy(update={"vocab_size": 32768})
+    assert external.read_external_model(tmp_path / "out") == tied.model_copy(update={"vocab_size": 32768})
 
 
 def test_what_cannot_be_extended_is_refused_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

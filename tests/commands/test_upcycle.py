@@ -51,11 +51,11 @@ def dense_dir(directory: Path, model: config.Model, tokenizer: Any, dtype: confi
 
 
 def logits(directory: Path) -> np.ndarray:
-    model = external.read_model(directory)
+    model = external.read_external_model(directory)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 20)).astype(np.int32)
     with jax.set_mesh(ONE):
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))
-        weights = external.load_parameters(directory, shapes)
+        weights = external.load_external_parameters(directory, shapes)
         batch = put_batch((tokens, np.tile(np.arange(20, dtype=np.int32), (2, 1)), np.ones_like(tokens)), ONE)
 
         @jax.jit
@@ -70,7 +70,7 @@ def logits(directory: Path) -> np.ndarray:
 def test_without_noise_the_logits_are_the_dense_models(model: config.Model, tokenizer: Any, tmp_path: Path) -> None:
     base = dense_dir(tmp_path / "dense", model, tokenizer)
     report = upcycle(base, tmp_path / "sparse", num_experts=4, experts_per_token=2, max_shard_bytes=5000)
-    made = external.read_model(tmp_path / "sparse")
+    made = external.read_external_model(tmp_path / "sparse")
     assert made.family == "mixtral" and made.ffn == config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2)
     assert (made.tie_embeddings, made.attention.windows) == (model.tie_embeddings, model.attention.windows)
     wanted, found = logits(base), logits(tmp_path / "sparse")
@@ -83,7 +83,7 @@ def test_without_noise_the_logits_are_the_dense_models(model: config.Model, toke
 def test_every_tensor_is_from_its_place(tokenizer: Any, tmp_path: Path) -> None:
     base = dense_dir(tmp_path / "dense", MISTRAL, tokenizer, "bfloat16")
     upcycle(base, tmp_path / "sparse", num_experts=3)
-    old, new = (safetensors_files.open_model(path) for path in (base, tmp_path / "sparse"))
+    old, new = (safetensors_files.open_model_tensors(path) for path in (base, tmp_path / "sparse"))
     renamed = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     routers = []
     for name, tensor in new.items():
@@ -106,8 +106,8 @@ def test_noise_parts_the_experts_and_nothing_else(tokenizer: Any, tmp_path: Path
     base = dense_dir(tmp_path / "dense", LLAMA, tokenizer)
     for out, seed in (("a", 1), ("again", 1), ("b", 2)):
         upcycle(base, tmp_path / out, num_experts=2, noise=0.1, seed=seed)
-    plain = safetensors_files.open_model(base)
-    a, again, b = (safetensors_files.open_model(tmp_path / out) for out in ("a", "again", "b"))
+    plain = safetensors_files.open_model_tensors(base)
+    a, again, b = (safetensors_files.open_model_tensors(tmp_path / out) for out in ("a", "again", "b"))
     shares = []
     for name in a:
         np.testing.assert_array_equal(a[name].read(), again[name].read())

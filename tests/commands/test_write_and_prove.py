@@ -30,13 +30,13 @@ model = config.Model(
     ffn=config.MoeFfn(name="moe", ffn_dim=48, num_experts=4, experts_per_token=2),
 )
 if sys.argv[2] == "kill":
-    parts, calls = strided.parts, []
+    parts, calls = strided.contiguous_parts, []
     def counted(x):
         calls.append(0)
         if len(calls) == 30:
             os.kill(os.getpid(), signal.SIGKILL)
         return parts(x)
-    strided.parts = counted
+    strided.contiguous_parts = counted
 else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
 with jax.set_mesh(make_mesh(config.Mesh())):

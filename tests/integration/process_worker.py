@@ -48,9 +48,9 @@ def export(run_dir: Path, out_dir: Path, layout: str) -> None:
 def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
     command(*arguments)
     seen: dict[str, Any] = {"read": 0, "written": []}
-    read, write = safetensors_files.Tensor._read_into, safetensors_files.write_file
+    read, write = safetensors_files.SafetensorsTensor._read_into, safetensors_files.write_safetensors
 
-    def counting(self: safetensors_files.Tensor, out: np.ndarray, offset: int) -> None:
+    def counting(self: safetensors_files.SafetensorsTensor, out: np.ndarray, offset: int) -> None:
         seen["read"] += out.nbytes
         read(self, out, offset)
 
@@ -61,19 +61,21 @@ def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
     def no_space(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    safetensors_files.Tensor._read_into, safetensors_files.write_file = counting, noting  # type: ignore[method-assign]
+    safetensors_files.SafetensorsTensor._read_into, safetensors_files.write_safetensors = counting, noting  # type: ignore[method-assign]
     for layout in LAYOUTS:
         export(run_dir, out_dir, layout)
     index = jax.process_index()
     together.SEEN_WITHIN_SECONDS = 0.0
-    model = external.read_model(out_dir / "hf")
+    model = external.read_external_model(out_dir / "hf")
     with jax.set_mesh(mesh.make_mesh(config.Mesh(fsdp=4, expert=2))):
         seen["read"] = 0
-        external.load_parameters(out_dir / "hf", parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1])
+        external.load_external_parameters(
+            out_dir / "hf", parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
+        )
         seen["loaded"], seen["read"] = seen["read"], 0
-        seen["hashes"] = external.hashes(out_dir / "hf")
+        seen["hashes"] = external.hash_external_model(out_dir / "hf")
         seen["read"], before = 0, seen["read"]
-        seen["adapter_hashes"] = external_adapter.hashes(out_dir / "peft")
+        seen["adapter_hashes"] = external_adapter.hash_external_adapter(out_dir / "peft")
         seen["read"], seen["adapter_read"] = before, seen["read"]
         try:
             together.require_shared(out_dir if index == 0 else out_dir / "of another host")
@@ -81,7 +83,7 @@ def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
             seen["shared"] = str(error)
     Path(f"{out_dir}.{index}.json").write_text(json.dumps(seen))
     if index == 1:
-        safetensors_files.write_file = no_space
+        safetensors_files.write_safetensors = no_space
     LAYOUTS["hf full"] = LAYOUTS["hf"]
     export(run_dir, out_dir, "hf full")
 

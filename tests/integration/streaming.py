@@ -29,13 +29,13 @@ from moe_train.checkpoint import manager, model_dir
 from moe_train.commands import write_and_prove
 from moe_train.commands.extend_vocab import extend_vocab
 from moe_train.machine.mesh import make_mesh
-from moe_train.model.parameters import parameters
+from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
 from moe_train.proof import expected
 from moe_train.train.state import create_state
 from moe_train.weights import external
-from moe_train.weights.arrays import Abstract, Parameters
+from moe_train.weights.arrays import Abstract
 
 MODEL = config.Model(
     family="mixtral",
@@ -89,8 +89,8 @@ def save_run(run_dir: Path) -> None:
     }
     run = config.Config.model_validate({"name": "run", "run_dir": str(run_dir), **sections})
     state = create_state(random_weights(shapes_of(None)), optax.identity())
-    with manager.opened(run_dir, run.checkpoint) as checkpoints:
-        manager.save(checkpoints, 1, state, manager.About(run.model_dump(mode="json"), 0, "", None))
+    with manager.open_for_saving(run_dir, run.checkpoint) as checkpoints:
+        manager.save(checkpoints, 1, state, manager.CheckpointMetadata(run.model_dump(mode="json"), 0, "", None))
 
 
 def main(mode: str, folder: Path) -> dict[str, float]:
@@ -99,7 +99,7 @@ def main(mode: str, folder: Path) -> dict[str, float]:
         own = sum(x.size * x.dtype.itemsize for path, x in shapes.items() if ".lora_" not in path) / 2**20
         largest = max(np.prod(tensor.shape) * 2 for tensor in expected.model_tensors("hf", MODEL)) / 2**20
         if mode == "load":
-            _, most = above(lambda: external.load_parameters(folder / "tensors", shapes))
+            _, most = above(lambda: external.load_external_parameters(folder / "tensors", shapes))
             most -= own
         elif mode == "run":
             if not (folder / "run").exists():  # in a process of its own: what saving took is not to count
@@ -115,7 +115,7 @@ def main(mode: str, folder: Path) -> dict[str, float]:
         else:
             out, depth = folder / mode, "tensors" if mode == "files" else mode
             base = {path: x for path, x in shapes.items() if not ParameterPath.parse(path).is_adapter}
-            left = external.leave_parameters(folder / "tensors", base) if mode == "files" else {}
+            left = external.open_external_lazily(folder / "tensors", base) if mode == "files" else {}
             weights = random_weights({path: x for path, x in shapes.items() if path not in left}) | left
             _, most = above(
                 lambda: write_and_prove.export_model(

@@ -121,29 +121,29 @@ def duplicate() -> None:
 
 
 SAFETENSORS: dict[str, tuple[Callable[[], Any], str]] = {
-    "overlapping": (lambda: rewrite(overlapping), "is truncated or no safetensors file"),
-    "a hole between two": (lambda: rewrite(a_hole, lambda data: data + bytes(8)), "is truncated or no safetensors file"),
+    "overlapping": (lambda: rewrite(overlapping), "is truncated or not a safetensors file"),
+    "a hole between two": (lambda: rewrite(a_hole, lambda data: data + bytes(8)), "is truncated or not a safetensors file"),
     "truncated data": (lambda: rewrite(dict, lambda data: data[:-4]), "is truncated"),
     "truncated header": (lambda: shard().write_bytes(shard().read_bytes()[:100]), "is truncated"),
     "of no length": (lambda: shard().write_bytes(b""), "is truncated"),
-    "more data than it says": (lambda: rewrite(dict, lambda data: data + bytes(64)), "is truncated or no safetensors file"),
+    "more data than it says": (lambda: rewrite(dict, lambda data: data + bytes(64)), "is truncated or not a safetensors file"),
     "an oversized header": (lambda: shard().write_bytes(struct.pack("<Q", 2**62) + shard().read_bytes()[8:]), "is truncated"),
     "a header of 100 MB": (lambda: shard().write_bytes(struct.pack("<Q", 10**8 + 1) + shard().read_bytes()[8:]), "is truncated"),
     "a tensor of 2**60 bytes": (
         lambda: rewrite(lambda header: header[NORM].update(shape=[2**58], data_offsets=[0, 2**60])),
-        "is truncated or no safetensors file",
+        "is truncated or not a safetensors file",
     ),
-    "a duplicate key": (duplicate, f"its header has {NORM} twice"),
-    "another dtype of one size": (lambda: rewrite(lambda header: header[NORM].update(dtype="I32")), f"{NORM} is I32, read are"),
-    "a dtype of another size": (lambda: rewrite(lambda header: header[NORM].update(dtype="F16")), "is truncated or no safetensors"),
-    "an unknown dtype": (lambda: rewrite(lambda header: header[NORM].update(dtype="Q4")), "is truncated or no safetensors file"),
+    "a duplicate key": (duplicate, f"the header has {NORM} twice"),
+    "another dtype of one size": (lambda: rewrite(lambda header: header[NORM].update(dtype="I32")), f"{NORM} has dtype I32"),
+    "a dtype of another size": (lambda: rewrite(lambda header: header[NORM].update(dtype="F16")), "is truncated or not"),
+    "an unknown dtype": (lambda: rewrite(lambda header: header[NORM].update(dtype="Q4")), "is truncated or not a safetensors file"),
     "another shape of the same size": (
         lambda: rewrite(lambda header: header[NORM].update(shape=[4, 8])),
         f"has {NORM} of shape (4, 8) instead of (32,)",
     ),
     "a header that is no JSON": (
         lambda: shard().write_bytes(struct.pack("<Q", 8) + b"{oops...." + bytes(64)),
-        "is truncated or no safetensors file",
+        "is truncated or not a safetensors file",
     ),
 }  # fmt: skip
 
@@ -163,16 +163,19 @@ def index(change: Callable[[dict[str, str]], Any]) -> None:
 
 
 INDEX: dict[str, tuple[Callable[[], Any], str]] = {
-    "a foreign path": (lambda: index(lambda files: files.update({NORM: "../elsewhere.safetensors"})), "names '../elsewhere."),
+    "a foreign path": (
+        lambda: index(lambda files: files.update({NORM: "../elsewhere.safetensors"})),
+        "names the file '../elsewhere.",
+    ),
     "an absolute path": (
         lambda: index(lambda files: files.update({NORM: "/etc/passwd"})),
-        "names '/etc/passwd'; files of a model lie",
+        "names the file '/etc/passwd'; shards must be plain",
     ),
     "a file that is missing": (lambda: index(lambda files: files.update({NORM: "model-9.safetensors"})), "disagree about|missing"),
     "a name too many": (lambda: index(lambda files: files.update({"more": shard().name})), "disagree about more (1 tensors"),
     "a name too few": (lambda: index(lambda files: files.pop(NORM)), f"disagree about {NORM}"),
-    "no JSON": (lambda: Path("hf/model.safetensors.index.json").write_text("{"), "is no index of safetensors files"),
-    "no map": (lambda: Path("hf/model.safetensors.index.json").write_text("[]"), "is no index of safetensors files"),
+    "no JSON": (lambda: Path("hf/model.safetensors.index.json").write_text("{"), "is not an index of safetensors files"),
+    "no map": (lambda: Path("hf/model.safetensors.index.json").write_text("[]"), "is not an index of safetensors files"),
 }
 
 
@@ -203,7 +206,7 @@ GGUF: dict[str, tuple[Callable[[], Any], str]] = {
     "2**63 keys": (lambda: patch(16, "<Q", 2**63), "9,223,372,036,854,775,808 keys"),
     "a key more than there is": (lambda: patch(16, "<Q", 40), "model.gguf"),
     "a key of 2**62 letters": (lambda: patch(24, "<Q", 2**62), "bytes for a key"),
-    "another magic": (lambda: patch(0, "<I", 7), "is no GGUF file"),
+    "another magic": (lambda: patch(0, "<I", 7), "is not a GGUF file"),
     "version 9": (lambda: patch(4, "<I", 9), "has GGUF version 9"),
     "cut in the header": (lambda: cut(500), "model.gguf is truncated"),
     "cut in the data": (lambda: cut(-64), "model.gguf is truncated"),

@@ -36,7 +36,7 @@ SECONDS = 5.0
 """Of the processor, that a file of some kilobytes may take at most."""
 
 
-def numbers(piece: names.Piece, dtype: str = "float32") -> np.ndarray:
+def numbers(piece: names.WeightPiece, dtype: str = "float32") -> np.ndarray:
     return np.full(piece.shape, 0.5, dtype)
 
 
@@ -47,14 +47,16 @@ def write_model(folder: Path, layout: str) -> None:
         case "mistral":
             mistral.write(folder, MODEL, "float32", numbers)
         case _:  # q8_0
-            gguf.write(folder, MODEL, layout, lambda piece, dtype: np.full(piece.ours_shape, 0.5, dtype).reshape(piece.part_shape))
+            gguf.write(
+                folder, MODEL, layout, lambda piece, dtype: np.full(piece.internal_shape, 0.5, dtype).reshape(piece.part_shape)
+            )
 
 
 def read_model(folder: Path) -> None:
     """Everything that a start from it reads, and the second reader of the proof."""
-    found = external.open_weights(folder)
+    found = external.open_external_weights(folder)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-    names.check(folder, found.table, shapes, {path: like.shape for path, like in unquantized(SHAPES[""]).items()})
+    names.check_file_tensors(folder, found.pieces, shapes, {path: like.shape for path, like in unquantized(SHAPES[""]).items()})
     for tensor in found.tensors.values():
         assert tensor.read().shape == tensor.shape
     reread.tensors(folder)
@@ -76,12 +78,12 @@ def write_adapter(folder: Path, layout: str) -> None:
 
 
 def read_adapter(folder: Path) -> None:
-    lora = external_adapter.read_lora(folder, MODEL)
+    lora = external_adapter.read_external_lora(folder, MODEL)
     if lora.targets != LORA.targets and sum(target.rank for target in lora.targets) > 8:
         return  # a changed adapter of other ranks is an adapter as well
     with jax.set_mesh(ONE):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora)))[1]
-        external_adapter.load_adapter(folder, MODEL, {path: like for path, like in shapes.items() if ".lora_" in path})
+        external_adapter.load_external_adapter(folder, MODEL, {path: like for path, like in shapes.items() if ".lora_" in path})
 
 
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
@@ -98,7 +100,7 @@ KINDS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], None], str]
 }
 # Beside the weights: what says their architecture, and which files they are in.
 SIDE = {
-    **{"hf": ["config.json", safetensors_files.INDEX], "mistral": ["params.json"]},
+    **{"hf": ["config.json", safetensors_files.INDEX_FILE], "mistral": ["params.json"]},
     **{"peft": ["adapter_config.json"], "mistral-lora": ["params.json"]},
 }
 BYTES = st.integers(0, 255) | st.sampled_from(b'0129"{}[]:,-.eE\n\xff\x80\x00 tfn')
@@ -188,4 +190,4 @@ def test_more_layers_or_experts_than_tensors_are_refused_before_a_table_is_made(
     for key, what in (("num_hidden_layers", "layers"), ("num_local_experts", "experts")):
         (tmp_path / "config.json").write_text(json.dumps({**settings, key: 10**9}))
         with pytest.raises(ValueError, match=rf"states 1,000,000,000 {what}, but has 16 tensors"):
-            external.open_weights(tmp_path)
+            external.open_external_weights(tmp_path)

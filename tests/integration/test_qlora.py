@@ -108,7 +108,7 @@ def test_a_run_beside_quantised_weights(
 
 
 def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, read, restored = runs.read_run(base / "run"), manager.parts, []
+    run, read, restored = runs.read_run(base / "run"), manager.read_in_parts, []
 
     def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
         restored.append(path)
@@ -121,7 +121,7 @@ def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytes
             for how in (config.Nf4(name="nf4", block_size=8), None)
         )
         wanted = quantized(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
-        monkeypatch.setattr(manager, "parts", noting)
+        monkeypatch.setattr(manager, "read_in_parts", noting)
         held = model_dir.load_parameters(base / "run", few_bits)
     assert held.keys() == few_bits.keys() == wanted.keys()
     assert sorted(restored) == sorted(whole)  # never two arrays that are not in few bits yet
@@ -140,7 +140,7 @@ def test_merged_into_the_weights_before_they_were_quantised(
         shapes = shapes_of(run)
         adapters = model_dir.load_parameters(whole, shapes)
         plain = {p: x for p, x in shapes.items() if "lora" not in p}
-        before, after = (external.load_parameters(path, plain) for path in (base / "hf", tmp_path / "merged"))
+        before, after = (external.load_external_parameters(path, plain) for path in (base / "hf", tmp_path / "merged"))
         for path, x in before.items():
             wanted = np.asarray(x, np.float64)
             if path.endswith("ffn.up_proj.weight"):

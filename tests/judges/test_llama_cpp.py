@@ -131,12 +131,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
 def write(
     directory: Path, model: config.Model, parameters: dict[str, jax.Array], dtype: str, tokenizer: Any, lora: Any = None
 ) -> Path:
-    def matrix(piece: names.Piece, dtype: np.dtype) -> np.ndarray:
+    def matrix(piece: names.WeightPiece, dtype: np.dtype) -> np.ndarray:
         return piece.to_file(merge.merged(parameters, lora, piece, dtype))
 
     directory.mkdir()
     gguf.write(directory, model, dtype, matrix, tokenizer)
-    return directory / gguf.FILE
+    return directory / gguf.MODEL_FILE
 
 
 BOUNDS = {"f32": 1e-5, "f16": 5e-3, "bf16": 2e-2, "q8_0": 5e-2}
@@ -159,7 +159,7 @@ def test_k_quants_by_llama_cpps_own_hand(
     mesh: Any, tokenizer: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rows have to be of a multiple of 256; the file is read back by us, and run by llama.cpp."""
-    tool = tmp_path / "bin" / gguf.QUANTIZE
+    tool = tmp_path / "bin" / gguf.QUANTIZE_TOOL
     tool.parent.mkdir()
     tool.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("llama_quantize.py")} "$@"\n')
     tool.chmod(0o755)
@@ -171,7 +171,7 @@ def test_k_quants_by_llama_cpps_own_hand(
     file = write(tmp_path / "q4_k_m", model, parameters, "q4_k_m", tokenizer)
     opened = gguf.open_weights(file)
     assert {tensor.encoding.name for tensor in opened.tensors.values()} == {"F32", "Q4_K", "Q6_K"}  # type: ignore[attr-defined]
-    read = external.load_parameters(file, {path: jax.typeof(array) for path, array in parameters.items()})
+    read = external.load_external_parameters(file, {path: jax.typeof(array) for path, array in parameters.items()})
     (answer,) = llama_cpp({"model": file, "prompts": PROMPTS})
     for ids, logits in zip(PROMPTS, answer["logits"], strict=True):
         assert distance(logits, our_logits(structure, read, ids)) < 0.2  # llama.cpp rounds activations to 8 bits, routers' too
@@ -227,7 +227,7 @@ def test_llama_cpp_adds_an_adapter(name: str, targets: str, mesh: Any, tokenizer
     files = {"base": write(tmp_path / "base", model, base, "f32", tokenizer)}
     files["merged"] = write(tmp_path / "merged", model, parameters, "f32", tokenizer, lora)
     gguf_lora.export_adapter(parameters, model, lora, tmp_path / "adapter", base_model="base")
-    adapter = tmp_path / "adapter" / gguf_lora.FILE
+    adapter = tmp_path / "adapter" / gguf_lora.ADAPTER_FILE
     answers = llama_cpp(
         *({"model": file, "prompts": PROMPTS} for file in files.values()),
         {"model": files["base"], "lora": str(adapter), "prompts": PROMPTS},
@@ -328,14 +328,14 @@ def vocabulary_only(directory: Path, tokenizer: Tokenizer) -> Path:
     model = config.Model(family="llama", attention=attention, ffn=ffn, tie_embeddings=True, **sizes)
     directory.mkdir()
     gguf.write(directory, model, "q8_0", lambda piece, dtype: np.zeros(piece.part_shape, dtype), tokenizer)
-    return directory / gguf.FILE
+    return directory / gguf.MODEL_FILE
 
 
 def test_llama_cpp_tokenises_texts_and_chats_alike(tokenizer_of: Any, tmp_path: Path) -> None:
     texts = random_texts(200)
     tokenizers = {which: tokenizer_of(which) for which in TOKENIZERS}
     files = {which: vocabulary_only(tmp_path / which, tokenizer) for which, tokenizer in tokenizers.items()}
-    templates = {which: container.open_file(file).settings["tokenizer.chat_template"] for which, file in files.items()}
+    templates = {which: container.open_gguf(file).settings["tokenizer.chat_template"] for which, file in files.items()}
     jobs, wanted = [], []
     for which, tokenizer in tokenizers.items():
         variables = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
@@ -351,16 +351,16 @@ def test_llama_cpp_tokenises_texts_and_chats_alike(tokenizer_of: Any, tmp_path: 
         assert not different, (job["model"], different[0])
 
 
-@pytest.mark.parametrize("name", chat_format.FORMATS)
+@pytest.mark.parametrize("name", chat_format.CHAT_FORMATS)
 def test_go_spells_a_format_alike(name: str) -> None:
-    known = chat_format.FORMATS[name]
+    known = chat_format.CHAT_FORMATS[name]
     jobs = []
     for messages in CONVERSATIONS:
         system = "".join(message["content"] for message in messages if message["role"] == "system")
         turns = [{"Role": message["role"], "Content": message["content"]} for message in messages]
-        jobs.append({"go": chat_format.go(known), "values": {"System": system, "Messages": turns}})
+        jobs.append({"go": chat_format.go_template(known), "values": {"System": system, "Messages": turns}})
     for messages, answer in zip(CONVERSATIONS, llama_cpp(*jobs), strict=True):
-        assert answer["text"] == chat_format.spelled(known, messages, ask=True)
+        assert answer["text"] == chat_format.render_chat(known, messages, ask=True)
 
 
 # --- a real model --------------------------------------------------------------------------------------------------

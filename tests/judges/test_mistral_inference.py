@@ -46,7 +46,7 @@ def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
         """Logits of TOKENS, of a model with an adapter merged."""
         model = native.Transformer.from_folder(folder, device="cpu", dtype=torch.float32)
         if adapter is not None:
-            model.load_lora(adapter / mistral_lora.FILE)  # scaling 2.0, its default
+            model.load_lora(adapter / mistral_lora.LORA_FILE)  # scaling 2.0, its default
         args = model.args
         size = (args.n_layers, 1, len(TOKENS), args.n_kv_heads, args.head_dim, args.sliding_window)
         with torch.no_grad():

@@ -76,10 +76,10 @@ def random_judge(family: str) -> Any:
 
 
 def load(directory: Path) -> tuple[config.Model, Any, dict[str, jax.Array]]:
-    model = external.read_model(directory)
+    model = external.read_external_model(directory)
     abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute()))
     structure, shapes = flat.parameters(abstract)
-    return model, structure, external.load_parameters(directory, shapes)
+    return model, structure, external.load_external_parameters(directory, shapes)
 
 
 def batch(mesh: jax.sharding.Mesh) -> tuple[np.ndarray, Any]:
@@ -134,7 +134,7 @@ def test_logits_and_gradients_equal_transformers(family: str, mesh: jax.sharding
         count += len(columns) - 1
     (total / count).backward()
     state = dict(judge.named_parameters())
-    table = names.pieces(model, names.hugging_face(fused=True))
+    table = names.weight_pieces(model, names.hugging_face(fused=True))
     assert {piece.name for piece in table} == set(state)
     for piece in table:
         ours = piece.to_file(gradients[piece.path][piece.lead])
@@ -180,7 +180,7 @@ def test_transformers_reads_an_export(family: str, mesh: jax.sharding.Mesh, tmp_
     settings = settings_of(family)
     settings.architectures = [f"{settings.model_type.capitalize()}ForCausalLM"]
     settings.save_pretrained(tmp_path)
-    model = external.read_model(tmp_path)
+    model = external.read_external_model(tmp_path)
     with jax.set_mesh(mesh):
         structure, parameters = random_parameters(model)
         tokens, arrays = batch(mesh)
@@ -305,4 +305,4 @@ def test_an_end_that_peft_untied_is_refused(mesh: jax.sharding.Mesh, tmp_path: P
     settings = judges.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"], modules_to_save=["embed_tokens"])
     judges.get_peft_model(judge, settings).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="was trained apart from the other end"):
-        peft.read_lora(tmp_path / "adapter", external.read_model(tmp_path / "base"))
+        peft.read_lora(tmp_path / "adapter", external.read_external_model(tmp_path / "base"))

@@ -141,7 +141,7 @@ def test_vllm_answers_as_we_do(case: str, tmp_path: Path) -> None:
             parameters, adapters[name] = drawn | base, tmp_path / name
             server: serve.Server | None = "vllm"
             if name in refused:
-                with pytest.raises(ValueError, match="vLLM refuses an adapter of embed in a mistral"):
+                with pytest.raises(ValueError, match="vLLM rejects an adapter of embed in a mistral"):
                     peft.export_adapter(parameters, model, lora, adapters[name], base_model="base", server=server)
                 server = None
             peft.export_adapter(parameters, model, lora, adapters[name], base_model="base", server=server)

@@ -64,7 +64,7 @@ def test_merged_again_from_the_weights_in_memory(exports: Any, weights: Any, tmp
     path = "stacks.0.layers.0.ffn.up_proj.lora_b"
     other = merge(export, {**weights, path: weights[path] * 1.5})
     assert other.passed is False and "with its adapter" in other.said
-    of_base = merge(export, {}, base=external.open_weights(base))
+    of_base = merge(export, {}, base=external.open_external_weights(base))
     assert of_base.passed and of_base.figures["count"] == 3 + 2 * 3  # norms, router, both ends
     assert of_base.figures["adapted"] == 2 * (4 + 3 * 4) and of_base.figures["untrained"] == 0
 

@@ -39,7 +39,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(after_two, smal
     monkeypatch.setattr(Writer, "train", fill_the_disk)
     run = small_run(after_two, data__eval=[])
     try:
-        with pytest.raises(RuntimeError, match=r"could not save a checkpoint in .*; the one of step 2 is intact$"):
+        with pytest.raises(RuntimeError, match=r"could not save a checkpoint in .*; the checkpoint of step 2 is intact$"):
             train(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

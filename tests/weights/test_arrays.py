@@ -40,9 +40,9 @@ def test_weights_are_quantised_matrix_by_matrix(how: Any, tmp_path: Path) -> Non
         )[1]
         shapes = {path: x for path, x in shapes.items() if "lora" not in path}
         assert all(isinstance(x.sharding, NamedSharding) for x in shapes.values())
-        external.load_parameters(tmp_path, shapes)  # compiles
+        external.load_external_parameters(tmp_path, shapes)  # compiles
         tracemalloc.start()
-        found = external.load_parameters(tmp_path, shapes)
+        found = external.load_external_parameters(tmp_path, shapes)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     whole = unquantized(shapes)["stacks.0.layers.0.ffn.gate_proj.weight"]

@@ -21,27 +21,29 @@ def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None
         settings = json.loads(file.read_text())
         for change, message in (
             ({"intermediate_size": 10}, "of shape"),
-            ({"num_hidden_layers": 3}, "which this architecture has not"),
+            ({"num_hidden_layers": 3}, "which this architecture does not have"),
         ):
             file.write_text(json.dumps(settings | change))
             with pytest.raises(ValueError, match=message):
-                external.load_parameters(tmp_path / "out", abstract(MIXTRAL))
+                external.load_external_parameters(tmp_path / "out", abstract(MIXTRAL))
         file.write_text(json.dumps(settings))
         wider = MIXTRAL.model_copy(update={"model_dim": 16})
-        with pytest.raises(ValueError, match=r"gives .*\(24, 8\)"):
-            external.load_parameters(tmp_path / "out", abstract(wider))
+        with pytest.raises(ValueError, match=r"provides .*\(24, 8\)"):
+            external.load_external_parameters(tmp_path / "out", abstract(wider))
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no model: looked for config\.json .*params\.json"):
-        external.read_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no model: looked for config\.json .*params\.json"):
+        external.read_external_model(tmp_path)
     (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(FileNotFoundError, match="is an adapter, not a model; add it to its base: moe-train adapters merge BASE"):
-        external.read_model(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="is an adapter, not a model; merge it into its base: moe-train adapters merge BASE"
+    ):
+        external.read_external_model(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"no such folder; a model is a folder with config\.json or params\.json, or a \.gguf"
     ):
-        external.read_model(tmp_path / "missing")
+        external.read_external_model(tmp_path / "missing")
 
 
 @pytest.mark.parametrize(

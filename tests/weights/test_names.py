@@ -63,16 +63,18 @@ def test_every_tensor_is_used_and_every_parameter_filled_once(name: str) -> None
     m, tensors, parameters = PUBLISHED[name]
     shapes = shapes_of(m)
     for layout in LAYOUTS.values():
-        table = names.pieces(m, layout)
+        table = names.weight_pieces(m, layout)
         in_file = {piece.name: piece.shape for piece in table}
         stacked = layout.experts[0].stack and isinstance(m.ffn, config.MoeFfn)
         assert stacked or len(table) == len(in_file) == tensors
         assert len({(piece.path, piece.lead) for piece in table}) == len(table)
         total = sum(math.prod(shape) for shape in in_file.values())
-        assert total == sum(math.prod(piece.ours_shape) for piece in table) == sum(map(math.prod, shapes.values())) == parameters
-        names.check("here", table, in_file, shapes)
+        assert (
+            total == sum(math.prod(piece.internal_shape) for piece in table) == sum(map(math.prod, shapes.values())) == parameters
+        )
+        names.check_file_tensors("here", table, in_file, shapes)
         if layout.layer.startswith(("model.", "language_model.")):
-            assert names.pieces(m, names.hugging_face_of(in_file)) == table
+            assert names.weight_pieces(m, names.detect_hugging_face(in_file)) == table
 
 
 LAYOUTS = {
@@ -87,14 +89,14 @@ SMALL = model("mixtral", 16, 6, 2, attention(4, 2, 6), moe(10, experts=3))
 
 
 def small_files() -> dict[str, tuple[int, ...]]:
-    return {piece.name: piece.shape for piece in names.pieces(SMALL)}
+    return {piece.name: piece.shape for piece in names.weight_pieces(SMALL)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_there_and_back_is_the_same_matrix_and_parts_are_parts(layout: str) -> None:
     draw = np.random.default_rng(0).normal
-    for piece in names.pieces(SMALL, LAYOUTS[layout]):
-        ours = draw(size=piece.ours_shape)
+    for piece in names.weight_pieces(SMALL, LAYOUTS[layout]):
+        ours = draw(size=piece.internal_shape)
         tensor = np.full(piece.shape, np.nan)
         tensor[tuple(at if isinstance(at, int) else slice(*at) for at in piece.part)] = piece.to_file(ours)
         assert np.array_equal(piece.from_file(tensor.__getitem__), ours)
@@ -108,7 +110,7 @@ def test_there_and_back_is_the_same_matrix_and_parts_are_parts(layout: str) -> N
 
 def test_a_head_is_contiguous_in_the_file() -> None:
     """The second head's rows of q_proj are rows H..2H of the file, as attention of transformers splits them."""
-    (piece,) = (p for p in names.pieces(SMALL) if p.name == "model.layers.0.self_attn.q_proj.weight")
+    (piece,) = (p for p in names.weight_pieces(SMALL) if p.name == "model.layers.0.self_attn.q_proj.weight")
     file = np.arange(24 * 6).reshape(24, 6)
     assert np.array_equal(piece.from_file(file.__getitem__)[:, 1, :], file[6:12].T)
     assert np.array_equal(piece.from_file(file.__getitem__, [(0, 6), (1, 3), (0, 6)])[:, 0, :], file[6:12].T)
@@ -117,8 +119,8 @@ def test_a_head_is_contiguous_in_the_file() -> None:
 @pytest.mark.parametrize(("layout", "q", "k"), [("mistral", "attention.wq", "attention.wk"), ("gguf", "attn_q", "attn_k")])
 def test_rotary_pairs_lie_side_by_side_where_the_layout_has_them_so(layout: str, q: str, k: str) -> None:
     """Rows 2i and 2i + 1 of a head are there what rows i and i + H/2 are in Hugging Face's order; v is left alone."""
-    ours = {(piece.path, piece.lead): piece for piece in names.pieces(SMALL)}
-    for piece in names.pieces(SMALL, LAYOUTS[layout]):
+    ours = {(piece.path, piece.lead): piece for piece in names.weight_pieces(SMALL)}
+    for piece in names.weight_pieces(SMALL, LAYOUTS[layout]):
         if piece.part:
             continue  # of a stack: the experts have no rotary order
         matrix = np.arange(math.prod(piece.shape)).reshape(piece.shape)
@@ -134,7 +136,7 @@ def test_rotary_pairs_lie_side_by_side_where_the_layout_has_them_so(layout: str,
 def test_the_rank_of_an_adapter_is_no_part_of_the_rotary_order() -> None:
     """lora_B of q and k is permuted as the weight is, lora_A is not."""
     module = "stacks.0.layers.0.attention.q_proj"
-    hf, native = (names.adapter_pieces(SMALL, {module: 2}, layout)[:2] for layout in (names.HUGGING_FACE, names.MISTRAL))
+    hf, native = (names.lora_pieces(SMALL, {module: 2}, layout)[:2] for layout in (names.HUGGING_FACE, names.MISTRAL))
     assert [piece.name for piece in native] == [f"layers.0.attention.wq.lora_{x}.weight" for x in "AB"]
     a, b = np.arange(2 * 6).reshape(2, 6), np.arange(24 * 2).reshape(24, 2)
     assert np.array_equal(hf[0].to_file(native[0].from_file(a.__getitem__)), a)
@@ -144,23 +146,23 @@ def test_the_rank_of_an_adapter_is_no_part_of_the_rotary_order() -> None:
 def test_the_names_of_the_experts_matrices() -> None:
     """w1 is the gate (silu), w3 goes up, w2 goes down, as Mixtral's paper and files have it."""
     body = "model.layers.1.block_sparse_moe"
-    found = {piece.name: (piece.path, piece.lead) for piece in names.pieces(SMALL) if piece.name.startswith(body)}
+    found = {piece.name: (piece.path, piece.lead) for piece in names.weight_pieces(SMALL) if piece.name.startswith(body)}
     assert found[f"{body}.gate.weight"] == ("stacks.0.layers.0.ffn.router.weight", (1,))
     for file, ours in {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.items():
         assert found[f"{body}.experts.2.{file}.weight"] == (f"stacks.0.layers.0.ffn.{ours}.weight", (1, 2))
     interleaved = SMALL.model_copy(update={"attention": attention(4, 2, 2, windows=(None, 4)), "num_layers": 4})
-    (piece,) = (p for p in names.pieces(interleaved) if p.name == "model.layers.3.input_layernorm.weight")
+    (piece,) = (p for p in names.weight_pieces(interleaved) if p.name == "model.layers.3.input_layernorm.weight")
     assert (piece.path, piece.lead) == ("stacks.0.layers.1.attention_norm.scale", (1,))
 
 
 def test_missing_extra_and_wrong_tensors_are_named_in_one_line() -> None:
-    files, shapes, table = small_files(), shapes_of(SMALL), names.pieces(SMALL)
+    files, shapes, table = small_files(), shapes_of(SMALL), names.weight_pieces(SMALL)
     bad = dict(files)
     del bad["lm_head.weight"]
     bad["model.layers.0.self_attn.q_norm.weight"] = (2,)
     bad["model.norm.weight"] = (7,)
     with pytest.raises(ValueError) as caught:
-        names.check("here", table, bad, shapes)
+        names.check_file_tensors("here", table, bad, shapes)
     message = str(caught.value)
     assert "\n" not in message
     assert "lacks lm_head.weight" in message
@@ -171,11 +173,13 @@ def test_missing_extra_and_wrong_tensors_are_named_in_one_line() -> None:
 def test_parameters_that_no_tensor_fills_are_named() -> None:
     shapes = shapes_of(SMALL)
     with pytest.raises(ValueError, match=r"has no tensors for stacks\.0\.layers\.0\.ffn\.up_proj\.lora_a"):
-        names.check("here", names.pieces(SMALL), small_files(), shapes | {"stacks.0.layers.0.ffn.up_proj.lora_a": (2, 3, 6, 4)})
+        names.check_file_tensors(
+            "here", names.weight_pieces(SMALL), small_files(), shapes | {"stacks.0.layers.0.ffn.up_proj.lora_a": (2, 3, 6, 4)}
+        )
     some = {p: s for p, s in shapes.items() if p != "head.weight"}
-    names.check("here", names.pieces(SMALL), small_files(), some)
-    with pytest.raises(ValueError, match=r"embed\.weight is \(17, 6\)"):
-        names.check("here", names.pieces(SMALL), small_files(), shapes | {"embed.weight": (17, 6)})
+    names.check_file_tensors("here", names.weight_pieces(SMALL), small_files(), some)
+    with pytest.raises(ValueError, match=r"embed\.weight has shape \(17, 6\)"):
+        names.check_file_tensors("here", names.weight_pieces(SMALL), small_files(), shapes | {"embed.weight": (17, 6)})
 
 
 def test_adapters_have_the_dims_of_their_layers() -> None:
@@ -185,9 +189,9 @@ def test_adapters_have_the_dims_of_their_layers() -> None:
     with jax.set_mesh(ONE):
         abstract = jax.eval_shape(lambda: transformer.init_model(0, SMALL, config.Compute(), lora))
     shapes = {path: a.shape for path, a in parameters.parameters(abstract)[1].items() if ".lora_" in path}
-    table = names.adapter_pieces(SMALL, ranks)
+    table = names.lora_pieces(SMALL, ranks)
     in_file = {piece.name: piece.shape for piece in table}
-    names.check("here", table, in_file, shapes)
+    names.check_file_tensors("here", table, in_file, shapes)
     body = "base_model.model.model.layers.1."
     assert in_file[f"{body}self_attn.o_proj.lora_A.weight"] == (3, 24)
     assert in_file[f"{body}self_attn.o_proj.lora_B.weight"] == (6, 3)

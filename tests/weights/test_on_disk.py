@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from moe_train.weights import on_disk
-from moe_train.weights.on_disk import Weights
+from moe_train.weights.on_disk import WeightFiles
 from tests.tiny import MIXTRAL
 
 
 class InMemory(NamedTuple):
-    """A tensor as `on_disk.Tensor` describes it."""
+    """A tensor as `on_disk.FileTensor` describes it."""
 
     name: str
     array: np.ndarray
@@ -39,14 +39,14 @@ class InMemory(NamedTuple):
 )
 def test_the_dtype_of_all_tensors(dtypes: list[Any], common: str | None) -> None:
     tensors = {str(i): InMemory(str(i), np.ones(2, dtype)) for i, dtype in enumerate(dtypes)}
-    assert Weights(Path("x"), MIXTRAL, [], tensors).dtype == common
+    assert WeightFiles(Path("x"), MIXTRAL, [], tensors).dtype == common
 
 
 def test_hashes_cover_dtype_shape_and_bytes_whatever_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = [np.arange(12.0).reshape(4, 3), np.arange(12.0).reshape(3, 4), np.arange(12), np.zeros((0,)), np.array(1.0)[None]]
     tensors = {str(i): InMemory(str(i), array) for i, array in enumerate(arrays)}
-    whole = on_disk.hashes(tensors)
+    whole = on_disk.hash_tensors(tensors)
     assert whole["0"] == hashlib.sha256(b"float64 (4, 3)" + arrays[0].tobytes()).hexdigest()
     assert len(set(whole.values())) == len(arrays)
-    monkeypatch.setattr(on_disk, "CHUNK", 24)  # a row at a time
-    assert on_disk.hashes(tensors) == whole
+    monkeypatch.setattr(on_disk, "HASH_CHUNK_BYTES", 24)  # a row at a time
+    assert on_disk.hash_tensors(tensors) == whole

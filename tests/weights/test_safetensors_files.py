@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_train.weights import on_disk, safetensors_files
-from moe_train.weights.safetensors_files import Spec
+from moe_train.weights.safetensors_files import TensorSpec
 
 ARRAYS = {
     "a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
@@ -24,8 +24,8 @@ ARRAYS = {
 
 def write(directory: Path, max_shard_bytes: int = 10**9) -> list[Path]:
     directory.mkdir(exist_ok=True)
-    specs = [Spec(name, array.shape, array.dtype) for name, array in ARRAYS.items()]
-    return safetensors_files.write_model(directory, specs, lambda spec: ARRAYS[spec.name], max_shard_bytes)
+    specs = [TensorSpec(name, array.shape, array.dtype) for name, array in ARRAYS.items()]
+    return safetensors_files.write_shards(directory, specs, lambda spec: ARRAYS[spec.name], max_shard_bytes)
 
 
 @pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (100, 2), (1, 3)])
@@ -39,7 +39,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path, limit: int, files: in
         with safetensors.safe_open(shard, "numpy") as handle:
             assert handle.metadata() == {"format": "pt"}
     assert json.loads(index.read_text())["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
-    tensors = safetensors_files.open_model(tmp_path)
+    tensors = safetensors_files.open_model_tensors(tmp_path)
     for name, array in ARRAYS.items():
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
         assert tensors[name].dtype == array.dtype and np.array_equal(tensors[name].read(), array)
@@ -49,13 +49,13 @@ def test_the_library_reads_what_is_written(tmp_path: Path, limit: int, files: in
 def test_hashes_see_a_change_of_one_value_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "one")
     write(tmp_path / "shards", 1)
-    before = on_disk.hashes(safetensors_files.open_model(tmp_path / "one"))
-    assert before == on_disk.hashes(safetensors_files.open_model(tmp_path / "shards"))
+    before = on_disk.hash_tensors(safetensors_files.open_model_tensors(tmp_path / "one"))
+    assert before == on_disk.hash_tensors(safetensors_files.open_model_tensors(tmp_path / "shards"))
     changed = ARRAYS["b"].copy()
     changed[1, 2] = 7
     monkeypatch.setitem(ARRAYS, "b", changed)
     write(tmp_path / "changed")
-    after = on_disk.hashes(safetensors_files.open_model(tmp_path / "changed"))
+    after = on_disk.hash_tensors(safetensors_files.open_model_tensors(tmp_path / "changed"))
     assert {name for name in before if before[name] != after[name]} == {"b"}
 
 
@@ -66,7 +66,7 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, data: st.DataOb
     whole = file.read_bytes()
     file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(ValueError, match=r"^[^\n]*model-00001-of-00001\.safetensors is truncated[^\n]*$"):
-        safetensors_files.open_model(tmp_path)
+        safetensors_files.open_model_tensors(tmp_path)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -78,7 +78,7 @@ def test_a_damaged_header_is_refused_in_one_line_or_still_true(tmp_path: Path, d
     whole[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(whole)
     try:
-        tensors = safetensors_files.open_model(tmp_path)
+        tensors = safetensors_files.open_model_tensors(tmp_path)
     except ValueError as error:
         assert "\n" not in str(error) and str(tmp_path) in str(error)
     else:  # a changed shape or dtype of the same size is seen by the table of names
@@ -89,16 +89,16 @@ def test_a_damaged_header_is_refused_in_one_line_or_still_true(tmp_path: Path, d
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors", "", "..", 3])
 def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: object) -> None:
     write(tmp_path)
-    (tmp_path / safetensors_files.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="lie beside their index"):
-        safetensors_files.open_model(tmp_path)
+    (tmp_path / safetensors_files.INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="shards must be plain names"):
+        safetensors_files.open_model_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["x"]}}'])
 def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / safetensors_files.INDEX).write_text(text)
-    with pytest.raises(ValueError, match=r"^[^\n]*is no index[^\n]*$"):
-        safetensors_files.open_model(tmp_path)
+    (tmp_path / safetensors_files.INDEX_FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"^[^\n]*is not an index[^\n]*$"):
+        safetensors_files.open_model_tensors(tmp_path)
 
 
 def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path: Path) -> None:
@@ -107,24 +107,24 @@ def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path: Path) -> No
     content["weight_map"]["more"] = shards[0].name
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"disagree about more \(1 tensor"):
-        safetensors_files.open_model(tmp_path)
+        safetensors_files.open_model_tensors(tmp_path)
     shards[0].unlink()
     with pytest.raises(FileNotFoundError, match=f"{shards[0].name} is missing"):
-        safetensors_files.open_model(tmp_path)
+        safetensors_files.open_model_tensors(tmp_path)
 
 
 def test_a_directory_without_weights_and_a_quantised_one_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor"):
-        safetensors_files.open_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors nor"):
+        safetensors_files.open_model_tensors(tmp_path)
     safetensors.numpy.save_file({"w": np.ones((2, 2), np.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="w is I8, read are"):
-        safetensors_files.open_model(tmp_path)
+    with pytest.raises(ValueError, match="w has dtype I8; supported"):
+        safetensors_files.open_model_tensors(tmp_path)
 
 
 def test_a_failed_write_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: '.*model\.safetensors'"):
 
-        def full(spec: Spec) -> np.ndarray:
+        def full(spec: TensorSpec) -> np.ndarray:
             raise OSError(28, "No space left on device")
 
-        safetensors_files.write_file(tmp_path / "model.safetensors", [Spec("a", (1,), np.dtype(np.float32))], full)
+        safetensors_files.write_safetensors(tmp_path / "model.safetensors", [TensorSpec("a", (1,), np.dtype(np.float32))], full)

@@ -14,7 +14,7 @@ from moe_train import config
 from moe_train.machine.files import read_object
 from moe_train.weights import merge, names, peft, serve
 from moe_train.weights.hf.config_json import write_model_config
-from moe_train.weights.serve import Shape
+from moe_train.weights.serve import AdapterShape
 from tests.random_parameters import random_parameters
 from tests.tiny import LORA, MINISTRAL, MIXTRAL, ONE
 from tests.weights.mistral.models import MODELS
@@ -24,15 +24,15 @@ Q, K, UP = "stacks.0.layers.0.attention.q_proj", "stacks.0.layers.0.attention.k_
 
 def test_one_rank_and_the_alpha_of_most_scales() -> None:
     """Scale 2 twice, 0.5 once: the file says 2 for all, and the writer quarters the B of the third."""
-    shapes = serve.adapter_shapes("vllm", "mixtral", {Q: Shape(4, 8.0), K: Shape(16, 8.0), UP: Shape(8, 16.0)})
-    assert shapes == dict.fromkeys((Q, K, UP), Shape(16, 32.0))
-    alike = dict.fromkeys((Q, K), Shape(12, 7.0))
+    shapes = serve.adapter_shapes("vllm", "mixtral", {Q: AdapterShape(4, 8.0), K: AdapterShape(16, 8.0), UP: AdapterShape(8, 16.0)})
+    assert shapes == dict.fromkeys((Q, K, UP), AdapterShape(16, 32.0))
+    alike = dict.fromkeys((Q, K), AdapterShape(12, 7.0))
     assert serve.adapter_shapes("vllm", "mixtral", alike) == alike
 
 
 def as_vllm_reads(directory: Path) -> tuple[dict[str, np.ndarray], int]:
     """What vLLM adds to each weight (out, in), and the rank it makes room for: one r and one alpha for all modules."""
-    tensors, settings = safetensors.numpy.load_file(directory / peft.WEIGHTS), read_object(directory / peft.CONFIG)
+    tensors, settings = safetensors.numpy.load_file(directory / peft.ADAPTER_WEIGHTS), read_object(directory / peft.ADAPTER_CONFIG)
     stems = {name.rpartition(".lora_")[0] for name in tensors}
     scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings["use_rslora"] else settings["r"])
     return {stem: scale * (tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]) for stem in stems}, settings["r"]
@@ -49,21 +49,21 @@ def test_one_scale_gives_the_deltas_of_several(rslora: bool, tmp_path: Path) -> 
         peft.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", base_model="base", server="vllm")
         read, rank = as_vllm_reads(tmp_path / "out")
         assert rank == 3 and {
-            a.shape[0] for n, a in safetensors.numpy.load_file(tmp_path / "out" / peft.WEIGHTS).items() if "_A" in n
+            a.shape[0] for n, a in safetensors.numpy.load_file(tmp_path / "out" / peft.ADAPTER_WEIGHTS).items() if "_A" in n
         } == {3}
         ranks = {path.removesuffix(".lora_a"): 3 for path in parameters if path.endswith(".lora_a")}
-        for piece in names.adapter_pieces(MIXTRAL, ranks)[::2]:
+        for piece in names.lora_pieces(MIXTRAL, ranks)[::2]:
             weight = next(
-                p for p in names.pieces(MIXTRAL) if p.path == piece.path.replace("lora_a", "weight") and p.lead == piece.lead
+                p for p in names.weight_pieces(MIXTRAL) if p.path == piece.path.replace("lora_a", "weight") and p.lead == piece.lead
             )
-            wanted = merge.delta(parameters, lora, replace(piece, path=weight.path))
+            wanted = merge.lora_delta(parameters, lora, replace(piece, path=weight.path))
             assert wanted is not None and np.abs(wanted).max() > 0
             np.testing.assert_allclose(read[piece.name.rpartition(".lora_")[0]], weight.to_file(wanted), rtol=1e-4, atol=1e-7)
 
 
 def test_what_was_trained_in_full_is_refused_where_it_would_be_left_out(tmp_path: Path) -> None:
     lora = LORA.model_copy(update={"train": ("ffn_norm",)})
-    with jax.set_mesh(ONE), pytest.raises(ValueError, match=r"vLLM takes adapters alone, but .*ffn_norm was trained in full"):
+    with jax.set_mesh(ONE), pytest.raises(ValueError, match=r"vLLM loads only adapters, but .*ffn_norm was trained in full"):
         peft.export_adapter(
             random_parameters(MIXTRAL, lora=lora), MIXTRAL, lora, tmp_path / "out", base_model="base", server="vllm"
         )
@@ -71,36 +71,36 @@ def test_what_was_trained_in_full_is_refused_where_it_would_be_left_out(tmp_path
 
 
 def test_transformers_takes_every_shape() -> None:
-    shapes = {Q: Shape(4, 8.0), K: Shape(600, 8.0)}
+    shapes = {Q: AdapterShape(4, 8.0), K: AdapterShape(600, 8.0)}
     assert serve.adapter_shapes("transformers", "mixtral", shapes, {UP}) == shapes
 
 
 def test_what_a_server_cannot_apply_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"vLLM takes adapters alone, but .*up_proj was trained in full.*--merge"):
-        serve.adapter_shapes("vllm", "mixtral", {Q: Shape(4, 8.0)}, {UP})
-    with pytest.raises(ValueError, match=r"up to rank 512, this one has 513"):
-        serve.adapter_shapes("vllm", "mixtral", {Q: Shape(513, 8.0)})
-    ends = {"embed": Shape(4, 8.0), "head": Shape(4, 8.0)}
+    with pytest.raises(ValueError, match=r"vLLM loads only adapters, but .*up_proj was trained in full.*--merge"):
+        serve.adapter_shapes("vllm", "mixtral", {Q: AdapterShape(4, 8.0)}, {UP})
+    with pytest.raises(ValueError, match=r"up to rank 512, this one has rank 513"):
+        serve.adapter_shapes("vllm", "mixtral", {Q: AdapterShape(513, 8.0)})
+    ends = {"embed": AdapterShape(4, 8.0), "head": AdapterShape(4, 8.0)}
     assert serve.adapter_shapes("vllm", "llama", ends) == serve.adapter_shapes("vllm", "mixtral", ends) == ends
     for family in ("mistral", "ministral", "ministral3"):
-        with pytest.raises(ValueError, match=rf"vLLM refuses an adapter of embed in a {family}; .*--merge"):
+        with pytest.raises(ValueError, match=rf"vLLM rejects an adapter of embed in a {family}; .*--merge"):
             serve.adapter_shapes("vllm", family, ends)
-    with pytest.raises(ValueError, match=r"experts by the names of --format mistral; use --format hf"):
-        serve.command("vllm", "mistral", MIXTRAL, "out")
+    with pytest.raises(ValueError, match=r"does not know the names that --format mistral gives to experts; use --format hf"):
+        serve.serving_command("vllm", "mistral", MIXTRAL, "out")
     for server, layout, reads in (("llama.cpp", "hf", "gguf or gguf-lora"), ("transformers", "mistral", "hf or peft")):
-        with pytest.raises(ValueError, match=f"does not read --format {layout}; it reads --format {reads}"):
-            serve.command(server, layout, MIXTRAL, "out")
+        with pytest.raises(ValueError, match=f"does not read --format {layout}; use --format {reads}"):
+            serve.serving_command(server, layout, MIXTRAL, "out")
 
 
 def test_commands() -> None:
-    line = serve.command("vllm", "peft", MIXTRAL, "my run/out", base_model="base", rank=17)
+    line = serve.serving_command("vllm", "peft", MIXTRAL, "my run/out", base_model="base", rank=17)
     assert line == "vllm serve base --enable-lora --max-lora-rank 32 --lora-modules out='my run/out'"
-    assert serve.command("vllm", "mistral", MINISTRAL, "out", tokenizer="mistral").endswith(
+    assert serve.serving_command("vllm", "mistral", MINISTRAL, "out", tokenizer="mistral").endswith(
         "out --tokenizer-mode mistral --config-format mistral --load-format mistral"
     )
-    assert "--tokenizer-mode auto" in serve.command("vllm", "mistral", MINISTRAL, "out")
-    assert serve.command("llama.cpp", "gguf", MIXTRAL, "out") == "llama-server -m out/model.gguf"
-    assert serve.command("transformers", "hf", MIXTRAL, "out") == "transformers serve out"
+    assert "--tokenizer-mode auto" in serve.serving_command("vllm", "mistral", MINISTRAL, "out")
+    assert serve.serving_command("llama.cpp", "gguf", MIXTRAL, "out") == "llama-server -m out/model.gguf"
+    assert serve.serving_command("transformers", "hf", MIXTRAL, "out") == "transformers serve out"
 
 
 def test_vllm_finds_query_scaling_where_it_looks() -> None:

@@ -28,8 +28,8 @@ def test_copies_into_an_array(x: np.ndarray) -> None:
 
 def test_a_large_view_comes_in_parts_and_is_never_copied_whole() -> None:
     x = np.arange(2**19, dtype=np.float64).reshape(512, 1024).T
-    found = list(strided.parts(x))
+    found = list(strided.contiguous_parts(x))
     assert len(found) == 4 and all(part.flags.c_contiguous for part in found)
     assert np.array_equal(np.concatenate(found), x)
-    (same,) = strided.parts(x.T)
+    (same,) = strided.contiguous_parts(x.T)
     assert same.base is x.base  # nothing to copy

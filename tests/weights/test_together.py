@@ -55,9 +55,9 @@ def test_what_others_wait_for_is_made_to_the_end_even_if_writing_fails() -> None
 
 def test_a_sharded_array_is_gathered_whole() -> None:
     array = jax.device_put(np.arange(16.0).reshape(4, 4), NamedSharding(EIGHT, P("fsdp", "tensor")))
-    (found,) = together.gathered({"x": array}).values()
+    (found,) = together.gather_on_each_process({"x": array}).values()
     assert len(found.sharding.device_set) == 1 and jnp.array_equal(found, np.arange(16.0).reshape(4, 4))
 
 
 def test_hashes_of_one_process_are_all_its_own() -> None:
-    assert together.hashes({"a": 1, "b": 2}, lambda names: {name: name * 2 for name in names}) == {"a": "aa", "b": "bb"}
+    assert together.hash_in_shares({"a": 1, "b": 2}, lambda names: {name: name * 2 for name in names}) == {"a": "aa", "b": "bb"}

@@ -1,15 +1,25 @@
 """GGUF: whole models and adapters as llama.cpp loads them."""
 
 from moe_train.weights.gguf.files import (
-    FILE,
-    QUANTIZE,
-    Matrix,
+    MODEL_FILE,
+    QUANTIZE_TOOL,
+    ReadPiece,
     file_in,
     open_weights,
     quantize_tool,
-    read_model,
+    read_model_config,
     unpack_tokenizer,
     write,
 )
 
-__all__ = ["FILE", "QUANTIZE", "Matrix", "file_in", "open_weights", "quantize_tool", "read_model", "unpack_tokenizer", "write"]
+__all__ = [
+    "MODEL_FILE",
+    "QUANTIZE_TOOL",
+    "ReadPiece",
+    "file_in",
+    "open_weights",
+    "quantize_tool",
+    "read_model_config",
+    "unpack_tokenizer",
+    "write",
+]

@@ -15,7 +15,7 @@ from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 
-class Format(NamedTuple):
+class ChatFormat(NamedTuple):
     """Texts before and after a turn. The token that begins the sequence is not part of it."""
 
     user: tuple[str, str]
@@ -36,38 +36,39 @@ class Format(NamedTuple):
         return self.assistant[1].rstrip("\n")
 
 
-def _inst(system: tuple[str, str] | Literal["first", "last"]) -> Format:
-    return Format(("[INST]", "[/INST]"), ("", "</s>"), system)
+def _inst_format(system: tuple[str, str] | Literal["first", "last"]) -> ChatFormat:
+    return ChatFormat(("[INST]", "[/INST]"), ("", "</s>"), system)
 
 
-FORMATS = {
-    "chatml": Format(
+CHAT_FORMATS = {
+    "chatml": ChatFormat(
         ("<|im_start|>user\n", "<|im_end|>\n"),
         ("<|im_start|>assistant\n", "<|im_end|>\n"),
         ("<|im_start|>system\n", "<|im_end|>\n"),
     ),
     # for Mistral's formats, llama.cpp's sentencepiece itself adds the space after a control token
-    "mistral v1": Format(("[INST] ", " [/INST]"), (" ", "</s>"), "first"),
-    "mistral v1 to v3, system first": _inst("first"),
-    "mistral v3": _inst("last"),
-    "mistral v7": _inst(("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
+    "mistral v1": ChatFormat(("[INST] ", " [/INST]"), (" ", "</s>"), "first"),
+    "mistral v1 to v3, system first": _inst_format("first"),
+    "mistral v3": _inst_format("last"),
+    "mistral v7": _inst_format(("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
 }
 """The known formats by name."""
-_OF_VERSION = {"v1": "mistral v1", "v2": "mistral v3", "v3": "mistral v3"}
+_FORMAT_OF_VERSION = {"v1": "mistral v1", "v2": "mistral v3", "v3": "mistral v3"}
 """mistral-common's tokenizer version -> format; later versions are like v7."""
 
 
-def of_tokenizer(tokenizer: Mistral) -> Format:
+def mistral_format(tokenizer: Mistral) -> ChatFormat:
     """Return the format that mistral-common writes for plain conversations; v7 and later are alike."""
-    return FORMATS[_OF_VERSION.get(tokenizer.finetuning.version.value, "mistral v7")]
+    return CHAT_FORMATS[_FORMAT_OF_VERSION.get(tokenizer.finetuning.version.value, "mistral v7")]
 
 
 # Conversations whose texts are all different, so that their order in a rendering is unambiguous.
-_SYSTEM, _TURNS = ("system", "the rules"), (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+_SYSTEM = ("system", "the rules")
+_TURNS = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
 _PROBES = (_TURNS[:2], _TURNS[:3], _TURNS, (_SYSTEM, *_TURNS[:2]), (_SYSTEM, *_TURNS[:3]))
 
 
-def recognised(template: str, tokenizer: Tokenizer) -> Format | None:
+def recognize_format(template: str, tokenizer: Tokenizer) -> ChatFormat | None:
     """Return the format of a Jinja template for conversations of system, user and assistant; None if it is not known."""
     tokens = getattr(tokenizer, "named_tokens", {})
     conversations = [[{"role": role, "content": content} for role, content in probe] for probe in _PROBES]
@@ -83,14 +84,14 @@ def recognised(template: str, tokenizer: Tokenizer) -> Format | None:
     for mark in sandbox.GENERATION:
         texts = [text.replace(mark, "") for text in texts]
     begin = tokens.get("bos_token", "")
-    for chat in FORMATS.values():
-        expected_texts = [spelled(chat, conversation, ask) for conversation, ask in zip(conversations, asks, strict=True)]
+    for chat in CHAT_FORMATS.values():
+        expected_texts = [render_chat(chat, conversation, ask) for conversation, ask in zip(conversations, asks, strict=True)]
         if [text.removeprefix(begin) for text in texts] == expected_texts:
             return chat
     return None
 
 
-def spelled(chat: Format, messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
+def render_chat(chat: ChatFormat, messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
     """Return the text of a conversation; with `ask`, followed by what prompts for the next answer."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     system = next((message["content"] for message in messages if message["role"] == "system"), None)
@@ -111,13 +112,15 @@ def spelled(chat: Format, messages: Sequence[Mapping[str, Any]], ask: bool = Fal
             case role:
                 assert role == "assistant", role
                 text += content.join(chat.assistant)
-    return text + (chat.ask if ask else "")
+    if ask:
+        text += chat.ask
+    return text
 
 
-def jinja(chat: Format) -> str:
+def jinja_template(chat: ChatFormat) -> str:
     """Return the Jinja template, including the beginning of the sequence; what it does not support (tools) raises an error."""
     content = "message['content']"
-    refuse = "{{- raise_exception('of roles, there are system, user and assistant') }}"
+    refuse = "{{- raise_exception('supported roles are system, user and assistant') }}"
     user = f"{{{{- {_quoted(chat.user[0])} + {content} + {_quoted(chat.user[1])} }}}}"
     lines = ["{{- bos_token }}"]
     if isinstance(chat.system, tuple):
@@ -152,7 +155,7 @@ def jinja(chat: Format) -> str:
     )
 
 
-def go(chat: Format) -> str:
+def go_template(chat: ChatFormat) -> str:
     """Return the Go template, on one line, since line ends would count as text; an answer that is being continued has no end.
 
     .Messages includes the system turns, .System their text (https://docs.ollama.com/template).
@@ -183,8 +186,12 @@ def go(chat: Format) -> str:
 
 
 def _quoted(text: str) -> str:
+    """Return a string literal of Jinja and Go, whose escapes are those of JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _go(text: str) -> str:
-    return f"{{{{ {_quoted(text)} }}}}" if text else ""
+    """Return the Go expression for a constant text; nothing for an empty one."""
+    if not text:
+        return ""
+    return f"{{{{ {_quoted(text)} }}}}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,19 +20,29 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+"""Versions of the format that are read; the last one is written."""
+ALIGNMENT = 32
+"""Default alignment of tensors in bytes, which is also the one that is written."""
 MAX_DIMS = 4
+"""Maximum number of dims of a tensor."""
+
+GgufSettings = dict[str, Any]
+"""Metadata by key: numbers, booleans, strings, lists of strings, and arrays of numbers; each reader checks the types it needs."""
 
 # Type codes of numbers in metadata; 8 is a string, 9 an array.
 _NUMBERS: dict[int, np.dtype] = {
     code: np.dtype(kind) for code, kind in enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")) if code < 8
 } | {code: np.dtype(kind) for code, kind in enumerate(("<u8", "<i8", "<f8"), start=10)}
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 
-PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+UNQUANTIZED_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Encodings without quantization."""
 _CODES = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}
-_Q8_BLOCK, _Q8_BYTES = 32, 34
+_Q8_BLOCK = 32  # numbers in a block of Q8_0
+_Q8_BYTES = 34  # 32 int8 and one float16 scale
 
 
 class Encoding(NamedTuple):
@@ -47,7 +57,7 @@ class Encoding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tensor:
+class GgufTensor:
     """A tensor in a file; none of it is in memory."""
 
     name: str
@@ -60,28 +70,29 @@ class Tensor:
     @property
     def dtype(self) -> np.dtype:
         """Dtype of what `read` returns: float32 if the file's numbers are quantized."""
-        return PLAIN.get(self.encoding.name, PLAIN["F32"])
+        return UNQUANTIZED_DTYPES.get(self.encoding.name, UNQUANTIZED_DTYPES["F32"])
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Read the part at `index` into memory: integers and step-1 slices of leading dims; () is the whole tensor."""
         rows = index[: len(self.shape) - 1]
         columns = index[len(self.shape) - 1 :]
         stored = np.array(self.data[rows])
-        plain = PLAIN.get(self.encoding.name)
-        decoded = stored.view(plain) if plain else _dequantised(stored, self.encoding.name)
-        return np.ascontiguousarray(decoded[(..., *columns)]) if columns else decoded
+        dtype = UNQUANTIZED_DTYPES.get(self.encoding.name)
+        decoded = stored.view(dtype) if dtype else _dequantize(stored, self.encoding.name)
+        if columns:  # blocks can only be decoded in full, so columns are selected afterwards
+            decoded = np.ascontiguousarray(decoded[(..., *columns)])
+        return decoded
 
 
 class Gguf(NamedTuple):
     """An open file."""
 
     file: Path
-    settings: dict[str, Any]
-    """Values by key: numbers, booleans, strings, lists of strings, and arrays of numbers."""
-    tensors: dict[str, Tensor]
+    settings: GgufSettings
+    tensors: dict[str, GgufTensor]
 
 
-def open_file(file: str | Path) -> Gguf:
+def open_gguf(file: str | Path) -> Gguf:
     """Open a file: read and check the header, map the data.
 
     Raises:
@@ -92,23 +103,23 @@ def open_file(file: str | Path) -> Gguf:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a .gguf file")
     if file.stat().st_size < 24:
-        raise ValueError(f"{file} is no GGUF file: it has {file.stat().st_size} bytes")
+        raise ValueError(f"{file} is not a GGUF file: it has only {file.stat().st_size} bytes; download it again")
     data = np.memmap(file, np.uint8, "r")
     cursor = _Cursor(file, data)
     if bytes(cursor.take(4, "the magic")) != MAGIC:
-        raise ValueError(f"{file} is no GGUF file: it begins with {bytes(data[:4])!r}")
+        raise ValueError(f"{file} is not a GGUF file: it begins with {bytes(data[:4])!r} instead of {MAGIC!r}")
     version = cursor.number("<I", "the version")
     # A big-endian version number that is read as little-endian has zero low bytes.
     if version & 0xFFFF == 0:
-        raise ValueError(f"{file} is big-endian, which is not read here; make a little-endian one (gguf-convert-endian)")
+        raise ValueError(f"{file} is big-endian, which is not supported; convert it to little-endian (gguf-convert-endian)")
     if version not in VERSIONS:
-        raise ValueError(f"{file} has GGUF version {version}; read are {VERSIONS[0]} and {VERSIONS[1]}")
+        raise ValueError(f"{file} has GGUF version {version}; supported: {VERSIONS[0]} and {VERSIONS[1]}; convert the model again")
     num_tensors = cursor.number("<Q", "the number of tensors")
     num_keys = cursor.number("<Q", "the number of keys")
     # The smallest possible key (13 bytes) and tensor (32 bytes) bound the counts, before anything is allocated for them.
     cursor.can_hold(num_keys, 13, "keys")
     cursor.can_hold(num_tensors, 32, "tensors")
-    settings: dict[str, Any] = {}
+    settings: GgufSettings = {}
     for _ in range(num_keys):
         key = cursor.name("a key")
         if key in settings:
@@ -118,7 +129,8 @@ def open_file(file: str | Path) -> Gguf:
     alignment = settings.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"{file}: general.alignment is {alignment!r}; it has to be a power of two")
-    return Gguf(file, settings, _tensors(file, data, infos, cursor.offset + -cursor.offset % alignment, alignment))
+    data_start = cursor.offset + -cursor.offset % alignment
+    return Gguf(file, settings, _tensors(file, data, infos, data_start, alignment))
 
 
 class _Cursor:
@@ -134,7 +146,7 @@ class _Cursor:
         remaining = len(self.data) - self.offset
         if count * size > remaining:
             raise ValueError(
-                f"{self.file} is truncated or damaged: {count:,} {label} at byte {self.offset}, {remaining:,} bytes are left"
+                f"{self.file} is truncated or damaged: {count:,} {label} at byte {self.offset}, but {remaining:,} bytes are left"
             )
 
     def take(self, size: int, label: str) -> memoryview:
@@ -159,7 +171,7 @@ class _Cursor:
         """Read a string that error messages can show in a line."""
         text = self.text(label)
         if not text.isprintable() or len(text) > 256:
-            raise ValueError(f"{self.file} is damaged: {label} is {text[:40]!r}, of {len(text)} letters")
+            raise ValueError(f"{self.file} is damaged: {label} is {text[:40]!r}, with {len(text)} characters")
         return text
 
     def value(self, key: str) -> Any:
@@ -177,12 +189,14 @@ class _Cursor:
             self.can_hold(length, 8, f"strings in {key}")
             return [self.text(f"entry {i} of {key}") for i in range(length)]
         if code not in _NUMBERS:
-            raise ValueError(f"{self.file}: {key} is an array of the type {code}, which is not read here")
+            raise ValueError(f"{self.file}: {key} is an array of the type {code}, which is not supported")
         self.can_hold(length, _NUMBERS[code].itemsize, f"numbers in {key}")
         return np.frombuffer(self.take(length * _NUMBERS[code].itemsize, key), _NUMBERS[code])
 
 
 class _Info(NamedTuple):
+    """What the header states about a tensor."""
+
     name: str
     shape: tuple[int, ...]
     encoding: Encoding
@@ -190,39 +204,41 @@ class _Info(NamedTuple):
 
 
 def _tensor_info(cursor: _Cursor) -> _Info:
+    """Read the header's entry for a tensor."""
     name = cursor.name("a tensor's name")
     count = cursor.number("<I", f"the number of dims of {name}")
     if not 1 <= count <= MAX_DIMS:
-        raise ValueError(f"{cursor.file}: {name} has {count} dims; there may be 1 to {MAX_DIMS}")
+        raise ValueError(f"{cursor.file}: {name} has {count} dims; the format allows 1 to {MAX_DIMS}")
     dims = [cursor.number("<Q", f"a dim of {name}") for _ in range(count)]
-    shape = tuple(reversed(dims))
+    shape = tuple(reversed(dims))  # the file states the fastest dim first
     code = cursor.number("<I", f"the type of {name}")
     encoding = _encoding(cursor.file, name, code)
     if 0 in dims or math.prod(dims) >= 2**60:
-        raise ValueError(f"{cursor.file}: {name} has the shape {shape}")
+        raise ValueError(f"{cursor.file}: {name} has the impossible shape {shape}")
     if shape[-1] % encoding.block:
         raise ValueError(f"{cursor.file}: {name} has rows of {shape[-1]} numbers; {encoding.name} has blocks of {encoding.block}")
     return _Info(name, shape, encoding, cursor.number("<Q", f"the offset of {name}"))
 
 
 def _encoding(file: Path, name: str, code: int) -> Encoding:
-    plain = {_CODES[plain]: plain for plain in PLAIN}
-    if code in plain:
-        return Encoding(plain[code], 1, PLAIN[plain[code]].itemsize)
-    gguf = package(f"{file}: {name} is quantised")
+    """Return the encoding with llama.cpp's type code, after checking that it can be decoded."""
+    for encoding, dtype in UNQUANTIZED_DTYPES.items():
+        if code == _CODES[encoding]:
+            return Encoding(encoding, 1, dtype.itemsize)
+    gguf = import_gguf(f"{file}: {name} is quantized")
     try:
         kind = gguf.GGMLQuantizationType(code)
         block, size = gguf.GGML_QUANT_SIZES[kind]
         # The package names more types than it can dequantize, so a block is tried.
         gguf.dequantize(np.zeros((1, size), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"{file}: {name} has the type {code}, which the package gguf does not read: {error}") from error
+        raise ValueError(f"{file}: {name} has the type {code}, which the package gguf cannot read: {error}") from error
     return Encoding(kind.name, block, size)
 
 
-def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, alignment: int) -> dict[str, Tensor]:
+def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, alignment: int) -> dict[str, GgufTensor]:
     """Return the tensors after checking that each is inside the file and that none overlap."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, GgufTensor] = {}
     end = 0
     previous = ""
     for name, shape, encoding, offset in sorted(infos, key=lambda info: info.offset):
@@ -237,7 +253,7 @@ def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, a
         if start + offset + size > len(data):
             raise ValueError(f"{file} is truncated: {name} ends at byte {start + offset + size:,}, the file at {len(data):,}")
         tensor_bytes = data[start + offset : start + offset + size].reshape(*shape[:-1], row)
-        tensors[name] = Tensor(name, file, shape, encoding, tensor_bytes)
+        tensors[name] = GgufTensor(name, file, shape, encoding, tensor_bytes)
         end = offset + size
         previous = name
     return tensors
@@ -246,7 +262,7 @@ def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, a
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-class Spec(NamedTuple):
+class GgufSpec(NamedTuple):
     """A tensor to be written."""
 
     name: str
@@ -255,8 +271,8 @@ class Spec(NamedTuple):
     """F32, F16, BF16 or Q8_0; Q8_0 requires rows of a multiple of 32 numbers."""
 
 
-def write_file(
-    file: Path, settings: Mapping[str, Any], specs: Sequence[Spec], parts: Callable[[Spec], Iterable[np.ndarray]]
+def write_gguf(
+    file: Path, settings: GgufSettings, specs: Sequence[GgufSpec], parts: Callable[[GgufSpec], Iterable[np.ndarray]]
 ) -> None:
     """Write a GGUF file.
 
@@ -274,43 +290,45 @@ def write_file(
     for spec in specs:
         header += _text(spec.name) + struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *reversed(spec.shape))
         header += struct.pack("<IQ", _CODES[spec.encoding], offset)
-        offset += nbytes(spec) + -nbytes(spec) % ALIGNMENT
+        offset += encoded_bytes(spec) + -encoded_bytes(spec) % ALIGNMENT
     try:
         with file.open("wb") as out:
             out.write(header + bytes(-len(header) % ALIGNMENT))
             for spec in specs:
                 written = 0
                 for part in parts(spec):
-                    if spec.encoding not in PLAIN:
-                        part = _quantised(part, spec.encoding)
-                    assert part.dtype in (PLAIN.get(spec.encoding), np.uint8), (spec, part.dtype)
+                    if spec.encoding not in UNQUANTIZED_DTYPES:
+                        part = _quantize(part, spec.encoding)
+                    assert part.dtype in (UNQUANTIZED_DTYPES.get(spec.encoding), np.uint8), (spec, part.dtype)
                     written += out.write(np.ascontiguousarray(part).view(np.uint8).data)
-                assert written == nbytes(spec), (spec, written)
+                assert written == encoded_bytes(spec), (spec, written)
                 out.write(bytes(-written % ALIGNMENT))
     except OSError as error:
         error.filename = error.filename or str(file)  # a failed write does not state its file
         raise
 
 
-def nbytes(spec: Spec) -> int:
+def encoded_bytes(spec: GgufSpec) -> int:
     """Return the bytes of a tensor in the file."""
     numbers = math.prod(spec.shape)
-    if spec.encoding in PLAIN:
-        return numbers * PLAIN[spec.encoding].itemsize
+    if spec.encoding in UNQUANTIZED_DTYPES:
+        return numbers * UNQUANTIZED_DTYPES[spec.encoding].itemsize
     return numbers // _Q8_BLOCK * _Q8_BYTES
 
 
 def fits(encoding: str, shape: tuple[int, ...]) -> bool:
     """Return whether rows of this shape can be stored in the encoding."""
-    return encoding in PLAIN or shape[-1] % _Q8_BLOCK == 0
+    return encoding in UNQUANTIZED_DTYPES or shape[-1] % _Q8_BLOCK == 0
 
 
 def _text(text: str) -> bytes:
+    """Encode a string: its length in bytes, then UTF-8."""
     encoded = text.encode()
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _value(value: Any) -> bytes:
+def _value(value: str | list[str] | np.ndarray | np.generic) -> bytes:
+    """Encode a value: the code of its type, then the value."""
     codes = {kind: code for code, kind in _NUMBERS.items()}
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
@@ -323,24 +341,29 @@ def _value(value: Any) -> bytes:
     return struct.pack("<IIQ", _ARRAY, code, len(number)) + number.tobytes()
 
 
-# --- quantised numbers -------------------------------------------------------------------------------------------
+# --- quantized numbers -------------------------------------------------------------------------------------------
 
 
-def package(why: str) -> ModuleType:
-    """Import the package `gguf`. Raises ValueError, whose message begins with `why`, if it is not installed."""
+def import_gguf(reason: str) -> ModuleType:
+    """Import the package `gguf`. Raises ValueError, whose message begins with `reason`, if it is not installed."""
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(f"{why}, which needs the package gguf; run: bash launch/install.sh gguf, or pip install gguf") from error
+        raise ValueError(
+            f"{reason}, which requires the package gguf; run: bash launch/install.sh gguf, or pip install gguf"
+        ) from error
     return gguf
 
 
-def _dequantised(rows: np.ndarray, encoding: str) -> np.ndarray:
-    gguf = package(f"{encoding} is quantised")
-    return gguf.dequantize(rows.reshape(-1, rows.shape[-1]), gguf.GGMLQuantizationType[encoding]).reshape(*rows.shape[:-1], -1)
+def _dequantize(rows: np.ndarray, encoding: str) -> np.ndarray:
+    """Decode the bytes of rows, (…, bytes), to float32."""
+    gguf = import_gguf(f"{encoding} is quantized")
+    numbers = gguf.dequantize(rows.reshape(-1, rows.shape[-1]), gguf.GGMLQuantizationType[encoding])
+    return numbers.reshape(*rows.shape[:-1], -1)
 
 
-def _quantised(rows: np.ndarray, encoding: str) -> np.ndarray:
-    gguf = package(f"{encoding} is quantised")
+def _quantize(rows: np.ndarray, encoding: str) -> np.ndarray:
+    """Encode float32 rows as bytes."""
+    gguf = import_gguf(f"{encoding} is quantized")
     assert rows.dtype == np.float32, rows.dtype
     return gguf.quantize(np.ascontiguousarray(rows), gguf.GGMLQuantizationType[encoding])

@@ -14,11 +14,10 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,18 +30,19 @@ from moe_train.weights import names, together
 from moe_train.weights.gguf import chat_format, container, ollama
 from moe_train.weights.gguf import settings as gguf_settings
 from moe_train.weights.gguf import tokenizer as gguf_tokenizer
-from moe_train.weights.on_disk import Weights
+from moe_train.weights.on_disk import WeightFiles
 
 log = logging.getLogger(__name__)
 
-FILE = "model.gguf"
-Matrix = Callable[[names.Piece, np.dtype], np.ndarray]
+MODEL_FILE = "model.gguf"
+"""Name of the file that is written."""
+ReadPiece = Callable[[names.WeightPiece, np.dtype], np.ndarray]
 """Returns the values of a piece of the file's tensors, rounded once to a dtype."""
 
 # name on the command line -> (type of matrices, llama.cpp's code of such a file)
 _TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7), "bf16": ("BF16", 32)}
 _ALIASES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-QUANTIZE = "llama-quantize"
+QUANTIZE_TOOL = "llama-quantize"
 """Name of llama.cpp's quantization tool."""
 
 _PER_EXPERT = replace(
@@ -68,7 +68,7 @@ def file_in(path: str | Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path) -> WeightFiles:
     """Open a model of one file, or of the only file in a folder.
 
     Raises:
@@ -76,15 +76,15 @@ def open_weights(path: str | Path) -> Weights:
         ValueError: the file is damaged, or its architecture is not implemented here.
     """
     opened = _open(path)
-    model = gguf_settings.read_model(opened)
+    model = gguf_settings.read_architecture(opened)
     layout = _PER_EXPERT if "blk.0.ffn_gate.0.weight" in opened.tensors else names.GGUF
     names.check_counts(path, model, opened.tensors)
-    return Weights(opened.file, model, names.pieces(model, layout), opened.tensors)
+    return WeightFiles(opened.file, model, names.weight_pieces(model, layout), opened.tensors)
 
 
-def read_model(path: str | Path) -> config.Model:
+def read_model_config(path: str | Path) -> config.Model:
     """Read the architecture of a GGUF file."""
-    return gguf_settings.read_model(_open(path))
+    return gguf_settings.read_architecture(_open(path))
 
 
 def unpack_tokenizer(file: Path) -> Path:
@@ -98,24 +98,27 @@ def unpack_tokenizer(file: Path) -> Path:
     Raises:
         ValueError: the tokenizer is not supported, or the folder cannot be written.
     """
-    tokenizer_keys = gguf_tokenizer.keys(container.open_file(file).settings)
-    folder = file.with_name(f"{file.stem}.tokenizer-{gguf_tokenizer.identity(tokenizer_keys)[:8]}")
+    tokenizer_keys = gguf_tokenizer.tokenizer_keys(container.open_gguf(file).settings)
+    folder = file.with_name(f"{file.stem}.tokenizer-{gguf_tokenizer.tokenizer_hash(tokenizer_keys)[:8]}")
     if not folder.is_dir():
         try:
             with new_directory(folder) as directory:
-                gguf_tokenizer.extract(tokenizer_keys, directory, file)
+                gguf_tokenizer.extract_tokenizer(tokenizer_keys, directory, file)
         except FileExistsError:
             log.info("another process has just unpacked %s", folder)
         except PermissionError as error:
-            raise ValueError(f"{folder} can not be written for the tokenizer in {file}; name one in data.tokenizer") from error
+            raise ValueError(
+                f"{folder} cannot be written, and {file} has its tokenizer inside; name a tokenizer in data.tokenizer"
+            ) from error
     return folder
 
 
 def _open(path: str | Path) -> container.Gguf:
+    """Open the file that a path refers to. Raises FileNotFoundError if there is none, or several."""
     file = file_in(path)
     if file is None:
-        raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
-    return container.open_file(file)
+        raise FileNotFoundError(f"{path} has no GGUF file, or several; name the file")
+    return container.open_gguf(file)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def write(
     directory: Path,
     model: config.Model,
     dtype: str,
-    matrix: Matrix,
+    matrix: ReadPiece,
     tokenizer: Tokenizer | None = None,
     chat_template: str | None = None,
     name: str = "model",
@@ -148,87 +151,91 @@ def write(
     """
     kind = _ALIASES.get(dtype, dtype).lower()
     tool = None if kind in _TYPES else quantize_tool(kind)
-    settings = {**gguf_settings.settings(model), "general.type": "model", "general.name": name}
+    settings = {**gguf_settings.architecture_settings(model), "general.type": "model", "general.name": name}
     template, chat = _chat(tokenizer, chat_template)
     if tokenizer is not None:
-        settings |= gguf_tokenizer.settings(tokenizer, model.vocab_size, template)
+        settings |= gguf_tokenizer.tokenizer_settings(tokenizer, model.vocab_size, template)
     if tool is None:
-        _write_file(directory / FILE, model, kind, matrix, settings)
+        _write_file(directory / MODEL_FILE, model, kind, matrix, settings)
     else:
         # llama.cpp's tool converts files, so a bf16 file is written first.
-        beside = directory / f".{FILE}.bf16"
-        _write_file(beside, model, "bf16", matrix, settings)
+        unquantized = directory / f".{MODEL_FILE}.bf16"
+        _write_file(unquantized, model, "bf16", matrix, settings)
         if together.is_first():
-            _quantize(tool, beside, directory / FILE, kind)
-            beside.unlink()
+            _quantize(tool, unquantized, directory / MODEL_FILE, kind)
+            unquantized.unlink()
     if not together.is_first():
         return
     for warning in gguf_settings.warnings(model):
         log.warning(warning)
-    (directory / "Modelfile").write_text(ollama.modelfile(FILE, chat), encoding="utf-8")
+    (directory / "Modelfile").write_text(ollama.modelfile(MODEL_FILE, chat), encoding="utf-8")
 
 
-def _chat(tokenizer: Tokenizer | None, template: str | None) -> tuple[str | None, chat_format.Format | None]:
+def _chat(tokenizer: Tokenizer | None, template: str | None) -> tuple[str | None, chat_format.ChatFormat | None]:
     """Return the Jinja template for the file, and its format, if that is known."""
     if isinstance(tokenizer, Mistral):  # its format is defined in mistral-common and not by a template
-        chat = chat_format.of_tokenizer(tokenizer)
-        return chat_format.jinja(chat), chat
+        chat = chat_format.mistral_format(tokenizer)
+        return chat_format.jinja_template(chat), chat
     if tokenizer is not None and template is None:
         template = tokenizer.chat_template
     if not tokenizer or not template:
         return template, None
-    return template, chat_format.recognised(template, tokenizer)
+    return template, chat_format.recognize_format(template, tokenizer)
 
 
-def _write_file(file: Path, model: config.Model, kind: str, matrix: Matrix, settings: Mapping[str, Any]) -> None:
-    usual, code = _TYPES[kind]
-    tensors: dict[str, list[names.Piece]] = {}
-    for piece in names.pieces(model, names.GGUF):
+def _write_file(file: Path, model: config.Model, kind: str, matrix: ReadPiece, settings: container.GgufSettings) -> None:
+    """Write one GGUF file, whose matrices have the type that `kind` names in `_TYPES`."""
+    encoding, type_code = _TYPES[kind]
+    tensors: dict[str, list[names.WeightPiece]] = {}
+    for piece in names.weight_pieces(model, names.GGUF):
         tensors.setdefault(piece.name, []).append(piece)
-    specs = [container.Spec(name, pieces[0].shape, _encoding(pieces[0], usual)) for name, pieces in tensors.items()]
-    if usual not in container.PLAIN:
-        container.package(f"{kind} is quantised")
-
-    def parts(spec: container.Spec) -> Iterator[np.ndarray]:
-        for piece in tensors[spec.name]:
-            part = matrix(piece, container.PLAIN.get(spec.encoding, container.PLAIN["F32"]))
-            if spec.encoding == "F16" and not np.all(np.isfinite(part)):
-                raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
-            yield part
+    specs = [container.GgufSpec(name, pieces[0].shape, _encoding(pieces[0], encoding)) for name, pieces in tensors.items()]
+    if encoding not in container.UNQUANTIZED_DTYPES:
+        container.import_gguf(f"{kind} is quantized")  # fail before the work, not after it
 
     def all_parts() -> Iterator[np.ndarray]:
+        """Yield the matrices of all tensors, in the order in which the file has them."""
         for spec in specs:
-            yield from parts(spec)
+            dtype = container.UNQUANTIZED_DTYPES.get(spec.encoding, np.dtype(np.float32))
+            for piece in tensors[spec.name]:
+                part = matrix(piece, dtype)
+                if spec.encoding == "F16" and not np.all(np.isfinite(part)):
+                    raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
+                yield part
 
-    settings = {**settings, "general.file_type": np.uint32(code), "general.quantization_version": np.uint32(2)}
-    chunks = all_parts()
-    piece_counts = {name: len(pieces) for name, pieces in tensors.items()}
-    together.first_writes(
-        chunks, lambda chunks: container.write_file(file, settings, specs, lambda spec: islice(chunks, piece_counts[spec.name]))
-    )
+    settings = {**settings, "general.file_type": np.uint32(type_code), "general.quantization_version": np.uint32(2)}
+
+    def write_parts(parts: Iterator[np.ndarray]) -> None:
+        """Write the file; each tensor takes as many of the parts as it has pieces."""
+        container.write_gguf(file, settings, specs, lambda spec: islice(parts, len(tensors[spec.name])))
+
+    together.first_writes(all_parts(), write_parts)
 
 
-def _encoding(piece: names.Piece, usual: str) -> str:
+def _encoding(piece: names.WeightPiece, encoding: str) -> str:
+    """Return how a tensor is stored in a file whose matrices have this encoding."""
     if len(piece.shape) == 1 or ParameterPath.parse(piece.path).is_router:
         return "F32"
-    return usual if container.fits(usual, piece.shape) else "F16"
+    return encoding if container.fits(encoding, piece.shape) else "F16"
 
 
-# --- llama.cpp's own quantisation ---------------------------------------------------------------------------------
+# --- llama.cpp's own quantization ---------------------------------------------------------------------------------
 
 
 def quantize_tool(kind: str) -> str:
     """Return the path of llama.cpp's tool. Raises ValueError if it is missing."""
-    if path := shutil.which(QUANTIZE):
+    if path := shutil.which(QUANTIZE_TOOL):
         return path
     raise ValueError(
-        f"dtype {kind} is neither {', '.join(_TYPES)} nor can llama.cpp make it here: {QUANTIZE} is not on PATH; install llama.cpp"
+        f"dtype {kind} is none of {', '.join(_TYPES)}, and llama.cpp's {QUANTIZE_TOOL}, which makes the others, is not on PATH; "
+        "install llama.cpp"
     )
 
 
 def _quantize(tool: str, file: Path, out: Path, kind: str) -> None:
+    """Run llama.cpp's tool. Raises ValueError, with the last line of its output, if it fails."""
     command = [tool, str(file), str(out), kind.upper(), str(os.cpu_count() or 1)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode or not out.is_file():
-        output = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["nothing"]
-        raise ValueError(f"{QUANTIZE} could not make {kind} (exit code {done.returncode}); it said: {output[-1]}")
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if result.returncode or not out.is_file():
+        output = (result.stderr.strip() or result.stdout.strip()).splitlines() or ["(no output)"]
+        raise ValueError(f"{QUANTIZE_TOOL} could not make {kind} (exit code {result.returncode}): {output[-1]}")

@@ -25,20 +25,22 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import check_space, new_directory
+from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath, adapter_ranks
 from moe_train.weights import gguf, merge, names
-from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
+from moe_train.weights.arrays import Abstract, LazyParameters, fetch_entry, fill
 from moe_train.weights.gguf import container
 from moe_train.weights.gguf import settings as gguf_settings
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
-FILE = "adapter.gguf"
+ADAPTER_FILE = "adapter.gguf"
+"""Name of the file that is written."""
 _LAYOUT = replace(names.GGUF, adapters_of_embed=names.GGUF.adapters)
 """llama.cpp's names, with adapters of routers, embedding and head."""
 
 
 def export_adapter(
-    parameters: Held,
+    parameters: LazyParameters,
     model: config.Model,
     lora: config.Lora,
     out_dir: str | Path,
@@ -66,23 +68,24 @@ def export_adapter(
     ranks = adapter_ranks(parameters)
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format gguf")
-    table = names.adapter_pieces(model, ranks, _LAYOUT)
+    table = names.lora_pieces(model, ranks, _LAYOUT)
     if "embed" in ranks:
-        raise ValueError("an adapter of embed is not written in this layout; export the whole model with --format gguf --merge")
+        raise ValueError("an adapter of embed cannot be written in this layout; export the merged model with --format gguf --merge")
     assert ranks.keys() == {_module(piece) for piece in table}, ranks
     if lora.train:
-        raise ValueError(f"lora.train has {lora.train[0]!r}, and llama.cpp takes adapters alone; export with --format gguf --merge")
+        raise ValueError(f"lora.train has {lora.train[0]!r}, but llama.cpp loads only adapters; export with --format gguf --merge")
     alpha = _alpha(lora, table)
-    tensors: dict[str, list[names.Piece]] = {}
+    tensors: dict[str, list[names.WeightPiece]] = {}
     for piece in table:
         tensors.setdefault(piece.name, []).append(piece)
 
-    def parts(spec: container.Spec) -> Iterator[np.ndarray]:
+    def parts(spec: container.GgufSpec) -> Iterator[np.ndarray]:
+        """Yield the matrices of a stacked tensor."""
         for piece in tensors[spec.name]:
-            values = fetch(parameters[piece.path], piece.lead)
+            values = fetch_entry(parameters[piece.path], piece.lead)
             module = _module(piece)
             if ParameterPath.parse(piece.path).leaf == "lora_b":
-                # llama.cpp multiplies by alpha / rank, so B carries what is left of the scale.
+                # llama.cpp multiplies by alpha / rank, so B carries what remains of the scale.
                 factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
                 if factor != 1:
                     values = values.astype(np.float64) * factor
@@ -97,10 +100,10 @@ def export_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
     }
-    specs = [container.Spec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
-    check_space(out_dir, sum(container.nbytes(spec) for spec in specs))
+    specs = [container.GgufSpec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
+    check_space(out_dir, sum(container.encoded_bytes(spec) for spec in specs))
     with new_directory(out_dir) as directory:
-        container.write_file(directory / FILE, settings, specs, parts)
+        container.write_gguf(directory / ADAPTER_FILE, settings, specs, parts)
         write_texts(directory, texts)
 
 
@@ -113,12 +116,12 @@ def open_adapter(path: str | Path) -> container.Gguf:
     """
     file = gguf.file_in(path)
     if file is None:
-        raise FileNotFoundError(f"{path} holds no GGUF file, or several; name one")
-    opened = container.open_file(file)
+        raise FileNotFoundError(f"{path} has no GGUF file, or several; name the file")
+    opened = container.open_gguf(file)
     for key, required in (("general.type", "adapter"), ("adapter.type", "lora")):
         stated = opened.settings.get(key)
         if stated != required:
-            raise ValueError(f"{file} is no adapter: {key} is {stated!r}, not {required!r}")
+            raise ValueError(f"{file} is not an adapter: {key} is {stated!r}, not {required!r}")
     return opened
 
 
@@ -134,29 +137,46 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
         raise ValueError(f"{file} is for another base: general.architecture is {arch!r}, not {expected_arch!r}")
     if not isinstance(alpha, float) or not 0 <= alpha < math.inf:
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}; it has to be a number, 0 or larger")
-    modules = {_module(piece) for piece in names.pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
-    table = names.adapter_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
+    modules = {_module(piece) for piece in names.weight_pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
+    table = names.lora_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
-        raise ValueError(f"{file} has {unknown[0]}, which is no adapter of this model that is read here")
-    ranks: dict[str, dict[int, str]] = {}  # for each module, the ranks of its layers (0 for none) and the first tensor with each
-    for piece in table[::2]:
-        shape = tensors[piece.name].shape if piece.name in tensors else (0, 0)
-        rank_in_layer = shape[-2] if len(shape) > 1 else -1
-        ranks.setdefault(ParameterPath.parse(piece.path).module, {}).setdefault(rank_in_layer, piece.name)
+        raise ValueError(f"{file} has {unknown[0]}, which is not a supported adapter of this model")
     targets: dict[int, list[str]] = {}
-    for module, tensor_of_rank in ranks.items():
-        (rank, name), *others = tensor_of_rank.items()
-        if others or rank < 0:
-            raise ValueError(f"{file}: {name} has rank {rank}, {others[0][1] if others else 'it'} another; here layers have one")
-        if rank:
-            targets.setdefault(rank, []).append(module)
+    for module, rank in _ranks(opened, table).items():
+        targets.setdefault(rank, []).append(module)
     if not targets:
-        raise ValueError(f"{file} has no tensors")
+        raise ValueError(f"{file} has no tensors; export the adapter again")
+    # llama.cpp takes an alpha of 0 for a scale of 1.
     return config.Lora(
         targets=tuple(
             config.LoraTarget(modules=tuple(modules), rank=rank, alpha=alpha or rank) for rank, modules in targets.items()
         )
     )
+
+
+def _ranks(opened: container.Gguf, table: list[names.WeightPiece]) -> dict[str, int]:
+    """Return the rank of each module that has an adapter. Raises ValueError if its layers differ."""
+    first_with_rank: dict[str, dict[int, str]] = {}  # for each module, the ranks of its layers and the first tensor with each
+    for piece_a in table[::2]:
+        rank = 0  # no adapter in this layer
+        if piece_a.name in opened.tensors:
+            shape = opened.tensors[piece_a.name].shape
+            if len(shape) < 2:
+                raise ValueError(f"{opened.file}: {piece_a.name} has shape {shape}; the A of an adapter is a matrix")
+            rank = shape[-2]
+        module = ParameterPath.parse(piece_a.path).module
+        first_with_rank.setdefault(module, {}).setdefault(rank, piece_a.name)
+    ranks: dict[str, int] = {}
+    for module, tensor_of_rank in first_with_rank.items():
+        if len(tensor_of_rank) > 1:
+            states = [f"{name} has rank {rank}" if rank else f"{name} is missing" for rank, name in tensor_of_rank.items()]
+            raise ValueError(
+                f"{opened.file}: {states[0]}, but {states[1]}; only adapters with one rank in all layers are supported"
+            )
+        (rank,) = tensor_of_rank
+        if rank:
+            ranks[module] = rank
+    return ranks
 
 
 def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
@@ -172,20 +192,21 @@ def load_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> P
     """
     tensors = open_adapter(path).tensors
     ranks = adapter_ranks(abstract)
-    table = names.adapter_pieces(model, ranks, _LAYOUT)
+    table = names.lora_pieces(model, ranks, _LAYOUT)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names.check(path, table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check_file_tensors(path, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, tensors)
 
 
-def _alpha(lora: config.Lora, table: list[names.Piece]) -> float:
+def _alpha(lora: config.Lora, table: list[names.WeightPiece]) -> float:
     """Return the alpha that most matrices have, as a float32, so that most matrices are written unchanged."""
     pieces_b = [piece for piece in table if ParameterPath.parse(piece.path).leaf == "lora_b"]
     # B is (rank, …) in our arrays
-    alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.ours_shape[0] for piece in pieces_b)
+    alphas = Counter(merge.scale_of(lora, _module(piece), piece.lead) * piece.internal_shape[0] for piece in pieces_b)
     alphas.pop(0.0, None)  # from experts without an adapter
     return float(np.float32(alphas.most_common(1)[0][0]))
 
 
-def _module(piece: names.Piece) -> str:
+def _module(piece: names.WeightPiece) -> str:
+    """Return the path of the module that a weight belongs to."""
     return piece.path.rpartition(".")[0]

@@ -7,16 +7,16 @@ file: https://docs.ollama.com/modelfile.
 
 from __future__ import annotations
 
-from moe_train.weights.gguf.chat_format import Format, go
+from moe_train.weights.gguf.chat_format import ChatFormat, go_template
 
 
-def modelfile(model: str, chat: Format | None) -> str:
+def modelfile(model: str, chat: ChatFormat | None) -> str:
     """Return the text of a Modelfile for the file `model` in the same folder; `chat` is None if the format is unknown."""
     lines = [f"FROM ./{model}"]
     if chat is None:
-        lines.append("# The chat template is the one in the file, in Jinja; Ollama takes that of its own which is most like it.")
+        lines.append("# The file has a chat template in Jinja; Ollama uses the most similar one of its own templates.")
     else:
-        lines += [f'TEMPLATE """{go(chat)}"""', f'PARAMETER stop "{chat.end}"']
+        lines += [f'TEMPLATE """{go_template(chat)}"""', f'PARAMETER stop "{chat.end}"']
         if chat.user[0].strip().startswith("[INST]"):
             lines.append('PARAMETER stop "[INST]"')
     return "\n".join(lines) + "\n"

@@ -9,167 +9,217 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from moe_train import config
+from moe_train.machine.files import JsonObject
 from moe_train.weights import names
-from moe_train.weights.gguf.container import Gguf
+from moe_train.weights.gguf.container import Gguf, GgufSettings
 
 log = logging.getLogger(__name__)
 
-OURS = "moe_train.model"
+MODEL_KEY = "moe_train.model"
 """The key under which our files contain the whole architecture, in JSON; llama.cpp ignores it."""
 
 
-def read_model(opened: Gguf) -> config.Model:
+def read_architecture(opened: Gguf) -> config.Model:
     """Read the architecture of a file.
 
     Raises:
         ValueError: the architecture is not implemented here; the message names the key.
     """
     try:
-        if OURS in opened.settings:
-            return _ours(opened.settings)
-        return _theirs(opened)
+        if MODEL_KEY in opened.settings:
+            return _read_own(opened.settings)
+        return _read_external(opened)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(
-            f"{opened.file}: {'.'.join(map(str, first['loc']))}: {first['msg']}".replace("Value error, ", "")
-        ) from error
+        location = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{opened.file}: {location}: {first['msg']}".replace("Value error, ", "")) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{opened.file}: {error}") from error
 
 
-def _ours(settings: Mapping[str, Any]) -> config.Model:
+def _read_own(settings: GgufSettings) -> config.Model:
     """Read the architecture of a file that we wrote. Raises ValueError if somebody changed the keys that llama.cpp reads."""
-    model = config.Model.model_validate_json(settings[OURS])
-    expected_keys = _keys(model)
-    # A tool that edits the keys of llama.cpp leaves ours behind, and the two then disagree.
-    for key, value in expected_keys.items():
-        plain = value if isinstance(value, str) else value.item()
-        if settings.get(key) != plain:
-            raise ValueError(f"{key} is {settings.get(key)}, but {value} by {OURS}; write the file anew, or drop that key")
+    model = config.Model.model_validate_json(settings[MODEL_KEY])
+    # A tool that edits the keys of llama.cpp leaves ours unchanged, and the two then disagree.
+    for key, value in _keys(model).items():
+        expected = value if isinstance(value, str) else value.item()
+        if settings.get(key) != expected:
+            raise ValueError(
+                f"{key} is {settings.get(key)}, but {value} by {MODEL_KEY}; export the model again, or remove that key"
+            )
     return model
 
 
-def _theirs(opened: Gguf) -> config.Model:
-    """Read the architecture of a file that another tool wrote."""
-    settings = opened.settings
-    tensors = opened.tensors
-    arch = settings.get("general.architecture")
-    if arch not in ("llama", "mistral3"):
-        raise ValueError(f"general.architecture is {arch!r}; read are 'llama' (Llama, Mistral, Mixtral) and 'mistral3'")
-    if settings.get("general.type", "model") != "model":
-        raise ValueError(f"general.type is {settings['general.type']!r}; give the file of a whole model")
-    if settings.get("split.count", 1) not in (0, 1):
-        raise ValueError(f"this is one of {settings['split.count']} parts; join them: llama-gguf-split --merge FIRST_PART OUT")
-    used: set[str] = set()
+class _Keys:
+    """The keys of one architecture in a file that another tool wrote; remembers which of them were read."""
 
-    def get(key: str, default: Any = None) -> Any:
-        used.add(f"{arch}.{key}")
-        value = settings.get(f"{arch}.{key}", default)
+    def __init__(self, arch: str, settings: GgufSettings) -> None:
+        self.arch = arch
+        self._settings = settings
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: str | float | None = None) -> Any:
+        """Return the value of `ARCH.key`. Raises ValueError if it is missing and has no default."""
+        self._read.add(f"{self.arch}.{key}")
+        value = self._settings.get(f"{self.arch}.{key}", default)
         if value is None:
-            raise ValueError(f"the key {arch}.{key} is missing")
+            raise ValueError(f"the key {self.arch}.{key} is missing; convert the model again")
         if isinstance(value, np.ndarray):  # one value per layer
             if len({*value.tolist()}) != 1:
-                raise ValueError(f"{arch}.{key} differs between layers, which is not built here")
+                raise ValueError(f"{self.arch}.{key} differs between layers, which is not implemented")
             value = value[0].item()
         return value
 
-    def real(key: str, default: float | None = None) -> float:
-        return float(str(np.float32(get(key, default))))  # the shortest decimal that rounds to this float32
+    def get_float(self, key: str, default: float | None = None) -> float:
+        """Return a float32 value as the shortest decimal that rounds to it."""
+        return float(str(np.float32(self.get(key, default))))
 
-    D = get("embedding_length")
-    N = get("attention.head_count")
-    H = get("attention.key_length", D // N)
-    only = {"attention.value_length": H, "rope.dimension_count": H, "attention.scale": H**-0.5, "logit_scale": 1.0}
-    only |= {"expert_weights_scale": 1.0, "expert_shared_count": 0, "attention.causal": True}
-    for key, value in only.items():
-        stated = get(key, value)
-        is_default_scale = key == "attention.scale" and stated == 0
-        if not math.isclose(stated, value, rel_tol=1e-6) and not is_default_scale:
-            raise ValueError(f"{arch}.{key} is {stated}, which is not built here; it has to be {value}")
-    for name in ("rope_freqs.weight", "blk.0.rope_freqs.weight"):
-        if name in tensors and np.any(tensors[name].read() != 1):
-            raise ValueError(f"{name} changes the rotary frequencies (Llama 3's scaling), which is not built here")
-    E = get("expert_count", 0)
-    ffn: dict[str, Any] = {"name": "dense", "ffn_dim": get("feed_forward_length")}
-    if E:
-        ffn = {**ffn, "name": "moe", "num_experts": E, "experts_per_token": get("expert_used_count")}
-    rope, scaling = _rope(arch, get, real)
-    # Llama and Mistral have the same mathematics without a window; only Llama's head_dim is always D / N
-    if E:
+    def unread(self) -> list[str]:
+        """Return the keys of the architecture that were not read."""
+        return sorted(key for key in self._settings if key.startswith(f"{self.arch}.") and key not in self._read)
+
+
+def _read_external(opened: Gguf) -> config.Model:
+    """Read the architecture of a file that another tool wrote."""
+    tensors = opened.tensors
+    keys = _Keys(_architecture_of(opened.settings), opened.settings)
+    D = keys.get("embedding_length")
+    N = keys.get("attention.head_count")
+    H = keys.get("attention.key_length", D // N)
+    _check_required(keys, opened, head_dim=H)
+    num_experts = keys.get("expert_count", 0)
+    ffn = {"name": "dense", "ffn_dim": keys.get("feed_forward_length")}
+    if num_experts:
+        ffn |= {"name": "moe", "num_experts": num_experts, "experts_per_token": keys.get("expert_used_count")}
+    rope, query_scaling = _rope(keys)
+    # Without a window, Llama and Mistral have the same mathematics; only Llama's head_dim is always D / N.
+    if num_experts:
         family = "mixtral"
-    elif arch == "mistral3":
+    elif keys.arch == "mistral3":
         family = "ministral3"
+    elif N * H == D:
+        family = "llama"
     else:
-        family = "llama" if N * H == D else "mistral"
+        family = "mistral"
     embedding = tensors.get(names.GGUF.embed.name)
     model = config.Model.model_validate(
         {
             "family": family,
-            "vocab_size": get("vocab_size", embedding.shape[0] if embedding else None),
+            "vocab_size": keys.get("vocab_size", embedding.shape[0] if embedding else None),
             "model_dim": D,
-            "num_layers": get("block_count"),
+            "num_layers": keys.get("block_count"),
             "attention": {
                 "name": "gqa",
                 "num_heads": N,
-                "num_kv_heads": get("attention.head_count_kv", N),
+                "num_kv_heads": keys.get("attention.head_count_kv", N),
                 "head_dim": H,
-                "query_scaling": scaling,
+                "query_scaling": query_scaling,
             },
             "ffn": ffn,
             "rope": rope,
-            "norm_eps": real("attention.layer_norm_rms_epsilon"),
+            "norm_eps": keys.get_float("attention.layer_norm_rms_epsilon"),
             "tie_embeddings": names.GGUF.head.name not in tensors,
-            "max_seq_len": get("context_length"),
+            "max_seq_len": keys.get("context_length"),
         }
     )
-    if unread := sorted(key for key in settings if key.startswith(f"{arch}.") and key not in used):
+    if unread := keys.unread():
         log.warning(
-            "%s has keys that are not read here: %s; make sure that they leave the model alone", opened.file, ", ".join(unread)
+            "%s has keys that are not read: %s; make sure that they do not change what the model computes",
+            opened.file,
+            ", ".join(unread),
         )
     return model
 
 
-def _rope(arch: str, get: Callable[..., Any], real: Callable[..., float]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    theta = real("rope.freq_base", 1e4)
-    kind = get("rope.scaling.type", "none")
-    factor = real("rope.scaling.factor", 1.0)
-    original = get("rope.scaling.original_context_length", get("context_length"))
-    beta = real("attention.temperature_scale", 0.0)
-    scaling = {"beta": beta, "original_max_seq_len": original} if beta else None
+def _architecture_of(settings: GgufSettings) -> str:
+    """Return llama.cpp's name of the architecture. Raises ValueError unless the file is a complete, supported model."""
+    arch = settings.get("general.architecture")
+    if arch not in ("llama", "mistral3"):
+        raise ValueError(f"general.architecture is {arch!r}; supported: 'llama' (Llama, Mistral, Mixtral) and 'mistral3'")
+    if settings.get("general.type", "model") != "model":
+        raise ValueError(f"general.type is {settings['general.type']!r}; give the file of a complete model")
+    if settings.get("split.count", 1) not in (0, 1):
+        raise ValueError(f"this is one of {settings['split.count']} parts; join them: llama-gguf-split --merge FIRST_PART OUT")
+    return arch
+
+
+def _check_required(keys: _Keys, opened: Gguf, head_dim: int) -> None:
+    """Raise ValueError unless every key that would change the mathematics has the only value that is implemented."""
+    required = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "attention.scale": head_dim**-0.5,
+        "logit_scale": 1.0,
+        "expert_weights_scale": 1.0,
+        "expert_shared_count": 0,
+        "attention.causal": True,
+    }
+    for key, value in required.items():
+        stated = keys.get(key, value)
+        is_default_scale = key == "attention.scale" and stated == 0
+        if not math.isclose(stated, value, rel_tol=1e-6) and not is_default_scale:
+            raise ValueError(f"{keys.arch}.{key} is {stated}, which is not implemented; it has to be {value}")
+    for name in ("rope_freqs.weight", "blk.0.rope_freqs.weight"):
+        if name in opened.tensors and np.any(opened.tensors[name].read() != 1):
+            raise ValueError(f"{name} changes the rotary frequencies (Llama 3's scaling), which is not implemented")
+
+
+def _rope(keys: _Keys) -> tuple[JsonObject, JsonObject | None]:
+    """Return the section `rope` of a model config, and the scaling of queries, which uses the same original length."""
+    theta = keys.get_float("rope.freq_base", 1e4)
+    kind = keys.get("rope.scaling.type", "none")
+    factor = keys.get_float("rope.scaling.factor", 1.0)
+    original = keys.get("rope.scaling.original_context_length", keys.get("context_length"))
+    beta = keys.get_float("attention.temperature_scale", 0.0)
+    query_scaling = None
+    if beta:
+        query_scaling = {"beta": beta, "original_max_seq_len": original}
     if kind == "yarn":
-        all_dims = real("rope.scaling.yarn_log_multiplier", 0.0)
-        yarn = {"factor": factor, "original_max_seq_len": original, "mscale": 1.0 if all_dims else 0.0, "mscale_all_dim": all_dims}
-        yarn |= {f"beta_{name}": real(f"rope.scaling.yarn_beta_{name}", d) for name, d in (("fast", 32.0), ("slow", 1.0))}
-        if real("rope.scaling.attn_factor", 1.0) != 1:
-            raise ValueError(f"{arch}.rope.scaling.attn_factor is {real('rope.scaling.attn_factor')}, which is not built here")
-        return {"name": "yarn", "theta": theta, **yarn}, scaling
+        mscale_all_dim = keys.get_float("rope.scaling.yarn_log_multiplier", 0.0)
+        yarn = {
+            "name": "yarn",
+            "theta": theta,
+            "factor": factor,
+            "original_max_seq_len": original,
+            "mscale": 1.0 if mscale_all_dim else 0.0,
+            "mscale_all_dim": mscale_all_dim,
+            "beta_fast": keys.get_float("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": keys.get_float("rope.scaling.yarn_beta_slow", 1.0),
+        }
+        attn_factor = keys.get_float("rope.scaling.attn_factor", 1.0)
+        if attn_factor != 1:
+            raise ValueError(f"{keys.arch}.rope.scaling.attn_factor is {attn_factor}, which is not implemented; it has to be 1")
+        return yarn, query_scaling
     if kind not in ("none", "linear") or factor != 1:
-        raise ValueError(f"{arch}.rope.scaling is {kind} by {factor:g}; built are none and yarn")
-    return {"name": "default", "theta": theta}, scaling
+        raise ValueError(f"{keys.arch}.rope.scaling is {kind} by {factor:g}; supported: none and yarn")
+    return {"name": "default", "theta": theta}, query_scaling
 
 
-# --- ours -> keys ---
+# --- writing -----------------------------------------------------------------------------------------------------
 
 
 def architecture(model: config.Model) -> str:
     """Return llama.cpp's name of the architecture that computes this model."""
-    return "mistral3" if model.attention.query_scaling or isinstance(model.rope, config.YarnRope) else "llama"
+    if model.attention.query_scaling or isinstance(model.rope, config.YarnRope):
+        return "mistral3"
+    return "llama"
 
 
-def _keys(model: config.Model) -> dict[str, Any]:
+def _keys(model: config.Model) -> GgufSettings:
+    """Return the keys that llama.cpp reads."""
     a = model.attention
     rope = model.rope
     scaling = a.query_scaling
     arch = architecture(model)
+    # llama.cpp has no windows for these architectures: up to the smallest window, attention is the same without it.
     context = min([model.max_seq_len, *(window for window in a.windows if window is not None)])
-    keys: dict[str, Any] = {
+    keys: dict[str, int | float | str] = {
         "vocab_size": model.vocab_size,
         "context_length": context,
         "embedding_length": model.model_dim,
@@ -187,7 +237,7 @@ def _keys(model: config.Model) -> dict[str, Any]:
         keys |= {"expert_count": model.ffn.num_experts, "expert_used_count": model.ffn.experts_per_token}
     if isinstance(rope, config.YarnRope):
         if rope.mscale and rope.mscale_all_dim and rope.mscale != 1:
-            raise ValueError(f"rope.mscale is {rope.mscale}; llama.cpp takes it for 1")
+            raise ValueError(f"rope.mscale is {rope.mscale}; llama.cpp assumes 1; export to another format")
         keys |= {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(rope.factor),
@@ -200,18 +250,30 @@ def _keys(model: config.Model) -> dict[str, Any]:
         keys |= {"rope.scaling.type": "none", "rope.scaling.original_context_length": scaling.original_max_seq_len}
     if scaling:
         keys["attention.temperature_scale"] = float(scaling.beta)
-    kinds: dict[type, Callable[[Any], Any]] = {int: np.uint32, float: np.float32, str: str}
-    return {"general.architecture": arch, **{f"{arch}.{key}": kinds[type(value)](value) for key, value in keys.items()}}
+    settings: GgufSettings = {"general.architecture": arch}
+    for key, value in keys.items():
+        settings[f"{arch}.{key}"] = _typed(value)
+    return settings
 
 
-def settings(model: config.Model) -> dict[str, Any]:
+def _typed(value: int | float | str) -> str | np.generic:
+    """Return a value in the type in which llama.cpp expects it."""
+    if isinstance(value, str):
+        return value
+    return np.uint32(value) if isinstance(value, int) else np.float32(value)
+
+
+def architecture_settings(model: config.Model) -> GgufSettings:
     """Return the keys that describe an architecture. Raises ValueError if llama.cpp would compute it differently."""
-    return {**_keys(model), OURS: model.model_dump_json()}
+    return {**_keys(model), MODEL_KEY: model.model_dump_json()}
 
 
 def warnings(model: config.Model) -> list[str]:
-    """Return what a user of the file has to know."""
+    """Return warnings for the user of the file, as complete sentences."""
     context = int(_keys(model)[f"{architecture(model)}.context_length"])
     if context == model.max_seq_len:
         return []
-    return [f"llama.cpp has no sliding windows here: the file says a context of {context} tokens, up to which it is exact"]
+    return [
+        f"llama.cpp has no sliding windows for this architecture: the file states a context of {context} tokens, up to which the "
+        f"model is exact, instead of {model.max_seq_len}"
+    ]

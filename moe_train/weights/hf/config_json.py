@@ -13,26 +13,27 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_train import config
-from moe_train.machine.files import read_object
+from moe_train.machine.files import JsonObject, read_object
 
 log = logging.getLogger(__name__)
 
-FILE = "config.json"
+CONFIG_FILE = "config.json"
+"""Name of the file that states a model's architecture."""
 
 _FAMILIES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
 _WRAPPERS = ("Mistral3ForConditionalGeneration",)
 """Vision models of which only the text model is read."""
 
 # The only values whose meaning is implemented here.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0,),
-    "router_jitter_noise": (0,),
-    "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
-    "quantization_config": (None,),
+_REQUIRED: JsonObject = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "router_jitter_noise": 0,
+    "partial_rotary_factor": 1,
+    "rope_interleaved": False,
+    "quantization_config": None,
 }
 _READ = (
     *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
@@ -57,7 +58,7 @@ def read_model_config(directory: str | Path) -> config.Model:
         ValueError: the architecture is not implemented here; the message names the field.
     """
     file = Path(directory)
-    file = file / FILE if file.is_dir() else file
+    file = file / CONFIG_FILE if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a Hugging Face model's config.json")
     fields = read_object(file)
@@ -65,75 +66,90 @@ def read_model_config(directory: str | Path) -> config.Model:
         return _model(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}".replace("Value error, ", "")) from error
+        location = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{file}: {location}: {first['msg']}".replace("Value error, ", "")) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _model(fields: dict[str, Any]) -> config.Model:
-    names = fields.get("architectures") or []
-    if len(names) == 1 and names[0] in _WRAPPERS:
-        tied: dict[str, Any] = {}
-        if "tie_word_embeddings" in fields:
-            tied["tie_word_embeddings"] = fields["tie_word_embeddings"]
-        fields = {**tied, **(fields.get("text_config") or {}), "architectures": ["Ministral3ForCausalLM"]}
-        if fields.get("model_type") != "ministral3":
-            raise ValueError(f"text_config.model_type is {fields.get('model_type')!r}; of vision models, ministral3's text is read")
-    elif len(names) != 1 or names[0] not in _FAMILIES:
-        raise ValueError(f"architectures is {names}; read are {', '.join((*_FAMILIES, *_WRAPPERS))}")
-    family = _FAMILIES[fields["architectures"][0]]
-    for key, allowed in _ONLY.items():
-        if fields.get(key, allowed[0]) not in (*allowed, None):
-            raise ValueError(f"{key} is {fields[key]!r}, which is not built here; it has to be {allowed[0]!r}")
-    if unknown := sorted(set(fields) - set(_READ) - set(_ONLY) - set(_IGNORED)):
+def _model(fields: JsonObject) -> config.Model:
+    """Convert the fields of a `config.json`."""
+    fields = _text_fields(fields)
+    family_name = _FAMILIES[fields["architectures"][0]]
+    for key, required in _REQUIRED.items():
+        if fields.get(key, required) not in (required, None):
+            raise ValueError(f"{key} is {fields[key]!r}, which is not implemented; it has to be {required!r}")
+    if unknown := sorted(set(fields) - set(_READ) - set(_REQUIRED) - set(_IGNORED)):
         log.warning(
-            "config.json has fields that are not read here: %s; make sure that they leave the model alone", ", ".join(unknown)
+            "config.json has fields that are not read: %s; make sure that they do not change what the model computes",
+            ", ".join(unknown),
         )
-
-    def stated(key: str) -> Any:
-        if fields.get(key) is None:
-            raise ValueError(_not_stated(key))
-        return fields[key]
-
-    heads = stated("num_attention_heads")
-    layers = stated("num_hidden_layers")
-    row = config.FAMILIES[family]
-    fields = {**row.hugging_face.defaults, **fields}
+    num_heads = _stated(fields, "num_attention_heads")
+    num_layers = _stated(fields, "num_hidden_layers")
+    family = config.FAMILIES[family_name]
+    # Only defaults that every version of transformers agrees on are filled in.
+    fields = {**family.hugging_face.defaults, **fields}
     rope, query_scaling = _rope(fields)
     attention = {
         "name": "gqa",
-        "num_heads": heads,
-        "num_kv_heads": _num_kv_heads(row, fields, heads),
-        "head_dim": fields.get("head_dim") or stated("hidden_size") // heads,
-        "windows": _windows(row, fields, layers),
+        "num_heads": num_heads,
+        "num_kv_heads": _num_kv_heads(family, fields, num_heads),
+        "head_dim": fields.get("head_dim") or _stated(fields, "hidden_size") // num_heads,
+        "windows": _windows(family, fields, num_layers),
         "query_scaling": query_scaling,
     }
-    ffn: dict[str, Any] = {"name": "dense", "ffn_dim": stated("intermediate_size")}
-    if row.sparse:
-        experts = {"num_experts": stated("num_local_experts"), "experts_per_token": stated("num_experts_per_tok")}
-        ffn = {**ffn, **experts, "name": "moe"}
+    ffn = {"name": "dense", "ffn_dim": _stated(fields, "intermediate_size")}
+    if family.sparse:
+        ffn["name"] = "moe"
+        ffn["num_experts"] = _stated(fields, "num_local_experts")
+        ffn["experts_per_token"] = _stated(fields, "num_experts_per_tok")
     return config.Model.model_validate(
         {
-            "family": family,
-            "vocab_size": stated("vocab_size"),
-            "model_dim": stated("hidden_size"),
-            "num_layers": layers,
+            "family": family_name,
+            "vocab_size": _stated(fields, "vocab_size"),
+            "model_dim": _stated(fields, "hidden_size"),
+            "num_layers": num_layers,
             "attention": attention,
             "ffn": ffn,
             "rope": rope,
-            "norm_eps": stated("rms_norm_eps"),
+            "norm_eps": _stated(fields, "rms_norm_eps"),
             "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
-            "max_seq_len": stated("max_position_embeddings"),
+            "max_seq_len": _stated(fields, "max_position_embeddings"),
             "init_stddev": fields.get("initializer_range") or 0.02,
         }
     )
+
+
+def _text_fields(fields: JsonObject) -> JsonObject:
+    """Return the fields of the text model. Raises ValueError if the architecture is not supported."""
+    architectures = fields.get("architectures") or []
+    if len(architectures) == 1 and architectures[0] in _WRAPPERS:
+        text = {**(fields.get("text_config") or {}), "architectures": ["Ministral3ForCausalLM"]}
+        if "tie_word_embeddings" in fields:
+            text.setdefault("tie_word_embeddings", fields["tie_word_embeddings"])
+        if text.get("model_type") != "ministral3":
+            raise ValueError(
+                f"text_config.model_type is {text.get('model_type')!r}; of vision models, only the text model of ministral3 is read"
+            )
+        return text
+    if len(architectures) != 1 or architectures[0] not in _FAMILIES:
+        raise ValueError(f"architectures is {architectures}; supported: {', '.join((*_FAMILIES, *_WRAPPERS))}")
+    return fields
+
+
+def _stated(fields: JsonObject, key: str) -> Any:
+    """Return the value of a field. Raises ValueError if it is missing or null."""
+    if fields.get(key) is None:
+        raise ValueError(_not_stated(key))
+    return fields[key]
 
 
 def _not_stated(key: str) -> str:
     return f"{key} is not stated, and its default differs between versions of the library; add it"
 
 
-def _num_kv_heads(family: config.Family, fields: dict[str, Any], num_heads: int) -> int:
+def _num_kv_heads(family: config.Family, fields: JsonObject, num_heads: int) -> int:
+    """Return the number of key and value heads, which equals that of query heads where the family defaults to it."""
     if fields.get("num_key_value_heads"):
         return fields["num_key_value_heads"]
     if "num_key_value_heads" in family.hugging_face.defaults:
@@ -141,7 +157,7 @@ def _num_kv_heads(family: config.Family, fields: dict[str, Any], num_heads: int)
     raise ValueError(_not_stated("num_key_value_heads"))
 
 
-def _windows(family: config.Family, fields: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+def _windows(family: config.Family, fields: JsonObject, num_layers: int) -> tuple[int | None, ...]:
     """Return the shortest period of windows; `layer_types` names the layers that have one."""
     if "window" not in family.features:
         return (None,)
@@ -152,17 +168,19 @@ def _windows(family: config.Family, fields: dict[str, Any], layers: int) -> tupl
     if not kinds:  # one window for all layers; not expanded, since a damaged file may state a huge number of layers
         return (window,)
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layer_types has {sorted(unknown)[0]!r}; built are full_attention and sliding_attention")
-    if len(kinds) != layers:
-        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {layers}")
+        raise ValueError(f"layer_types has {sorted(unknown)[0]!r}; supported: full_attention, sliding_attention")
+    if len(kinds) != num_layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}; state one for each layer")
     if "sliding_attention" in kinds and window is None:
-        raise ValueError("layer_types has sliding_attention, but sliding_window is null")
+        raise ValueError("layer_types has sliding_attention, but sliding_window is null; state the size of the window")
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    period = next(n for n in range(1, layers + 1) if layers % n == 0 and windows[:n] * (layers // n) == windows)
-    return windows[:period]
+    for period in range(1, num_layers):
+        if num_layers % period == 0 and windows[:period] * (num_layers // period) == windows:
+            return windows[:period]
+    return windows
 
 
-def _rope(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _rope(fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
     """Read rotary positions and query scaling from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     rope_fields = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     kind = rope_fields.get("rope_type", rope_fields.get("type", "default"))
@@ -170,13 +188,14 @@ def _rope(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None
     if theta is None:
         raise ValueError("rope_theta is stated neither on its own nor in rope_parameters; add it")
     known_keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"}
-    known_keys |= {"original_max_position_embeddings"} | (set(_YARN) if kind == "yarn" else set())
+    known_keys.add("original_max_position_embeddings")
+    if kind == "yarn":
+        known_keys.update(_YARN)
     if unknown := sorted(set(rope_fields) - known_keys):
-        raise ValueError(f"rope_parameters.{unknown[0]} is not built here; understood are {', '.join(sorted(known_keys))}")
+        raise ValueError(f"rope_parameters.{unknown[0]} is not implemented; supported: {', '.join(sorted(known_keys))}")
     if rope_fields.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(
-            f"rope_parameters.partial_rotary_factor is {rope_fields['partial_rotary_factor']}, which is not built here"
-        )
+        factor = rope_fields["partial_rotary_factor"]
+        raise ValueError(f"rope_parameters.partial_rotary_factor is {factor}, which is not implemented; it has to be 1")
     original = rope_fields.get("original_max_position_embeddings")
     scaling = None
     if beta := rope_fields.get("llama_4_scaling_beta"):
@@ -184,10 +203,13 @@ def _rope(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None
     if kind == "default":
         return {"name": "default", "theta": float(theta)}, scaling
     if kind != "yarn":
-        raise ValueError(f"rope_type is {kind!r}; built are default and yarn")
+        raise ValueError(f"rope_type is {kind!r}; supported: default, yarn")
     if missing := [key for key in _YARN[:2] if key not in rope_fields]:
-        raise ValueError(f"rope_parameters.{missing[0]} is missing, which yarn needs")
-    yarn = {key: float(rope_fields[key]) for key in _YARN if key in rope_fields and key != "original_max_position_embeddings"}
+        raise ValueError(f"rope_parameters.{missing[0]} is missing, which yarn requires; add it")
+    yarn: JsonObject = {}
+    for key in _YARN:
+        if key in rope_fields and key != "original_max_position_embeddings":
+            yarn[key] = float(rope_fields[key])
     # Unless both are stated, transformers uses 0.1 * log(factor) + 1, which mscale 1 over mscale_all_dim 0 gives too.
     if not (rope_fields.get("mscale") and rope_fields.get("mscale_all_dim")):
         yarn |= {"mscale": 0.0, "mscale_all_dim": 0.0}
@@ -202,10 +224,11 @@ def write_model_config(
     eos_token_id: int | None,
     pad_token_id: int | None = None,
     router_aux_loss_coef: float = 0.0,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return the `config.json` of an export, with old and new spellings side by side and every default stated."""
+    check_expressible(model)
     a = model.attention
-    fields: dict[str, Any] = {
+    fields: JsonObject = {
         "architectures": [config.FAMILIES[model.family].hugging_face.architecture],
         "model_type": model.family,
         "vocab_size": model.vocab_size,
@@ -248,7 +271,6 @@ def write_model_config(
             "router_jitter_noise": 0.0,
             "output_router_logits": False,
         }
-    check_expressible(model)
     return fields
 
 
@@ -256,24 +278,25 @@ def check_expressible(model: config.Model) -> None:
     """Raise ValueError if a Hugging Face `config.json` cannot express `model`."""
     windows = {window for window in model.attention.windows if window is not None}
     if len(windows) > 1:
-        raise ValueError(f"attention.windows has {sorted(windows)}; a config.json has one size of window")
+        raise ValueError(f"attention.windows has the sizes {sorted(windows)}; a config.json can state only one")
     scaling = model.attention.query_scaling
     rope = model.rope
     if scaling and isinstance(rope, config.YarnRope) and scaling.original_max_seq_len != rope.original_max_seq_len:
         raise ValueError(
             f"attention.query_scaling.original_max_seq_len {scaling.original_max_seq_len} differs from rope's "
-            f"{rope.original_max_seq_len}; a config.json has one for both"
+            f"{rope.original_max_seq_len}; a config.json has one value for both"
         )
     if config.FAMILIES[model.family].hugging_face.heads_divide_model_dim and model.model_dim % model.attention.num_heads:
         raise ValueError(
-            f"model_dim {model.model_dim} is not a multiple of num_heads {model.attention.num_heads}, as transformers wants"
+            f"model_dim {model.model_dim} is not a multiple of num_heads {model.attention.num_heads}, which transformers requires"
         )
 
 
-def _rope_parameters(model: config.Model) -> dict[str, Any]:
+def _rope_parameters(model: config.Model) -> JsonObject:
+    """Return `rope_parameters` as transformers 5 spells them."""
     rope = model.rope
     scaling = model.attention.query_scaling
-    parameters: dict[str, Any] = {"rope_type": rope.name, "rope_theta": float(rope.theta)}
+    parameters: JsonObject = {"rope_type": rope.name, "rope_theta": float(rope.theta)}
     if isinstance(rope, config.YarnRope):
         parameters |= {
             "factor": float(rope.factor),
@@ -284,10 +307,10 @@ def _rope_parameters(model: config.Model) -> dict[str, Any]:
             "mscale_all_dim": float(rope.mscale_all_dim),
         }
     if "query_scaling" in config.FAMILIES[model.family].features:  # transformers always applies it
-        original = scaling.original_max_seq_len if scaling else model.max_seq_len
-        parameters = {
-            "original_max_position_embeddings": original,
-            **parameters,
-            "llama_4_scaling_beta": scaling.beta if scaling else 0.0,
-        }
+        original = model.max_seq_len
+        beta = 0.0  # no scaling
+        if scaling is not None:
+            original = scaling.original_max_seq_len
+            beta = scaling.beta
+        parameters = {"original_max_position_embeddings": original, **parameters, "llama_4_scaling_beta": beta}
     return parameters

@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import JsonObject
 from moe_train.weights import names, on_disk, safetensors_files
-from moe_train.weights.hf.config_json import read_model_config, write_model_config
-from moe_train.weights.on_disk import Weights
+from moe_train.weights.hf.config_json import CONFIG_FILE, read_model_config, write_model_config
+from moe_train.weights.on_disk import WeightFiles
 
 
-def open_weights(directory: str | Path) -> Weights:
+def open_weights(directory: str | Path) -> WeightFiles:
     """Open a model's directory, single file or shards. Raises ValueError if a tied model has a different head of its own."""
     model = read_model_config(directory)
     tensors = open_tensors(directory)
     if model.tie_embeddings:
         _drop_copied_head(directory, tensors)
     names.check_counts(directory, model, tensors)
-    return Weights(Path(directory), model, names.pieces(model, names.hugging_face_of(tensors)), tensors)
+    return WeightFiles(Path(directory), model, names.weight_pieces(model, names.detect_hugging_face(tensors)), tensors)
 
 
-def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_files.Tensor]) -> None:
+def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_files.SafetensorsTensor]) -> None:
     """Remove a copy of a tied head, which some tools write. Raises ValueError if it differs from the embedding."""
-    for head in [name for name in tensors if name.endswith("lm_head.weight")]:
-        embedding = next((t for name, t in tensors.items() if name.endswith("embed_tokens.weight")), None)
-        if embedding is None or len({*on_disk.hashes({"head": tensors[head], "embed": embedding}).values()}) > 1:
-            raise ValueError(f"{directory} has a {head} of its own, but tie_word_embeddings is true in its config.json")
+    heads = [name for name in tensors if name.endswith("lm_head.weight")]
+    embeddings = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    for head in heads:
+        if not embeddings or not on_disk.have_same_content(tensors[head], tensors[embeddings[0]]):
+            raise ValueError(
+                f"{directory} has a {head} that differs from the embedding, but tie_word_embeddings is true in its config.json; "
+                "set it to false, or remove the tensor"
+            )
         del tensors[head]
 
 
-def open_tensors(directory: str | Path) -> dict[str, safetensors_files.Tensor]:
+def open_tensors(directory: str | Path) -> dict[str, safetensors_files.SafetensorsTensor]:
     """Open the tensors of the text model; others are left out."""
-    tensors = safetensors_files.open_model(directory)
+    tensors = safetensors_files.open_model_tensors(directory)
     return {name: tensor for name, tensor in tensors.items() if not any(part in name for part in names.IGNORED)}
 
 
@@ -45,10 +49,10 @@ def write(
     directory: Path,
     model: config.Model,
     dtype: config.Dtype,
-    matrix: Callable[[names.Piece], np.ndarray],
+    matrix: Callable[[names.WeightPiece], np.ndarray],
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
-    share: safetensors_files.Share = safetensors_files.ALL,
+    share: safetensors_files.WriterShare = safetensors_files.SOLE_WRITER,
 ) -> None:
     """Write shards, their index, config.json and generation_config.json.
 
@@ -61,22 +65,18 @@ def write(
         max_shard_bytes: size limit of a shard.
         share: the part of one of several processes that write together.
     """
-    settings = write_model_config(
-        model,
-        dtype=dtype,
-        bos_token_id=tokenizer.bos_id if tokenizer else None,
-        eos_token_id=tokenizer.eos_id if tokenizer else None,
-    )
+    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
+    settings = write_model_config(model, dtype=dtype, bos_token_id=bos_id, eos_token_id=eos_id)
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    pieces = {piece.name: piece for piece in names.pieces(model)}
-    specs = [safetensors_files.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
-    safetensors_files.write_model(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
+    pieces = {piece.name: piece for piece in names.weight_pieces(model)}
+    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
+    safetensors_files.write_shards(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
     if share.first != 0:
         return
-    write_json(directory / "config.json", settings)
+    write_json(directory / CONFIG_FILE, settings)
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
 
 
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
+def write_json(file: Path, value: JsonObject) -> None:
     """Write a JSON file with indentation."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

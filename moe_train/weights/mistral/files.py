@@ -16,42 +16,45 @@ from moe_train import config
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.weights import names, on_disk, safetensors_files, together
-from moe_train.weights.mistral.params_json import FILE as PARAMS
-from moe_train.weights.mistral.params_json import read_model_config, write_model_config
-from moe_train.weights.on_disk import Weights
+from moe_train.weights.mistral.params_json import PARAMS_FILE, read_model_config, write_model_config
+from moe_train.weights.on_disk import WeightFiles
 
 log = logging.getLogger(__name__)
 
 STEM = "consolidated"
-_OF_VISION = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
+"""First part of the names of Mistral's weight files."""
+_VISION_PREFIXES = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
 """Prefixes of tensors of a vision model that hold no weight of its text model."""
 
 
-def open_weights(directory: str | Path) -> Weights:
+def open_weights(directory: str | Path) -> WeightFiles:
     """Open a model's folder, one consolidated file or shards with their index; of a vision model, only the text model.
 
     Raises:
         ValueError: the model is tied but has an output weight of its own.
     """
     model = read_model_config(directory)
-    tensors = safetensors_files.open_model(directory, STEM)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_VISION)}
+    tensors = safetensors_files.open_model_tensors(directory, STEM)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_VISION_PREFIXES)}
     head = names.MISTRAL.head.name
     embed = names.MISTRAL.embed.name
     # A tied head may be written as well; it is accepted only as an exact copy.
     if model.tie_embeddings and head in tensors:
-        if embed not in tensors or len({*on_disk.hashes({name: tensors[name] for name in (head, embed)}).values()}) > 1:
-            raise ValueError(f"{directory} has an {head} of its own, but tied_embeddings is true in its {PARAMS}")
+        if embed not in tensors or not on_disk.have_same_content(tensors[head], tensors[embed]):
+            raise ValueError(
+                f"{directory} has an {head} that differs from the embedding, but tied_embeddings is true in its {PARAMS_FILE}; "
+                "set it to false, or remove the tensor"
+            )
         del tensors[head]
     names.check_counts(directory, model, tensors)
-    return Weights(Path(directory), model, names.pieces(model, names.MISTRAL), tensors)
+    return WeightFiles(Path(directory), model, names.weight_pieces(model, names.MISTRAL), tensors)
 
 
 def write(
     directory: Path,
     model: config.Model,
     dtype: config.Dtype,
-    matrix: Callable[[names.Piece], np.ndarray],
+    matrix: Callable[[names.WeightPiece], np.ndarray],
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write consolidated.safetensors and params.json.
@@ -71,16 +74,16 @@ def write(
     params = write_model_config(model)
     if isinstance(tokenizer, HuggingFace):
         log.warning(
-            "mistral-inference reads tekken.json or a sentencepiece model alone; the tokenizer.json that goes beside the weights "
-            "is for moe-train and for vLLM with --tokenizer-mode auto"
+            "mistral-inference reads only tekken.json or a sentencepiece model; the tokenizer.json that is written next to the "
+            "weights is for moe-train and for vLLM with --tokenizer-mode auto"
         )
-    pieces = {piece.name: piece for piece in names.pieces(model, names.MISTRAL)}
-    specs = [safetensors_files.Spec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
+    pieces = {piece.name: piece for piece in names.weight_pieces(model, names.MISTRAL)}
+    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
     file = directory / f"{STEM}.safetensors"
     matrices = (matrix(pieces[spec.name]) for spec in specs)
-    together.first_writes(matrices, lambda matrices: safetensors_files.write_file(file, specs, lambda spec: next(matrices)))
+    together.first_writes(matrices, lambda matrices: safetensors_files.write_safetensors(file, specs, lambda spec: next(matrices)))
     if together.is_first():
-        (directory / PARAMS).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
+        (directory / PARAMS_FILE).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
 
 
 def tokenizer_file_name(file: Path) -> str:

@@ -14,20 +14,22 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import check_space, new_directory, read_object
+from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath, adapter_ranks
 from moe_train.weights import merge, names, safetensors_files
-from moe_train.weights.arrays import Abstract, Held, Parameters, fetch, fill
+from moe_train.weights.arrays import Abstract, LazyParameters, fetch_entry, fill
 from moe_train.weights.mistral import params_json
-from moe_train.weights.on_disk import nbytes
+from moe_train.weights.on_disk import array_bytes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
-FILE = "lora.safetensors"
+LORA_FILE = "lora.safetensors"
+"""Name of an adapter's file of tensors."""
 SCALING = 2.0
 """mistral-inference's default scaling, for which files are written."""
 
 
 def export_adapter(
-    parameters: Held,
+    parameters: LazyParameters,
     model: config.Model,
     lora: config.Lora,
     out_dir: str | Path,
@@ -55,31 +57,33 @@ def export_adapter(
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format mistral")
     rank = max(ranks.values())
-    filetype = np.dtype(dtype)
-    table = names.adapter_pieces(model, dict.fromkeys(ranks, rank), names.MISTRAL)
-    if elsewhere := ranks.keys() - {_module(piece) for piece in table}:
-        raise ValueError(f"mistral-inference reads no adapter of {sorted(elsewhere)[0]}; export with --format mistral --merge")
+    file_dtype = np.dtype(dtype)
+    table = names.lora_pieces(model, dict.fromkeys(ranks, rank), names.MISTRAL)
+    if unsupported := ranks.keys() - {_module(piece) for piece in table}:
+        raise ValueError(f"mistral-inference has no adapters of {sorted(unsupported)[0]}; export with --format mistral --merge")
     if lora.train:
         raise ValueError(
-            f"lora.safetensors has no place for {lora.train[0]}, trained in full; export with --format mistral --merge"
+            f"lora.safetensors has no place for {lora.train[0]}, which was trained in full; export with --format mistral --merge"
         )
     pieces = {piece.name: piece for piece in table}
     params = params_json.write_model_config(model)
     params["lora"] = {"enable": True, "rank": rank, "dropout": 0.0, "scaling": SCALING}
 
-    def tensor(spec: safetensors_files.Spec) -> np.ndarray:
+    def tensor(spec: safetensors_files.TensorSpec) -> np.ndarray:
+        """Return one tensor of the file, padded with zeros to the common rank."""
         piece = pieces[spec.name]
-        values = fetch(parameters[piece.path], piece.lead).astype(np.float64)
+        values = fetch_entry(parameters[piece.path], piece.lead).astype(np.float64)
         if ParameterPath.parse(piece.path).leaf == "lora_b":
+            # mistral-inference multiplies by SCALING, so B carries what remains of the scale.
             values *= merge.scale_of(lora, _module(piece), piece.lead) / SCALING
-        padding = [(0, size - length) for size, length in zip(piece.ours_shape, values.shape, strict=True)]
-        return piece.to_file(np.pad(values.astype(filetype), padding))
+        padding = [(0, size - length) for size, length in zip(piece.internal_shape, values.shape, strict=True)]
+        return piece.to_file(np.pad(values.astype(file_dtype), padding))
 
-    specs = [safetensors_files.Spec(piece.name, piece.shape, filetype) for piece in table]
-    check_space(out_dir, sum(nbytes(spec.shape, spec.dtype) for spec in specs))
+    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, file_dtype) for piece in table]
+    check_space(out_dir, sum(array_bytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
-        safetensors_files.write_file(directory / FILE, specs, tensor)
-        (directory / params_json.FILE).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
+        safetensors_files.write_safetensors(directory / LORA_FILE, specs, tensor)
+        (directory / params_json.PARAMS_FILE).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
         write_texts(directory, texts)
 
 
@@ -89,18 +93,22 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     targets: dict[int, list[str]] = {}
     for row in names.linear_rows(model.ffn, names.MISTRAL):
         stem = names.MISTRAL.layer.format(l=0) + row.name.format(e=0).removesuffix(".weight")
-        if tensor := tensors.get(names.MISTRAL.adapters[0].format(stem=stem)):
-            targets.setdefault(tensor.shape[0], []).append(ParameterPath.parse(row.path).module)
+        a = tensors.get(names.MISTRAL.adapters[0].format(stem=stem))
+        if a is not None:
+            rank = a.shape[0]
+            targets.setdefault(rank, []).append(ParameterPath.parse(row.path).module)
     if not targets:
-        raise ValueError(f"{Path(directory) / FILE} has no adapter for layer 0 of this model ({next(iter(tensors), 'empty')})")
-    modules = {_module(piece) for piece in names.pieces(model, names.MISTRAL) if not ParameterPath.parse(piece.path).is_norm} - {
+        raise ValueError(f"{Path(directory) / LORA_FILE} has no adapter for layer 0 of this model ({next(iter(tensors), 'empty')})")
+    modules = {
+        _module(piece) for piece in names.weight_pieces(model, names.MISTRAL) if not ParameterPath.parse(piece.path).is_norm
+    } - {
         "embed",
         "head",
     }
-    table = names.adapter_pieces(model, dict.fromkeys(modules, 1), names.MISTRAL)
+    table = names.lora_pieces(model, dict.fromkeys(modules, 1), names.MISTRAL)
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
         raise ValueError(
-            f"{Path(directory) / FILE} has {unknown[0]}, which this model has no place for; it is another base's adapter"
+            f"{Path(directory) / LORA_FILE} has {unknown[0]}, which this model has no place for; it is another base's adapter"
         )
     return config.Lora(
         targets=tuple(
@@ -123,25 +131,28 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     """
     tensors, _ = _open(directory)
     ranks = adapter_ranks(abstract)
-    table = names.adapter_pieces(model, ranks, names.MISTRAL)
+    table = names.lora_pieces(model, ranks, names.MISTRAL)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names.check(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check_file_tensors(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, tensors)
 
 
-def _open(directory: str | Path) -> tuple[dict[str, safetensors_files.Tensor], float]:
+def _open(directory: str | Path) -> tuple[dict[str, safetensors_files.SafetensorsTensor], float]:
     """Return (tensors, scaling)."""
     directory = Path(directory)
-    tensors = safetensors_files.open_file(directory / FILE)
-    params = directory / params_json.FILE
+    tensors = safetensors_files.open_safetensors(directory / LORA_FILE)
+    params = directory / params_json.PARAMS_FILE
     if not params.is_file():
         return tensors, SCALING
     section = read_object(params).get("lora") or {}
-    scaling = section.get("scaling", SCALING) if isinstance(section, dict) else section
+    if not isinstance(section, dict):
+        raise ValueError(f"{params}: lora is {section!r}; it has to be an object with a `scaling`")
+    scaling = section.get("scaling", SCALING)
     if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not scaling > 0:
         raise ValueError(f"{params}: lora.scaling is {scaling!r}; it has to be a positive number")
     return tensors, float(scaling)
 
 
-def _module(piece: names.Piece) -> str:
+def _module(piece: names.WeightPiece) -> str:
+    """Return the path of the module that a weight belongs to."""
     return piece.path.rpartition(".")[0]

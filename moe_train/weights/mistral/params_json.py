@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_train import config
 from moe_train.config import Positive, PositiveFloat
-from moe_train.machine.files import read_object
+from moe_train.machine.files import JsonObject, read_object
 
 log = logging.getLogger(__name__)
 
-FILE = "params.json"
+PARAMS_FILE = "params.json"
+"""Name of the file that states a model's architecture."""
 
 # The only values whose meaning is implemented here.
-_ONLY: dict[str, Any] = {
+_REQUIRED: JsonObject = {
     "model_type": "transformer",
     "activation": "silu",
     "use_biases": False,
@@ -104,23 +104,25 @@ def read_model_config(directory: str | Path) -> config.Model:
         ValueError: the architecture is not implemented here; the message names the field.
     """
     file = Path(directory)
-    file = file / FILE if file.is_dir() else file
+    file = file / PARAMS_FILE if file.is_dir() else file
     fields = read_object(file)
     try:
-        for key, only in _ONLY.items():
-            if fields.get(key, only) not in (only, None):
-                raise ValueError(f"{key} is {fields[key]!r}, which is not built here; it has to be {only!r}")
-        params = Params.model_validate({key: value for key, value in fields.items() if key not in _ONLY})
+        for key, required in _REQUIRED.items():
+            if fields.get(key, required) not in (required, None):
+                raise ValueError(f"{key} is {fields[key]!r}, which is not implemented; it has to be {required!r}")
+        params = Params.model_validate({key: value for key, value in fields.items() if key not in _REQUIRED})
         if unknown := sorted(set(params.model_extra or ()) - _IGNORED):
             log.warning(
-                "%s has fields that are not read here: %s; make sure that they leave the model alone", file, ", ".join(unknown)
+                "%s has fields that are not read: %s; make sure that they do not change what the model computes",
+                file,
+                ", ".join(unknown),
             )
         return _model(params)
     except ValidationError as error:
         first = error.errors()[0]
         problem = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            problem = "is not built here"
+            problem = "is not implemented"
         location = ".".join(str(part) for part in first["loc"]) or "the model"
         raise ValueError(f"{file}: {location}: {problem}") from error
     except ValueError as error:
@@ -128,11 +130,15 @@ def read_model_config(directory: str | Path) -> config.Model:
 
 
 def _model(params: Params) -> config.Model:
+    """Convert validated fields."""
     windows = _windows(params)
-    ffn: dict[str, Any] = {"name": "dense", "ffn_dim": params.hidden_dim}
+    ffn: JsonObject = {"name": "dense", "ffn_dim": params.hidden_dim}
     if params.moe:
         ffn |= {"name": "moe", "num_experts": params.moe.num_experts, "experts_per_token": params.moe.num_experts_per_tok}
-    scaling = params.llama_4_scaling
+    query_scaling = None
+    if params.llama_4_scaling:
+        scaling = params.llama_4_scaling
+        query_scaling = {"beta": scaling.beta, "original_max_seq_len": scaling.original_max_position_embeddings}
     return config.Model.model_validate(
         {
             "family": _family(params, windows),
@@ -145,8 +151,7 @@ def _model(params: Params) -> config.Model:
                 "num_kv_heads": params.n_kv_heads,
                 "head_dim": params.head_dim,
                 "windows": windows,
-                "query_scaling": scaling
-                and {"beta": scaling.beta, "original_max_seq_len": scaling.original_max_position_embeddings},
+                "query_scaling": query_scaling,
             },
             "ffn": ffn,
             "rope": _rope(params),
@@ -158,6 +163,7 @@ def _model(params: Params) -> config.Model:
 
 
 def _family(params: Params, windows: tuple[int | None, ...]) -> str:
+    """Return the smallest family that has the features of these fields, since the file does not name one."""
     present: dict[config.Feature, bool] = {
         "interleaved_windows": len(set(windows)) > 1,
         "yarn": params.yarn is not None,
@@ -175,13 +181,16 @@ def _windows(params: Params) -> tuple[int | None, ...]:
     if not isinstance(window, list):
         return (window,)
     if not window or params.n_layers % len(window):
-        raise ValueError(f"sliding_window has {len(window)} entries, of which n_layers {params.n_layers} is no multiple")
+        raise ValueError(f"sliding_window has {len(window)} entries; n_layers {params.n_layers} has to be a multiple of that")
     size = len(window)
-    period = next(n for n in range(1, size + 1) if size % n == 0 and window[:n] * (size // n) == window)
-    return tuple(window[:period])
+    for period in range(1, size):
+        if size % period == 0 and window[:period] * (size // period) == window:
+            return tuple(window[:period])
+    return tuple(window)
 
 
-def _rope(params: Params) -> dict[str, Any]:
+def _rope(params: Params) -> JsonObject:
+    """Return the section `rope` of a model config."""
     theta = params.rope_theta
     yarn = params.yarn
     if theta is None:
@@ -206,7 +215,7 @@ def _rope(params: Params) -> dict[str, Any]:
     }
 
 
-def write_model_config(model: config.Model) -> dict[str, Any]:
+def write_model_config(model: config.Model) -> JsonObject:
     """Return the `params.json` of an export. Raises ValueError if the format cannot express the model."""
     a = model.attention
     rope = model.rope
@@ -236,11 +245,13 @@ def write_model_config(model: config.Model) -> dict[str, Any]:
         yarn=_yarn(rope) if isinstance(rope, config.YarnRope) else None,
         llama_4_scaling=scaling,
     )
+    # What is written must be read back as the same mathematics, also by later versions of this file.
     assert _model(params) == as_written(model), params
     return params.model_dump(exclude_none=True, exclude={"hidden_sliding_window"})
 
 
 def _yarn(rope: config.YarnRope) -> Yarn:
+    """Convert the section `rope`; Mistral's alpha and beta are YaRN's beta_slow and beta_fast."""
     return Yarn(
         factor=float(rope.factor),
         original_max_position_embeddings=rope.original_max_seq_len,
@@ -256,8 +267,8 @@ def _applies_scale(rope: config.YarnRope) -> bool:
         return True
     if rope.mscale != rope.mscale_all_dim:
         raise ValueError(
-            f"rope.mscale {rope.mscale} and rope.mscale_all_dim {rope.mscale_all_dim} differ; params.json has a word for equal "
-            "ones (yarn.apply_scale false) and for none (true)"
+            f"rope.mscale {rope.mscale} and rope.mscale_all_dim {rope.mscale_all_dim} differ; params.json can only state equal "
+            "ones (yarn.apply_scale false) or none (true)"
         )
     return False
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_train import config
-from moe_train.weights.on_disk import Tensor
+from moe_train.machine.files import JsonObject
+from moe_train.weights.on_disk import FileTensor
 from moe_train.weights.peft.settings import alpha_of
 
 _NAME = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(base_layer\.)?lora_(?P<matrix>[AB])\.weight")
@@ -33,25 +34,31 @@ class _Part:
 
     name: str
     shape: tuple[int, int]
-    tensor: Tensor
+    tensor: FileTensor
     rows: slice
     columns: slice
     transposed: bool
 
     @property
     def dtype(self) -> np.dtype:
+        """Dtype of what `read` returns."""
         return self.tensor.dtype
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
+        """Read the part at `index` of this expert's matrix."""
         part = self.tensor.read((self.rows,))[:, self.columns]
-        return np.ascontiguousarray((part.T if self.transposed else part)[index])
+        if self.transposed:
+            part = part.T
+        return np.ascontiguousarray(part[index])
 
 
-def split(where: object, tensors: Mapping[str, Tensor], model: config.Model, version: str | None) -> dict[str, Tensor]:
+def split_fused(
+    source: object, tensors: Mapping[str, FileTensor], model: config.Model, version: str | None
+) -> dict[str, FileTensor]:
     """Replace each fused pair by the pairs of the experts, under the names of a per-expert adapter.
 
     Args:
-        where: the file, for messages.
+        source: the file, for messages.
         tensors: tensors of the file by name.
         model: the architecture of the base.
         version: PEFT's version, as the file states it; None if it does not.
@@ -65,67 +72,97 @@ def split(where: object, tensors: Mapping[str, Tensor], model: config.Model, ver
         if match:
             fused[name] = match
     unfused = {name: tensor for name, tensor in tensors.items() if name not in fused}
-    for stem, layer in sorted({(name.rpartition(".lora_")[0], match["layer"]) for name, match in fused.items()}):
-        pair = [f"{stem}.lora_{matrix}.weight" for matrix in "AB"]
-        if missing := [name for name in pair if name not in tensors]:
-            raise ValueError(f"{where} lacks {missing[0]}")
-        experts = _experts(where, layer, tensors[pair[0]], tensors[pair[1]], model, version)
+    stems = {name.rpartition(".lora_")[0]: match["layer"] for name, match in fused.items()}
+    for stem, layer in sorted(stems.items()):
+        name_a = f"{stem}.lora_A.weight"
+        name_b = f"{stem}.lora_B.weight"
+        if missing := [name for name in (name_a, name_b) if name not in tensors]:
+            raise ValueError(f"{source} lacks {missing[0]}; save the adapter again")
+        experts = _split_pair(source, layer, tensors[name_a], tensors[name_b], model, version)
         if duplicates := sorted(unfused.keys() & experts.keys()):
-            raise ValueError(f"{where} has {duplicates[0]} twice, once in {pair[0]}")
+            raise ValueError(f"{source} has {duplicates[0]} twice, once in {name_a}; remove one of the two")
         unfused |= experts
     return unfused
 
 
-def _experts(where: object, layer: str, a: Tensor, b: Tensor, model: config.Model, version: str | None) -> dict[str, Tensor]:
-    assert isinstance(model.ffn, config.MoeFfn)
-    D, F, E = model.model_dim, model.ffn.ffn_dim, model.ffn.num_experts
-    sizes = {"gate_up_proj": (D, 2 * F), "down_proj": (F, D)}  # in, out
-    (wide, into), (out, narrow) = a.shape, b.shape
-    straight = [parameter for parameter, size in sizes.items() if size == (into, out)]
-    swapped = [parameter for parameter, size in sizes.items() if size == (out, into)]
-    if wide != narrow or wide % E or not straight + swapped:
-        raise ValueError(f"{where}: {a.name} of shape {a.shape} and its lora_B of {b.shape} fit neither gate_up_proj nor down_proj")
+class _FusedPair(NamedTuple):
+    """What a fused pair of A and B is."""
+
+    parameter: str
+    """The fused parameter: a key of `_LEAVES`."""
+    swapped: bool
+    """Whether A and B are swapped and transposed."""
+    in_dim: int
+    out_dim: int
+    """Sizes of the parameter of one expert."""
+
+
+def _identify(source: object, a: FileTensor, b: FileTensor, model_dim: int, ffn: config.MoeFfn, version: str | None) -> _FusedPair:
+    """Find out by their shapes which parameter A and B belong to, and whether they are swapped."""
+    parameter_sizes = {"gate_up_proj": (model_dim, 2 * ffn.ffn_dim), "down_proj": (ffn.ffn_dim, model_dim)}  # in, out
+    total_rank, a_size = a.shape
+    b_size, b_rank = b.shape
+    straight: list[_FusedPair] = []
+    swapped: list[_FusedPair] = []
+    for parameter, (in_dim, out_dim) in parameter_sizes.items():
+        if (a_size, b_size) == (in_dim, out_dim):
+            straight.append(_FusedPair(parameter, False, in_dim, out_dim))
+        if (b_size, a_size) == (in_dim, out_dim):
+            swapped.append(_FusedPair(parameter, True, in_dim, out_dim))
+    if total_rank != b_rank or total_rank % ffn.num_experts or not straight + swapped:
+        raise ValueError(
+            f"{source}: {a.name} of shape {a.shape} and its lora_B of {b.shape} fit neither gate_up_proj nor down_proj"
+        )
     if straight and swapped:
         parsed_version = _parse(version)
         if parsed_version is None:
             raise ValueError(
-                f"{where}: {a.name} can be read in two ways, since model_dim {D} and ffn_dim {F} make a square matrix, and "
-                "adapter_config.json does not state peft_version; load and save it with PEFT 0.19.1 or later"
+                f"{source}: {a.name} can be read in two ways, since model_dim {model_dim} and ffn_dim {ffn.ffn_dim} make a square "
+                "matrix, and adapter_config.json does not state peft_version; load and save it with PEFT 0.19.1 or later"
             )
-        if parsed_version >= _FIRST_NOT_SWAPPED:
-            swapped = []
-        else:
-            straight = []
-    (parameter,) = straight or swapped
-    J = wide // E
-    full = slice(None)
-    parts: dict[str, Tensor] = {}
-    for e in range(E):
-        slice_a = slice(e * J, (e + 1) * J)  # expert-major rows
-        slice_b = slice(e, None, E)  # rank-major columns
-        for i, leaf in enumerate(_LEAVES[parameter]):
-            size = sizes[parameter][1] // len(_LEAVES[parameter])
-            rows = slice(i * size, (i + 1) * size)
-            stem = f"{layer}block_sparse_moe.experts.{e}.{leaf}"
+        if parsed_version < _FIRST_NOT_SWAPPED:
+            return swapped[0]
+    return (straight or swapped)[0]
+
+
+def _split_pair(
+    source: object, layer: str, a: FileTensor, b: FileTensor, model: config.Model, version: str | None
+) -> dict[str, FileTensor]:
+    """Return the A and B of each expert that a fused pair contains."""
+    assert isinstance(model.ffn, config.MoeFfn)
+    fused = _identify(source, a, b, model.model_dim, model.ffn, version)
+    leaves = _LEAVES[fused.parameter]
+    num_experts = model.ffn.num_experts
+    rank = a.shape[0] // num_experts
+    leaf_size = fused.out_dim // len(leaves)
+    everything = slice(None)
+    parts: dict[str, FileTensor] = {}
+    for expert in range(num_experts):
+        ranks_of_a = slice(expert * rank, (expert + 1) * rank)  # A has the ranks of one expert after those of another
+        ranks_of_b = slice(expert, None, num_experts)  # B has one rank of each expert in turn
+        for i, leaf in enumerate(leaves):
+            outputs = slice(i * leaf_size, (i + 1) * leaf_size)
+            stem = f"{layer}block_sparse_moe.experts.{expert}.{leaf}"
             name_a = f"{stem}.lora_A.weight"
             name_b = f"{stem}.lora_B.weight"
-            width = sizes[parameter][0]
-            if straight:
-                parts[name_a] = _Part(name_a, (J, width), a, slice_a, full, False)
-                parts[name_b] = _Part(name_b, (size, J), b, rows, slice_b, False)
+            if fused.swapped:
+                parts[name_a] = _Part(name_a, (rank, fused.in_dim), b, everything, ranks_of_b, transposed=True)
+                parts[name_b] = _Part(name_b, (leaf_size, rank), a, ranks_of_a, outputs, transposed=True)
             else:
-                parts[name_a] = _Part(name_a, (J, width), b, full, slice_b, True)
-                parts[name_b] = _Part(name_b, (size, J), a, slice_a, rows, True)
+                parts[name_a] = _Part(name_a, (rank, fused.in_dim), a, ranks_of_a, everything, transposed=False)
+                parts[name_b] = _Part(name_b, (leaf_size, rank), b, outputs, ranks_of_b, transposed=False)
     return parts
 
 
 def _parse(version: str | None) -> tuple[int, ...] | None:
     """Parse a version: 0.19.1.dev0@UNKNOWN -> (0, 19, 1)."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
-    return tuple(int(part) for part in match.groups()) if match else None
+    if match is None:
+        return None
+    return tuple(int(number) for number in match.groups())
 
 
-def alpha_pattern(settings: Mapping[str, Any], model: config.Model) -> dict[str, float]:
+def alpha_pattern(settings: JsonObject, model: config.Model) -> dict[str, float]:
     """Return the `alpha_pattern`, preceded by an entry for each expert matrix with the alpha of its fused parameter."""
     expert_alphas: dict[str, float] = {}
     for layer in range(model.num_layers):

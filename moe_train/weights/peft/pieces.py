@@ -7,10 +7,14 @@ from dataclasses import replace
 from moe_train import config
 from moe_train.weights import names
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+"""Name of an adapter's file of settings."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""Name of an adapter's file of tensors."""
 
-GATE, UP, DOWN = "ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"
+GATE = "ffn.gate_proj"
+UP = "ffn.up_proj"
+DOWN = "ffn.down_proj"
 
 ROUTER_IN_ADAPTERS = "block_sparse_moe.gate"
 """The router in the names of LoRA tensors, which PEFT renames while loading."""
@@ -18,23 +22,26 @@ ROUTER_OF_TRANSFORMERS = "mlp.gate"
 """The router's name in transformers 5, and so in modules_to_save, which PEFT does not rename."""
 
 
-def adapter_pieces(model: config.Model) -> list[names.Piece]:
+def adaptable_pieces(model: config.Model) -> list[names.WeightPiece]:
     """List A and B, in turn, of every weight that can have an adapter; their rank is a placeholder."""
-    modules = {piece.path.rpartition(".")[0] for piece in names.pieces(model) if not piece.path.endswith(".scale")}
-    return names.adapter_pieces(model, dict.fromkeys(modules, 1))
+    modules = {piece.path.rpartition(".")[0] for piece in names.weight_pieces(model) if not piece.path.endswith(".scale")}
+    return names.lora_pieces(model, dict.fromkeys(modules, 1))
 
 
-def saved_pieces(model: config.Model) -> list[names.Piece]:
-    """List every whole weight that modules_to_save can contain. Experts are excluded: transformers 5 fuses them into one module."""
+def saved_pieces(model: config.Model) -> list[names.WeightPiece]:
+    """List every full weight that modules_to_save can contain. Experts are excluded: transformers 5 fuses them into one module."""
     table = []
-    for piece in names.pieces(model):
-        if len(piece.lead) < 2:
+    for piece in names.weight_pieces(model):
+        is_expert = len(piece.lead) == 2
+        if not is_expert:
             name = piece.name.replace(f"{ROUTER_IN_ADAPTERS}.", f"{ROUTER_OF_TRANSFORMERS}.")
             table.append(replace(piece, name=f"base_model.model.{name}"))
-    return [*table, tied_head(model)] if model.tie_embeddings else table
+    if model.tie_embeddings:
+        table.append(tied_head(model))
+    return table
 
 
-def tied_head(model: config.Model) -> names.Piece:
+def tied_head(model: config.Model) -> names.WeightPiece:
     """Return the second name under which PEFT writes a tied embedding table."""
-    (embed,) = (piece for piece in names.pieces(model) if piece.path == "embed.weight")
+    (embed,) = (piece for piece in names.weight_pieces(model) if piece.path == "embed.weight")
     return replace(embed, name=f"base_model.model.{names.HUGGING_FACE.head.name}")

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import read_object
+from moe_train.machine.files import JsonObject, read_object
+from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import names, on_disk, safetensors_files
-from moe_train.weights.arrays import Abstract, Parameters, fill
-from moe_train.weights.on_disk import Tensor
+from moe_train.weights.arrays import Abstract, fill
+from moe_train.weights.on_disk import FileTensor
 from moe_train.weights.peft import fused
 from moe_train.weights.peft.pieces import (
-    CONFIG,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     DOWN,
     GATE,
     ROUTER_IN_ADAPTERS,
     ROUTER_OF_TRANSFORMERS,
     UP,
-    WEIGHTS,
-    adapter_pieces,
+    adaptable_pieces,
     saved_pieces,
     tied_head,
 )
 from moe_train.weights.peft.settings import alpha_of, read_settings
+from moe_train.weights.serve import AdapterShape
 
 
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
@@ -37,15 +39,17 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     tensors = _open(directory, model)
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
-    kinds = _kinds(directory, settings, tensors, model)
-    known_names = {piece.name for piece in (*adapter_pieces(model), *saved_pieces(model))}
+    owners = _adapter_owners(directory, settings, tensors, model)
+    known_names = {piece.name for piece in (*adaptable_pieces(model), *saved_pieces(model))}
     if unknown := sorted(tensors.keys() - known_names):
-        raise ValueError(f"{directory / WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter")
+        raise ValueError(
+            f"{directory / ADAPTER_WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter"
+        )
     return config.Lora(
-        targets=_targets(kinds, model),
+        targets=_targets(owners, model),
         rslora=bool(settings.get("use_rslora")),
         dropout=float(settings.get("lora_dropout") or 0.0),
-        train=_trained_in_full(directory / CONFIG, settings, tensors, model),
+        train=_trained_in_full(directory / ADAPTER_CONFIG, settings, tensors, model),
     )
 
 
@@ -70,15 +74,15 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
         second = tied_head(model).name
         saved = [piece for piece in saved if piece.name != second]
         tensors.pop(second, None)
-    table = [*names.adapter_pieces(model, ranks), *saved]
+    table = [*names.lora_pieces(model, ranks), *saved]
     lora = read_lora(directory, model)
     shared = {m for m in ranks if any(target.experts is not None for target in lora.targets_of(of_module(m).module))}
-    padded: dict[str, Tensor] = dict(tensors)
+    padded: dict[str, FileTensor] = dict(tensors)
     for piece in table:
         if ParameterPath.parse(piece.path).module_path in shared:
             padded[piece.name] = _Padded(piece.name, piece.shape, tensors.get(piece.name))
     shapes = {name: tensor.shape for name, tensor in padded.items()}
-    names.check(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
+    names.check_file_tensors(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, padded)
 
 
@@ -87,104 +91,113 @@ class _Padded(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    tensor: Tensor | None
+    tensor: FileTensor | None
 
     @property
     def dtype(self) -> np.dtype:
+        """Dtype of what `read` returns."""
         return np.dtype(np.float32) if self.tensor is None else self.tensor.dtype
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
+        """Read the part at `index` of the padded matrix."""
         padded = np.zeros(self.shape, self.dtype)
         if self.tensor is not None:
             padded[tuple(slice(size) for size in self.tensor.shape)] = self.tensor.read()
         return padded[index]
 
 
-def _open(directory: Path, model: config.Model) -> dict[str, Tensor]:
+def _open(directory: Path, model: config.Model) -> dict[str, FileTensor]:
     """Open tensors under the names of a per-expert file, without the copies of the base's tables that PEFT adds to adapted ones."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, FileTensor] = {}
     table = (model.vocab_size, model.model_dim)
-    for name, tensor in safetensors_files.open_file(directory / WEIGHTS).items():
+    for name, tensor in safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS).items():
         stem = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
         if name.endswith(".base_layer.weight") and stem in ("model.embed_tokens", "lm_head"):
             if tensor.shape != table:
                 raise ValueError(
-                    f"{directory / WEIGHTS}: {name} has shape {tensor.shape}, the base's is {table}: another vocabulary"
+                    f"{directory / ADAPTER_WEIGHTS}: {name} has shape {tensor.shape}, but the base's is {table}: the adapter "
+                    "belongs to a base with another vocabulary"
                 )
             continue
         if isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
-        return fused.split(directory / WEIGHTS, tensors, model, read_object(directory / CONFIG).get("peft_version"))
+        return fused.split_fused(
+            directory / ADAPTER_WEIGHTS, tensors, model, read_object(directory / ADAPTER_CONFIG).get("peft_version")
+        )
     return tensors
 
 
 # --- which adapters there are --------------------------------------------------------------------------------------
 
 
-Kind = tuple[int, float]
-"""(rank, alpha)."""
+Owners = dict[AdapterShape, set[int]]
+"""The shapes of the adapters of a module, and the experts that have each of them; {0} for a module without experts."""
 
 
-def _kinds(
-    directory: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model
-) -> dict[str, dict[Kind, set[int]]]:
-    """Return, for each module, each kind of adapter that it has and the experts that have it (0 for unrouted modules).
+def _adapter_owners(
+    directory: Path, settings: JsonObject, tensors: dict[str, FileTensor], model: config.Model
+) -> dict[str, Owners]:
+    """Return the shapes of adapters, and their owners, of each module that has adapters.
 
     Raises:
         ValueError: layers differ, or some layers have no adapter.
     """
-    kinds: dict[str, dict[Kind, set[int]]] = {}
-    firsts: dict[tuple[str, int], tuple[str, Kind]] = {}
-    layers: Counter[tuple[str, int]] = Counter()
-    pieces = adapter_pieces(model)
+    owners: dict[str, Owners] = {}
+    first_layer: dict[tuple[str, int], tuple[str, AdapterShape]] = {}  # name and shape of the first adapter of each expert
+    num_layers: Counter[tuple[str, int]] = Counter()
+    pieces = adaptable_pieces(model)
     for piece_a, piece_b in zip(pieces[::2], pieces[1::2], strict=True):
-        if (piece_a.name in tensors) != (piece_b.name in tensors):
-            raise ValueError(f"{directory / WEIGHTS} lacks {(piece_a if piece_b.name in tensors else piece_b).name}")
-        if piece_a.name not in tensors:
+        missing = [piece.name for piece in (piece_a, piece_b) if piece.name not in tensors]
+        if len(missing) == 1:
+            raise ValueError(f"{directory / ADAPTER_WEIGHTS} lacks {missing[0]}; save the adapter again")
+        if missing:
             continue
         stem = piece_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
-        kind = tensors[piece_a.name].shape[0], alpha_of(settings, stem)
+        shape = AdapterShape(tensors[piece_a.name].shape[0], alpha_of(settings, stem))
         module = ParameterPath.parse(piece_a.path).module
         expert = piece_a.lead[1] if len(piece_a.lead) == 2 else 0
-        kinds.setdefault(module, {}).setdefault(kind, set()).add(expert)
-        layers[module, expert] += 1
-        first, kind_of_first = firsts.setdefault((module, expert), (stem, kind))
-        if kind_of_first != kind:
+        owners.setdefault(module, {}).setdefault(shape, set()).add(expert)
+        num_layers[module, expert] += 1
+        first_stem, first_shape = first_layer.setdefault((module, expert), (stem, shape))
+        if first_shape != shape:
             raise ValueError(
-                f"{directory / CONFIG}: {stem} has rank and alpha {kind}, {first} has {kind_of_first}; "
-                "here a module has one in all layers"
+                f"{directory / ADAPTER_CONFIG}: {stem} has rank and alpha {tuple(shape)}, {first_stem} has {tuple(first_shape)}; "
+                "only adapters with the same rank and alpha in all layers are supported"
             )
-    for (module, expert), count in layers.items():
+    for (module, expert), count in num_layers.items():
         if module not in config.NAMED_IN_FULL[1:] and count < model.num_layers:
-            stem = firsts[module, expert][0]
+            stem, _ = first_layer[module, expert]
             raise ValueError(
-                f"{directory / CONFIG}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; "
-                "here it is all of them"
+                f"{directory / ADAPTER_CONFIG}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; "
+                "only adapters of all layers are supported"
             )
-    if not kinds:
-        raise ValueError(f"{directory / WEIGHTS} has no adapter in a spelling that is read here ({next(iter(tensors), 'empty')})")
-    return kinds
+    if not owners:
+        raise ValueError(
+            f"{directory / ADAPTER_WEIGHTS} has no adapter under a name that is supported; it has "
+            f"{next(iter(tensors), 'no tensors')}"
+        )
+    return owners
 
 
-def _targets(kinds: dict[str, dict[Kind, set[int]]], model: config.Model) -> tuple[config.LoraTarget, ...]:
+def _targets(owners_of: dict[str, Owners], model: config.Model) -> tuple[config.LoraTarget, ...]:
     """Return one target for all modules whose adapters have the same rank, alpha and experts."""
     num_experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 1
-    modules_of: dict[tuple[Kind, tuple[int, ...] | None], list[str]] = {}
-    for module, owners_by_kind in kinds.items():
-        for kind, owners in owners_by_kind.items():
-            complete = len(owners) == (num_experts if module in (GATE, UP, DOWN) else 1)
-            experts = None if complete else tuple(sorted(owners))
-            modules_of.setdefault((kind, experts), []).append(module)
-    return tuple(
-        config.LoraTarget(modules=tuple(modules), rank=rank, alpha=alpha, experts=owners)
-        for ((rank, alpha), owners), modules in modules_of.items()
-    )
+    modules_of: dict[tuple[AdapterShape, tuple[int, ...] | None], list[str]] = {}
+    for module, owners_of_shape in owners_of.items():
+        max_owners = num_experts if module in (GATE, UP, DOWN) else 1
+        for shape, owners in owners_of_shape.items():
+            experts = None if len(owners) == max_owners else tuple(sorted(owners))
+            modules_of.setdefault((shape, experts), []).append(module)
+    targets: list[config.LoraTarget] = []
+    for (shape, experts), modules in modules_of.items():
+        targets.append(config.LoraTarget(modules=tuple(modules), rank=shape.rank, alpha=shape.alpha, experts=experts))
+    return tuple(targets)
 
 
-def _trained_in_full(file: Path, settings: dict[str, Any], tensors: dict[str, Tensor], model: config.Model) -> tuple[str, ...]:
-    """Return the modules whose whole weights are in the files. Raises ValueError if modules_to_save contradicts them."""
+def _trained_in_full(file: Path, settings: JsonObject, tensors: dict[str, FileTensor], model: config.Model) -> tuple[str, ...]:
+    """Return the modules whose full weights are in the files. Raises ValueError if modules_to_save contradicts them."""
     saved = {
         piece.name.removesuffix(".weight"): ParameterPath.parse(piece.path).module
         for piece in saved_pieces(model)
@@ -192,12 +205,12 @@ def _trained_in_full(file: Path, settings: dict[str, Any], tensors: dict[str, Te
     }
     for module in settings.get("modules_to_save") or ():
         if not any(name.endswith(module) for name in saved):
-            raise ValueError(f"{file}: modules_to_save has {module!r}, and {WEIGHTS} has no weight of it")
+            raise ValueError(f"{file}: modules_to_save has {module!r}, but {ADAPTER_WEIGHTS} has no weight of it; save it again")
     if model.tie_embeddings and "embed" in saved.values():
-        ends = {name: tensors[f"{name}.weight"] for name, module in saved.items() if module == "embed"}
-        if len(ends) < 2 or len(set(on_disk.hashes(ends).values())) > 1:
+        ends = [name for name, module in saved.items() if module == "embed"]
+        if len(ends) < 2 or not on_disk.have_same_content(*(tensors[f"{name}.weight"] for name in ends)):
             raise ValueError(
-                f"{file}: {min(ends)} was trained apart from the other end, and this model has one table for both; PEFT keeps them "
-                "alike with ensure_weight_tying"
+                f"{file}: {min(ends)} was trained separately from the other end, but this model ties embedding and head; train "
+                "with PEFT's ensure_weight_tying"
             )
     return tuple(sorted(set(saved.values())))

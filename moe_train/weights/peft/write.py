@@ -17,23 +17,22 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import check_space, new_directory
+from moe_train.machine.files import JsonObject, check_space, new_directory
 from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import hf, merge, names, safetensors_files
-from moe_train.weights.arrays import Held, fetch
-from moe_train.weights.on_disk import nbytes
-from moe_train.weights.peft.pieces import CONFIG, DOWN, GATE, UP, WEIGHTS, saved_pieces
-from moe_train.weights.serve import Server, Shape, adapter_shapes
+from moe_train.weights.arrays import LazyParameters, fetch_entry
+from moe_train.weights.on_disk import array_bytes
+from moe_train.weights.peft.pieces import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOWN, GATE, UP, saved_pieces
+from moe_train.weights.serve import AdapterShape, Server, adapter_shapes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 
 def export_adapter(
-    parameters: Held,
+    parameters: LazyParameters,
     model: config.Model,
     lora: config.Lora,
     out_dir: str | Path,
@@ -66,65 +65,66 @@ def export_adapter(
     saved = _saved(model, lora)
     if server is not None:
         shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
-    table = names.adapter_pieces(model, {module: shape.rank for module, shape in shapes.items()})
+    table = names.lora_pieces(model, {module: shape.rank for module, shape in shapes.items()})
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
-
     dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
 
-    def tensor(spec: safetensors_files.Spec) -> np.ndarray:
+    def tensor(spec: safetensors_files.TensorSpec) -> np.ndarray:
+        """Return one tensor of the file."""
         piece = pieces[spec.name]
         return piece.to_file(matrix(piece))
 
-    def matrix(piece: names.Piece) -> np.ndarray:
+    def matrix(piece: names.WeightPiece) -> np.ndarray:
+        """Return our matrix, with the rank and scale that the file states for it."""
         path = ParameterPath.parse(piece.path)
         if piece in saved:
-            return fetch(parameters[piece.path], piece.lead)
+            return fetch_entry(parameters[piece.path], piece.lead)
         if piece.path not in parameters:  # PEFT requires the expert's other matrices too
-            return np.zeros(piece.ours_shape, dtype)
-        trained = fetch(parameters[piece.path], piece.lead)
+            return np.zeros(piece.internal_shape, dtype)
+        trained = fetch_entry(parameters[piece.path], piece.lead)
         shape = shapes[path.module_path]
         # B absorbs the difference between the scale here and the one that the file's settings imply.
         factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
         if path.leaf == "lora_b" and factor != 1:
             trained = (trained.astype(np.float64) * factor).astype(dtype)
-        return np.pad(trained, [(0, size - length) for size, length in zip(piece.ours_shape, trained.shape, strict=True)])
+        return np.pad(trained, [(0, size - length) for size, length in zip(piece.internal_shape, trained.shape, strict=True)])
 
     pieces = {piece.name: piece for piece in (*table, *saved)}
-    specs = [safetensors_files.Spec(piece.name, piece.shape, dtype) for piece in table]
-    specs += [safetensors_files.Spec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)) for piece in saved]
-    check_space(out_dir, sum(nbytes(spec.shape, spec.dtype) for spec in specs))
+    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, dtype) for piece in table]
+    specs += [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)) for piece in saved]
+    check_space(out_dir, sum(array_bytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
-        safetensors_files.write_file(directory / WEIGHTS, specs, tensor)
-        hf.write_json(directory / CONFIG, settings)
+        safetensors_files.write_safetensors(directory / ADAPTER_WEIGHTS, specs, tensor)
+        hf.write_json(directory / ADAPTER_CONFIG, settings)
         write_texts(directory, texts)
 
 
 # --- adapter_config.json -------------------------------------------------------------------------------------------
 
 
-def _shape(lora: config.Lora, module: str, rank: int) -> Shape:
+def _shape(lora: config.Lora, module: str, rank: int) -> AdapterShape:
     """Return the rank of a stack of adapters, and the alpha that gives its first target's scale at that rank."""
     target = merge.target_of(lora, module)
-    return Shape(rank, target.alpha if rank == target.rank and not lora.rslora else lora.scale(target) * rank)
+    return AdapterShape(rank, target.alpha if rank == target.rank and not lora.rslora else lora.scale(target) * rank)
 
 
-def _saved(model: config.Model, lora: config.Lora) -> list[names.Piece]:
+def _saved(model: config.Model, lora: config.Lora) -> list[names.WeightPiece]:
     """Return the weights that were trained in full.
 
     Raises:
         ValueError: experts are among them, which PEFT with transformers 5 has as a single fused module.
     """
-    paths = {piece.path for piece in names.pieces(model) if ParameterPath.parse(piece.path).is_trained(lora)}
+    paths = {piece.path for piece in names.weight_pieces(model) if ParameterPath.parse(piece.path).is_trained(lora)}
     saved = [piece for piece in saved_pieces(model) if piece.path in paths]
     if experts := sorted(ParameterPath.parse(path).module for path in paths - {piece.path for piece in saved}):
         raise ValueError(
-            f"{experts[0]} was trained in full, and PEFT's modules_to_save has all matrices of all experts or none; "
+            f"{experts[0]} was trained in full, but PEFT's modules_to_save can only save all matrices of all experts or none; "
             "use --format hf --merge"
         )
     return saved
 
 
-def _in_file(model: config.Model, trained: Mapping[str, Shape]) -> dict[str, Shape]:
+def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[str, AdapterShape]:
     """Return the adapters of the file by module: experts have all three matrices, gate and up with the same shape."""
     shapes = dict(trained)
     if isinstance(model.ffn, config.DenseFfn):
@@ -142,9 +142,9 @@ def _in_file(model: config.Model, trained: Mapping[str, Shape]) -> dict[str, Sha
     return shapes
 
 
-def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora) -> dict[str, Any]:
+def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: config.Lora) -> JsonObject:
     """Return adapter_config.json without the base model's name."""
-    leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.pieces(model)}
+    leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.weight_pieces(model)}
     by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
     usual = Counter(by_module.values()).most_common(1)[0][0]
@@ -152,7 +152,9 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
         usual = by_module[GATE]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"} if sparse else {}  # the names in transformers 5
+    fused_names: dict[str, str] = {}  # the names in transformers 5, which PEFT looks up in the patterns too
+    if sparse:
+        fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"}
     for module, shape in by_module.items():
         keys = [leaves[module]]
         if module in fused_names:
@@ -169,7 +171,7 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
         saved.remove("lm_head")  # PEFT names one of the two and keeps both
     # A module of a layer is named within the layer, since `norm` alone would also match the end of input_layernorm.
     to_save = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in saved})
-    return {
+    settings: JsonObject = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": usual.rank,
@@ -179,13 +181,15 @@ def _config(model: config.Model, shapes: Mapping[str, Shape], lora: config.Lora)
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": to_save or None,
-        **({"ensure_weight_tying": True} if tied else {}),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if tied:
+        settings["ensure_weight_tying"] = True
+    return settings
 
 
 def _number(x: float) -> int | float:

@@ -38,16 +38,16 @@ def shapes(parameters: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
 def write(
     directory: Path, model: config.Model, parameters: dict[str, jax.Array], dtype: str = "f32", tokenizer: Any = None
 ) -> Path:
-    def matrix(piece: names.Piece, dtype: np.dtype) -> np.ndarray:
+    def matrix(piece: names.WeightPiece, dtype: np.dtype) -> np.ndarray:
         return piece.to_file(merge.merged(parameters, None, piece, dtype))
 
     directory.mkdir(exist_ok=True)
     gguf.write(directory, model, dtype, matrix, tokenizer)
-    return directory / gguf.FILE
+    return directory / gguf.MODEL_FILE
 
 
 def rewrite(file: Path, keys: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     typed = {k: np.uint32(v) if type(v) is int else np.float32(v) if type(v) is float else np.bool_(v) if type(v) is bool else v
              for k, v in keys.items()}  # fmt: skip
-    specs = [container.Spec(name, array.shape, "F32") for name, array in arrays.items()]
-    container.write_file(file, typed, specs, lambda spec: [arrays[spec.name]])
+    specs = [container.GgufSpec(name, array.shape, "F32") for name, array in arrays.items()]
+    container.write_gguf(file, typed, specs, lambda spec: [arrays[spec.name]])

@@ -14,18 +14,21 @@ CONVERSATION = [
 ]
 
 
-@pytest.mark.parametrize("name", chat_format.FORMATS)
+@pytest.mark.parametrize("name", chat_format.CHAT_FORMATS)
 def test_jinja_spells_a_format_and_is_recognised(name: str) -> None:
-    chat = chat_format.FORMATS[name]
-    template = chat_format.jinja(chat)
+    chat = chat_format.CHAT_FORMATS[name]
+    template = chat_format.jinja_template(chat)
     variables = {"messages": CONVERSATION, "add_generation_prompt": True, "bos_token": "<s>"}
-    assert sandbox.render(template, [variables]) == ["<s>" + chat_format.spelled(chat, CONVERSATION, ask=True)]
+    assert sandbox.render(template, [variables]) == ["<s>" + chat_format.render_chat(chat, CONVERSATION, ask=True)]
 
 
 def test_the_quickstarts_format_is_recognised(tokenizer: HuggingFace) -> None:
     assert tokenizer.chat_template is not None
-    assert chat_format.recognised(tokenizer.chat_template, tokenizer) == chat_format.FORMATS["mistral v1 to v3, system first"]
-    for name, chat in chat_format.FORMATS.items():
-        assert chat_format.recognised(chat_format.jinja(chat), tokenizer) == chat, name
-    assert chat_format.recognised(tokenizer.chat_template.replace("[INST]", "[Q]"), tokenizer) is None
-    assert chat_format.recognised("{{ raise_exception('no') }}", tokenizer) is None
+    assert (
+        chat_format.recognize_format(tokenizer.chat_template, tokenizer)
+        == chat_format.CHAT_FORMATS["mistral v1 to v3, system first"]
+    )
+    for name, chat in chat_format.CHAT_FORMATS.items():
+        assert chat_format.recognize_format(chat_format.jinja_template(chat), tokenizer) == chat, name
+    assert chat_format.recognize_format(tokenizer.chat_template.replace("[INST]", "[Q]"), tokenizer) is None
+    assert chat_format.recognize_format("{{ raise_exception('no') }}", tokenizer) is None

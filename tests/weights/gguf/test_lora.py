@@ -23,7 +23,7 @@ def test_an_adapter_alone(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(MIXTRAL, lora=LORA)
         gguf_lora.export_adapter(parameters, MIXTRAL, LORA, tmp_path / "out", base_model="base")
-    reader = package.GGUFReader(tmp_path / "out" / gguf_lora.FILE)
+    reader = package.GGUFReader(tmp_path / "out" / gguf_lora.ADAPTER_FILE)
     alpha = reader.get_field("adapter.lora.alpha").contents()
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     assert len(found) == 2 * 2 * 5
@@ -50,18 +50,18 @@ def test_an_adapter_is_read_back_on_any_mesh(tmp_path: Path) -> None:
         parameters = random_parameters(MIXTRAL, lora=lora)
         gguf_lora.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", base_model="base")
     with jax.set_mesh(ONE):
-        found = external_adapter.read_lora(tmp_path / "out", MIXTRAL)
+        found = external_adapter.read_external_lora(tmp_path / "out", MIXTRAL)
         assert {target.rank: target.alpha for target in found.targets} == {2: 3.0, 3: 3.0}
         wanted = {path: x for path, x in random_parameters(MIXTRAL, lora=found).items() if ".lora_" in path}
-        for source in (tmp_path / "out", tmp_path / "out" / gguf_lora.FILE):
-            loaded = external_adapter.load_adapter(source, MIXTRAL, shapes(wanted))
+        for source in (tmp_path / "out", tmp_path / "out" / gguf_lora.ADAPTER_FILE):
+            loaded = external_adapter.load_external_adapter(source, MIXTRAL, shapes(wanted))
             assert loaded.keys() == {path for path in parameters if ".lora_" in path}
             assert all(np.array_equal(np.asarray(x), np.asarray(parameters[path])) for path, x in loaded.items())
-    assert len(external_adapter.hashes(tmp_path / "out")) == 2 * (2 * 8 + 1) + 1
+    assert len(external_adapter.hash_external_adapter(tmp_path / "out")) == 2 * (2 * 8 + 1) + 1
     with pytest.raises(ValueError, match=r"is for another base: general.architecture is 'llama', not 'mistral3'"):
-        external_adapter.read_lora(tmp_path / "out", MINISTRAL3)
-    with pytest.raises(ValueError, match=r"has blk.0.ffn_down_exps.weight.lora_a, which is no adapter of this model"):
-        external_adapter.read_lora(tmp_path / "out", MISTRAL)
+        external_adapter.read_external_lora(tmp_path / "out", MINISTRAL3)
+    with pytest.raises(ValueError, match=r"has blk.0.ffn_down_exps.weight.lora_a, which is not a supported adapter of this model"):
+        external_adapter.read_external_lora(tmp_path / "out", MISTRAL)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_an_adapter_is_read_back_on_any_mesh(tmp_path: Path) -> None:
     [
         ({"adapter.lora.alpha": np.float32(-1)}, "adapter.lora.alpha is -1.0; it has to be a number"),
         ({"adapter.lora.alpha": "much"}, "adapter.lora.alpha is 'much'; it has to be a number"),
-        ({"adapter.type": "ia3"}, "is no adapter: adapter.type is 'ia3'"),
-        ({"general.type": "model"}, "is no adapter: general.type is 'model'"),
+        ({"adapter.type": "ia3"}, "is not an adapter: adapter.type is 'ia3'"),
+        ({"general.type": "model"}, "is not an adapter: general.type is 'model'"),
     ],
 )
 def test_a_file_that_is_no_adapter_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -79,18 +79,18 @@ def test_a_file_that_is_no_adapter_is_refused(change: dict[str, Any], said: str,
     ranks = {"blk.0.attn_q": 2, "blk.1.attn_q": 2}
 
     def write_adapter(ranks: dict[str, int]) -> None:
-        specs = [container.Spec(f"{name}.weight.lora_a", (rank, 64), "F32") for name, rank in ranks.items()]
-        specs += [container.Spec(f"{name}.weight.lora_b", (96, rank), "F32") for name, rank in ranks.items()]
-        container.write_file(tmp_path / "x.gguf", keys, specs, lambda spec: [np.zeros(spec.shape, np.float32)])
+        specs = [container.GgufSpec(f"{name}.weight.lora_a", (rank, 64), "F32") for name, rank in ranks.items()]
+        specs += [container.GgufSpec(f"{name}.weight.lora_b", (96, rank), "F32") for name, rank in ranks.items()]
+        container.write_gguf(tmp_path / "x.gguf", keys, specs, lambda spec: [np.zeros(spec.shape, np.float32)])
 
     write_adapter(ranks)
     with pytest.raises(ValueError, match=said):
-        external_adapter.read_lora(tmp_path, MISTRAL)
+        external_adapter.read_external_lora(tmp_path, MISTRAL)
     keys |= {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": np.float32(0)}
     write_adapter(ranks)
-    (target,) = external_adapter.read_lora(tmp_path, MISTRAL).targets
+    (target,) = external_adapter.read_external_lora(tmp_path, MISTRAL).targets
     assert (target.rank, target.alpha, target.modules) == (2, 2.0, ("attention.q_proj",))  # 0 stands for a scale of 1
-    for others in ({"blk.0.attn_q": 2}, {**ranks, "blk.1.attn_q": 3}):
-        write_adapter(others)
-        with pytest.raises(ValueError, match=r"blk.0.attn_q.weight.lora_a has rank 2, blk.1.attn_q.weight.lora_a another"):
-            external_adapter.read_lora(tmp_path, MISTRAL)
+    for unequal, state in (({"blk.0.attn_q": 2}, "is missing"), ({**ranks, "blk.1.attn_q": 3}, "has rank 3")):
+        write_adapter(unequal)
+        with pytest.raises(ValueError, match=rf"blk.0.attn_q.weight.lora_a has rank 2, but blk.1.attn_q.weight.lora_a {state}"):
+            external_adapter.read_external_lora(tmp_path, MISTRAL)

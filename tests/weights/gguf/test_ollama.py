@@ -26,4 +26,4 @@ def test_the_modelfile(tmp_path: Path, tokenizer: HuggingFace) -> None:
 
 def test_a_chat_of_no_known_format_is_left_to_ollama() -> None:
     text = modelfile("model.gguf", None)
-    assert text.startswith("FROM ./model.gguf\n# The chat template is the one in the file") and "PARAMETER" not in text
+    assert text.startswith("FROM ./model.gguf\n# The file has a chat template in Jinja") and "PARAMETER" not in text

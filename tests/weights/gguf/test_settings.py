@@ -38,34 +38,34 @@ def test_what_is_not_built_is_refused(name: str, tmp_path: Path) -> None:
     changes, said = CHANGES[name]
     with jax.set_mesh(ONE):
         parameters = random_parameters(MISTRAL)
-        opened = container.open_file(write(tmp_path, MISTRAL, parameters))
-        keys = {k: v for k, v in ({**opened.settings, **changes}).items() if k != gguf_settings.OURS and v is not None}
+        opened = container.open_gguf(write(tmp_path, MISTRAL, parameters))
+        keys = {k: v for k, v in ({**opened.settings, **changes}).items() if k != gguf_settings.MODEL_KEY and v is not None}
         rewrite(tmp_path / "x.gguf", keys, {name: tensor.read() for name, tensor in opened.tensors.items()})
         with pytest.raises(ValueError, match=said) as error:
-            external.load_parameters(tmp_path / "x.gguf", shapes(parameters))
+            external.load_external_parameters(tmp_path / "x.gguf", shapes(parameters))
     assert "\n" not in str(error.value) and "x.gguf" in str(error.value)
 
 
 def test_changed_frequencies_and_changed_keys_are_refused(tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
-        opened = container.open_file(write(tmp_path, MISTRAL, random_parameters(MISTRAL)))
+        opened = container.open_gguf(write(tmp_path, MISTRAL, random_parameters(MISTRAL)))
     arrays = {"rope_freqs.weight": np.full(12, 2, np.float32), "token_embd.weight": opened.tensors["token_embd.weight"].read()}
-    rewrite(tmp_path / "x.gguf", {k: v for k, v in opened.settings.items() if k != gguf_settings.OURS}, arrays)
+    rewrite(tmp_path / "x.gguf", {k: v for k, v in opened.settings.items() if k != gguf_settings.MODEL_KEY}, arrays)
     with pytest.raises(ValueError, match=r"rope_freqs.weight changes the rotary frequencies"):
-        gguf.read_model(tmp_path / "x.gguf")
+        gguf.read_model_config(tmp_path / "x.gguf")
     rewrite(tmp_path / "x.gguf", opened.settings | {"llama.rope.freq_base": 5e5}, {})
     with pytest.raises(ValueError, match=r"llama.rope.freq_base is 500000.0, but 1000000.0 by moe_train.model"):
-        gguf.read_model(tmp_path / "x.gguf")
+        gguf.read_model_config(tmp_path / "x.gguf")
 
 
 def test_a_window_becomes_the_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with jax.set_mesh(ONE):
         file = write(tmp_path, MINISTRAL, random_parameters(MINISTRAL))
-    assert container.open_file(file).settings["llama.context_length"] == 48
-    assert "a context of 48 tokens, up to which it is exact" in caplog.text
+    assert container.open_gguf(file).settings["llama.context_length"] == 48
+    assert "a context of 48 tokens, up to which the model is exact" in caplog.text
 
 
 def test_a_scale_that_llama_cpp_has_no_words_for_is_refused() -> None:
     model = MINISTRAL3.model_copy(update={"rope": YARN.model_copy(update={"mscale": 0.5})})
-    with pytest.raises(ValueError, match=r"rope.mscale is 0.5; llama.cpp takes it for 1"):
-        gguf_settings.settings(model)
+    with pytest.raises(ValueError, match=r"rope.mscale is 0.5; llama.cpp assumes 1"):
+        gguf_settings.architecture_settings(model)

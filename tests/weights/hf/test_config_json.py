@@ -156,7 +156,7 @@ REFUSED = [
     (MIXTRAL, {"hidden_size": "4096"}, "config.json"),
     (MIXTRAL, {"rope_theta": None}, "rope_theta is stated neither"),
     (MISTRAL, {"sliding_window": ...}, "sliding_window is not stated"),
-    (MISTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters.factor is not built"),
+    (MISTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters.factor is not implemented"),
     (MISTRAL, {"rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
     (MISTRAL, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     (
@@ -168,12 +168,12 @@ REFUSED = [
     (MINISTRAL, {"layer_types": ["chunked_attention"] * 32}, "layer_types has 'chunked_attention'"),
     (MINISTRAL, {"sliding_window": None}, "but sliding_window is null"),
     (MINISTRAL3, {"rope_parameters": {k: v for k, v in YARN.items() if k != "factor"}}, "factor is missing"),
-    (MINISTRAL3, {"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor is not built"),
-    (MINISTRAL3, {"rope_parameters": YARN | {"truncate": False}}, "truncate is not built"),
+    (MINISTRAL3, {"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor is not implemented"),
+    (MINISTRAL3, {"rope_parameters": YARN | {"truncate": False}}, "truncate is not implemented"),
     (LLAMA, {"attention_bias": True}, "attention_bias is True"),
     (LLAMA, {"mlp_bias": True}, "mlp_bias is True"),
     (LLAMA, {"rope_interleaved": True}, "rope_interleaved is True"),
-    (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.factor is not built"),
+    (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.factor is not implemented"),
 ]
 
 
@@ -206,12 +206,12 @@ def test_what_config_json_has_no_words_for_is_refused(tmp_path: Path) -> None:
     two = read(tmp_path, MINISTRAL).model_copy(
         update={"attention": config.GroupedQueryAttention(num_heads=32, num_kv_heads=8, head_dim=128, windows=(16, 32))}
     )
-    with pytest.raises(ValueError, match="one size of window"):
+    with pytest.raises(ValueError, match="can state only one"):
         write_model_config(two, dtype="float32", bos_token_id=1, eos_token_id=2)
     model = read(tmp_path, MINISTRAL3)
     scaling = config.QueryScaling(beta=0.1, original_max_seq_len=5)
     other = model.model_copy(update={"attention": model.attention.model_copy(update={"query_scaling": scaling})})
-    with pytest.raises(ValueError, match="has one for both"):
+    with pytest.raises(ValueError, match="has one value for both"):
         write_model_config(other, dtype="float32", bos_token_id=1, eos_token_id=2)
     odd = read(tmp_path, LLAMA).model_copy(update={"model_dim": 4097})
     with pytest.raises(ValueError, match="not a multiple of num_heads"):

@@ -27,15 +27,15 @@ def test_an_export_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dty
     with jax.set_mesh(EIGHT):
         sharded = random_parameters(model, dtype)
         report = write.export_model(sharded, model, tmp_path / "out", write.WriteOptions(dtype=dtype, max_shard_bytes=2000))
-        assert_equal(external.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
-        for path, array in external.load_parameters(tmp_path / "out", abstract(model, dtype)).items():
+        assert_equal(external.load_external_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
+        for path, array in external.load_external_parameters(tmp_path / "out", abstract(model, dtype)).items():
             assert array.sharding == sharded[path].sharding
-    assert external.read_model(tmp_path / "out") == model
+    assert external.read_external_model(tmp_path / "out") == model
     tensors = figures(report, "tensors")
     assert tensors["parameters"] == sum(array.size for array in sharded.values())
     assert tensors["bytes"] == tensors["parameters"] * np.dtype(dtype).itemsize
     with jax.set_mesh(ONE):
-        assert_equal(external.load_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
+        assert_equal(external.load_external_parameters(tmp_path / "out", abstract(model, dtype)), sharded)
 
 
 @pytest.mark.parametrize("layout", ["hf", "mistral", "gguf"])
@@ -53,7 +53,7 @@ def test_weights_left_in_their_files_are_merged_and_proved_as_those_in_memory(
             tmp_path / "base",
             write.WriteOptions(layout=layout, dtype="bf16" if layout == "gguf" else "bfloat16", depth="tensors"),
         )
-        left = external.leave_parameters(tmp_path / "base", abstract(model, "bfloat16"))
+        left = external.open_external_lazily(tmp_path / "base", abstract(model, "bfloat16"))
         reports = [
             write.export_model(
                 source, model, tmp_path / name, write.WriteOptions(dtype="bfloat16", lora=LORA, merge=True, depth=depth)
@@ -94,14 +94,14 @@ def test_the_fused_layout_and_the_prefix_of_a_wrapper_are_read(tmp_path: Path) -
         parameters = random_parameters(MIXTRAL)
         write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
         fused: dict[str, np.ndarray] = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
-        for piece in names.pieces(MIXTRAL, names.hugging_face("model.language_model.", "", fused=True)):
+        for piece in names.weight_pieces(MIXTRAL, names.hugging_face("model.language_model.", "", fused=True)):
             tensor = fused.setdefault(piece.name, np.zeros(piece.shape, np.float32))
             part = tuple(at if isinstance(at, int) else slice(*at) for at in piece.part)
             tensor[part] = piece.to_file(np.asarray(parameters[piece.path])[piece.lead])
         for file in (tmp_path / "out").glob("model*"):
             file.unlink()
         safetensors.numpy.save_file(fused, tmp_path / "out/model.safetensors")
-        assert_equal(external.load_parameters(tmp_path / "out", abstract(MIXTRAL)), parameters)
+        assert_equal(external.load_external_parameters(tmp_path / "out", abstract(MIXTRAL)), parameters)
 
 
 def figures(report: dict[str, Any], check: str) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def test_merged_weights_are_base_plus_delta_rounded_once(dtype: Any, tmp_path: P
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(MIXTRAL, lora=LORA)
         report = write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype=dtype, lora=LORA, merge=True))
-        loaded = external.load_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
+        loaded = external.load_external_parameters(tmp_path / "out", abstract(MIXTRAL, dtype))
     for path, array in loaded.items():
         assert np.array_equal(np.asarray(array), plain_merge(parameters, path).astype(dtype)), path
     merge = figures(report, "merge")
@@ -156,11 +156,11 @@ def test_the_report_tells_of_deltas_that_the_dtype_swallows(tmp_path: Path) -> N
 def test_weights_without_adapter_keep_their_bytes_through_a_lora_export(tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         write.export_model(random_parameters(MIXTRAL, "bfloat16"), MIXTRAL, tmp_path / "base", write.WriteOptions(dtype="bfloat16"))
-        before = external.hashes(tmp_path / "base")
-        base = external.load_parameters(tmp_path / "base", abstract(MIXTRAL))  # float32 in memory
+        before = external.hash_external_model(tmp_path / "base")
+        base = external.load_external_parameters(tmp_path / "base", abstract(MIXTRAL))  # float32 in memory
         parameters = random_parameters(MIXTRAL, lora=LORA) | base
         write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="bfloat16", lora=LORA, merge=True))
-        after = external.hashes(tmp_path / "out")
+        after = external.hash_external_model(tmp_path / "out")
     adapted = ("q_proj", "o_proj", ".w1.", ".w2.", ".w3.")
     assert {name for name in before if before[name] != after[name]} == {n for n in before if any(part in n for part in adapted)}
 
@@ -170,13 +170,15 @@ def test_weights_without_adapter_keep_their_bytes_through_a_lora_export(tmp_path
 
 def plant(monkeypatch: pytest.MonkeyPatch, alter: Callable[[str, Callable[[str], np.ndarray]], np.ndarray]) -> None:
     """Let the writer get `alter(name, tensor)` instead of `tensor(name)`."""
-    write = safetensors_files.write_file
+    write = safetensors_files.write_safetensors
 
-    def faulty(file: Path, specs: list[safetensors_files.Spec], tensor: Callable[[safetensors_files.Spec], np.ndarray]) -> None:
+    def faulty(
+        file: Path, specs: list[safetensors_files.TensorSpec], tensor: Callable[[safetensors_files.TensorSpec], np.ndarray]
+    ) -> None:
         by_name = {spec.name: spec for spec in specs}
         write(file, specs, lambda spec: alter(spec.name, lambda name: tensor(by_name[name])))
 
-    monkeypatch.setattr(safetensors_files, "write_file", faulty)
+    monkeypatch.setattr(safetensors_files, "write_safetensors", faulty)
 
 
 def swap_experts(name: str, tensor: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -266,11 +268,11 @@ def test_a_tied_head_that_was_written_out_is_dropped_where_it_is_the_embedding(t
         parameters = random_parameters(MINISTRAL)
         write.export_model(parameters, MINISTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
         (shard,) = (tmp_path / "out").glob("model-*")
-        (tmp_path / "out" / safetensors_files.INDEX).unlink()
+        (tmp_path / "out" / safetensors_files.INDEX_FILE).unlink()
         found = safetensors.numpy.load_file(shard)
         single = tmp_path / "out/model.safetensors"
         safetensors.numpy.save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"]}, single)
-        assert_equal(external.load_parameters(tmp_path / "out", abstract(MINISTRAL)), parameters)
+        assert_equal(external.load_external_parameters(tmp_path / "out", abstract(MINISTRAL)), parameters)
         safetensors.numpy.save_file(found | {"lm_head.weight": found["model.embed_tokens.weight"] + 1}, single)
-        with pytest.raises(ValueError, match=r"lm_head\.weight of its own"):
-            external.load_parameters(tmp_path / "out", abstract(MINISTRAL))
+        with pytest.raises(ValueError, match=r"lm_head\.weight that differs from the embedding"):
+            external.load_external_parameters(tmp_path / "out", abstract(MINISTRAL))

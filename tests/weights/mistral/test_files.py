@@ -29,8 +29,8 @@ def test_a_model_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dtype
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(model, dtype)
         out = write(parameters, model, tmp_path / "out", dtype)
-        assert_equal(external.load_parameters(out, abstract(model, dtype)), parameters)
-    assert external.read_model(out) == model
+        assert_equal(external.load_external_parameters(out, abstract(model, dtype)), parameters)
+    assert external.read_external_model(out) == model
     assert sorted(file.name for file in out.iterdir()) == ["consolidated.safetensors", "params.json"]
 
 
@@ -110,11 +110,13 @@ def test_shards_with_an_index_and_the_vision_part_of_a_release(tmp_path: Path) -
             places |= dict.fromkeys(half, f"consolidated-0000{i}-of-00002.safetensors")
         index = folder / "consolidated.safetensors.index.json"
         index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-        assert_equal(external.load_parameters(folder, abstract(MIXTRAL)), parameters)
+        assert_equal(external.load_external_parameters(folder, abstract(MIXTRAL)), parameters)
     for name in ("../consolidated.safetensors", "/etc/passwd"):
         index.write_text(json.dumps({"weight_map": {**places, "norm.weight": name}}))
-        with pytest.raises(ValueError, match=r"consolidated\.safetensors\.index\.json names .*; files of a model lie beside"):
-            external.open_weights(folder)
+        with pytest.raises(
+            ValueError, match=r"consolidated\.safetensors\.index\.json names the file .*; shards must be plain names"
+        ):
+            external.open_external_weights(folder)
 
 
 def test_a_tied_model_with_an_output_of_its_own_is_refused_and_a_copy_left_out(tmp_path: Path) -> None:
@@ -125,10 +127,12 @@ def test_a_tied_model_with_an_output_of_its_own_is_refused_and_a_copy_left_out(t
         file = folder / "consolidated.safetensors"
         tensors = safetensors.numpy.load_file(file)
         safetensors.numpy.save_file({**tensors, "output.weight": tensors["tok_embeddings.weight"]}, file)
-        assert_equal(external.load_parameters(folder, abstract(model)), parameters)
+        assert_equal(external.load_external_parameters(folder, abstract(model)), parameters)
         safetensors.numpy.save_file({**tensors, "output.weight": tensors["tok_embeddings.weight"] + 1}, file)
-        with pytest.raises(ValueError, match=r"output\.weight of its own, but tied_embeddings is true in its params\.json"):
-            external.open_weights(folder)
+        with pytest.raises(
+            ValueError, match=r"output\.weight that differs from the embedding, but tied_embeddings is true in its params\.json"
+        ):
+            external.open_external_weights(folder)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
@@ -140,7 +144,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
         changed = {**tensors, "layers.3.gate.weight": gate, "norm.weight": np.ones(9, np.float32)}
         safetensors.numpy.save_file(changed, file)
         with pytest.raises(ValueError, match="does not hold the model") as refused:
-            external.load_parameters(folder, abstract(MIXTRAL))
+            external.load_external_parameters(folder, abstract(MIXTRAL))
     for said in (
         "lacks layers.3.feed_forward.gate.weight",
         "has layers.3.gate.weight",
@@ -183,6 +187,6 @@ def test_a_damaged_header_is_one_clear_line(content: tuple[str, bytes], tmp_path
     (tmp_path / "params.json").write_text(json.dumps(params_json.write_model_config(MIXTRAL)))
     (tmp_path / "consolidated.safetensors").write_bytes(content[1])
     with pytest.raises(ValueError) as refused:
-        external.open_weights(tmp_path)
+        external.open_external_weights(tmp_path)
     message = str(refused.value)
     assert "consolidated.safetensors" in message and "\n" not in message and len(message) < 500

@@ -20,7 +20,7 @@ PARAMS = params_json.write_model_config(MIXTRAL)
 def read(params: Any, folder: Path) -> config.Model:
     folder.mkdir(exist_ok=True)
     (folder / "params.json").write_text(params if isinstance(params, str) else json.dumps(params))
-    return external.read_model(folder)
+    return external.read_external_model(folder)
 
 
 def test_the_files_of_released_models_are_understood(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -49,7 +49,7 @@ def test_the_files_of_released_models_are_understood(tmp_path: Path, caplog: pyt
     assert three.attention.query_scaling == config.QueryScaling(beta=0.1, original_max_seq_len=16384)
     assert not caplog.records
     read({**size, "rope_theta": 1e6, "new_field": 1}, tmp_path)
-    assert "fields that are not read here: new_field" in caplog.text
+    assert "fields that are not read: new_field" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -65,20 +65,20 @@ def test_the_files_of_released_models_are_understood(tmp_path: Path, caplog: pyt
         ({"moe": {"num_experts": 4}}, "moe.num_experts_per_tok: Field required"),
         (
             {"moe": {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}},
-            "moe.num_shared_experts: is not built here",
+            "moe.num_shared_experts: is not implemented",
         ),
         ({"moe": []}, "moe: Input should be "),
-        ({"sliding_window": [4, None, 4]}, "sliding_window has 3 entries, of which n_layers 4 is no multiple"),
+        ({"sliding_window": [4, None, 4]}, "sliding_window has 3 entries; n_layers 4 has to be a multiple of that"),
         ({"sliding_window": []}, "sliding_window has 0 entries"),
         ({"sliding_window": 4, "_sliding_window": 4}, "sliding_window and _sliding_window are both stated"),
         ({"sliding_window": 4, "rope_theta": None}, "rope_theta is not stated, and its default differs"),
         ({"yarn": {"factor": 2.0}}, "yarn.original_max_position_embeddings: Field required"),
-        ({"q_lora_rank": 1024}, "q_lora_rank is 1024, which is not built here"),
+        ({"q_lora_rank": 1024}, "q_lora_rank is 1024, which is not implemented"),
         (
             {"quantization": {"qformat_weight": "fp8_e4m3"}},
-            "quantization is {'qformat_weight': 'fp8_e4m3'}, which is not built here",
+            "quantization is {'qformat_weight': 'fp8_e4m3'}, which is not implemented",
         ),
-        ({"model_type": "mamba"}, "model_type is 'mamba', which is not built here; it has to be 'transformer'"),
+        ({"model_type": "mamba"}, "model_type is 'mamba', which is not implemented; it has to be 'transformer'"),
         ({"use_biases": True}, "use_biases is True"),
         ({"tied_embeddings": "yes"}, "tied_embeddings: Input should be a valid boolean"),
     ],

@@ -42,8 +42,8 @@ def write_adapter(out: Path, swapped: bool, version: str | None = "0.21.2", **mo
     settings |= {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
     settings |= {"rank_pattern": {"experts.down_proj": 3}, "alpha_pattern": {r".*\.experts\.down_proj": 12}, **more}
     out.mkdir()
-    safetensors.numpy.save_file(tensors, out / peft.WEIGHTS, {"format": "pt"})
-    (out / peft.CONFIG).write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    safetensors.numpy.save_file(tensors, out / peft.ADAPTER_WEIGHTS, {"format": "pt"})
+    (out / peft.ADAPTER_CONFIG).write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
     return {parameter: np.array(delta) for parameter, delta in deltas.items()}
 
 
@@ -86,7 +86,7 @@ def test_what_is_no_fused_adapter_of_the_model_is_refused(tmp_path: Path) -> Non
     write_adapter(tmp_path / "fused", False)
     with pytest.raises(ValueError, match=r"of shape \(12, 12\) and its lora_B of \(8, 12\) fit neither gate_up_proj nor down_proj"):
         load(tmp_path / "fused", MIXTRAL.model_copy(update={"model_dim": 16}))
-    file = tmp_path / "fused" / peft.WEIGHTS
+    file = tmp_path / "fused" / peft.ADAPTER_WEIGHTS
     tensors = safetensors.numpy.load_file(file)
     stem = "base_model.model.model.layers.1.mlp.experts.base_layer"
     for name in (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"):
@@ -99,7 +99,7 @@ def test_what_is_no_fused_adapter_of_the_model_is_refused(tmp_path: Path) -> Non
         load(tmp_path / "fused")
     other = {"target_parameters": ["mlp.experts.bias"]}
     write_adapter(tmp_path / "other", False, **other)
-    with pytest.raises(ValueError, match=r"target_parameters has 'mlp\.experts\.bias'; read are those that end in"):
+    with pytest.raises(ValueError, match=r"target_parameters has 'mlp\.experts\.bias'; supported are names that end in"):
         load(tmp_path / "other")
 
 
@@ -134,12 +134,12 @@ def test_a_fused_adapter_that_peft_writes_gives_pefts_logits(tmp_path: Path) -> 
         with judge.disable_adapter():
             plain = judge(torch.tensor(tokens)).logits.numpy()
 
-    model = external.read_model(tmp_path / "base")
+    model = external.read_external_model(tmp_path / "base")
     lora = peft.read_lora(tmp_path / "adapter", model)
     with jax.set_mesh(ONE):
         structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
         adapters = {path: like for path, like in shapes.items() if path.endswith((".lora_a", ".lora_b"))}
-        parameters = external.load_parameters(tmp_path / "base", {p: x for p, x in shapes.items() if p not in adapters})
+        parameters = external.load_external_parameters(tmp_path / "base", {p: x for p, x in shapes.items() if p not in adapters})
         module = flat.combine(structure, parameters | peft.load_adapter(tmp_path / "adapter", model, adapters))
         batch = put_batch((tokens, np.arange(20)[None], np.ones((1, 20), int)), ONE)
         ours = np.asarray(jax.jit(lambda batch: module.logits(module(*batch)[0]))(batch))

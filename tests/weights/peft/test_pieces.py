@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from moe_train.weights.peft.pieces import adapter_pieces, saved_pieces, tied_head
+from moe_train.weights.peft.pieces import adaptable_pieces, saved_pieces, tied_head
 from tests.tiny import MINISTRAL, MIXTRAL
 
 LAYER = "base_model.model.model.layers.0."
 
 
 def test_everything_but_norms_can_have_an_adapter() -> None:
-    names = [piece.name for piece in adapter_pieces(MIXTRAL)]
+    names = [piece.name for piece in adaptable_pieces(MIXTRAL)]
     assert len(names) == len(set(names)) == 2 * (2 + 4 * (4 + 1 + 3 * 4))
     assert {f"{LAYER}block_sparse_moe.gate.lora_A.weight", f"{LAYER}block_sparse_moe.experts.2.w1.lora_B.weight"} <= set(names)
     assert not any("norm" in name for name in names)

@@ -81,5 +81,5 @@ def test_a_module_to_save_without_a_weight_is_refused(tmp_path: Path) -> None:
         peft.export_adapter(adapters(LORA), MIXTRAL, LORA, tmp_path / "out", base_model="b")
     file = tmp_path / "out/adapter_config.json"
     file.write_text(json.dumps(settings_in(tmp_path / "out") | {"modules_to_save": ["lm_head"]}))
-    with pytest.raises(ValueError, match=r"modules_to_save has 'lm_head', and adapter_model\.safetensors has no weight of it"):
+    with pytest.raises(ValueError, match=r"modules_to_save has 'lm_head', but adapter_model\.safetensors has no weight of it"):
         peft.read_lora(tmp_path / "out", MIXTRAL)

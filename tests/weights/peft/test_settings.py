@@ -19,12 +19,12 @@ SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"q_p
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"use_dora": True}, "use_dora is True"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"target_parameters": ["mlp.experts.bias"]}, "target_parameters has .*; read are those that end in"),
+        ({"target_parameters": ["mlp.experts.bias"]}, "target_parameters has .*; supported are names that end in"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; it has to be a list of names"),
-        ({"lora_alpha": None}, "lora_alpha is None; an alpha is a positive number"),
+        ({"lora_alpha": None}, "lora_alpha is None; an alpha has to be a positive number"),
         ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; it has to be an object"),
-        ({"alpha_pattern": {"q_proj": -1}}, "q_proj is -1; an alpha is a positive number"),
-        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', which is no pattern: missing \)"),
+        ({"alpha_pattern": {"q_proj": -1}}, "q_proj is -1; an alpha has to be a positive number"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', which is not a regular expression: missing \)"),
     ],
 )
 def test_what_is_not_supported_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_an_adapter_that_was_written_wrong_is_not_exported(
         """Give expert 3 the matrices of expert 0."""
         write(file, specs, lambda spec: tensor(spec._replace(name=spec.name.replace("experts.3.", "experts.0."))))
 
-    monkeypatch.setattr(safetensors_files, "write_file", swap_experts)
+    monkeypatch.setattr(safetensors_files, "write_safetensors", swap_experts)
     with pytest.raises(RuntimeError, match=r"the proof failed \(deltas\): the adapter of .*\[0, 3\] in the files is not the one"):
         export(tmp_path / "run", tmp_path / "out", layout)
     assert not (tmp_path / "out").exists()

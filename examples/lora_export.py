@@ -12,8 +12,8 @@ if not tokenizer.exists():
 
 # The base: pretrained, and exported as files that transformers loads.
 base = moe_train.load_config("examples/tiny.yaml", [f"run_dir={folder}/base", f"data.tokenizer.path={tokenizer}"])
-moe_train.train_model(moe_train.resolve(base))
-moe_train.export_model(folder / "base", folder / "base-hf")
+moe_train.train_run(moe_train.resolve(base))
+moe_train.export(folder / "base", folder / "base-hf")
 
 # The adapters: two factors beside each projection of attention and experts, trained on the README.
 changes = [
@@ -24,12 +24,12 @@ changes = [
     "lora={targets: [{modules: ['attention.*_proj', 'ffn.*_proj'], rank: 4, alpha: 8}]}",
 ]
 lora = moe_train.load_config("examples/tiny.yaml", [*changes, f"data.tokenizer.path={tokenizer}"])
-moe_train.train_model(moe_train.resolve(lora))
+moe_train.train_run(moe_train.resolve(lora))
 
 # The export: each file is read back by an independent reader and compared with the trained weights.
-moe_train.export_model(folder / "lora", folder / "adapter", "peft")
-moe_train.export_model(folder / "lora", folder / "merged-hf", merge=True)
+moe_train.export(folder / "lora", folder / "adapter", "peft")
+moe_train.export(folder / "lora", folder / "merged-hf", merge=True)
 for directory in ("adapter", "merged-hf"):
-    _, checks = moe_train.verify_export(folder / directory)
+    _, checks = moe_train.verify(folder / directory)
     for check in checks:
         print(f"{directory}: {'ok' if check.passed else 'FAILED'} {check.name}")

@@ -24,9 +24,9 @@ _MODULES = {
     "Run": "config",
     "load_config": "config.yaml_file",
     "resolve": "run.resolve",
-    "train": "run.loop",
+    "train_run": "run.loop",
     "steps": "run.loop",
-    "plan": "commands.plan",
+    "plan_run": "commands.plan",
     # models
     "Transformer": "model.transformer",
     "init_model": "model.transformer",
@@ -37,14 +37,15 @@ _MODULES = {
     "Objective": "train.objectives.objective",
     "Mean": "train.objectives.objective",
     "custom_objective": "train.objectives.custom",
-    "batch_logprobs": "train.token_logprobs",
+    "token_logprobs": "train.token_logprobs",
     # data
     "Records": "data.records.source",
     "load_records": "data.records.load_records",
     "load_tokenizer": "checkpoint.load_model",
+    "train_tokenizer": "commands.train_tokenizer",
     # what a trained model does, and its files
-    "evaluate": "commands.evaluate",
-    "generate": "commands.generate",
+    "evaluate_model": "commands.evaluate",
+    "generate_text": "commands.generate",
     "export": "commands.export",
     "verify": "commands.verify",
 }
@@ -55,9 +56,9 @@ __all__ = [  # noqa: RUF022 (in the order of use)
     "Run",
     "load_config",
     "resolve",
-    "train",
+    "train_run",
     "steps",
-    "plan",
+    "plan_run",
     "Transformer",
     "init_model",
     "load_model",
@@ -66,22 +67,24 @@ __all__ = [  # noqa: RUF022 (in the order of use)
     "Objective",
     "Mean",
     "custom_objective",
-    "batch_logprobs",
+    "token_logprobs",
     "Records",
     "load_records",
     "load_tokenizer",
-    "evaluate",
-    "generate",
+    "train_tokenizer",
+    "evaluate_model",
+    "generate_text",
     "export",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from moe_train.checkpoint.load_model import load_model, load_tokenizer
-    from moe_train.commands.evaluate import evaluate
+    from moe_train.commands.evaluate import evaluate_model
     from moe_train.commands.export import export
-    from moe_train.commands.generate import generate
-    from moe_train.commands.plan import plan
+    from moe_train.commands.generate import generate_text
+    from moe_train.commands.plan import plan_run
+    from moe_train.commands.train_tokenizer import train_tokenizer
     from moe_train.commands.verify import verify
     from moe_train.config import Config, Run
     from moe_train.config.yaml_file import load_config
@@ -90,11 +93,11 @@ if TYPE_CHECKING:
     from moe_train.machine.mesh import make_mesh
     from moe_train.model.moe.router import RouterStats
     from moe_train.model.transformer import Transformer, init_model
-    from moe_train.run.loop import steps, train
+    from moe_train.run.loop import steps, train_run
     from moe_train.run.resolve import resolve
     from moe_train.train.objectives.custom import custom_objective
     from moe_train.train.objectives.objective import Mean, Objective
-    from moe_train.train.token_logprobs import batch_logprobs
+    from moe_train.train.token_logprobs import token_logprobs
 
 
 def __getattr__(name: str) -> Any:

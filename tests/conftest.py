@@ -30,7 +30,7 @@ settings.load_profile("anew" if "--slow" in sys.argv else "alike")
 jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook("moe_train.model", "beartype.beartype")
 
-from moe_train.commands.train_tokenizer import train_bpe  # noqa: E402
+from moe_train.commands.train_tokenizer import train_tokenizer  # noqa: E402
 from moe_train.config import Config  # noqa: E402
 from moe_train.data.tokenizers.huggingface import HuggingFace  # noqa: E402
 from tests.compiled_programs import Collective, collectives_of  # noqa: E402
@@ -85,7 +85,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [" ".join(rng.choices(words, k=rng.randint(2, 30))) for _ in range(220)]
     for name, part in (("train", records[:200]), ("eval", records[200:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": record}) + "\n" for record in part))
-    train_bpe(records, 280, folder / "tokenizer")
+    train_tokenizer(records, 280, folder / "tokenizer")
     return folder
 
 
@@ -141,7 +141,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
-    return train_bpe(TEXTS, 360, tmp_path_factory.mktemp("tokenizer") / "bpe")
+    return train_tokenizer(TEXTS, 360, tmp_path_factory.mktemp("tokenizer") / "bpe")
 
 
 @pytest.fixture

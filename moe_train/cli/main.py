@@ -83,12 +83,12 @@ def train_tokenizer_command(
 ) -> None:
     """Train a byte-level BPE tokenizer with Mistral's chat format."""
     from moe_train import config
-    from moe_train.commands.train_tokenizer import train_bpe
+    from moe_train.commands.train_tokenizer import train_tokenizer
     from moe_train.data.records.open_source import texts
 
     source = config.FileSource(name="files", files=tuple(files), record=config.TextRecord(name="text", column=column))
     with progress_line("training the tokenizer"):
-        trained = train_bpe(texts(source), vocab_size, out)
+        trained = train_tokenizer(texts(source), vocab_size, out)
     print_mapping({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
 
 

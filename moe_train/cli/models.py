@@ -24,10 +24,10 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure the loss and perplexity of a run or a model on files of text or conversations."""
-    from moe_train.commands.evaluate import evaluate_dir
+    from moe_train.commands.evaluate import evaluate_model
 
     with progress_line("evaluating"):
-        answer = evaluate_dir(directory, data)
+        answer = evaluate_model(directory, data)
     print_mapping(answer, as_json)
 
 
@@ -50,10 +50,10 @@ def generate_command(
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with a run or a model."""
-    from moe_train.commands.generate import generate_dir
+    from moe_train.commands.generate import generate_text
 
     with progress_line("generating"):
-        completions = generate_dir(directory, prompt, max_tokens, temperature, seed, chat=chat)
+        completions = generate_text(directory, prompt, max_tokens, temperature, seed, chat=chat)
     pairs = list(zip(prompt, completions, strict=True))
     if as_json:
         print_json([{"prompt": text, "completion": completion} for text, completion in pairs])

@@ -99,7 +99,7 @@ def plan_command(
     """
     config = load_config(config_path, overrides)
     _check_plan_options(no_compile, compile_only, hlo, config_out)
-    from moe_train.commands.plan import plan
+    from moe_train.commands.plan import plan_run
     from moe_train.config import yaml_file
     from moe_train.machine.files import write_text
     from moe_train.plan import answer as planning
@@ -107,7 +107,7 @@ def plan_command(
 
     options = planning.Options(0 if no_compile else compile_best, compile_only, batch == "any", by, price)
     with progress_line("modelling" if no_compile else "modelling and compiling"):
-        answer = plan(config, topology, options, say=lambda text: print(text, file=sys.stderr))
+        answer = plan_run(config, topology, options, say=lambda text: print(text, file=sys.stderr))
     if hlo is not None:
         planning.write_hlo(answer, hlo)
     if as_json:

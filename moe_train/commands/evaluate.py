@@ -22,7 +22,7 @@ from moe_train.machine.mesh import BATCH
 from moe_train.train.objectives.next_token import next_token
 
 
-def evaluate_dir(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
+def evaluate_model(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Measure the next-token loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
 
     Rows are as long as the run's; for a model that is no run, at most 2048 tokens.

@@ -17,7 +17,7 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.generate import check_lengths, generate
 
 
-def generate_dir(
+def generate_text(
     directory: str | Path, prompts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0, *, chat: bool = False
 ) -> list[str]:
     """Complete `prompts` with a run (its newest checkpoint) or a Hugging Face model.

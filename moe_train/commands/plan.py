@@ -11,7 +11,7 @@ from moe_train.plan.topology import Topology, parse
 from moe_train.run.resolve import resolve
 
 
-def plan(
+def plan_run(
     written: config.Config,
     topology: str,
     options: planning.Options,

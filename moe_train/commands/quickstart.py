@@ -18,10 +18,10 @@ from rich.table import Table
 
 from moe_train import config
 from moe_train.commands.export import export
-from moe_train.commands.generate import generate_dir
+from moe_train.commands.generate import generate_text
 from moe_train.commands.quickstart_text import gather_texts
 from moe_train.commands.train import train
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.config import yaml_file
 from moe_train.data.records.open_source import texts
 from moe_train.run.loop import FINISHED
@@ -53,7 +53,7 @@ def quickstart() -> int:
     if not tokenizer.exists():
         console.rule(f"training a tokenizer of {first_run.model.vocab_size} tokens")
         sources = [source for source in first_run.training_data().train if isinstance(source, config.FileSource)]
-        train_bpe(itertools.chain.from_iterable(texts(source) for source in sources), first_run.model.vocab_size, tokenizer)
+        train_tokenizer(itertools.chain.from_iterable(texts(source) for source in sources), first_run.model.vocab_size, tokenizer)
     for title, run in (("pretraining a small Mixtral", pretrain), ("fine-tuning it with LoRA", lora)):
         _begin(console, title, f"moe-train train {CONFIGS.name}/{run.name}.yaml")
         code = train(run)
@@ -71,7 +71,7 @@ def quickstart() -> int:
 
     prompt_options = " ".join(f"--prompt {shlex.quote(question)}" for question in QUESTIONS)
     _begin(console, "generating from the exported files", f"moe-train generate {merged} --chat --max-tokens 40 {prompt_options}")
-    for question, answer in zip(QUESTIONS, generate_dir(merged, QUESTIONS, max_tokens=40, chat=True), strict=True):
+    for question, answer in zip(QUESTIONS, generate_text(merged, QUESTIONS, max_tokens=40, chat=True), strict=True):
         console.print(f"[bold]{question}[/bold]", answer.strip(), sep="\n", markup=True)
     _summary(console, [pretrain, lora], [merged, adapter])
     console.print(f"next, check your own data: moe-train data check FILES --tokenizer {tokenizer}", soft_wrap=True)

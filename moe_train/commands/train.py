@@ -11,6 +11,6 @@ from moe_train.run.resolve import resolve
 
 
 def train(written: config.Config) -> int:
-    """Train as the config says and return the exit code; raises the errors of `resolve` and `loop.train`."""
+    """Train as the config says and return the exit code; raises the errors of `resolve` and `loop.train_run`."""
     join_processes()
-    return loop.train(resolve(written, jax.device_count()))
+    return loop.train_run(resolve(written, jax.device_count()))

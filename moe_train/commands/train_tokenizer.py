@@ -41,7 +41,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train_bpe(
+def train_tokenizer(
     texts: Iterable[str], vocab_size: int, out_dir: str | Path, *, min_frequency: int = 2, progress: bool = False
 ) -> HuggingFace:
     """Train a byte-level BPE with Mistral's chat format on `texts`, write it to `out_dir` and return it, loaded.

@@ -36,7 +36,7 @@ FINISHED = 0
 """Exit code of a run that is done; UNFINISHED is the exit code of a run that has to be started again."""
 
 
-def train(run: config.Run, objective: Objective | None = None) -> int:
+def train_run(run: config.Run, objective: Objective | None = None) -> int:
     """Train a resolved run, continuing from its newest checkpoint if it has one.
 
     Args:

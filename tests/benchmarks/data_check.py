@@ -25,7 +25,7 @@ from pathlib import Path
 import mistral_common
 
 from moe_train.commands.quickstart_text import gather_texts
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.tokenizers.load import tokenizer_at
 
 SIZES = (10, 100)  # MB
@@ -42,7 +42,7 @@ def main() -> None:
         root = Path(scratch)
         gather_texts(root / "text")
         texts = [json.loads(line)["text"] for line in (root / "text" / "text_train.jsonl").open()]
-        tokenizer = train_bpe(texts, 32_000, root / "tokenizer")
+        tokenizer = train_tokenizer(texts, 32_000, root / "tokenizer")
         words = " ".join(texts).split(" ")
         for kind in ("text", "chat"):
             for size in arguments.sizes:

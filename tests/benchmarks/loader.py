@@ -35,7 +35,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from moe_train import config
 from moe_train.commands.quickstart_text import gather_texts
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat import sandbox
@@ -157,7 +157,7 @@ def main(num_proc: int) -> None:
         root = Path(scratch)
         gather_texts(root / "text")
         texts = [json.loads(line)["text"] for line in (root / "text" / "text_train.jsonl").open()]
-        tokenizer = train_bpe(texts, 4096, root / "tokenizer")
+        tokenizer = train_tokenizer(texts, 4096, root / "tokenizer")
         chats(root, texts, tokenizer, num_proc)
         paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]
         for name, records in (("documents", texts), ("paragraphs", paragraphs)):

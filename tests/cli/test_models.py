@@ -14,11 +14,11 @@ from tests.cli.command import run
 def test_evaluate(stand_in, capsys) -> None:
     given: list[Any] = []
 
-    def evaluate_dir(directory: Path, files: list[Path]) -> dict[str, float]:
+    def evaluate_model(directory: Path, files: list[Path]) -> dict[str, float]:
         given.append((directory, files))
         return {"loss": 2.5, "tokens": 1000}
 
-    stand_in("moe_train.commands.evaluate", evaluate_dir=evaluate_dir)
+    stand_in("moe_train.commands.evaluate", evaluate_model=evaluate_model)
     assert run("evaluate", "runs/tiny", "--data", "a.jsonl", "--data", "b.jsonl", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"loss": 2.5, "tokens": 1000}
     assert given == [(Path("runs/tiny"), [Path("a.jsonl"), Path("b.jsonl")])]
@@ -27,12 +27,12 @@ def test_evaluate(stand_in, capsys) -> None:
 
 
 def test_generate(stand_in, capsys) -> None:
-    def generate_dir(
+    def generate_text(
         directory: Path, prompts: list[str], max_tokens: int, temperature: float, seed: int, *, chat: bool
     ) -> list[str]:
         return [f" {max_tokens} {temperature} {seed} {chat}" for _ in prompts]
 
-    stand_in("moe_train.commands.generate", generate_dir=generate_dir)
+    stand_in("moe_train.commands.generate", generate_text=generate_text)
     options = ["--max-tokens", "3", "--temperature", "0.5", "--seed", "7"]
     assert run("generate", "runs/tiny", "--prompt", "a", "--prompt", "b", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out) == [

@@ -8,15 +8,15 @@ import jax
 import pytest
 
 from moe_train.commands import write_and_prove
-from moe_train.commands.generate import generate_dir
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.generate import generate_text
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.evaluate.generate import generate
 from moe_train.weights import texts
 from tests.evaluate.tiny_generator import MIXTRAL, ONE, random_model
 
 
 def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> None:
-    tokenizer = train_bpe(["the quick brown fox jumps over the lazy dog"] * 20, 290, tmp_path / "tokenizer")
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 20, 290, tmp_path / "tokenizer")
     with jax.set_mesh(ONE):
         structure, weights = random_model(MIXTRAL)
         write_and_prove.export_model(
@@ -24,9 +24,9 @@ def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> 
         )
         ids = [tokenizer.bos_id, *tokenizer.encode("the quick")]
         (new,) = generate(structure, weights, MIXTRAL, ONE, [ids], 6, eos_id=tokenizer.eos_id)
-    (completion, other) = generate_dir(tmp_path / "model", ["the quick", "a dog"], 6)
+    (completion, other) = generate_text(tmp_path / "model", ["the quick", "a dog"], 6)
     assert completion == tokenizer.decode(ids + new)[len("the quick") :]
-    (answer,) = generate_dir(tmp_path / "model", ["the quick"], 6, chat=True)
+    (answer,) = generate_text(tmp_path / "model", ["the quick"], 6, chat=True)
     assert answer != completion and other != completion
     with pytest.raises(ValueError, match="the prompt has half a surrogate pair"):  # a byte that is no UTF-8, from a shell
-        generate_dir(tmp_path / "model", ["\udcff"], 6)
+        generate_text(tmp_path / "model", ["\udcff"], 6)

@@ -11,7 +11,7 @@ import pytest
 
 from moe_train.cli import main
 from moe_train.commands.prepare import trace
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.batches.loader import Loader
 from moe_train.data.prepared import tokenize_ahead as tokenising
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Callable[..., Path]:
     for name, count in (("a", 6), ("b", 40)):
         lines = [json.dumps({"text": " ".join(WORDS[i % 5 :] * (1 + i % 3))}) for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    train_bpe(WORDS * 20, 300, tmp_path / "tokenizer")
+    train_tokenizer(WORDS * 20, 300, tmp_path / "tokenizer")
     files = [{"name": "files", "files": [str(tmp_path / f"{name}.jsonl")], "record": {"name": "text"}} for name in "ab"]
     tree: dict[str, Any] = {
         "name": "small",

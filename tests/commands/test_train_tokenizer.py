@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
 TEXTS = ["some words to learn from, again and again"] * 20
@@ -20,7 +20,7 @@ def test_the_ids_of_the_trained_tokenizer(tokenizer: HuggingFace) -> None:
 
 
 def test_training_twice_gives_the_same_files(tmp_path: Path) -> None:
-    first, second = (train_bpe(iter(TEXTS), 300, tmp_path / name) for name in ("a", "b"))
+    first, second = (train_tokenizer(iter(TEXTS), 300, tmp_path / name) for name in ("a", "b"))
     assert first.identity == second.identity
     assert [f.read_bytes() for f in first.files] == [f.read_bytes() for f in second.files]
 
@@ -29,18 +29,18 @@ def test_training_refuses_what_is_there_and_leaves_nothing_behind(tmp_path: Path
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "tokenizer.json").write_text("mine")
     with pytest.raises(FileExistsError, match="already exists"):
-        train_bpe(TEXTS, 300, tmp_path / "there")
+        train_tokenizer(TEXTS, 300, tmp_path / "there")
 
     def breaks():
         yield "a"
         raise OSError("gone")
 
     with pytest.raises(Exception, match="gone"):
-        train_bpe(breaks(), 300, tmp_path / "new")
+        train_tokenizer(breaks(), 300, tmp_path / "new")
     with pytest.raises(ValueError, match="no text"):
-        train_bpe([], 300, tmp_path / "new")
+        train_tokenizer([], 300, tmp_path / "new")
     with pytest.raises(ValueError, match="vocab_size 200 is less than the 256 bytes"):
-        train_bpe(TEXTS, 200, tmp_path / "new")
+        train_tokenizer(TEXTS, 200, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there" / "tokenizer.json").read_text() == "mine"
 
@@ -51,7 +51,7 @@ def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match=r"No space left on device; .*new was not written"):
-        train_bpe(TEXTS, 300, tmp_path / "new")
+        train_tokenizer(TEXTS, 300, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 

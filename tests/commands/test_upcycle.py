@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from moe_train import config
 from moe_train.commands import write_and_prove
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.commands.upcycle import upcycle
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine, parameters
@@ -30,7 +30,7 @@ MISTRAL = config.Model(family="mistral", attention=ATTENTION.model_copy(update={
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train_bpe(["the cat sat on the mat"] * 4, 300, tmp_path_factory.mktemp("tokenizer") / "bpe")
+    return train_tokenizer(["the cat sat on the mat"] * 4, 300, tmp_path_factory.mktemp("tokenizer") / "bpe")
 
 
 def dense_dir(directory: Path, model: config.Model, tokenizer: Any, dtype: config.Dtype = "float32") -> Path:

@@ -15,7 +15,7 @@ import pytest
 
 from moe_train import config
 from moe_train.cli import main
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
@@ -54,7 +54,7 @@ def write_models(folder: Path, tokenizer: Path) -> None:
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf/, mistral/ and gguf/ with a model each; of_peft/, of_mistral/ and of_gguf/ with adapters of a model with more layers."""
     folder = tmp_path_factory.mktemp("good")
-    train_bpe(["one two three"] * 9, 262, folder / "tokenizer")
+    train_tokenizer(["one two three"] * 9, 262, folder / "tokenizer")
     write_models(folder, folder / "tokenizer")
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         weights = parameters(init_model(0, OTHER, config.Compute(), LORA))[1]

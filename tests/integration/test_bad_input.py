@@ -13,7 +13,7 @@ import pytest
 from moe_train import config
 from moe_train.cli import main
 from moe_train.commands import write_and_prove
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
@@ -71,7 +71,7 @@ def copy(source: Path, target: str) -> None:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    train_bpe(["one two one two three"] * 100, 270, path)
+    train_tokenizer(["one two one two three"] * 100, 270, path)
     return path
 
 

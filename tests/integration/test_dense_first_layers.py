@@ -19,7 +19,7 @@ from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.commands.export import export
 from moe_train.commands.inspect import inspect
-from moe_train.commands.plan import plan
+from moe_train.commands.plan import plan_run
 from moe_train.commands.train import train
 from moe_train.data.batches.batch import Batch
 from moe_train.evaluate.generate import generate
@@ -146,7 +146,7 @@ def test_it_is_inspected_and_planned(trained: config.Config) -> None:
     assert rows["stacks.1.layers.0.ffn.gate_proj.weight"]["shape"] == [L - DENSE, 4, D, 16]
     idle = (L - DENSE) * 2 * 3 * D * 16  # two of four experts
     assert report.totals["active_parameters"] == report.totals["total_parameters"] - idle
-    answer = plan(trained, "v5e:2x4", Options(compile_best=0))
+    answer = plan_run(trained, "v5e:2x4", Options(compile_best=0))
     assert answer.best is not None and answer.best.memory.total > 0
 
 

@@ -15,7 +15,7 @@ import pytest
 from moe_train import config
 from moe_train.cli import main
 from moe_train.commands import write_and_prove
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
@@ -78,7 +78,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
             for i in range(count)
         )
         Path(f"{name}.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
-    tokenizer = train_bpe(["what is a number? 1 2 3"] * 5, 270, folder / "tokenizer")
+    tokenizer = train_tokenizer(["what is a number? 1 2 3"] * 5, 270, folder / "tokenizer")
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))):
         weights = parameters(jax.jit(lambda: init_model(0, MODEL, config.Compute()))())[1]
         texts = Texts(tokenizer, tokenizer.chat_template)

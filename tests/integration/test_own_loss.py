@@ -34,12 +34,12 @@ def test_cross_entropy_by_hand_trains_like_the_built_in_one(small_run: Callable[
     changes = {"train__steps": 4, "evaluation": {"every_steps": 4}}
     own = resolve(small_run(tmp_path / "own", **changes), jax.device_count())
     built_in = resolve(small_run(tmp_path / "built_in", **changes), jax.device_count())
-    assert loop.train(own, custom_objective(cross_entropy)) == loop.train(built_in) == loop.FINISHED
+    assert loop.train_run(own, custom_objective(cross_entropy)) == loop.train_run(built_in) == loop.FINISHED
     for kind in ("train", "eval"):
         losses = metrics(tmp_path / "own", kind, "loss")
         assert losses == pytest.approx(metrics(tmp_path / "built_in", kind, "loss"), rel=1e-4)
 
     shutil.rmtree(tmp_path / "own/checkpoints/4")
     before = metrics(tmp_path / "own", "train", "loss")
-    assert loop.train(own, custom_objective(cross_entropy)) == loop.FINISHED
+    assert loop.train_run(own, custom_objective(cross_entropy)) == loop.FINISHED
     assert metrics(tmp_path / "own", "train", "loss") == before

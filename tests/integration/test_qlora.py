@@ -14,9 +14,9 @@ import pytest
 
 from moe_train import config
 from moe_train.checkpoint import manager, model_dir, runs
-from moe_train.commands.evaluate import evaluate_dir
+from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import export
-from moe_train.commands.generate import generate_dir
+from moe_train.commands.generate import generate_text
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
@@ -91,8 +91,8 @@ def test_a_run_beside_quantised_weights(
     # a checkpoint holds adapters alone, and what was read again is what the run had
     saved = {path.name for path in (run_dir / "checkpoints/4/params").rglob("*")}
     assert not any("codes" in name or "scales" in name or "weight" in name for name in saved)
-    assert evaluate_dir(run_dir, [text / "eval.jsonl"])["loss"] == pytest.approx(losses[-1], rel=1e-5)
-    assert len(generate_dir(run_dir, ["able"], 3)) == 1
+    assert evaluate_model(run_dir, [text / "eval.jsonl"])["loss"] == pytest.approx(losses[-1], rel=1e-5)
+    assert len(generate_text(run_dir, ["able"], 3)) == 1
 
     # weights are those of the base, each quantised as it was read
     run = runs.read_run(run_dir)

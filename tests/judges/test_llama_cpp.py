@@ -24,7 +24,7 @@ import pytest
 
 from moe_train import config
 from moe_train.checkpoint import model_dir
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.commands.write_and_prove import WriteOptions, export_model
 from moe_train.data.chat import conversation_to_tokens, sandbox
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -125,7 +125,7 @@ def mesh() -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
-    return train_bpe([(Path(__file__).read_text())], 330, tmp_path_factory.mktemp("bpe") / "tokenizer")
+    return train_tokenizer([(Path(__file__).read_text())], 330, tmp_path_factory.mktemp("bpe") / "tokenizer")
 
 
 def write(

@@ -12,7 +12,7 @@ import pytest
 
 from moe_train import config
 from moe_train.commands import write_and_prove
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.chat.conversation_to_tokens import render_prompt
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.machine.mesh import make_mesh
@@ -49,7 +49,7 @@ def judge() -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
-    return train_bpe([Path(__file__).read_text()], 330, tmp_path_factory.mktemp("bpe") / "tokenizer")
+    return train_tokenizer([Path(__file__).read_text()], 330, tmp_path_factory.mktemp("bpe") / "tokenizer")
 
 
 @pytest.fixture(scope="module", autouse=True)

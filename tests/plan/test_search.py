@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from moe_train import config
-from moe_train.commands.plan import plan
+from moe_train.commands.plan import plan_run
 from moe_train.config import yaml_file
 from moe_train.machine.devices import DEVICES
 from moe_train.plan import search
@@ -18,7 +18,7 @@ from tests.plan.pretraining import PRETRAIN, SMALL, pretrain_run
 
 def test_a_free_batch_moves_fewer_bytes_a_token() -> None:
     given = yaml_file.load_config(PRETRAIN, SMALL)
-    kept, free = (plan(given, "v5p:2x2x2", Options(compile_best=0, free_batch=free)).best for free in (False, True))
+    kept, free = (plan_run(given, "v5p:2x2x2", Options(compile_best=0, free_batch=free)).best for free in (False, True))
     assert kept is not None and free is not None
     assert kept.run.train.batch_size == 16 < free.run.train.batch_size
     assert free.received_per_token(8) < kept.received_per_token(8)
@@ -26,10 +26,10 @@ def test_a_free_batch_moves_fewer_bytes_a_token() -> None:
 
 def test_only_replicas_stand_in_different_slices() -> None:
     given = yaml_file.load_config(PRETRAIN, [*SMALL, "mesh={data: 2, fsdp: 4}"])
-    answer = plan(given, "2xv5p:2x2x1", Options(compile_best=0))
+    answer = plan_run(given, "2xv5p:2x2x1", Options(compile_best=0))
     assert all(choice.run.mesh.data % 2 == 0 for choice in answer.choices)
     assert all(choice.work.dcn_bytes > 0 for choice in answer.choices)
-    one = plan(given, "v5p:2x2x2", Options(compile_best=0))
+    one = plan_run(given, "v5p:2x2x2", Options(compile_best=0))
     assert all(choice.work.dcn_bytes == 0 for choice in one.choices)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.weights.texts import Texts
 from tests.proof.exported import LORA, MODEL, make
 from tests.random_parameters import random_parameters
@@ -17,7 +17,7 @@ from tests.tiny import ONE
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
-    tokenizer = train_bpe(["one two three four"] * 5, 270, tmp_path_factory.mktemp("tokenizer") / "t")
+    tokenizer = train_tokenizer(["one two three four"] * 5, 270, tmp_path_factory.mktemp("tokenizer") / "t")
     return Texts(tokenizer, tokenizer.chat_template, "name: run\n")
 
 

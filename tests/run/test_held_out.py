@@ -10,7 +10,7 @@ import pytest
 
 from moe_train import config
 from moe_train.checkpoint import model_dir
-from moe_train.commands.evaluate import evaluate_dir
+from moe_train.commands.evaluate import evaluate_model
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.machine.mesh import make_mesh
@@ -37,7 +37,7 @@ def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text):
             total, count = total - float(np.sum(chosen * batch.loss_mask)), count + batch.loss_mask.sum()
     said = lines(finished, "eval")[-1]
     assert said["loss_tokens"] == count and said["loss"] == pytest.approx(total / count, rel=1e-5)
-    answer = evaluate_dir(finished, [text / "eval.jsonl"])
+    answer = evaluate_model(finished, [text / "eval.jsonl"])
     assert answer["loss"] == pytest.approx(said["loss"], rel=1e-5) and answer["loss_tokens"] == count
     assert answer["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 

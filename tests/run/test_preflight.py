@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.commands.train_tokenizer import train_bpe
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.run.preflight import check_ready
 from moe_train.weights import texts
@@ -23,7 +23,7 @@ CHATS = [[{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "c
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFace:
-    return train_bpe(TEXTS, 300, tmp_path_factory.mktemp("tokenizer") / "bpe")
+    return train_tokenizer(TEXTS, 300, tmp_path_factory.mktemp("tokenizer") / "bpe")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_tokenizer_of_another_size(run: Any, tokenizer: HuggingFace) -> None:
 
 
 def test_a_tokenizer_that_is_not_the_models(run: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
-    other = train_bpe(["zürich übermütig größe " * 4, "ganz anderer text hier"] * 8, 300, tmp_path / "other")
+    other = train_tokenizer(["zürich übermütig größe " * 4, "ganz anderer text hier"] * 8, 300, tmp_path / "other")
     content = json.loads((other.path / "tokenizer.json").read_text())
     content["model"]["vocab"] = {
         piece: (i - 5 + 7) % 256 + 5 if 5 <= i < 261 else i for piece, i in content["model"]["vocab"].items()

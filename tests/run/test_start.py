@@ -13,7 +13,7 @@ import pytest
 
 from moe_train import config
 from moe_train.checkpoint import manager, model_dir, runs
-from moe_train.commands.evaluate import evaluate_dir
+from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import export
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
@@ -112,7 +112,7 @@ def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, tex
     assert all(np.any(x != 0) for path, x in adapted.items() if path.endswith("lora_b"))
     assert lines(run_dir, "eval")[0]["loss"] == pytest.approx(lines(base, "eval")[-1]["loss"], rel=1e-6)
     assert lines(run_dir, "eval")[-1]["loss"] < lines(run_dir, "eval")[0]["loss"] - 0.01
-    assert evaluate_dir(run_dir, [text / "eval.jsonl"])["loss"] == pytest.approx(lines(run_dir, "eval")[-1]["loss"], rel=1e-5)
+    assert evaluate_model(run_dir, [text / "eval.jsonl"])["loss"] == pytest.approx(lines(run_dir, "eval")[-1]["loss"], rel=1e-5)
     assert [event["base"]["step"] for event in events(run_dir) if "base" in event] == [6, 6]
     held = {path.name for path in (run_dir / "checkpoints" / "4" / "params").rglob("*")}
     assert held and not any("embed" in name for name in held)
@@ -142,7 +142,7 @@ def test_adapters_on_files(finished, tmp_path, small_run, text):
     assert base["step"] is None and base["hashes"].keys() >= {"lm_head.weight", "model.norm.weight"}
     start = lines(tmp_path / "lora", "eval")[0]["loss"]
     assert start == pytest.approx(lines(finished, "eval")[-1]["loss"], rel=1e-6)
-    assert evaluate_dir(tmp_path / "model", [text / "eval.jsonl"])["loss"] == pytest.approx(start, rel=0.1)  # other rows
+    assert evaluate_model(tmp_path / "model", [text / "eval.jsonl"])["loss"] == pytest.approx(start, rel=0.1)  # other rows
 
     (file,) = (tmp_path / "model").glob("*.safetensors")
     content = bytearray(file.read_bytes())

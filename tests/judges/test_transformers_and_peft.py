@@ -304,5 +304,5 @@ def test_an_end_that_peft_untied_is_refused(mesh: jax.sharding.Mesh, tmp_path: P
     judge.save_pretrained(tmp_path / "base")
     settings = judges.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"], modules_to_save=["embed_tokens"])
     judges.get_peft_model(judge, settings).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="was trained apart from the other end"):
+    with pytest.raises(ValueError, match="was trained separately from the other end"):
         peft.read_lora(tmp_path / "adapter", external.read_external_model(tmp_path / "base"))

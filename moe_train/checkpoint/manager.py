@@ -369,6 +369,7 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
     """
     damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
+        # Any error counts as damage: what Orbax raises for a damaged file depends on which byte is wrong.
         try:
             about = _read_metadata(checkpoints, step)
             arrays = _restore_arrays(checkpoints, step, params=params_of(abstract), optimizer=optimizer_of(abstract))

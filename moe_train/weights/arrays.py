@@ -131,7 +131,7 @@ def fill(abstract: Abstract, table: Collection[WeightPiece], tensors: Mapping[st
                 quantized = Quantized(like, abstract[scales])
                 arrays = _arrays(quantized.shape, quantized, by_path[parsed.weight], tensors, pool)
                 filled |= {path: arrays[0], scales: arrays[1]}
-            elif parsed.part != "scales":
+            elif parsed.part != "scales":  # scales were filled together with their quantized values
                 (filled[path],) = _arrays(like.shape, [like], by_path[path], tensors, pool)
     return filled
 

@@ -60,6 +60,7 @@ def _layout_of(path: str | Path) -> ModuleType:
         FileNotFoundError: there is no adapter; the message names the files that were looked for.
     """
     directory = Path(path)
+    # The layout modules have the same functions, so the module itself stands for the layout.
     if (directory / peft.ADAPTER_CONFIG).is_file():
         return peft
     if (directory / mistral_lora.LORA_FILE).is_file():

@@ -104,6 +104,7 @@ def open_gguf(file: str | Path) -> Gguf:
         raise FileNotFoundError(f"{file} is missing; give a .gguf file")
     if file.stat().st_size < 24:
         raise ValueError(f"{file} is not a GGUF file: it has only {file.stat().st_size} bytes; download it again")
+    # Mapped, so that a header that states wrong offsets costs no memory.
     data = np.memmap(file, np.uint8, "r")
     cursor = _Cursor(file, data)
     if bytes(cursor.take(4, "the magic")) != MAGIC:
@@ -241,6 +242,7 @@ def _tensors(file: Path, data: np.ndarray, infos: Iterable[_Info], start: int, a
     tensors: dict[str, GgufTensor] = {}
     end = 0
     previous = ""
+    # In the order of their data, so that comparing each tensor with the end of the one before finds every overlap.
     for name, shape, encoding, offset in sorted(infos, key=lambda info: info.offset):
         if name in tensors:
             raise ValueError(f"{file} has the tensor {name} twice")

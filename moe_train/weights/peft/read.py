@@ -37,6 +37,7 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     directory = Path(directory)
     settings = read_settings(directory)
     tensors = _open(directory, model)
+    # Files with fused adapters state alphas under the fused names, which are split here like the tensors.
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
     owners = _adapter_owners(directory, settings, tensors, model)
@@ -76,6 +77,7 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
         tensors.pop(second, None)
     table = [*names.lora_pieces(model, ranks), *saved]
     lora = read_lora(directory, model)
+    # Where several targets share the experts of a module, the stack has the largest rank, and experts without an adapter get zeros.
     shared = {m for m in ranks if any(target.experts is not None for target in lora.targets_of(of_module(m).module))}
     padded: dict[str, FileTensor] = dict(tensors)
     for piece in table:

@@ -136,6 +136,7 @@ def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[s
                 layers.add(module.removesuffix(name))
     for layer in sorted(layers):
         gate, up, down = (layer + name for name in (GATE, UP, DOWN))
+        # PEFT fuses gate and up into one parameter, so both need the same rank and alpha, and a pair if either has one.
         fused = [trained[module] for module in (gate, up) if module in trained]
         shapes[gate] = shapes[up] = max(fused or [trained[down]])
         shapes.setdefault(down, shapes[gate])
@@ -147,6 +148,7 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
     leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.weight_pieces(model)}
     by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
+    # The file's own r and lora_alpha; with experts, those of w1 and w3, which the patterns cannot name (see the top of this file).
     usual = Counter(by_module.values()).most_common(1)[0][0]
     if sparse and GATE in by_module:
         usual = by_module[GATE]
@@ -164,6 +166,7 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
                 ranks[key] = shape.rank
             if shape.alpha != usual.alpha:
                 alphas[key] = _number(shape.alpha)
+    # PEFT rejects dropout for the parameters of experts and routers.
     without_dropout = sparse and by_module.keys() & {GATE, "ffn.router"}
     saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved(model, lora)}
     tied = model.tie_embeddings and "lm_head" in saved

@@ -11,12 +11,13 @@ Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`. README.md
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
 from moe_train.model.attention.gqa import Cache
@@ -56,12 +57,12 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
         cache: Cache | None = None,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None, RouterStats | None]:
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, RouterStats | None]:
         """Apply the layer.
 
         Args:
@@ -77,7 +78,8 @@ class Layer(nnx.Module):
         attention_key, ffn_key = keys_of(key, 2)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache, attention_key)
         x_BTD += y_BTD
-        h_BTD, stats = self.ffn_norm(x_BTD), None
+        h_BTD = self.ffn_norm(x_BTD)
+        stats = None
         if isinstance(self.ffn, MoE):
             y_BTD, stats = self.ffn(h_BTD, segment_ids_BT, ffn_key)
         else:
@@ -108,7 +110,7 @@ class Stack(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, stack: config.LayerStack):
         keys = jax.random.split(rngs.params(), (stack.period, stack.repeats))
 
-        def repeated(window: int | None, keys: jax.Array) -> Layer:
+        def repeated(window: int | None, keys: Key[Array, " R"]) -> Layer:
             # vmap over the keys initializes all repeats at once, and stacks each weight on dim 0.
             return jax.vmap(lambda key: Layer(nnx.Rngs(key), model, compute, window, stack.ffn))(keys)
 
@@ -121,8 +123,12 @@ class Stack(nnx.Module):
         return jax.tree.leaves(self.layers)[0].shape[0]
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        keys: Key[Array, " R"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Apply all layers of the stack.
 
         Args:
@@ -132,35 +138,57 @@ class Stack(nnx.Module):
             keys: one PRNG key per repeat, for dropout; None for no dropout.
 
         Returns:
-            The hidden states, and the statistics of the stack's routers (layers of the stack, …).
+            The hidden states, and the statistics of the stack's routers (layers of the stack, …); None for dense layers.
         """
 
-        def period(x_BTD: jax.Array, layers_and_key: Any) -> tuple[jax.Array, list[RouterStats | None]]:
+        def period(
+            x_BTD: Float[Array, "B T D"], layers_and_key: tuple[Iterable[Layer], Key[Array, ""] | None]
+        ) -> tuple[Float[Array, "B T D"], list[RouterStats | None]]:
             layers, key = layers_and_key
-            stats = []
-            for layer, layer_key in zip(layers, keys_of(key, len(layers)), strict=True):
-                x_BTD, _, s = layer(x_BTD, positions_BT, segment_ids_BT, key=layer_key)
-                stats.append(s)
-            return x_BTD, stats
+            period_stats = []
+            for layer, layer_key in zip(layers, keys_of(key, len(self.layers)), strict=True):
+                x_BTD, _, layer_stats = layer(x_BTD, positions_BT, segment_ids_BT, key=layer_key)
+                period_stats.append(layer_stats)
+            return x_BTD, period_stats
 
         # One iteration of the scan is one repeat of the period: the scan slices weights and keys on dim 0.
-        x_BTD, stats = jax.lax.scan(_rematerialised(period, self.remat), x_BTD, (self.layers, keys))
+        x_BTD, stats = jax.lax.scan(_rematerialized(period, self.remat), x_BTD, (self.layers, keys))
         return x_BTD, _in_order_of_layers(stats)
 
-    def decode(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        """Apply all layers to further tokens of sequences in a cache; return the hidden states and the extended caches."""
+    def decode(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        caches: Sequence[Cache],
+    ) -> tuple[Float[Array, "B T D"], Sequence[Cache]]:
+        """Apply all layers to further tokens of sequences in a cache.
 
-        def period(x_BTD: jax.Array, layers_and_caches: Any) -> tuple[jax.Array, list[Cache]]:
-            new = []
-            for layer, cache in zip(*layers_and_caches, strict=True):
-                x_BTD, cache, _ = layer(x_BTD, positions_BT, segment_ids_BT, cache)
-                new.append(cache)
-            return x_BTD, new
+        Args:
+            x_BTD: hidden states of the further tokens.
+            positions_BT: positions in the sequences; -1 for padding.
+            segment_ids_BT: 0 for padding.
+            caches: one cache per layer of the period, with a leading dim of repeats.
+
+        Returns:
+            The hidden states, and the extended caches.
+        """
+
+        def period(
+            x_BTD: Float[Array, "B T D"], layers_and_caches: tuple[Iterable[Layer], Sequence[Cache]]
+        ) -> tuple[Float[Array, "B T D"], list[Cache]]:
+            layers, caches = layers_and_caches
+            extended = []
+            for layer, cache in zip(layers, caches, strict=True):
+                x_BTD, new_cache, _ = layer(x_BTD, positions_BT, segment_ids_BT, cache)
+                assert new_cache is not None  # a layer extends the cache that it is given
+                extended.append(new_cache)
+            return x_BTD, extended
 
         return jax.lax.scan(period, x_BTD, (self.layers, caches))
 
 
-def _rematerialised(body: Any, policy: str) -> Any:
+def _rematerialized(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """Wrap a period of layers in `jax.checkpoint`; the values that `minimal` keeps are named where they are computed (SAVED)."""
     policies = jax.checkpoint_policies
     keep = {"minimal": policies.save_only_these_names(*SAVED), "full": policies.nothing_saveable}[policy]
@@ -172,7 +200,7 @@ def _in_order_of_layers(stats: list[RouterStats | None]) -> RouterStats | None:
     return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *stats)
 
 
-def _joined(stats: list[RouterStats]) -> RouterStats | None:
+def _concatenate(stats: list[RouterStats]) -> RouterStats | None:
     """Concatenate the statistics of the stacks into those of the model; None without routers."""
     if len(stats) < 2:
         return stats[0] if stats else None
@@ -183,7 +211,8 @@ class Transformer(nnx.Module):
     """A decoder-only transformer of the Mistral family."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
-        dtype, std = jnp.dtype(compute.param_dtype), model.init_stddev
+        dtype = jnp.dtype(compute.param_dtype)
+        std = model.init_stddev
         self.embed = Embedding(rngs, model.vocab_size, model.model_dim, std, dtype)
         self.stacks = nnx.List([Stack(rngs, model, compute, stack) for stack in config.stacks(model)])
         self.final_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
@@ -195,7 +224,7 @@ class Transformer(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
-        key: jax.Array | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Compute the hidden states after the final norm.
 
@@ -212,21 +241,22 @@ class Transformer(nnx.Module):
         x_BTD = self.embed(tokens_BT, self.dtype)
         # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
-        stats, first = [], 0
+        stats = []
+        first = 0
         for stack in self.stacks:
             stack_keys = None if keys is None else keys[first : first + stack.repeats]
             x_BTD, stack_stats = stack(x_BTD, positions_BT, segment_ids_BT, stack_keys)
             if stack_stats is not None:
                 stats.append(stack_stats)
             first += stack.repeats
-        return self.final_norm(x_BTD), _joined(stats)
+        return self.final_norm(x_BTD), _concatenate(stats)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """Return the output matrix; with tied embeddings it is the embedding table."""
         return self.embed.weight[...] if self.head is None else self.head.weight[...]
 
     def beside_head(
-        self, hidden_BTD: Float[Array, "B T D"], key: jax.Array | None = None
+        self, hidden_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None:
         """Return the two factors whose product is the LoRA delta of the logits; None if the head has no adapter."""
         return None if self.head is None else self.head.beside(hidden_BTD, key)
@@ -239,8 +269,8 @@ class Transformer(nnx.Module):
         return logits_BTV.astype(jnp.float32)
 
     def decode(
-        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Any
-    ) -> tuple[Float[Array, "B T V"], Any]:
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Sequence[Sequence[Cache]]
+    ) -> tuple[Float[Array, "B T V"], Sequence[Sequence[Cache]]]:
         """Compute the logits of T further tokens of each sequence.
 
         Args:
@@ -254,11 +284,11 @@ class Transformer(nnx.Module):
         x_BTD = self.embed(tokens_BT, self.dtype)
         # Segment 0 keeps padding out of the routers; attention to a cache masks by position.
         segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
-        new = []
-        for stack, cache in zip(self.stacks, caches, strict=True):
-            x_BTD, extended = stack.decode(x_BTD, positions_BT, segment_ids_BT, cache)
-            new.append(extended)
-        return self.logits(self.final_norm(x_BTD)), new
+        extended = []
+        for stack, stack_caches in zip(self.stacks, caches, strict=True):
+            x_BTD, new_caches = stack.decode(x_BTD, positions_BT, segment_ids_BT, stack_caches)
+            extended.append(new_caches)
+        return self.logits(self.final_norm(x_BTD)), extended
 
 
 def init_model(seed: int, model: config.Model, compute: config.Compute, lora: config.Lora | None = None) -> Transformer:
@@ -281,16 +311,23 @@ def init_model(seed: int, model: config.Model, compute: config.Compute, lora: co
         # Adapters come before quantization: they take shape and sharding from the weights, which are replaced then.
         add_lora(transformer, lora, rngs)
         if lora.quantize is not None:
-            linear = ((name, module) for name, module in adaptable(transformer) if isinstance(module, Linear | ExpertLinear))
-            quantize_weights(((name, module) for name, module in linear if not lora.trains_in_full(name)), lora.quantize)
+            linear_maps = [
+                (name, module)
+                for name, module in adaptable(transformer)
+                if isinstance(module, Linear | ExpertLinear) and not lora.trains_in_full(name)
+            ]
+            quantize_weights(linear_maps, lora.quantize)
     return transformer
 
 
-def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> Any:
-    """Return caches for `batch_size` sequences of at most `max_len` tokens, in the form that `Transformer.decode` takes."""
+def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> list[list[Cache]]:
+    """Return caches for `batch_size` sequences of at most `max_len` tokens, in the form that `Transformer.decode` takes.
+
+    There is a list for each stack, with one cache for each layer of its period.
+    """
     empty_cache = attention_class(model.attention).empty_cache
 
-    def of_place(stack: config.LayerStack) -> Cache:
-        return empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype)
+    def stack_caches(stack: config.LayerStack) -> list[Cache]:
+        return [empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype) for _ in range(stack.period)]
 
-    return [[of_place(stack) for _ in range(stack.period)] for stack in config.stacks(model)]
+    return [stack_caches(stack) for stack in config.stacks(model)]

@@ -15,7 +15,7 @@ from moe_train.machine.mesh import abstract_mesh
 from moe_train.model.moe.transport.choose import transport_in_words
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.quantize import unquantized
+from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import init_model
 from moe_train.run.resolve import resolve
 from moe_train.train.state import partition
@@ -54,8 +54,8 @@ def inspect(written: config.Config) -> Report:
         for path, x in shapes.items()
     ]
     totals: dict[str, int | str] = {
-        "total_parameters": sum(x.size for x in unquantized(shapes).values()),
-        "active_parameters": active_parameters(unquantized(shapes), run.model),
+        "total_parameters": sum(x.size for x in unquantized_shapes(shapes).values()),
+        "active_parameters": active_parameters(unquantized_shapes(shapes), run.model),
         "trainable_parameters": sum(x.size for x in trainable.values()),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
     }

@@ -255,17 +255,18 @@ class Transformer(nnx.Module):
         """Return the output matrix; with tied embeddings it is the embedding table."""
         return self.embed.weight[...] if self.head is None else self.head.weight[...]
 
-    def beside_head(
+    def head_lora_factors(
         self, hidden_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None:
         """Return the two factors whose product is the LoRA delta of the logits; None if the head has no adapter."""
-        return None if self.head is None else self.head.beside(hidden_BTD, key)
+        return None if self.head is None else self.head.lora_factors(hidden_BTD, key)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Compute float32 logits of all positions at once, for generation and tests; training computes them chunk by chunk."""
         logits_BTV = fsdp.project("BTD,VD->BTV", hidden_BTD, self.head_weight())
-        if beside := self.beside_head(hidden_BTD):
-            logits_BTV += fsdp.project("BTJ,VJ->BTV", *beside)
+        lora_factors = self.head_lora_factors(hidden_BTD)
+        if lora_factors is not None:
+            logits_BTV += fsdp.project("BTJ,VJ->BTV", *lora_factors)
         return logits_BTV.astype(jnp.float32)
 
     def decode(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_train import config
-from moe_train.model.quantize import unquantized
+from moe_train.model.quantize import unquantized_shapes
 from moe_train.weights import gguf, hf, mistral, names, peft, safetensors_files, together
 from moe_train.weights.arrays import Abstract, InFiles, Parameters, fill, leave
 from moe_train.weights.hf import config_json
@@ -96,7 +96,7 @@ def leave_parameters(path: str | Path, abstract: Abstract) -> dict[str, InFiles]
 def _checked(path: str | Path, abstract: Abstract) -> Weights:
     weights = open_weights(path)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    names.check(path, weights.table, shapes, {path: like.shape for path, like in unquantized(abstract).items()})
+    names.check(path, weights.table, shapes, {path: like.shape for path, like in unquantized_shapes(abstract).items()})
     return weights
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_train.data.batches.batch import Batch, PackedBatch
-from moe_train.train.objectives.objective import Inputs, Objective, Terms
+from moe_train.train.objectives.objective import Objective, ObjectiveInputs, Terms
 
 LossFunction = Callable[..., tuple[Any, ...]]
 """`loss(model, batch, key)` -> (sum, weight, metrics) or (sum, weight, metrics, routers)."""
@@ -24,13 +24,17 @@ def custom(function: LossFunction, batch_type: type[PackedBatch] = Batch) -> Obj
         batch_type: type of the batches that the function takes.
     """
 
-    def first_pass(inputs: Inputs) -> Any:
+    def first_pass(inputs: ObjectiveInputs) -> Any:
         # XLA removes what the weight does not need as dead code: usually the whole forward pass.
         _, weight, *_ = function(inputs.model, inputs.batch, inputs.key)
         return weight
 
-    def loss(inputs: Inputs, of_step: Any) -> Terms:
+    def loss(inputs: ObjectiveInputs, first_pass_result: Any) -> Terms:
         total, _, metrics, *routers = function(inputs.model, inputs.batch, inputs.key)
         return Terms(total, metrics, *routers)
 
-    return Objective(batch_type, lambda batch, of_step: of_step, loss, "objective", "weight", first_pass)
+    def step_weight(batch: Any, first_pass_result: Any) -> Any:
+        # The first pass has summed the weights of all microbatches.
+        return first_pass_result
+
+    return Objective(batch_type, step_weight, loss, "objective", "weight", first_pass)

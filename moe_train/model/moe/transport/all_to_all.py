@@ -13,13 +13,14 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_train.machine.mesh import axis_size
 from moe_train.model.moe.transport.chunks import ChunkInputs, ChunkRouting, bucket_size, sum_over_chunks
 from moe_train.model.moe.transport.rows import Placement, ReceivedRows, apply_experts, from_rows, to_rows
-from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts, Name
+from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts, TransportName
 
-NAME: Final[Name] = "all_to_all"
+NAME: Final[TransportName] = "all_to_all"
 RECOMPUTES_EXPERTS: Final = True
 
 
@@ -47,21 +48,21 @@ def rows_at_once(sizes: ExchangeSizes) -> int:
 class BucketRoutes(NamedTuple):
     """Destinations of the assignments of this device."""
 
-    order_n: jax.Array
+    order_n: Int[Array, " n"]
     """Assignments in the order of their experts."""
-    rank_mA: jax.Array
+    rank_mA: Int[Array, "m A"]
     """Position of each assignment in that order, counted from the first assignment for the same device."""
-    device_mA: jax.Array
+    device_mA: Int[Array, "m A"]
     """Device that holds the expert; X for an assignment that is sent nowhere."""
-    expert_n: jax.Array
+    expert_n: Int[Array, " n"]
     """Index of the expert on its device, in that order."""
-    starts_X: jax.Array
+    starts_X: Int[Array, " X"]
     """Position of the first assignment for each device, in that order."""
-    counts_X: jax.Array
+    counts_X: Int[Array, " X"]
     """Number of assignments for each device."""
 
 
-def bucket_routes(expert_ids_mA: jax.Array, experts_per_device: int, size: int) -> tuple[BucketRoutes, jax.Array]:
+def bucket_routes(expert_ids_mA: Int[Array, "m A"], experts_per_device: int, size: int) -> tuple[BucketRoutes, Int[Array, ""]]:
     """Compute the destinations of this device's assignments.
 
     Args:
@@ -85,7 +86,9 @@ def bucket_routes(expert_ids_mA: jax.Array, experts_per_device: int, size: int) 
     return BucketRoutes(order_n, rank_mA, device_mA, expert_n, starts_X, counts_X), num_chunks
 
 
-def exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, size: int, experts: LocalExperts) -> jax.Array:
+def exchange_chunk(
+    i: Int[Array, ""], inputs: ChunkInputs, routing: ChunkRouting, size: int, experts: LocalExperts
+) -> Float[Array, "m D"]:
     """Compute what chunk i adds to each token: the assignments with ranks i * size … (i + 1) * size - 1 of every bucket."""
     routes: BucketRoutes = routing.routes
     X, A = routes.counts_X.shape[0], inputs.weights_mA.shape[1]
@@ -110,6 +113,6 @@ def exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, siz
     return from_rows(_exchange(y_SD).astype(jnp.float32), placement)
 
 
-def _exchange(x_S: jax.Array) -> jax.Array:
+def _exchange(x_S: Shaped[Array, "S ..."]) -> Shaped[Array, "S ..."]:
     """Exchange a bucket for each device for a bucket from each device."""
     return jax.lax.all_to_all(x_S, "expert", split_axis=0, concat_axis=0, tiled=True)

@@ -12,7 +12,7 @@ import jax
 
 from moe_train import config
 from moe_train.machine.mesh import abstract_mesh
-from moe_train.model.moe.transport.choose import transport_in_words
+from moe_train.model.moe.transport.choose import describe_transport
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
@@ -59,7 +59,7 @@ def inspect(written: config.Config) -> Report:
         "trainable_parameters": sum(x.size for x in trainable.values()),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
     }
-    if transport := transport_in_words(run, run.mesh.model_dump()):
+    if transport := describe_transport(run, run.mesh.model_dump()):
         totals["transport"] = transport
     return Report(run.to_config(), rows, totals)
 

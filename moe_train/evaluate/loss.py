@@ -45,6 +45,6 @@ def batch_sums(objective: Objective, inputs: ObjectiveInputs) -> tuple[dict[str,
     Returns:
         The metrics as sums over the batch, and the routers' statistics (None without routers).
     """
-    of_step = None if objective.first_pass is None else objective.first_pass(inputs)
-    terms = objective.loss(inputs, of_step)
-    return held_out_metrics(objective, terms, objective.weight(inputs.batch, of_step)), terms.routers
+    first_pass_result = None if objective.first_pass is None else objective.first_pass(inputs)
+    terms = objective.loss(inputs, first_pass_result)
+    return held_out_metrics(objective, terms, objective.weight(inputs.batch, first_pass_result)), terms.routers

@@ -31,7 +31,10 @@ def flops_per_token(
             input gradient then take 4 per base weight, adapters take 6, and weights that are trained in full take 2 more.
             None or empty for full training.
     """
-    D, N, K, H = model.model_dim, model.attention.num_heads, model.attention.num_kv_heads, model.attention.head_dim
+    D = model.model_dim
+    N = model.attention.num_heads
+    K = model.attention.num_kv_heads
+    H = model.attention.head_dim
     # Projections of queries and outputs (N heads), and of keys and values (K heads).
     attention = 2 * D * N * H + 2 * D * K * H
     base = model.vocab_size * D
@@ -39,6 +42,7 @@ def flops_per_token(
     for stack in config.stacks(model):
         base += stack.num_layers * (attention + _ffn_weights(D, stack.ffn))
         keys += stack.repeats * sum(_visible_keys(seq_len, window) for window in stack.windows)
+    # Scores and weighted values, 2 FLOPs per entry each; the backward pass takes twice the forward pass.
     pairs = 3 * 4 * N * H * keys
     if not adapters:
         return 6 * base + pairs

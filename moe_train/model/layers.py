@@ -59,7 +59,8 @@ class Adapted(nnx.Module):
         """
         if self.lora_a is None or self.lora_b is None:
             return None
-        a, b = self.lora_a[...], self.lora_b[...]
+        a = self.lora_a[...]
+        b = self.lora_b[...]
         if not isinstance(self.lora_scale, tuple):
             return a, b * self.lora_scale
         scales_E, ranks_E = np.array(self.lora_scale, np.float32).T

@@ -139,34 +139,26 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
     J = max(target.rank for target in targets)
     shape = weight.shape
     spec = (*spec_of(weight), *(None,) * (weight.ndim - len(spec_of(weight))))
-    # `batch` counts the leading dims of weights that have an adapter each (repeats, experts), `inputs` the dims that A sums over.
-    match module:
-        case Linear():
-            to_rank, _ = lora_equations(module.equation)
-            a_letters = to_rank.split("->")[0].split(",")[1]
-            batch, inputs = 1, len(a_letters) - 1
-        case ExpertLinear():
-            batch, inputs = 2, 1
-        case Embedding():
-            batch, inputs = 0, 1
-        case Head():
-            # The head's matrix is (V, D): its inputs are the last dim.
-            batch, inputs = 0, 1
-            shape, spec = shape[::-1], spec[::-1]
-        case _:  # a router
-            batch, inputs = 1, 1
-    lead, ins, outs = shape[:batch], shape[batch : batch + inputs], shape[batch + inputs :]
-    a_spec = P(*spec[:batch], *spec[batch : batch + inputs], None)
-    b_spec = P(*spec[:batch], None, *spec[batch + inputs :])
+    if isinstance(module, Head):
+        # The head's matrix is (V, D): its inputs are the last dim.
+        shape, spec = shape[::-1], spec[::-1]
+    batch, inputs = _count_dims(module)
+    split = batch + inputs
+    lead = shape[:batch]
+    ins = shape[batch:split]
+    outs = shape[split:]
+    a_spec = P(*spec[:split], None)
+    b_spec = P(*spec[:batch], None, *spec[split:])
     # Adapters are small compared with their experts, so they are not sharded over `fsdp`.
     if isinstance(module, ExpertLinear):
-        a_spec, b_spec = without_fsdp(a_spec), without_fsdp(b_spec)
+        a_spec = without_fsdp(a_spec)
+        b_spec = without_fsdp(b_spec)
     # Always float32: an update of 1e-4 to a bfloat16 adapter would mostly be rounded away.
     if isinstance(module, Embedding):
         a = jnp.zeros((*ins, J), jnp.float32, out_sharding=a_spec)
         b = jax.random.normal(rngs.params(), (J, *outs), jnp.float32, out_sharding=b_spec)
     else:
-        bound = float(np.prod(ins)) ** -0.5
+        bound = float(np.prod(ins)) ** -0.5  # 1 / sqrt(fan-in)
         a = jax.random.uniform(rngs.params(), (*lead, *ins, J), jnp.float32, -bound, bound, out_sharding=a_spec)
         b = jnp.zeros((*lead, J, *outs), jnp.float32, out_sharding=b_spec)
     module.lora_dropout = lora.dropout
@@ -178,6 +170,21 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
         a = a * (np.arange(J) < ranks[:, None]).astype(np.float32)[:, None, :]
     module.lora_a = nnx.Param(a)
     module.lora_b = nnx.Param(b)
+
+
+def _count_dims(module: Adapted) -> tuple[int, int]:
+    """Return the number of leading dims of weights that have an adapter each (repeats, experts), and of dims that A sums over."""
+    match module:
+        case Linear():
+            to_rank, _ = lora_equations(module.equation)
+            a_letters = to_rank.split("->")[0].split(",")[1]
+            return 1, len(a_letters) - 1
+        case ExpertLinear():
+            return 2, 1
+        case Embedding() | Head():
+            return 0, 1
+        case _:  # a router
+            return 1, 1
 
 
 def scale_of_expert(lora: config.Lora, targets: Iterable[config.LoraTarget], expert: int) -> tuple[float, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -27,14 +27,21 @@ def parameters(model: Transformer) -> tuple[PyTreeDef, dict[str, Any]]:
 
 def combine(structure: PyTreeDef, *parts: Parameters) -> Transformer:
     """Build a model from its structure and its parameters, which may be split over several dicts (trainable, frozen)."""
-    merged = {path: array for part in parts for path, array in part.items()}
+    merged = _merge(parts)
     return structure.unflatten([merged[path] for path in _paths(structure)])
 
 
 def combine_some(structure: PyTreeDef, *parts: Parameters) -> Transformer:
     """Build a model from some of its parameters. The others are None, and their modules cannot be called."""
-    merged = {path: array for part in parts for path, array in part.items()}
+    merged = _merge(parts)
     return structure.unflatten([merged.get(path) for path in _paths(structure)])
+
+
+def _merge(parts: Iterable[Parameters]) -> Parameters:
+    merged: Parameters = {}
+    for part in parts:
+        merged |= part
+    return merged
 
 
 def _paths(structure: PyTreeDef) -> list[str]:

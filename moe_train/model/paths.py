@@ -188,7 +188,7 @@ def router_rows(repeats: Mapping[str, int]) -> dict[str, slice]:
         assert path.stack is not None and path.place is not None, name
         places.setdefault(path.stack, []).append((path.place, name))
     rows: dict[str, slice] = {}
-    start = 0
+    start = 0  # first row of the stack
     for _, routers in sorted(places.items()):
         period = len(routers)
         stop = start + period * repeats[routers[0][1]]

@@ -87,6 +87,7 @@ def quantize(w: Float[Array, "..."], kind: QuantizationFormat, block_size: int, 
     for low, high in itertools.pairwise(NF4):
         # The code is the number of midpoints between levels that the value exceeds.
         codes = codes + (blocks > (low + high) / 2).astype(jnp.uint8)
+    # A byte takes one value from each half of the block, so no value moves along the lanes.
     first, second = jnp.split(codes, 2, axis=dim)
     return Quantized((first | second << 4).reshape(*lead, -1, *tail), scales)
 
@@ -152,7 +153,8 @@ def quantize_weights(linear_maps: Iterable[tuple[str, Any]], settings: config.Nf
     """
     block_size = settings.block_size
     for name, linear in linear_maps:
-        weight, dim = linear.weight[...], linear.summed_dim
+        weight = linear.weight[...]
+        dim = linear.summed_dim
         spec = jax.typeof(weight).sharding.spec
         # A spec may leave out trailing dims that are not split.
         split = (*spec, *(None,) * (weight.ndim - len(spec)))[dim]

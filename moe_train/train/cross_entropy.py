@@ -71,7 +71,8 @@ _Gradients = tuple[TokenFactors, HeadFactors]
 def _chunked_forward(
     xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"], mask_m: Bool[Array, " m"]
 ) -> tuple[Float[Array, ""], _Gradients]:
-    m, v = xs[0].shape[0], heads[0].shape[0]
+    m = xs[0].shape[0]
+    v = heads[0].shape[0]
     rows = chunk_rows(m, v)
     is_first = jax.lax.axis_index("tensor") == 0
 
@@ -90,6 +91,7 @@ def _chunked_forward(
         # Every part of V counts its own target logits; only part 0 counts the normalizer.
         normalizer_r = jnp.where(is_first, (top_r1 + jnp.log(sums_r1))[:, 0], 0)
         total += jnp.sum(jnp.where(mask_r, normalizer_r - target_logit_r, 0))
+        # The gradient of the cross-entropy: softmax minus one-hot target.
         dlogits_rv = jnp.where(mask_r[:, None], exps_rv / sums_r1 - hit_rv, 0).astype(xs_r[0].dtype)
         return (total, add_head_gradients(dheads, dlogits_rv, xs_r)), input_gradients(dlogits_rv, heads)
 

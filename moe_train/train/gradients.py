@@ -59,6 +59,7 @@ def step_gradients(
     """
     first_pass = _first_pass(definition, trainable, fixed, batch, key)
     totals = _Totals(definition.objective.weight(batch, first_pass), first_pass)
+    # A single microbatch needs no sums, so its gradients keep the parameters' dtypes throughout.
     if definition.microbatches == 1:
         (loss, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, batch, key)
         return StepGradients(loss, totals.weight, terms, gradients)

@@ -64,7 +64,8 @@ def _orthogonalize_matrices(path: str, x: Float[Array, "*dims"], ns_steps: int) 
     dims = matrix_dims(path)
     assert dims is not None
     inputs, outputs = (math.prod(x.shape[dim] for dim in axes) for axes in dims)
-    specs = _specs_to_unsplit_matrices(x.shape, spec_of(x), {dim % x.ndim for axes in dims for dim in axes})
+    matrix = {dim % x.ndim for dim in (*dims.reduction_axis, *dims.output_axis)}
+    specs = _specs_to_unsplit_matrices(x.shape, spec_of(x), matrix)
     # With a momentum of 0, Optax's Muon is the iteration only.
     iteration = optax.contrib.scale_by_muon(ns_steps=ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims)
 
@@ -73,6 +74,7 @@ def _orthogonalize_matrices(path: str, x: Float[Array, "*dims"], ns_steps: int) 
 
     for spec in specs[1:]:
         x = jax.sharding.reshard(x, spec)
+    # Every device now holds complete matrices of some layers, so the iteration needs no collective.
     y = jax.shard_map(local, in_specs=specs[-1], out_specs=specs[-1])(x)
     for spec in reversed(specs[:-1]):
         y = jax.sharding.reshard(y, spec)

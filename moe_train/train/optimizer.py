@@ -31,7 +31,7 @@ def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> o
         ValueError: warm-up and decay are longer than the run.
     """
     first = max(schedule.warmup_steps - 1, 0)  # index of the first step at the peak
-    fall = total_steps - 1 - first
+    fall = total_steps - 1 - first  # steps from the peak to the last step
     decay = schedule.decay_steps if isinstance(schedule, config.WsdSchedule) else 0
     if schedule.warmup_steps + decay > total_steps:
         and_decay = f" and decay_steps {decay}" if decay else ""

@@ -109,7 +109,8 @@ def _chunked(xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"]) 
 def _chunked_forward(
     xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"]
 ) -> tuple[tuple[Float[Array, " m"], Float[Array, " m"]], _Saved]:
-    m, v = xs[0].shape[0], heads[0].shape[0]
+    m = xs[0].shape[0]
+    v = heads[0].shape[0]
     rows = chunk_rows(m, v)
 
     def of_chunk(_: None, chunk: tuple[TokenFactors, Int[Array, " r"]]) -> tuple[None, tuple[Float[Array, " r"], ...]]:
@@ -125,6 +126,7 @@ def _chunked_forward(
             jnp.sum(jnp.where(target_hits(targets_r, v), shifted_rv, 0), axis=-1),
         )
         normalizer_r, weighted_r, target_r = jax.lax.psum(sums, "tensor")
+        # With logits l relative to the largest and Z = sum exp(l): entropy = log Z - sum exp(l) * l / Z.
         log_sum_r = jnp.log(normalizer_r)
         return None, (target_r - log_sum_r, log_sum_r - weighted_r / normalizer_r, top_r, log_sum_r)
 
@@ -139,7 +141,8 @@ _Cotangents = tuple[Float[Array, " m"], Float[Array, " m"]]
 
 
 def _chunked_backward(saved: _Saved, cotangents: _Cotangents) -> tuple[TokenFactors, HeadFactors, None]:
-    m, v = saved.xs[0].shape[0], saved.heads[0].shape[0]
+    m = saved.xs[0].shape[0]
+    v = saved.heads[0].shape[0]
     rows = chunk_rows(m, v)
 
     def add_chunk(dheads: HeadFactors, chunk: tuple[_Saved, _Cotangents]) -> tuple[HeadFactors, TokenFactors]:
@@ -147,6 +150,7 @@ def _chunked_backward(saved: _Saved, cotangents: _Cotangents) -> tuple[TokenFact
         logits_rv = chunk_logits(at_r.xs, saved.heads)
         logprobs_rv = logits_rv - at_r.top_m[:, None] - at_r.log_sum_m[:, None]
         probs_rv = jnp.exp(logprobs_rv)
+        # d logprob / d logit = [is target] - p, and d entropy / d logit = -p * (log p + entropy).
         dlogits_rv = dlogprob_r[:, None] * (target_hits(at_r.targets_m, v) - probs_rv)
         dlogits_rv -= dentropy_r[:, None] * probs_rv * (logprobs_rv + at_r.entropy_m[:, None])
         dlogits_rv = dlogits_rv.astype(at_r.xs[0].dtype)

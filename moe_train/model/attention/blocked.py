@@ -127,8 +127,7 @@ def _mask(span: _Span, sequence: _Sequence, window: int | None) -> Bool[Array, "
     """Return the mask of a block of queries that is True where the query sees the key."""
     t = jnp.arange(span.position, span.keys.stop)[:, None]
     s = jnp.arange(span.first, span.keys.stop)[None, :]
-    same_segment = sequence.segments_t[span.queries, None] == sequence.segments_T[None, span.keys]
-    visible = (t >= s) & same_segment
+    visible = (t >= s) & (sequence.segments_t[span.queries, None] == sequence.segments_T[None, span.keys])
     return visible if window is None else visible & (t - s < window)
 
 
@@ -152,13 +151,17 @@ def _blocked_forward(
     B, t, N, H = q_BtNH.shape
     T, K = k_BTKH.shape[1:3]
     q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
-    k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    k = k_BTKH.transpose(0, 2, 1, 3)
+    v = v_BTKH.transpose(0, 2, 1, 3)
 
     def of_sequence(starts: tuple[int, ...], sequence: _Sequence) -> tuple[Float[Array, "K G t H"], Float[Array, "K G t 1"]]:
-        ys, lses = [], []
+        ys = []
+        lses = []
         for span in _spans(t, T, starts, causal.window):
             visible = _mask(span, sequence, causal.window)
-            q_b, k_b, v_b = sequence.q_KGtH[:, :, span.queries], sequence.k_KTH[:, span.keys], sequence.v_KTH[:, span.keys]
+            q_b = sequence.q_KGtH[:, :, span.queries]
+            k_b = sequence.k_KTH[:, span.keys]
+            v_b = sequence.v_KTH[:, span.keys]
             scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
             scores = jnp.where(visible, scores, NEG)
             top = jnp.max(scores, axis=-1, keepdims=True)
@@ -182,8 +185,10 @@ def _blocked_backward(
     B, t, N, H = saved.q_BtNH.shape
     T, K = saved.k_BTKH.shape[1:3]
     scale = jnp.asarray(1 / math.sqrt(H), saved.q_BtNH.dtype)
-    q, dy = heads_first(saved.q_BtNH, K) * scale, heads_first(dy_BtNH, K)
-    k, v = saved.k_BTKH.transpose(0, 2, 1, 3), saved.v_BTKH.transpose(0, 2, 1, 3)
+    q = heads_first(saved.q_BtNH, K) * scale
+    dy = heads_first(dy_BtNH, K)
+    k = saved.k_BTKH.transpose(0, 2, 1, 3)
+    v = saved.v_BTKH.transpose(0, 2, 1, 3)
     # The row sum of dy * y is the term of the softmax gradient that all entries of a row share.
     common = jnp.sum(dy.astype(jnp.float32) * heads_first(saved.y_BtNH, K).astype(jnp.float32), axis=-1, keepdims=True)
 
@@ -197,8 +202,10 @@ def _blocked_backward(
         dqs = []
         for span in _spans(t, T, starts, causal.window):
             visible = _mask(span, sequence, causal.window)
-            q_b, dy_b = sequence.q_KGtH[:, :, span.queries], dy_KGtH[:, :, span.queries]
-            k_b, v_b = sequence.k_KTH[:, span.keys], sequence.v_KTH[:, span.keys]
+            q_b = sequence.q_KGtH[:, :, span.queries]
+            dy_b = dy_KGtH[:, :, span.queries]
+            k_b = sequence.k_KTH[:, span.keys]
+            v_b = sequence.v_KTH[:, span.keys]
             scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
             weights = jnp.where(visible, jnp.exp(scores - lse_KGt1[:, :, span.queries]), 0)
             dweights = jnp.einsum("KGTH,KSH->KGTS", dy_b, v_b, preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ under grouped queries), and queries are reordered zig-zag so that causal masking
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,10 @@ class GroupedQueryAttention(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None):
         attention = model.attention
-        D, N, K, H = model.model_dim, attention.num_heads, attention.num_kv_heads, attention.head_dim
+        D = model.model_dim
+        N = attention.num_heads
+        K = attention.num_kv_heads
+        H = attention.head_dim
         std = model.init_stddev
         dtype = jnp.dtype(compute.param_dtype)
         kv_spec = P("fsdp", split_axes(K), None)
@@ -63,7 +66,9 @@ class GroupedQueryAttention(nnx.Module):
         self.kernel = compute.attention
 
     @staticmethod
-    def empty_cache(attention: config.GroupedQueryAttention, num_layers: int, batch_size: int, max_len: int, dtype: Any) -> Cache:
+    def empty_cache(
+        attention: config.GroupedQueryAttention, num_layers: int, batch_size: int, max_len: int, dtype: jnp.dtype
+    ) -> Cache:
         """Return an empty cache for the `num_layers` layers of one place in the period, stacked on dim 0.
 
         Args:
@@ -127,7 +132,8 @@ def _extend(
     def local(
         slots: Float[Array, "b s k H"], new: Float[Array, "b t k H"], positions: Int[Array, "b t"]
     ) -> Float[Array, "b s k H"]:
-        new, positions = gather_axis(new, "context", 1), gather_axis(positions, "context", 1)
+        new = gather_axis(new, "context", 1)
+        positions = gather_axis(positions, "context", 1)
         slot = positions - _first("context", slots)
         # Positions of other devices get an index past the end, which `mode="drop"` skips; a negative one would wrap around.
         slot = jnp.where((slot < 0) | (slot >= slots.shape[1]), slots.shape[1], slot)
@@ -156,7 +162,8 @@ def _attend_cache(
     ) -> Float[Array, "b t n H"]:
         local_shape = q.shape
         # Queries of all devices meet each device's slots; the outputs are summed and scattered back at the end.
-        q, positions = gather_axis(q, "context", 1), gather_axis(positions, "context", 1)
+        q = gather_axis(q, "context", 1)
+        positions = gather_axis(positions, "context", 1)
         slots = jnp.broadcast_to(_first("context", k) + jnp.arange(k.shape[1]), k.shape[:2])
         scores = attention_scores(q, k, attention_mask(positions, slots, None, None, window))
         # Maximum and sum are reduced over `context`, so that the softmax is normalized over the slots of all devices.

@@ -41,6 +41,7 @@ def attend(
         The attention output (B, T, N, H).
     """
     kernel = choose_attention_kernel(kernel, q_BTNH.shape[1], q_BTNH.dtype)
+    # The kernel's tables are an argument of the `shard_map`, which splits them over `context` like the queries.
     splash = None
     if kernel == "splash":
         splash = make_splash(q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2], window)
@@ -61,12 +62,14 @@ def attend(
                 mask = attention_mask(positions, positions_k, segments, segments_k, window)
                 return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
             case "blocked":
-                q, segments = to_zigzag(q), to_zigzag(segments)
+                q = to_zigzag(q)
+                segments = to_zigzag(segments)
                 device = jax.lax.axis_index("context")
                 causal = CausalWindow(run_starts(k.shape[1]), window)
                 return from_zigzag(blocked_attention(q, k, v, SegmentIds(segments, segments_k), device, causal))
             case "splash":
-                q, segments = to_zigzag(q), to_zigzag(segments)
+                q = to_zigzag(q)
+                segments = to_zigzag(segments)
                 return from_zigzag(splash_attention(splash, q, k, v, SegmentIds(segments, segments_k)))
         raise AssertionError(kernel)
 

@@ -87,7 +87,8 @@ def splash_attention(
     B, t, N, H = q_BtNH.shape
     K = k_BTKH.shape[2]
     q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
-    k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    k = k_BTKH.transpose(0, 2, 1, 3)
+    v = v_BTKH.transpose(0, 2, 1, 3)
     of_group = jax.vmap(splash, in_axes=(0, 0, 0, None))  # over the key heads of a sequence
     y = jax.vmap(of_group)(q, k, v, kernel.SegmentIds(*segment_ids))
     return y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)

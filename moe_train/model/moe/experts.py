@@ -264,6 +264,7 @@ def _swiglu(
             y += grouped_matmul(low_rank, m.lora_b, group_sizes_e, kernel)
         return checkpoint_name(y, "experts")
 
+    # Each of the three inputs is dropped independently; only the input of `down` is split over `tensor`, along F.
     h_Rf = jax.nn.silu(matmul(x_RD, experts.gate, drops[0])) * matmul(x_RD, experts.up, drops[1])
     return matmul(h_Rf, experts.down, drops[2], jax.lax.axis_index("tensor") * h_Rf.shape[1])
 
@@ -283,5 +284,6 @@ def _drop(
         return x_Rn
     columns_n = jnp.asarray(first, jnp.uint32) + jnp.arange(x_Rn.shape[1], dtype=jnp.uint32)
     counts = [jnp.broadcast_to(x, x_Rn.shape).reshape(-1) for x in (counter_R[:, None], columns_n)]
+    # threefry is counter-based: the bits of an entry depend on its row's counter and its column, not on the array's shape.
     bits = threefry_2x32(jax.random.key_data(key), jnp.concatenate(counts))[: x_Rn.size]
     return jnp.where(bits.reshape(x_Rn.shape) >= np.uint32(rate * 2**32), x_Rn / (1 - rate), 0)

@@ -153,7 +153,9 @@ def _weight_gradient(
     x_RD: Float[Array, "R D"], dy_RF: Float[Array, "R F"], group_sizes_E: Int[Array, " E"], dtype: jnp.dtype
 ) -> Float[Array, "E D F"]:
     """Compute dw[e], the sum of the outer products of the rows of e, accumulated in float32."""
-    E, (R, D), F = group_sizes_E.shape[0], x_RD.shape, dy_RF.shape[1]
+    E = group_sizes_E.shape[0]
+    R, D = x_RD.shape
+    F = dy_RF.shape[1]
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
     def block(
@@ -166,8 +168,9 @@ def _weight_gradient(
         return dw_DF + jnp.einsum("RD,RF->DF", x, dy, preferred_element_type=jnp.float32)
 
     def expert(e: Int[Array, ""], dw_EDF: Float[Array, "E D F"]) -> Float[Array, "E D F"]:
+        start, size = starts_E[e], group_sizes_E[e]
         zeros_DF = _zeros_like(x_RD, (D, F), jnp.dtype("float32"))
-        dw_DF = _over_blocks(starts_E[e], group_sizes_E[e], R, SUM_BLOCKS, block, zeros_DF)
+        dw_DF = _over_blocks(start, size, R, SUM_BLOCKS, block, zeros_DF)
         return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF.astype(dtype), e, 0)
 
     return jax.lax.fori_loop(0, E, expert, _zeros_like(x_RD, (E, D, F), dtype))

@@ -42,7 +42,9 @@ class MoE(nnx.Module):
     """Router, experts and weighted sum. Padding (segment 0) is neither routed nor counted."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn: config.MoeFfn):
-        D, E, F = model.model_dim, ffn.num_experts, ffn.ffn_dim
+        D = model.model_dim
+        E = ffn.num_experts
+        F = ffn.ffn_dim
         std = model.init_stddev
         dtype = jnp.dtype(compute.param_dtype)
         self.router = Router(rngs, D, E, std, dtype, ffn.router.bias)

@@ -162,7 +162,8 @@ def router_stats(
         valid_BT: False for padding.
         computed: number of assignments that experts computed, before the sum over replicas.
     """
-    E, A = logits_BTE.shape[-1], expert_ids_BTA.shape[-1]
+    E = logits_BTE.shape[-1]
+    A = expert_ids_BTA.shape[-1]
     chosen_BTE = jnp.sum(expert_ids_BTA[..., None] == jnp.arange(E), axis=2) * valid_BT[..., None]
     lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     log_probs_BTE = jax.nn.log_softmax(log_scores_BTE)

@@ -103,7 +103,8 @@ def _stages(axis: str) -> tuple[list[AxisGroups] | list[None], AxisGroups]:
 
     A stage of None is over all devices at once; the groups between slices are empty if there is only one slice.
     """
-    devices, slices = axis_size(axis), slices_along(axis)
+    devices = axis_size(axis)
+    slices = slices_along(axis)
     per_slice = devices // slices
     mesh_sizes = jax.sharding.get_abstract_mesh().shape
     is_only_axis = devices == math.prod(size for name, size in mesh_sizes.items() if name != "data")

@@ -6,6 +6,7 @@ the weight's own spec, which lowers to a reduce-scatter.
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import jax
@@ -166,8 +167,7 @@ def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: j
         # Each device looks up the tokens of its own rows and adds zeros for the others.
         row_bt = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
         is_own_bt = (row_bt >= 0) & (row_bt < table_vD.shape[0])
-        x_btD = table_vD[jnp.where(is_own_bt, row_bt, 0)]
-        return jax.lax.psum(jnp.where(is_own_bt[..., None], x_btD, 0), "tensor")
+        return jax.lax.psum(jnp.where(is_own_bt[..., None], table_vD[jnp.where(is_own_bt, row_bt, 0)], 0), "tensor")
 
     run = jax.shard_map(local, in_specs=(spec, activation_spec("BT")), out_specs=activation_spec("BTD"))
     return run(table_VD, tokens_BT)
@@ -200,5 +200,5 @@ def vary_with_spec(w: Shaped[Array, "*dims"], spec: P, axes: tuple[str, ...]) ->
         spec: partition spec of the weight.
         axes: result of `global_axes()` outside the `shard_map`.
     """
-    splits = {axis for entry in spec for axis in mesh_axes(entry)}
+    splits = set(itertools.chain.from_iterable(mesh_axes(entry) for entry in spec))
     return jax.lax.pcast(w, tuple(axis for axis in axes if axis not in splits), to="varying")

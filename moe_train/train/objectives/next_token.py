@@ -25,7 +25,8 @@ def count_loss_tokens(batch: Any, first_pass_result: None) -> Int[Array, ""]:
 
 def loss(inputs: ObjectiveInputs, first_pass_result: None) -> Terms:
     """Sum the cross-entropy, in nats, over the tokens that are trained on."""
-    model, batch = inputs.model, inputs.batch
+    model = inputs.model
+    batch = inputs.batch
     body_key, head_key = keys_of(inputs.key, 2)
     hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
     lora_factors = model.head_lora_factors(hidden_BTD, head_key)

@@ -31,7 +31,8 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
     """Gather all tokens, apply this device's experts to their rows, scatter the sums. See `transport.Transport`."""
     weights = experts.unshard(experts.weights)
     x_mD, ids_mA, weights_mA = (gather_axis(x, "expert", 0) for x in assignments[:3])
-    e, A = experts.count, ids_mA.shape[1]
+    e = experts.count
+    A = ids_mA.shape[1]
     own_mA = ids_mA - jax.lax.axis_index("expert") * e
     # Local expert id e means an expert of another device, or none.
     own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)
@@ -86,8 +87,8 @@ def _dispatch_forward(
 
 def _dispatch_backward(inverse_mA: Int[Array, "m A"], dy_RD: Float[Array, "R D"]) -> tuple[Float[Array, "m D"], None, None]:
     # A token's gradient is the sum over the rows that it was copied to.
-    first, *others = (dy_RD[inverse_mA[:, a]] for a in range(inverse_mA.shape[1]))
-    return sum(others, start=first), None, None
+    dx_mD = sum(dy_RD[inverse_mA[:, a]] for a in range(inverse_mA.shape[1]))
+    return dx_mD, None, None  # type: ignore[return-value]  # mypy: sum() may be 0
 
 
 dispatch_tokens.defvjp(_dispatch_forward, _dispatch_backward)

@@ -73,7 +73,9 @@ def bucket_routes(expert_ids_mA: Int[Array, "m A"], experts_per_device: int, siz
     Returns:
         The routes, and the number of chunks that buckets of `size` rows take; it is the same on all devices.
     """
-    X, e, A = axis_size("expert"), experts_per_device, expert_ids_mA.shape[1]
+    X = axis_size("expert")
+    A = expert_ids_mA.shape[1]
+    e = experts_per_device
     order_n = jnp.argsort(expert_ids_mA.reshape(-1), stable=True)
     place_mA = jnp.argsort(order_n).reshape(-1, A)
     device_mA = expert_ids_mA // e
@@ -91,11 +93,13 @@ def exchange_chunk(
 ) -> Float[Array, "m D"]:
     """Compute what chunk i adds to each token: the assignments with ranks i * size … (i + 1) * size - 1 of every bucket."""
     routes: BucketRoutes = routing.routes
-    X, A = routes.counts_X.shape[0], inputs.weights_mA.shape[1]
+    X = routes.counts_X.shape[0]
+    A = inputs.weights_mA.shape[1]
     rank_Xs = i * size + jnp.arange(size) + jnp.zeros((X, 1), jnp.int32)
     used_S = (rank_Xs < routes.counts_X[:, None]).reshape(-1)
     at_S = jnp.where(used_S, (routes.starts_X[:, None] + rank_Xs).reshape(-1), 0)
     assignment_S = routes.order_n[at_S]
+    # The same mapping from the side of the tokens, which sums need: the row of each assignment that this chunk sends.
     present_mA = (routes.rank_mA // size == i) & (routes.device_mA < X)
     row_mA = jnp.where(present_mA, routes.device_mA * size + routes.rank_mA % size, 0)
     placement = Placement(assignment_S // A, used_S, row_mA, present_mA)

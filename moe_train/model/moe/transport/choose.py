@@ -53,7 +53,9 @@ def check_transport(setting: str) -> None:
 def exchange_sizes(run: config.Run, mesh_sizes: Mapping[str, int]) -> ExchangeSizes:
     """Return what a device exchanges in each layer of a run with experts, on a mesh with axes of these sizes."""
     assert isinstance(run.model.ffn, config.MoeFfn)
-    ffn, T, capacity_factor = run.model.ffn, run.train.seq_len, run.train.capacity_factor
+    ffn = run.model.ffn
+    T = run.train.seq_len
+    capacity_factor = run.train.capacity_factor
     rows = run.train.batch_size // (run.train.microbatches * math.prod(mesh_sizes[axis] for axis in BATCH))
     peer_capacity = None
     if capacity_factor is not None:
@@ -76,7 +78,7 @@ def transport_of(run: config.Run, mesh_sizes: Mapping[str, int]) -> TransportNam
     return choose_transport(run.compute.transport, exchange_sizes(run, mesh_sizes)).NAME
 
 
-def transport_in_words(run: config.Run, mesh_sizes: Mapping[str, int]) -> str | None:
+def describe_transport(run: config.Run, mesh_sizes: Mapping[str, int]) -> str | None:
     """Describe in one line the transport of a run and the bytes that it and the others move.
 
     None if the axis `expert` has one device.

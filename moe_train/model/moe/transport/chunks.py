@@ -86,6 +86,7 @@ def sum_over_chunks(
 
     def backward(saved: tuple[ChunkInputs, ChunkRouting], dy_mD: Float[Array, "m D"]) -> tuple[ChunkInputs, None]:
         inputs, routing = saved
+        # Gathered once here, and the sum of all chunks' gradients is scattered once at the end.
         experts, scatter_gradient = jax.vjp(unshard, inputs.experts)
         unsharded = inputs._replace(experts=experts)
 

@@ -83,7 +83,8 @@ def _routes(expert_ids_mA: Int[Array, "m A"], experts_per_device: int, rows: int
     Returns:
         The routes, and the number of chunks that a buffer of `rows` rows takes; it is the same on all devices.
     """
-    X, A = axis_size("expert"), expert_ids_mA.shape[1]
+    X = axis_size("expert")
+    A = expert_ids_mA.shape[1]
     order_n = jnp.argsort(expert_ids_mA.reshape(-1), stable=True)
     place_mA = jnp.argsort(order_n).reshape(-1, A)
     counts_E = jnp.sum(expert_ids_mA.reshape(-1, 1) == jnp.arange(X * experts_per_device), axis=0, dtype=jnp.int32)
@@ -117,7 +118,8 @@ class Window(NamedTuple):
 
 def _window(i: Int[Array, ""], routes: RaggedRoutes, rows: int) -> Window:
     """Return the window of chunk i: rows i * rows … (i + 1) * rows - 1 of all that each device receives."""
-    me, first = jax.lax.axis_index("expert"), i * rows
+    me = jax.lax.axis_index("expert")
+    first = i * rows
     low_XX = jnp.clip(routes.into_XX, first, first + rows)
     size_XX = jnp.clip(routes.into_XX + routes.sent_XX, first, first + rows) - low_XX
     start_XX = routes.starts_XX + low_XX - routes.into_XX
@@ -131,8 +133,10 @@ def _exchange_chunk(
     """Compute what chunk i adds to each token."""
     routes: RaggedRoutes = routing.routes
     X, E = routes.counts_XE.shape
-    n, A = inputs.weights_mA.size, inputs.weights_mA.shape[1]
-    e, me = E // X, jax.lax.axis_index("expert")
+    m, A = inputs.weights_mA.shape
+    n = m * A
+    e = E // X
+    me = jax.lax.axis_index("expert")
     window = _window(i, routes, rows)
     used_n = jnp.arange(n) < jnp.sum(routes.sent_XX[me])
     placement = Placement(routes.order_n // A, used_n, routes.place_mA, routes.place_mA < jnp.sum(routes.sent_XX[me]))
@@ -140,6 +144,7 @@ def _exchange_chunk(
     # To the experts: the rows of device 0, of device 1, …, those of each device in the order of their experts.
     x_SD = _to_experts(to_rows(inputs.x_mD, placement), window, rows, n)
     weight_S = _to_experts(inputs.weights_mA.reshape(-1)[routes.order_n], window, rows, n)
+    # `ends` lists e experts for each sending device, so the remainder of a position in it is the expert's index.
     ends_Xe = jnp.cumsum(jax.lax.dynamic_slice_in_dim(routes.counts_XE, me * e, e, axis=1))
     row_S = i * rows + jnp.arange(rows)
     expert_S = jnp.where(row_S < ends_Xe[-1], jnp.searchsorted(ends_Xe, row_S, side="right", method="compare_all") % e, e)

@@ -36,7 +36,8 @@ def to_rows(x_mD: Float[Array, "m D"], placement: Placement) -> Float[Array, "S 
 @jax.custom_vjp
 def from_rows(y_SD: Float[Array, "S D"], placement: Placement) -> Float[Array, "m D"]:
     """Sum rows (S, D) to tokens (m, D): the sum of each token's rows."""
-    row_mA, present_mA = placement.row_mA, placement.present_mA
+    row_mA = placement.row_mA
+    present_mA = placement.present_mA
     first, *others = (jnp.where(present_mA[:, a, None], y_SD[row_mA[:, a]], 0) for a in range(row_mA.shape[1]))
     return sum(others, start=first)
 
@@ -86,6 +87,7 @@ def apply_experts(rows: ReceivedRows, experts: LocalExperts, weights: Any) -> Fl
     Returns:
         The weighted outputs (S, D), in the order of `rows`.
     """
+    # Unused rows have the id e, so they sort last, past all groups.
     order_S = jnp.argsort(rows.expert_S, stable=True)
     inverse_S = jnp.argsort(order_S)
     group_sizes_e = jnp.sum(rows.expert_S[:, None] == jnp.arange(experts.count), axis=0, dtype=jnp.int32)

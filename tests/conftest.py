@@ -28,7 +28,7 @@ settings.register_profile("alike", deadline=None, derandomize=True, suppress_hea
 settings.register_profile("anew", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anew" if "--slow" in sys.argv else "alike")
 jax.config.update("jax_num_cpu_devices", 8)
-install_import_hook("moe_train.model", "beartype.beartype")
+install_import_hook(["moe_train.model", "moe_train.train"], "beartype.beartype")
 
 from moe_train.commands.train_tokenizer import train_tokenizer  # noqa: E402
 from moe_train.config import Config  # noqa: E402

@@ -24,7 +24,7 @@ from moe_train.machine.host_memory import check_host_memory
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.quantize import quantized, unquantized
+from moe_train.model.quantize import quantize_like, unquantized_shapes
 from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
 from moe_train.weights import external, external_adapter, gguf
@@ -209,9 +209,9 @@ def load_parameters(
     def convert(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
         """Convert a part of a stored array to the dtype, or to the quantized values, of `abstract`."""
         parts = {part: trainable[part] for part in (f"{path}.codes", f"{path}.scales") if part in trainable}
-        return quantized({path: array.astype(like.dtype)}, parts)
+        return quantize_like({path: array.astype(like.dtype)}, parts)
 
-    converters = {path: partial(convert, path=path, like=like) for path, like in unquantized(trainable).items()}
+    converters = {path: partial(convert, path=path, like=like) for path, like in unquantized_shapes(trainable).items()}
     params, about = manager.load_params(directory, _trained_shapes(run), step, converters)
     if not frozen:
         return params

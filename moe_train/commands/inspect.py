@@ -12,10 +12,10 @@ import jax
 
 from moe_train import config
 from moe_train.machine.mesh import abstract_mesh
-from moe_train.model.moe.transport.choose import transport_in_words
+from moe_train.model.moe.transport.choose import describe_transport
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.quantize import unquantized
+from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import init_model
 from moe_train.run.resolve import resolve
 from moe_train.train.state import partition
@@ -54,12 +54,12 @@ def inspect(written: config.Config) -> Report:
         for path, x in shapes.items()
     ]
     totals: dict[str, int | str] = {
-        "total_parameters": sum(x.size for x in unquantized(shapes).values()),
-        "active_parameters": active_parameters(unquantized(shapes), run.model),
+        "total_parameters": sum(x.size for x in unquantized_shapes(shapes).values()),
+        "active_parameters": active_parameters(unquantized_shapes(shapes), run.model),
         "trainable_parameters": sum(x.size for x in trainable.values()),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
     }
-    transport = transport_in_words(run, run.mesh.model_dump())
+    transport = describe_transport(run, run.mesh.model_dump())
     if transport:
         totals["transport"] = transport
     return Report(run.to_config(), rows, totals)

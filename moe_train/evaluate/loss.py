@@ -9,7 +9,14 @@ import jax
 
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import Parameters
-from moe_train.train.objectives.objective import Inputs, Metric, Objective, Weights, held_out_metrics, inputs_of
+from moe_train.train.objectives.objective import (
+    Metric,
+    ModelWeights,
+    Objective,
+    ObjectiveInputs,
+    held_out_metrics,
+    objective_inputs,
+)
 
 BatchSums = Callable[[Parameters, Parameters, Any], dict[str, Metric]]
 """A function (trained weights, frozen weights, batch) -> metrics of the batch, including `loss`, as sums over the batch."""
@@ -26,18 +33,18 @@ def make_batch_sums(structure: Any, objective: Objective, base_weights: Paramete
     """
 
     @jax.jit
-    def sums(weights: Weights, batch: Any) -> dict[str, Metric]:
-        return batch_sums(objective, inputs_of(objective, structure, weights, batch))[0]
+    def sums(weights: ModelWeights, batch: Any) -> dict[str, Metric]:
+        return batch_sums(objective, objective_inputs(objective, structure, weights, batch))[0]
 
-    return lambda learned, frozen, batch: sums(Weights(learned, frozen, base_weights or {}), batch)
+    return lambda learned, frozen, batch: sums(ModelWeights(learned, frozen, base_weights or {}), batch)
 
 
-def batch_sums(objective: Objective, inputs: Inputs) -> tuple[dict[str, Metric], RouterStats | None]:
+def batch_sums(objective: Objective, inputs: ObjectiveInputs) -> tuple[dict[str, Metric], RouterStats | None]:
     """Compute the metrics of a batch, which the objective treats as a step of its own.
 
     Returns:
         The metrics as sums over the batch, and the routers' statistics (None without routers).
     """
-    of_step = None if objective.first_pass is None else objective.first_pass(inputs)
-    terms = objective.loss(inputs, of_step)
-    return held_out_metrics(objective, terms, objective.weight(inputs.batch, of_step)), terms.routers
+    first_pass_result = None if objective.first_pass is None else objective.first_pass(inputs)
+    terms = objective.loss(inputs, first_pass_result)
+    return held_out_metrics(objective, terms, objective.weight(inputs.batch, first_pass_result)), terms.routers

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_train.evaluate.loss import batch_sums
 from moe_train.model.parameters import Parameters, combine, with_expert_ids, without_adapters
-from moe_train.train.objectives.objective import Metric, Objective, Weights, inputs_of
+from moe_train.train.objectives.objective import Metric, ModelWeights, Objective, objective_inputs
 
 
 class Drift(NamedTuple):
@@ -62,7 +62,7 @@ def drift_sums(
     Returns:
         The counts, and the objective's metrics of the batch.
     """
-    inputs = inputs_of(objective, structure, Weights(learned, frozen, originals), batch)
+    inputs = objective_inputs(objective, structure, ModelWeights(learned, frozen, originals), batch)
     metrics, routers = batch_sums(objective, inputs)
     base_model = combine(without_adapters(structure), originals, frozen)
     _, base = batch_sums(objective, inputs._replace(model=base_model))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from moe_train import config
 from moe_train.model.layers import Linear, keys_of
@@ -16,12 +16,15 @@ class DenseFfn(nnx.Module):
     """SwiGLU feed-forward layer: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn_dim: int):
-        D, F, std, dtype = model.model_dim, ffn_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
+        D = model.model_dim
+        F = ffn_dim
+        std = model.init_stddev
+        dtype = jnp.dtype(compute.param_dtype)
         self.gate_proj = Linear(rngs, "BTD,DF->BTF", (D, F), P("fsdp", "tensor"), std, dtype)
         self.up_proj = Linear(rngs, "BTD,DF->BTF", (D, F), P("fsdp", "tensor"), std, dtype)
         self.down_proj = Linear(rngs, "BTF,FD->BTD", (F, D), P("tensor", "fsdp"), std, dtype)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
         """Apply the layer.
 
         Args:

@@ -6,13 +6,17 @@ They exclude everything else that a program computes: recomputation, and the mas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+import jax
+from jaxtyping import Array, Shaped
 
 from moe_train import config
 from moe_train.model.paths import ParameterPath
 
 
-def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, Any] | None = None) -> float:
+def flops_per_token(
+    model: config.Model, seq_len: int, adapters: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct] | None = None
+) -> float:
     """Return the model FLOPs per token of a training step on rows of `seq_len` tokens.
 
     Weights: 2 FLOPs per weight that the token passes through in the forward pass, and twice that in the backward pass (gradients
@@ -27,16 +31,23 @@ def flops_per_token(model: config.Model, seq_len: int, adapters: Mapping[str, An
             input gradient then take 4 per base weight, adapters take 6, and weights that are trained in full take 2 more.
             None or empty for full training.
     """
-    a, D = model.attention, model.model_dim
-    attention = 2 * D * a.num_heads * a.head_dim + 2 * D * a.num_kv_heads * a.head_dim
-    base, keys = model.vocab_size * D, 0.0
+    D = model.model_dim
+    N = model.attention.num_heads
+    K = model.attention.num_kv_heads
+    H = model.attention.head_dim
+    # Projections of queries and outputs (N heads), and of keys and values (K heads).
+    attention = 2 * D * N * H + 2 * D * K * H
+    base = model.vocab_size * D
+    keys = 0.0
     for stack in config.stacks(model):
         base += stack.num_layers * (attention + _ffn_weights(D, stack.ffn))
         keys += stack.repeats * sum(_visible_keys(seq_len, window) for window in stack.windows)
-    pairs = 3 * 4 * a.num_heads * a.head_dim * keys
+    # Scores and weighted values, 2 FLOPs per entry each; the backward pass takes twice the forward pass.
+    pairs = 3 * 4 * N * H * keys
     if not adapters:
         return 6 * base + pairs
-    return 4 * base + sum(_adapter_flops(model, ParameterPath.parse(path), x.size) for path, x in adapters.items()) + pairs
+    trained = sum(_adapter_flops(model, ParameterPath.parse(path), x.size) for path, x in adapters.items())
+    return 4 * base + trained + pairs
 
 
 def _ffn_weights(model_dim: int, ffn: config.Ffn) -> int:
@@ -60,6 +71,7 @@ def _adapter_flops(model: config.Model, path: ParameterPath, size: int) -> float
     # Lookups, norms and router biases involve no matrix product.
     if is_lookup or path.is_norm or path.is_router_bias:
         return 0.0
+    # A token passes through the chosen experts only.
     share = 1.0
     if isinstance(model.ffn, config.MoeFfn) and path.is_expert(model):
         share = model.ffn.experts_per_token / model.ffn.num_experts

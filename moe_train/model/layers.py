@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from moe_train.model.sharding import fsdp, specs
 
@@ -52,20 +52,22 @@ class Adapted(nnx.Module):
         """Scale of the LoRA delta; where experts differ, a tuple with (scale, rank) of each expert."""
         self.lora_dropout = 0.0
 
-    def adapter(self) -> tuple[jax.Array, jax.Array] | None:
+    def adapter(self) -> tuple[Float[Array, "..."], Float[Array, "..."]] | None:
         """Return the LoRA factors (A, scale * B), or None without an adapter.
 
         For an expert whose rank is less than J, B is zero past that rank, so that these entries get no gradient.
         """
         if self.lora_a is None or self.lora_b is None:
             return None
-        a, b, scale = self.lora_a[...], self.lora_b[...], self.lora_scale
-        if isinstance(scale, tuple):
-            scales, ranks = np.array(scale, np.float32).T
-            return a, b * np.where(np.arange(a.shape[-1]) < ranks[:, None], scales[:, None], np.float32(0))[..., None]
-        return a, b * scale
+        a = self.lora_a[...]
+        b = self.lora_b[...]
+        if not isinstance(self.lora_scale, tuple):
+            return a, b * self.lora_scale
+        scales_E, ranks_E = np.array(self.lora_scale, np.float32).T
+        within_rank_EJ = np.arange(a.shape[-1]) < ranks_E[:, None]
+        return a, b * np.where(within_rank_EJ, scales_E[:, None], np.float32(0))[..., None]
 
-    def dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def apply_dropout(self, x: Float[Array, "*dims"], key: Key[Array, ""] | None) -> Float[Array, "*dims"]:
         """Apply LoRA dropout to x, the input of the adapter.
 
         A fraction `lora_dropout` of the entries is set to zero and the others are scaled by 1 / (1 - lora_dropout). The same
@@ -79,14 +81,16 @@ class Adapted(nnx.Module):
             return x
         # Drawn for all replicas and then indexed: each replica gets the numbers that a batch in one piece would get.
         count, replica = specs.replicas()
-        shape, spec = (count, *x.shape), P(None, *specs.spec_of(x))
-        kept = jax.random.bernoulli(key, 1 - self.lora_dropout, shape, out_sharding=spec)[replica]
+        spec = P(None, *specs.spec_of(x))
+        kept = jax.random.bernoulli(key, 1 - self.lora_dropout, (count, *x.shape), out_sharding=spec)[replica]
         return jnp.where(kept, x / (1 - self.lora_dropout), 0)
 
 
-def keys_of(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+def keys_of(key: Key[Array, ""] | None, count: int) -> list[Key[Array, ""] | None]:
     """Return one PRNG key for each of `count` parts, or `count` times None (no dropout) if `key` is None."""
-    return [None if key is None else jax.random.fold_in(key, i) for i in range(count)]
+    if key is None:
+        return [None] * count
+    return [jax.random.fold_in(key, i) for i in range(count)]
 
 
 class Linear(Adapted):
@@ -111,7 +115,7 @@ class Linear(Adapted):
         w, y = self.equation.split(",")[1].split("->")
         return max(i for i, letter in enumerate(w) if letter not in y) - len(w)
 
-    def __call__(self, x: Float[Array, "..."], key: jax.Array | None = None) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
         """Apply the map and, if there is one, the LoRA adapter.
 
         Args:
@@ -119,10 +123,12 @@ class Linear(Adapted):
             key: PRNG key for the dropout on the adapter's input; None for no dropout.
         """
         y = fsdp.project(self.equation, x, self.weight[...])
-        if beside := self.adapter():
+        adapter = self.adapter()
+        if adapter is not None:
+            a, b = adapter
             to_rank, from_rank = lora_equations(self.equation)
-            a, b = beside
-            y += fsdp.project(from_rank, fsdp.project(to_rank, self.dropped(x, key), a), b)
+            low_rank = fsdp.project(to_rank, self.apply_dropout(x, key), a)
+            y += fsdp.project(from_rank, low_rank, b)
         return y
 
 
@@ -146,12 +152,13 @@ class Embedding(Adapted):
     """
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
-        super().__init__(normal(rngs, (vocab_size, dim), P(specs.split(vocab_size), "fsdp"), stddev, dtype))
+        super().__init__(normal(rngs, (vocab_size, dim), P(specs.split_axes(vocab_size), "fsdp"), stddev, dtype))
 
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         x_BTD = fsdp.lookup(self.weight[...], tokens_BT, dtype)
-        if beside := self.adapter():
-            a_VJ, b_JD = beside
+        adapter = self.adapter()
+        if adapter is not None:
+            a_VJ, b_JD = adapter
             x_BTD += fsdp.project("BTJ,JD->BTD", fsdp.lookup(a_VJ, tokens_BT, dtype), b_JD)
         return x_BTD
 
@@ -160,10 +167,10 @@ class Head(Adapted):
     """The output matrix (V, D), which the loss applies. The adapter's factors are A (D, J) and B (J, V)."""
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
-        super().__init__(normal(rngs, (vocab_size, dim), P(specs.split(vocab_size), "fsdp"), stddev, dtype))
+        super().__init__(normal(rngs, (vocab_size, dim), P(specs.split_axes(vocab_size), "fsdp"), stddev, dtype))
 
-    def beside(
-        self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None
+    def lora_factors(
+        self, x_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None:
         """Return the two factors whose product is the LoRA delta of the logits, or None without an adapter.
 
@@ -174,7 +181,8 @@ class Head(Adapted):
         Returns:
             x·A (B, T, J) and the transpose of scale * B (V, J).
         """
-        if (beside := self.adapter()) is None:
+        adapter = self.adapter()
+        if adapter is None:
             return None
-        a_DJ, b_JV = beside
-        return fsdp.project("BTD,DJ->BTJ", self.dropped(x_BTD, key), a_DJ), b_JV.T
+        a_DJ, b_JV = adapter
+        return fsdp.project("BTD,DJ->BTJ", self.apply_dropout(x_BTD, key), a_DJ), b_JV.T

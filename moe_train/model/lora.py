@@ -37,19 +37,21 @@ def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:
         ValueError: a pattern names no module, a module or expert is named twice, or an expert does not exist.
     """
     modules = list(_modules(model))
-    _check_patterns("targets", [p for t in lora.targets for p in t.modules], [n for n, m in modules if isinstance(m, Adapted)])
+    adaptable_names = [name for name, module in modules if isinstance(module, Adapted)]
+    for target in lora.targets:
+        _check_patterns("targets", target.modules, adaptable_names)
     _check_patterns("train", lora.train, [name for name, _ in modules])
     _check_routed(lora, modules)
     for name, module in modules:
-        routed = isinstance(module, ExpertLinear)
-        targets = lora.targets_of(name, routed=routed) if isinstance(module, Adapted) else []
+        targets = []
+        if isinstance(module, Adapted):
+            targets = lora.targets_of(name, routed=isinstance(module, ExpertLinear))
         in_full = [pattern for pattern in lora.train if config.names_module(pattern, name)]
         if targets and in_full:
-            raise ValueError(f"lora.train: {in_full[0]!r} names {name}, which has an adapter; it is one or the other")
+            raise ValueError(f"lora.train: {in_full[0]!r} names {name}, which has an adapter; name it in targets or in train")
         if in_full:
             _make_float32(module)
-        if targets:
-            assert isinstance(module, Adapted)
+        if isinstance(module, Adapted) and targets:
             if isinstance(module, Embedding) and model.head is None:
                 raise ValueError("lora.targets: embed is tied to the head, and an adapter would untie them; name it in lora.train")
             _check_experts(lora, name, module, targets)
@@ -58,7 +60,9 @@ def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:
 
 def adaptable(model: Any) -> Iterator[tuple[str, Adapted]]:
     """Yield (name such as `attention.q_proj`, module) for every module that can have an adapter, once per layer of a period."""
-    yield from ((name, module) for name, module in _modules(model) if isinstance(module, Adapted))
+    for name, module in _modules(model):
+        if isinstance(module, Adapted):
+            yield name, module
 
 
 def _modules(model: Any) -> Iterator[tuple[str, nnx.Module]]:
@@ -84,10 +88,12 @@ def _adapted(name: str, module: nnx.Module) -> Iterator[tuple[str, Adapted]]:
 
 
 def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> None:
-    there = sorted(set(names))
+    module_names = sorted(set(names))
     for pattern in patterns:
-        if not any(config.names_module(pattern, name) for name in there):
-            raise ValueError(f"lora.{key}: pattern {pattern!r} names no module; there are {', '.join(there)}")
+        if not any(config.names_module(pattern, name) for name in module_names):
+            raise ValueError(
+                f"lora.{key}: pattern {pattern!r} names no module; use names of the model's modules: {', '.join(module_names)}"
+            )
 
 
 def _check_routed(lora: config.Lora, modules: Iterable[tuple[str, nnx.Module]]) -> None:
@@ -107,18 +113,18 @@ def _check_experts(lora: config.Lora, name: str, module: Adapted, targets: list[
 
     A module may be named by several targets only if they name different experts.
     """
-    taken: dict[int, str] = {}
+    pattern_of_expert: dict[int, str] = {}
     count = module.weight[...].shape[1] if isinstance(module, ExpertLinear) else 1
     for target in targets:
-        (pattern, *more) = [pattern for pattern in target.modules if config.names_module(pattern, name)]
-        for expert in target.experts if target.experts is not None else range(count):
+        pattern, *duplicates = [pattern for pattern in target.modules if config.names_module(pattern, name)]
+        for expert in range(count) if target.experts is None else target.experts:
             if expert >= count:
-                raise ValueError(f"lora.targets: {name} has no expert {expert}; there are {count}, from 0")
-            if expert in taken or more:
-                which = f"expert {expert} of {name}" if target.experts is not None else name
-                other = more[0] if more else taken[expert]
+                raise ValueError(f"lora.targets: {name} has no expert {expert}; it has {count} experts, numbered from 0")
+            if expert in pattern_of_expert or duplicates:
+                which = name if target.experts is None else f"expert {expert} of {name}"
+                other = duplicates[0] if duplicates else pattern_of_expert[expert]
                 raise ValueError(f"lora.targets: {which} is named twice, by {other!r} and {pattern!r}; give it one rank")
-            taken[expert] = pattern
+            pattern_of_expert[expert] = pattern
 
 
 def _make_float32(module: nnx.Module) -> None:
@@ -129,33 +135,30 @@ def _make_float32(module: nnx.Module) -> None:
 
 def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora, rngs: nnx.Rngs) -> None:
     """Create the adapter's factors, with the weight's spec on the dims that they share."""
-    weight, J = module.weight[...], max(target.rank for target in targets)
-    shape, spec = weight.shape, tuple(spec_of(weight)) + (None,) * (weight.ndim - len(spec_of(weight)))
-    # `batch` counts the leading dims of weights that have an adapter each (repeats, experts), `inputs` the dims that A sums over.
-    match module:
-        case Linear():
-            to_rank, _ = lora_equations(module.equation)
-            batch, inputs = 1, len(to_rank.split("->")[0].split(",")[1]) - 1
-        case ExpertLinear():
-            batch, inputs = 2, 1
-        case Embedding():
-            batch, inputs = 0, 1
-        case Head():
-            batch, inputs, shape, spec = 0, 1, shape[::-1], spec[::-1]
-        case _:  # a router
-            batch, inputs = 1, 1
-    lead, ins, outs = shape[:batch], shape[batch : batch + inputs], shape[batch + inputs :]
-    a_spec = P(*spec[:batch], *spec[batch : batch + inputs], None)
-    b_spec = P(*spec[:batch], None, *spec[batch + inputs :])
+    weight = module.weight[...]
+    J = max(target.rank for target in targets)
+    shape = weight.shape
+    spec = (*spec_of(weight), *(None,) * (weight.ndim - len(spec_of(weight))))
+    if isinstance(module, Head):
+        # The head's matrix is (V, D): its inputs are the last dim.
+        shape, spec = shape[::-1], spec[::-1]
+    batch, inputs = _count_dims(module)
+    split = batch + inputs
+    lead = shape[:batch]
+    ins = shape[batch:split]
+    outs = shape[split:]
+    a_spec = P(*spec[:split], None)
+    b_spec = P(*spec[:batch], None, *spec[split:])
     # Adapters are small compared with their experts, so they are not sharded over `fsdp`.
     if isinstance(module, ExpertLinear):
-        a_spec, b_spec = without_fsdp(a_spec), without_fsdp(b_spec)
+        a_spec = without_fsdp(a_spec)
+        b_spec = without_fsdp(b_spec)
     # Always float32: an update of 1e-4 to a bfloat16 adapter would mostly be rounded away.
     if isinstance(module, Embedding):
         a = jnp.zeros((*ins, J), jnp.float32, out_sharding=a_spec)
         b = jax.random.normal(rngs.params(), (J, *outs), jnp.float32, out_sharding=b_spec)
     else:
-        bound = float(np.prod(ins)) ** -0.5
+        bound = float(np.prod(ins)) ** -0.5  # 1 / sqrt(fan-in)
         a = jax.random.uniform(rngs.params(), (*lead, *ins, J), jnp.float32, -bound, bound, out_sharding=a_spec)
         b = jnp.zeros((*lead, J, *outs), jnp.float32, out_sharding=b_spec)
     module.lora_dropout = lora.dropout
@@ -165,7 +168,23 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
         ranks = np.array([rank for _, rank in module.lora_scale])
         # Past its own rank an expert's A is zero and gets no gradient, since `Adapted.adapter` sets B to zero there.
         a = a * (np.arange(J) < ranks[:, None]).astype(np.float32)[:, None, :]
-    module.lora_a, module.lora_b = nnx.Param(a), nnx.Param(b)
+    module.lora_a = nnx.Param(a)
+    module.lora_b = nnx.Param(b)
+
+
+def _count_dims(module: Adapted) -> tuple[int, int]:
+    """Return the number of leading dims of weights that have an adapter each (repeats, experts), and of dims that A sums over."""
+    match module:
+        case Linear():
+            to_rank, _ = lora_equations(module.equation)
+            a_letters = to_rank.split("->")[0].split(",")[1]
+            return 1, len(a_letters) - 1
+        case ExpertLinear():
+            return 2, 1
+        case Embedding() | Head():
+            return 0, 1
+        case _:  # a router
+            return 1, 1
 
 
 def scale_of_expert(lora: config.Lora, targets: Iterable[config.LoraTarget], expert: int) -> tuple[float, int]:

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.tree_util import PyTreeDef
+from jaxtyping import Array, Shaped
 
 from moe_train.model.lora import adaptable
 from moe_train.model.moe.layer import MoE
 from moe_train.model.transformer import Transformer
 
-Parameters = dict[str, jax.Array]
+Parameters = dict[str, Shaped[Array, "..."]]
 """Arrays of a model by parameter path."""
 
 
-def parameters(model: Transformer) -> tuple[Any, dict[str, Any]]:
+def parameters(model: Transformer) -> tuple[PyTreeDef, dict[str, Any]]:
     """Split a model into its structure and {path: array}; `combine(structure, …)` is the inverse. Works on abstract models too."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     return structure, {_path_of(keys): leaf for keys, leaf in leaves}
 
 
-def combine(structure: Any, *parts: Parameters) -> Transformer:
+def combine(structure: PyTreeDef, *parts: Parameters) -> Transformer:
     """Build a model from its structure and its parameters, which may be split over several dicts (trainable, frozen)."""
-    merged = {path: array for part in parts for path, array in part.items()}
+    merged = _merge(parts)
     return structure.unflatten([merged[path] for path in _paths(structure)])
 
 
-def combine_some(structure: Any, *parts: Parameters) -> Transformer:
+def combine_some(structure: PyTreeDef, *parts: Parameters) -> Transformer:
     """Build a model from some of its parameters. The others are None, and their modules cannot be called."""
-    merged = {path: array for part in parts for path, array in part.items()}
+    merged = _merge(parts)
     return structure.unflatten([merged.get(path) for path in _paths(structure)])
 
 
-def _paths(structure: Any) -> list[str]:
+def _merge(parts: Iterable[Parameters]) -> Parameters:
+    merged: Parameters = {}
+    for part in parts:
+        merged |= part
+    return merged
+
+
+def _paths(structure: PyTreeDef) -> list[str]:
     # Only the paths are needed, so any values will do.
     leaves, _ = jax.tree_util.tree_flatten_with_path(structure.unflatten(range(structure.num_leaves)))
     return [_path_of(keys) for keys, _ in leaves]
@@ -43,11 +52,21 @@ def _paths(structure: Any) -> list[str]:
 
 def _path_of(keys: tuple[Any, ...]) -> str:
     """Convert the keys of the pytree to `stacks.0.layers.0.attention.q_proj.weight`; a Param's own `.value` is left out."""
-    names = [str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in keys]
-    return ".".join(names[:-1] if names[-1] == "value" else names)
+    names = [_key_name(key) for key in keys]
+    if names[-1] == "value":
+        names.pop()
+    return ".".join(names)
 
 
-def without_adapters(structure: Any) -> Any:
+def _key_name(key: Any) -> str:
+    """Return the attribute, index or dict key that a key of a pytree stands for."""
+    for attribute in ("name", "idx", "key"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def without_adapters(structure: PyTreeDef) -> PyTreeDef:
     """Return the structure of the same model without its adapters."""
     model = structure.unflatten(range(structure.num_leaves))
     for _, module in adaptable(model):
@@ -57,7 +76,7 @@ def without_adapters(structure: Any) -> Any:
     return jax.tree_util.tree_structure(model)
 
 
-def with_expert_ids(structure: Any) -> Any:
+def with_expert_ids(structure: PyTreeDef) -> PyTreeDef:
     """Return the structure of the same model with `RouterStats` that contain the chosen experts."""
     model = structure.unflatten(range(structure.num_leaves))
     for layer in _sparse(model):
@@ -65,7 +84,7 @@ def with_expert_ids(structure: Any) -> Any:
     return jax.tree_util.tree_structure(model)
 
 
-def with_capacity(structure: Any, capacity_factor: float | None) -> Any:
+def with_capacity(structure: PyTreeDef, capacity_factor: float | None) -> PyTreeDef:
     """Return the structure of the same model with experts of limited capacity (see `capacity`); None for no limit."""
     model = structure.unflatten(range(structure.num_leaves))
     for layer in _sparse(model):
@@ -74,6 +93,7 @@ def with_capacity(structure: Any, capacity_factor: float | None) -> Any:
 
 
 def _sparse(model: Transformer) -> Iterator[MoE]:
-    for layer in itertools.chain.from_iterable(stack.layers for stack in model.stacks):
+    layers = itertools.chain.from_iterable(stack.layers for stack in model.stacks)
+    for layer in layers:
         if isinstance(layer.ffn, MoE):
             yield layer.ffn

@@ -7,13 +7,13 @@ it is used as a key; `ParameterPath.parse` splits it into its parts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moe_train import config
 
-Kind = Literal["norms", "biases", "router", "embeddings", "matrices"]
+ParameterKind = Literal["norms", "biases", "router", "embeddings", "matrices"]
 """Groups of parameters, named as in `optimizer.no_decay`."""
 
 
@@ -41,7 +41,9 @@ class ParameterPath:
         if names[0] == "stacks":
             stack, place = int(names[1]), int(names[3])
             names = names[4:]
-        part: Any = names.pop() if names[-1] in ("codes", "scales") else ""
+        part: Any = ""
+        if names[-1] in ("codes", "scales"):
+            part = names.pop()
         return cls(".".join(names[:-1]), names[-1], stack, place, part)
 
     def __str__(self) -> str:
@@ -77,7 +79,7 @@ class ParameterPath:
         """Paths of the LoRA factors A and B of the module, whether or not it has an adapter."""
         return self.sibling("lora_a"), self.sibling("lora_b")
 
-    def has_adapter(self, parameters: Mapping[str, Any]) -> bool:
+    def has_adapter(self, parameters: Container[str]) -> bool:
         """Return whether this is a weight whose adapter is among `parameters`."""
         return self.leaf == "weight" and self.adapter[0] in parameters
 
@@ -137,7 +139,7 @@ class ParameterPath:
         return config.stacks(model)[self.stack].layer(self.place, repeat)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ParameterKind:
         """Group of parameters that the array belongs to."""
         if self.is_norm:
             return "norms"
@@ -172,7 +174,7 @@ def adapter_ranks(arrays: Mapping[str, Any]) -> dict[str, int]:
     return {path.module_path: array.shape[-1] for path, array in paths.items() if path.leaf == "lora_a"}
 
 
-def rows_of_routers(repeats: Mapping[str, int]) -> dict[str, slice]:
+def router_rows(repeats: Mapping[str, int]) -> dict[str, slice]:
     """Return {path: the rows of `RouterStats` that belong to it} for one array of every router.
 
     The rows of `RouterStats` are in the order of the sparse layers. Within a stack of period n, place j has rows j, j + n, ….
@@ -186,10 +188,10 @@ def rows_of_routers(repeats: Mapping[str, int]) -> dict[str, slice]:
         assert path.stack is not None and path.place is not None, name
         places.setdefault(path.stack, []).append((path.place, name))
     rows: dict[str, slice] = {}
-    start = 0
-    for _, of_stack in sorted(places.items()):
-        period = len(of_stack)
-        stop = start + period * repeats[of_stack[0][1]]
-        rows |= {name: slice(start + place, stop, period) for place, name in of_stack}
+    start = 0  # first row of the stack
+    for _, routers in sorted(places.items()):
+        period = len(routers)
+        stop = start + period * repeats[routers[0][1]]
+        rows |= {name: slice(start + place, stop, period) for place, name in routers}
         start = stop
     return rows

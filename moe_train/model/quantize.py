@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from moe_train import config
 from moe_train.machine.mesh import axis_size, platform
@@ -34,14 +35,14 @@ NF4 = (
 )
 """Levels of 4-bit NormalFloat: quantiles of a normal distribution, with exact 0 and ends (appendix E of the paper)."""
 
-
-Kind = Literal["nf4", "int8"]
+QuantizationFormat = Literal["nf4", "int8"]
 """Quantization formats, named as in `lora.quantize`."""
 
 
 class Quantized(NamedTuple):
     """A quantized weight of shape (…, n · block_size, …)."""
 
+    # Not annotated as arrays: maps over a model put shapes and partition specs in their place.
     codes: Any
     """Quantized values: int8 of the weight's shape, or for nf4 uint8.
 
@@ -64,7 +65,7 @@ class Quantized(NamedTuple):
         return next(i for i, (codes, scales) in enumerate(pairs) if codes != scales) - len(self.codes.shape)
 
 
-def quantize(w: jax.Array, kind: Kind, block_size: int, dtype: Any, dim: int) -> Quantized:
+def quantize(w: Float[Array, "..."], kind: QuantizationFormat, block_size: int, dtype: jnp.dtype, dim: int) -> Quantized:
     """Quantize a weight. Local view.
 
     Args:
@@ -76,8 +77,8 @@ def quantize(w: jax.Array, kind: Kind, block_size: int, dtype: Any, dim: int) ->
     """
     lead, tail = w.shape[:dim], w.shape[w.ndim + dim + 1 :]
     blocks = w.astype(jnp.float32).reshape(*lead, -1, block_size, *tail)
-    largest = 1 if kind == "nf4" else 127
-    scales = (jnp.max(jnp.abs(blocks), axis=dim) / largest).astype(dtype)
+    max_level = 1 if kind == "nf4" else 127
+    scales = (jnp.max(jnp.abs(blocks), axis=dim) / max_level).astype(dtype)
     # Divide by the scales as rounded to `dtype`, which dequantization multiplies by. A block of zeros has scale 0.
     blocks = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales).astype(jnp.float32), dim)
     if kind == "int8":
@@ -86,39 +87,44 @@ def quantize(w: jax.Array, kind: Kind, block_size: int, dtype: Any, dim: int) ->
     for low, high in itertools.pairwise(NF4):
         # The code is the number of midpoints between levels that the value exceeds.
         codes = codes + (blocks > (low + high) / 2).astype(jnp.uint8)
+    # A byte takes one value from each half of the block, so no value moves along the lanes.
     first, second = jnp.split(codes, 2, axis=dim)
     return Quantized((first | second << 4).reshape(*lead, -1, *tail), scales)
 
 
-def how_of(like: Quantized) -> tuple[Kind, int, Any, int]:
+def quantization_of(like: Quantized) -> tuple[QuantizationFormat, int, jnp.dtype, int]:
     """Return the arguments (kind, block_size, dtype, dim) of `quantize` that give arrays like these."""
-    kind: Kind = "nf4" if like.codes.dtype == np.uint8 else "int8"
+    kind: QuantizationFormat = "nf4" if like.codes.dtype == np.uint8 else "int8"
     return kind, like.shape[like.dim] // like.scales.shape[like.dim], like.scales.dtype, like.dim
 
 
-def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
+def dequantize(weight: Quantized, dtype: jnp.dtype) -> Float[Array, "..."]:
     """Return the weight that the quantized values stand for. Local view."""
     codes, scales = weight
-    dim, after = weight.dim, codes.ndim + weight.dim + 1
+    dim = weight.dim
+    after = codes.ndim + dim + 1  # index of the first dim after the blocks
     blocks = codes.reshape(*scales.shape[:after], -1, *scales.shape[after:])
     if codes.dtype == jnp.uint8:
         blocks = _levels(jnp.concatenate([blocks & 15, blocks >> 4], axis=dim))
-    return (blocks.astype(jnp.float32) * jnp.expand_dims(scales.astype(jnp.float32), dim)).reshape(weight.shape).astype(dtype)
+    values = blocks.astype(jnp.float32) * jnp.expand_dims(scales.astype(jnp.float32), dim)
+    return values.reshape(weight.shape).astype(dtype)
 
 
-def _levels(codes: jax.Array) -> jax.Array:
+def _levels(codes: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:
     """Return NF4[codes]."""
-    # XLA:CPU would keep an array in memory for each of the selections of `_selected`.
+    # XLA:CPU would keep an array in memory for each of the selections of `_select`.
     if platform() == "cpu":
         return jnp.take(jnp.asarray(NF4, jnp.float32), codes, mode="clip")
-    return _selected(codes)
+    return _select(codes)
 
 
-def _selected(codes: jax.Array, first: int = 0, bit: int = 3) -> jax.Array:
+def _select(codes: UInt8[Array, "..."], first: int = 0, bit: int = 3) -> Float[Array, "..."]:
     """Select NF4[codes] bit by bit, without a table lookup, which is slow on TPUs."""
     if bit < 0:
         return jnp.float32(NF4[first])
-    return jnp.where((codes >> bit) & 1 == 1, _selected(codes, first + (1 << bit), bit - 1), _selected(codes, first, bit - 1))
+    high = _select(codes, first + (1 << bit), bit - 1)
+    low = _select(codes, first, bit - 1)
+    return jnp.where((codes >> bit) & 1 == 1, high, low)
 
 
 # --- Quantized weights in a model ------------------------------------------------------------------------------------
@@ -128,57 +134,64 @@ class QuantizedWeight(nnx.Module):
     """A quantized replacement for the `weight` of a linear map; `weight[...]` returns both arrays."""
 
     def __init__(self, weight: Quantized):
-        self.codes, self.scales = nnx.Param(weight.codes), nnx.Param(weight.scales)
+        self.codes = nnx.Param(weight.codes)
+        self.scales = nnx.Param(weight.scales)
 
     def __getitem__(self, _: EllipsisType) -> Quantized:
         return Quantized(self.codes[...], self.scales[...])
 
 
-def quantize_weights(modules: Iterable[tuple[str, Any]], how: config.Nf4 | config.Int8) -> None:
+def quantize_weights(linear_maps: Iterable[tuple[str, Any]], settings: config.Nf4 | config.Int8) -> None:
     """Quantize the weight of each linear map, in place.
 
     Args:
-        modules: (name, linear map) pairs.
-        how: format and block size.
+        linear_maps: (name, linear map) pairs.
+        settings: format and block size.
 
     Raises:
         ValueError: the block size does not divide a device's part of the inputs.
     """
-    for name, module in modules:
-        weight, dim = module.weight[...], module.summed_dim
+    block_size = settings.block_size
+    for name, linear in linear_maps:
+        weight = linear.weight[...]
+        dim = linear.summed_dim
         spec = jax.typeof(weight).sharding.spec
+        # A spec may leave out trailing dims that are not split.
         split = (*spec, *(None,) * (weight.ndim - len(spec)))[dim]
-        parts = math.prod(axis_size(axis) for axis in ((split,) if isinstance(split, str) else split or ()))
-        size = weight.shape[dim] // parts
-        if size % how.block_size:
-            over = f" over mesh.{split} {parts} = {size}" if parts > 1 else ""
+        axes = (split,) if isinstance(split, str) else split or ()
+        devices = math.prod(axis_size(axis) for axis in axes)
+        size = weight.shape[dim] // devices
+        if size % block_size:
+            over = f" over mesh.{split} {devices} = {size}" if devices > 1 else ""
             raise ValueError(
-                f"lora.quantize.block_size {how.block_size} does not divide the inputs of {name}, {weight.shape[dim]}{over}; "
-                f"use {math.gcd(size, how.block_size)}"
+                f"lora.quantize.block_size {block_size} does not divide the inputs of {name}, {weight.shape[dim]}{over}; "
+                f"use {math.gcd(size, block_size)}"
             )
-        local = partial(quantize, kind=how.name, block_size=how.block_size, dtype=weight.dtype, dim=dim)
-        module.weight = QuantizedWeight(jax.shard_map(local, in_specs=spec, out_specs=spec)(weight))
+        local = partial(quantize, kind=settings.name, block_size=block_size, dtype=weight.dtype, dim=dim)
+        linear.weight = QuantizedWeight(jax.shard_map(local, in_specs=spec, out_specs=spec)(weight))
 
 
-def unquantized(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def unquantized_shapes(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a model with weights in place of quantized values and scales.
 
     Args:
         shapes: {path: array or its shape} of a model that may have quantized weights.
     """
-    found = {}
+    plain = {}
     for path, like in shapes.items():
         parsed = ParameterPath.parse(path)
         if parsed.part == "codes":
             scales = shapes[f"{parsed.weight}.scales"]
-            found[parsed.weight] = jax.ShapeDtypeStruct(Quantized(like, scales).shape, scales.dtype, sharding=like.sharding)
+            plain[parsed.weight] = jax.ShapeDtypeStruct(Quantized(like, scales).shape, scales.dtype, sharding=like.sharding)
         elif parsed.part != "scales":
-            found[path] = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
-    return found
+            plain[path] = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
+    return plain
 
 
-def quantized(arrays: dict[str, jax.Array], abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Quantize those of `arrays` that are quantized in `abstract`, one after the other, in place: the inverse of `unquantized`.
+def quantize_like(arrays: dict[str, Shaped[Array, "..."]], abstract: Mapping[str, Any]) -> dict[str, Shaped[Array, "..."]]:
+    """Quantize those of `arrays` that are quantized in `abstract`, one after the other, in place.
+
+    It undoes what `unquantized_shapes` describes.
 
     Args:
         arrays: {path: array} with weights that are not quantized; changed in place.
@@ -191,12 +204,14 @@ def quantized(arrays: dict[str, jax.Array], abstract: Mapping[str, Any]) -> dict
         parsed = ParameterPath.parse(path)
         if parsed.part == "codes":
             weight = parsed.weight
-            how = how_of(Quantized(like, abstract[f"{weight}.scales"]))
-            arrays[path], arrays[f"{weight}.scales"] = _quantized(arrays.pop(weight), *how)
+            arguments = quantization_of(Quantized(like, abstract[f"{weight}.scales"]))
+            # The weight is released before the next one is quantized.
+            arrays[path], arrays[f"{weight}.scales"] = _quantize_global(arrays.pop(weight), *arguments)
     return arrays
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantized(w: jax.Array, *how: Any) -> Quantized:
+def _quantize_global(w: Float[Array, "..."], *arguments: Any) -> Quantized:
+    """Apply `quantize` to a weight in global view."""
     spec = jax.typeof(w).sharding.spec
-    return jax.shard_map(lambda w: quantize(w, *how), in_specs=spec, out_specs=spec)(w)
+    return jax.shard_map(lambda w: quantize(w, *arguments), in_specs=spec, out_specs=spec)(w)

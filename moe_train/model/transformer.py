@@ -268,11 +268,11 @@ class Transformer(nnx.Module):
         """Return the output matrix; with tied embeddings it is the embedding table."""
         return self.embed.weight[...] if self.head is None else self.head.weight[...]
 
-    def beside_head(
+    def head_lora_factors(
         self, hidden_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T J"], Float[Array, "V J"]] | None:
         """Return the two factors whose product is the LoRA delta of the logits; None if the head has no adapter."""
-        return None if self.head is None else self.head.beside(hidden_BTD, key)
+        return None if self.head is None else self.head.lora_factors(hidden_BTD, key)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Compute float32 logits of all positions at once; the built-in objectives compute them chunk by chunk instead.
@@ -280,7 +280,7 @@ class Transformer(nnx.Module):
         On a mesh of one device, the logits can be used like any JAX array.
         """
         logits_BTV = fsdp.project("BTD,VD->BTV", hidden_BTD, self.head_weight())
-        if beside := self.beside_head(hidden_BTD):
+        if beside := self.head_lora_factors(hidden_BTD):
             logits_BTV += fsdp.project("BTJ,VJ->BTV", *beside)
         return plain_on_one_device(logits_BTV.astype(jnp.float32))
 

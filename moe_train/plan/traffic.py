@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from moe_train import config
 from moe_train.model.moe.transport.choose import choose_transport, exchange_sizes
-from moe_train.model.moe.transport.transport import Name
+from moe_train.model.moe.transport.transport import TransportName
 from moe_train.plan.weights import Layout, Weight, axis_sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     tokens: int
     itemsize: int
     """Bytes of an element of an activation."""
-    transport: Name | None
+    transport: TransportName | None
     """None if the device holds all experts, or if the model has none."""
     rows: int
     """Rows that experts (or a dense feed-forward layer) are applied to at once."""

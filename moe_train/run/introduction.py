@@ -10,7 +10,7 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.model.moe.transport.choose import transport_in_words
+from moe_train.model.moe.transport.choose import describe_transport
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 
@@ -26,7 +26,7 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
     mesh_shape = jax.sharding.get_mesh().shape
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh_shape.items() if size > 1) or "one device"
     say(f"{run.name}: {begin.sizes[0]:,} parameters, {begin.sizes[1]:,} trained, on {axes}")
-    transport = transport_in_words(run, mesh_shape)
+    transport = describe_transport(run, mesh_shape)
     if transport:
         say(f"experts: {transport}")
     if run.export == "none":

@@ -27,7 +27,7 @@ from moe_train.model.attention import kernels, splash
 from moe_train.model.moe import grouped_matmul as gm
 from moe_train.model.moe.experts import ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
 from moe_train.model.moe.transport.choose import transport_of
-from moe_train.model.moe.transport.transport import Name
+from moe_train.model.moe.transport.transport import TransportName
 from moe_train.model.sharding.specs import activation_spec
 
 TEST_ROWS = 1024
@@ -53,12 +53,12 @@ def chosen_kernels(run: config.Run) -> dict[str, str | int | dict[str, tuple[int
     ffn = run.model.ffn
     T = run.train.seq_len
     choices: dict[str, str | int | dict[str, tuple[int, ...]]] = {
-        "attention": kernels.choose_kernel(run.compute.attention, T, dtype)
+        "attention": kernels.choose_attention_kernel(run.compute.attention, T, dtype)
     }
     if choices["attention"] == "splash":
         choices["attention_block"] = splash.block_size(T)
     if isinstance(ffn, config.MoeFfn):
-        choices["grouped_matmul"] = gm.choose_kernel(run.compute.grouped_matmul)
+        choices["grouped_matmul"] = gm.choose_grouped_matmul_kernel(run.compute.grouped_matmul)
         if choices["grouped_matmul"] == "megablox":
             D = run.model.model_dim
             f = ffn.ffn_dim // axis_size("tensor")
@@ -95,7 +95,7 @@ def check_grouped_matmul(compute: config.Compute) -> float:
     dtype = jnp.dtype(compute.dtype)
     device = jax.local_devices()[0]
     with jax.set_mesh(make_mesh(config.Mesh(), [device])):
-        kernel = gm.choose_kernel(compute.grouped_matmul)
+        kernel = gm.choose_grouped_matmul_kernel(compute.grouped_matmul)
         tolerance = _tolerance(dtype, device)
         rng = np.random.default_rng(0)
         x_RD = jnp.asarray(rng.normal(size=(TEST_ROWS, TEST_DIM)), dtype)
@@ -110,7 +110,7 @@ def check_grouped_matmul(compute: config.Compute) -> float:
             y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, kernel), x, w)
             with jax.default_matmul_precision("highest"):
                 exact = [a.astype(jnp.float32) for a in (x, w, dy)]
-                y_exact, vjp_exact = jax.vjp(lambda x, w: gm.reference(x, w, sizes), *exact[:2])
+                y_exact, vjp_exact = jax.vjp(lambda x, w: gm.reference_grouped_matmul(x, w, sizes), *exact[:2])
                 return (y, *vjp(dy)), (y_exact, *vjp_exact(exact[2]))
 
         worst = 0.0
@@ -165,7 +165,7 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     """
     dtype = jnp.dtype(compute.dtype)
     sizes = model.attention
-    kernel = kernels.choose_kernel(compute.attention, seq_len, dtype)
+    kernel = kernels.choose_attention_kernel(compute.attention, seq_len, dtype)
     device = jax.local_devices()[0]
     tolerance = _tolerance(dtype, device)
     T = 256 if device.platform == "cpu" else 1024
@@ -235,7 +235,7 @@ def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:
     return 1e-5 if dtype == jnp.float32 and device.platform == "cpu" else 3e-2
 
 
-def check_against_all_gather(transport: Name) -> float:
+def check_against_all_gather(transport: TransportName) -> float:
     """Compare a transport with all_gather on a small layer on the mesh in force.
 
     The cases are even routing and all tokens sent to one expert, which takes several rounds.
@@ -260,7 +260,7 @@ def check_against_all_gather(transport: Name) -> float:
     return worst
 
 
-def _transport_errors(transport: Name) -> Any:
+def _transport_errors(transport: TransportName) -> Any:
     """Return a compiled function of `spread` (1 for even routing, 0 for one expert) to the errors of result and gradients."""
     rows = math.prod(axis_size(axis) for axis in BATCH)
     T = 32 * axis_size("context")
@@ -284,7 +284,7 @@ def _transport_errors(transport: Name) -> Any:
         # `spread` 0 sends every token to expert 0.
         ids = (row * T + column + choice) % E * spread
 
-        def through(transport: Name) -> Any:
+        def through(transport: TransportName) -> Any:
             def layer(*primals: Any) -> jax.Array:
                 x, weights, experts = primals
                 routing = Routing(ids, weights, ids[..., 0] >= 0)

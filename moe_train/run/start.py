@@ -19,7 +19,7 @@ from moe_train.data.batches.loader import Loader
 from moe_train.machine.host_memory import check_host_memory
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.quantize import unquantized
+from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import init_model
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import TrainState, create_state, partition
@@ -106,7 +106,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         adapter,
         changed,
         {} if restored is None else restored.damaged,
-        (sum(x.size for x in unquantized(shapes).values()), sum(x.size for x in learned.values())),
+        (sum(x.size for x in unquantized_shapes(shapes).values()), sum(x.size for x in learned.values())),
     )
 
 

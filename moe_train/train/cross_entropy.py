@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import global_axes
 from moe_train.train.logits import (
+    HeadFactors,
     LoraFactors,
+    TokenFactors,
     add_head_gradients,
     chunk_logits,
     chunk_rows,
@@ -49,7 +51,7 @@ def cross_entropy_sum(
     """
     axes = global_axes()
 
-    def local(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
+    def local(xs: TokenFactors, heads: HeadFactors, targets_bt: Int[Array, "b t"], mask_bt: Bool[Array, "b t"]) -> Float[Array, ""]:
         total = _chunked(xs, heads, targets_bt.reshape(-1), mask_bt.reshape(-1))
         return jax.lax.psum(total, axes)
 
@@ -57,19 +59,28 @@ def cross_entropy_sum(
 
 
 @jax.custom_vjp
-def _chunked(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_m: jax.Array, mask_m: jax.Array) -> jax.Array:
+def _chunked(xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"], mask_m: Bool[Array, " m"]) -> Float[Array, ""]:
     """Compute this device's part of the sum; the parts over `tensor` add up to the loss of its tokens."""
     return _chunked_forward(xs, heads, targets_m, mask_m)[0]
 
 
-def _chunked_forward(xs, heads, targets_m, mask_m):
-    m, v = xs[0].shape[0], heads[0].shape[0]
+_Gradients = tuple[TokenFactors, HeadFactors]
+"""Gradients of the sum, which the forward pass saves for the backward pass."""
+
+
+def _chunked_forward(
+    xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"], mask_m: Bool[Array, " m"]
+) -> tuple[Float[Array, ""], _Gradients]:
+    m = xs[0].shape[0]
+    v = heads[0].shape[0]
     rows = chunk_rows(m, v)
     is_first = jax.lax.axis_index("tensor") == 0
 
-    def chunk(carry, part):
+    def add_chunk(
+        carry: tuple[Float[Array, ""], HeadFactors], chunk: tuple[TokenFactors, Int[Array, " r"], Bool[Array, " r"]]
+    ) -> tuple[tuple[Float[Array, ""], HeadFactors], TokenFactors]:
         total, dheads = carry
-        xs_r, targets_r, mask_r = part
+        xs_r, targets_r, mask_r = chunk
         logits_rv = chunk_logits(xs_r, heads)
         # The maximum over all parts of V. It is a constant per row, so it needs no gradient.
         top_r1 = jax.lax.pmax(jnp.max(logits_rv, axis=-1, keepdims=True), "tensor")
@@ -78,19 +89,20 @@ def _chunked_forward(xs, heads, targets_m, mask_m):
         hit_rv = target_hits(targets_r, v)
         target_logit_r = jnp.sum(jnp.where(hit_rv, logits_rv, 0), axis=-1)
         # Every part of V counts its own target logits; only part 0 counts the normalizer.
-        normaliser_r = jnp.where(is_first, (top_r1 + jnp.log(sums_r1))[:, 0], 0)
-        total += jnp.sum(jnp.where(mask_r, normaliser_r - target_logit_r, 0))
+        normalizer_r = jnp.where(is_first, (top_r1 + jnp.log(sums_r1))[:, 0], 0)
+        total += jnp.sum(jnp.where(mask_r, normalizer_r - target_logit_r, 0))
+        # The gradient of the cross-entropy: softmax minus one-hot target.
         dlogits_rv = jnp.where(mask_r[:, None], exps_rv / sums_r1 - hit_rv, 0).astype(xs_r[0].dtype)
         return (total, add_head_gradients(dheads, dlogits_rv, xs_r)), input_gradients(dlogits_rv, heads)
 
     start = (jax.lax.full_like(xs[0], 0, jnp.float32, ()), zero_head_gradients(xs[0], heads))
-    parts = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m, mask_m))
-    (total, dheads), dxs = jax.lax.scan(chunk, start, parts)
-    dxs = tuple(join_chunks(dx, m) for dx in dxs)
+    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m, mask_m))
+    (total, dheads), chunk_dxs = jax.lax.scan(add_chunk, start, chunks)
+    dxs = tuple(join_chunks(dx, m) for dx in chunk_dxs)
     return total, (dxs, tuple(dw.astype(w.dtype) for dw, w in zip(dheads, heads, strict=True)))
 
 
-def _chunked_backward(saved, dtotal):
+def _chunked_backward(saved: _Gradients, dtotal: Float[Array, ""]) -> tuple[TokenFactors, HeadFactors, None, None]:
     # The scale stays in float32: rounded to bfloat16 it would bias every gradient by the same factor.
     dxs, dheads = jax.tree.map(lambda x: (x * dtotal).astype(x.dtype), saved)
     return dxs, dheads, None, None

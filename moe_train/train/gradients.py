@@ -9,23 +9,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float, Key, Num, Shaped
 
 from moe_train import config
 from moe_train.machine.mesh import axis_size, batch_axes, platform
-from moe_train.model.moe.router import RouterStats, over_microbatches
+from moe_train.model.moe.router import RouterStats, merge_microbatches
 from moe_train.model.parameters import Parameters
-from moe_train.model.sharding.specs import over_replicas
-from moe_train.train.objectives.objective import Terms, Weights, divide, inputs_of
+from moe_train.model.sharding.specs import sum_over_replicas
+from moe_train.train.objectives.objective import ModelWeights, Terms, divide, objective_inputs
 from moe_train.train.step_definition import StepDefinition
 
 
 class StepGradients(NamedTuple):
     """Result of `step_gradients`."""
 
-    loss: Array
+    loss: Float[Array, ""]
     """total(sum) / total(weight) plus the routers' losses, which are summed over layers and averaged over microbatches."""
-    weight: Array
+    weight: Num[Array, ""]
     """The total weight of the step, total(weight)."""
     terms: Terms
     """Terms summed over microbatches; means in the routers' statistics are averaged."""
@@ -36,12 +36,13 @@ class StepGradients(NamedTuple):
 class _Totals(NamedTuple):
     """Results for the whole step that are computed before its first gradient."""
 
-    weight: Array
-    of_step: Any
+    weight: Num[Array, ""]
+    first_pass: Any
+    """Result of the objective's first pass, summed over microbatches; None if it has none."""
 
 
 def step_gradients(
-    definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None
+    definition: StepDefinition, trainable: Parameters, fixed: ModelWeights, batch: Any, key: Key[Array, ""] | None
 ) -> StepGradients:
     """Compute the loss of a step and its gradients with respect to `trainable`, accumulated in float32 over microbatches.
 
@@ -56,8 +57,9 @@ def step_gradients(
         batch: global (B, T) arrays.
         key: PRNG key for the dropout of the adapters; None for no dropout.
     """
-    of_step = _first_pass(definition, trainable, fixed, batch, key)
-    totals = _Totals(definition.objective.weight(batch, of_step), of_step)
+    first_pass = _first_pass(definition, trainable, fixed, batch, key)
+    totals = _Totals(definition.objective.weight(batch, first_pass), first_pass)
+    # A single microbatch needs no sums, so its gradients keep the parameters' dtypes throughout.
     if definition.microbatches == 1:
         (loss, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, batch, key)
         return StepGradients(loss, totals.weight, terms, gradients)
@@ -74,10 +76,10 @@ def step_gradients(
 def _accumulate(
     definition: StepDefinition,
     trainable: Parameters,
-    fixed: Weights,
+    fixed: ModelWeights,
     totals: _Totals,
     batch: Any,
-    key: Array | None,
+    key: Key[Array, ""] | None,
     gradient_dtype: jnp.dtype | None = None,
 ) -> StepGradients:
     """Accumulate the gradients of all rows or, in a `shard_map` over `data`, of this replica's rows, all-reduced at the end."""
@@ -87,14 +89,17 @@ def _accumulate(
         return (share, terms._replace(routers=None), gradients), terms.routers
 
     microbatches = _split(batch, key, definition.microbatches)
-    (loss, terms, gradients), routers = _sum_over_microbatches(share_of, microbatches)
-    terms = terms._replace(routers=None if routers is None else over_microbatches(routers))
-    gradients = over_replicas(jax.tree.map(lambda g, x: g.astype(gradient_dtype or x.dtype), gradients, trainable))
+    (loss, terms, gradients), routers = _sum_merge_microbatches(share_of, microbatches)
+    if routers is not None:
+        terms = terms._replace(routers=merge_microbatches(routers))
+    # The dtype of the sum decides how many bytes cross the slow network between replicas.
+    gradients = jax.tree.map(lambda g, x: g.astype(gradient_dtype or x.dtype), gradients, trainable)
+    gradients = sum_over_replicas(gradients)
     gradients = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, trainable)
     return StepGradients(loss, totals.weight, terms, gradients)
 
 
-def _sum_over_microbatches(
+def _sum_merge_microbatches(
     function: Callable[[Any], tuple[Any, Any]], microbatches: Any, unrolled: bool = False
 ) -> tuple[Any, Any]:
     """Sum the first results of `function` over microbatches, and stack its second results.
@@ -106,7 +111,7 @@ def _sum_over_microbatches(
         summed, stacked = function(microbatch)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, summed), stacked
 
-    def zero(shape: Any) -> Array:
+    def zero(shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
         is_float = jnp.issubdtype(shape.dtype, jnp.floating)
         dtype = jnp.promote_types(shape.dtype, jnp.float32) if is_float else shape.dtype
         return jnp.zeros(shape.shape, dtype, out_sharding=shape.sharding)
@@ -116,7 +121,9 @@ def _sum_over_microbatches(
     return jax.lax.scan(add, jax.tree.map(zero, shapes), microbatches, unroll=unrolled)
 
 
-def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weights, batch: Any, key: Array | None) -> Any:
+def _first_pass(
+    definition: StepDefinition, trainable: Parameters, fixed: ModelWeights, batch: Any, key: Key[Array, ""] | None
+) -> Any:
     """Run the objective's gradient-free pass over all microbatches, in global view; None if it has none."""
     first_pass = definition.objective.first_pass
     if first_pass is None:
@@ -124,27 +131,28 @@ def _first_pass(definition: StepDefinition, trainable: Parameters, fixed: Weight
     weights = fixed._replace(learned=trainable | fixed.learned)
 
     def sums_of(microbatch: Any) -> tuple[Any, None]:
-        inputs = inputs_of(definition.objective, definition.structure, weights, *microbatch)
+        inputs = objective_inputs(definition.objective, definition.structure, weights, *microbatch)
         return jax.tree.map(jnp.asarray, first_pass(inputs)), None
 
     if definition.microbatches == 1:
         return sums_of((batch, key))[0]
     # XLA:CPU may run the collectives of this loop at the same time as others, and all devices may then wait for each other.
     unrolled = platform() == "cpu"
-    return _sum_over_microbatches(sums_of, _split(batch, key, definition.microbatches), unrolled)[0]
+    return _sum_merge_microbatches(sums_of, _split(batch, key, definition.microbatches), unrolled)[0]
 
 
 def _share_and_gradients(
-    definition: StepDefinition, trainable: Parameters, fixed: Weights, totals: _Totals, batch: Any, key: Array | None
-) -> tuple[tuple[Array, Terms], Parameters]:
+    definition: StepDefinition, trainable: Parameters, fixed: ModelWeights, totals: _Totals, batch: Any, key: Key[Array, ""] | None
+) -> tuple[tuple[Float[Array, ""], Terms], Parameters]:
     """Compute ((a microbatch's share of the step's loss, its terms), gradients); the shares of all microbatches add up."""
-    objective, coefs = definition.objective, definition.router_loss
+    objective = definition.objective
+    coefs = definition.router_loss
 
-    def share(trainable: Parameters) -> tuple[Array, Terms]:
+    def share(trainable: Parameters) -> tuple[Float[Array, ""], Terms]:
         weights = fixed._replace(learned=trainable | fixed.learned)
-        inputs = inputs_of(objective, definition.structure, weights, batch, key)
-        terms = objective.loss(inputs, totals.of_step)
-        total, metrics = over_replicas((terms.sum, jax.tree.map(jnp.asarray, dict(terms.metrics))))
+        inputs = objective_inputs(objective, definition.structure, weights, batch, key)
+        terms = objective.loss(inputs, totals.first_pass)
+        total, metrics = sum_over_replicas((terms.sum, jax.tree.map(jnp.asarray, dict(terms.metrics))))
         loss = divide(total, totals.weight)
         if terms.routers is not None:
             loss += _router_loss(terms.routers, coefs) / definition.microbatches
@@ -158,13 +166,13 @@ def _share_and_gradients(
     return jax.value_and_grad(share, has_aux=True)(trainable)
 
 
-def _router_loss(routers: RouterStats, coefs: config.Loss) -> Array:
+def _router_loss(routers: RouterStats, coefs: config.Loss) -> Float[Array, ""]:
     balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(routers.load_balance_loss)
     z = (coefs.router_z_loss_coef or 0.0) * jnp.sum(routers.router_z_loss)
     return balance + z
 
 
-def _split(batch: Any, key: Array | None, microbatches: int) -> tuple[Any, Array | None]:
+def _split(batch: Any, key: Key[Array, ""] | None, microbatches: int) -> tuple[Any, Key[Array, " M"] | None]:
     """Split a batch into microbatches and their PRNG keys, stacked on dim 0.
 
     Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.
@@ -173,7 +181,7 @@ def _split(batch: Any, key: Array | None, microbatches: int) -> tuple[Any, Array
     return jax.tree.map(lambda x: _split_rows(x, microbatches), batch), keys
 
 
-def _split_rows(x: Array, microbatches: int) -> Array:
+def _split_rows(x: Shaped[Array, "B T"], microbatches: int) -> Shaped[Array, "{microbatches} b T"]:
     spec = P(batch_axes(), None, "context")
     split = jax.lax.reshape(x, (x.shape[0] // microbatches, microbatches, *x.shape[1:]), out_sharding=spec)
     return jnp.moveaxis(split, 1, 0)

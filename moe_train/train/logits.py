@@ -16,17 +16,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_train.machine.mesh import batch_axes, global_axes
-from moe_train.model.sharding.fsdp import whole_rows
+from moe_train.model.sharding.fsdp import gather_rows
 from moe_train.model.sharding.specs import place, spec_of
 
 CHUNK_ELEMENTS = 2**23
 """Number of logits in one chunk (32 MiB in float32)."""
 
 LoraFactors = tuple[Float[Array, "B T J"], Float[Array, "V J"]]
-"""Two factors whose product is the LoRA delta of the logits (`Transformer.beside_head`)."""
+"""Two factors whose product is the LoRA delta of the logits (`Transformer.head_lora_factors`)."""
+
+
+TokenFactors = tuple[Float[Array, "m _"], ...]
+"""One factor of each summand of the logits, for this device's tokens: (m, D), and with an adapter (m, J)."""
+HeadFactors = tuple[Float[Array, "v _"], ...]
+"""The other factors, for this device's part of the vocabulary: (v, D), and with an adapter (v, J)."""
 
 
 def on_each_device(
@@ -34,7 +40,7 @@ def on_each_device(
     hidden_BTD: Float[Array, "B T D"],
     head_VD: Float[Array, "V D"],
     lora_factors: LoraFactors | None,
-    per_token_BT: Sequence[Array],
+    per_token_BT: Sequence[Shaped[Array, "B T"]],
     out_specs: Any,
 ) -> Any:
     """Run `local(xs_mD, heads_vD, *per_token_bt)` on every device with its tokens, its part of the vocabulary and all of D.
@@ -61,15 +67,17 @@ def on_each_device(
     inputs, heads = zip(*factors, strict=True)
     head_specs = tuple(spec_of(head) for head in heads)
 
-    def gathered(inputs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], *per_token_bt: jax.Array) -> Any:
+    def run_local(
+        inputs: tuple[Float[Array, "b t _"], ...], heads: tuple[Float[Array, "_ _"], ...], *per_token_bt: Shaped[Array, "b t"]
+    ) -> Any:
         dtype = inputs[0].dtype
         # Each device of `tensor` computes a part of the gradient of xs; the cast makes that gradient the sum of the parts.
         xs = tuple(jax.lax.pcast(x.reshape(-1, x.shape[-1]), "tensor", to="varying") for x in inputs)
-        heads = tuple(whole_rows(head.astype(dtype), spec, axes) for head, spec in zip(heads, head_specs, strict=True))
-        return local(xs, heads, *per_token_bt)
+        gathered = tuple(gather_rows(head.astype(dtype), spec, axes) for head, spec in zip(heads, head_specs, strict=True))
+        return local(xs, gathered, *per_token_bt)
 
     in_specs = (tokens, head_specs, *(tokens for _ in per_token_BT))
-    return jax.shard_map(gathered, in_specs=in_specs, out_specs=out_specs)(inputs, heads, *per_token_BT)
+    return jax.shard_map(run_local, in_specs=in_specs, out_specs=out_specs)(inputs, heads, *per_token_BT)
 
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:
@@ -77,43 +85,42 @@ def chunk_rows(tokens: int, vocabulary: int) -> int:
     return min(tokens, max(128, CHUNK_ELEMENTS // vocabulary))
 
 
-def split_chunks(x: jax.Array, rows: int) -> jax.Array:
+def split_chunks(x: Shaped[Array, "m ..."], rows: int) -> Shaped[Array, "chunks {rows} ..."]:
     """Reshape (m, …) to (chunks, rows, …), with the last chunk padded with zeros."""
     pad = -x.shape[0] % rows
     padded = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
     return padded.reshape(-1, rows, *x.shape[1:])
 
 
-def join_chunks(x: jax.Array, tokens: int) -> jax.Array:
+def join_chunks(x: Shaped[Array, "chunks rows ..."], tokens: int) -> Shaped[Array, "{tokens} ..."]:
     """Undo `split_chunks` and remove the padding."""
     return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
-def chunk_logits(xs_rD: Sequence[jax.Array], heads_vD: Sequence[jax.Array]) -> jax.Array:
+def chunk_logits(xs_rD: TokenFactors, heads_vD: HeadFactors) -> Float[Array, "m v"]:
     """Compute the float32 logits (r, v) of a chunk for this device's part of the vocabulary."""
-    products = (jnp.einsum("rD,vD->rv", x, w, preferred_element_type=jnp.float32) for x, w in zip(xs_rD, heads_vD, strict=True))
+    pairs = zip(xs_rD, heads_vD, strict=True)
+    products = (jnp.einsum("rD,vD->rv", x, w, preferred_element_type=jnp.float32) for x, w in pairs)
     return functools.reduce(jnp.add, products)
 
 
-def target_hits(targets_r: jax.Array, vocabulary: int) -> jax.Array:
+def target_hits(targets_r: Int[Array, " r"], vocabulary: int) -> Bool[Array, "r {vocabulary}"]:
     """Return (r, v), true where this device's part of the vocabulary holds the token's target."""
     first = jax.lax.axis_index("tensor") * vocabulary
     return (targets_r - first)[:, None] == jnp.arange(vocabulary)
 
 
-def input_gradients(dlogits_rv: jax.Array, heads_vD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def input_gradients(dlogits_rv: Float[Array, "m v"], heads_vD: HeadFactors) -> TokenFactors:
     """Return the gradients of each of the chunk's inputs; they must still be summed over `tensor`."""
     return tuple(jnp.einsum("rv,vD->rD", dlogits_rv, w) for w in heads_vD)
 
 
-def add_head_gradients(dheads_vD: Sequence[jax.Array], dlogits_rv: jax.Array, xs_rD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def add_head_gradients(dheads_vD: HeadFactors, dlogits_rv: Float[Array, "m v"], xs_rD: TokenFactors) -> HeadFactors:
     """Add this chunk's gradients to the float32 gradients of the heads so far."""
-    return tuple(
-        dw + jnp.einsum("rv,rD->vD", dlogits_rv, x, preferred_element_type=jnp.float32)
-        for dw, x in zip(dheads_vD, xs_rD, strict=True)
-    )
+    pairs = zip(dheads_vD, xs_rD, strict=True)
+    return tuple(dw + jnp.einsum("rv,rD->vD", dlogits_rv, x, preferred_element_type=jnp.float32) for dw, x in pairs)
 
 
-def zero_head_gradients(like: jax.Array, heads_vD: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def zero_head_gradients(like: Float[Array, "..."], heads_vD: HeadFactors) -> HeadFactors:
     """Return float32 zeros that `add_head_gradients` starts from and that vary over the same mesh axes as `like`."""
     return tuple(jax.lax.full_like(like, 0, jnp.float32, w.shape) for w in heads_vD)

@@ -7,10 +7,11 @@ import math
 import jax
 import optax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from moe_train.machine.mesh import axis_size
-from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath
+from moe_train.model.sharding.fsdp import mesh_axes
 from moe_train.model.sharding.specs import spec_of
 
 _MATRICES = {
@@ -37,7 +38,9 @@ def matrix_dims(path: str) -> optax.contrib.MuonDimensionNumbers | None:
     return optax.contrib.MuonDimensionNumbers(*dims[("weight", "lora_a", "lora_b").index(parsed.leaf)])
 
 
-def orthogonalise(updates: Parameters, ns_steps: int) -> Parameters:
+def orthogonalize(
+    updates: dict[str, Float[Array, "..."] | optax.MaskedNode], ns_steps: int
+) -> dict[str, Float[Array, "..."] | optax.MaskedNode]:
     """Replace each matrix U S V^T by about U V^T, times sqrt(max(1, outputs / inputs)), by Newton-Schulz iterations.
 
     See https://kellerjordan.github.io/posts/muon. Optax's iteration does not support explicit sharding, so it runs in a local
@@ -48,29 +51,37 @@ def orthogonalise(updates: Parameters, ns_steps: int) -> Parameters:
         updates: momentum of each matrix by path; `optax.MaskedNode` entries are returned unchanged.
         ns_steps: number of iterations.
     """
-    return {path: x if isinstance(x, optax.MaskedNode) else _orthogonalise(path, x, ns_steps) for path, x in updates.items()}
+    orthogonal = {}
+    for path, x in updates.items():
+        if isinstance(x, optax.MaskedNode):
+            orthogonal[path] = x
+        else:
+            orthogonal[path] = _orthogonalize_matrices(path, x, ns_steps)
+    return orthogonal
 
 
-def _orthogonalise(path: str, x: jax.Array, ns_steps: int) -> jax.Array:
+def _orthogonalize_matrices(path: str, x: Float[Array, "*dims"], ns_steps: int) -> Float[Array, "*dims"]:
     dims = matrix_dims(path)
     assert dims is not None
     inputs, outputs = (math.prod(x.shape[dim] for dim in axes) for axes in dims)
-    specs = _to_whole_matrices(x.shape, spec_of(x), {dim % x.ndim for axes in dims for dim in axes})
+    matrix = {dim % x.ndim for dim in (*dims.reduction_axis, *dims.output_axis)}
+    specs = _specs_to_unsplit_matrices(x.shape, spec_of(x), matrix)
     # With a momentum of 0, Optax's Muon is the iteration only.
     iteration = optax.contrib.scale_by_muon(ns_steps=ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims)
 
-    def local(x: jax.Array) -> jax.Array:
+    def local(x: Float[Array, "..."]) -> Float[Array, "..."]:
         return iteration.update(x, iteration.init(x))[0]
 
     for spec in specs[1:]:
         x = jax.sharding.reshard(x, spec)
+    # Every device now holds complete matrices of some layers, so the iteration needs no collective.
     y = jax.shard_map(local, in_specs=specs[-1], out_specs=specs[-1])(x)
     for spec in reversed(specs[:-1]):
         y = jax.sharding.reshard(y, spec)
     return y * math.sqrt(max(1.0, outputs / inputs))
 
 
-def _to_whole_matrices(shape: tuple[int, ...], spec: P, matrix: set[int]) -> list[P]:
+def _specs_to_unsplit_matrices(shape: tuple[int, ...], spec: P, matrix: set[int]) -> list[P]:
     """Return the specs on the way from a weight's own spec to one that does not split its matrix dims.
 
     The axes that split the matrix dims split the layers (dim 0) instead, as far as they divide their number. Each spec moves one
@@ -81,7 +92,7 @@ def _to_whole_matrices(shape: tuple[int, ...], spec: P, matrix: set[int]) -> lis
     layers: tuple[str, ...] = ()
     assert entries[0] is None
     for dim in sorted(matrix):
-        split = entries[dim] if isinstance(entries[dim], tuple) else (entries[dim],) if entries[dim] else ()
+        split = mesh_axes(entries[dim])
         for axis in reversed(split):  # innermost axis first, so that the rest is still a split by the outer axes
             split = split[:-1]
             entries[dim] = split or None

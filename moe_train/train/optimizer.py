@@ -14,7 +14,7 @@ import optax
 
 from moe_train import config
 from moe_train.model.paths import ParameterPath
-from moe_train.train.muon import matrix_dims, orthogonalise
+from moe_train.train.muon import matrix_dims, orthogonalize
 
 
 def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> optax.Schedule:
@@ -31,7 +31,7 @@ def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> o
         ValueError: warm-up and decay are longer than the run.
     """
     first = max(schedule.warmup_steps - 1, 0)  # index of the first step at the peak
-    fall = total_steps - 1 - first
+    fall = total_steps - 1 - first  # steps from the peak to the last step
     decay = schedule.decay_steps if isinstance(schedule, config.WsdSchedule) else 0
     if schedule.warmup_steps + decay > total_steps:
         and_decay = f" and decay_steps {decay}" if decay else ""
@@ -83,7 +83,7 @@ def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.Gradi
             update = with_rate(direction, optimizer.learning_rate)
         case config.Muon(b1=b1, b2=b2, eps=eps):
             momentum = optax.trace(optimizer.momentum, optimizer.nesterov)
-            orthogonal = optax.stateless(lambda updates, _: orthogonalise(updates, optimizer.ns_steps))
+            orthogonal = optax.stateless(lambda updates, _: orthogonalize(updates, optimizer.ns_steps))
             parts = {
                 "matrix": with_rate(optax.chain(momentum, orthogonal), optimizer.learning_rate),
                 "other": with_rate(optax.scale_by_adam(b1, b2, eps), optimizer.adamw_learning_rate),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 from moe_train import config
 from moe_train.model.parameters import Parameters
@@ -20,14 +20,14 @@ class TrainState(NamedTuple):
     `trainable`, `frozen` and `buffers` are flat dicts {path: array}; full training and LoRA differ only in the split.
     """
 
-    step: jax.Array
+    step: Int[Array, ""]
     """Number of optimizer steps tried (int32); it is the position in the data."""
     trainable: Parameters
     frozen: Parameters
     buffers: Parameters
     """Arrays that are changed after each step by a rule and not by a gradient: the routers' biases."""
     opt_state: Any
-    skipped: jax.Array
+    skipped: Int[Array, ""]
     """Number of steps that changed nothing because their loss or gradient was not finite (int32)."""
 
     @property
@@ -63,5 +63,7 @@ def create_state(params: Parameters, optimizer: optax.GradientTransformation, lo
     """Create a state at step 0; the optimizer's moments inherit the sharding of their weights."""
     learned, frozen = partition(params, lora)
     trainable, buffers = split_buffers(learned)
-    zero = lambda: jnp.zeros((), jnp.int32, out_sharding=P())  # noqa: E731
-    return TrainState(zero(), trainable, frozen, buffers, optimizer.init(trainable), zero())
+    # Two arrays and not one: a donated state must not contain the same buffer twice.
+    step = jnp.zeros((), jnp.int32, out_sharding=P())
+    skipped = jnp.zeros((), jnp.int32, out_sharding=P())
+    return TrainState(step, trainable, frozen, buffers, optimizer.init(trainable), skipped)

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Shaped
 
 from moe_train.machine.compiler_options import compiler_options
 from moe_train.model.moe.router import RouterStats, next_bias
 from moe_train.model.parameters import Parameters
-from moe_train.model.paths import rows_of_routers
+from moe_train.model.paths import router_rows
 from moe_train.train.gradients import step_gradients
-from moe_train.train.objectives.objective import Mean, Weights, divide, step_metrics
+from moe_train.train.objectives.objective import Mean, ModelWeights, divide, step_metrics
 from moe_train.train.state import TrainState
 from moe_train.train.step_definition import StepDefinition
 
@@ -23,13 +23,13 @@ from moe_train.train.step_definition import StepDefinition
 class StepMetrics(NamedTuple):
     """Metrics of one step; they stay on the device until they are read."""
 
-    loss: Array
+    loss: Float[Array, ""]
     """The minimized value: the objective's mean plus the routers' losses."""
-    objective: dict[str, Array]
+    objective: dict[str, Shaped[Array, "..."]]
     """The objective's metrics by name, including its mean and weight."""
-    grad_norm: Array
+    grad_norm: Float[Array, ""]
     """Global gradient norm before clipping."""
-    finite: Array
+    finite: Bool[Array, ""]
     """False if the loss or the gradient norm was not finite, in which case the update was skipped."""
     routers: RouterStats | None
     """Router statistics (L, …), averaged over microbatches (counts are summed); None for a dense model."""
@@ -56,14 +56,14 @@ def train_step(
     if definition.dropout_seed is not None:
         # One fixed generator implementation, so that dropout masks do not depend on the platform.
         key = jax.random.fold_in(jax.random.key(definition.dropout_seed, impl="threefry2x32"), state.step)
-    fixed = Weights(state.buffers, state.frozen, base_weights or {})
+    fixed = ModelWeights(state.buffers, state.frozen, base_weights or {})
     loss, weight, terms, gradients = step_gradients(definition, state.trainable, fixed, batch, key)
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = definition.optimizer.update(gradients, state.opt_state, state.trainable)
-    buffers = _balanced(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
+    buffers = _updated_biases(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
 
-    def keep(new: Array, old: Array) -> Array:
+    def keep(new: Shaped[Array, "*dims"], old: Shaped[Array, "*dims"]) -> Shaped[Array, "*dims"]:
         # A select and not a branch: the decision stays on the device, and the host need not wait for it.
         return jnp.where(finite, new, old)
 
@@ -75,19 +75,18 @@ def train_step(
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         skipped=state.skipped + jnp.where(finite, 0, 1),
     )
-    metrics = {
-        name: divide(*metric) if isinstance(metric, Mean) else metric
-        for name, metric in step_metrics(definition.objective, terms, weight).items()
-    }
+    metrics = {}
+    for name, metric in step_metrics(definition.objective, terms, weight).items():
+        metrics[name] = divide(*metric) if isinstance(metric, Mean) else metric
     return state, StepMetrics(loss, metrics, grad_norm, finite, terms.routers)
 
 
-def _balanced(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:
+def _updated_biases(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:
     """Return the routers' biases after a step with these loads."""
     if not buffers:
         return {}
     assert routers is not None and rate is not None
-    rows = rows_of_routers({path: len(bias) for path, bias in buffers.items()})
+    rows = router_rows({path: len(bias) for path, bias in buffers.items()})
     return {path: next_bias(bias, routers.chosen_E[rows[path]], rate) for path, bias in buffers.items()}
 
 

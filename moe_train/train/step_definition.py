@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jax.tree_util import PyTreeDef
 
 from moe_train import config
 from moe_train.model.parameters import with_capacity
@@ -28,7 +28,7 @@ class StepDefinition:
         gradient_dtype: dtype in which accumulated gradients are all-reduced over replicas; None for the parameters' own.
     """
 
-    structure: Any
+    structure: PyTreeDef
     objective: Objective
     optimizer: optax.GradientTransformation
     router_loss: config.Loss = config.Loss()  # noqa: RUF009  # immutable
@@ -38,7 +38,7 @@ class StepDefinition:
 
 
 def definition_of(
-    run: config.Run, structure: Any, optimizer: optax.GradientTransformation, objective: Objective | None = None
+    run: config.Run, structure: PyTreeDef, optimizer: optax.GradientTransformation, objective: Objective | None = None
 ) -> StepDefinition:
     """Return the step definition of a run.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from moe_train.machine.mesh import batch_axes
 from moe_train.model.layers import keys_of
@@ -18,7 +18,9 @@ from moe_train.model.moe.router import RouterStats
 from moe_train.model.sharding.specs import plain_on_one_device
 from moe_train.model.transformer import Transformer
 from moe_train.train.logits import (
+    HeadFactors,
     LoraFactors,
+    TokenFactors,
     add_head_gradients,
     chunk_logits,
     chunk_rows,
@@ -43,12 +45,14 @@ class TokenLogprobs(NamedTuple):
 class _Saved(NamedTuple):
     """Residuals of the backward pass: the inputs, and three numbers per token."""
 
-    xs: tuple[jax.Array, ...]
-    heads: tuple[jax.Array, ...]
-    targets_m: jax.Array
-    top_m: jax.Array
-    log_sum_m: jax.Array
-    entropy_m: jax.Array
+    xs: TokenFactors
+    heads: HeadFactors
+    targets_m: Int[Array, " m"]
+    top_m: Float[Array, " m"]
+    """The largest logit of each token."""
+    log_sum_m: Float[Array, " m"]
+    """Log-sum-exp of the logits minus the largest logit."""
+    entropy_m: Float[Array, " m"]
 
 
 def token_logprobs(
@@ -70,7 +74,9 @@ def token_logprobs(
     """
     tokens = P(batch_axes(), "context")
 
-    def local(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_bt: jax.Array) -> Any:
+    def local(
+        xs: TokenFactors, heads: HeadFactors, targets_bt: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
         logprob_m, entropy_m = _chunked(xs, heads, targets_bt.reshape(-1))
         return logprob_m.reshape(targets_bt.shape), entropy_m.reshape(targets_bt.shape)
 
@@ -78,7 +84,7 @@ def token_logprobs(
     return TokenLogprobs(*plain_on_one_device(outputs))
 
 
-def batch_logprobs(model: Transformer, batch: Any, key: Array | None = None) -> tuple[TokenLogprobs, RouterStats | None]:
+def batch_logprobs(model: Transformer, batch: Any, key: Key[Array, ""] | None = None) -> tuple[TokenLogprobs, RouterStats | None]:
     """Compute `token_logprobs` of a model on a batch's targets.
 
     Args:
@@ -91,22 +97,25 @@ def batch_logprobs(model: Transformer, batch: Any, key: Array | None = None) -> 
     """
     body_key, head_key = keys_of(key, 2)
     hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
-    lora_factors = model.beside_head(hidden_BTD, head_key)
+    lora_factors = model.head_lora_factors(hidden_BTD, head_key)
     return token_logprobs(hidden_BTD, model.head_weight(), batch.targets, lora_factors), routers
 
 
 @jax.custom_vjp
-def _chunked(xs: tuple[jax.Array, ...], heads: tuple[jax.Array, ...], targets_m: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _chunked(xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"]) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
     """Compute (log-probability, entropy) of this device's tokens; equal on all devices along `tensor`."""
     return _chunked_forward(xs, heads, targets_m)[0]
 
 
-def _chunked_forward(xs, heads, targets_m):
-    m, v = xs[0].shape[0], heads[0].shape[0]
+def _chunked_forward(
+    xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"]
+) -> tuple[tuple[Float[Array, " m"], Float[Array, " m"]], _Saved]:
+    m = xs[0].shape[0]
+    v = heads[0].shape[0]
     rows = chunk_rows(m, v)
 
-    def chunk(_, part):
-        xs_r, targets_r = part
+    def of_chunk(_: None, chunk: tuple[TokenFactors, Int[Array, " r"]]) -> tuple[None, tuple[Float[Array, " r"], ...]]:
+        xs_r, targets_r = chunk
         logits_rv = chunk_logits(xs_r, heads)
         top_r = jax.lax.pmax(jnp.max(logits_rv, axis=-1), "tensor")
         # Relative to the largest logit, so that large logits lose no digits in the differences below.
@@ -117,34 +126,41 @@ def _chunked_forward(xs, heads, targets_m):
             jnp.sum(exps_rv * shifted_rv, axis=-1),
             jnp.sum(jnp.where(target_hits(targets_r, v), shifted_rv, 0), axis=-1),
         )
-        normaliser_r, weighted_r, target_r = jax.lax.psum(sums, "tensor")
-        log_sum_r = jnp.log(normaliser_r)
-        return None, (target_r - log_sum_r, log_sum_r - weighted_r / normaliser_r, top_r, log_sum_r)
+        normalizer_r, weighted_r, target_r = jax.lax.psum(sums, "tensor")
+        # With logits l relative to the largest and Z = sum exp(l): entropy = log Z - sum exp(l) * l / Z.
+        log_sum_r = jnp.log(normalizer_r)
+        return None, (target_r - log_sum_r, log_sum_r - weighted_r / normalizer_r, top_r, log_sum_r)
 
-    parts = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m))
-    _, per_token = jax.lax.scan(chunk, None, parts)
+    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m))
+    _, per_token = jax.lax.scan(of_chunk, None, chunks)
     logprob_m, entropy_m, top_m, log_sum_m = (join_chunks(x, m) for x in per_token)
     return (logprob_m, entropy_m), _Saved(xs, heads, targets_m, top_m, log_sum_m, entropy_m)
 
 
-def _chunked_backward(saved: _Saved, cotangents):
-    m, v = saved.xs[0].shape[0], saved.heads[0].shape[0]
+_Cotangents = tuple[Float[Array, " m"], Float[Array, " m"]]
+"""Gradients of log-probability and entropy."""
+
+
+def _chunked_backward(saved: _Saved, cotangents: _Cotangents) -> tuple[TokenFactors, HeadFactors, None]:
+    m = saved.xs[0].shape[0]
+    v = saved.heads[0].shape[0]
     rows = chunk_rows(m, v)
 
-    def chunk(dheads, part):
-        at_r, (dlogprob_r, dentropy_r) = part
+    def add_chunk(dheads: HeadFactors, chunk: tuple[_Saved, _Cotangents]) -> tuple[HeadFactors, TokenFactors]:
+        at_r, (dlogprob_r, dentropy_r) = chunk
         logits_rv = chunk_logits(at_r.xs, saved.heads)
         logprobs_rv = logits_rv - at_r.top_m[:, None] - at_r.log_sum_m[:, None]
         probs_rv = jnp.exp(logprobs_rv)
+        # d logprob / d logit = [is target] - p, and d entropy / d logit = -p * (log p + entropy).
         dlogits_rv = dlogprob_r[:, None] * (target_hits(at_r.targets_m, v) - probs_rv)
         dlogits_rv -= dentropy_r[:, None] * probs_rv * (logprobs_rv + at_r.entropy_m[:, None])
         dlogits_rv = dlogits_rv.astype(at_r.xs[0].dtype)
         return add_head_gradients(dheads, dlogits_rv, at_r.xs), input_gradients(dlogits_rv, saved.heads)
 
     # Every chunk needs the full heads, so they are not split into chunks.
-    parts = jax.tree.map(lambda x: split_chunks(x, rows), (saved._replace(heads=()), cotangents))
-    dheads, dxs = jax.lax.scan(chunk, zero_head_gradients(saved.xs[0], saved.heads), parts)
-    dxs = tuple(join_chunks(dx, m) for dx in dxs)
+    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (saved._replace(heads=()), cotangents))
+    dheads, chunk_dxs = jax.lax.scan(add_chunk, zero_head_gradients(saved.xs[0], saved.heads), chunks)
+    dxs = tuple(join_chunks(dx, m) for dx in chunk_dxs)
     return dxs, tuple(dw.astype(w.dtype) for dw, w in zip(dheads, saved.heads, strict=True)), None
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.quantize import Quantized, how_of, quantize
+from moe_train.model.quantize import Quantized, quantization_of, quantize
 from moe_train.model.sharding.specs import spec_of
 from moe_train.weights import strided
 from moe_train.weights.names import WeightPiece
@@ -165,7 +165,7 @@ def _arrays(
                 if not isinstance(likes, Quantized):
                     strided.copy_into(outs[0][region], piece.from_file(tensor.read, cut))
                     continue
-                quantized = _quantized(strided.contiguous(piece.from_file(tensor.read, cut)), *how_of(likes))
+                quantized = _quantized(strided.contiguous(piece.from_file(tensor.read, cut)), *quantization_of(likes))
                 for out, x in zip(outs, quantized, strict=True):
                     out[region] = x
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from moe_train import config
 from moe_train.model.parameters import Parameters
-from moe_train.model.quantize import unquantized
+from moe_train.model.quantize import unquantized_shapes
 from moe_train.weights import gguf, hf, mistral, names, peft, safetensors_files, together
 from moe_train.weights.arrays import Abstract, LazyArray, fill, open_lazily
 from moe_train.weights.hf.config_json import CONFIG_FILE
@@ -98,7 +98,9 @@ def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:
     """Open a model, and check that its tensors are those of its architecture and fill every array of `abstract`."""
     weights = open_external_weights(path)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    names.check_file_tensors(path, weights.pieces, shapes, {path: like.shape for path, like in unquantized(abstract).items()})
+    names.check_file_tensors(
+        path, weights.pieces, shapes, {path: like.shape for path, like in unquantized_shapes(abstract).items()}
+    )
     return weights
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moe_train import config
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.quantize import unquantized
+from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import init_model
 from moe_train.proof import reread
 from moe_train.weights import external, external_adapter, gguf, hf, mistral, names, peft, safetensors_files
@@ -56,7 +56,9 @@ def read_model(folder: Path) -> None:
     """Everything that a start from it reads, and the second reader of the proof."""
     found = external.open_external_weights(folder)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-    names.check_file_tensors(folder, found.pieces, shapes, {path: like.shape for path, like in unquantized(SHAPES[""]).items()})
+    names.check_file_tensors(
+        folder, found.pieces, shapes, {path: like.shape for path, like in unquantized_shapes(SHAPES[""]).items()}
+    )
     for tensor in found.tensors.values():
         assert tensor.read().shape == tensor.shape
     reread.tensors(folder)

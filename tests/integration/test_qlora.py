@@ -20,7 +20,7 @@ from moe_train.commands.generate import generate_text
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.quantize import quantized
+from moe_train.model.quantize import quantize_like
 from moe_train.model.transformer import init_model
 from moe_train.run import loop
 from moe_train.run.writer import Writer
@@ -102,7 +102,7 @@ def test_a_run_beside_quantised_weights(
         full = model_dir.load_parameters(base / source, plain)
         names = [path for path in held if path.endswith(".codes")]
         assert len(names) == 7
-        wanted = quantized(dict(full), {p: x for p, x in shapes_of(run, run.lora.quantize).items() if "lora" not in p})
+        wanted = quantize_like(dict(full), {p: x for p, x in shapes_of(run, run.lora.quantize).items() if "lora" not in p})
         for path, x in wanted.items():
             np.testing.assert_array_equal(np.asarray(held[path]), np.asarray(x), err_msg=path)
 
@@ -120,7 +120,7 @@ def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytes
             {path: x for path, x in shapes_of(run.model_copy(update={"lora": lora}), how).items() if "lora" not in path}
             for how in (config.Nf4(name="nf4", block_size=8), None)
         )
-        wanted = quantized(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
+        wanted = quantize_like(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
         monkeypatch.setattr(manager, "read_in_parts", noting)
         held = model_dir.load_parameters(base / "run", few_bits)
     assert held.keys() == few_bits.keys() == wanted.keys()

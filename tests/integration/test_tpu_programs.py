@@ -22,7 +22,7 @@ from moe_train.data.batches.batch import Batch
 from moe_train.machine.devices import DEVICES
 from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.sharding.specs import SPLIT
+from moe_train.model.sharding.specs import TENSOR_AND_EXPERT
 from moe_train.model.transformer import init_model
 from moe_train.plan import hlo
 from moe_train.plan.compile import compile_config
@@ -86,7 +86,7 @@ def check(program: Any, params: dict[str, Any], collectives: Any) -> None:
         if "fsdp" in spec:
             layer = slice(1 if path.startswith("stacks") else 0, None)
             stored, sizes = x.sharding.shard_shape(x.shape), x.sharding.mesh.shape
-            times = {"fsdp": sizes["fsdp"], SPLIT: sizes["expert"]}
+            times = {"fsdp": sizes["fsdp"], TENSOR_AND_EXPERT: sizes["expert"]}
             whole = tuple(n * times.get(axis, 1) for n, axis in zip(stored, spec, strict=False))
             whole, stored = (tuple(n for n in shape[layer] if n > 1) for shape in (whole, stored))
             assert whole not in summed, f"{path}: its whole gradient {whole} is summed over devices"

@@ -21,7 +21,7 @@ from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import Transformer, init_model
 from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.next_token import next_token
-from moe_train.train.objectives.objective import Weights
+from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.state import partition
 from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
@@ -212,7 +212,7 @@ def loss_and_gradients(mesh: Mesh) -> Any:
             key = jax.random.key(5, impl="threefry2x32")
             coefs = config.Loss(load_balance_loss_coef=0.1, router_z_loss_coef=0.0)
             definition = StepDefinition(structure, next_token(), optax.identity(), coefs)
-            result = step_gradients(definition, trainable, Weights({}, frozen, {}), batch, key)
+            result = step_gradients(definition, trainable, ModelWeights({}, frozen, {}), batch, key)
             return result.loss, result.gradients
 
         return jax.device_get(run(trainable, frozen, put_batch(BATCH, mesh)))
@@ -271,8 +271,8 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean() -> None:
     x, key = jax.numpy.ones((64, 100)), jax.random.key(0, impl="threefry2x32")
     with jax.set_mesh(ONE):
         linear = abstract(EVERY_KIND).stacks[0].layers[0].attention.q_proj
-        dropped = [linear.dropped(x, key), _drop(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x, 0)]
-        assert np.array_equal(linear.dropped(x, None), x)
+        dropped = [linear.apply_dropout(x, key), _drop(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x, 0)]
+        assert np.array_equal(linear.apply_dropout(x, None), x)
         # half of the columns are the same half, wherever they are
         half = _drop(key, 0.3, jax.numpy.arange(64, dtype=np.uint32), x[:, 50:], 50)
         assert np.array_equal(half, dropped[1][:, 50:])

@@ -8,7 +8,7 @@ import pytest
 
 from moe_train import config
 from moe_train.model.parameters import parameters
-from moe_train.model.paths import ParameterPath, adapter_ranks, rows_of_routers
+from moe_train.model.paths import ParameterPath, adapter_ranks, router_rows
 from moe_train.model.transformer import init_model
 from tests.tiny import ONE
 
@@ -91,8 +91,8 @@ def test_the_number_of_a_layer_counts_all_stacks() -> None:
     assert ParameterPath.parse("embed.weight").layer(MODEL, 0) is None
 
 
-def test_rows_of_routers_are_in_the_order_of_the_layers() -> None:
+def test_router_rows_are_in_the_order_of_the_layers() -> None:
     """Two sparse stacks, of a period of two and of one: layers 0 to 3, then 4 and 5."""
     paths = ["stacks.1.layers.1.ffn.router.bias", "stacks.1.layers.0.ffn.router.bias", "stacks.3.layers.0.ffn.router.bias"]
-    rows = rows_of_routers(dict.fromkeys(paths, 2))
+    rows = router_rows(dict.fromkeys(paths, 2))
     assert [np.arange(6)[rows[path]].tolist() for path in paths] == [[1, 3], [0, 2], [4, 5]]

@@ -14,7 +14,7 @@ from moe_train import config
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.quantize import NF4, Quantized, _selected, dequantize, quantize, quantized, unquantized
+from moe_train.model.quantize import NF4, Quantized, _select, dequantize, quantize, quantize_like, unquantized_shapes
 from moe_train.model.transformer import init_model
 from tests.compiled_programs import quick_jit
 from tests.tiny import EIGHT, ONE
@@ -57,7 +57,7 @@ def test_levels_are_those_of_bitsandbytes() -> None:
 
 
 def test_levels_are_selected_without_a_lookup_too() -> None:
-    np.testing.assert_array_equal(_selected(jnp.arange(16, dtype=jnp.uint8)), np.array(LEVELS, np.float32))
+    np.testing.assert_array_equal(_select(jnp.arange(16, dtype=jnp.uint8)), np.array(LEVELS, np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,7 +118,7 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
     with jax.set_mesh(ONE):
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
         plain_structure, plain = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(None))))
-        assert {p: x.shape for p, x in unquantized(shapes).items()} == {p: x.shape for p, x in plain.items()}
+        assert {p: x.shape for p, x in unquantized_shapes(shapes).items()} == {p: x.shape for p, x in plain.items()}
         held = {p.removesuffix(".codes") for p in shapes if p.endswith(".codes")}
         assert held == {p for p in plain if p.endswith("_proj.weight")}
         host = {p: rng.normal(0, 0.1, x.shape).astype(np.float32) for p, x in plain.items()}
@@ -137,9 +137,9 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
             structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
             arrays = {
                 p: jax.device_put(host[p], jax.sharding.NamedSharding(mesh, x.sharding.spec))
-                for p, x in unquantized(shapes).items()
+                for p, x in unquantized_shapes(shapes).items()
             }
-            held_in_few = quantized(arrays, shapes)
+            held_in_few = quantize_like(arrays, shapes)
             assert {p: (x.shape, x.dtype, x.sharding.spec) for p, x in held_in_few.items()} == {
                 p: (x.shape, x.dtype, x.sharding.spec) for p, x in shapes.items()
             }

@@ -20,7 +20,7 @@ from moe_train.model.parameters import combine, parameters
 from moe_train.model.transformer import empty_caches, init_model
 from moe_train.train.gradients import StepGradients, step_gradients
 from moe_train.train.objectives.next_token import next_token
-from moe_train.train.objectives.objective import Weights
+from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
 from tests.tiny import ONE
@@ -100,7 +100,7 @@ def placed(params: dict[str, np.ndarray], like: dict[str, Any], mesh: Mesh) -> d
 def all_gradients(params: dict[str, jax.Array], batch: Batch, structure: Any) -> StepGradients:
     is_sparse = any(".router." in path for path in params)
     definition = StepDefinition(structure, next_token(), optax.identity(), LOSS if is_sparse else config.Loss())
-    return step_gradients(definition, params, Weights({}, {}, {}), batch, None)
+    return step_gradients(definition, params, ModelWeights({}, {}, {}), batch, None)
 
 
 def loss_and_gradients(model: config.Model, mesh: Mesh, lora: config.Lora | None = None, **compute: Any) -> tuple[Any, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,10 +42,10 @@ def wrong_weight_gradient(x, w, sizes):
 
     @jax.custom_vjp
     def f(x, w):
-        return gm.reference(x, w, sizes)
+        return gm.reference_grouped_matmul(x, w, sizes)
 
     def backward(saved, dy):
-        dx, dw = jax.vjp(lambda x, w: gm.reference(x, w, sizes), *saved)[1](dy)
+        dx, dw = jax.vjp(lambda x, w: gm.reference_grouped_matmul(x, w, sizes), *saved)[1](dy)
         return dx, jnp.where((sizes == 0)[:, None, None], jnp.roll(dw, 1, axis=0), dw)
 
     f.defvjp(lambda x, w: (f(x, w), (x, w)), backward)
@@ -53,12 +55,12 @@ def wrong_weight_gradient(x, w, sizes):
 def wrong_small_group(x, w, sizes):
     """The rows of the smallest group get another expert's matrix."""
     smallest = jnp.argmin(jnp.where(sizes == 0, 10**6, sizes))
-    return gm.reference(x, w.at[smallest].set(w[(smallest + 1) % len(w)]), sizes)
+    return gm.reference_grouped_matmul(x, w.at[smallest].set(w[(smallest + 1) % len(w)]), sizes)
 
 
 def wrong_tail(x, w, sizes):
     """Rows that belong to nobody go to the last expert."""
-    return gm.reference(x, w, sizes.at[-1].add(x.shape[0] - jnp.sum(sizes)))
+    return gm.reference_grouped_matmul(x, w, sizes.at[-1].add(x.shape[0] - jnp.sum(sizes)))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def wrong_tail(x, w, sizes):
     ],
 )
 def test_stops_at_a_kernel_that_is_wrong(monkeypatch, wrong, said):
-    monkeypatch.setattr(gm, "blocked", wrong)
+    monkeypatch.setattr(gm, "blocked_grouped_matmul", wrong)
     with pytest.raises(RuntimeError, match=said):
         check_grouped_matmul(config.Compute(grouped_matmul="blocked"))
 
@@ -110,12 +112,12 @@ def test_passes_attention_in_bfloat16():
         assert 1e-5 < check_attention(MODEL, config.Compute(dtype="bfloat16"), 512) < 2e-2
 
 
-def without_segments(q, k, v, segments_q, segments_k, *rest):
-    return right(q, k, v, jnp.ones_like(segments_q), jnp.ones_like(segments_k), *rest)
+def without_segments(q, k, v, segment_ids, *rest):
+    return right(q, k, v, jax.tree.map(jnp.ones_like, segment_ids), *rest)
 
 
-def with_a_wider_window(q, k, v, segments_q, segments_k, part, parts, window):
-    return right(q, k, v, segments_q, segments_k, part, parts, window and window + 1)
+def with_a_wider_window(q, k, v, segment_ids, device, causal):
+    return right(q, k, v, segment_ids, device, replace(causal, window=causal.window and causal.window + 1))
 
 
 def with_the_gradient_of_some_keys(q, k, v, *rest):
@@ -123,7 +125,7 @@ def with_the_gradient_of_some_keys(q, k, v, *rest):
     return right(q, jnp.concatenate([k[:, :128], jax.lax.stop_gradient(k[:, 128:])], axis=1), v, *rest)
 
 
-right = kernels.blocked
+right = kernels.blocked_attention
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ right = kernels.blocked
     ],
 )
 def test_stops_at_attention_that_is_wrong(monkeypatch, wrong, said):
-    monkeypatch.setattr(kernels, "blocked", wrong)
+    monkeypatch.setattr(kernels, "blocked_attention", wrong)
     with jax.set_mesh(make_mesh(config.Mesh(fsdp=8))), pytest.raises(RuntimeError, match=said):
         check_attention(MODEL, config.Compute(), 512)
 

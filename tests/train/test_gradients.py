@@ -14,7 +14,7 @@ from moe_train.data.batches.batch import Batch
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.transformer import init_model
 from moe_train.train.objectives.next_token import next_token
-from moe_train.train.objectives.objective import Inputs, Mean, Objective, Terms
+from moe_train.train.objectives.objective import Mean, Objective, ObjectiveInputs, Terms
 from moe_train.train.token_logprobs import batch_logprobs
 from tests.train.tiny_objectives import divergence
 from tests.train.tiny_step import (
@@ -33,12 +33,12 @@ from tests.train.tiny_step import (
 def step_baseline() -> Objective:
     """Sum of (log-probability - half of its mean over the whole step)^2; the mean is a constant."""
 
-    def first_pass(inputs: Inputs) -> Any:
+    def first_pass(inputs: ObjectiveInputs) -> Any:
         mask = inputs.batch.loss_mask
         outputs, _ = batch_logprobs(inputs.model, inputs.batch)
         return {"logprob": jnp.sum(outputs.logprob * mask), "tokens": jnp.sum(mask)}
 
-    def loss(inputs: Inputs, of_step: Any) -> Terms:
+    def loss(inputs: ObjectiveInputs, of_step: Any) -> Terms:
         outputs, routers = batch_logprobs(inputs.model, inputs.batch)
         baseline = of_step["logprob"] / of_step["tokens"]
         squares = jnp.square(outputs.logprob - baseline / 2) * inputs.batch.loss_mask
@@ -87,7 +87,7 @@ def test_the_divergence_from_the_reference_starts_at_zero(mesh: str, microbatche
 def test_full_training_has_no_reference_in_memory() -> None:
     seen = []
 
-    def loss(inputs: Inputs, of_step: Any) -> Terms:
+    def loss(inputs: ObjectiveInputs, of_step: Any) -> Terms:
         seen.append(inputs.reference)
         return next_token().loss(inputs, of_step)
 

@@ -11,20 +11,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.train.muon import matrix_dims, orthogonalise
+from moe_train.train.muon import matrix_dims, orthogonalize
 from tests.meshes import mesh_of
 from tests.train.optimizer_reference import LORA, is_matrix, newton_schulz, random_parameters, relative
 
 
 @pytest.mark.parametrize("sizes", [config.Mesh(fsdp=2, expert=2, tensor=2), config.Mesh(fsdp=4, tensor=2)], ids=str)
-def test_muon_orthogonalises_each_layer_and_expert(sizes):
+def test_muon_orthogonalizes_each_layer_and_expert(sizes):
     """Also where the two layers cannot be dealt out to all devices that share a layer's matrices (fsdp 4)."""
     path, mesh = "stacks.0.layers.0.ffn.gate_proj.weight", mesh_of(sizes)
     x = np.random.default_rng(0).normal(size=(2, 4, 16, 24)).astype(np.float32)
     x[1, 2] *= 1e3  # a matrix's size is nobody else's business
     with jax.set_mesh(mesh):
         split = jax.device_put(x, NamedSharding(mesh, P(None, "expert", "fsdp", "tensor")))
-        y = jax.jit(lambda x: orthogonalise({path: x}, 5))(split)[path]
+        y = jax.jit(lambda x: orthogonalize({path: x}, 5))(split)[path]
         assert y.sharding.spec == P(None, "expert", "fsdp", "tensor")
     wanted = np.stack([[newton_schulz(m.astype(np.float64), 5) for m in layer] for layer in x]) * math.sqrt(24 / 16)
     assert relative(np.asarray(y), wanted) < 1e-4

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.train.objectives.next_token import next_token
-from moe_train.train.objectives.objective import Inputs, Objective, Terms
+from moe_train.train.objectives.objective import Objective, ObjectiveInputs, Terms
 from moe_train.train.token_logprobs import batch_logprobs
 from tests.train.tiny_step import V
 
@@ -20,7 +20,7 @@ COEFS = config.Loss(load_balance_loss_coef=0.5, router_z_loss_coef=0.1)
 def divergence() -> Objective:
     """KL divergence from the reference model, by the estimator exp(d) - 1 - d."""
 
-    def loss(inputs: Inputs, of_step: Any) -> Terms:
+    def loss(inputs: ObjectiveInputs, of_step: Any) -> Terms:
         assert inputs.reference is not None
         outputs, routers = batch_logprobs(inputs.model, inputs.batch, inputs.key)
         reference, _ = batch_logprobs(inputs.reference, inputs.batch)

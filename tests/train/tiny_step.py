@@ -18,7 +18,7 @@ from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.transformer import Transformer, init_model
 from moe_train.train.gradients import StepGradients, step_gradients
-from moe_train.train.objectives.objective import Objective, Weights
+from moe_train.train.objectives.objective import ModelWeights, Objective
 from moe_train.train.state import partition, trained_in_full
 from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
@@ -80,7 +80,7 @@ def gradients(
         base = trained_in_full(learned, lora) if make else {path: x + 0.5 for path, x in trained_in_full(learned, lora).items()}
         definition = StepDefinition(structure_of(lora), objective, optax.identity(), microbatches=microbatches)
         run = quick_jit(partial(step_gradients, definition, key=None))
-        return jax.device_get(run(learned, Weights({}, frozen, base), put_batch(batch(), mesh)))
+        return jax.device_get(run(learned, ModelWeights({}, frozen, base), put_batch(batch(), mesh)))
 
 
 @cache

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from moe_train import config
 from moe_train.model.parameters import parameters
-from moe_train.model.quantize import unquantized
+from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import init_model
 from moe_train.weights import external, hf
 from tests.tiny import ONE
@@ -45,7 +45,7 @@ def test_weights_are_quantised_matrix_by_matrix(how: Any, tmp_path: Path) -> Non
         found = external.load_external_parameters(tmp_path, shapes)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    whole = unquantized(shapes)["stacks.0.layers.0.ffn.gate_proj.weight"]
+    whole = unquantized_shapes(shapes)["stacks.0.layers.0.ffn.gate_proj.weight"]
     held = sum(found[f"stacks.0.layers.0.ffn.gate_proj.weight.{part}"].nbytes for part in ("codes", "scales"))
     assert held <= whole.size * (4.5 if how.name == "nf4" else 8.5) / 8
     assert held < peak < sum(x.nbytes for x in found.values()) + whole.size * 2, (held, peak)

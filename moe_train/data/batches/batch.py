@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ TokensAndMask = tuple[np.ndarray, np.ndarray | None]
 """Token ids (n + 1,) of a part of an example, and their loss mask; None if all are trained on."""
 
 
+@runtime_checkable
 class PackedBatch(Protocol):
     """The interface of an objective's batch type: a tuple of numpy arrays of shape (B, T).
 

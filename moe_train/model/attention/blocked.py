@@ -3,56 +3,93 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_train.model.attention.context_parallel import RunStarts
 
 NEG = -1e30
 """Score of a masked pair. It is finite, so that a row without any visible key stays finite."""
 
 
-def heads_first(x_BTNH: jax.Array, K: int) -> jax.Array:
+def heads_first(x_BTNH: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G T H"]:
     """Transpose (B, T, N, H) to (B, K, G, T, H): query heads are grouped by key head and each head's sequence is contiguous."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
-Parts = tuple[tuple[int, ...], ...]
-"""For each device of `context`, the positions where its runs of queries start (`context_parallel.parts`)."""
+class SegmentIds(NamedTuple):
+    """Segment ids of queries and keys; a query sees only keys with its own id."""
+
+    queries_Bt: Int[Array, "B t"]
+    keys_BT: Int[Array, "B T"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def blocked(
-    q_BtNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_Bt: jax.Array,
-    segments_BT: jax.Array,
-    part: jax.Array,
-    parts: Parts,
-    window: int | None,
-) -> jax.Array:
+@dataclass(frozen=True)
+class CausalWindow:
+    """The static part of the mask: where the queries of each device stand in the sequence, and how far back they see."""
+
+    run_starts: RunStarts
+    """Positions where the runs of queries of each device of `context` start."""
+    window: int | None
+    """A query sees only keys less than `window` positions before it; None for no limit."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def blocked_attention(
+    q_BtNH: Float[Array, "B t N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids: SegmentIds,
+    device: Int[Array, ""],
+    causal: CausalWindow,
+) -> Float[Array, "B t N H"]:
     """Compute attention one sequence and one block of queries at a time; the masked half is never computed.
 
     The backward pass recomputes the weights from the saved log-sum-exp (FlashAttention-2, arXiv:2307.08691).
 
     Args:
-        q_BtNH: queries, in runs that start at the positions parts[part].
+        q_BtNH: queries, in runs that start at the positions `causal.run_starts[device]`.
         k_BTKH: keys of the full sequence.
         v_BTKH: values of the full sequence.
-        segments_Bt: segment ids of the queries.
-        segments_BT: segment ids of the keys.
-        part: scalar index of this device on `context`.
-        parts: start positions of the runs of each device; static.
-        window: a query sees only keys less than `window` positions before it; None for no limit.
+        segment_ids: segment ids of the queries and of the keys.
+        device: index of this device on `context`.
+        causal: positions of the queries and window; static.
 
     Returns:
         The attention output (B, t, N, H), in the order of the queries.
     """
-    return _blocked_forward(q_BtNH, k_BTKH, v_BTKH, segments_Bt, segments_BT, part, parts, window)[0]
+    return _blocked_forward(q_BtNH, k_BTKH, v_BTKH, segment_ids, device, causal)[0]
+
+
+class _Residuals(NamedTuple):
+    """Arrays that the forward pass saves for the backward pass."""
+
+    q_BtNH: Float[Array, "B t N H"]
+    k_BTKH: Float[Array, "B T K H"]
+    v_BTKH: Float[Array, "B T K H"]
+    segment_ids: SegmentIds
+    device: Int[Array, ""]
+    y_BtNH: Float[Array, "B t N H"]
+    lse_BKGt1: Float[Array, "B K G t 1"]
+
+
+class _Sequence(NamedTuple):
+    """Inputs of one sequence, heads first; with a leading dim B, of all sequences."""
+
+    q_KGtH: Float[Array, "*B K G t H"]
+    """Queries, scaled by 1 / sqrt(H)."""
+    k_KTH: Float[Array, "*B K T H"]
+    v_KTH: Float[Array, "*B K T H"]
+    segments_t: Int[Array, "*B t"]
+    segments_T: Int[Array, "*B T"]
 
 
 class _Span(NamedTuple):
@@ -76,7 +113,8 @@ class _Span(NamedTuple):
 
 def _spans(t: int, T: int, starts: tuple[int, ...], window: int | None) -> list[_Span]:
     """Split t local queries into blocks, about 16 for all T queries over all devices, so that compile time stays short."""
-    block, run = max(128, -(-T // 16)), t // len(starts)
+    block = max(128, -(-T // 16))
+    run = t // len(starts)
     spans = []
     for i, position in enumerate(starts):
         for at in range(0, run, block):
@@ -85,71 +123,91 @@ def _spans(t: int, T: int, starts: tuple[int, ...], window: int | None) -> list[
     return spans
 
 
-def _mask(span: _Span, segments_t: jax.Array, segments_T: jax.Array, window: int | None) -> jax.Array:
+def _mask(span: _Span, sequence: _Sequence, window: int | None) -> Bool[Array, "b s"]:
+    """Return the mask of a block of queries that is True where the query sees the key."""
     t = jnp.arange(span.position, span.keys.stop)[:, None]
     s = jnp.arange(span.first, span.keys.stop)[None, :]
-    seen = (t >= s) & (segments_t[span.queries, None] == segments_T[None, span.keys])
-    return seen if window is None else seen & (t - s < window)
+    visible = (t >= s) & (sequence.segments_t[span.queries, None] == sequence.segments_T[None, span.keys])
+    return visible if window is None else visible & (t - s < window)
 
 
-def _over_sequences(sequence: Any, part: jax.Array, parts: Parts, arrays: tuple[jax.Array, ...]) -> Any:
-    """Apply `sequence(starts, arrays of one sequence)` to each sequence in turn.
+def _over_sequences(of_sequence: Callable[..., Any], device: Int[Array, ""], starts: RunStarts, arrays: Any) -> Any:
+    """Apply `of_sequence(starts of this device, arrays of one sequence)` to each sequence in turn.
 
-    `starts` must be static, so there is one branch for each device's part.
+    The starts must be static, so there is one branch for each device.
     """
-    branches = [lambda arrays, starts=starts: jax.lax.map(partial(sequence, starts), arrays) for starts in parts]
-    return branches[0](arrays) if len(parts) == 1 else jax.lax.switch(part, branches, arrays)
+    branches = [lambda arrays, own=own: jax.lax.map(partial(of_sequence, own), arrays) for own in starts]
+    return branches[0](arrays) if len(starts) == 1 else jax.lax.switch(device, branches, arrays)
 
 
-def _blocked_forward(q_BtNH, k_BTKH, v_BTKH, segments_Bt, segments_BT, part, parts, window):
+def _blocked_forward(
+    q_BtNH: Float[Array, "B t N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids: SegmentIds,
+    device: Int[Array, ""],
+    causal: CausalWindow,
+) -> tuple[Float[Array, "B t N H"], _Residuals]:
     B, t, N, H = q_BtNH.shape
     T, K = k_BTKH.shape[1:3]
     q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
-    k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    k = k_BTKH.transpose(0, 2, 1, 3)
+    v = v_BTKH.transpose(0, 2, 1, 3)
 
-    def sequence(starts, arrays):
-        q_KGtH, k_KTH, v_KTH, segments_t, segments_T = arrays
-        ys, lses = [], []
-        for span in _spans(t, T, starts, window):
-            seen = _mask(span, segments_t, segments_T, window)
-            q_b, k_b, v_b = q_KGtH[:, :, span.queries], k_KTH[:, span.keys], v_KTH[:, span.keys]
+    def of_sequence(starts: tuple[int, ...], sequence: _Sequence) -> tuple[Float[Array, "K G t H"], Float[Array, "K G t 1"]]:
+        ys = []
+        lses = []
+        for span in _spans(t, T, starts, causal.window):
+            visible = _mask(span, sequence, causal.window)
+            q_b = sequence.q_KGtH[:, :, span.queries]
+            k_b = sequence.k_KTH[:, span.keys]
+            v_b = sequence.v_KTH[:, span.keys]
             scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
-            scores = jnp.where(seen, scores, NEG)
+            scores = jnp.where(visible, scores, NEG)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
             y = jnp.einsum("KGTS,KSH->KGTH", weights.astype(v_b.dtype), v_b, preferred_element_type=jnp.float32)
+            # Normalizing y costs less than normalizing the weights: H entries per query instead of T.
             ys.append((y / total).astype(q_b.dtype))
             lses.append(top + jnp.log(total))
         return jnp.concatenate(ys, axis=2), jnp.concatenate(lses, axis=2)
 
-    y, lse = _over_sequences(sequence, part, parts, (q, k, v, segments_Bt, segments_BT))
+    y, lse = _over_sequences(of_sequence, device, causal.run_starts, _Sequence(q, k, v, *segment_ids))
     lse = checkpoint_name(lse, "attention")
     y_BtNH = checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H), "attention")
-    return y_BtNH, (q_BtNH, k_BTKH, v_BTKH, segments_Bt, segments_BT, part, y_BtNH, lse)
+    return y_BtNH, _Residuals(q_BtNH, k_BTKH, v_BTKH, segment_ids, device, y_BtNH, lse)
 
 
-def _blocked_backward(parts, window, saved, dy_BtNH):
-    q_BtNH, k_BTKH, v_BTKH, segments_Bt, segments_BT, part, y_BtNH, lse = saved
-    B, t, N, H = q_BtNH.shape
-    T, K = k_BTKH.shape[1:3]
-    scale = jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
-    q, dy = heads_first(q_BtNH, K) * scale, heads_first(dy_BtNH, K)
-    k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+def _blocked_backward(
+    causal: CausalWindow, saved: _Residuals, dy_BtNH: Float[Array, "B t N H"]
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], None, None]:
+    B, t, N, H = saved.q_BtNH.shape
+    T, K = saved.k_BTKH.shape[1:3]
+    scale = jnp.asarray(1 / math.sqrt(H), saved.q_BtNH.dtype)
+    q = heads_first(saved.q_BtNH, K) * scale
+    dy = heads_first(dy_BtNH, K)
+    k = saved.k_BTKH.transpose(0, 2, 1, 3)
+    v = saved.v_BTKH.transpose(0, 2, 1, 3)
     # The row sum of dy * y is the term of the softmax gradient that all entries of a row share.
-    common = jnp.sum(dy.astype(jnp.float32) * heads_first(y_BtNH, K).astype(jnp.float32), axis=-1, keepdims=True)
+    common = jnp.sum(dy.astype(jnp.float32) * heads_first(saved.y_BtNH, K).astype(jnp.float32), axis=-1, keepdims=True)
 
-    def sequence(starts, arrays):
-        q_KGtH, k_KTH, v_KTH, segments_t, segments_T, dy_KGtH, lse_KGt1, common_KGt1 = arrays
-        dk = jnp.zeros_like(k_KTH, jnp.float32)
-        dv = jnp.zeros_like(v_KTH, jnp.float32)
+    def of_sequence(
+        starts: tuple[int, ...],
+        arrays: tuple[_Sequence, Float[Array, "K G t H"], Float[Array, "K G t 1"], Float[Array, "K G t 1"]],
+    ) -> tuple[Float[Array, "K G t H"], Float[Array, "K T H"], Float[Array, "K T H"]]:
+        sequence, dy_KGtH, lse_KGt1, common_KGt1 = arrays
+        dk = jnp.zeros_like(sequence.k_KTH, jnp.float32)
+        dv = jnp.zeros_like(sequence.v_KTH, jnp.float32)
         dqs = []
-        for span in _spans(t, T, starts, window):
-            seen = _mask(span, segments_t, segments_T, window)
-            q_b, dy_b = q_KGtH[:, :, span.queries], dy_KGtH[:, :, span.queries]
-            k_b, v_b = k_KTH[:, span.keys], v_KTH[:, span.keys]
+        for span in _spans(t, T, starts, causal.window):
+            visible = _mask(span, sequence, causal.window)
+            q_b = sequence.q_KGtH[:, :, span.queries]
+            dy_b = dy_KGtH[:, :, span.queries]
+            k_b = sequence.k_KTH[:, span.keys]
+            v_b = sequence.v_KTH[:, span.keys]
             scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
-            weights = jnp.where(seen, jnp.exp(scores - lse_KGt1[:, :, span.queries]), 0)
+            weights = jnp.where(visible, jnp.exp(scores - lse_KGt1[:, :, span.queries]), 0)
             dweights = jnp.einsum("KGTH,KSH->KGTS", dy_b, v_b, preferred_element_type=jnp.float32)
             dscores = (weights * (dweights - common_KGt1[:, :, span.queries])).astype(k_b.dtype)
             dqs.append(jnp.einsum("KGTS,KSH->KGTH", dscores, k_b))
@@ -157,10 +215,13 @@ def _blocked_backward(parts, window, saved, dy_BtNH):
             dk = dk.at[:, span.keys].add(jnp.einsum("KGTS,KGTH->KSH", dscores, q_b, preferred_element_type=jnp.float32))
             weights = weights.astype(dy_b.dtype)
             dv = dv.at[:, span.keys].add(jnp.einsum("KGTS,KGTH->KSH", weights, dy_b, preferred_element_type=jnp.float32))
-        return jnp.concatenate(dqs, axis=2) * scale, dk.astype(k_KTH.dtype), dv.astype(v_KTH.dtype)
+        # The scores were computed from scaled queries, so dk is complete and only dq still needs the scale.
+        return jnp.concatenate(dqs, axis=2) * scale, dk.astype(sequence.k_KTH.dtype), dv.astype(sequence.v_KTH.dtype)
 
-    dq, dk, dv = _over_sequences(sequence, part, parts, (q, k, v, segments_Bt, segments_BT, dy, lse, common))
-    return dq.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3), None, None, None
+    sequences = _Sequence(q, k, v, *saved.segment_ids)
+    dq, dk, dv = _over_sequences(of_sequence, saved.device, causal.run_starts, (sequences, dy, saved.lse_BKGt1, common))
+    dq_BtNH = dq.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
+    return dq_BtNH, dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3), None, None
 
 
-blocked.defvjp(_blocked_forward, _blocked_backward)
+blocked_attention.defvjp(_blocked_forward, _blocked_backward)

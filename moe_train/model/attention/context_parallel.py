@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 from moe_train.machine.mesh import axis_size
 
+RunStarts = tuple[tuple[int, ...], ...]
+"""For each device of `context`, the positions where its runs of queries start."""
 
-def parts(T: int) -> tuple[tuple[int, ...], ...]:
+
+def run_starts(T: int) -> RunStarts:
     """Return, for each device of `context`, the positions where its equally long runs of queries start.
 
     Args:
         T: length of the full sequence.
     """
     c = axis_size("context")
-    return ((0,),) if c == 1 else tuple((i * run_len(T), (2 * c - 1 - i) * run_len(T)) for i in range(c))
+    if c == 1:
+        return ((0,),)
+    run = run_len(T)
+    return tuple((i * run, (2 * c - 1 - i) * run) for i in range(c))
 
 
 def run_len(T: int) -> int:
     """Return the number of queries in one run, for a full sequence of T tokens."""
-    return T if axis_size("context") == 1 else T // (2 * axis_size("context"))
+    c = axis_size("context")
+    return T if c == 1 else T // (2 * c)
 
 
 def _owner(chunk: int) -> int:
@@ -32,7 +40,7 @@ def _owner(chunk: int) -> int:
     return min(chunk, 2 * axis_size("context") - 1 - chunk)
 
 
-def balanced(x_Bt: jax.Array) -> jax.Array:
+def to_zigzag(x_Bt: Shaped[Array, "B t ..."]) -> Shaped[Array, "B t ..."]:
     """Reorder the queries zig-zag: this device's chunks 2i and 2i + 1 are exchanged for chunks i and 2c - 1 - i.
 
     Args:
@@ -42,22 +50,22 @@ def balanced(x_Bt: jax.Array) -> jax.Array:
     if c == 1:
         return x_Bt
     # Of chunks i and 2c - 1 - i exactly one is even, so one permutation of the even chunks and one of the odd ones suffice.
-    even, odd = (
-        jax.lax.ppermute(chunk, "context", [(i, _owner(2 * i + j)) for i in range(c)])
-        for j, chunk in enumerate(jnp.split(x_Bt, 2, axis=1))
-    )
+    even, odd = jnp.split(x_Bt, 2, axis=1)
+    even = jax.lax.ppermute(even, "context", [(i, _owner(2 * i)) for i in range(c)])
+    odd = jax.lax.ppermute(odd, "context", [(i, _owner(2 * i + 1)) for i in range(c)])
     first_is_even = jax.lax.axis_index("context") % 2 == 0
     return jnp.concatenate([jnp.where(first_is_even, even, odd), jnp.where(first_is_even, odd, even)], axis=1)
 
 
-def in_order(x_Bt: jax.Array) -> jax.Array:
-    """Undo `balanced`: return this device's contiguous part of the sequence."""
+def from_zigzag(x_Bt: Shaped[Array, "B t ..."]) -> Shaped[Array, "B t ..."]:
+    """Undo `to_zigzag`: return this device's contiguous part of the sequence."""
     c = axis_size("context")
     if c == 1:
         return x_Bt
     first, last = jnp.split(x_Bt, 2, axis=1)
     first_is_even = jax.lax.axis_index("context") % 2 == 0
-    chunks = jnp.where(first_is_even, first, last), jnp.where(first_is_even, last, first)
-    return jnp.concatenate(
-        [jax.lax.ppermute(chunk, "context", [(_owner(2 * i + j), i) for i in range(c)]) for j, chunk in enumerate(chunks)], axis=1
-    )
+    even = jnp.where(first_is_even, first, last)
+    odd = jnp.where(first_is_even, last, first)
+    even = jax.lax.ppermute(even, "context", [(_owner(2 * i), i) for i in range(c)])
+    odd = jax.lax.ppermute(odd, "context", [(_owner(2 * i + 1), i) for i in range(c)])
+    return jnp.concatenate([even, odd], axis=1)

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import batch_axes, platform
-from moe_train.model.attention.blocked import NEG, blocked
-from moe_train.model.attention.context_parallel import balanced, in_order, parts, run_len
-from moe_train.model.attention.splash import make_splash, spec_of, splash_attention
-from moe_train.model.sharding.collectives import gather
+from moe_train.model.attention.blocked import NEG, CausalWindow, SegmentIds, blocked_attention
+from moe_train.model.attention.context_parallel import from_zigzag, run_len, run_starts, to_zigzag
+from moe_train.model.attention.splash import make_splash, splash_attention, table_specs
+from moe_train.model.sharding.collectives import gather_axis
 
 
 def attend(
@@ -40,36 +40,50 @@ def attend(
     Returns:
         The attention output (B, T, N, H).
     """
-    kernel = choose_kernel(kernel, q_BTNH.shape[1], q_BTNH.dtype)
-    splash = make_splash(q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2], window) if kernel == "splash" else None
+    kernel = choose_attention_kernel(kernel, q_BTNH.shape[1], q_BTNH.dtype)
+    # The kernel's tables are an argument of the `shard_map`, which splits them over `context` like the queries.
+    splash = None
+    if kernel == "splash":
+        splash = make_splash(q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2], window)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array, splash: Any) -> jax.Array:
-        k, v, positions_k, segments_k = (gather(x, "context", 1) for x in (k, v, positions, segments))
+    def local(
+        q: Float[Array, "b t n H"],
+        k: Float[Array, "b t k H"],
+        v: Float[Array, "b t k H"],
+        positions: Int[Array, "b t"],
+        segments: Int[Array, "b t"],
+        splash: Any,
+    ) -> Float[Array, "b t n H"]:
+        k, v, positions_k, segments_k = (gather_axis(x, "context", 1) for x in (k, v, positions, segments))
         match kernel:
             case "reference":
-                return reference(q, k, v, visible(positions, positions_k, segments, segments_k, window))
+                return reference_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
             case "cudnn":
-                seen = visible(positions, positions_k, segments, segments_k, window)
-                return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation="cudnn")
+                mask = attention_mask(positions, positions_k, segments, segments_k, window)
+                return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
             case "blocked":
-                q, segments = balanced(q), balanced(segments)
-                part = jax.lax.axis_index("context")
-                return in_order(blocked(q, k, v, segments, segments_k, part, parts(k.shape[1]), window))
+                q = to_zigzag(q)
+                segments = to_zigzag(segments)
+                device = jax.lax.axis_index("context")
+                causal = CausalWindow(run_starts(k.shape[1]), window)
+                return from_zigzag(blocked_attention(q, k, v, SegmentIds(segments, segments_k), device, causal))
             case "splash":
-                q, segments = balanced(q), balanced(segments)
-                return in_order(splash_attention(splash, q, k, v, segments, segments_k))
+                q = to_zigzag(q)
+                segments = to_zigzag(segments)
+                return from_zigzag(splash_attention(splash, q, k, v, SegmentIds(segments, segments_k)))
         raise AssertionError(kernel)
 
-    heads, tokens = P(batch_axes(), "context", "tensor", None), P(batch_axes(), "context")
+    heads = P(batch_axes(), "context", "tensor", None)
+    tokens = P(batch_axes(), "context")
     # A Pallas call does not declare along which mesh axes its result varies, so the check is on only for the kernels in plain XLA.
     # Everything that crosses devices here is all-gathered or permuted along `context`, along which everything is split.
     check_vma = kernel in ("reference", "blocked")
-    in_specs = (heads, heads, heads, tokens, tokens, None if splash is None else spec_of(splash))
+    in_specs = (heads, heads, heads, tokens, tokens, None if splash is None else table_specs(splash))
     run = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=check_vma)
     return run(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, splash)
 
 
-def choose_kernel(kernel: str, seq_len: int, dtype: jnp.dtype) -> str:
+def choose_attention_kernel(kernel: str, seq_len: int, dtype: jnp.dtype) -> str:
     """Resolve `auto` to the fast kernel of the mesh's platform, and return other names unchanged.
 
     `auto` gives `blocked` on CPU, and wherever the fast kernel cannot take these sequences: splash needs runs of queries in
@@ -85,13 +99,13 @@ def choose_kernel(kernel: str, seq_len: int, dtype: jnp.dtype) -> str:
     return "blocked"
 
 
-def visible(
+def attention_mask(
     positions_q: Int[Array, "B T"],
     positions_k: Int[Array, "B S"],
     segments_q: Int[Array, "B T"] | None,
     segments_k: Int[Array, "B S"] | None,
     window: int | None,
-) -> Array:
+) -> Bool[Array, "B T S"]:
     """Return the (B, T, S) mask that is True where the query sees the key.
 
     Args:
@@ -101,22 +115,29 @@ def visible(
         segments_k: segment ids of the keys; None to ignore segments.
         window: a query sees only keys less than `window` positions before it; None for no limit.
     """
-    behind = positions_q[:, :, None] - positions_k[:, None, :]
-    seen = behind >= 0
+    distance = positions_q[:, :, None] - positions_k[:, None, :]
+    visible = distance >= 0
     if window is not None:
-        seen &= behind < window
+        visible &= distance < window
     if segments_q is not None and segments_k is not None:
-        seen &= segments_q[:, :, None] == segments_k[:, None, :]
-    return seen
+        visible &= segments_q[:, :, None] == segments_k[:, None, :]
+    return visible
 
 
-def reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+def reference_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    visible_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
     """Compute softmax(q·k / sqrt(H)) v with the full (T, S) matrix in memory and float32 scores."""
     weights = jax.nn.softmax(attention_scores(q_BTNH, k_BSKH, visible_BTS), axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(q_BTNH.shape)
 
 
-def attention_scores(q_BTNH: jax.Array, k_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+def attention_scores(
+    q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], visible_BTS: Bool[Array, "B T S"]
+) -> Float[Array, "B K G T S"]:
     """Return q·k / sqrt(H) in float32, (B, K, G, T, S) with G = N / K, and NEG where a key is not visible."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from moe_train import config
 
 
-def frequencies(rope: config.DefaultRope | config.YarnRope, head_dim: int) -> tuple[np.ndarray, float]:
+def frequencies(rope: config.DefaultRope | config.YarnRope, head_dim: int) -> tuple[Float[np.ndarray, " pairs"], float]:
     """Return the angular frequencies (head_dim / 2,) in radians per position, and the factor on cos and sin.
 
     YaRN (arXiv:2309.00071, section 3.2): frequencies that turn more than `beta_fast` times in the original length are kept,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from moe_train.machine.mesh import axis_size, platform
-from moe_train.model.attention.blocked import heads_first
-from moe_train.model.attention.context_parallel import parts, run_len
+from moe_train.model.attention.blocked import SegmentIds, heads_first
+from moe_train.model.attention.context_parallel import run_len, run_starts
 
 
 def block_size(T: int) -> int:
@@ -24,7 +27,7 @@ def block_size(T: int) -> int:
 def make_splash(T: int, group: int, window: int | None) -> Any:
     """Create the kernel and its tables of the blocks that are not fully masked. Global view.
 
-    The tables are split over `context` in the same order as the queries after `balanced`.
+    The tables are split over `context` in the same order as the queries after `to_zigzag`.
 
     Args:
         T: length of the full sequence.
@@ -35,11 +38,12 @@ def make_splash(T: int, group: int, window: int | None) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    run, side = run_len(T), block_size(T)
     # The kernel is told the true positions of the zig-zag reordered queries, so that it masks and skips the right blocks.
-    mask.q_sequence = np.concatenate([np.arange(start, start + run, dtype=np.int32) for part in parts(T) for start in part])
+    run = run_len(T)
+    starts = itertools.chain.from_iterable(run_starts(T))
+    mask.q_sequence = np.concatenate([np.arange(start, start + run, dtype=np.int32) for start in starts])
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks: dict[str, Any] = {f"block_{name}": side for name in names}
+    blocks: dict[str, Any] = {f"block_{name}": block_size(T) for name in names}
     splash = kernel.make_splash_mqa(
         masks.MultiHeadMask([mask] * group),
         block_sizes=kernel.BlockSizes(**blocks),
@@ -48,29 +52,32 @@ def make_splash(T: int, group: int, window: int | None) -> Any:
         residual_checkpoint_name="attention",
         interpret=platform() == "cpu",
     )
-    return jax.tree.map(jax.sharding.reshard, splash, spec_of(splash))
+    return jax.tree.map(jax.sharding.reshard, splash, table_specs(splash))
 
 
-def spec_of(splash: Any) -> Any:
+def table_specs(splash: Any) -> Any:
+    """Return the partition specs of the tables of a kernel."""
     # `manual_sharding_spec` asks for shard shapes, which JAX cannot give on a mesh with a manual axis.
     # So the specs are taken from a mesh of `context` only.
-    """Return the partition specs of the tables of a kernel."""
-    alone = AbstractMesh((axis_size("context"),), ("context",), axis_types=(AxisType.Explicit,))
-    return splash.manual_sharding_spec(NamedSharding(alone, P(None, "context")))
+    context_only = AbstractMesh((axis_size("context"),), ("context",), axis_types=(AxisType.Explicit,))
+    return splash.manual_sharding_spec(NamedSharding(context_only, P(None, "context")))
 
 
 def splash_attention(
-    splash: Any, q_BtNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_Bt: jax.Array, segments_BT: jax.Array
-) -> jax.Array:
+    splash: Callable[..., Any],
+    q_BtNH: Float[Array, "B t N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids: SegmentIds,
+) -> Float[Array, "B t N H"]:
     """Compute attention with the kernel. Local view.
 
     Args:
         splash: result of `make_splash`: this device's part of its tables.
-        q_BtNH: this device's queries, reordered by `balanced`.
+        q_BtNH: this device's queries, reordered by `to_zigzag`.
         k_BTKH: keys of the full sequence.
         v_BTKH: values of the full sequence.
-        segments_Bt: segment ids of the queries.
-        segments_BT: segment ids of the keys.
+        segment_ids: segment ids of the queries, in their order, and of the keys.
 
     Returns:
         The attention output, in the order of the queries.
@@ -80,7 +87,8 @@ def splash_attention(
     B, t, N, H = q_BtNH.shape
     K = k_BTKH.shape[2]
     q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
-    k, v = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    k = k_BTKH.transpose(0, 2, 1, 3)
+    v = v_BTKH.transpose(0, 2, 1, 3)
     of_group = jax.vmap(splash, in_axes=(0, 0, 0, None))  # over the key heads of a sequence
-    y = jax.vmap(of_group)(q, k, v, kernel.SegmentIds(segments_Bt, segments_BT))
+    y = jax.vmap(of_group)(q, k, v, kernel.SegmentIds(*segment_ids))
     return y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)

@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from moe_train.machine.mesh import axis_size
 
@@ -24,7 +25,7 @@ def capacity(capacity_factor: float, seq_len: int, experts_per_token: int, num_e
     return math.ceil(Fraction(str(capacity_factor)) * seq_len * experts_per_token / num_experts)
 
 
-def within_capacity(ids_btA: jax.Array, num_experts: int, capacity_factor: float) -> jax.Array:
+def within_capacity(ids_btA: Int[Array, "b t A"], num_experts: int, capacity_factor: float) -> Int[Array, "b t A"]:
     """Replace the expert ids of dropped assignments by `num_experts`. Local view.
 
     Assignments that already have the id `num_experts` (padding) use no capacity.
@@ -37,7 +38,8 @@ def within_capacity(ids_btA: jax.Array, num_experts: int, capacity_factor: float
     Returns:
         Expert ids (b, t, A), `num_experts` where dropped.
     """
-    (b, t, A), E = ids_btA.shape, num_experts
+    b, t, A = ids_btA.shape
+    E = num_experts
     ids_bn = ids_btA.reshape(b, t * A)
     counts_bE = jnp.sum(ids_bn[..., None] == jnp.arange(E), axis=1, dtype=jnp.int32)
     before_bE = jnp.zeros_like(counts_bE)
@@ -49,6 +51,8 @@ def within_capacity(ids_btA: jax.Array, num_experts: int, capacity_factor: float
     # argsort of a stable argsort gives each assignment's place in the order by expert, then by token.
     place_bn = jnp.argsort(jnp.argsort(ids_bn, axis=1, stable=True), axis=1)
     first_bE = jnp.cumsum(counts_bE, axis=1) - counts_bE  # position of each expert's first assignment
-    rank_bn = place_bn + jnp.take_along_axis(jnp.pad(before_bE - first_bE, ((0, 0), (0, 1))), ids_bn, axis=1)
-    room = capacity(capacity_factor, t * axis_size("context"), A, E)
-    return jnp.where(rank_bn < room, ids_bn, E).reshape(b, t, A)
+    # From position in the order to rank among the expert's own; the id E (padding) gets an entry too.
+    to_rank_bE = jnp.pad(before_bE - first_bE, ((0, 0), (0, 1)))
+    rank_bn = place_bn + jnp.take_along_axis(to_rank_bE, ids_bn, axis=1)
+    limit = capacity(capacity_factor, t * axis_size("context"), A, E)
+    return jnp.where(rank_bn < limit, ids_bn, E).reshape(b, t, A)

@@ -2,14 +2,17 @@
 
 Contract of every backend: x_RD holds the rows of expert 0, then of expert 1, …; `group_sizes_E` is the number of rows of
 each expert, at most R in sum; rows past the sum belong to no expert and their results and gradients are zero. The cost is
-proportional to the rows that exist, not to R. `reference` is the exception: it is simple rather than fast.
+proportional to the rows that exist, not to R. `reference_grouped_matmul` is the exception: it is simple rather than fast.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import platform
 
@@ -28,11 +31,11 @@ def grouped_matmul(
     Returns:
         The products (R, F), zero past the last group.
     """
-    match choose_kernel(kernel):
+    match choose_grouped_matmul_kernel(kernel):
         case "reference":
-            return reference(x_RD, w_EDF, group_sizes_E)
+            return reference_grouped_matmul(x_RD, w_EDF, group_sizes_E)
         case "blocked":
-            return blocked(x_RD, w_EDF, group_sizes_E)
+            return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E)
         case "megablox":
             return _megablox(x_RD, w_EDF, group_sizes_E)
         case "ragged_dot":
@@ -40,7 +43,7 @@ def grouped_matmul(
     raise AssertionError(kernel)
 
 
-def choose_kernel(kernel: str) -> str:
+def choose_grouped_matmul_kernel(kernel: str) -> str:
     """Resolve `auto` to the fast backend of the mesh's platform, and return other names unchanged.
 
     On GPU, XLA makes E masked products of each ragged_dot (24 units of FLOPs for 8 experts, forward and backward, where 3 are
@@ -50,16 +53,19 @@ def choose_kernel(kernel: str) -> str:
     return fast[platform()] if kernel == "auto" else kernel
 
 
-def reference(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def reference_grouped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
+) -> Float[Array, "R F"]:
     """Multiply every row by every matrix and mask all but its own expert: E times the work, but plainly correct."""
     # Rows past the last group get expert E, which matches no matrix, so their results are zero.
     expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_RD.shape[0]), side="right")
-    mine_RE = expert_R[:, None] == jnp.arange(w_EDF.shape[0])[None, :]
-    x, w, mine = (a.astype(jnp.float32) for a in (x_RD, w_EDF, mine_RE))  # so that results are rounded only once
-    return jnp.einsum("RD,EDF,RE->RF", x, w, mine).astype(x_RD.dtype)
+    is_own_RE = expert_R[:, None] == jnp.arange(w_EDF.shape[0])[None, :]
+    # In float32, so that results are rounded only once.
+    x, w, is_own = (a.astype(jnp.float32) for a in (x_RD, w_EDF, is_own_RE))
+    return jnp.einsum("RD,EDF,RE->RF", x, w, is_own).astype(x_RD.dtype)
 
 
-def _zero_tail(y_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def _zero_tail(y_RF: Float[Array, "R F"], group_sizes_E: Int[Array, " E"]) -> Float[Array, "R F"]:
     """Set the rows past the last group to zero."""
     return jnp.where(jnp.arange(y_RF.shape[0])[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
 
@@ -76,87 +82,117 @@ SUM_BLOCKS = (512, 128, 32)
 
 
 @jax.custom_vjp
-def blocked(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def blocked_grouped_matmul(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
+) -> Float[Array, "R F"]:
     """Compute the product by a loop over experts and blocks of their rows. XLA's own ragged_dot computes all E products per row."""
     return _rows(x_RD, w_EDF, group_sizes_E, "RD,DF->RF")
 
 
-def _rows(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, equation: str) -> jax.Array:
-    """Multiply each row by its expert's matrix, or by its transpose."""
-    F = w_EDF.shape[2] if equation == "RD,DF->RF" else w_EDF.shape[1]
+def _rows(
+    x_Ri: Float[Array, "R i"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"], equation: str
+) -> Float[Array, "R o"]:
+    """Multiply each row by its expert's matrix ("RD,DF->RF"), or by its transpose ("RF,DF->RD")."""
+    R = x_Ri.shape[0]
+    E, D, F = w_EDF.shape
+    outputs = F if equation == "RD,DF->RF" else D
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
-    def expert(e: jax.Array, y_RF: jax.Array) -> jax.Array:
+    def expert(e: Int[Array, ""], y_Ro: Float[Array, "R o"]) -> Float[Array, "R o"]:
         w_DF = w_EDF[e]
 
-        def block(rows: int, start: jax.Array, mine: jax.Array | None, y_RF: jax.Array) -> jax.Array:
-            y = jnp.einsum(equation, jax.lax.dynamic_slice_in_dim(x_RD, start, rows), w_DF)
-            if mine is not None:
-                y = jnp.where(mine, y, jax.lax.dynamic_slice_in_dim(y_RF, start, rows))
-            return jax.lax.dynamic_update_slice_in_dim(y_RF, y, start, 0)
+        def block(
+            rows: int, start: Int[Array, ""], is_own: Bool[Array, "rows 1"] | None, y_Ro: Float[Array, "R o"]
+        ) -> Float[Array, "R o"]:
+            y = jnp.einsum(equation, jax.lax.dynamic_slice_in_dim(x_Ri, start, rows), w_DF)
+            if is_own is not None:
+                y = jnp.where(is_own, y, jax.lax.dynamic_slice_in_dim(y_Ro, start, rows))
+            return jax.lax.dynamic_update_slice_in_dim(y_Ro, y, start, 0)
 
-        return _over_blocks(starts_E[e], group_sizes_E[e], x_RD.shape[0], ROW_BLOCKS, block, y_RF)
+        return _over_blocks(starts_E[e], group_sizes_E[e], R, ROW_BLOCKS, block, y_Ro)
 
-    return jax.lax.fori_loop(0, w_EDF.shape[0], expert, _zeros_like(x_RD, (x_RD.shape[0], F), x_RD.dtype))
+    return jax.lax.fori_loop(0, E, expert, _zeros_like(x_Ri, (R, outputs), x_Ri.dtype))
 
 
-def _zeros_like(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def _zeros_like(x: Float[Array, "..."], shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
     """Return zeros that vary along the mesh axes that x varies along, as a loop's carry must from the start."""
     return jax.lax.full_like(x, 0, dtype, shape)
 
 
-def _over_blocks(start: jax.Array, size: jax.Array, R: int, sizes: tuple[int, ...], block, carry):
-    """Fold `block(rows, start, mine, carry)` over the rows of one group; `rows` is static, one of `sizes`.
+_Carry = TypeVar("_Carry", bound=Float[Array, "..."])
+_Block = Callable[[int, Int[Array, ""], Bool[Array, "rows 1"] | None, _Carry], _Carry]
 
-    Blocks of the last size are kept inside the R rows and may contain rows of other groups. `mine` (rows, 1) marks the rows
+
+def _over_blocks(
+    start: Int[Array, ""], size: Int[Array, ""], R: int, block_sizes: tuple[int, ...], block: _Block, carry: _Carry
+) -> _Carry:
+    """Fold `block(rows, start, is_own, carry)` over the rows of one group; `rows` is static, one of `block_sizes`.
+
+    Blocks of the last size are kept inside the R rows and may contain rows of other groups. `is_own` (rows, 1) marks the rows
     that belong to the group and are not done yet; it is None if all do.
     """
-    sizes = tuple(b for b in sizes if b <= R) or (R,)
+    fitting = tuple(rows for rows in block_sizes if rows <= R) or (R,)
+    last_rows = fitting[-1]
     end = start + size
-    for rows in sizes[:-1]:
+    for rows in fitting[:-1]:
         count = (end - start) // rows
         carry = jax.lax.fori_loop(0, count, lambda i, c, n=rows, at=start: block(n, at + i * n, None, c), carry)
         start += count * rows
 
-    def last(i: jax.Array, carry):
-        rows, wanted = sizes[-1], start + i * sizes[-1]
+    def last(i: Int[Array, ""], carry: _Carry) -> _Carry:
+        unclamped = start + i * last_rows
         # `dynamic_slice` would shift a block that passes the end anyway; shifted here, the mask knows about it.
-        begin = jnp.minimum(wanted, R - rows)
-        row = begin + jnp.arange(rows)[:, None]
-        return block(rows, begin, (row >= wanted) & (row < end), carry)
+        begin = jnp.minimum(unclamped, R - last_rows)
+        row = begin + jnp.arange(last_rows)[:, None]
+        return block(last_rows, begin, (row >= unclamped) & (row < end), carry)
 
-    return jax.lax.fori_loop(0, -(-(end - start) // sizes[-1]), last, carry)
+    return jax.lax.fori_loop(0, -(-(end - start) // last_rows), last, carry)
 
 
-def _weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _weight_gradient(
+    x_RD: Float[Array, "R D"], dy_RF: Float[Array, "R F"], group_sizes_E: Int[Array, " E"], dtype: jnp.dtype
+) -> Float[Array, "E D F"]:
     """Compute dw[e], the sum of the outer products of the rows of e, accumulated in float32."""
-    E, (R, D), F = group_sizes_E.shape[0], x_RD.shape, dy_RF.shape[1]
+    E = group_sizes_E.shape[0]
+    R, D = x_RD.shape
+    F = dy_RF.shape[1]
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
-    def block(rows: int, start: jax.Array, mine: jax.Array | None, dw_DF: jax.Array) -> jax.Array:
+    def block(
+        rows: int, start: Int[Array, ""], is_own: Bool[Array, "rows 1"] | None, dw_DF: Float[Array, "D F"]
+    ) -> Float[Array, "D F"]:
         x = jax.lax.dynamic_slice_in_dim(x_RD, start, rows)
-        x = x if mine is None else jnp.where(mine, x, 0)
+        if is_own is not None:
+            x = jnp.where(is_own, x, 0)
         dy = jax.lax.dynamic_slice_in_dim(dy_RF, start, rows)
         return dw_DF + jnp.einsum("RD,RF->DF", x, dy, preferred_element_type=jnp.float32)
 
-    def expert(e: jax.Array, dw_EDF: jax.Array) -> jax.Array:
-        dw_DF = _over_blocks(starts_E[e], group_sizes_E[e], R, SUM_BLOCKS, block, _zeros_like(x_RD, (D, F), jnp.dtype("float32")))
+    def expert(e: Int[Array, ""], dw_EDF: Float[Array, "E D F"]) -> Float[Array, "E D F"]:
+        start, size = starts_E[e], group_sizes_E[e]
+        zeros_DF = _zeros_like(x_RD, (D, F), jnp.dtype("float32"))
+        dw_DF = _over_blocks(start, size, R, SUM_BLOCKS, block, zeros_DF)
         return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF.astype(dtype), e, 0)
 
     return jax.lax.fori_loop(0, E, expert, _zeros_like(x_RD, (E, D, F), dtype))
 
 
-def _blocked_forward(x_RD, w_EDF, group_sizes_E):
-    return blocked(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+_Residuals = tuple[Float[Array, "R D"], Float[Array, "E D F"], Int[Array, " E"]]
+"""What the forward pass saves for the backward pass: its arguments."""
 
 
-def _blocked_backward(saved, dy_RF):
+def _blocked_forward(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
+) -> tuple[Float[Array, "R F"], _Residuals]:
+    return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+
+
+def _blocked_backward(saved: _Residuals, dy_RF: Float[Array, "R F"]) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], None]:
     x_RD, w_EDF, group_sizes_E = saved
     dx_RD = _rows(dy_RF, w_EDF, group_sizes_E, "RF,DF->RD")
     return dx_RD, _weight_gradient(x_RD, dy_RF, group_sizes_E, w_EDF.dtype), None
 
 
-blocked.defvjp(_blocked_forward, _blocked_backward)
+blocked_grouped_matmul.defvjp(_blocked_forward, _blocked_backward)
 
 
 # --- TPU: Pallas megablox ------------------------------------------------------------------------------------------
@@ -164,7 +200,7 @@ blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 @jax.custom_vjp
-def _megablox(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def _megablox(x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]) -> Float[Array, "R F"]:
     """Multiply with Megablox's kernels and our own gradient.
 
     Megablox's own gradient leaves rows of dx past the sum uninitialized, and tiles the products of the backward pass as if they
@@ -173,16 +209,18 @@ def _megablox(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> ja
     return _gmm(x_RD, w_EDF, group_sizes_E, transpose=False)
 
 
-def _gmm(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, transpose: bool) -> jax.Array:
+def _gmm(
+    x_Ri: Float[Array, "R i"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"], transpose: bool
+) -> Float[Array, "R o"]:
     """Multiply each row by its expert's matrix, or by its transpose; tiles of rows past the sum are not visited."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    rows, out = x_RD.shape[0], w_EDF.shape[1 if transpose else 2]
-    x_RD = _pad_rows(x_RD)
-    tiling = tiles(rows, x_RD.shape[1], out, x_RD.dtype)
+    rows, inputs = x_Ri.shape
+    outputs = w_EDF.shape[1 if transpose else 2]
+    tiling = tiles(rows, inputs, outputs, x_Ri.dtype)
     kwargs = {"transpose_rhs": transpose, "interpret": platform() == "cpu"}
-    y = gmm(x_RD, w_EDF, group_sizes_E, x_RD.dtype, tiling, **kwargs)
-    return _zero_tail(y[:rows], group_sizes_E)
+    y_Ro = gmm(_pad_rows(x_Ri), w_EDF, group_sizes_E, x_Ri.dtype, tiling, **kwargs)
+    return _zero_tail(y_Ro[:rows], group_sizes_E)
 
 
 def tiles(rows: int, inner: int, outer: int, dtype: jnp.dtype) -> tuple[int, int, int]:
@@ -194,28 +232,34 @@ def _row_tile(rows: int) -> int:
     return 512 if rows >= 512 else 128
 
 
-def _pad_rows(x_RD: jax.Array) -> jax.Array:
-    return jnp.pad(x_RD, ((0, -x_RD.shape[0] % _row_tile(x_RD.shape[0])), (0, 0)))
+def _pad_rows(x_RD: Float[Array, "R D"]) -> Float[Array, "P D"]:
+    """Pad with rows of zeros to a multiple of the row tile."""
+    rows = x_RD.shape[0]
+    return jnp.pad(x_RD, ((0, -rows % _row_tile(rows)), (0, 0)))
 
 
 def _tile(dim: int, dtype: jnp.dtype) -> int:
     """Return the largest tile that divides `dim` without being small; two buffers of each operand must fit into VMEM."""
     limit = 2048 // dtype.itemsize
-    return dim if dim <= limit else next((t for t in range(limit, limit // 2, -128) if dim % t == 0), limit)
+    if dim <= limit:
+        return dim
+    return next((t for t in range(limit, limit // 2, -128) if dim % t == 0), limit)
 
 
-def _megablox_forward(x_RD, w_EDF, group_sizes_E):
+def _megablox_forward(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
+) -> tuple[Float[Array, "R F"], _Residuals]:
     return _megablox(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
 
 
-def _megablox_backward(saved, dy_RF):
+def _megablox_backward(saved: _Residuals, dy_RF: Float[Array, "R F"]) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], None]:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     x_RD, w_EDF, group_sizes_E = saved
     dx_RD = _gmm(dy_RF, w_EDF, group_sizes_E, transpose=True)
     tiling = tiles(x_RD.shape[0], x_RD.shape[1], dy_RF.shape[1], x_RD.dtype)
-    x_DR, dy_RF = _pad_rows(x_RD).swapaxes(0, 1), _pad_rows(dy_RF)
-    dw_EDF = tgmm(x_DR, dy_RF, group_sizes_E, w_EDF.dtype, tiling, interpret=platform() == "cpu")
+    x_DP = _pad_rows(x_RD).swapaxes(0, 1)
+    dw_EDF = tgmm(x_DP, _pad_rows(dy_RF), group_sizes_E, w_EDF.dtype, tiling, interpret=platform() == "cpu")
     return dx_RD, dw_EDF, None
 
 

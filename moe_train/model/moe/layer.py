@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
 from moe_train.model.ffn import DenseFfn
@@ -42,20 +42,30 @@ class MoE(nnx.Module):
     """Router, experts and weighted sum. Padding (segment 0) is neither routed nor counted."""
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn: config.MoeFfn):
-        D, std, dtype = model.model_dim, model.init_stddev, jnp.dtype(compute.param_dtype)
-        E, F = ffn.num_experts, ffn.ffn_dim
+        D = model.model_dim
+        E = ffn.num_experts
+        F = ffn.ffn_dim
+        std = model.init_stddev
+        dtype = jnp.dtype(compute.param_dtype)
         self.router = Router(rngs, D, E, std, dtype, ffn.router.bias)
         self.gate_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.up_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.down_proj = ExpertLinear(rngs, (E, F, D), P("expert", "tensor", "fsdp"), std, dtype)
-        shared = ffn.num_shared_experts
-        self.shared: DenseFfn | None = nnx.data(DenseFfn(rngs, model, compute, shared * F) if shared else None)
-        self.experts_per_token, self.kernel, self.transport = ffn.experts_per_token, compute.grouped_matmul, compute.transport
+        self.shared: DenseFfn | None = nnx.data(None)
+        if ffn.num_shared_experts:
+            self.shared = DenseFfn(rngs, model, compute, ffn.num_shared_experts * F)
+        self.experts_per_token = ffn.experts_per_token
+        self.kernel = compute.grouped_matmul
+        self.transport = compute.transport
         match ffn.router:
             case config.SoftmaxRouter():
-                self.sigmoid, self.scale, self.groups = False, 1.0, (1, 1)
+                self.sigmoid = False
+                self.scale = 1.0
+                self.groups = (1, 1)
             case config.SigmoidRouter(scale=scale, num_groups=num_groups, groups_per_token=groups_per_token):
-                self.sigmoid, self.scale, self.groups = True, scale, (num_groups, groups_per_token)
+                self.sigmoid = True
+                self.scale = scale
+                self.groups = (num_groups, groups_per_token)
             case _:
                 assert_never(ffn.router)
         self.keeps_expert_ids = False
@@ -63,7 +73,7 @@ class MoE(nnx.Module):
         """Capacity factor; set in training only (`parameters.with_capacity`): evaluation and generation drop nothing."""
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], key: jax.Array | None = None
+        self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Route each token and sum the outputs of its experts and of the shared experts.
 
@@ -79,14 +89,16 @@ class MoE(nnx.Module):
         valid_BT = segment_ids_BT != 0
         logits_BTE = checkpoint_name(self.router(x_BTD, router_key), "routing")
         log_scores_BTE = jax.nn.log_sigmoid(logits_BTE) if self.sigmoid else logits_BTE
-        chosen = top_k(log_scores_BTE, self.experts_per_token, self._chosen_by(log_scores_BTE))
+        chosen = top_k(log_scores_BTE, self.experts_per_token, self._selection_scores(log_scores_BTE))
         # Remat policy `minimal` saves these names, so that the backward pass need not select experts again.
         chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in chosen)
         weights_BTA = self.scale * jax.nn.softmax(chosen_BTA, axis=-1)
         matrices = self.gate_proj, self.up_proj, self.down_proj
         experts = ExpertWeights(*(m.matrix() for m in matrices))
         rates = tuple(m.lora_dropout for m in matrices)
-        dropout = None if experts_key is None or not any(rates) else Dropout(experts_key, rates)
+        dropout = None
+        if experts_key is not None and any(rates):
+            dropout = Dropout(experts_key, rates)
         settings = ExpertSettings(self.kernel, self.transport, self.capacity_factor)
         y_BTD, computed = run_experts(x_BTD, Routing(ids_BTA, weights_BTA, valid_BT), experts, settings, dropout)
         if self.shared is not None:
@@ -94,11 +106,11 @@ class MoE(nnx.Module):
         stats = router_stats(logits_BTE, log_scores_BTE, ids_BTA, valid_BT, computed)
         return y_BTD, stats._replace(expert_ids=ids_BTA) if self.keeps_expert_ids else stats
 
-    def _chosen_by(self, log_scores_BTE: jax.Array) -> jax.Array | None:
+    def _selection_scores(self, log_scores_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"] | None:
         """Selection scores for top-k (probabilities plus router bias, masked by expert group); None to select by router scores."""
         if self.router.bias is None and self.groups == (1, 1):
             return None
-        by_BTE = jnp.exp(log_scores_BTE if self.sigmoid else jax.nn.log_softmax(log_scores_BTE))
+        scores_BTE = jnp.exp(log_scores_BTE if self.sigmoid else jax.nn.log_softmax(log_scores_BTE))
         if self.router.bias is not None:
-            by_BTE += self.router.bias[...]
-        return by_BTE if self.groups == (1, 1) else within_groups(by_BTE, *self.groups)
+            scores_BTE += self.router.bias[...]
+        return scores_BTE if self.groups == (1, 1) else within_groups(scores_BTE, *self.groups)

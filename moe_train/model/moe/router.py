@@ -8,30 +8,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_train.machine.mesh import batch_axes
 from moe_train.model.layers import Adapted, normal
-from moe_train.model.sharding.specs import activation_spec, over_replicas
+from moe_train.model.sharding.specs import activation_spec, sum_over_replicas
 
 
 class RouterStats(NamedTuple):
     """Statistics of one layer's router over all tokens except padding; stacked over layers as (L, …)."""
 
-    chosen_E: Array
+    chosen_E: Int[Array, "*L E"]
     """Number of assignments the router made to each expert (int32), before any is dropped."""
-    load_balance_loss: Array
+    load_balance_loss: Float[Array, "*L"]
     """E * sum_e load_e * mean router probability of e; 1 if balanced (Switch, arXiv:2101.03961, eq. 4).
 
     The probabilities of a sigmoid router are its sigmoids divided by their sum (DeepSeek-V3, eq. 19).
     """
-    router_z_loss: Array
+    router_z_loss: Float[Array, "*L"]
     """Mean squared log-sum-exp of the logits (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    entropy: Array
+    entropy: Float[Array, "*L"]
     """Mean entropy, in nats, of the router's distribution over all experts; log E if uniform."""
-    dropped: Array
+    dropped: Int[Array, "*L"]
     """Number of assignments of valid tokens that no expert computed."""
-    expert_ids: Array | None = None
+    expert_ids: Int[Array, "*L B T A"] | None = None
     """Chosen experts (B, T, A), if `MoE.keeps_expert_ids` is set; otherwise None."""
 
     @property
@@ -42,11 +42,15 @@ class RouterStats(NamedTuple):
         return self.chosen_E / (total + (total == 0))
 
 
-def over_microbatches(stats: RouterStats) -> RouterStats:
+def merge_microbatches(stats: RouterStats) -> RouterStats:
     """Merge the statistics of the microbatches of a step, stacked on dim 0: sum the counts, average the means."""
-    summed = {"chosen_E", "dropped"}
-    merged = {k: (jnp.sum if k in summed else jnp.mean)(x, axis=0) for k, x in stats._asdict().items() if x is not None}
-    return RouterStats(**merged)
+    return RouterStats(
+        chosen_E=jnp.sum(stats.chosen_E, axis=0),
+        load_balance_loss=jnp.mean(stats.load_balance_loss, axis=0),
+        router_z_loss=jnp.mean(stats.router_z_loss, axis=0),
+        entropy=jnp.mean(stats.entropy, axis=0),
+        dropped=jnp.sum(stats.dropped, axis=0),
+    )
 
 
 class Router(Adapted):
@@ -57,10 +61,11 @@ class Router(Adapted):
 
     def __init__(self, rngs: nnx.Rngs, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype, bias: bool = False):
         super().__init__(normal(rngs, (dim, num_experts), P(None, None), stddev, dtype))
-        zeros = jnp.zeros((num_experts,), jnp.float32, out_sharding=P(None)) if bias else None
-        self.bias: nnx.Param | None = nnx.data(None if zeros is None else nnx.Param(zeros))
+        self.bias: nnx.Param | None = nnx.data(None)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((num_experts,), jnp.float32, out_sharding=P(None)))
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T E"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Float[Array, "B T E"]:
         """Return the logits in float32.
 
         Args:
@@ -69,13 +74,15 @@ class Router(Adapted):
         """
         x_BTD = x_BTD.astype(jnp.float32)
         logits_BTE = _float32_product("BTD,DE->BTE", x_BTD, self.weight[...])
-        if beside := self.adapter():
-            a_DJ, b_JE = beside
-            logits_BTE += _float32_product("BTJ,JE->BTE", _float32_product("BTD,DJ->BTJ", self.dropped(x_BTD, key), a_DJ), b_JE)
+        adapter = self.adapter()
+        if adapter is not None:
+            a_DJ, b_JE = adapter
+            low_rank_BTJ = _float32_product("BTD,DJ->BTJ", self.apply_dropout(x_BTD, key), a_DJ)
+            logits_BTE += _float32_product("BTJ,JE->BTE", low_rank_BTJ, b_JE)
         return logits_BTE
 
 
-def _float32_product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _float32_product(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
     """Compute a product in full float32 precision; by default a TPU would round the operands to bfloat16."""
     spec = activation_spec(equation.split("->")[1])
     return jnp.einsum(equation, x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST, out_sharding=spec)
@@ -95,44 +102,48 @@ def next_bias(bias_E: Float[Array, "*L E"], chosen_E: Int[Array, "*L E"], rate: 
     return bias_E + rate * jnp.sign(mean - chosen_E)
 
 
-def top_k(logits_BTE: jax.Array, k: int, by_BTE: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def top_k(
+    logits_BTE: Float[Array, "B T *G E"], k: int, selection_BTE: Float[Array, "B T *G E"] | None = None
+) -> tuple[Float[Array, "B T *G k"], Int[Array, "B T *G k"]]:
     """Return the k selected values of each token and their indices.
 
     The selection runs where the token is, in a `shard_map`: otherwise XLA:CPU gathers the whole batch.
 
     Args:
-        logits_BTE: values to return.
+        logits_BTE: values to select from, on the last dim.
         k: number of values per token.
-        by_BTE: select the k entries where this is largest; it gets no gradient. None to select by `logits_BTE`.
+        selection_BTE: select the k entries where this is largest; it gets no gradient. None to select by `logits_BTE`.
     """
     tokens = P(batch_axes(), "context")
 
-    def local(logits_btE: jax.Array, by_btE: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        if by_btE is None:
+    def local(
+        logits_btE: Float[Array, "b t *G E"], selection_btE: Float[Array, "b t *G E"] | None
+    ) -> tuple[Float[Array, "b t *G k"], Int[Array, "b t *G k"]]:
+        if selection_btE is None:
             values, ids = jax.lax.top_k(logits_btE, k)
             return values, ids
-        # Experts are selected by `by`, but weighted by their own scores, through which the gradient flows.
-        _, ids = jax.lax.top_k(jax.lax.stop_gradient(by_btE), k)
+        # Experts are selected by their selection scores but weighted by their logits, through which the gradient flows.
+        _, ids = jax.lax.top_k(jax.lax.stop_gradient(selection_btE), k)
         return jnp.take_along_axis(logits_btE, ids, axis=-1), ids
 
-    return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(logits_BTE, by_BTE)
+    return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(logits_BTE, selection_BTE)
 
 
-def within_groups(by_BTE: Float[Array, "B T E"], num_groups: int, groups_per_token: int) -> Float[Array, "B T E"]:
+def within_groups(selection_BTE: Float[Array, "B T E"], num_groups: int, groups_per_token: int) -> Float[Array, "B T E"]:
     """Set the selection scores of experts outside the token's groups to minus infinity.
 
     A token keeps the `groups_per_token` groups whose two best experts have the largest sum of scores.
 
     Args:
-        by_BTE: selection scores.
+        selection_BTE: selection scores.
         num_groups: number of equal groups that the experts are divided into, in order.
         groups_per_token: number of groups that a token keeps.
     """
-    B, T, E = by_BTE.shape
-    best_BTG2, _ = top_k(by_BTE.reshape(B, T, num_groups, -1), 2)
+    B, T, E = selection_BTE.shape
+    best_BTG2, _ = top_k(selection_BTE.reshape(B, T, num_groups, -1), 2)
     _, groups_BTg = top_k(jnp.sum(best_BTG2, axis=-1), groups_per_token)
     within_BTE = jnp.any(groups_BTg[..., None] == jnp.arange(E) // (E // num_groups), axis=2)
-    return jnp.where(within_BTE, by_BTE, -jnp.inf)
+    return jnp.where(within_BTE, selection_BTE, -jnp.inf)
 
 
 def router_stats(
@@ -140,7 +151,7 @@ def router_stats(
     log_scores_BTE: Float[Array, "B T E"],
     expert_ids_BTA: Int[Array, "B T A"],
     valid_BT: Bool[Array, "B T"],
-    computed: Array,
+    computed: Int[Array, ""],
 ) -> RouterStats:
     """Compute the losses and metrics of one layer's router over the whole mesh.
 
@@ -151,13 +162,14 @@ def router_stats(
         valid_BT: False for padding.
         computed: number of assignments that experts computed, before the sum over replicas.
     """
-    E, A = logits_BTE.shape[-1], expert_ids_BTA.shape[-1]
+    E = logits_BTE.shape[-1]
+    A = expert_ids_BTA.shape[-1]
     chosen_BTE = jnp.sum(expert_ids_BTA[..., None] == jnp.arange(E), axis=2) * valid_BT[..., None]
     lse_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     log_probs_BTE = jax.nn.log_softmax(log_scores_BTE)
     probs_BTE = jnp.exp(log_probs_BTE)
     # Sums are reduced before means are taken, since replicas may have different numbers of valid tokens.
-    count, chosen_E, probs_E, squares, entropy, computed = over_replicas(
+    count, chosen_E, probs_E, squares, entropy, computed = sum_over_replicas(
         (
             jnp.sum(valid_BT),
             jnp.sum(chosen_BTE, axis=(0, 1), dtype=jnp.int32),

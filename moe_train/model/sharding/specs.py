@@ -7,18 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Shaped
 
 from moe_train.machine.mesh import axis_size, batch_axes, global_axes, is_one_device
 
 ACTIVATION = {"T": "context", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 """Mesh axis of each activation dim, by its letter; B is split over `batch_axes()`, all other dims are not split."""
 
+TENSOR_AND_EXPERT = ("tensor", "expert")
+"""The two axes that together split N, K or V of a weight if they divide it (see `split_axes`)."""
 
-SPLIT = ("tensor", "expert")
-"""Both axes that split a weight's N, K or V where they divide it (see `split`)."""
 
-
-def spec_of(x: jax.Array) -> P:
+def spec_of(x: Shaped[Array, "..."]) -> P:
     """Return the partition spec that an array carries in its type."""
     return jax.typeof(x).sharding.spec
 
@@ -56,30 +56,33 @@ def without_fsdp(spec: P) -> P:
     return P(*(None if entry == "fsdp" else entry for entry in spec))
 
 
-def split(size: int) -> str | tuple[str, str]:
+def split_axes(size: int) -> str | tuple[str, str]:
     """Return the mesh axes that split dim N, K or V of a weight that every token uses.
 
     The result is `tensor`, and also `expert`, which has no other use here, if both together divide the size. D is split over
     `fsdp` only: over `fsdp` and `expert` its parts would be narrower than the 128 lanes of a TPU.
     """
-    return SPLIT if size % (axis_size("tensor") * axis_size("expert")) == 0 else "tensor"
+    return TENSOR_AND_EXPERT if size % (axis_size("tensor") * axis_size("expert")) == 0 else "tensor"
 
 
-def gathered(spec: P) -> P:
-    """Return the spec of a weight of `project` where it is used."""
-    return P(*({"fsdp": None, SPLIT: "tensor"}.get(entry, entry) for entry in spec))
+def gathered_spec(spec: P) -> P:
+    """Return the spec of a weight after it is gathered for a product: over `fsdp`, and over `expert` where that splits it."""
+    gathered = {"fsdp": None, TENSOR_AND_EXPERT: "tensor"}
+    return P(*(gathered.get(entry, entry) for entry in spec))
 
 
-def replicas() -> tuple[int, jax.Array | int]:
+def replicas() -> tuple[int, Int[Array, ""] | int]:
     """Return (number of replicas, index of this one) if each replica computes on its own (`train.step`), otherwise (1, 0).
 
     With (1, 0) arrays hold the tokens of all replicas.
     """
-    return (1, 0) if "data" in global_axes() else (axis_size("data"), jax.lax.axis_index("data"))
+    if "data" in global_axes():
+        return 1, 0
+    return axis_size("data"), jax.lax.axis_index("data")
 
 
 @jax.custom_vjp
-def over_replicas(x: Any) -> Any:
+def sum_over_replicas(x: Any) -> Any:
     """Sum over replicas what each has summed over its own tokens. Global view.
 
     The sum is used identically on every replica, so its gradient passes through unchanged. If arrays hold the tokens of all
@@ -88,4 +91,4 @@ def over_replicas(x: Any) -> Any:
     return x if "data" in global_axes() else jax.lax.psum(x, "data")
 
 
-over_replicas.defvjp(lambda x: (over_replicas(x), None), lambda _, dx: (dx,))
+sum_over_replicas.defvjp(lambda x: (sum_over_replicas(x), None), lambda _, dx: (dx,))

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_train.data.batches.batch import Batch, PackedBatch
 from moe_train.model.sharding.specs import plain_on_one_device
-from moe_train.train.objectives.objective import Inputs, Objective, Terms
+from moe_train.train.objectives.objective import Objective, ObjectiveInputs, Terms
 
 LossFunction = Callable[..., tuple[Any, ...]]
 """`loss(model, batch, key)` -> (sum, weight, metrics) or (sum, weight, metrics, routers)."""
@@ -26,13 +26,17 @@ def custom_objective(function: LossFunction, batch_type: type[PackedBatch] = Bat
         batch_type: type of the batches that the function takes.
     """
 
-    def first_pass(inputs: Inputs) -> Any:
+    def first_pass(inputs: ObjectiveInputs) -> Any:
         # XLA removes what the weight does not need as dead code: usually the whole forward pass.
         _, weight, *_ = function(inputs.model, plain_on_one_device(inputs.batch), inputs.key)
         return weight
 
-    def loss(inputs: Inputs, of_step: Any) -> Terms:
+    def loss(inputs: ObjectiveInputs, first_pass_result: Any) -> Terms:
         total, _, metrics, *routers = function(inputs.model, plain_on_one_device(inputs.batch), inputs.key)
         return Terms(total, metrics, *routers)
 
-    return Objective(batch_type, lambda batch, of_step: of_step, loss, "objective", "weight", first_pass)
+    def step_weight(batch: Any, first_pass_result: Any) -> Any:
+        # The first pass has summed the weights of all microbatches.
+        return first_pass_result
+
+    return Objective(batch_type, step_weight, loss, "objective", "weight", first_pass)

@@ -5,29 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from moe_train.data.batches.batch import Batch
 from moe_train.model.layers import keys_of
 from moe_train.train.cross_entropy import cross_entropy_sum
-from moe_train.train.objectives.objective import Inputs, Objective, Terms
+from moe_train.train.objectives.objective import Objective, ObjectiveInputs, Terms
 
 
 def next_token() -> Objective:
     """Return the next-token objective, whose batch type is `Batch`."""
-    return Objective(Batch, weight, loss, mean_name="cross_entropy", weight_name="loss_tokens")
+    return Objective(Batch, count_loss_tokens, loss, mean_name="cross_entropy", weight_name="loss_tokens")
 
 
-def weight(batch: Any, of_step: Any) -> Array:
+def count_loss_tokens(batch: Any, first_pass_result: None) -> Int[Array, ""]:
     """Return the number of tokens that are trained on."""
     return jnp.sum(batch.loss_mask)
 
 
-def loss(inputs: Inputs, of_step: Any) -> Terms:
+def loss(inputs: ObjectiveInputs, first_pass_result: None) -> Terms:
     """Sum the cross-entropy, in nats, over the tokens that are trained on."""
-    model, batch = inputs.model, inputs.batch
+    model = inputs.model
+    batch = inputs.batch
     body_key, head_key = keys_of(inputs.key, 2)
     hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
-    lora_factors = model.beside_head(hidden_BTD, head_key)
+    lora_factors = model.head_lora_factors(hidden_BTD, head_key)
     total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, lora_factors)
     return Terms(total, {}, routers)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.tree_util import PyTreeDef
+from jaxtyping import Array, Float, Key, Num
 
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.model.moe.router import RouterStats
@@ -20,13 +21,13 @@ from moe_train.model.parameters import Parameters, combine, without_adapters
 from moe_train.model.transformer import Transformer
 
 
-class Inputs(NamedTuple):
-    """Inputs of an objective for one microbatch."""
+class ObjectiveInputs(NamedTuple):
+    """ObjectiveInputs of an objective for one microbatch."""
 
     model: Transformer
     batch: Any
     """A batch of the objective's batch type."""
-    key: Array | None = None
+    key: Key[Array, ""] | None = None
     """PRNG key for dropout; None for no dropout, as in evaluation."""
     reference: Transformer | None = None
     """The model before training, if the objective uses it and it costs no second copy: the same model without its adapters.
@@ -49,7 +50,7 @@ Metric = Any
 class Terms(NamedTuple):
     """Result of an objective for one microbatch, or summed over several."""
 
-    sum: Array
+    sum: Float[Array, ""]
     """The sum that is differentiated."""
     metrics: Mapping[str, Metric]
     routers: RouterStats | None = None
@@ -72,19 +73,19 @@ class Objective:
         weight_name: name of total(weight) among the metrics.
         first_pass: a gradient-free pass over all microbatches before the first gradient, or None. It returns a pytree of
             sums over its microbatch, which are added over the step; `weight` and the loss of every microbatch receive it.
-        uses_reference: whether the objective uses `Inputs.reference`.
+        uses_reference: whether the objective uses `ObjectiveInputs.reference`.
     """
 
     batch_type: type[PackedBatch]
-    weight: Callable[[Any, Any], Array]
-    loss: Callable[[Inputs, Any], Terms]
+    weight: Callable[[Any, Any], Num[Array, ""]]
+    loss: Callable[[ObjectiveInputs, Any], Terms]
     mean_name: str
     weight_name: str
-    first_pass: Callable[[Inputs], Any] | None = None
+    first_pass: Callable[[ObjectiveInputs], Any] | None = None
     uses_reference: bool = False
 
 
-class Weights(NamedTuple):
+class ModelWeights(NamedTuple):
     """A model's arrays, as `combine` takes them, and the arrays of the reference model that differ from them."""
 
     learned: Parameters
@@ -93,7 +94,9 @@ class Weights(NamedTuple):
     """Base weights of what is trained in full together with adapters; read only if an objective uses a reference."""
 
 
-def inputs_of(objective: Objective, structure: Any, weights: Weights, batch: Any, key: Array | None = None) -> Inputs:
+def objective_inputs(
+    objective: Objective, structure: PyTreeDef, weights: ModelWeights, batch: Any, key: Key[Array, ""] | None = None
+) -> ObjectiveInputs:
     """Build the model and, if the objective uses it and there are frozen weights, the reference model.
 
     Args:
@@ -107,27 +110,28 @@ def inputs_of(objective: Objective, structure: Any, weights: Weights, batch: Any
     reference = None
     if objective.uses_reference and weights.frozen:
         reference = combine(without_adapters(structure), weights.base, weights.frozen)
-    return Inputs(model, batch, key, reference)
+    return ObjectiveInputs(model, batch, key, reference)
 
 
-def step_metrics(objective: Objective, terms: Terms, weight: Array) -> dict[str, Metric]:
+def step_metrics(objective: Objective, terms: Terms, weight: Num[Array, ""]) -> dict[str, Metric]:
     """Return all metrics of a step.
 
     Raises:
         ValueError: a metric of the objective has a name that the step uses itself.
     """
-    own = {objective.mean_name: Mean(terms.sum, weight), objective.weight_name: weight}
-    if taken := {"loss", *own} & set(terms.metrics):
+    own: dict[str, Metric] = {objective.mean_name: Mean(terms.sum, weight), objective.weight_name: weight}
+    taken = {"loss", *own} & set(terms.metrics)
+    if taken:
         raise ValueError(f"the objective's metrics {sorted(taken)} have names that the step gives itself; rename them")
     return own | dict(terms.metrics)
 
 
-def held_out_metrics(objective: Objective, terms: Terms, weight: Array) -> dict[str, Metric]:
+def held_out_metrics(objective: Objective, terms: Terms, weight: Num[Array, ""]) -> dict[str, Metric]:
     """Return all metrics of held-out data. The objective's mean is the loss there, since routers add none."""
     metrics = step_metrics(objective, terms, weight)
     return {"loss": metrics.pop(objective.mean_name), **metrics}
 
 
-def divide(total: Array, weight: Array) -> Array:
+def divide(total: Num[Array, "*dims"], weight: Num[Array, ""]) -> Float[Array, "*dims"]:
     """Return total / weight, or total if the weight is 0, as in a step without tokens to train on."""
     return total / jnp.where(weight == 0, 1, weight)

@@ -27,7 +27,7 @@ def test_every_device_attends_to_as_many_pairs(c: int) -> None:
     """And every query has one device."""
     T = 16 * c
     with jax.set_mesh(make_mesh(config.Mesh(context=c), jax.devices()[:c])):
-        parts = context_parallel.parts(T)
+        parts = context_parallel.run_starts(T)
     run = T // c // len(parts[0])
     queries = [[t for start in starts for t in range(start, start + run)] for starts in parts]
     assert sorted(t for device in queries for t in device) == list(range(T))

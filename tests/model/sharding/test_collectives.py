@@ -36,7 +36,7 @@ def test_gather_concatenates_and_its_gradient_is_summed_and_scattered(
             spec = P(*("fsdp" if d == dim else None for d in range(3)))
 
             def local(x: jax.Array, dy: jax.Array, dim: int = dim) -> tuple[jax.Array, jax.Array]:
-                y, vjp = jax.vjp(lambda x: collectives.gather(x, "fsdp", dim), x)
+                y, vjp = jax.vjp(lambda x: collectives.gather_axis(x, "fsdp", dim), x)
                 return y[None], *vjp(dy[0])
 
             out_specs = (P("fsdp"), spec)
@@ -51,7 +51,7 @@ def test_gather_concatenates_and_its_gradient_is_summed_and_scattered(
 
 
 def test_stages_of_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stages(**sizes: int) -> tuple[list[collectives.Groups] | list[None], collectives.Groups]:
+    def stages(**sizes: int) -> tuple[list[collectives.AxisGroups] | list[None], collectives.AxisGroups]:
         with jax.set_mesh(make_mesh(config.Mesh(**sizes))):
             return collectives._stages("fsdp")
 

@@ -20,7 +20,7 @@ from moe_train.model.sharding import fsdp, specs
 from moe_train.model.transformer import init_model
 from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.next_token import next_token
-from moe_train.train.objectives.objective import Weights
+from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import QUICK, quick_jit
 
@@ -30,8 +30,8 @@ MESHES = {
     "expert, tensor": make_mesh(config.Mesh(expert=4, tensor=2)),
 }
 EQUATIONS = {  # equation: shape of the weight, and its spec
-    "BTD,DNH->BTNH": ((16, 8, 6), P("fsdp", specs.SPLIT, None)),
-    "BTNH,NHD->BTD": ((8, 6, 16), P(specs.SPLIT, None, "fsdp")),
+    "BTD,DNH->BTNH": ((16, 8, 6), P("fsdp", specs.TENSOR_AND_EXPERT, None)),
+    "BTNH,NHD->BTD": ((8, 6, 16), P(specs.TENSOR_AND_EXPERT, None, "fsdp")),
     "BTD,DF->BTF": ((16, 10), P("fsdp", "tensor")),
     "BTF,FD->BTD": ((10, 16), P("tensor", "fsdp")),
     "BTD,VD->BTV": ((12, 16), P("tensor", "fsdp")),
@@ -71,7 +71,7 @@ def test_project_is_einsum(equation: str, mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("rows", ["tensor", specs.SPLIT])
+@pytest.mark.parametrize("rows", ["tensor", specs.TENSOR_AND_EXPERT])
 def test_lookup_is_indexing(mesh: Mesh, rows: Any) -> None:
     rng = np.random.default_rng(0)
     table, tokens = rng.normal(size=(16, 16)).astype(np.float32), rng.integers(0, 16, (8, 3)).astype(np.int32)
@@ -134,7 +134,7 @@ def program(collectives: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], li
         batch = put_batch(Batch(*(np.ones((8, 24), dtype) for dtype in (np.int32, np.int32, bool, np.int32, np.int32))), mesh)
         coefs = config.Loss(load_balance_loss_coef=0.01, router_z_loss_coef=0.001)
         definition = StepDefinition(structure, next_token(), optax.identity(), coefs)
-        gradients = lambda params, batch: step_gradients(definition, params, Weights({}, {}, {}), batch, None)  # noqa: E731
+        gradients = lambda params, batch: step_gradients(definition, params, ModelWeights({}, {}, {}), batch, None)  # noqa: E731
         compiled = jax.jit(gradients).lower(params, batch).compile(QUICK)
     shapes = {}
     for path, x in params.items():
@@ -142,8 +142,8 @@ def program(collectives: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], li
         stored = x.sharding.shard_shape(x.shape)[layer]
         spec = (tuple(x.sharding.spec) + (None,) * x.ndim)[: x.ndim][layer]
         over_fsdp = tuple(2 * n if axis == "fsdp" else n for n, axis in zip(stored, spec, strict=True))
-        over_expert = tuple(2 * n if axis == specs.SPLIT else n for n, axis in zip(stored, spec, strict=True))
-        whole = tuple(2 * n if axis == specs.SPLIT else n for n, axis in zip(over_fsdp, spec, strict=True))
+        over_expert = tuple(2 * n if axis == specs.TENSOR_AND_EXPERT else n for n, axis in zip(stored, spec, strict=True))
+        whole = tuple(2 * n if axis == specs.TENSOR_AND_EXPERT else n for n, axis in zip(over_fsdp, spec, strict=True))
         if "fsdp" in spec:
             shapes[path] = {"stored": stored, "over fsdp": over_fsdp, "over expert": over_expert, "whole": whole}
     return shapes, collectives(compiled.as_text())

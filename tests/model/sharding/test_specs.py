@@ -27,17 +27,17 @@ def test_letters_give_the_spec_of_an_activation() -> None:
 
 
 def test_a_gathered_weight_loses_the_axes_that_split_it_for_storage_alone() -> None:
-    stored = P("fsdp", specs.SPLIT, None)
-    assert specs.gathered(stored) == P(None, "tensor", None)
-    assert specs.without_fsdp(stored) == P(None, specs.SPLIT, None)
+    stored = P("fsdp", specs.TENSOR_AND_EXPERT, None)
+    assert specs.gathered_spec(stored) == P(None, "tensor", None)
+    assert specs.without_fsdp(stored) == P(None, specs.TENSOR_AND_EXPERT, None)
 
 
-@pytest.mark.parametrize(("size", "axes"), [(8, specs.SPLIT), (12, specs.SPLIT), (6, "tensor")])
+@pytest.mark.parametrize(("size", "axes"), [(8, specs.TENSOR_AND_EXPERT), (12, specs.TENSOR_AND_EXPERT), (6, "tensor")])
 def test_heads_are_split_over_expert_too_where_it_divides_them(size: int, axes: object) -> None:
-    assert specs.split(size) == axes
+    assert specs.split_axes(size) == axes
 
 
 def test_an_array_carries_its_spec_and_outside_of_a_local_view_there_is_one_replica() -> None:
     x = jax.device_put(jnp.zeros((4, 4)), NamedSharding(EIGHT, P("fsdp", "tensor")))
     assert specs.spec_of(x) == P("fsdp", "tensor")
-    assert specs.replicas() == (1, 0) and specs.over_replicas(x) is x
+    assert specs.replicas() == (1, 0) and specs.sum_over_replicas(x) is x

@@ -17,7 +17,7 @@ from moe_train.plan import hlo
 from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.custom import custom_objective
 from moe_train.train.objectives.next_token import next_token
-from moe_train.train.objectives.objective import Mean, Weights
+from moe_train.train.objectives.objective import Mean, ModelWeights
 from moe_train.train.step_definition import StepDefinition
 from tests.random_parameters import random_parameters
 from tests.train.tiny_objectives import COEFS, by_hand
@@ -86,7 +86,7 @@ def test_a_weight_of_the_batch_alone_costs_no_forward_pass() -> None:
         with jax.set_mesh(ONE):
             params = random_parameters(MODEL)
             run = jax.jit(partial(step_gradients, definition, key=None))
-            text = run.lower(params, Weights({}, {}, {}), put_batch(batch(), ONE)).compile().as_text()
+            text = run.lower(params, ModelWeights({}, {}, {}), put_batch(batch(), ONE)).compile().as_text()
         assert text is not None
         return hlo.read(text).flops
 
@@ -101,5 +101,8 @@ def test_balanced_routers_need_the_routers_statistics() -> None:
         pytest.raises(ValueError, match=r"'load_balance_loss_coef': 0.5.*returns no router statistics; return those of model"),
     ):
         jax.eval_shape(
-            partial(step_gradients, definition, key=None), random_parameters(MODEL), Weights({}, {}, {}), put_batch(batch(), ONE)
+            partial(step_gradients, definition, key=None),
+            random_parameters(MODEL),
+            ModelWeights({}, {}, {}),
+            put_batch(batch(), ONE),
         )

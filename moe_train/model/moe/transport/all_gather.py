@@ -11,19 +11,28 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
-from moe_train.model.moe.transport.transport import Assignments, Combined, DropoutCounters, ExchangeSizes, LocalExperts, Name
-from moe_train.model.sharding.collectives import gather, scatter
+from moe_train.model.moe.transport.transport import (
+    Assignments,
+    Combined,
+    DropoutCounters,
+    ExchangeSizes,
+    LocalExperts,
+    TransportName,
+)
+from moe_train.model.sharding.collectives import gather_axis, reduce_scatter_axis
 
-NAME: Final[Name] = "all_gather"
+NAME: Final[TransportName] = "all_gather"
 RECOMPUTES_EXPERTS: Final = False
 
 
 def run_experts(assignments: Assignments, experts: LocalExperts, sizes: ExchangeSizes) -> Combined:
     """Gather all tokens, apply this device's experts to their rows, scatter the sums. See `transport.Transport`."""
     weights = experts.unshard(experts.weights)
-    x_mD, ids_mA, weights_mA = (gather(x, "expert", 0) for x in assignments[:3])
-    e, A = experts.count, ids_mA.shape[1]
+    x_mD, ids_mA, weights_mA = (gather_axis(x, "expert", 0) for x in assignments[:3])
+    e = experts.count
+    A = ids_mA.shape[1]
     own_mA = ids_mA - jax.lax.axis_index("expert") * e
     # Local expert id e means an expert of another device, or none.
     own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)
@@ -34,10 +43,10 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
     dropout_R = None
     if assignments.dropout_mA is not None:
         key, counters_mA = assignments.dropout_mA
-        dropout_R = DropoutCounters(key, gather(counters_mA, "expert", 0).reshape(-1)[order_R])
-    y_RD = experts.apply(dispatch(x_mD, order_R, inverse_mA), group_sizes_e, weights, dropout_R)
-    y_mD = combine(y_RD, jnp.where(own_mA < e, weights_mA, 0), order_R, inverse_mA).astype(x_mD.dtype)
-    return Combined(scatter(jax.lax.psum(y_mD, "tensor"), "expert", 0), jnp.sum(group_sizes_e))
+        dropout_R = DropoutCounters(key, gather_axis(counters_mA, "expert", 0).reshape(-1)[order_R])
+    y_RD = experts.apply(dispatch_tokens(x_mD, order_R, inverse_mA), group_sizes_e, weights, dropout_R)
+    y_mD = combine_rows(y_RD, jnp.where(own_mA < e, weights_mA, 0), order_R, inverse_mA).astype(x_mD.dtype)
+    return Combined(reduce_scatter_axis(jax.lax.psum(y_mD, "tensor"), "expert", 0), jnp.sum(group_sizes_e))
 
 
 def received(sizes: ExchangeSizes) -> dict[str, int]:
@@ -59,7 +68,7 @@ def rows_at_once(sizes: ExchangeSizes) -> int:
 
 
 @jax.custom_vjp
-def dispatch(x_mD: jax.Array, order_R: jax.Array, inverse_mA: jax.Array) -> jax.Array:
+def dispatch_tokens(x_mD: Float[Array, "m D"], order_R: Int[Array, " R"], inverse_mA: Int[Array, "m A"]) -> Float[Array, "R D"]:
     """Copy tokens to rows in the order of their experts: x[order // A].
 
     Args:
@@ -70,19 +79,25 @@ def dispatch(x_mD: jax.Array, order_R: jax.Array, inverse_mA: jax.Array) -> jax.
     return x_mD[order_R // inverse_mA.shape[1]]
 
 
-def _dispatch_forward(x_mD, order_R, inverse_mA):
-    return dispatch(x_mD, order_R, inverse_mA), inverse_mA
+def _dispatch_forward(
+    x_mD: Float[Array, "m D"], order_R: Int[Array, " R"], inverse_mA: Int[Array, "m A"]
+) -> tuple[Float[Array, "R D"], Int[Array, "m A"]]:
+    return dispatch_tokens(x_mD, order_R, inverse_mA), inverse_mA
 
 
-def _dispatch_backward(inverse_mA, dy_RD):
-    return sum(dy_RD[inverse_mA[:, a]] for a in range(inverse_mA.shape[1])), None, None
+def _dispatch_backward(inverse_mA: Int[Array, "m A"], dy_RD: Float[Array, "R D"]) -> tuple[Float[Array, "m D"], None, None]:
+    # A token's gradient is the sum over the rows that it was copied to.
+    dx_mD = sum(dy_RD[inverse_mA[:, a]] for a in range(inverse_mA.shape[1]))
+    return dx_mD, None, None  # type: ignore[return-value]  # mypy: sum() may be 0
 
 
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+dispatch_tokens.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def combine(y_RD: jax.Array, weights_mA: jax.Array, order_R: jax.Array, inverse_mA: jax.Array) -> jax.Array:
+def combine_rows(
+    y_RD: Float[Array, "R D"], weights_mA: Float[Array, "m A"], order_R: Int[Array, " R"], inverse_mA: Int[Array, "m A"]
+) -> Float[Array, "m D"]:
     """Compute the sum over a of weights[m, a] * y[row of assignment (m, a)], in float32.
 
     Args:
@@ -96,11 +111,18 @@ def combine(y_RD: jax.Array, weights_mA: jax.Array, order_R: jax.Array, inverse_
     return sum(others, start=first)
 
 
-def _combine_forward(y_RD, weights_mA, order_R, inverse_mA):
-    return combine(y_RD, weights_mA, order_R, inverse_mA), (y_RD, weights_mA, order_R, inverse_mA)
+_CombineResiduals = tuple[Float[Array, "R D"], Float[Array, "m A"], Int[Array, " R"], Int[Array, "m A"]]
 
 
-def _combine_backward(saved, d_mD):
+def _combine_forward(
+    y_RD: Float[Array, "R D"], weights_mA: Float[Array, "m A"], order_R: Int[Array, " R"], inverse_mA: Int[Array, "m A"]
+) -> tuple[Float[Array, "m D"], _CombineResiduals]:
+    return combine_rows(y_RD, weights_mA, order_R, inverse_mA), (y_RD, weights_mA, order_R, inverse_mA)
+
+
+def _combine_backward(
+    saved: _CombineResiduals, d_mD: Float[Array, "m D"]
+) -> tuple[Float[Array, "R D"], Float[Array, "m A"], None, None]:
     y_RD, weights_mA, order_R, inverse_mA = saved
     A = weights_mA.shape[1]
     dy_RD = (weights_mA.reshape(-1)[order_R, None] * d_mD[order_R // A]).astype(y_RD.dtype)
@@ -108,4 +130,4 @@ def _combine_backward(saved, d_mD):
     return dy_RD, jnp.stack(dots, axis=1).astype(weights_mA.dtype), None, None
 
 
-combine.defvjp(_combine_forward, _combine_backward)
+combine_rows.defvjp(_combine_forward, _combine_backward)

@@ -13,13 +13,14 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_train.machine.mesh import axis_size
 from moe_train.model.moe.transport.chunks import ChunkInputs, ChunkRouting, bucket_size, sum_over_chunks
 from moe_train.model.moe.transport.rows import Placement, ReceivedRows, apply_experts, from_rows, to_rows
-from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts, Name
+from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts, TransportName
 
-NAME: Final[Name] = "all_to_all"
+NAME: Final[TransportName] = "all_to_all"
 RECOMPUTES_EXPERTS: Final = True
 
 
@@ -47,21 +48,21 @@ def rows_at_once(sizes: ExchangeSizes) -> int:
 class BucketRoutes(NamedTuple):
     """Destinations of the assignments of this device."""
 
-    order_n: jax.Array
+    order_n: Int[Array, " n"]
     """Assignments in the order of their experts."""
-    rank_mA: jax.Array
+    rank_mA: Int[Array, "m A"]
     """Position of each assignment in that order, counted from the first assignment for the same device."""
-    device_mA: jax.Array
+    device_mA: Int[Array, "m A"]
     """Device that holds the expert; X for an assignment that is sent nowhere."""
-    expert_n: jax.Array
+    expert_n: Int[Array, " n"]
     """Index of the expert on its device, in that order."""
-    starts_X: jax.Array
+    starts_X: Int[Array, " X"]
     """Position of the first assignment for each device, in that order."""
-    counts_X: jax.Array
+    counts_X: Int[Array, " X"]
     """Number of assignments for each device."""
 
 
-def bucket_routes(expert_ids_mA: jax.Array, experts_per_device: int, size: int) -> tuple[BucketRoutes, jax.Array]:
+def bucket_routes(expert_ids_mA: Int[Array, "m A"], experts_per_device: int, size: int) -> tuple[BucketRoutes, Int[Array, ""]]:
     """Compute the destinations of this device's assignments.
 
     Args:
@@ -72,7 +73,9 @@ def bucket_routes(expert_ids_mA: jax.Array, experts_per_device: int, size: int) 
     Returns:
         The routes, and the number of chunks that buckets of `size` rows take; it is the same on all devices.
     """
-    X, e, A = axis_size("expert"), experts_per_device, expert_ids_mA.shape[1]
+    X = axis_size("expert")
+    A = expert_ids_mA.shape[1]
+    e = experts_per_device
     order_n = jnp.argsort(expert_ids_mA.reshape(-1), stable=True)
     place_mA = jnp.argsort(order_n).reshape(-1, A)
     device_mA = expert_ids_mA // e
@@ -85,14 +88,18 @@ def bucket_routes(expert_ids_mA: jax.Array, experts_per_device: int, size: int) 
     return BucketRoutes(order_n, rank_mA, device_mA, expert_n, starts_X, counts_X), num_chunks
 
 
-def exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, size: int, experts: LocalExperts) -> jax.Array:
+def exchange_chunk(
+    i: Int[Array, ""], inputs: ChunkInputs, routing: ChunkRouting, size: int, experts: LocalExperts
+) -> Float[Array, "m D"]:
     """Compute what chunk i adds to each token: the assignments with ranks i * size … (i + 1) * size - 1 of every bucket."""
     routes: BucketRoutes = routing.routes
-    X, A = routes.counts_X.shape[0], inputs.weights_mA.shape[1]
+    X = routes.counts_X.shape[0]
+    A = inputs.weights_mA.shape[1]
     rank_Xs = i * size + jnp.arange(size) + jnp.zeros((X, 1), jnp.int32)
     used_S = (rank_Xs < routes.counts_X[:, None]).reshape(-1)
     at_S = jnp.where(used_S, (routes.starts_X[:, None] + rank_Xs).reshape(-1), 0)
     assignment_S = routes.order_n[at_S]
+    # The same mapping from the side of the tokens, which sums need: the row of each assignment that this chunk sends.
     present_mA = (routes.rank_mA // size == i) & (routes.device_mA < X)
     row_mA = jnp.where(present_mA, routes.device_mA * size + routes.rank_mA % size, 0)
     placement = Placement(assignment_S // A, used_S, row_mA, present_mA)
@@ -110,6 +117,6 @@ def exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, siz
     return from_rows(_exchange(y_SD).astype(jnp.float32), placement)
 
 
-def _exchange(x_S: jax.Array) -> jax.Array:
+def _exchange(x_S: Shaped[Array, "S ..."]) -> Shaped[Array, "S ..."]:
     """Exchange a bucket for each device for a bucket from each device."""
     return jax.lax.all_to_all(x_S, "expert", split_axis=0, concat_axis=0, tiled=True)

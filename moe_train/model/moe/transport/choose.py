@@ -12,10 +12,10 @@ from moe_train import config
 from moe_train.machine.mesh import BATCH, platform
 from moe_train.model.moe.capacity import capacity
 from moe_train.model.moe.transport import all_gather, all_to_all, ragged_all_to_all
-from moe_train.model.moe.transport.transport import ExchangeSizes, Name, Transport, bytes_received
+from moe_train.model.moe.transport.transport import ExchangeSizes, Transport, TransportName, bytes_received
 
 
-def choose_transport(setting: Name | Literal["auto"], sizes: ExchangeSizes, on: str | None = None) -> Transport:
+def choose_transport(setting: TransportName | Literal["auto"], sizes: ExchangeSizes, on: str | None = None) -> Transport:
     """Return the transport module for a value of `compute.transport`.
 
     Args:
@@ -36,7 +36,7 @@ def choose_transport(setting: Name | Literal["auto"], sizes: ExchangeSizes, on: 
     assert_never(setting)
 
 
-def transports_of(on: str) -> tuple[Name, ...]:
+def transports_of(on: str) -> tuple[TransportName, ...]:
     """Return the names of the transports that `auto` chooses from on a platform; among equal ones it takes the first.
 
     ragged_all_to_all is not implemented on CPUs and not measured on GPUs.
@@ -53,7 +53,9 @@ def check_transport(setting: str) -> None:
 def exchange_sizes(run: config.Run, mesh_sizes: Mapping[str, int]) -> ExchangeSizes:
     """Return what a device exchanges in each layer of a run with experts, on a mesh with axes of these sizes."""
     assert isinstance(run.model.ffn, config.MoeFfn)
-    ffn, T, capacity_factor = run.model.ffn, run.train.seq_len, run.train.capacity_factor
+    ffn = run.model.ffn
+    T = run.train.seq_len
+    capacity_factor = run.train.capacity_factor
     rows = run.train.batch_size // (run.train.microbatches * math.prod(mesh_sizes[axis] for axis in BATCH))
     peer_capacity = None
     if capacity_factor is not None:
@@ -69,14 +71,14 @@ def exchange_sizes(run: config.Run, mesh_sizes: Mapping[str, int]) -> ExchangeSi
     )
 
 
-def transport_of(run: config.Run, mesh_sizes: Mapping[str, int]) -> Name | None:
+def transport_of(run: config.Run, mesh_sizes: Mapping[str, int]) -> TransportName | None:
     """Return the name of a run's transport; None if the axis `expert` has one device."""
     if mesh_sizes["expert"] == 1:
         return None
     return choose_transport(run.compute.transport, exchange_sizes(run, mesh_sizes)).NAME
 
 
-def transport_in_words(run: config.Run, mesh_sizes: Mapping[str, int]) -> str | None:
+def describe_transport(run: config.Run, mesh_sizes: Mapping[str, int]) -> str | None:
     """Describe in one line the transport of a run and the bytes that it and the others move.
 
     None if the axis `expert` has one device.
@@ -94,5 +96,5 @@ def transport_in_words(run: config.Run, mesh_sizes: Mapping[str, int]) -> str | 
     )
 
 
-def _mib(name: Name, sizes: ExchangeSizes) -> float:
+def _mib(name: TransportName, sizes: ExchangeSizes) -> float:
     return bytes_received(choose_transport(name, sizes), sizes) / 2**20

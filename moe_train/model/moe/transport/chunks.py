@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from moe_train.model.moe.transport.transport import DropoutCounters, ExchangeSizes
 
@@ -36,8 +37,8 @@ def bucket_size(sizes: ExchangeSizes) -> int:
 class ChunkInputs(NamedTuple):
     """Differentiable inputs of a chunk."""
 
-    x_mD: jax.Array
-    weights_mA: jax.Array
+    x_mD: Float[Array, "m D"]
+    weights_mA: Float[Array, "m A"]
     experts: Any
     """Weights of this device's experts: sharded over `fsdp` outside the loop over chunks, unsharded inside."""
 
@@ -47,18 +48,18 @@ class ChunkRouting(NamedTuple):
 
     routes: Any
     """Pytree of integers, specific to the transport."""
-    num_chunks: jax.Array
+    num_chunks: Int[Array, ""]
     """Number of chunks; the same on every device of a replica."""
     dropout_mA: DropoutCounters | None
 
 
-ComputeChunk = Callable[[jax.Array, ChunkInputs, ChunkRouting], jax.Array]
+ComputeChunk = Callable[[Int[Array, ""], ChunkInputs, ChunkRouting], Float[Array, "m D"]]
 """(index of the chunk, inputs with unsharded experts, routing) -> what the chunk adds to each token (m, D), in float32."""
 
 
 def sum_over_chunks(
     compute_chunk: ComputeChunk, unshard: Callable[[Any], Any], inputs: ChunkInputs, routing: ChunkRouting
-) -> jax.Array:
+) -> Float[Array, "m D"]:
     """Sum the contributions of all chunks to each token, all-reduced over `tensor`.
 
     Args:
@@ -72,27 +73,28 @@ def sum_over_chunks(
     """
 
     @jax.custom_vjp
-    def total(inputs: ChunkInputs, routing: ChunkRouting) -> jax.Array:
+    def total(inputs: ChunkInputs, routing: ChunkRouting) -> Float[Array, "m D"]:
         unsharded = inputs._replace(experts=unshard(inputs.experts))
 
-        def add(i: jax.Array, y_mD: jax.Array) -> jax.Array:
+        def add(i: Int[Array, ""], y_mD: Float[Array, "m D"]) -> Float[Array, "m D"]:
             return y_mD + compute_chunk(i, unsharded, routing)
 
         return jax.lax.fori_loop(0, routing.num_chunks, add, jax.lax.full_like(inputs.x_mD, 0, jnp.float32))
 
-    def forward(inputs, routing):
+    def forward(inputs: ChunkInputs, routing: ChunkRouting) -> tuple[Float[Array, "m D"], tuple[ChunkInputs, ChunkRouting]]:
         return total(inputs, routing), (inputs, routing)
 
-    def backward(saved, dy_mD):
+    def backward(saved: tuple[ChunkInputs, ChunkRouting], dy_mD: Float[Array, "m D"]) -> tuple[ChunkInputs, None]:
         inputs, routing = saved
+        # Gathered once here, and the sum of all chunks' gradients is scattered once at the end.
         experts, scatter_gradient = jax.vjp(unshard, inputs.experts)
         unsharded = inputs._replace(experts=experts)
 
-        def add(i: jax.Array, gradients: ChunkInputs) -> ChunkInputs:
+        def add(i: Int[Array, ""], gradients: ChunkInputs) -> ChunkInputs:
             # The chunk is computed again here: JAX cannot reverse a loop whose number of iterations is dynamic.
             _, vjp = jax.vjp(lambda inputs: compute_chunk(i, inputs, routing), unsharded)
-            (more,) = vjp(dy_mD)
-            return jax.tree.map(jnp.add, gradients, more)
+            (of_chunk,) = vjp(dy_mD)
+            return jax.tree.map(jnp.add, gradients, of_chunk)
 
         zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0), unsharded)
         gradients = jax.lax.fori_loop(0, routing.num_chunks, add, zeros)

@@ -20,13 +20,14 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from moe_train.machine.mesh import axis_size
 from moe_train.model.moe.transport.chunks import ChunkInputs, ChunkRouting, bucket_size, sum_over_chunks
 from moe_train.model.moe.transport.rows import Placement, ReceivedRows, apply_experts, from_rows, to_rows
-from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts, Name
+from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts, TransportName
 
-NAME: Final[Name] = "ragged_all_to_all"
+NAME: Final[TransportName] = "ragged_all_to_all"
 RECOMPUTES_EXPERTS: Final = True
 
 
@@ -57,21 +58,21 @@ def rows_at_once(sizes: ExchangeSizes) -> int:
 class RaggedRoutes(NamedTuple):
     """Destinations of the assignments; X by X matrices are [from, to] and the same on all devices of the axis."""
 
-    order_n: jax.Array
+    order_n: Int[Array, " n"]
     """Assignments of this device in the order of their experts; those that are sent nowhere come last."""
-    place_mA: jax.Array
+    place_mA: Int[Array, "m A"]
     """Position of each assignment in that order."""
-    counts_XE: jax.Array
+    counts_XE: Int[Array, "X E"]
     """Number of assignments of each device to each expert."""
-    starts_XX: jax.Array
+    starts_XX: Int[Array, "X X"]
     """Position of the first assignment for a device, in the order of the device that sends it."""
-    into_XX: jax.Array
+    into_XX: Int[Array, "X X"]
     """Position of that assignment among all that its receiver gets."""
-    sent_XX: jax.Array
+    sent_XX: Int[Array, "X X"]
     """Number of assignments from one device to another."""
 
 
-def _routes(expert_ids_mA: jax.Array, experts_per_device: int, rows: int) -> tuple[RaggedRoutes, jax.Array]:
+def _routes(expert_ids_mA: Int[Array, "m A"], experts_per_device: int, rows: int) -> tuple[RaggedRoutes, Int[Array, ""]]:
     """Compute the destinations of the assignments of all devices.
 
     Args:
@@ -82,7 +83,8 @@ def _routes(expert_ids_mA: jax.Array, experts_per_device: int, rows: int) -> tup
     Returns:
         The routes, and the number of chunks that a buffer of `rows` rows takes; it is the same on all devices.
     """
-    X, A = axis_size("expert"), expert_ids_mA.shape[1]
+    X = axis_size("expert")
+    A = expert_ids_mA.shape[1]
     order_n = jnp.argsort(expert_ids_mA.reshape(-1), stable=True)
     place_mA = jnp.argsort(order_n).reshape(-1, A)
     counts_E = jnp.sum(expert_ids_mA.reshape(-1, 1) == jnp.arange(X * experts_per_device), axis=0, dtype=jnp.int32)
@@ -100,23 +102,24 @@ class Window(NamedTuple):
     "Home" is the device of the tokens.
     """
 
-    start_X: jax.Array
+    start_X: Int[Array, " X"]
     """At home: the first row for each device."""
-    size_X: jax.Array
+    size_X: Int[Array, " X"]
     """At home: the number of rows for each device."""
-    at_X: jax.Array
+    at_X: Int[Array, " X"]
     """Position of these rows in the buffer of that device."""
-    back_start_X: jax.Array
+    back_start_X: Int[Array, " X"]
     """At the experts: the first row from each device."""
-    back_size_X: jax.Array
+    back_size_X: Int[Array, " X"]
     """At the experts: the number of rows from each device."""
-    back_at_X: jax.Array
+    back_at_X: Int[Array, " X"]
     """Position of these rows at their home."""
 
 
-def _window(i: jax.Array, routes: RaggedRoutes, rows: int) -> Window:
+def _window(i: Int[Array, ""], routes: RaggedRoutes, rows: int) -> Window:
     """Return the window of chunk i: rows i * rows … (i + 1) * rows - 1 of all that each device receives."""
-    me, first = jax.lax.axis_index("expert"), i * rows
+    me = jax.lax.axis_index("expert")
+    first = i * rows
     low_XX = jnp.clip(routes.into_XX, first, first + rows)
     size_XX = jnp.clip(routes.into_XX + routes.sent_XX, first, first + rows) - low_XX
     start_XX = routes.starts_XX + low_XX - routes.into_XX
@@ -124,12 +127,16 @@ def _window(i: jax.Array, routes: RaggedRoutes, rows: int) -> Window:
     return Window(start_XX[me], size_XX[me], at_XX[me], at_XX[:, me], size_XX[:, me], start_XX[:, me])
 
 
-def _exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, rows: int, experts: LocalExperts) -> jax.Array:
+def _exchange_chunk(
+    i: Int[Array, ""], inputs: ChunkInputs, routing: ChunkRouting, rows: int, experts: LocalExperts
+) -> Float[Array, "m D"]:
     """Compute what chunk i adds to each token."""
     routes: RaggedRoutes = routing.routes
     X, E = routes.counts_XE.shape
-    n, A = inputs.weights_mA.size, inputs.weights_mA.shape[1]
-    e, me = E // X, jax.lax.axis_index("expert")
+    m, A = inputs.weights_mA.shape
+    n = m * A
+    e = E // X
+    me = jax.lax.axis_index("expert")
     window = _window(i, routes, rows)
     used_n = jnp.arange(n) < jnp.sum(routes.sent_XX[me])
     placement = Placement(routes.order_n // A, used_n, routes.place_mA, routes.place_mA < jnp.sum(routes.sent_XX[me]))
@@ -137,6 +144,7 @@ def _exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, ro
     # To the experts: the rows of device 0, of device 1, …, those of each device in the order of their experts.
     x_SD = _to_experts(to_rows(inputs.x_mD, placement), window, rows, n)
     weight_S = _to_experts(inputs.weights_mA.reshape(-1)[routes.order_n], window, rows, n)
+    # `ends` lists e experts for each sending device, so the remainder of a position in it is the expert's index.
     ends_Xe = jnp.cumsum(jax.lax.dynamic_slice_in_dim(routes.counts_XE, me * e, e, axis=1))
     row_S = i * rows + jnp.arange(rows)
     expert_S = jnp.where(row_S < ends_Xe[-1], jnp.searchsorted(ends_Xe, row_S, side="right", method="compare_all") % e, e)
@@ -149,23 +157,30 @@ def _exchange_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting, ro
     return from_rows(_to_tokens(y_SD, window, rows, n).astype(jnp.float32), placement)
 
 
-def _move(x: jax.Array, rows: int, start_X: jax.Array, size_X: jax.Array, at_X: jax.Array, coming_X: jax.Array) -> jax.Array:
+def _move(
+    x: Shaped[Array, "..."],
+    rows: int,
+    start_X: Int[Array, " X"],
+    size_X: Int[Array, " X"],
+    at_X: Int[Array, " X"],
+    received_X: Int[Array, " X"],
+) -> Shaped[Array, "..."]:
     """Send slices of x to the other devices, and return the buffer of `rows` rows that this device receives."""
     buffer = jax.lax.full_like(x, 0, shape=(rows, *x.shape[1:]))
-    return jax.lax.ragged_all_to_all(x, buffer, start_X, size_X, at_X, coming_X, axis_name="expert")
+    return jax.lax.ragged_all_to_all(x, buffer, start_X, size_X, at_X, received_X, axis_name="expert")
 
 
 # Each of the two is the gradient of the other. `rows` is the size of the buffer at the experts, `n` the number of rows at home.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _to_experts(x_n: jax.Array, window: Window, rows: int, n: int) -> jax.Array:
+def _to_experts(x_n: Shaped[Array, "n ..."], window: Window, rows: int, n: int) -> Shaped[Array, "S ..."]:
     """Send rows from home to their experts."""
     return _move(x_n, rows, window.start_X, window.size_X, window.at_X, window.back_size_X)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _to_tokens(y_S: jax.Array, window: Window, rows: int, n: int) -> jax.Array:
+def _to_tokens(y_S: Shaped[Array, "S ..."], window: Window, rows: int, n: int) -> Shaped[Array, "n ..."]:
     """Send rows from their experts back home."""
     return _move(y_S, n, window.back_start_X, window.back_size_X, window.back_at_X, window.size_X)
 

@@ -11,31 +11,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-import jax
+from jaxtyping import Array, Float, Int, Key, UInt32
 
-Name = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
+TransportName = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
 """Names of the transports, as in `compute.transport`."""
 
 
 class DropoutCounters(NamedTuple):
     """State of the counter-based random number generator for dropout."""
 
-    key: jax.Array
-    counters: jax.Array
-    """One counter per assignment, unique in the whole mesh: (m, A), or (R,) for rows."""
+    key: Key[Array, ""]
+    counters: UInt32[Array, "..."]
+    """Counters, unique in the whole mesh: one per token (B, T), one per assignment (m, A), or one per row (R,)."""
 
 
 class Assignments(NamedTuple):
     """The tokens of this device, and the experts and weights that the router chose for them."""
 
-    x_mD: jax.Array
-    expert_ids_mA: jax.Array
+    x_mD: Float[Array, "m D"]
+    expert_ids_mA: Int[Array, "m A"]
     """Ids among all E experts; E for an assignment that is sent nowhere (padding, or dropped for lack of capacity)."""
-    weights_mA: jax.Array
+    weights_mA: Float[Array, "m A"]
     dropout_mA: DropoutCounters | None
 
 
-ApplyExperts = Callable[[jax.Array, jax.Array, Any, DropoutCounters | None], jax.Array]
+ApplyExperts = Callable[[Float[Array, "R D"], Int[Array, " e"], Any, DropoutCounters | None], Float[Array, "R D"]]
 """(rows (R, D) in the order of their experts, rows of each expert (e,), unsharded weights, dropout of each row) -> (R, D)."""
 
 
@@ -75,9 +75,9 @@ class ExchangeSizes(NamedTuple):
 class Combined(NamedTuple):
     """The result of a transport on one device."""
 
-    y_mD: jax.Array
+    y_mD: Float[Array, "m D"]
     """Weighted sum of the expert outputs of each token; zeros for a token without experts."""
-    computed: jax.Array
+    computed: Int[Array, ""]
     """Number of assignments actually computed (int32), so that callers can verify that none was lost."""
 
 
@@ -86,7 +86,7 @@ class Transport(Protocol):
     """Protocol that each transport module implements."""
 
     @property
-    def NAME(self) -> Name:
+    def NAME(self) -> TransportName:
         """Name of the transport, as in the config."""
         ...
 

@@ -32,7 +32,7 @@ def test_dispatch_and_combine_differentiate_as_indexing_does() -> None:
         for a, b in zip(ours, plain, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
-    ours = pull(lambda x: all_gather.dispatch(x, order, inverse), (x,), dy)
+    ours = pull(lambda x: all_gather.dispatch_tokens(x, order, inverse), (x,), dy)
     close(ours, pull(lambda x: jnp.repeat(x, A, axis=0)[order], (x,), dy))
-    ours = pull(lambda y, w: all_gather.combine(y, w, order, inverse), (y, weights), d)
+    ours = pull(lambda y, w: all_gather.combine_rows(y, w, order, inverse), (y, weights), d)
     close(ours, pull(lambda y, w: jnp.sum(w[..., None] * y[inverse], axis=1), (y, weights), d))

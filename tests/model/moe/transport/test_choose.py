@@ -9,7 +9,7 @@ import pytest
 from moe_train import config
 from moe_train.model.moe.transport import all_gather, all_to_all, ragged_all_to_all
 from moe_train.model.moe.transport.choose import choose_transport, transports_of
-from moe_train.model.moe.transport.transport import Name
+from moe_train.model.moe.transport.transport import TransportName
 from tests.model.moe.transport.sizes import SIZES
 
 
@@ -26,5 +26,5 @@ def test_auto_moves_the_fewest_bytes(devices: int, on: str, chosen: object) -> N
 
 def test_names_are_those_of_the_config() -> None:
     setting = config.Compute.model_fields["transport"].annotation
-    assert get_args(setting) == ("auto", *get_args(Name))
-    assert tuple(choose_transport(name, SIZES).NAME for name in transports_of("tpu")) == get_args(Name)
+    assert get_args(setting) == ("auto", *get_args(TransportName))
+    assert tuple(choose_transport(name, SIZES).NAME for name in transports_of("tpu")) == get_args(TransportName)

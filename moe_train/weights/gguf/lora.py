@@ -91,7 +91,17 @@ def export_adapter(
                     values = values.astype(np.float64) * factor
             yield piece.to_file(values.astype(np.float32))
 
-    settings = {
+    settings = _settings(model, alpha, name, base_model)
+    specs = [container.GgufSpec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
+    check_space(out_dir, sum(container.encoded_bytes(spec) for spec in specs))
+    with new_directory(out_dir) as directory:
+        container.write_gguf(directory / ADAPTER_FILE, settings, specs, parts)
+        write_texts(directory, texts)
+
+
+def _settings(model: config.Model, alpha: float, name: str, base_model: str) -> container.GgufSettings:
+    """Return the keys of an adapter's file."""
+    return {
         "general.architecture": gguf_settings.architecture(model),
         "general.type": "adapter",
         "general.name": name,
@@ -100,11 +110,6 @@ def export_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
     }
-    specs = [container.GgufSpec(name, pieces[0].shape, "F32") for name, pieces in tensors.items()]
-    check_space(out_dir, sum(container.encoded_bytes(spec) for spec in specs))
-    with new_directory(out_dir) as directory:
-        container.write_gguf(directory / ADAPTER_FILE, settings, specs, parts)
-        write_texts(directory, texts)
 
 
 def open_adapter(path: str | Path) -> container.Gguf:

@@ -69,11 +69,6 @@ def export_adapter(
     settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
     dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
 
-    def tensor(spec: safetensors_files.TensorSpec) -> np.ndarray:
-        """Return one tensor of the file."""
-        piece = pieces[spec.name]
-        return piece.to_file(matrix(piece))
-
     def matrix(piece: names.WeightPiece) -> np.ndarray:
         """Return our matrix, with the rank and scale that the file states for it."""
         path = ParameterPath.parse(piece.path)
@@ -83,20 +78,28 @@ def export_adapter(
             return np.zeros(piece.internal_shape, dtype)
         trained = fetch_entry(parameters[piece.path], piece.lead)
         shape = shapes[path.module_path]
-        # B absorbs the difference between the scale here and the one that the file's settings imply.
-        factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
-        if path.leaf == "lora_b" and factor != 1:
-            trained = (trained.astype(np.float64) * factor).astype(dtype)
-        return np.pad(trained, [(0, size - length) for size, length in zip(piece.internal_shape, trained.shape, strict=True)])
+        factor = 1.0
+        if path.leaf == "lora_b":  # B absorbs the difference between the scale here and the one that the file's settings imply
+            factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
+        return _scale_and_pad(trained, factor, piece.internal_shape)
 
     pieces = {piece.name: piece for piece in (*table, *saved)}
     specs = [safetensors_files.TensorSpec(piece.name, piece.shape, dtype) for piece in table]
     specs += [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)) for piece in saved]
     check_space(out_dir, sum(array_bytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
-        safetensors_files.write_safetensors(directory / ADAPTER_WEIGHTS, specs, tensor)
+        safetensors_files.write_safetensors(
+            directory / ADAPTER_WEIGHTS, specs, lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name]))
+        )
         hf.write_json(directory / ADAPTER_CONFIG, settings)
         write_texts(directory, texts)
+
+
+def _scale_and_pad(trained: np.ndarray, factor: float, shape: tuple[int, ...]) -> np.ndarray:
+    """Return `trained` times `factor`, rounded once, with zeros up to `shape`; a factor of 1 keeps every bit."""
+    if factor != 1:
+        trained = (trained.astype(np.float64) * factor).astype(trained.dtype)
+    return np.pad(trained, [(0, size - length) for size, length in zip(shape, trained.shape, strict=True)])
 
 
 # --- adapter_config.json -------------------------------------------------------------------------------------------

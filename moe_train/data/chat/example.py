@@ -36,6 +36,13 @@ REWRITTEN = "the chat format writes earlier messages differently later"
 WITHOUT_ID = "a call is generated without the id that later turns see"
 
 
+def restart_reason(between: list[Message]) -> str:
+    """Return why a turn begins a new example, given the messages between it and the trained turn before it."""
+    if any(message["role"] == "user" for message in between):
+        return NEW_USER_TURN
+    return REWRITTEN
+
+
 def fitting_tokens(merged: MergedTurns | None, limit: int) -> int:
     """Return how many tokens to keep so that at most `limit` remain and no turn is cut; 0 if no trained turn fits."""
     ends = () if merged is None else merged.ends

@@ -26,7 +26,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import ToolCall
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
-from moe_train.data.chat.example import NEW_USER_TURN, REWRITTEN, WITHOUT_ID, Example, MergedTurns, Turn, turns
+from moe_train.data.chat.example import WITHOUT_ID, Example, MergedTurns, Turn, restart_reason, turns
 from moe_train.data.records.normal_form import Message
 
 _MOST_ENCODED = 64  # encoded prefixes of a conversation, apart from those before a new user turn
@@ -78,7 +78,7 @@ def merged_examples(messages: list[Message], prefixes: Prefixes) -> list[Example
             rows[-1].spans += spans
         else:
             between = messages[previous_end : all_turns[numbers[0]].start]
-            rows.append(_Row(_reason(between) if rows else None, tokens, spans))
+            rows.append(_Row(restart_reason(between) if rows else None, tokens, spans))
         previous_end = end
     call = _first_call(rows)
     examples = [_example(row, call) for row in rows]
@@ -105,13 +105,6 @@ def _stretches(all_turns: list[Turn], messages: list[Message]) -> list[range]:
         else:
             groups.append(range(i, i + 1))
     return groups
-
-
-def _reason(between: list[Message]) -> str:
-    """Return why a turn begins a new example, given the messages between it and the last turn that is trained on."""
-    if any(message["role"] == "user" for message in between):
-        return NEW_USER_TURN
-    return REWRITTEN
 
 
 def _first_call(rows: list[_Row]) -> tuple[_Row, _Span] | None:

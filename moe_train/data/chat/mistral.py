@@ -24,7 +24,8 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from pydantic import ValidationError
 
 from moe_train.data.chat.example import Example, turns, uses_tools, without_tools
-from moe_train.data.chat.mistral_trajectory import Prefixes, merged_examples
+from moe_train.data.chat.mistral_prefixes import Prefixes
+from moe_train.data.chat.mistral_trajectory import merged_examples
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.mistral import Mistral
 

@@ -14,33 +14,16 @@ generated; for the other calls this would cost the square again.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from mistral_common.protocol.instruct.messages import AssistantMessage
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.protocol.instruct.tool_calls import ToolCall
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from moe_train.data.chat.example import WITHOUT_ID, Example, MergedTurns, Turn, restart_reason, turns
+from moe_train.data.chat.mistral_prefixes import Prefixes, TurnSpan
 from moe_train.data.records.normal_form import Message
 
 _MOST_ENCODED = 64  # encoded prefixes of a conversation, apart from those before a new user turn
 _ANCHOR = 4  # tokens that must be equal for two forms of a call to be aligned again after a difference
 _LONGEST_REMOVED = 8  # tokens of a call as it is generated that later turns do not see at one place: `}}` and `]`
 _LONGEST_ADDED = 64  # tokens of an id with what is around it; an id has nine characters
-
-
-class _Span(NamedTuple):
-    """A turn in a row: `tokens[start:end]`."""
-
-    start: int
-    end: int
-    generated: list[int]
 
 
 @dataclasses.dataclass
@@ -50,9 +33,9 @@ class _Row:
     restart: str | None
     tokens: list[int]
     """The tokens up to the end of the last turn, as later turns see them."""
-    spans: list[_Span]
+    spans: list[TurnSpan]
 
-    def seen(self, span: _Span) -> list[int]:
+    def seen(self, span: TurnSpan) -> list[int]:
         """Return the tokens of a turn as later turns see them."""
         return self.tokens[span.start : span.end]
 
@@ -107,7 +90,7 @@ def _stretches(all_turns: list[Turn], messages: list[Message]) -> list[range]:
     return groups
 
 
-def _first_call(rows: list[_Row]) -> tuple[_Row, _Span] | None:
+def _first_call(rows: list[_Row]) -> tuple[_Row, TurnSpan] | None:
     """Return the first turn that is generated differently; None if there is none, or an example ends with such a turn."""
     if any(row.seen(row.spans[-1]) != row.spans[-1].generated for row in rows):
         return None
@@ -118,7 +101,7 @@ def _first_call(rows: list[_Row]) -> tuple[_Row, _Span] | None:
     return None
 
 
-def _example(row: _Row, call: tuple[_Row, _Span] | None) -> Example:
+def _example(row: _Row, call: tuple[_Row, TurnSpan] | None) -> Example:
     """Return a row as an example; of the turn in `call` only the beginning is trained on, as the rest has its own example."""
     last = row.spans[-1]
     tokens = row.tokens[: last.start] + last.generated
@@ -135,7 +118,7 @@ def _example(row: _Row, call: tuple[_Row, _Span] | None) -> Example:
     return Example(tokens, mask, MergedTurns(ends, separate_tokens, row.restart))
 
 
-def _call_example(row: _Row, span: _Span) -> Example:
+def _call_example(row: _Row, span: TurnSpan) -> Example:
     """Return the example for the remainder of a call as it is generated: what differs from the call that later turns see."""
     tokens = row.tokens[: span.start] + span.generated
     num_elsewhere = span.start + _num_common(row.seen(span), span.generated)
@@ -185,101 +168,3 @@ def _next_equal(seen: list[int], i: int, generated: list[int], j: int) -> tuple[
             if seen[i + added : i + added + _ANCHOR] == rest:
                 return i + added, j + removed
     return None
-
-
-# --- encoding prefixes ----------------------------------------------------------------------------------------------
-
-
-class Prefixes:
-    """Encodes prefixes of a conversation with mistral-common, which normalizes and tokenizes each message once.
-
-    Args:
-        request: The conversation, validated.
-        normalizer: mistral-common's normalizer.
-        encoder: mistral-common's encoder.
-        generates_ids: Whether a call is generated as later turns see it.
-    """
-
-    def __init__(
-        self,
-        request: ChatCompletionRequest[Any],
-        normalizer: InstructRequestNormalizer,
-        encoder: InstructTokenizerBase,
-        generates_ids: bool,
-    ) -> None:
-        self._request = request
-        self._plain = encoder
-        self._generates_ids = generates_ids
-        self._normalizer = copy.copy(normalizer)
-        self._encoder = copy.copy(encoder)
-        # mistral-common handles a prefix message by message; what it made of a message is looked up in longer prefixes.
-        vars(self._normalizer)["_aggregate_role"] = _remembered_groups(normalizer._aggregate_role)
-        self._segments: list[list[int]] = []
-        for name in ("encode_user_message", "encode_assistant_message", "encode_tool_message", "encode_system_message"):
-            vars(self._encoder)[name] = self._recorded(getattr(encoder, name))
-
-    def encode(self, numbers: range, end: int) -> tuple[list[int], list[_Span]]:
-        """Encode the conversation up to the end of a turn.
-
-        Args:
-            numbers: Which turns to locate, counted over all turns of the assistant; the last one ends the encoded messages.
-            end: Number of messages to encode.
-
-        Returns:
-            The tokens, with the ids of calls, and the spans of the turns.
-        """
-        prefix = self._request.model_copy(update={"messages": self._request.messages[:end]})
-        normal = self._normalizer.from_chat_completion_request(prefix)
-        self._segments.clear()
-        tokens = self._encoder.encode_instruct(normal).tokens
-        ends = list(itertools.accumulate(map(len, self._segments), initial=len(self._encoder.start())))
-        assert ends[-1] == len(tokens), "mistral-common does not encode a conversation message by message"
-        assistant_messages = [i for i, message in enumerate(normal.messages) if isinstance(message, AssistantMessage)]
-        spans = []
-        for number in numbers:
-            i = assistant_messages[number]
-            spans.append(_Span(ends[i], ends[i + 1], self._as_generated(normal.messages[i], self._segments[i])))
-        assert spans[-1].end == len(tokens), "mistral-common writes something after the assistant's last turn"
-        return tokens, spans
-
-    def _as_generated(self, message: AssistantMessage, seen: list[int]) -> list[int]:
-        """Return the tokens of a message as the assistant generates them, given those that later turns see."""
-        if self._generates_ids or not message.tool_calls:
-            return seen
-        calls = [ToolCall(function=call.function) for call in message.tool_calls]
-        return self._plain.encode_assistant_message(message.model_copy(update={"tool_calls": calls}), False)
-
-    def _recorded(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """Return an encoder of messages that encodes each once, and appends its tokens to `_segments`."""
-        results: dict[Any, tuple[Any, Any]] = {}
-
-        def recorded(message: Any = None, *args: Any, **kwargs: Any) -> Any:
-            """Return the result for a message."""
-            # What else decides the result is whether the message is the first or last of its kind, and the system text.
-            key = (id(message), *(value for value in (*args, *kwargs.values()) if isinstance(value, bool | str)))
-            if key not in results:
-                results[key] = (encode(message, *args, **kwargs), message)  # a reference keeps the message's id from being reused
-            result = results[key][0]
-            self._segments.append(result[0] if isinstance(result, tuple) else result)
-            return result
-
-        return recorded
-
-
-def _remembered_groups(aggregate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that normalizes each group of consecutive messages of a role once.
-
-    The messages are those of one conversation, so a group is known by its first message and its size.
-    """
-    results: dict[Any, Any] = {}
-
-    def remembered(group: list[Any], role: Any, call_ids: list[str]) -> Any:
-        """Return the result for a group."""
-        if not group:
-            return aggregate(group, role, call_ids)
-        key = (id(group[0]), len(group))
-        if key not in results:
-            results[key] = aggregate(group, role, call_ids)
-        return results[key]
-
-    return remembered

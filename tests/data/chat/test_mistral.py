@@ -23,6 +23,7 @@ from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.chat.chats import CALL, TOOL
+from tests.data.chat.trajectories import predictions, trained_ids
 from tests.data.conversations import conversations
 from tests.data.hugging_face import DATA, small_tekken
 from tests.data.hugging_face import FILES as SENTENCEPIECE
@@ -88,18 +89,6 @@ def _reference(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | Non
     return Example(tokens, mask)
 
 
-def predictions(examples: list[Example]) -> collections.Counter[tuple[int, int]]:
-    """How often each token is trained on after each sequence of tokens, which is represented by a hash."""
-    counts: collections.Counter[tuple[int, int]] = collections.Counter()
-    for example in examples:
-        before = 0
-        for token, mask in zip(example.tokens, example.loss_mask or (), strict=True):
-            if mask and before:
-                counts[before, token] += 1
-            before = hash((before, token))
-    return counts
-
-
 def compare_merged(merged: list[Example], separate: list[Example], ours: Mistral) -> None:
     """Merged turns train on the predictions of separate ones, except after the ids of calls that are generated without one."""
     expected, found = predictions(separate), predictions(merged)
@@ -113,10 +102,6 @@ def compare_merged(merged: list[Example], separate: list[Example], ours: Mistral
     assert all(any(prediction in call for call in calls) for prediction in missing)
     assert not calls or any(not call - found for call in calls)
     assert other.total() <= missing.total()
-
-
-def trained_ids(example: Example) -> list[int]:
-    return [token for token, mask in zip(example.tokens, example.loss_mask or (), strict=True) if mask]
 
 
 def check_equal(version: str, tools: bool, wanted: int) -> collections.Counter[str]:

@@ -22,7 +22,7 @@ from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
-from moe_train.data.chat.example import Example, has_trained_token
+from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
 from moe_train.data.records.conversation import recognise
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import located
@@ -92,6 +92,9 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
             raise ValueError(
                 f"{places[i]}: the record has {lengths[i]} tokens, seq_len is {seq_len}; raise --seq-len, or leave it out"
             )
+        # Of a conversation with tools, the turns that fit are kept.
+        if too_long == "drop":
+            lengths[i] = fitting_tokens(examples[i].merged, seq_len + 1) - 1 or lengths[i]
         # A record that is left with nothing to train on is dropped.
         if too_long == "truncate" and not has_trained_token(examples[i].loss_mask, seq_len):
             lengths[i] = 0

@@ -70,7 +70,7 @@ class Loader:
         num_rows: Number of rows.
         num_tokens: Number of positions that are not padding.
         num_dropped: Number of examples that were too long, or truncated to nothing that is trained on.
-        num_truncated: Number of examples that were truncated.
+        num_truncated: Number of examples that were truncated, or shortened to the turns that fit (conversations with tools).
         num_split: Number of examples that were split.
         num_empty: Number of records without text, which are left out.
         identity: A hash of everything that decides the batches, except batch_size.
@@ -108,6 +108,7 @@ class Loader:
         self._names = [_name(source) for source in chosen]
         self._stores: list[TokenStore] = []
         self._orders: list[Order] = []
+        self._num_shortened = 0
         for i, source in enumerate(chosen):
             store = open_store(source, data, tokenizer, template)
             if not isinstance(source, config.PreparedSource):
@@ -121,6 +122,10 @@ class Loader:
                 store.warn_of_cache(data.shuffle_tokens)
                 shuffle = Shuffle((seed, i), data.shuffle_tokens)
             lengths = _lengths(store, seq_len, too_long)
+            if too_long == "drop":
+                fitting = store.fitting_lengths(lengths, seq_len)
+                self._num_shortened += int((fitting < lengths).sum())
+                lengths = fitting
             self._stores.append(store)
             self._orders.append(Order(store, lengths, seq_len, too_long, shuffle, data.cache_dir))
         plans = [order.plan() for order in self._orders]
@@ -131,7 +136,7 @@ class Loader:
         self.num_rows = sum(plan.num_rows for plan in plans)
         self.num_tokens = sum(plan.num_tokens for plan in plans)
         self.num_dropped = sum(plan.num_dropped for plan in plans)
-        self.num_truncated = sum(plan.num_truncated for plan in plans)
+        self.num_truncated = sum(plan.num_truncated for plan in plans) + self._num_shortened
         self.num_split = sum(plan.num_split for plan in plans)
         self.num_empty = sum(store.manifest.empty for store in self._stores)
         manifests = [store.manifest for store in self._stores]

@@ -23,7 +23,7 @@ def examples(conversation: Conversation, template: str | None, tokenizer: Tokeni
         tokenizer: The tokenizer.
 
     Returns:
-        One example; for a conversation with tools, one for each turn of the assistant that is trained on.
+        One example; for a conversation with tools, as few as its tokens allow.
 
     Raises:
         ValueError: If a message is malformed, the tokenizer or template has no tools but the conversation does, the template

@@ -30,7 +30,7 @@ def encode(
 ) -> Iterator[tuple[Origin, list[Example]]]:
     """Yield the training examples of each record with its origin.
 
-    A text gives one example, an empty text none, and a conversation with tools one for each assistant turn.
+    A text gives one example, an empty text none, and a conversation with tools as few as its tokens allow.
 
     Args:
         numbered: Each record with its origin.
@@ -60,16 +60,13 @@ def encode(
 
 
 def _size(conversation: Conversation) -> int:
-    """Estimate the number of characters to tokenize, for records of any form; with tools a record gives several examples."""
-    messages, tools, _ = conversation
+    """Estimate the number of characters to tokenize, for records of any form."""
     num_characters = 0
-    with_tools = bool(tools)
-    for message in messages:
+    for message in conversation.messages:
         content = message.get("content")
         if isinstance(content, str):
             num_characters += len(content)
-        with_tools = with_tools or "tool_calls" in message
-    return num_characters * len(messages) if with_tools else num_characters
+    return num_characters
 
 
 def _chunks(

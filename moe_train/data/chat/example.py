@@ -16,6 +16,37 @@ class Example(NamedTuple):
 
     tokens: list[int]
     loss_mask: list[bool] | None
+    merged: MergedTurns | None = None
+    """How turns of a conversation with tools were merged into this example; None for any other example."""
+
+
+class MergedTurns(NamedTuple):
+    """Turns of a conversation with tools that share an example, because the tokens before each are a prefix of the example."""
+
+    ends: tuple[int, ...]
+    """For each trained turn, the number of tokens up to its end; an example that is too long may be cut there."""
+    separate_tokens: int
+    """Number of tokens of the same turns with an example for each, which repeats the tokens before it."""
+    restart: str | None = None
+    """Why the turns could not be appended to the example before, such as `NEW_USER_TURN`; None for a conversation's first one."""
+
+
+NEW_USER_TURN = "a new user turn changes what stands before it"
+REWRITTEN = "the chat format writes earlier messages differently later"
+WITHOUT_ID = "a call is generated without the id that later turns see"
+
+
+def restart_reason(between: list[Message]) -> str:
+    """Return why a turn begins a new example, given the messages between it and the trained turn before it."""
+    if any(message["role"] == "user" for message in between):
+        return NEW_USER_TURN
+    return REWRITTEN
+
+
+def fitting_tokens(merged: MergedTurns | None, limit: int) -> int:
+    """Return how many tokens to keep so that at most `limit` remain and no turn is cut; 0 if no trained turn fits."""
+    ends = () if merged is None else merged.ends
+    return max((end for end in ends if end <= limit), default=0)
 
 
 def has_trained_token(loss_mask: Sequence[bool] | np.ndarray | None, seq_len: int) -> bool:
@@ -57,7 +88,8 @@ def turns(messages: list[Message]) -> list[Turn]:
 def uses_tools(conversation: Conversation) -> bool:
     """Return whether a conversation has tools, calls or results.
 
-    Such a conversation is trained on as its prefixes, each for its last turn.
+    What stands before a turn of such a conversation may depend on the turn, so that turns share an example only if their tokens
+    allow it.
     """
     return bool(conversation.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in conversation.messages)
 

@@ -1,8 +1,11 @@
 """Find the characters of a rendered conversation that are trained on.
 
 They are what the assistant wrote, end token included: the parts that the template marks with {% generation %}, or otherwise
-what a turn adds to the rendering of the turns before it. If both are available, they have to agree. A conversation with tools
-is trained on as its prefixes, of each only the last turn. The id of a call is random, and never trained on.
+what a turn adds to the rendering of the turns before it. If both are available, they have to agree. The id of a call is random,
+and never trained on.
+
+What a template writes before a turn may depend on the position of the turn where there are tools. A conversation with tools is
+therefore rendered up to each turn that is trained on, and turns share a text if their renderings continue one another.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import string
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from moe_train.data.chat.example import is_trained_on, turns, uses_tools
+from moe_train.data.chat.example import is_trained_on, restart_reason, turns, uses_tools
 from moe_train.data.chat.renderer import GENERATION
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
@@ -20,6 +23,15 @@ from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Span
+
+
+class TurnText(NamedTuple):
+    """A trained turn of a conversation with tools, in the text that it shares with other turns."""
+
+    num_spans: int
+    """Number of the text's trained spans up to the end of the turn."""
+    after: str
+    """What the conversation up to this turn has after the turn; it is not trained on."""
 
 
 class Text(NamedTuple):
@@ -30,6 +42,15 @@ class Text(NamedTuple):
     """Spans of characters that are trained on."""
     random: list[Span]
     """Spans of characters that are random and never trained on."""
+    turns: tuple[TurnText, ...] = ()
+    """For a conversation with tools: the turns that share the text, in order."""
+    restart: str | None = None
+    """Why the text does not continue the one before; None for the first text of a conversation."""
+
+    @property
+    def end(self) -> int:
+        """Number of characters up to the end of what is trained on."""
+        return self.trained_on[-1][1] if self.trained_on else len(self.text)
 
 
 Steps = Generator[list[Request], list[list[str | ValueError]], list[Text]]
@@ -39,35 +60,58 @@ It is a generator so that the requests of many conversations can be sent to the 
 
 
 def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
-    """Find the texts that a conversation is trained on as: one, or with tools one for each assistant turn that is trained on."""
+    """Find the texts that a conversation is trained on as: one, or with tools as few as its renderings allow."""
     messages = conversation.messages
-    if uses_tools(conversation):
+    with_tools = uses_tools(conversation)
+    if with_tools:
         parts = [(turn.end, list(range(turn.start, turn.end))) for turn in turns(messages) if turn.trained_on]
     else:
         parts = [(len(messages), [i for i, message in enumerate(messages) if is_trained_on(message)])]
-    id_variants = [_with_other_ids(messages[:end], trained_on) for end, trained_on in parts]
+    if not parts:
+        return []
     # Request all prefixes at once. Some templates refuse prefixes; that is an error only if the prefixes are needed.
     prefixes: list[Prefix] = []
     for end, trained_on in reversed(parts):
         prefixes += [(end, False), *_around(trained_on)]
-    requests: list[Request] = []
-    if parts:
-        requests.append(request(conversation, list(dict.fromkeys(prefixes)), tokenizer))
-    for id_variant in id_variants:
-        if id_variant:
-            requests.append(request(Conversation(id_variant, conversation.tools), [(len(id_variant), False)], tokenizer))
+    requests = [request(conversation, list(dict.fromkeys(prefixes)), tokenizer)]
     answers = yield requests
-    rendered: dict[Prefix, str | ValueError] = {}
-    if parts:
-        rendered.update(zip(requests[0].prefixes, answers[0], strict=True))
-    variant_answers = iter(answers[1:])
-    texts = []
-    for (end, trained_on), id_variant in zip(parts, id_variants, strict=True):
-        renderings = _Renderings(Conversation(messages[:end], conversation.tools), rendered, tokenizer)
-        rendered_variant = text_or_raise(next(variant_answers)[0]) if id_variant else None
-        text = yield from _trained_text(renderings, trained_on, rendered_variant)
-        texts.append(text)
-    return texts
+    rendered = dict(zip(requests[0].prefixes, answers[0], strict=True))
+    texts: list[Text] = []
+    ends: list[int] = []
+    for end, trained_on in parts:
+        renderings = _Renderings(Conversation(messages[:end], conversation.tools, conversation.settings), rendered, tokenizer)
+        text = yield from _trained_text(renderings, trained_on)
+        if with_tools:
+            text = text._replace(turns=(TurnText(len(text.trained_on), text.text[text.end :]),))
+        if texts and text.text.startswith(texts[-1].text[: texts[-1].end]):
+            texts[-1] = _joined(texts[-1], text)
+            ends[-1] = end
+        else:
+            restart = restart_reason(messages[ends[-1] : trained_on[0]]) if texts else None
+            texts.append(text._replace(restart=restart))
+            ends.append(end)
+    trained_messages = [messages[i] for _, trained_on in parts for i in trained_on]
+    if not any("id" in call for message in trained_messages for call in message.get("tool_calls", ())):
+        return texts
+    return (yield from _with_random(texts, ends, conversation, tokenizer))
+
+
+def _joined(before: Text, text: Text) -> Text:
+    """Return a text with the turns of the text before, which it continues."""
+    num_spans = len(before.trained_on)
+    turn_texts = [turn._replace(num_spans=num_spans + turn.num_spans) for turn in text.turns]
+    return text._replace(trained_on=before.trained_on + text.trained_on, turns=(*before.turns, *turn_texts), restart=before.restart)
+
+
+def _with_random(texts: list[Text], ends: list[int], conversation: Conversation, tokenizer: HuggingFace) -> Steps:
+    """Find the ids of calls in texts, given the number of messages in each text: what changes when all ids are replaced."""
+    messages, tools, settings = conversation
+    variant = Conversation([_with_other_ids(message) for message in messages], tools, settings)
+    (answers,) = yield [request(variant, [(end, False) for end in reversed(ends)], tokenizer)]
+    found = []
+    for text, rendered in zip(texts, reversed(answers), strict=True):
+        found.append(text._replace(random=_differing(text.text, without_marks(text_or_raise(rendered)))))
+    return found
 
 
 class _Renderings(NamedTuple):
@@ -78,27 +122,25 @@ class _Renderings(NamedTuple):
     tokenizer: HuggingFace
 
 
-def _trained_text(renderings: _Renderings, trained_on: list[int], id_variant: str | None) -> Generator[Any, Any, Text]:
+def _trained_text(renderings: _Renderings, trained_on: list[int]) -> Generator[Any, Any, Text]:
     """Return the text of one prefix, with the spans that are trained on.
 
     Args:
         renderings: The conversation, and its known renderings.
         trained_on: Indices of the messages that are trained on.
-        id_variant: The rendering with other call ids; None if the trained messages have no call ids.
     """
     messages = renderings.conversation.messages
     marked = text_or_raise(renderings.known[len(messages), False])
     text = without_marks(marked)
-    random = [] if id_variant is None else _differing(text, without_marks(id_variant))
     if GENERATION[0] not in marked:
-        return Text(text, (yield from _prefix_spans(text, renderings, trained_on)), random)
+        return Text(text, (yield from _prefix_spans(text, renderings, trained_on)), [])
     try:
         added = yield from _prefix_spans(text, renderings, trained_on)
     except ValueError:  # the turns cannot be located by prefixes, so rely on the marks
-        return Text(text, _generation_spans(marked, messages, trained_on, None), random)
+        return Text(text, _generation_spans(marked, messages, trained_on, None), [])
     spans = _generation_spans(marked, messages, trained_on, added)
     _check_agree(text, spans, added)
-    return Text(text, spans, random)
+    return Text(text, spans, [])
 
 
 def _around(messages: list[int]) -> list[Prefix]:
@@ -216,17 +258,13 @@ def _characters(spans: list[Span]) -> set[int]:
     return positions
 
 
-def _with_other_ids(messages: list[Message], trained_on: list[int]) -> list[Message]:
-    """Return the messages with every character of the trained calls' ids replaced by another; [] if nothing changes."""
-    calling = [i for i in trained_on if "tool_calls" in messages[i]]
-    if not calling:
-        return []
-    changed = list(messages)
-    for i in calling:
-        changed[i] = messages[i] | {"tool_calls": [_with_other_id(call) for call in messages[i]["tool_calls"]]}
-    if all(changed[i] == messages[i] for i in calling):
-        return []
-    return changed
+def _with_other_ids(message: Message) -> Message:
+    """Return the message with every character of the ids of calls replaced by another, in calls and in results."""
+    if "tool_calls" in message:
+        return message | {"tool_calls": [_with_other_id(call) for call in message["tool_calls"]]}
+    if "tool_call_id" in message:
+        return message | {"tool_call_id": message["tool_call_id"].translate(_OTHER)}
+    return message
 
 
 def _with_other_id(call: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +275,7 @@ def _with_other_id(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(text: str, id_variant: str) -> list[Span]:
-    """Find the ids of trained calls in a text: the characters that change when every character of the ids is replaced."""
+    """Find the ids of calls in a text: the characters that change when every character of the ids is replaced."""
     if len(id_variant) != len(text):
         raise ValueError("the chat template writes calls differently for different ids, so that what is random cannot be told")
     spans: list[Span] = []

@@ -1,9 +1,8 @@
 """Conversations with a Mistral tokenizer: mistral-common validates and encodes them, and this file computes the loss mask.
 
-As in Mistral's own fine-tuner, every token of the assistant is trained on, EOS included, and nothing else. A conversation
-with tools is trained on as its prefixes, of each only the last turn. The reason is that the tokens before a turn depend on its
-position: tools come before the last user turn (from v13 on before the first), and v2 omits older calls. A call that is trained
-on is written without its id, which is random and is added by the server; later turns see the call with its id.
+As in Mistral's own fine-tuner, every token of the assistant is trained on, EOS included, and nothing else. The tokens before a
+turn of a conversation with tools depend on its position: tools come before the last user turn (from v13 on before the first),
+and v2 omits older calls. `mistral_trajectory` finds the turns that can share an example.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage
@@ -25,6 +24,8 @@ from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from pydantic import ValidationError
 
 from moe_train.data.chat.example import Example, turns, uses_tools, without_tools
+from moe_train.data.chat.mistral_prefixes import Prefixes
+from moe_train.data.chat.mistral_trajectory import merged_examples
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.mistral import Mistral
 
@@ -39,7 +40,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     """Convert a conversation to training examples; with tools, call `check_has_tools` first.
 
     Returns:
-        One example; for a conversation with tools, one for each turn of the assistant that is trained on.
+        One example, or several for a conversation with tools (see `mistral_trajectory`); none if no turn is trained on.
 
     Raises:
         ValueError: In one line, if mistral-common rejects the conversation.
@@ -47,7 +48,14 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     messages, tools, _ = conversation
     if not uses_tools(conversation):
         return [_all_turns(messages, tokenizer)]
-    return [_last_turn(messages[: turn.end], tools, tokenizer) for turn in turns(messages) if turn.trained_on]
+    trained = [turn for turn in turns(messages) if turn.trained_on]
+    if not trained:
+        return []
+    request = _validated(messages[: trained[-1].end], tools, tokenizer, ValidationMode.finetuning)
+    _, normalizer = _rules(tokenizer, ValidationMode.finetuning)
+    prefixes = Prefixes(request, normalizer, _instruct(tokenizer), tokenizer.finetuning.version >= _FIRST_WITHOUT_IDS)
+    with _refusals():
+        return merged_examples(messages, prefixes)
 
 
 def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
@@ -77,18 +85,6 @@ def _all_turns(messages: list[Message], tokenizer: Mistral) -> Example:
         if turn.trained_on:
             mask[start:end] = [True] * (end - start)
     return Example(tokens, mask)
-
-
-def _last_turn(messages: list[Message], tools: list[dict[str, Any]], tokenizer: Mistral) -> Example:
-    """Encode a prefix of a conversation with tools, of which only the last turn is trained on."""
-    request = _request(messages, tools, tokenizer, ValidationMode.finetuning)
-    # The ids are removed only after validation.
-    last = cast(AssistantMessage, request.messages[-1])
-    if last.tool_calls and tokenizer.finetuning.version < _FIRST_WITHOUT_IDS:
-        last.tool_calls = [ToolCall(function=call.function) for call in last.tool_calls]
-    tokens = _encode(request, tokenizer)
-    trained_on = _length_of_last(tokens, last, tokenizer)
-    return Example(tokens, [False] * (len(tokens) - trained_on) + [True] * trained_on)
 
 
 def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
@@ -146,14 +142,24 @@ def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer
 
     Consecutive messages of a role are joined, and system texts are moved to where the tokenizer's version has them.
     """
+    request = _validated(messages, tools, tokenizer, mode)
+    _, normalizer = _rules(tokenizer, mode)
+    with _refusals():
+        return normalizer.from_chat_completion_request(request)
+
+
+def _validated(
+    messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer: Mistral, mode: ValidationMode
+) -> ChatCompletionRequest[Any]:
+    """Parse a conversation, and validate it."""
     with _refusals():
         parsed_tools = [Tool.from_openai(tool) for tool in tools] or None
-        request: ChatCompletionRequest = ChatCompletionRequest.model_validate(
+        request: ChatCompletionRequest[Any] = ChatCompletionRequest.model_validate(
             {"messages": [_plain(message) for message in messages], "tools": parsed_tools}
         )
-        validator, normalizer = _rules(tokenizer, mode)
+        validator, _ = _rules(tokenizer, mode)
         validator.validate_request(request)
-        return normalizer.from_chat_completion_request(request)
+        return request
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,52 +1,52 @@
 """Convert conversations to tokens with a Hugging Face tokenizer.
 
-The chat template renders the text (`renderings`), part of the text is trained on (`loss_mask`), and the tokenizer encodes it.
+The chat template renders the text (`renderings`), part of the text is trained on (`loss_mask`), and the tokenizer
+encodes it (`text_to_ids`).
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from moe_train.data.chat import sandbox
 from moe_train.data.chat.example import Example, without_tools
 from moe_train.data.chat.loss_mask import Steps, Text, trained_texts
-from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, checked, request, text_or_raise, without_marks
+from moe_train.data.chat.renderings import checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
+from moe_train.data.chat.text_to_ids import encode_texts
 from moe_train.data.records.normal_form import Conversation, Message
-from moe_train.data.tokenizers.huggingface import HuggingFace, Marked
+from moe_train.data.tokenizers.huggingface import HuggingFace
 
 
 def examples(conversations: Sequence[Conversation], template: str, tokenizer: HuggingFace) -> list[list[Example] | ValueError]:
     """Convert conversations to training examples; they are rendered and encoded together. With tools, call `check_has_tools` first.
 
     Returns:
-        For each conversation one example, or with tools one for each assistant turn that is trained on; or a ValueError in one
-        line, if the template rejects the conversation or its turns cannot be located.
+        For each conversation one example, or with tools as few as its renderings and tokens allow; or a ValueError in one line, if
+        the template rejects the conversation or its turns cannot be located.
     """
-    rendered = _rendered([trained_texts(conversation, tokenizer) for conversation in conversations], template, tokenizer)
-    texts: list[_Written] = []
-    for written in rendered:
-        if not isinstance(written, ValueError):
-            texts += written
-    encoded = iter(_encode(texts, tokenizer))
+    rendered = _rendered([trained_texts(conversation, tokenizer) for conversation in conversations], template)
+    all_texts: list[Text] = []
+    for texts in rendered:
+        if not isinstance(texts, ValueError):
+            all_texts += texts
+    encoded = iter(encode_texts(all_texts, tokenizer))
     results: list[list[Example] | ValueError] = []
-    for written in rendered:
-        if isinstance(written, ValueError):
-            results.append(written)
+    for texts in rendered:
+        if isinstance(texts, ValueError):
+            results.append(texts)
         else:
-            results.append([next(encoded) for _ in written])
+            results.append([example for _ in texts for example in next(encoded)])
     return results
 
 
 def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:
     """Return the tokens up to where the assistant's next turn begins."""
     text = Text(without_marks(_text(conversation, True, template, tokenizer)), [], [])
-    return _encode([_written(text, tokenizer)], tokenizer)[0].tokens
+    return encode_texts([text], tokenizer)[0][0].tokens
 
 
 @functools.lru_cache(maxsize=8)
@@ -80,20 +80,13 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
 # --- rendering -------------------------------------------------------------------------------------------------
 
 
-class _Written(NamedTuple):
-    """A `Text` in the tokenizer's form; the first `num_trained` spans are trained on, the others are random."""
-
-    marked: Marked
-    num_trained: int
-
-
-def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list[list[_Written] | ValueError]:
+def _rendered(steps: list[Steps], template: str) -> list[list[Text] | ValueError]:
     """Run the generators of all conversations in lockstep, so that all their requests are sent to the sandbox at once.
 
     Returns:
         The texts of each conversation, or its error.
     """
-    results: list[list[_Written] | ValueError] = [[] for _ in steps]
+    results: list[list[Text] | ValueError] = [[] for _ in steps]
     answered: list[tuple[int, list[list[str | ValueError]] | None]] = [(i, None) for i in range(len(steps))]
     while answered:
         pending: list[tuple[int, list[Request]]] = []
@@ -101,7 +94,7 @@ def _rendered(steps: list[Steps], template: str, tokenizer: HuggingFace) -> list
             try:
                 pending.append((i, next(steps[i]) if answers is None else steps[i].send(answers)))
             except StopIteration as done:
-                results[i] = [_written(text, tokenizer) for text in done.value]
+                results[i] = done.value
             except ValueError as error:
                 results[i] = error
         try:
@@ -121,30 +114,3 @@ def _text(conversation: Conversation, prompt: bool, template: str, tokenizer: Hu
     text_request = request(conversation, [(len(conversation.messages), prompt)], tokenizer)
     (text,) = checked(sandbox.render_prefixes(template, [text_request])[0], text_request)
     return text_or_raise(text)
-
-
-# --- text to ids -----------------------------------------------------------------------------------------------
-
-
-_SPLIT = re.compile("[" + "".join(PLAIN_TEXT_MARKS) + "]")
-
-
-def _written(text: Text, tokenizer: HuggingFace) -> _Written:
-    """Move the marks: from around user text that looks like a control token to around the control tokens themselves."""
-    pieces = _SPLIT.split(text.text)
-    spans = text.trained_on + text.random
-    if len(pieces) > 1:  # translate positions in the text with marks to positions without
-        marks = [end + i for i, end in enumerate(itertools.accumulate(map(len, pieces[:-1])))]
-        spans = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]
-    return _Written(tokenizer.marked(pieces, spans), len(text.trained_on))
-
-
-def _encode(texts: list[_Written], tokenizer: HuggingFace) -> list[Example]:
-    """Encode texts; ids that touch a trained span are trained on, unless they touch a random one."""
-    encoded = []
-    for (ids, touched), text in zip(tokenizer.encode_marked([text.marked for text in texts]), texts, strict=True):
-        mask = [False] * len(ids)
-        for i, (first, last) in enumerate(touched):
-            mask[first:last] = [i < text.num_trained] * (last - first)
-        encoded.append(Example(ids, mask))
-    return encoded

@@ -265,6 +265,9 @@ class _Gathered:
     bad_records: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
     lengths: dict[tuple[int, str], Counter[int]] = field(default_factory=dict)
+    fitting: dict[tuple[int, str], Counter[tuple[int, int]]] = field(default_factory=dict)
+    merged: Counter[str] = field(default_factory=Counter)
+    restarts: Counter[str] = field(default_factory=Counter)
     overlaps: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -284,6 +287,10 @@ class _Gathered:
             self._name(place, number, problem)
         for (kind, ids), count in findings.lengths.items():
             self.lengths.setdefault((place.source, kind), Counter())[ids] += count
+        for (kind, ids, kept), count in findings.fitting.items():
+            self.fitting.setdefault((place.source, kind), Counter())[ids, kept] += count
+        self.merged += findings.merged
+        self.restarts += findings.restarts
         self._spool.add(findings.prints)
         self._origins.write(np.stack([np.full_like(findings.numbers, findings.place), findings.numbers], 1).tobytes())
         if self.held_out.hashes is not None:
@@ -310,8 +317,8 @@ class _Gathered:
         lengths: Counter[int] = sum(self.lengths.values(), Counter())
         truncation = epoch = None
         if settings.seq_len is not None:
-            truncation = estimate.truncation(self.lengths, settings.seq_len)
-            epoch = estimate.epoch(self.lengths, sources, settings.seq_len, settings.batch_size, tokens_per_second)
+            truncation = estimate.truncation(self.lengths, self.fitting, settings.seq_len)
+            epoch = estimate.epoch(self.lengths, self.fitting, sources, settings.seq_len, settings.batch_size, tokens_per_second)
         return {
             "files": len(self.places),
             "bytes": sum(place.file.stat().st_size for place in self.places),
@@ -321,6 +328,7 @@ class _Gathered:
             "examples": lengths.total(),
             "tokens": sum(ids * count for ids, count in lengths.items()),
             "loss_tokens": self.loss_tokens,
+            "merged_turns": {**self.merged, "restarts": dict(self.restarts.most_common())} if self.merged else None,
             "lengths": estimate.histogram(lengths),
             "truncation": truncation,
             "packing": epoch,

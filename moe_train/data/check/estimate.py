@@ -15,6 +15,10 @@ from moe_train.machine.files import read_object
 
 Lengths = Mapping[tuple[int, str], Mapping[int, int]]
 """(source, record kind) -> ids in an example -> number of such examples. An example takes one position less than its ids."""
+Fitting = Mapping[tuple[int, str], Mapping[tuple[int, int], int]]
+"""(source, record kind) -> (ids in an example, ids of its turns that fit into a row) -> number of such examples. These are
+examples of several turns with tools of which only some fit.
+"""
 
 
 def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
@@ -43,8 +47,8 @@ def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
     }
 
 
-def truncation(lengths: Lengths, seq_len: int) -> dict[str, int]:
-    """Count the examples, and their tokens, that do not fit into one row."""
+def truncation(lengths: Lengths, fitting: Fitting, seq_len: int) -> dict[str, int]:
+    """Count the examples, and their tokens, that do not fit into one row, and those of which some turns with tools fit."""
     beyond: list[tuple[int, int]] = []  # (positions beyond the row, number of examples)
     for counts in lengths.values():
         beyond += [(ids - 1 - seq_len, count) for ids, count in counts.items() if ids - 1 > seq_len]
@@ -52,16 +56,23 @@ def truncation(lengths: Lengths, seq_len: int) -> dict[str, int]:
         "seq_len": seq_len,
         "examples_longer": sum(count for _, count in beyond),
         "tokens_beyond": sum(positions * count for positions, count in beyond),
+        "examples_with_fitting_turns": sum(sum(counts.values()) for counts in fitting.values()),
     }
 
 
 def epoch(
-    lengths: Lengths, sources: Sequence[CheckedSource], seq_len: int, batch_size: int | None, tokens_per_second: float | None
+    lengths: Lengths,
+    fitting: Fitting,
+    sources: Sequence[CheckedSource],
+    seq_len: int,
+    batch_size: int | None,
+    tokens_per_second: float | None,
 ) -> dict[str, Any]:
     """Compute the packing and the length of an epoch with the packer of training.
 
     Args:
         lengths: The lengths of the examples.
+        fitting: Those of them of which only some turns fit into a row.
         sources: The sources, with their weights and their handling of long records.
         seq_len: Positions in a row.
         batch_size: Rows in a batch; None if unknown.
@@ -81,8 +92,14 @@ def epoch(
             too_long = "split"
         else:
             too_long = "drop"
-        needed = {ids - 1: count for ids, count in counts.items()}
-        num_rows, num_tokens = packing.packed_size(needed, seq_len, "drop" if too_long == "error" else too_long)
+        needed = Counter({ids - 1: count for ids, count in counts.items()})
+        if too_long == "error":
+            too_long = "drop"
+        if too_long == "drop":  # training keeps the turns that fit
+            for (ids, kept), count in fitting.get((source, kind), {}).items():
+                needed[ids - 1] -= count
+                needed[kept - 1] += count
+        num_rows, num_tokens = packing.packed_size(needed, seq_len, too_long)
         rows[source] += num_rows
         positions += num_tokens
     total = sum(rows.values())

@@ -16,7 +16,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.encode import encode
-from moe_train.data.chat.example import Example, uses_tools
+from moe_train.data.chat.example import WITHOUT_ID, Example, MergedTurns, fitting_tokens, uses_tools
 from moe_train.data.check import rules
 from moe_train.data.check.duplicates import Fingerprints, fingerprints
 from moe_train.data.check.ngrams import words
@@ -96,6 +96,12 @@ class Findings(NamedTuple):
     """(kind, ids) -> number of examples with so many ids."""
     loss_tokens: int
     """Number of ids that are trained on."""
+    fitting: Counter[tuple[str, int, int]]
+    """(kind, ids, ids of the turns that fit) -> number of examples of turns with tools of which only some fit into a row."""
+    merged: Counter[str]
+    """Sums over the examples of turns with tools: examples, turns, tokens, and separate_tokens (with an example for each turn)."""
+    restarts: Counter[str]
+    """Reason why turns could not be appended to the example before -> number of examples."""
     numbers: np.ndarray
     """(n,): line, row or byte of each record in `prints`."""
     prints: Fingerprints
@@ -158,10 +164,20 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
     problems = list(unreadable)
     lengths: Counter[tuple[str, int]] = Counter()
     loss_tokens = 0
+    fitting: Counter[tuple[str, int, int]] = Counter()
+    merged: Counter[str] = Counter()
+    restarts: Counter[str] = Counter()
     for entry in read:
         problems += [(entry.number, problem) for problem in entry.problems]
         lengths.update((entry.section.name, len(example.tokens)) for example in entry.examples)
         loss_tokens += sum(map(_loss_tokens, entry.examples))
+        for example in entry.examples:
+            if example.merged is not None:
+                merged += _sums(example.tokens, example.merged)
+                restarts.update(filter(None, [example.merged.restart]))
+                num_fitting = fitting_tokens(example.merged, (question.seq_len or len(example.tokens)) + 1)
+                if 0 < num_fitting < len(example.tokens):
+                    fitting[entry.section.name, len(example.tokens), num_fitting] += 1
     texts = words([said_in(entry.record) for entry in read])
     overlapping, held_out = overlap(texts, question.held_out)
 
@@ -173,6 +189,9 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         problems=sorted(problems, key=lambda pair: pair[0]),
         lengths=lengths,
         loss_tokens=loss_tokens,
+        fitting=fitting,
+        merged=merged,
+        restarts=restarts,
         numbers=numbers,
         prints=fingerprints([_content(entry.record) for entry in read], texts),
         overlapping=numbers[overlapping],
@@ -252,6 +271,12 @@ def _shape(entry: _Read) -> str:
     if with_tools:
         return f"{entry.section.name} with tools"
     return entry.section.name
+
+
+def _sums(tokens: list[int], merged: MergedTurns) -> Counter[str]:
+    """Return what an example of turns with tools adds to `Findings.merged`."""
+    num_turns = len(merged.ends) if merged.restart != WITHOUT_ID else 0  # that turn is in another example, too
+    return Counter(examples=1, turns=num_turns, tokens=len(tokens), separate_tokens=merged.separate_tokens)
 
 
 def _loss_tokens(example: Example) -> int:

@@ -51,12 +51,14 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "records", f"{answer['records']:,} ({shapes or 'none that can be read'})"
     yield "with problems", f"{answer['records_with_problems']:,}"
     if answer["examples"] != answer["records"]:
-        yield "examples", f"{answer['examples']:,} (with tools one for each turn of the assistant; none of a record with problems)"
+        yield "examples", f"{answer['examples']:,} (with tools as few as the tokens allow; none of a record with problems)"
     share = ""
     if answer["tokens"]:
         share = f" ({answer['loss_tokens'] / answer['tokens']:.1%})"
     yield "tokens", f"{answer['tokens']:,}"
     yield "… that bear loss", f"{answer['loss_tokens']:,}{share}"
+    if merged := answer["merged_turns"]:
+        yield "turns with tools", _merged_turns(merged)
     if lengths := answer["lengths"]:
         yield (
             "length",
@@ -69,7 +71,10 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if truncation := answer["truncation"]:
         longer = truncation["examples_longer"]
         beyond = truncation["tokens_beyond"]
-        yield f"longer than {truncation['seq_len']:,}", f"{longer:,} examples, {beyond:,} tokens beyond"
+        kept = ""
+        if some := truncation["examples_with_fitting_turns"]:
+            kept = f"; too_long: drop keeps the turns that fit of {some:,} with tools"
+        yield f"longer than {truncation['seq_len']:,}", f"{longer:,} examples, {beyond:,} tokens beyond{kept}"
     else:
         yield "longer than", "unknown: state --seq-len"
     if packing := answer["packing"]:
@@ -92,6 +97,15 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if fixed := answer.get("fixed"):
         counts = f"{fixed['kept']:,} records kept ({fixed['changed']:,} of them changed), {fixed['dropped']:,} dropped"
         yield "fixed", f"{fixed['directory']}: {counts}; changes.log there has each change"
+
+
+def _merged_turns(merged: dict[str, Any]) -> str:
+    """Describe what merging the turns of conversations with tools saves, and where it was not possible."""
+    separate = f"{merged['turns']:,}; as one example per turn: {merged['separate_tokens']:,} tokens"
+    text = f"{separate}; merged: {merged['tokens']:,} tokens in {merged['examples']:,} examples"
+    for reason, count in merged["restarts"].items():
+        text += f"; {count:,} started anew because {reason}"
+    return text
 
 
 def _sample(sample: dict[str, Any]) -> str:

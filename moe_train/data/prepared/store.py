@@ -88,6 +88,29 @@ class TokenStore:
         offsets = self._folder.read_whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
         return np.concatenate([np.diff(ends) - 1 for ends in offsets])
 
+    def fitting_lengths(self, lengths: np.ndarray, seq_len: int) -> np.ndarray:
+        """Shorten each example of several turns with tools that does not fit into a row to the turns that do.
+
+        Args:
+            lengths: (N,) what `lengths` returns.
+            seq_len: Positions in a row.
+
+        Returns:
+            (N,) the shortened lengths; an example of which no turn fits, or of any other kind, keeps its length.
+        """
+        fitting = lengths.copy()
+        for first, shard in zip(self._first[:-1].tolist(), self.manifest.shards, strict=True):
+            if "turn_ends" not in shard.sizes:
+                continue
+            offsets, ends = self._folder.read_whole([_file(shard, "offsets", "int64"), _file(shard, "turn_ends", "int64")])
+            overlong = np.flatnonzero(np.diff(offsets) - 1 > seq_len)
+            starts = offsets[overlong]
+            # A row of seq_len positions holds one id more, since the last id is only a target.
+            last_ends = np.searchsorted(ends, starts + seq_len + 1, side="right") - 1
+            kept = np.where(last_ends >= 0, ends[last_ends], 0) - starts - 1
+            fitting[first + overlong[kept > 0]] = kept[kept > 0]
+        return fitting
+
     def _shard(self, number: int) -> tuple[Any, Any, Any]:
         """Open the arrays of a shard: ids, loss mask (None if all are trained on) and offsets."""
         shard = self.manifest.shards[number]

@@ -3,6 +3,8 @@
 SHARD/tokens      uint16 or uint32: the ids of all examples, concatenated
       loss_mask   bool for each id; absent if all are trained on
       offsets     int64, one more than examples: example i is tokens[offsets[i]:offsets[i + 1]]
+      turn_ends   int64, ascending: indices of ids before which an example of several turns with tools may end, its own end
+                  excepted; absent if there are none
       origins     int64 pairs: for each example, the span of the shard and the line (or row) it is from
       facts.json  what the manifest records about the shard
 """
@@ -112,7 +114,8 @@ class _Arrays:
     def __init__(self, directory: Path, dtype: str, masked: bool) -> None:
         self._directory = directory
         self._buffers = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
-        self._buffers |= {"loss_mask": array("B")} if masked else {}
+        self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")} if masked else {}
+        self._has_turn_ends = False
         self.num_examples = self.num_tokens = self.loss_tokens = 0
 
     def __enter__(self) -> _Arrays:
@@ -125,6 +128,9 @@ class _Arrays:
         buffers["tokens"].fromlist(example.tokens)
         if example.loss_mask is not None:
             buffers["loss_mask"].frombytes(bytes(example.loss_mask))
+        if example.merged is not None and len(example.merged.ends) > 1:
+            buffers["turn_ends"].extend(self.num_tokens + end for end in example.merged.ends[:-1])
+            self._has_turn_ends = True
         self.num_examples += 1
         self.num_tokens += len(example.tokens)
         buffers["offsets"].append(self.num_tokens)
@@ -148,3 +154,5 @@ class _Arrays:
                 stack.enter_context(file)
             if kind is None:
                 self._flush()
+        if "turn_ends" in self._files and not self._has_turn_ends:
+            (self._directory / "turn_ends").unlink()

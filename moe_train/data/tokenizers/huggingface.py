@@ -134,7 +134,7 @@ class HuggingFace(Tokenizer):
         control = [self._ids_of_control[name] for name in parts[1::2]]
         border_numbers = {border: number for number, border in enumerate(borders)}
         edges = [(border_numbers.get(start, -1), border_numbers.get(stop, -1)) for start, stop in spans]
-        all_at_borders = self._control_apart and not any(-1 in pair for pair in edges)
+        all_at_borders = self.control_apart and not any(-1 in pair for pair in edges)
         return Marked(text, marked_spans, control, edges if all_at_borders else None)
 
     def encode_marked(self, texts: Sequence[Marked]) -> list[tuple[list[int], list[Span]]]:
@@ -174,7 +174,7 @@ class HuggingFace(Tokenizer):
         return {token.content: number for number, token in self._plain.get_added_tokens_decoder().items() if token.special}
 
     @functools.cached_property
-    def _control_apart(self) -> bool:
+    def control_apart(self) -> bool:
         """Whether control tokens never absorb text around them and are recognized anywhere."""
         added = self._plain.get_added_tokens_decoder().values()
         return not any(token.lstrip or token.rstrip or token.single_word for token in added if token.special)

@@ -79,3 +79,16 @@ def spans(rendered: Example, tokenizer: HuggingFace | Mistral, bears_loss: bool)
             stretches[-1].append(token)
         before = mask
     return [tokenizer.decode(stretch, keep_special=True) for stretch in stretches]
+
+
+def unmerged(merged: list[Example]) -> list[Example]:
+    """An example for each turn, as the turns that share an example would have without the others."""
+    separate = []
+    for example in merged:
+        assert example.merged is not None and example.loss_mask is not None
+        previous = 0
+        for end in example.merged.ends:
+            mask = [False] * previous + example.loss_mask[previous:end]
+            separate.append(Example(example.tokens[:end], mask))
+            previous = end
+    return separate

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat.example import NEW_USER_TURN, REWRITTEN
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from tests.data.chat import trajectories
 from tests.data.chat.chats import (
     ANSWER,
     CALLS,
@@ -83,3 +85,66 @@ def test_an_id_is_not_learnt(tokenizer: HuggingFace) -> None:
     (example,) = conversation_to_tokens.examples(conversation, CALLS, tokenizer)
     trained_on = tokenizer.decode([t for t, m in zip(example.tokens, example.loss_mask or (), strict=True) if m], keep_special=True)
     assert trained_on == 'f{"q": "zq7"} id f{"q": "zq7"} id </s>'
+
+
+TOOLS_CHATML = (
+    "{% if tools %}<s>system\n{{ tools|tojson }}</s>\n{% endif %}{% for m in messages %}<s>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function|tojson + ' id ' + c.id }}{% endfor %}"
+    "{% if m.role == 'tool' %}{{ ' for ' + m.tool_call_id }}{% endif %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+MARKED_CALLS = (
+    "{% if tools %}{{ tools|tojson }}{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{% for c in m.tool_calls or [] %}{{ c.function|tojson + ' id ' + c.id }}{% endfor %}"
+    "{{ (m.content or '') + eos_token }}{% endgeneration %}{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
+)
+SAID = (
+    "{% if m.role == 'assistant' %}{% for c in m.tool_calls or [] %}{{ c.function|tojson + c.id }}{% endfor %}"
+    "{{ (m.content or '') + eos_token }}{% else %}"
+)
+TOOLS_LAST = (
+    "{% for m in messages %}{% set rest = messages[loop.index0:]|map(attribute='role')|list %}"
+    "{% if m.role == 'user' and 'user' not in rest[1:] %}{{ tools|tojson }}{% endif %}"
+    + SAID
+    + "{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
+)
+ONLY_LAST_RESULTS = (
+    "{{ tools|tojson }}{% for m in messages %}{% set rest = messages[loop.index0:]|map(attribute='role')|list %}"
+    + SAID
+    + "{{ '[INST]' + (m.content if m.role == 'user' or 'assistant' not in rest[:-1] else 'omitted') + '[/INST]' }}"
+    + "{% endif %}{% endfor %}"
+)
+CONVERSATIONS = (
+    trajectories.agent(4, parallel=2),
+    trajectories.conversation(
+        trajectories.asked(),
+        trajectories.called(0, 3, backwards=True),
+        trajectories.said(weight=0),
+        trajectories.asked("</s>More?"),
+        trajectories.called(1, weight=0),
+        trajectories.called(2),
+        trajectories.said("Done </s>."),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "restarts"),
+    [
+        (TOOLS_CHATML, ([None], [None])),
+        (MARKED_CALLS, ([None], [None])),
+        (TOOLS_LAST, ([None], [None, NEW_USER_TURN])),
+        (ONLY_LAST_RESULTS, ([None, *[REWRITTEN] * 3], [None, REWRITTEN])),
+    ],
+)
+def test_turns_share_an_example_where_their_renderings_continue_one_another(
+    tokenizer: HuggingFace, template: str, restarts: tuple[list[str | None], list[str | None]]
+) -> None:
+    for conversation, expected in zip(CONVERSATIONS, restarts, strict=True):
+        merged = conversation_to_tokens.examples(conversation, template, tokenizer)
+        separate = trajectories.separate(conversation, template, tokenizer)
+        assert trajectories.predictions(merged) == trajectories.predictions(separate)
+        assert [example.merged.restart for example in merged if example.merged] == expected
+        num_separate = sum(len(example.tokens) for example in separate)
+        assert sum(example.merged.separate_tokens for example in merged if example.merged) == num_separate
+        assert not any("call0" in tokenizer.decode(trajectories.trained_ids(example)) for example in merged)

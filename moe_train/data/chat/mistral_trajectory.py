@@ -1,0 +1,170 @@
+"""Put the turns of a conversation with tools into as few examples as their tokens allow.
+
+One example for each turn would repeat all tokens before the turn, a cost that grows with the square of the number of calls.
+Turns share an example if the encoding of the conversation up to the earlier turn is a prefix of the encoding up to the later
+one, token for token. It is not, for example, where a new user turn moves the tools.
+
+Up to v11 a call is generated without an id: the server adds a random one, which later turns see. The two forms of a call
+differ from the end of its arguments on (v3, v7) or from the end of its name on (v11). What comes before a turn is always
+written as served, with the ids of earlier calls. Of a call that later turns follow, the tokens that both forms have are trained
+on, and the id is not. The last turn of an example is written as it is generated. Where no example ends with a call,
+the remainder of the first call as it is generated gets an example of its own, so that the end of a call is trained on as it is
+generated; for the other calls this would cost the square again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moe_train.data.chat.example import WITHOUT_ID, Example, MergedTurns, Turn, restart_reason, turns
+from moe_train.data.chat.mistral_prefixes import Prefixes, TurnSpan
+from moe_train.data.records.normal_form import Message
+
+_MOST_ENCODED = 64  # encoded prefixes of a conversation, apart from those before a new user turn
+_ANCHOR = 4  # tokens that must be equal for two forms of a call to be aligned again after a difference
+_LONGEST_REMOVED = 8  # tokens of a call as it is generated that later turns do not see at one place: `}}` and `]`
+_LONGEST_ADDED = 64  # tokens of an id with what is around it; an id has nine characters
+
+
+@dataclasses.dataclass
+class _Row:
+    """Turns that share an example."""
+
+    restart: str | None
+    tokens: list[int]
+    """The tokens up to the end of the last turn, as later turns see them."""
+    spans: list[TurnSpan]
+
+    def seen(self, span: TurnSpan) -> list[int]:
+        """Return the tokens of a turn as later turns see them."""
+        return self.tokens[span.start : span.end]
+
+
+def merged_examples(messages: list[Message], prefixes: Prefixes) -> list[Example]:
+    """Put the turns of a conversation that are trained on into examples.
+
+    Args:
+        messages: The conversation.
+        prefixes: Its encoder.
+
+    Returns:
+        The examples in the order of their first turns, then the one for the first call as it is generated, if it is needed.
+    """
+    rows: list[_Row] = []
+    previous_end = 0
+    all_turns = turns(messages)
+    for numbers in _stretches(all_turns, messages):
+        end = all_turns[numbers[-1]].end
+        tokens, spans = prefixes.encode(numbers, end)
+        if rows and tokens[: len(rows[-1].tokens)] == rows[-1].tokens:
+            rows[-1].tokens = tokens
+            rows[-1].spans += spans
+        else:
+            between = messages[previous_end : all_turns[numbers[0]].start]
+            rows.append(_Row(restart_reason(between) if rows else None, tokens, spans))
+        previous_end = end
+    call = _first_call(rows)
+    examples = [_example(row, call) for row in rows]
+    if call is not None:
+        examples.append(_call_example(*call))
+    return examples
+
+
+def _stretches(all_turns: list[Turn], messages: list[Message]) -> list[range]:
+    """Group the turns that are trained on, so that it is enough to encode the conversation up to the end of each group.
+
+    A group is a single turn; in a conversation of more than `_MOST_ENCODED` turns, several turns with only results between them,
+    so that the time to compare prefixes does not grow with the square of the number of turns.
+    """
+    longest = -(-len(all_turns) // _MOST_ENCODED)
+    groups: list[range] = []
+    for i, turn in enumerate(all_turns):
+        if not turn.trained_on:
+            continue
+        between = messages[all_turns[i - 1].end : turn.start]
+        only_results = all(message["role"] == "tool" for message in between)
+        if groups and groups[-1].stop == i and len(groups[-1]) < longest and only_results:
+            groups[-1] = range(groups[-1].start, i + 1)
+        else:
+            groups.append(range(i, i + 1))
+    return groups
+
+
+def _first_call(rows: list[_Row]) -> tuple[_Row, TurnSpan] | None:
+    """Return the first turn that is generated differently; None if there is none, or an example ends with such a turn."""
+    if any(row.seen(row.spans[-1]) != row.spans[-1].generated for row in rows):
+        return None
+    for row in rows:
+        for span in row.spans:
+            if row.seen(span) != span.generated:
+                return row, span
+    return None
+
+
+def _example(row: _Row, call: tuple[_Row, TurnSpan] | None) -> Example:
+    """Return a row as an example; of the turn in `call` only the beginning is trained on, as the rest has its own example."""
+    last = row.spans[-1]
+    tokens = row.tokens[: last.start] + last.generated
+    mask = [False] * last.start + [True] * len(last.generated)
+    for span in row.spans[:-1]:
+        seen = row.seen(span)
+        if call is not None and span is call[1]:
+            num_common = _num_common(seen, span.generated)
+            mask[span.start : span.start + num_common] = [True] * num_common
+        else:
+            mask[span.start : span.end] = _aligned(seen, span.generated)
+    ends = (*(span.end for span in row.spans[:-1]), len(tokens))
+    separate_tokens = sum(span.start + len(span.generated) for span in row.spans)
+    return Example(tokens, mask, MergedTurns(ends, separate_tokens, row.restart))
+
+
+def _call_example(row: _Row, span: TurnSpan) -> Example:
+    """Return the example for the remainder of a call as it is generated: what differs from the call that later turns see."""
+    tokens = row.tokens[: span.start] + span.generated
+    num_elsewhere = span.start + _num_common(row.seen(span), span.generated)
+    mask = [False] * num_elsewhere + [True] * (len(tokens) - num_elsewhere)
+    return Example(tokens, mask, MergedTurns((len(tokens),), 0, WITHOUT_ID))
+
+
+def _num_common(a: list[int], b: list[int]) -> int:
+    """Return the length of the longest common prefix."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _aligned(seen: list[int], generated: list[int]) -> list[bool]:
+    """Return which tokens of a turn as later turns see it are also generated, in the same order; the others belong to ids.
+
+    After each difference, both are searched within a short distance for the place from which they are equal again, so the time
+    is linear. Nothing is trained on after a difference without such a place.
+    """
+    if seen == generated:
+        return [True] * len(seen)
+    mask = [False] * len(seen)
+    i = 0
+    j = 0
+    while i < len(seen) and j < len(generated):
+        if seen[i] == generated[j]:
+            mask[i] = True
+            i += 1
+            j += 1
+            continue
+        place = _next_equal(seen, i, generated, j)
+        if place is None:
+            break
+        i, j = place
+    return mask
+
+
+def _next_equal(seen: list[int], i: int, generated: list[int], j: int) -> tuple[int, int] | None:
+    """Return the next places in both from which `_ANCHOR` tokens, or all that remain, are equal; None if they are far away."""
+    for removed in range(_LONGEST_REMOVED + 1):
+        rest = generated[j + removed : j + removed + _ANCHOR]
+        if not rest:
+            break
+        for added in range(_LONGEST_ADDED + 1):
+            if seen[i + added : i + added + _ANCHOR] == rest:
+                return i + added, j + removed
+    return None

@@ -27,6 +27,10 @@ Columns = Annotated[
     list[str] | None,
     typer.Option("--map", metavar="OURS=THEIRS", help="A column: text=, messages=, or prompt= and completion=."),
 ]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="A key that is not to be read, though it changes the meaning; may be repeated."),
+]
 ChatTemplate = Annotated[str | None, typer.Option(help="A jinja file, where the tokenizer has none or another.")]
 
 
@@ -54,6 +58,7 @@ def check_data(
     run: Annotated[Path | None, typer.Option("--config", help="A run, for its data, tokenizer, seq_len and batch_size.")] = None,
     layout: RecordFormat = "auto",
     columns: Columns = None,
+    ignore: Ignore = None,
     chat_template: ChatTemplate = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Positions of a training row.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of an optimizer step.")] = None,
@@ -64,6 +69,7 @@ def check_data(
     fix: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Write a corrected copy, and what was changed, to this folder.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what --fix would change, and write nothing.")] = False,
     sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read about N records from all over the files.")] = None,
     allow: Annotated[list[str] | None, typer.Option(metavar="RULE", help="A rule that may be broken; may be repeated.")] = None,
     show: Annotated[int, typer.Option(min=1, help="Problems to name for each rule; all are counted.")] = 10,
@@ -84,20 +90,23 @@ def check_data(
     if config and not chosen:
         raise ValueError(f"{run} has no data section")
     loaded = _tokenizer(tokenizer, config)
+    ignored = tuple(ignore or ())
     if chosen:
-        sources = checks.sources_of(chosen.train)
-        evaluation = checks.sources_of(chosen.eval)
+        sources = checks.sources_of(chosen.train, ignored)
+        evaluation = checks.sources_of(chosen.eval, ignored)
     else:
-        sources = (checks.CheckedSource(tuple(files or ()), layout, checks.section_of(columns or ())),)
+        section = checks.section_of(columns or (), ignored)
+        sources = (checks.CheckedSource(tuple(files or ()), layout, section, ignored),)
         evaluation = ()
     settings = checks.Settings(
         template=load_template(chat_template or (chosen.chat_template if chosen else None), loaded),
         allowed=frozenset(allow or ()),
         seq_len=seq_len or (config.train.seq_len if config else None),
         batch_size=batch_size or (config.train.batch_size if config else None),
-        against=(checks.CheckedSource(tuple(against)),) if against else evaluation,
+        against=(checks.CheckedSource(tuple(against), ignore=ignored),) if against else evaluation,
         bench=bench,
         fix=fix,
+        dry_run=dry_run,
         sample=sample,
         num_proc=num_proc or len(os.sched_getaffinity(0)),
         shown=show,
@@ -128,6 +137,7 @@ def show_data(
     step: Annotated[int, typer.Option(min=1, help="The training step of a run.")] = 1,
     layout: RecordFormat = "auto",
     columns: Columns = None,
+    ignore: Ignore = None,
     chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:

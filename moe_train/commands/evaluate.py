@@ -13,9 +13,10 @@ import jax
 from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.batches.loader import Loader
-from moe_train.data.records.conversation import normalise, recognise
+from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import located
+from moe_train.data.records.recognise import recognise
 from moe_train.evaluate.held_out import evaluate
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.machine.mesh import BATCH
@@ -82,7 +83,7 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
 
 def _readable(fields: dict[str, Any], record: config.Record) -> bool:
     try:
-        normalise(fields, record)
+        trainable(normalise(fields, record))
     except ValueError:
         return False
     return True

@@ -23,9 +23,9 @@ from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, has_trained_token
-from moe_train.data.records.conversation import recognise
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import located
+from moe_train.data.records.recognise import recognise
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import write_text
 

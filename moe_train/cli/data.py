@@ -143,7 +143,7 @@ def show_data(
 ) -> None:
     """Show records as training sees them: tokens, those that are learnt in green, segments, positions."""
     from moe_train import config as sections
-    from moe_train.commands import show
+    from moe_train.commands import show, show_pairs
     from moe_train.data.chat.conversation_to_tokens import load_template
     from moe_train.data.check import check
 
@@ -152,8 +152,18 @@ def show_data(
     if run is not None:
         rows = show.rows_of_run(run, count, loaded, step)
     else:
-        record = check.section_of(columns or ()) or show.record_of([file], layout)
+        ignored = tuple(ignore or ())
+        record = check.section_of(columns or (), ignored) or show.record_of([file], layout, ignored)
         source = sections.FileSource(name="files", files=(file,), format=layout, record=record)
+        if isinstance(record, sections.PreferenceRecord | sections.LabelledRecord):
+            pairs = show_pairs.pairs_of(source, count)
+            if html is not None:
+                raise ValueError("pairs are shown in a terminal or with --json; leave out --html")
+            if as_json:
+                print_json([pair.as_json() for pair in pairs])
+            else:
+                show_pairs.print_pairs(pairs, console())
+            return
         rows = show.rows_of_records(source, count, loaded, load_template(chat_template, loaded), seq_len)
     if html is not None:
         show.write_page(html, rows, loaded, file, positions)

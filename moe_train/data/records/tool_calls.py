@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -59,7 +60,10 @@ def read_calls(value: Any, where: str, unread: Unread) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, where: str, unread: Unread) -> dict[str, Any]:
-    """Convert one call; the keys of a call keep their order, which a template may write."""
+    """Convert one call; the keys of its function keep their order, which a template may write."""
+    if isinstance(call, str):
+        with contextlib.suppress(ValueError):
+            call = parse_strictly(call)
     if not isinstance(call, dict):
         raise Problem("arguments", f"{where} has a call of {brief(call)}, which is no call", _REMEDY)
     left = unread.opened(CALL, call)

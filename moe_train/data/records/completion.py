@@ -33,6 +33,9 @@ def read_completion(left: dict[str, Any], record: config.CompletionRecord, unrea
     completion = take(left, record.completion)
     before = take_prompt(left, record.prompt, unread)
     answer = read_answer(completion, record.completion, bool(tools), unread)
+    if record.completion == ANSWERS and any("tool_calls" not in message for message in answer):
+        message = f"column {ANSWERS!r} should be a list of calls, not {brief(completion)}"
+        raise Problem("arguments", message, "write the calls as JSON, or drop the record")
     messages = read_tool_call_text([*before, *answer], tools, unread)
     return Conversation(messages, tools, take_settings(left))
 
@@ -117,8 +120,6 @@ def read_answer(value: Any, column: str, has_tools: bool, unread: Unread) -> lis
     """
     if isinstance(value, str):
         calls = _calls_in(value) if has_tools else None
-        if calls is None and column == ANSWERS:
-            raise Problem("arguments", f"column {column!r} should be a list of calls, not {brief(value)}", "drop the record")
         if calls is None:
             return [{"role": "assistant", "content": value}]
         value = calls

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_train import config
-from moe_train.data.records.completion import SYSTEM_COLUMNS
+from moe_train.data.records.completion import MORE_PROMPT, SYSTEM_COLUMNS
 from moe_train.data.records.conversation import read
 from moe_train.data.records.messages import MESSAGE_COLUMNS
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem
 from moe_train.data.records.tools import TOOL_COLUMNS
+from moe_train.data.records.unread import is_empty
 
 
 def denormalise(fields: Mapping[str, Any], edited: str | Conversation, record: config.Record) -> dict[str, Any] | None:
@@ -66,6 +67,6 @@ def _completion(fields: Mapping[str, Any], edited: Conversation, record: config.
     before = messages[:-size]
     if isinstance(prompt, list):
         written[record.prompt] = before
-    elif before:
+    elif before and all(is_empty(fields.get(name)) for name in MORE_PROMPT if name != record.prompt):
         written[record.prompt] = before[-1].get("content")
     return written

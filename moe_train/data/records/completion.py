@@ -57,7 +57,7 @@ def take_prompt(left: dict[str, Any], column: str, unread: Unread, weight: int |
         unread: Takes the keys that are not read.
         weight: The weight of assistant messages in a prompt that is a list of messages; None to leave it as it is.
     """
-    prompt = take(left, column)
+    prompt = messages_in(take(left, column))
     if column in MESSAGE_COLUMNS or isinstance(prompt, list | tuple):
         # The loss covers the completion only, so assistant messages of the prompt get weight 0.
         messages = read_messages(prompt, column, PLAIN, unread)
@@ -118,6 +118,7 @@ def read_answer(value: Any, column: str, has_tools: bool, unread: Unread) -> lis
         has_tools: Whether the record has tools, so that a text may be the JSON text of calls.
         unread: Takes the keys that are not read.
     """
+    value = messages_in(value)
     if isinstance(value, str):
         calls = _calls_in(value) if has_tools else None
         if calls is None:
@@ -130,6 +131,26 @@ def read_answer(value: Any, column: str, has_tools: bool, unread: Unread) -> lis
     if not isinstance(value, list | tuple):
         raise Problem("type", f"column {column!r} should be text, not {brief(value)}", "write it as a string")
     return read_messages(value, column, PLAIN, unread)
+
+
+def messages_in(value: Any) -> Any:
+    """Return the messages in a text that is nothing but their JSON text, as CSV holds them; any other value stays as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")) or ('"role"' not in value and '"from"' not in value):
+        return value
+    try:
+        parsed = json_value(value, "", "")
+    except Problem:
+        return value
+    entries = [parsed] if isinstance(parsed, dict) else parsed
+    return parsed if entries and all(_is_message(entry) for entry in entries) else value
+
+
+def _is_message(entry: Any) -> bool:
+    """Return whether a value is a message: {role, content}, {role, tool_calls} or {from, value}."""
+    if not isinstance(entry, dict):
+        return False
+    keys = entry.keys()
+    return {"from", "value"} <= keys or ("role" in keys and ("content" in keys or "tool_calls" in keys))
 
 
 def _calls_in(text: str) -> list[Any] | None:

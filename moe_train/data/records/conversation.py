@@ -42,7 +42,7 @@ from moe_train.data.records.problem import Problem, text_field
 from moe_train.data.records.recognise import TEXT_COLUMNS
 from moe_train.data.records.tool_call_text import read_tool_call_text
 from moe_train.data.records.tools import TOOL_COLUMNS, take_tools
-from moe_train.data.records.unread import MEANING_KEYS, RECORD, Unread
+from moe_train.data.records.unread import MEANING_KEYS, RECORD, Unread, is_empty
 
 
 class Reading(NamedTuple):
@@ -148,11 +148,13 @@ def _conversation(fields: Mapping[str, Any], record: config.ChatRecord, unread: 
 
 def _take_conversation(left: dict[str, Any], record: config.ChatRecord, unread: Unread) -> Conversation:
     """Take a conversation out of a record."""
-    names = [name for name in _message_columns(record) if name in left]
+    names = [name for name in _message_columns(record) if not is_empty(left.get(name))]
     if len(names) > 1:
         raise Problem("columns", f"the record has both {names[0]} and {names[1]}", "keep the one that is meant")
     column = names[0] if names else record.column
     messages = read_messages(take(left, column), column, record, unread)
+    for name in _message_columns(record):
+        left.pop(name, None)  # empty, or read
     tools = take_tools(left, unread)
     messages = [*take_system(left), *read_tool_call_text(messages, tools, unread)]
     return Conversation(messages, tools, take_settings(left))

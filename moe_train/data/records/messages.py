@@ -88,6 +88,10 @@ def _message(left: dict[str, Any], i: int, record: config.ChatRecord, ids: CallI
     flag = common_flag(where, take_flag(left, where, role), parts.flags)
     reasoning = take_reasoning(left, where, role)
     calls = parts.calls + _calls(left, where, ids, unread)
+    if not is_empty(left.get("value")):
+        raise Problem("columns", f"{where} has both {record.content} and value", "keep the one that is meant")
+    if left.get("prefix") is False:  # the default of Mistral's API
+        del left["prefix"]
     message = {} if role is None else {"role": role}
     content = _with_reasoning(reasoning, parts.content, where)
     if content is not None and not (content == "" and calls):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_train import config
-from moe_train.data.records.completion import read_answer, take, take_prompt, take_settings, take_system
+from moe_train.data.records.completion import messages_in, read_answer, take, take_prompt, take_settings, take_system
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message, PreferencePair
 from moe_train.data.records.problem import Problem, brief
@@ -65,7 +65,7 @@ def _without_prompt(
     values: tuple[Any, Any], record: config.PreferenceRecord, prompt: Conversation, unread: Unread
 ) -> PreferencePair:
     """Read a pair without a prompt of its own: what both answers begin with is the prompt."""
-    chosen, rejected = values
+    chosen, rejected = map(messages_in, values)
     if isinstance(chosen, str) and isinstance(rejected, str):
         size = _common(chosen, rejected)
         if 0 < size < min(len(chosen), len(rejected)) and chosen[size - 1] == " ":
@@ -73,11 +73,11 @@ def _without_prompt(
         if not chosen[:size].strip():
             raise Problem("pair", "the pair has no prompt, and its texts do not begin alike", "write the prompt as a column")
         messages = [*prompt.messages, {"role": "user", "content": chosen[:size]}]
-        answers = [[{"role": "assistant", "content": text[size:]}] for text in values]
+        answers = [[{"role": "assistant", "content": text[size:]}] for text in (chosen, rejected)]
         return PreferencePair(prompt._replace(messages=messages), *answers)
     answers = [
         read_messages(value, column, PLAIN, unread) if not isinstance(value, dict) else read_answer(value, column, False, unread)
-        for column, value in zip((record.chosen, record.rejected), values, strict=True)
+        for column, value in zip((record.chosen, record.rejected), (chosen, rejected), strict=True)
     ]
     size = _common(*answers)
     if not size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -32,9 +34,18 @@ _REASONS = {
 MEANING_KEYS = frozenset(_REASONS) | {
     *("system", "system_prompt", "tools", "available_tools", "functions", "function_call", "tool_calls"),
     *("history", "input", "context", "documents", "chat_template_kwargs", "rejected_images"),
-    *("reasoning_content", "reasoning", "reasoning_details", "thinking"),
+    *("reasoning_content", "reasoning", "reasoning_details", "thinking", "prefix", "refusal"),
 }
 """Keys that change the meaning of what they stand in."""
+_NO_LETTER = re.compile(r"[\W_]+")
+
+
+def _letters(key: str) -> str:
+    """Return the letters and digits of a key in lower case, which are the same in all of its spellings."""
+    return _NO_LETTER.sub("", key).lower()
+
+
+_SPELLED = {_letters(key): key for key in MEANING_KEYS}
 MAX_NAMES = 1000
 """Largest number of distinct names that are counted; later names are counted together."""
 OTHERS = "other keys"
@@ -87,14 +98,21 @@ class Unread:
             Problem: If a key changes the meaning.
         """
         for key, value in left.items():
-            if key in MEANING_KEYS and level not in (TOOL, TOOL_FUNCTION):
+            meaning = meaning_key(str(key))
+            if meaning is not None and level not in (TOOL, TOOL_FUNCTION):
                 if is_empty(value):
                     continue
-                reason = _REASONS.get(key, "it changes the meaning, and is not read here")
+                reason = _REASONS.get(meaning, "it changes the meaning, and is not read here")
                 name = _name(level, key)
                 remedy = f"drop the record, or leave the key out by name: --ignore {name} (in a config: ignore: [{name}] of record)"
                 raise Problem("unread-key", f"{where} has the key {brief(key)}: {reason}", remedy)
             self.names[_name(level, key)] = None
+
+
+@functools.lru_cache(maxsize=4096)
+def meaning_key(key: str) -> str | None:
+    """Return the key that changes the meaning, in its usual spelling, such as `loss_weight` for `lossWeight`; None for others."""
+    return _SPELLED.get(_letters(key))
 
 
 def is_empty(value: object) -> bool:

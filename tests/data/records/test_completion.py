@@ -42,6 +42,8 @@ def test_a_conversation_as_prompt_and_a_call_as_completion() -> None:
         fields = {"prompt": [USER], "completion": completion, "tools": [TOOL], "system": "Be brief."}
         assert conversation(fields) == Conversation([SYSTEM, USER, CALLING], [TOOL])
     assert conversation({"prompt": "How high is the tide?", "completion": [ANSWER]}).messages == [USER, ANSWER]
+    texts = {"prompt": json.dumps([USER]), "completion": json.dumps(CALLING), "tools": json.dumps([TOOL])}
+    assert conversation(texts) == Conversation([USER, CALLING], [TOOL])
 
 
 def test_xlam_calls() -> None:

@@ -41,6 +41,11 @@ def test_messages_with_other_keys() -> None:
     assert list(unread.names) == ["messages.mood"]
 
 
+def test_an_empty_column_beside_the_messages() -> None:
+    fields = {"messages": [USER, ANSWER | {"prefix": False}], "conversations": [], "interactions": ""}
+    assert conversation(fields).messages == [USER, ANSWER]
+
+
 def test_plain_messages_are_not_copied() -> None:
     assert read_messages([USER, ANSWER], "messages", PLAIN, Unread())[1] is ANSWER
 
@@ -51,6 +56,9 @@ def test_plain_messages_are_not_copied() -> None:
         ([], "at least one message"),
         ("[]", "at least one message"),
         ('[{"role": "user", "role": "system", "content": "a"}]', "stands twice"),
+        ([USER | {"value": "Other?"}], "both content and value"),
+        ([USER, ANSWER | {"prefix": True}], "has the key 'prefix'"),
+        ([USER, {"role": "assistant", "content": "a", "refusal": "No."}], "has the key 'refusal'"),
         ([USER, None], "message 1 should be an object"),
         ([{"role": "assistant", "tool_calls": {"id": "a"}}], "tool_calls should be a list"),
     ],

@@ -34,6 +34,8 @@ PAIRS: list[dict[str, Any]] = [
     {"chosen": [Q, GOOD], "rejected": [Q, BAD]},
     {"messages": [Q], "chosen": GOOD, "rejected": BAD},
     {"messages": json.dumps([Q]), **TEXTS},
+    {"prompt": json.dumps([Q]), "chosen": json.dumps([GOOD]), "rejected": json.dumps(BAD)},
+    {"chosen": json.dumps([Q, GOOD]), "rejected": json.dumps([Q, BAD])},
     {"messages": [Q, GOOD], "rejected_response": "Stone."},
     {"messages": [Q, GOOD], "rejected_messages": [Q, BAD]},
     {"chosen_messages": [Q, GOOD], "rejected_messages": [Q, BAD]},
@@ -117,7 +119,7 @@ def test_neither_is_read_by_an_objective() -> None:
             trainable(reading(fields).record)
         assert caught.value.rule == "no-objective"
     chat = config.ChatRecord(name="chat")
-    assert problem(PAIRS[9], chat).rule == problem(LABELLED[2] | {"label": False}, chat).rule == "unread-key"
+    assert problem(PAIRS[0] | {"messages": [Q]}, chat).rule == problem(LABELLED[2] | {"label": False}, chat).rule == "unread-key"
 
 
 def test_the_remedy_for_a_pair_works() -> None:

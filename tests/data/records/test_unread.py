@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from moe_train import config
 from moe_train.data.records.problem import Problem
-from moe_train.data.records.unread import MAX_NAMES, MEANING_KEYS, NOT_LOADED, OTHERS, Unread, add_counts, count, in_words
+from moe_train.data.records.unread import (
+    MAX_NAMES,
+    MEANING_KEYS,
+    NOT_LOADED,
+    OTHERS,
+    Unread,
+    add_counts,
+    count,
+    in_words,
+    meaning_key,
+)
 from tests.data.conversations import conversations
 from tests.data.records.reading import ANSWER, CALL, CALLING, RESULT, TOOL, USER, conversation, problem, reading
 
@@ -57,7 +67,7 @@ VALUES = st.one_of(st.booleans(), st.integers(), st.text(), st.lists(st.integers
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(st.sampled_from(FORMS), conversations(tools=True), conversations(tools=False)), KEYS, VALUES, st.data())
 def test_a_key_that_nobody_knows_is_named(form: dict[str, Any], key: str, value: object, data: st.DataObject) -> None:
-    assume(key not in KNOWN)
+    assume(key not in KNOWN and meaning_key(key) is None)
     record = copy.deepcopy(form)
     target = data.draw(st.sampled_from(objects_in(record)))
     target[key] = value
@@ -84,6 +94,12 @@ def test_a_key_that_changes_the_meaning_is_read_or_refused(form: dict[str, Any],
 def test_so_is_one_of_a_message(key: str) -> None:
     for value in (["a"], {"a": 1}, 0.5):
         assert problem({"messages": [USER, ANSWER | {key: value}]}).message.count("message 1") == 1
+
+
+@pytest.mark.parametrize("key", ["Label", "IMAGES", " label", "lossWeight", "loss-weight", "reasoningContent", "System Prompt"])
+def test_other_spellings_of_such_a_key_are_refused_too(key: str) -> None:
+    assert problem({"text": "a", key: "b"}).rule == "unread-key"
+    assert reading({"text": "a", key: "b"}, ignore=(key,)).unread == (key,)
 
 
 def test_a_key_with_nothing_in_it_says_nothing() -> None:

@@ -16,6 +16,7 @@ PACKAGE = TESTS.parent / "moe_train"
 TESTED_ELSEWHERE: dict[str, str] = {
     "__main__.py": "cli/test_main.py runs the command as a process",
     "cli/arguments.py": "cli/test_main.py gives commands these arguments; the file only declares them",
+    "data/check/findings.py": "data/check/test_examine.py looks at what examine finds; the file only declares it",
     "commands/evaluate.py": "integration/test_bad_input.py evaluates files, and refuses others, through the command",
     "commands/train.py": "integration/test_own_records.py trains through it; it only joins resolve and the loop",
 }

@@ -13,8 +13,7 @@ from moe_train.cli.terminal import print_json, print_mapping, print_table, progr
 from moe_train.machine import progress
 
 if TYPE_CHECKING:
-    from moe_train.commands.show import Rows
-    from moe_train.config import Config
+    from moe_train.config import Config, FileSource
     from moe_train.data.check.check import CheckedSource
     from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -28,6 +27,10 @@ RecordFormat = Annotated[Layout, typer.Option("--format", help="Format of the fi
 ColumnMap = Annotated[
     list[str] | None,
     typer.Option("--map", metavar="FIELD=COLUMN", help="Column of a field: text=, messages=, or prompt= and completion=."),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="Key of records that is deliberately not read; may be repeated."),
 ]
 ChatTemplate = Annotated[str | None, typer.Option(help="Jinja file with a chat template. Default: the tokenizer's own.")]
 
@@ -52,6 +55,7 @@ def check_command(
     ] = None,
     layout: RecordFormat = "auto",
     columns: ColumnMap = None,
+    ignore: Ignore = None,
     chat_template: ChatTemplate = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in a training row.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in an optimizer step.")] = None,
@@ -65,6 +69,7 @@ def check_command(
     fix: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Directory for a corrected copy of the files and a list of the changes.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what --fix would change, and write nothing.")] = False,
     sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Check about N records spread over the files.")] = None,
     allow: Annotated[
         list[str] | None, typer.Option(metavar="RULE", help="Rule whose violations are accepted; may be repeated.")
@@ -81,9 +86,9 @@ def check_command(
     from moe_train.data.check import check as checks
 
     config = None if config_path is None else load_config(config_path)
-    sources, evaluation = _sources_to_check(files, layout, columns, config_path, config)
+    sources, evaluation = _sources_to_check(files, layout, columns, ignore, config_path, config)
     if against:
-        evaluation = (checks.CheckedSource(tuple(against)),)
+        evaluation = (checks.CheckedSource(tuple(against), ignore=tuple(ignore or ())),)
     loaded = _load_tokenizer(tokenizer, config)
     if config and config.data:
         chat_template = chat_template or config.data.chat_template
@@ -95,6 +100,7 @@ def check_command(
         against=evaluation,
         bench=bench,
         fix=fix,
+        dry_run=dry_run,
         sample=sample,
         num_proc=num_proc or len(os.sched_getaffinity(0)),
         shown=show,
@@ -111,19 +117,26 @@ def check_command(
 
 
 def _sources_to_check(
-    files: list[str] | None, layout: Layout, columns: list[str] | None, config_path: Path | None, config: Config | None
+    files: list[str] | None,
+    layout: Layout,
+    columns: list[str] | None,
+    ignore: list[str] | None,
+    config_path: Path | None,
+    config: Config | None,
 ) -> tuple[tuple[CheckedSource, ...], tuple[CheckedSource, ...]]:
     """Return the sources to check and those of the evaluation set, from the command line or from a run's data section."""
     from moe_train.data.check import check as checks
 
     if (config is None) == (not files):
         raise ValueError("name either FILES, or with --config a run whose data.train is to be checked")
+    ignored = tuple(ignore or ())
     if config is None:
-        return (checks.CheckedSource(tuple(files or ()), layout, checks.section_of(columns or ())),), ()
+        section = checks.section_of(columns or (), ignored)
+        return (checks.CheckedSource(tuple(files or ()), layout, section, ignored),), ()
     _refuse_options({"--format": layout != "auto", "--map": bool(columns)}, "the config states the format and columns of its files")
     if config.data is None:
         raise ValueError(f"{config_path} has no data section; add one, or name FILES instead of --config")
-    return checks.sources_of(config.data.train), checks.sources_of(config.data.eval)
+    return checks.sources_of(config.data.train, ignored), checks.sources_of(config.data.eval, ignored)
 
 
 def _report_bytes(done: int, total: int, records: int) -> None:
@@ -169,11 +182,13 @@ def show_command(
     step: Annotated[int | None, typer.Option(min=1, help="Training step of a run to show. Default: 1.")] = None,
     layout: RecordFormat = "auto",
     columns: ColumnMap = None,
+    ignore: Ignore = None,
     chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
     """Show rows as training sees them: which tokens are trained on (green), segments and positions."""
     from moe_train.commands import show
+    from moe_train.data.chat.conversation_to_tokens import load_template
 
     if html is not None:
         _refuse_options({"--json": as_json}, "--html writes a page")
@@ -181,13 +196,20 @@ def show_command(
     loaded = _load_tokenizer(tokenizer, config)
     if config is None:
         _refuse_options({"--step": step is not None}, f"{file} is not the config of a run (.yaml)")
-        rows = _rows_of_file(file, count, loaded, seq_len, layout, columns, chat_template)
+        source = _source_of_file(file, layout, columns, ignore)
+        if source.record.name in ("preference", "labelled"):
+            _refuse_options(
+                {"--html": html is not None, "--seq-len": seq_len is not None}, "pairs are printed as text, without tokens"
+            )
+            return _print_pairs(source, count, as_json)
+        rows = show.rows_of_records(source, count, loaded, load_template(chat_template, loaded), seq_len)
     else:
         _refuse_options(
             {
                 "--seq-len": seq_len is not None,
                 "--format": layout != "auto",
                 "--map": bool(columns),
+                "--ignore": bool(ignore),
                 "--chat-template": chat_template is not None,
             },
             "the rows of a run are those that its config describes",
@@ -202,24 +224,26 @@ def show_command(
         show.print_rows(rows, loaded, stdout_console(), positions)
 
 
-def _rows_of_file(
-    file: str,
-    count: int,
-    tokenizer: Tokenizer,
-    seq_len: int | None,
-    layout: Layout,
-    columns: list[str] | None,
-    chat_template: str | None,
-) -> Rows:
-    """Encode and pack the first records of a file."""
+def _source_of_file(file: str, layout: Layout, columns: list[str] | None, ignore: list[str] | None) -> FileSource:
+    """Return the source section for one file, with the record section that `--map` describes or that its first record fits."""
     from moe_train import config as sections
     from moe_train.commands import show
-    from moe_train.data.chat.conversation_to_tokens import load_template
     from moe_train.data.check import check
 
-    record = check.section_of(columns or ()) or show.record_of([file], layout)
-    source = sections.FileSource(name="files", files=(file,), format=layout, record=record)
-    return show.rows_of_records(source, count, tokenizer, load_template(chat_template, tokenizer), seq_len)
+    ignored = tuple(ignore or ())
+    record = check.section_of(columns or (), ignored) or show.record_of([file], layout, ignored)
+    return sections.FileSource(name="files", files=(file,), format=layout, record=record)
+
+
+def _print_pairs(source: FileSource, count: int, as_json: bool) -> None:
+    """Print preference pairs side by side."""
+    from moe_train.commands import show_pairs
+
+    pairs = show_pairs.pairs_of(source, count)
+    if as_json:
+        print_json([pair.as_json() for pair in pairs])
+    else:
+        show_pairs.print_pairs(pairs, stdout_console())
 
 
 @data_commands.command(

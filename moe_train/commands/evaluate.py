@@ -13,9 +13,10 @@ import jax
 from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.batches.loader import Loader
-from moe_train.data.records.conversation import normalise, recognise
-from moe_train.data.records.open_source import open_source
+from moe_train.data.records.conversation import normalise, trainable
+from moe_train.data.records.open_source import first_record
 from moe_train.data.records.problem import located
+from moe_train.data.records.recognise import recognise
 from moe_train.evaluate.held_out import evaluate
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.machine.mesh import BATCH
@@ -69,11 +70,7 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
     """Choose the record section for a file by its first record: one of the run's own if it fits, else by the columns."""
     if not file.is_file():
         raise FileNotFoundError(f"--data {file}: no such file")
-    text = config.TextRecord(name="text")
-    records = open_source(config.FileSource(name="files", files=(str(file),), record=text))
-    # An empty file is reported by the loader.
-    origin, first_fields = next(iter(records), (None, {"text": ""}))
-    location = str(file) if origin is None else records.where(origin)
+    location, first_fields = first_record((str(file),)) or (str(file), {"text": ""})  # an empty file is reported by the loader
     sources = (*run.data.eval, *run.data.train) if run and isinstance(run.data, config.RunData) else ()
     run_records = [source.record for source in sources if isinstance(source, config.RecordSource)]
     record = next((r for r in run_records if _readable(first_fields, r)), None)
@@ -86,7 +83,7 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
 
 def _readable(fields: dict[str, Any], record: config.Record) -> bool:
     try:
-        normalise(fields, record)
+        trainable(normalise(fields, record))
     except ValueError:
         return False
     return True

@@ -20,7 +20,7 @@ from moe_train.checkpoint.model_dir import OpenedModel, dtype_of_files, open_mod
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands import write_and_prove
 from moe_train.config import yaml_file
-from moe_train.data.records.conversation import normalise
+from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
 from moe_train.machine.files import refuse_existing
@@ -293,7 +293,7 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
             continue
         try:
             for _, fields in open_source(source):
-                conversation = normalise(fields, source.record)
+                conversation = trainable(normalise(fields, source.record))
                 assert isinstance(conversation, Conversation)
                 yield conversation
         except (FileNotFoundError, ValueError) as error:

@@ -12,6 +12,7 @@ from moe_train.data.batches.loader import Loader, open_store
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared.tokenize_ahead import PrepareProgress as Shards
 from moe_train.data.prepared.upload import upload
+from moe_train.data.records import unread
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine import progress
@@ -48,6 +49,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
                     **{"records": manifest.records, "examples": manifest.examples, "empty": manifest.empty},
                     **{"tokens": manifest.tokens, "loss_tokens": manifest.loss_tokens, "shards": len(manifest.shards)},
                     "seconds": round(time.perf_counter() - start_time, 2),
+                    "not_read": unread.in_words(manifest.unread),
                     "path": store.path if to is None else upload(store.path, to),
                 }
             )

@@ -23,9 +23,9 @@ from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
-from moe_train.data.records.conversation import recognise
-from moe_train.data.records.open_source import open_source
+from moe_train.data.records.open_source import first_record, open_source
 from moe_train.data.records.problem import located
+from moe_train.data.records.recognise import recognise
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import write_text
 
@@ -141,13 +141,13 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     return Rows(batch, [[f"{segment.file}:{segment.number}" for segment in row] for row in traced])
 
 
-def record_of(files: Sequence[str], layout: Any) -> config.Record:
+def record_of(files: Sequence[str], layout: str, ignore: Sequence[str] = ()) -> config.Record:
     """Return the record section that suits files, by the columns of their first record. Raises ValueError if none does."""
-    text = config.TextRecord(name="text")
-    records = open_source(config.FileSource(name="files", files=tuple(files), format=layout, record=text))
-    for origin, fields in records:
-        return located(records.where(origin), recognise, fields)
-    return text  # empty files are reported when they are read
+    first = first_record(files, layout)
+    if first is None:
+        return config.TextRecord(name="text")  # empty files are reported when they are read
+    where, fields = first
+    return located(where, recognise, fields, ignore)
 
 
 def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownSegment]:

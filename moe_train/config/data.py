@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from moe_train.config.section import (
@@ -36,14 +36,25 @@ Tokenizer = Annotated[HuggingFaceTokenizer | MistralTokenizer, Field(discriminat
 """The tagged union of tokenizers."""
 
 
+def _as_tuple(value: object) -> object:
+    """Convert a list to a tuple, since strict types accept no list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Keys = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+"""Names of keys of a record."""
+
+
 class TextRecord(Section):
     """Plain text; the loss covers every token.
 
-    too_long: whether a record longer than the sequence is split, dropped or an error.
+    too_long: whether a record longer than the sequence is split, dropped or an error. ignore: names of keys that are not read
+    although they may change the meaning of a record, such as `label` or `messages.reasoning`.
     """
 
     name: Literal["text"]
     column: str = "text"
+    ignore: Keys = ()
     too_long: Literal["split", "drop", "error"] = "split"
 
 
@@ -59,19 +70,54 @@ class ChatRecord(Section):
     role: str = "role"
     content: str = "content"
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(default={})
+    ignore: Keys = ()
     too_long: Literal["truncate", "drop", "error"] = "error"
 
 
 class CompletionRecord(Section):
-    """A prompt and its completion, rendered as one user turn and one assistant turn of the chat template."""
+    """A prompt and its completion, rendered as one user turn and one assistant turn of the chat template.
+
+    The columns `system`, `history` (pairs of question and answer), `input`, `context` and `tools` are read too: `input` and
+    `context` follow the prompt, each after a line break.
+    """
 
     name: Literal["completion"]
     prompt: str = "prompt"
     completion: str = "completion"
+    ignore: Keys = ()
     too_long: Literal["truncate", "drop", "error"] = "error"
 
 
-Record = Annotated[TextRecord | ChatRecord | CompletionRecord, Field(discriminator="name")]
+class PreferenceRecord(Section):
+    """A prompt with a preferred and a rejected answer, as texts or messages. No objective reads such records yet.
+
+    prompt: a column; null if `chosen` and `rejected` begin with the prompt.
+    """
+
+    name: Literal["preference"]
+    prompt: str | None = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    ignore: Keys = ()
+    too_long: Literal["truncate", "drop", "error"] = "error"
+
+
+class LabelledRecord(Section):
+    """A conversation whose last answer the column `label` marks as good (true) or bad. No objective reads such records yet.
+
+    messages: the column of the conversation; null for the columns `prompt` and `completion`.
+    """
+
+    name: Literal["labelled"]
+    label: str = "label"
+    messages: str | None = None
+    prompt: str = "prompt"
+    completion: str = "completion"
+    ignore: Keys = ()
+    too_long: Literal["truncate", "drop", "error"] = "error"
+
+
+Record = Annotated[TextRecord | ChatRecord | CompletionRecord | PreferenceRecord | LabelledRecord, Field(discriminator="name")]
 """The tagged union of record kinds."""
 
 

@@ -10,6 +10,7 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint import manager
+from moe_train.data.records import unread
 from moe_train.model.moe.transport.choose import describe_transport
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
@@ -21,7 +22,7 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
     """Describe the run before its first step.
 
     The lines state the model, mesh, transport, data and epochs, the step at which the run continues, and the settings that
-    have changed since the checkpoint.
+    have changed since the checkpoint. Keys of records that are not read are named.
     """
     mesh_shape = jax.sharding.get_mesh().shape
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh_shape.items() if size > 1) or "one device"
@@ -36,6 +37,8 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
     unused = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
     parts += [f"{count:,} {outcome}" for outcome, count in unused.items() if count]
     say("; ".join(parts))
+    if loader.unread:
+        say(f"not read: {unread.in_words(loader.unread)}")
     epochs = loader.epochs(inputs.total_steps)
     say(f"epochs in {inputs.total_steps:,} steps: " + ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items()))
     if begin.resumed:

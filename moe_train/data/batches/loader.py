@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from moe_train.data.prepared import manifest
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.prepared.tokenize_ahead import PrepareProgress, prepare
 from moe_train.data.records.open_source import open_source
+from moe_train.data.records.unread import add_counts
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _TOGETHER = 1024  # loss masks read at once
@@ -73,6 +75,7 @@ class Loader:
         num_truncated: Number of examples that were truncated, or shortened to the turns that fit (conversations with tools).
         num_split: Number of examples that were split.
         num_empty: Number of records without text, which are left out.
+        unread: Number of records in which a key was not read, by its name.
         identity: A hash of everything that decides the batches, except batch_size.
         manifest: JSON that describes the data, with every file.
         manifest_hash: The hash over all manifests.
@@ -139,6 +142,9 @@ class Loader:
         self.num_truncated = sum(plan.num_truncated for plan in plans) + self._num_shortened
         self.num_split = sum(plan.num_split for plan in plans)
         self.num_empty = sum(store.manifest.empty for store in self._stores)
+        self.unread: Counter[str] = Counter()
+        for store in self._stores:
+            add_counts(self.unread, store.manifest.unread)
         manifests = [store.manifest for store in self._stores]
         self.manifest_hash = manifest.hash_of_all(manifests)
         self.manifest = manifest.text_of_all(manifests)

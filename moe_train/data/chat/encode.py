@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.example import Example
-from moe_train.data.records.conversation import normalise
-from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.conversation import read, trainable
+from moe_train.data.records.normal_form import Conversation, texts_of
 from moe_train.data.records.source import Origin
+from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 # Tokenized at once; larger batches no longer fit the CPU cache and are slower.
@@ -27,6 +29,7 @@ def encode(
     record: config.Record,
     tokenizer: Tokenizer,
     template: str | None,
+    unread: Counter[str] | None = None,
 ) -> Iterator[tuple[Origin, list[Example]]]:
     """Yield the training examples of each record with its origin.
 
@@ -38,12 +41,13 @@ def encode(
         record: The section that says how to read the records.
         tokenizer: The tokenizer.
         template: The chat template; None if there is none.
+        unread: Receives the number of records in which a key was not read, by its name; None not to count.
 
     Raises:
         ValueError: If a record cannot be used; the message begins with its origin.
     """
     if not isinstance(record, config.TextRecord):
-        for conversations in _chunks(numbered, where, record, _size):
+        for conversations in _chunks(numbered, where, record, _size, unread):
             results = conversation_to_tokens.examples_batch(
                 [conversation for _, conversation in conversations], template, tokenizer
             )
@@ -54,7 +58,7 @@ def encode(
         return
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [tokenizer.eos_id]
-    for texts in _chunks(numbered, where, record, len):
+    for texts in _chunks(numbered, where, record, len, unread):
         for (origin, _), ids in zip(texts, tokenizer.encode_batch([text for _, text in texts]), strict=True):
             yield origin, [Example([*begin, *ids, *end], None)] if ids else []
 
@@ -64,22 +68,31 @@ def _size(conversation: Conversation) -> int:
     num_characters = 0
     for message in conversation.messages:
         content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(texts_of(message))
         if isinstance(content, str):
             num_characters += len(content)
     return num_characters
 
 
 def _chunks(
-    numbered: Iterable[tuple[Origin, dict[str, Any]]], where: Where, record: config.Record, size: Callable[[Any], int]
+    numbered: Iterable[tuple[Origin, dict[str, Any]]],
+    where: Where,
+    record: config.Record,
+    size: Callable[[Any], int],
+    unread: Counter[str] | None,
 ) -> Iterator[list[tuple[Origin, Any]]]:
     """Yield records in the normal form, as many at once as keep the tokenizer's threads busy within bounded memory."""
     chunk = []
     characters_left = _CHARACTERS
     for origin, fields in numbered:
         try:
-            normal = normalise(fields, record)
+            reading = read(fields, record)
+            normal = trainable(reading.record)
         except ValueError as error:
             raise ValueError(f"{where(origin)}: {error}") from error
+        if reading.unread and unread is not None:
+            count(unread, reading.unread)
         chunk.append((origin, normal))
         characters_left -= size(normal)
         if characters_left <= 0 or len(chunk) == _RECORDS:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -44,35 +43,6 @@ def function_name(conversation: Conversation, form: Requirements) -> Iterator[st
     for i, tool in enumerate(conversation.tools):
         if not _FUNCTION.fullmatch(tool["function"]["name"]):
             yield f"tool {i} is named {brief(tool['function']['name'])}"
-
-
-def arguments_text(conversation: Conversation, form: Requirements) -> Iterator[str]:
-    """Find arguments that are not JSON text."""
-    for i, call, _ in _calls(conversation):
-        arguments = call["function"].get("arguments")
-        if not isinstance(arguments, str):
-            yield f"message {i} calls {call['function']['name']} with arguments that are no JSON text: {brief(arguments)}"
-        elif not _is_json(arguments):
-            yield f"message {i} calls {call['function']['name']} with arguments that are not JSON: {brief(arguments)}"
-
-
-def _is_json(text: str) -> bool:
-    """Return whether a text is JSON."""
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def fix_arguments_text(conversation: Conversation, form: Requirements) -> Iterator[str]:
-    """Write arguments that are an object as JSON text."""
-    for i, call, _ in _calls(conversation):
-        function = call["function"]
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, dict):
-            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-            yield f"message {i}: the arguments of {function['name']} written as JSON text"
 
 
 def call_id(conversation: Conversation, form: Requirements) -> Iterator[str]:

@@ -8,6 +8,7 @@ first problems are kept and the rest counted.
 from __future__ import annotations
 
 import collections
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -27,11 +28,14 @@ from moe_train.data.check.chunks import CheckedFile, CheckedSource, Coverage, al
 from moe_train.data.check.corrected import corrected_copy
 from moe_train.data.check.duplicates import SIMILAR, Spool
 from moe_train.data.check.duplicates import WORDS as DUPLICATE_WORDS
-from moe_train.data.check.examine import Chunk, Findings, Question, Stop, examine
+from moe_train.data.check.examine import examine
+from moe_train.data.check.findings import Chunk, Findings, Question, Stop
 from moe_train.data.check.held_out import HeldOutRecords
+from moe_train.data.check.kinds import Kinds
 from moe_train.data.check.overlap import OVERLAP_WORDS
 from moe_train.data.check.requirements import Requirements, requirements_of
 from moe_train.data.records.problem import Problem
+from moe_train.data.records.unread import add_counts
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import refuse_existing
 
@@ -56,6 +60,8 @@ class Settings:
     """The output of `bench --json`, for the speed of training; None if unknown."""
     fix: Path | None = None
     """The folder for a corrected copy; None to write none."""
+    dry_run: bool = False
+    """Whether to say what a corrected copy would change, without writing it."""
     sample: int | None = None
     """Number of records to read; None for all."""
     num_proc: int = 1
@@ -64,8 +70,12 @@ class Settings:
     """Number of problems and duplicates to list for each rule."""
 
 
-def sources_of(chosen: Sequence[config.Source]) -> tuple[CheckedSource, ...]:
+def sources_of(chosen: Sequence[config.Source], ignore: Sequence[str] = ()) -> tuple[CheckedSource, ...]:
     """Return the sources of a run's config, to be read as training would read them.
+
+    Args:
+        chosen: The sources.
+        ignore: Keys that are not to be read, besides those that the config names.
 
     Raises:
         ValueError: If a source does not consist of files.
@@ -78,8 +88,13 @@ def sources_of(chosen: Sequence[config.Source]) -> tuple[CheckedSource, ...]:
                 f"data: {title} is a {source.name} source, and not files of records, which are what is checked; "
                 f"name files ({file_names}): moe-train data check FILES --tokenizer T"
             )
-        sources.append(CheckedSource(source.files, source.format, source.record, source.weight))
+        sources.append(CheckedSource(source.files, source.format, _ignoring(source.record, ignore), weight=source.weight))
     return tuple(sources)
+
+
+def _ignoring(record: config.Record, ignore: Sequence[str]) -> config.Record:
+    """Return a section that ignores more keys."""
+    return record.model_copy(update={"ignore": tuple(dict.fromkeys((*record.ignore, *ignore)))})
 
 
 def _not_files(source: config.HubSource | config.PythonSource | config.PreparedSource) -> tuple[str, str]:
@@ -93,8 +108,12 @@ def _not_files(source: config.HubSource | config.PythonSource | config.PreparedS
             return path, "those that its manifest.json names"
 
 
-def section_of(columns: Sequence[str]) -> config.Record | None:
+def section_of(columns: Sequence[str], ignore: Sequence[str] = ()) -> config.Record | None:
     """Return the record section that OURS=THEIRS pairs describe; None if there are no pairs.
+
+    Args:
+        columns: The pairs.
+        ignore: Keys that are not to be read.
 
     Raises:
         ValueError: If they describe no kind of record, or two.
@@ -107,13 +126,15 @@ def section_of(columns: Sequence[str]) -> config.Record | None:
         raise ValueError(
             f"--map {' '.join(columns)} should be text=COLUMN, messages=COLUMN, or prompt=COLUMN and completion=COLUMN"
         )
+    ignored = tuple(ignore)
     match kinds[tuple(sorted(pairs))]:
         case "text":
-            return config.TextRecord(name="text", column=pairs["text"])
+            return config.TextRecord(name="text", column=pairs["text"], ignore=ignored)
         case "chat":
-            return config.ChatRecord(name="chat", column=pairs["messages"])
+            return config.ChatRecord(name="chat", column=pairs["messages"], ignore=ignored)
         case _:
-            return config.CompletionRecord(name="completion", prompt=pairs["prompt"], completion=pairs["completion"])
+            prompt, completion = pairs["prompt"], pairs["completion"]
+            return config.CompletionRecord(name="completion", prompt=prompt, completion=completion, ignore=ignored)
 
 
 CheckProgress = Callable[[int, int, int], None]
@@ -139,8 +160,9 @@ def check_records(
         FileExistsError: If the `fix` folder exists.
         ValueError: If the check cannot be made as requested, such as records with tools for a tokenizer without tool tokens.
     """
-    if settings.sample is not None and settings.fix is not None:
-        raise ValueError("a sample cannot be fixed: leave out --sample or --fix")
+    repairing = settings.fix is not None or settings.dry_run
+    if settings.sample is not None and repairing:
+        raise ValueError(f"a sample cannot be fixed: leave out --sample or {'--fix' if settings.fix else '--dry-run'}")
     if settings.fix is not None:
         refuse_existing(settings.fix)
     unknown = sorted(settings.allowed - RULE_NAMES)
@@ -155,7 +177,8 @@ def check_records(
         template=settings.template,
         seq_len=settings.seq_len,
         allowed=settings.allowed,
-        repairing=settings.fix is not None,
+        repairing=repairing,
+        ignore=tuple(dict.fromkeys(itertools.chain.from_iterable(source.ignore for source in sources))),
         held_out=held_out.hashes,
     )
     sizes = [place.file.stat().st_size for place in places]
@@ -168,7 +191,7 @@ def check_records(
     else:
         coverage = Coverage(settings.sample, sizes)
         chunks = some_chunks(places, question, coverage)
-    with tempfile.TemporaryDirectory(prefix="moe-train-check-") as scratch, corrected_copy(settings.fix, places) as fixed:
+    with tempfile.TemporaryDirectory(prefix="moe-train-check-") as scratch, corrected_copy(settings, places) as fixed:
         gathered = _Gathered(places, Path(scratch), settings.shown, held_out)
         for findings, done in _examined(chunks, question, num_proc, places):
             gathered.add(findings)
@@ -177,18 +200,21 @@ def check_records(
             if progress is not None:
                 progress(done, sum(sizes), gathered.records)
         gathered.name_empty_files()
+        if "mixed-kinds" not in settings.allowed:
+            gathered.name_mixed_kinds()
         answer = gathered.answer(sources, settings, tokens_per_second)
         if coverage is not None:
             answer["sample"] = coverage.answer(gathered.records)
             # The number of duplicates in a sample says little about the whole corpus.
             answer["duplicates"] = None
         if fixed is not None:
-            answer["fixed"] = fixed.close(settings.fix)
+            answer["fixed"] = fixed.close()
     return answer
 
 
 RULE_NAMES = frozenset(rule.name for rule in rules.RULES) | {
-    *("type", "columns", "text-and-content", "empty-text", "refused", "too-long", "no-loss", "tools"),
+    *("type", "columns", "text-and-content", "empty-text", "refused", "too-long", "no-loss", "tools", "unread-key", "weight"),
+    *("arguments", "call-text", "thinking", "settings", "pair", "no-objective", "mixed-kinds"),
     *("not-json", "not-a-record", "not-utf-8", "unreadable", "empty-file"),
 }
 """The names of all rules. Those of the last line concern files and lines that do not contain a record."""
@@ -269,6 +295,8 @@ class _Gathered:
     merged: Counter[str] = field(default_factory=Counter)
     restarts: Counter[str] = field(default_factory=Counter)
     overlaps: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    kinds: Kinds = field(default_factory=Kinds)
 
     def __post_init__(self) -> None:
         self._spool = Spool(self.scratch)
@@ -282,6 +310,8 @@ class _Gathered:
         self._seen[findings.place] += findings.num_records
         self.loss_tokens += findings.loss_tokens
         self.shapes.update(findings.shapes)
+        add_counts(self.unread, findings.unread)
+        self.kinds.add(place, findings.kinds)
         self.bad_records += len({number for number, _ in findings.problems})
         for number, problem in findings.problems:
             self._name(place, number, problem)
@@ -304,6 +334,12 @@ class _Gathered:
             if not seen:
                 self._name(place, 1, Problem("empty-file", "the file has no records", "leave it out"))
 
+    def name_mixed_kinds(self) -> None:
+        """Add a problem for each further kind of records in a source."""
+        for place, number, problem, records in self.kinds.problems():
+            self._name(place, number, problem)
+            self.bad_records += records
+
     def _name(self, place: CheckedFile, number: int, problem: Problem) -> None:
         """Count a problem, and keep it if it is among the first of its rule."""
         self.broken[problem.rule] += 1
@@ -325,6 +361,7 @@ class _Gathered:
             "records": self.records,
             "records_with_problems": self.bad_records,
             "shapes": dict(self.shapes.most_common()),
+            "not_read": dict(self.unread.most_common()),
             "examples": lengths.total(),
             "tokens": sum(ids * count for ids, count in lengths.items()),
             "loss_tokens": self.loss_tokens,

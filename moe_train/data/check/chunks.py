@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train import config
-from moe_train.data.check.examine import Chunk, Question
+from moe_train.data.check.findings import Chunk, Question
 from moe_train.data.records import files
 from moe_train.data.records.file_bytes import MAX_RECORD, is_compressed
 from moe_train.data.records.json_lines import Block, blocks
@@ -32,6 +32,8 @@ class CheckedSource:
     """The file format; "auto" to decide by the file name."""
     record: config.Record | None = None
     """How to read the records; None to recognize each by its columns."""
+    ignore: tuple[str, ...] = ()
+    """Keys that are not to be read, if records are recognized by their columns."""
     weight: float = 1.0
     """The share of the files in a mixture."""
 

@@ -5,11 +5,10 @@ The findings depend only on the chunk, so any process can examine it.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,119 +17,24 @@ from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import WITHOUT_ID, Example, MergedTurns, fitting_tokens, uses_tools
 from moe_train.data.check import rules
-from moe_train.data.check.duplicates import Fingerprints, fingerprints
+from moe_train.data.check.duplicates import fingerprints
+from moe_train.data.check.findings import Chunk, Findings, Kept, KindCount, Question, ReadRecord, Stop
+from moe_train.data.check.kinds import in_words
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import overlap, said_in
+from moe_train.data.check.pair_rules import no_objective
+from moe_train.data.check.repaired import attempts, kept_of
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.conversation import denormalise, normalise, recognise
-from moe_train.data.records.file_bytes import BOM
+from moe_train.data.records.conversation import read as read_record
 from moe_train.data.records.json_lines import Block, records_in
-from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.normal_form import Conversation, NormalRecord, messages_of, tools_of
 from moe_train.data.records.problem import Item, Problem
+from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
+from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.huggingface import HuggingFace
-from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _STILL_TOKENISED = {"control-token"}  # training accepts records that break these rules, and treats the tokens as plain text
-
-
-@dataclass(frozen=True)
-class Question:
-    """What to examine; it is sent to each process once."""
-
-    records: tuple[config.Record | None, ...]
-    """How to read the records of each place; None to recognize each record by its columns."""
-    tokenizer: Tokenizer
-    template: str | None
-    seq_len: int | None = None
-    """Positions in a row; None if unknown."""
-    allowed: frozenset[str] = frozenset()
-    """Rules that may be broken."""
-    repairing: bool = False
-    """Whether to correct records."""
-    held_out: np.ndarray | None = None
-    """Sorted hashes of the word sequences of the evaluation set; None without one."""
-
-
-class Chunk(NamedTuple):
-    """Records of a place to examine together: a block of lines, single sampled lines, or rows."""
-
-    place: int
-    records: Block | list[Block] | list[tuple[int, Item]]
-
-
-class Change(NamedTuple):
-    """A change to a record."""
-
-    number: int
-    """Line, row or byte of the record."""
-    action: str
-    """"changed" or "dropped"."""
-    rule: str
-    """The rule that it broke."""
-    what: str
-    """The change, or the reason why the record was dropped."""
-
-
-class Kept(NamedTuple):
-    """A corrected chunk."""
-
-    lines: bytes
-    """The records as JSON lines."""
-    num_records: int
-    """Number of records in `lines`."""
-    changes: list[Change]
-
-
-class Findings(NamedTuple):
-    """The findings for one chunk."""
-
-    place: int
-    num_records: int
-    """Number of records, including bad ones."""
-    shapes: Counter[str]
-    """Number of records of each kind."""
-    problems: list[tuple[int, Problem]]
-    """(line, row or byte; problem) for each problem."""
-    lengths: Counter[tuple[str, int]]
-    """(kind, ids) -> number of examples with so many ids."""
-    loss_tokens: int
-    """Number of ids that are trained on."""
-    fitting: Counter[tuple[str, int, int]]
-    """(kind, ids, ids of the turns that fit) -> number of examples of turns with tools of which only some fit into a row."""
-    merged: Counter[str]
-    """Sums over the examples of turns with tools: examples, turns, tokens, and separate_tokens (with an example for each turn)."""
-    restarts: Counter[str]
-    """Reason why turns could not be appended to the example before -> number of examples."""
-    numbers: np.ndarray
-    """(n,): line, row or byte of each record in `prints`."""
-    prints: Fingerprints
-    """The fingerprints of the records that could be read."""
-    overlapping: np.ndarray
-    """Line, row or byte of each record that overlaps the evaluation set."""
-    held_out: np.ndarray
-    """Indices of the evaluation set's hashes that were found."""
-    kept: Kept | None
-    """The corrected chunk; None if records are not corrected."""
-
-
-class Stop(ValueError):
-    """An error for records that the tokenizer cannot represent at all, which ends the check: (place, number, what, remedy)."""
-
-    def __str__(self) -> str:
-        return f"{self.args[2]}; {self.args[3]}"
-
-
-@dataclass
-class _Read:
-    """A record that has been read, and the results for it."""
-
-    number: int
-    fields: dict[str, Any]
-    section: config.Record
-    record: str | Conversation
-    problems: list[Problem] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
 
 
 def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
@@ -144,7 +48,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
     Raises:
         Stop: For the first record of a kind that the tokenizer cannot represent.
     """
-    read: list[_Read] = []
+    read: list[ReadRecord] = []
     unreadable: list[tuple[int, Problem]] = []
     raw: dict[int, bytes] = {}
     num_records = 0
@@ -156,8 +60,8 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
             unreadable.append((number, item))
             continue
         try:
-            section = question.records[chunk.place] or recognise(item)
-            read.append(_Read(number, item, section, normalise(item, section)))
+            section = question.records[chunk.place] or recognise(item, question.ignore)
+            read.append(ReadRecord(number, item, section, *read_record(item, section)))
         except Problem as problem:
             unreadable.append((number, problem))
     _judge(read, chunk.place, question, form)
@@ -167,7 +71,9 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
     fitting: Counter[tuple[str, int, int]] = Counter()
     merged: Counter[str] = Counter()
     restarts: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     for entry in read:
+        count(unread, entry.unread)
         problems += [(entry.number, problem) for problem in entry.problems]
         lengths.update((entry.section.name, len(example.tokens)) for example in entry.examples)
         loss_tokens += sum(map(_loss_tokens, entry.examples))
@@ -186,6 +92,8 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         place=chunk.place,
         num_records=num_records,
         shapes=Counter(_shape(entry) for entry in read),
+        kinds=_kinds(read),
+        unread=unread,
         problems=sorted(problems, key=lambda pair: pair[0]),
         lengths=lengths,
         loss_tokens=loss_tokens,
@@ -196,7 +104,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         prints=fingerprints([_content(entry.record) for entry in read], texts),
         overlapping=numbers[overlapping],
         held_out=held_out,
-        kept=_repaired(read, unreadable, raw, chunk.place, question, form) if question.repairing else None,
+        kept=_kept(read, unreadable, raw, chunk.place, question, form) if question.repairing else None,
     )
 
 
@@ -217,19 +125,20 @@ def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]
                 yield number, item, None
 
 
-def _judge(read: list[_Read], place: int, question: Question, form: Requirements) -> None:
+def _judge(read: list[ReadRecord], place: int, question: Question, form: Requirements) -> None:
     """Fill in the problems and the examples of each record."""
-    texts: list[_Read] = []
-    conversations: list[tuple[_Read, Conversation]] = []
+    texts: list[ReadRecord] = []
+    conversations: list[tuple[ReadRecord, Conversation]] = []
     for entry in read:
-        entry.problems = [problem for problem in rules.problems(entry.record, form) if problem.rule not in question.allowed]
+        found = itertools.chain(rules.problems(entry.record, form), no_objective(entry.record))
+        entry.problems = [problem for problem in found if problem.rule not in question.allowed]
         if isinstance(entry.record, Conversation):
             _stop_where_there_is_no_form(entry, entry.record, place, question)
         if any(problem.rule not in _STILL_TOKENISED for problem in entry.problems):
             continue
         if isinstance(entry.record, str):
             texts.append(entry)
-        else:
+        elif isinstance(entry.record, Conversation):
             conversations.append((entry, entry.record))
     results = conversation_to_tokens.examples_batch([record for _, record in conversations], question.template, question.tokenizer)
     for (entry, _), result in zip(conversations, results, strict=True):
@@ -251,7 +160,7 @@ def _judge(read: list[_Read], place: int, question: Question, form: Requirements
                 entry.problems.append(Problem("too-long", message, "raise seq_len, set record.too_long, or shorten it"))
 
 
-def _stop_where_there_is_no_form(entry: _Read, conversation: Conversation, place: int, question: Question) -> None:
+def _stop_where_there_is_no_form(entry: ReadRecord, conversation: Conversation, place: int, question: Question) -> None:
     """Raise Stop for a conversation without a chat template, or with tools that the tokenizer or template cannot represent."""
     if isinstance(question.tokenizer, HuggingFace) and question.template is None:
         message = f"the record is a conversation, and the tokenizer {question.tokenizer.files[0]} has no chat template"
@@ -263,12 +172,10 @@ def _stop_where_there_is_no_form(entry: _Read, conversation: Conversation, place
             raise Stop(place, entry.number, problem.message, problem.remedy) from problem
 
 
-def _shape(entry: _Read) -> str:
+def _shape(entry: ReadRecord) -> str:
     """Return the kind of a record, and whether it has tools."""
-    if isinstance(entry.record, str):
-        return "text"
-    with_tools = entry.record.tools or any("tool_calls" in m or m.get("role") == "tool" for m in entry.record.messages)
-    if with_tools:
+    messages = messages_of(entry.record)
+    if tools_of(entry.record) or any("tool_calls" in message or message.get("role") == "tool" for message in messages):
         return f"{entry.section.name} with tools"
     return entry.section.name
 
@@ -279,6 +186,43 @@ def _sums(tokens: list[int], merged: MergedTurns) -> Counter[str]:
     return Counter(examples=1, turns=num_turns, tokens=len(tokens), separate_tokens=merged.separate_tokens)
 
 
+def _kinds(read: list[ReadRecord]) -> dict[str, KindCount]:
+    """Return the first record and the numbers of records of each kind, which is a section in words."""
+    counts: dict[str, KindCount] = {}
+    for entry in read:
+        kind = in_words(entry.section)
+        first, records, without_problems = counts.get(kind, KindCount(entry.number, 0, 0))
+        counts[kind] = KindCount(first, records + 1, without_problems + (not entry.problems))
+    return counts
+
+
+def _kept(
+    read: list[ReadRecord],
+    unreadable: list[tuple[int, Problem]],
+    raw: dict[int, bytes],
+    place: int,
+    question: Question,
+    form: Requirements,
+) -> Kept:
+    """Return the corrected chunk."""
+    repaired, reasons = attempts(read, form)
+    _judge([attempt.entry for attempt in repaired.values()], place, question, form)
+    for attempt in repaired.values():  # what training accepts is no reason to give a repair up
+        attempt.entry.problems = [problem for problem in attempt.entry.problems if problem.rule not in _STILL_TOKENISED]
+    accepted = [entry.number for entry in read if entry.problems and _accepted(entry, question)]
+    return kept_of(read, unreadable, raw, repaired, reasons, accepted)
+
+
+def _accepted(entry: ReadRecord, question: Question) -> bool:
+    """Return whether training accepts a record with problems, and learns from it."""
+    if any(problem.rule == "too-long" for problem in entry.problems):
+        return False
+    if isinstance(entry.record, Conversation):
+        (result,) = conversation_to_tokens.examples_batch([entry.record], question.template, question.tokenizer)
+        return not isinstance(result, ValueError)
+    return isinstance(entry.record, str) and bool(entry.record)
+
+
 def _loss_tokens(example: Example) -> int:
     """Return the number of ids that are trained on; the first id is never predicted."""
     if example.loss_mask is None:
@@ -286,75 +230,8 @@ def _loss_tokens(example: Example) -> int:
     return sum(example.loss_mask[1:])
 
 
-def _content(record: str | Conversation) -> str:
+def _content(record: NormalRecord) -> str:
     """Return a text that is equal only for exact duplicates."""
     if isinstance(record, str):
         return record
     return json.dumps(record, sort_keys=True, default=str)
-
-
-# --- putting right ---------------------------------------------------------------------------------------------
-
-
-def _repaired(
-    read: list[_Read],
-    unreadable: list[tuple[int, Problem]],
-    raw: dict[int, bytes],
-    place: int,
-    question: Question,
-    form: Requirements,
-) -> Kept:
-    """Return every good record unchanged, and the other records corrected or dropped."""
-    changes = [Change(number, "dropped", problem.rule, problem.message) for number, problem in unreadable]
-    lines: dict[int, bytes] = {}
-    repaired: list[_Read] = []
-    repairs: dict[int, list[tuple[str, str]]] = {}
-    for entry in read:
-        if not entry.problems:
-            line = raw.get(entry.number)
-            if line is not None:
-                lines[entry.number] = line.removeprefix(BOM).strip()
-            else:
-                lines[entry.number] = _line(entry.fields)
-            continue
-        record, repairs[entry.number] = rules.repair(entry.record, form)
-        if repairs[entry.number] and (isinstance(record, str) or record.messages):
-            repaired.append(_Read(entry.number, entry.fields, entry.section, record))
-        else:
-            reason = "nothing is left of it"
-            if not repairs[entry.number]:
-                reason = "; ".join(problem.message for problem in entry.problems)
-            changes.append(Change(entry.number, "dropped", entry.problems[0].rule, reason))
-    _judge(repaired, place, question, form)
-    for entry in repaired:
-        if entry.problems:
-            reason = "; ".join(problem.message for problem in entry.problems)
-            changes.append(Change(entry.number, "dropped", entry.problems[0].rule, reason))
-            continue
-        changes += [Change(entry.number, "changed", rule, change) for rule, change in repairs[entry.number]]
-        if isinstance(entry.record, str):
-            fields = {**entry.fields, _column(entry): entry.record}
-        else:
-            fields = denormalise(entry.fields, entry.record, entry.section)
-        lines[entry.number] = _line(fields)
-    return Kept(b"".join(lines[number] + b"\n" for number in sorted(lines)), len(lines), sorted(changes, key=lambda c: c.number))
-
-
-def _column(entry: _Read) -> str:
-    """Return the column that contains the text."""
-    assert isinstance(entry.section, config.TextRecord)
-    return entry.section.column
-
-
-def _line(fields: dict[str, Any]) -> bytes:
-    """Serialize a record as JSON.
-
-    Raises:
-        ValueError: If a value of a columnar file has no form in JSON.
-    """
-    try:
-        return json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair in a column that is not trained on
-        return json.dumps(fields).encode()
-    except TypeError as error:
-        raise ValueError(f"a column cannot be written as JSON ({error}); leave it out of the file, and fix that") from error

@@ -6,9 +6,10 @@ import numpy as np
 
 from moe_train.data.check.chunks import CheckedSource, places_of, read_checked
 from moe_train.data.check.overlap import held_out_hashes
-from moe_train.data.records.conversation import normalise, recognise
-from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import NormalRecord
 from moe_train.data.records.problem import Problem
+from moe_train.data.records.recognise import recognise
 
 
 class HeldOutRecords:
@@ -29,14 +30,15 @@ class HeldOutRecords:
         self.hashes: np.ndarray | None = None
         if not sources:
             return
-        records: list[str | Conversation] = []
+        records: list[NormalRecord] = []
         for place in places_of(sources, picked=False):
             section = sources[place.source].record
+            ignore = sources[place.source].ignore
             for number, item in read_checked(place, section):
                 try:
                     if isinstance(item, Problem):
                         raise item
-                    records.append(normalise(item, section or recognise(item)))
+                    records.append(normalise(item, section or recognise(item, ignore)))
                 except Problem as problem:
                     raise ValueError(f"{place.where(number)}: {problem}") from problem
         if not records:

@@ -8,20 +8,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_train.data.check.ngrams import Words, grams, words
-from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.normal_form import NormalRecord, messages_of, texts_of
 
 OVERLAP_WORDS = 13
 """Number of consecutive common words that count as an overlap (GPT-3, arXiv:2005.14165, appendix C)."""
 
 
-def said_in(record: str | Conversation) -> str:
+def said_in(record: NormalRecord) -> str:
     """Return the text that distinguishes a record from others: without system text and tools, which many records share."""
     if isinstance(record, str):
         return record
-    parts = []
-    for message in record.messages:
+    parts: list[object] = []
+    for message in messages_of(record):
         if message.get("role") != "system":
-            parts.append(message.get("content"))
+            content = message.get("content")
+            parts += texts_of(message) if isinstance(content, list) else [content]
             parts += [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
     return "\n".join(text for text in parts if isinstance(text, str))
 
@@ -45,7 +46,7 @@ def overlap(texts: Words, held_out: np.ndarray | None) -> tuple[np.ndarray, np.n
     return np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[hit]), np.unique(indices[hit])
 
 
-def held_out_hashes(records: Sequence[str | Conversation]) -> tuple[np.ndarray, np.ndarray]:
+def held_out_hashes(records: Sequence[NormalRecord]) -> tuple[np.ndarray, np.ndarray]:
     """Return the hash of each word sequence of an evaluation set, and the index of the record that it is from."""
     hashes, offsets = grams(words([said_in(record) for record in records]), OVERLAP_WORDS)
     return hashes, np.repeat(np.arange(len(records)), np.diff(offsets))

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_train.data.records.unread import in_words
+
 _BAR = 40  # width of a bar in characters
 
 
@@ -24,6 +26,9 @@ def print_report(answer: dict[str, Any], console: Console) -> None:
     if (overlap := answer["overlap"]) and overlap["examples"]:
         remedy = "no fault of theirs; what they share is not held out, so leave them out of one of the two"
         _print_named(console, "overlap with the evaluation set", overlap["records"], remedy, overlap["examples"])
+    for change in (answer.get("fixed") or {}).get("changes", ()):
+        line = f"would be {change['action']}: {change['where']}: {change['what']} ({change['rule']})"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -49,6 +54,8 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if sample := answer.get("sample"):
         yield "sample", _sample(sample)
     yield "records", f"{answer['records']:,} ({shapes or 'none that can be read'})"
+    if answer["not_read"]:
+        yield "not read", in_words(answer["not_read"])
     yield "with problems", f"{answer['records_with_problems']:,}"
     if answer["examples"] != answer["records"]:
         yield "examples", f"{answer['examples']:,} (with tools as few as the tokens allow; none of a record with problems)"
@@ -95,8 +102,12 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
         with_it = f"{overlap['records']:,} records share {overlap['words']} consecutive words with"
         yield "evaluation set", f"{with_it} {overlap['evaluation_records']:,} of its {overlap['of']:,}"
     if fixed := answer.get("fixed"):
-        counts = f"{fixed['kept']:,} records kept ({fixed['changed']:,} of them changed), {fixed['dropped']:,} dropped"
-        yield "fixed", f"{fixed['directory']}: {counts}; changes.log there has each change"
+        left = f", {fixed['left']:,} left as they are, which training accepts" if fixed["left"] else ""
+        counts = f"{fixed['kept']:,} records kept ({fixed['changed']:,} of them changed{left}), {fixed['dropped']:,} dropped"
+        if fixed["directory"] is None:
+            yield "would be fixed", f"{counts}; nothing was written"
+        else:
+            yield "fixed", f"{fixed['directory']}: {counts}; changes.log there has each change"
 
 
 def _merged_turns(merged: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from moe_train.data.check import call_rules as calls
 from moe_train.data.check import text_rules as texts
 from moe_train.data.check import turn_rules as turns
+from moe_train.data.check.pair_rules import conversations_of, pair_problems
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord, PreferencePair
 from moe_train.data.records.problem import Problem, brief
 
 
@@ -43,13 +44,11 @@ RULES = (
     UNICODE,
     CONTROL_TOKEN,
     Rule("role", "roles are system, user, assistant, tool; other names go into record.roles", turns.bad_role, turns.fix_role),
-    Rule("weight", "a weight is 0 (no loss) or 1", turns.weight, turns.fix_weight),
     Rule("system-first", "put it first, or drop the record", turns.system_not_first, turns.fix_system_not_first),
     Rule("empty-assistant", "write the answer, or cut the conversation before it", turns.empty_answer, turns.fix_empty_answer),
     Rule("role-order", "after an optional system message, user and assistant take turns", turns.role_order, turns.fix_role_order),
     Rule("call-role", "only the assistant calls tools", calls.caller),
     Rule("function-name", "a name has 1 to 64 of a-z, A-Z, 0-9, _ and -", calls.function_name),
-    Rule("arguments", "write the arguments as JSON text", calls.arguments_text, calls.fix_arguments_text),
     Rule("call-id", "an id has 9 of a-z, A-Z, 0-9, the same at the call and its result", calls.call_id, calls.fix_call_id),
     Rule("call-result", "each call is followed by one tool message with its id as tool_call_id", calls.unpaired),
     Rule("last-turn", "end with an assistant turn: there is nothing else to learn", turns.unanswered_end, turns.fix_unanswered_end),
@@ -57,11 +56,25 @@ RULES = (
 )
 
 
-def problems(record: str | Conversation, form: Requirements) -> Iterator[Problem]:
+def problems(record: NormalRecord, form: Requirements) -> Iterator[Problem]:
     """Yield a problem for every rule that the record breaks, in the order of the rules."""
-    if isinstance(record, str):
-        yield from _text_problems(record, form)
-        return
+    match record:
+        case str():
+            yield from _text_problems(record, form)
+        case Conversation():
+            yield from _conversation_problems(record, form)
+        case PreferencePair() | LabelledAnswer():
+            yield from pair_problems(record)
+            seen: set[tuple[str, str]] = set()  # problems of the prompt, which both conversations have
+            for name, conversation in conversations_of(record):
+                for problem in _conversation_problems(conversation, form):
+                    if (problem.rule, problem.message) not in seen:
+                        seen.add((problem.rule, problem.message))
+                        yield Problem(problem.rule, f"{name}: {problem.message}" if name else problem.message, problem.remedy)
+
+
+def _conversation_problems(record: Conversation, form: Requirements) -> Iterator[Problem]:
+    """Yield the problems of a conversation."""
     badly_typed = [Problem("type", message, _TYPE_REMEDY) for message in _types(record)]
     yield from badly_typed
     if not badly_typed:  # the other rules rely on the types
@@ -107,7 +120,7 @@ def _types(conversation: Conversation) -> Iterator[str]:
     for i, message in enumerate(conversation.messages):
         if not isinstance(message.get("role"), str):
             yield f"message {i} has role {brief(message.get('role'))}, which should be text"
-        if not isinstance(message.get("content", ""), str):
+        if not _is_content(message.get("content", "")):
             yield f"the content of message {i} should be text, not {brief(message['content'])}"
         elif "content" not in message and ("tool_calls" not in message or turns.known_role(message.get("role")) != "assistant"):
             yield f"message {i} has no content"
@@ -119,6 +132,13 @@ def _types(conversation: Conversation) -> Iterator[str]:
     for i, tool in enumerate(conversation.tools):
         if not (isinstance(tool, dict) and _is_function(tool.get("function"))):
             yield f"tool {i} should have function (name, description, parameters), not {brief(tool)}"
+
+
+def _is_content(value: Any) -> bool:
+    """Return whether a value is text, or a list of parts in the normal form."""
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and part.get("type") in part for part in value)
 
 
 def _is_function(value: Any) -> bool:

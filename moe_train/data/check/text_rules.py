@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.normal_form import Conversation, Message
 
 # NUL, the noncharacters that mark spans while a template is rendered, and lone surrogates.
 _NO_TEXT = re.compile("[\x00\ufdd0-\ufdd3\ud800-\udfff]")
@@ -53,11 +53,19 @@ def replaced(text: str) -> tuple[str, str | None]:
     return text, f"{count} characters replaced by U+FFFD" if count else None
 
 
+def _content(message: Message) -> list[str]:
+    """Return the texts of a message's content, its reasoning included."""
+    content = message.get("content", "")
+    if isinstance(content, str):
+        return [content]
+    return [part[part["type"]] for part in content]
+
+
 def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
     """Yield a name for, and the content of, every text of a conversation that a tokenizer sees."""
     for i, message in enumerate(conversation.messages):
-        if "content" in message:
-            yield f"message {i} ({message['role']})", message["content"]
+        for text in _content(message):
+            yield f"message {i} ({message['role']})", text
         for call in message.get("tool_calls", ()):
             yield f"a call in message {i}", call["function"]["name"]
             if isinstance(call["function"].get("arguments"), str):
@@ -76,7 +84,7 @@ def unusable_characters(conversation: Conversation, form: Requirements) -> Itera
 def fix_unusable_characters(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Replace such characters in the contents of messages."""
     for i, message in enumerate(conversation.messages):
-        if "content" in message:
+        if isinstance(message.get("content"), str):
             message["content"], change = replaced(message["content"])
             if change:
                 yield f"message {i}: {change}"

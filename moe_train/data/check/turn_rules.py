@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message, texts_of
 from moe_train.data.records.problem import brief
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -60,7 +60,10 @@ def fix_system_not_first(conversation: Conversation, form: Requirements) -> Iter
         messages.insert(0, messages.pop(systems[0]))
         yield f"the system message moved from place {systems[0]} to the start"
     elif len(systems) > 1 and systems == list(range(len(systems))):
-        messages[: len(systems)] = [{"role": "system", "content": "\n\n".join(m["content"] for m in messages[: len(systems)])}]
+        texts = [messages[i]["content"] for i in systems]
+        if not all(isinstance(text, str) for text in texts):
+            return
+        messages[: len(systems)] = [{"role": "system", "content": "\n\n".join(texts)}]
         yield f"{len(systems)} system messages joined"
 
 
@@ -102,7 +105,8 @@ def fix_role_order(conversation: Conversation, form: Requirements) -> Iterator[s
         previous = messages[i - 1]
         current = messages[i]
         alike = previous["role"] == current["role"] in ("user", "assistant") and previous.get("weight") == current.get("weight")
-        if alike and "tool_calls" not in previous and "tool_calls" not in current:
+        texts = isinstance(previous.get("content"), str) and isinstance(current.get("content"), str)
+        if alike and texts and "tool_calls" not in previous and "tool_calls" not in current:
             previous["content"] += "\n\n" + current["content"]
             del messages[i]
             yield f"message {i} joined to the {previous['role']} message before it"
@@ -127,10 +131,15 @@ def fix_unanswered_end(conversation: Conversation, form: Requirements) -> Iterat
         yield f"{cut} messages after the last answer cut off"
 
 
+def _said(message: Message) -> str:
+    """Return the text of a message, without its reasoning."""
+    return "".join(texts_of(message)).strip()
+
+
 def empty_answer(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find assistant messages without text or calls."""
     for i, message in enumerate(conversation.messages):
-        if message["role"] == "assistant" and "tool_calls" not in message and not message["content"].strip():
+        if message["role"] == "assistant" and "tool_calls" not in message and not _said(message):
             yield f"message {i} is an assistant turn without text"
 
 
@@ -140,35 +149,12 @@ def fix_empty_answer(conversation: Conversation, form: Requirements) -> Iterator
     The messages before it are complete; those after it would continue a broken conversation.
     """
     for i, message in enumerate(conversation.messages):
-        if message["role"] == "assistant" and "tool_calls" not in message and not message["content"].strip():
+        if message["role"] == "assistant" and "tool_calls" not in message and not _said(message):
             keep = max((k for k in range(i) if conversation.messages[k]["role"] == "assistant"), default=-1) + 1
             cut = len(conversation.messages) - keep
             del conversation.messages[keep:]
             yield f"{cut} messages cut off, from the question that message {i} leaves unanswered"
             return
-
-
-def weight(conversation: Conversation, form: Requirements) -> Iterator[str]:
-    """Find weights other than 0 and 1."""
-    for i, message in enumerate(conversation.messages):
-        weight = message.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
-            yield f"message {i} has weight {brief(weight)}"
-
-
-def fix_weight(conversation: Conversation, form: Requirements) -> Iterator[str]:
-    """Write a weight that clearly means 0 or 1 as that integer."""
-    for i, message in enumerate(conversation.messages):
-        weight = message.get("weight", 1)
-        text = str(weight).lower()
-        meant: int | None = None
-        if text in ("true", "1", "1.0"):
-            meant = 1
-        elif text in ("false", "0", "0.0"):
-            meant = 0
-        if meant is not None and (weight != meant or type(weight) is not int):
-            message["weight"] = meant
-            yield f"message {i}: weight {brief(weight)} written as {meant}"
 
 
 def no_loss(conversation: Conversation, form: Requirements) -> Iterator[str]:

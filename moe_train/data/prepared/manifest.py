@@ -66,7 +66,7 @@ class Manifest(_Entry):
     """The description of a prepared set.
 
     empty: number of records without text, which are left out. loss_tokens: number of ids that are trained on. too_long: the
-    config's setting for records that are too long.
+    config's setting for records that are too long. unread: number of records in which a key was not read, by its name.
     """
 
     layout: Literal[2] = 2
@@ -83,14 +83,16 @@ class Manifest(_Entry):
     examples: int
     tokens: int
     loss_tokens: int
+    unread: dict[str, int] = {}
     files: tuple[SourceFile, ...]
     shards: tuple[ShardEntry, ...]
 
     def sealed(self) -> Self:
-        """Return the manifest with its hash, which covers everything except the paths of files and the handling of records that are
-        too long.
+        """Return the manifest with its hash, which covers everything except the paths of files, the handling of records that are
+        too long, and the keys that were not read.
         """
-        content = self.model_dump(mode="json", exclude={"hash": True, "too_long": True, "files": {"__all__": {"path"}}})
+        left_out: dict[str, Any] = {"hash": True, "too_long": True, "unread": True, "files": {"__all__": {"path"}}}
+        content = self.model_dump(mode="json", exclude=left_out)
         return self.model_copy(update={"hash": _sha256(content)})
 
     def write(self, directory: Path) -> None:

@@ -19,6 +19,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +33,7 @@ from moe_train.data.prepared.tokenize_shard import Recipe, Told, write_shard
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource
+from moe_train.data.records.unread import add_counts
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -182,6 +184,9 @@ def _manifest(
         for span, (num_records, num_tokens) in zip(shard.spans, fact["per_span"], strict=True):
             counts[span.place][0] += num_records
             counts[span.place][1] += num_tokens
+    unread: Counter[str] = Counter()
+    for fact in facts:
+        add_counts(unread, fact["unread"])
     return Manifest(
         licence=source.licence,
         origin=source.origin,
@@ -192,6 +197,7 @@ def _manifest(
         dtype=facts[0]["dtype"],
         records=sum(num_records for num_records, _ in counts),
         **{name: sum(fact[name] for fact in facts) for name in ("empty", "examples", "tokens", "loss_tokens")},
+        unread=dict(unread),
         files=tuple(
             SourceFile(path=place.name, sha256=scan.sha256, size=scan.size, by_line=place.by_line, records=n, tokens=m)
             for place, scan, (n, m) in zip(records.places, scans, counts, strict=True)

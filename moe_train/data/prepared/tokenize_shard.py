@@ -16,6 +16,7 @@ import gc
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> No
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     per_span = []  # (records, tokens)
     empty = 0
+    unread: Counter[str] = Counter()
     with new_directory(directory) as unfinished:
         with _uncollected(), _Arrays(unfinished, dtype, record.name != "text") as arrays:
             for i, span in enumerate(shard.spans):
@@ -67,7 +69,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> No
                 reported_records = 0
                 tokens_before = arrays.num_tokens
                 reported_tokens = tokens_before
-                for origin, examples in encode(numbered, records.where, record, tokenizer, template):
+                for origin, examples in encode(numbered, records.where, record, tokenizer, template, unread):
                     num_records += 1
                     empty += not examples
                     for example in examples:
@@ -89,6 +91,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> No
             "tokens": arrays.num_tokens,
             "loss_tokens": arrays.loss_tokens,
             "empty": empty,
+            "unread": unread,
             "per_span": per_span,
             "sizes": {file.name: file.stat().st_size for file in files},
             "sha256": digest.hexdigest(),

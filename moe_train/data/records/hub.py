@@ -11,6 +11,7 @@ from moe_train.data.records.conversation import columns
 from moe_train.data.records.problem import Item
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource, Place, Span
+from moe_train.data.records.unread import NOT_LOADED
 
 
 class HubDataset(OpenSource):
@@ -41,5 +42,6 @@ class HubDataset(OpenSource):
                 f"{self.places[0].name} cannot be had ({reason}); fetch it where there is a network, or use files"
             ) from error
         present = [column for column in rows.column_names if column in columns(source.record)]
+        left_out = {column: NOT_LOADED for column in rows.column_names if present and column not in present}
         for number, row in enumerate(rows.select_columns(present) if present else rows, start=1):
-            yield number, dict(row)
+            yield number, dict(row) | left_out

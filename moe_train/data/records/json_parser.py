@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from moe_train.data.records.file_bytes import looks_like_utf16, not_utf8, utf16
@@ -13,23 +14,36 @@ MAX_DEPTH = 100
 
 
 class Parser:
-    """Python's JSON decoder, extended to notice what it accepts although the standard forbids it."""
+    """Python's JSON decoder, extended to notice what it accepts although the standard forbids it.
 
-    def __init__(self) -> None:
-        self._faults: list[str] = []  # in the value that was decoded last
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+    Args:
+        finite: Whether to notice numbers that are too large for a float, too.
+    """
+
+    def __init__(self, finite: bool = False) -> None:
+        self.faults: list[str] = []  # in the value that was decoded last
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=self._constant, parse_float=self._float if finite else None
+        )
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Build an object, noting a duplicate key."""
         members = dict(pairs)
         if len(members) < len(pairs):
-            self._faults.append(f"the key {brief(_duplicate_key(pairs))} stands twice in an object")
+            self.faults.append(f"the key {brief(_duplicate_key(pairs))} stands twice in an object")
         return members
 
     def _constant(self, name: str) -> float:
         """Note NaN or Infinity, and return a placeholder."""
-        self._faults.append(f"{name} is no JSON number")
+        self.faults.append(f"{name} is no JSON number")
         return 0.0
+
+    def _float(self, digits: str) -> float:
+        """Return a number, noting one that is too large."""
+        number = float(digits)
+        if math.isinf(number):
+            self.faults.append(f"the number {brief(digits)} is too large")
+        return number
 
     def record(self, line: bytes) -> Item:
         """Return the record in a line without surrounding white space, or a Problem."""
@@ -63,7 +77,7 @@ class Parser:
             RecursionError: If the nesting is too deep; see `unusable`.
             ValueError: If Python cannot represent the value; see `unusable`.
         """
-        self._faults.clear()
+        self.faults.clear()
         return self._decoder.raw_decode(text, at)
 
     def checked(self, value: Any, text: str) -> Item:
@@ -73,14 +87,37 @@ class Parser:
             value: The value.
             text: The text that it was decoded from.
         """
-        if self._faults:
-            return Problem("not-json", f"not JSON: {self._faults[0]}", "write each key once, and numbers as JSON has them")
+        if self.faults:
+            return Problem("not-json", f"not JSON: {self.faults[0]}", "write each key once, and numbers as JSON has them")
         if not isinstance(value, dict):
             kind = {list: "a list", str: "text", type(None): "null", bool: "a truth value"}.get(type(value), "a number")
             return Problem("not-a-record", f"a record should be an object {{…}}, not {kind}", "write one object for each record")
         if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             return unusable(RecursionError())
         return value
+
+
+def parse_strictly(text: str) -> Any:
+    """Parse JSON text that is a value inside of a record.
+
+    Raises:
+        ValueError: In a few words, if the text is not standard JSON or nests too deep.
+    """
+    parser = Parser(finite=True)
+    text = text.strip()
+    try:
+        value, end = parser.value(text, 0)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg.removesuffix(' at')} at character {error.pos}") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(unusable(error).message) from error
+    if end < len(text):
+        raise ValueError(f"something follows the value at character {end}")
+    if parser.faults:
+        raise ValueError(parser.faults[0])
+    if value.__class__ in (dict, list) and _depth(value) > MAX_DEPTH:
+        raise ValueError(unusable(RecursionError()).message)
+    return value
 
 
 def unusable(error: Exception) -> Problem:

@@ -2,8 +2,8 @@
 
 The normal form is OpenAI's. A message is a dict with `role` (system, user, assistant, tool), `content`, and optionally
 `weight`, `tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id` and `name`. A content is
-text, or a list of parts if a part is not text: {type: text, text} and {type: thinking, thinking}. A tool is
-{type: function, function: {name, description, parameters}}.
+text, or a list of parts if a part is not text: {type: text, text} and {type: thinking, thinking, closed: false if it is cut off}.
+A tool is {type: function, function: {name, description, parameters, strict}}.
 """
 
 from __future__ import annotations
@@ -47,5 +47,39 @@ class LabelledAnswer(NamedTuple):
     good: bool
 
 
+def texts_of(message: Message) -> list[str]:
+    """Return the texts of a message's content, without its reasoning."""
+    content = message.get("content", "")
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if part["type"] == "text"]
+
+
 NormalRecord = str | Conversation | PreferencePair | LabelledAnswer
 """A record in the normal form; a text is plain text."""
+
+
+def messages_of(record: NormalRecord) -> list[Message]:
+    """Return all messages of a record; none of a text."""
+    match record:
+        case str():
+            return []
+        case Conversation():
+            return record.messages
+        case PreferencePair():
+            return [*record.prompt.messages, *record.chosen, *record.rejected]
+        case LabelledAnswer():
+            return record.conversation.messages
+
+
+def tools_of(record: NormalRecord) -> list[dict[str, Any]]:
+    """Return the tools of a record."""
+    match record:
+        case str():
+            return []
+        case Conversation():
+            return record.tools
+        case PreferencePair():
+            return record.prompt.tools
+        case LabelledAnswer():
+            return record.conversation.tools

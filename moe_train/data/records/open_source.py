@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from moe_train import config
+from moe_train.data.records import files
 from moe_train.data.records.hub import HubDataset
-from moe_train.data.records.local_files import LocalFiles
-from moe_train.data.records.problem import located, text_field
+from moe_train.data.records.local_files import LocalFiles, expand_files
+from moe_train.data.records.problem import Problem, located, text_field
 from moe_train.data.records.python_source import PythonRecords
-from moe_train.data.records.source import OpenSource
+from moe_train.data.records.source import OpenSource, numbered
 
 
 def open_source(source: config.RecordSource) -> OpenSource:
@@ -28,6 +30,27 @@ def open_source(source: config.RecordSource) -> OpenSource:
             return HubDataset(source)
         case config.PythonSource():
             return PythonRecords(source)
+
+
+def first_record(paths: Sequence[str], file_format: str = "auto") -> tuple[str, dict[str, Any]] | None:
+    """Read the first record of files, with all of its columns.
+
+    Returns:
+        Where it is, for messages, and its columns; None if the files have no record.
+
+    Raises:
+        FileNotFoundError: If a path matches nothing.
+        ValueError: If the record is malformed, or a format is not known.
+    """
+    section = {"name": "files", "files": tuple(paths), "format": file_format, "record": {"name": "text"}}
+    for file, kind in expand_files(config.FileSource.model_validate(section)):
+        by_line = kind == "text" or files.is_json_lines(file, kind)
+        for number, item in files.read_file(file, kind, by_line, "text"):
+            where = numbered(str(file), number, by_line)
+            if isinstance(item, Problem):
+                raise ValueError(f"{where}: {item}") from item
+            return where, item
+    return None
 
 
 def texts(source: config.RecordSource) -> Iterator[str]:

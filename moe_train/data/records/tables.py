@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_train.data.records.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, open_bytes
 from moe_train.data.records.problem import Item, Problem, brief
+from moe_train.data.records.unread import NOT_LOADED, NotLoaded
 
 
 def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
@@ -45,15 +46,15 @@ def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[t
     Args:
         file: The file.
         kind: "parquet" or "arrow".
-        wanted: Columns to read, if they exist; None for all.
+        wanted: Columns to read, if they exist; None for all. The values of the others are `NOT_LOADED`.
     """
     import pyarrow
 
     number = 1
     try:
-        for batch in _batches(file, kind, wanted):
+        for batch, left_out in _batches(file, kind, wanted):
             for row in batch.to_pylist():
-                yield number, row
+                yield number, row | left_out
                 number += 1
     except (OSError, ValueError, pyarrow.ArrowException, NotImplementedError) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
@@ -62,8 +63,8 @@ def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[t
         yield number, Problem("unreadable", f"cannot be read as {kind} ({reason})", CUT_SHORT)
 
 
-def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[Any]:
-    """Yield record batches of up to 1024 rows, with the given columns that exist."""
+def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[tuple[Any, dict[str, NotLoaded]]]:
+    """Yield record batches of up to 1024 rows, with the given columns that exist, and the names of the other columns."""
     import pyarrow
 
     rows = 1024
@@ -76,7 +77,8 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[A
                 names = [name for name in table.schema_arrow.names if name in columns]
             if names == [] and table.metadata.num_rows:  # read all columns, so that the error of the record can name them
                 names = table.schema_arrow.names
-            yield from table.iter_batches(rows, columns=names)
+            for batch in table.iter_batches(rows, columns=names):
+                yield batch, _left_out(table.schema_arrow.names, names)
         return
     with pyarrow.memory_map(str(file)) as source:
         try:
@@ -90,4 +92,9 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[A
             batch.validate(full=True)  # in a damaged file offsets may point outside the data
             batch = batch.select(names)
             for start in range(0, batch.num_rows, rows):
-                yield batch.slice(start, rows)
+                yield batch.slice(start, rows), _left_out(reader.schema.names, names)
+
+
+def _left_out(present: list[str], names: list[str] | None) -> dict[str, NotLoaded]:
+    """Return the columns that are not among the names to load, each with `NOT_LOADED`."""
+    return {} if names is None else {name: NOT_LOADED for name in present if name not in names}

@@ -51,7 +51,7 @@ LINES: list[tuple[bytes, str | None]] = [
     (json.dumps({"messages": [USER, ANSWER | {"weight": 2}]}).encode(), "weight"),
     (json.dumps({"messages": [USER, ANSWER | {"weight": 0}]}).encode(), "no-loss"),
     (json.dumps({"messages": [USER, ANSWER | {"content": "word " * 200}]}).encode(), "too-long"),
-    (json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}).encode(), "columns"),
+    (json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}).encode(), "no-objective"),
 ]
 
 
@@ -72,7 +72,12 @@ def varied(count: int) -> list[dict[str, Any]]:
 
 
 def check_files(
-    tokenizer: HuggingFace | Mistral, *files: Path, record: config.Record | None = None, **settings: Any
+    tokenizer: HuggingFace | Mistral,
+    *files: Path,
+    record: config.Record | None = None,
+    ignore: tuple[str, ...] = (),
+    **settings: Any,
 ) -> dict[str, Any]:
     settings.setdefault("template", tokenizer.chat_template)
-    return check_records([CheckedSource(tuple(map(str, files)), record=record)], tokenizer, Settings(**settings))
+    sources = [CheckedSource(tuple(map(str, files)), record=record, ignore=ignore)]
+    return check_records(sources, tokenizer, Settings(**settings))

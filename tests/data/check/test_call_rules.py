@@ -20,7 +20,9 @@ def test_calls_that_break_a_rule(rule: str, messages: list[dict[str, Any]], repa
 
 def test_ids_are_renamed_the_same_way_on_both_sides() -> None:
     messages = [USER, calling(call(id="call_1"), call(id="call_2")), result("call_2"), result("call_1"), ANSWER]
-    (repaired, _), changes = repair(Conversation(messages, []), FORM)
+    conversation, changes = repair(Conversation(messages, []), FORM)
+    assert isinstance(conversation, Conversation)
+    repaired = conversation.messages
     one, two = (entry["id"] for entry in repaired[1]["tool_calls"])
     assert [repaired[2]["tool_call_id"], repaired[3]["tool_call_id"]] == [two, one] and one != two
     assert all(re.fullmatch("[a-zA-Z0-9]{9}", name) for name in (one, two))

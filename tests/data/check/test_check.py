@@ -18,7 +18,8 @@ from tests.data.check.samples import ANSWER, KINDS, LINES, USER, Write, check_fi
 
 
 def test_a_clean_file(tokenizer: HuggingFace, write_lines: Write) -> None:
-    answer = check_files(tokenizer, write_lines("a.jsonl", [*KINDS, {"messages": [USER, ANSWER, USER, ANSWER]}]))
+    path = write_lines("a.jsonl", [*KINDS, {"messages": [USER, ANSWER, USER, ANSWER]}])
+    answer = check_files(tokenizer, path, allowed=frozenset({"mixed-kinds"}))
     assert answer["problems"] == [] and answer["records"] == 5 and answer["records_with_problems"] == 0
     assert answer["shapes"] == {"chat": 2, "completion": 2, "text": 1}
     assert answer["examples"] == 5 and answer["truncation"] is None and answer["packing"] is None and answer["overlap"] is None
@@ -27,7 +28,7 @@ def test_a_clean_file(tokenizer: HuggingFace, write_lines: Write) -> None:
 def test_every_problem_has_its_file_line_rule_and_remedy(tokenizer: HuggingFace, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(line for line, _ in LINES))
-    answer = check_files(tokenizer, path, seq_len=128)
+    answer = check_files(tokenizer, path, seq_len=128, allowed=frozenset({"mixed-kinds"}))
     expected = [(f"{path}:{i}", rule) for i, (_, rule) in enumerate(LINES, start=1) if rule]
     assert [(problem["where"], problem["rule"]) for problem in answer["problems"]] == expected
     assert all(problem["file"] == str(path) and problem["remedy"] and problem["message"] for problem in answer["problems"])

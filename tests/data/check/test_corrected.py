@@ -22,7 +22,8 @@ def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
     (source.parent / "b.csv").write_text("question,answer,id\na\0b,5,7\n")
     before = {file: file.read_bytes() for file in source.parent.rglob("*.*")}
     out = tmp_path / "out"
-    answer = check_files(tokenizer, tmp_path / "data", seq_len=128, fix=out)
+    allowed = frozenset({"mixed-kinds"})
+    answer = check_files(tokenizer, tmp_path / "data", seq_len=128, fix=out, ignore=("id",), allowed=allowed)
     assert {file: file.read_bytes() for file in source.parent.rglob("*.*")} == before
     assert sorted(str(file.relative_to(out)) for file in out.rglob("*.*")) == ["b.csv.jsonl", "changes.log", "sub/a.jsonl"]
 
@@ -31,23 +32,19 @@ def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
     assert json.loads(kept[-1]) == {"messages": [USER | {"content": "What is 2 + 3?\n\nWhat is 2 + 3?"}, ANSWER], "id": 2}
     assert json.loads((out / "b.csv.jsonl").read_text()) == {"question": "a\ufffdb", "answer": "5", "id": "7"}
     changes = [json.loads(line) for line in (out / "changes.log").read_text().splitlines()]
-    assert {change["action"] for change in changes} == {"changed", "dropped"}
+    assert {change["action"] for change in changes} == {"changed", "left", "dropped"}
     assert all(set(change) == {"where", "action", "rule", "what"} for change in changes)
     dropped = {change["where"] for change in changes if change["action"] == "dropped"}
     changed = {change["where"] for change in changes if change["action"] == "changed"}
-    assert answer["fixed"] == {"directory": str(out), "kept": len(kept) + 1, "changed": len(changed), "dropped": len(dropped)}
+    left = {change["where"] for change in changes if change["action"] == "left"}
+    counts = {"changed": len(changed), "left": len(left), "dropped": len(dropped)}
+    assert answer["fixed"] == {"directory": str(out), "kept": len(kept) + 1, **counts}
     assert len(kept) + 1 + len(dropped) == answer["records"]
     last = f"{source / 'a.jsonl'}:{len(lines)}"
     assert [change["rule"] for change in changes if change["where"] == last] == ["role-order", "last-turn"]
 
-    again = check_files(tokenizer, out, seq_len=128)
-    assert again["problems"] == [] and again["records"] == answer["fixed"]["kept"]
-
-
-def test_a_weight_is_corrected(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:
-    path = write_lines("a.jsonl", [{"messages": [USER, ANSWER | {"weight": True}]}])  # which equals 1
-    assert check_files(tokenizer, path, fix=tmp_path / "out")["fixed"]["changed"] == 1
-    assert (tmp_path / "out" / "a.jsonl").read_text() == json.dumps({"messages": [USER, ANSWER | {"weight": 1}]}) + "\n"
+    again = check_files(tokenizer, out, seq_len=128, allowed=allowed)
+    assert again["records_with_problems"] == len(left) and again["records"] == answer["fixed"]["kept"]
 
 
 def test_a_copy_appears_whole_or_not_at_all(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:

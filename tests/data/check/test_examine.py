@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from moe_train.data.chat.conversation_to_tokens import examples
-from moe_train.data.check.examine import Chunk, Question, examine
+from moe_train.data.check.examine import examine
+from moe_train.data.check.findings import Chunk, Question
 from moe_train.data.check.requirements import requirements_of
-from moe_train.data.records.conversation import normalise, recognise
+from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.recognise import recognise
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.check.samples import CHAT, KINDS, WITH_TOOLS, Write, check_files

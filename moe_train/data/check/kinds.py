@@ -1,0 +1,70 @@
+"""Kinds of records in a source, which training reads with a single record section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from moe_train import config
+from moe_train.data.check.chunks import CheckedFile
+from moe_train.data.check.findings import KindCount
+from moe_train.data.records.problem import Problem
+
+
+@dataclass
+class _Kind:
+    """The records of a source that are read with one section."""
+
+    place: CheckedFile
+    """The file of the first one."""
+    first: int
+    """Line, row or byte of the first one."""
+    records: int = 0
+    without_problems: int = 0
+
+
+class Kinds:
+    """The kinds of records of each source."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[int, dict[str, _Kind]] = {}
+
+    def add(self, place: CheckedFile, kinds: Mapping[str, KindCount]) -> None:
+        """Add the kinds of the next chunk."""
+        known = self._kinds.setdefault(place.source, {})
+        for name, (first, records, without_problems) in kinds.items():
+            kind = known.setdefault(name, _Kind(place, first))
+            kind.records += records
+            kind.without_problems += without_problems
+
+    def problems(self) -> Iterator[tuple[CheckedFile, int, Problem, int]]:
+        """Yield a problem for each kind after the first of a source.
+
+        Yields:
+            The file and the number of the first record of the kind, the problem, and how many of these records have no other.
+        """
+        for kinds in self._kinds.values():
+            named = list(kinds.items())
+            for name, kind in named[1:]:
+                main_name, main = named[0]
+                message = (
+                    f"{kind.records:,} records have {name}; the first kind of the source has "
+                    f"{main_name}, as in {main.place.where(main.first)}"
+                )
+                remedy = "put each kind of records into files of its own, and name those as a source of their own"
+                yield kind.place, kind.first, Problem("mixed-kinds", message, remedy), kind.without_problems
+
+
+def in_words(section: config.Record) -> str:
+    """Describe the kind of records that a section reads."""
+    match section:
+        case config.TextRecord(column=column):
+            return f"a text in column {column}"
+        case config.ChatRecord():
+            return "messages"
+        case config.CompletionRecord(prompt=prompt, completion=completion):
+            return f"a completion in columns {prompt} and {completion}"
+        case config.PreferenceRecord(chosen=chosen, rejected=rejected):
+            return f"a preference pair in columns {chosen} and {rejected}"
+        case config.LabelledRecord(label=label):
+            return f"an answer labelled by column {label}"

@@ -1,0 +1,47 @@
+"""Rules for preference pairs and labelled answers, beyond those for the conversations that they consist of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_train.data.records.conversation import trainable
+from moe_train.data.records.normal_form import Conversation, LabelledAnswer, Message, NormalRecord, PreferencePair
+from moe_train.data.records.problem import Problem
+
+
+def conversations_of(record: PreferencePair | LabelledAnswer) -> list[tuple[str, Conversation]]:
+    """Return the conversations of a record, each with a name for it, or with "" if there is only one."""
+    if isinstance(record, LabelledAnswer):
+        return [("", record.conversation)]
+    prompt = record.prompt
+    answers = (("chosen", record.chosen), ("rejected", record.rejected))
+    return [(name, prompt._replace(messages=[*prompt.messages, *answer])) for name, answer in answers]
+
+
+def pair_problems(record: PreferencePair | LabelledAnswer) -> Iterator[Problem]:
+    """Yield the problems of a pair that none of its conversations has."""
+    if isinstance(record, LabelledAnswer):
+        return
+    for name, answer in (("chosen", record.chosen), ("rejected", record.rejected)):
+        if not answer:
+            yield Problem("pair", f"{name} has no message after the prompt", "write the answer")
+    if record.chosen and _said(record.chosen) == _said(record.rejected):
+        yield Problem("pair", "chosen and rejected are equal, so the pair prefers nothing", "drop the record")
+
+
+def _said(messages: list[Message]) -> list[Message]:
+    """Return messages without what does not tell answers apart: weights, and spaces around a text."""
+    said = []
+    for message in messages:
+        content = message.get("content")
+        text = {"content": content.strip()} if isinstance(content, str) else {}
+        said.append({key: value for key, value in message.items() if key != "weight"} | text)
+    return said
+
+
+def no_objective(record: NormalRecord) -> Iterator[Problem]:
+    """Yield a problem for a record of a kind that no objective reads."""
+    try:
+        trainable(record)
+    except Problem as problem:
+        yield problem

@@ -1,0 +1,184 @@
+"""Prompts and completions: one turn of each, with a system text, earlier turns, an input, a context and tools in other columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_train import config
+from moe_train.data.records.messages import MESSAGE_COLUMNS, PLAIN, read_messages
+from moe_train.data.records.normal_form import Conversation, Message, ModelSettings
+from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.tool_call_text import read_tool_call_text
+from moe_train.data.records.tool_calls import read_calls
+from moe_train.data.records.tools import json_value, take_tools
+from moe_train.data.records.unread import Unread, is_empty
+
+SYSTEM_COLUMNS = ("system_prompt", "system")
+"""Columns of a record that may hold its system text."""
+MORE_PROMPT = ("input", "context")
+"""Columns of a record that may hold more of its prompt."""
+ANSWERS = "answers"
+"""A column that holds calls, as xLAM has it, or several answers with their ranks."""
+SETTINGS = ModelSettings._fields
+"""Columns of a record that hold settings."""
+
+
+def read_completion(left: dict[str, Any], record: config.CompletionRecord, unread: Unread) -> Conversation:
+    """Read a completion record; what is read is taken out of `left`.
+
+    Raises:
+        Problem: If a value cannot be interpreted.
+    """
+    tools = take_tools(left, unread)
+    completion = take(left, record.completion)
+    before = take_prompt(left, record.prompt, unread)
+    answer = read_answer(completion, record.completion, bool(tools), unread)
+    if record.completion == ANSWERS and any("tool_calls" not in message for message in answer):
+        message = f"column {ANSWERS!r} should be a list of calls, not {brief(completion)}"
+        raise Problem("arguments", message, "write the calls as JSON, or drop the record")
+    messages = read_tool_call_text([*before, *answer], tools, unread)
+    return Conversation(messages, tools, take_settings(left))
+
+
+def take(left: dict[str, Any], column: str) -> Any:
+    """Take the value of a column. Raises Problem if there is no such column."""
+    if column not in left:
+        present = ", ".join(map(repr, left)) or "none"
+        raise Problem("columns", f"no column {column!r}; the record has {present}", "set it in the record section")
+    return left.pop(column)
+
+
+def take_prompt(left: dict[str, Any], column: str, unread: Unread, weight: int | None = 0) -> list[Message]:
+    """Take the messages of a prompt: a system text, earlier turns and the question, or the messages of the column.
+
+    Args:
+        left: The columns that have not been read yet.
+        column: The column of the prompt.
+        unread: Takes the keys that are not read.
+        weight: The weight of assistant messages in a prompt that is a list of messages; None to leave it as it is.
+    """
+    prompt = messages_in(take(left, column))
+    if column in MESSAGE_COLUMNS or isinstance(prompt, list | tuple):
+        # The loss covers the completion only, so assistant messages of the prompt get weight 0.
+        messages = read_messages(prompt, column, PLAIN, unread)
+        if weight is not None:
+            messages = [m | {"weight": weight} if m.get("role") == "assistant" else m for m in messages]
+        return [*take_system(left), *messages]
+    if not isinstance(prompt, str):
+        raise Problem("type", f"column {column!r} should be text, not {brief(prompt)}", "write it as a string")
+    texts = [prompt]
+    for name in MORE_PROMPT:
+        more = left.pop(name, None)
+        if is_empty(more):
+            continue
+        if not isinstance(more, str):
+            raise Problem("type", f"column {name!r} should be text, not {brief(more)}", "write it as a string")
+        texts.append(more)
+    question = "\n".join(text for text in texts if text)
+    return [*take_system(left), *_take_history(left), {"role": "user", "content": question}]
+
+
+def take_system(left: dict[str, Any]) -> list[Message]:
+    """Take the system text out of a record, as at most one message."""
+    present = {column: left.pop(column) for column in SYSTEM_COLUMNS if column in left}
+    filled = {column: text for column, text in present.items() if not is_empty(text)}
+    if len(set(map(repr, filled.values()))) > 1:
+        raise Problem("columns", f"the record has both {' and '.join(filled)}, which differ", "keep the one that is meant")
+    for column, text in filled.items():
+        if not isinstance(text, str):
+            raise Problem("type", f"column {column!r} should be text, not {brief(text)}", "write it as a string")
+        return [{"role": "system", "content": text}]
+    return []
+
+
+def _take_history(left: dict[str, Any]) -> list[Message]:
+    """Take the earlier turns out of a record: pairs of question and answer, which are trained on like any other turn."""
+    history = left.pop("history", None)
+    if is_empty(history):
+        return []
+    remedy = "write a list of pairs [question, answer], or messages in place of the prompt"
+    history = json_value(history, "history", remedy)
+    if not isinstance(history, list | tuple):
+        raise Problem("type", f"history should be a list of pairs, not {brief(history)}", remedy)
+    messages: list[Message] = []
+    for pair in history:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise Problem("type", f"history should be a list of pairs of texts, and has {brief(pair)}", remedy)
+        question, answer = pair
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def read_answer(value: Any, column: str, has_tools: bool, unread: Unread) -> list[Message]:
+    """Read an answer: a text, a message, a list of messages, or a list of calls.
+
+    Args:
+        value: The answer.
+        column: The column that it stands in, for a message.
+        has_tools: Whether the record has tools, so that a text may be the JSON text of calls.
+        unread: Takes the keys that are not read.
+    """
+    value = messages_in(value)
+    if isinstance(value, str):
+        calls = _calls_in(value) if has_tools else None
+        if calls is None:
+            return [{"role": "assistant", "content": value}]
+        value = calls
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list | tuple) and value and all(_is_call(entry) for entry in value):
+        return [{"role": "assistant", "tool_calls": read_calls(value, f"column {column!r}", unread)}]
+    if not isinstance(value, list | tuple):
+        raise Problem("type", f"column {column!r} should be text, not {brief(value)}", "write it as a string")
+    return read_messages(value, column, PLAIN, unread)
+
+
+def messages_in(value: Any) -> Any:
+    """Return the messages in a text that is nothing but their JSON text, as CSV holds them; any other value stays as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")) or ('"role"' not in value and '"from"' not in value):
+        return value
+    try:
+        parsed = json_value(value, "", "")
+    except Problem:
+        return value
+    entries = [parsed] if isinstance(parsed, dict) else parsed
+    return parsed if entries and all(_is_message(entry) for entry in entries) else value
+
+
+def _is_message(entry: Any) -> bool:
+    """Return whether a value is a message: {role, content}, {role, tool_calls} or {from, value}."""
+    if not isinstance(entry, dict):
+        return False
+    keys = entry.keys()
+    return {"from", "value"} <= keys or ("role" in keys and ("content" in keys or "tool_calls" in keys))
+
+
+def _calls_in(text: str) -> list[Any] | None:
+    """Return the calls in a text that is nothing but the JSON text of calls; otherwise None."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        value = json_value(text, "", "")
+    except Problem:
+        return None
+    value = [value] if isinstance(value, dict) else value
+    return value if value and all(_is_call(entry) for entry in value) else None
+
+
+def _is_call(entry: Any) -> bool:
+    """Return whether a value is a call as xLAM writes it: {name, arguments}."""
+    return isinstance(entry, dict) and "role" not in entry and {"name", "arguments"} <= entry.keys()
+
+
+def take_settings(left: dict[str, Any]) -> ModelSettings:
+    """Take the settings of a request out of a record."""
+    effort = left.pop("reasoning_effort", None)
+    response_format = left.pop("response_format", None)
+    if effort is None and response_format is None:
+        return ModelSettings()
+    if effort is not None and not isinstance(effort, str):
+        raise Problem("type", f"reasoning_effort should be text, not {brief(effort)}", 'write "none" or "high"')
+    response_format = json_value(response_format, "response_format", "write an object")
+    if response_format is not None and not isinstance(response_format, dict):
+        raise Problem("type", f"response_format should be an object, not {brief(response_format)}", "write it as OpenAI does")
+    return ModelSettings(effort or None, response_format or None)

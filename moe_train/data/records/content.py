@@ -1,0 +1,177 @@
+"""Contents of messages: text, or a list of parts of text, reasoning, calls and results, in the spellings of several APIs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from moe_train.data.records.flags import take_flag
+from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.tool_calls import read_calls
+from moe_train.data.records.unread import PART, Unread, is_empty
+
+_TEXT = ("text", "input_text", "output_text")
+_REASONING = ("thinking", "reasoning")
+_CALL = ("tool_use", "tool_call")
+_MEDIA = ("image", "audio", "video", "file", "document")
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold the model's reasoning."""
+_REMEDY = 'write parts as {"type": "text", "text": …} or {"type": "thinking", "thinking": …}'
+JOINT = "\n\n"
+"""What stands between the text parts of a message, as in mistral-common."""
+
+
+class Content(NamedTuple):
+    """What the parts of a message contain."""
+
+    content: str | list[dict[str, Any]] | None
+    """Text, or parts in the normal form; None if there are only calls or results."""
+    flags: list[int | None]
+    """The flag of each part; see `flags`."""
+    calls: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+    """Tool messages that answer calls, for the parts that are results."""
+
+
+def read_parts(value: list[Any], where: str, role: object, unread: Unread) -> Content:
+    """Convert the parts of a content.
+
+    Args:
+        value: The parts.
+        where: What the message is, for a message.
+        role: The role of the message.
+        unread: Takes the keys that are not read.
+
+    Raises:
+        Problem: If a part is not text, reasoning, a call or a result.
+    """
+    parts: list[dict[str, Any]] = []
+    flags: list[int | None] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for k, part in enumerate(value):
+        part_where = f"part {k} of {where}"
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if not isinstance(part, dict):
+            raise Problem("type", f"{part_where} should be an object with a type, not {brief(part)}", _REMEDY)
+        left = unread.opened(PART, part)
+        flags.append(take_flag(left, part_where, role))
+        kind = left.pop("type", "text" if "text" in left else None)
+        if kind in _TEXT:
+            parts.append({"type": "text", "text": _text(left, ("text", "value"), part_where)})
+        elif kind in _REASONING:
+            if role in ("user", "tool"):
+                raise Problem("thinking", f"{part_where} is reasoning, and the message is {role}", "leave it out")
+            parts.append(_thinking(left, part_where))
+        elif kind in _CALL:
+            calls += _calls(left, part_where, unread)
+            left = {}
+        elif kind == "tool_result":
+            results.append(_result(left, part_where, unread))
+        else:
+            raise _not_read(kind, part_where)
+        unread.close(part_where, PART, left)
+    content: str | list[dict[str, Any]] | None = normal_content(parts)
+    if content == "" and (calls or results):
+        content = None
+    return Content(content, flags, calls, results)
+
+
+def normal_content(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Join neighbouring texts of parts in the normal form; return a text if all parts are texts."""
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        if (part["type"] == "text" and not part["text"]) or (part["type"] == "thinking" and not part["thinking"]):
+            continue
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + JOINT + part["text"]}
+        else:
+            joined.append(part)
+    if any(part["type"] == "thinking" for part in joined):
+        return joined
+    return joined[0]["text"] if joined else ""
+
+
+def take_reasoning(left: dict[str, Any], where: str, role: object) -> list[dict[str, Any]]:
+    """Take the reasoning out of the fields of a message, as at most one part in the normal form.
+
+    Raises:
+        Problem: If two fields differ, a field is not text, or the message is not the assistant's.
+    """
+    texts: dict[str, str] = {}  # text -> field
+    for name in REASONING_FIELDS:
+        value = left.pop(name, None)
+        if not is_empty(value):
+            texts.setdefault(_joined(value, f"{name} of {where}"), name)
+    texts.pop("", None)
+    names = list(texts.values())
+    if len(texts) > 1:
+        raise Problem("thinking", f"{where} has both {names[0]} and {names[1]}, which differ", "keep the one that is meant")
+    if texts and role in ("system", "user", "tool"):
+        raise Problem("thinking", f"{where} is {role}, and has {names[0]}", "only the assistant reasons; leave it out")
+    return [{"type": "thinking", "thinking": text} for text in texts]
+
+
+def _thinking(left: dict[str, Any], where: str) -> dict[str, Any]:
+    """Take reasoning out of a part."""
+    part: dict[str, Any] = {"type": "thinking", "thinking": _text(left, ("thinking", "reasoning", "text", "value"), where)}
+    closed = left.pop("closed", True)
+    if not isinstance(closed, bool):
+        raise Problem("type", f"{where} has closed {brief(closed)}", "write true or false")
+    return part if closed else part | {"closed": False}
+
+
+def _text(left: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
+    """Take the text out of a part, from the only one of some keys that it has."""
+    present = [key for key in keys if key in left]
+    if len(present) != 1:
+        found = " and ".join(present) or "no text"
+        raise Problem("type", f"{where} has {found}, and should have one text", _REMEDY)
+    return _joined(left.pop(present[0]), where)
+
+
+def _joined(value: Any, where: str) -> str:
+    """Return a text, or the joined texts of a list of text parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(_is_text_part(part) for part in value):
+        return JOINT.join(part["text"] for part in value if part["text"])
+    raise Problem("type", f"{where} should be text, not {brief(value)}", _REMEDY)
+
+
+def _is_text_part(part: Any) -> bool:
+    """Return whether a value is {type: text, text} and nothing else."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) and len(part) == 2
+
+
+def _calls(left: dict[str, Any], where: str, unread: Unread) -> list[dict[str, Any]]:
+    """Convert a part that is a call: Anthropic's {id, name, input}, or LLaMA-Factory's with the call as JSON text in `value`."""
+    value = left.pop("value", None)
+    if value is None:
+        return read_calls([left], where, unread)
+    unread.close(where, PART, left)
+    return read_calls(value, where, unread)
+
+
+def _result(left: dict[str, Any], where: str, unread: Unread) -> dict[str, Any]:
+    """Convert a part that is a result: Anthropic's {tool_use_id, content}."""
+    message: dict[str, Any] = {"role": "tool"}
+    if "tool_use_id" in left:
+        message["tool_call_id"] = left.pop("tool_use_id")
+    value = left.pop("content", "")
+    if isinstance(value, list | tuple):
+        inner = read_parts(list(value), where, "tool", unread)
+        if not isinstance(inner.content, str):
+            raise Problem("type", f"{where} should be a result of text, not {brief(value)}", _REMEDY)
+        value = inner.content
+    message["content"] = value
+    return message
+
+
+def _not_read(kind: Any, where: str) -> Problem:
+    """Return the problem for a part of a type that is not read."""
+    if isinstance(kind, str) and any(word in kind for word in _MEDIA):
+        return Problem("unread-key", f"{where} is of type {brief(kind)}: images, sound and video are not read", "drop the record")
+    if kind == "redacted_thinking":
+        return Problem("thinking", f"{where} is reasoning that is encrypted, and cannot be read", "drop the part or the record")
+    return Problem("type", f"{where} is of type {brief(kind)}, which is not read", _REMEDY)

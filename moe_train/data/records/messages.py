@@ -1,0 +1,168 @@
+"""Lists of messages: OpenAI's and Mistral's {role, content}, ShareGPT's {from, value}, as a list or as JSON text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_train import config
+from moe_train.data.records.content import Content, normal_content, read_parts, take_reasoning
+from moe_train.data.records.flags import common_flag, take_flag
+from moe_train.data.records.normal_form import Message
+from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.tool_calls import CallIds, read_calls
+from moe_train.data.records.tools import json_value
+from moe_train.data.records.unread import MESSAGE, Unread, is_empty
+
+_SHAREGPT = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    "function_call": "function_call", "observation": "tool", "tool": "tool",
+}  # fmt: skip
+MESSAGE_COLUMNS = ("messages", "interactions", "conversations")
+"""Columns of a record that may hold messages."""
+PLAIN = config.ChatRecord(name="chat")
+"""The section of messages in the usual spelling."""
+_REMEDY = "write one object with role and content for each turn"
+
+
+def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Unread) -> list[Message]:
+    """Convert a list of messages of any supported spelling to the normal form.
+
+    Args:
+        value: The list, or its JSON text.
+        column: The column that it stands in, for a message.
+        record: The section that names the keys of a message.
+        unread: Takes the keys that are not read.
+
+    Raises:
+        Problem: If a message cannot be interpreted.
+    """
+    value = json_value(value, column, _REMEDY)
+    if isinstance(value, tuple):
+        value = list(value)
+    if not isinstance(value, list) or not value:
+        raise Problem("type", f"{column} should be a list with at least one message, not {brief(value)}", _REMEDY)
+    messages: list[Message] = []
+    plain = record.role == "role" and record.content == "content" and not record.roles and not unread.ignore
+    ids: CallIds | None = None
+    for i, entry in enumerate(value):
+        if plain and _is_plain(entry):
+            messages.append(entry)  # the fast path for almost all messages
+            continue
+        if not isinstance(entry, dict):
+            message = f"message {i} should be an object with role and content, not {brief(entry)}"
+            raise Problem("type", message, 'write {"role": …, "content": …}')
+        if ids is None:
+            ids = CallIds()
+        left = unread.opened(MESSAGE, entry)
+        if record.role not in left and "from" in left:
+            read = _sharegpt(left, i, ids, unread)
+        else:
+            read = _message(left, i, record, ids, unread)
+        unread.close(f"message {i}", MESSAGE, left)
+        messages += read
+    return messages
+
+
+def _is_plain(entry: Any) -> bool:
+    """Return whether an entry is already in the normal form, with only a role and a content."""
+    if entry.__class__ is not dict or len(entry) != 2 or not isinstance(entry.get("content"), str):
+        return False
+    role = entry.get("role")
+    return role is not None and role != "function"
+
+
+def _message(left: dict[str, Any], i: int, record: config.ChatRecord, ids: CallIds, unread: Unread) -> list[Message]:
+    """Convert a message with `role` and `content`, or the keys that `record` names; what is read is taken out of `left`."""
+    where = f"message {i}"
+    role = left.pop(record.role, None)
+    role = record.roles.get(role, role) if isinstance(role, str) else role
+    content = left.pop(record.content, None)
+    if role == "function":  # OpenAI's old spelling of a result, which names the function and has no id
+        name = left.get("name")
+        answered = ids.unanswered(name if isinstance(name, str) else None)
+        left |= {} if answered is None or "tool_call_id" in left else {"tool_call_id": answered}
+        role = "tool"
+    parts = Content(content, [], [], [])
+    if isinstance(content, list | tuple):
+        parts = read_parts(list(content), where, role, unread)
+    flag = common_flag(where, take_flag(left, where, role), parts.flags)
+    reasoning = take_reasoning(left, where, role)
+    calls = parts.calls + _calls(left, where, ids, unread)
+    if not is_empty(left.get("value")):
+        raise Problem("columns", f"{where} has both {record.content} and value", "keep the one that is meant")
+    if left.get("prefix") is False:  # the default of Mistral's API
+        del left["prefix"]
+    message = {} if role is None else {"role": role}
+    content = _with_reasoning(reasoning, parts.content, where)
+    if content is not None and not (content == "" and calls):
+        message["content"] = content
+    if calls:
+        message["tool_calls"] = calls
+    if flag is not None:
+        message["weight"] = flag
+    if role == "tool":
+        message |= {key: left.pop(key) for key in ("tool_call_id", "name") if key in left}
+    messages = [*parts.results, message]
+    if parts.results and "content" not in message and "tool_calls" not in message:
+        messages = parts.results  # Anthropic's user messages may hold nothing but results
+    for read in messages:
+        ids.add(read)
+    return messages
+
+
+def _with_reasoning(reasoning: list[dict[str, Any]], content: Any, where: str) -> Any:
+    """Return a content with the reasoning of the message's fields before it."""
+    if not reasoning:
+        return content
+    if content is None:
+        return reasoning
+    if isinstance(content, str):
+        return normal_content([*reasoning, {"type": "text", "text": content}])
+    if isinstance(content, list) and content[: len(reasoning)] == reasoning:
+        return content  # the same text in both spellings
+    raise Problem("thinking", f"{where} has reasoning in a field and in a part of its content", "keep the one that is meant")
+
+
+def _calls(left: dict[str, Any], where: str, ids: CallIds, unread: Unread) -> list[dict[str, Any]]:
+    """Take the calls out of a message: `tool_calls`, or the old `function_call`, which has no id."""
+    calls = left.pop("tool_calls", None)
+    old = left.pop("function_call", None)
+    if is_empty(calls) and is_empty(old):
+        return []
+    if not is_empty(calls) and not is_empty(old):
+        raise Problem("columns", f"{where} has both tool_calls and function_call", "keep the one that is meant")
+    if not is_empty(old):
+        return ids.numbered(read_calls(old, where, unread))
+    if not isinstance(calls, list | tuple | str):
+        raise Problem("type", f"tool_calls should be a list, not {brief(calls)}", "write a list of calls")
+    return read_calls(calls, where, unread)
+
+
+def _sharegpt(left: dict[str, Any], i: int, ids: CallIds, unread: Unread) -> list[Message]:
+    """Convert a ShareGPT message to the normal form; what is read is taken out of `left`.
+
+    ShareGPT has no call ids: calls are numbered, and a result answers the first call that has none yet.
+    """
+    where = f"message {i}"
+    speaker = left.pop("from")
+    value = left.pop("value", None)
+    role = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    if isinstance(value, list) and role != "function_call":
+        left |= {"role": role, "content": value}
+        return _message(left, i, PLAIN, ids, unread)
+    flag = take_flag(left, where, "assistant" if role == "function_call" else role)
+    reasoning = take_reasoning(left, where, role)
+    weight = {} if flag is None else {"weight": flag}
+    message: Message
+    if role == "function_call":
+        calls = ids.numbered(read_calls(value, where, unread))
+        content = {"content": reasoning} if reasoning else {}
+        message = {"role": "assistant", **content, "tool_calls": calls, **weight}
+    else:
+        content = _with_reasoning(reasoning, value, where)
+        message = {"role": role, **({} if content is None else {"content": content}), **weight}
+        answered = ids.unanswered() if role == "tool" else None
+        if answered is not None:
+            message["tool_call_id"] = answered
+    ids.add(message)
+    return [message]

@@ -1,0 +1,121 @@
+"""Recognize the kind of a record by its columns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from moe_train import config
+from moe_train.data.records.completion import ANSWERS
+from moe_train.data.records.messages import MESSAGE_COLUMNS
+from moe_train.data.records.preference import is_label
+from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.tools import TOOL_COLUMNS
+
+TEXT_COLUMNS = ("text", "content")
+"""Columns that may hold a plain text."""
+_TURNS = (
+    ("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("query", "response"),
+    ("instruction", "response"), ("question", "response"), ("prompt", "response"), ("input", "output"),
+)  # fmt: skip
+_PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_messages", "rejected_messages"))
+_REJECTED = ("rejected_response", "rejected_messages")
+_PROMPTS = ("prompt", "question", "instruction", "query", *MESSAGE_COLUMNS, "input")
+_LABELS = ("label", "kto_tag")
+
+
+def recognise(fields: Mapping[str, Any], ignore: Collection[str] = ()) -> config.Record:
+    """Return the record section that fits a record, by its columns.
+
+    Args:
+        fields: The columns of the record.
+        ignore: Keys that are not to be read.
+
+    Raises:
+        Problem: If no section fits.
+    """
+    present = {name for name, value in fields.items() if value is not None and name not in ignore}
+    ignored = tuple(sorted(ignore))
+    pair = _pair(fields, present)
+    if pair is not None:
+        prompt, chosen, rejected = pair
+        return config.PreferenceRecord(name="preference", prompt=prompt, chosen=chosen, rejected=rejected, ignore=ignored)
+    answered = _answered(fields, present)
+    label = next((name for name in _LABELS if name in present and is_label(fields[name])), None)
+    if isinstance(answered, str):
+        if label is not None:
+            return config.LabelledRecord(name="labelled", label=label, messages=answered, ignore=ignored)
+        # The three columns of messages are one kind of record, which the section of the first reads.
+        return _chat(ignored)
+    if answered is not None:
+        prompt, completion = answered
+        if label is not None:
+            return config.LabelledRecord(name="labelled", label=label, prompt=prompt, completion=completion, ignore=ignored)
+        return _completion(prompt, completion, ignored)
+    return _text(fields, ignored)
+
+
+@functools.cache
+def _chat(ignored: tuple[str, ...]) -> config.ChatRecord:
+    """Return the section of messages."""
+    return config.ChatRecord(name="chat", ignore=ignored)
+
+
+@functools.cache
+def _completion(prompt: str, completion: str, ignored: tuple[str, ...]) -> config.CompletionRecord:
+    """Return the section of a completion."""
+    return config.CompletionRecord(name="completion", prompt=prompt, completion=completion, ignore=ignored)
+
+
+def _text(fields: Mapping[str, Any], ignored: tuple[str, ...]) -> config.TextRecord:
+    """Return the section of a plain text. Raises Problem if the record has no column for it, or two."""
+    columns = [name for name in TEXT_COLUMNS if fields.get(name) is not None and name not in ignored]
+    if len(columns) > 1:
+        raise Problem("text-and-content", "the record has both text and content", "keep the one that is meant")
+    for column in columns:
+        return config.TextRecord(name="text", column=column, ignore=ignored)
+    supported = "text, messages, interactions, conversations, prompt and completion, question and answer, instruction and output"
+    raise Problem(
+        "columns",
+        f"no column is one of {supported}; the record has {brief(', '.join(map(str, fields)))}",
+        "name the columns with --map (in a config: in the record section)",
+    )
+
+
+def _pair(fields: Mapping[str, Any], present: set[str]) -> tuple[str | None, str, str] | None:
+    """Return the columns (prompt, chosen, rejected) of a preference pair; None if the record is none."""
+    prompt = next((name for name in _PROMPTS if name in present), None)
+    for chosen, rejected in _PAIRS:
+        if {chosen, rejected} <= present:
+            return prompt, chosen, rejected
+    for rejected in _REJECTED:
+        if rejected in present:
+            answered = _answered(fields, present)
+            if isinstance(answered, str):
+                return answered, answered, rejected
+            if answered is not None:
+                return answered[0], answered[1], rejected
+    if ANSWERS in present and prompt is not None and _has_ranks(fields[ANSWERS]):
+        return prompt, ANSWERS, ANSWERS
+    return None
+
+
+def _has_ranks(answers: Any) -> bool:
+    """Return whether a value is a list of answers with ranks, or its JSON text."""
+    if isinstance(answers, str):
+        return '"rank"' in answers
+    return isinstance(answers, list | tuple) and any(isinstance(entry, dict) and "rank" in entry for entry in answers)
+
+
+def _answered(fields: Mapping[str, Any], present: set[str]) -> str | tuple[str, str] | None:
+    """Return the column of the messages, or the columns of prompt and completion; None if there are none."""
+    for column in MESSAGE_COLUMNS:
+        if column in present:
+            return column
+    for prompt, completion in _TURNS:
+        if {prompt, completion} <= present:
+            return prompt, completion
+    if "query" in present and ANSWERS in present and any(fields.get(column) for column in TOOL_COLUMNS):
+        return "query", ANSWERS  # xLAM's calls
+    return None

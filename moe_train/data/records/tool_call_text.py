@@ -1,0 +1,79 @@
+"""Calls that are written into texts as Hermes does: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`.
+
+They are read as calls only where a record is clearly of that form: it has tools, no call in another spelling, and no system
+text that asks for the tags. Otherwise a text stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from moe_train.data.records.normal_form import Message
+from moe_train.data.records.problem import Problem
+from moe_train.data.records.tool_calls import CallIds, read_calls
+from moe_train.data.records.unread import Unread
+
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
+_REMEDY = "write them as tool_calls, or drop the record"
+
+
+def read_tool_call_text(messages: list[Message], tools: list[dict[str, Any]], unread: Unread) -> list[Message]:
+    """Convert calls and results in the texts of a conversation to the normal form.
+
+    Raises:
+        Problem: If the record has tools, and calls in texts that cannot be read as calls.
+    """
+    written = [i for i, message in enumerate(messages) if _has_call_text(message)]
+    if not tools or not written or any("tool_calls" in message for message in messages):
+        return messages
+    if any(message.get("role") == "system" and "<tool" in str(message.get("content")) for message in messages):
+        what = f"message {written[0]} has a call as text, as its system text asks, and the record has tools beside that"
+        raise Problem("call-text", what, "write tool_calls and a system text without tools, or drop the record")
+    ids = CallIds()
+    converted: list[Message] = []
+    for i, message in enumerate(messages):
+        if i in written:
+            converted.append(_calling(message, i, ids, unread))
+            ids.add(converted[-1])
+            continue
+        for result in _results(message):
+            answered = ids.unanswered() if result["role"] == "tool" and "tool_call_id" not in result else None
+            if answered is not None:
+                result = result | {"tool_call_id": answered}
+            ids.add(result)
+            converted.append(result)
+    return converted
+
+
+def _has_call_text(message: Message) -> bool:
+    """Return whether a message is the assistant's, and has a call in its text."""
+    content = message.get("content")
+    return message.get("role") == "assistant" and isinstance(content, str) and "<tool_call>" in content
+
+
+def _calling(message: Message, i: int, ids: CallIds, unread: Unread) -> Message:
+    """Convert a message with calls in its text."""
+    text: str = message["content"]
+    calls = _CALL.findall(text)
+    before, _, _ = text.partition("<tool_call>")
+    if len(calls) != text.count("<tool_call>") or _CALL.sub("", text).strip() != before.strip():
+        raise Problem("call-text", f"message {i} has <tool_call> in its text, and more text after it or no end", _REMEDY)
+    read: list[dict[str, Any]] = []
+    for call in calls:
+        read += read_calls(call, f"message {i}", unread)
+    content = {"content": before.strip()} if before.strip() else {}
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return {"role": "assistant", **content, "tool_calls": ids.numbered(read), **rest}
+
+
+def _results(message: Message) -> list[Message]:
+    """Divide a message with results in tags into one message for each; any other message stays as it is."""
+    content = message.get("content")
+    if message.get("role") != "tool" or not isinstance(content, str):
+        return [message]
+    results = _RESULT.findall(content)
+    if not results or _RESULT.sub("", content).strip():
+        return [message]
+    return [message | {"content": result} for result in results]

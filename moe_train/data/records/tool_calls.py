@@ -1,0 +1,134 @@
+"""Tool calls in every spelling: OpenAI's, Mistral's, Anthropic's, LangChain's, and calls inside of JSON text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from moe_train.data.records.json_parser import parse_strictly
+from moe_train.data.records.normal_form import Message
+from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.unread import CALL, CALLED_FUNCTION, Unread
+
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+_KINDS = ("function", "tool_call", "tool_use")
+_REMEDY = 'write {"name": …, "arguments": {…}}'
+
+
+class CallIds:
+    """The calls of a conversation so far, to number calls without ids and to find the call that a result answers."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._unanswered: dict[str, str] = {}  # id -> name of the function
+
+    def numbered(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the calls of a message of a spelling that has no ids, with numbers as their ids."""
+        return [{"id": f"call{number:05d}", **call} for number, call in enumerate(calls, start=self.count)]
+
+    def add(self, message: Message) -> None:
+        """Note the calls or the result of the next message."""
+        for call in message.get("tool_calls", ()):
+            self.count += 1
+            if isinstance(call.get("id"), str):
+                self._unanswered[call["id"]] = call["function"]["name"]
+        answered = message.get("tool_call_id")
+        if isinstance(answered, str):
+            self._unanswered.pop(answered, None)
+
+    def unanswered(self, name: str | None = None) -> str | None:
+        """Return the id of the first call that has no result yet; only of the function `name`, if it is stated."""
+        return next((call_id for call_id, called in self._unanswered.items() if name in (None, called)), None)
+
+
+def read_calls(value: Any, where: str, unread: Unread) -> list[dict[str, Any]]:
+    """Convert a list of calls, one call, or the JSON text of either, to the normal form.
+
+    Raises:
+        Problem: If a value is no call.
+    """
+    if isinstance(value, str):
+        try:
+            value = parse_strictly(value)
+        except ValueError as error:
+            raise Problem("arguments", f"{where} has calls of {brief(value)}, which is not JSON ({error})", _REMEDY) from None
+    calls = [value] if isinstance(value, dict) else value
+    if not isinstance(calls, list | tuple):
+        raise Problem("type", f"{where} has calls of {brief(value)}, which should be a list", "write a list of calls")
+    return [_call(call, where, unread) for call in calls]
+
+
+def _call(call: Any, where: str, unread: Unread) -> dict[str, Any]:
+    """Convert one call; the keys of its function keep their order, which a template may write."""
+    if isinstance(call, str):
+        with contextlib.suppress(ValueError):
+            call = parse_strictly(call)
+    if not isinstance(call, dict):
+        raise Problem("arguments", f"{where} has a call of {brief(call)}, which is no call", _REMEDY)
+    left = unread.opened(CALL, call)
+    kind = left.pop("type", "function")
+    if kind not in _KINDS:
+        raise Problem("type", f"{where} has a call of type {brief(kind)}", "only functions can be called; drop the record")
+    normal: dict[str, Any] = {}
+    for key in ("id", "call_id", "tool_call_id"):
+        if key in left and "id" not in normal:
+            normal["id"] = left.pop(key)
+    normal["type"] = "function"
+    if "function" in left:
+        inner = left.pop("function")
+        if not isinstance(inner, dict):
+            message = f"a call in {where} should have id and function (name, arguments), not {brief(call)}"
+            raise Problem("type", message, _REMEDY)
+        inner = unread.opened(CALLED_FUNCTION, inner)
+        normal["function"] = _function(inner, where)
+        unread.close(f"a call in {where}", CALLED_FUNCTION, inner)
+    else:
+        normal["function"] = _function(left, where)
+    unread.close(f"a call in {where}", CALL, left)
+    return normal
+
+
+def _function(left: dict[str, Any], where: str) -> dict[str, Any]:
+    """Take the name and the arguments out of an object."""
+    name = left.get("name")
+    if not isinstance(name, str):
+        raise Problem("type", f"a call in {where} should have id and function (name, arguments), and has no name", _REMEDY)
+    present = [key for key in _ARGUMENTS if key in left]
+    if not present:
+        message = f"{where} calls {brief(name)} without arguments"
+        raise Problem("arguments", message, 'write "arguments": {} if it takes none')
+    if any(left[key] != left[present[0]] for key in present):
+        message = f"{where} calls {brief(name)} with both {present[0]} and {present[1]}"
+        raise Problem("arguments", message, "keep the one that is meant")
+    function: dict[str, Any] = {}
+    for key in list(left):
+        if key == "name":
+            function["name"] = left.pop(key)
+        elif key in _ARGUMENTS:
+            function["arguments"] = arguments_text(left.pop(key), f"{where} calls {brief(name)} with arguments")
+    return function
+
+
+def arguments_text(value: Any, what: str) -> str:
+    """Return the JSON text of arguments, which are an object or its JSON text.
+
+    Raises:
+        Problem: If they are anything else, or not strictly JSON.
+    """
+    remedy = "write one JSON object, or its JSON text"
+    if isinstance(value, dict):
+        try:
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Problem("arguments", f"{what} that have no form in JSON: {brief(value)} ({error})", remedy) from None
+    if not isinstance(value, str):
+        raise Problem("arguments", f"{what} that are no object: {brief(value)}", remedy)
+    try:
+        arguments = parse_strictly(value)
+    except ValueError as error:
+        raise Problem("arguments", f"{what} that are not JSON: {brief(value)} ({error})", remedy) from None
+    if not isinstance(arguments, dict):
+        kind = " after a second decoding" if isinstance(arguments, str) else ""
+        raise Problem("arguments", f"{what} that are no object{kind}: {brief(value)}", remedy)
+    return value

@@ -1,0 +1,96 @@
+"""Definitions of tools in every spelling: OpenAI's, Mistral's, Anthropic's, MCP's and bare functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_train.data.records.json_parser import parse_strictly
+from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.unread import TOOL, TOOL_FUNCTION, Unread
+
+TOOL_COLUMNS = ("tools", "available_tools", "functions")
+"""Columns of a record that may hold its tools."""
+_SCHEMAS = ("parameters", "input_schema", "inputSchema", "arguments")
+_FUNCTION = ("name", "description", "strict")
+_REMEDY = 'write {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
+
+
+def take_tools(left: dict[str, Any], unread: Unread) -> list[dict[str, Any]]:
+    """Take the tools out of a record, and convert them to the normal form; no tools are an empty list.
+
+    Raises:
+        Problem: If they cannot be interpreted, or stand in two columns.
+    """
+    present = {column: left.pop(column) for column in TOOL_COLUMNS if column in left}
+    filled = [column for column, value in present.items() if value]
+    if len(filled) > 1:
+        raise Problem("columns", f"the record has both {filled[0]} and {filled[1]}", "keep the one that is meant")
+    if not filled:
+        return []
+    value = present[filled[0]]
+    if isinstance(value, str):  # columnar files cannot store values of varying schema, so tools are JSON text there
+        value = json_value(value, filled[0], "write a list of tools")
+    if isinstance(value, tuple):
+        value = list(value)
+    if not isinstance(value, list):
+        raise Problem("type", f"{filled[0]} should be a list, not {brief(value)}", "write a list of tools")
+    return [_tool(json_value(tool, f"tool {i}", _REMEDY), i, unread) for i, tool in enumerate(value)]
+
+
+def json_value(value: Any, what: str, remedy: str) -> Any:
+    """Return a value, or what it is as JSON text. Raises Problem for text that is not JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_strictly(value)
+    except ValueError as error:
+        raise Problem("type", f"{what} of {brief(value)} is not JSON ({error})", remedy) from None
+
+
+def _tool(tool: Any, i: int, unread: Unread) -> dict[str, Any]:
+    """Convert one tool; the keys of a tool keep their order, which a template may write."""
+    if not isinstance(tool, dict):
+        raise Problem("type", f"tool {i} should be an object, not {brief(tool)}", _REMEDY)
+    left = unread.opened(TOOL, tool)
+    kind = left.pop("type", "function")
+    if "function" not in left:
+        if kind not in ("function", "custom"):
+            raise Problem("type", f"tool {i} is of type {brief(kind)}, and no function", "drop the record, or define a function")
+        function = _function(left, i)
+        unread.close(f"tool {i}", TOOL, left)
+        return {"type": "function", "function": function}
+    inner = left.pop("function")
+    if kind != "function" or not isinstance(inner, dict):
+        raise Problem("type", f"tool {i} should be a function, not {brief(tool)}", _REMEDY)
+    unread.close(f"tool {i}", TOOL, left)
+    inner = unread.opened(TOOL_FUNCTION, inner)
+    function = _function(inner, i)
+    unread.close(f"tool {i}", TOOL_FUNCTION, inner)
+    normal = {key: function if key == "function" else "function" for key in tool if key in ("type", "function")}
+    normal.setdefault("type", "function")
+    return normal
+
+
+def _function(left: dict[str, Any], i: int) -> dict[str, Any]:
+    """Take a function out of an object: its name, description and schema."""
+    name = left.get("name")
+    if not isinstance(name, str):
+        raise Problem("type", f"tool {i} should have function (name, description, parameters), and has no name", _REMEDY)
+    if not isinstance(left.get("description", ""), str):
+        raise Problem("type", f"the description of tool {i} should be text, not {brief(left['description'])}", _REMEDY)
+    schemas = [key for key in _SCHEMAS if key in left]
+    if not schemas:
+        message = f"tool {i} ({brief(name)}) has no parameters"
+        raise Problem("type", message, 'write "parameters": {"type": "object", "properties": {}} if it takes none')
+    if any(left[key] != left[schemas[0]] for key in schemas):
+        raise Problem("type", f"tool {i} has both {schemas[0]} and {schemas[1]}", "keep the one that is meant")
+    function: dict[str, Any] = {}
+    for key in list(left):
+        if key in _FUNCTION:
+            function[key] = left.pop(key)
+        elif key in _SCHEMAS:
+            schema = json_value(left.pop(key), f"the {key} of tool {i}", _REMEDY)
+            if not isinstance(schema, dict):
+                raise Problem("type", f"the {key} of tool {i} should be an object, not {brief(schema)}", "write a JSON schema")
+            function["parameters"] = schema
+    return function

@@ -1,0 +1,47 @@
+"""Calls in tags are read where a record is clearly of that form, and otherwise stay text or are a problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.data.records.reading import ANSWER, CALL, CALLING, RESULT, TOOL, USER, conversation, problem
+
+TEXT = '<tool_call>\n{"name": "get_tide", "arguments": {"port": "Brest"}}\n</tool_call>'
+CALLED = {"role": "assistant", "content": TEXT}
+ANSWERED = {"role": "tool", "content": "<tool_response>\n4.2\n</tool_response>"}
+
+
+def test_hermes_calls_and_results() -> None:
+    record = {"messages": [USER, CALLED, ANSWERED, ANSWER], "tools": [TOOL]}
+    assert conversation(record).messages == [USER, CALLING, RESULT, ANSWER]
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "Look. " + TEXT}, {"from": "tool", "value": "4.2"}]
+    read = conversation({"conversations": [*sharegpt, {"from": "gpt", "value": "b"}], "tools": [TOOL]}).messages
+    assert read[1] == {"role": "assistant", "content": "Look.", "tool_calls": [CALL]} and read[2] == RESULT
+
+
+def test_two_calls_and_two_results_in_one_message() -> None:
+    two = {"role": "assistant", "content": f"{TEXT}\n{TEXT}", "weight": 0}
+    results = {"role": "tool", "content": ANSWERED["content"].replace("4.2", "1") + "\n" + ANSWERED["content"]}
+    read = conversation({"messages": [USER, two, results, ANSWER], "tools": [TOOL]}).messages
+    assert [call["id"] for call in read[1]["tool_calls"]] == ["call00000", "call00001"] and read[1]["weight"] == 0
+    assert [(m["content"], m["tool_call_id"]) for m in read[2:4]] == [("1", "call00000"), ("4.2", "call00001")]
+
+
+def test_without_tools_it_stays_text() -> None:
+    assert conversation({"messages": [USER, CALLED]}).messages == [USER, CALLED]
+    assert conversation({"messages": [USER | {"content": TEXT}, ANSWER], "tools": [TOOL]}).messages[0]["content"] == TEXT
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER, {"role": "assistant", "content": "<tool_call>{'name': 'f', 'arguments': {}}</tool_call>"}],
+        [USER, {"role": "assistant", "content": TEXT + " Done."}],
+        [USER, {"role": "assistant", "content": "<tool_call>{}"}],
+        [{"role": "system", "content": "Use <tools>[]</tools>"}, USER, CALLED],
+    ],
+)
+def test_what_is_only_nearly_of_that_form_is_a_problem(messages: list[dict[str, Any]]) -> None:
+    assert problem({"messages": messages, "tools": [TOOL]}).rule in ("call-text", "arguments")

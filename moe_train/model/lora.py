@@ -91,9 +91,7 @@ def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> 
     module_names = sorted(set(names))
     for pattern in patterns:
         if not any(config.names_module(pattern, name) for name in module_names):
-            raise ValueError(
-                f"lora.{key}: pattern {pattern!r} names no module; use names of the model's modules: {', '.join(module_names)}"
-            )
+            raise ValueError(f"lora.{key}: pattern {pattern!r} names no module; there are {', '.join(module_names)}")
 
 
 def _check_routed(lora: config.Lora, modules: Iterable[tuple[str, nnx.Module]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import optax
@@ -12,6 +12,9 @@ from jaxtyping import Array, Int
 from moe_train import config
 from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath
+
+Leaf = TypeVar("Leaf")
+"""Array of a model, or its shape: how parameters are split depends on their paths only."""
 
 
 class TrainState(NamedTuple):
@@ -36,7 +39,7 @@ class TrainState(NamedTuple):
         return self.trainable | self.buffers
 
 
-def partition(params: Parameters, lora: config.Lora | None) -> tuple[Parameters, Parameters]:
+def partition(params: dict[str, Leaf], lora: config.Lora | None) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Split the parameters into (learned, frozen).
 
     With a `lora` section, the adapters and the modules that it trains in full are learned; without one, everything is. A
@@ -48,13 +51,13 @@ def partition(params: Parameters, lora: config.Lora | None) -> tuple[Parameters,
     return learned, {path: x for path, x in params.items() if path not in learned}
 
 
-def split_buffers(learned: Parameters) -> tuple[Parameters, Parameters]:
+def split_buffers(learned: dict[str, Leaf]) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Split the learned parameters into (trainable, buffers)."""
     buffers = {path: x for path, x in learned.items() if ParameterPath.parse(path).is_router_bias}
     return {path: x for path, x in learned.items() if path not in buffers}, buffers
 
 
-def trained_in_full(learned: Parameters, lora: config.Lora | None) -> Parameters:
+def trained_in_full(learned: dict[str, Leaf], lora: config.Lora | None) -> dict[str, Leaf]:
     """Return the parameters that are trained together with adapters but are not adapters; empty without a `lora` section."""
     return {} if lora is None else {path: x for path, x in learned.items() if not ParameterPath.parse(path).is_adapter}
 

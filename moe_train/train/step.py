@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -91,9 +92,12 @@ def _updated_biases(buffers: Parameters, routers: RouterStats | None, rate: floa
 
 
 def compile_step(
-    definition: StepDefinition, state: TrainState, batch: Any, base_weights: Parameters | None = None
+    definition: StepDefinition,
+    state: TrainState,
+    batch: Any,
+    base_weights: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct] | None = None,
 ) -> jax.stages.Compiled:
-    """Compile `train_step` for a state, a batch and base weights like these.
+    """Compile `train_step` for a state, a batch and base weights like these, which may be shapes in place of arrays.
 
     The compiled step takes over (donates) the state that it is called with.
     """

@@ -120,7 +120,7 @@ BY_EXPERT = {"rank": 2, "alpha": 4.0}
     ("targets", "train", "message"),
     [
         ([{"modules": ("attention.*",), "experts": (1,)}], (), "attention.k_proj has no experts; leave experts [1] out"),
-        ([{"modules": ("ffn.*",), "experts": (4,)}], (), "ffn.down_proj has no expert 4; there are 4, from 0"),
+        ([{"modules": ("ffn.*",), "experts": (4,)}], (), "ffn.down_proj has no expert 4; it has 4 experts, numbered from 0"),
         (
             [{"modules": ("ffn.*",), "experts": (1, 2)}, {"modules": ("ffn.up_proj",), "experts": (2,)}],
             (),

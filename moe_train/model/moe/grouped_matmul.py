@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_train.machine.mesh import platform
 
@@ -119,7 +119,7 @@ def _zeros_like(x: Float[Array, "..."], shape: tuple[int, ...], dtype: jnp.dtype
     return jax.lax.full_like(x, 0, dtype, shape)
 
 
-_Carry = TypeVar("_Carry", bound=Float[Array, "..."])
+_Carry = TypeVar("_Carry", bound=Shaped[Array, "..."])
 _Block = Callable[[int, Int[Array, ""], Bool[Array, "rows 1"] | None, _Carry], _Carry]
 
 

@@ -32,4 +32,5 @@ moe_train.export(folder / "lora", folder / "merged-hf", merge=True)
 for directory in ("adapter", "merged-hf"):
     _, checks = moe_train.verify(folder / directory)
     for check in checks:
-        print(f"{directory}: {'ok' if check.passed else 'FAILED'} {check.name}")
+        result = {True: "ok", False: "FAILED", None: "not checked"}[check.passed]
+        print(f"{directory}: {result} {check.name}")

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1] / "moe_train"
 
 # What each folder may import of ours besides itself; a name stands for everything below it. The longest key that fits counts.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "": (),  # moe_train itself
+    # moe_train itself only hands on public names, and imports a folder when one of its names is used.
+    "": ("config", "machine", "model", "data", "train", "checkpoint", "commands", "run"),
     "config": (),
     "machine": ("config",),
     "model": ("config", "machine"),

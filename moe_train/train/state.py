@@ -34,8 +34,11 @@ class TrainState(NamedTuple):
     """Number of steps that changed nothing because their loss or gradient was not finite (int32)."""
 
     @property
-    def learned(self) -> Parameters:
-        """All arrays of the model that a step may change: the part of the model that a checkpoint stores."""
+    def learned(self) -> dict[str, Any]:
+        """All arrays of the model that a step may change: the part of the model that a checkpoint stores.
+
+        In a state of shapes (`jax.eval_shape`) these are shapes too.
+        """
         return self.trainable | self.buffers
 
 

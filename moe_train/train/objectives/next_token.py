@@ -18,12 +18,12 @@ def next_token() -> Objective:
     return Objective(Batch, count_loss_tokens, loss, mean_name="cross_entropy", weight_name="loss_tokens")
 
 
-def count_loss_tokens(batch: Any, first_pass_result: None) -> Int[Array, ""]:
+def count_loss_tokens(batch: Any, first_pass_result: Any) -> Int[Array, ""]:
     """Return the number of tokens that are trained on."""
     return jnp.sum(batch.loss_mask)
 
 
-def loss(inputs: ObjectiveInputs, first_pass_result: None) -> Terms:
+def loss(inputs: ObjectiveInputs, first_pass_result: Any) -> Terms:
     """Sum the cross-entropy, in nats, over the tokens that are trained on."""
     model = inputs.model
     batch = inputs.batch

@@ -43,7 +43,7 @@ def generate_command(
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be repeated.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate for each prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Treat each prompt as a user message, rendered by the chat template.")
     ] = False,

@@ -114,7 +114,7 @@ def test_a_run_from_random_weights_becomes_a_model(small_tokenizer: HuggingFace,
         export(tmp_path / "run", tmp_path / "other", merge=True)
     with pytest.raises(ValueError, match="trained in full"):
         export(tmp_path / "run", tmp_path / "other", "peft")
-    with pytest.raises(ValueError, match="it is no run"):
+    with pytest.raises(ValueError, match="it is not a run"):
         export(tmp_path / "hf", tmp_path / "other", "peft")
     assert not (tmp_path / "other").exists()
 

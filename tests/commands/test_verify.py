@@ -70,5 +70,5 @@ def test_options_that_do_not_go_together_are_refused(record: Path, options: dict
 
 
 def test_only_an_export_can_be_verified(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no export_proof\.json; only directories that `moe-train export` wrote can be verified"):
+    with pytest.raises(FileNotFoundError, match=r"has no export_proof\.json; only directories that `moe-train export` wrote"):
         verify(tmp_path)

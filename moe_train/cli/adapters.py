@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, OutDir, examples
+from moe_train.cli.arguments import AsJson, OutDir, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line, stdout_console
 
 adapter_commands = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
@@ -20,7 +20,7 @@ AdapterDir = Annotated[
 
 @adapter_commands.command(
     "diff",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train adapters diff runs/quickstart/lora",
         "moe-train adapters diff runs/quickstart/export_peft --base runs/quickstart/pretrain --top 5",
     ),
@@ -52,7 +52,7 @@ def diff_command(
 
 @adapter_commands.command(
     "merge",
-    epilog=examples("moe-train adapters merge runs/quickstart/pretrain runs/quickstart/export_peft merged_model"),
+    epilog=help_examples("moe-train adapters merge runs/quickstart/pretrain runs/quickstart/export_peft merged_model"),
 )
 def merge_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the model that the adapter belongs to.")],
@@ -76,7 +76,7 @@ def merge_command(
 
 @adapter_commands.command(
     "scale",
-    epilog=examples("moe-train adapters scale runs/quickstart/export_peft 0.5 half_strength_adapter"),
+    epilog=help_examples("moe-train adapters scale runs/quickstart/export_peft 0.5 half_strength_adapter"),
 )
 def scale_command(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a PEFT adapter.")],

@@ -27,13 +27,13 @@ ProofDepth = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def examples(*commands: str) -> str:
+def help_examples(*commands: str) -> str:
     """Format commands as the examples that end a command's `--help`, one paragraph each, since Typer joins single lines."""
     title = "Example:" if len(commands) == 1 else "Examples:"
     return "\n\n".join([title, *commands])
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+def read_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a config file and apply overrides. Raises ValueError with one line for each error."""
     # Imported here, since pydantic would slow down `--help`.
     from moe_train.config import yaml_file

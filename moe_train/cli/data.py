@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, examples, load_config
+from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, help_examples, read_config
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line, stdout_console
 from moe_train.machine import progress
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 data_commands = typer.Typer(name="data", help="Check, show and prepare data before training on them.", no_args_is_help=True)
 
-Layout = Literal["auto", "text", "json", "csv", "parquet", "arrow"]
+RecordLayout = Literal["auto", "text", "json", "csv", "parquet", "arrow"]
 TokenizerPath = Annotated[
     Path | None, typer.Option(help="Directory with tokenizer.json, or a tekken.json or tokenizer.model.v*. Default: the run's own.")
 ]
-RecordFormat = Annotated[Layout, typer.Option("--format", help="Format of the files; auto decides by their names.")]
+RecordFormat = Annotated[RecordLayout, typer.Option("--format", help="Format of the files; auto decides by their names.")]
 ColumnMap = Annotated[
     list[str] | None,
     typer.Option("--map", metavar="FIELD=COLUMN", help="Column of a field: text=, messages=, or prompt= and completion=."),
@@ -37,7 +37,7 @@ ChatTemplate = Annotated[str | None, typer.Option(help="Jinja file with a chat t
 
 @data_commands.command(
     "check",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train data check runs/quickstart/text/chat_train.jsonl --tokenizer runs/quickstart/tokenizer --seq-len 256",
         "moe-train data check --config configs/quickstart_lora.yaml",
     ),
@@ -85,7 +85,7 @@ def check_command(
     from moe_train.data.chat.conversation_to_tokens import load_template
     from moe_train.data.check import check as checks
 
-    config = None if config_path is None else load_config(config_path)
+    config = None if config_path is None else read_config(config_path)
     sources, evaluation = _sources_to_check(files, layout, columns, ignore, config_path, config)
     if against:
         evaluation = (checks.CheckedSource(tuple(against), ignore=tuple(ignore or ())),)
@@ -118,7 +118,7 @@ def check_command(
 
 def _sources_to_check(
     files: list[str] | None,
-    layout: Layout,
+    layout: RecordLayout,
     columns: list[str] | None,
     ignore: list[str] | None,
     config_path: Path | None,
@@ -167,7 +167,7 @@ def _refuse_options(stated: dict[str, bool], reason: str) -> None:
 
 @data_commands.command(
     "show",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train data show runs/quickstart/text/chat_train.jsonl --tokenizer runs/quickstart/tokenizer",
         "moe-train data show configs/quickstart_lora.yaml -n 16 --step 5 --html step_5.html",
     ),
@@ -192,7 +192,7 @@ def show_command(
 
     if html is not None:
         _refuse_options({"--json": as_json}, "--html writes a page")
-    config = load_config(Path(file)) if file.endswith((".yaml", ".yml")) else None
+    config = read_config(Path(file)) if file.endswith((".yaml", ".yml")) else None
     loaded = _load_tokenizer(tokenizer, config)
     if config is None:
         _refuse_options({"--step": step is not None}, f"{file} is not the config of a run (.yaml)")
@@ -224,7 +224,7 @@ def show_command(
         show.print_rows(rows, loaded, stdout_console(), positions)
 
 
-def _source_of_file(file: str, layout: Layout, columns: list[str] | None, ignore: list[str] | None) -> FileSource:
+def _source_of_file(file: str, layout: RecordLayout, columns: list[str] | None, ignore: list[str] | None) -> FileSource:
     """Return the source section for one file, with the record section that `--map` describes or that its first record fits."""
     from moe_train import config as sections
     from moe_train.commands import show
@@ -248,7 +248,7 @@ def _print_pairs(source: FileSource, count: int, as_json: bool) -> None:
 
 @data_commands.command(
     "prepare",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train data prepare configs/quickstart_pretrain.yaml",
         "moe-train data prepare configs/quickstart_pretrain.yaml data.num_proc=2 --to prepared_sets",
     ),
@@ -266,7 +266,7 @@ def prepare_command(
 
     If it is interrupted, the same command continues where it stopped.
     """
-    config = load_config(config_path, overrides)
+    config = read_config(config_path, overrides)
     from moe_train.commands.prepare import prepare
 
     with progress_line("preparing"):
@@ -280,7 +280,7 @@ def prepare_command(
 
 @data_commands.command(
     "trace",
-    epilog=examples("moe-train data trace configs/quickstart_lora.yaml --step 20 --row 0"),
+    epilog=help_examples("moe-train data trace configs/quickstart_lora.yaml --step 20 --row 0"),
 )
 def trace_command(
     config_path: ConfigPath,
@@ -290,7 +290,7 @@ def trace_command(
     as_json: AsJson = False,
 ) -> None:
     """Print the file and line of every record that a training step of CONFIG learns from."""
-    config = load_config(config_path, overrides)
+    config = read_config(config_path, overrides)
     from moe_train.commands.prepare import trace
 
     with progress_line("looking up records"):

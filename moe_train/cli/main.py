@@ -19,7 +19,7 @@ from typing import Annotated, cast
 import typer
 
 from moe_train.cli.adapters import adapter_commands
-from moe_train.cli.arguments import AsJson, examples
+from moe_train.cli.arguments import AsJson, help_examples
 from moe_train.cli.data import data_commands
 from moe_train.cli.models import model_commands
 from moe_train.cli.terminal import print_json, print_mapping, progress_line
@@ -29,7 +29,7 @@ from moe_train.machine import processes
 app = typer.Typer(
     name="moe-train",
     help="Train, adapt and ship sparse Mixture-of-Experts transformers of the Mistral family.",
-    epilog=examples("moe-train quickstart", "moe-train train configs/quickstart_pretrain.yaml train.steps=50"),
+    epilog=help_examples("moe-train quickstart", "moe-train train configs/quickstart_pretrain.yaml train.steps=50"),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,7 +48,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Print the trac
     pass  # `main` reads --debug, since that is where errors are caught
 
 
-@app.command("quickstart", epilog=examples("moe-train quickstart"))
+@app.command("quickstart", epilog=help_examples("moe-train quickstart"))
 def quickstart_command() -> None:
     """Run the main workflow in minutes on a CPU: tokenizer, pretraining, LoRA, export and generation.
 
@@ -60,7 +60,7 @@ def quickstart_command() -> None:
     raise typer.Exit(quickstart())
 
 
-@app.command("schema", epilog=examples("moe-train schema > schema.json"))
+@app.command("schema", epilog=help_examples("moe-train schema > schema.json"))
 def schema_command() -> None:
     """Print the JSON schema of a config, from which editors complete and check keys."""
     from moe_train.config.schema import json_schema
@@ -70,7 +70,7 @@ def schema_command() -> None:
 
 @tokenizer_commands.command(
     "train",
-    epilog=examples("moe-train tokenizer train runs/quickstart/text/text_train.jsonl --vocab-size 4096 --out my_tokenizer"),
+    epilog=help_examples("moe-train tokenizer train runs/quickstart/text/text_train.jsonl --vocab-size 4096 --out my_tokenizer"),
 )
 def train_tokenizer_command(
     files: Annotated[

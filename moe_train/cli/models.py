@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ModelDir, OutDir, ProofDepth, examples
+from moe_train.cli.arguments import AsJson, ModelDir, OutDir, ProofDepth, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line
 
 model_commands = typer.Typer()
@@ -16,7 +16,7 @@ model_commands = typer.Typer()
 
 @model_commands.command(
     "evaluate",
-    epilog=examples("moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl"),
+    epilog=help_examples("moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl"),
 )
 def evaluate_command(
     directory: ModelDir,
@@ -33,7 +33,7 @@ def evaluate_command(
 
 @model_commands.command(
     "generate",
-    epilog=examples(
+    epilog=help_examples(
         'moe-train generate runs/quickstart/pretrain --prompt "The list type"',
         'moe-train generate runs/quickstart/export_hf --chat --prompt "What does json.dumps do?" --temperature 0.7 --seed 1',
     ),
@@ -43,7 +43,7 @@ def generate_command(
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be repeated.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate for each prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Treat each prompt as a user message, rendered by the chat template.")
     ] = False,
@@ -64,7 +64,7 @@ def generate_command(
 
 @model_commands.command(
     "export",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train export runs/quickstart/lora merged_model --merge",
         "moe-train export runs/quickstart/lora model_gguf --merge --for llama.cpp --dtype bfloat16",
     ),
@@ -122,7 +122,7 @@ def export_command(
 
 @model_commands.command(
     "verify",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train verify runs/quickstart/export_hf",
         "moe-train verify runs/quickstart/export_hf --run runs/quickstart/lora --proof tensors",
     ),
@@ -160,7 +160,7 @@ def verify_command(
 
 @model_commands.command(
     "upcycle",
-    epilog=examples("moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4"),
+    epilog=help_examples("moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4"),
 )
 def upcycle_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Dense model in Hugging Face, Mistral or GGUF format.")],
@@ -184,7 +184,7 @@ def upcycle_command(
 
 @model_commands.command(
     "extend-vocab",
-    epilog=examples("moe-train extend-vocab models/Mixtral-8x7B-v0.1 models/Mixtral-8x7B-v3 --tokenizer v3"),
+    epilog=help_examples("moe-train extend-vocab models/Mixtral-8x7B-v0.1 models/Mixtral-8x7B-v3 --tokenizer v3"),
 )
 def extend_vocab_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Model in Hugging Face, Mistral or GGUF format.")],

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, examples, load_config
+from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, help_examples, read_config
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
 
 training_commands = typer.Typer()
@@ -16,14 +16,14 @@ training_commands = typer.Typer()
 
 @training_commands.command(
     "train",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train train configs/quickstart_pretrain.yaml",
         "moe-train train configs/quickstart_lora.yaml run_dir=runs/lora_lr2e-3 optimizer.learning_rate=2e-3",
     ),
 )
 def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
     """Train the run that CONFIG describes; an interrupted run continues from its last checkpoint."""
-    config = load_config(config_path, overrides)
+    config = read_config(config_path, overrides)
     from moe_train.commands.train import train
 
     raise typer.Exit(train(config))
@@ -31,7 +31,7 @@ def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
 
 @training_commands.command(
     "inspect",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train inspect configs/mixtral_8x7b_pretrain_v5p.yaml",
         "moe-train inspect configs/mixtral_8x7b_pretrain_v5p.yaml mesh.expert=4 mesh.fsdp=16 --json",
     ),
@@ -41,7 +41,7 @@ def inspect_command(config_path: ConfigPath, overrides: Overrides = None, as_jso
 
     Nothing is allocated, and the devices of the mesh need not be present.
     """
-    config = load_config(config_path, overrides)
+    config = read_config(config_path, overrides)
     from moe_train.commands.inspect import inspect
     from moe_train.config import yaml_file
 
@@ -57,7 +57,7 @@ def inspect_command(config_path: ConfigPath, overrides: Overrides = None, as_jso
 
 @training_commands.command(
     "plan",
-    epilog=examples(
+    epilog=help_examples(
         "moe-train plan configs/mixtral_8x7b_pretrain_v5p.yaml --topology v5p:4x4x4 --no-compile",
         "moe-train plan configs/mixtral_8x7b_pretrain_v5p.yaml --topology 2xv5p:4x4x4 --batch any --no-compile --json",
     ),
@@ -97,7 +97,7 @@ def plan_command(
     Ranks meshes, transports, rematerialization and microbatches, and compiles the best to confirm that it fits.
     Compiling needs libtpu or JAX's CUDA plugin; --no-compile needs neither. Exit code 1 if nothing fits into memory.
     """
-    config = load_config(config_path, overrides)
+    config = read_config(config_path, overrides)
     _check_plan_options(no_compile, compile_only, hlo, config_out)
     from moe_train.commands.plan import plan_run
     from moe_train.config import yaml_file
@@ -135,10 +135,10 @@ def _check_plan_options(no_compile: bool, compile_only: bool, hlo: Path | None, 
             raise FileNotFoundError(f"{file}: the directory {file.parent} does not exist; create it first")
 
 
-@training_commands.command("bench", epilog=examples("moe-train bench configs/quickstart_pretrain.yaml train.batch_size=8"))
+@training_commands.command("bench", epilog=help_examples("moe-train bench configs/quickstart_pretrain.yaml train.batch_size=8"))
 def bench_command(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Measure the speed of CONFIG's training step on these devices, with random weights and tokens."""
-    config = load_config(config_path, overrides)
+    config = read_config(config_path, overrides)
     from moe_train.commands.bench import bench
 
     with progress_line("timing the training step"):
@@ -147,7 +147,7 @@ def bench_command(config_path: ConfigPath, overrides: Overrides = None, as_json:
 
 
 @training_commands.command(
-    "plot", epilog=examples("moe-train plot runs/quickstart/pretrain runs/quickstart/lora --out metrics.png")
+    "plot", epilog=help_examples("moe-train plot runs/quickstart/pretrain runs/quickstart/lora --out metrics.png")
 )
 def plot_command(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Directories of runs, drawn into the same plots.")],

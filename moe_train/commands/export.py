@@ -116,11 +116,7 @@ def export(
             run.lora.quantize.name,
             run.init_from,
         )
-    origin = _Origin(
-        Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()) if run else None),
-        list(islice(_conversations(run), MAX_CONVERSATIONS)) if run else [],
-        _about(opened),
-    )
+    origin = _origin_of(opened)
     dtype = options.dtype or _default_dtype(opened)
     with jax.set_mesh(opened.mesh):
         match layout:
@@ -143,6 +139,15 @@ def export(
     if command is not None:
         record["serve"] = command
     return record
+
+
+def _origin_of(opened: OpenedModel) -> _Origin:
+    """Return the tokenizer, config, conversations and origin of a run or an external model."""
+    run = opened.run
+    if run is None:
+        return _Origin(Texts(opened.tokenizer, opened.chat_template), [], _about(opened))
+    texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()))
+    return _Origin(texts, list(islice(_conversations(run), MAX_CONVERSATIONS)), _about(opened))
 
 
 def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) -> None:

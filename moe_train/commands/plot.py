@@ -66,10 +66,10 @@ def _resumed_steps(path: Path) -> list[int]:
     """Return the steps after which a run was resumed, from its `run.json` if there is one."""
     if not path.is_file():
         return []
-    events = read_object(path).get("events")
-    if not isinstance(events, list):
-        raise ValueError(f"{path} has no list of events; restore it, or remove it to plot without resumes")
-    return [event["step"] for event in events if event["event"] == "resume"]
+    try:
+        return [event["step"] for event in read_object(path)["events"] if event["event"] == "resume"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the log of a run; restore it, or remove it to plot without resumes") from error
 
 
 def plot(run_dirs: list[Path], out: Path) -> None:

@@ -64,12 +64,9 @@ def train_tokenizer(
 
     specials = [PAD, BOS, EOS, BEGIN_USER, END_USER]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(specials) + len(alphabet):
-        smallest = len(alphabet) + len(specials)
-        raise ValueError(
-            f"--vocab-size {vocab_size} has no room for the {len(alphabet)} bytes and {len(specials)} control tokens; "
-            f"use {smallest} or more"
-        )
+    smallest = len(alphabet) + len(specials)
+    if vocab_size < smallest:
+        raise ValueError(f"--vocab-size {vocab_size} has no room for all bytes and control tokens; use {smallest} or more")
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
 
     tokenizer = tokenizers.Tokenizer(models.BPE())

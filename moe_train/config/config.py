@@ -13,7 +13,7 @@ from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
 from moe_train.config.objective import NextToken, Objective, check_records
 from moe_train.config.optimization import Loss, Optimizer
-from moe_train.config.section import LocalPath, NonNegative, Section
+from moe_train.config.section import LocalPath, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -29,7 +29,7 @@ class Config(Section):
 
     name: RunName
     run_dir: LocalPath
-    seed: NonNegative = 0
+    seed: Seed = 0
     init_from: LocalPath | None = None
     model: Model | None = None
     lora: Lora | None = None

@@ -16,7 +16,7 @@ from moe_train.config.config import Config, RunName
 from moe_train.config.data import Data, Tokenizer
 from moe_train.config.objective import Objective
 from moe_train.config.optimization import Loss, Optimizer
-from moe_train.config.section import LocalPath, NonNegative, Section
+from moe_train.config.section import LocalPath, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
 
@@ -66,7 +66,7 @@ class Run(Section):
 
     name: RunName
     run_dir: LocalPath
-    seed: NonNegative
+    seed: Seed
     initial_weights: InitialWeights
     model: Model
     method: FullTraining | Lora

@@ -34,6 +34,10 @@ NonNegative = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
 """An integer of at least 0."""
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_integral)]
+"""A random seed, which JAX reads as a signed 64-bit integer."""
+
+
 PositiveFloat = Annotated[float, Field(gt=0)]
 """A number greater than 0."""
 

@@ -108,8 +108,8 @@ def test_what_cannot_be_extended_is_refused_and_leaves_nothing(tmp_path: Path, c
     base = make_base(tmp_path / "base", MODEL)
     small = make_base(tmp_path / "small", MODEL.model_copy(update={"vocab_size": 31999}))
     faults = {
-        (base, "v9"): "v9: no such file or folder, and no version of Mistral's (v1, v2",
-        (base, "v11"): "mistral-common carries no sentencepiece model of version v11",
+        (base, "v9"): "v9: no such file or directory, and not a version of Mistral's tokenizer (v1, v2",
+        (base, "v11"): "mistral-common contains no sentencepiece model of version v11",
         (base, "v1"): "has the 32000 tokens of",
         (base, str(DATA / "tekken_240911.json")): "31997 of the 32000 tokens of",
         (small, "v3"): "has 32000 ids, the model's vocab_size is 31999",

@@ -48,9 +48,9 @@ def test_runs_become_a_picture(run_dir: Path, tmp_path: Path, suffix: str) -> No
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"a\.gif: a picture ends in \.png, \.svg, \.pdf"):
+    with pytest.raises(ValueError, match=r"a\.gif has an unsupported format; use a name that ends in \.png, \.svg, \.pdf"):
         plot([run_dir], tmp_path / "a.gif")
-    with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl; name the run_dir of a run"):
+    with pytest.raises(FileNotFoundError, match=r"has no metrics\.jsonl; state the run_dir of a run"):
         read_run_metrics(tmp_path)
     (run_dir / "metrics.jsonl").write_text('{"kind": "eval", "step": 0, "loss": 3.0}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl has no metrics of a training step yet"):
@@ -58,6 +58,13 @@ def test_what_cannot_be_drawn_is_said_in_one_line(run_dir: Path, tmp_path: Path,
     (run_dir / "metrics.jsonl").write_text("{}}\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl:1: not JSON"):
         read_run_metrics(run_dir)
+    (run_dir / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: not the metrics of a step"):
+        read_run_metrics(run_dir)
+    (run_dir / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 3.0}\n')
+    (run_dir / "run.json").write_text('{"events": [1]}')
+    with pytest.raises(ValueError, match=r"run\.json is not the log of a run"):
+        read_run_metrics(run_dir)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"plots need matplotlib; run: bash launch/install\.sh report"):
+    with pytest.raises(ValueError, match=r"plots need matplotlib, which is not installed; run: bash launch/install\.sh report"):
         plot([run_dir], tmp_path / "a.png")

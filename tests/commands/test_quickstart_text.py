@@ -71,7 +71,7 @@ def test_the_same_files_again_and_no_more_than_asked(library: Path, tmp_path: Pa
 
 def test_without_sources_or_with_something_there(library: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"does not hold the standard library's sources \(0 \.py files"):
+    with pytest.raises(FileNotFoundError, match=r"does not contain the standard library's sources \(0 \.py files"):
         gather_texts(tmp_path / "out", stdlib=tmp_path / "none")
     (library / "pydoc_data" / "topics.py").write_text("subjects = {}\n")
     with pytest.raises(ValueError, match="does not define topics"):

@@ -39,7 +39,7 @@ def test_training_refuses_what_is_there_and_leaves_nothing_behind(tmp_path: Path
         train_tokenizer(breaks(), 300, tmp_path / "new")
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer([], 300, tmp_path / "new")
-    with pytest.raises(ValueError, match="vocab_size 200 is less than the 256 bytes"):
+    with pytest.raises(ValueError, match="--vocab-size 200 has no room for all bytes and control tokens; use 261 or more"):
         train_tokenizer(TEXTS, 200, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there" / "tokenizer.json").read_text() == "mine"

@@ -59,9 +59,9 @@ def record(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter": "a"}, "--adapter says what was merged into --base: give both, or --run"),
-        ({"adapter": "a", "base": "b"}, "holds an adapter, not a merged model; compare it with --run"),
-        ({"run": "nowhere"}, "--run nowhere is no run; give the run that was exported"),
+        ({"adapter": "a"}, "--adapter needs --base, the model that it was merged into, and excludes --run"),
+        ({"adapter": "a", "base": "b"}, "contains an adapter, not a merged model; compare it with its run"),
+        ({"run": "nowhere"}, "--run nowhere is not a run; state the directory of the run that was exported"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(record: Path, options: dict[str, str], message: str) -> None:
@@ -70,5 +70,5 @@ def test_options_that_do_not_go_together_are_refused(record: Path, options: dict
 
 
 def test_only_an_export_can_be_verified(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no export_proof\.json; only what moe-train export wrote can be verified"):
+    with pytest.raises(FileNotFoundError, match=r"has no export_proof\.json; only directories that `moe-train export` wrote"):
         verify(tmp_path)

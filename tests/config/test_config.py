@@ -22,6 +22,7 @@ def test_a_small_run_is_accepted() -> None:
     [
         ({"name": "../up"}, "should match pattern"),
         ({"seed": -1}, "greater than or equal to 0"),
+        ({"seed": 2**63}, "less than 9223372036854775808"),
         ({"model": ...}, "state model"),
         ({"compute.attention": "cudnn"}, "compute.attention cudnn does not support float32; set compute.dtype to bfloat16"),
     ],

@@ -54,6 +54,6 @@ def test_a_file_brings_its_folder(tmp_path: Path) -> None:
 
 def test_a_url_becomes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="gs:/bucket/out is a URL where a folder is needed"), new_directory("gs://bucket/out"):
+    with pytest.raises(ValueError, match="gs:/bucket/out is a URL, but a directory is needed"), new_directory("gs://bucket/out"):
         pass
     assert not list(tmp_path.iterdir())

@@ -49,6 +49,6 @@ def test_rows_of_a_batch_lie_on_the_batch_axes_in_order():
 def test_a_sequence_over_several_processes_is_refused():
     devices = np.array([SimpleNamespace(process_index=i // 4) for i in range(8)])
     check_rows(devices.reshape(1, 2, 1, 2, 2))
-    said = "mesh.context 8 x mesh.tensor 1 devices share a sequence, .* which have 4 each; .*: let context x tensor divide 4"
+    said = "mesh.context 8 x mesh.tensor 1 devices share a sequence, .* of 4 devices, .*; let context x tensor divide 4"
     with pytest.raises(ValueError, match=said):
         check_rows(devices.reshape(1, 1, 1, 8, 1))

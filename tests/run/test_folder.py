@@ -32,7 +32,7 @@ def test_a_folder_that_is_a_file_or_in_use_is_refused(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ValueError, match=r"run_dir .*file is a file; state a directory"):
         RunFolder(file)
-    with RunFolder(tmp_path), pytest.raises(ValueError, match="wait for it, or choose another run_dir"), RunFolder(tmp_path):
+    with RunFolder(tmp_path), pytest.raises(ValueError, match="wait until it ends, or choose another run_dir"), RunFolder(tmp_path):
         pass
     with RunFolder(tmp_path):
         pass

@@ -58,7 +58,7 @@ def test_a_resumed_run_says_where_it_continues_and_what_has_changed() -> None:
 
 def test_damage_is_said_with_its_cause(capsys: pytest.CaptureFixture[str]) -> None:
     introduction.print_damage(begin(damaged={6: "no index"}))
-    assert capsys.readouterr().err == "WARNING: the checkpoint of step 6 is damaged, and was renamed to damaged-6: no index\n"
+    assert capsys.readouterr().err == "WARNING: the checkpoint of step 6 is damaged and was renamed to damaged-6: no index\n"
 
 
 def test_a_finished_run_says_which_changes_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:

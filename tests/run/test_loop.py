@@ -91,7 +91,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, small_run, poison, 
     assert [loss is None for loss in losses(tmp_path)] == [False, True, False, False, False, True]
     assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 1, 1, 1, 2]
     assert steps_in(tmp_path) == [1, 3, 4, 5, 6]  # a skipped step rotates no good checkpoint away; the last is always saved
-    assert "step 2: loss nan" in capsys.readouterr().err
+    assert "step 2 skipped, 1 so far: loss nan" in capsys.readouterr().err
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))[1]
         at = {s: model_dir.load_parameters(tmp_path, shapes, s) for s in (4, 5, 6)}
@@ -120,7 +120,7 @@ def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
     ("changes", "error", "said"),
     [
         ({"mesh": {"data": 4}}, ValueError, "needs 4 devices, but 8 are available"),
-        ({"mesh": {"fsdp": -1}, "train__batch_size": 4}, ValueError, "do not divide over mesh data x fsdp x expert = 8"),
+        ({"mesh": {"fsdp": -1}, "train__batch_size": 4}, ValueError, "do not divide evenly over mesh data x fsdp x expert = 8"),
         ({"mesh": {"tensor": -1}}, ValueError, "mesh.tensor 8 does not divide num_kv_heads 2"),
         ({"data": None}, ValueError, "the config has no data section; state data.train and data.tokenizer"),
         ({"model__vocab_size": 256}, ValueError, "vocab_size is 256"),

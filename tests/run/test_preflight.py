@@ -71,7 +71,7 @@ def test_a_tokenizer_that_is_not_the_models(run: Any, tokenizer: HuggingFace, tm
 def test_an_export_that_nothing_would_read(run: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
     shutil.copytree(tokenizer.path, tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").rename(tmp_path / "t" / "mine.json")
-    with pytest.raises(ValueError, match=r"an export would carry mine\.json, .*folder with tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"an export would contain mine\.json, .*directory with tokenizer\.json"):
         check(run(tmp_path / "t" / "mine.json"), HuggingFace(tmp_path / "t" / "mine.json"))
 
 

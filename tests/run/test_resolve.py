@@ -33,7 +33,7 @@ def test_the_architecture_comes_from_config_json_alone(base: Path) -> None:
 
 def test_data_without_a_tokenizer_are_missed_where_they_are_needed(base: Path) -> None:
     run = resolve(written(init_from=str(base), data=data()), device_count=1)
-    with pytest.raises(ValueError, match=r"data\.tokenizer is not stated, and .*base has none; state it"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer is not stated, and there is none in .*base; state it"):
         run.training_data()
     with pytest.raises(ValueError, match="the config has no data section"):
         resolve(written(model=MODEL), device_count=1).training_data()
@@ -62,7 +62,10 @@ def test_a_templates_file_is_replaced_by_its_text(tmp_path: Path) -> None:
         ({"model": {**MODEL, "norm_eps": 1e-3}}, r"model\.norm_eps is 0\.001, but 1e-05 in .*; leave model out"),
         ({"mesh": {"expert": 8}}, "mesh.expert 8 does not divide num_experts 4; use 4"),
         ({"mesh": {"fsdp": -1, "expert": 3}}, "mesh axes of 3 devices do not divide the 8 available devices"),
-        ({"train": {"steps": 3, "batch_size": 4, "seq_len": 32}, "mesh": {"data": -1}}, r"4 sequences do not divide .* = 8; use"),
+        (
+            {"train": {"steps": 3, "batch_size": 4, "seq_len": 32}, "mesh": {"data": -1}},
+            r"4 sequences, which do not divide evenly .* = 8; use",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(base: Path, sections: dict[str, Any], error: str) -> None:

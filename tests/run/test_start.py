@@ -65,7 +65,7 @@ def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, s
     for file in (run_dir / "checkpoints" / "6" / "optimizer").rglob("d/*"):
         file.write_bytes(b"")
     assert train(small_run(run_dir)) == loop.FINISHED
-    assert "WARNING: the checkpoint of step 6 is damaged, and was renamed to damaged-6" in capsys.readouterr().err
+    assert "WARNING: the checkpoint of step 6 is damaged and was renamed to damaged-6" in capsys.readouterr().err
     assert events(run_dir)[-2]["event"] == "resume" and events(run_dir)[-2]["step"] == 4 and "6" in events(run_dir)[-2]["damaged"]
     assert losses(run_dir) == losses(finished)
 
@@ -159,5 +159,7 @@ def test_all_weights_of_another_run(finished, tmp_path, small_run):
     run = small_run(tmp_path, init_from=str(finished), model=None, train__steps=2)
     assert train(run) == loop.FINISHED
     assert lines(tmp_path, "eval")[0]["loss"] == pytest.approx(lines(finished, "eval")[-1]["loss"], rel=1e-6)
-    with pytest.raises(ValueError, match=r"model.norm_eps is 0.001, but 1e-05 in .*; leave model out where init_from is given"):
+    with pytest.raises(
+        ValueError, match=r"model.norm_eps is 0.001, but 1e-05 in .*; leave model out, since init_from determines it"
+    ):
         train(small_run(tmp_path, init_from=str(finished), model__norm_eps=1e-3))

@@ -118,20 +118,3 @@ def test_long_conversations_are_compared_at_fewer_places(version: str, monkeypat
     everywhere = merged(made, tokenizer)
     monkeypatch.setattr(mistral_trajectory, "_MOST_ENCODED", 4)
     assert merged(made, tokenizer) == everywhere
-
-
-def test_no_text_is_tokenized_again_for_a_later_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, _ = both("v3")
-    text_tokenizer = tokenizer.finetuning.instruct_tokenizer.tokenizer
-    encode = text_tokenizer.encode
-    counts = []
-    for num_calls in (20, 40):
-        counts.append(0)
-
-        def counted(text: str, bos: bool, eos: bool) -> list[int]:
-            counts[-1] += len(text)
-            return encode(text, bos, eos)
-
-        monkeypatch.setattr(text_tokenizer, "encode", counted)
-        merged(agent(num_calls), tokenizer)
-    assert counts[1] < 2.1 * counts[0]

@@ -20,9 +20,13 @@ from moe_train.cli.main import app
 from moe_train.commands import show
 from moe_train.data.batches.batch import Batch
 from moe_train.data.batches.loader import Loader
+from moe_train.data.chat.conversation_to_tokens import examples
+from moe_train.data.chat.example import Example
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
-from tests.data.hugging_face import V3
+from tests.data.chat import trajectories
+from tests.data.hugging_face import V3, small_tekken
 
 CHAT, TEXT = config.ChatRecord(name="chat", too_long="truncate"), config.TextRecord(name="text")
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Pariş"}'}}
@@ -84,6 +88,33 @@ def test_show_and_training_have_the_same_rows(
     for name in Batch._fields:
         np.testing.assert_array_equal(getattr(shown.batch, name), getattr(trained, name), err_msg=name)
     assert trained.loss_mask.any() and (trained.segment_ids.max() > 1) == (seq_len == 300 or kind == "text")
+
+
+@pytest.mark.parametrize("seq_len", [60, 300, 450, 5000])
+def test_of_a_conversation_with_tools_that_is_too_long_the_turns_that_fit_are_kept(
+    seq_len: int, tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    """Dropping leaves what it would leave of an example for each turn, in `data show` as in training."""
+    tokenizer = Mistral(small_tekken(tmp_path, "v13"))
+    conversations = [trajectories.agent(i, result=f"line {i}\n" * 9) for i in (3, 4, 9)]
+    records = [*chats(1), *({"messages": made.messages, "tools": made.tools} for made in conversations)]
+    file = write_lines("a.jsonl", records)
+    record = config.ChatRecord(name="chat", too_long="drop")
+    trained = loaded(file, record, tokenizer, tmp_path / "cache", seq_len)
+    source = config.FileSource(name="files", files=(str(file),), record=record)
+    shown = show.rows_of_records(source, len(records), tokenizer, None, seq_len)
+    for name in Batch._fields:
+        np.testing.assert_array_equal(getattr(shown.batch, name), getattr(trained, name), err_msg=name)
+    found = trajectories.predictions([example for segment in show.segments(shown, tokenizer) for example in [_example(segment)]])
+    plain = Conversation(records[0]["messages"], [])
+    separate = examples(plain, None, tokenizer)
+    for made in conversations:
+        separate += trajectories.separate(made, None, tokenizer)
+    assert found == trajectories.predictions([example for example in separate if len(example.tokens) <= seq_len + 1])
+
+
+def _example(segment: show.Segment) -> Example:
+    return Example([token.id for token in segment.tokens], [token.trained_on for token in segment.tokens])
 
 
 def test_a_runs_rows_are_its_loaders(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:

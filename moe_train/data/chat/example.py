@@ -33,7 +33,7 @@ class MergedTurns(NamedTuple):
 
 NEW_USER_TURN = "a new user turn changes what stands before it"
 REWRITTEN = "the chat format writes earlier messages differently later"
-WITHOUT_ID = "a call is generated without the id that later turns see"
+WITHOUT_ID = "a first call is generated without the id that later turns see"
 
 
 def restart_reason(between: list[Message]) -> str:

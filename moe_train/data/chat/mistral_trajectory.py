@@ -6,10 +6,10 @@ one, token for token. It is not, for example, where a new user turn moves the to
 
 Up to v11 a call is generated without an id: the server adds a random one, which later turns see. The two forms of a call
 differ from the end of its arguments on (v3, v7) or from the end of its name on (v11). What comes before a turn is always
-written as served, with the ids of earlier calls. Of a call that later turns follow, the tokens that both forms have are trained
-on, and the id is not. The last turn of an example is written as it is generated. Where no example ends with a call,
-the remainder of the first call as it is generated gets an example of its own, so that the end of a call is trained on as it is
-generated; for the other calls this would cost the square again.
+written as served, with the ids of earlier calls. The last turn of an example is written as it is generated. Of the calls before,
+the tokens that both forms have are trained on, and the id is not. So that each conversation trains on a whole call as it is
+generated, the first call gets an example of its own if no example ends with a call. For the other calls this would cost the
+square again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def merged_examples(messages: list[Message], prefixes: Prefixes) -> list[Example
         prefixes: Its encoder.
 
     Returns:
-        The examples in the order of their first turns, then the one for the first call as it is generated, if it is needed.
+        The examples, in the order of the conversation.
     """
     rows: list[_Row] = []
     previous_end = 0
@@ -63,11 +63,7 @@ def merged_examples(messages: list[Message], prefixes: Prefixes) -> list[Example
             between = messages[previous_end : all_turns[numbers[0]].start]
             rows.append(_Row(restart_reason(between) if rows else None, tokens, spans))
         previous_end = end
-    call = _first_call(rows)
-    examples = [_example(row, call) for row in rows]
-    if call is not None:
-        examples.append(_call_example(*call))
-    return examples
+    return [_example(row) for row in _with_first_call_alone(rows)]
 
 
 def _stretches(all_turns: list[Turn], messages: list[Message]) -> list[range]:
@@ -90,48 +86,29 @@ def _stretches(all_turns: list[Turn], messages: list[Message]) -> list[range]:
     return groups
 
 
-def _first_call(rows: list[_Row]) -> tuple[_Row, TurnSpan] | None:
-    """Return the first turn that is generated differently; None if there is none, or an example ends with such a turn."""
+def _with_first_call_alone(rows: list[_Row]) -> list[_Row]:
+    """Move the first turn that is generated differently to a row of its own; do nothing if a row ends with such a turn."""
     if any(row.seen(row.spans[-1]) != row.spans[-1].generated for row in rows):
-        return None
-    for row in rows:
-        for span in row.spans:
+        return rows
+    for i, row in enumerate(rows):
+        for j, span in enumerate(row.spans):
             if row.seen(span) != span.generated:
-                return row, span
-    return None
+                alone = _Row(row.restart, row.tokens[: span.end], [span])
+                others = _Row(WITHOUT_ID, row.tokens, row.spans[:j] + row.spans[j + 1 :])
+                return [*rows[:i], alone, others, *rows[i + 1 :]]
+    return rows
 
 
-def _example(row: _Row, call: tuple[_Row, TurnSpan] | None) -> Example:
-    """Return a row as an example; of the turn in `call` only the beginning is trained on, as the rest has its own example."""
+def _example(row: _Row) -> Example:
+    """Return a row as an example; its last turn is written as it is generated."""
     last = row.spans[-1]
     tokens = row.tokens[: last.start] + last.generated
     mask = [False] * last.start + [True] * len(last.generated)
     for span in row.spans[:-1]:
-        seen = row.seen(span)
-        if call is not None and span is call[1]:
-            num_common = _num_common(seen, span.generated)
-            mask[span.start : span.start + num_common] = [True] * num_common
-        else:
-            mask[span.start : span.end] = _aligned(seen, span.generated)
+        mask[span.start : span.end] = _aligned(row.seen(span), span.generated)
     ends = (*(span.end for span in row.spans[:-1]), len(tokens))
     separate_tokens = sum(span.start + len(span.generated) for span in row.spans)
     return Example(tokens, mask, MergedTurns(ends, separate_tokens, row.restart))
-
-
-def _call_example(row: _Row, span: TurnSpan) -> Example:
-    """Return the example for the remainder of a call as it is generated: what differs from the call that later turns see."""
-    tokens = row.tokens[: span.start] + span.generated
-    num_elsewhere = span.start + _num_common(row.seen(span), span.generated)
-    mask = [False] * num_elsewhere + [True] * (len(tokens) - num_elsewhere)
-    return Example(tokens, mask, MergedTurns((len(tokens),), 0, WITHOUT_ID))
-
-
-def _num_common(a: list[int], b: list[int]) -> int:
-    """Return the length of the longest common prefix."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
 
 
 def _aligned(seen: list[int], generated: list[int]) -> list[bool]:

@@ -15,7 +15,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.encode import encode
-from moe_train.data.chat.example import WITHOUT_ID, Example, MergedTurns, fitting_tokens, uses_tools
+from moe_train.data.chat.example import Example, MergedTurns, fitting_tokens, uses_tools
 from moe_train.data.check import rules
 from moe_train.data.check.duplicates import fingerprints
 from moe_train.data.check.findings import Chunk, Findings, Kept, KindCount, Question, ReadRecord, Stop
@@ -182,8 +182,7 @@ def _shape(entry: ReadRecord) -> str:
 
 def _sums(tokens: list[int], merged: MergedTurns) -> Counter[str]:
     """Return what an example of turns with tools adds to `Findings.merged`."""
-    num_turns = len(merged.ends) if merged.restart != WITHOUT_ID else 0  # that turn is in another example, too
-    return Counter(examples=1, turns=num_turns, tokens=len(tokens), separate_tokens=merged.separate_tokens)
+    return Counter(examples=1, turns=len(merged.ends), tokens=len(tokens), separate_tokens=merged.separate_tokens)
 
 
 def _kinds(read: list[ReadRecord]) -> dict[str, KindCount]:

@@ -155,14 +155,14 @@ ANSWER = {"role": "assistant", "content": "b"}
 def test_a_call_is_trained_on_without_its_id_and_seen_with_it() -> None:
     ours, _ = both("v3")
     record = {"messages": [*ASKED, RESULT, ANSWER, {"role": "user", "content": "c"}, ANSWER | {"weight": 0}], "tools": [TOOL]}
-    row, call = trained(record, ours)
-    said = [ours.decode(trained_ids(example), keep_special=True).replace("▁", " ") for example in (row, call)]
-    assert said == ['[TOOL_CALLS] [{"name": "f", "arguments": b</s>', " {}}]</s>"]
+    call, row = trained(record, ours)
+    said = [ours.decode(trained_ids(example), keep_special=True).replace("▁", " ") for example in (call, row)]
+    assert said == ['[TOOL_CALLS] [{"name": "f", "arguments": {}}]</s>', " b</s>"]
     assert "abcdefghi" in ours.decode(row.tokens) and "abcdefghi" not in ours.decode(call.tokens)
     # What comes before is what a server sends.
     assert row.tokens[: len(row.tokens) - 2] == mistral.prompt(Conversation([*ASKED, RESULT], [TOOL]), ours)
     prompt = mistral.prompt(Conversation(ASKED[:1], [TOOL]), ours)
-    assert call.tokens[: len(prompt)] == prompt == row.tokens[: (row.loss_mask or []).index(True)]
+    assert call.tokens[: len(prompt)] == prompt == call.tokens[: (call.loss_mask or []).index(True)]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def check_equal(pair: tuple[str, HuggingFace, Mistral], tools: bool, wanted: int
             assert found == expected
         else:
             compare_turns(found, conversation, ours, theirs)
-            assert len(found) == sum(example.merged is None or example.merged.restart != WITHOUT_ID for example in expected)
+            assert len(found) == sum(example.merged is not None and example.merged.restart != WITHOUT_ID for example in expected)
         seen.add(json.dumps(record))
         count += len(found)
 

@@ -13,7 +13,7 @@ from moe_train import config
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.check.chunks import CheckedSource
-from moe_train.data.check.estimate import epoch, histogram
+from moe_train.data.check.estimate import epoch, histogram, truncation
 from moe_train.data.records.conversation import normalise
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import ANSWER, KINDS, USER, Write, check_files
@@ -47,7 +47,12 @@ def test_packing_is_that_of_training(tokenizer: HuggingFace, write_lines: Write,
         "seconds_per_epoch": -(-rows // 4),
     }
     over = [n - 100 for n in lengths + chats if n > 100]
-    assert answer["truncation"] == {"seq_len": 100, "examples_longer": len(over), "tokens_beyond": sum(over)}
+    assert answer["truncation"] == {
+        "seq_len": 100,
+        "examples_longer": len(over),
+        "tokens_beyond": sum(over),
+        "examples_with_fitting_turns": 0,
+    }
     assert answer["problem_counts"] == {"too-long": sum(n > 100 for n in chats)}  # texts are split
 
 
@@ -71,5 +76,17 @@ def test_lengths_are_counted_in_bins_up_to_a_power_of_two() -> None:
 def test_an_epoch_is_as_long_as_its_slowest_source() -> None:
     sources = [CheckedSource(("a",), weight=3.0), CheckedSource(("b",), weight=1.0)]
     lengths = {(0, "text"): {11: 3}, (1, "text"): {11: 3}}
-    found = epoch(lengths, sources, seq_len=10, batch_size=5, tokens_per_second=10.0)
+    found = epoch(lengths, {}, sources, seq_len=10, batch_size=5, tokens_per_second=10.0)
     assert found == {"rows": 6, "efficiency": 1.0, "batch_size": 5, "steps_per_epoch": 3, "seconds_per_epoch": 15.0}
+
+
+def test_turns_with_tools_that_fit_are_counted_of_an_example_that_is_too_long() -> None:
+    lengths, fitting = {(0, "chat"): {31: 3, 11: 1}}, {(0, "chat"): Counter({(31, 6): 2})}
+    found = epoch(lengths, fitting, [CheckedSource(("a",))], seq_len=10, batch_size=None, tokens_per_second=None)
+    assert (found["rows"], found["efficiency"]) == (2, 1.0)
+    assert truncation(lengths, fitting, 10) == {
+        "seq_len": 10,
+        "examples_longer": 3,
+        "tokens_beyond": 60,
+        "examples_with_fitting_turns": 2,
+    }

@@ -8,14 +8,19 @@ from typing import Any
 
 from rich.console import Console
 
+from moe_train.data.chat.conversation_to_tokens import examples
+from moe_train.data.chat.example import NEW_USER_TURN, WITHOUT_ID
 from moe_train.data.check.check import CheckedSource, Settings, check_records
 from moe_train.data.check.report import print_report
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.chat import trajectories
+from tests.data.check.samples import Write
 
 
 def shown(answer: dict[str, Any]) -> str:
     text = io.StringIO()
-    print_report(answer, Console(file=text, width=200))
+    print_report(answer, Console(file=text, width=400))
     return text.getvalue()
 
 
@@ -61,6 +66,24 @@ def test_all_that_is_known_is_shown(tokenizer: HuggingFace, tmp_path: Path) -> N
         assert said in text, said
     assert "unknown: state --seq-len" in shown(check_records([source], tokenizer, Settings()))
     assert " of about " in shown(check_records([source], tokenizer, Settings(sample=5)))
+
+
+def test_what_merging_turns_with_tools_saves_is_said(v3: Mistral, write_lines: Write) -> None:
+    made = trajectories.conversation(
+        trajectories.asked(),
+        *(trajectories.called(i) for i in range(5)),
+        trajectories.said(),
+        trajectories.asked(),
+        trajectories.said(),
+    )
+    path = write_lines("a.jsonl", [{"messages": made.messages, "tools": made.tools}] * 2)
+    separate = 2 * sum(len(example.tokens) for example in trajectories.separate(made, None, v3))
+    merged = examples(made, None, v3)
+    tokens = 2 * sum(len(example.tokens) for example in merged)
+    text = shown(check_records([CheckedSource((str(path),))], v3, Settings(seq_len=len(merged[1].tokens) - 2)))
+    assert f"14; as one example per turn: {separate:,} tokens; merged: {tokens:,} tokens in 6 examples" in text
+    assert f"2 started anew because {WITHOUT_ID}; 2 started anew because {NEW_USER_TURN}" in text
+    assert "too_long: drop keeps the turns that fit of 2 with tools" in text
 
 
 def test_nothing_that_can_be_read(tokenizer: HuggingFace, tmp_path: Path) -> None:

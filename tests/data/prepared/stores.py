@@ -9,7 +9,7 @@ from moe_train import config
 from moe_train.data.prepared import tokenize_ahead
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.records.open_source import open_source
-from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 TEXT = config.TextRecord(name="text")
 CHAT = config.ChatRecord(name="chat")
@@ -18,7 +18,7 @@ ANSWER = config.CompletionRecord(name="completion", too_long="truncate")
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
 
 
-def stored(*paths: Path, record: config.Record = TEXT, tokenizer: HuggingFace, cache: Path, **more: Any) -> TokenStore:
+def stored(*paths: Path, record: config.Record = TEXT, tokenizer: Tokenizer, cache: Path, **more: Any) -> TokenStore:
     """The prepared set of one source, made where it is not there."""
     said = {key: more.pop(key) for key in ("licence", "origin") if key in more}
     source = config.FileSource(name="files", files=tuple(map(str, paths)), record=record, **said)

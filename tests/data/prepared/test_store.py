@@ -10,11 +10,15 @@ import pytest
 
 from moe_train import config
 from moe_train.data.batches.loader import Loader, open_store
+from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.prepared.folder import RemoteFolder
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.prepared.upload import upload
 from moe_train.data.tokenizers.huggingface import HuggingFace
-from tests.data.prepared.stores import ids, prepared, stored
+from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.chat import trajectories
+from tests.data.hugging_face import small_tekken
+from tests.data.prepared.stores import CHAT, MESSAGES, ids, prepared, stored
 
 
 def test_damage_is_seen(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
@@ -63,6 +67,27 @@ def test_pieces_of_examples_are_read_by_number(tokenizer: HuggingFace, tmp_path:
         (str(paths[1]), f"{paths[1]}:1"),
     ]
     assert TokenStore(store.path).where(2) == f"{paths[1]}:1", "as the manifest says"
+
+
+def test_examples_of_several_turns_with_tools_are_shortened_to_the_turns_that_fit(
+    tmp_path: Path, write_lines: Callable[..., Path]
+) -> None:
+    tokenizer = Mistral(small_tekken(tmp_path, "v13"))
+    made = [trajectories.agent(num_calls) for num_calls in (1, 3, 8)]
+    ends = []
+    for conversation in made:
+        (example,) = examples(conversation, None, tokenizer)
+        assert example.merged is not None
+        ends.append(example.merged.ends)
+    records = [{"messages": MESSAGES}, *({"messages": each.messages, "tools": each.tools} for each in made)]
+    path = write_lines("a.jsonl", records)
+    store = stored(path, record=CHAT, tokenizer=tokenizer, template=None, cache=tmp_path / "cache")
+    lengths = store.lengths()
+    for seq_len in (5, ends[0][0] - 2, ends[0][0] - 1, ends[1][2], ends[2][7] - 1, ends[2][-1]):
+        fitting = [max((end - 1 for end in each if end - 1 <= seq_len), default=each[-1] - 1) for each in ends]
+        assert store.fitting_lengths(lengths, seq_len).tolist() == [lengths[0], *fitting]
+    plain = stored(write_lines("b.jsonl", records[:1]), record=CHAT, tokenizer=tokenizer, template=None, cache=tmp_path / "cache")
+    assert "turn_ends" not in plain.manifest.shards[0].sizes and plain.fitting_lengths(plain.lengths(), 1) == plain.lengths()
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:

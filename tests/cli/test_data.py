@@ -12,7 +12,7 @@ import pytest
 
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.cli.command import run
-from tests.data.check.samples import KINDS, Write
+from tests.data.check.samples import CHAT, KINDS, Write
 
 
 def check(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -23,7 +23,7 @@ def check(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[i
 
 
 def test_check(tokenizer: HuggingFace, write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    clean, bad = write_lines("a.jsonl", KINDS), write_lines("b.jsonl", [{"text": 3}])
+    clean, bad = write_lines("a.jsonl", KINDS[:1]), write_lines("b.jsonl", [{"text": 3}])
     code, out, _ = check(clean, "--tokenizer", tokenizer.path, capsys=capsys)
     assert code == 0 and "with problems" in out
     code, out, _ = check(clean, bad, "--tokenizer", tokenizer.path, "--seq-len", "64", "--batch-size", "2", capsys=capsys)
@@ -72,12 +72,42 @@ def test_check_on_a_run(tokenizer: HuggingFace, write_lines: Write, tmp_path: Pa
 
 
 def test_check_imports_no_jax(tokenizer: HuggingFace, write_lines: Write) -> None:
-    arguments = ["data", "check", str(write_lines("a.jsonl", KINDS)), "--tokenizer", str(tokenizer.path)]
+    arguments = ["data", "check", str(write_lines("a.jsonl", KINDS[1:2])), "--tokenizer", str(tokenizer.path)]
     script = (
         "import sys\nfrom moe_train.cli.main import main\n"
         f"try:\n    main({arguments})\nfinally:\n    assert 'jax' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_what_is_not_read_is_said(tokenizer: HuggingFace, write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines("a.jsonl", [CHAT | {"id": n, "label": "x"} for n in range(3)])
+    code, out, _ = check(path, "--tokenizer", tokenizer.path, capsys=capsys)
+    assert code == 1 and "--ignore label" in out
+    code, out, _ = check(path, "--tokenizer", tokenizer.path, "--ignore", "label", capsys=capsys)
+    assert code == 0 and "id (3 records), label (3)" in out
+    code, out, _ = check(path, "--tokenizer", tokenizer.path, "--ignore", "label", "--json", capsys=capsys)
+    assert json.loads(out)["not_read"] == {"id": 3, "label": 3}
+
+
+def test_a_dry_run_writes_nothing(tokenizer: HuggingFace, write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines("a.jsonl", [{"messages": [*CHAT["messages"], {"role": "user", "content": "?"}]}])
+    _, out, _ = check(path, "--tokenizer", tokenizer.path, "--fix", path.parent / "out", "--dry-run", capsys=capsys)
+    assert f"would be changed: {path}:1: 1 messages after the last answer cut off (last-turn)" in out
+    assert "nothing was written" in out and list(path.parent.iterdir()) == [path]
+
+
+def test_pairs_are_shown_side_by_side(tokenizer: HuggingFace, write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines("a.jsonl", [{"prompt": "Name a fruit.", "chosen": "Cherry.", "rejected": "Stone."}])
+    assert run("data", "show", path, "--tokenizer", tokenizer.path) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "Cherry" in line and "Stone" in line]
+    assert run("data", "show", path, "--tokenizer", tokenizer.path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["chosen"] == [{"role": "assistant", "content": "Cherry."}]
+    assert run("data", "show", path, "--tokenizer", tokenizer.path, "--map", "prompt=prompt", "--map", "completion=chosen") == 2
+    assert "--ignore rejected" in capsys.readouterr().err
+    both = ("--map", "prompt=prompt", "--map", "completion=chosen", "--ignore", "rejected")
+    assert run("data", "show", path, "--tokenizer", tokenizer.path, *both) == 0
 
 
 def test_show_needs_a_tokenizer(write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:

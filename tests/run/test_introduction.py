@@ -21,6 +21,7 @@ LOADER = SimpleNamespace(
     num_dropped=0,
     num_truncated=7,
     num_empty=1,
+    unread={"label": 300, "tools": 12},
     epochs=lambda steps: {"a.jsonl": 0.08},
 )
 INPUTS: Any = SimpleNamespace(train=LOADER, total_steps=3)
@@ -43,6 +44,7 @@ def test_a_new_run_says_its_size_its_mesh_and_its_data() -> None:
     assert introduced(begin(), mesh={"fsdp": 2}) == [
         "run: 12,345 parameters, 678 trained, on fsdp 2",
         "data: 1,200 records in 300 rows, 9,000 tokens; 7 truncated; 1 empty",
+        "not read: label (300 records), tools (12)",
         "epochs in 3 steps: 0.08 of a.jsonl",
     ]
     assert introduced(begin())[0].endswith("on one device")

@@ -36,7 +36,8 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
     Raises:
         Problem: If a message cannot be interpreted.
     """
-    value = json_value(value, column, _REMEDY)
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        value = json_value(value, column, _REMEDY)
     if isinstance(value, tuple):
         value = list(value)
     if not isinstance(value, list) or not value:

@@ -65,7 +65,7 @@ def _call(call: Any, where: str, unread: Unread) -> dict[str, Any]:
         with contextlib.suppress(ValueError):
             call = parse_strictly(call)
     if not isinstance(call, dict):
-        raise Problem("arguments", f"{where} has a call of {brief(call)}, which is no call", _REMEDY)
+        raise Problem("arguments", f"a call in {where} is {brief(call)}, which is no call", _REMEDY)
     left = unread.opened(CALL, call)
     kind = left.pop("type", "function")
     if kind not in _KINDS:
@@ -93,7 +93,7 @@ def _function(left: dict[str, Any], where: str) -> dict[str, Any]:
     """Take the name and the arguments out of an object."""
     name = left.get("name")
     if not isinstance(name, str):
-        raise Problem("type", f"a call in {where} should have id and function (name, arguments), and has no name", _REMEDY)
+        raise Problem("type", f"a call in {where} is {brief(left)}, and has no name", _REMEDY)
     present = [key for key in _ARGUMENTS if key in left]
     if not present:
         message = f"{where} calls {brief(name)} without arguments"

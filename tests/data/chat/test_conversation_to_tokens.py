@@ -53,6 +53,17 @@ def test_any_text_is_masked_as_it_stands(tokenizer: HuggingFace, template: str |
     assert tokenizer.decode(ids, keep_special=True).lstrip() == (answer + "</s>").lstrip()
 
 
+def test_reasoning_and_settings_are_never_dropped(tokenizer: HuggingFace, mistral: Mistral) -> None:
+    thinking = [SINGLE[0], SINGLE[1] | {"reasoning_content": "Two and three."}]
+    with_effort = {"messages": SINGLE, "reasoning_effort": "high"}
+    for fields, said in (({"messages": thinking}, "message 1 has reasoning"), (with_effort, "reasoning_effort")):
+        conversation = normalise(fields, config.ChatRecord(name="chat"))
+        assert isinstance(conversation, Conversation)
+        for either, template in ((tokenizer, tokenizer.chat_template), (mistral, None)):
+            with pytest.raises(ValueError, match=said):
+                examples(conversation, template, either)
+
+
 def test_a_prompt_is_what_comes_before_the_answer(tokenizer: HuggingFace, mistral: Mistral) -> None:
     for either, template in ((tokenizer, tokenizer.chat_template), (tokenizer, CHATML), (mistral, None)):
         rendered = render(SINGLE, template, either)
@@ -69,12 +80,15 @@ def test_a_prompt_is_what_comes_before_the_answer(tokenizer: HuggingFace, mistra
         ([{"role": "bot", "content": "a"}], "role 'bot'; roles are system, user, assistant"),
         ([{"content": "a"}], "role None"),
         ([{"role": "user"}], "the content of message 0 should be text, not None"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "should be text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "images, sound and video are not read"),
         ([{"role": "user", "content": "\ufdd0"}, SINGLE[1]], "noncharacter"),
         ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0.5}], "weight 0.5"),
         ([*SINGLE[:1], {"role": "assistant", "tool_calls": [{"id": "1"}]}], "a call in message 1 is .*write"),
         ([*SINGLE[:1], {"role": "assistant", "tool_calls": [5]}], "a call in message 1 is 5"),
-        ([{"role": "user", "tool_calls": [{"id": "1", "function": {}}]}], "message 0 has role 'user', and tool_calls"),
+        (
+            [{"role": "user", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}]}],
+            "message 0 has role 'user', and tool_calls",
+        ),
         ([*SINGLE, {"role": "tool", "content": "a", "tool_call_id": 3}, SINGLE[1]], "tool_call_id of message 2 is 3"),
         ([*SINGLE, {"role": "tool", "content": "a"}], "the last message is tool"),
         ([*SINGLE, {"role": "tool", "content": "a"}, SINGLE[1]], "the chat template takes none .*v2, v3, .*extend-vocab BASE OUT"),

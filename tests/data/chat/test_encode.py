@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,26 @@ def test_a_text_stands_between_bos_and_eos_and_an_empty_one_gives_nothing(tokeni
 def test_a_conversation_becomes_what_the_template_says(tokenizer: HuggingFace) -> None:
     [(origin, found)] = encode(numbered({"messages": SINGLE}), where, CHAT, tokenizer, tokenizer.chat_template)
     assert origin == Origin(0, 1) and found == [render(SINGLE, tokenizer.chat_template, tokenizer)]
+
+
+def test_keys_that_are_not_read_are_counted(tokenizer: HuggingFace) -> None:
+    unread: Counter[str] = Counter()
+    records = [{"messages": SINGLE, "id": 1}, {"messages": SINGLE}, {"messages": [SINGLE[0] | {"turn": 1}, SINGLE[1]], "id": 2}]
+    assert len(list(encode(numbered(*records), where, CHAT, tokenizer, tokenizer.chat_template, unread))) == 3
+    assert unread == {"id": 2, "messages.turn": 1}
+
+
+def test_what_no_objective_reads_is_refused(tokenizer: HuggingFace) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for record, fields in (
+        (config.PreferenceRecord(name="preference"), pair),
+        (config.LabelledRecord(name="labelled"), {"prompt": "a", "completion": "b", "label": True}),
+    ):
+        with pytest.raises(ValueError, match=r"^a\.jsonl:1: .*no objective reads yet"):
+            list(encode(numbered(fields), where, record, tokenizer, tokenizer.chat_template))
+    with pytest.raises(ValueError, match=r"^a\.jsonl:1: the record has the key 'rejected'.*--ignore rejected"):
+        completion = config.CompletionRecord(name="completion", completion="chosen")
+        list(encode(numbered(pair), where, completion, tokenizer, tokenizer.chat_template))
 
 
 @pytest.mark.parametrize(("characters", "records"), [(1, 1024), (1 << 17, 2)])

@@ -40,6 +40,14 @@ def test_it_says_which_files_gave_what(make: Callable[..., Manifest], write_line
     assert (made.records, made.empty, made.examples, made.tokens) == (5, 1, 4, sum(counts))
 
 
+def test_it_names_the_keys_that_were_not_read(make: Callable[..., Manifest], write_lines: Callable[..., Path]) -> None:
+    plain = make(write_lines("a.jsonl", [{"text": "fox"}, {"text": "dog"}]))
+    made = make(write_lines("b.jsonl", [{"text": "fox", "id": 1, "url": "u"}, {"text": "dog", "id": 2}]))
+    assert (plain.unread, made.unread) == ({}, {"id": 2, "url": 1})
+    older = made.model_dump(mode="json", exclude={"unread"})  # as an earlier version wrote it
+    assert manifest.read_manifest(json.dumps(older), "here").hash == made.hash
+
+
 def test_the_hash_follows_content_rules_and_licence_and_not_the_path(
     make: Callable[..., Manifest], write_lines: Callable[..., Path], tmp_path: Path
 ) -> None:

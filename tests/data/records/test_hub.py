@@ -5,6 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
+from moe_train.data.records.unread import NOT_LOADED
 from tests.data.records.sources import ROWS, hub, wheres
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -31,7 +32,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     records = hub(subset="en", split="test")
-    assert list(records) == [((0, i + 1), row) for i, row in enumerate(ROWS)]
+    assert list(records) == [((0, i + 1), row | {"other": NOT_LOADED}) for i, row in enumerate(ROWS)]
     assert asked == [(("nobody/nothing", "en"), {"split": "test", "revision": "0" * 40})]
     assert wheres(records)[2] == f"hub:nobody/nothing@{'0' * 40}/en/test: row 3"
     assert records.places[0].kind != hub(split="test").places[0].kind, "another split is other content"

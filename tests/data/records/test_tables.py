@@ -9,7 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from moe_train import config
+from moe_train.data.records.conversation import read
+from moe_train.data.records.problem import Problem
 from moe_train.data.records.tables import read_csv, read_rows
+from moe_train.data.records.unread import NOT_LOADED
 from tests.data.records.sources import opened, texts
 
 
@@ -41,8 +44,28 @@ def test_what_is_malformed_is_named_by_file_and_line(tmp_path: Path, name: str, 
 
 def test_rows_are_counted_from_1_and_have_the_columns_that_were_asked_for(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"text": ["a", "b"], "other": [1, 2]}), tmp_path / "a.parquet")
-    assert list(read_rows(tmp_path / "a.parquet", "parquet", ["text"])) == [(1, {"text": "a"}), (2, {"text": "b"})]
+    assert list(read_rows(tmp_path / "a.parquet", "parquet", ["text"])) == [
+        (1, {"text": "a", "other": NOT_LOADED}),
+        (2, {"text": "b", "other": NOT_LOADED}),
+    ]
     assert next(read_rows(tmp_path / "a.parquet", "parquet", ["no such column"])) == (1, {"text": "a", "other": 1})
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_that_change_the_meaning_are_read_and_others_named(tmp_path: Path, kind: str) -> None:
+    table = pa.table({"text": ["a", "b"], "label": [None, 1], "embedding": [[0.5], [1.5]]})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    section = config.TextRecord(name="text")
+    [(_, first), (_, second)] = opened(path, record=section)
+    assert read(first, section).unread == ("embedding",)
+    with pytest.raises(Problem, match="has the key 'label'"):
+        read(second, section)
 
 
 def test_values_of_csv_are_text(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def take(left: dict[str, Any], column: str) -> Any:
     """Take the value of a column. Raises Problem if there is no such column."""
     if column not in left:
         present = ", ".join(map(repr, left)) or "none"
-        raise Problem("columns", f"no column {column!r}; the record has {present}", "name it with --map (in a config: in the record section)")
+        message = f"no column {column!r}; the record has {present}"
+        raise Problem("columns", message, "name it with --map (in a config: in the record section)")
     return left.pop(column)
 
 

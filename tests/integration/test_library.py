@@ -114,7 +114,7 @@ def test_a_loop_that_is_left_early_continues_from_the_last_checkpoint(small_run,
         if record["kind"] == "train" and record["step"] == 4:
             break
     continued = [record["step"] for record in moe_train.steps(run) if record["kind"] == "train"]
-    assert continued[-1] == 6 and continued[0] in (3, 5)
+    assert continued == [4, 5, 6]  # step 4 was left before it was saved
     assert "the caller stopped iterating" in (tmp_path / "left" / "run.json").read_text()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from moe_train.config.section import (
@@ -131,7 +131,7 @@ class FileSource(Section):
     files: Annotated[tuple[str, ...], Field(min_length=1)]
     format: Literal["auto", "text", "json", "csv", "parquet", "arrow"] = "auto"
     record: Record
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
     licence: str | None = None
     origin: str | None = None
 
@@ -145,7 +145,7 @@ class HubSource(Section):
     split: str = "train"
     revision: str
     record: Record
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
     licence: str | None = None
     origin: str | None = None
 
@@ -160,7 +160,7 @@ class PreparedSource(Section):
     name: Literal["prepared"]
     path: str
     too_long: Literal["split", "truncate", "drop", "error"] | None = None
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
     cache_mib: Positive = 1024
 
 
@@ -174,7 +174,7 @@ class PythonSource(Section):
     title: str = "records"
     records: SkipJsonSchema[Any] = Field(default=None, exclude=True, repr=False)
     record: Record
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
     licence: str | None = None
     origin: str | None = None
 
@@ -200,7 +200,8 @@ class BestFit(Section):
 class Data(Section):
     """Training and evaluation data. `tokenizer` may be omitted if the model of `init_from` has one.
 
-    The share of a source in the rows of training, and so in its tokens, is its weight divided by the sum of all weights.
+    Without weights an epoch has each row of each source once. With weights, which either all sources have or none, the share of a
+    source in the rows of training, and so in its tokens, is its weight divided by the sum of all weights.
     shuffle_tokens: records are shuffled within windows of about this many tokens, and the windows come in random order (null: one
     window over all records). For a bucket, choose a value of which two windows fit into its `cache_mib`.
     """
@@ -214,3 +215,15 @@ class Data(Section):
     cache_dir: LocalPath = "runs/cache"
     num_proc: Positive = 1
     prefetch: Positive = 2
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        stated = [source.weight is not None for source in self.train]
+        if any(stated) and not all(stated):
+            raise ValueError(
+                f"data.train: source {stated.index(False)} (from 0) states no weight, but others do; state weight for every "
+                "source, or for none (then an epoch has each row once)"
+            )
+        if any(source.weight is not None for source in self.eval):
+            raise ValueError("data.eval: weight has no effect on evaluation, which reads each record once; leave it out")
+        return self

@@ -33,14 +33,15 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
     if run.export == "none":
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
     loader = inputs.train
-    parts = [f"data: {loader.num_records:,} records in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"]
+    examples = "" if loader.num_examples == loader.num_records else f", {loader.num_examples:,} examples"
+    parts = [f"data: {loader.num_records:,} records{examples} in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"]
     unused = {"dropped": loader.num_dropped, "truncated": loader.num_truncated, "empty": loader.num_empty}
     parts += [f"{count:,} {outcome}" for outcome, count in unused.items() if count]
     say("; ".join(parts))
     if loader.unread:
         say(f"not read: {unread.in_words(loader.unread)}")
     epochs = loader.epochs(inputs.total_steps)
-    say(f"epochs in {inputs.total_steps:,} steps: " + ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items()))
+    say(f"{inputs.total_steps:,} steps = {_describe_epochs(epochs)}")
     if begin.resumed:
         say(f"continuing after step {int(begin.state.step)}")
     for change in _changes(begin):
@@ -71,6 +72,15 @@ def conclude(run: config.Run, say: Say, total_steps: int) -> None:
     if run.export == "all":
         merge = " --merge" if run.lora else ""
         say(f"to use the model in other tools: moe-train export {run.run_dir} {run.run_dir}-hf{merge}")
+
+
+def _describe_epochs(epochs: dict[str, float]) -> str:
+    """Format how often sources are seen, such as "0.08 epochs of a.jsonl, 3.00 of b.jsonl"."""
+    counts = [f"{count:.2f}" for count in epochs.values()]
+    if len(counts) > 1 and len(set(counts)) == 1:
+        return f"{counts[0]} epochs of all {len(counts)} sources"
+    first, *others = (f"{count} epochs of {name}" for count, name in zip(counts, epochs, strict=True))
+    return ", ".join([first, *(other.replace(" epochs of ", " of ", 1) for other in others)])
 
 
 def _changes(begin: Start) -> list[str]:

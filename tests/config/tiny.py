@@ -26,7 +26,7 @@ model:
 data:
   tokenizer: {name: huggingface, path: tokenizer}
   train:
-    - {name: files, files: [a.jsonl], record: {name: text}}
+    - {name: files, files: [a.jsonl], record: {name: text}, weight: 1}
     - name: files
       files: [b.jsonl]
       record: {name: chat}

@@ -16,6 +16,7 @@ from tests.run.tiny_config import LORA, MODEL, written
 
 LOADER = SimpleNamespace(
     num_records=1200,
+    num_examples=1200,
     num_rows=300,
     num_tokens=9000,
     num_dropped=0,
@@ -45,9 +46,14 @@ def test_a_new_run_says_its_size_its_mesh_and_its_data() -> None:
         "run: 12,345 parameters, 678 trained, on fsdp 2",
         "data: 1,200 records in 300 rows, 9,000 tokens; 7 truncated; 1 empty",
         "not read: label (300 records), tools (12)",
-        "epochs in 3 steps: 0.08 of a.jsonl",
+        "3 steps = 0.08 epochs of a.jsonl",
     ]
     assert introduced(begin())[0].endswith("on one device")
+
+
+def test_how_often_each_of_several_sources_is_seen() -> None:
+    assert introduction._describe_epochs({"a": 0.5, "b": 136.0}) == "0.50 epochs of a, 136.00 of b"
+    assert introduction._describe_epochs({"a": 0.5, "b": 0.5}) == "0.50 epochs of all 2 sources"
 
 
 def test_a_resumed_run_says_where_it_continues_and_what_has_changed() -> None:

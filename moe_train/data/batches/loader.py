@@ -20,6 +20,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.batches.batch import Batch, PackedBatch
+from moe_train.data.batches.concatenation import Concatenation
 from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat import conversation_to_tokens
@@ -53,8 +54,9 @@ class Segment(NamedTuple):
 class Loader:
     """The train or eval sources of a config, as batches of packed rows.
 
-    Training is endless: sources are mixed by weight, which is a share of the rows, and so of the tokens. Evaluation has each
-    example once, in order, and fills the last batch with empty rows.
+    Training is endless. Without weights an epoch has each row of each source once; with weights, which are shares of the rows, and
+    so of the tokens, small sources repeat more often. Evaluation has each example once, in order, and fills the last batch with
+    empty rows.
 
     Args:
         data: The `data` section.
@@ -68,7 +70,8 @@ class Loader:
         batch_type: The batch type of the objective.
 
     Attributes:
-        num_records: Number of examples that are used; a record may have several. All counts are those of one epoch, the first.
+        num_records: Number of records in the files. All counts are those of one epoch, the first.
+        num_examples: Number of examples that are used; a record with tools may have several.
         num_rows: Number of rows.
         num_tokens: Number of positions that are not padding.
         num_dropped: Number of examples that were too long, or truncated to nothing that is trained on.
@@ -134,8 +137,9 @@ class Loader:
         plans = [order.plan() for order in self._orders]
         for name, store, plan in zip(self._names, self._stores, plans, strict=True):
             if not plan.num_rows:
-                raise ValueError(f"{name}: all {len(store)} records are too long for train.seq_len {seq_len}")
-        self.num_records = sum(len(store) - plan.num_dropped for store, plan in zip(self._stores, plans, strict=True))
+                raise ValueError(f"{name}: all {len(store)} examples are too long for train.seq_len {seq_len}")
+        self.num_records = sum(store.manifest.records for store in self._stores)
+        self.num_examples = sum(len(store) - plan.num_dropped for store, plan in zip(self._stores, plans, strict=True))
         self.num_rows = sum(plan.num_rows for plan in plans)
         self.num_tokens = sum(plan.num_tokens for plan in plans)
         self.num_dropped = sum(plan.num_dropped for plan in plans)
@@ -149,23 +153,29 @@ class Loader:
         self.manifest_hash = manifest.hash_of_all(manifests)
         self.manifest = manifest.text_of_all(manifests)
 
-        weights = [source.weight for source in chosen]
+        # A single source is seen in full in any case, so a weight changes nothing.
+        weights = [1.0] if len(chosen) == 1 else [source.weight for source in chosen]
         contents = [[shard.sha256 for shard in store.manifest.shards] for store in self._stores]
         decides = [sources, weights, contents, [plan.digest for plan in plans]]
         self.identity = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
         self.batches: int | None = None
-        if sources == "train":
-            streams = [grain.MapDataset.range(i * _ROWS, (i + 1) * _ROWS) for i in range(len(plans))]
-            # Grain gets the weights as integers, with a resolution of a hundredth of the smallest one.
-            self._shares = [round(100 * weight / min(weights)) for weight in weights]
-            rows = streams[0]
-            if len(streams) > 1:
-                rows = grain.MapDataset.mix(streams, self._shares)
-        else:
+        self._shares: list[int] = []
+        self._concatenation = Concatenation(self._orders)
+        if sources == "eval":
             streams = [grain.MapDataset.range(i * _ROWS, i * _ROWS + plan.num_rows) for i, plan in enumerate(plans)]
             rows = grain.MapDataset.concatenate(streams)
             self.batches = -(-self.num_rows // batch_size)
+        elif len(chosen) == 1:
+            rows = grain.MapDataset.range(_ROWS)
+        elif None in weights:
+            rows = grain.MapDataset.range(_ROWS).map(self._locate)
+        else:
+            streams = [grain.MapDataset.range(i * _ROWS, (i + 1) * _ROWS) for i in range(len(plans))]
+            # Grain gets the weights as integers, with a resolution of a hundredth of the smallest one.
+            stated = [weight for weight in weights if weight is not None]
+            self._shares = [round(100 * weight / min(stated)) for weight in stated]
+            rows = grain.MapDataset.mix(streams, self._shares)
         self._rows = rows.batch(batch_size, drop_remainder=False)
         self._batches = self._rows.map(self._fill)
 
@@ -189,10 +199,12 @@ class Loader:
     def steps(self, epochs: int = 1) -> int:
         """Return the number of steps after which every row was seen at least `epochs` times.
 
-        Sources are mixed by weight, so some of them repeat more often.
+        If sources are mixed by weight, some of them repeat more often.
         """
         if self.batches is not None:
             return epochs * self.batches
+        if not self._shares:
+            return -(-self._concatenation.end(epochs - 1) // self._batch_size)
         total = sum(self._shares)
         rows = [-(-order.end(epochs - 1) * total // share) for order, share in zip(self._orders, self._shares, strict=True)]
         return -(-max(rows) // self._batch_size)
@@ -209,6 +221,8 @@ class Loader:
     def epochs(self, step: int) -> dict[str, float]:
         """Return how often each training source was seen, on average, after `step` steps."""
         rows = step * self._batch_size
+        if not self._shares:
+            return dict.fromkeys(self._names, round(rows / self.num_rows, 3))
         shares = zip(self._names, self._orders, self._shares, strict=True)
         return {name: round(rows * share / sum(self._shares) / order.plan().num_rows, 3) for name, order, share in shares}
 
@@ -234,6 +248,11 @@ class Loader:
             origin = store.origin(piece.example)
             segments.append(Segment(source, store.place(origin), origin.number, *piece))
         return segments
+
+    def _locate(self, number: int) -> int:
+        """Return the number that stands for a row of a source (see `_ROWS`), of the rows of all sources together."""
+        source, row = self._concatenation.locate(int(number))
+        return source * _ROWS + row
 
     def _check(self, step: int) -> None:
         """Raise IndexError if there is no batch of this step."""

@@ -34,8 +34,8 @@ class CheckedSource:
     """How to read the records; None to recognize each by its columns."""
     ignore: tuple[str, ...] = ()
     """Keys that are not to be read, if records are recognized by their columns."""
-    weight: float = 1.0
-    """The share of the files in a mixture."""
+    weight: float | None = None
+    """The share of the files in a mixture; None if every row is seen once in an epoch."""
 
 
 class CheckedFile(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def epoch(
         tokens_per_second: The speed of training; None if unknown.
 
     Returns:
-        Rows, packing efficiency, steps and seconds, in JSON form; an epoch lasts until each row was seen once.
+        Rows, packing efficiency, steps, seconds, and how often each source is seen, in JSON form; an epoch lasts until each row was
+        seen once.
     """
     rows = dict.fromkeys(range(len(sources)), 0)
     positions = 0
@@ -103,9 +105,8 @@ def epoch(
         rows[source] += num_rows
         positions += num_tokens
     total = sum(rows.values())
-    # Rows are drawn by the sources' weights, so an epoch lasts until the slowest source has been seen once.
-    shares = np.array([sources[source].weight for source in rows if rows[source]])
-    seen = int(np.ceil(max((rows[s] * shares.sum() / sources[s].weight for s in rows if rows[s]), default=0)))
+    times_seen = _times_seen(rows, [source.weight for source in sources])
+    seen = math.ceil(sum(rows[source] * times for source, times in times_seen.items()))
     steps = None if batch_size is None else -(-seen // batch_size)
     rows_seen = seen
     if batch_size is not None and steps is not None:
@@ -119,7 +120,22 @@ def epoch(
         "batch_size": batch_size,
         "steps_per_epoch": steps,
         "seconds_per_epoch": seconds,
+        "sources": [
+            {"files": list(sources[source].files), "rows": rows[source], "times_seen": round(times, 2)}
+            for source, times in times_seen.items()
+        ],
     }
+
+
+def _times_seen(rows: Mapping[int, int], weights: Sequence[float | None]) -> dict[int, float]:
+    """Return how often the rows of each source are seen in an epoch, which lasts until each row was seen once."""
+    used = [source for source, count in rows.items() if count]
+    shares = {source: weight for source in used if (weight := weights[source]) is not None}
+    if len(used) < 2 or len(shares) < len(used):
+        return dict.fromkeys(used, 1.0)
+    # Rows are drawn by the sources' weights, so an epoch lasts until the slowest source has been seen once.
+    longest = max(rows[source] / shares[source] for source in used)
+    return {source: longest * shares[source] / rows[source] for source in used}
 
 
 def tokens_per_second(bench: Path | None) -> float | None:

@@ -157,7 +157,13 @@ def _judge(read: list[ReadRecord], place: int, question: Question, form: Require
             longest = max((len(example.tokens) - 1 for example in entry.examples), default=0)
             if longest > question.seq_len and entry.section.too_long == "error" and "too-long" not in question.allowed:
                 message = f"the record takes {longest} positions, the sequence has {question.seq_len}"
-                entry.problems.append(Problem("too-long", message, "raise seq_len, set record.too_long, or shorten it"))
+                entry.problems.append(
+                    Problem(
+                        "too-long",
+                        message,
+                        "raise --seq-len (in a config: train.seq_len), set record.too_long there, or shorten it",
+                    )
+                )
 
 
 def _stop_where_there_is_no_form(entry: ReadRecord, conversation: Conversation, place: int, question: Question) -> None:

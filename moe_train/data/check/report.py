@@ -94,6 +94,9 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "an epoch", "unknown: state --batch-size"
         else:
             yield "an epoch", f"{steps:,} steps of {packing['batch_size']:,} rows"
+        if len(packing["sources"]) > 1:
+            times = [f"{source['times_seen']:g} × {', '.join(source['files'])}" for source in packing["sources"]]
+            yield "… sees", "; ".join(times)
         if (seconds := packing["seconds_per_epoch"]) is not None:
             yield "… takes", _duration(seconds)
     if duplicates := answer["duplicates"]:

@@ -9,7 +9,7 @@ from moe_train import config
 from moe_train.data.records import files
 from moe_train.data.records.hub import HubDataset
 from moe_train.data.records.local_files import LocalFiles, expand_files
-from moe_train.data.records.problem import Problem, located, text_field
+from moe_train.data.records.problem import Problem, text_field
 from moe_train.data.records.python_source import PythonRecords
 from moe_train.data.records.source import OpenSource, numbered
 
@@ -63,4 +63,8 @@ def texts(source: config.RecordSource) -> Iterator[str]:
         raise ValueError(f"plain text is needed, not {source.record.name} records; use record: {{name: text}}")
     records = open_source(source)
     for origin, fields in records:
-        yield located(records.where(origin), text_field, fields, source.record.column)
+        try:
+            yield text_field(fields, source.record.column)
+        except Problem as problem:
+            remedy = "name the column of the text with --column" if problem.rule == "columns" else problem.remedy
+            raise ValueError(f"{records.where(origin)}: {problem.message}; {remedy}") from problem

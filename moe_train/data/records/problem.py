@@ -45,7 +45,7 @@ def field(fields: Mapping[str, Any], column: str) -> Any:
         raise Problem(
             "columns",
             f"no column {column!r}; the record has {', '.join(map(repr, fields)) or 'none'}",
-            "set it in the record section",
+            "name it with --map (in a config: in the record section)",
         )
     return fields[column]
 

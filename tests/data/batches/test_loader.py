@@ -33,10 +33,11 @@ def digest(*batches: Batch) -> str:
 def make(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., Loader]:
     """A loader over files of JSON lines, each (path, weight) a source."""
 
-    def make(*files: tuple[Path, float], sources: Any = "train", record: config.Record = TEXT, **settings: Any) -> Loader:
+    def make(*files: tuple[Path, float | None], sources: Any = "train", record: config.Record = TEXT, **settings: Any) -> Loader:
         chosen = tuple(config.FileSource(name="files", files=(str(file),), record=record, weight=weight) for file, weight in files)
         cache = str(tmp_path / "cache")
-        data = config.Data(train=chosen, eval=chosen if sources == "eval" else (), cache_dir=cache)
+        held_out = tuple(source.model_copy(update={"weight": None}) for source in chosen) if sources == "eval" else ()
+        data = config.Data(train=chosen, eval=held_out, cache_dir=cache)
         return Loader(data, sources, tokenizer, **{"batch_size": 4, "seq_len": 32, "seed": 0} | settings)
 
     return make
@@ -120,6 +121,20 @@ def test_sources_are_mixed_by_weight_and_an_epoch_sees_every_record(make: Any, t
     assert second / first == pytest.approx(mixed._orders[0].end(0) / mixed._orders[1].end(0) / 3, rel=0.01)
 
 
+def test_without_weights_every_epoch_has_each_row_of_each_source_once(make: Any, two_files: Any) -> None:
+    loader = make(*((path, None) for path, _ in two_files), batch_size=1)
+    assert loader.num_records == 60
+    for epoch in range(3):
+        steps = range(loader.steps(epoch) if epoch else 0, loader.steps(epoch + 1))
+        rows = [loader.trace(step, 0) for step in steps]
+        seen = Counter((segment.file, segment.number, segment.start) for row in rows for segment in row)
+        assert set(seen.values()) == {1} and len({(file, number) for file, number, _ in seen}) == 60
+        # Both sources are spread over the epoch.
+        halves = [Counter(row[0].source for row in half) for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
+        assert all(abs(halves[0][source] - halves[1][source]) <= 1 for source in (0, 1))
+    assert set(loader.epochs(loader.steps()).values()) == {1.0}
+
+
 def test_two_epochs_are_every_record_twice(make: Any, two_files: Any) -> None:
     loader = make(*two_files[:1], batch_size=1)
     assert loader.steps(2) == loader._orders[0].end(1)
@@ -192,9 +207,9 @@ def test_too_long_conversations_follow_the_rule(make: Any, conversations: Any) -
         return config.ChatRecord(name="chat", too_long=rule)
 
     dropped = make(conversations, record=chat("drop"))
-    assert (dropped.num_records, dropped.num_dropped, dropped.num_truncated) == (1, 2, 0)
+    assert (dropped.num_examples, dropped.num_dropped, dropped.num_truncated) == (1, 2, 0)
     cut = make(conversations, record=chat("truncate"))
-    assert (cut.num_records, cut.num_dropped) == (2, 1), "a prompt without its answer teaches nothing"
+    assert (cut.num_examples, cut.num_dropped) == (2, 1), "a prompt without its answer teaches nothing"
     assert all(cut.batch(step).loss_mask.any(axis=1).all() for step in range(4))
     with pytest.raises(
         ValueError, match=r"chat\.jsonl:3: the record has \d+ tokens, train\.seq_len is 32 \(2 of 3 records"
@@ -210,7 +225,7 @@ def test_long_texts_are_split_and_counted(make: Any, two_files: Any) -> None:
     split = make(*two_files)
     kept = make(*two_files, record=config.TextRecord(name="text", too_long="drop"))
     assert split.num_split == kept.num_dropped > 0
-    assert split.num_records == 60 and kept.num_records == 60 - kept.num_dropped
+    assert split.num_examples == 60 and kept.num_examples == 60 - kept.num_dropped
     assert kept.num_tokens < split.num_tokens <= split.num_rows * 32
 
 
@@ -230,7 +245,7 @@ def test_gsm8k(make: Any, tokenizer: HuggingFace) -> None:
         pytest.skip(f"the gsm8k records are not at {GSM8K}")
     record = config.CompletionRecord(name="completion", prompt="question", completion="answer", too_long="drop")
     loader = make((GSM8K, 1.0), sources="eval", record=record, seq_len=1024, batch_size=8)
-    assert loader.num_records + loader.num_dropped == 7473
+    assert loader.num_examples + loader.num_dropped == 7473
     assert loader.num_tokens / (loader.num_rows * 1024) > 0.97
     rows = [json.loads(line) for line in GSM8K.open()]
     answers = Counter(row["answer"] for row in rows)

@@ -77,7 +77,15 @@ def test_an_epoch_is_as_long_as_its_slowest_source() -> None:
     sources = [CheckedSource(("a",), weight=3.0), CheckedSource(("b",), weight=1.0)]
     lengths = {(0, "text"): {11: 3}, (1, "text"): {11: 3}}
     found = epoch(lengths, {}, sources, seq_len=10, batch_size=5, tokens_per_second=10.0)
+    seen = [{"files": ["a"], "rows": 3, "times_seen": 3.0}, {"files": ["b"], "rows": 3, "times_seen": 1.0}]
+    assert found.pop("sources") == seen
     assert found == {"rows": 6, "efficiency": 1.0, "batch_size": 5, "steps_per_epoch": 3, "seconds_per_epoch": 15.0}
+
+
+def test_without_weights_every_source_is_seen_once() -> None:
+    lengths = {(0, "text"): {11: 1}, (1, "text"): {11: 40}}
+    found = epoch(lengths, {}, [CheckedSource(("a",)), CheckedSource(("b",))], 10, batch_size=1, tokens_per_second=None)
+    assert found["steps_per_epoch"] == 41 and [source["times_seen"] for source in found["sources"]] == [1, 1]
 
 
 def test_turns_with_tools_that_fit_are_counted_of_an_example_that_is_too_long() -> None:

@@ -25,7 +25,7 @@ def test_the_place_stands_before_an_error() -> None:
 @pytest.mark.parametrize(
     ("fields", "rule", "message"),
     [
-        ({"body": "a", "id": 1}, "columns", "no column 'text'; the record has 'body', 'id'; set it in the record section"),
+        ({"body": "a", "id": 1}, "columns", "no column 'text'; the record has 'body', 'id'; name it with --map"),
         ({}, "columns", "no column 'text'; the record has none"),
         ({"text": 3}, "type", "column 'text' should be text, not 3; write it as a string"),
         ({"text": "ü\ud800"}, "unicode", "column 'text' has half a surrogate pair at character 1; remove it"),

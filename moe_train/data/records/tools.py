@@ -75,7 +75,7 @@ def _function(left: dict[str, Any], i: int) -> dict[str, Any]:
     """Take a function out of an object: its name, description and schema."""
     name = left.get("name")
     if not isinstance(name, str):
-        raise Problem("type", f"tool {i} should have function (name, description, parameters), and has no name", _REMEDY)
+        raise Problem("type", f"tool {i} is {brief(left)}, and has no name", _REMEDY)
     if not isinstance(left.get("description", ""), str):
         raise Problem("type", f"the description of tool {i} should be text, not {brief(left['description'])}", _REMEDY)
     schemas = [key for key in _SCHEMAS if key in left]

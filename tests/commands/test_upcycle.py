@@ -137,7 +137,7 @@ def test_what_cannot_be_upcycled_is_refused_and_leaves_nothing(tokenizer: Any, t
             upcycle(tmp_path / source, tmp_path / "out")
     with pytest.raises(ValueError, match="--experts-per-token 3 does not fit --experts 2"):
         upcycle(base, tmp_path / "out", 2, 3)
-    with pytest.raises(ValueError, match="noise is -1"):
+    with pytest.raises(ValueError, match="--noise -1 is not a standard deviation"):
         upcycle(base, tmp_path / "out", noise=-1)
     with pytest.raises(FileExistsError, match="already exists"):
         upcycle(base, tmp_path / "sparse")

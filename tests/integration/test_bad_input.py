@@ -129,7 +129,7 @@ def one_tensor_less() -> None:
         (nothing, [LORA], "lora needs init_from"),
         (nothing, ["model=null", "init_from=none"], "none: no such folder"),
         (nothing, [*FROM, LORA.replace("attention", "attn")], "pattern 'attn.*' names no module; there are attention.k_proj"),
-        (nothing, ["init_from=model", "model.num_layers=2"], "model.num_layers is 2, but 1 in model; leave model out"),
+        (nothing, ["init_from=model", "model.num_layers=2"], "model.num_layers is 2, but 1 in init_from model; leave model out"),
         (nothing, [*FROM, "mesh.fsdp=1", "mesh.tensor=4", "mesh.expert=2"], "mesh.tensor 4 does not divide num_kv_heads 2"),
         (truncated, [*FROM], ".safetensors is truncated"),
         (other_width, [*FROM], "(16,) instead of (32,)"),
@@ -177,7 +177,7 @@ def test_a_run_is_not_continued_as_another(capsys: pytest.CaptureFixture) -> Non
     )
     refused("run.yaml", "train.steps=3", "seed=1", said="seed is 1, but the run in run was started with 0", capsys=capsys)
     write_records(CHAT)
-    refused("run.yaml", "train.steps=3", said="the training data of run are not those", capsys=capsys)
+    refused("run.yaml", "train.steps=3", said="the training data have changed since the run in run was started", capsys=capsys)
     assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before
 
 

@@ -216,7 +216,7 @@ def test_too_long_conversations_follow_the_rule(make: Any, conversations: Any) -
     ) as caught:
         make(conversations, record=chat("error"))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"all 3 records are too long for train\.seq_len 4"):
+    with pytest.raises(ValueError, match=r"all 3 examples are too long for train\.seq_len 4"):
         make(conversations, record=chat("drop"), seq_len=4)
     assert make(conversations, record=chat("error"), seq_len=512).num_dropped == 0
 

@@ -45,6 +45,7 @@ def test_packing_is_that_of_training(tokenizer: HuggingFace, write_lines: Write,
         "batch_size": 4,
         "steps_per_epoch": -(-rows // 4),
         "seconds_per_epoch": -(-rows // 4),
+        "sources": [{"files": [str(tmp_path / "a.jsonl")], "rows": rows, "times_seen": 1.0}],
     }
     over = [n - 100 for n in lengths + chats if n > 100]
     assert answer["truncation"] == {

@@ -147,7 +147,7 @@ def verify_command(
 
     with progress_line("verifying"):
         _, results = verify(directory, base, run, depth, adapter)
-    checks = [check._asdict() for check in results]
+    checks = [check.to_json() for check in results]
     failed = [check.name for check in results if check.passed is False]
     if as_json:
         print_json({"directory": str(directory), "passed": not failed, "checks": checks})

@@ -105,13 +105,13 @@ def plan_command(
     from moe_train.plan import answer as planning
     from moe_train.plan import answer_json, answer_table
 
-    options = planning.Options(0 if no_compile else compile_best, compile_only, batch == "any", by, price)
+    options = planning.PlanOptions(0 if no_compile else compile_best, compile_only, batch == "any", by, price)
     with progress_line("modelling" if no_compile else "modelling and compiling"):
         answer = plan_run(config, topology, options, say=lambda text: print(text, file=sys.stderr))
     if hlo is not None:
         planning.write_hlo(answer, hlo)
     if as_json:
-        print_json(answer_json.as_json(answer))
+        print_json(answer_json.answer_as_json(answer))
     else:
         for line in answer_table.introduction(answer):
             print(line)

@@ -17,7 +17,7 @@ from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.open_source import first_record
 from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
-from moe_train.evaluate.held_out import evaluate
+from moe_train.evaluate.held_out import evaluate_held_out
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.machine.mesh import BATCH
 from moe_train.train.objectives.next_token import next_token
@@ -50,7 +50,7 @@ def evaluate_model(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
         data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
         structure, params = opened.load()
-        metrics = evaluate(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
+        metrics = evaluate_held_out(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
     if not math.isfinite(metrics["loss"]):
         raise RuntimeError(
             f"the loss of {directory} on {metrics['loss_tokens']} tokens is {metrics['loss']}, so its weights are unusable; "

@@ -27,6 +27,7 @@ from moe_train.machine.files import refuse_existing
 from moe_train.machine.mesh import join_processes
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
+from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
 from moe_train.weights import external, peft, serve, together
 from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.gguf import lora as gguf_lora
@@ -68,7 +69,7 @@ class _Origin(NamedTuple):
 class _AdapterFiles(NamedTuple):
     """How an adapter alone is written."""
 
-    layout: expected.Adapter
+    layout: expected.AdapterLayout
     name: str
     """The adapter's name in the files of llama.cpp."""
     dtype: str
@@ -158,7 +159,7 @@ def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) 
             f"{opened.directory} cannot be exported: no file format can express {inexpressible}; "
             "its weights are only in its checkpoints"
         )
-    if layout in get_args(expected.Model) or (opened.lora is not None and not merge):
+    if layout in get_args(expected.ModelLayout) or (opened.lora is not None and not merge):
         return
     if merge:
         reason = "--merge makes a whole model"
@@ -183,7 +184,7 @@ def _export_adapter(opened: OpenedModel, out_dir: str | Path, files: _AdapterFil
         with together.all_or_none():
             if together.is_first():
                 _write_adapter(directory, files, weights, opened, origin.texts)
-        record = prove.prove_adapter(
+        exported = AdapterExport(
             directory,
             files.layout,
             weights,
@@ -194,8 +195,9 @@ def _export_adapter(opened: OpenedModel, out_dir: str | Path, files: _AdapterFil
             origin.conversations,
             origin.about,
         )
+        record = prove_adapter(exported)
         if together.is_first():
-            prove.write(directory, record)
+            prove.write_record(directory, record)
     return record
 
 

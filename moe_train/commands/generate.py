@@ -14,7 +14,7 @@ from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.chat.conversation_to_tokens import render_prompt
 from moe_train.data.records.problem import checked_text
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.evaluate.generate import check_lengths, generate
+from moe_train.evaluate.generate import GenerationOptions, check_lengths, generate_tokens
 
 
 def generate_text(
@@ -40,8 +40,8 @@ def generate_text(
     check_lengths(tokens, max_tokens, model)
     with jax.set_mesh(opened.mesh):
         structure, weights = opened.load()
-        dtype = opened.compute.dtype
-        generated = generate(structure, weights, model, opened.mesh, tokens, max_tokens, tokenizer.eos_id, temperature, seed, dtype)
+        options = GenerationOptions(max_tokens, tokenizer.eos_id, temperature, seed, opened.compute.dtype)
+        generated = generate_tokens(structure, weights, model, opened.mesh, tokens, options)
     return [_text_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
 
 

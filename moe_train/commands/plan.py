@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 from moe_train import config
 from moe_train.plan import answer as planning
-from moe_train.plan.topology import Topology, parse
+from moe_train.plan.topology import Topology, parse_topology
 from moe_train.run.resolve import resolve
 
 
 def plan_run(
     written: config.Config,
     topology: str,
-    options: planning.Options,
+    options: planning.PlanOptions,
     say: Callable[[str], None] = lambda _: None,
 ) -> planning.Answer:
-    """Rank the ways to train `written` on `topology`; see `planning.plan`.
+    """Rank the ways to train `written` on `topology`; see `planning.rank_and_compile`.
 
     Neither weights nor a tokenizer are needed.
 
@@ -30,11 +30,11 @@ def plan_run(
     Raises:
         ValueError: the topology is not known, or the config is invalid.
     """
-    place = parse(topology)
+    place = parse_topology(topology)
     if not options.compile_only:
         written = written.model_copy(update={"mesh": _starting_mesh(written.mesh, place)})
     run = resolve(written, place.num_devices)
-    return planning.plan(run, place, options, say)
+    return planning.rank_and_compile(run, place, options, say)
 
 
 def _starting_mesh(mesh: config.Mesh, topology: Topology) -> config.Mesh:

@@ -42,9 +42,9 @@ def verify(
         ValueError: the record is damaged, or the arguments do not fit together.
     """
     directory = Path(directory)
-    if not (directory / surroundings.FILE).is_file():
+    if not (directory / surroundings.RECORD_FILE).is_file():
         raise FileNotFoundError(
-            f"{directory} has no {surroundings.FILE}; only directories that `moe-train export` wrote can be verified"
+            f"{directory} has no {surroundings.RECORD_FILE}; only directories that `moe-train export` wrote can be verified"
         )
     record, model = repeat.read_record(directory)
     if adapter is not None and (base is None or run is not None):
@@ -57,13 +57,13 @@ def verify(
         opened = unquantized_model(open_model(run))
         with jax.set_mesh(opened.mesh):
             weights = opened.to_export()
-            holds_adapter = record["format"] not in get_args(expected.Model) or record.get("adapted")
+            holds_adapter = record["format"] not in get_args(expected.ModelLayout) or record.get("adapted")
             lora = opened.lora if holds_adapter else None
             trained = prove.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if adapter is not None:
         assert base is not None
-        if record["format"] not in get_args(expected.Model):
+        if record["format"] not in get_args(expected.ModelLayout):
             raise ValueError(f"{directory} contains an adapter, not a merged model; compare it with its run (--run)")
         with jax.set_mesh(make_mesh(mesh_for_devices(None, model))):
             lora, weights = base_and_adapter(base, adapter, model)

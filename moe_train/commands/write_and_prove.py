@@ -35,7 +35,7 @@ class WriteOptions:
 
     dtype: str
     """float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's own types."""
-    layout: expected.Model = "hf"
+    layout: expected.ModelLayout = "hf"
     """Layout of the files."""
     lora: config.Lora | None = None
     """The section of the adapters among the weights; None if there are none."""
@@ -106,7 +106,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
         )
         record = prove.prove(exported, options.depth)
         if together.is_first():
-            prove.write(directory, record)
+            prove.write_record(directory, record)
         return record
 
 
@@ -141,7 +141,7 @@ def write_model(directory: Path, model: config.Model, piece_values: PieceValues,
             mistral.write(directory, model, dtype, matrix, tokenizer)
 
 
-def check_dtype(layout: expected.Model, dtype: str) -> None:
+def check_dtype(layout: expected.ModelLayout, dtype: str) -> None:
     """Raise ValueError if the layout does not support the dtype; gguf's dtypes are checked when it is written."""
     if layout != "gguf":
         checked_dtype(layout, dtype)

@@ -17,7 +17,7 @@ from moe_train.model.parameters import Parameters
 from moe_train.train.objectives.objective import Mean, Metric
 
 
-def evaluate(
+def evaluate_held_out(
     sums: BatchSums,
     params: Parameters,
     frozen: Parameters,
@@ -42,32 +42,39 @@ def evaluate(
         assignments that differ from the base model's, and `dead_experts[l]`, the share of experts that got less than 1% of an
         even share.
     """
-    assert loader.batches is not None  # an evaluation loader is finite
-    totals: dict[str, Metric] | None = None
-    previous: dict[str, Metric] | None = None
-    drifted: list[DriftSums] = []
-    for i in range(loader.batches if batches is None else min(batches, loader.batches)):
+    assert loader.batches is not None  # only the training loader is endless
+    num_batches = loader.batches if batches is None else min(batches, loader.batches)
+    drift_sums: list[DriftSums] = []
+
+    def dispatch(i: int) -> dict[str, Metric]:
+        """Start the computation on batch i, which the device does asynchronously."""
         batch = put_batch(loader.batch(i), mesh)
-        if drift is not None and i < drift.batches:
-            compared, metrics = drift.sums(params, frozen, batch, drift.originals)
-            drifted.append(compared)
-        else:
-            metrics = sums(params, frozen, batch)
-        if previous is not None:  # read one batch late, so that the device stays busy
-            totals = _add(totals, previous)
-        previous = metrics
-    assert previous is not None  # a loader has at least one row
-    totals = _add(totals, previous)
-    return {**{name: _value(metric) for name, metric in totals.items()}, **drift_metrics(drifted)}
+        if drift is None or i >= drift.batches:
+            return sums(params, frozen, batch)
+        counts, metrics = drift.sums(params, frozen, batch, drift.base_weights)
+        drift_sums.append(counts)
+        return metrics
+
+    totals: dict[str, Metric] | None = None
+    in_progress = dispatch(0)  # a loader has at least one row
+    for i in range(1, num_batches):
+        # The next batch is dispatched before the previous one is read, so that the device stays busy.
+        dispatched = dispatch(i)
+        totals = _add(totals, in_progress)
+        in_progress = dispatched
+    totals = _add(totals, in_progress)
+    return {**{name: _value(metric) for name, metric in totals.items()}, **drift_metrics(drift_sums)}
 
 
 def _add(totals: dict[str, Metric] | None, metrics: dict[str, Metric]) -> dict[str, Metric]:
     """Add a batch's sums as Python numbers, which stay exact over many batches."""
     numbers = jax.tree.map(lambda x: np.asarray(x).item(), jax.device_get(metrics))
-    return numbers if totals is None else jax.tree.map(lambda a, b: a + b, totals, numbers)
+    if totals is None:
+        return numbers
+    return jax.tree.map(lambda a, b: a + b, totals, numbers)
 
 
-def _value(metric: Metric) -> Any:
+def _value(metric: Metric) -> float:
     """Return the value of a metric: a mean divided by its weight (NaN if the weight is 0), anything else as it is."""
     if not isinstance(metric, Mean):
         return metric

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 
 from moe_train.evaluate.loss import batch_sums
 from moe_train.model.parameters import Parameters, combine, with_expert_ids, without_adapters
@@ -20,7 +21,7 @@ class Drift(NamedTuple):
 
     sums: DriftFunction
     """The compiled function from `make_drift_sums`."""
-    originals: Parameters
+    base_weights: Parameters
     """The base model's weights of the modules that are trained in full in addition to the adapters."""
     batches: int
     """Number of batches to compare, from the first; each takes a second forward pass."""
@@ -29,11 +30,11 @@ class Drift(NamedTuple):
 class DriftSums(NamedTuple):
     """Counts over one or more batches; L is the number of sparse layers, E of experts."""
 
-    changed_L: Any
+    changed_L: jax.Array | np.ndarray
     """Number of assignments to experts that the base model does not select for the token."""
-    load_LE: Any
+    load_LE: jax.Array | np.ndarray
     """Number of assignments to each expert."""
-    assignments: Any
+    assignments: jax.Array | np.ndarray
     """Number of assignments in one layer."""
 
 
@@ -41,46 +42,49 @@ DriftFunction = Callable[[Parameters, Parameters, Any, Parameters], tuple[DriftS
 """A function (trained weights, frozen weights, batch, base weights of what is trained) -> (counts, metrics of the batch)."""
 
 
-def make_drift_sums(structure: Any, objective: Objective) -> DriftFunction:
+def make_drift_sums(structure: PyTreeDef, objective: Objective) -> DriftFunction:
     """Compile `drift_sums` for a model, once for all evaluations of a run."""
     return jax.jit(partial(drift_sums, structure=with_expert_ids(structure), objective=objective))
 
 
 def drift_sums(
-    learned: Parameters, frozen: Parameters, batch: Any, originals: Parameters, structure: Any, objective: Objective
+    params: Parameters, frozen: Parameters, batch: Any, base_weights: Parameters, structure: PyTreeDef, objective: Objective
 ) -> tuple[DriftSums, dict[str, Metric]]:
     """Count the assignments of a batch that differ from the base model's.
 
     Args:
-        learned: The trained weights.
+        params: The trained weights.
         frozen: The frozen weights.
         batch: The batch.
-        originals: The base model's weights of the modules that are trained in full.
+        base_weights: The base model's weights of the modules that are trained in full.
         structure: The structure of a model that returns expert ids (see `with_expert_ids`).
         objective: The objective.
 
     Returns:
         The counts, and the objective's metrics of the batch.
     """
-    inputs = objective_inputs(objective, structure, ModelWeights(learned, frozen, originals), batch)
+    inputs = objective_inputs(objective, structure, ModelWeights(params, frozen, base_weights), batch)
     metrics, routers = batch_sums(objective, inputs)
-    base_model = combine(without_adapters(structure), originals, frozen)
-    _, base = batch_sums(objective, inputs._replace(model=base_model))
-    assert routers is not None and base is not None and routers.expert_ids is not None and base.expert_ids is not None
-    ids_LBTA, base_LBTA = routers.expert_ids, base.expert_ids
+    base_model = combine(without_adapters(structure), base_weights, frozen)
+    _, base_routers = batch_sums(objective, inputs._replace(model=base_model))
+    assert routers is not None and base_routers is not None  # drift is measured for sparse models only
+    ids_LBTA = routers.expert_ids
+    base_ids_LBTA = base_routers.expert_ids
+    assert ids_LBTA is not None and base_ids_LBTA is not None  # the structure is one of `with_expert_ids`
     # The order of a token's experts does not matter: an assignment is kept if the base model selects the expert in any place.
-    kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_LBTA[..., None, :], axis=-1)
+    kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_ids_LBTA[..., None, :], axis=-1)
+    # Segment 0 is padding, which is neither routed nor counted.
     valid_BT = batch.segment_ids != 0
     assignments = jnp.sum(valid_BT) * ids_LBTA.shape[-1]
     changed_L = jnp.sum(~kept_LBTA & valid_BT[None, ..., None], axis=(1, 2, 3))
     return DriftSums(changed_L, routers.chosen_E, assignments), metrics
 
 
-def drift_metrics(drifted: Sequence[DriftSums]) -> dict[str, Any]:
+def drift_metrics(counts: Sequence[DriftSums]) -> dict[str, list[float]]:
     """Return the share of changed assignments and of dead experts in each sparse layer, over all batches; {} without batches."""
-    if not drifted:
+    if not counts:
         return {}
-    sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(drifted))
+    sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(counts))
     share_LE = sums.load_LE / sums.assignments
     return {
         "routing_drift": (sums.changed_L / sums.assignments).tolist(),

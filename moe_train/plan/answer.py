@@ -11,8 +11,9 @@ from moe_train import config
 from moe_train.machine.devices import DEVICES
 from moe_train.machine.files import write_text
 from moe_train.plan import search
+from moe_train.plan.choice import Choice, Price, model_choice, price_of
 from moe_train.plan.compile import check_installed
-from moe_train.plan.search import Choice
+from moe_train.plan.describe import describe_mesh
 from moe_train.plan.topology import Topology
 from moe_train.plan.weights import axis_sizes
 
@@ -21,7 +22,7 @@ class Answer(NamedTuple):
     """The ranked choices for a run on a topology."""
 
     topology: Topology
-    given: Choice | None
+    stated: Choice | None
     """The run as it was stated; None if its mesh does not have the topology's number of devices."""
     choices: list[Choice]
     """The best choice of each mesh, best first."""
@@ -29,19 +30,18 @@ class Answer(NamedTuple):
     """Number of choices that were modelled."""
     fitting: int
     """Number of those that fit into memory."""
-    price: float | None
-    """Dollars per chip and hour; None if unknown."""
-    priced: str
-    """The source of the price, in words."""
+    price: Price
 
     @property
     def best(self) -> Choice | None:
         """The best choice; None if nothing fits."""
-        return self.choices[0] if self.choices and self.choices[0].fits else None
+        if self.choices and self.choices[0].fits:
+            return self.choices[0]
+        return None
 
 
-class Options(NamedTuple):
-    """Options of a plan."""
+class PlanOptions(NamedTuple):
+    """PlanOptions of a plan."""
 
     compile_best: int = 1
     """Compile choices until this many fit; 0 to rank by the model alone."""
@@ -49,13 +49,15 @@ class Options(NamedTuple):
     """Compile the run as it is and search for no other choice."""
     free_batch: bool = False
     """Whether the batch size may change."""
-    by: search.By = "speed"
+    by: search.RankBy = "speed"
     """Whether to rank by speed or by received bytes."""
     price: float | None = None
     """Dollars per chip and hour; None for the list price."""
 
 
-def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[str], None] = lambda _: None) -> Answer:
+def rank_and_compile(
+    run: config.Run, topology: Topology, options: PlanOptions, say: Callable[[str], None] = lambda _: None
+) -> Answer:
     """Rank the ways to train `run` on `topology` and compile the best few, or compile the run as it is.
 
     Args:
@@ -70,34 +72,35 @@ def plan(run: config.Run, topology: Topology, options: Options, say: Callable[[s
     """
     if options.compile_best or options.compile_only:
         check_installed(topology)
-    dollars, priced = search.price_of(DEVICES[topology.device], options.price)
-    fits_topology = math.prod(axis_sizes(run.mesh).values()) == topology.num_devices
+    price = price_of(DEVICES[topology.device], options.price)
+    mesh_devices = math.prod(axis_sizes(run.mesh).values())
     if options.compile_only:
-        if not fits_topology:
+        if mesh_devices != topology.num_devices:
             raise ValueError(
-                f"mesh ({search.in_words(run.mesh)}) is of {math.prod(axis_sizes(run.mesh).values())} devices, but {topology.name} "
-                f"has {topology.num_devices}; set one axis to -1, or leave --compile-only out to have a mesh chosen"
+                f"mesh ({describe_mesh(run.mesh)}) has {mesh_devices} devices, but {topology.name} has {topology.num_devices}; set "
+                "one axis to -1, or leave out --compile-only to have a mesh chosen"
             )
-        choice = search.compiled(search.model_choice(run, topology), topology)
-        return Answer(topology, choice, [choice], 1, int(choice.fits), dollars, priced)
-    stated_choice = search.model_choice(run, topology) if fits_topology else None
-    modelled, faults = search.choices(run, topology, options.free_batch)
+        choice = search.compile_choice(model_choice(run, topology), topology)
+        return Answer(topology, choice, [choice], 1, int(choice.fits), price)
+    stated_choice = model_choice(run, topology) if mesh_devices == topology.num_devices else None
+    modelled, faults = search.model_all_choices(run, topology, options.free_batch)
     if not modelled:
         fault = _most_common_fault(faults, run, topology)
-        raise ValueError(f"no mesh of {topology.name}'s {topology.num_devices} devices takes this run: {fault}")
+        raise ValueError(f"no mesh of {topology.name}'s {topology.num_devices} devices can train this run: {fault}")
     considered = len(modelled)
     fitting = sum(choice.fits for choice in modelled)
     if options.compile_best:
         modelled = search.confirm(modelled, topology, options.compile_best, say, options.by)
     best = search.best_of_meshes(modelled, options.by)
-    return Answer(topology, stated_choice, best, considered, fitting, dollars, priced)
+    return Answer(topology, stated_choice, best, considered, fitting, price)
 
 
 def _most_common_fault(faults: list[str], run: config.Run, topology: Topology) -> str:
     """Return the most common fault, or why no batch could be formed if no mesh was even tried."""
     if not faults:
+        # Enough for at least one mesh; several slices need a replica in each.
         smallest = topology.num_devices if topology.num_slices == 1 else topology.num_slices
-        return f"batch_size {run.train.batch_size} divides over none of them; use a multiple of {smallest}, or --batch any"
+        return f"batch_size {run.train.batch_size} is divisible by none of them; use a multiple of {smallest}, or --batch any"
     return max(set(faults), key=faults.count)
 
 
@@ -112,10 +115,11 @@ def best_config(answer: Answer, written: config.Config) -> config.Config:
         ValueError: nothing fits.
     """
     if answer.best is None:
-        raise ValueError(f"nothing fits on {answer.topology.name}, so there is no config to write")
+        raise ValueError(
+            f"nothing fits on {answer.topology.name}, so there is no config to write; use more devices or a smaller model"
+        )
     run = answer.best.run
-    changes = {key: getattr(run, key) for key in ("model", "mesh", "compute", "train")}
-    return written.model_copy(update=changes)
+    return written.model_copy(update={"model": run.model, "mesh": run.mesh, "compute": run.compute, "train": run.train})
 
 
 def write_hlo(answer: Answer, path: Path) -> None:
@@ -124,4 +128,4 @@ def write_hlo(answer: Answer, path: Path) -> None:
         if choice.compiled is not None:
             write_text(path, choice.compiled.hlo)
             return
-    raise ValueError(f"nothing was compiled, so there is no program to write to {path}; leave --no-compile out")
+    raise ValueError(f"nothing was compiled, so there is no program to write to {path}; leave out --no-compile")

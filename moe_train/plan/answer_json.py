@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_train.plan import search
 from moe_train.plan.answer import Answer
-from moe_train.plan.search import Choice
+from moe_train.plan.choice import Choice, device_limit, dollars_per_billion, share_of_peak
+from moe_train.plan.describe import explain
 
 
-def as_json(answer: Answer) -> dict[str, Any]:
-    """Return the whole answer: the topology, the price, and the best choice of each mesh."""
+def answer_as_json(answer: Answer) -> dict[str, Any]:
+    """Return the complete answer: the topology, the price, and the best choice of each mesh."""
     topology = answer.topology
     best = answer.best
     return {
@@ -20,12 +20,12 @@ def as_json(answer: Answer) -> dict[str, Any]:
             "slices": topology.num_slices,
             "chips": topology.num_chips,
             "devices": topology.num_devices,
-            "hbm_bytes_per_device": search.device_limit(topology),
+            "hbm_bytes_per_device": device_limit(topology),
         },
-        "price": {"dollars_per_chip_hour": answer.price, "source": answer.priced},
+        "price": {"dollars_per_chip_hour": answer.price.dollars_per_hour, "source": answer.price.source},
         "considered": answer.considered,
         "fitting": answer.fitting,
-        "given": None if answer.given is None else choice_as_json(answer, answer.given),
+        "given": None if answer.stated is None else choice_as_json(answer, answer.stated),
         "best": None if best is None else choice_as_json(answer, best),
         "choices": [choice_as_json(answer, choice) for choice in answer.choices],
     }
@@ -36,7 +36,7 @@ def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
     topology = answer.topology
     run = choice.run
     compiled = choice.compiled
-    reference = answer.best
+    is_best = choice is answer.best
     record: dict[str, Any] = {
         "mesh": run.mesh.model_dump(),
         "transport": choice.transport,
@@ -54,10 +54,10 @@ def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
         "seconds": {**choice.time._asdict(), "step": choice.time.step},
         "binds": choice.time.binds,
         "tokens_per_second": choice.tokens_per_second,
-        "mfu": search.share_of_peak(choice, topology),
-        "dollars_per_billion_tokens": search.dollars_per_billion(choice, topology, answer.price),
+        "mfu": share_of_peak(choice, topology),
+        "dollars_per_billion_tokens": dollars_per_billion(choice, topology, answer.price.dollars_per_hour),
         "compiled": None,
-        "why_not": None if choice is reference else search.why(choice, reference or choice),
+        "why_not": None if is_best else explain(choice, answer.best or choice),
     }
     if compiled is not None:
         record["compiled"] = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from moe_train.machine.devices import DEVICES, GIB
-from moe_train.plan import search
 from moe_train.plan.answer import Answer
-from moe_train.plan.search import Choice
+from moe_train.plan.choice import Choice, dollars_per_billion, share_of_peak
+from moe_train.plan.describe import changed_settings, describe_mesh, explain
+from moe_train.plan.nearest import smallest_that_fits
 
-SHOWN = 12
+MAX_ROWS = 12
 """Maximum number of meshes in the table; the JSON answer has all of them."""
 
 
@@ -18,9 +19,9 @@ def introduction(answer: Answer) -> list[str]:
     chips = f"{topology.num_chips} chips"
     if topology.devices_per_chip > 1:
         chips += f", {topology.num_devices} devices"
-    price = answer.priced
-    if answer.price is not None:
-        price = f"{answer.price:g} dollars per chip and hour ({answer.priced})"
+    price = answer.price.source
+    if answer.price.dollars_per_hour is not None:
+        price = f"{answer.price.dollars_per_hour:g} dollars per chip and hour ({answer.price.source})"
     lines = [f"{topology.name}: {chips} of {device.hbm_bytes / GIB:.1f} GiB; {price}"]
     if answer.considered > 1:
         lines.append(f"{answer.considered} choices modelled, {answer.fitting} fit; the best of each mesh, in order")
@@ -30,35 +31,34 @@ def introduction(answer: Answer) -> list[str]:
 def rows(answer: Answer) -> list[dict[str, str]]:
     """Return the table, one row per mesh."""
     table = []
-    for choice in answer.choices[:SHOWN]:
-        dollars = search.dollars_per_billion(choice, answer.topology, answer.price)
+    for choice in answer.choices[:MAX_ROWS]:
+        dollars = dollars_per_billion(choice, answer.topology, answer.price.dollars_per_hour)
         run = choice.run
-        reference = answer.best
         batch = f"{run.train.batch_size}"
         if run.train.microbatches > 1:
             batch += f" / {run.train.microbatches}"
         table.append(
             {
-                "mesh": search.in_words(run.mesh),
+                "mesh": describe_mesh(run.mesh),
                 "transport": choice.transport or "-",
                 "remat": run.compute.remat,
                 "batch": batch,
                 "HBM GiB": f"{choice.memory.total / GIB:.2f}",
-                "compiled": _compiled_in_words(choice),
+                "compiled": _describe_compiled(choice),
                 "step s": f"{choice.time.step:.3f}",
                 "tokens/s": f"{choice.tokens_per_second:,.0f}",
-                "MFU at most": f"{search.share_of_peak(choice, answer.topology):.0%}",
+                "MFU at most": f"{share_of_peak(choice, answer.topology):.0%}",
                 "GB received": f"{choice.received / 1e9:.1f}",
                 "MB a token": f"{choice.received_per_token(answer.topology.num_devices) / 1e6:.2f}",
                 "binds": choice.time.binds,
                 "$ per 1e9 tokens": "-" if dollars is None else f"{dollars:,.0f}",
-                "why not": "" if choice is reference else search.why(choice, reference or choice),
+                "why not": "" if choice is answer.best else explain(choice, answer.best or choice),
             }
         )
     return table
 
 
-def _compiled_in_words(choice: Choice) -> str:
+def _describe_compiled(choice: Choice) -> str:
     """Return the compiler's memory and received bytes in words, `refused`, or `-` for a choice that was not compiled."""
     if choice.refused is not None:
         return "refused"
@@ -70,45 +70,52 @@ def _compiled_in_words(choice: Choice) -> str:
 def conclusion(answer: Answer) -> list[str]:
     """Return the lines below the table: what fits, whether the compiler confirmed it, and how to change the config."""
     best = answer.best
-    stated_choice = answer.given
-    topology = answer.topology
     if best is None:
-        closest = answer.choices[0]
-        explanation = [
-            f"nothing fits on {topology.name}: the closest is {search.in_words(closest.run.mesh)}, {search.why(closest, closest)}"
-        ]
-        fitting = search.smallest_that_fits(closest.run, topology)
-        if fitting:
-            larger, choice = fitting
-            explanation.append(
-                f"it fits on {larger.name} ({larger.num_chips} chips): {search.in_words(choice.run.mesh)}, remat full, "
-                f"one sequence on each device at a time, {choice.memory.total / GIB:.2f} GiB"
-            )
-        else:
-            explanation.append(
-                f"nor does it on any larger slice or number of hosts of {topology.device}: use a device with more memory"
-            )
-        return explanation
-    lines = ["Times are the roofline's, and so the least; a real step is longer."]
-    hidden = answer.choices[SHOWN:]
-    if hidden:
-        slow = [choice for choice in hidden if choice.fits]
-        fates = [f"{len(slow)} are slower"] if slow else []
-        too_large = [choice for choice in hidden if not choice.fits]
-        if too_large:
-            least_excess = min(choice.bytes_per_device - choice.limit for choice in too_large)
-            fates.append(f"{len(too_large)} do not fit, by {least_excess / GIB:.2f} GiB and more")
-        lines.append(f"{len(hidden)} more meshes: {', '.join(fates)} (--json has them)")
+        return _explain_that_nothing_fits(answer)
+    lines = ["Times are lower bounds by the roofline model; a real step takes longer."]
+    if len(answer.choices) > MAX_ROWS:
+        lines.append(_describe_hidden_rows(answer.choices[MAX_ROWS:]))
     if best.compiled is None:
-        lines.append("confirmed: no (the model alone)")
+        lines.append("confirmed: no (by the model alone)")
     else:
         lines.append(
             f"confirmed by the compiler: the model is off by {best.memory_error:+.1%} in memory "
             f"and {best.received_error:+.1%} in bytes received"
         )
-    if stated_choice is not None and stated_choice is not best:
-        differences = search.changed(stated_choice.run, best.run)
+    stated = answer.stated
+    if stated is not None and stated is not best:
+        differences = changed_settings(stated.run, best.run)
         if differences:
             settings = " ".join(f"{key}={value}" for key, value in differences.items())
-            lines.append(f"the config as it is: {search.why(stated_choice, best)}; better: {settings}")
+            lines.append(f"the config as it is: {explain(stated, best)}; better: {settings}")
     return lines
+
+
+def _explain_that_nothing_fits(answer: Answer) -> list[str]:
+    """Say how much is missing, and on which larger topology the run fits."""
+    topology = answer.topology
+    closest = answer.choices[0]
+    closest_mesh = describe_mesh(closest.run.mesh)
+    lines = [f"nothing fits on {topology.name}: the closest is {closest_mesh}, {explain(closest, closest)}"]
+    larger = smallest_that_fits(closest.run, topology)
+    if larger is None:
+        lines.append(f"no larger slice or number of hosts of {topology.device} fits it either: use a device with more memory")
+        return lines
+    larger_topology, choice = larger
+    lines.append(
+        f"it fits on {larger_topology.name} ({larger_topology.num_chips} chips): {describe_mesh(choice.run.mesh)}, remat full, "
+        f"one sequence on each device at a time, {choice.memory.total / GIB:.2f} GiB"
+    )
+    return lines
+
+
+def _describe_hidden_rows(hidden: list[Choice]) -> str:
+    """Summarize the choices that the table leaves out."""
+    num_fitting = sum(choice.fits for choice in hidden)
+    summaries = []
+    if num_fitting:
+        summaries.append(f"{num_fitting} are slower")
+    if num_fitting < len(hidden):
+        least_excess = min(choice.bytes_per_device - choice.limit for choice in hidden if not choice.fits)
+        summaries.append(f"{len(hidden) - num_fitting} do not fit, by {least_excess / GIB:.2f} GiB and more")
+    return f"{len(hidden)} more meshes: {', '.join(summaries)} (--json has them)"

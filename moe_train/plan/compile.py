@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +26,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
+from moe_train.data.batches.batch import PackedBatch
 from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.transformer import init_model
 from moe_train.plan import gpu_targets, hlo
 from moe_train.plan.hlo_text import num_instructions
 from moe_train.plan.replica_groups import axes_of
-from moe_train.plan.topology import Topology, parse
+from moe_train.plan.topology import Topology, parse_topology
 from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import TrainState, create_state, trained_in_full
 from moe_train.train.step import compile_step
@@ -98,11 +99,13 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
             it refuses the program (with the compiler's own message if the program exceeds the device's memory).
     """
     if run.model is None:
-        raise ValueError(f"init_from {run.init_from} is not here, and the architecture with it; state model as well")
+        raise ValueError(
+            f"the architecture is unknown, since init_from {run.init_from} was not found; state `model` in the config too"
+        )
     check_installed(topology)
     with tempfile.TemporaryDirectory() as folder:
-        request_path = Path(folder, "asked.json")
-        reply_path = Path(folder, "answered.json")
+        request_path = Path(folder, "request.json")
+        reply_path = Path(folder, "reply.json")
         request_path.write_text(json.dumps({"run": run.model_dump(mode="json"), "topology": topology.name}), encoding="utf-8")
         # -P and PYTHONPATH make the child import this package, whatever the working directory contains
         command = [sys.executable, "-P", "-m", "moe_train.plan.compile", str(request_path), str(reply_path)]
@@ -118,12 +121,12 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
         if not reply_path.exists():
             # The compiler aborted the process, so its last line is the only explanation.
             last_lines = [line for line in process.stderr.splitlines() if line.strip()] or [f"exit status {process.returncode}"]
-            raise ValueError(f"{topology.name}: the compiler gave up: {last_lines[-1]}")
-        answer = json.loads(reply_path.read_text(encoding="utf-8"))
-    if "error" in answer:
-        raise ValueError(f"{topology.name}: {answer['error']}")
-    traffic = tuple(Traffic(**{**t, "axes": tuple(t["axes"])}) for t in answer.pop("traffic"))
-    return Compiled(**answer, traffic=traffic, warnings=_warnings(process.stderr))
+            raise ValueError(f"{topology.name}: the compiler aborted: {last_lines[-1]}")
+        reply = json.loads(reply_path.read_text(encoding="utf-8"))
+    if "error" in reply:
+        raise ValueError(f"{topology.name}: {reply['error']}")
+    traffic = tuple(Traffic(**{**t, "axes": tuple(t["axes"])}) for t in reply.pop("traffic"))
+    return Compiled(**reply, traffic=traffic, warnings=_warnings(process.stderr))
 
 
 def check_installed(topology: Topology) -> None:
@@ -134,22 +137,25 @@ def check_installed(topology: Topology) -> None:
     }[topology.platform]
     if not any(importlib.util.find_spec(module) for module in modules):
         remedy = f"run: bash launch/install.sh {extra}, or plan with --no-compile"
-        raise ValueError(f"compiling for {topology.name} needs {compiler}, which is not here; {remedy}")
+        raise ValueError(f"compiling for {topology.name} needs {compiler}, which is not installed; {remedy}")
 
 
 def _environment(topology: Topology) -> dict[str, str]:
     """Return variables that keep the compilers from looking for hardware and from querying a cloud's metadata server."""
-    quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    variables = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
     if topology.platform == "tpu":
-        quiet |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
-        quiet |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several processes may compile at once, since none of them holds a chip
-    return quiet
+        variables |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+        variables |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # several processes may compile at once, since none of them holds a chip
+    return variables
 
 
 def _warnings(stderr: str) -> tuple[str, ...]:
     """Return the distinct lines about memory or rematerialization, without their timestamps."""
-    relevant_lines = (line for line in stderr.splitlines() if re.search(r"rematerializ|exceed|out of memory", line, re.IGNORECASE))
-    return tuple(dict.fromkeys(re.sub(r"^\S+ \S+ +\d+ (\S+\] )?", "", line) for line in relevant_lines))
+    messages: dict[str, None] = {}  # a dict keeps the order of the lines
+    for line in stderr.splitlines():
+        if re.search(r"rematerializ|exceed|out of memory", line, re.IGNORECASE):
+            messages[re.sub(r"^\S+ \S+ +\d+ (\S+\] )?", "", line)] = None
+    return tuple(messages)
 
 
 # --- in the process that compiles ----------------------------------------------------------------------------------
@@ -170,14 +176,15 @@ class AbstractStep(NamedTuple):
 
     definition: StepDefinition
     state: TrainState
-    batch: Any
+    batch: PackedBatch
     base_weights: Parameters
 
 
 def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
     """Build the abstract training step of a run whose model is stated; `mesh` must be in force."""
 
-    def placed(x: Any) -> jax.ShapeDtypeStruct:
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """Return the shape with its sharding on the concrete mesh; counters have none, and are replicated."""
         spec = P() if x.sharding is None else x.sharding.spec
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
@@ -201,11 +208,11 @@ def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
     seconds = time.perf_counter() - start_time
     memory = program.memory_analysis()
     text = program.as_text()
-    assert memory is not None and text is not None
-    counts = hlo.read(text)
+    assert memory is not None and text is not None  # all compilers used here provide both
+    counts = hlo.count_program(text)
     return Compiled(
         bytes_per_device=memory.peak_memory_in_bytes,
-        traffic=traffic(counts, mesh),
+        traffic=program_traffic(counts, mesh),
         fallback_bytes=counts.fallback_bytes,
         flops=counts.flops,
         kernel_flops=counts.kernel_flops,
@@ -216,18 +223,23 @@ def compile_on(run: config.Run, mesh: Mesh) -> Compiled:
     )
 
 
-def traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
+def program_traffic(counts: hlo.Counts, mesh: Mesh) -> tuple[Traffic, ...]:
     """Sum the collectives of a program by kind, axes and dtype, in descending order of bytes."""
     slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
-    sums: dict[tuple[str, tuple[str, ...], str, bool], list[float]] = {}
+    sums: dict[tuple[str, tuple[str, ...], str, bool], Traffic] = {}
     for c, times in counts.collectives.items():
         axes = axes_of(c.groups, mesh.shape)
-        crosses = any(len({slices[device] for device in group}) > 1 for group in c.groups)
-        total = sums.setdefault((c.kind, axes, c.dtype, crosses), [0, 0, 0])
-        increment = (times, c.bytes * times, c.bytes * times if c.hidden_flops else 0)
-        total[:] = (a + b for a, b in zip(total, increment, strict=True))
-    flows = (Traffic(*key, int(n), received, overlapped) for key, (n, received, overlapped) in sums.items())
-    return tuple(sorted(flows, key=lambda t: -t.bytes))
+        crosses_slices = any(len({slices[device] for device in group}) > 1 for group in c.groups)
+        key = c.kind, axes, c.dtype, crosses_slices
+        total = sums.get(key, Traffic(*key, times=0, bytes=0.0, bytes_overlapped=0.0))
+        received = c.bytes * times
+        sums[key] = replace(
+            total,
+            times=total.times + times,
+            bytes=total.bytes + received,
+            bytes_overlapped=total.bytes_overlapped + (received if c.hidden_flops else 0.0),
+        )
+    return tuple(sorted(sums.values(), key=lambda t: -t.bytes))
 
 
 def _compile_request(request_path: Path) -> dict[str, Any]:
@@ -235,11 +247,12 @@ def _compile_request(request_path: Path) -> dict[str, Any]:
     request = json.loads(request_path.read_text(encoding="utf-8"))
     run = config.Run.model_validate_json(json.dumps(request["run"]))
     try:
-        answer = asdict(compile_on(run, make_mesh(run.mesh, devices_of(parse(request["topology"])))))
+        devices = devices_of(parse_topology(request["topology"]))
+        reply = asdict(compile_on(run, make_mesh(run.mesh, devices)))
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return {"error": str(error).splitlines()[0]}
-    answer.pop("warnings")  # only the parent process sees the compiler's output
-    return answer
+    reply.pop("warnings")  # only the parent process sees the compiler's output
+    return reply
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import jax
 
 from moe_train import config
 from moe_train.machine.devices import DEVICES, GIB, chip_name
-from moe_train.plan import search
+from moe_train.plan.describe import PART_NAMES, changed_settings
 from moe_train.plan.memory import Memory, memory
+from moe_train.plan.nearest import nearest_that_fits
 from moe_train.plan.topology import Topology
 from moe_train.plan.weights import layout
 
-ERROR = 1.1
+MODEL_ERROR_FACTOR = 1.1
 """Tolerance for the error of the memory model against the compiler: a run is refused only if it exceeds the device's memory by
 more than this factor.
 """
@@ -28,11 +29,11 @@ def check_fits(run: config.Run, device: jax.Device) -> None:
         return
     needed = memory(run, layout(run))
     # The model is not exact, so only a clear excess is refused.
-    if needed.total <= ERROR * limit:
+    if needed.total <= MODEL_ERROR_FACTOR * limit:
         return
     raise ValueError(
-        f"this run needs about {needed.total / GIB:.2f} GiB on each device, which has {limit / GIB:.2f}: {parts(needed)}; "
-        f"{_remedy(run, device, limit)}"
+        f"this run needs about {needed.total / GIB:.2f} GiB on each device, which has {limit / GIB:.2f}: "
+        f"{describe_largest_parts(needed)}; {_remedy(run, device, limit)}"
     )
 
 
@@ -44,10 +45,10 @@ def bytes_limit(device: jax.Device) -> int | None:
     return None if stats is None else stats.get("bytes_limit")
 
 
-def parts(needed: Memory) -> str:
+def describe_largest_parts(needed: Memory) -> str:
     """Describe the three largest parts of the memory in words."""
     largest = sorted(needed._asdict().items(), key=lambda part: -part[1])[:3]
-    return ", ".join(f"{search.NAMES[name]} {size / GIB:.2f}" for name, size in largest)
+    return ", ".join(f"{PART_NAMES[name]} {size / GIB:.2f}" for name, size in largest)
 
 
 def _remedy(run: config.Run, device: jax.Device, limit: int) -> str:
@@ -55,12 +56,18 @@ def _remedy(run: config.Run, device: jax.Device, limit: int) -> str:
     kind = chip_name(device)
     if kind not in DEVICES:
         return "use more devices, compute.remat full or more train.microbatches"
+    num_chips = jax.device_count() // DEVICES[kind].devices_per_chip
     topology = Topology(
-        f"{jax.device_count()} x {kind}", "gpu" if device.platform == "gpu" else "tpu", kind, (jax.device_count(),), 1
+        name=f"{jax.device_count()} x {kind}",
+        platform="gpu" if device.platform == "gpu" else "tpu",
+        device=kind,
+        shape=(num_chips,),
+        num_slices=1,
     )
-    if topology.devices_per_chip > 1:
-        topology = Topology(topology.name, topology.platform, kind, (jax.device_count() // topology.devices_per_chip,), 1)
-    nearest = search.nearest_that_fits(run, topology, limit)
+    nearest = nearest_that_fits(run, topology, limit)
     if nearest is None:
-        return f"no mesh of the {jax.device_count()} devices here fits it: use more of them (`moe-train plan` says how many)"
-    return "this fits: " + " ".join(f"{key}={value}" for key, value in search.changed(run, nearest.run).items())
+        return (
+            f"no mesh of these {jax.device_count()} devices is large enough: use more devices (`moe-train plan` computes how many)"
+        )
+    settings = " ".join(f"{key}={value}" for key, value in changed_settings(run, nearest.run).items())
+    return f"this fits: {settings}"

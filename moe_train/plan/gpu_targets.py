@@ -29,7 +29,7 @@ class Gpu(NamedTuple):
 
 KIB = 2**10
 MIB = 2**20
-GPUS = {
+GPU_TARGETS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 164 * KIB, 163 * KIB, 40 * MIB, 1.41, 2_039_000_000_000, 85_100_068_864),
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 228 * KIB, 227 * KIB, 50 * MIB, 1.98, 3_352_000_000_000, 84_942_979_072),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 228 * KIB, 227 * KIB, 50 * MIB, 1.98, 4_800_000_000_000, 151_397_597_184),
@@ -38,8 +38,8 @@ GPUS = {
 
 
 def description(gpu: str) -> str:
-    """Return the text of XLA's GpuTargetConfigProto for a key of GPUS."""
-    g = GPUS[gpu]
+    """Return the text of XLA's GpuTargetConfigProto for a key of GPU_TARGETS."""
+    g = GPU_TARGETS[gpu]
     features = "ACCELERATED_FEATURES" if g.capability >= (9, 0) else "NONE"
     return f"""
 gpu_device_info {{

@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from moe_train.plan.hlo_collectives import KINDS, SCATTER, Collective, collective_of, received_between_slices
+from moe_train.plan.hlo_collectives import COLLECTIVE_KINDS, SCATTER_PREFIX, Collective, collective_of, received_between_slices
 from moe_train.plan.hlo_flops import convolution_flops, cublas_flops, dot_flops
 from moe_train.plan.hlo_text import Instruction, computations, stated_shapes
 
@@ -47,15 +48,16 @@ class Counts:
         self.kernel_flops += other.kernel_flops * times
         self.fallback_bytes += other.fallback_bytes * times
 
-    def bytes_by(self, of: str) -> dict[str, float]:
-        """Return received bytes grouped by an attribute of the collectives, `kind` or `dtype`."""
-        totals: Counter[str] = Counter()
+    def bytes_by(self, attribute: Literal["kind", "dtype"]) -> dict[str, float]:
+        """Return received bytes grouped by an attribute of the collectives."""
+        totals: dict[str, float] = {}
         for collective, times in self.collectives.items():
-            totals[getattr(collective, of)] += collective.bytes * times  # type: ignore[assignment]
-        return dict(totals)
+            group = getattr(collective, attribute)
+            totals[group] = totals.get(group, 0.0) + collective.bytes * times
+        return totals
 
 
-def read(text: str) -> Counts:
+def count_program(text: str) -> Counts:
     """Count what the program of an HLO module does in one run."""
     return _Module(text).counts()
 
@@ -91,17 +93,17 @@ class _Module:
     def _largest_constant(self, name: str) -> int:
         """Return the largest integer constant of a computation and of those it calls; 0 if there is none."""
         largest = 0
-        todo = [name]
+        remaining = [name]
         visited = set()
-        while todo:
-            current = todo.pop()
+        while remaining:
+            current = remaining.pop()
             if current in visited or current not in self.computations:
                 continue
             visited.add(current)
             for i in self.computations[current]:
                 if i.opcode == "constant" and i.result.startswith(("s32[]", "s64[]", "u32[]")) and i.operands.isdigit():
                     largest = max(largest, int(i.operands))
-                todo += i.called("calls")
+                remaining += i.called("calls")
         return largest
 
 
@@ -126,8 +128,8 @@ class _Walk:
                 self._started[i.name] = (started, self._flops)
             if i.opcode.endswith("-done"):
                 self._finish(i)
-        unfinished = (collectives for collectives, _ in self._started.values())
-        for collectives in (Counter(self._chains.values()), *unfinished):
+        self._total.collectives.update(self._chains.values())
+        for collectives, _ in self._started.values():
             self._total.collectives.update(collectives)
         return self._total
 
@@ -155,14 +157,15 @@ class _Walk:
                 self._total.flops += dot_flops(i, self._shapes)
             case "convolution":
                 self._total.flops += convolution_flops(i, self._shapes)
-            case _ if kind in (*KINDS, "recv"):
+            case _ if kind in (*COLLECTIVE_KINDS, "recv"):
                 return self._add_collective(i, kind)
         return Counter()
 
     def _add_conditional(self, i: Instruction) -> None:
         names = i.called("branch_computations", "true_computation", "false_computation")
+        branches = [self._module.count(name) for name in names]
         # The branch with the fewest bytes is taken as the usual one; the others are fallbacks.
-        cheapest, *_, costliest = sorted((self._module.count(name) for name in names), key=lambda branch: branch.bytes)
+        cheapest, *_, costliest = sorted(branches, key=lambda branch: branch.bytes)
         self._total.add(cheapest)
         self._total.fallback_bytes += costliest.bytes - cheapest.bytes
 
@@ -192,6 +195,7 @@ class _Walk:
         for name in i.called("calls", "to_apply", "called_computations"):
             self._total.add(self._module.count(name))
         if "tpu_custom_call" in i.attributes:
+            # XLA appends a number to the kernel's name to make it unique.
             self._total.kernels[i.name.rstrip(".0123456789")] += 1
             estimate = re.search(r'"flops":"?(\d+)', i.attributes)
             if estimate:
@@ -203,7 +207,7 @@ class _Walk:
         if kind == "recv":
             collective = received_between_slices(i)
         else:
-            collective = collective_of(i, kind, self._shapes, scattered=self._name.startswith(SCATTER))
+            collective = collective_of(i, kind, self._shapes, scattered=self._name.startswith(SCATTER_PREFIX))
         if collective is None:
             return Counter()
         if collective.asynchronous:

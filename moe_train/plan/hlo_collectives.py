@@ -12,10 +12,11 @@ import re
 from dataclasses import dataclass
 
 from moe_train.plan.hlo_text import Instruction, ShapesByName, operand_shapes, second_element, stated_shapes
-from moe_train.plan.replica_groups import Groups, replica_groups
+from moe_train.plan.replica_groups import ReplicaGroups, replica_groups
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
-SCATTER = "all-reduce-scatter"
+COLLECTIVE_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
+"""Opcodes of the collectives that are counted."""
+SCATTER_PREFIX = "all-reduce-scatter"
 """Prefix of the names of computations in which XLA:TPU reduces and keeps only a part."""
 
 
@@ -29,7 +30,7 @@ class Collective:
     """Shape of its first result on one device."""
     bytes: float
     """Bytes received by one device each time."""
-    groups: Groups
+    groups: ReplicaGroups
     asynchronous: bool
     """Whether it is a pair of start and done, between which other work may run."""
     hidden_flops: float
@@ -47,20 +48,20 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
         i: the instruction.
         kind: its opcode without `-start`.
         known: shapes of the results of the computation's other instructions.
-        scattered: whether it belongs to a computation that keeps only a part of what it reduces (`SCATTER`).
+        scattered: whether it belongs to a computation that keeps only a part of what it reduces (`SCATTER_PREFIX`).
 
     Returns:
         None if a group is a single device, or if every device of a permute keeps its data.
     """
     asynchronous = i.opcode.endswith("-start")
     result_text = i.result
-    if asynchronous and kind != "all-reduce":
+    if asynchronous and kind != "all-reduce":  # these return their operands too
         result_text = second_element(i.result)
     results = stated_shapes(result_text)
     size = sum(s.bytes for s in results)
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes.split("source_target_pairs=")[1].split("}}")[0] + "}")
-        groups: Groups = tuple((int(a), int(b)) for a, b in pairs if a != b)
+        groups: ReplicaGroups = tuple((int(a), int(b)) for a, b in pairs if a != b)
         if not groups:  # no device sends to another
             return None
     else:
@@ -68,6 +69,7 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
         if len(groups[0]) == 1:
             return None
     if kind == "ragged-all-to-all":
+        # The larger side is a buffer for the worst case, of which the rest stays empty.
         size = min(size, operand_shapes(i, known)[0].bytes)
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
@@ -75,16 +77,30 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
     received = _received_bytes(kind, size, len(groups[0]))
     source = re.search(r'op_name="([^"]*)"', i.attributes)
     chain = re.search(r'chain_id="\w+"', i.attributes)
-    chain_name = chain[0] if chain else ""
-    first_result = results[0]
     return Collective(
-        kind, first_result.dtype, first_result.dims, received, groups, asynchronous, 0, source[1] if source else "", chain_name
+        kind=kind,
+        dtype=results[0].dtype,
+        shape=results[0].dims,
+        bytes=received,
+        groups=groups,
+        asynchronous=asynchronous,
+        hidden_flops=0,
+        source=source[1] if source else "",
+        chain=chain[0] if chain else "",
     )
 
 
 def _received_bytes(kind: str, size: float, g: int) -> float:
     """Return the bytes received by one of g devices for a result of `size` bytes."""
-    return size * {"all-reduce": 2 * (g - 1) / g, "reduce-scatter": g - 1, "collective-permute": 1}.get(kind, (g - 1) / g)
+    match kind:
+        case "all-reduce":  # a reduce-scatter and an all-gather
+            return size * 2 * (g - 1) / g
+        case "reduce-scatter":  # the result is one device's part
+            return size * (g - 1)
+        case "collective-permute":
+            return size
+        case _:
+            return size * (g - 1) / g
 
 
 def received_between_slices(i: Instruction) -> Collective | None:
@@ -97,16 +113,25 @@ def received_between_slices(i: Instruction) -> Collective | None:
     devices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}"', i.attributes)
     if not kind or not devices:
         return None
-    slices, places = (_numbers(text) for text in devices.groups())
+    slices = _expand_ranges(devices[1])
+    places = _expand_ranges(devices[2])
+    # Devices of the same place in each slice exchange data.
     groups = tuple(tuple((s - slices[0]) * len(places) + place for s in slices) for place in places)
     result = stated_shapes(i.result)[0]
     collective_kind = kind[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
     return Collective(
-        collective_kind, result.dtype, result.dims, _received_bytes(collective_kind, result.bytes, len(slices)), groups, True, 0, ""
+        kind=collective_kind,
+        dtype=result.dtype,
+        shape=result.dims,
+        bytes=_received_bytes(collective_kind, result.bytes, len(slices)),
+        groups=groups,
+        asynchronous=True,
+        hidden_flops=0,
+        source="",
     )
 
 
-def _numbers(text: str) -> list[int]:
+def _expand_ranges(text: str) -> list[int]:
     """Expand ranges: `0:3,8` -> 0, 1, 2, 3, 8."""
     numbers: list[int] = []
     for part in text.split(","):

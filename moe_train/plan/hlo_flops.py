@@ -40,28 +40,34 @@ def convolution_flops(i: Instruction, known: ShapesByName) -> float:
     (out,) = stated_shapes(i.result)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     assert labels, i
-    window = re.search(r"window=\{([^}]*)\}", i.attributes)
-    stated = dict(part.split("=") for part in window[1].split()) if window else {}
-    flops = 2 * out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")] * rhs.dims[labels[2].index("i")]
-    spatial = sorted(c for c in labels[1] if c.isdigit())
+    lhs_labels, rhs_labels, out_labels = labels.groups()
+    stated_window = re.search(r"window=\{([^}]*)\}", i.attributes)
+    window: dict[str, str] = {}
+    if stated_window:
+        window = dict(part.split("=") for part in stated_window[1].split())
+    flops = 2 * out.dims[out_labels.index("b")] * out.dims[out_labels.index("f")] * rhs.dims[rhs_labels.index("i")]
+    # Spatial dims are labelled by digits, batch and features by letters.
+    spatial = sorted(c for c in lhs_labels if c.isdigit())
     for n, label in enumerate(spatial):
-        low = int(_window_entry(stated, "pad", n, "0_0").split("_")[0])
         flops *= _count_tap_inputs(
-            lhs.dims[labels[1].index(label)],
-            out.dims[labels[3].index(label)],
-            int(_window_entry(stated, "size", n, "1")),
-            int(_window_entry(stated, "stride", n, "1")),
-            int(_window_entry(stated, "lhs_dilate", n, "1")),
-            int(_window_entry(stated, "rhs_dilate", n, "1")),
-            low,
+            inputs=lhs.dims[lhs_labels.index(label)],
+            outputs=out.dims[out_labels.index(label)],
+            taps=int(_window_entry(window, "size", n, "1")),
+            stride=int(_window_entry(window, "stride", n, "1")),
+            lhs_dilate=int(_window_entry(window, "lhs_dilate", n, "1")),
+            rhs_dilate=int(_window_entry(window, "rhs_dilate", n, "1")),
+            pad=int(_window_entry(window, "pad", n, "0_0").split("_")[0]),
         )
     groups = re.search(r"batch_group_count=(\d+)", i.attributes)
-    return flops / (int(groups[1]) if groups else 1)
+    # With groups of the batch, each output feature belongs to one of them.
+    return flops / int(groups[1]) if groups else flops
 
 
 def _window_entry(window: dict[str, str], key: str, dim: int, default: str) -> str:
     """Return what a window states under `key` for one spatial dim, or the default."""
-    return window[key].split("x")[dim] if key in window else default
+    if key not in window:
+        return default
+    return window[key].split("x")[dim]
 
 
 @cache

@@ -6,13 +6,13 @@ import math
 import re
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128} | {
-    f"{sign}{bits}": bits for sign in "su" for bits in (2, 4, 8, 16, 32, 64)
-}
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
+_BITS |= {f"s{bits}": bits for bits in (2, 4, 8, 16, 32, 64)}
+_BITS |= {f"u{bits}": bits for bits in (2, 4, 8, 16, 32, 64)}
 _SHAPE = re.compile(r"\b([a-z]+[0-9][a-z0-9]*|pred)\[([\d,]*)\]")
 
 
-class Shape(NamedTuple):
+class ArrayShape(NamedTuple):
     """The dtype and dims of an array."""
 
     dtype: str
@@ -21,7 +21,7 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> float:
         """Size of the array; fractional for types of less than a byte."""
-        if self.dtype.startswith("f8"):
+        if self.dtype.startswith("f8"):  # f8e4m3fn and others
             bits = 8
         elif self.dtype.startswith("f4"):
             bits = 4
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
         return math.prod(self.dims) * bits / 8
 
 
-ShapesByName = dict[str, list[Shape]]
+ShapesByName = dict[str, list[ArrayShape]]
 """Shapes of the result of each instruction of a computation, by its name; a tuple has several."""
 
 
@@ -70,11 +70,16 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     entry = ""
     current = None
     for line in text.splitlines():
-        if not line.startswith(" ") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)):
+        # Headers of computations begin at the margin.
+        header = None if line.startswith(" ") else re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)
+        if header:
             current = by_name.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif current is not None and (instruction := _instruction(line)):
-            current.append(instruction)
+            if header[1]:
+                entry = header[2]
+        elif current is not None:
+            instruction = _instruction(line)
+            if instruction is not None:
+                current.append(instruction)
     if not entry:
         raise ValueError("the text has no ENTRY computation; is it the text of an HLO module?")
     return by_name, entry
@@ -86,6 +91,7 @@ def _instruction(line: str) -> Instruction | None:
     if not start:
         return None
     rest = line[start.end() :]
+    # The type of the result is a tuple in brackets, or a single array, whose type has no space.
     end = _closing_bracket(rest) + 1 if rest.startswith("(") else rest.find(" ")
     opcode = re.match(r" ?([\w\-]+)\(", rest[end:])
     if not opcode:
@@ -105,12 +111,12 @@ def _closing_bracket(text: str) -> int:
     return len(text)
 
 
-def stated_shapes(text: str) -> list[Shape]:
+def stated_shapes(text: str) -> list[ArrayShape]:
     """Return every shape in a part of an instruction's text."""
-    return [Shape(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)]
+    return [ArrayShape(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)]
 
 
-def operand_shapes(i: Instruction, known: ShapesByName) -> list[Shape]:
+def operand_shapes(i: Instruction, known: ShapesByName) -> list[ArrayShape]:
     """Return the shape of each operand, stated in the instruction or by the one that computes it; for a tuple, its first shape."""
     stated = stated_shapes(i.operands)
     if stated:

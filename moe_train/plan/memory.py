@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from moe_train import config
 from moe_train.model.sharding.collectives import LANES
-from moe_train.plan.traffic import Shape, shape_of
-from moe_train.plan.weights import Layout, Weight, axis_sizes
+from moe_train.plan.traffic import MicrobatchShape, microbatch_shape
+from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes
 from moe_train.train.logits import CHUNK_ELEMENTS
 from moe_train.train.objectives.choose import objective_of
 
@@ -44,58 +44,66 @@ class Memory(NamedTuple):
         return self.parameters + self.optimizer + self.batch
 
 
-def memory(run: config.Run, laid: Layout) -> Memory:
+def memory(run: config.Run, layout: WeightLayout) -> Memory:
     """Model the memory of a step of a resolved run whose mesh has no -1.
 
     Args:
         run: the resolved run.
-        laid: the weights of the run with their shardings.
+        layout: the weights of the run with their shardings.
     """
     model = run.model
     sizes = axis_sizes(run.mesh)
-    shape = shape_of(run)
-    bytes_per_token = sum(x.itemsize for x in objective_of(run.objective).batch_type.empty(1, 1))
+    shape = microbatch_shape(run)
+    bytes_per_token = sum(array.itemsize for array in objective_of(run.objective).batch_type.empty(1, 1))
     M = run.train.microbatches
-    b = shape.itemsize
-    stacked = [w for w in laid.weights if w.path.in_layer]
+    stacked = [w for w in layout.weights if w.path.in_layer]
     stacks = config.stacks(model)
-    trained = [w for w in laid.weights if w.trainable]
+    trained = [w for w in layout.weights if w.trainable]
 
     gradients = sum(_padded_bytes(w, sizes) for w in trained)
     layer = max(
         _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
     )
-    loss = max(0, _loss_bytes(model, laid, sizes, shape) - gradients - layer)
+    loss = max(0, _loss_bytes(model, layout, sizes, shape) - gradients - layer)
     if M > 1:  # float32 copies of the sum so far and of the next summand
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
-    saved = sum(stack.repeats for stack in stacks) * shape.tokens * model.model_dim * b  # inputs of each period
-    if run.compute.remat == "minimal":
-        saved += sum(
-            stack.num_layers * _named_activation_bytes(model, stack.ffn, sizes, shape.in_layer(stack.ffn)) for stack in stacks
-        )
-    # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim does not fill whole lanes.
-    saved += sum(w.layers * w.elements(sizes) * b for w in stacked if w.kind == "linear" and w.is_float and w.itemsize > b)
-    saved += sum(_padded_bytes(w, sizes) for w in stacked if _is_narrow(w))
     return Memory(
-        parameters=sum(w.stored_bytes(sizes) for w in laid.weights),
-        optimizer=laid.optimizer_bytes,
+        parameters=sum(w.stored_bytes(sizes) for w in layout.weights),
+        optimizer=layout.optimizer_bytes,
         batch=M * shape.tokens * bytes_per_token,
         gradients=gradients,
-        saved=saved,
+        saved=_saved_bytes(run, stacked, sizes, shape),
         layer=layer,
         loss=loss,
     )
 
 
-def _padded_bytes(w: Weight, sizes: dict[str, int]) -> int:
+def _saved_bytes(run: config.Run, stacked: list[ShardedWeight], sizes: dict[str, int], shape: MicrobatchShape) -> int:
+    """Return the bytes of what exists for all layers at once: saved activations, and weights that are cast or padded."""
+    b = shape.itemsize
+    saved = 0
+    for stack in config.stacks(run.model):
+        saved += stack.repeats * shape.tokens * run.model.model_dim * b  # inputs of each period
+        if run.compute.remat == "minimal":
+            saved += stack.num_layers * _named_activation_bytes(run.model, stack.ffn, sizes, shape.in_layer(stack.ffn))
+    for w in stacked:
+        # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim fills no lanes.
+        if w.kind == "linear" and w.is_float and w.itemsize > b:
+            saved += w.layers * w.elements(sizes) * b
+        if _is_narrow(w):
+            saved += _padded_bytes(w, sizes)
+    return saved
+
+
+def _padded_bytes(w: ShardedWeight, sizes: dict[str, int]) -> int:
     """Return the bytes of a weight of all layers, or of its gradient, in the padded layout that kernels use."""
     if _is_narrow(w):
         return w.stored_bytes(sizes) * LANES // w.shape[-1]
     return w.stored_bytes(sizes)
 
 
-def _is_narrow(w: Weight) -> bool:
+def _is_narrow(w: ShardedWeight) -> bool:
     """Return whether kernels pad the weight's rank to whole lanes.
 
     This holds for the adapters of experts, since kernels read rows; XLA transposes other narrow weights instead.
@@ -103,7 +111,7 @@ def _is_narrow(w: Weight) -> bool:
     return w.kind == "expert" and w.path.is_adapter and w.shape[-1] < LANES
 
 
-def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: Shape) -> int:
+def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: MicrobatchShape) -> int:
     """Return the bytes that remat `minimal` keeps per layer besides its input (`transformer.SAVED`)."""
     m = shape.tokens
     b = shape.itemsize
@@ -112,18 +120,26 @@ def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[st
     a = model.attention
     heads = a.num_heads * a.head_dim // t
     keys = a.num_kv_heads * a.head_dim // t
-    saved = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4  # q, k, v, the output, attention, log-sum-exps
+    # q, k, v, the output, attention, and log-sum-exps in float32
+    saved = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4
     f = ffn.ffn_dim // t
     if not isinstance(ffn, config.MoeFfn):
         return saved + m * 2 * f * b
+    # router logits in float32, and two numbers of 4 bytes for each chosen expert
     saved += m * ffn.num_experts * 4 + 2 * m * ffn.experts_per_token * 4
     if not shape.recomputes_experts:
+        # gate, up and output of each row, and two numbers of 4 bytes
         saved += shape.rows * (2 * f + D) * b + 2 * shape.rows * 4
     return saved + m * 2 * f * ffn.num_shared_experts * b
 
 
 def _layer_bytes(
-    run: config.Run, model: config.Model, ffn: config.Ffn, stacked: list[Weight], sizes: dict[str, int], shape: Shape
+    run: config.Run,
+    model: config.Model,
+    ffn: config.Ffn,
+    stacked: list[ShardedWeight],
+    sizes: dict[str, int],
+    shape: MicrobatchShape,
 ) -> int:
     """Return the bytes that the backward pass of one period of layers of one stack needs at its peak.
 
@@ -132,54 +148,88 @@ def _layer_bytes(
     m = shape.tokens
     b = shape.itemsize
     t = sizes["tensor"]
-    D = model.model_dim
-    R = shape.rows
     a = model.attention
-    f = ffn.ffn_dim // sizes["tensor"]
-    gather_axes = ("fsdp", "expert")
-    gathered = 0
+    projections = 0
     for w in stacked:
         if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter:
-            gathered += w.elements(sizes, gather_axes) * b
+            projections += w.elements(sizes, _GATHER_AXES) * b
     if isinstance(ffn, config.MoeFfn):
-        matrices = [w for w in stacked if w.kind == "expert" and not w.path.is_adapter and w.path.part != "scales"]
-        per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in matrices}
-        gathered_experts = sum(w.elements(sizes, ("fsdp",)) * per_code[w.path] * b for w in matrices)
-        experts = gathered_experts
-        if shape.recomputes_experts and any(w.trainable for w in matrices):  # their gradients are summed over chunks
-            experts += gathered_experts
-        if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
-            experts += gathered_experts // 3 // b
-        products = R * f * b
-        inputs = R * D * b * (3 if shape.recomputes_experts else 2)
-        if shape.transport == "all_gather":
-            inputs += sizes["expert"] * m * D * b
+        parts = _experts_bytes(run, ffn, stacked, sizes, shape)
     else:
-        linear = [w for w in stacked if w.kind == "linear" and w.path.is_ffn]
-        ffn_matrices = [w for w in linear if not w.path.is_adapter and w.path.part != "scales"]
-        per_code = {w.path: 2 if w.path.part == "codes" and _is_nf4(run) else 1 for w in ffn_matrices}
-        experts = sum(w.elements(sizes, gather_axes) * per_code[w.path] * b for w in ffn_matrices)
-        products = m * f * b
-        inputs = m * D * b
+        parts = _dense_ffn_bytes(run, ffn, stacked, sizes, shape)
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
     heads = a.num_heads * a.head_dim // t
     keys = a.num_kv_heads * a.head_dim // t
-    attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * D * b
+    attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * model.model_dim * b
     # The product of gate and up involves six arrays in the backward pass (both, their product, and the gradient of each);
     # three of them reuse the space of the others, unless adapters need them again.
-    adapted = any(w.path.is_adapter and w.path.is_ffn for w in stacked)
-    return experts + (6 if adapted else 3) * products + inputs + gathered * 9 // 5 + attention
+    has_adapters = any(w.path.is_adapter and w.path.is_ffn for w in stacked)
+    num_products = 6 if has_adapters else 3
+    # The factor 9 / 5 fits the buffer assignments that the module's docstring names.
+    return parts.weights + num_products * parts.product + parts.inputs + projections * 9 // 5 + attention
+
+
+_GATHER_AXES = ("fsdp", "expert")
+
+
+class _FfnBytes(NamedTuple):
+    """Bytes of a feed-forward layer on one device."""
+
+    weights: int
+    """Gathered weights, and what their use adds."""
+    product: int
+    """One array of hidden activations."""
+    inputs: int
+    """The rows that it is applied to, and their gradients."""
+
+
+def _experts_bytes(
+    run: config.Run, ffn: config.MoeFfn, stacked: list[ShardedWeight], sizes: dict[str, int], shape: MicrobatchShape
+) -> _FfnBytes:
+    b = shape.itemsize
+    D = run.model.model_dim
+    matrices = [w for w in stacked if w.kind == "expert" and not w.path.is_adapter and w.path.part != "scales"]
+    gathered = 0
+    for w in matrices:
+        gathered += w.elements(sizes, ("fsdp",)) * _numbers_per_element(w, run) * b
+    weights = gathered
+    if shape.recomputes_experts and any(w.trainable for w in matrices):  # their gradients are summed over chunks
+        weights += gathered
+    if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
+        weights += gathered // 3 // b
+    inputs = shape.rows * D * b * (3 if shape.recomputes_experts else 2)
+    if shape.transport == "all_gather":
+        inputs += sizes["expert"] * shape.tokens * D * b
+    return _FfnBytes(weights, shape.rows * (ffn.ffn_dim // sizes["tensor"]) * b, inputs)
+
+
+def _dense_ffn_bytes(
+    run: config.Run, ffn: config.Ffn, stacked: list[ShardedWeight], sizes: dict[str, int], shape: MicrobatchShape
+) -> _FfnBytes:
+    b = shape.itemsize
+    weights = 0
+    for w in stacked:
+        if w.kind == "linear" and w.path.is_ffn and not w.path.is_adapter and w.path.part != "scales":
+            weights += w.elements(sizes, _GATHER_AXES) * _numbers_per_element(w, run) * b
+    product = shape.tokens * (ffn.ffn_dim // sizes["tensor"]) * b
+    return _FfnBytes(weights, product, shape.tokens * run.model.model_dim * b)
+
+
+def _numbers_per_element(w: ShardedWeight, run: config.Run) -> int:
+    """Return how many numbers a stored element holds: NF4 packs two quantized values in a byte."""
+    return 2 if w.path.part == "codes" and _is_nf4(run) else 1
 
 
 def _is_nf4(run: config.Run) -> bool:
     return run.lora is not None and isinstance(run.lora.quantize, config.Nf4)
 
 
-def _loss_bytes(model: config.Model, laid: Layout, sizes: dict[str, int], shape: Shape) -> int:
+def _loss_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int], shape: MicrobatchShape) -> int:
     """Return the bytes of the head in compute dtype, its float32 gradient if trained, a chunk of logits, and the hidden states."""
     v = model.vocab_size // sizes["tensor"]
     D = model.model_dim
-    tables = [w for w in laid.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
+    tables = [w for w in layout.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
     trained = any(w.trainable for w in tables)
     rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))
-    return v * D * (shape.itemsize + (4 if trained else 0)) + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize
+    head = v * D * (shape.itemsize + (4 if trained else 0))
+    return head + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize

@@ -9,11 +9,11 @@ from functools import cache
 
 import numpy as np
 
-Groups = tuple[tuple[int, ...], ...]
+ReplicaGroups = tuple[tuple[int, ...], ...]
 """Groups of devices that exchange data, each device given by its position in the mesh."""
 
 
-def axes_of(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
+def axes_of(groups: ReplicaGroups, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """Return the mesh axes along which the devices of a group differ.
 
     Args:
@@ -22,10 +22,11 @@ def axes_of(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """
     shape = tuple(mesh.values())
     coordinates = np.stack(np.unravel_index(np.array(groups[0]), shape))
-    return tuple(axis for axis, indices in zip(mesh, coordinates, strict=True) if len(set(indices.tolist())) > 1)
+    varies = coordinates.min(axis=1) < coordinates.max(axis=1)
+    return tuple(axis for axis, axis_varies in zip(mesh, varies, strict=True) if axis_varies)
 
 
-def replica_groups(attributes: str) -> Groups:
+def replica_groups(attributes: str) -> ReplicaGroups:
     """Read the groups from the attributes of an instruction."""
     stated = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)", attributes)
     assert stated, attributes
@@ -33,7 +34,7 @@ def replica_groups(attributes: str) -> Groups:
 
 
 @cache
-def _read_groups(text: str) -> Groups:
+def _read_groups(text: str) -> ReplicaGroups:
     """Read one of three notations: lists, a reshaped and transposed iota, or axes of a mesh."""
     if text.startswith("mesh"):
         return _groups_of_mesh(text)
@@ -43,7 +44,7 @@ def _read_groups(text: str) -> Groups:
     return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", text))
 
 
-def _groups_of_mesh(text: str) -> Groups:
+def _groups_of_mesh(text: str) -> ReplicaGroups:
     """Read `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`.
 
     The groups lie along b, with the devices in the order of that iota, if one is given.
@@ -55,16 +56,23 @@ def _groups_of_mesh(text: str) -> Groups:
     chosen = re.findall(r"'(\w+)'", stated[3])
     assert set(chosen) <= set(names), text
     ids = _iota(stated[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+    # With the chosen axes innermost, each group is a row.
     order = [name for name in names if name not in chosen] + chosen
-    return _tuples(ids.transpose([names.index(name) for name in order]).reshape(-1, math.prod(sizes[name] for name in chosen)))
+    group_size = math.prod(sizes[name] for name in chosen)
+    return _tuples(ids.transpose([names.index(name) for name in order]).reshape(-1, group_size))
 
 
 def _iota(text: str) -> np.ndarray:
     """Read `[8,4]T(1,0)`: the numbers 0, 1, 2, … in that shape, transposed."""
-    shape, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text.strip()).groups()  # type: ignore[union-attr]
-    ids = np.arange(math.prod(int(n) for n in shape.split(","))).reshape([int(n) for n in shape.split(",")])
-    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+    stated = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text.strip())
+    assert stated, text
+    shape = [int(n) for n in stated[1].split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    if stated[2] is None:
+        return ids
+    return ids.transpose([int(n) for n in stated[2].split(",")])
 
 
-def _tuples(rows: np.ndarray) -> Groups:
+def _tuples(rows: np.ndarray) -> ReplicaGroups:
+    """Return the rows as groups of Python integers."""
     return tuple(tuple(row) for row in rows.tolist())

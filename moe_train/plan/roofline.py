@@ -20,8 +20,8 @@ from moe_train.machine.devices import Device
 from moe_train.machine.mesh import AXES
 from moe_train.model.flops import flops_per_token
 from moe_train.plan.topology import Topology
-from moe_train.plan.traffic import Flow, Shape, shape_of
-from moe_train.plan.weights import Layout, axis_sizes
+from moe_train.plan.traffic import Flow, MicrobatchShape, microbatch_shape
+from moe_train.plan.weights import WeightLayout, axis_sizes
 
 
 class Time(NamedTuple):
@@ -69,34 +69,34 @@ class Work(NamedTuple):
     """Bytes received from other slices or hosts."""
 
 
-def work(run: config.Run, laid: Layout, flows: list[Flow], topology: Topology) -> Work:
+def step_work(run: config.Run, layout: WeightLayout, flows: list[Flow], topology: Topology) -> Work:
     """Count what one device does in one step of a resolved run.
 
     Args:
         run: the resolved run, whose mesh has no -1.
-        laid: the weights of the run with their shardings.
+        layout: the weights of the run with their shardings.
         flows: the collectives of a step, as modelled by `traffic.flows`.
         topology: decides which bytes cross slices.
     """
     train = run.train
     model = run.model
-    shape = shape_of(run)
+    shape = microbatch_shape(run)
     tokens = train.batch_size * train.seq_len / topology.num_devices
-    trained = laid.trainable if run.lora is not None else None
+    trained = layout.trainable if run.lora is not None else None
     model_flops = tokens * flops_per_token(model, train.seq_len, trained)
     recomputed_flops = tokens * _recomputed_flops(run, model, shape)
-    bytes_from_outside = [_bytes_between_slices(flow, axis_sizes(run.mesh), topology.devices_per_slice) for flow in flows]
-    bytes_inside = sum(flow.bytes for flow in flows) - sum(bytes_from_outside)
+    sizes = axis_sizes(run.mesh)
+    dcn_bytes = sum(_bytes_between_slices(flow, sizes, topology.devices_per_slice) for flow in flows)
     return Work(
         model_flops=model_flops,
         flops=model_flops + recomputed_flops,
-        hbm_bytes=_hbm_bytes(run, model, laid, shape),
-        network_bytes=bytes_inside,
-        dcn_bytes=sum(bytes_from_outside),
+        hbm_bytes=_hbm_bytes(run, model, layout, shape),
+        network_bytes=sum(flow.bytes for flow in flows) - dcn_bytes,
+        dcn_bytes=dcn_bytes,
     )
 
 
-def _recomputed_flops(run: config.Run, model: config.Model, shape: Shape) -> float:
+def _recomputed_flops(run: config.Run, model: config.Model, shape: MicrobatchShape) -> float:
     """Return the FLOPs per token that are computed again in the backward pass.
 
     With remat `full` it is the layers' whole forward pass, otherwise that of experts whose transport recomputes them.
@@ -110,7 +110,7 @@ def _recomputed_flops(run: config.Run, model: config.Model, shape: Shape) -> flo
     return 0.0
 
 
-def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape) -> float:
+def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape: MicrobatchShape) -> float:
     """Return the HBM bytes of a step on one device.
 
     Weights are written once where they are gathered and read by each product, in each microbatch; gradients are written and
@@ -122,11 +122,13 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
     b = shape.itemsize
     recomputations = 1 if run.compute.remat == "full" else 0
     total = 0.0
-    for w in laid.weights:
-        weight_bytes = w.layers * w.elements(sizes, ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")) * min(b, w.itemsize)
-        total += M * weight_bytes * (2 + 2 + recomputations + (3 if w.trainable else 0))
-        total += 3 * w.stored_bytes(sizes) if w.trainable else 0
-    total += 2 * laid.optimizer_bytes
+    for w in layout.weights:
+        gather_axes = ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")
+        weight_bytes = w.layers * w.elements(sizes, gather_axes) * min(b, w.itemsize)
+        total += M * weight_bytes * (2 + 2 + recomputations)
+        if w.trainable:
+            total += M * weight_bytes * 3 + 3 * w.stored_bytes(sizes)
+    total += 2 * layout.optimizer_bytes
     a = model.attention
     t = sizes["tensor"]
     D = model.model_dim
@@ -134,13 +136,15 @@ def _hbm_bytes(run: config.Run, model: config.Model, laid: Layout, shape: Shape)
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim // t
     layers = 0
     for stack in config.stacks(model):
-        ffn = stack.ffn  # rows per device, assuming balanced routing
-        rows = m * (ffn.experts_per_token + ffn.num_shared_experts) if isinstance(ffn, config.MoeFfn) else m
+        ffn = stack.ffn
+        rows = m
+        if isinstance(ffn, config.MoeFfn):  # routing is assumed to be balanced
+            rows = m * (ffn.experts_per_token + ffn.num_shared_experts)
         layers += stack.num_layers * (m * (2 * heads + 6 * D) * b + rows * (4 * ffn.ffn_dim // t + 4 * D) * b)
     return total + M * layers * (3 + recomputations) + M * 3 * m * (model.vocab_size // t) * 4
 
 
-def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, device: Device) -> Time:
+def step_time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, device: Device) -> Time:
     """Return the roofline of a step.
 
     Args:
@@ -150,6 +154,7 @@ def time(work: Work, flows: list[Flow], run: config.Run, topology: Topology, dev
         topology: decides which bytes cross slices.
         device: a chip. If JAX sees a chip as two devices, each has half of its rates.
     """
+    # Rates in the table are those of a chip, which several devices may share.
     share = topology.devices_per_chip
     sizes = axis_sizes(run.mesh)
     inside_seconds = {True: 0.0, False: 0.0}
@@ -181,7 +186,7 @@ def _bandwidth(flow: Flow, sizes: dict[str, int], topology: Topology, device: De
     g = min(math.prod(sizes[axis] for axis in flow.axis.split("+")), topology.devices_per_slice)
     dims = device.torus_dims * math.log(max(g, 2)) / math.log(max(topology.devices_per_slice, 2))
     bandwidth = device.link_bandwidth * dims / device.torus_dims
-    if device.torus_dims == 2 and max(topology.shape) < 16:
+    if device.torus_dims == 2 and max(topology.shape) < 16:  # the torus does not close
         bandwidth /= 2
     if flow.kind.endswith("all-to-all"):
         side = g ** (1 / dims)

@@ -15,7 +15,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,10 +24,10 @@ from moe_train.machine.devices import DEVICES
 
 @dataclass(frozen=True)
 class Topology:
-    """`num_slices` groups of chips of equal `shape`, joined by the data-center network."""
+    """`num_slices` groups of chips of equal `shape`, connected by the data-center network."""
 
     name: str
-    """A name that `parse` reads, with the shape instead of a cloud name: v5p:4x4x4, 2xv5p:4x4x4, h100x8."""
+    """A name that `parse_topology` reads, with the shape instead of a cloud name: v5p:4x4x4, 2xv5p:4x4x4, h100x8."""
     platform: Literal["tpu", "gpu"]
     device: str
     """The key of its row in `devices.DEVICES`."""
@@ -66,22 +66,24 @@ class Topology:
         return self.num_chips * self.devices_per_chip
 
 
-SQUARES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+SLICES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 """Shapes of v5e and v6e slices."""
-BELOW_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+SMALL_3D_SLICES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Slices smaller than 64 chips; larger ones are built from cubes of 4x4x4."""
-LARGEST_CUBES = {"v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
+LARGEST_3D_SLICES = {"v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
 """The longest sides of a slice of devices connected as a 3D torus."""
-MOST_CHIPS = 2**20
+MAX_CHIPS = 2**20
 """The largest topology that is accepted; its meshes are still ranked within seconds."""
-GPUS = ("a100", "h100", "h200", "b200")
+GPU_DEVICES = ("a100", "h100", "h200", "b200")
+"""GPUs whose topologies have names."""
 GPUS_PER_HOST = (1, 2, 4, 8)
+"""Numbers of GPUs that a host may have."""
 CLOUD_NAMES = {"v5p": ("v5p", 2), "tpu7x": ("tpu7x", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1)}
 """First word of a cloud name -> (device, how many of the units that the name counts are on a chip)."""
-EXAMPLES = "v5p:4x4x4, v5e:4x4, v6e:8x8, tpu7x:2x2x2, v5p-64, v5litepod-16, 2xv5p:4x4x4, h100x8, 4xh100x8"
+EXAMPLE_NAMES = "v5p:4x4x4, v5e:4x4, v6e:8x8, tpu7x:2x2x2, v5p-64, v5litepod-16, 2xv5p:4x4x4, h100x8, 4xh100x8"
 
 
-def parse(name: str) -> Topology:
+def parse_topology(name: str) -> Topology:
     """Parse the name of a topology.
 
     Raises:
@@ -96,60 +98,65 @@ def parse(name: str) -> Topology:
     if count < 1:
         raise ValueError(f"topology {name} has {count} slices; use at least 1")
     device, shape = _slice(slice_name)
-    platform: Literal["tpu", "gpu"] = "gpu" if device in GPUS else "tpu"
+    platform: Literal["tpu", "gpu"] = "gpu" if device in GPU_DEVICES else "tpu"
     canonical_name = _name(device, shape)
     topology = Topology(canonical_name if count == 1 else f"{count}x{canonical_name}", platform, device, shape, count)
-    if topology.num_chips > MOST_CHIPS:
-        raise ValueError(f"topology {name} has {topology.num_chips:,} chips; plans are for at most {MOST_CHIPS:,}")
+    if topology.num_chips > MAX_CHIPS:
+        raise ValueError(f"topology {name} has {topology.num_chips:,} chips; the limit is {MAX_CHIPS:,}; plan for fewer slices")
     return topology
 
 
 def _slice(name: str) -> tuple[str, tuple[int, ...]]:
     """Parse the name of one slice or host into its device and shape."""
-    if match := re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name):
-        device = match[1]
-        shape = tuple(int(side) for side in match[2].split("x"))
-        if device in GPUS:
+    by_shape = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+    if by_shape:
+        device = by_shape[1]
+        shape = tuple(int(side) for side in by_shape[2].split("x"))
+        if device in GPU_DEVICES:
             raise _missing_host(name, device, math.prod(shape))
         _check_known(device, ("v5p", "v5e", "v6e", "tpu7x"), name)
-        if shape not in shapes(device):
+        if shape not in slice_shapes(device):
             raise _missing_slice(name, device, math.prod(shape), "chips")
         return device, shape
-    if match := re.fullmatch(r"([a-z]+\d+)x(\d+)", name):
-        device = match[1]
-        count = int(match[2])
-        _check_known(device, GPUS, name)
+    by_gpus = re.fullmatch(r"([a-z]+\d+)x(\d+)", name)
+    if by_gpus:
+        device = by_gpus[1]
+        count = int(by_gpus[2])
+        _check_known(device, GPU_DEVICES, name)
         if count not in GPUS_PER_HOST:
             raise _missing_host(name, device, count)
         return device, (count,)
-    if match := re.fullmatch(r"([a-z0-9]+)-(\d+)", name):
-        cloud_name = match[1]
-        number = int(match[2])
+    by_cloud_name = re.fullmatch(r"([a-z0-9]+)-(\d+)", name)
+    if by_cloud_name:
+        cloud_name = by_cloud_name[1]
+        number = int(by_cloud_name[2])
         _check_known(cloud_name, CLOUD_NAMES, name)
         device, per_chip = CLOUD_NAMES[cloud_name]
-        matching_shapes = [shape for shape in shapes(device) if math.prod(shape) * per_chip == number]
+        matching_shapes = [shape for shape in slice_shapes(device) if math.prod(shape) * per_chip == number]
         if not matching_shapes:
             counted = f" ({number} TensorCores, {per_chip} to a chip)" if per_chip > 1 else ""
             raise _missing_slice(name, device, number / per_chip, f"chips{counted}")
         return device, min(matching_shapes, key=sum)  # among several shapes, the one closest to a cube
-    raise ValueError(f"topology {name!r} cannot be read; write one of the kind {EXAMPLES}")
+    raise ValueError(f"topology {name!r} is not the name of a topology; examples: {EXAMPLE_NAMES}")
 
 
-def shapes(device: str) -> Iterator[tuple[int, ...]]:
+def slice_shapes(device: str) -> Iterator[tuple[int, ...]]:
     """Iterate over the shapes, in chips, of all slices that are offered for a TPU."""
-    if device not in LARGEST_CUBES:
-        return iter(SQUARES)
-    sides = [range(4, largest + 1, 4) for largest in LARGEST_CUBES[device]]
-    return itertools.chain(BELOW_A_CUBE, (s for s in itertools.product(*sides) if s == tuple(sorted(s))))
+    if device not in LARGEST_3D_SLICES:
+        return iter(SLICES_2D)
+    # Larger slices consist of cubes of 4 x 4 x 4; their sides are stated in ascending order.
+    sides = [range(4, largest + 1, 4) for largest in LARGEST_3D_SLICES[device]]
+    return itertools.chain(SMALL_3D_SLICES, (s for s in itertools.product(*sides) if s == tuple(sorted(s))))
 
 
 def _name(device: str, shape: tuple[int, ...]) -> str:
-    if device in GPUS:
+    """Return the name of one slice or host, as `parse_topology` reads it."""
+    if device in GPU_DEVICES:
         return f"{device}x{shape[0]}"
     return f"{device}:{'x'.join(map(str, shape))}"
 
 
-def _check_known(word: str, words: tuple[str, ...] | dict[str, tuple[str, int]], name: str) -> None:
+def _check_known(word: str, words: Collection[str], name: str) -> None:
     if word not in words:
         nearest = difflib.get_close_matches(word, words, 1, 0.0)
         raise ValueError(f"topology {name}: there is no {word}; nearest: {nearest[0]} (known: {', '.join(words)})")
@@ -165,10 +172,9 @@ def _missing_slice(name: str, device: str, chips: float, unit: str) -> ValueErro
         unit: what the message calls that number, such as chips.
     """
     # Closest by ratio of sizes, then the shape closest to a cube.
-    nearest = min(shapes(device), key=lambda s: (abs(math.log(math.prod(s) / max(chips, 0.5))), sum(s)))
-    chips_text = f"{chips:g} {unit}"
+    nearest = min(slice_shapes(device), key=lambda s: (abs(math.log(math.prod(s) / max(chips, 0.5))), sum(s)))
     return ValueError(
-        f"topology {name} does not exist: {chips_text}; nearest: {_name(device, nearest)}, {math.prod(nearest)} chips"
+        f"topology {name} does not exist: {chips:g} {unit}; nearest: {_name(device, nearest)}, {math.prod(nearest)} chips"
     )
 
 
@@ -177,4 +183,4 @@ def _missing_host(name: str, device: str, count: int) -> ValueError:
     hosts = ""
     if count > 8 and count % 8 == 0:
         hosts = f"; several hosts are {count // 8}x{device}x8"
-    return ValueError(f"topology {name}: a host has 1, 2, 4 or 8 GPUs, and no shape; nearest: {device}x{nearest}{hosts}")
+    return ValueError(f"topology {name}: a host has 1, 2, 4 or 8 GPUs, without a shape; nearest: {device}x{nearest}{hosts}")

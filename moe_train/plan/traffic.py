@@ -19,10 +19,10 @@ from typing import NamedTuple
 from moe_train import config
 from moe_train.model.moe.transport.choose import choose_transport, exchange_sizes
 from moe_train.model.moe.transport.transport import TransportName
-from moe_train.plan.weights import Layout, Weight, axis_sizes
+from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-SUMMED = ("fsdp", "expert", "context")
+GRADIENT_SUM_AXES = ("fsdp", "expert", "context")
 """Axes that a gradient is summed over in each microbatch."""
 
 
@@ -30,7 +30,9 @@ class Flow(NamedTuple):
     """What one device receives in a step through collectives of one kind."""
 
     what: str
+    """What is sent, in words."""
     kind: str
+    """The collective, such as all-gather."""
     axis: str
     """The mesh axis, or several joined by `+`."""
     bytes: float
@@ -38,7 +40,7 @@ class Flow(NamedTuple):
     """Whether it can overlap with matrix products: true for weights and gradients, false for tokens, which products wait for."""
 
 
-class Shape(NamedTuple):
+class MicrobatchShape(NamedTuple):
     """The work of one microbatch on one device."""
 
     tokens: int
@@ -51,7 +53,7 @@ class Shape(NamedTuple):
     recomputes_experts: bool = False
     """Whether the transport runs the experts again in the backward pass, regardless of `compute.remat`."""
 
-    def in_layer(self, ffn: config.Ffn) -> Shape:
+    def in_layer(self, ffn: config.Ffn) -> MicrobatchShape:
         """Return the microbatch as a layer with this feed-forward part sees it.
 
         Dense layers of a sparse model process the device's own tokens.
@@ -61,7 +63,7 @@ class Shape(NamedTuple):
         return self._replace(transport=None, rows=self.tokens)
 
 
-def shape_of(run: config.Run, platform: str | None = None) -> Shape:
+def microbatch_shape(run: config.Run, platform: str | None = None) -> MicrobatchShape:
     """Return the work of one microbatch on one device of a resolved run whose mesh has no -1.
 
     Args:
@@ -75,82 +77,87 @@ def shape_of(run: config.Run, platform: str | None = None) -> Shape:
     tokens = sequences * train.seq_len // sizes["context"]
     itemsize = ITEMSIZE[run.compute.dtype]
     if not isinstance(model.ffn, config.MoeFfn):
-        return Shape(tokens, itemsize, None, tokens)
+        return MicrobatchShape(tokens, itemsize, None, tokens)
     exchange = exchange_sizes(run, sizes)
     if exchange.devices == 1:
-        return Shape(tokens, itemsize, None, exchange.assignments)
+        return MicrobatchShape(tokens, itemsize, None, exchange.assignments)
     transport = choose_transport(run.compute.transport, exchange, platform)
-    return Shape(tokens, itemsize, transport.NAME, transport.rows_at_once(exchange), transport.RECOMPUTES_EXPERTS)
+    return MicrobatchShape(tokens, itemsize, transport.NAME, transport.rows_at_once(exchange), transport.RECOMPUTES_EXPERTS)
 
 
-def flows(run: config.Run, laid: Layout, platform: str | None = None) -> list[Flow]:
+def flows(run: config.Run, layout: WeightLayout, platform: str | None = None) -> list[Flow]:
     """Model every collective of a step that moves more than a few numbers, largest first.
 
     Args:
         run: the resolved run.
-        laid: its weights with their shardings.
+        layout: its weights with their shardings.
         platform: the platform that the program is compiled for.
     """
     sizes = axis_sizes(run.mesh)
-    shape = shape_of(run)
+    shape = microbatch_shape(run)
     M = run.train.microbatches
     collectives: list[Flow] = []
-    for w in laid.weights:
+    for w in layout.weights:
         collectives += _weight_flows(w, sizes, shape.itemsize, run.model.tie_embeddings)
     collectives += _token_flows(run, run.model, sizes, shape, platform)
     collectives = [flow._replace(bytes=M * flow.bytes) for flow in collectives]
-    trained = (w for w in laid.weights if w.trainable)
+    trained = (w for w in layout.weights if w.trainable)
     gradients = sum(w.layers * w.elements(sizes) * min(w.itemsize, shape.itemsize) for w in trained)
     collectives.append(Flow("gradients", "all-reduce", "data", _received_bytes("all-reduce", sizes["data"], gradients), True))
-    sums: dict[tuple[str, str, str, bool], float] = {}
+    combined: dict[Flow, float] = {}
     for flow in collectives:
-        key = flow.what, flow.kind, flow.axis, flow.overlaps
-        sums[key] = sums.get(key, 0.0) + flow.bytes
-    combined = []
-    for (purpose, kind, axis, overlaps), received in sums.items():
-        if received:
-            combined.append(Flow(purpose, kind, axis, received, overlaps))
-    return sorted(combined, key=lambda flow: -flow.bytes)
+        without_bytes = flow._replace(bytes=0.0)
+        combined[without_bytes] = combined.get(without_bytes, 0.0) + flow.bytes
+    nonzero = [flow._replace(bytes=received) for flow, received in combined.items() if received]
+    return sorted(nonzero, key=lambda flow: -flow.bytes)
 
 
 def _received_bytes(kind: str, devices: int, size: float) -> float:
-    return (devices - 1) / devices * size * (2 if kind == "all-reduce" else 1)
+    """Return the bytes that a device receives in a collective on an array of `size` bytes in total."""
+    passes = 2 if kind == "all-reduce" else 1
+    return passes * (devices - 1) / devices * size
 
 
-def _weight_flows(w: Weight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
+def _weight_flows(w: ShardedWeight, sizes: dict[str, int], itemsize: int, tied: bool) -> list[Flow]:
     """Return the gathers of a weight and the sums of its gradient, for all layers and one microbatch."""
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
-    # quantized values and scales are sent as they are; other weights in the compute dtype
-    b = w.itemsize if not w.is_float or w.path.part == "scales" else min(w.itemsize, itemsize)
-    expert_axes = ("expert",) if w.kind == "expert" else ()  # axes along which no two devices share this weight
+    # Quantized values and scales are sent as they are; other weights in the compute dtype.
+    is_quantized = not w.is_float or w.path.part == "scales"
+    b = w.itemsize if is_quantized else min(w.itemsize, itemsize)
+    # Along these axes no two devices have the same weight, so nothing is gathered.
+    expert_axes = ("expert",) if w.kind == "expert" else ()
     spec_axes = set(itertools.chain.from_iterable(w.spec))
     split = (spec_axes & {"fsdp", "expert"}) - {*expert_axes}
     gather_order = ("fsdp", "expert") if w.kind == "table" else ("expert", "fsdp")
     order = [axis for axis in gather_order if axis in split]
+    # A tied table is used as the embedding and as the head. Layers gather once more in the backward pass, tables do not.
     uses = 2 if tied and w.path.is_embedding and not w.path.is_adapter else 1
     gathers = uses if w.kind == "table" else 2
 
-    def flow(kind: str, axis: str, devices: int, size: float, times: int) -> Flow:
+    def transfer(kind: str, axis: str, devices: int, size: float, times: int) -> Flow:
+        """Return the transfer of a weight of all layers, which overlaps with products."""
         return Flow(name, kind, axis, times * w.layers * _received_bytes(kind, devices, size), True)
 
     transfers = []
     gathered = w.elements(sizes)
     for axis in order:
         gathered *= sizes[axis]
-        transfers.append(flow("all-gather", axis, sizes[axis], gathered * b, gathers))
+        transfers.append(transfer("all-gather", axis, sizes[axis], gathered * b, gathers))
     if not w.trainable:
         return transfers
     for axis in order[::-1]:
-        transfers.append(flow("reduce-scatter", axis, sizes[axis], gathered * b, uses))
+        transfers.append(transfer("reduce-scatter", axis, sizes[axis], gathered * b, uses))
         gathered //= sizes[axis]
-    # gradients of weights not split along these axes are all-reduced: those of small weights in their stored dtype
+    # Gradients of weights not split along these axes are all-reduced: those of small weights in their stored dtype.
     b = w.itemsize if w.kind == "small" else b
-    summed = [axis for axis in SUMMED if sizes[axis] > 1 and axis not in (*split, *expert_axes)]
-    transfers.append(flow("all-reduce", "+".join(summed), math.prod(sizes[axis] for axis in summed), gathered * b, 1))
+    summed = [axis for axis in GRADIENT_SUM_AXES if sizes[axis] > 1 and axis not in (*split, *expert_axes)]
+    transfers.append(transfer("all-reduce", "+".join(summed), math.prod(sizes[axis] for axis in summed), gathered * b, 1))
     return transfers
 
 
-def _token_flows(run: config.Run, model: config.Model, sizes: dict[str, int], shape: Shape, platform: str | None) -> list[Flow]:
+def _token_flows(
+    run: config.Run, model: config.Model, sizes: dict[str, int], shape: MicrobatchShape, platform: str | None
+) -> list[Flow]:
     """Return the transfers of activations, for all layers and one microbatch."""
     m = shape.tokens
     b = shape.itemsize
@@ -161,7 +168,8 @@ def _token_flows(run: config.Run, model: config.Model, sizes: dict[str, int], sh
     context = sizes["context"]
     transfers = []
 
-    def flow(purpose: str, kind: str, axis: str, size: float, times: int = 1) -> None:
+    def add(purpose: str, kind: str, axis: str, size: float, times: int = 1) -> None:
+        """Add a transfer that products wait for."""
         transfers.append(Flow(purpose, kind, axis, times * _received_bytes(kind, sizes[axis], size), False))
 
     num_sparse = len(config.sparse_layers(model))
@@ -176,18 +184,21 @@ def _token_flows(run: config.Run, model: config.Model, sizes: dict[str, int], sh
     # feed-forward layer are summed, and so are the gradients of the inputs of both. With all_gather these outputs are for
     # the tokens of all devices of `expert`; XLA:TPU scatters them before summing, so that only a device's own are left.
     x = m * D * b
-    attention = x * ((2 if run.compute.remat == "full" else 1) + 3)
+    num_outputs = 2 if run.compute.remat == "full" else 1
+    attention = x * (num_outputs + 3)
     dense = x * (1 + 2)
-    y = x if shape.transport in (None, "all_gather") else m * D * 4
-    sparse = y * (sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1) + x
+    y = x if shape.transport in (None, "all_gather") else m * D * 4  # other transports combine rows in float32
+    num_shares = sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1
+    sparse = y * num_shares + x
     layers = L * attention + num_sparse * sparse + (L - num_sparse) * dense
-    flow("activations", "all-reduce", "tensor", layers + 2 * x)  # plus the embedding and the head
+    add("activations", "all-reduce", "tensor", layers + 2 * x)  # plus the embedding and the head
     # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
     # Queries and the outputs of attention are exchanged in zig-zag order (`context_parallel`) and back: in the forward pass,
     # in its recomputation, and for their gradients. With two devices, one half of each stays where it is.
-    keys, queries = (m * n * a.head_dim // tensor * b for n in (context * 2 * a.num_kv_heads, a.num_heads))
-    flow("keys and values", "all-gather", "context", keys, 2 * L)
-    flow("keys and values", "reduce-scatter", "context", keys, L)
-    changed = {1: 0.0, 2: queries / 2}.get(context, queries)
-    transfers.append(Flow("queries", "collective-permute", "context", 6 * L * changed, False))
+    keys = m * context * 2 * a.num_kv_heads * a.head_dim // tensor * b
+    queries = m * a.num_heads * a.head_dim // tensor * b
+    add("keys and values", "all-gather", "context", keys, 2 * L)
+    add("keys and values", "reduce-scatter", "context", keys, L)
+    sent_queries = {1: 0.0, 2: queries / 2}.get(context, queries)
+    transfers.append(Flow("queries", "collective-permute", "context", 6 * L * sent_queries, False))
     return transfers

@@ -6,9 +6,10 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
 from moe_train import config
 from moe_train.machine.mesh import AXES, abstract_mesh
@@ -18,15 +19,15 @@ from moe_train.model.transformer import init_model
 from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state, partition
 
-Kind = Literal["expert", "linear", "table", "small"]
-"""Kinds of weights by how they are sharded and gathered; see `Weight.kind`."""
+WeightKind = Literal["expert", "linear", "table", "small"]
+"""Kinds of weights by how they are sharded and gathered; see `ShardedWeight.kind`."""
 
 
-class Weight(NamedTuple):
+class ShardedWeight(NamedTuple):
     """One array of the model."""
 
     path: ParameterPath
-    kind: Kind
+    kind: WeightKind
     """How the weight is used.
 
     - expert: weights of routed experts, gathered over `fsdp` inside `run_experts`.
@@ -45,28 +46,28 @@ class Weight(NamedTuple):
     is_float: bool
     trainable: bool
 
-    def elements(self, sizes: dict[str, int], whole_over: tuple[str, ...] = ()) -> int:
+    def elements(self, sizes: dict[str, int], gathered_over: tuple[str, ...] = ()) -> int:
         """Return the elements of one layer on a device.
 
         Args:
             sizes: devices of each mesh axis.
-            whole_over: axes that the weight is gathered over.
+            gathered_over: axes that the weight is gathered over.
         """
-        split = (sizes[axis] for axis in itertools.chain.from_iterable(self.spec) if axis not in whole_over)
-        return math.prod(self.shape) // math.prod(split)
+        split_axes = set(itertools.chain.from_iterable(self.spec)) - set(gathered_over)
+        return math.prod(self.shape) // math.prod(sizes[axis] for axis in split_axes)
 
     def stored_bytes(self, sizes: dict[str, int]) -> int:
         """Return the bytes of all layers on a device."""
         return self.layers * self.elements(sizes) * self.itemsize
 
 
-class Layout(NamedTuple):
+class WeightLayout(NamedTuple):
     """Everything that a run keeps on a device between steps."""
 
-    weights: tuple[Weight, ...]
+    weights: tuple[ShardedWeight, ...]
     optimizer_bytes: int
     """Bytes of moments and counters on one device."""
-    trainable: dict[str, Any]
+    trainable: dict[str, jax.ShapeDtypeStruct]
     """{path: shape} of the trained parameters."""
 
 
@@ -75,13 +76,13 @@ def axis_sizes(mesh: config.Mesh) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in AXES}
 
 
-def layout(run: config.Run) -> Layout:
+def layout(run: config.Run) -> WeightLayout:
     """Return the layout of a run whose model is stated and whose mesh has no -1.
 
     Raises:
         ValueError: mesh and model do not fit together.
     """
-    # Settings that change no weight are left out, so that more searches hit the cache.
+    # Settings that change no weight keep their defaults, so that more searches hit the cache.
     compute = config.Compute(dtype=run.compute.dtype, param_dtype=run.compute.param_dtype)
     return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh))
 
@@ -98,26 +99,30 @@ class _Inputs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(inputs: _Inputs) -> Layout:
+def _layout(inputs: _Inputs) -> WeightLayout:
     sizes = axis_sizes(inputs.mesh)
     optimizer = make_optimizer_of_any_length(inputs.optimizer)
     with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
         model = jax.eval_shape(lambda: init_model(0, inputs.model, inputs.compute, inputs.lora))
         _, shapes = parameters(model)
         trained, _ = partition(shapes, inputs.lora)
+        # Only shapes are computed: a model of any size takes milliseconds and no memory.
         state = jax.eval_shape(lambda trained: create_state(trained, optimizer), trained)
     weights = tuple(_weight(ParameterPath.parse(path), x, path in state.trainable) for path, x in shapes.items())
     moments = sum(_local_bytes(x) for x in jax.tree.leaves(state.opt_state))
-    return Layout(weights, moments, state.trainable)
+    return WeightLayout(weights, moments, state.trainable)
 
 
-def _local_bytes(x: Any) -> int:
+def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Return the bytes of an array on one device; counters of the optimizer have no sharding."""
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     return math.prod(shape) * x.dtype.itemsize
 
 
-def _weight(path: ParameterPath, x: Any, trainable: bool) -> Weight:
+def _weight(path: ParameterPath, x: jax.ShapeDtypeStruct, trainable: bool) -> ShardedWeight:
+    assert isinstance(x.sharding, NamedSharding)
     axes = [_axes_of_dim(entry) for entry in x.sharding.spec]
+    # A PartitionSpec may leave out trailing dims that are not split.
     axes += [()] * (x.ndim - len(axes))
     layers = 1
     shape = x.shape
@@ -126,7 +131,8 @@ def _weight(path: ParameterPath, x: Any, trainable: bool) -> Weight:
         layers = x.shape[0]
         shape = x.shape[1:]
         spec = axes[1:]
-    kind: Kind = "small"
+    # How a weight is sharded decides how it is gathered, whatever the module is called.
+    kind: WeightKind = "small"
     if path.is_embedding or path.is_head:
         kind = "table"
     elif ("expert",) in spec:
@@ -134,10 +140,10 @@ def _weight(path: ParameterPath, x: Any, trainable: bool) -> Weight:
     elif any(spec) and len(shape) > 1:
         kind = "linear"
     is_float = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
-    return Weight(path, kind, layers, tuple(shape), tuple(spec), x.dtype.itemsize, is_float, trainable)
+    return ShardedWeight(path, kind, layers, tuple(shape), tuple(spec), x.dtype.itemsize, is_float, trainable)
 
 
-def _axes_of_dim(entry: Any) -> tuple[str, ...]:
+def _axes_of_dim(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the mesh axes that an entry of a `PartitionSpec` names."""
     if isinstance(entry, tuple):
         return entry

@@ -2,14 +2,13 @@
 
 For a base weight W, the file has round(W + s·A·B). So the difference is, except for rounding, of the adapter's rank or less: a
 matrix D that differs from one of rank r by no more than E has at most |E| outside its r largest singular vectors (Eckart and
-Young; Frobenius norms). What was not adapted has to be the base's, rounded.
+Young; Frobenius norms). A matrix that was not adapted must be the base's, rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,89 +16,120 @@ from moe_train import config
 from moe_train.machine import progress
 from moe_train.model.lora import scale_of_expert
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import compare, expected, reread
-from moe_train.proof.checks import Fault
+from moe_train.proof import expected, reread
+from moe_train.proof.checks import Fault, Finding, MetricValue
 from moe_train.proof.expected import Part
 from moe_train.proof.reread import Stored
+from moe_train.proof.rounding import MANTISSA, decode_with_tolerance
 from moe_train.weights.on_disk import WeightFiles
 
-CHUNK = 2**22
+BASE_CHUNK_BYTES = 2**22
 """Bytes of a file that are compared at once."""
-MORE = 8
-"""Extra directions beyond the rank, so that two rounds of the power iteration find the rank's."""
+EXTRA_DIRECTIONS = 8
+"""Directions beyond the rank with which two rounds of the power iteration find the rank's."""
 
 
-def check(
-    layout: expected.Model, stored: Mapping[str, Stored], base: WeightFiles, lora: config.Lora | None, untrained: int
-) -> tuple[str, dict[str, Any]]:
+@dataclass
+class _Tally:
+    """What has been found in the matrices compared so far."""
+
+    unchanged: int = 0
+    """Matrices without an adapter that are the base's."""
+    trained_in_full: int = 0
+    """Matrices of which nothing can be said, since they were trained in full."""
+    adapted: int = 0
+    """Matrices whose difference has their adapter's rank."""
+    without_delta: list[str] = field(default_factory=list)
+    """Names of matrices that have an adapter and yet are the base's."""
+
+
+def compare_with_base(
+    layout: expected.ModelLayout, stored: Mapping[str, Stored], base: WeightFiles, lora: config.Lora | None, untrained: int
+) -> Finding:
     """Compare every matrix of the files with the base's, whatever the base's layout. One matrix is in memory at a time.
 
     Args:
         layout: layout of the files.
         stored: tensors of the files by name.
         base: the base model.
-        lora: the section of the adapters that were merged; None if every matrix has to be the base's.
+        lora: the section of the adapters that were merged; None if every matrix must be the base's.
         untrained: number of matrices whose delta was zero at the export.
-
-    Returns:
-        A summary in words and its figures.
 
     Raises:
         Fault: a matrix cannot be the base's with an adapter; the first such matrix is named.
         ValueError: the base has other shapes.
     """
     base_pieces = {(piece.path, piece.lead): piece for piece in base.pieces}
-    same = in_full = 0
-    adapted: list[tuple[str, int, float]] = []
-    unmoved: list[str] = []
+    tally = _Tally()
     expected_tensors = expected.model_tensors(layout, base.model)
-    compared = progress.counted("comparing with the base", len(expected_tensors), "tensors")
+    report_tensors = progress.counted("comparing with the base", len(expected_tensors), "tensors")
     for tensor in expected_tensors:
-        compared(1)
+        report_tensors(1)
         stored_tensor = stored[tensor.name]
         if stored_tensor.shape != tensor.shape:
-            raise Fault(f"{stored_tensor.name} has the shape {stored_tensor.shape}, the base's is {tensor.shape}: another model")
+            raise Fault(
+                f"{stored_tensor.name} has the shape {stored_tensor.shape}, but {tensor.shape} in the base; give the base that "
+                "the export was made from"
+            )
         for i, part in enumerate(tensor.parts):
-            piece = base_pieces[part.path, part.lead]
-            b_oi = part.form(piece.from_file(base.tensors[piece.name].read))
-            label = f"{stored_tensor.name}" + (f"[{i}]" if len(tensor.parts) > 1 else "")
             rank = _rank(lora, part)
             if rank is None:
-                in_full += 1
+                tally.trained_in_full += 1
                 continue
+            piece = base_pieces[part.path, part.lead]
+            b_oi = part.to_file(piece.from_file(base.tensors[piece.name].read))
+            name = f"{stored_tensor.name}[{i}]" if len(tensor.parts) > 1 else stored_tensor.name
             change = _change(stored_tensor, i, len(tensor.parts), b_oi.reshape(-1, b_oi.shape[-1]))
-            may_hide_delta = rank > 0 and stored_tensor.kind not in compare.MANTISSA  # quantization may hide a small delta
-            if change.is_rounding and not may_hide_delta:
-                if rank:
-                    unmoved.append(label)
-                else:
-                    same += 1
-            elif not rank:
-                raise Fault(f"{label} was not adapted, and is not the base's: off by {change.largest:.3g}")
-            else:
-                outside = change.outside(rank)
-                if outside > change.noise:
-                    raise Fault(
-                        f"{label} less the base's is no change of rank {rank}: {outside:.3g} of {change.norm:.3g} is left, where "
-                        f"rounding explains {change.noise:.3g}"
-                    )
-                adapted.append((label, rank, outside))
-    if len(unmoved) > untrained:
-        raise Fault(f"{unmoved[0]} is the base's: its delta is gone ({len(unmoved)} such matrices; {untrained} were never trained)")
-    summary = f"{same:,} matrices are the base's"
-    if lora is not None:
-        summary += f"; {len(adapted):,} others less the base's have their adapter's rank"
-        if unmoved:
-            summary += f"; {len(unmoved):,} never trained"
-        if in_full:
-            summary += f"; {in_full:,} trained in full"
-        summary += ". What A and B were is not seen so: give --adapter or --run"
-        if quantized_kinds := sorted({stored_tensor.kind for stored_tensor in stored.values()} - compare.MANTISSA.keys()):
-            summary += f", also for deltas of zero in {', '.join(quantized_kinds)}, which are not told from rounding"
-    return summary, {
-        **{"count": same, "adapted": len(adapted), "untrained": len(unmoved), "trained_in_full": in_full},
+            _judge(name, stored_tensor.kind, change, rank, tally)
+    if len(tally.without_delta) > untrained:
+        raise Fault(
+            f"{tally.without_delta[0]} is the base's: its delta is gone ({len(tally.without_delta)} such matrices; {untrained} "
+            "were never trained)"
+        )
+    metrics: dict[str, MetricValue] = {
+        "count": tally.unchanged,
+        "adapted": tally.adapted,
+        "untrained": len(tally.without_delta),
+        "trained_in_full": tally.trained_in_full,
         "tolerance": "half a unit in the last place of the file's dtype, all together",
     }
+    return Finding(_summary(tally, stored, lora), metrics)
+
+
+def _judge(name: str, kind: str, change: _Change, rank: int, tally: _Tally) -> None:
+    """Count a matrix, or raise Fault if its difference is neither rounding nor of its adapter's rank."""
+    may_hide_delta = rank > 0 and kind not in MANTISSA  # quantization may hide a small delta
+    if change.is_rounding and not may_hide_delta:
+        if rank:
+            tally.without_delta.append(name)
+        else:
+            tally.unchanged += 1
+        return
+    if not rank:
+        raise Fault(f"{name} was not adapted, and is not the base's: off by {change.largest:.3g}")
+    outside = change.outside(rank)
+    if outside > change.noise:
+        raise Fault(
+            f"the difference between {name} and the base's is not of rank {rank}: {outside:.3g} of {change.norm:.3g} is left, "
+            f"of which rounding explains {change.noise:.3g}"
+        )
+    tally.adapted += 1
+
+
+def _summary(tally: _Tally, stored: Mapping[str, Stored], lora: config.Lora | None) -> str:
+    summary = f"{tally.unchanged:,} matrices are the base's"
+    if lora is None:
+        return summary
+    summary += f"; {tally.adapted:,} others differ from the base's by their adapter's rank"
+    if tally.without_delta:
+        summary += f"; {len(tally.without_delta):,} never trained"
+    if tally.trained_in_full:
+        summary += f"; {tally.trained_in_full:,} trained in full"
+    summary += ". This does not show what A and B were: give --adapter or --run"
+    quantized_kinds = sorted({tensor.kind for tensor in stored.values()} - MANTISSA.keys())
+    if quantized_kinds:
+        summary += f", also because a missing delta cannot be distinguished from rounding in {', '.join(quantized_kinds)}"
+    return summary
 
 
 def _rank(lora: config.Lora | None, part: Part) -> int | None:
@@ -110,7 +140,9 @@ def _rank(lora: config.Lora | None, part: Part) -> int | None:
     if path.is_trained(lora):
         return None
     routed = len(part.lead) == 2
-    targets = lora.targets_of(path.module, routed=routed) if path.leaf == "weight" else []
+    if path.leaf != "weight":  # norms and biases have no adapters
+        return 0
+    targets = lora.targets_of(path.module, routed=routed)
     if routed:
         return scale_of_expert(lora, targets, part.lead[1])[1]
     return targets[0].rank if targets else 0
@@ -133,8 +165,9 @@ class _Change:
 
         The largest singular vectors are found by a randomized range finder with two power iterations.
         """
-        wide = min(rank + MORE, *self.d_oi.shape)
-        q = np.linalg.qr(self.d_oi @ np.random.default_rng(0).normal(size=(self.d_oi.shape[1], wide)).astype(np.float32))[0]
+        num_directions = min(rank + EXTRA_DIRECTIONS, *self.d_oi.shape)
+        random = np.random.default_rng(0).normal(size=(self.d_oi.shape[1], num_directions)).astype(np.float32)
+        q = np.linalg.qr(self.d_oi @ random)[0]
         for _ in range(2):
             q = np.linalg.qr(self.d_oi @ (self.d_oi.T @ q))[0]
         projected = q.T @ self.d_oi
@@ -142,29 +175,32 @@ class _Change:
         return float(np.hypot(np.linalg.norm(self.d_oi - q @ projected), np.linalg.norm(remaining)))
 
 
-def _change(stored: Stored, part: int, parts: int, b_oi: np.ndarray) -> _Change:
-    """Measure the difference between part `part` of `parts` of a tensor and the base's matrix, rows at a time."""
+def _change(stored: Stored, i: int, parts: int, b_oi: np.ndarray) -> _Change:
+    """Measure the difference between part i of `parts` of a tensor and the base's matrix, rows at a time."""
     rows = stored.rows // parts
-    step = max(1, CHUNK * rows // max(1, stored.nbytes // parts))
+    step = max(1, BASE_CHUNK_BYTES * rows // max(1, stored.nbytes // parts))
     d_oi = np.empty(b_oi.shape, np.float32)
-    noise = 0.0
-    fits = True
+    squared_noise = 0.0
+    is_rounding = True
     with stored.file.open("rb") as file:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            right = b_oi[start:stop].astype(np.float64)
-            raw = stored.read(file.fileno(), part * rows + start, part * rows + stop)
-            written, allowed = compare.decoded(stored.kind, raw, right)
-            difference = written - right
-            if stored.kind in compare.MANTISSA:
-                rounded = np.frombuffer(raw, reread.PLAIN[stored.kind]).reshape(right.shape)
-                fits = fits and np.array_equal(rounded, b_oi[start:stop].astype(rounded.dtype))
-                _, allowed = compare.decoded(stored.kind, raw, written)
+            base_chunk = b_oi[start:stop].astype(np.float64)
+            raw = stored.read(file.fileno(), i * rows + start, i * rows + stop)
+            written, allowed = decode_with_tolerance(stored.kind, raw, base_chunk)
+            difference = written - base_chunk
+            if stored.kind in MANTISSA:
+                stored_chunk = np.frombuffer(raw, reread.FLOAT_DTYPES[stored.kind]).reshape(base_chunk.shape)
+                is_rounding = is_rounding and np.array_equal(stored_chunk, b_oi[start:stop].astype(stored_chunk.dtype))
+                # The tolerance is that of the sum, which is near what was written and may be far from the base.
+                _, allowed = decode_with_tolerance(stored.kind, raw, written)
                 # Rounding to nearest errs by at most half a unit in the last place.
                 allowed = allowed / 2
             else:
-                fits = fits and bool(np.all(np.abs(difference) <= allowed))
-            noise += float(np.vdot(allowed, allowed))
+                is_rounding = is_rounding and bool(np.all(np.abs(difference) <= allowed))
+            squared_noise += float(np.vdot(allowed, allowed))
             d_oi[start:stop] = difference
     norm = float(np.linalg.norm(d_oi))
-    return _Change(d_oi, norm, float(np.abs(d_oi).max(initial=0.0)), np.sqrt(noise) + 2.0**-20 * norm, fits)
+    # The difference itself is kept in float32, which rounds it again.
+    noise = np.sqrt(squared_noise) + 2.0**-20 * norm
+    return _Change(d_oi, norm, float(np.abs(d_oi).max(initial=0.0)), noise, is_rounding)

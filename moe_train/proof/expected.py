@@ -1,7 +1,7 @@
 """What the files of each layout must contain, stated a second time and plainly, for the proof alone.
 
-Nothing here comes from `names`, so that a mistake in its tables is found. Names and shapes are those of the layouts' own tools.
-Each matrix states the numpy function that turns ours, (in dims…, out dims…), into the file's, (out, in).
+Nothing here comes from `weights.names`, so that a mistake in its tables is found. Names and shapes are those of the layouts' own
+tools. Each matrix states the numpy function that turns the model's array, (in dims…, out dims…), into the file's, (out, in).
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import numpy as np
 
 from moe_train import config
 
-Form = Callable[[np.ndarray], np.ndarray]
-"""Turns our matrix into the file's."""
-Model = Literal["hf", "mistral", "gguf"]
-Adapter = Literal["peft", "mistral-lora", "gguf-lora"]
+ToFile = Callable[[np.ndarray], np.ndarray]
+"""Turns a matrix of the model into the file's."""
+ModelLayout = Literal["hf", "mistral", "gguf"]
+"""Layouts of files of whole models."""
+AdapterLayout = Literal["peft", "mistral-lora", "gguf-lora"]
+"""Layouts of files of adapters alone."""
 
 
 class Part(NamedTuple):
-    """One matrix or vector of ours inside a tensor of the file."""
+    """One matrix or vector of the model inside a tensor of the file."""
 
     path: str
     lead: tuple[int, ...]
     """Entry in the stacked array: (), (repeat,) or (repeat, expert)."""
-    form: Form
-    """Turns our matrix into the file's. It also applies to B of an adapter, whose in dim is the rank."""
+    to_file: ToFile
+    """Turns the model's matrix into the file's. It also applies to B of an adapter, whose in dim is the rank."""
 
 
-class Wanted(NamedTuple):
+class ExpectedTensor(NamedTuple):
     """A tensor that the file must have."""
 
     name: str
@@ -39,7 +41,7 @@ class Wanted(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Path of our module, taken from the first part."""
+        """Path of the module in the model, taken from the first part."""
         return self.parts[0].path.removesuffix(".weight")
 
 
@@ -59,12 +61,12 @@ def outputs_one(w: np.ndarray) -> np.ndarray:
 
 
 def interleaved(w: np.ndarray) -> np.ndarray:
-    """Turn (in, heads, head_dim) into (out, in) with the two numbers of a rotary pair adjacent; ours are half a head apart."""
+    """Turn (in, heads, head_dim) into (out, in) with the two numbers of a rotary pair adjacent instead of half a head apart."""
     d, n, h = w.shape
     return outputs_last(w).reshape(n, 2, h // 2, d).transpose(0, 2, 1, 3).reshape(n * h, d)
 
 
-def model_tensors(layout: Model, model: config.Model) -> list[Wanted]:
+def model_tensors(layout: ModelLayout, model: config.Model) -> list[ExpectedTensor]:
     """List every tensor that a whole model has in this layout."""
     match layout:
         case "hf":
@@ -75,7 +77,7 @@ def model_tensors(layout: Model, model: config.Model) -> list[Wanted]:
             return list(_gguf(model))
 
 
-def adapter_names(layout: Adapter, weight: str) -> tuple[str, str]:
+def adapter_names(layout: AdapterLayout, weight: str) -> tuple[str, str]:
     """Return the names of A (rank, in) and B (out, rank) of the adapter for a weight of that layout's model."""
     stem = weight.removesuffix(".weight")
     match layout:
@@ -89,22 +91,26 @@ def adapter_names(layout: Adapter, weight: str) -> tuple[str, str]:
             return f"{weight}.lora_a", f"{weight}.lora_b"
 
 
-def whole_names(layout: Adapter, weight: str, tied: bool) -> list[str]:
-    """Return the names, in adapter files, of a weight that was trained in full: one, or both names of a tied table."""
+def full_weight_names(layout: AdapterLayout, weight: str, tied: bool) -> list[str]:
+    """Return the names, in adapter files, of a weight that was trained in full.
+
+    A tied table of embeddings has two names in PEFT's files, as embedding and as head.
+    """
     if layout != "peft":
         return [weight]
-    name = f"base_model.model.{weight.replace('.block_sparse_moe.gate.', '.mlp.gate.')}"  # the name in transformers 5
+    # PEFT saves modules under their names in memory, which transformers 5 has changed for routers.
+    name = f"base_model.model.{weight.replace('.block_sparse_moe.gate.', '.mlp.gate.')}"
     if tied and "embed_tokens" in weight:
         return [name, "base_model.model.lm_head.weight"]
     return [name]
 
 
-OF_MODEL: dict[Adapter, Model] = {"peft": "hf", "mistral-lora": "mistral", "gguf-lora": "gguf"}
+MODEL_LAYOUT_OF: dict[AdapterLayout, ModelLayout] = {"peft": "hf", "mistral-lora": "mistral", "gguf-lora": "gguf"}
 """The model layout whose names an adapter layout uses."""
 
 
-def _one(name: str, shape: tuple[int, ...], path: str, lead: tuple[int, ...], form: Form) -> Wanted:
-    return Wanted(name, shape, (Part(path, lead, form),))
+def _one(name: str, shape: tuple[int, ...], path: str, lead: tuple[int, ...], to_file: ToFile) -> ExpectedTensor:
+    return ExpectedTensor(name, shape, (Part(path, lead, to_file),))
 
 
 def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
@@ -114,18 +120,24 @@ def _layers(model: config.Model) -> Iterator[tuple[int, str, int]]:
     layers are stored.
     """
     period = len(model.attention.windows)
-    dense = model.ffn.dense_layers if isinstance(model.ffn, config.MoeFfn) else None
-    num_dense = 0 if dense is None else dense.count  # dense layers come first, in a stack of their own
+    # The first dense layers of a sparse model are in a stack of their own.
+    num_dense = 0
+    if isinstance(model.ffn, config.MoeFfn) and model.ffn.dense_layers is not None:
+        num_dense = model.ffn.dense_layers.count
     for layer in range(model.num_layers):
         is_second_stack = 0 < num_dense <= layer
-        entry, place = divmod(layer - num_dense if is_second_stack else layer, period)
+        layer_of_stack = layer - num_dense if is_second_stack else layer
+        entry, place = divmod(layer_of_stack, period)
         yield layer, f"stacks.{int(is_second_stack)}.layers.{place}.", entry
 
 
-def _hugging_face(model: config.Model) -> Iterator[Wanted]:
-    D, V, F = model.model_dim, model.vocab_size, model.ffn.ffn_dim
-    a = model.attention
-    Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+def _hugging_face(model: config.Model) -> Iterator[ExpectedTensor]:
+    """Yield the tensors of Hugging Face's layout."""
+    D = model.model_dim
+    V = model.vocab_size
+    F = model.ffn.ffn_dim
+    Q = model.attention.num_heads * model.attention.head_dim
+    KV = model.attention.num_kv_heads * model.attention.head_dim
     yield _one("model.embed_tokens.weight", (V, D), "embed.weight", (), as_is)
     for layer, path, r in _layers(model):
         name = f"model.layers.{layer}."
@@ -151,10 +163,13 @@ def _hugging_face(model: config.Model) -> Iterator[Wanted]:
         yield _one("lm_head.weight", (V, D), "head.weight", (), as_is)
 
 
-def _mistral(model: config.Model) -> Iterator[Wanted]:
-    D, V, F = model.model_dim, model.vocab_size, model.ffn.ffn_dim
-    a = model.attention
-    Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+def _mistral(model: config.Model) -> Iterator[ExpectedTensor]:
+    """Yield the tensors of Mistral's own layout."""
+    D = model.model_dim
+    V = model.vocab_size
+    F = model.ffn.ffn_dim
+    Q = model.attention.num_heads * model.attention.head_dim
+    KV = model.attention.num_kv_heads * model.attention.head_dim
     yield _one("tok_embeddings.weight", (V, D), "embed.weight", (), as_is)
     for layer, path, r in _layers(model):
         name = f"layers.{layer}."
@@ -178,10 +193,13 @@ def _mistral(model: config.Model) -> Iterator[Wanted]:
         yield _one("output.weight", (V, D), "head.weight", (), as_is)
 
 
-def _gguf(model: config.Model) -> Iterator[Wanted]:
-    D, V, F = model.model_dim, model.vocab_size, model.ffn.ffn_dim
-    a = model.attention
-    Q, KV = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+def _gguf(model: config.Model) -> Iterator[ExpectedTensor]:
+    """Yield the tensors of llama.cpp's layout."""
+    D = model.model_dim
+    V = model.vocab_size
+    F = model.ffn.ffn_dim
+    Q = model.attention.num_heads * model.attention.head_dim
+    KV = model.attention.num_kv_heads * model.attention.head_dim
     yield _one("token_embd.weight", (V, D), "embed.weight", (), as_is)
     for layer, path, r in _layers(model):
         name = f"blk.{layer}."
@@ -199,8 +217,9 @@ def _gguf(model: config.Model) -> Iterator[Wanted]:
         E = model.ffn.num_experts
         yield _one(f"{name}ffn_gate_inp.weight", (E, D), f"{path}ffn.router.weight", (r,), outputs_last)
         for part, shape in shapes.items():
-            parts = (Part(f"{path}ffn.{part}_proj.weight", (r, e), outputs_last) for e in range(E))
-            yield Wanted(f"{name}ffn_{part}_exps.weight", (E, *shape), tuple(parts))
+            # llama.cpp stacks the matrices of all experts in one tensor.
+            parts = tuple(Part(f"{path}ffn.{part}_proj.weight", (r, e), outputs_last) for e in range(E))
+            yield ExpectedTensor(f"{name}ffn_{part}_exps.weight", (E, *shape), parts)
     yield _one("output_norm.weight", (D,), "final_norm.scale", (), as_is)
     if not model.tie_embeddings:
         yield _one("output.weight", (V, D), "head.weight", (), as_is)

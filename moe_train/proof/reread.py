@@ -16,15 +16,32 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOAT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""Kinds of tensors whose numbers are stored one by one."""
 Q8_0 = np.dtype([("scale", "<f2"), ("q", "i1", 32)])
 """A block of 32 numbers: scale * q."""
-_GGUF = {
-    **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 8: ("Q8_0", 32, 34), 2: ("Q4_0", 32, 18), 6: ("Q5_0", 32, 22)},
-    **{3: ("Q4_1", 32, 20), 7: ("Q5_1", 32, 24), 20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136)},
-    **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210)},
+_GGUF_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    20: ("IQ4_NL", 32, 18),
+    23: ("IQ4_XS", 256, 136),
+    30: ("BF16", 1, 2),
 }
-"""Code -> (name, numbers per block, bytes per block)."""
+"""ggml's code of a type -> (name, numbers per block, bytes per block)."""
+_GGUF_STRING = 8
+_GGUF_ARRAY = 9
+_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""GGUF's code of a scalar's type -> its format in `struct`."""
 
 
 class Stored(NamedTuple):
@@ -45,16 +62,14 @@ class Stored(NamedTuple):
 
     def read(self, descriptor: int, start: int, stop: int) -> bytearray:
         """Read the bytes of rows `start` to `stop` from an open file descriptor. Raises ValueError if the file ends before."""
-        row = self.nbytes // max(1, self.rows)
-        buffer = bytearray((stop - start) * row)
-        done = os.preadv(descriptor, [buffer], self.offset + start * row)
-        while 0 < done < len(buffer):  # one call returns at most 2 GiB
-            count = os.preadv(descriptor, [memoryview(buffer)[done:]], self.offset + start * row + done)
+        row_bytes = self.nbytes // max(1, self.rows)
+        buffer = bytearray((stop - start) * row_bytes)
+        num_read = 0
+        while num_read < len(buffer):  # one call returns at most 2 GiB
+            count = os.preadv(descriptor, [memoryview(buffer)[num_read:]], self.offset + start * row_bytes + num_read)
             if not count:
-                break
-            done += count
-        if done != len(buffer):
-            raise ValueError(f"{self.file} ends inside {self.name}")
+                raise ValueError(f"{self.file} ends inside {self.name}; copy the file again")
+            num_read += count
         return buffer
 
 
@@ -82,9 +97,9 @@ def tensors(directory: Path) -> dict[str, Stored]:
     return by_name
 
 
-def dequantised(kind: str, raw: bytearray, rows: int) -> np.ndarray:
+def dequantize_gguf(kind: str, raw: bytearray, rows: int) -> np.ndarray:
     """Dequantize rows that llama.cpp's own tool has quantized, with the package `gguf`; returns (rows, numbers) in float32."""
-    import gguf
+    import gguf  # optional: only quantized files need it
 
     return gguf.dequantize(np.frombuffer(raw, np.uint8).reshape(rows, -1), gguf.GGMLQuantizationType[kind])
 
@@ -99,18 +114,19 @@ def _safetensors(file: Path) -> Iterator[Stored]:
     with file.open("rb") as data:
         (length,) = struct.unpack("<Q", data.read(8))
         if length > size - 8:
-            raise ValueError(f"its header should have {length} bytes")
+            raise ValueError(f"it states a header of {length} bytes, but has {size} bytes in all")
         pairs = json.loads(data.read(length), object_pairs_hook=list)  # a dict would hide a duplicate name
     if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("its header has a name twice")
+        raise ValueError("its header has the same name twice")
     end = 0
-    for name, info in sorted(((n, dict(i)) for n, i in pairs if n != "__metadata__"), key=lambda item: item[1]["data_offsets"]):
+    infos = [(name, dict(info)) for name, info in pairs if name != "__metadata__"]
+    for name, info in sorted(infos, key=lambda item: item[1]["data_offsets"]):
         start, stop = info["data_offsets"]
         if start != end:
             raise ValueError(f"{name} begins at {start}, not at {end}, where the tensor before it ends")
         end = stop
         shape = tuple(info["shape"])
-        if info["dtype"] in PLAIN and stop - start != math.prod(shape) * PLAIN[info["dtype"]].itemsize:
+        if info["dtype"] in FLOAT_DTYPES and stop - start != math.prod(shape) * FLOAT_DTYPES[info["dtype"]].itemsize:
             raise ValueError(f"{name} has {stop - start} bytes for the shape {shape}")
         yield Stored(name, file, info["dtype"], shape, 8 + length + start, stop - start)
     if 8 + length + end != size:
@@ -119,7 +135,6 @@ def _safetensors(file: Path) -> Iterator[Stored]:
 
 def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
     """Parse llama.cpp's container (docs/gguf.md, version 3): counts, keys, tensors' names and places, then aligned data."""
-    numbers = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     with file.open("rb") as data:
 
         def take(code: str) -> Any:
@@ -129,14 +144,16 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
             return data.read(take("Q")).decode()
 
         def value(kind: int) -> Any:
-            if kind == 9:
+            if kind == _GGUF_STRING:
+                return text()
+            if kind == _GGUF_ARRAY:
                 inner = take("I")
                 length = take("Q")
                 return [value(inner) for _ in range(length)]
-            return text() if kind == 8 else take(numbers[kind])
+            return take(_GGUF_SCALARS[kind])
 
         if data.read(4) != b"GGUF" or take("I") != 3:
-            raise ValueError("it is no GGUF file of version 3")
+            raise ValueError("it is not a GGUF file of version 3")
         num_tensors = take("Q")
         num_keys = take("Q")
         settings: dict[str, Any] = {}
@@ -146,8 +163,8 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
         places = []
         for _ in range(num_tensors):
             name = text()
-            shape = tuple(take("Q") for _ in range(take("I")))[::-1]
-            places.append((name, shape, *_GGUF[take("I")], take("Q")))
+            shape = tuple(take("Q") for _ in range(take("I")))[::-1]  # ggml states the fastest dim first
+            places.append((name, shape, *_GGUF_TYPES[take("I")], take("Q")))
         start = data.tell() + -data.tell() % settings.get("general.alignment", 32)
     stored: list[Stored] = []
     end = 0

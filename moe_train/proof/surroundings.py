@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jax
 
-FILE = "export_proof.json"
+RECORD_FILE = "export_proof.json"
 """Name of the record in an export."""
 
 
@@ -22,15 +23,26 @@ def file_hashes(directory: Path) -> dict[str, str]:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
-    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name != FILE]
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name != RECORD_FILE]
     with ThreadPoolExecutor() as pool:
-        return dict(zip((str(file.relative_to(directory)) for file in files), pool.map(digest, files), strict=True))
+        digests = pool.map(digest, files)
+        return {str(file.relative_to(directory)): file_digest for file, file_digest in zip(files, digests, strict=True)}
 
 
-def hardware() -> dict[str, Any]:
+class Hardware(TypedDict):
+    """The hardware of a proof; the keys are those of the record."""
+
+    devices: dict[str, int]
+    """Number of devices of each kind."""
+    processes: int
+    host: str
+    """Architecture of the host, such as x86_64."""
+
+
+def hardware() -> Hardware:
     """Return the devices, the number of processes and the host's architecture."""
-    kinds = [device.device_kind for device in jax.devices()]
-    return {"devices": {kind: kinds.count(kind) for kind in kinds}, "processes": jax.process_count(), "host": platform.machine()}
+    kinds = Counter(device.device_kind for device in jax.devices())
+    return {"devices": dict(kinds), "processes": jax.process_count(), "host": platform.machine()}
 
 
 def versions() -> dict[str, str]:
@@ -40,6 +52,6 @@ def versions() -> dict[str, str]:
     for package in packages:
         try:
             installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+        except importlib.metadata.PackageNotFoundError:  # some are optional
             continue
     return installed

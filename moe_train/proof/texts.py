@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.records.normal_form import Conversation
@@ -15,10 +14,10 @@ from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
 from moe_train.proof import reread
-from moe_train.proof.checks import Check, Fault, NotChecked, run
+from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, run
 from moe_train.weights import gguf
 
-FIXED = (
+FIXED_CONVERSATIONS = (
     Conversation([{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}], []),
     Conversation(
         [
@@ -40,7 +39,7 @@ def check_texts(
     tokenizer: Tokenizer | None,
     template: str | None,
     conversations: Sequence[Conversation],
-    record: dict[str, Any],
+    record: ProofRecord,
 ) -> list[Check]:
     """Check the tokenizer's files, the chat template in the directory, and the token that ends a generation.
 
@@ -53,27 +52,32 @@ def check_texts(
         record: receives the tokens of the fixed conversations.
     """
     return [
-        run("tokenizer", partial(_tokenizer, directory, layout, tokenizer)),
-        run("template", partial(_template, directory, layout, tokenizer, template, conversations, record)),
-        run("generation", partial(check_generation, directory, layout, tokenizer.eos_id if tokenizer else None)),
+        run("tokenizer", partial(_check_tokenizer, directory, tokenizer)),
+        run("template", partial(_check_template, directory, layout, tokenizer, template, conversations, record)),
+        run("generation", partial(check_generation, directory, layout, None if tokenizer is None else tokenizer.eos_id)),
     ]
 
 
-def _tokenizer(directory: Path, layout: str, tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
+def _check_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> Finding:
     if tokenizer is None:
         raise NotChecked("the export has no tokenizer")
-    file_hashes = {hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir() if file.suffix not in _WEIGHTS}
-    replaced = {"chat_template.jinja"}  # replaced by the run's template
+    # Compared by content: some layouts keep the tokenizer's files under other names.
+    hashes = {_sha256(file) for file in directory.iterdir() if file.suffix not in _WEIGHT_SUFFIXES}
     for file in tokenizer.files:
-        if file.name not in replaced and hashlib.sha256(file.read_bytes()).hexdigest() not in file_hashes:
-            raise Fault(f"{file.name} of the tokenizer is not in the directory, byte for byte")
-    return f"{len(tokenizer.files)} files of the tokenizer, byte for byte", {"count": len(tokenizer.files)}
+        # The run's own template has replaced the tokenizer's.
+        if file.name != "chat_template.jinja" and _sha256(file) not in hashes:
+            raise Fault(f"no file in the directory has the bytes of the tokenizer's {file.name}")
+    return Finding(f"{len(tokenizer.files)} files of the tokenizer, byte for byte", {"count": len(tokenizer.files)})
 
 
-_WEIGHTS = (".safetensors", ".gguf")
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def reopened(directory: Path, layout: str) -> tuple[Tokenizer, str | None]:
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+
+
+def load_texts(directory: Path, layout: str) -> tuple[Tokenizer, str | None]:
     """Load the tokenizer and the chat template of a directory. Raises NotChecked if it has no tokenizer."""
     if (directory / "tokenizer.json").is_file():
         tokenizer: Tokenizer = HuggingFace(directory)
@@ -83,74 +87,82 @@ def reopened(directory: Path, layout: str) -> tuple[Tokenizer, str | None]:
             raise NotChecked("the export has no tokenizer")
         tokenizer = Mistral(files[0])
     template = conversation_to_tokens.load_template(None, tokenizer)
-    if layout == "gguf" and (file := gguf.file_in(directory)) is not None:
-        template = reread.gguf_settings(file).get("tokenizer.chat_template")
+    if layout == "gguf":
+        # llama.cpp reads the template from the file of weights, and ignores other files.
+        file = gguf.file_in(directory)
+        if file is not None:
+            template = reread.gguf_settings(file).get("tokenizer.chat_template")
     return tokenizer, template
 
 
-def _template(
+def _check_template(
     directory: Path,
     layout: str,
     tokenizer: Tokenizer | None,
     template: str | None,
     conversations: Sequence[Conversation],
-    record: dict[str, Any],
-) -> tuple[str, dict[str, Any]]:
+    record: ProofRecord,
+) -> Finding:
     if tokenizer is None:
         raise NotChecked("the export has no tokenizer")
     if isinstance(tokenizer, HuggingFace) and template is None:
         raise NotChecked("the tokenizer has no chat template")
-    reloaded = reopened(directory, layout)
-    tokens_of_fixed = {}
-    for i, conversation in enumerate(FIXED):
+    exported_tokenizer, exported_template = load_texts(directory, layout)
+    fixed_tokens: dict[str, list[list[int]]] = {}
+    for i, conversation in enumerate(FIXED_CONVERSATIONS):
         try:
-            tokens_of_fixed[i] = rendered(conversation, template, tokenizer)
-        except ValueError:  # for example a format without system messages
+            tokens = rendered_examples(conversation, template, tokenizer)
+        except ValueError:  # the template refuses it, for example because its format has no system messages
             continue
-        check_tokens(f"fixed conversation {i}", rendered(conversation, reloaded[1], reloaded[0]), tokens_of_fixed[i])
+        fixed_tokens[str(i)] = tokens
+        exported_tokens = rendered_examples(conversation, exported_template, exported_tokenizer)
+        check_tokens(f"fixed conversation {i}", exported_tokens, tokens)
     for i, conversation in enumerate(conversations):
-        check_tokens(
-            f"training conversation {i}",
-            rendered(conversation, reloaded[1], reloaded[0]),
-            rendered(conversation, template, tokenizer),
-        )
-    if not tokens_of_fixed and not conversations:
-        raise NotChecked("the template renders no conversation that is here")
-    record["conversations"] = {str(i): tokens for i, tokens in tokens_of_fixed.items()}
-    summary = f"{len(conversations)} training and {len(tokens_of_fixed)} fixed conversations give the training's tokens"
+        exported_tokens = rendered_examples(conversation, exported_template, exported_tokenizer)
+        check_tokens(f"training conversation {i}", exported_tokens, rendered_examples(conversation, template, tokenizer))
+    if not fixed_tokens and not conversations:
+        raise NotChecked("the template renders none of the fixed conversations, and there are no training conversations")
+    record["conversations"] = fixed_tokens
+    summary = f"{len(conversations)} training and {len(fixed_tokens)} fixed conversations are rendered to the tokens of training"
     if not conversations:
-        summary = f"{len(tokens_of_fixed)} fixed conversations give the same tokens; the run has no training conversations"
-    return summary, {"training": len(conversations), "fixed": len(tokens_of_fixed)}
+        summary = f"{len(fixed_tokens)} fixed conversations are rendered to the same tokens; the run has no training conversations"
+    return Finding(summary, {"training": len(conversations), "fixed": len(fixed_tokens)})
 
 
-def rendered(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> list[list[int]]:
+def rendered_examples(conversation: Conversation, template: str | None, tokenizer: Tokenizer) -> list[list[int]]:
     """Return the tokens of each example that a conversation is trained as."""
     return [example.tokens for example in conversation_to_tokens.examples(conversation, template, tokenizer)]
 
 
-def check_tokens(what: str, found: list[list[int]], wanted: list[list[int]]) -> None:
-    """Raise Fault if two renderings of a conversation differ; `what` names it in the message."""
-    if found != wanted:
-        raise Fault(f"the template in the directory renders {what} to other tokens than training's")
+def check_tokens(name: str, exported: list[list[int]], trained: list[list[int]]) -> None:
+    """Raise Fault if two renderings of a conversation differ.
+
+    Args:
+        name: what the message calls the conversation.
+        exported: the tokens of the directory's template.
+        trained: the tokens of training.
+    """
+    if exported != trained:
+        raise Fault(f"the template in the directory renders {name} to other tokens than in training")
 
 
-def check_generation(directory: Path, layout: str, eos_id: int | None) -> tuple[str, dict[str, Any]]:
-    """Check that servers are told which token ends a generation.
+def check_generation(directory: Path, layout: str, eos_id: int | None) -> Finding:
+    """Check that the files tell servers which token ends a generation.
 
     Raises:
-        Fault: the files state another token than the tokenizer's end.
+        Fault: the files state another token than the tokenizer.
         NotChecked: the layout leaves this to the tokenizer's own files.
     """
     match layout:
         case "hf":
-            key = "generation_config.json"
-            stated = read_object(directory / "generation_config.json").get("eos_token_id")
+            source = "generation_config.json"
+            stated = read_object(directory / source).get("eos_token_id")
         case "gguf":
-            key = "tokenizer.ggml.eos_token_id"
+            source = "tokenizer.ggml.eos_token_id"
             file = gguf.file_in(directory)
-            stated = None if file is None else reread.gguf_settings(file).get(key)
+            stated = None if file is None else reread.gguf_settings(file).get(source)
         case _:
-            raise NotChecked("this layout leaves the end of a generation to the tokenizer's own files")
+            raise NotChecked("this layout leaves the end-of-sequence token to the tokenizer's own files")
     if stated != eos_id:
-        raise Fault(f"{key} ends a generation at {stated}; the tokenizer's end is {eos_id}")
-    return f"{key} ends a generation at {stated}", {}
+        raise Fault(f"{source} states the end-of-sequence token {stated}, but the tokenizer's is {eos_id}")
+    return Finding(f"{source} states the tokenizer's end-of-sequence token, {stated}")

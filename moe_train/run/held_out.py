@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from moe_train import config
-from moe_train.evaluate.held_out import evaluate
+from moe_train.evaluate.held_out import evaluate_held_out
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.evaluate.routing import Drift, make_drift_sums
 from moe_train.run.inputs import RunInputs
@@ -44,7 +44,7 @@ class HeldOutLoss:
         if self._loader is None:
             return None
         batches = self._run.evaluation.batches
-        measured = evaluate(self._sums, state.learned, state.frozen, self._loader, self._mesh, batches, self._drift)
+        measured = evaluate_held_out(self._sums, state.learned, state.frozen, self._loader, self._mesh, batches, self._drift)
         self._writer.evaluation(step, measured)
         return measured["loss"]
 

@@ -100,8 +100,8 @@ def _check_exported_template(tokenizer: HuggingFace, template: str, conversation
             ) from error
         exported_template = conversation_to_tokens.load_template(None, exported)
         for location, conversation in conversations:
-            expected = located(location, texts.rendered, conversation, template, tokenizer)
-            if texts.rendered(conversation, exported_template, exported) != expected:
+            expected = located(location, texts.rendered_examples, conversation, template, tokenizer)
+            if texts.rendered_examples(conversation, exported_template, exported) != expected:
                 raise ValueError(
                     f"{location}: the exported chat template would render this record to other tokens than in training; "
                     "check data.chat_template and the files next to the tokenizer"

@@ -39,7 +39,7 @@ from moe_train.model.moe.transport import all_to_all, chunks, ragged_all_to_all
 from moe_train.model.moe.transport.transport import Assignments, Combined, ExchangeSizes, LocalExperts
 from moe_train.plan import hlo, hlo_collectives, hlo_text
 from moe_train.plan.compile import _environment, check_installed
-from moe_train.plan.topology import parse
+from moe_train.plan.topology import parse_topology
 
 KINDS = ("common", "fallback", "chunks", "worst", "ragged")
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def written(text: str) -> float:
                 total += sum(of(n) for n in i.called("to_apply"))
             elif (
                 i.opcode not in NO_WORK
-                and not i.opcode.startswith(hlo_collectives.KINDS)
+                and not i.opcode.startswith(hlo_collectives.COLLECTIVE_KINDS)
                 and not i.opcode.endswith(("-start", "-done"))
             ):
                 total += sum(shape.bytes for shape in hlo_text.stated_shapes(i.result))
@@ -123,7 +123,7 @@ def measure(kind: str) -> dict[str, Any]:
     compiled = program(kind)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    counts, cost = hlo.read(text), compiled.cost_analysis()
+    counts, cost = hlo.count_program(text), compiled.cost_analysis()
     return {
         "buffers": kind,
         "temporaries, GiB": memory.temp_size_in_bytes / 2**30,
@@ -139,7 +139,7 @@ def measure(kind: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; all where none is named")
-    kinds, place = parser.parse_args().kinds or KINDS, parse("v5p:2x2x2")
+    kinds, place = parser.parse_args().kinds or KINDS, parse_topology("v5p:2x2x2")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"{min(unknown)} is none of {', '.join(KINDS)}")
     try:

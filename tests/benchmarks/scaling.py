@@ -20,7 +20,7 @@ from typing import Any
 from moe_train import config
 from moe_train.config import yaml_file
 from moe_train.plan.compile import compile_config
-from moe_train.plan.topology import parse
+from moe_train.plan.topology import parse_topology
 
 SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 RECIPE = Path(__file__).parents[2] / "configs" / "mixtral_8x7b_pretrain_v5p.yaml"
@@ -32,7 +32,7 @@ def measure(chips: int, layers: int) -> dict[str, Any]:
     overrides = [f"model.num_layers={layers}", f"train.batch_size={chips}", "train.microbatches=1"]
     overrides += [f"mesh.{axis}={size}" for axis, size in mesh.items()]
     before = core_seconds()
-    compiled = compile_config(config.run_of(yaml_file.load_config(RECIPE, overrides)), parse(f"v5p:{SLICES[chips]}"))
+    compiled = compile_config(config.run_of(yaml_file.load_config(RECIPE, overrides)), parse_topology(f"v5p:{SLICES[chips]}"))
     return {
         "chips": chips,
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1),

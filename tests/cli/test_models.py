@@ -73,12 +73,12 @@ def test_export(stand_in, capsys) -> None:
 
 
 def test_verify(stand_in, capsys) -> None:
-    found = [SimpleNamespace(**CHECK, _asdict=lambda: CHECK)]
+    found = [SimpleNamespace(**CHECK, to_json=lambda: CHECK)]
     stand_in("moe_train.commands.verify", verify=lambda directory, base, run, depth, adapter: ({}, found))
     assert run("verify", "out") == 0
     assert "3 tensors" in capsys.readouterr().out
     failed = {**CHECK, "passed": False, "said": "w has changed"}
-    found[0] = SimpleNamespace(**failed, _asdict=lambda: failed)
+    found[0] = SimpleNamespace(**failed, to_json=lambda: failed)
     assert run("verify", "out", "--json") == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {"directory": "out", "passed": False, "checks": [failed]}

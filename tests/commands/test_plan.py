@@ -9,7 +9,7 @@ import pytest
 
 from moe_train import config
 from moe_train.commands.plan import plan_run
-from moe_train.plan.answer import Options
+from moe_train.plan.answer import PlanOptions
 
 
 def written(**mesh: int) -> config.Config:
@@ -32,13 +32,13 @@ def written(**mesh: int) -> config.Config:
 
 
 def test_the_stated_mesh_is_filled_with_the_devices_of_the_topology() -> None:
-    answer = plan_run(written(fsdp=-1, tensor=2), "tpu7x-8", Options(compile_best=0))
-    assert answer.given is not None and answer.given.run.mesh == config.Mesh(fsdp=4, tensor=2)
-    assert answer.given.compiled is None and answer.best in answer.choices
+    answer = plan_run(written(fsdp=-1, tensor=2), "tpu7x-8", PlanOptions(compile_best=0))
+    assert answer.stated is not None and answer.stated.run.mesh == config.Mesh(fsdp=4, tensor=2)
+    assert answer.stated.compiled is None and answer.best in answer.choices
 
 
 def test_a_mesh_that_the_topology_cannot_fill_is_chosen_anyway() -> None:
-    answer = plan_run(written(data=3, fsdp=-1), "tpu7x-8", Options(compile_best=0))
+    answer = plan_run(written(data=3, fsdp=-1), "tpu7x-8", PlanOptions(compile_best=0))
     assert answer.choices and all(math.prod(choice.run.mesh.model_dump().values()) == 8 for choice in answer.choices)
     with pytest.raises(ValueError, match="mesh axes of 3 devices do not divide the 8 available devices"):
-        plan_run(written(data=3, fsdp=-1), "tpu7x-8", Options(compile_only=True))
+        plan_run(written(data=3, fsdp=-1), "tpu7x-8", PlanOptions(compile_only=True))

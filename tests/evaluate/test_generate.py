@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.evaluate.generate import _choose, generate
+from moe_train.evaluate.generate import GenerationOptions, _choose, generate_tokens
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters, combine
 from tests.evaluate.tiny_generator import ATTENTION, MIXTRAL, ONE, SIZES, random_model
@@ -52,7 +52,7 @@ def plainly(structure: Any, weights: Parameters, mesh: jax.sharding.Mesh, prompt
 def test_a_batch_with_a_cache_says_what_each_prompt_says_alone(model: config.Model) -> None:
     with jax.set_mesh(ONE):
         structure, weights = random_model(model)
-        together = generate(structure, weights, model, ONE, PROMPTS, 10)
+        together = generate_tokens(structure, weights, model, ONE, PROMPTS, GenerationOptions(10))
         for prompt, new in zip(PROMPTS, together, strict=True):
             alone, lead = plainly(structure, weights, ONE, prompt, 10)
             assert lead > 1e-4, "a tie: choose other weights"
@@ -63,16 +63,16 @@ def test_a_mesh_of_eight_says_the_same_as_one_device() -> None:
     answers = []
     for mesh in (ONE, EIGHT):
         with jax.set_mesh(mesh):
-            answers.append(generate(*random_model(MIXTRAL), MIXTRAL, mesh, PROMPTS[:3], 6))
+            answers.append(generate_tokens(*random_model(MIXTRAL), MIXTRAL, mesh, PROMPTS[:3], GenerationOptions(6)))
     assert answers[0] == answers[1]
 
 
 def test_eos_ends_one_sequence_and_not_the_others() -> None:
     with jax.set_mesh(ONE):
         structure, weights = random_model(MIXTRAL)
-        free = generate(structure, weights, MIXTRAL, ONE, PROMPTS, 8)
+        free = generate_tokens(structure, weights, MIXTRAL, ONE, PROMPTS, GenerationOptions(8))
         eos = free[0][3]
-        ended = generate(structure, weights, MIXTRAL, ONE, PROMPTS, 8, eos_id=eos)
+        ended = generate_tokens(structure, weights, MIXTRAL, ONE, PROMPTS, GenerationOptions(8, eos_id=eos))
     assert ended == [new[: new.index(eos)] if eos in new else new for new in free]
     assert len(ended[0]) <= 3 < 8 in map(len, ended)
 
@@ -82,14 +82,16 @@ def test_draws_depend_on_the_seed_alone() -> None:
         structure, weights = random_model(MIXTRAL)
 
         def draw(temperature: float, seed: int) -> list[list[int]]:
-            return generate(structure, weights, MIXTRAL, ONE, PROMPTS[:2], 12, temperature=temperature, seed=seed)
+            return generate_tokens(
+                structure, weights, MIXTRAL, ONE, PROMPTS[:2], GenerationOptions(12, temperature=temperature, seed=seed)
+            )
 
         assert draw(1.0, 1) == draw(1.0, 1) != draw(1.0, 2)
         assert draw(1e-4, 1) == draw(0.0, 1)
         with pytest.raises(ValueError, match="exceeds the model's max_seq_len 256"):
-            generate(structure, weights, MIXTRAL, ONE, PROMPTS, 200)
+            generate_tokens(structure, weights, MIXTRAL, ONE, PROMPTS, GenerationOptions(200))
         with pytest.raises(ValueError, match="prompt 2 has no tokens"):
-            generate(structure, weights, MIXTRAL, ONE, [[1], []], 2)
+            generate_tokens(structure, weights, MIXTRAL, ONE, [[1], []], GenerationOptions(2))
 
 
 def test_drawn_tokens_have_the_softmax_frequencies() -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_train.evaluate.held_out import evaluate
+from moe_train.evaluate.held_out import evaluate_held_out
 from moe_train.evaluate.routing import Drift, DriftSums, drift_sums
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import with_expert_ids
@@ -49,7 +49,7 @@ def test_shares_are_of_all_compared_batches() -> None:
     )
     drift: Any = Drift(lambda *_: (next(counts), {"loss": np.float32(1)}), {}, batches=2)
     sums: Any = SimpleNamespace()  # is not called
-    found = evaluate(sums, {}, {}, LOADER, ONE, drift=drift)
+    found = evaluate_held_out(sums, {}, {}, LOADER, ONE, drift=drift)
     assert found == {"loss": 2, "routing_drift": [0.2, 0], "dead_experts": [0.25, 0]}
     assert next(counts, None) is None
 
@@ -58,5 +58,5 @@ def test_shares_are_of_all_compared_batches() -> None:
 def test_later_batches_are_read_once(batches: int) -> None:
     compared = DriftSums(np.array([5]), np.array([[10, 10]]), np.array(20))
     drift = Drift(lambda *_: (compared, {"loss": np.float32(1)}), {}, batches)
-    found = evaluate(lambda *_: {"loss": np.float32(10)}, {}, {}, LOADER, ONE, drift=drift)
+    found = evaluate_held_out(lambda *_: {"loss": np.float32(10)}, {}, {}, LOADER, ONE, drift=drift)
     assert found["loss"] == {1: 11, 2: 2}[batches] and found["routing_drift"] == [0.25]

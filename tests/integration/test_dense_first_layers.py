@@ -22,13 +22,13 @@ from moe_train.commands.inspect import inspect
 from moe_train.commands.plan import plan_run
 from moe_train.commands.train import train
 from moe_train.data.batches.batch import Batch
-from moe_train.evaluate.generate import generate
+from moe_train.evaluate.generate import GenerationOptions, generate_tokens
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import init_model
-from moe_train.plan.answer import Options
+from moe_train.plan.answer import PlanOptions
 from moe_train.run import loop
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
@@ -127,7 +127,7 @@ def test_a_cache_generates_what_the_model_says_without_one(trained: config.Confi
     assert trained.model is not None
     with jax.set_mesh(mesh):
         structure, weights = load(trained)
-        (new,) = generate(structure, weights, trained.model, mesh, [prompt], count)
+        (new,) = generate_tokens(structure, weights, trained.model, mesh, [prompt], GenerationOptions(count))
         rows = np.zeros((4, 16), np.int32)
         rows[0, : len(prompt) + count] = prompt + new
         positions = np.tile(np.arange(16, dtype=np.int32), (4, 1))
@@ -146,7 +146,7 @@ def test_it_is_inspected_and_planned(trained: config.Config) -> None:
     assert rows["stacks.1.layers.0.ffn.gate_proj.weight"]["shape"] == [L - DENSE, 4, D, 16]
     idle = (L - DENSE) * 2 * 3 * D * 16  # two of four experts
     assert report.totals["active_parameters"] == report.totals["total_parameters"] - idle
-    answer = plan_run(trained, "v5e:2x4", Options(compile_best=0))
+    answer = plan_run(trained, "v5e:2x4", PlanOptions(compile_best=0))
     assert answer.best is not None and answer.best.memory.total > 0
 
 

@@ -75,7 +75,7 @@ def lowered(mesh: str, layers: int = 2, dtype: str = "float32", microbatches: in
 def program(mesh: str) -> hlo.Counts:
     text = lowered(mesh).compile().as_text()
     assert text is not None
-    return hlo.read(text)
+    return hlo.count_program(text)
 
 
 def sent(counts: hlo.Counts, mesh: str) -> Counter[tuple[str, tuple[str, ...]]]:
@@ -148,7 +148,7 @@ def test_what_is_summed_is_small(mesh: str) -> None:
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_gradients_cross_replicas_in_the_dtype_of_the_computation(microbatches: int) -> None:
     """As the program asks for it: XLA:CPU makes float32 of every sum. All matrices do; float32 are figures of the routers."""
-    asked = hlo.read(lowered("data 2 x fsdp 4", dtype="bfloat16", microbatches=microbatches).as_text(dialect="hlo"))
+    asked = hlo.count_program(lowered("data 2 x fsdp 4", dtype="bfloat16", microbatches=microbatches).as_text(dialect="hlo"))
     sizes = dict.fromkeys(AXES, 1) | MESHES["data 2 x fsdp 4"]
     crossing = [c for c in asked.collectives if "data" in axes_of(c.groups, sizes)]
     gathered = {"float32": [c for c in crossing if c.dtype == "f32"], "bfloat16": [c for c in crossing if c.dtype == "bf16"]}
@@ -181,7 +181,7 @@ def test_experts_cost_three_units_on_a_tpu() -> None:
         segments = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=NamedSharding(mesh, P(BATCH, "context")))
         both = jax.jit(jax.grad(lambda layer, x, s: jnp.sum(layer(x, s)[0].astype(jnp.float32)), argnums=(0, 1)))
         text = both.trace(layer, x, segments).lower(lowering_platforms=("tpu",)).as_text(dialect="hlo")
-    counts, product = hlo.read(text), 2 * R * D * F
+    counts, product = hlo.count_program(text), 2 * R * D * F
     assert counts.kernels.total() == 9  # of three matrices: forward, for x, for the weight
     stated = [int(flops) for flops in re.findall(r'"flops": ?(\d+)', text)]  # the kernel of weight gradients states none
     assert stated == [product] * 6

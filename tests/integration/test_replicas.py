@@ -73,7 +73,7 @@ def test_gradients_cross_the_slow_network_once() -> None:
         text = program.lower(state, put_batch(batch(8 * microbatches), mesh)).compile().as_text()
     gradients = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in state.trainable.values())
     bytes_by_axes: Counter[tuple[str, ...]] = Counter()
-    for c, times in hlo.read(text).collectives.items():
+    for c, times in hlo.count_program(text).collectives.items():
         axes = axes_of(c.groups, mesh.shape)
         if "data" in axes:
             bytes_by_axes[axes] += times * c.bytes

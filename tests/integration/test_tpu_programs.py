@@ -25,10 +25,10 @@ from moe_train.model.parameters import parameters
 from moe_train.model.sharding.specs import TENSOR_AND_EXPERT
 from moe_train.model.transformer import init_model
 from moe_train.plan import hlo
+from moe_train.plan.choice import model_choice
 from moe_train.plan.compile import compile_config
 from moe_train.plan.replica_groups import axes_of
-from moe_train.plan.search import model_choice
-from moe_train.plan.topology import parse
+from moe_train.plan.topology import parse_topology
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
 from moe_train.train.step import compile_step
@@ -124,7 +124,7 @@ def test_fsdp_alone_scatters_gradients(mesh: tuple[str, ...]) -> None:
     gradients = sum(2 * math.prod(x.shape) for x in params.values())
     sizes = next(iter(params.values())).sharding.mesh.shape
     received = dict.fromkeys(("all-reduce", "reduce-scatter"), 0.0)
-    for c, times in hlo.read(program.as_text()).collectives.items():
+    for c, times in hlo.count_program(program.as_text()).collectives.items():
         if c.kind in received and axes_of(c.groups, sizes) == ("fsdp",):
             received[c.kind] += c.bytes * times
     fsdp = sizes["fsdp"]
@@ -137,7 +137,7 @@ def test_gradients_cross_the_data_axis_once(collectives: Any) -> None:
     of a chip's part of a stack's weights, and so is summed after all layers and microbatches."""
     meshes = ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", "train.batch_size=16", "train.microbatches=2")
     program, params = compiled("2x2x2", *TINY, *meshes)
-    found = hlo.read(program.as_text()).collectives
+    found = hlo.count_program(program.as_text()).collectives
     sizes = {"data": 2, "fsdp": 2, "expert": 2, "context": 1, "tensor": 1}
     across = [(c, times) for c, times in found.items() if "data" in axes_of(c.groups, sizes)]
     gradients = sum(2 * math.prod(x.sharding.shard_shape(x.shape)) for x in params.values())  # in bfloat16, as computed
@@ -154,7 +154,7 @@ def test_mixtral_8x7b(collectives: Any) -> None:
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept < 18 * GIB
     sizes = {"data": 1, "fsdp": 8, "expert": 8, "context": 1, "tensor": 1}
     scattered, beside_products = 0.0, 0.0  # as compiler_options says
-    for c, times in hlo.read(program.as_text()).collectives.items():
+    for c, times in hlo.count_program(program.as_text()).collectives.items():
         if c.kind == "reduce-scatter" and axes_of(c.groups, sizes) == ("fsdp",):
             scattered += c.bytes * times
             beside_products += c.bytes * times * (c.hidden_flops > 0)
@@ -175,7 +175,7 @@ ONE_EACH = {"v5e:2x2": ("mesh={expert: 4}", "train.batch_size=4"), "v5e:2x4": ("
 )
 def test_adapters_of_mixtral_8x7b_fit_into_16_gb_a_chip(topology: str, num_layers: int, overrides: tuple[str, ...]) -> None:
     """A sequence on each chip; `plan` says so too. Codes of all layers exist once: laid out anew beside, they would not fit."""
-    model, place = yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml").model, parse(topology)
+    model, place = yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml").model, parse_topology(topology)
     assert model is not None
     adapters = [*ONE_EACH[topology], *overrides, "train.microbatches=1"]
     run = yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_lora_v5e.yaml", adapters)

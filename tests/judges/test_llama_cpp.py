@@ -183,7 +183,7 @@ def test_k_quants_by_llama_cpps_own_hand(
             parameters, model, tmp_path / f"{dtype}-proved", WriteOptions(layout="gguf", dtype=dtype, texts=texts)
         )
         (tensors,), (ran,) = ([c for c in record["checks"] if c["name"] == name] for name in ("tensors", "answers"))
-        assert ran["passed"] and ran["said"].endswith("measured, not judged, in so few bits") and ran["figures"]["logits"] < 0.5
+        assert ran["passed"] and "measured, not judged" in ran["said"] and ran["figures"]["logits"] < 0.5
         assert tensors["passed"] and tensors["figures"]["tolerance_of_few_bits"].keys() == kinds
     name = "blk.1.ffn_down_exps.weight"
     for fault in (swap_experts, zero_a_row):

@@ -18,7 +18,7 @@ import pytest
 
 from moe_train import config
 from moe_train.commands import write_and_prove
-from moe_train.evaluate.generate import generate
+from moe_train.evaluate.generate import GenerationOptions, generate_tokens
 from moe_train.machine.mesh import put_batch
 from moe_train.model import parameters as flat
 from moe_train.model import transformer
@@ -84,7 +84,7 @@ def ours(parameters: dict[str, jax.Array], model: config.Model, lora: config.Lor
         module = flat.combine(structure, parameters)
         return jax.nn.log_softmax(module.logits(module(*batch)[0]))
 
-    (tokens,) = generate(structure, parameters, model, ONE, [PROMPT.tolist()], MORE)
+    (tokens,) = generate_tokens(structure, parameters, model, ONE, [PROMPT.tolist()], GenerationOptions(MORE))
     return Answer(np.asarray(jax.jit(logprobs)(parameters))[0], list(tokens))
 
 

@@ -9,7 +9,7 @@ import pytest
 from moe_train import config
 from moe_train.commands.plan import plan_run
 from moe_train.config import yaml_file
-from moe_train.plan.answer import Options
+from moe_train.plan.answer import PlanOptions
 from tests.plan.pretraining import PRETRAIN, SMALL, run
 
 
@@ -19,7 +19,7 @@ def test_the_best_choice_is_written_as_a_config(tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().out
     assert "v5p:2x2x2: 8 chips of 95.0 GiB" in said and "confirmed: no" in said
     given = yaml_file.load_config(PRETRAIN, SMALL)
-    best = plan_run(given, "v5p:2x2x2", Options(compile_best=0)).best
+    best = plan_run(given, "v5p:2x2x2", PlanOptions(compile_best=0)).best
     assert best is not None
     written = yaml_file.load_config(out)
     assert config.run_of(written) == best.run

@@ -9,7 +9,7 @@ from tests.plan.pretraining import PRETRAIN, run
 
 @pytest.mark.parametrize(
     ("layers", "last"),
-    [(32, "it fits on v5e:8x8 (64 chips): "), (4000, "nor does it on any larger slice")],
+    [(32, "it fits on v5e:8x8 (64 chips): "), (4000, "no larger slice or number of hosts of v5e fits it either")],
     ids=["here", "anywhere"],
 )
 def test_a_model_that_does_not_fit(layers: int, last: str, capsys: pytest.CaptureFixture[str]) -> None:

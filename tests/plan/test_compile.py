@@ -11,7 +11,7 @@ from moe_train import config
 from moe_train.plan import compile as compiler
 from moe_train.plan import gpu_targets
 from moe_train.plan.compile import compile_config
-from moe_train.plan.topology import parse
+from moe_train.plan.topology import parse_topology
 from tests.plan.pretraining import pretrain_run
 
 SMALL = ("model.num_layers=2", "model.model_dim=1024", "model.ffn.ffn_dim=2048", "model.vocab_size=1024", "train.seq_len=1024")
@@ -33,7 +33,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra(
     missing = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more))
     with pytest.raises(ValueError, match=rf"compiling for {topology} needs .* bash launch/install.sh {extra}, or .* --no-compile"):
-        compile_config(small(), parse(topology))
+        compile_config(small(), parse_topology(topology))
 
 
 def test_adapters_and_weights_in_few_bits_are_in_the_state() -> None:
@@ -53,7 +53,7 @@ def test_adapters_and_weights_in_few_bits_are_in_the_state() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not here; run: bash launch/install.sh tpu")
 def test_a_slice_sends_16_bit_numbers() -> None:
-    compiled = compile_config(small(), parse("v5p:2x2x2"))
+    compiled = compile_config(small(), parse_topology("v5p:2x2x2"))
     assert not compiled.warnings  # of a rematerialisation that nobody asked for
     assert sum(t.bytes for t in compiled.traffic if t.dtype == "f32") < 0.01 * compiled.network_bytes
     assert compiled.bytes_per_device < 2**29
@@ -63,7 +63,7 @@ def test_a_slice_sends_16_bit_numbers() -> None:
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not here; run: bash launch/install.sh tpu")
 def test_several_slices_send_gradients_once_over_the_slow_network() -> None:
     run = small("train.batch_size=16", "mesh.data=2")
-    compiled = compile_config(run, parse("2xv5p:2x2x2"))
+    compiled = compile_config(run, parse_topology("2xv5p:2x2x2"))
     crossing = [t for t in compiled.traffic if t.crosses_slices]
     assert crossing and all("data" in t.axes for t in crossing)
     assert not compiled.warnings
@@ -72,8 +72,8 @@ def test_several_slices_send_gradients_once_over_the_slow_network() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_CUDA, reason="JAX's CUDA plugin is not here; run: bash launch/install.sh cuda")
-@pytest.mark.parametrize("gpu", gpu_targets.GPUS)
+@pytest.mark.parametrize("gpu", gpu_targets.GPU_TARGETS)
 def test_gpus_that_are_not_here(gpu: str) -> None:
-    compiled = compile_config(small(), parse(f"{gpu}x8"))
+    compiled = compile_config(small(), parse_topology(f"{gpu}x8"))
     assert {"all-gather", "reduce-scatter"} <= {t.kind for t in compiled.traffic}
     assert "cudnn$fmha" in compiled.hlo

@@ -41,7 +41,7 @@ def test_the_refusal_names_the_numbers_and_what_fits() -> None:
 
 
 def test_where_nothing_fits() -> None:
-    with pytest.raises(ValueError, match="no mesh of the 8 devices here fits it: use more of them"):
+    with pytest.raises(ValueError, match="no mesh of these 8 devices is large enough: use more devices"):
         check_fits(small("mesh.fsdp=8", "mesh.expert=1"), device(1 << 20))
 
 

@@ -7,8 +7,8 @@ import pytest
 from moe_train.plan import gpu_targets
 
 
-@pytest.mark.parametrize("gpu", gpu_targets.GPUS)
+@pytest.mark.parametrize("gpu", gpu_targets.GPU_TARGETS)
 def test_descriptions_of_gpus_are_complete(gpu: str) -> None:
     text = gpu_targets.description(gpu)
     assert text.count("{") == text.count("}")
-    assert f'"{gpu_targets.GPUS[gpu].name}"' in text and gpu.upper() in text
+    assert f'"{gpu_targets.GPU_TARGETS[gpu].name}"' in text and gpu.upper() in text

@@ -43,7 +43,7 @@ WHILE = """
     ],
 )
 def test_loops_count_as_often_as_they_run(loop: str, trips: int) -> None:
-    counts = hlo.read(entry(f"ROOT %w = (s32[], f32[8]{{0}}) while(%t), {loop}", before=WHILE))
+    counts = hlo.count_program(entry(f"ROOT %w = (s32[], f32[8]{{0}}) while(%t), {loop}", before=WHILE))
     assert counts.bytes == trips * 32
     assert counts.flops == trips * 2 * 2 * 4 * 3
     assert set(counts.collectives.values()) == {trips}
@@ -54,14 +54,14 @@ def test_of_a_conditional_the_branch_that_receives_least_counts() -> None:
         "%{n} (p: f32[8]) -> f32[8] {{\n  ROOT %c = f32[{size}]{{0}} all-reduce(%p), replica_groups=[1,2]<=[2], to_apply=%a\n}}\n"
     )
     before = branch.format(n="few", size=8) + "\n" + branch.format(n="many", size=100)
-    counts = hlo.read(entry("%c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%many, %few}", before=before))
+    counts = hlo.count_program(entry("%c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%many, %few}", before=before))
     assert (counts.bytes, counts.fallback_bytes) == (32, 400 - 32)
 
 
 @pytest.mark.parametrize("by", ["call-start(%p), to_apply", "async-start(%p), calls"])
 def test_a_collective_on_another_thread_of_the_device_is_asynchronous(by: str) -> None:
     inside = "ROOT %g = f32[8]{0} all-gather(%p), replica_groups=[1,2]<=[2], dimensions={0}"
-    counts = hlo.read(
+    counts = hlo.count_program(
         entry(
             f"%s = ((f32[4]), f32[8]) {by}=%called",
             "%d = f32[2,4]{1,0} dot(f32[2,3] %a, f32[3,4] %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
@@ -81,7 +81,7 @@ def test_a_collective_that_fusions_do_in_parts_counts_once() -> None:
         f"%{name} (p: f32[4]) -> f32[8] {{\n  {gather}\n{more}}}\n\n"
         for name, more in (("start", ""), ("async_collective_fusion.1", f"  {product}\n"), ("end", ""))
     )
-    counts = hlo.read(
+    counts = hlo.count_program(
         entry(*(f"%f = f32[8] fusion(%p), calls=%{n}" for n in ("start", "async_collective_fusion.1", "end")), before=before)
     )
     ((collective, times),) = counts.collectives.items()
@@ -91,7 +91,7 @@ def test_a_collective_that_fusions_do_in_parts_counts_once() -> None:
 def test_an_asynchronous_pair_counts_once_and_says_what_hides_it() -> None:
     groups = "replica_groups=[1,2]<=[2], dimensions={0}"
     dot = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
-    counts = hlo.read(
+    counts = hlo.count_program(
         entry(
             "%p = f32[4,2]{1,0} parameter(0)",
             f"%s = (f32[4,2]{{1,0}}, f32[8,2]{{1,0}}) all-gather-start(%p), {groups}",
@@ -108,7 +108,7 @@ def test_an_asynchronous_pair_counts_once_and_says_what_hides_it() -> None:
 
 def test_kernels_state_their_own_estimate() -> None:
     call = 'f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"12"}}'
-    counts = hlo.read(entry(*(f"%gmm.{n} = {call}" for n in range(3))))
+    counts = hlo.count_program(entry(*(f"%gmm.{n} = {call}" for n in range(3))))
     assert (counts.flops, counts.kernel_flops, dict(counts.kernels)) == (0, 36, {"gmm": 3})
 
 
@@ -123,7 +123,7 @@ def test_a_real_program_is_read_as_it_was_written() -> None:
             lambda x, w: jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], axis=0), out_shardings=along()
         )
         text = step.lower(x, w).compile().as_text()
-    counts = hlo.read(text)
+    counts = hlo.count_program(text)
     assert counts.flops == 5 * 2 * (64 // 8) * 16 * 16
     assert counts.bytes_by("kind") == {"all-reduce": 16 * 4 * 2 * 7 / 8}
     assert num_instructions(text) == sum(" = " in line for line in text.splitlines() if line.startswith("  "))

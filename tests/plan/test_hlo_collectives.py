@@ -32,14 +32,16 @@ from tests.plan.hlo_module import REST, entry
     ids=lambda value: value if isinstance(value, str) and "%" not in value else "",
 )
 def test_bytes_that_a_device_receives(line: str, kind: str, received: float) -> None:
-    counts = hlo.read(entry("%p = f32[8]{0} parameter(0)", line))
+    counts = hlo.count_program(entry("%p = f32[8]{0} parameter(0)", line))
     assert counts.bytes_by("kind") == {kind: received}
     assert counts.bytes == received
 
 
 def test_a_ragged_all_to_all_counts_its_smaller_side() -> None:
     line = "%c = f32[64]{0} ragged-all-to-all(%p, %o, %i, %i, %i, %i), replica_groups=[1,8]<=[8]"
-    counts = hlo.read(entry("%p = f32[16]{0} parameter(0)", "%o = f32[64]{0} parameter(1)", "%i = s64[8]{0} parameter(2)", line))
+    counts = hlo.count_program(
+        entry("%p = f32[16]{0} parameter(0)", "%o = f32[64]{0} parameter(1)", "%i = s64[8]{0} parameter(2)", line)
+    )
     assert counts.bytes == 16 * 4 * 7 / 8
 
 
@@ -52,7 +54,7 @@ def test_a_ragged_all_to_all_counts_its_smaller_side() -> None:
     ids=["a group of one device", "a permute that moves nothing"],
 )
 def test_what_stays_is_not_received(line: str) -> None:
-    assert hlo.read(entry(line)).bytes == 0
+    assert hlo.count_program(entry(line)).bytes == 0
 
 
 def test_a_fusion_named_all_reduce_scatter_is_a_reduce_scatter() -> None:
@@ -62,7 +64,9 @@ def test_a_fusion_named_all_reduce_scatter_is_a_reduce_scatter() -> None:
   ROOT %s = bf16[16]{0} dynamic-slice(%r, %i)
 }
 """
-    counts = hlo.read(entry("%f = bf16[16]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={}", before=before))
+    counts = hlo.count_program(
+        entry("%f = bf16[16]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={}", before=before)
+    )
     assert counts.bytes_by("kind") == {"reduce-scatter": 128 * 3 / 4}
 
 
@@ -76,7 +80,7 @@ def test_a_fusion_named_all_reduce_scatter_is_a_reduce_scatter() -> None:
     ],
 )
 def test_a_start_states_its_operands_too(line: str, received: float) -> None:
-    counts = hlo.read(entry(f"%s = {line}", "%d = f32[8] done(%s)"))
+    counts = hlo.count_program(entry(f"%s = {line}", "%d = f32[8] done(%s)"))
     assert counts.bytes == received
 
 
@@ -84,7 +88,7 @@ def test_what_crosses_slices_goes_through_the_hosts() -> None:
     by = (
         'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
     )
-    counts = hlo.read(
+    counts = hlo.count_program(
         entry(
             f"%s = (f32[8]{{0}}, u32[], token[]) send(%p, %t), channel_id=3, {by}",
             f"%r = (f32[8]{{0}}, u32[], token[]) recv(%t), channel_id=2, {by}",

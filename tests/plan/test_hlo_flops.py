@@ -20,10 +20,10 @@ def test_a_convolution_counts_the_taps_that_meet_its_operand(taps: str, stride: 
     window = f"window={{size=3 stride={stride} pad={pad[0]}_{pad[1]}}}, dim_labels=0bf_0io->0bf"
     line = f"%c = f32[{outputs},4,5]{{2,1,0}} convolution(%x, %k), {window}"
     text = entry("%x = f32[7,4,6]{2,1,0} parameter(0)", "%k = f32[3,6,5]{2,1,0} parameter(1)", line)
-    assert hlo.read(text).flops == 2 * 4 * 5 * 6 * met
+    assert hlo.count_program(text).flops == 2 * 4 * 5 * 6 * met
 
 
 def test_calls_of_cublas_count_as_the_products_that_they_are() -> None:
     call = '%g = f32[4,6] custom-call(f32[4,5] %a, f32[5,6] %b), custom_call_target="__cublas$gemm", '
-    assert hlo.read(entry(call + 'backend_config={"lhs_contracting_dimensions":["1"]}')).flops == 2 * 4 * 6 * 5
-    assert hlo.read(entry(call + "backend_config={}")).flops == 0
+    assert hlo.count_program(entry(call + 'backend_config={"lhs_contracting_dimensions":["1"]}')).flops == 2 * 4 * 6 * 5
+    assert hlo.count_program(entry(call + "backend_config={}")).flops == 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from moe_train.plan import hlo
-from moe_train.plan.hlo_text import Shape, computations, num_instructions, operand_shapes, second_element, stated_shapes
+from moe_train.plan.hlo_text import ArrayShape, computations, num_instructions, operand_shapes, second_element, stated_shapes
 from tests.plan.hlo_module import entry
 
 
 def test_other_text_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        hlo.read("module @jit_step {}")
+        hlo.count_program("module @jit_step {}")
 
 
 def test_instructions_are_taken_apart() -> None:
@@ -31,6 +31,6 @@ def test_shapes_and_their_bytes() -> None:
 
 def test_operands_are_stated_or_known_by_name() -> None:
     stated, named = (computations(entry(f"%d = f32[] dot({operands})"))[0]["main"][0] for operands in ("f32[2,3] %a", "%a, %b"))
-    known = {"a": [Shape("s8", (5,))], "b": [Shape("f32", (1,)), Shape("f32", (2,))]}
-    assert operand_shapes(stated, known) == [Shape("f32", (2, 3))]
-    assert operand_shapes(named, known) == [Shape("s8", (5,)), Shape("f32", (1,))]
+    known = {"a": [ArrayShape("s8", (5,))], "b": [ArrayShape("f32", (1,)), ArrayShape("f32", (2,))]}
+    assert operand_shapes(stated, known) == [ArrayShape("f32", (2, 3))]
+    assert operand_shapes(named, known) == [ArrayShape("s8", (5,)), ArrayShape("f32", (1,))]

@@ -13,10 +13,10 @@ from moe_train import config
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import init_model
+from moe_train.plan.choice import model_choice
 from moe_train.plan.compile import compile_config
 from moe_train.plan.memory import memory
-from moe_train.plan.search import model_choice
-from moe_train.plan.topology import parse
+from moe_train.plan.topology import parse_topology
 from moe_train.plan.weights import layout
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
@@ -131,7 +131,7 @@ OTHERS = {
 
 def against_the_compiler(*overrides: str, topology: str = "v5p:2x2x2") -> tuple[float, float]:
     """Bytes received, (modelled, counted), of a program whose memory and bytes are modelled within 10%; prints both errors."""
-    place = parse(topology)
+    place = parse_topology(topology)
     choice = model_choice(pretrain_run(*MIDDLE, *overrides), place)
     program = compile_config(choice.run, place)
     memory_error = choice.memory.total / program.bytes_per_device - 1

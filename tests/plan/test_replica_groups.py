@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.plan.replica_groups import Groups, axes_of, replica_groups
+from moe_train.plan.replica_groups import ReplicaGroups, axes_of, replica_groups
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from moe_train.plan.replica_groups import Groups, axes_of, replica_groups
         ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
     ],
 )
-def test_the_ways_to_write_groups(text: str, groups: Groups) -> None:
+def test_the_ways_to_write_groups(text: str, groups: ReplicaGroups) -> None:
     assert replica_groups(f"channel_id=1, replica_groups={text}, use_global_device_ids=true, to_apply=%add") == groups
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from moe_train import config
 from moe_train.machine.devices import DEVICES
-from moe_train.plan.roofline import Time, Work, time, work
-from moe_train.plan.topology import parse
+from moe_train.plan.roofline import Time, Work, step_time, step_work
+from moe_train.plan.topology import parse_topology
 from moe_train.plan.traffic import Flow, flows
 from moe_train.plan.weights import layout
 from tests.plan.pretraining import SMALL, pretrain_run
@@ -39,20 +39,23 @@ def test_each_part_is_its_work_over_the_peak() -> None:
     device = dataclasses.replace(DEVICES["h100"], flops={"bfloat16": 10.0}, hbm_bandwidth=5.0, link_bandwidth=2.0)
     moved = [Flow("weights", "all-gather", "fsdp", 6.0, True), Flow("tokens to experts", "all-to-all", "expert", 8.0, False)]
     done = NOTHING._replace(flops=20.0, hbm_bytes=15.0)
-    assert time(done, moved, small("mesh.fsdp=4", "mesh.expert=2"), parse("h100x8"), device) == Time(2.0, 3.0, 3.0, 4.0, 0.0, 0.0)
+    assert step_time(done, moved, small("mesh.fsdp=4", "mesh.expert=2"), parse_topology("h100x8"), device) == Time(
+        2.0, 3.0, 3.0, 4.0, 0.0, 0.0
+    )
 
 
 def test_what_crosses_hosts_goes_over_the_slow_network() -> None:
     """Of an all-gather of 16 over two hosts of 8, half of a whole, shared by 8 devices, comes from outside: a sixteenth."""
     run, device = small("mesh.fsdp=16"), dataclasses.replace(DEVICES["h100"], link_bandwidth=1.0, dcn_bandwidth=1.0)
-    found = time(NOTHING, [Flow("weights", "all-gather", "fsdp", 15.0, True)], run, parse("2xh100x8"), device)
+    found = step_time(NOTHING, [Flow("weights", "all-gather", "fsdp", 15.0, True)], run, parse_topology("2xh100x8"), device)
     assert (found.network, found.dcn) == (14.0, 1.0)
 
 
 def test_rematerialization_adds_flops_and_no_useful_ones() -> None:
-    place = parse("v5p:2x2x2")
+    place = parse_topology("v5p:2x2x2")
     full, minimal = (
-        work(run, layout(run), flows(run, layout(run)), place) for run in (small(f"compute.remat={r}") for r in ("full", "minimal"))
+        step_work(run, layout(run), flows(run, layout(run)), place)
+        for run in (small(f"compute.remat={r}") for r in ("full", "minimal"))
     )
     assert full.model_flops == minimal.model_flops == minimal.flops < full.flops < 4 / 3 * minimal.flops
     assert full.hbm_bytes > minimal.hbm_bytes and full.dcn_bytes == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.plan.topology import parse, shapes
+from moe_train.plan.topology import parse_topology, slice_shapes
 
 
 @pytest.mark.parametrize(
@@ -28,13 +28,13 @@ from moe_train.plan.topology import parse, shapes
     ],
 )
 def test_what_a_name_stands_for(name: str, canonical: str, chips: int, devices: int) -> None:
-    topology = parse(name)
+    topology = parse_topology(name)
     assert (topology.name, topology.num_chips, topology.num_devices) == (canonical, chips, devices)
-    assert parse(topology.name) == topology
+    assert parse_topology(topology.name) == topology
 
 
 def test_a_slice_of_several() -> None:
-    topology = parse("3xtpu7x:2x2x1")
+    topology = parse_topology("3xtpu7x:2x2x1")
     assert (topology.platform, topology.device, topology.shape, topology.num_slices) == ("tpu", "tpu7x", (2, 2, 1), 3)
     assert (topology.slice_name, topology.chips_per_slice, topology.devices_per_slice) == ("tpu7x:2x2x1", 4, 8)
 
@@ -52,26 +52,29 @@ def test_a_slice_of_several() -> None:
         ("v6e-512", "topology v6e-512 does not exist: 512 chips; nearest: v6e:16x16, 256 chips"),
         ("v5e-0", "topology v5e-0 does not exist: 0 chips; nearest: v5e:1x1, 1 chips"),
         ("v5x:2x2", "topology v5x:2x2: there is no v5x; nearest: v5p (known: v5p, v5e, v6e, tpu7x)"),
-        ("h100x16", "topology h100x16: a host has 1, 2, 4 or 8 GPUs, and no shape; nearest: h100x8; several hosts are 2xh100x8"),
-        ("h100:2x2", "topology h100:2x2: a host has 1, 2, 4 or 8 GPUs, and no shape; nearest: h100x4"),
+        (
+            "h100x16",
+            "topology h100x16: a host has 1, 2, 4 or 8 GPUs, without a shape; nearest: h100x8; several hosts are 2xh100x8",
+        ),
+        ("h100:2x2", "topology h100:2x2: a host has 1, 2, 4 or 8 GPUs, without a shape; nearest: h100x4"),
         ("p100x8", "topology p100x8: there is no p100; nearest: h100 (known: a100, h100, h200, b200)"),
         ("0xv5p:4x4x4", "topology 0xv5p:4x4x4 has 0 slices; use at least 1"),
-        ("1000000xv5p:4x4x4", "topology 1000000xv5p:4x4x4 has 64,000,000 chips; plans are for at most 1,048,576"),
+        ("1000000xv5p:4x4x4", "topology 1000000xv5p:4x4x4 has 64,000,000 chips; the limit is 1,048,576; plan for fewer slices"),
     ],
 )
 def test_what_does_not_exist(name: str, said: str) -> None:
     with pytest.raises(ValueError) as error:
-        parse(name)
+        parse_topology(name)
     assert str(error.value) == said
 
 
 @pytest.mark.parametrize("name", ["", "v5p", "64", "v5p:", "v5p:4x4x", "v5p 4x4x4", "x8", "2x", "v5p:4x4x4\n"])
 def test_what_is_no_name(name: str) -> None:
-    with pytest.raises(ValueError, match="cannot be read; write one of the kind v5p:4x4x4"):
-        parse(name)
+    with pytest.raises(ValueError, match="is not the name of a topology; examples: v5p:4x4x4"):
+        parse_topology(name)
 
 
 def test_larger_slices_are_whole_cubes() -> None:
-    assert all(side % 4 == 0 for shape in list(shapes("v5p"))[4:] for side in shape)
-    assert (16, 16, 24) in set(shapes("v5p"))
-    assert (4, 4, 28) not in set(shapes("v5p"))
+    assert all(side % 4 == 0 for shape in list(slice_shapes("v5p"))[4:] for side in shape)
+    assert (16, 16, 24) in set(slice_shapes("v5p"))
+    assert (4, 4, 28) not in set(slice_shapes("v5p"))

@@ -10,7 +10,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.moe.transport import all_gather, all_to_all
 from moe_train.model.moe.transport.transport import ExchangeSizes, bytes_received
 from moe_train.plan.compile import compile_on
-from moe_train.plan.traffic import Flow, flows, shape_of
+from moe_train.plan.traffic import Flow, flows, microbatch_shape
 from moe_train.plan.weights import layout
 from tests.plan.pretraining import pretrain_run
 
@@ -75,11 +75,11 @@ def test_microbatches_gather_weights_again_and_sum_over_replicas_once() -> None:
 
 def test_the_transport_is_the_one_that_the_model_chooses() -> None:
     run = pretrain_run("train.batch_size=64", "train.microbatches=1")
-    assert shape_of(run).transport == "all_to_all"
+    assert microbatch_shape(run).transport == "all_to_all"
     sizes = ExchangeSizes(4096, 4096, 2, 8)
     assert bytes_received(all_to_all, sizes) < bytes_received(all_gather, sizes)
     assert (
-        shape_of(pretrain_run("train.batch_size=64", "train.microbatches=1", "mesh.fsdp=32", "mesh.expert=2")).transport
+        microbatch_shape(pretrain_run("train.batch_size=64", "train.microbatches=1", "mesh.fsdp=32", "mesh.expert=2")).transport
         == "all_gather"
     )
 

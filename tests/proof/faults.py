@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from moe_train.proof import repeat, reread, surroundings
+from moe_train.proof import compare, reread, surroundings
 
 
 def patch(directory: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -129,12 +129,12 @@ def change_a_dtype(directory: Path, base: Path, layout: str) -> None:
 
 def forge(directory: Path) -> None:
     """Bring the record's hashes in line with the files: somebody changed them, and made a new record of hashes."""
-    record = json.loads((directory / surroundings.FILE).read_text())
+    record = json.loads((directory / surroundings.RECORD_FILE).read_text())
     record["files"] = surroundings.file_hashes(directory)
     stored = reread.tensors(directory)
-    found = repeat.compare.examine(stored, repeat.as_stored(stored), None, None).examined
+    found = compare.examine_tensors(stored, compare.hash_only(stored), None, None).results
     record["tensors"] = {name: {**record["tensors"][name], "sha256": found[name].sha256} for name in stored}
-    (directory / surroundings.FILE).write_text(json.dumps(record))
+    (directory / surroundings.RECORD_FILE).write_text(json.dumps(record))
 
 
 def change_router(directory: Path, base: Path, layout: str) -> None:

@@ -60,6 +60,6 @@ def test_names_of_adapters(layout: Any, weight: str, names: str) -> None:
 
 def test_names_of_weights_trained_in_full() -> None:
     router, table = "model.layers.0.block_sparse_moe.gate.weight", "model.embed_tokens.weight"
-    assert expected.whole_names("peft", router, tied=False) == ["base_model.model.model.layers.0.mlp.gate.weight"]
-    assert expected.whole_names("peft", table, tied=True) == [f"base_model.model.{table}", "base_model.model.lm_head.weight"]
-    assert expected.whole_names("mistral-lora", router, tied=True) == [router]
+    assert expected.full_weight_names("peft", router, tied=False) == ["base_model.model.model.layers.0.mlp.gate.weight"]
+    assert expected.full_weight_names("peft", table, tied=True) == [f"base_model.model.{table}", "base_model.model.lm_head.weight"]
+    assert expected.full_weight_names("mistral-lora", router, tied=True) == [router]

@@ -63,16 +63,16 @@ def test_merged_again_from_the_weights_in_memory(exports: Any, weights: Any, tmp
     assert merge(export, weights).passed
     path = "stacks.0.layers.0.ffn.up_proj.lora_b"
     other = merge(export, {**weights, path: weights[path] * 1.5})
-    assert other.passed is False and "with its adapter" in other.said
+    assert other.passed is False and "with its adapter" in other.summary
     of_base = merge(export, {}, base=external.open_external_weights(base))
-    assert of_base.passed and of_base.figures["count"] == 3 + 2 * 3  # norms, router, both ends
-    assert of_base.figures["adapted"] == 2 * (4 + 3 * 4) and of_base.figures["untrained"] == 0
+    assert of_base.passed and of_base.metrics["count"] == 3 + 2 * 3  # norms, router, both ends
+    assert of_base.metrics["adapted"] == 2 * (4 + 3 * 4) and of_base.metrics["untrained"] == 0
 
 
 def test_a_record_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no export_proof\.json; only what moe-train export wrote"):
+    with pytest.raises(FileNotFoundError, match=r"has no export_proof\.json; only directories that `moe-train export` wrote"):
         verify(tmp_path)
     for text in ("{}", "[]", "{", '{"format": "hf", "files": {}, "tensors": {}, "model": 3}', '{"format": 1, "files": 1}'):
-        (tmp_path / surroundings.FILE).write_text(text)
+        (tmp_path / surroundings.RECORD_FILE).write_text(text)
         with pytest.raises(ValueError, match=r"^[^\n]*export_proof\.json[^\n]*$"):
             verify(tmp_path)

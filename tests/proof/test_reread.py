@@ -54,7 +54,7 @@ def test_tensors_and_keys_of_gguf_files_are_those_of_the_library(tmp_path: Path)
         assert (stored.kind, stored.shape) == (kind.name, (3, 64))
         raw = rows_of(stored, 0, 3)
         assert raw == wanted.tobytes()
-        assert np.array_equal(reread.dequantised(kind.name, bytearray(raw), 3), gguf.dequantize(wanted, kind))
+        assert np.array_equal(reread.dequantize_gguf(kind.name, bytearray(raw), 3), gguf.dequantize(wanted, kind))
     blocks = np.frombuffer(rows_of(found["Q8_0"], 0, 3), reread.Q8_0)
     plain = (blocks["scale"].astype(np.float32)[:, None] * blocks["q"]).reshape(3, 64)
     assert np.array_equal(plain, gguf.dequantize(gguf.quantize(values, kinds[0]), kinds[0]))
@@ -70,8 +70,8 @@ A = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        (header("{" + A + "}", 8, length=10**9), "its header should have 1000000000 bytes"),
-        (header("{" + A + "," + A + "}", 8), "its header has a name twice"),
+        (header("{" + A + "}", 8, length=10**9), "it states a header of 1000000000 bytes"),
+        (header("{" + A + "," + A + "}", 8), "its header has the same name twice"),
         (header("{" + A + "," + A.replace('"a"', '"b"') + "}", 8), "b begins at 0, not at 8"),
         (header("{" + A.replace("[2]", "[3]") + "}", 8), r"a has 8 bytes for the shape \(3,\)"),
         (header("{" + A + "}", 9), "its tensors end at byte"),
@@ -91,11 +91,11 @@ def test_a_name_in_two_files_and_other_versions_are_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"a is in one\.safetensors and in two\.safetensors"):
         reread.tensors(tmp_path)
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<I", 2))
-    with pytest.raises(ValueError, match="it is no GGUF file of version 3"):
+    with pytest.raises(ValueError, match="it is not a GGUF file of version 3"):
         reread.gguf_settings(tmp_path / "x.gguf")
 
 
 def test_a_file_that_ends_inside_a_tensor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes(7))
-    with pytest.raises(ValueError, match=r"x ends inside a$"):
+    with pytest.raises(ValueError, match=r"x ends inside a; copy the file again$"):
         rows_of(Stored("a", tmp_path / "x", "F32", (2,), 0, 8), 0, 1)

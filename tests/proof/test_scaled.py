@@ -30,10 +30,10 @@ def write(directory: Path, settings: dict[str, Any], tensors: dict[str, np.ndarr
         ({}, {}, None),
         ({"lora_alpha": 4}, {}, "the alpha of lora_alpha is 4, not 0.5 x 4"),
         ({"alpha_pattern": {"k_proj": 2}}, {}, "the alpha of k_proj is 2, not 0.5 x 2"),
-        ({"alpha_pattern": {}}, {}, "has other settings"),
-        ({"use_rslora": True}, {}, "has other settings"),
-        ({}, {NAME: np.zeros((2, 4), np.float32)}, f"{NAME} in .* is not that of"),
-        ({}, {"more": np.ones(1, np.float32)}, "has other tensors than .*: more"),
+        ({"alpha_pattern": {}}, {}, "differs from that in .* in more than its alphas"),
+        ({"use_rslora": True}, {}, "differs from that in .* in more than its alphas"),
+        ({}, {NAME: np.zeros((2, 4), np.float32)}, f"{NAME} in .* differs from that in"),
+        ({}, {"more": np.ones(1, np.float32)}, "do not have the same tensors: only one of them has more"),
     ],
 )
 def test_every_fault_is_found(settings: dict[str, Any], tensors: Any, fault: str | None, tmp_path: Path) -> None:

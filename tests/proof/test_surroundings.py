@@ -13,7 +13,7 @@ from moe_train.proof import surroundings
 
 def test_every_file_but_the_record_is_hashed(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("a", "sub/b", surroundings.FILE):
+    for name in ("a", "sub/b", surroundings.RECORD_FILE):
         (tmp_path / name).write_text(name)
     assert surroundings.file_hashes(tmp_path) == {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a", "sub/b")}
 

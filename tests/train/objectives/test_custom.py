@@ -88,7 +88,7 @@ def test_a_weight_of_the_batch_alone_costs_no_forward_pass() -> None:
             run = jax.jit(partial(step_gradients, definition, key=None))
             text = run.lower(params, ModelWeights({}, {}, {}), put_batch(batch(), ONE)).compile().as_text()
         assert text is not None
-        return hlo.read(text).flops
+        return hlo.count_program(text).flops
 
     once = flops(replace(custom_objective(by_hand), weight=next_token().weight, first_pass=None))
     assert flops(custom_objective(by_hand)) == once < flops(custom_objective(focal))

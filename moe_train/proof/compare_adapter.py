@@ -1,0 +1,163 @@
+"""Compare files that hold adapters alone with the adapters in memory, delta by delta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_train import config
+from moe_train.model.paths import ParameterPath
+from moe_train.proof import expected, reread
+from moe_train.proof.checks import Fault, Finding, first_and_count
+from moe_train.proof.compare import (
+    COMPARE_CHUNK_BYTES,
+    TensorResults,
+    adapter_in_file_order,
+    examine_tensors,
+    hash_only,
+)
+from moe_train.proof.expected import ExpectedTensor, Part
+from moe_train.proof.reread import Stored
+from moe_train.proof.rounding import MANTISSA
+from moe_train.weights.arrays import LazyParameters
+
+ScaleInFile = Callable[[str, int], float]
+"""(name of a weight, rank) -> the factor of B·A that the layout's own tools apply."""
+
+
+class DeltaResult(NamedTuple):
+    """The comparison of one matrix's delta in the files with that in memory."""
+
+    module: str
+    lead: tuple[int, ...]
+    trained: bool
+    """Whether the delta in memory is not zero."""
+    relative_error: float
+    """Largest difference divided by what rounding A and B to the file's dtype allows; at most 1 is right."""
+
+
+def examine_adapter(
+    layout: expected.AdapterLayout,
+    stored: Mapping[str, Stored],
+    model: config.Model,
+    parameters: LazyParameters,
+    lora: config.Lora,
+    scale_in_file: ScaleInFile,
+) -> tuple[TensorResults, list[DeltaResult]]:
+    """Hash every tensor and compare scale · B·A of each pair with that in memory, matrix by matrix.
+
+    Pairs for weights that have no adapter in memory must be zero; some layouts need them. Weights that were trained in full are
+    compared bit by bit.
+
+    Args:
+        layout: layout of the files.
+        stored: tensors of the files by name.
+        model: the architecture of the base.
+        parameters: weights by path.
+        lora: the section of the adapters.
+        scale_in_file: the scale that the layout's own tools apply.
+
+    Raises:
+        Fault: a tensor is missing, or is not one of the adapter.
+    """
+    remaining = dict(stored)
+    deltas: list[DeltaResult] = []
+    full_weights: list[ExpectedTensor] = []
+    for tensor in expected.model_tensors(expected.MODEL_LAYOUT_OF[layout], model):
+        name_a, name_b = expected.adapter_names(layout, tensor.name)
+        path = ParameterPath.parse(tensor.parts[0].path)
+        has_adapter = path.has_adapter(parameters)
+        if has_adapter and not {name_a, name_b} <= remaining.keys():
+            raise Fault(f"{name_a if name_a not in remaining else name_b} is missing")
+        if name_a in remaining and name_b in remaining:
+            a = remaining.pop(name_a)
+            b = remaining.pop(name_b)
+            for i in range(len(tensor.parts)):
+                factors = _read_factors(tensor, i, a, b)
+                scale = scale_in_file(tensor.name, len(factors.a_Ji))
+                # A scale may have been multiplied into B, so it is applied before the comparison.
+                scaled_factors = factors._replace(b_oJ=factors.b_oJ * scale)
+                deltas.append(_compare_delta(tensor, i, scaled_factors, a.kind, parameters if has_adapter else None, lora))
+            continue
+        for name in expected.full_weight_names(layout, tensor.name, model.tie_embeddings):
+            if name in remaining:
+                full_weights.append(tensor._replace(name=name))
+                remaining.pop(name)
+            elif path.is_trained(lora):
+                raise Fault(f"{name}, which was trained in full, is missing")
+    if remaining:
+        raise Fault(first_and_count([f"{name} is not a tensor of this adapter" for name in sorted(remaining)]))
+    hashed = examine_tensors(stored, hash_only(stored), None, None)
+    if not full_weights:
+        return hashed, deltas
+    compared = examine_tensors(stored, full_weights, parameters, None)
+    return TensorResults(stored, {**hashed.results, **compared.results}), deltas
+
+
+class _Factors(NamedTuple):
+    """A and B of one matrix, in float64 and in the file's order."""
+
+    a_Ji: np.ndarray
+    b_oJ: np.ndarray
+
+
+def _read_factors(tensor: ExpectedTensor, i: int, a: Stored, b: Stored) -> _Factors:
+    """Read A and B of part i of a tensor. Raises Fault if their shapes are not those of its adapter."""
+    a_Ji = _read_part(a, i, len(tensor.parts))
+    b_oJ = _read_part(b, i, len(tensor.parts))
+    # The embedding's A takes tokens, (J, V), and its B is (D, J).
+    if tensor.module == "embed" and a_Ji.shape[1] == tensor.shape[0]:
+        a_Ji, b_oJ = b_oJ.T, a_Ji.T
+    if (len(b_oJ), a_Ji.shape[1]) != tensor.shape[-2:] or len(a_Ji) != b_oJ.shape[1]:
+        raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are not an adapter of a weight {tensor.shape[-2:]}")
+    return _Factors(a_Ji, b_oJ)
+
+
+def _compare_delta(
+    tensor: ExpectedTensor, i: int, factors: _Factors, kind: str, parameters: LazyParameters | None, lora: config.Lora
+) -> DeltaResult:
+    """Compare the delta of part i of a tensor with that in memory; parameters None: it must be zero."""
+    part: Part = tensor.parts[i]
+    if parameters is None:
+        is_zero = not factors.b_oJ.any() or not factors.a_Ji.any()
+        return DeltaResult(tensor.module, part.lead, False, 0.0 if is_zero else np.inf)
+    expected_a, expected_b = adapter_in_file_order(part, parameters, lora)
+    # A and B were each rounded to the file's dtype, and products are summed in another order than here.
+    eps = 2.0 ** (1 - MANTISSA[kind]) + 2.0**-22
+    relative_error = 0.0
+    step = max(1, COMPARE_CHUNK_BYTES // (8 * expected_a.shape[1]))
+    for start in range(0, len(expected_b), step):
+        rows = slice(start, start + step)
+        difference = np.abs(factors.b_oJ[rows] @ factors.a_Ji - expected_b[rows] @ expected_a)
+        allowed = eps * (np.abs(expected_b[rows]) @ np.abs(expected_a)) + 1e-30
+        # np.maximum keeps a NaN, which Python's max would drop.
+        relative_error = float(np.maximum(relative_error, (difference / allowed).max(initial=0.0)))
+    trained = bool(expected_b.any() and expected_a.any())
+    return DeltaResult(tensor.module, part.lead, trained, relative_error)
+
+
+def _read_part(stored: Stored, i: int, parts: int) -> np.ndarray:
+    """Read the rows of part i of `parts` of a tensor as float64."""
+    rows = stored.rows // parts
+    with stored.file.open("rb") as file:
+        raw = stored.read(file.fileno(), i * rows, (i + 1) * rows)
+    if stored.kind not in reread.FLOAT_DTYPES:
+        raise Fault(f"{stored.name} is {stored.kind}; adapters must be {', '.join(reread.FLOAT_DTYPES)}")
+    return np.frombuffer(raw, reread.FLOAT_DTYPES[stored.kind]).reshape(rows, -1).astype(np.float64)
+
+
+def summarize_deltas(deltas: Sequence[DeltaResult]) -> Finding:
+    """Summarize all adapters. Raises Fault if a delta differs from the one in memory."""
+    wrong = [delta for delta in deltas if not delta.relative_error <= 1]  # not `> 1`, so that NaN is wrong too
+    if wrong:
+        raise Fault(
+            f"the adapter of {wrong[0].module}{list(wrong[0].lead)} in the files is not the one in memory "
+            f"({len(wrong)} matrices in all)"
+        )
+    untrained = sum(not delta.trained for delta in deltas)
+    summary = f"{len(deltas):,} deltas are those in memory"
+    if untrained:
+        summary += f"; {untrained:,} are zero: never trained"
+    return Finding(summary, {"count": len(deltas), "untrained": untrained, "tolerance": "A and B each rounded to the file's dtype"})

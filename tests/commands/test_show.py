@@ -113,7 +113,7 @@ def test_of_a_conversation_with_tools_that_is_too_long_the_turns_that_fit_are_ke
     assert found == trajectories.predictions([example for example in separate if len(example.tokens) <= seq_len + 1])
 
 
-def _example(segment: show.Segment) -> Example:
+def _example(segment: show.ShownSegment) -> Example:
     return Example([token.id for token in segment.tokens], [token.trained_on for token in segment.tokens])
 
 

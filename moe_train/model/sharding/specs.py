@@ -28,7 +28,7 @@ def activation_spec(letters: str) -> P:
     return P(*(batch_axes() if letter == "B" else ACTIVATION.get(letter) for letter in letters))
 
 
-def place(x: Any, letters: str) -> jax.Array:
+def place(x: Any, letters: str) -> Shaped[Array, "..."]:
     """Return an activation, which may be a NumPy array or an array of any sharding, with the spec of its dims.
 
     Args:

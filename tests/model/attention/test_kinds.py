@@ -19,5 +19,5 @@ def test_attention_without_a_name_is_grouped_query_attention() -> None:
 def test_a_cache_has_the_key_heads_of_each_repeat() -> None:
     section = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8)
     with jax.set_mesh(ONE):
-        cache = attention_class(section).empty_cache(section, num_layers=3, batch_size=1, max_len=5, dtype=jnp.float32)
+        cache = attention_class(section).empty_cache(section, num_layers=3, batch_size=1, max_len=5, dtype=jnp.dtype("float32"))
     assert cache.k_BSKH.shape == cache.v_BSKH.shape == (3, 1, 5, 2, 8)

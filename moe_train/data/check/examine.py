@@ -25,10 +25,11 @@ from moe_train.data.check.overlap import overlap, said_in
 from moe_train.data.check.pair_rules import no_objective
 from moe_train.data.check.repaired import attempts, kept_of
 from moe_train.data.check.requirements import Requirements
+from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.conversation import read as read_record
 from moe_train.data.records.json_lines import Block, records_in
 from moe_train.data.records.normal_form import Conversation, NormalRecord, messages_of, tools_of
-from moe_train.data.records.problem import Item, Problem
+from moe_train.data.records.problem import Item, Problem, check_usable
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
@@ -61,6 +62,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
             continue
         try:
             section = question.records[chunk.place] or recognise(item, question.ignore)
+            check_usable(item, read_columns(section))
             read.append(ReadRecord(number, item, section, *read_record(item, section)))
         except Problem as problem:
             unreadable.append((number, problem))

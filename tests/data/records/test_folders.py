@@ -82,7 +82,7 @@ def test_a_clone_with_a_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- data_files:\n  - {split: a, path: data/tr*}\n  - {split: b, path: data/te*}\n---"
     )
-    with pytest.raises(ValueError, match="has the splits a, b, .* name the files of one: .*train-00000.* or .*test-00000.*"):
+    with pytest.raises(ValueError, match=r"has the splits a, b, .* name the files of one: .*train-00000.* or .*test-00000.*"):
         opened(tmp_path)
     (tmp_path / "README.md").write_text("---\nconfigs:\n- data_files: data/other-*\n---\n")
     with pytest.raises(ValueError, match=r"README\.md: the split train has the files data/other-\*, and none of them is there"):

@@ -1,4 +1,4 @@
-"""Records in every container that people use: each writer makes a file or folder of the same records, by the libraries of the field.
+"""Records in every container that people use: each writer makes a file or folder of them with the libraries of the field.
 
 A writer raises `CannotHold` where its container cannot express the records, such as values of two types in one column.
 """
@@ -133,7 +133,10 @@ def _saved_dict(records: Sequence[Record], folder: Path) -> Path:
 
 def _clone(records: Sequence[Record], folder: Path) -> Path:
     (folder / "data").mkdir()
-    _dataset(records).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    try:
+        _dataset(records).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    except (pa.ArrowException, NotImplementedError) as error:  # a struct without members
+        raise CannotHold(str(error)) from error
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n# Tides\n"
     (folder / "README.md").write_text(card)
     (folder / "dataset_infos.json").write_text("{}")

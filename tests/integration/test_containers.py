@@ -1,7 +1,8 @@
 """The same records in every container have the same normal form, and the check says the same of them.
 
 Hypothesis draws records of every kind: texts, completions, conversations, calls with nested objects as arguments, tools with nested
-schemas, weights as integers and floats. pyarrow, datasets and pandas write them. `--slow` draws many more; the counts are printed (`-s`).
+schemas, weights as integers and floats. pyarrow, datasets and pandas write them. `--slow` draws many more; the counts are printed
+(`-s`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from moe_train import config
@@ -23,16 +25,25 @@ from moe_train.data.records.conversation import normalise
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.conversations import NAMES, conversations, texts
+from tests.data.hugging_face import V3
 from tests.integration.containers import KEEP_ALL, TEXT, TYPED, CannotHold, Record, as_text, lines
 
 tried: collections.Counter[str] = collections.Counter()
-DRAWN = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+NO_SHRINKING = (Phase.explicit, Phase.generate)  # a smaller example would take minutes to find
+DRAWN = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None, phases=NO_SHRINKING)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def say_counts() -> Iterator[None]:
+    datasets.disable_progress_bars()
     yield
+    datasets.enable_progress_bars()
     print(f"\nfiles: {tried.total()}", *(f"{name} {count}" for name, count in tried.most_common()), sep="\n  ")
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Mistral:
+    return Mistral(V3)
 
 
 KEYS = st.sampled_from(["port", "buoy", "deep", "x y", "ü", "type"])

@@ -17,7 +17,7 @@ def card(folder: Path, front_matter: str) -> Path:
 @pytest.mark.parametrize(
     ("front_matter", "expected"),
     [
-        ("configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n  - split: test\n    path: [a, b]",
+        ("configs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/train-*}\n  - {split: test, path: [a, b]}",
          [("train", ("data/train-*",)), ("test", ("a", "b"))]),
         ("configs:\n- config_name: x\n  data_files: x.csv\n- config_name: y\n  data_dir: sub\n  data_files: ['y.csv', 'z.csv']",
          [("x/train", ("x.csv",)), ("y/train", ("sub/y.csv", "sub/z.csv"))]),

@@ -34,6 +34,7 @@ from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _STILL_TOKENISED = {"control-token"}  # training accepts records that break these rules, and treats the tokens as plain text
 
@@ -150,16 +151,28 @@ def _judge(read: list[ReadRecord], place: int, question: Question, form: Require
             entry.problems.append(Problem("refused", str(result), "change or drop it"))
         else:
             entry.examples = result
-    numbered = ((Origin(0, i), {"text": entry.record}) for i, entry in enumerate(texts))
-    text = config.TextRecord(name="text")
-    for (_, i), examples in encode(numbered, str, text, question.tokenizer, None):
-        texts[i].examples = examples
+    _encode_texts(texts, question.tokenizer)
     if question.seq_len is not None:
         for entry in read:
             longest = max((len(example.tokens) - 1 for example in entry.examples), default=0)
             if longest > question.seq_len and entry.section.too_long == "error" and "too-long" not in question.allowed:
                 message = f"the record takes {longest} positions, the sequence has {question.seq_len}"
                 entry.problems.append(Problem("too-long", message, "raise seq_len, set record.too_long, or shorten it"))
+
+
+def _encode_texts(texts: list[ReadRecord], tokenizer: Tokenizer) -> None:
+    """Fill in the examples of texts, or a problem where the tokenizer refuses one."""
+    section = config.TextRecord(name="text")
+    numbered = [(Origin(0, i), {"text": entry.record}) for i, entry in enumerate(texts)]
+    try:
+        for (_, i), examples in encode(numbered, str, section, tokenizer, None):
+            texts[i].examples = examples
+    except ValueError:
+        for entry, record in zip(texts, numbered, strict=True):  # find the one at fault
+            try:
+                [(_, entry.examples)] = encode([record], str, section, tokenizer, None)
+            except ValueError as error:
+                entry.problems.append(Problem("refused", str(error.__cause__), "change or drop it"))
 
 
 def _stop_where_there_is_no_form(entry: ReadRecord, conversation: Conversation, place: int, question: Question) -> None:

@@ -24,9 +24,11 @@ _ABOUT = {
 }
 """Keys beside the records that say something about the file, and nothing about a record."""
 _LOOKED_AT = 1 << 16  # characters from which the form of a file is told
-_TEXT = r'"(?:[^"\\]|\\.)*"'
-_SCALAR = rf"(?:{_TEXT}|[-+.\w]+)"
-_WRAPPER = re.compile(rf'\s*\{{\s*((?:{_TEXT}\s*:\s*{_SCALAR}\s*,\s*)*)"({"|".join(WRAPPERS)})"\s*:\s*(?=\[\s*[{{\]])')
+# Quantifiers are possessive (`++`, `*+`), so that matching takes linear time whatever the text.
+_TEXT = r'"(?:[^"\\]++|\\.)*+"'
+_SCALAR = rf"(?:{_TEXT}|[-+.\w]++)"
+_WRAPPER = re.compile(rf'\s*+\{{\s*+((?:{_TEXT}\s*+:\s*+{_SCALAR}\s*+,\s*+)*+)"({"|".join(WRAPPERS)})"\s*+:\s*+(?=\[\s*+[{{\]])')
+_TEXTS_AND_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+("?)|[{}\[\]]')
 _ADVICE = "write the records as one array, or one object a line"
 
 
@@ -125,17 +127,20 @@ def _continues(text: str) -> bool:
     """Return whether the object that begins on the first line continues on the next, rather than being damaged."""
     first, _, rest = text.partition("\n")
     rest = rest.lstrip()
-    outline = re.sub(_TEXT, "_", first).rstrip()
-    if '"' in outline or not rest:
+    if not rest:
         return False
     opened: list[str] = []
-    for character in outline:
-        if character in "{[":
-            opened.append(character)
-        elif character in "}]" and (not opened or opened.pop() + character not in ("{}", "[]")):
+    for match in _TEXTS_AND_BRACKETS.finditer(first):
+        token = match[0]
+        if token[0] == '"':
+            if not match[1]:  # the text has no end on this line
+                return False
+        elif token in "{[":
+            opened.append(token)
+        elif not opened or opened.pop() + token not in ("{}", "[]"):
             return False
     if not opened:
         return False
-    if opened[-1] == "{" and not outline.endswith(":"):
+    if opened[-1] == "{" and not first.rstrip().endswith(":"):
         return rest[0] in '"},'
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,12 @@ def test_what_is_malformed_or_unread_is_one_problem(tmp_path: Path, content: str
     assert "\n" not in str(problem)
     with pytest.raises(ValueError, match=rf"a\.json: row {count}: .*{fault}"):
         list(opened(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("part", ['"', "\\", '{"a": [', "a", "\n", '": "', '\\"', "[{", '", "data": [{'])
+def test_the_form_of_a_file_is_told_in_linear_time(tmp_path: Path, part: str) -> None:
+    for content in (part * 100_000, json.dumps({"text": part * 100_000}), '{"a": 1, ' * 10_000 + part * 10_000):
+        (tmp_path / "a.jsonl").write_text(content)
+        start = time.process_time()
+        is_lines(tmp_path / "a.jsonl")
+        assert time.process_time() - start < 1

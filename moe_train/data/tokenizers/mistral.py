@@ -74,7 +74,7 @@ class Mistral(Tokenizer):
                 raise
             longest = max((len(run) for run in re.findall(r"\s+", text)), default=0)
             raise ValueError(
-                f"{self.path.name} cannot split the text into words: it has a run of {longest} characters of white space; shorten it"
+                f"{self.path.name} cannot split the text into words: it has a run of {longest} white-space characters; shorten it"
             ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

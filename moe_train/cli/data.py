@@ -46,7 +46,8 @@ def check_command(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="FILES", help="Files, folders or globs of JSON lines, JSON, CSV, TSV, Parquet, Arrow or text, compressed or not."
+            metavar="FILES",
+            help="Files, folders or globs of JSON lines, JSON, CSV, TSV, Parquet, Arrow or text, compressed or not.",
         ),
     ] = None,
     tokenizer: TokenizerPath = None,

@@ -25,8 +25,8 @@ from moe_train.data.check.overlap import overlap, said_in
 from moe_train.data.check.pair_rules import no_objective
 from moe_train.data.check.repaired import attempts, kept_of
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.conversation import read as read_record
+from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.json_lines import Block, records_in
 from moe_train.data.records.normal_form import Conversation, NormalRecord, messages_of, tools_of
 from moe_train.data.records.problem import Item, Problem, check_usable

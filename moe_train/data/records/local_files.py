@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_train import config
 from moe_train.data.records import dataset_card, files, folders, zip_archive
-from moe_train.data.records.conversation import columns
+from moe_train.data.records.conversation import columns, read_columns
 from moe_train.data.records.file_bytes import COMPRESSIONS, is_compressed
 from moe_train.data.records.problem import Item, usable
 from moe_train.data.records.scan import Scan, scan_file
@@ -22,6 +22,7 @@ class LocalFiles(OpenSource):
     def __init__(self, source: config.FileSource) -> None:
         self._files = expand_files(source)
         self._columns = columns(source.record)
+        self._read_columns = read_columns(source.record)
         json_lines = [files.is_json_lines(file, kind) for file, kind in self._files]
         self._cuttable = [lines and not is_compressed(file) for (file, _), lines in zip(self._files, json_lines, strict=True)]
         self.places = tuple(
@@ -39,7 +40,7 @@ class LocalFiles(OpenSource):
         records = files.read_file(file, kind, by_line, self._columns[0], self._columns, span[1:])
         if kind not in ("parquet", "arrow"):
             return records
-        return ((number, usable(record, self._columns)) for number, record in records)
+        return ((number, usable(record, self._read_columns)) for number, record in records)
 
 
 def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:

@@ -13,6 +13,7 @@ import pytest
 
 from moe_train import config
 from moe_train.data.records.column_values import rows
+from moe_train.data.records.conversation import read
 from moe_train.data.records.problem import Problem, check_usable
 from tests.data.records.sources import opened, texts
 from tests.data.records.tables import json_array, write_table
@@ -95,6 +96,19 @@ def test_a_value_without_a_form_in_json_counts_only_where_it_is_read(array: pa.A
     check_usable(first, ["text"])
     with pytest.raises(Problem, match=f"^column 'c' .*{fault}"):
         check_usable(first, ["text", "c"])
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_picture_is_refused_as_a_picture_unless_it_is_ignored_by_name(tmp_path: Path) -> None:
+    path = write_table(pa.table({"text": ["a"], "images": [[b"\x89PNG"]]}), tmp_path / "a.parquet")
+    for ignore in ((), ("images",)):
+        section = config.TextRecord(name="text", ignore=ignore)
+        [(_, fields)] = opened(path, record=section)
+        if ignore:
+            assert read(fields, section).record == "a"
+        else:
+            with pytest.raises(Problem, match="has the key 'images': images, sound and video are not read"):
+                read(fields, section)
 
 
 @pytest.mark.usefixtures("no_network")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 data_commands = typer.Typer(name="data", help="Check, show and prepare data before training on them.", no_args_is_help=True)
 
-RecordLayout = Literal["auto", "text", "json", "csv", "parquet", "arrow"]
+RecordLayout = Literal["auto", "text", "json", "csv", "tsv", "parquet", "arrow"]
 TokenizerPath = Annotated[
     Path | None, typer.Option(help="Directory with tokenizer.json, or a tekken.json or tokenizer.model.v*. Default: the run's own.")
 ]
@@ -46,7 +46,8 @@ def check_command(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="FILES", help="Files, folders or globs of JSON lines, JSON, CSV, Parquet, Arrow or text, compressed or not."
+            metavar="FILES",
+            help="Files, folders or globs of JSON lines, JSON, CSV, TSV, Parquet, Arrow or text, compressed or not.",
         ),
     ] = None,
     tokenizer: TokenizerPath = None,

@@ -122,14 +122,15 @@ Record = Annotated[TextRecord | ChatRecord | CompletionRecord | PreferenceRecord
 
 
 class FileSource(Section):
-    """Local files: paths, folders or globs, relative to the working directory.
+    """Local files: paths, folders, zip archives or globs, relative to the working directory.
 
+    A folder with several splits of a data set needs a choice: name the files of one, such as `data/train-*.parquet`.
     `licence` and `origin` are documentation: they are copied to the records of the run.
     """
 
     name: Literal["files"]
     files: Annotated[tuple[str, ...], Field(min_length=1)]
-    format: Literal["auto", "text", "json", "csv", "parquet", "arrow"] = "auto"
+    format: Literal["auto", "text", "json", "csv", "tsv", "parquet", "arrow"] = "auto"
     record: Record
     weight: PositiveFloat | None = None
     licence: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from moe_train import config
@@ -11,6 +11,7 @@ from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.example import Example
 from moe_train.data.records.conversation import read, trainable
 from moe_train.data.records.normal_form import Conversation, texts_of
+from moe_train.data.records.problem import located
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -59,8 +60,16 @@ def encode(
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [tokenizer.eos_id]
     for texts in _chunks(numbered, where, record, len, unread):
-        for (origin, _), ids in zip(texts, tokenizer.encode_batch([text for _, text in texts]), strict=True):
+        for (origin, _), ids in zip(texts, _encoded(texts, where, tokenizer), strict=True):
             yield origin, [Example([*begin, *ids, *end], None)] if ids else []
+
+
+def _encoded(texts: Sequence[tuple[Origin, str]], where: Where, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the ids of each text. Raises ValueError, with its origin, for the first that the tokenizer refuses."""
+    try:
+        return tokenizer.encode_batch([text for _, text in texts])
+    except ValueError:
+        return [located(where(origin), tokenizer.encode, text) for origin, text in texts]
 
 
 def _size(conversation: Conversation) -> int:

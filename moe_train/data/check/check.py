@@ -34,6 +34,7 @@ from moe_train.data.check.held_out import HeldOutRecords
 from moe_train.data.check.kinds import Kinds
 from moe_train.data.check.overlap import OVERLAP_WORDS
 from moe_train.data.check.requirements import Requirements, requirements_of
+from moe_train.data.records.file_bytes import size_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.records.unread import add_counts
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -181,7 +182,7 @@ def check_records(
         ignore=tuple(dict.fromkeys(itertools.chain.from_iterable(source.ignore for source in sources))),
         held_out=held_out.hashes,
     )
-    sizes = [place.file.stat().st_size for place in places]
+    sizes = [size_of(place.file) for place in places]
     num_proc = 1
     if sum(sizes) > _WORTH_PROCESSES or settings.sample:
         num_proc = settings.num_proc
@@ -357,7 +358,7 @@ class _Gathered:
             epoch = estimate.epoch(self.lengths, self.fitting, sources, settings.seq_len, settings.batch_size, tokens_per_second)
         return {
             "files": len(self.places),
-            "bytes": sum(place.file.stat().st_size for place in self.places),
+            "bytes": sum(size_of(place.file) for place in self.places),
             "records": self.records,
             "records_with_problems": self.bad_records,
             "shapes": dict(self.shapes.most_common()),

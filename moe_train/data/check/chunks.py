@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from moe_train import config
 from moe_train.data.check.findings import Chunk, Question
 from moe_train.data.records import files
-from moe_train.data.records.file_bytes import MAX_RECORD, is_compressed
+from moe_train.data.records.file_bytes import MAX_RECORD, is_compressed, size_of
 from moe_train.data.records.json_lines import Block, blocks
 from moe_train.data.records.local_files import expand_files
 from moe_train.data.records.problem import Item
@@ -92,7 +92,7 @@ def all_chunks(places: list[CheckedFile], question: Question) -> Iterator[tuple[
     """Yield every record in chunks, with the number of bytes of the files that have been read."""
     before = 0
     for i, place in enumerate(places):
-        size = place.file.stat().st_size
+        size = size_of(place.file)
         if place.kind == "json" and place.counted == "line":
             done = 0
             for block in blocks(place.file):

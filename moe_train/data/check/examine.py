@@ -26,13 +26,15 @@ from moe_train.data.check.pair_rules import no_objective
 from moe_train.data.check.repaired import attempts, kept_of
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.conversation import read as read_record
+from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.json_lines import Block, records_in
 from moe_train.data.records.normal_form import Conversation, NormalRecord, messages_of, tools_of
-from moe_train.data.records.problem import Item, Problem
+from moe_train.data.records.problem import Item, Problem, check_usable
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _STILL_TOKENISED = {"control-token"}  # training accepts records that break these rules, and treats the tokens as plain text
 
@@ -61,6 +63,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
             continue
         try:
             section = question.records[chunk.place] or recognise(item, question.ignore)
+            check_usable(item, read_columns(section))
             read.append(ReadRecord(number, item, section, *read_record(item, section)))
         except Problem as problem:
             unreadable.append((number, problem))
@@ -148,10 +151,7 @@ def _judge(read: list[ReadRecord], place: int, question: Question, form: Require
             entry.problems.append(Problem("refused", str(result), "change or drop it"))
         else:
             entry.examples = result
-    numbered = ((Origin(0, i), {"text": entry.record}) for i, entry in enumerate(texts))
-    text = config.TextRecord(name="text")
-    for (_, i), examples in encode(numbered, str, text, question.tokenizer, None):
-        texts[i].examples = examples
+    _encode_texts(texts, question.tokenizer)
     if question.seq_len is not None:
         for entry in read:
             longest = max((len(example.tokens) - 1 for example in entry.examples), default=0)
@@ -164,6 +164,21 @@ def _judge(read: list[ReadRecord], place: int, question: Question, form: Require
                         "raise --seq-len (in a config: train.seq_len), set record.too_long there, or shorten it",
                     )
                 )
+
+
+def _encode_texts(texts: list[ReadRecord], tokenizer: Tokenizer) -> None:
+    """Fill in the examples of texts, or a problem where the tokenizer refuses one."""
+    section = config.TextRecord(name="text")
+    numbered = [(Origin(0, i), {"text": entry.record}) for i, entry in enumerate(texts)]
+    try:
+        for (_, i), examples in encode(numbered, str, section, tokenizer, None):
+            texts[i].examples = examples
+    except ValueError:
+        for entry, record in zip(texts, numbered, strict=True):  # find the one at fault
+            try:
+                [(_, entry.examples)] = encode([record], str, section, tokenizer, None)
+            except ValueError as error:
+                entry.problems.append(Problem("refused", str(error.__cause__), "change or drop it"))
 
 
 def _stop_where_there_is_no_form(entry: ReadRecord, conversation: Conversation, place: int, question: Question) -> None:

@@ -101,6 +101,16 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
 
 def columns(record: config.Record) -> tuple[str, ...]:
     """Return the columns to load for `read`: those that it may read, and those that change the meaning of a record."""
+    return tuple(dict.fromkeys((*_may_read(record), *sorted(MEANING_KEYS))))
+
+
+def read_columns(record: config.Record) -> tuple[str, ...]:
+    """Return the columns whose values `read` may use."""
+    return tuple(name for name in dict.fromkeys(_may_read(record)) if name not in record.ignore)
+
+
+def _may_read(record: config.Record) -> list[str]:
+    """Return the columns that a kind of record has a place for, those that are ignored included."""
     names: tuple[str | None, ...]
     match record:
         case config.TextRecord(column=column):
@@ -113,8 +123,8 @@ def columns(record: config.Record) -> tuple[str, ...]:
             names = (question, chosen, rejected)
         case config.LabelledRecord(messages=messages, prompt=prompt, completion=completion, label=label):
             names = (messages, prompt, completion, label)
-    every = (*names, *TOOL_COLUMNS, *SYSTEM_COLUMNS, *MORE_PROMPT, *SETTINGS, *sorted(MEANING_KEYS))
-    return tuple(dict.fromkeys(name for name in every if name is not None))
+    every = (*names, *TOOL_COLUMNS, *SYSTEM_COLUMNS, *MORE_PROMPT, *SETTINGS)
+    return [name for name in every if name is not None]
 
 
 def _text(fields: Mapping[str, Any], record: config.TextRecord, unread: Unread) -> str:

@@ -6,12 +6,15 @@ import bz2
 import codecs
 import gzip
 import lzma
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_train.data.records import zip_archive
 from moe_train.data.records.problem import Problem
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -24,8 +27,8 @@ CUT_SHORT = "is it cut short? fetch or write it again"
 
 
 def is_compressed(file: Path) -> bool:
-    """Return whether the file name has the suffix of a compression."""
-    return file.suffix.lower() in COMPRESSIONS
+    """Return whether a file is compressed from outside: by the suffix of its name, or as a member of an archive."""
+    return file.suffix.lower() in COMPRESSIONS or zip_archive.archive_of(file) is not None
 
 
 @contextmanager
@@ -35,6 +38,11 @@ def open_bytes(file: Path) -> Iterator[Any]:
     Raises:
         Problem: If decompression fails while reading.
     """
+    archive = zip_archive.archive_of(file)
+    if archive is not None:
+        with zip_archive.open_member(archive, file) as stream:
+            yield stream
+        return
     try:
         with _stream(file) as stream:
             yield stream
@@ -42,6 +50,41 @@ def open_bytes(file: Path) -> Iterator[Any]:
         if not is_compressed(file) or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
         raise Problem("unreadable", f"cannot be unpacked to its end ({error})", CUT_SHORT) from error
+
+
+@contextmanager
+def open_stored(file: Path) -> Iterator[Any]:
+    """Open the bytes of a file as they are stored, without decompression from outside, for hashing; a context manager."""
+    archive = zip_archive.archive_of(file)
+    if archive is None:
+        with file.open("rb") as stream:
+            yield stream
+        return
+    try:
+        with zip_archive.open_member(archive, file) as stream:
+            yield stream
+    except Problem as problem:
+        raise ValueError(f"{file}: {problem}") from problem
+
+
+@contextmanager
+def on_disk(file: Path) -> Iterator[Path]:
+    """Give the path of a file that can be read out of order: its own, or for a member of an archive that of a temporary copy."""
+    archive = zip_archive.archive_of(file)
+    if archive is None:
+        yield file
+        return
+    with tempfile.NamedTemporaryFile(prefix="moe-train-") as copy:
+        with zip_archive.open_member(archive, file) as stream:
+            shutil.copyfileobj(stream, copy, BLOCK)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def size_of(file: Path) -> int:
+    """Return the size of a file in bytes; of a member of an archive, its compressed size."""
+    archive = zip_archive.archive_of(file)
+    return file.stat().st_size if archive is None else zip_archive.compressed_size(archive, file)
 
 
 def _stream(file: Path) -> Any:

@@ -9,23 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moe_train.data.records.file_bytes import COMPRESSIONS, is_compressed
-from moe_train.data.records.json_array import is_array, read_array
+from moe_train.data.records.file_bytes import COMPRESSIONS
+from moe_train.data.records.json_document import is_lines, read_document
 from moe_train.data.records.json_lines import read_lines
 from moe_train.data.records.plain_text import read_text
 from moe_train.data.records.problem import Item, Problem
 from moe_train.data.records.tables import read_csv, read_rows
 
 FILE_FORMATS = {
-    ".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".ndjson": "json",
-    ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
+    ".txt": "text", ".md": "text", ".rst": "text",
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".jsonlines": "json",
+    ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
 """File name suffix -> format."""
 
 
 def suffix(file: Path) -> str:
     """Return the suffix of a file name in lower case, without the suffix of a compression."""
-    if is_compressed(file):
+    if file.suffix.lower() in COMPRESSIONS:
         return Path(file.stem).suffix.lower()
     return file.suffix.lower()
 
@@ -39,17 +40,17 @@ def format_of(file: Path) -> str:
     kind = FILE_FORMATS.get(suffix(file))
     if kind is None:
         raise ValueError(
-            f"{file}: no format goes with its name ({', '.join(FILE_FORMATS)}; json and text also as {', '.join(COMPRESSIONS)}); "
-            "state format"
+            f"{file}: no format goes with its name ({', '.join(FILE_FORMATS)}; json, csv and text also as "
+            f"{', '.join(COMPRESSIONS)}; any in a .zip); state format"
         )
-    if is_compressed(file) and kind in ("parquet", "arrow"):
+    if file.suffix.lower() in COMPRESSIONS and kind in ("parquet", "arrow"):
         raise ValueError(f"{file}: {kind} is compressed inside; unpack the file")
     return kind
 
 
 def is_json_lines(file: Path, kind: str) -> bool:
     """Return whether a file of format `kind` has one JSON object per line; opens the file."""
-    return kind == "json" and not is_array(file)
+    return kind == "json" and is_lines(file)
 
 
 def read_file(
@@ -80,8 +81,8 @@ def read_file(
         case "json" if by_line:
             yield from read_lines(file, *span)
         case "json":
-            yield from read_array(file)
-        case "csv":
-            yield from read_csv(file)
+            yield from read_document(file)
+        case "csv" | "tsv":
+            yield from read_csv(file, kind)
         case _:
             yield from read_rows(file, kind, wanted)

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train import config
-from moe_train.data.records.conversation import columns
-from moe_train.data.records.problem import Item
+from moe_train.data.records.conversation import columns, read_columns
+from moe_train.data.records.problem import Item, usable
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource, Place, Span
 from moe_train.data.records.unread import NOT_LOADED
+
+_ROWS = 1024  # rows converted at a time
 
 
 class HubDataset(OpenSource):
@@ -33,6 +35,8 @@ class HubDataset(OpenSource):
         """Yield the rows, counted from 1. Raises FileNotFoundError if the data set cannot be loaded."""
         import datasets
 
+        from moe_train.data.records import column_values
+
         source = self._source
         try:
             rows = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision)
@@ -43,5 +47,9 @@ class HubDataset(OpenSource):
             ) from error
         present = [column for column in rows.column_names if column in columns(source.record)]
         left_out = {column: NOT_LOADED for column in rows.column_names if present and column not in present}
-        for number, row in enumerate(rows.select_columns(present) if present else rows, start=1):
-            yield number, dict(row) | left_out
+        typed = (rows.select_columns(present) if present else rows).with_format("arrow")
+        number = 1
+        for table in typed.iter(_ROWS):
+            for row in column_values.rows(table):
+                yield number, usable(row | left_out, read_columns(source.record))
+                number += 1

@@ -1,43 +1,18 @@
-"""Read the records of one JSON array element by element, with only a few of them in memory."""
+"""Read JSON values from a stream one after the other, such as the elements of an array, with only a few of them in memory."""
 
 from __future__ import annotations
 
 import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from moe_train.data.records.file_bytes import BLOCK, BOM, CUT_SHORT, MAX_RECORD, not_utf8, open_bytes
+from moe_train.data.records.file_bytes import BLOCK, BOM, CUT_SHORT, MAX_RECORD, not_utf8
 from moe_train.data.records.json_parser import Parser, unusable
 from moe_train.data.records.problem import Item, Problem, brief
 
 
-def is_array(file: Path) -> bool:
-    """Return whether a JSON file is one array, rather than one record per line."""
-    try:
-        with open_bytes(file) as stream:
-            while block := stream.read(1 << 12):
-                text = block.removeprefix(BOM).lstrip()
-                if text:
-                    return text.startswith(b"[")
-    except Problem:  # reading the records reports it again, with a line number
-        pass
-    return False
-
-
-def read_array(file: Path) -> Iterator[tuple[int, Item]]:
-    """Yield the elements of the array, counted from 1; a Problem ends it if nothing after it can be read."""
-    number = 0
-    try:
-        with open_bytes(file) as stream:
-            for number, item in _elements(_Window(stream)):
-                yield number, item
-    except Problem as problem:
-        yield number + 1, problem
-
-
-class _Window:
+class Window:
     """The part of a text stream that is in memory, and the reading position in it."""
 
     def __init__(self, stream: Any) -> None:
@@ -67,6 +42,23 @@ class _Window:
         """Return the line number of the character at index `index`."""
         return self._line + self.text.count("\n", 0, index)
 
+    def skip_space(self) -> bool:
+        """Skip white space. Returns False if the text ends here."""
+        while True:
+            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
+                self.position += 1
+            if self.position < len(self.text):
+                return True
+            if not self.read_on(BLOCK):
+                return False
+
+    def next_is(self, characters: str) -> bool:
+        """Skip white space, and return whether the next character is one of `characters`. Raises Problem if the text ends here."""
+        if not self.skip_space():
+            line = self.line_of(self.position)
+            raise Problem("not-json", f"not JSON: the text ends on line {line} without a closing bracket", CUT_SHORT)
+        return self.text[self.position] in characters
+
     def take(self, characters: str) -> bool:
         """Skip white space, and then the next character if it is one of `characters`.
 
@@ -76,48 +68,36 @@ class _Window:
         Raises:
             Problem: If the text ends here.
         """
-        while True:
-            while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
-                self.position += 1
-            if self.position < len(self.text):
-                break
-            if not self.read_on(BLOCK):
-                raise Problem("not-json", f"not JSON: the array ends on line {self.line_of(self.position)} without ]", CUT_SHORT)
-        is_match = self.text[self.position] in characters
+        is_match = self.next_is(characters)
         self.position += is_match
         return is_match
 
-    def is_at_end(self) -> bool:
-        """Return whether only white space follows."""
-        if self.text[self.position :].strip():
-            return False
-        return not any(block.strip() for block in iter(lambda: self._stream.read(BLOCK), b""))
 
-
-def _elements(window: _Window) -> Iterator[tuple[int, Item]]:
-    """Yield the elements of the array, counted from 1.
+def elements(window: Window, parser: Parser) -> Iterator[Item]:
+    """Yield the elements of the array that begins at the window's position.
 
     Raises:
         Problem: If the array itself is malformed, so that nothing after this place can be read.
     """
-    parser = Parser()
-    number = 0
-    assert window.take("["), "is_array has found it"
+    assert window.take("["), "the caller has looked"
+    is_first = True
     while not window.take("]"):
-        if number and not window.take(","):
-            excerpt = brief(window.text[window.position : window.position + 20])
-            raise Problem("not-json", f"not JSON: no , before {excerpt} on line {window.line_of(window.position)}", "put it there")
-        window.take("")
-        number += 1
-        value, end = _element(window, parser)
-        yield number, parser.checked(value, window.text[window.position : end])
+        if not is_first and not window.take(","):
+            raise missing_comma(window)
+        window.next_is("")
+        is_first = False
+        value, end = element(window, parser)
+        yield parser.checked(value, window.text[window.position : end])
         window.position = end
-    if not window.is_at_end():
-        message = f"not JSON: something follows the array on line {window.line_of(window.position)}"
-        raise Problem("not-json", message, "write one array, or one object a line")
 
 
-def _element(window: _Window, parser: Parser) -> tuple[Any, int]:
+def missing_comma(window: Window) -> Problem:
+    """Return the problem for a text with something other than a comma or a closing bracket at the window's position."""
+    excerpt = brief(window.text[window.position : window.position + 20])
+    return Problem("not-json", f"not JSON: no , before {excerpt} on line {window.line_of(window.position)}", "put it there")
+
+
+def element(window: Window, parser: Parser) -> tuple[Any, int]:
     """Parse the value at the window's position, reading more text until all of it is in memory.
 
     Returns:

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train import config
-from moe_train.data.records import files
-from moe_train.data.records.conversation import columns
-from moe_train.data.records.file_bytes import is_compressed
-from moe_train.data.records.problem import Item
+from moe_train.data.records import dataset_card, files, folders, zip_archive
+from moe_train.data.records.conversation import columns, read_columns
+from moe_train.data.records.file_bytes import COMPRESSIONS, is_compressed
+from moe_train.data.records.problem import Item, usable
 from moe_train.data.records.scan import Scan, scan_file
 from moe_train.data.records.source import OpenSource, Place, Span
-
-_BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}
-"""Files without records that `datasets` (save_to_disk) writes next to its Arrow files."""
+from moe_train.data.records.splits import check_one_split
 
 
 class LocalFiles(OpenSource):
@@ -24,6 +22,7 @@ class LocalFiles(OpenSource):
     def __init__(self, source: config.FileSource) -> None:
         self._files = expand_files(source)
         self._columns = columns(source.record)
+        self._read_columns = read_columns(source.record)
         json_lines = [files.is_json_lines(file, kind) for file, kind in self._files]
         self._cuttable = [lines and not is_compressed(file) for (file, _), lines in zip(self._files, json_lines, strict=True)]
         self.places = tuple(
@@ -37,7 +36,11 @@ class LocalFiles(OpenSource):
     def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
         """Yield the records of a part of a file."""
         by_line = self.places[span.place].by_line
-        return files.read_file(*self._files[span.place], by_line, self._columns[0], self._columns, span[1:])
+        file, kind = self._files[span.place]
+        records = files.read_file(file, kind, by_line, self._columns[0], self._columns, span[1:])
+        if kind not in ("parquet", "arrow"):
+            return records
+        return ((number, usable(record, self._read_columns)) for number, record in records)
 
 
 def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:
@@ -51,7 +54,8 @@ def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:
 
     Raises:
         FileNotFoundError: If a pattern matches nothing.
-        ValueError: If a file is named twice or has no known format, a pattern is a URL, or a text file is to hold conversations.
+        ValueError: If a file is named twice or has no known format, a folder or glob has several splits, a pattern is a URL, or a
+            text file is to hold conversations.
     """
     formats: dict[Path, str] = {}
     for pattern in source.files:
@@ -78,16 +82,42 @@ def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:
 
 
 def _matching(pattern: str, file_format: str) -> list[Path]:
-    """Return the files that a path, a folder or a glob names; from a folder, only files of known formats unless one is stated."""
+    """Return the files that a path, a folder, an archive, a path in an archive, or a glob of any of these names.
+
+    From folders and archives, only files of known formats are taken unless a format is stated.
+    """
     path = Path(pattern).expanduser()
-    if path.is_dir():
-        folder_files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _left_out(file.relative_to(path))]
-        return [file for file in folder_files if file_format != "auto" or files.suffix(file) in files.FILE_FORMATS]
+    suffixes = None
+    if file_format == "auto":
+        suffixes = [*files.FILE_FORMATS, *(kind + packed for kind in files.FILE_FORMATS for packed in COMPRESSIONS)]
+    if path.is_dir() or zip_archive.is_archive(path):
+        return folders.files_of(path, suffixes)
     if path.is_file():
         return [path]
-    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+    archive = zip_archive.archive_of(path)
+    if archive is not None:
+        candidates = zip_archive.members(archive)
+        if path in candidates:
+            return [path]
+        if any(path in member.parents for member in candidates):
+            return folders.files_of(path, suffixes)
+        inner = path.relative_to(archive).as_posix()
+        matches = [member for member in candidates if dataset_card.matches(member.relative_to(archive), inner)]
+    else:
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    found: list[Path] = []
+    for match in matches:
+        if zip_archive.is_archive(match) or (match.is_dir() and "**" not in pattern):
+            found += folders.files_of(match, suffixes)
+        elif not match.is_dir() and (folders.is_data(match) or not glob.has_magic(path.name)):
+            found.append(match)
+    check_one_split(found, _fixed_folder(path))
+    return found
 
 
-def _left_out(path: Path) -> bool:
-    """Return whether a file in a folder is hidden or a bookkeeping file."""
-    return path.name in _BOOKKEEPING or any(part.startswith(".") for part in path.parts)
+def _fixed_folder(pattern: Path) -> Path:
+    """Return the deepest folder of a glob that has no wildcard in its name."""
+    folder = pattern.parent
+    while glob.has_magic(str(folder)):
+        folder = folder.parent
+    return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -68,6 +68,8 @@ def checked_text(value: object, what: str) -> str:
     Raises:
         Problem: If it is not such a text.
     """
+    if value is None:
+        raise Problem("type", f"{what} is null or empty", "write its text, or drop the record")
     if not isinstance(value, str):
         raise Problem("type", f"{what} should be text, not {brief(value)}", "write it as a string")
     if not value.isascii():
@@ -76,6 +78,27 @@ def checked_text(value: object, what: str) -> str:
         except UnicodeEncodeError as error:
             raise Problem("unicode", f"{what} has half a surrogate pair at character {error.start}", "remove it") from error
     return value
+
+
+def check_usable(fields: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Raise the Problem that stands for the value of one of the given columns, which are those that are read.
+
+    The value of a column of a table is replaced by a Problem if JSON cannot express it; a column that is not read does no harm.
+    """
+    for column in columns:
+        value = fields.get(column)
+        if isinstance(value, Problem):
+            raise value
+
+
+def usable(record: Item, columns: Sequence[str]) -> Item:
+    """Return a record, or the Problem that `check_usable` raises for it."""
+    if isinstance(record, Mapping):
+        try:
+            check_usable(record, columns)
+        except Problem as problem:
+            return problem
+    return record
 
 
 def brief(value: object) -> str:

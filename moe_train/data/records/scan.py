@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_train.data.records import zip_archive
+from moe_train.data.records.file_bytes import open_stored
 from moe_train.machine.files import write_text
 
 _BYTES = 1 << 22, 1 << 28  # smallest and largest size of a part, which is a sixteenth of its file otherwise
@@ -38,7 +40,7 @@ def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[in
         memory: The folder of the cache.
         bytes_per_part: Smallest and largest size of a part.
     """
-    status = file.stat()
+    status = (zip_archive.archive_of(file) or file).stat()
     cache_key = json.dumps([str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ino, cuttable, bytes_per_part])
     cache_file = memory / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}.json"
     if cache_file.exists():
@@ -51,7 +53,7 @@ def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[in
     position = 0
     line = 1
     goal = step
-    with file.open("rb") as stream:
+    with open_stored(file) as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
             while cuttable and goal < position + len(block):

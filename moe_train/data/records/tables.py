@@ -1,4 +1,4 @@
-"""Read the records of tables: the rows of CSV, Parquet and Arrow files."""
+"""Read the records of tables: the rows of CSV, TSV, Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.records.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, open_bytes
+from moe_train.data.records.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, on_disk, open_bytes
 from moe_train.data.records.problem import Item, Problem, brief
 from moe_train.data.records.unread import NOT_LOADED, NotLoaded
 
+_DELIMITERS = {"csv": ",", "tsv": "\t"}
 
-def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
-    """Yield the rows of a CSV table with a header, counted from 1; every value is text."""
+
+def read_csv(file: Path, kind: str = "csv") -> Iterator[tuple[int, Item]]:
+    """Yield the rows of a table of text with a header, counted from 1.
+
+    Every value is text, or None if it is empty: such a table cannot tell an empty text from a value that is missing.
+
+    Args:
+        file: The file.
+        kind: "csv" or "tsv", which has tabs in place of commas.
+    """
     number = 0
     csv.field_size_limit(MAX_RECORD)
     try:
         with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-            rows = csv.reader(text, strict=True)
+            rows = csv.reader(text, strict=True, delimiter=_DELIMITERS[kind])
             header = next(rows, [])
             if len(set(header)) < len(header):
                 yield 0, Problem("unreadable", f"the header names a column twice: {brief(header)}", "give each its own name")
@@ -28,20 +37,25 @@ def read_csv(file: Path) -> Iterator[tuple[int, Item]]:
                 if row:
                     number += 1
                     if len(row) == len(header):
-                        yield number, dict(zip(header, row, strict=True))
+                        values = [value if value else None for value in row]
+                        yield number, dict(zip(header, values, strict=True))
                     else:
                         message = f"line {rows.line_num} has {len(row)} values for {len(header)} columns"
-                        yield number, Problem("unreadable", message, "put text with commas in it into quotes")
+                        delimiter = "tabs" if kind == "tsv" else "commas"
+                        yield number, Problem("unreadable", message, f"put text with {delimiter} in it into quotes")
     except UnicodeDecodeError as error:
         yield number + 1, not_utf8(error)
     except csv.Error as error:
-        yield number + 1, Problem("unreadable", f"line {rows.line_num} is no CSV: {error}", "double the quotes inside of quotes")
+        yield (
+            number + 1,
+            Problem("unreadable", f"line {rows.line_num} is no {kind.upper()}: {error}", "double the quotes inside of quotes"),
+        )
     except Problem as problem:
         yield number + 1, problem
 
 
 def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[tuple[int, Item]]:
-    """Yield the rows of a Parquet or Arrow file, counted from 1.
+    """Yield the rows of a Parquet or Arrow file, counted from 1, with values as `column_values.rows` converts them.
 
     Args:
         file: The file.
@@ -50,13 +64,18 @@ def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[t
     """
     import pyarrow
 
+    from moe_train.data.records import column_values
+
     number = 1
     try:
-        for batch, left_out in _batches(file, kind, wanted):
-            for row in batch.to_pylist():
-                yield number, row | left_out
-                number += 1
-    except (OSError, ValueError, pyarrow.ArrowException, NotImplementedError) as error:
+        with on_disk(file) as path:
+            for batch, left_out in _batches(path, kind, wanted):
+                for row in column_values.rows(batch):
+                    yield number, row | left_out
+                    number += 1
+    except Problem as problem:
+        yield number, problem
+    except (OSError, ValueError, ArithmeticError, LookupError, pyarrow.ArrowException, NotImplementedError) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -72,6 +91,7 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[t
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(file) as table:
+            _check_names(table.schema_arrow.names)
             names = None
             if columns is not None:
                 names = [name for name in table.schema_arrow.names if name in columns]
@@ -87,6 +107,7 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[t
         except pyarrow.ArrowInvalid:
             source.seek(0)
             reader = batches = pyarrow.ipc.open_stream(source)
+        _check_names(reader.schema.names)
         names = [name for name in reader.schema.names if columns is None or name in columns] or reader.schema.names
         for batch in batches:
             batch.validate(full=True)  # in a damaged file offsets may point outside the data
@@ -98,3 +119,9 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[t
 def _left_out(present: list[str], names: list[str] | None) -> dict[str, NotLoaded]:
     """Return the columns that are not among the names to load, each with `NOT_LOADED`."""
     return {} if names is None else {name: NOT_LOADED for name in present if name not in names}
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise Problem if two columns have the same name."""
+    if len(set(names)) < len(names):
+        raise Problem("unreadable", f"the table names a column twice: {brief(list(names))}", "give each its own name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,20 @@ class Mistral(Tokenizer):
         return frozenset(number for number in range(self.vocab_size) if self._text.is_special(number))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text, without any control token."""
-        return self._text.encode(text, bos=False, eos=False)
+        """Return the ids of plain text, without any control token.
+
+        Raises:
+            ValueError: If a run of white space is too long for the tokenizer's split into words.
+        """
+        try:
+            return self._text.encode(text, bos=False, eos=False)
+        except ValueError as error:
+            if "Regex error" not in str(error):
+                raise
+            longest = max((len(run) for run in re.findall(r"\s+", text)), default=0)
+            raise ValueError(
+                f"{self.path.name} cannot split the text into words: it has a run of {longest} white-space characters; shorten it"
+            ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""

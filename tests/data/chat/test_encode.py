@@ -14,6 +14,7 @@ from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example
 from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.chat.chats import SINGLE, render
 
 TEXT = config.TextRecord(name="text")
@@ -82,3 +83,9 @@ def test_a_record_that_cannot_be_used_is_named(
     good = {"text": "a", "messages": SINGLE}
     with pytest.raises(ValueError, match=message):
         list(encode(numbered(good, fields), where, record, tokenizer, tokenizer.chat_template))
+
+
+def test_a_text_that_the_tokenizer_refuses_is_named(mistral: Mistral) -> None:
+    too_long = " " * 1_100_000 + "a"
+    with pytest.raises(ValueError, match=r"^a\.jsonl:2: tekken.* has a run of 1100000 white-space characters; shorten it$"):
+        list(encode(numbered({"text": "a"}, {"text": too_long}), where, TEXT, mistral, None))

@@ -68,6 +68,6 @@ def test_columns_that_change_the_meaning_are_read_and_others_named(tmp_path: Pat
         read(second, section)
 
 
-def test_values_of_csv_are_text(tmp_path: Path) -> None:
+def test_values_of_csv_are_text_and_empty_ones_are_null(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,n\n"a, ""b""",1\n\nc,\n')
-    assert list(read_csv(tmp_path / "a.csv")) == [(1, {"text": 'a, "b"', "n": "1"}), (2, {"text": "c", "n": ""})]
+    assert list(read_csv(tmp_path / "a.csv")) == [(1, {"text": 'a, "b"', "n": "1"}), (2, {"text": "c", "n": None})]

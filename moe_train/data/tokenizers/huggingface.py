@@ -87,6 +87,10 @@ class HuggingFace(Tokenizer):
             raise ValueError(f"the {name} {self.named_tokens[name]!r} of tokenizer_config.json is not in {self.files[0]}")
         return number
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token that is exactly this text; None if there is no such token."""
+        return self._plain.token_to_id(text)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without any control token."""
         return self._plain.encode(text, add_special_tokens=False).ids

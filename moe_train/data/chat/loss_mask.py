@@ -15,8 +15,8 @@ import string
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
+from moe_train.data.chat.environment import GENERATION
 from moe_train.data.chat.example import is_trained_on, restart_reason, turns, uses_tools
-from moe_train.data.chat.renderer import GENERATION
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message

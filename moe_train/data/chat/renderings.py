@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moe_train.data.chat.renderer import GENERATION
+from moe_train.data.chat.environment import GENERATION
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief

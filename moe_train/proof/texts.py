@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.records.normal_form import Conversation
-from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.huggingface import ADDITIONAL_TEMPLATES, HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
@@ -65,6 +65,8 @@ def _tokenizer(directory: Path, layout: str, tokenizer: Tokenizer | None) -> tup
     file_hashes = {hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir() if file.suffix not in _WEIGHTS}
     replaced = {"chat_template.jinja"}  # replaced by the run's template
     for file in tokenizer.files:
+        if file.parent.name == ADDITIONAL_TEMPLATES:  # replaced by the run's template, too
+            continue
         if file.name not in replaced and hashlib.sha256(file.read_bytes()).hexdigest() not in file_hashes:
             raise Fault(f"{file.name} of the tokenizer is not in the directory, byte for byte")
     return f"{len(tokenizer.files)} files of the tokenizer, byte for byte", {"count": len(tokenizer.files)}

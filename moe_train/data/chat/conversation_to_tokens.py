@@ -127,7 +127,8 @@ def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:
     """Return the chat template's text.
 
     Args:
-        setting: The value of `data.chat_template`: a file or the text itself; None for the tokenizer's own template.
+        setting: The value of `data.chat_template`: a file, the text itself, or the name of a template that comes with this package;
+            None for the tokenizer's own template.
         tokenizer: The tokenizer.
 
     Returns:
@@ -144,16 +145,22 @@ def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:
 
 
 def read_template(setting: str) -> str:
-    """Return a template's text, given the text itself or the name of a file.
+    """Return a template's text, given the text itself, the name of a file, or the name of a template of this package (chatml).
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
     if "{{" in setting or "{%" in setting:
         return setting
-    if not Path(setting).is_file():
-        raise FileNotFoundError(f"data.chat_template: no file {setting}; give a jinja file or the template's text")
-    return Path(setting).read_text(encoding="utf-8")
+    file = _PACKAGED.get(setting, Path(setting))
+    if not file.is_file():
+        names = ", ".join(_PACKAGED)
+        raise FileNotFoundError(f"data.chat_template: no file {setting}; give a jinja file, the template's text, or one of {names}")
+    return file.read_text(encoding="utf-8")
+
+
+_PACKAGED = {"chatml": Path(__file__).parent / "templates" / "chatml_tools.jinja"}
+"""The templates of this package by the name under which a config selects them."""
 
 
 def _needed(template: str | None, tokenizer: HuggingFace) -> str:

@@ -136,10 +136,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute a binary operation whose result is not too large."""
         if operator == "+":
-            if left.__class__ is str and right.__class__ is str:  # the fast path for almost all sums
-                if len(left) + len(right) <= self.largest_text:
-                    return left + right
-            if isinstance(left, _SIZED) and isinstance(right, _SIZED):
+            if isinstance(left, _SIZED) and isinstance(right, _SIZED) and len(left) + len(right) > self.largest_text:
                 _check_size(len(left) + len(right), self.largest_text)
             return left + right
         if operator == "*":

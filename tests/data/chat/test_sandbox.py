@@ -53,7 +53,7 @@ def test_what_a_template_cannot_do(template: str, reason: str) -> None:
     [
         (ENDLESS, "takes more than 5,000,000 steps for one record"),
         (SLOW, "takes longer than 1 s"),
-        (HOARD, "memory|longer"),
+        (HOARD, "for one record"),
         ("{{ 'a' * 10 ** 6 }}", "more"),
     ],
 )

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from moe_train.data.chat import sandbox
 from moe_train.data.chat.example import EXTEND_VOCAB, OTHER_TEMPLATE, Example, without_tools
-from moe_train.data.chat.loss_mask import Steps, Text, trained_texts
+from moe_train.data.chat.loss_mask import Steps, Text
 from moe_train.data.chat.renderings import checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
+from moe_train.data.chat.served import checked_texts
 from moe_train.data.chat.text_to_ids import encode_texts
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -28,7 +29,7 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
         For each conversation one example, or with tools as few as its renderings and tokens allow; or a ValueError in one line, if
         the template rejects the conversation or its turns cannot be located.
     """
-    rendered = _rendered([trained_texts(conversation, tokenizer) for conversation in conversations], template)
+    rendered = _rendered([checked_texts(conversation, template, tokenizer) for conversation in conversations], template)
     all_texts: list[Text] = []
     for texts in rendered:
         if not isinstance(texts, ValueError):

@@ -84,6 +84,7 @@ class HuggingFace(Tokenizer):
         self.eos_id = self._id("eos_token")
         self.special_tokens = tuple(token.content for token in self._plain.get_added_tokens_decoder().values() if token.special)
         self.chat_template = _chat_template(directory, settings)
+        self.end_tokens = self._end_tokens(directory, settings)
 
     def _id(self, name: str) -> int:
         """Return the id of a named token such as `eos_token`."""
@@ -92,9 +93,26 @@ class HuggingFace(Tokenizer):
             raise ValueError(f"the {name} {self.named_tokens[name]!r} of tokenizer_config.json is not in {self.files[0]}")
         return number
 
+    def is_token(self, text: str) -> bool:
+        """Return whether a template that writes this text writes one token, and not letters."""
+        return text in self._added or len(self.encode(text)) == 1
+
+    @functools.cached_property
+    def _added(self) -> frozenset[str]:
+        """The texts that are recognized as tokens wherever a template writes them."""
+        return frozenset(token.content for token in self._plain.get_added_tokens_decoder().values())
+
     def token_id(self, text: str) -> int | None:
         """Return the id of the token that is exactly this text; None if there is no such token."""
         return self._plain.token_to_id(text)
+
+    def _end_tokens(self, directory: Path, settings: dict[str, Any]) -> tuple[str, ...]:
+        """Return the tokens that end a generation: eos_token, eot_token, and those of `generation_config.json`."""
+        texts = [self.named_tokens["eos_token"], _token_text(settings.get("eot_token"))]
+        ids = _read_json(directory / "generation_config.json").get("eos_token_id")
+        for number in ids if isinstance(ids, list) else [ids]:
+            texts.append(self._plain.id_to_token(number) if isinstance(number, int) else None)
+        return tuple(dict.fromkeys(text for text in texts if text is not None and self.token_id(text) is not None))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without any control token."""

@@ -119,7 +119,7 @@ def test_nulls_that_columnar_files_fill_in_are_ignored(tokenizer: HuggingFace) -
         ("{{ messages[7]['content'] }}", "the chat template fails"),
         ("{{ 1 / 0 }}", "the chat template fails: division by zero"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "the chat template fails: Range too big"),
-        ("{{ bos_token }}", "no token would bear loss"),
+        ("{{ bos_token }}", "the chat template leaves out the text of message 0"),
     ],
 )
 def test_templates_that_cannot_be_used(tokenizer: HuggingFace, template: str | None, reason: str) -> None:

@@ -13,11 +13,9 @@ from tests.data.chat.chats import (
     ANSWER,
     CALLS,
     CHATML,
-    LAST_USER,
     MARKED,
     QUESTION,
     SEVERAL,
-    SINGLE,
     TOOL,
     WITH_GENERATION,
     render,
@@ -50,16 +48,10 @@ def test_a_turn_of_weight_0_bears_no_loss(tokenizer: HuggingFace, template: str 
     assert rendered.tokens == render(SEVERAL[1:], template or tokenizer.chat_template, tokenizer).tokens
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: HuggingFace) -> None:
-    with pytest.raises(ValueError, match=r"before message 1 differently .* put \{% generation %\}"):
-        render(SINGLE, LAST_USER, tokenizer)
-
-
 @pytest.mark.parametrize(
     ("body", "said"),
     [
         ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}", "leaves out '</s>'"),
-        ("{% generation %}{{ eos_token }}{% endgeneration %}", None),
         ("{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}", "leaves out 'b c'"),
         ("{{ ' ' }}{% generation %}{{ m.content + eos_token + ' ' }}{% endgeneration %}", None),
     ],

@@ -57,7 +57,9 @@ def generate_text(
     with jax.set_mesh(opened.mesh):
         structure, weights = opened.load()
         dtype = opened.compute.dtype
-        generated = generate(structure, weights, model, opened.mesh, tokens, max_tokens, tokenizer.eos_id, temperature, seed, dtype)
+        generated = generate(
+            structure, weights, model, opened.mesh, tokens, max_tokens, tokenizer.end_ids, temperature, seed, dtype
+        )
     return [_text_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
 
 

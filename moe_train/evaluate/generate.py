@@ -49,7 +49,7 @@ def generate(
     mesh: Mesh,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     dtype: config.Dtype = "float32",
@@ -63,7 +63,7 @@ def generate(
         mesh: The mesh, which has to be in force.
         prompts: Token ids of each prompt.
         max_tokens: Largest number of new tokens per prompt.
-        eos_id: The token that ends a continuation; None to generate `max_tokens` tokens always.
+        eos_id: The token that ends a continuation, or several of them; None to generate `max_tokens` tokens always.
         temperature: 0 selects the most likely token; above 0, tokens are sampled, and a sample depends only on the seed, the
             prompt's index and the position.
         seed: Seed of the sampling.
@@ -100,14 +100,15 @@ def generate(
             tokens[row, : len(part)] = part
         logits, caches = read(tokens, np.where(positions < lengths[:, None], positions, -1), caches)
         # Prompts end in different chunks; keep the logits of each prompt's last token.
-        ends = np.flatnonzero((lengths > start) & (lengths <= start + CHUNK))
-        last[ends] = logits[ends, lengths[ends] - 1 - start]
+        ended = np.flatnonzero((lengths > start) & (lengths <= start + CHUNK))
+        last[ended] = logits[ended, lengths[ended] - 1 - start]
 
+    ends = [] if eos_id is None else eos_id
     new: list[list[int]] = [[] for _ in prompts]
     running = np.arange(rows) < len(prompts)
     for i in range(max_tokens):
         chosen = np.array([_choose(last[row], temperature, (seed, row, i)) for row in range(rows)])
-        running &= chosen != eos_id
+        running &= ~np.isin(chosen, ends)
         for row in np.flatnonzero(running):
             new[row].append(int(chosen[row]))
         if i + 1 == max_tokens or not running.any():

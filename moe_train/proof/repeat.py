@@ -171,4 +171,4 @@ def _same_template(directory: Path, record: Mapping[str, Any]) -> tuple[str, dic
 
 
 def _same_generation(directory: Path, layout: str) -> tuple[str, dict[str, Any]]:
-    return texts.check_generation(directory, layout, texts.reopened(directory, layout)[0].eos_id)
+    return texts.check_generation(directory, layout, texts.reopened(directory, layout)[0].end_ids)

@@ -55,7 +55,7 @@ def check_texts(
     return [
         run("tokenizer", partial(_tokenizer, directory, layout, tokenizer)),
         run("template", partial(_template, directory, layout, tokenizer, template, conversations, record)),
-        run("generation", partial(check_generation, directory, layout, tokenizer.eos_id if tokenizer else None)),
+        run("generation", partial(check_generation, directory, layout, tokenizer.end_ids if tokenizer else ())),
     ]
 
 
@@ -136,23 +136,31 @@ def check_tokens(what: str, found: list[list[int]], wanted: list[list[int]]) -> 
         raise Fault(f"the template in the directory renders {what} to other tokens than training's")
 
 
-def check_generation(directory: Path, layout: str, eos_id: int | None) -> tuple[str, dict[str, Any]]:
-    """Check that servers are told which token ends a generation.
+def check_generation(directory: Path, layout: str, end_ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Check that servers are told which tokens end a generation.
+
+    Args:
+        directory: the export.
+        layout: layout of the files.
+        end_ids: ids of the tokens, the tokenizer's end of a text first; empty if the export has no tokenizer.
 
     Raises:
         Fault: the files state another token than the tokenizer's end.
         NotChecked: the layout leaves this to the tokenizer's own files.
     """
+    eos_id = end_ids[0] if end_ids else None
     match layout:
         case "hf":
             key = "generation_config.json"
             stated = read_object(directory / "generation_config.json").get("eos_token_id")
+            expected = list(end_ids) if len(end_ids) > 1 else eos_id
         case "gguf":
             key = "tokenizer.ggml.eos_token_id"
             file = gguf.file_in(directory)
             stated = None if file is None else reread.gguf_settings(file).get(key)
+            expected = eos_id
         case _:
             raise NotChecked("this layout leaves the end of a generation to the tokenizer's own files")
-    if stated != eos_id:
-        raise Fault(f"{key} ends a generation at {stated}; the tokenizer's end is {eos_id}")
+    if stated != expected:
+        raise Fault(f"{key} ends a generation at {stated}; the tokenizer's end is {expected}")
     return f"{key} ends a generation at {stated}", {}

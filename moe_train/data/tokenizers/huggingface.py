@@ -85,6 +85,8 @@ class HuggingFace(Tokenizer):
         self.special_tokens = tuple(token.content for token in self._plain.get_added_tokens_decoder().values() if token.special)
         self.chat_template = _chat_template(directory, settings)
         self.end_tokens = self._end_tokens(directory, settings)
+        ids = (self._plain.token_to_id(token) for token in self.end_tokens)
+        self.end_ids = tuple(number for number in ids if number is not None)
 
     def _id(self, name: str) -> int:
         """Return the id of a named token such as `eos_token`."""

@@ -15,7 +15,8 @@ SYSTEM = {"role": "system", "content": "Speak French."}
 # As Mistral's templates for v0.3 and Nemo: the system text is written only if the last message is a user's.
 SYSTEM_IF_LAST = (
     "{% if messages[0].role == 'system' %}{% set s, turns = messages[0].content, messages[1:] %}{% else %}"
-    "{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}{% if m.role == 'user' %}{% if loop.last and s is defined %}"
+    "{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}"
+    "{% if m.role == 'user' %}{% if loop.last and s is defined %}"
     "{{ '[INST]' + s + '\n\n' + m.content + '[/INST]' }}{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}"
     "{% elif m.role == 'tool' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% else %}{{ (m.content or '') + (m.tool_calls|tojson if m.tool_calls else '') + eos_token }}{% endif %}{% endfor %}"

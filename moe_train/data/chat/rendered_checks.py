@@ -161,24 +161,27 @@ def _older_exchanges(conversation: Conversation, end: int) -> set[int]:
 
 
 def _around(conversation: Conversation, indices: list[int], texts: list[str]) -> str:
-    """Find everything that these messages say; return what the template wrote around it in the last text."""
-    whole = texts[-1]
-    position = 0
+    """Find everything that these messages say, in order; return what the template wrote around it in the last text."""
+    positions = [0] * len(texts)
     spans: list[Span] = []
     for i in indices:
-        found: list[Span] = []
+        ends = list(positions)
         for said in _said(conversation, i):
-            # A system text may come later than its message, and earlier turns may be written in earlier texts alone.
-            system = said.role == "system"
-            span = _find(whole, said.text, 0 if system else position)
-            if span is not None:
-                found.append(span)
-            elif not any(_find(text, said.text, 0) for text in texts[:-1]):
+            present = False
+            for number, text in enumerate(texts):
+                # A system text may come later than its message.
+                span = _find(text, said.text, 0 if said.role == "system" else positions[number])
+                if span is None:
+                    continue
+                present = True
+                if said.role != "system":
+                    ends[number] = max(ends[number], span[1])
+                if number == len(texts) - 1:
+                    spans.append(span)
+            if not present:
                 raise _left_out(_first_missing(conversation, indices, texts) or said)
-        if found and conversation.messages[i]["role"] != "system":
-            position = max(span[1] for span in found)
-        spans += found
-    return _outside(whole, spans)
+        positions = ends
+    return _outside(texts[-1], spans)
 
 
 def _outside(text: str, spans: list[Span]) -> str:

@@ -28,7 +28,7 @@ def test_the_recipe_checks_and_trains(tmp_path: Path, monkeypatch: pytest.Monkey
     command("data", "check", "--config", recipe, "--json")
     answer = json.loads(capsys.readouterr().out)
     assert answer["problem_counts"] == {} and answer["shapes"] == {"chat with tools": 6}
-    command("train", recipe, "train.steps=2", "train.batch_size=8")  # the tests have eight devices
+    command("train", recipe, "train.steps=2", "train.batch_size=8", "mesh.data=8")  # the tests have eight devices
     capsys.readouterr()
     run = "runs/tool_dialogue/run"
     command("evaluate", run, "--data", "configs/data/tool_dialogue.jsonl", "--json")

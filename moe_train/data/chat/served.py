@@ -50,7 +50,7 @@ def _check(conversation: Conversation, end: int, texts: list[Text], template: st
 def _served_texts(
     conversation: Conversation, trained: list[Turn], tokenizer: HuggingFace
 ) -> Generator[Any, Any, list[Text] | None]:
-    """Return the trained turns behind their prompts as they are served; None if one of them cannot be told apart from its prompt."""
+    """Return the trained turns behind their prompts as they are served; None if one cannot be told apart from its prompt."""
     messages = conversation.messages
     if not trained or trained[0].start == 0:
         return None

@@ -29,21 +29,21 @@ class LeftOut(Problem):
 
 
 class Rendering(NamedTuple):
-    """A rendered text and the spans of its characters that are trained on."""
+    """A rendered text."""
 
     text: str
     trained_on: Sequence[Span]
+    """The spans of its characters that are trained on."""
+    end: int
+    """Number of messages of the conversation that are rendered."""
 
 
-def check_rendered(
-    conversation: Conversation, end: int, renderings: Sequence[Rendering], template: str, tokenizer: HuggingFace
-) -> None:
+def check_rendered(conversation: Conversation, renderings: Sequence[Rendering], template: str, tokenizer: HuggingFace) -> None:
     """Check the texts that a conversation is trained on as.
 
     Args:
         conversation: The conversation.
-        end: Number of its messages that are rendered.
-        renderings: The texts, in order; the last contains the most messages.
+        renderings: The texts, in order.
         template: The chat template that wrote them.
         tokenizer: The tokenizer.
 
@@ -52,8 +52,10 @@ def check_rendered(
         Problem: With the rule `template`, if a turn does not end in a token that ends a generation, or a marker is no token; with
             the rule `image`, if a placeholder for an image is trained on.
     """
-    plain = [Rendering(*_without_marks(*rendering)) for rendering in renderings]
-    scaffold = _check_said(conversation, end, [rendering.text for rendering in plain], template)
+    if not renderings:
+        return
+    plain = [_without_marks(rendering) for rendering in renderings]
+    scaffold = _check_said(conversation, plain, template)
     _check_trained(conversation, plain)
     for rendering in renderings:
         _check_ends(rendering, tokenizer)
@@ -61,14 +63,16 @@ def check_rendered(
     _check_markers(scaffold, conversation, template, tokenizer)
 
 
-def _without_marks(text: str, spans: Sequence[Span]) -> tuple[str, Sequence[Span]]:
-    """Return the text without the marks around what looks like a control token, and the spans in it."""
+def _without_marks(rendering: Rendering) -> Rendering:
+    """Return the rendering without the marks around what looks like a control token."""
+    text, spans, end = rendering
     if PLAIN_TEXT_MARKS[0] not in text:
-        return text, spans
+        return rendering
     marks = [match.start() for match in re.finditer("[" + "".join(PLAIN_TEXT_MARKS) + "]", text)]
     for mark in PLAIN_TEXT_MARKS:
         text = text.replace(mark, "")
-    return text, [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]
+    moved = [(first - bisect.bisect_left(marks, first), last - bisect.bisect_left(marks, last)) for first, last in spans]
+    return Rendering(text, moved, end)
 
 
 # --- what was said ---------------------------------------------------------------------------------------------
@@ -129,28 +133,21 @@ def _texts_in(value: Any) -> Iterator[str]:
                 yield from _texts_in(item)
 
 
-def _check_said(conversation: Conversation, end: int, texts: list[str], template: str) -> str:
-    """Check that everything that was said is in the texts, message after message.
-
-    Returns:
-        What the template wrote around it in the last text.
-    """
-    if not texts:
-        return ""
+def _check_said(conversation: Conversation, renderings: Sequence[Rendering], template: str) -> str:
+    """Check that everything that was said is in one of the texts, in order; return what the template wrote around it."""
     for tool in conversation.tools:
         name = tool["function"]["name"]
-        if not any(_find(text, name, 0) for text in texts):
+        if not any(name in rendering.text or _find(rendering.text, name) for rendering in renderings):
             raise _left_out(_Said(0, "", f"the tool {name}", name))
-    try:
-        return _around(conversation, list(range(end)), texts)
-    except LeftOut:
-        older = _older_exchanges(conversation, end)
-        if not older or "[TOOL_RESULTS]" not in template:
-            raise
-        # Mistral's v2 writes calls and results only after the last user turn.
-        with contextlib.suppress(LeftOut):
-            return _around(conversation, [i for i in range(end) if i not in older], texts)
-        raise
+    found = [_locate(conversation, rendering) for rendering in renderings]
+    end = max(rendering.end for rendering in renderings)
+    # Mistral's v2 writes calls and results only after the last user turn.
+    omitted = _older_exchanges(conversation, end) if "[TOOL_RESULTS]" in template else set()
+    for i in range(end):
+        for said in _said(conversation, i):
+            if i not in omitted and not any(said in located for located in found):
+                raise _left_out(_first_missing(conversation, renderings) or said)
+    return "\n".join(_outside(rendering.text, list(located.values())) for rendering, located in zip(renderings, found, strict=True))
 
 
 def _older_exchanges(conversation: Conversation, end: int) -> set[int]:
@@ -160,28 +157,20 @@ def _older_exchanges(conversation: Conversation, end: int) -> set[int]:
     return {i for i in range(last_user) if messages[i]["role"] == "tool" or "tool_calls" in messages[i]}
 
 
-def _around(conversation: Conversation, indices: list[int], texts: list[str]) -> str:
-    """Find everything that these messages say, in order; return what the template wrote around it in the last text."""
-    positions = [0] * len(texts)
-    spans: list[Span] = []
-    for i in indices:
-        ends = list(positions)
+def _locate(conversation: Conversation, rendering: Rendering) -> dict[_Said, Span]:
+    """Find what was said in a text, from the last message to the first, since it is older messages that templates omit."""
+    located: dict[_Said, Span] = {}
+    limit = len(rendering.text)
+    for i in reversed(range(rendering.end)):
+        starts = [limit]
         for said in _said(conversation, i):
-            present = False
-            for number, text in enumerate(texts):
-                # A system text may come later than its message.
-                span = _find(text, said.text, 0 if said.role == "system" else positions[number])
-                if span is None:
-                    continue
-                present = True
-                if said.role != "system":
-                    ends[number] = max(ends[number], span[1])
-                if number == len(texts) - 1:
-                    spans.append(span)
-            if not present:
-                raise _left_out(_first_missing(conversation, indices, texts) or said)
-        positions = ends
-    return _outside(texts[-1], spans)
+            system = said.role == "system"  # which may be written later than the messages that follow it
+            span = _find(rendering.text, said.text, None if system else limit)
+            if span is not None:
+                located[said] = span
+                starts.append(limit if system else span[0])
+        limit = min(starts)
+    return located
 
 
 def _outside(text: str, spans: list[Span]) -> str:
@@ -195,11 +184,11 @@ def _outside(text: str, spans: list[Span]) -> str:
     return "\n".join(parts)
 
 
-def _first_missing(conversation: Conversation, indices: list[int], texts: list[str]) -> _Said | None:
+def _first_missing(conversation: Conversation, renderings: Sequence[Rendering]) -> _Said | None:
     """Return the first text that is in no rendering: more likely what is left out than one that is out of order."""
-    for i in indices:
+    for i in range(max(rendering.end for rendering in renderings)):
         for said in _said(conversation, i):
-            if not any(_find(text, said.text, 0) for text in texts):
+            if not any(_find(rendering.text, said.text) for rendering in renderings):
                 return said
     return None
 
@@ -212,49 +201,48 @@ def _left_out(said: _Said) -> LeftOut:
     return LeftOut("template", f"the chat template leaves out {said.what}{where}:{detail}".removesuffix(":"), remedy)
 
 
-def _find(text: str, said: str, position: int) -> Span | None:
-    """Find a text in a rendering from a position on, as it stands, as JSON, or as JSON that was spelled anew."""
-    start = text.find(said, position)
+def _find(text: str, said: str, limit: int | None = None) -> Span | None:
+    """Find the last occurrence of what was said before a position: as it stands, as JSON, or as JSON that was spelled anew."""
+    start = text.rfind(said, 0, limit)
     if start >= 0:
         return start, start + len(said)
     for ascii_only in (False, True):
         escaped = json.dumps(said, ensure_ascii=ascii_only)[1:-1]
-        start = -1 if escaped == said else text.find(escaped, position)
+        start = -1 if escaped == said else text.rfind(escaped, 0, limit)
         if start >= 0:
             return start, start + len(escaped)
-    return _find_json(text, said, position)
+    return _find_json(text, said, limit)
 
 
-def _find_json(text: str, said: str, position: int) -> Span | None:
+def _find_json(text: str, said: str, limit: int | None) -> Span | None:
     """Find JSON that the template parsed and wrote again: its words, close together."""
     if said[:1] not in ("{", "[") or said[-1:] not in ("}", "]"):
         return None
-    start = None
-    limit = len(text)
-    for word in re.findall(r"\w+", said):
-        found = text.find(word, position, limit)
-        if found < 0:
+    end = None
+    floor = 0
+    for word in reversed(re.findall(r"\w+", said)):
+        limit = text.rfind(word, floor, limit)
+        if limit < 0:
             return None
-        if start is None:
-            start = found
-            limit = min(len(text), start + 8 * len(said) + 200)
-        position = found + len(word)
-    return None if start is None else (start, position)
+        if end is None:
+            end = limit + len(word)
+            floor = max(0, end - 8 * len(said) - 200)
+    return None if end is None or limit is None else (limit, end)
 
 
 def _check_trained(conversation: Conversation, renderings: Sequence[Rendering]) -> None:
-    """Check that what the assistant said in trained turns is in the trained spans, message after message."""
+    """Check that what the assistant said in trained turns is in the trained spans, in order."""
     trained = "\n".join(rendering.text[start:end] for rendering in renderings for start, end in rendering.trained_on)
-    position = 0
-    for turn in turns(conversation.messages):
-        for i in range(turn.start, turn.end) if turn.trained_on else ():
-            ends: list[Span] = []
+    limit = len(trained)
+    for turn in reversed(turns(conversation.messages)):
+        for i in reversed(range(turn.start, turn.end)) if turn.trained_on else ():
+            starts = [limit]
             for said in _said(conversation, i):
-                found = _find(trained, said.text, position)
+                found = _find(trained, said.text, limit)
                 if found is None:
                     raise _left_out(said._replace(what=f"from what is trained on {said.what}"))
-                ends.append(found)
-            position = max((span[1] for span in ends), default=position)
+                starts.append(found[0])
+            limit = min(starts)
 
 
 # --- what ends a turn, markers, images -------------------------------------------------------------------------

@@ -7,6 +7,7 @@ the prompt, rendered up to the user's turn, followed by its answer; each trained
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 from typing import Any
 
@@ -26,25 +27,33 @@ def checked_texts(conversation: Conversation, template: str, tokenizer: HuggingF
     rendered behind its own prompt.
     """
     trained = [turn for turn in turns(conversation.messages) if turn.trained_on]
-    last = trained[-1].end if trained else 0
     try:
         texts = yield from trained_texts(conversation, tokenizer)
-        _check(conversation, last if uses_tools(conversation) else len(conversation.messages), texts, template, tokenizer)
+        ends = [len(conversation.messages)]
+        if uses_tools(conversation):
+            ends = _ends([len(text.turns) for text in texts], trained)
+        _check(conversation, texts, ends, template, tokenizer)
         return texts
     except (Rewritten, LeftOut) as problem:
         served = yield from _served_texts(conversation, trained, tokenizer)
         if served is None:
             raise
         try:
-            _check(conversation, last, served, template, tokenizer)
+            _check(conversation, served, _ends([len(text.trained_on) for text in served], trained), template, tokenizer)
         except LeftOut:
             raise problem from None
         return served
 
 
-def _check(conversation: Conversation, end: int, texts: list[Text], template: str, tokenizer: HuggingFace) -> None:
-    """Check the texts of the first `end` messages."""
-    check_rendered(conversation, end, [Rendering(text.text, text.trained_on) for text in texts], template, tokenizer)
+def _ends(num_turns: list[int], trained: list[Turn]) -> list[int]:
+    """Return the number of messages in each text, given how many of the trained turns each contains."""
+    return [trained[total - 1].end for total in itertools.accumulate(num_turns)]
+
+
+def _check(conversation: Conversation, texts: list[Text], ends: list[int], template: str, tokenizer: HuggingFace) -> None:
+    """Check texts, given the number of messages in each."""
+    renderings = [Rendering(text.text, text.trained_on, end) for text, end in zip(texts, ends, strict=True)]
+    check_rendered(conversation, renderings, template, tokenizer)
 
 
 def _served_texts(

@@ -76,7 +76,7 @@ def test_text_beside_a_call_that_is_left_out(tokenizer: HuggingFace, tmp_path: P
         ("m.role != 'system'", [SYSTEM, QUESTION, ANSWER], r"the text of message 0 \(system\): 'Speak French.'"),
         ("not loop.first", [QUESTION, ANSWER, *LATER], "the text of message 0"),
         ("m.role != 'tool'", [QUESTION, CALLING | {"content": ""}, RESULT, ANSWER], "leaves results out"),
-        ("loop.index0 != 2", [QUESTION, ANSWER, {"role": "user", "content": "b"}, ANSWER], "the text of message [23]"),
+        ("loop.index0 != 2", [QUESTION, ANSWER, {"role": "user", "content": "b"}, ANSWER], "the text of message [123]"),
         ("m.content != 'c'", [QUESTION, ANSWER | {"content": "c"}], "the text of message 1"),
     ],
 )
@@ -158,12 +158,12 @@ def test_results_may_be_json_that_is_written_anew(tokenizer: HuggingFace) -> Non
     result = ' {\n  "a": 1,\n  "b": ["x y", 2]\n}'
     call = (14, len(said))
     for text, missing in ((said + result + "b c</s>", False), (said + "b c</s>", True)):
-        rendering = Rendering(text, [call, (len(text) - 7, len(text))])
+        rendering = Rendering(text, [call, (len(text) - 7, len(text))], 4)
         if missing:
             with pytest.raises(Problem, match="leaves out the result of message 2"):
-                check_rendered(conversation, 4, [rendering], "", tokenizer)
+                check_rendered(conversation, [rendering], "", tokenizer)
         else:
-            check_rendered(conversation, 4, [rendering], "", tokenizer)
+            check_rendered(conversation, [rendering], "", tokenizer)
 
 
 @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))

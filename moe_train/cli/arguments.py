@@ -24,6 +24,9 @@ ProofDepth = Annotated[
         help="full: also run the written model and compare logits; tensors: compare files only, without an accelerator.",
     ),
 ]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="Jinja file with a chat template, or chatml for the packaged one. Default: the tokenizer's own.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

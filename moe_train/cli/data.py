@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, help_examples, read_config
+from moe_train.cli.arguments import AsJson, ChatTemplate, ConfigPath, Overrides, help_examples, read_config
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line, stdout_console
 from moe_train.machine import progress
 
@@ -32,7 +32,6 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY", help="Key of records that is deliberately not read; may be repeated."),
 ]
-ChatTemplate = Annotated[str | None, typer.Option(help="Jinja file with a chat template. Default: the tokenizer's own.")]
 
 
 @data_commands.command(
@@ -83,6 +82,7 @@ def check_command(
 
     Exit code: 0 no problems, 1 problems found, 2 the check could not be made.
     """
+    from moe_train.data.chat.chat_date import date_of_data, dated
     from moe_train.data.chat.conversation_to_tokens import load_template
     from moe_train.data.check import check as checks
 
@@ -93,8 +93,11 @@ def check_command(
     loaded = _load_tokenizer(tokenizer, config)
     if config and config.data:
         chat_template = chat_template or config.data.chat_template
+    template = load_template(chat_template, loaded)
+    if template is not None:
+        template = dated(template, date_of_data(config.data if config else None))
     settings = checks.Settings(
-        template=load_template(chat_template, loaded),
+        template=template,
         allowed=frozenset(allow or ()),
         seq_len=seq_len or (config.train.seq_len if config else None),
         batch_size=batch_size or (config.train.batch_size if config else None),
@@ -189,6 +192,7 @@ def show_command(
 ) -> None:
     """Show rows as training sees them: which tokens are trained on (green), segments and positions."""
     from moe_train.commands import show
+    from moe_train.data.chat.chat_date import date_of_data, dated
     from moe_train.data.chat.conversation_to_tokens import load_template
 
     if html is not None:
@@ -203,7 +207,10 @@ def show_command(
                 {"--html": html is not None, "--seq-len": seq_len is not None}, "pairs are printed as text, without tokens"
             )
             return _print_pairs(source, count, as_json)
-        rows = show.rows_of_records(source, count, loaded, load_template(chat_template, loaded), seq_len)
+        template = load_template(chat_template, loaded)
+        if template is not None:
+            template = dated(template, date_of_data(None))
+        rows = show.rows_of_records(source, count, loaded, template, seq_len)
     else:
         _refuse_options(
             {

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -79,16 +79,19 @@ def train_tokenizer_command(
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens, control tokens included.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to create; it must be empty or not exist yet.")],
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    chat_format: Annotated[
+        Literal["mistral", "chatml"], typer.Option(help="Control tokens and chat template; chatml has tools.")
+    ] = "mistral",
     as_json: AsJson = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer with Mistral's chat format."""
+    """Train a byte-level BPE tokenizer with Mistral's chat format or ChatML."""
     from moe_train import config
     from moe_train.commands.train_tokenizer import train_tokenizer
     from moe_train.data.records.open_source import texts
 
     source = config.FileSource(name="files", files=tuple(files), record=config.TextRecord(name="text", column=column))
     with progress_line("training the tokenizer"):
-        trained = train_tokenizer(texts(source), vocab_size, out)
+        trained = train_tokenizer(texts(source), vocab_size, out, chat_format=chat_format)
     print_mapping({"vocab_size": trained.vocab_size, "files": [str(file) for file in trained.files]}, as_json)
 
 

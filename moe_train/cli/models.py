@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ModelDir, OutDir, ProofDepth, help_examples
+from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line
 
 model_commands = typer.Typer()
@@ -21,13 +21,14 @@ model_commands = typer.Typer()
 def evaluate_command(
     directory: ModelDir,
     data: Annotated[list[Path], typer.Option("--data", help="File of records; may be repeated.")],
+    chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the loss and perplexity of a run or a model on files of text or conversations."""
     from moe_train.commands.evaluate import evaluate_model
 
     with progress_line("evaluating"):
-        answer = evaluate_model(directory, data)
+        answer = evaluate_model(directory, data, chat_template)
     print_mapping(answer, as_json)
 
 
@@ -47,13 +48,14 @@ def generate_command(
     chat: Annotated[
         bool, typer.Option("--chat", help="Treat each prompt as a user message, rendered by the chat template.")
     ] = False,
+    chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with a run or a model."""
     from moe_train.commands.generate import generate_text
 
     with progress_line("generating"):
-        completions = generate_text(directory, prompt, max_tokens, temperature, seed, chat=chat)
+        completions = generate_text(directory, prompt, max_tokens, temperature, seed, chat=chat, chat_template=chat_template)
     pairs = list(zip(prompt, completions, strict=True))
     if as_json:
         print_json([{"prompt": text, "completion": completion} for text, completion in pairs])

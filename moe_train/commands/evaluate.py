@@ -13,6 +13,7 @@ import jax
 from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.batches.loader import Loader
+from moe_train.data.chat.chat_date import date_of_data
 from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.open_source import first_record
 from moe_train.data.records.problem import located
@@ -23,10 +24,15 @@ from moe_train.machine.mesh import BATCH
 from moe_train.train.objectives.next_token import next_token
 
 
-def evaluate_model(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
+def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> dict[str, Any]:
     """Measure the next-token loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
 
     Rows are as long as the run's; for a model that is no run, at most 2048 tokens.
+
+    Args:
+        directory: the run or model.
+        files: the files.
+        chat_template: a jinja file, its text, or a name; None for the template of the run or of the model's tokenizer.
 
     Raises:
         RuntimeError: the loss is not finite.
@@ -43,11 +49,12 @@ def evaluate_model(directory: Path, files: Sequence[Path]) -> dict[str, Any]:
     # Rounded up to a multiple of the replicas, over which the batch is divided.
     batch_size += -batch_size % replicas
     sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
-    template = None
+    chat_date = None
     if run and isinstance(run.data, config.RunData):
-        template = run.data.chat_template
+        chat_template = chat_template or run.data.chat_template
+        chat_date = date_of_data(run.data)
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
-        data = config.Data(chat_template=template, train=sources, eval=sources, cache_dir=cache)
+        data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
         structure, params = opened.load()
         metrics = evaluate_held_out(make_batch_sums(structure, next_token()), params, {}, loader, mesh)

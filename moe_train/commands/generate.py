@@ -10,15 +10,24 @@ from pathlib import Path
 
 import jax
 
+from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
-from moe_train.data.chat.conversation_to_tokens import render_prompt
+from moe_train.data.chat.chat_date import date_of_data, dated
+from moe_train.data.chat.conversation_to_tokens import load_template, render_prompt
 from moe_train.data.records.problem import checked_text
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.generate import GenerationOptions, check_lengths, generate_tokens
 
 
 def generate_text(
-    directory: str | Path, prompts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0, *, chat: bool = False
+    directory: str | Path,
+    prompts: Sequence[str],
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    *,
+    chat: bool = False,
+    chat_template: str | None = None,
 ) -> list[str]:
     """Complete `prompts` with a run (its newest checkpoint) or a Hugging Face model.
 
@@ -29,6 +38,7 @@ def generate_text(
         temperature: 0 for greedy decoding.
         seed: for sampling.
         chat: whether each prompt is a user's turn, rendered in the tokenizer's chat format; otherwise it is text to continue.
+        chat_template: a jinja file, its text, or a name, for `chat`; None for the template of the run or of the model's tokenizer.
 
     Returns:
         The completions, without their prompts.
@@ -36,11 +46,17 @@ def generate_text(
     opened = open_model(directory)
     model = opened.model
     tokenizer = opened.tokenizer
-    tokens = [_encode(prompt, tokenizer, opened.chat_template, chat) for prompt in prompts]
+    if chat_template is not None and not chat:
+        raise ValueError("--chat-template has no effect on text to continue; add --chat, or leave it out")
+    template = opened.chat_template if chat_template is None else load_template(chat_template, tokenizer)
+    if template is not None:
+        data = opened.run.data if opened.run else None
+        template = dated(template, date_of_data(data if isinstance(data, config.RunData) else None))
+    tokens = [_encode(prompt, tokenizer, template, chat) for prompt in prompts]
     check_lengths(tokens, max_tokens, model)
     with jax.set_mesh(opened.mesh):
         structure, weights = opened.load()
-        options = GenerationOptions(max_tokens, tokenizer.eos_id, temperature, seed, opened.compute.dtype)
+        options = GenerationOptions(max_tokens, tuple(tokenizer.end_ids), temperature, seed, opened.compute.dtype)
         generated = generate_tokens(structure, weights, model, opened.mesh, tokens, options)
     return [_text_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Train a tokenizer: a byte-level BPE with Mistral's chat format, written as Hugging Face's files."""
+"""Train a tokenizer: a byte-level BPE with Mistral's chat format or ChatML, written as Hugging Face's files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal, NamedTuple, assert_never
 
 import tokenizers
 
+from moe_train.data.chat.conversation_to_tokens import read_template
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.machine.files import new_directory, refuse_existing
 
@@ -41,10 +43,41 @@ CHAT_TEMPLATE = """\
 """
 
 
+class _Format(NamedTuple):
+    """The control tokens of a chat format, and its template."""
+
+    pad: str
+    bos: str | None
+    eos: str
+    markers: tuple[str, ...]
+    template: str
+
+
+ChatFormat = Literal["mistral", "chatml"]
+"""The chat formats that a tokenizer can be trained with."""
+
+
+def _format(name: ChatFormat) -> _Format:
+    """Return a chat format."""
+    match name:
+        case "mistral":
+            return _Format(PAD, BOS, EOS, (BEGIN_USER, END_USER), CHAT_TEMPLATE)
+        case "chatml":
+            return _Format("<|endoftext|>", None, "<|im_end|>", ("<|im_start|>",), read_template("chatml"))
+        case _:
+            assert_never(name)
+
+
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, out_dir: str | Path, *, min_frequency: int = 2, progress: bool = False
+    texts: Iterable[str],
+    vocab_size: int,
+    out_dir: str | Path,
+    *,
+    min_frequency: int = 2,
+    progress: bool = False,
+    chat_format: ChatFormat = "mistral",
 ) -> HuggingFace:
-    """Train a byte-level BPE with Mistral's chat format on `texts`, write it to `out_dir` and return it, loaded.
+    """Train a byte-level BPE with a chat format on `texts`, write it to `out_dir` and return it, loaded.
 
     It writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers' AutoTokenizer reads too. The same
     texts in the same order give the same files. Too little text gives fewer than `vocab_size` ids, with a warning.
@@ -55,6 +88,7 @@ def train_tokenizer(
         out_dir: the folder to write.
         min_frequency: the fewest occurrences of a pair that is merged.
         progress: whether to show a progress bar.
+        chat_format: Mistral's format, or ChatML with tools.
 
     Raises:
         FileExistsError: `out_dir` exists and is not an empty folder.
@@ -62,7 +96,8 @@ def train_tokenizer(
     """
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    specials = [PAD, BOS, EOS, BEGIN_USER, END_USER]
+    form = _format(chat_format)
+    specials = [form.pad, *([form.bos] if form.bos else []), form.eos, *form.markers]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(specials)
     if vocab_size < smallest:
@@ -98,26 +133,27 @@ def train_tokenizer(
             num_characters,
         )
     with new_directory(out_dir) as directory:
-        _write_files(tokenizer, directory)
+        _write_files(tokenizer, form, directory)
     return HuggingFace(out_dir)
 
 
-def _write_files(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+def _write_files(tokenizer: tokenizers.Tokenizer, form: _Format, directory: Path) -> None:
     """Write the tokenizer, its settings and the chat template into an existing directory."""
     from tokenizers import processors
 
-    # Other tools use this rule to put BOS before plain text.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    settings = {
+    settings: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "add_bos_token": True,
+        "eos_token": form.eos,
+        "pad_token": form.pad,
+        "add_bos_token": form.bos is not None,
         "clean_up_tokenization_spaces": False,
     }
+    if form.bos is not None:
+        settings["bos_token"] = form.bos
+        # Other tools use this rule to put BOS before plain text.
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{form.bos} $A", pair=f"{form.bos} $A $B", special_tokens=[(form.bos, tokenizer.token_to_id(form.bos))]
+        )
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(form.template, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -198,8 +199,23 @@ class BestFit(Section):
     name: Literal["best_fit"]
 
 
+def _date(value: object) -> object:
+    """Return a date as text, since YAML reads 2026-11-30 as a date, and check that there is such a day."""
+    text = value.isoformat() if type(value) is datetime.date else value
+    if isinstance(text, str):
+        try:
+            return datetime.date.fromisoformat(text).isoformat()
+        except ValueError as error:
+            raise ValueError(f"{text!r} is no date; write it as 2026-11-30") from error
+    return text
+
+
 class Data(Section):
     """Training and evaluation data. `tokenizer` may be omitted if the model of `init_from` has one.
+
+    chat_template: a jinja file, its text, or `chatml` for the template of that name that comes with this package; null for the
+    tokenizer's own. chat_date: the date that a template reads with `strftime_now` (null: the day on which data were first prepared
+    in `cache_dir`); prepared sets record it.
 
     Without weights an epoch has each row of each source once. With weights, which either all sources have or none, the share of a
     source in the rows of training, and so in its tokens, is its weight divided by the sum of all weights.
@@ -209,6 +225,7 @@ class Data(Section):
 
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
+    chat_date: Annotated[str | None, BeforeValidator(_date)] = None
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     eval: tuple[Source, ...] = ()
     packing: BestFit = BestFit(name="best_fit")

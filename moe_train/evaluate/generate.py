@@ -27,8 +27,8 @@ class GenerationOptions(NamedTuple):
 
     max_tokens: int
     """Maximum number of new tokens per prompt."""
-    eos_id: int | None = None
-    """The token that ends a continuation; None to generate `max_tokens` tokens always."""
+    end_ids: tuple[int, ...] = ()
+    """The tokens that end a continuation; empty to generate `max_tokens` tokens always."""
     temperature: float = 0.0
     """0 selects the most likely token; above 0, tokens are sampled from softmax(logits / temperature)."""
     seed: int = 0
@@ -80,7 +80,7 @@ def generate_tokens(
         options: How the prompts are continued.
 
     Returns:
-        The new tokens of each prompt, without the final `eos_id`.
+        The new tokens of each prompt, without the token that ended it.
 
     Raises:
         ValueError: If a prompt is empty or too long (see `check_lengths`).
@@ -97,7 +97,7 @@ def generate_tokens(
     running = np.arange(rows) < len(prompts)
     for i in range(options.max_tokens):
         chosen = np.array([_choose(last_logits[row], options.temperature, (options.seed, row, i)) for row in range(rows)])
-        running &= chosen != options.eos_id
+        running &= ~np.isin(chosen, options.end_ids)
         for row in np.flatnonzero(running):
             continuations[row].append(int(chosen[row]))
         if i + 1 == options.max_tokens or not running.any():

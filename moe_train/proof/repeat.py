@@ -184,7 +184,7 @@ def _check_template(directory: Path, record: ProofRecord) -> Finding:
 
 def _check_generation(directory: Path, layout: str) -> Finding:
     tokenizer, _ = texts.load_texts(directory, layout)
-    return texts.check_generation(directory, layout, tokenizer.eos_id)
+    return texts.check_generation(directory, layout, tokenizer.end_ids)
 
 
 def _is_model(record: ProofRecord) -> bool:

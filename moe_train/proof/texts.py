@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.records.normal_form import Conversation
-from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.huggingface import ADDITIONAL_TEMPLATES, HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
@@ -54,7 +54,7 @@ def check_texts(
     return [
         run("tokenizer", partial(_check_tokenizer, directory, tokenizer)),
         run("template", partial(_check_template, directory, layout, tokenizer, template, conversations, record)),
-        run("generation", partial(check_generation, directory, layout, None if tokenizer is None else tokenizer.eos_id)),
+        run("generation", partial(check_generation, directory, layout, () if tokenizer is None else tokenizer.end_ids)),
     ]
 
 
@@ -65,7 +65,8 @@ def _check_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> Finding:
     hashes = {_sha256(file) for file in directory.iterdir() if file.suffix not in _WEIGHT_SUFFIXES}
     for file in tokenizer.files:
         # The run's own template has replaced the tokenizer's.
-        if file.name != "chat_template.jinja" and _sha256(file) not in hashes:
+        is_template = file.name == "chat_template.jinja" or file.parent.name == ADDITIONAL_TEMPLATES
+        if not is_template and _sha256(file) not in hashes:
             raise Fault(f"no file in the directory has the bytes of the tokenizer's {file.name}")
     return Finding(f"{len(tokenizer.files)} files of the tokenizer, byte for byte", {"count": len(tokenizer.files)})
 
@@ -146,23 +147,31 @@ def check_tokens(name: str, exported: list[list[int]], trained: list[list[int]])
         raise Fault(f"the template in the directory renders {name} to other tokens than in training")
 
 
-def check_generation(directory: Path, layout: str, eos_id: int | None) -> Finding:
-    """Check that the files tell servers which token ends a generation.
+def check_generation(directory: Path, layout: str, end_ids: Sequence[int]) -> Finding:
+    """Check that the files tell servers which tokens end a generation.
+
+    Args:
+        directory: the export.
+        layout: layout of the files.
+        end_ids: ids of the tokens, the tokenizer's end of a text first; empty if the export has no tokenizer.
 
     Raises:
         Fault: the files state another token than the tokenizer.
         NotChecked: the layout leaves this to the tokenizer's own files.
     """
+    eos_id = end_ids[0] if end_ids else None
     match layout:
         case "hf":
             source = "generation_config.json"
             stated = read_object(directory / source).get("eos_token_id")
+            expected = list(end_ids) if len(end_ids) > 1 else eos_id
         case "gguf":
             source = "tokenizer.ggml.eos_token_id"
             file = gguf.file_in(directory)
             stated = None if file is None else reread.gguf_settings(file).get(source)
+            expected = eos_id
         case _:
             raise NotChecked("this layout leaves the end-of-sequence token to the tokenizer's own files")
-    if stated != eos_id:
-        raise Fault(f"{source} states the end-of-sequence token {stated}, but the tokenizer's is {eos_id}")
+    if stated != expected:
+        raise Fault(f"{source} states the end-of-sequence token {stated}, but the tokenizer's is {expected}")
     return Finding(f"{source} states the tokenizer's end-of-sequence token, {stated}")

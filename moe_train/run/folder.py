@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +67,9 @@ def _keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if not folder.exists():
         with new_directory(folder) as unfinished:
             write_texts(unfinished, Texts(tokenizer))
+            generation_config = tokenizer.files[0].parent / "generation_config.json"
+            if generation_config.is_file():  # it names the tokens that end a generation
+                shutil.copyfile(generation_config, unfinished / generation_config.name)
 
 
 @contextlib.contextmanager

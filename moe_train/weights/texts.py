@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_train.data.tokenizers.huggingface import ADDITIONAL_TEMPLATES
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.weights import mistral
 
@@ -26,8 +27,12 @@ NO_TEXTS = Texts()
 
 def write_texts(directory: Path, texts: Texts) -> None:
     """Write tokenizer, chat template and the run's config under the names that other tools, and this one, look for."""
-    if texts.tokenizer is not None:
-        for file in texts.tokenizer.files:
+    for file in texts.tokenizer.files if texts.tokenizer else ():
+        if file.parent.name == ADDITIONAL_TEMPLATES:
+            if texts.chat_template is None:  # otherwise one template replaces all
+                (directory / ADDITIONAL_TEMPLATES).mkdir(exist_ok=True)
+                shutil.copyfile(file, directory / ADDITIONAL_TEMPLATES / file.name)
+        else:
             shutil.copyfile(file, directory / mistral.tokenizer_file_name(file))
     if texts.chat_template is not None:
         (directory / "chat_template.jinja").write_text(texts.chat_template, encoding="utf-8")

@@ -23,7 +23,7 @@ def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> 
             weights, MIXTRAL, tmp_path / "model", write_and_prove.WriteOptions(dtype="float32", texts=texts.Texts(tokenizer))
         )
         ids = [tokenizer.bos_id, *tokenizer.encode("the quick")]
-        (new,) = generate_tokens(structure, weights, MIXTRAL, ONE, [ids], GenerationOptions(6, eos_id=tokenizer.eos_id))
+        (new,) = generate_tokens(structure, weights, MIXTRAL, ONE, [ids], GenerationOptions(6, end_ids=(tokenizer.eos_id,)))
     (completion, other) = generate_text(tmp_path / "model", ["the quick", "a dog"], 6)
     assert completion == tokenizer.decode(ids + new)[len("the quick") :]
     (answer,) = generate_text(tmp_path / "model", ["the quick"], 6, chat=True)

@@ -195,7 +195,7 @@ def test_what_cannot_be_shown(tokenizer: HuggingFace, tmp_path: Path, write_line
         ([str(tmp_path / "none.jsonl"), "--tokenizer", str(tokenizer.path)], "no file matches"),
         ([file, "--tokenizer", str(tokenizer.path), "--seq-len", "8"], r"a\.jsonl:1: the record has \d+ tokens, seq_len is 8"),
         ([str(write_lines("b.jsonl", [{"text": ""}])), "--tokenizer", str(tokenizer.path)], "no record with any text"),
-        ([str(write_lines("c.jsonl", [WITH_TOOLS])), "--tokenizer", str(tokenizer.path)], r"c\.jsonl:1: .*extend-vocab BASE OUT"),
+        ([str(write_lines("c.jsonl", [WITH_TOOLS])), "--tokenizer", str(tokenizer.path)], r"c\.jsonl:1: .*--chat-template"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=reason):
             show_file(*arguments)

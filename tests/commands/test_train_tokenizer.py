@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.commands.train_tokenizer import train_tokenizer
+from moe_train.data.chat.template import check_has_tools
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
 TEXTS = ["some words to learn from, again and again"] * 20
@@ -53,6 +54,12 @@ def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match=r"No space left on device; .*new was not written"):
         train_tokenizer(TEXTS, 300, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chatml_has_tools_and_ends_its_turns(tmp_path: Path) -> None:
+    made = train_tokenizer(TEXTS, 300, tmp_path / "chatml", chat_format="chatml")
+    assert made.end_tokens == ("<|im_end|>",) and made.bos_id is None and made.is_token("<|im_start|>")
+    check_has_tools(str(made.chat_template), made)
 
 
 @pytest.mark.judges

@@ -72,7 +72,7 @@ def test_eos_ends_one_sequence_and_not_the_others() -> None:
         structure, weights = random_model(MIXTRAL)
         free = generate_tokens(structure, weights, MIXTRAL, ONE, PROMPTS, GenerationOptions(8))
         eos = free[0][3]
-        ended = generate_tokens(structure, weights, MIXTRAL, ONE, PROMPTS, GenerationOptions(8, eos_id=eos))
+        ended = generate_tokens(structure, weights, MIXTRAL, ONE, PROMPTS, GenerationOptions(8, end_ids=(eos,)))
     assert ended == [new[: new.index(eos)] if eos in new else new for new in free]
     assert len(ended[0]) <= 3 < 8 in map(len, ended)
 

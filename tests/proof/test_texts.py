@@ -26,11 +26,11 @@ def test_other_tokens_than_in_training_are_a_fault() -> None:
 
 def test_the_end_of_a_generation_is_the_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    assert proof_texts.check_generation(tmp_path, "hf", 2).summary.endswith("end-of-sequence token, 2")
+    assert proof_texts.check_generation(tmp_path, "hf", [2]).summary.endswith("end-of-sequence token, 2")
     with pytest.raises(Fault, match=r"generation_config\.json states the end-of-sequence token 2, but the tokenizer's is 3"):
-        proof_texts.check_generation(tmp_path, "hf", 3)
+        proof_texts.check_generation(tmp_path, "hf", [3])
     with pytest.raises(NotChecked, match="leaves the end-of-sequence token to the tokenizer's own files"):
-        proof_texts.check_generation(tmp_path, "mistral", 2)
+        proof_texts.check_generation(tmp_path, "mistral", [2])
 
 
 def test_an_export_without_a_tokenizer_is_not_checked(tmp_path: Path) -> None:

@@ -22,6 +22,19 @@ def test_files_of_the_tokenizer_are_copied_and_its_template_replaced(tokenizer: 
     assert (tmp_path / "moe_train.yaml").read_text() == "name: run\n"
 
 
+def test_templates_with_names_are_kept_or_replaced_by_one(tokenizer: HuggingFace, tmp_path: Path) -> None:
+    (tmp_path / "model" / "additional_chat_templates").mkdir(parents=True)
+    for file in tokenizer.files:
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    named = HuggingFace(tmp_path / "model")
+    for name, template in (("kept", None), ("replaced", named.chat_template)):
+        (tmp_path / name).mkdir()
+        write_texts(tmp_path / name, Texts(named, template))
+        assert HuggingFace(tmp_path / name).chat_template == named.chat_template
+        assert (tmp_path / name / "additional_chat_templates").exists() == (name == "kept")
+
+
 def test_a_tekken_gets_the_name_that_servers_look_for(tmp_path: Path) -> None:
     write_texts(tmp_path, Texts(Mistral(DATA / "tekken_240911.json")))
     assert names_in(tmp_path) == {"tekken.json"}

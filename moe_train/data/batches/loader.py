@@ -24,6 +24,7 @@ from moe_train.data.batches.concatenation import Concatenation
 from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat.chat_date import dated, keep_date, reads_date
 from moe_train.data.chat.example import has_trained_token
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
@@ -305,12 +306,21 @@ def open_store(
         ValueError: If a prepared set was made with another tokenizer or template, or if a record cannot be used.
     """
     if not isinstance(source, config.PreparedSource):
+        if template is not None and reads_date(template) and not isinstance(source.record, config.TextRecord):
+            template = dated(template, data.chat_date or keep_date(data.cache_dir))
         records = open_source(source)
         directory = prepare(source, records, tokenizer, template, data.cache_dir, data.num_proc, shown)
         return TokenStore(directory, records)
     store = TokenStore(source.path, cache_mib=source.cache_mib)
+    prepared_date = store.manifest.rules.chat_date
+    if data.chat_date is not None and prepared_date not in (None, data.chat_date):
+        raise ValueError(
+            f"{source.path} was prepared with chat_date {prepared_date}, not {data.chat_date}; leave data.chat_date out"
+        )
     template_sha256 = None
     if template is not None:
+        if prepared_date is not None:
+            template = dated(template, prepared_date)
         template_sha256 = hashlib.sha256(template.encode()).hexdigest()
     if store.manifest.tokenizer_sha256 != tokenizer.identity:
         raise ValueError(f"{source.path} was prepared with another tokenizer than {tokenizer.files[0]}; prepare it with this one")

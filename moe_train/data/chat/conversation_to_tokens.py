@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.data.chat import template as templates
-from moe_train.data.chat.example import Example, uses_tools
+from moe_train.data.chat.example import OTHER_TEMPLATE, Example, uses_tools
 from moe_train.data.records.normal_form import Conversation, Message, ModelSettings
 from moe_train.data.records.problem import Problem, brief, checked_text
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -67,6 +67,8 @@ def _refused(conversation: Conversation, template: str | None, tokenizer: Tokeni
         if conversation.messages and conversation.messages[-1]["role"] != "assistant":
             message = f"the last message is {conversation.messages[-1]['role']}, so nothing answers it"
             raise Problem("last-turn", message, "end with an assistant turn: there is nothing else to learn")
+        if isinstance(tokenizer, HuggingFace):
+            _needed(template, tokenizer)
         if uses_tools(conversation):
             check_has_tools(template, tokenizer)
     except ValueError as error:
@@ -88,7 +90,7 @@ def _convert(conversations: list[Conversation], template: str | None, tokenizer:
                     results.append(error)
             return results
         case HuggingFace():
-            return templates.examples(conversations, _needed(template), tokenizer)
+            return templates.examples(conversations, _needed(template, tokenizer), tokenizer)
         case _:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
 
@@ -103,7 +105,7 @@ def render_prompt(messages: list[Message], template: str | None, tokenizer: Toke
 
             return mistral.prompt(conversation, tokenizer)
         case HuggingFace():
-            return templates.prompt(conversation, _needed(template), tokenizer)
+            return templates.prompt(conversation, _needed(template, tokenizer), tokenizer)
         case _:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
 
@@ -116,7 +118,7 @@ def check_has_tools(template: str | None, tokenizer: Tokenizer) -> None:
 
             mistral.check_has_tools(tokenizer)
         case HuggingFace():
-            templates.check_has_tools(_needed(template), tokenizer)
+            templates.check_has_tools(_needed(template, tokenizer), tokenizer)
         case _:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
 
@@ -125,7 +127,8 @@ def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:
     """Return the chat template's text.
 
     Args:
-        setting: The value of `data.chat_template`: a file or the text itself; None for the tokenizer's own template.
+        setting: The value of `data.chat_template`: a file, the text itself, or the name of a template that comes with this package;
+            None for the tokenizer's own template.
         tokenizer: The tokenizer.
 
     Returns:
@@ -142,22 +145,29 @@ def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:
 
 
 def read_template(setting: str) -> str:
-    """Return a template's text, given the text itself or the name of a file.
+    """Return a template's text, given the text itself, the name of a file, or the name of a template of this package (chatml).
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
     if "{{" in setting or "{%" in setting:
         return setting
-    if not Path(setting).is_file():
-        raise FileNotFoundError(f"data.chat_template: no file {setting}; give a jinja file or the template's text")
-    return Path(setting).read_text(encoding="utf-8")
+    file = _PACKAGED.get(setting, Path(setting))
+    if not file.is_file():
+        names = ", ".join(_PACKAGED)
+        raise FileNotFoundError(f"data.chat_template: no file {setting}; give a jinja file, the template's text, or one of {names}")
+    return file.read_text(encoding="utf-8")
 
 
-def _needed(template: str | None) -> str:
-    """Return the template; raise ValueError if there is none."""
+_PACKAGED = {"chatml": Path(__file__).parent / "templates" / "chatml_tools.jinja"}
+"""The templates of this package by the name under which a config selects them."""
+
+
+def _needed(template: str | None, tokenizer: HuggingFace) -> str:
+    """Return the template; raise Problem if there is none."""
     if template is None:
-        raise ValueError("the tokenizer has no chat template; set data.chat_template to a jinja file")
+        message = f"the record is a conversation, and the tokenizer {tokenizer.files[0]} has no chat template"
+        raise Problem("no-template", message, f"name a jinja file {OTHER_TEMPLATE}")
     return template
 
 

@@ -94,8 +94,12 @@ def uses_tools(conversation: Conversation) -> bool:
     return bool(conversation.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in conversation.messages)
 
 
-def without_tools(why: str) -> Problem:
+OTHER_TEMPLATE = "with --chat-template (in a config: data.chat_template)"
+"""Where another chat template is named, for remedies."""
+EXTEND_VOCAB = "extend the base with moe-train extend-vocab BASE OUT --tokenizer v3"
+"""The remedy for a base with the vocabulary of Mistral's v1, which has no tokens for tools."""
+
+
+def without_tools(why: str, remedy: str) -> Problem:
     """Return the problem for a record with tools that the tokenizer or template cannot represent."""
-    versions = "versions v2, v3, v7, v11, v13 and v15 have them"
-    remedy = "extend the base with moe-train extend-vocab BASE OUT --tokenizer v3, or drop the record"
-    return Problem("tools", f"the record has tools, and {why}; {versions}", remedy)
+    return Problem("tools", f"the record has tools, and {why}", remedy)

@@ -15,12 +15,12 @@ import string
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from moe_train.data.chat.example import is_trained_on, restart_reason, turns, uses_tools
-from moe_train.data.chat.renderer import GENERATION
+from moe_train.data.chat.environment import GENERATION
+from moe_train.data.chat.example import OTHER_TEMPLATE, is_trained_on, restart_reason, turns, uses_tools
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message
-from moe_train.data.records.problem import brief
+from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Span
 
@@ -84,7 +84,7 @@ def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
         if with_tools:
             text = text._replace(turns=(TurnText(len(text.trained_on), text.text[text.end :]),))
         if texts and text.text.startswith(texts[-1].text[: texts[-1].end]):
-            texts[-1] = _joined(texts[-1], text)
+            texts[-1] = joined(texts[-1], text)
             ends[-1] = end
         else:
             restart = restart_reason(messages[ends[-1] : trained_on[0]]) if texts else None
@@ -96,7 +96,7 @@ def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
     return (yield from _with_random(texts, ends, conversation, tokenizer))
 
 
-def _joined(before: Text, text: Text) -> Text:
+def joined(before: Text, text: Text) -> Text:
     """Return a text with the turns of the text before, which it continues."""
     num_spans = len(before.trained_on)
     turn_texts = [turn._replace(num_spans=num_spans + turn.num_spans) for turn in text.turns]
@@ -106,12 +106,16 @@ def _joined(before: Text, text: Text) -> Text:
 def _with_random(texts: list[Text], ends: list[int], conversation: Conversation, tokenizer: HuggingFace) -> Steps:
     """Find the ids of calls in texts, given the number of messages in each text: what changes when all ids are replaced."""
     messages, tools, settings = conversation
-    variant = Conversation([_with_other_ids(message) for message in messages], tools, settings)
+    variant = Conversation([with_other_ids(message) for message in messages], tools, settings)
     (answers,) = yield [request(variant, [(end, False) for end in reversed(ends)], tokenizer)]
     found = []
     for text, rendered in zip(texts, reversed(answers), strict=True):
-        found.append(text._replace(random=_differing(text.text, without_marks(text_or_raise(rendered)))))
+        found.append(text._replace(random=differing(text.text, without_marks(text_or_raise(rendered)))))
     return found
+
+
+class Rewritten(Problem):
+    """A template renders earlier messages otherwise once a turn has been answered."""
 
 
 class _Renderings(NamedTuple):
@@ -175,10 +179,11 @@ def _generation_spans(marked: str, messages: list[Message], trained_on: list[int
         return [span for i, span in zip(assistant_messages, spans, strict=True) if i in trained_on]
     if added is not None:
         return [span for span in spans if any(start <= span[0] and span[1] <= end for start, end in added)]
-    raise ValueError(
-        f"the chat template marks {len(spans)} generations for {len(assistant_messages)} assistant messages, of which "
-        f"{len(trained_on)} bear loss; "
-        "put one {% generation %} … {% endgeneration %} around each message"
+    message = f"the chat template marks {len(spans)} generations for {len(assistant_messages)} assistant messages"
+    raise Problem(
+        "template",
+        f"{message}, of which {len(trained_on)} bear loss",
+        "put one {% generation %} … {% endgeneration %} around each message",
     )
 
 
@@ -206,9 +211,11 @@ def _prefix_spans(text: str, renderings: _Renderings, trained_on: list[int]) -> 
         if turn.endswith(tokenizer.special_tokens):
             turn_start = text.find(turn, position)
         if turn_start < 0:
-            raise ValueError(
-                f"the chat template renders the turns before message {i} differently once it is there, so its tokens cannot "
-                "be told apart; put {% generation %} … {% endgeneration %} around the assistant's part of the template"
+            message = f"the chat template renders the turns before message {i} differently once it is there"
+            raise Rewritten(
+                "template",
+                f"{message}, so its tokens cannot be told apart",
+                "put {% generation %} … {% endgeneration %} around the assistant's part of the template",
             )
         position = turn_start + len(turn)
         if i in trained_on:
@@ -244,9 +251,11 @@ def _check_agree(text: str, spans: list[Span], added: list[Span]) -> None:
     for difference, verb in ((marked_characters - added_characters, "marks"), (added_characters - marked_characters, "leaves out")):
         differing = "".join(text[i] for i in sorted(difference)).strip("".join(PLAIN_TEXT_MARKS) + " \t\r\n")
         if differing:
-            raise ValueError(
-                f"the chat template's {{% generation %}} {verb} {brief(differing)}, unlike what the assistant's turns add to the "
-                "rendering; put it around what the assistant writes, the end token included"
+            message = f"the chat template's {{% generation %}} {verb} {brief(differing)}"
+            raise Problem(
+                "template",
+                f"{message}, unlike what the assistant's turns add to the rendering",
+                "put it around what the assistant writes, the end token included",
             )
 
 
@@ -258,7 +267,7 @@ def _characters(spans: list[Span]) -> set[int]:
     return positions
 
 
-def _with_other_ids(message: Message) -> Message:
+def with_other_ids(message: Message) -> Message:
     """Return the message with every character of the ids of calls replaced by another, in calls and in results."""
     if "tool_calls" in message:
         return message | {"tool_calls": [_with_other_id(call) for call in message["tool_calls"]]}
@@ -274,10 +283,11 @@ def _with_other_id(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"id": call["id"].translate(_OTHER)}
 
 
-def _differing(text: str, id_variant: str) -> list[Span]:
+def differing(text: str, id_variant: str) -> list[Span]:
     """Find the ids of calls in a text: the characters that change when every character of the ids is replaced."""
     if len(id_variant) != len(text):
-        raise ValueError("the chat template writes calls differently for different ids, so that what is random cannot be told")
+        message = "the chat template writes calls differently for different ids, so that what is random cannot be told"
+        raise Problem("template", message, f"name another template {OTHER_TEMPLATE}")
     spans: list[Span] = []
     for i, (a, b) in enumerate(zip(text, id_variant, strict=True)):
         if a != b:

@@ -23,7 +23,7 @@ from mistral_common.tokens.tokenizers.base import SpecialTokens, TokenizerVersio
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 from pydantic import ValidationError
 
-from moe_train.data.chat.example import Example, turns, uses_tools, without_tools
+from moe_train.data.chat.example import EXTEND_VOCAB, Example, turns, uses_tools, without_tools
 from moe_train.data.chat.mistral_prefixes import Prefixes
 from moe_train.data.chat.mistral_trajectory import merged_examples
 from moe_train.data.records.normal_form import Conversation, Message
@@ -67,7 +67,8 @@ def check_has_tools(tokenizer: Mistral) -> None:
     """Raise Problem if the tokenizer's version has no tokens for tools."""
     version = tokenizer.finetuning.version
     if version < _FIRST_WITH_TOOLS:
-        raise without_tools(f"{tokenizer.files[0].name}, a tokenizer of version {version.value}, has no tokens for them")
+        why = f"{tokenizer.files[0].name}, a tokenizer of version {version.value}, has no tokens for them"
+        raise without_tools(f"{why}; versions v2, v3, v7, v11, v13 and v15 have them", f"{EXTEND_VOCAB}, or drop the record")
 
 
 def _all_turns(messages: list[Message], tokenizer: Mistral) -> Example:

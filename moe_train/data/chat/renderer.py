@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import resource
@@ -10,10 +11,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
-
-GENERATION = ("\ufdd2", "\ufdd3")
-"""Unicode noncharacters that enclose what a template marks with {% generation %}."""
 
 
 class Limits(NamedTuple):
@@ -27,11 +26,14 @@ class Limits(NamedTuple):
     """Processor time in seconds."""
     memory: int = 1 << 31
     """Address space in bytes."""
+    steps: int = 5_000_000
+    """Number of iterations of loops; a call counts as several."""
 
 
 def _serve(connection: Connection, limits: Limits) -> None:
     """Answer requests until the other end of the connection is closed."""
-    environment = _environment()
+    environments = _environments()
+    environment = environments.Environment(limits.output)
 
     @functools.lru_cache(maxsize=8)
     def compiled(source: str) -> Any:
@@ -49,35 +51,48 @@ def _serve(connection: Connection, limits: Limits) -> None:
         except EOFError:
             return
         signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # the default action of SIGPROF ends the process
-        answer = json.dumps(_answer(question, compiled, limits)).encode()
+        answer = json.dumps(_answer(question, compiled, limits, environments)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(answer)
 
 
-def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Limits) -> dict[str, Any]:
+def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Limits, environments: Any) -> dict[str, Any]:
     """Render all requests of a question.
 
+    Args:
+        question: The template and the requests.
+        compiled: Compiles a template.
+        limits: The limits for each request.
+        environments: The module `environment`.
+
     Returns:
-        `unreadable` if the template cannot be compiled, `over` if a limit is exceeded, otherwise `texts`: for each request its
-        renderings, where a number stands for a prefix of the first one, and a list holds an error message.
+        `unreadable` if the template cannot be compiled, `over` if a limit is exceeded (`exhausted`: the memory is used up, and
+        this process should be replaced), otherwise `texts`: for each request its
+        renderings, where a number stands for a prefix of the first one, and a list holds an error message and whether the template
+        rejects the record with it.
     """
     import jinja2
 
     try:
         template = compiled(question["template"])
     except (jinja2.TemplateError, RecursionError, MemoryError) as error:
-        return {"unreadable": f"the chat template cannot be read: {_line(error)}"}
+        return {"unreadable": f"the chat template cannot be read: {_line(error)}", "exhausted": isinstance(error, MemoryError)}
     answers = []
     for (variables, prefixes), max_output in question["requests"]:
-        texts: list[str | int | list[str]] = []
+        texts: list[str | int | list[Any]] = []
         characters_left = max_output
+        template.environment.budget = limits.steps
         for prefix in prefixes or [None]:
             try:
                 text = _limited(template.generate(_prefix_variables(variables, prefix)), characters_left)
             except Exception as error:  # a template is a program and can raise anything
                 if isinstance(error, MemoryError):
-                    return {"over": f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"}
-                texts.append([f"the chat template refuses the record: {_line(error)}"])
+                    message = f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"
+                    return {"over": message, "exhausted": True}
+                if isinstance(error, environments.Endless):
+                    return {"over": f"the chat template takes more than {limits.steps:,} steps for one record; is a loop endless?"}
+                refused = isinstance(error, environments.Refusal)
+                texts.append([f"the chat template {'refuses the record' if refused else 'fails'}: {_line(error)}", refused])
                 continue
             if text is None:
                 return {"over": f"the chat template writes more than {max_output:,} characters for one record"}
@@ -113,41 +128,14 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def _environment() -> Any:
-    """Create the jinja2 environment that transformers uses, without what depends on the date or on chance."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """The tag `{% generation %} … {% endgeneration %}`, with which transformers marks what the assistant wrote."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2's own spelling)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Any) -> str:
-            return GENERATION[0] + caller() + GENERATION[1]
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        """Serialize to JSON as transformers does; jinja2's own filter escapes HTML."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    def refuse(message: str) -> None:
-        """Implement `raise_exception`, with which templates reject a conversation."""
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    del environment.filters["random"], environment.globals["lipsum"]
-    return environment
+def _environments() -> Any:
+    """Load `environment.py`, which lies beside this file; the package is not on the path of this process."""
+    spec = importlib.util.spec_from_file_location("environment", Path(__file__).with_name("environment.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["environment"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moe_train.data.chat.renderer import GENERATION
+from moe_train.data.chat.environment import GENERATION
+from moe_train.data.chat.example import OTHER_TEMPLATE
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief
@@ -38,7 +39,7 @@ def request(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: H
     for message in conversation.messages:
         content = message.get("content")
         if len(message) == 2 and content.__class__ is str:  # the fast path for almost all messages
-            messages.append(message | {"content": _marked_text(content, pattern)})
+            messages.append(message | {"content": marked_text(content, pattern)})
         else:
             messages.append(_marked(_as_templates_read(message), pattern) | {"role": message["role"]})
     tools = _marked(conversation.tools, pattern) or None
@@ -49,7 +50,7 @@ def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
     """Return a JSON value with marks in all its texts."""
     match value:
         case str():
-            return _marked_text(value, pattern)
+            return marked_text(value, pattern)
         case list():
             return [_marked(item, pattern) for item in value]
         case dict():
@@ -59,7 +60,7 @@ def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
     raise Problem("type", f"{brief(value)} has no form in JSON, nor in a chat template", "write it as text")
 
 
-def _marked_text(text: str, pattern: re.Pattern[str]) -> str:
+def marked_text(text: str, pattern: re.Pattern[str]) -> str:
     """Return the text with marks around what looks like a control token. Raises Problem if the text itself contains such marks."""
     if not text.isascii() and _MARKS.search(text):
         message = f"the conversation contains a Unicode noncharacter (U+FDD0 to U+FDD3): {brief(text)}"
@@ -108,7 +109,7 @@ def checked(texts: list[str | ValueError], asked: Request) -> list[str | ValueEr
     """Return the renderings of a request, or errors if the template has escaped our marks."""
     if any(isinstance(text, str) and _ESCAPED in text for text in texts) and not _has_escapes(asked.variables):
         message = r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart"
-        return [ValueError(message)] * len(texts)
+        return [Problem("template", message, f"name a template that does not {OTHER_TEMPLATE}")] * len(texts)
     return texts
 
 

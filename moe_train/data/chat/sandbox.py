@@ -2,16 +2,17 @@
 
 A template is a program that came with somebody's model. jinja2's sandbox denies it files and code, but does not stop an endless
 loop or a string that fills the memory. Therefore it runs in a child process that the kernel ends when its processor time is
-used up, and that can neither write files nor grow beyond a limit. Functions that depend on the date or on chance
-(`strftime_now`, `random`, `lipsum`) are left out, since a record has to give the same tokens tomorrow.
+used up, and that can neither write files nor grow beyond a limit. Nothing in it depends on the day or on chance, since a record
+has to give the same tokens tomorrow.
 
-The program of the child process is `renderer`.
+The program of the child process is `renderer`, and what a template can do there is in `environment`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -22,10 +23,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from moe_train.data.chat import renderer
+from moe_train.data.chat import environment, renderer
+from moe_train.data.chat.example import OTHER_TEMPLATE
 from moe_train.data.chat.renderer import Limits
+from moe_train.data.records.problem import Problem
 
-GENERATION = renderer.GENERATION
+GENERATION = environment.GENERATION
 _BATCH = 1 << 20  # bytes of requests that are sent at once
 
 Prefix = tuple[int, bool]
@@ -84,9 +87,9 @@ def render_prefixes(
     for batch in _batches(requests, limits):
         for answer in _answers(template, batch, _child(limits)):
             if "unreadable" in answer:
-                raise ValueError(answer["unreadable"])
+                raise _fault(answer["unreadable"])
             if "over" in answer:
-                renderings.append([ValueError(answer["over"])])
+                renderings.append([_fault(answer["over"])])
             else:
                 renderings.extend(map(_texts, answer["texts"]))
     # A request with a single answer has that answer for each of its prefixes.
@@ -130,13 +133,20 @@ def _batches(requests: Sequence[Request], limits: Limits) -> Iterator[list[bytes
         yield batch
 
 
-def _texts(answer: list[str | int | list[str]]) -> list[str | ValueError]:
-    """Decode an answer: a number is the length of a prefix of the first text, a list holds an error message."""
+def _fault(message: str, refused: bool = False) -> Problem:
+    """Return the problem that a template fails, or that it rejects a record."""
+    if refused:
+        return Problem("refused", message, f"change or drop the record, or name another template {OTHER_TEMPLATE}")
+    return Problem("template", message, f"correct the template, or name another {OTHER_TEMPLATE}")
+
+
+def _texts(answer: list[str | int | list[Any]]) -> list[str | ValueError]:
+    """Decode an answer: a number is the length of a prefix of the first text, a list holds the arguments of `_fault`."""
     first_text = answer[0]
     texts: list[str | ValueError] = []
     for entry in answer:
         if isinstance(entry, list):
-            texts.append(ValueError(*entry))
+            texts.append(_fault(*entry))
         elif isinstance(entry, str):
             texts.append(entry)
         else:
@@ -175,11 +185,17 @@ class _Child:
             try:
                 question = b'{"template": %b, "requests": [%b]}' % (json.dumps(template).encode(), b",".join(requests))
                 self._connection.send_bytes(question)
-                return json.loads(self._connection.recv_bytes())
+                answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
             except (EOFError, ConnectionError):
-                self._connection.close()
-                self._connection = None
-                code = self._process.wait()
+                answer = {}
+            if answer and not answer.get("exhausted"):
+                return answer
+            # The process has ended, or holds on to the memory that it used up.
+            self._connection.close()
+            self._connection = None
+            code = self._process.wait()
+            if answer:
+                return answer
             if code == -signal.SIGPROF:
                 return {"over": f"the chat template takes longer than {self._limits.seconds} s for one record; is a loop endless?"}
             return {"over": f"the chat template broke the process that renders it (exit code {code})"}
@@ -191,6 +207,11 @@ class _Child:
             # -P keeps that file's folder out of sys.path. In a session of its own, the child gets no Ctrl-C of this process.
             command = [sys.executable, "-P", str(Path(renderer.__file__)), str(child_end.fileno()), *map(str, self._limits)]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[child_end.fileno()], start_new_session=True, cwd="/"
+                command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[child_end.fileno()],
+                start_new_session=True,
+                cwd="/",
+                env={**os.environ, "PYTHONHASHSEED": "0"},
             )
         self._connection = Connection(parent_end.detach())

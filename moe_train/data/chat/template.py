@@ -12,10 +12,11 @@ import re
 from collections.abc import Sequence
 
 from moe_train.data.chat import sandbox
-from moe_train.data.chat.example import Example, without_tools
-from moe_train.data.chat.loss_mask import Steps, Text, trained_texts
+from moe_train.data.chat.example import EXTEND_VOCAB, OTHER_TEMPLATE, Example, without_tools
+from moe_train.data.chat.loss_mask import Steps, Text
 from moe_train.data.chat.renderings import checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
+from moe_train.data.chat.served import checked_texts
 from moe_train.data.chat.text_to_ids import encode_texts
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -28,7 +29,7 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
         For each conversation one example, or with tools as few as its renderings and tokens allow; or a ValueError in one line, if
         the template rejects the conversation or its turns cannot be located.
     """
-    rendered = _rendered([trained_texts(conversation, tokenizer) for conversation in conversations], template)
+    rendered = _rendered([checked_texts(conversation, template, tokenizer) for conversation in conversations], template)
     all_texts: list[Text] = []
     for texts in rendered:
         if not isinstance(texts, ValueError):
@@ -68,13 +69,23 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
         tools = [{"type": "function", "function": function}]
         text = _text(Conversation(messages, tools), False, template, tokenizer)
     except ValueError as error:
-        raise without_tools(f"the chat template takes none ({error})") from error
+        raise without_tools(f"the chat template takes none ({error})", _tools_remedy(tokenizer)) from error
     for feature, shown in (("tools", "Look a word up."), ("calls", "quokka"), ("results", "marsupial")):
         if shown not in text:
-            raise without_tools(f"the chat template leaves {feature} out")
+            raise without_tools(f"the chat template leaves {feature} out", _tools_remedy(tokenizer))
     for token in re.findall(r"\[/?[A-Z_]+\]", text):
         if len(tokenizer.encode_control(token)) != 1:
-            raise without_tools(f"the chat template writes {token}, which {tokenizer.files[0]} has no token for")
+            why = f"the chat template writes {token}, which {tokenizer.files[0]} has no token for"
+            raise without_tools(why, _tools_remedy(tokenizer))
+
+
+def _tools_remedy(tokenizer: HuggingFace) -> str:
+    """Return the remedy for tools that the chat template cannot write."""
+    remedy = f"name a template that writes tools {OTHER_TEMPLATE}, such as chatml where the tokenizer has <|im_start|>"
+    # Only the vocabulary of Mistral's first version is contained in that of v3; its ▁ has this id, and Llama's another.
+    if tokenizer.vocab_size == 32000 and tokenizer.token_id("▁") == 28705:
+        remedy += f", or {EXTEND_VOCAB}"
+    return f"{remedy}, or drop the record"
 
 
 # --- rendering -------------------------------------------------------------------------------------------------

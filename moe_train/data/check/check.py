@@ -29,7 +29,7 @@ from moe_train.data.check.corrected import corrected_copy
 from moe_train.data.check.duplicates import SIMILAR, Spool
 from moe_train.data.check.duplicates import WORDS as DUPLICATE_WORDS
 from moe_train.data.check.examine import examine
-from moe_train.data.check.findings import Chunk, Findings, Question, Stop
+from moe_train.data.check.findings import Chunk, Findings, Question
 from moe_train.data.check.held_out import HeldOutRecords
 from moe_train.data.check.kinds import Kinds
 from moe_train.data.check.overlap import OVERLAP_WORDS
@@ -159,7 +159,7 @@ def check_records(
     Raises:
         FileNotFoundError: If there is nothing to read.
         FileExistsError: If the `fix` folder exists.
-        ValueError: If the check cannot be made as requested, such as records with tools for a tokenizer without tool tokens.
+        ValueError: If the check cannot be made as requested.
     """
     repairing = settings.fix is not None or settings.dry_run
     if settings.sample is not None and repairing:
@@ -194,7 +194,7 @@ def check_records(
         chunks = some_chunks(places, question, coverage)
     with tempfile.TemporaryDirectory(prefix="moe-train-check-") as scratch, corrected_copy(settings, places) as fixed:
         gathered = _Gathered(places, Path(scratch), settings.shown, held_out)
-        for findings, done in _examined(chunks, question, num_proc, places):
+        for findings, done in _examined(chunks, question, num_proc):
             gathered.add(findings)
             if fixed is not None and findings.kept is not None:
                 fixed.add(findings)
@@ -215,7 +215,7 @@ def check_records(
 
 RULE_NAMES = frozenset(rule.name for rule in rules.RULES) | {
     *("type", "columns", "text-and-content", "empty-text", "refused", "too-long", "no-loss", "tools", "unread-key", "weight"),
-    *("arguments", "call-text", "thinking", "settings", "pair", "no-objective", "mixed-kinds"),
+    *("arguments", "call-text", "thinking", "settings", "pair", "no-objective", "mixed-kinds", "no-template", "template", "image"),
     *("not-json", "not-a-record", "not-utf-8", "unreadable", "empty-file"),
 }
 """The names of all rules. Those of the last line concern files and lines that do not contain a record."""
@@ -224,9 +224,7 @@ RULE_NAMES = frozenset(rule.name for rule in rules.RULES) | {
 # --- processes -------------------------------------------------------------------------------------------------
 
 
-def _examined(
-    chunks: Iterator[tuple[Chunk, int]], question: Question, num_proc: int, places: list[CheckedFile]
-) -> Iterator[tuple[Findings, int]]:
+def _examined(chunks: Iterator[tuple[Chunk, int]], question: Question, num_proc: int) -> Iterator[tuple[Findings, int]]:
     """Examine chunks in this process or in several; yield the findings in the order of the chunks."""
     try:
         if num_proc == 1:
@@ -250,9 +248,6 @@ def _examined(
             finally:
                 for future, _ in in_flight:
                     future.cancel()
-    except Stop as stop:
-        place, number, _, _ = stop.args
-        raise ValueError(f"{places[place].where(number)}: {stop}") from stop
     except BrokenProcessPool as error:
         raise RuntimeError("a process that examined records died, for want of memory perhaps; use --num-proc 1") from error
 

@@ -15,10 +15,10 @@ import numpy as np
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.encode import encode
-from moe_train.data.chat.example import Example, MergedTurns, fitting_tokens, uses_tools
+from moe_train.data.chat.example import Example, MergedTurns, fitting_tokens
 from moe_train.data.check import rules
 from moe_train.data.check.duplicates import fingerprints
-from moe_train.data.check.findings import Chunk, Findings, Kept, KindCount, Question, ReadRecord, Stop
+from moe_train.data.check.findings import Chunk, Findings, Kept, KindCount, Question, ReadRecord
 from moe_train.data.check.kinds import in_words
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import overlap, said_in
@@ -33,9 +33,9 @@ from moe_train.data.records.problem import Item, Problem, check_usable
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
-from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
+_FAULTS_OF_TEMPLATES = {"template", "no-template", "tools"}  # no reason to drop a record: another template may render it
 _STILL_TOKENISED = {"control-token"}  # training accepts records that break these rules, and treats the tokens as plain text
 
 
@@ -46,9 +46,6 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         chunk: The records.
         question: What to examine.
         form: The form of records for the tokenizer (see `form_of`).
-
-    Raises:
-        Stop: For the first record of a kind that the tokenizer cannot represent.
     """
     read: list[ReadRecord] = []
     unreadable: list[tuple[int, Problem]] = []
@@ -67,7 +64,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
             read.append(ReadRecord(number, item, section, *read_record(item, section)))
         except Problem as problem:
             unreadable.append((number, problem))
-    _judge(read, chunk.place, question, form)
+    _judge(read, question, form)
     problems = list(unreadable)
     lengths: Counter[tuple[str, int]] = Counter()
     loss_tokens = 0
@@ -107,7 +104,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         prints=fingerprints([_content(entry.record) for entry in read], texts),
         overlapping=numbers[overlapping],
         held_out=held_out,
-        kept=_kept(read, unreadable, raw, chunk.place, question, form) if question.repairing else None,
+        kept=_kept(read, unreadable, raw, question, form) if question.repairing else None,
     )
 
 
@@ -128,15 +125,13 @@ def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]
                 yield number, item, None
 
 
-def _judge(read: list[ReadRecord], place: int, question: Question, form: Requirements) -> None:
+def _judge(read: list[ReadRecord], question: Question, form: Requirements) -> None:
     """Fill in the problems and the examples of each record."""
     texts: list[ReadRecord] = []
     conversations: list[tuple[ReadRecord, Conversation]] = []
     for entry in read:
         found = itertools.chain(rules.problems(entry.record, form), no_objective(entry.record))
         entry.problems = [problem for problem in found if problem.rule not in question.allowed]
-        if isinstance(entry.record, Conversation):
-            _stop_where_there_is_no_form(entry, entry.record, place, question)
         if any(problem.rule not in _STILL_TOKENISED for problem in entry.problems):
             continue
         if isinstance(entry.record, str):
@@ -181,18 +176,6 @@ def _encode_texts(texts: list[ReadRecord], tokenizer: Tokenizer) -> None:
                 entry.problems.append(Problem("refused", str(error.__cause__), "change or drop it"))
 
 
-def _stop_where_there_is_no_form(entry: ReadRecord, conversation: Conversation, place: int, question: Question) -> None:
-    """Raise Stop for a conversation without a chat template, or with tools that the tokenizer or template cannot represent."""
-    if isinstance(question.tokenizer, HuggingFace) and question.template is None:
-        message = f"the record is a conversation, and the tokenizer {question.tokenizer.files[0]} has no chat template"
-        raise Stop(place, entry.number, message, "name a jinja file with --chat-template (in a config: data.chat_template)")
-    if not any(problem.rule == "type" for problem in entry.problems) and uses_tools(conversation):
-        try:
-            conversation_to_tokens.check_has_tools(question.template, question.tokenizer)
-        except Problem as problem:
-            raise Stop(place, entry.number, problem.message, problem.remedy) from problem
-
-
 def _shape(entry: ReadRecord) -> str:
     """Return the kind of a record, and whether it has tools."""
     messages = messages_of(entry.record)
@@ -220,13 +203,12 @@ def _kept(
     read: list[ReadRecord],
     unreadable: list[tuple[int, Problem]],
     raw: dict[int, bytes],
-    place: int,
     question: Question,
     form: Requirements,
 ) -> Kept:
     """Return the corrected chunk."""
     repaired, reasons = attempts(read, form)
-    _judge([attempt.entry for attempt in repaired.values()], place, question, form)
+    _judge([attempt.entry for attempt in repaired.values()], question, form)
     for attempt in repaired.values():  # what training accepts is no reason to give a repair up
         attempt.entry.problems = [problem for problem in attempt.entry.problems if problem.rule not in _STILL_TOKENISED]
     accepted = [entry.number for entry in read if entry.problems and _accepted(entry, question)]
@@ -234,7 +216,9 @@ def _kept(
 
 
 def _accepted(entry: ReadRecord, question: Question) -> bool:
-    """Return whether training accepts a record with problems, and learns from it."""
+    """Return whether a record with problems is kept: training accepts it and learns from it, or the fault is not the record's."""
+    if all(problem.rule in _FAULTS_OF_TEMPLATES for problem in entry.problems):
+        return True
     if any(problem.rule == "too-long" for problem in entry.problems):
         return False
     if isinstance(entry.record, Conversation):

@@ -112,13 +112,6 @@ class Findings(NamedTuple):
     """The corrected chunk; None if records are not corrected."""
 
 
-class Stop(ValueError):
-    """An error for records that the tokenizer cannot represent at all, which ends the check: (place, number, what, remedy)."""
-
-    def __str__(self) -> str:
-        return f"{self.args[2]}; {self.args[3]}"
-
-
 @dataclass
 class ReadRecord:
     """A record that has been read, and the results for it."""

@@ -54,11 +54,13 @@ class ShardEntry(_Entry):
 class Rules(_Entry):
     """The rules that turn records into ids.
 
-    record: the config section of the record kind. libraries: library name -> version.
+    record: the config section of the record kind. chat_date: the date that the chat template reads; None if it reads none.
+    libraries: library name -> version.
     """
 
     record: dict[str, Any]
     template_sha256: str | None
+    chat_date: str | None = None
     libraries: dict[str, str]
 
 
@@ -93,6 +95,8 @@ class Manifest(_Entry):
         """
         left_out: dict[str, Any] = {"hash": True, "too_long": True, "unread": True, "files": {"__all__": {"path"}}}
         content = self.model_dump(mode="json", exclude=left_out)
+        if self.rules.chat_date is None:  # so that sets from before there was such a date keep their hash
+            del content["rules"]["chat_date"]
         return self.model_copy(update={"hash": _sha256(content)})
 
     def write(self, directory: Path) -> None:

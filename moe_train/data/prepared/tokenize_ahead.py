@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train import config
+from moe_train.data.chat.chat_date import date_of
 from moe_train.data.prepared.manifest import Manifest, Rules, ShardEntry, SourceFile
 from moe_train.data.prepared.shards import Shard, cut
 from moe_train.data.prepared.tokenize_shard import Recipe, Told, write_shard
@@ -136,6 +137,7 @@ def _rules(record: config.Record, template: str | None) -> Rules:
     return Rules(
         record=record.model_dump(mode="json", exclude={"too_long"}),  # too_long matters only for packing
         template_sha256=template_sha256,
+        chat_date=None if template_sha256 is None else date_of(template),
         libraries={name: importlib.metadata.version(name) for name in ("tokenizers", "mistral-common", "jinja2")},
     )
 

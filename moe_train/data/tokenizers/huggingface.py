@@ -25,6 +25,10 @@ _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_templa
 """Files next to tokenizer.json that an export includes if they exist, in the order in which the identity hashes them."""
 
 
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+"""Name of the folder next to tokenizer.json with further chat templates, such as `tool_use.jinja`."""
+
+
 class Marked(NamedTuple):
     """A text for `HuggingFace.encode_marked`, with control tokens enclosed in marks."""
 
@@ -58,7 +62,8 @@ class HuggingFace(Tokenizer):
         if not main.is_file():
             raise FileNotFoundError(f"no tokenizer at {main}; give a directory with tokenizer.json, or that file")
         self.path = path
-        self.files = (main, *(directory / name for name in _OTHER_FILES if (directory / name).is_file()))
+        others = (directory / name for name in _OTHER_FILES)
+        self.files = (main, *(file for file in others if file.is_file()), *_additional_templates(directory))
         self.identity = hash_files(self.files)
         try:
             self._plain = tokenizers.Tokenizer.from_file(str(main))
@@ -79,6 +84,9 @@ class HuggingFace(Tokenizer):
         self.eos_id = self._id("eos_token")
         self.special_tokens = tuple(token.content for token in self._plain.get_added_tokens_decoder().values() if token.special)
         self.chat_template = _chat_template(directory, settings)
+        self.end_tokens = self._end_tokens(directory, settings)
+        ids = (self._plain.token_to_id(token) for token in self.end_tokens)
+        self.end_ids = tuple(number for number in ids if number is not None)
 
     def _id(self, name: str) -> int:
         """Return the id of a named token such as `eos_token`."""
@@ -86,6 +94,27 @@ class HuggingFace(Tokenizer):
         if number is None:
             raise ValueError(f"the {name} {self.named_tokens[name]!r} of tokenizer_config.json is not in {self.files[0]}")
         return number
+
+    def is_token(self, text: str) -> bool:
+        """Return whether a template that writes this text writes one token, and not letters."""
+        return text in self._added or len(self.encode(text)) == 1
+
+    @functools.cached_property
+    def _added(self) -> frozenset[str]:
+        """The texts that are recognized as tokens wherever a template writes them."""
+        return frozenset(token.content for token in self._plain.get_added_tokens_decoder().values())
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token that is exactly this text; None if there is no such token."""
+        return self._plain.token_to_id(text)
+
+    def _end_tokens(self, directory: Path, settings: dict[str, Any]) -> tuple[str, ...]:
+        """Return the tokens that end a generation: eos_token, eot_token, and those of `generation_config.json`."""
+        texts = [self.named_tokens["eos_token"], _token_text(settings.get("eot_token"))]
+        ids = _read_json(directory / "generation_config.json").get("eos_token_id")
+        for number in ids if isinstance(ids, list) else [ids]:
+            texts.append(self._plain.id_to_token(number) if isinstance(number, int) else None)
+        return tuple(dict.fromkeys(text for text in texts if text is not None and self.token_id(text) is not None))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without any control token."""
@@ -245,12 +274,30 @@ def _token_text(token: str | dict[str, Any] | None) -> str | None:
 
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """Return the text of `chat_template.jinja` if it exists, as transformers does; otherwise the entry of tokenizer_config.json."""
+    """Return the text of the chat template; None if there is none.
+
+    Like transformers, `chat_template.jinja` and the templates in `additional_chat_templates` come before those of
+    tokenizer_config.json, which has one, or a list of them with names. Of several, transformers renders the one named `tool_use`
+    if there are tools, and the one named `default` otherwise; here both become one template that decides the same way.
+    """
+    templates: dict[str, str] = {}
+    stated = settings.get("chat_template")
+    if isinstance(stated, list):
+        templates |= {entry["name"]: entry["template"] for entry in stated if isinstance(entry, dict) and "name" in entry}
+    elif isinstance(stated, str):
+        templates["default"] = stated
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several templates by name
-        templates = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = templates.get("default")
-    return template
+        templates = {"default": file.read_text(encoding="utf-8")}
+    templates |= {path.stem: path.read_text(encoding="utf-8") for path in _additional_templates(directory)}
+    if "tool_use" not in templates:
+        return templates.get("default")
+    refusal = "{{ raise_exception('there is no chat template for conversations without tools') }}"
+    # The signs + keep white space as it stands; a newline at the very end of a template is never written.
+    tool_use, default = (templates.get(name, refusal).removesuffix("\n") for name in ("tool_use", "default"))
+    return "{%+ if tools +%}" + tool_use + "{%+ else +%}" + default + "{%+ endif +%}"
+
+
+def _additional_templates(directory: Path) -> list[Path]:
+    """Return the files of chat templates with names, in order."""
+    return sorted((directory / ADDITIONAL_TEMPLATES).glob("*.jinja"))

@@ -55,6 +55,7 @@ class Mistral(Tokenizer):
         self.vocab_size = self._text.n_words
         self.bos_id = self._text.bos_id
         self.eos_id = self._text.eos_id
+        self.end_ids = (self.eos_id,)
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:

@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
     """Id of the token that begins a document; None if none does."""
     eos_id: int
     """Id of the token that ends a document."""
+    end_ids: tuple[int, ...]
+    """Ids of the tokens that end a generation: `eos_id`, and the ends of turns that the model's files name."""
     chat_template: str | None
     """The text of the tokenizer's own chat template; None if it has none."""
 

@@ -74,6 +74,8 @@ def write(
     if share.first != 0:
         return
     write_json(directory / CONFIG_FILE, settings)
+    if tokenizer is not None and len(tokenizer.end_ids) > 1:
+        generation["eos_token_id"] = list(tokenizer.end_ids)
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
 
 

@@ -21,7 +21,7 @@ def test_the_prefixes_of_a_conversation() -> None:
     )
     request = Request({"messages": list("abcdef")}, [(3, False), (2, False), (2, True), (6, False)])
     three, two, asking, six = render_prefixes(template, [request])[0]
-    assert (three, two, asking) == ("abc", "ab", "ab?") and str(six) == "the chat template refuses the record: six"
+    assert (three, two, asking) == ("abc", "ab", "ab?") and str(six).startswith("the chat template refuses the record: six;")
 
 
 def test_blocks_leave_no_space_and_loops_can_be_left() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.chat.renderer import GENERATION
+from moe_train.data.chat.environment import GENERATION
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, without_marks
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from moe_train.data.check import corrected
+from moe_train.data.check.check import CheckedSource, Settings, check_records
 from moe_train.data.tokenizers.huggingface import HuggingFace
-from tests.data.check.samples import ANSWER, CHAT, LINES, USER, WITH_TOOLS, Write, check_files
+from tests.data.check.samples import ANSWER, CHAT, LINES, USER, Write, check_files
 
 
 def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
@@ -48,9 +49,14 @@ def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
 
 
 def test_a_copy_appears_whole_or_not_at_all(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:
-    path = write_lines("a.jsonl", [CHAT, WITH_TOOLS])
-    with pytest.raises(ValueError, match="the record has tools"):
-        check_files(tokenizer, path, fix=tmp_path / "out")
+    path = write_lines("a.jsonl", [CHAT, CHAT])
+
+    def interrupted(done: int, total: int, records: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        settings = Settings(template=tokenizer.chat_template, fix=tmp_path / "out")
+        check_records([CheckedSource((str(path),))], tokenizer, settings, interrupted)
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")

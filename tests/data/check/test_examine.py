@@ -16,6 +16,7 @@ from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.recognise import recognise
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.chat.chats import CHATML
 from tests.data.check.samples import CHAT, KINDS, WITH_TOOLS, Write, check_files
 from tests.data.hugging_face import DATA
 
@@ -41,20 +42,22 @@ def test_tokens_are_those_of_training(tokenizer: HuggingFace, v3: Mistral, write
         assert {b["up_to"]: b["examples"] for b in answer["lengths"]["histogram"] if b["examples"]} == bins
 
 
-def test_tools_under_a_tokenizer_without_tool_tokens_stop(tokenizer: HuggingFace, v3: Mistral, write_lines: Write) -> None:
-    path = write_lines("a.jsonl", [CHAT, WITH_TOOLS])
+def test_tools_under_a_tokenizer_without_tool_tokens(tokenizer: HuggingFace, v3: Mistral, write_lines: Write) -> None:
+    path = write_lines("a.jsonl", [CHAT, WITH_TOOLS, WITH_TOOLS | {"id": 2}, CHAT])
     answer = check_files(v3, path)
-    assert answer["problems"] == [] and answer["shapes"] == {"chat": 1, "chat with tools": 1} and answer["examples"] == 3
-    for without in (Mistral(DATA / "tokenizer.model.v1"), tokenizer):
-        with pytest.raises(
-            ValueError, match=r"a\.jsonl:2: the record has tools, .*v3, v7.*moe-train extend-vocab BASE OUT --tokenizer v3"
-        ):
-            check_files(without, path)
+    assert answer["problems"] == [] and answer["shapes"] == {"chat": 2, "chat with tools": 2} and answer["examples"] == 6
+    v1 = Mistral(DATA / "tokenizer.model.v1")
+    for without, template, remedy in ((v1, None, "moe-train extend-vocab"), (tokenizer, CHATML, "--chat-template")):
+        answer = check_files(without, path, template=template)
+        assert answer["problem_counts"] == {"tools": 2} and answer["examples"] == 2
+        assert all(remedy in problem["remedy"] for problem in answer["problems"])
+        assert ("extend-vocab" in answer["problems"][0]["remedy"]) == (without is v1)
 
 
-def test_conversations_without_a_template_stop(tokenizer: HuggingFace, write_lines: Write) -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: the record is a conversation, .* has no chat template; .*--chat-template"):
-        check_files(tokenizer, write_lines("a.jsonl", [CHAT]), template=None)
+def test_conversations_without_a_template(tokenizer: HuggingFace, write_lines: Write) -> None:
+    answer = check_files(tokenizer, write_lines("a.jsonl", [CHAT, {"text": "a"}, CHAT]), template=None)
+    assert answer["problem_counts"] == {"no-template": 2} and answer["examples"] == 1
+    assert "has no chat template" in answer["problems"][0]["message"] and "--chat-template" in answer["problems"][0]["remedy"]
 
 
 def test_a_chunk_of_rows(tokenizer: HuggingFace) -> None:

@@ -1,0 +1,320 @@
+"""Check that a rendered conversation is what was said, and that a model can learn from it to answer and to stop.
+
+A template is somebody's program: it may leave out a system text, or the text beside a call; it may end a turn with something that
+ends no generation; its markers may be letters to a tokenizer for which it was not made. None of that shows in a loss.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from moe_train.data.chat.chat_date import undated
+from moe_train.data.chat.example import OTHER_TEMPLATE, turns
+from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS
+from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.problem import Problem, brief
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.data.tokenizers.tokenizer import Span
+
+_CORRECT_TEMPLATE = f"correct the template, or name another {OTHER_TEMPLATE}"
+
+
+class LeftOut(Problem):
+    """Something that was said is missing from the rendering."""
+
+
+class Rendering(NamedTuple):
+    """A rendered text."""
+
+    text: str
+    trained_on: Sequence[Span]
+    """The spans of its characters that are trained on."""
+    end: int
+    """Number of messages of the conversation that are rendered."""
+
+
+def check_rendered(conversation: Conversation, renderings: Sequence[Rendering], template: str, tokenizer: HuggingFace) -> None:
+    """Check the texts that a conversation is trained on as.
+
+    Args:
+        conversation: The conversation.
+        renderings: The texts, in order.
+        template: The chat template that wrote them.
+        tokenizer: The tokenizer.
+
+    Raises:
+        LeftOut: If something that was said is in none of the texts.
+        Problem: With the rule `template`, if a turn does not end in a token that ends a generation, or a marker is no token; with
+            the rule `image`, if a placeholder for an image is trained on.
+    """
+    if not renderings:
+        return
+    plain = [_without_marks(rendering) for rendering in renderings]
+    scaffold = _check_said(conversation, plain, template)
+    _check_trained(conversation, plain)
+    for rendering in renderings:
+        _check_ends(rendering, tokenizer)
+        _check_images(rendering, tokenizer)
+    _check_markers(scaffold, conversation, template, tokenizer)
+
+
+def _without_marks(rendering: Rendering) -> Rendering:
+    """Return the rendering without the marks around what looks like a control token."""
+    text, spans, end = rendering
+    if PLAIN_TEXT_MARKS[0] not in text:
+        return rendering
+    marks = [match.start() for match in re.finditer("[" + "".join(PLAIN_TEXT_MARKS) + "]", text)]
+    for mark in PLAIN_TEXT_MARKS:
+        text = text.replace(mark, "")
+    moved = [(first - bisect.bisect_left(marks, first), last - bisect.bisect_left(marks, last)) for first, last in spans]
+    return Rendering(text, moved, end)
+
+
+# --- what was said ---------------------------------------------------------------------------------------------
+
+
+class _Said(NamedTuple):
+    """A text that the rendering has to contain."""
+
+    message: int
+    role: str
+    what: str
+    """What it is, in words."""
+    text: str
+
+
+def _said(conversation: Conversation, i: int) -> Iterator[_Said]:
+    """Yield every text of a message."""
+    message = conversation.messages[i]
+    role = message["role"]
+    calls = message.get("tool_calls") or []
+    content = message.get("content") or ""
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        text = part.get(part.get("type", "text"))
+        if isinstance(text, str) and text.strip():
+            what = "the result" if role == "tool" else "the text beside the calls" if calls else "the text"
+            yield _Said(i, role, "the reasoning" if part.get("type") == "thinking" else what, text.strip())
+    for call in calls:
+        function = call["function"]
+        yield _Said(i, role, "the name of a call", function["name"])
+        for value in _values(function.get("arguments", "")):
+            yield _Said(i, role, "an argument of a call", value)
+
+
+def _values(arguments: Any) -> Iterator[str]:
+    """Yield the names and values of a call's arguments as texts."""
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments or "{}")
+    yield from _texts_in(arguments)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yield the texts, names and numbers in a JSON value; constants may be spelled in several ways."""
+    match value:
+        case str():
+            if value.strip():
+                yield value.strip()
+        case bool() | None:
+            return
+        case int() | float():
+            yield json.dumps(value)
+        case list():
+            for item in value:
+                yield from _texts_in(item)
+        case dict():
+            for name, item in value.items():
+                yield from _texts_in(name)
+                yield from _texts_in(item)
+
+
+def _check_said(conversation: Conversation, renderings: Sequence[Rendering], template: str) -> str:
+    """Check that everything that was said is in one of the texts, in order; return what the template wrote around it."""
+    for tool in conversation.tools:
+        name = tool["function"]["name"]
+        if not any(name in rendering.text or _find(rendering.text, name) for rendering in renderings):
+            raise _left_out(_Said(0, "", f"the tool {name}", name))
+    found = [_locate(conversation, rendering) for rendering in renderings]
+    end = max(rendering.end for rendering in renderings)
+    # Mistral's v2 writes calls and results only after the last user turn.
+    omitted = _older_exchanges(conversation, end) if "[TOOL_RESULTS]" in template else set()
+    for i in range(end):
+        for said in _said(conversation, i):
+            if i not in omitted and not any(said in located for located in found):
+                raise _left_out(_first_missing(conversation, renderings) or said)
+    return "\n".join(_outside(rendering.text, list(located.values())) for rendering, located in zip(renderings, found, strict=True))
+
+
+def _older_exchanges(conversation: Conversation, end: int) -> set[int]:
+    """Return the calls and results before the last user turn; `_check_trained` finds those that are trained on."""
+    messages = conversation.messages[:end]
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+    return {i for i in range(last_user) if messages[i]["role"] == "tool" or "tool_calls" in messages[i]}
+
+
+def _locate(conversation: Conversation, rendering: Rendering) -> dict[_Said, Span]:
+    """Find what was said in a text, from the last message to the first, since it is older messages that templates omit."""
+    located: dict[_Said, Span] = {}
+    limit = len(rendering.text)
+    for i in reversed(range(rendering.end)):
+        starts = [limit]
+        for said in _said(conversation, i):
+            system = said.role == "system"  # which may be written later than the messages that follow it
+            span = _find(rendering.text, said.text, None if system else limit)
+            if span is not None:
+                located[said] = span
+                starts.append(limit if system else span[0])
+        limit = min(starts)
+    return located
+
+
+def _outside(text: str, spans: list[Span]) -> str:
+    """Return the parts of a text that are in none of the spans, one per line."""
+    parts = []
+    position = 0
+    for start, end in sorted(spans):
+        parts.append(text[position:start])
+        position = max(position, end)
+    parts.append(text[position:])
+    return "\n".join(parts)
+
+
+def _first_missing(conversation: Conversation, renderings: Sequence[Rendering]) -> _Said | None:
+    """Return the first text that is in no rendering: more likely what is left out than one that is out of order."""
+    for i in range(max(rendering.end for rendering in renderings)):
+        for said in _said(conversation, i):
+            if not any(_find(rendering.text, said.text) for rendering in renderings):
+                return said
+    return None
+
+
+def _left_out(said: _Said) -> LeftOut:
+    """Return the problem that something is not in the rendering."""
+    where = f" of message {said.message} ({said.role})" if said.role else ""
+    detail = f" {brief(said.text)}" if said.role else ""
+    remedy = f"name a template that writes it {OTHER_TEMPLATE}, or leave it out of the record"
+    return LeftOut("template", f"the chat template leaves out {said.what}{where}:{detail}".removesuffix(":"), remedy)
+
+
+def _find(text: str, said: str, limit: int | None = None) -> Span | None:
+    """Find the last occurrence of what was said before a position: as it stands, as JSON, or as JSON that was spelled anew."""
+    start = text.rfind(said, 0, limit)
+    if start >= 0:
+        return start, start + len(said)
+    for ascii_only in (False, True):
+        escaped = json.dumps(said, ensure_ascii=ascii_only)[1:-1]
+        start = -1 if escaped == said else text.rfind(escaped, 0, limit)
+        if start >= 0:
+            return start, start + len(escaped)
+    return _find_json(text, said, limit)
+
+
+def _find_json(text: str, said: str, limit: int | None) -> Span | None:
+    """Find JSON that the template parsed and wrote again: its words, close together."""
+    if said[:1] not in ("{", "[") or said[-1:] not in ("}", "]"):
+        return None
+    end = None
+    floor = 0
+    for word in reversed(re.findall(r"\w+", said)):
+        limit = text.rfind(word, floor, limit)
+        if limit < 0:
+            return None
+        if end is None:
+            end = limit + len(word)
+            floor = max(0, end - 8 * len(said) - 200)
+    return None if end is None or limit is None else (limit, end)
+
+
+def _check_trained(conversation: Conversation, renderings: Sequence[Rendering]) -> None:
+    """Check that what the assistant said in trained turns is in the trained spans, in order."""
+    trained = "\n".join(rendering.text[start:end] for rendering in renderings for start, end in rendering.trained_on)
+    limit = len(trained)
+    for turn in reversed(turns(conversation.messages)):
+        for i in reversed(range(turn.start, turn.end)) if turn.trained_on else ():
+            starts = [limit]
+            for said in _said(conversation, i):
+                found = _find(trained, said.text, limit)
+                if found is None:
+                    raise _left_out(said._replace(what=f"from what is trained on {said.what}"))
+                starts.append(found[0])
+            limit = min(starts)
+
+
+# --- what ends a turn, markers, images -------------------------------------------------------------------------
+
+
+def _check_ends(rendering: Rendering, tokenizer: HuggingFace) -> None:
+    """Check that each trained turn ends in a token that ends a generation."""
+    text = rendering.text
+    ends: list[Span] = []
+    for start, end in sorted(rendering.trained_on):
+        if ends and not text[ends[-1][1] : start].strip():
+            ends[-1] = (ends[-1][0], end)  # several messages of one turn
+        else:
+            ends.append((start, end))
+    for start, end in ends:
+        turn = text[start:end].rstrip()
+        if turn.endswith(tokenizer.end_tokens):
+            continue
+        stop = ", ".join(tokenizer.end_tokens)
+        last = brief(turn[-20:])
+        marker = _MARKER_AT_END.search(turn)
+        if marker is None:
+            message = f"the chat template ends a turn of the assistant with {last}, and not with {stop}"
+            raise Problem("template", f"{message}: a model could not learn to stop", _CORRECT_TEMPLATE)
+        if not tokenizer.is_token(marker[0]):
+            raise _letters(marker[0], tokenizer)
+        message = f"the chat template ends a turn of the assistant with {marker[0]}, and a generation ends with {stop}"
+        remedy = f"name {marker[0]} as eos_token in tokenizer_config.json, or its id under eos_token_id in generation_config.json"
+        raise Problem("template", message, f"{remedy}, beside {tokenizer.files[0]}")
+
+
+_NAMES = (
+    "INST SYSTEM_PROMPT AVAILABLE_TOOLS TOOL_CALLS TOOL_RESULTS TOOL_CONTENT ARGS CALL_ID THINK IMG IMG_BREAK IMG_END AUDIO "
+    "BEGIN_AUDIO MODEL_SETTINGS PREFIX MIDDLE SUFFIX"
+)
+_MARKER = (
+    r"<[|｜][^\s<>|｜]{1,40}[|｜]>|\[/?(?:" + _NAMES.replace(" ", "|") + r")\]|<</?SYS>>|<(?:start|end)_of_\w{1,20}>|</?s>|<[be]os>"
+)
+_MARKERS = re.compile(_MARKER)
+_MARKER_AT_END = re.compile(f"(?:{_MARKER})$")
+_MEANT_AS_LETTERS = frozenset("[INST] [/INST] <<SYS>> <</SYS>> <|system|> <|user|> <|assistant|>".split())
+"""Markers of Llama 2, Mistral's v1 and Zephyr, whose own tokenizers have no such tokens."""
+_IMAGES = re.compile(
+    r"\[IMG(?:_BREAK|_END)?\]|<(?:image|img|video|audio)>|<[|｜](?:image|video|audio|vision)\w*[|｜]>|<(?:start_of_image|image_soft_token)>"
+)
+
+
+def _letters(marker: str, tokenizer: HuggingFace) -> Problem:
+    """Return the problem that a marker of the template is no token."""
+    message = f"the chat template writes {marker}, and {tokenizer.files[0]} has no such token, so that it would be letters"
+    remedy = f"use the tokenizer that the template was made for, or name a template made for this tokenizer {OTHER_TEMPLATE}"
+    return Problem("template", message, remedy)
+
+
+def _check_markers(scaffold: str, conversation: Conversation, template: str, tokenizer: HuggingFace) -> None:
+    """Check that each marker that the template writes is one token."""
+    for marker in dict.fromkeys(_MARKERS.findall(scaffold)):
+        if tokenizer.is_token(marker):
+            continue
+        own = tokenizer.chat_template is not None and undated(template) == tokenizer.chat_template
+        if own and marker in _MEANT_AS_LETTERS:
+            continue
+        if marker in json.dumps([conversation.tools, conversation.messages], ensure_ascii=False, default=str):
+            continue  # somebody else's words, in a tool's description for example
+        raise _letters(marker, tokenizer)
+
+
+def _check_images(rendering: Rendering, tokenizer: HuggingFace) -> None:
+    """Check that no placeholder for an image is trained on."""
+    for start, end in rendering.trained_on:
+        for match in _IMAGES.finditer(rendering.text, start, end):
+            typed = rendering.text[match.start() - 1 : match.start()] == PLAIN_TEXT_MARKS[0]  # this is encoded as letters
+            if tokenizer.is_token(match[0]) and not typed:
+                message = f"a turn that is trained on contains {match[0]}, the placeholder of an image"
+                raise Problem("image", message, f"remove it from the record, or name a template without it {OTHER_TEMPLATE}")

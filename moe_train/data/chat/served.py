@@ -1,0 +1,133 @@
+"""Check the texts that a conversation is trained on as, and render prompts as they are served where that takes another text.
+
+Some templates write earlier messages otherwise once a turn has been answered: the system text stands in the last user turn alone,
+or only if that turn is the last message. Then the rendering of a whole conversation is no text that a model meets. What it meets is
+the prompt, rendered up to the user's turn, followed by its answer; each trained turn becomes an example of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator
+from typing import Any
+
+from moe_train.data.chat.example import Turn, restart_reason, turns, uses_tools
+from moe_train.data.chat.loss_mask import Rewritten, Steps, Text, TurnText, differing, joined, trained_texts, with_other_ids
+from moe_train.data.chat.rendered_checks import LeftOut, Rendering, check_rendered
+from moe_train.data.chat.renderings import marked_text, request, text_or_raise, without_marks
+from moe_train.data.chat.sandbox import Prefix
+from moe_train.data.records.normal_form import Conversation
+from moe_train.data.tokenizers.huggingface import HuggingFace
+
+
+def checked_texts(conversation: Conversation, template: str, tokenizer: HuggingFace) -> Steps:
+    """Find the texts that a conversation is trained on as, and check that they are what was said.
+
+    See `trained_texts` and `rendered_checks`. If the texts in which all turns stand together cannot be used, each trained turn is
+    rendered behind its own prompt.
+    """
+    trained = [turn for turn in turns(conversation.messages) if turn.trained_on]
+    try:
+        texts = yield from trained_texts(conversation, tokenizer)
+        ends = [len(conversation.messages)]
+        if uses_tools(conversation):
+            ends = _ends([len(text.turns) for text in texts], trained)
+        _check(conversation, texts, ends, template, tokenizer)
+        return texts
+    except (Rewritten, LeftOut) as problem:
+        served = yield from _served_texts(conversation, trained, tokenizer)
+        if served is None:
+            raise
+        try:
+            _check(conversation, served, _ends([len(text.trained_on) for text in served], trained), template, tokenizer)
+        except LeftOut:
+            raise problem from None
+        return served
+
+
+def _ends(num_turns: list[int], trained: list[Turn]) -> list[int]:
+    """Return the number of messages in each text, given how many of the trained turns each contains."""
+    return [trained[total - 1].end for total in itertools.accumulate(num_turns)]
+
+
+def _check(conversation: Conversation, texts: list[Text], ends: list[int], template: str, tokenizer: HuggingFace) -> None:
+    """Check texts, given the number of messages in each."""
+    renderings = [Rendering(text.text, text.trained_on, end) for text, end in zip(texts, ends, strict=True)]
+    check_rendered(conversation, renderings, template, tokenizer)
+
+
+def _served_texts(
+    conversation: Conversation, trained: list[Turn], tokenizer: HuggingFace
+) -> Generator[Any, Any, list[Text] | None]:
+    """Return the trained turns behind their prompts as they are served; None if one cannot be told apart from its prompt."""
+    messages = conversation.messages
+    if not trained or trained[0].start == 0:
+        return None
+    served = yield from _turns_alone(conversation, trained, tokenizer)
+    if served is None:
+        return None
+    if any("id" in call for message in messages for call in message.get("tool_calls", ())):
+        variant = conversation._replace(messages=[with_other_ids(message) for message in messages])
+        other_ids = yield from _turns_alone(variant, trained, tokenizer)
+        if other_ids is None:
+            return None
+        served = [text._replace(random=differing(text.text, other.text)) for text, other in zip(served, other_ids, strict=True)]
+    texts: list[Text] = []
+    for i, text in enumerate(served):
+        if uses_tools(conversation):
+            text = text._replace(turns=(TurnText(1, text.text[text.end :]),))
+        if texts and text.text.startswith(texts[-1].text[: texts[-1].end]):
+            texts[-1] = joined(texts[-1], text)
+        else:
+            restart = restart_reason(messages[trained[i - 1].end : trained[i].start]) if texts else None
+            texts.append(text._replace(restart=restart))
+    return texts
+
+
+def _turns_alone(conversation: Conversation, trained: list[Turn], tokenizer: HuggingFace) -> Generator[Any, Any, list[Text] | None]:
+    """Return a text for each trained turn; None if one of them cannot be told apart from its prompt."""
+    prefixes: list[Prefix] = []
+    for turn in trained:
+        prefixes += [(turn.start, True), (turn.end, False)]
+    (answers,) = yield [request(conversation, prefixes, tokenizer)]
+    texts = []
+    for i, turn in enumerate(trained):
+        prompt, through = (without_marks(text_or_raise(text)) for text in answers[2 * i : 2 * i + 2])
+        said = conversation.messages[turn.start - 1].get("content") or ""
+        start: int | None = len(prompt)
+        if not through.startswith(prompt):
+            start = _end_of_prompt(prompt, through, marked_text(said, tokenizer.special_pattern)) if isinstance(said, str) else None
+        # What follows the end token is never generated by a model.
+        stripped = through.rstrip()
+        end = len(stripped) if stripped.endswith(tokenizer.special_tokens) else len(through)
+        if start is None or end <= start:
+            return None
+        text = prompt + through[start:end]
+        texts.append(Text(text, [(len(prompt), len(text))], []))
+    return texts
+
+
+def _end_of_prompt(prompt: str, through: str, said: str) -> int | None:
+    """Return where the prompt ends in the rendering that has its answer.
+
+    Args:
+        prompt: The prompt as it is served.
+        through: The rendering of prompt and answer.
+        said: The last message of the prompt, with the marks of a request. Both texts contain it, with the same text behind it up to
+            the end of the prompt.
+
+    Returns:
+        The position in `through`; None if the texts differ behind the message, too.
+    """
+    said = said.strip()
+    start = prompt.rfind(said)
+    if not said or start < 0:
+        return None
+    tail = prompt[start:]
+    # The answer may contain the same text once more, so count from the start.
+    position = -len(tail)
+    for _ in range(max(1, prompt.count(tail))):
+        position = through.find(tail, position + len(tail))
+        if position < 0:
+            return None
+    return position + len(tail)

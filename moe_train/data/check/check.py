@@ -214,7 +214,7 @@ def check_records(
 
 RULE_NAMES = frozenset(rule.name for rule in rules.RULES) | {
     *("type", "columns", "text-and-content", "empty-text", "refused", "too-long", "no-loss", "tools", "unread-key", "weight"),
-    *("arguments", "call-text", "thinking", "settings", "pair", "no-objective", "mixed-kinds"),
+    *("arguments", "call-text", "thinking", "settings", "effort", "pair", "no-objective", "mixed-kinds"),
     *("not-json", "not-a-record", "not-utf-8", "unreadable", "empty-file"),
 }
 """The names of all rules. Those of the last line concern files and lines that do not contain a record."""

@@ -59,7 +59,20 @@ class TextRecord(Section):
     too_long: Literal["split", "drop", "error"] = "split"
 
 
-class ChatRecord(Section):
+class ConversationRecord(Section):
+    """The settings of a request, for records that do not state them in columns of these names.
+
+    reasoning_effort: how long the model may think, such as none or high. response_format: the format of answers, as in OpenAI's
+    requests. Both are written into prompts where the tokenizer or the chat template has a place for them, and are never trained
+    on. chat_template_kwargs: variables of the chat template, such as `enable_thinking`.
+    """
+
+    reasoning_effort: str | None = None
+    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRecord(ConversationRecord):
     """A list of messages (`role`, `content`) rendered by the chat template; the loss covers the assistant's tokens.
 
     If there is no column `messages`, `interactions` and ShareGPT's `conversations` are read. For other spellings set `role` and
@@ -75,7 +88,7 @@ class ChatRecord(Section):
     too_long: Literal["truncate", "drop", "error"] = "error"
 
 
-class CompletionRecord(Section):
+class CompletionRecord(ConversationRecord):
     """A prompt and its completion, rendered as one user turn and one assistant turn of the chat template.
 
     The columns `system`, `history` (pairs of question and answer), `input`, `context` and `tools` are read too: `input` and
@@ -89,7 +102,7 @@ class CompletionRecord(Section):
     too_long: Literal["truncate", "drop", "error"] = "error"
 
 
-class PreferenceRecord(Section):
+class PreferenceRecord(ConversationRecord):
     """A prompt with a preferred and a rejected answer, as texts or messages. No objective reads such records yet.
 
     prompt: a column; null if `chosen` and `rejected` begin with the prompt.
@@ -103,7 +116,7 @@ class PreferenceRecord(Section):
     too_long: Literal["truncate", "drop", "error"] = "error"
 
 
-class LabelledRecord(Section):
+class LabelledRecord(ConversationRecord):
     """A conversation whose last answer the column `label` marks as good (true) or bad. No objective reads such records yet.
 
     messages: the column of the conversation; null for the columns `prompt` and `completion`.

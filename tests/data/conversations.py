@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -52,8 +53,13 @@ def conversations(
     said: st.SearchStrategy[str] = texts(),  # noqa: B008
     answers: st.SearchStrategy[str] = texts(1),  # noqa: B008
     results: st.SearchStrategy[str] = RESULTS,
+    parts: bool = False,
+    thinking: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A record: messages, and tools where they are wanted. Ends with an assistant turn of weight 1."""
+    """A record: messages, and tools where they are wanted. Ends with an assistant turn of weight 1.
+
+    With `parts`, contents may be lists of texts; messages of the roles in `thinking` may have reasoning.
+    """
     messages: list[dict[str, Any]] = []
     if draw(st.booleans()):
         messages.append({"role": "system", "content": draw(said)})
@@ -71,12 +77,39 @@ def conversations(
                 messages.append({"role": "tool", "tool_call_id": i, "name": "f", "content": draw(results)})
         messages.append({"role": "assistant", "weight": draw(st.sampled_from([0, 1])), "content": draw(answers)})
     messages[-1]["weight"] = 1
+    for message in messages if parts or thinking else ():
+        if "content" in message:
+            message["content"] = draw(_contents(message["content"], parts, message["role"] in thinking))
+        elif "assistant" in thinking and draw(st.booleans()):
+            message["content"] = [draw(_THOUGHTS)]
     if not tools:
         return {"messages": messages}
     named = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
     schema = {"type": "object", "properties": {"word": {"type": "string"}}}
     functions = [{"name": name, "description": draw(texts()), "parameters": schema} for name in named]
     return {"messages": messages, "tools": [{"type": "function", "function": function} for function in functions]}
+
+
+_THOUGHTS = st.fixed_dictionaries({"type": st.just("thinking"), "thinking": texts()}, optional={"closed": st.booleans()})
+
+
+@st.composite
+def _contents(draw: st.DrawFn, content: str, parts: bool, thinking: bool) -> str | list[dict[str, str]]:
+    """A content that says more than the given one, in parts."""
+    more = draw(st.lists(texts(), max_size=2)) if parts else []
+    made = [{"type": "text", "text": text} for text in (content, *more)]
+    thoughts = draw(st.lists(_THOUGHTS, max_size=2)) if thinking else []
+    if not thoughts:
+        return made if more else content
+    leads = [draw(st.sampled_from([True, True, False])) for _ in thoughts]
+    before = [thought for thought, leading in zip(thoughts, leads, strict=True) if leading]
+    return before + made + [thought for thought, leading in zip(thoughts, leads, strict=True) if not leading]
+
+
+def thinks(record: dict[str, Any]) -> bool:
+    """Whether a turn of the record that is trained on has reasoning."""
+    contents = [message.get("content") for message in record["messages"] if message.get("weight")]
+    return any(isinstance(content, list) and any(part["type"] == "thinking" for part in content) for content in contents)
 
 
 def _json(draw: st.DrawFn) -> str:

@@ -29,16 +29,24 @@ V3 = DATA / FILES["v3"]
 SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def small_tekken(directory: Path, version: str, vocab: int = 4000) -> Path:
-    """The first tokens of a published tekken.json, under a version of choice."""
+_THINK = ("[THINK]", "[/THINK]")
+_NAMED_LATER = {"v13": _THINK, "v15": (*_THINK, "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]")}
+
+
+def small_tekken(directory: Path, version: str, vocab: int = 4000, builder: dict[str, Any] | None = None) -> Path:
+    """The first tokens of a published tekken.json, under a version of choice; v15 with a builder of settings."""
     content = json.loads(TEKKEN.read_text(encoding="utf-8"))
     content["config"] |= {"version": version, "num_vocab_tokens": vocab, "default_vocab_size": vocab + 1000}
     content["vocab"] = content["vocab"][:vocab]
     if version not in ("v3", "v7"):  # later ones name their control tokens
         named = list(Tekkenizer.DEPRECATED_SPECIAL_TOKENS)
-        for name in ("[ARGS]", "[CALL_ID]", *(("[THINK]", "[/THINK]") if version == "v13" else ())):
+        for name in ("[ARGS]", "[CALL_ID]", *_NAMED_LATER.get(version, ())):
             named.append({"rank": len(named), "token_str": name, "is_control": True})
         content["special_tokens"] = named
+    if version == "v15":
+        effort = {"type": "enum", "values": ["none", "high"], "default": "none", "accepts_none": True}
+        schema = {"type": "json_schema", "accepts_none": False, "default": None}
+        content["model_settings_builder"] = {"reasoning_effort": effort, "json_schema": schema} if builder is None else builder
     del content["image"]
     path = directory / "tekken.json"
     path.write_text(json.dumps(content), encoding="utf-8")

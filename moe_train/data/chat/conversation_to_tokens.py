@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_train.data.chat import template as templates
 from moe_train.data.chat.example import OTHER_TEMPLATE, Example, uses_tools
-from moe_train.data.records.normal_form import Conversation, Message, ModelSettings
+from moe_train.data.records.normal_form import Conversation, Message, reasoning_of, texts_of
 from moe_train.data.records.problem import Problem, brief, checked_text
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
@@ -173,9 +173,6 @@ def _needed(template: str | None, tokenizer: HuggingFace) -> str:
 
 def _check(conversation: Conversation) -> None:
     """Check only for what would otherwise be trained on wrongly, or fail deep inside a library; `rules` checks the rest."""
-    if conversation.settings != ModelSettings():
-        names = [name for name, value in conversation.settings._asdict().items() if value is not None]
-        raise Problem("settings", f"the record has {names[0]}, which is not written into prompts", _without(names[0]))
     for i, message in enumerate(conversation.messages):
         role = message.get("role")
         content = message.get("content")
@@ -184,8 +181,9 @@ def _check(conversation: Conversation) -> None:
         if role not in ("system", "user", "assistant", "tool"):
             raise Problem("role", f"message {i} has role {brief(role)}", "roles are system, user, assistant, tool")
         if isinstance(content, list):
-            raise Problem("thinking", f"message {i} has reasoning, which is not written into tokens", "drop the record")
-        if "content" in message or "tool_calls" not in message:
+            for text in (*texts_of(message), *reasoning_of(message)):
+                checked_text(text, f"the content of message {i}")
+        elif "content" in message or "tool_calls" not in message:
             checked_text(content, f"the content of message {i}")
         if message.get("weight", 1) not in (0, 1):
             raise Problem("weight", f"message {i} has weight {brief(message['weight'])}", "a weight is 0 (no loss) or 1")
@@ -200,11 +198,6 @@ def _check(conversation: Conversation) -> None:
     for i, tool in enumerate(conversation.tools):
         if not _is_function(tool):
             raise Problem("type", f"tool {i} is {brief(tool)}", "write {type, function: {name, description, parameters}}")
-
-
-def _without(key: str) -> str:
-    """Return the remedy of leaving a key out."""
-    return f"drop the record, or leave the key out by name: --ignore {key} (in a config: ignore: [{key}] of record)"
 
 
 def _is_function(value: object) -> bool:

@@ -10,7 +10,7 @@ from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.example import Example
 from moe_train.data.records.conversation import read, trainable
-from moe_train.data.records.normal_form import Conversation, texts_of
+from moe_train.data.records.normal_form import Conversation, reasoning_of, texts_of
 from moe_train.data.records.problem import located
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
@@ -78,7 +78,7 @@ def _size(conversation: Conversation) -> int:
     for message in conversation.messages:
         content = message.get("content")
         if isinstance(content, list):
-            content = "".join(texts_of(message))
+            content = "".join((*texts_of(message), *reasoning_of(message)))
         if isinstance(content, str):
             num_characters += len(content)
     return num_characters

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message, reasoning_of
 from moe_train.data.records.problem import Problem
 
 
@@ -98,6 +98,25 @@ OTHER_TEMPLATE = "with --chat-template (in a config: data.chat_template)"
 """Where another chat template is named, for remedies."""
 EXTEND_VOCAB = "extend the base with moe-train extend-vocab BASE OUT --tokenizer v3"
 """The remedy for a base with the vocabulary of Mistral's v1, which has no tokens for tools."""
+
+
+def by_turn(conversation: Conversation) -> bool:
+    """Return whether what a chat template writes before a turn, or of earlier turns, may depend on the turn.
+
+    So it is with tools, and with reasoning, which many templates write for the last turn alone.
+    """
+    return uses_tools(conversation) or any(_reasons(message) for message in conversation.messages)
+
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message in which chat templates read reasoning; the normal form has parts instead."""
+
+
+def _reasons(message: Message) -> bool:
+    """Return whether a message has reasoning, in the normal form or in a field for a chat template."""
+    if len(message) == 2 and message.get("content").__class__ is str:
+        return False  # the fast path for almost all messages
+    return bool(reasoning_of(message)) or any(name in message for name in REASONING_FIELDS)
 
 
 def without_tools(why: str, remedy: str) -> Problem:

@@ -4,8 +4,9 @@ They are what the assistant wrote, end token included: the parts that the templa
 what a turn adds to the rendering of the turns before it. If both are available, they have to agree. The id of a call is random,
 and never trained on.
 
-What a template writes before a turn may depend on the position of the turn where there are tools. A conversation with tools is
-therefore rendered up to each turn that is trained on, and turns share a text if their renderings continue one another.
+What a template writes before a turn may depend on the position of the turn where there are tools, and the reasoning of earlier
+turns may be left out. A conversation with tools or reasoning is therefore rendered up to each turn that is trained on, and turns
+share a text if their renderings continue one another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 from moe_train.data.chat.environment import GENERATION
-from moe_train.data.chat.example import OTHER_TEMPLATE, is_trained_on, restart_reason, turns, uses_tools
+from moe_train.data.chat.example import OTHER_TEMPLATE, by_turn, is_trained_on, restart_reason, turns
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message
@@ -26,7 +27,7 @@ from moe_train.data.tokenizers.tokenizer import Span
 
 
 class TurnText(NamedTuple):
-    """A trained turn of a conversation with tools, in the text that it shares with other turns."""
+    """A trained turn of a conversation with tools or reasoning, in the text that it shares with other turns."""
 
     num_spans: int
     """Number of the text's trained spans up to the end of the turn."""
@@ -43,7 +44,7 @@ class Text(NamedTuple):
     random: list[Span]
     """Spans of characters that are random and never trained on."""
     turns: tuple[TurnText, ...] = ()
-    """For a conversation with tools: the turns that share the text, in order."""
+    """For a conversation with tools or reasoning: the turns that share the text, in order."""
     restart: str | None = None
     """Why the text does not continue the one before; None for the first text of a conversation."""
 
@@ -60,10 +61,10 @@ It is a generator so that the requests of many conversations can be sent to the 
 
 
 def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
-    """Find the texts that a conversation is trained on as: one, or with tools as few as its renderings allow."""
+    """Find the texts that a conversation is trained on as: one, or with tools or reasoning as few as its renderings allow."""
     messages = conversation.messages
-    with_tools = uses_tools(conversation)
-    if with_tools:
+    in_turn = by_turn(conversation)
+    if in_turn:
         parts = [(turn.end, list(range(turn.start, turn.end))) for turn in turns(messages) if turn.trained_on]
     else:
         parts = [(len(messages), [i for i, message in enumerate(messages) if is_trained_on(message)])]
@@ -81,7 +82,7 @@ def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
     for end, trained_on in parts:
         renderings = _Renderings(Conversation(messages[:end], conversation.tools, conversation.settings), rendered, tokenizer)
         text = yield from _trained_text(renderings, trained_on)
-        if with_tools:
+        if in_turn:
             text = text._replace(turns=(TurnText(len(text.trained_on), text.text[text.end :]),))
         if texts and text.text.startswith(texts[-1].text[: texts[-1].end]):
             texts[-1] = joined(texts[-1], text)

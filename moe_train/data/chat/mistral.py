@@ -1,8 +1,9 @@
 """Conversations with a Mistral tokenizer: mistral-common validates and encodes them, and this file computes the loss mask.
 
-As in Mistral's own fine-tuner, every token of the assistant is trained on, EOS included, and nothing else. The tokens before a
-turn of a conversation with tools depend on its position: tools come before the last user turn (from v13 on before the first),
-and v2 omits older calls. `mistral_trajectory` finds the turns that can share an example.
+As in Mistral's own fine-tuner, every token of the assistant is trained on, reasoning and EOS included, and nothing else. The
+tokens before a turn of a conversation with tools depend on its position: tools come before the last user turn (from v13 on
+before the first), and v2 omits older calls. `mistral_trajectory` finds the turns that can share an example. Reasoning stays in
+all turns, as in mistral-common.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mistral_common.exceptions import MistralCommonException
@@ -25,6 +26,7 @@ from pydantic import ValidationError
 
 from moe_train.data.chat.example import EXTEND_VOCAB, Example, turns, uses_tools, without_tools
 from moe_train.data.chat.mistral_prefixes import Prefixes
+from moe_train.data.chat.mistral_settings import check_written, request_fields
 from moe_train.data.chat.mistral_trajectory import merged_examples
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.mistral import Mistral
@@ -32,7 +34,7 @@ from moe_train.data.tokenizers.mistral import Mistral
 _FIRST_WITH_TOOLS = TokenizerVersion.v2
 _FIRST_WITHOUT_IDS = TokenizerVersion.v13  # from this version on, ids of calls are never encoded
 
-_KNOWN = {TokenizerVersion(version) for version in ("v2", "v3", "v7", "v11", "v13")}
+_KNOWN = {TokenizerVersion(version) for version in ("v2", "v3", "v7", "v11", "v13", "v15")}
 """Versions whose control tokens show where an assistant turn begins."""
 
 
@@ -45,13 +47,14 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     Raises:
         ValueError: In one line, if mistral-common rejects the conversation.
     """
-    messages, tools, _ = conversation
+    messages = conversation.messages
+    check_written(conversation, tokenizer)
     if not uses_tools(conversation):
-        return [_all_turns(messages, tokenizer)]
+        return [_all_turns(conversation, tokenizer)]
     trained = [turn for turn in turns(messages) if turn.trained_on]
     if not trained:
         return []
-    request = _validated(messages[: trained[-1].end], tools, tokenizer, ValidationMode.finetuning)
+    request = _validated(conversation._replace(messages=messages[: trained[-1].end]), tokenizer, ValidationMode.finetuning)
     _, normalizer = _rules(tokenizer, ValidationMode.finetuning)
     prefixes = Prefixes(request, normalizer, _instruct(tokenizer), tokenizer.finetuning.version >= _FIRST_WITHOUT_IDS)
     with _refusals():
@@ -60,7 +63,8 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
 
 def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
     """Return the tokens up to where the assistant's next turn begins."""
-    return _encode(_request(conversation.messages, conversation.tools, tokenizer, ValidationMode.test), tokenizer)
+    check_written(conversation, tokenizer)
+    return _encode(_request(conversation, tokenizer, ValidationMode.test), tokenizer)
 
 
 def check_has_tools(tokenizer: Mistral) -> None:
@@ -71,17 +75,17 @@ def check_has_tools(tokenizer: Mistral) -> None:
         raise without_tools(f"{why}; versions v2, v3, v7, v11, v13 and v15 have them", f"{EXTEND_VOCAB}, or drop the record")
 
 
-def _all_turns(messages: list[Message], tokenizer: Mistral) -> Example:
+def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
     """Encode a conversation without tools.
 
     Each turn ends with EOS, and EOS occurs nowhere else: the length of a turn is counted back from its EOS.
     """
-    request = _request(messages, [], tokenizer, ValidationMode.finetuning)
+    request = _request(conversation, tokenizer, ValidationMode.finetuning)
     tokens = _encode(request, tokenizer)
     mask = [False] * len(tokens)
     ends = [i + 1 for i, token in enumerate(tokens) if token == tokenizer.eos_id]
     assistant_messages = [message for message in request.messages if isinstance(message, AssistantMessage)]
-    for end, message, turn in zip(ends, assistant_messages, turns(messages), strict=True):
+    for end, message, turn in zip(ends, assistant_messages, turns(conversation.messages), strict=True):
         start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.trained_on:
             mask[start:end] = [True] * (end - start)
@@ -138,26 +142,24 @@ def _encode(request: InstructRequest, tokenizer: Mistral) -> list[int]:
         return _instruct(tokenizer).encode_instruct(request).tokens
 
 
-def _request(messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer: Mistral, mode: ValidationMode) -> InstructRequest:
+def _request(conversation: Conversation, tokenizer: Mistral, mode: ValidationMode) -> InstructRequest:
     """Validate and normalize a conversation.
 
     Consecutive messages of a role are joined, and system texts are moved to where the tokenizer's version has them.
     """
-    request = _validated(messages, tools, tokenizer, mode)
+    request = _validated(conversation, tokenizer, mode)
     _, normalizer = _rules(tokenizer, mode)
     with _refusals():
         return normalizer.from_chat_completion_request(request)
 
 
-def _validated(
-    messages: list[Message], tools: Sequence[dict[str, Any]], tokenizer: Mistral, mode: ValidationMode
-) -> ChatCompletionRequest[Any]:
+def _validated(conversation: Conversation, tokenizer: Mistral, mode: ValidationMode) -> ChatCompletionRequest[Any]:
     """Parse a conversation, and validate it."""
     with _refusals():
-        parsed_tools = [Tool.from_openai(tool) for tool in tools] or None
-        request: ChatCompletionRequest[Any] = ChatCompletionRequest.model_validate(
-            {"messages": [_plain(message) for message in messages], "tools": parsed_tools}
-        )
+        parsed_tools = [Tool.from_openai(tool) for tool in conversation.tools] or None
+        messages = [_plain(message) for message in conversation.messages]
+        fields = {"messages": messages, "tools": parsed_tools, **request_fields(conversation.settings)}
+        request: ChatCompletionRequest[Any] = ChatCompletionRequest.model_validate(fields)
         validator, _ = _rules(tokenizer, mode)
         validator.validate_request(request)
         return request

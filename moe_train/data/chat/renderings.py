@@ -14,7 +14,7 @@ from typing import Any
 from moe_train.data.chat.environment import GENERATION
 from moe_train.data.chat.example import OTHER_TEMPLATE
 from moe_train.data.chat.sandbox import Prefix, Request
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message, ModelSettings
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
@@ -43,7 +43,17 @@ def request(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: H
         else:
             messages.append(_marked(_as_templates_read(message), pattern) | {"role": message["role"]})
     tools = _marked(conversation.tools, pattern) or None
-    return Request({"messages": messages, "tools": tools, "documents": None, **tokenizer.named_tokens}, prefixes)
+    variables = {"messages": messages, "tools": tools, "documents": None, **tokenizer.named_tokens}
+    return Request(variables | _settings(conversation.settings, pattern), prefixes)
+
+
+def _settings(settings: ModelSettings, pattern: re.Pattern[str]) -> dict[str, Any]:
+    """Return settings as variables of a template."""
+    if settings == ModelSettings():
+        return {}
+    stated = {"reasoning_effort": settings.reasoning_effort, "response_format": settings.response_format}
+    variables = {name: value for name, value in stated.items() if value is not None}
+    return _marked((settings.chat_template_kwargs or {}) | variables, pattern)
 
 
 def _marked(value: Any, pattern: re.Pattern[str]) -> Any:

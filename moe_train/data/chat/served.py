@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Generator
 from typing import Any
 
-from moe_train.data.chat.example import Turn, restart_reason, turns, uses_tools
+from moe_train.data.chat.example import Turn, by_turn, restart_reason, turns
 from moe_train.data.chat.loss_mask import Rewritten, Steps, Text, TurnText, differing, joined, trained_texts, with_other_ids
 from moe_train.data.chat.rendered_checks import LeftOut, Rendering, check_rendered
 from moe_train.data.chat.renderings import marked_text, request, text_or_raise, without_marks
@@ -30,7 +30,7 @@ def checked_texts(conversation: Conversation, template: str, tokenizer: HuggingF
     try:
         texts = yield from trained_texts(conversation, tokenizer)
         ends = [len(conversation.messages)]
-        if uses_tools(conversation):
+        if by_turn(conversation):
             ends = _ends([len(text.turns) for text in texts], trained)
         _check(conversation, texts, ends, template, tokenizer)
         return texts
@@ -74,7 +74,7 @@ def _served_texts(
         served = [text._replace(random=differing(text.text, other.text)) for text, other in zip(served, other_ids, strict=True)]
     texts: list[Text] = []
     for i, text in enumerate(served):
-        if uses_tools(conversation):
+        if by_turn(conversation):
             text = text._replace(turns=(TurnText(1, text.text[text.end :]),))
         if texts and text.text.startswith(texts[-1].text[: texts[-1].end]):
             texts[-1] = joined(texts[-1], text)

@@ -17,6 +17,7 @@ from moe_train.data.chat.loss_mask import Steps, Text
 from moe_train.data.chat.renderings import checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
 from moe_train.data.chat.served import checked_texts
+from moe_train.data.chat.template_reasoning import check_rendered, spelled
 from moe_train.data.chat.text_to_ids import encode_texts
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -29,7 +30,7 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
         For each conversation one example, or with tools as few as its renderings and tokens allow; or a ValueError in one line, if
         the template rejects the conversation or its turns cannot be located.
     """
-    rendered = _rendered([checked_texts(conversation, template, tokenizer) for conversation in conversations], template)
+    rendered = _rendered([_texts(conversation, template, tokenizer) for conversation in conversations], template)
     all_texts: list[Text] = []
     for texts in rendered:
         if not isinstance(texts, ValueError):
@@ -46,6 +47,7 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
 
 def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:
     """Return the tokens up to where the assistant's next turn begins."""
+    conversation = spelled(conversation, template, tokenizer)
     text = Text(without_marks(_text(conversation, True, template, tokenizer)), [], [])
     return encode_texts([text], tokenizer)[0][0].tokens
 
@@ -89,6 +91,13 @@ def _tools_remedy(tokenizer: HuggingFace) -> str:
 
 
 # --- rendering -------------------------------------------------------------------------------------------------
+
+
+def _texts(conversation: Conversation, template: str, tokenizer: HuggingFace) -> Steps:
+    """Find the texts that a conversation is trained on as, with its reasoning in the spelling that the template reads."""
+    texts = yield from checked_texts(spelled(conversation, template, tokenizer), template, tokenizer)
+    check_rendered(conversation, texts)
+    return texts
 
 
 def _rendered(steps: list[Steps], template: str) -> list[list[Text] | ValueError]:

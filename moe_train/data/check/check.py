@@ -215,7 +215,19 @@ def check_records(
 
 RULE_NAMES = frozenset(rule.name for rule in rules.RULES) | {
     *("type", "columns", "text-and-content", "empty-text", "refused", "too-long", "no-loss", "tools", "unread-key", "weight"),
-    *("arguments", "call-text", "thinking", "settings", "pair", "no-objective", "mixed-kinds", "no-template", "template", "image"),
+    *(
+        "arguments",
+        "call-text",
+        "thinking",
+        "settings",
+        "effort",
+        "pair",
+        "no-objective",
+        "mixed-kinds",
+        "no-template",
+        "template",
+        "image",
+    ),
     *("not-json", "not-a-record", "not-utf-8", "unreadable", "empty-file"),
 }
 """The names of all rules. Those of the last line concern files and lines that do not contain a record."""

@@ -39,7 +39,7 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_RULES = 5
+_RULES = 6
 """Version of the rules that turn a record into ids. Increase it with every change of the ids, so that old sets are made again."""
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from moe_train import config
 from moe_train.data.records.messages import MESSAGE_COLUMNS, PLAIN, read_messages
-from moe_train.data.records.normal_form import Conversation, Message, ModelSettings
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.settings import take_settings
 from moe_train.data.records.tool_call_text import read_tool_call_text
 from moe_train.data.records.tool_calls import read_calls
 from moe_train.data.records.tools import json_value, take_tools
@@ -19,8 +20,6 @@ MORE_PROMPT = ("input", "context")
 """Columns of a record that may hold more of its prompt."""
 ANSWERS = "answers"
 """A column that holds calls, as xLAM has it, or several answers with their ranks."""
-SETTINGS = ModelSettings._fields
-"""Columns of a record that hold settings."""
 
 
 def read_completion(left: dict[str, Any], record: config.CompletionRecord, unread: Unread) -> Conversation:
@@ -37,7 +36,7 @@ def read_completion(left: dict[str, Any], record: config.CompletionRecord, unrea
         message = f"column {ANSWERS!r} should be a list of calls, not {brief(completion)}"
         raise Problem("arguments", message, "write the calls as JSON, or drop the record")
     messages = read_tool_call_text([*before, *answer], tools, unread)
-    return Conversation(messages, tools, take_settings(left))
+    return Conversation(messages, tools, take_settings(left, record))
 
 
 def take(left: dict[str, Any], column: str) -> Any:
@@ -169,17 +168,3 @@ def _calls_in(text: str) -> list[Any] | None:
 def _is_call(entry: Any) -> bool:
     """Return whether a value is a call as xLAM writes it: {name, arguments}."""
     return isinstance(entry, dict) and "role" not in entry and {"name", "arguments"} <= entry.keys()
-
-
-def take_settings(left: dict[str, Any]) -> ModelSettings:
-    """Take the settings of a request out of a record."""
-    effort = left.pop("reasoning_effort", None)
-    response_format = left.pop("response_format", None)
-    if effort is None and response_format is None:
-        return ModelSettings()
-    if effort is not None and not isinstance(effort, str):
-        raise Problem("type", f"reasoning_effort should be text, not {brief(effort)}", 'write "none" or "high"')
-    response_format = json_value(response_format, "response_format", "write an object")
-    if response_format is not None and not isinstance(response_format, dict):
-        raise Problem("type", f"response_format should be an object, not {brief(response_format)}", "write it as OpenAI does")
-    return ModelSettings(effort or None, response_format or None)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from moe_train.data.records.flags import take_flag
+from moe_train.data.records.normal_form import JOINT
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.records.tool_calls import read_calls
 from moe_train.data.records.unread import PART, Unread, is_empty
 
 _TEXT = ("text", "input_text", "output_text")
 _REASONING = ("thinking", "reasoning")
+_REASONING_KEYS = ("thinking", "reasoning", "text", "value")
 _CALL = ("tool_use", "tool_call")
 _MEDIA = ("image", "audio", "video", "file", "document")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold the model's reasoning."""
 _REMEDY = 'write parts as {"type": "text", "text": …} or {"type": "thinking", "thinking": …}'
-JOINT = "\n\n"
-"""What stands between the text parts of a message, as in mistral-common."""
 
 
 class Content(NamedTuple):
@@ -59,6 +59,8 @@ def read_parts(value: list[Any], where: str, role: object, unread: Unread) -> Co
         kind = left.pop("type", "text" if "text" in left else None)
         if kind in _TEXT:
             parts.append({"type": "text", "text": _text(left, ("text", "value"), part_where)})
+        elif kind in _REASONING and _is_ignored(part, left):
+            pass
         elif kind in _REASONING:
             if role in ("user", "tool"):
                 raise Problem("thinking", f"{part_where} is reasoning, and the message is {role}", "leave it out")
@@ -78,18 +80,13 @@ def read_parts(value: list[Any], where: str, role: object, unread: Unread) -> Co
 
 
 def normal_content(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Join neighbouring texts of parts in the normal form; return a text if all parts are texts."""
-    joined: list[dict[str, Any]] = []
-    for part in parts:
-        if (part["type"] == "text" and not part["text"]) or (part["type"] == "thinking" and not part["thinking"]):
-            continue
-        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
-            joined[-1] = {"type": "text", "text": joined[-1]["text"] + JOINT + part["text"]}
-        else:
-            joined.append(part)
-    if any(part["type"] == "thinking" for part in joined):
-        return joined
-    return joined[0]["text"] if joined else ""
+    """Leave empty texts out of parts in the normal form; return a text if no more than one text remains."""
+    filled = [part for part in parts if part["type"] != "text" or part["text"]]
+    if not filled:
+        return ""
+    if len(filled) == 1 and filled[0]["type"] == "text":
+        return filled[0]["text"]
+    return filled
 
 
 def take_reasoning(left: dict[str, Any], where: str, role: object) -> list[dict[str, Any]]:
@@ -112,9 +109,14 @@ def take_reasoning(left: dict[str, Any], where: str, role: object) -> list[dict[
     return [{"type": "thinking", "thinking": text} for text in texts]
 
 
+def _is_ignored(part: dict[str, Any], left: dict[str, Any]) -> bool:
+    """Return whether the key that holds the reasoning of a part is ignored by name, so that it is not left."""
+    return any(part.get(key) is not None for key in _REASONING_KEYS) and not any(key in left for key in _REASONING_KEYS)
+
+
 def _thinking(left: dict[str, Any], where: str) -> dict[str, Any]:
     """Take reasoning out of a part."""
-    part: dict[str, Any] = {"type": "thinking", "thinking": _text(left, ("thinking", "reasoning", "text", "value"), where)}
+    part: dict[str, Any] = {"type": "thinking", "thinking": _text(left, _REASONING_KEYS, where)}
     closed = left.pop("closed", True)
     if not isinstance(closed, bool):
         raise Problem("type", f"{where} has closed {brief(closed)}", "write true or false")
@@ -161,7 +163,7 @@ def _result(left: dict[str, Any], where: str, unread: Unread) -> dict[str, Any]:
     value = left.pop("content", "")
     if isinstance(value, list | tuple):
         inner = read_parts(list(value), where, "tool", unread)
-        if not isinstance(inner.content, str):
+        if inner.content is None:
             raise Problem("type", f"{where} should be a result of text, not {brief(value)}", _REMEDY)
         value = inner.content
     message["content"] = value

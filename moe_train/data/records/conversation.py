@@ -28,11 +28,9 @@ from typing import Any, NamedTuple
 from moe_train import config
 from moe_train.data.records.completion import (
     MORE_PROMPT,
-    SETTINGS,
     SYSTEM_COLUMNS,
     read_completion,
     take,
-    take_settings,
     take_system,
 )
 from moe_train.data.records.messages import MESSAGE_COLUMNS, read_messages
@@ -40,6 +38,7 @@ from moe_train.data.records.normal_form import Conversation, LabelledAnswer, Nor
 from moe_train.data.records.preference import read_pair, take_label
 from moe_train.data.records.problem import Problem, text_field
 from moe_train.data.records.recognise import TEXT_COLUMNS
+from moe_train.data.records.settings import SETTINGS, default_settings, take_settings
 from moe_train.data.records.tool_call_text import read_tool_call_text
 from moe_train.data.records.tools import TOOL_COLUMNS, take_tools
 from moe_train.data.records.unread import MEANING_KEYS, RECORD, Unread, is_empty
@@ -149,7 +148,8 @@ def _message_columns(record: config.ChatRecord) -> tuple[str, ...]:
 def _conversation(fields: Mapping[str, Any], record: config.ChatRecord, unread: Unread) -> Conversation:
     """Read a chat record: its messages, a system prompt in a column of its own, its tools and its settings."""
     if len(fields) == 1 and record.column in fields:
-        return Conversation(read_messages(fields[record.column], record.column, record, unread), [])
+        messages = read_messages(fields[record.column], record.column, record, unread)
+        return Conversation(messages, [], default_settings(record))
     left = unread.opened(RECORD, fields)
     conversation = _take_conversation(left, record, unread)
     unread.close("the record", RECORD, left)
@@ -167,7 +167,7 @@ def _take_conversation(left: dict[str, Any], record: config.ChatRecord, unread: 
         left.pop(name, None)  # empty, or read
     tools = take_tools(left, unread)
     messages = [*take_system(left), *read_tool_call_text(messages, tools, unread)]
-    return Conversation(messages, tools, take_settings(left))
+    return Conversation(messages, tools, take_settings(left, record))
 
 
 def _labelled(fields: Mapping[str, Any], record: config.LabelledRecord, unread: Unread) -> LabelledAnswer:
@@ -175,9 +175,16 @@ def _labelled(fields: Mapping[str, Any], record: config.LabelledRecord, unread: 
     left = unread.opened(RECORD, fields)
     good = take_label(left, record.label)
     if record.messages is not None:
-        conversation = _take_conversation(left, config.ChatRecord(name="chat", column=record.messages), unread)
+        conversation = _take_conversation(left, config.ChatRecord(name="chat", column=record.messages, **_settings(record)), unread)
     else:
-        section = config.CompletionRecord(name="completion", prompt=record.prompt, completion=record.completion)
+        section = config.CompletionRecord(
+            name="completion", prompt=record.prompt, completion=record.completion, **_settings(record)
+        )
         conversation = read_completion(left, section, unread)
     unread.close("the record", RECORD, left)
     return LabelledAnswer(conversation, good)
+
+
+def _settings(record: config.ConversationRecord) -> dict[str, Any]:
+    """Return the settings of a section, for another section."""
+    return {name: getattr(record, name) for name in SETTINGS}

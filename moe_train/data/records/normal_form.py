@@ -2,7 +2,8 @@
 
 The normal form is OpenAI's. A message is a dict with `role` (system, user, assistant, tool), `content`, and optionally
 `weight`, `tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id` and `name`. A content is
-text, or a list of parts if a part is not text: {type: text, text} and {type: thinking, thinking, closed: false if it is cut off}.
+text, or a list of parts if there are several: {type: text, text} and {type: thinking, thinking, closed: false if it is cut off}.
+Texts that stand side by side are separate parts, since a chat format decides what stands between them (`JOINT`).
 A tool is {type: function, function: {name, description, parameters, strict}}.
 """
 
@@ -20,7 +21,9 @@ class ModelSettings(NamedTuple):
     reasoning_effort: str | None = None
     """How long the model may think, such as "none" or "high"; None if the record does not say."""
     response_format: dict[str, Any] | None = None
-    """The format that the answer must have, as in OpenAI's requests; None if the record does not say."""
+    """The format that the answer must have, as in OpenAI's requests; None for text, or if the record does not say."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the chat template, such as enable_thinking; None if the record has none."""
 
 
 class Conversation(NamedTuple):
@@ -53,6 +56,26 @@ def texts_of(message: Message) -> list[str]:
     if isinstance(content, str):
         return [content]
     return [part["text"] for part in content if part["type"] == "text"]
+
+
+def reasoning_of(message: Message) -> list[str]:
+    """Return the texts of a message's reasoning."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return []
+    return [part["thinking"] for part in content if part["type"] == "thinking"]
+
+
+JOINT = "\n\n"
+"""What stands between the text parts of a message, as in mistral-common up to v13."""
+
+
+def joined_texts(message: Message, joint: str = JOINT) -> str | None:
+    """Return the text of a message, with its text parts joined; None if it has no content, or reasoning in it."""
+    content = message.get("content")
+    if isinstance(content, list) and not reasoning_of(message):
+        return joint.join(texts_of(message))
+    return content if isinstance(content, str) else None
 
 
 NormalRecord = str | Conversation | PreferencePair | LabelledAnswer

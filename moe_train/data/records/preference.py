@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from moe_train import config
-from moe_train.data.records.completion import messages_in, read_answer, take, take_prompt, take_settings, take_system
+from moe_train.data.records.completion import messages_in, read_answer, take, take_prompt, take_system
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message, PreferencePair
 from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.settings import take_settings
 from moe_train.data.records.tools import json_value, take_tools
 from moe_train.data.records.unread import Unread
 
@@ -22,7 +23,7 @@ def read_pair(left: dict[str, Any], record: config.PreferenceRecord, unread: Unr
         Problem: If a value cannot be interpreted, or an answer does not begin with the prompt.
     """
     tools = take_tools(left, unread)
-    settings = take_settings(left)
+    settings = take_settings(left, record)
     if record.chosen == record.rejected:
         prompt = take_prompt(left, str(record.prompt), unread, weight=None)
         values = _best_two(take(left, record.chosen), record.chosen, unread)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from moe_train.data.records.normal_form import Message
+from moe_train.data.records.normal_form import Message, joined_texts
 from moe_train.data.records.problem import Problem
 from moe_train.data.records.tool_calls import CallIds, read_calls
 from moe_train.data.records.unread import Unread
@@ -49,13 +49,12 @@ def read_tool_call_text(messages: list[Message], tools: list[dict[str, Any]], un
 
 def _has_call_text(message: Message) -> bool:
     """Return whether a message is the assistant's, and has a call in its text."""
-    content = message.get("content")
-    return message.get("role") == "assistant" and isinstance(content, str) and "<tool_call>" in content
+    return message.get("role") == "assistant" and "<tool_call>" in (joined_texts(message) or "")
 
 
 def _calling(message: Message, i: int, ids: CallIds, unread: Unread) -> Message:
     """Convert a message with calls in its text."""
-    text: str = message["content"]
+    text = joined_texts(message) or ""
     calls = _CALL.findall(text)
     before, _, _ = text.partition("<tool_call>")
     if len(calls) != text.count("<tool_call>") or _CALL.sub("", text).strip() != before.strip():
@@ -70,8 +69,8 @@ def _calling(message: Message, i: int, ids: CallIds, unread: Unread) -> Message:
 
 def _results(message: Message) -> list[Message]:
     """Divide a message with results in tags into one message for each; any other message stays as it is."""
-    content = message.get("content")
-    if message.get("role") != "tool" or not isinstance(content, str):
+    content = joined_texts(message)
+    if message.get("role") != "tool" or content is None:
         return [message]
     results = _RESULT.findall(content)
     if not results or _RESULT.sub("", content).strip():

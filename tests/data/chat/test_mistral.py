@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
@@ -24,12 +25,12 @@ from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.mistral import Mistral
 from tests.data.chat.chats import CALL, TOOL
 from tests.data.chat.trajectories import predictions, trained_ids
-from tests.data.conversations import conversations
+from tests.data.conversations import conversations, thinks
 from tests.data.hugging_face import DATA, small_tekken
 from tests.data.hugging_face import FILES as SENTENCEPIECE
 
 FILES = {**SENTENCEPIECE, "tekken": "tekken_240911.json"}
-LATER = ("v7", "v11", "v13")
+LATER = ("v7", "v11", "v13", "v15")
 """Versions of which no file is at hand: a small published vocabulary under their numbers."""
 KINDS = [(version, tools) for version in FILES for tools in (False, True) if not (version == "v1" and tools)]
 
@@ -54,14 +55,17 @@ def reference(record: dict[str, Any], theirs: MistralTokenizer) -> list[Example]
     """mistral-common's tokens of the record, or of its prefixes where it has tools; the mask segment by segment."""
     messages, tools = record["messages"], record.get("tools")
     ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant" and m["weight"]] if tools else [len(messages)]
-    return [_reference(messages[:end], tools, theirs) for end in ends]
+    stated = {key: record[key] for key in ("reasoning_effort", "response_format") if key in record}
+    return [_reference(messages[:end], tools, stated, theirs) for end in ends]
 
 
-def _reference(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, theirs: MistralTokenizer) -> Example:
+def _reference(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, stated: dict[str, Any], theirs: MistralTokenizer
+) -> Example:
     plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     if "tool_calls" in plain[-1] and theirs.version < "v13":  # a trained_on call has no id; later ones are never written
         plain[-1]["tool_calls"] = [{"function": call["function"]} for call in plain[-1]["tool_calls"]]
-    request = ChatCompletionRequest.model_validate({"messages": plain, "tools": tools})
+    request = ChatCompletionRequest.model_validate({"messages": plain, "tools": tools, **stated})
     weights = [m["weight"] for m in messages if m["role"] == "assistant"]
     normal = theirs._instruct_request_normalizer.from_chat_completion_request(request)
     encoder: Any = theirs.instruct_tokenizer
@@ -72,7 +76,8 @@ def _reference(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | Non
         match m:
             case UserMessage():
                 where = i == last, i == first
-                segment = encoder.encode_user_message(m, normal.available_tools, *where, system_prompt=normal.system_prompt)[0]
+                beside: dict[str, Any] = {"system_prompt": normal.system_prompt, "settings": normal.settings}
+                segment = encoder.encode_user_message(m, normal.available_tools, *where, **beside)[0]
             case SystemMessage():
                 segment = encoder.encode_system_message(m)[0]
             case ToolMessage():
@@ -104,6 +109,26 @@ def compare_merged(merged: list[Example], separate: list[Example], ours: Mistral
     assert other.total() <= missing.total()
 
 
+def _records(version: str, tools: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """Records with everything that a version writes."""
+    return conversations(
+        tools=tools,
+        max_calls=1 if version == "v2" else 3,
+        content_beside_calls=version not in ("v1", "v2", "v3"),
+        parts=True,
+        thinking={"v13": ("assistant", "system"), "v15": ("assistant",)}.get(version, ()),
+    )
+
+
+def _settings(with_high_effort: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """Settings of a record."""
+    schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"const": "</s>"}}}
+    formats = [{"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}]
+    effort = st.just("high") if with_high_effort else st.sampled_from(["none", "high"])
+    optional = {"response_format": st.sampled_from(formats)} | ({} if with_high_effort else {"reasoning_effort": effort})
+    return st.fixed_dictionaries({"reasoning_effort": effort} if with_high_effort else {}, optional=optional)
+
+
 def check_equal(version: str, tools: bool, wanted: int) -> collections.Counter[str]:
     """Draw at least `wanted` different conversations, compare each, and count what was drawn."""
     ours, theirs = both(version)
@@ -111,8 +136,10 @@ def check_equal(version: str, tools: bool, wanted: int) -> collections.Counter[s
     counts: collections.Counter[str] = collections.Counter()
 
     @settings(max_examples=wanted + wanted // 5, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(conversations(tools=tools, max_calls=1 if version == "v2" else 3, content_beside_calls=theirs.version >= "v7"))
-    def compare(record: dict[str, Any]) -> None:
+    @given(_records(theirs.version, tools), st.data())
+    def compare(record: dict[str, Any], data: st.DataObject) -> None:
+        if theirs.version == "v15":
+            record |= data.draw(_settings(thinks(record)))
         found = trained(record, ours)
         if tools:
             compare_merged(found, reference(record, theirs), ours)
@@ -122,6 +149,7 @@ def check_equal(version: str, tools: bool, wanted: int) -> collections.Counter[s
             seen.add(key)
             counts.update(conversations=1, examples=len(found), trained_on=sum(sum(each.loss_mask or ()) for each in found))
             counts.update(system=record["messages"][0]["role"] == "system", calls=key.count('"tool_calls"'), long=len(key) > 2000)
+            counts.update(thoughts=key.count('"thinking": "'), lists=key.count('"content": ['), settings="reasoning_effort" in key)
 
     compare()
     assert counts["conversations"] >= wanted

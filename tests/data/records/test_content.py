@@ -1,4 +1,4 @@
-"""Parts of a content: texts are joined as mistral-common joins them, reasoning stands before the text, pictures are refused."""
+"""Parts of a content: texts stay separate parts, reasoning stands before the text, pictures are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
 
-from tests.data.records.reading import ANSWER, CALL, USER, conversation, problem
+from moe_train import config
+from moe_train.data.records.normal_form import joined_texts
+from tests.data.records.reading import ANSWER, CALL, USER, conversation, problem, reading
 
 THOUGHT = {"type": "thinking", "thinking": "Two and two."}
 SAID = {"type": "text", "text": "4"}
@@ -22,7 +24,9 @@ def test_texts_are_joined_as_mistral_common_joins_them(texts: list[str], role: s
     parts = [{"type": "text", "text": text} for text in texts]
     kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage, "tool": ToolMessage}
     joined = InstructRequestNormalizer.normalizer()._aggregate_content_chunks([kinds[role](content=parts)])
-    assert conversation({"messages": [{"role": role, "content": parts}]}).messages == [{"role": role, "content": joined}]
+    (message,) = conversation({"messages": [{"role": role, "content": parts}]}).messages
+    assert joined_texts(message) == joined
+    assert isinstance(message["content"], str) == (sum(map(bool, texts)) < 2)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +91,24 @@ def test_reasoning_before_a_call_and_reasoning_that_is_cut_off() -> None:
 def test_what_is_not_read_is_a_problem(message: dict[str, Any], said: str) -> None:
     refused = problem({"messages": [message]})
     assert said in refused.message
+
+
+@pytest.mark.parametrize(
+    ("message", "ignored"),
+    [
+        (THINKING, "content.thinking"),
+        (THINKING, "thinking"),
+        (ANSWER | {"content": "4", "reasoning_content": "So."}, "messages.reasoning_content"),
+        ({"from": "gpt", "value": "4", "reasoning": "So."}, "reasoning"),
+    ],
+)
+def test_reasoning_is_left_out_by_name(message: dict[str, Any], ignored: str) -> None:
+    record = config.ChatRecord(name="chat", ignore=(ignored,))
+    normal, unread = reading({"messages": [USER, message]}, record)
+    assert normal.messages == [USER, {"role": "assistant", "content": "4"}] and len(unread) == 1
+
+
+def test_empty_reasoning_is_kept_where_it_is_a_part() -> None:
+    """A part is there because someone wrote it; an empty field may only be what a table has for a missing value."""
+    empty = {"role": "assistant", "content": [THOUGHT | {"thinking": ""}, SAID]}
+    assert conversation({"messages": [USER, empty]}).messages[1] == empty

@@ -49,7 +49,7 @@ def test_parts_with_different_flags_are_a_problem() -> None:
     parts = [{"type": "text", "text": "Perhaps 5.", "train": False}, {"type": "text", "text": "4", "train": True}]
     assert problem({"messages": [USER, ANSWER | {"content": parts}]}).rule == "weight"
     same = [part | {"train": False} for part in parts]
-    said = {"role": "assistant", "content": "Perhaps 5.\n\n4", "weight": 0}
+    said = {"role": "assistant", "content": [{"type": "text", "text": "Perhaps 5."}, {"type": "text", "text": "4"}], "weight": 0}
     assert conversation({"messages": [USER, ANSWER | {"content": same}]}).messages[1] == said
     assert problem({"messages": [USER, ANSWER | {"content": same, "train": True}]}).rule == "weight"
 

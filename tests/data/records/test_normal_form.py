@@ -2,7 +2,14 @@
 
 import pickle
 
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, ModelSettings, PreferencePair
+from moe_train.data.records.normal_form import (
+    Conversation,
+    LabelledAnswer,
+    ModelSettings,
+    PreferencePair,
+    joined_texts,
+    reasoning_of,
+)
 
 HELLO = {"role": "user", "content": "Hello"}
 
@@ -15,4 +22,15 @@ def test_records_survive_pickling() -> None:
 
 
 def test_a_conversation_has_no_settings_unless_stated() -> None:
-    assert Conversation([HELLO], []).settings == (None, None)
+    assert Conversation([HELLO], []).settings == (None, None, None)
+
+
+def test_texts_and_reasoning_of_a_message() -> None:
+    texts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    thought = {"type": "thinking", "thinking": "So."}
+    assert joined_texts(HELLO) == "Hello" and reasoning_of(HELLO) == []
+    assert joined_texts({"role": "user", "content": texts}) == "a\n\nb"
+    assert joined_texts({"role": "user", "content": texts}, "") == "ab"
+    thinking = {"role": "assistant", "content": [thought, *texts]}
+    assert joined_texts(thinking) is None and reasoning_of(thinking) == ["So."]
+    assert joined_texts({"role": "assistant", "tool_calls": []}) is None

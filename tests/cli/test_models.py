@@ -14,23 +14,30 @@ from tests.cli.command import run
 def test_evaluate(stand_in, capsys) -> None:
     given: list[Any] = []
 
-    def evaluate_model(directory: Path, files: list[Path]) -> dict[str, float]:
-        given.append((directory, files))
+    def evaluate_model(directory: Path, files: list[Path], chat_template: str | None) -> dict[str, float]:
+        given.append((directory, files, chat_template))
         return {"loss": 2.5, "tokens": 1000}
 
     stand_in("moe_train.commands.evaluate", evaluate_model=evaluate_model)
     assert run("evaluate", "runs/tiny", "--data", "a.jsonl", "--data", "b.jsonl", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"loss": 2.5, "tokens": 1000}
-    assert given == [(Path("runs/tiny"), [Path("a.jsonl"), Path("b.jsonl")])]
-    assert run("evaluate", "runs/tiny", "--data", "a.jsonl") == 0
+    assert given == [(Path("runs/tiny"), [Path("a.jsonl"), Path("b.jsonl")], None)]
+    assert run("evaluate", "runs/tiny", "--data", "a.jsonl", "--chat-template", "chatml") == 0 and given[1][2] == "chatml"
     assert capsys.readouterr().out.split() == ["loss", "2.5", "tokens", "1,000"]
 
 
 def test_generate(stand_in, capsys) -> None:
     def generate_text(
-        directory: Path, prompts: list[str], max_tokens: int, temperature: float, seed: int, *, chat: bool
+        directory: Path,
+        prompts: list[str],
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        *,
+        chat: bool,
+        chat_template: str | None,
     ) -> list[str]:
-        return [f" {max_tokens} {temperature} {seed} {chat}" for _ in prompts]
+        return [f" {max_tokens} {temperature} {seed} {chat_template or chat}" for _ in prompts]
 
     stand_in("moe_train.commands.generate", generate_text=generate_text)
     options = ["--max-tokens", "3", "--temperature", "0.5", "--seed", "7"]
@@ -43,6 +50,8 @@ def test_generate(stand_in, capsys) -> None:
     assert capsys.readouterr().out == "a 64 0.0 0 False\n"
     assert run("generate", "runs/tiny", "--prompt", "a", "--chat") == 0
     assert capsys.readouterr().out == "a\n 64 0.0 0 True\n"
+    assert run("generate", "runs/tiny", "--prompt", "a", "--chat", "--chat-template", "chatml") == 0
+    assert capsys.readouterr().out == "a\n 64 0.0 0 chatml\n"
 
 
 CHECK = {"name": "tensors", "passed": True, "said": "3 tensors", "figures": {"tolerance": "bits"}, "seconds": 0.25}

@@ -127,13 +127,17 @@ CONVERSATIONS = (
         (TOOLS_CHATML, ([None], [None])),
         (MARKED_CALLS, ([None], [None])),
         (TOOLS_LAST, ([None], [None, NEW_USER_TURN])),
-        (ONLY_LAST_RESULTS, ([None, *[REWRITTEN] * 3], [None, REWRITTEN])),
+        (ONLY_LAST_RESULTS, ([None, *[REWRITTEN] * 3], None)),  # results before a turn of weight 0 are in no example
     ],
 )
 def test_turns_share_an_example_where_their_renderings_continue_one_another(
-    tokenizer: HuggingFace, template: str, restarts: tuple[list[str | None], list[str | None]]
+    tokenizer: HuggingFace, template: str, restarts: tuple[list[str | None], list[str | None] | None]
 ) -> None:
     for conversation, expected in zip(CONVERSATIONS, restarts, strict=True):
+        if expected is None:
+            with pytest.raises(Problem, match="leaves out the result of message 2"):
+                conversation_to_tokens.examples(conversation, template, tokenizer)
+            continue
         merged = conversation_to_tokens.examples(conversation, template, tokenizer)
         assert [example.merged.restart for example in merged if example.merged] == expected
         if template == ONLY_LAST_RESULTS:  # alone, a turn lacks the results that only the turn before it shows

@@ -55,8 +55,8 @@ def test_tools_under_a_tokenizer_without_tool_tokens(tokenizer: HuggingFace, v3:
 
 
 def test_conversations_without_a_template(tokenizer: HuggingFace, write_lines: Write) -> None:
-    answer = check_files(tokenizer, write_lines("a.jsonl", [CHAT, {"text": "a"}, CHAT]), template=None)
-    assert answer["problem_counts"] == {"no-template": 2} and answer["examples"] == 1
+    answer = check_files(tokenizer, write_lines("a.jsonl", [CHAT, CHAT]), template=None)
+    assert answer["problem_counts"] == {"no-template": 2} and answer["examples"] == 0
     assert "has no chat template" in answer["problems"][0]["message"] and "--chat-template" in answer["problems"][0]["remedy"]
 
 

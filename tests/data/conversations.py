@@ -79,7 +79,7 @@ def conversations(
     messages[-1]["weight"] = 1
     for message in messages if parts or thinking else ():
         if "content" in message:
-            message["content"] = draw(_contents(message["content"], parts, message["role"] in thinking))
+            message["content"] = draw(_contents(message["content"], answers if parts else None, message["role"] in thinking))
         elif "assistant" in thinking and draw(st.booleans()):
             message["content"] = [draw(_THOUGHTS)]
     if not tools:
@@ -94,9 +94,9 @@ _THOUGHTS = st.fixed_dictionaries({"type": st.just("thinking"), "thinking": text
 
 
 @st.composite
-def _contents(draw: st.DrawFn, content: str, parts: bool, thinking: bool) -> str | list[dict[str, str]]:
+def _contents(draw: st.DrawFn, content: str, parts: st.SearchStrategy[str] | None, thinking: bool) -> str | list[dict[str, str]]:
     """A content that says more than the given one, in parts."""
-    more = draw(st.lists(texts(), max_size=2)) if parts else []
+    more = draw(st.lists(parts, max_size=2)) if parts else []
     made = [{"type": "text", "text": text} for text in (content, *more)]
     thoughts = draw(st.lists(_THOUGHTS, max_size=2)) if thinking else []
     if not thoughts:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_train import config
 from moe_train.data.chat import template as templates
+from moe_train.data.chat import template_reasoning
 from moe_train.data.chat.example import OTHER_TEMPLATE, Example, uses_tools
-from moe_train.data.records.normal_form import Conversation, Message, reasoning_of, texts_of
+from moe_train.data.records.normal_form import Conversation, Message, ModelSettings, reasoning_of, texts_of
 from moe_train.data.records.problem import Problem, brief, checked_text
+from moe_train.data.records.settings import default_settings
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -121,6 +124,29 @@ def check_has_tools(template: str | None, tokenizer: Tokenizer) -> None:
             templates.check_has_tools(_needed(template, tokenizer), tokenizer)
         case _:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
+
+
+def check_section(record: config.Record, template: str | None, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if a record section states settings that are not written with this tokenizer and template."""
+    if not isinstance(record, config.ConversationRecord):
+        return
+    settings = default_settings(record)
+    if settings == ModelSettings():
+        return
+    try:
+        match tokenizer:
+            case Mistral():
+                from moe_train.data.chat.mistral_settings import check_settings
+
+                check_settings(settings, tokenizer)
+            case HuggingFace():
+                template_reasoning.check_settings(settings, _needed(template), tokenizer)
+            case _:
+                raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
+    except Problem as problem:
+        names = " and ".join(f"{name}: {value}" for name, value in settings._asdict().items() if value is not None)
+        message = problem.message.replace("the record has", "record has")
+        raise ValueError(f"data: the record section states {names}: {message}; leave it out of the section") from problem
 
 
 def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:

@@ -48,6 +48,7 @@ def encode(
         ValueError: If a record cannot be used; the message begins with its origin.
     """
     if not isinstance(record, config.TextRecord):
+        conversation_to_tokens.check_section(record, template, tokenizer)
         for conversations in _chunks(numbered, where, record, _size, unread):
             results = conversation_to_tokens.examples_batch(
                 [conversation for _, conversation in conversations], template, tokenizer

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moe_train import config
+from moe_train.data.chat.conversation_to_tokens import check_section
 from moe_train.data.check import estimate, rules
 from moe_train.data.check.chunks import CheckedFile, CheckedSource, Coverage, all_chunks, places_of, some_chunks
 from moe_train.data.check.corrected import corrected_copy
@@ -169,6 +170,9 @@ def check_records(
     unknown = sorted(settings.allowed - RULE_NAMES)
     if unknown:
         raise ValueError(f"there is no rule {unknown[0]}; the rules are {', '.join(sorted(RULE_NAMES))}")
+    for source in sources:
+        if source.record is not None:
+            check_section(source.record, settings.template, tokenizer)
     tokens_per_second = estimate.tokens_per_second(settings.bench)
     places = places_of(sources, settings.sample is not None)
     held_out = HeldOutRecords(settings.against)

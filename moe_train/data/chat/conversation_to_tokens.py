@@ -140,7 +140,7 @@ def check_section(record: config.Record, template: str | None, tokenizer: Tokeni
 
                 check_settings(settings, tokenizer)
             case HuggingFace():
-                template_reasoning.check_settings(settings, _needed(template), tokenizer)
+                template_reasoning.check_settings(settings, _needed(template, tokenizer), tokenizer)
             case _:
                 raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
     except Problem as problem:

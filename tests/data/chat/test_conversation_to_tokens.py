@@ -79,7 +79,7 @@ def test_a_prompt_is_what_comes_before_the_answer(tokenizer: HuggingFace, mistra
         (["hello"], "message 0 should be an object"),
         ([{"role": "bot", "content": "a"}], "role 'bot'; roles are system, user, assistant"),
         ([{"content": "a"}], "role None"),
-        ([{"role": "user"}], "the content of message 0 should be text, not None"),
+        ([{"role": "user"}], "the content of message 0 is null or empty; write its text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "images, sound and video are not read"),
         ([{"role": "user", "content": "\ufdd0"}, SINGLE[1]], "noncharacter"),
         ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0.5}], "weight 0.5"),

@@ -95,7 +95,9 @@ def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, second
         if fixed["kept"]:  # what was kept is good
             [copy] = [file for file in (Path(scratch) / "out").iterdir() if file.name != "changes.log"]
             again = check_records([CheckedSource((str(copy),))], tokenizer, Settings(template=tokenizer.chat_template, seq_len=64))
-            assert again["problems"] == [] and again["records"] == fixed["kept"]
+            assert {problem["rule"] for problem in again["problems"]} <= {"mixed-kinds", "control-token"} and again[
+                "records"
+            ] == fixed["kept"]
         return answer
 
 
@@ -331,11 +333,11 @@ def test_an_archive_cut_anywhere_stops_the_check_with_one_line(tokenizer: Huggin
 @pytest.mark.parametrize(
     ("name", "content", "rules"),
     [
-        ("latin.jsonl", '{"text": "Grüße"}\n'.encode("latin-1") + LINES, {"not-utf-8": 1}),
+        ("latin.jsonl", '{"text": "Grüße"}\n'.encode("latin-1") + LINES, {"not-utf-8": 1, "mixed-kinds": 2}),
         ("utf16.jsonl", LINES.decode().encode("utf-16"), {"not-utf-8": 10}),
-        ("nul.jsonl", LINES + b"\0" * 5000 + b"\n" + LINES, {"not-json": 1}),
+        ("nul.jsonl", LINES + b"\0" * 5000 + b"\n" + LINES, {"not-json": 1, "mixed-kinds": 2}),
         ("nul.txt", b"a\0b", {"unicode": 1}),
-        ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n" + LINES, {"not-json": 1}),
+        ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n" + LINES, {"not-json": 1, "mixed-kinds": 2}),
         ("deeper.jsonl", (b'{"a":' * 90 + b"1" + b"}" * 90 + b"\n") * 3, {"columns": 3}),
         ("deep.json", b"[" * 100_000 + b"]" * 100_000, {"not-json": 1}),
         ("open.jsonl", b'{"text": "' + b"a" * 100_000, {"not-json": 1}),
@@ -348,9 +350,9 @@ def test_an_archive_cut_anywhere_stops_the_check_with_one_line(tokenizer: Huggin
         ("bom.jsonl", b"\xef\xbb\xbf", {"empty-file": 1}),
         ("no.json", b"[", {"not-json": 1}),
         ("cr.jsonl", LINES.replace(b"\n", b"\r"), {"not-json": 1}),
-        ("twice.json", json.dumps(RECORDS).encode() * 2, {"not-json": 1}),
-        ("ids.jsonl", b'{"messages": [{"text": [], "tool_call_id": []}, {"from": "tool"}]}', {"type": 4}),
-        ("calls.jsonl", json.dumps({"messages": [USER, {"role": "assistant", "tool_calls": [[[]]]}]}).encode(), {"type": 1}),
+        ("twice.json", json.dumps(RECORDS).encode() * 2, {"not-json": 1, "mixed-kinds": 2}),
+        ("ids.jsonl", b'{"messages": [{"text": [], "tool_call_id": []}, {"from": "tool"}]}', {"type": 3}),
+        ("calls.jsonl", json.dumps({"messages": [USER, {"role": "assistant", "tool_calls": [[[]]]}]}).encode(), {"arguments": 1}),
     ],
 )
 def test_hostile_files(tokenizer: HuggingFace, name: str, content: bytes, rules: dict[str, int]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moe_train.data.records.file_bytes import BOM, open_bytes
 from moe_train.data.records.json_array import Window, element, elements, missing_comma
-from moe_train.data.records.json_parser import Parser
+from moe_train.data.records.json_parser import Parser, parse_strictly
 from moe_train.data.records.problem import Item, Problem, brief
 
 WRAPPERS = ("data", "records", "examples", "rows", "items", "instances", "samples", "train", "validation", "test")
@@ -82,7 +82,10 @@ def _wrapped(window: Window, wrapper: re.Match[str], parser: Parser) -> Iterator
     """Yield the records of an object that wraps an array of them. Raises Problem if it holds anything else that has a meaning."""
     line = window.line_of(window.position)
     key = wrapper[2]
-    before = json.loads("{" + wrapper[1].rstrip().removesuffix(",") + "}") if wrapper[1] else {}
+    try:
+        before = parse_strictly("{" + wrapper[1].rstrip().removesuffix(",") + "}")
+    except ValueError as error:
+        raise Problem("not-json", f"not JSON: {error} of the object on line {line}", _ADVICE) from error
     for name in before:
         if name not in _ABOUT:
             raise _beside(name, key, line)

@@ -71,6 +71,8 @@ def test_a_pretty_record_is_one_record(tmp_path: Path) -> None:
     [
         ('{"train": [{"text": "a"}], "test": [{"text": "b"}]}', 2, "the records 'train' and beside them 'test'.*a file for each"),
         ('{"system": "s", "data": [{"text": "a"}]}', 1, "beside them 'system', which is not read"),
+        ('{"version": 1x, "data": [{"text": "a"}]}', 1, "not JSON: .* of the object on line 1"),
+        ('{"version": 1, "version": 2, "data": []}', 1, "'version' stands twice"),
         ('{"data": [{"text": "a"}], "version": [1]}', 2, "beside them 'version'"),
         ('{"data": [{"text": "a"}] "version": 1}', 2, "no , before"),
         ('{"data": [{"text": "a"}]', 2, "without a closing bracket; is it cut short"),

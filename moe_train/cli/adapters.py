@@ -52,7 +52,7 @@ def diff_command(
 
 @adapter_commands.command(
     "merge",
-    epilog=help_examples("moe-train adapters merge runs/quickstart/pretrain runs/quickstart/export_peft merged_model"),
+    epilog=help_examples("moe-train adapters merge runs/quickstart/pretrain runs/quickstart/export_peft model_with_adapter"),
 )
 def merge_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the model that the adapter belongs to.")],

@@ -152,11 +152,13 @@ def _load_tokenizer(stated: Path | None, config: Config | None) -> Tokenizer:
     """Load the stated tokenizer, or the one that a run trains with: from its data section, or else from its initial model."""
     from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 
-    section = config.data.tokenizer if config and config.data else None
-    if stated is None and section is None and config and config.init_from:
-        stated = Path(config.init_from)
     if stated is not None:
-        section = tokenizer_at(stated)
+        return load_tokenizer(tokenizer_at(stated))
+    section = config.data.tokenizer if config and config.data else None
+    if section is None and config and config.init_from:
+        from moe_train.commands.prepare import find_model_tokenizer
+
+        section = find_model_tokenizer(config.init_from)
     if section is None:
         raise ValueError("state --tokenizer, which determines the tokens and the chat format")
     return load_tokenizer(section)

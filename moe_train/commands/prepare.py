@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from moe_train import config
+from moe_train.checkpoint.model_dir import find_tokenizer_config
 from moe_train.data.batches.loader import Loader, open_store
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared.tokenize_ahead import PrepareProgress as Shards
@@ -90,6 +91,11 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[dic
         for number, segment in enumerate(loader.trace(step - 1, r), start=1):
             traced.append({"row": r, "segment": number, **segment._asdict()})
     return traced
+
+
+def find_model_tokenizer(init_from: str) -> config.Tokenizer:
+    """Return the section of the tokenizer that belongs to a model or a run. Raises FileNotFoundError if there is none."""
+    return find_tokenizer_config(init_from)
 
 
 def _resolve(written: config.Config) -> config.Run:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.config import HuggingFaceTokenizer
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.cli.command import run
 from tests.data.check.samples import CHAT, KINDS, Write
@@ -113,6 +114,31 @@ def test_pairs_are_shown_side_by_side(tokenizer: HuggingFace, write_lines: Write
 def test_show_needs_a_tokenizer(write_lines: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "show", write_lines("a.jsonl", KINDS)) == 2
     assert capsys.readouterr() == ("", "moe-train: state --tokenizer, which determines the tokens and the chat format\n")
+
+
+def test_check_uses_the_tokenizer_of_the_run_that_training_starts_from(
+    tokenizer: HuggingFace, write_lines: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def find_model_tokenizer(init_from: str) -> HuggingFaceTokenizer:
+        asked.append(init_from)
+        return HuggingFaceTokenizer(name="huggingface", path=str(tokenizer.path))
+
+    monkeypatch.setattr("moe_train.commands.prepare.find_model_tokenizer", find_model_tokenizer)
+    source = {"name": "files", "files": [str(write_lines("a.jsonl", [{"text": "2 + 3"}]))], "record": {"name": "text"}}
+    settings = {
+        "name": "r",
+        "run_dir": str(tmp_path / "run"),
+        "init_from": "runs/base",
+        "data": {"train": [source]},
+        "train": {"steps": 1, "batch_size": 2, "seq_len": 64},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    code, out, err = check("--config", tmp_path / "run.yaml", "--json", capsys=capsys)
+    assert (code, asked) == (0, ["runs/base"]), err
+    assert json.loads(out)["records"] == 1
 
 
 @pytest.mark.parametrize(

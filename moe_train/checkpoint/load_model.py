@@ -37,6 +37,8 @@ def load_model(directory: str | Path) -> Transformer:
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Load the tokenizer that a run was trained with, or that is in a model's folder.
 
+        ids = moe_train.load_tokenizer("mixtral-8x7b").encode("Hello")
+
     Args:
         directory: A run or an external model.
 

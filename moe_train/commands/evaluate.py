@@ -27,6 +27,8 @@ from moe_train.train.objectives.next_token import next_token
 def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> dict[str, Any]:
     """Measure the next-token loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
 
+        loss = moe_train.evaluate_model(Path("runs/tuned"), [Path("held_out.jsonl")])["loss"]
+
     Rows are as long as the run's; for a model that is no run, at most 2048 tokens.
 
     Args:

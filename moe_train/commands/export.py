@@ -85,6 +85,8 @@ def export(
 ) -> dict[str, Any]:
     """Write the weights of a run, or of an external model, to `out_dir` and verify them.
 
+        moe_train.export("runs/tuned", "tuned-hf", "hf", merge=True)
+
     `out_dir` appears complete or not at all.
 
     Args:

@@ -31,6 +31,8 @@ def generate_text(
 ) -> list[str]:
     """Complete `prompts` with a run (its newest checkpoint) or a Hugging Face model.
 
+        [answer] = moe_train.generate_text("runs/tuned", ["What is a mesh?"], max_tokens=40, chat=True)
+
     Args:
         directory: the run or model.
         prompts: texts.

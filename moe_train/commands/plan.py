@@ -19,6 +19,8 @@ def plan_run(
 ) -> planning.Answer:
     """Rank the ways to train `written` on `topology`; see `planning.rank_and_compile`.
 
+        answer = moe_train.plan_run(moe_train.load_config("run.yaml"), "v5p:4x4x4")
+
     Neither weights nor a tokenizer are needed.
 
     Args:

@@ -79,6 +79,8 @@ def train_tokenizer(
 ) -> HuggingFace:
     """Train a byte-level BPE with a chat format on `texts`, write it to `out_dir` and return it, loaded.
 
+        tokenizer = moe_train.train_tokenizer(open("text.txt"), 4096, "my_tokenizer")
+
     It writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which transformers' AutoTokenizer reads too. The same
     texts in the same order give the same files. Too little text gives fewer than `vocab_size` ids, with a warning.
 

@@ -26,6 +26,8 @@ def verify(
 ) -> tuple[dict[str, Any], list[Check]]:
     """Repeat the checks of an export.
 
+        record, checks = moe_train.verify("tuned-hf")
+
     Args:
         directory: the export.
         base: the model that training started from, in any layout; the files are checked to be a merge into it (see

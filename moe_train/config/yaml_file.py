@@ -21,6 +21,8 @@ from moe_train.config.strict_yaml import ConfigError, KeyPath, dotted, parse_yam
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read and check the `Config` of a YAML file.
 
+        config = moe_train.load_config("configs/quickstart_lora.yaml", ["train.steps=10"])
+
     Args:
         path: the YAML file.
         overrides: `key.path=value` settings that replace those of the file; the last one for a key wins.

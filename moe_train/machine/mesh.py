@@ -107,6 +107,8 @@ def mesh_sizes(sizes: config.Mesh, device_count: int) -> config.Mesh:
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arrange devices along the five axes, all with explicit axis types.
 
+        jax.set_mesh(moe_train.make_mesh(config.Mesh(fsdp=2, expert=4)))
+
     Args:
         sizes: mesh section of the config; one axis may be -1.
         devices: devices to use; None for all.

@@ -315,6 +315,8 @@ def init_model(
 ) -> Transformer:
     """Initialize a model with random weights, including adapters and quantized weights.
 
+        model = moe_train.init_model(0, moe_train.load_config("configs/quickstart_pretrain.yaml").model)
+
     Each array is created with its sharding on the mesh in force; without one, a mesh of one device is put in force
     (`machine.mesh.use_default_mesh`).
 

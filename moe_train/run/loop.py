@@ -39,6 +39,8 @@ FINISHED = 0
 def train_run(run: config.Run, objective: Objective | None = None) -> int:
     """Train a resolved run, continuing from its newest checkpoint if it has one.
 
+        moe_train.train_run(moe_train.resolve(moe_train.load_config("run.yaml")))
+
     Args:
         run: the resolved run.
         objective: replaces the objective that `run` names, for example by a custom loss (`objectives.custom.custom_objective`).
@@ -59,6 +61,9 @@ def train_run(run: config.Run, objective: Objective | None = None) -> int:
 
 def steps(run: config.Run, objective: Objective | None = None) -> Generator[MetricsRecord, None, int]:
     """Train a resolved run, and yield its metrics while it goes on.
+
+        for metrics in moe_train.steps(run):
+            print(metrics["step"], metrics["loss"])
 
     The run continues from its newest checkpoint if it has one; it evaluates and saves as `run` says. A caller that leaves the
     loop early ends the run where it is; the next call continues from the last checkpoint.

@@ -22,6 +22,8 @@ from moe_train.model.transformer import init_model
 def resolve(written: config.Config, device_count: int | None = None) -> config.Run:
     """Resolve everything that the config leaves open.
 
+        run = moe_train.resolve(moe_train.load_config("configs/quickstart_pretrain.yaml"))
+
     The architecture comes from `init_from` (its config.json or its saved run) if `model` is left out, the targets of adapters
     from `lora.init_from`, the tokenizer from `init_from`, and a mesh axis of -1 from `device_count`. Neither weights nor a
     tokenizer need to exist: without a tokenizer, `Run.data` states what is missing, and code that needs data reports it.

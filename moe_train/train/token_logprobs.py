@@ -63,6 +63,9 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Compute the log-probability of each target and the entropy of each prediction under softmax(hidden · head).
 
+        hidden, routers = model(tokens)
+        logprobs = moe_train.token_logprobs(hidden, model.head_weight(), targets).logprob
+
     Both have exact gradients with respect to hidden_BTD, head_VD and lora_factors. Padding has values, too: mask them before
     summing.
 

@@ -45,7 +45,10 @@ def test_import_loads_no_heavy_package() -> None:
 @pytest.mark.parametrize("name", moe_train.__all__)
 def test_a_public_name_is_documented(name: str) -> None:
     public = getattr(moe_train, name)
-    assert (inspect.getdoc(public) or "").strip()
+    documentation = inspect.getdoc(public) or ""
+    assert documentation.strip()
+    if inspect.isfunction(public):
+        assert f"    {documentation}".count(f"moe_train.{name}("), "an example of its use"
     assert public is getattr(importlib.import_module(public.__module__), public.__name__)
 
 

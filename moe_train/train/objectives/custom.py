@@ -16,6 +16,8 @@ LossFunction = Callable[..., tuple[Any, ...]]
 def custom_objective(function: LossFunction, batch_type: type[PackedBatch] = Batch) -> Objective:
     """Build an objective from a loss function; a step minimizes total(sum) / total(weight) over microbatches and devices.
 
+        moe_train.train_run(run, moe_train.custom_objective(loss))
+
     Args:
         function: called with the model, one microbatch and the dropout key (or None), in global view. On a mesh of one device
             all arrays can be indexed freely; on other meshes use `train.token_logprobs` instead of indexing logits. Returns

@@ -28,7 +28,7 @@ from moe_train.machine.mesh import join_processes
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
 from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
-from moe_train.weights import external, peft, serve, together
+from moe_train.weights import external, hf, names, peft, serve, together
 from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.mistral import lora as mistral_lora
@@ -196,6 +196,7 @@ def _export_adapter(opened: OpenedModel, out_dir: str | Path, files: _AdapterFil
             opened.chat_template,
             origin.conversations,
             origin.about,
+            _hugging_face_base(opened),
         )
         record = prove_adapter(exported)
         if together.is_first():
@@ -212,12 +213,29 @@ def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameter
     base = str(run.init_from)
     match files.layout:
         case "peft":
-            peft.export_adapter(weights, model, lora, directory, base_model=base, texts=texts, server=files.server)
+            names_of_base = _names_of_base(opened)
+            peft.export_adapter(
+                weights, model, lora, directory, base_model=base, layout=names_of_base, texts=texts, server=files.server
+            )
         case "mistral-lora":
             dtype = write_and_prove.checked_dtype(files.layout, files.dtype)
             mistral_lora.export_adapter(weights, model, lora, directory, dtype=dtype, texts=texts)
         case "gguf-lora":
             gguf_lora.export_adapter(weights, model, lora, directory, base_model=base, name=files.name, texts=texts)
+
+
+def _hugging_face_base(opened: OpenedModel) -> Path | None:
+    """Return the folder of a run's base if it is in Hugging Face's layout; None if it has to be exported to that first."""
+    base = opened.run.init_from if opened.run else None
+    if base is None or is_run(base) or external.layout_of(base) != "hf":
+        return None
+    return Path(base)
+
+
+def _names_of_base(opened: OpenedModel) -> names.TensorLayout:
+    """Return the names that transformers gives to the modules of a run's base."""
+    base = _hugging_face_base(opened)
+    return names.WRAPPED if base is not None and hf.is_wrapper(base) else names.HUGGING_FACE
 
 
 def _check_options(layout: serve.ExportFormat, options: ExportOptions) -> None:
@@ -253,10 +271,13 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
         kind = "huggingface"
     base = run.init_from if run else None
     base_export = ""
-    if layout == "peft" and base is not None and (is_run(base) or external.layout_of(base) != "hf"):
+    if layout == "peft" and base is not None and _hugging_face_base(opened) is None:
         base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
-    return base_export + serve.serving_command(server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind)
+    in_wrapper = layout == "peft" and _names_of_base(opened) is names.WRAPPED
+    return base_export + serve.serving_command(
+        server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind, in_wrapper=in_wrapper
+    )
 
 
 def _default_dtype(opened: OpenedModel) -> config.Dtype:

@@ -38,13 +38,19 @@ class DeltaResult(NamedTuple):
     """Largest difference divided by what rounding A and B to the file's dtype allows; at most 1 is right."""
 
 
+class AdapterFiles(NamedTuple):
+    """The files of an adapter, as the layout's own tools read them."""
+
+    layout: expected.AdapterLayout
+    stored: Mapping[str, Stored]
+    """Tensors by name."""
+    scale: ScaleInFile
+    in_wrapper: bool
+    """Whether the base is the text model inside a vision wrapper, and the adapter has the names of that."""
+
+
 def examine_adapter(
-    layout: expected.AdapterLayout,
-    stored: Mapping[str, Stored],
-    model: config.Model,
-    parameters: LazyParameters,
-    lora: config.Lora,
-    scale_in_file: ScaleInFile,
+    files: AdapterFiles, model: config.Model, parameters: LazyParameters, lora: config.Lora
 ) -> tuple[TensorResults, list[DeltaResult]]:
     """Hash every tensor and compare scale · B·A of each pair with that in memory, matrix by matrix.
 
@@ -52,20 +58,22 @@ def examine_adapter(
     compared bit by bit.
 
     Args:
-        layout: layout of the files.
-        stored: tensors of the files by name.
+        files: the files.
         model: the architecture of the base.
         parameters: weights by path.
         lora: the section of the adapters.
-        scale_in_file: the scale that the layout's own tools apply.
 
     Raises:
         Fault: a tensor is missing, or is not one of the adapter.
     """
+    layout = files.layout
+    stored = files.stored
     remaining = dict(stored)
     deltas: list[DeltaResult] = []
     full_weights: list[ExpectedTensor] = []
     for tensor in expected.model_tensors(expected.MODEL_LAYOUT_OF[layout], model):
+        if files.in_wrapper:
+            tensor = expected.in_wrapper(tensor)
         name_a, name_b = expected.adapter_names(layout, tensor.name)
         path = ParameterPath.parse(tensor.parts[0].path)
         has_adapter = path.has_adapter(parameters)
@@ -76,7 +84,7 @@ def examine_adapter(
             b = remaining.pop(name_b)
             for i in range(len(tensor.parts)):
                 factors = _read_factors(tensor, i, a, b)
-                scale = scale_in_file(tensor.name, len(factors.a_Ji))
+                scale = files.scale(tensor.name, len(factors.a_Ji))
                 # A scale may have been multiplied into B, so it is applied before the comparison.
                 scaled_factors = factors._replace(b_oJ=factors.b_oJ * scale)
                 deltas.append(_compare_delta(tensor, i, scaled_factors, a.kind, parameters if has_adapter else None, lora))

@@ -81,7 +81,7 @@ def adapter_names(layout: AdapterLayout, weight: str) -> tuple[str, str]:
     """Return the names of A (rank, in) and B (out, rank) of the adapter for a weight of that layout's model."""
     stem = weight.removesuffix(".weight")
     match layout:
-        case "peft" if weight == "model.embed_tokens.weight":
+        case "peft" if weight.endswith("embed_tokens.weight"):
             return f"base_model.model.{stem}.lora_embedding_A", f"base_model.model.{stem}.lora_embedding_B"
         case "peft":
             return f"base_model.model.{stem}.lora_A.weight", f"base_model.model.{stem}.lora_B.weight"
@@ -89,6 +89,14 @@ def adapter_names(layout: AdapterLayout, weight: str) -> tuple[str, str]:
             return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
         case "gguf-lora":
             return f"{weight}.lora_a", f"{weight}.lora_b"
+
+
+def in_wrapper(tensor: ExpectedTensor) -> ExpectedTensor:
+    """Return the tensor under the name that transformers gives to it inside a vision wrapper."""
+    name = tensor.name
+    if name.startswith("model."):  # the head is outside of the text model there
+        name = "model.language_model." + name.removeprefix("model.")
+    return tensor._replace(name=name)
 
 
 def full_weight_names(layout: AdapterLayout, weight: str, tied: bool) -> list[str]:

@@ -14,9 +14,9 @@ from moe_train import config
 from moe_train.data.records.conversation import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
-from moe_train.proof import compare, expected, reread, texts
+from moe_train.proof import base_modules, compare, expected, reread, texts
 from moe_train.proof.checks import Fault, Finding, NotChecked, ProofRecord, run
-from moe_train.proof.compare_adapter import DeltaResult, ScaleInFile, examine_adapter, summarize_deltas
+from moe_train.proof.compare_adapter import AdapterFiles, DeltaResult, ScaleInFile, examine_adapter, summarize_deltas
 from moe_train.proof.prove import describe_tensors, finish_record
 from moe_train.weights.arrays import LazyParameters
 
@@ -38,6 +38,8 @@ class AdapterExport(NamedTuple):
     """Conversations of the training data, rendered to the tokens of training."""
     about: Mapping[str, Any] = {}
     """What else the record states."""
+    base: Path | None = None
+    """The base in Hugging Face's layout; None if it has to be exported to that before transformers can load it."""
 
 
 def prove_adapter(export: AdapterExport) -> ProofRecord:
@@ -58,11 +60,15 @@ def prove_adapter(export: AdapterExport) -> ProofRecord:
     }
     tensors: list[compare.TensorResults] = []
     deltas: list[DeltaResult] = []
+    base = base_modules.exported_modules(export.model) if export.base is None else base_modules.read_base_modules(export.base)
+    in_wrapper = export.layout == "peft" and base.is_wrapper
+    record["in_wrapper"] = in_wrapper
 
     def check_tensors() -> Finding:
         stored = reread.tensors(export.directory)
         scale = scale_in_file(export.layout, export.directory)
-        results, delta_results = examine_adapter(export.layout, stored, export.model, export.parameters, export.lora, scale)
+        files = AdapterFiles(export.layout, stored, scale, in_wrapper)
+        results, delta_results = examine_adapter(files, export.model, export.parameters, export.lora)
         tensors.append(results)
         deltas.extend(delta_results)
         results.raise_faults()
@@ -73,6 +79,8 @@ def prove_adapter(export: AdapterExport) -> ProofRecord:
         raise NotChecked("an adapter can be run only with its base; its deltas were compared")
 
     checks = [run("tensors", check_tensors)]
+    if export.layout == "peft":
+        checks.append(run("names", partial(check_names, export.directory, base)))
     checks.append(run("deltas", partial(summarize_deltas, deltas)))
     checks.append(run("answers", check_logits))
     checks += texts.check_texts(
@@ -80,6 +88,11 @@ def prove_adapter(export: AdapterExport) -> ProofRecord:
     )
     record |= {"tensors": describe_tensors(tensors), **finish_record(export.directory, checks, start)}
     return record
+
+
+def check_names(directory: Path, base: base_modules.BaseModules) -> Finding:
+    """Check the names of a PEFT adapter against its base."""
+    return base_modules.check_adapter_names(reread.tensors(directory), read_object(directory / "adapter_config.json"), base)
 
 
 def scale_in_file(layout: expected.AdapterLayout, directory: Path) -> ScaleInFile:

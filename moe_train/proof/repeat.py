@@ -12,11 +12,11 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.proof import against_base, compare, expected, logits, prove, reread, surroundings, texts
+from moe_train.proof import against_base, base_modules, compare, expected, logits, prove, reread, surroundings, texts
 from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, first_and_count, run
-from moe_train.proof.compare_adapter import examine_adapter, summarize_deltas
+from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
 from moe_train.proof.compare_logits import Reference, compare_logits
-from moe_train.proof.prove_adapter import scale_in_file
+from moe_train.proof.prove_adapter import check_names, scale_in_file
 from moe_train.weights import external
 from moe_train.weights.external_adapter import read_external_lora
 from moe_train.weights.on_disk import WeightFiles
@@ -125,6 +125,8 @@ def _check_weights(
     prove.check_architecture(base.model, model, "mistral")  # a family with the same mathematics is accepted
     if not _is_model(record):
         read_external_lora(directory, model)
+        if record["format"] == "peft" and (base.path / "config.json").is_file():
+            check_names(directory, base_modules.read_base_modules(base.path))
         return Finding("the adapter fits the base; its deltas are compared with --run")
     if record.get("base") and not record.get("lora"):
         raise NotChecked("the model was trained in full, so every tensor may differ from the base's; give --run")
@@ -146,7 +148,8 @@ def _compare_with_trained(directory: Path, record: ProofRecord, trained: prove.E
     layout = record["format"]
     stored = reread.tensors(directory)
     scale = scale_in_file(layout, directory)
-    results, deltas = examine_adapter(layout, stored, trained.model, trained.parameters, trained.lora, scale)
+    files = AdapterFiles(layout, stored, scale, bool(record.get("in_wrapper")))
+    results, deltas = examine_adapter(files, trained.model, trained.parameters, trained.lora)
     results.raise_faults()
     return summarize_deltas(deltas)
 

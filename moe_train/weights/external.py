@@ -10,7 +10,7 @@ from moe_train.model.parameters import Parameters
 from moe_train.model.quantize import unquantized_shapes
 from moe_train.weights import gguf, hf, mistral, names, peft, safetensors_files, together
 from moe_train.weights.arrays import Abstract, LazyArray, fill, open_lazily
-from moe_train.weights.hf.config_json import CONFIG_FILE
+from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.mistral.params_json import PARAMS_FILE
 from moe_train.weights.on_disk import WeightFiles
 

@@ -109,8 +109,10 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> T
 
 HUGGING_FACE = hugging_face()
 """The layout that is written for Hugging Face."""
-_BODIES = (("model.", ""), ("model.language_model.", ""), ("language_model.model.", "language_model."))
-"""Prefixes of body and head of a text model: alone, and inside two kinds of vision wrapper."""
+_BODIES = (("model.language_model.", ""), ("language_model.model.", "language_model."), ("model.", ""))
+"""Prefixes of body and head of a text model: inside a vision wrapper in memory, in its files, and alone."""
+WRAPPED = hugging_face("model.language_model.")
+"""The names that transformers 5 gives to the text model inside a vision wrapper, and so the names of its adapters."""
 
 MISTRAL = TensorLayout(
     file_format="mistral",
@@ -171,8 +173,10 @@ GGUF = TensorLayout(
 )
 """llama.cpp's architectures `llama` and `mistral3`; shapes are in numpy's order, the reverse of the file's."""
 
-IGNORED = (".rotary_emb.inv_freq", "model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
-"""Parts of names in files whose tensors hold no weight of the text model."""
+OUTSIDE_TEXT = ("vision_tower.", "multi_modal_projector.")
+"""Parts of the names of the tensors of a vision wrapper that do not belong to its text model."""
+RECOMPUTED = (".rotary_emb.inv_freq",)
+"""Parts of the names of tensors that every reader computes from config.json, so that nothing is lost without them."""
 
 
 @dataclass(frozen=True)
@@ -298,8 +302,17 @@ def _in_layer(row: Row, position: config.LayerPosition, prefix: str) -> Row:
 
 def detect_hugging_face(names: Collection[str]) -> TensorLayout:
     """Detect the variant of Hugging Face's layout from the tensor names of a file."""
-    body = next((prefix for prefix in _BODIES if f"{prefix[0]}embed_tokens.weight" in names), _BODIES[0])
+    body = next((prefix for prefix in _BODIES if f"{prefix[0]}embed_tokens.weight" in names), _BODIES[-1])
     return hugging_face(*body, fused=any(name.endswith("mlp.experts.gate_up_proj") for name in names))
+
+
+def detect_adapted(names: Collection[str]) -> TensorLayout:
+    """Detect from the names of a PEFT file whether its base is a text model or a vision wrapper."""
+    for body, head in _BODIES[:-1]:
+        prefix, _ = HUGGING_FACE.adapters[0].split("{stem}")
+        if any(name.startswith(prefix + body) for name in names):
+            return hugging_face(body, head)
+    return HUGGING_FACE
 
 
 def linear_rows(ffn: config.Ffn, layout: TensorLayout = HUGGING_FACE) -> list[Row]:

@@ -51,6 +51,8 @@ class WeightFiles(NamedTuple):
     """Location of each weight in the files."""
     tensors: Mapping[str, FileTensor]
     """Tensors of the text model only, by name."""
+    left_out: tuple[str, ...] = ()
+    """Names of tensors that are not read: those of a vision tower and its projector."""
 
     @property
     def dtype(self) -> config.Dtype | None:

@@ -43,7 +43,7 @@ SERVING_COMMANDS: dict[Server, dict[ExportFormat, str]] = {
 """The command that serves the export at `out`, by server and layout."""
 
 _PEFT_CODE = (
-    "from peft import PeftModel; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+    "from peft import PeftModel; from transformers import {auto_class} as M, AutoTokenizer as T; "
     "m, t = PeftModel.from_pretrained(M.from_pretrained({base!r}), {out!r}), T.from_pretrained({out!r}); "
     "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
 )
@@ -103,6 +103,7 @@ def serving_command(
     base_model: str | None = None,
     rank: int = 1,
     tokenizer: Literal["mistral", "huggingface"] = "huggingface",
+    in_wrapper: bool = False,
 ) -> str:
     """Return the command line that serves an export.
 
@@ -114,6 +115,7 @@ def serving_command(
         base_model: of an adapter: its base in Hugging Face's layout; None to print the placeholder BASE_MODEL.
         rank: of an adapter: its largest rank.
         tokenizer: the kind of tokenizer that is exported with the weights.
+        in_wrapper: of an adapter: whether its base is a vision wrapper, which AutoModelForCausalLM does not know.
 
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.
@@ -127,11 +129,12 @@ def serving_command(
     max_rank = rank
     if server == "vllm":
         max_rank = next(supported for supported in VLLM_RANKS if supported >= rank)
+    auto_class = "AutoModelForImageTextToText" if in_wrapper else "AutoModelForCausalLM"
     return readable[layout].format(
         out=shlex.quote(str(out_dir)),
         base=shlex.quote(base),
         name=shlex.quote(Path(out_dir).name),
         rank=max_rank,
         tokenizer="mistral" if tokenizer == "mistral" else "auto",
-        code=shlex.quote(_PEFT_CODE.format(out=str(out_dir), base=base)),
+        code=shlex.quote(_PEFT_CODE.format(out=str(out_dir), base=base, auto_class=auto_class)),
     )

@@ -1,6 +1,16 @@
 """Hugging Face's layout: models opened and written as transformers, vLLM and llama.cpp load them."""
 
-from moe_train.weights.hf.config_json import CONFIG_FILE, read_model_config, write_model_config
+from moe_train.weights.hf.config_json import read_model_config, write_model_config
+from moe_train.weights.hf.config_keys import CONFIG_FILE, is_wrapper
 from moe_train.weights.hf.files import open_tensors, open_weights, write, write_json
 
-__all__ = ["CONFIG_FILE", "open_tensors", "open_weights", "read_model_config", "write", "write_json", "write_model_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "is_wrapper",
+    "open_tensors",
+    "open_weights",
+    "read_model_config",
+    "write",
+    "write_json",
+    "write_model_config",
+]

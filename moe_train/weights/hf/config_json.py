@@ -6,7 +6,6 @@ so what a file does not state is derived only if every version agrees.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +13,9 @@ from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
+from moe_train.weights import safetensors_files
+from moe_train.weights.hf.config_keys import CONFIG_FILE, text_fields
 
-log = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.json"
-"""Name of the file that states a model's architecture."""
-
-_FAMILIES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
-_WRAPPERS = ("Mistral3ForConditionalGeneration",)
-"""Vision models of which only the text model is read."""
-
-# The only values whose meaning is implemented here.
-_REQUIRED: JsonObject = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0,
-    "router_jitter_noise": 0,
-    "partial_rotary_factor": 1,
-    "rope_interleaved": False,
-    "quantization_config": None,
-}
-_READ = (
-    *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "rms_norm_eps", "layer_types"),
-    *("rope_theta", "rope_parameters", "rope_scaling", "sliding_window", "tie_word_embeddings", "max_position_embeddings"),
-    "initializer_range",
-)
-# Fields that do not affect the mathematics: bookkeeping, generation, training losses.
-_IGNORED = (
-    *("_name_or_path", "bos_token_id", "dtype", "eos_token_id", "is_llama_config", "output_router_logits", "pad_token_id"),
-    *("pretraining_tp", "router_aux_loss_coef", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache"),
-    *("max_window_layers", "moe_train", "llama_4_scaling"),
-)
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
@@ -62,28 +31,22 @@ def read_model_config(directory: str | Path) -> config.Model:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; give a directory with a Hugging Face model's config.json")
     fields = read_object(file)
+    if _is_tied_against_its_files(file.parent, fields):
+        fields["tie_word_embeddings"] = False
     try:
         return _model(fields)
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{file}: {location}: {first['msg']}".replace("Value error, ", "")) from error
+        message = first["msg"].replace("Value error, ", "")
+        raise ValueError(": ".join(part for part in (str(file), location, message) if part)) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
 def _model(fields: JsonObject) -> config.Model:
     """Convert the fields of a `config.json`."""
-    fields = _text_fields(fields)
-    family_name = _FAMILIES[fields["architectures"][0]]
-    for key, required in _REQUIRED.items():
-        if fields.get(key, required) not in (required, None):
-            raise ValueError(f"{key} is {fields[key]!r}, which is not implemented; it has to be {required!r}")
-    if unknown := sorted(set(fields) - set(_READ) - set(_REQUIRED) - set(_IGNORED)):
-        log.warning(
-            "config.json has fields that are not read: %s; make sure that they do not change what the model computes",
-            ", ".join(unknown),
-        )
+    family_name, fields = text_fields(fields)
     num_heads = _stated(fields, "num_attention_heads")
     num_layers = _stated(fields, "num_hidden_layers")
     family = config.FAMILIES[family_name]
@@ -120,21 +83,14 @@ def _model(fields: JsonObject) -> config.Model:
     )
 
 
-def _text_fields(fields: JsonObject) -> JsonObject:
-    """Return the fields of the text model. Raises ValueError if the architecture is not supported."""
-    architectures = fields.get("architectures") or []
-    if len(architectures) == 1 and architectures[0] in _WRAPPERS:
-        text = {**(fields.get("text_config") or {}), "architectures": ["Ministral3ForCausalLM"]}
-        if "tie_word_embeddings" in fields:
-            text.setdefault("tie_word_embeddings", fields["tie_word_embeddings"])
-        if text.get("model_type") != "ministral3":
-            raise ValueError(
-                f"text_config.model_type is {text.get('model_type')!r}; of vision models, only the text model of ministral3 is read"
-            )
-        return text
-    if len(architectures) != 1 or architectures[0] not in _FAMILIES:
-        raise ValueError(f"architectures is {architectures}; supported: {', '.join((*_FAMILIES, *_WRAPPERS))}")
-    return fields
+def _is_tied_against_its_files(directory: Path, fields: JsonObject) -> bool:
+    """Return whether a wrapper's default ties the embeddings although the files have a head, which transformers then uses."""
+    text = fields.get("text_config")
+    if not (fields.get("tie_word_embeddings") and isinstance(text, dict) and text.get("tie_word_embeddings") is False):
+        return False
+    if not safetensors_files.has_model(directory):
+        return False
+    return any(name.endswith("lm_head.weight") for name in safetensors_files.open_model_tensors(directory))
 
 
 def _stated(fields: JsonObject, key: str) -> Any:
@@ -184,6 +140,8 @@ def _rope(fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
     """Read rotary positions and query scaling from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     rope_fields = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     kind = rope_fields.get("rope_type", rope_fields.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"rope_type is {kind!r}; supported: default, yarn")
     theta = rope_fields.get("rope_theta", fields.get("rope_theta"))
     if theta is None:
         raise ValueError("rope_theta is stated neither on its own nor in rope_parameters; add it")
@@ -202,8 +160,6 @@ def _rope(fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
         scaling = {"beta": float(beta), "original_max_seq_len": original}
     if kind == "default":
         return {"name": "default", "theta": float(theta)}, scaling
-    if kind != "yarn":
-        raise ValueError(f"rope_type is {kind!r}; supported: default, yarn")
     if missing := [key for key in _YARN[:2] if key not in rope_fields]:
         raise ValueError(f"rope_parameters.{missing[0]} is missing, which yarn requires; add it")
     yarn: JsonObject = {}

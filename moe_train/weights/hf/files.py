@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,18 +13,20 @@ from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject
 from moe_train.weights import names, on_disk, safetensors_files
-from moe_train.weights.hf.config_json import CONFIG_FILE, read_model_config, write_model_config
+from moe_train.weights.hf.config_json import read_model_config, write_model_config
+from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.on_disk import WeightFiles
 
 
 def open_weights(directory: str | Path) -> WeightFiles:
     """Open a model's directory, single file or shards. Raises ValueError if a tied model has a different head of its own."""
     model = read_model_config(directory)
-    tensors = open_tensors(directory)
+    tensors, left_out = open_tensors(directory)
     if model.tie_embeddings:
         _drop_copied_head(directory, tensors)
     names.check_counts(directory, model, tensors)
-    return WeightFiles(Path(directory), model, names.weight_pieces(model, names.detect_hugging_face(tensors)), tensors)
+    pieces = names.weight_pieces(model, names.detect_hugging_face(tensors))
+    return WeightFiles(Path(directory), model, pieces, tensors, left_out)
 
 
 def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_files.SafetensorsTensor]) -> None:
@@ -39,10 +42,25 @@ def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_file
         del tensors[head]
 
 
-def open_tensors(directory: str | Path) -> dict[str, safetensors_files.SafetensorsTensor]:
-    """Open the tensors of the text model; others are left out."""
-    tensors = safetensors_files.open_model_tensors(directory)
-    return {name: tensor for name, tensor in tensors.items() if not any(part in name for part in names.IGNORED)}
+class OpenedTensors(NamedTuple):
+    """The tensors of a model's folder."""
+
+    of_text: dict[str, safetensors_files.SafetensorsTensor]
+    """Tensors of the text model by name."""
+    left_out: tuple[str, ...]
+    """Names of the vision tower's and the projector's tensors, which are not read."""
+
+
+def open_tensors(directory: str | Path) -> OpenedTensors:
+    """Open the tensors of the text model."""
+    of_text: dict[str, safetensors_files.SafetensorsTensor] = {}
+    left_out: list[str] = []
+    for name, tensor in safetensors_files.open_model_tensors(directory).items():
+        if any(part in name for part in names.OUTSIDE_TEXT):
+            left_out.append(name)
+        elif not any(part in name for part in names.RECOMPUTED):
+            of_text[name] = tensor
+    return OpenedTensors(of_text, tuple(left_out))
 
 
 def write(

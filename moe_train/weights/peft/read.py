@@ -28,7 +28,7 @@ from moe_train.weights.peft.pieces import (
     saved_pieces,
     tied_head,
 )
-from moe_train.weights.peft.settings import alpha_of, read_settings
+from moe_train.weights.peft.settings import MERGE_FIRST, alpha_of, read_settings
 from moe_train.weights.serve import AdapterShape
 
 
@@ -36,21 +36,22 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     """Return the section `lora` that describes an adapter. Raises ValueError if it is not supported."""
     directory = Path(directory)
     settings = read_settings(directory)
-    tensors = _open(directory, model)
+    tensors, layout = _open(directory, model)
     # Files with fused adapters state alphas under the fused names, which are split here like the tensors.
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
-    owners = _adapter_owners(directory, settings, tensors, model)
-    known_names = {piece.name for piece in (*adaptable_pieces(model), *saved_pieces(model))}
+    owners = _adapter_owners(directory, settings, tensors, model, layout)
+    known_names = {piece.name for piece in (*adaptable_pieces(model, layout), *saved_pieces(model, layout))}
     if unknown := sorted(tensors.keys() - known_names):
         raise ValueError(
-            f"{directory / ADAPTER_WEIGHTS} has {unknown[0]}, which this model has no place for; it is another base's adapter"
+            f"{directory / ADAPTER_WEIGHTS} has {unknown[0]}, which this model has no place for; name the base that it "
+            f"was trained on, or {MERGE_FIRST}"
         )
     return config.Lora(
         targets=_targets(owners, model),
         rslora=bool(settings.get("use_rslora")),
         dropout=float(settings.get("lora_dropout") or 0.0),
-        train=_trained_in_full(directory / ADAPTER_CONFIG, settings, tensors, model),
+        train=_trained_in_full(directory / ADAPTER_CONFIG, settings, tensors, model, layout),
     )
 
 
@@ -67,15 +68,15 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     Raises:
         ValueError: the files have other tensors than the section states.
     """
-    tensors = _open(Path(directory), model)
+    tensors, layout = _open(Path(directory), model)
     ranks = adapter_ranks(abstract)
-    saved = [piece for piece in saved_pieces(model) if piece.path in abstract]
+    saved = [piece for piece in saved_pieces(model, layout) if piece.path in abstract]
     if model.tie_embeddings:
         # `read_lora` has checked that both names of a tied table hold the same values.
-        second = tied_head(model).name
+        second = tied_head(model, layout).name
         saved = [piece for piece in saved if piece.name != second]
         tensors.pop(second, None)
-    table = [*names.lora_pieces(model, ranks), *saved]
+    table = [*names.lora_pieces(model, ranks, layout), *saved]
     lora = read_lora(directory, model)
     # Where several targets share the experts of a module, the stack has the largest rank, and experts without an adapter get zeros.
     shared = {m for m in ranks if any(target.experts is not None for target in lora.targets_of(of_module(m).module))}
@@ -108,13 +109,28 @@ class _Padded(NamedTuple):
         return padded[index]
 
 
-def _open(directory: Path, model: config.Model) -> dict[str, FileTensor]:
+class _Opened(NamedTuple):
+    """The tensors of an adapter, by the names of a per-expert file."""
+
+    tensors: dict[str, FileTensor]
+    layout: names.TensorLayout
+    """The names of the base: those of a text model, or of one inside a vision wrapper."""
+
+
+def _open(directory: Path, model: config.Model) -> _Opened:
     """Open tensors under the names of a per-expert file, without the copies of the base's tables that PEFT adds to adapted ones."""
     tensors: dict[str, FileTensor] = {}
     table = (model.vocab_size, model.model_dim)
-    for name, tensor in safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS).items():
+    stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
+    layout = names.detect_adapted(stored)
+    if outside := sorted(name for name in stored if any(part in name for part in names.OUTSIDE_TEXT)):
+        raise ValueError(
+            f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the vision tower or projector, "
+            f"and only adapters of the language model are read; {MERGE_FIRST}"
+        )
+    for name, tensor in stored.items():
         stem = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
-        if name.endswith(".base_layer.weight") and stem in ("model.embed_tokens", "lm_head"):
+        if f"{stem}.weight" in (layout.embed.name, layout.head.name) and name.endswith(".base_layer.weight"):
             if tensor.shape != table:
                 raise ValueError(
                     f"{directory / ADAPTER_WEIGHTS}: {name} has shape {tensor.shape}, but the base's is {table}: the adapter "
@@ -125,10 +141,9 @@ def _open(directory: Path, model: config.Model) -> dict[str, FileTensor]:
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
-        return fused.split_fused(
-            directory / ADAPTER_WEIGHTS, tensors, model, read_object(directory / ADAPTER_CONFIG).get("peft_version")
-        )
-    return tensors
+        version = read_object(directory / ADAPTER_CONFIG).get("peft_version")
+        tensors = fused.split_fused(directory / ADAPTER_WEIGHTS, tensors, model, version)
+    return _Opened(tensors, layout)
 
 
 # --- which adapters there are --------------------------------------------------------------------------------------
@@ -139,7 +154,7 @@ Owners = dict[AdapterShape, set[int]]
 
 
 def _adapter_owners(
-    directory: Path, settings: JsonObject, tensors: dict[str, FileTensor], model: config.Model
+    directory: Path, settings: JsonObject, tensors: dict[str, FileTensor], model: config.Model, layout: names.TensorLayout
 ) -> dict[str, Owners]:
     """Return the shapes of adapters, and their owners, of each module that has adapters.
 
@@ -149,7 +164,7 @@ def _adapter_owners(
     owners: dict[str, Owners] = {}
     first_layer: dict[tuple[str, int], tuple[str, AdapterShape]] = {}  # name and shape of the first adapter of each expert
     num_layers: Counter[tuple[str, int]] = Counter()
-    pieces = adaptable_pieces(model)
+    pieces = adaptable_pieces(model, layout)
     for piece_a, piece_b in zip(pieces[::2], pieces[1::2], strict=True):
         missing = [piece.name for piece in (piece_a, piece_b) if piece.name not in tensors]
         if len(missing) == 1:
@@ -198,11 +213,13 @@ def _targets(owners_of: dict[str, Owners], model: config.Model) -> tuple[config.
     return tuple(targets)
 
 
-def _trained_in_full(file: Path, settings: JsonObject, tensors: dict[str, FileTensor], model: config.Model) -> tuple[str, ...]:
+def _trained_in_full(
+    file: Path, settings: JsonObject, tensors: dict[str, FileTensor], model: config.Model, layout: names.TensorLayout
+) -> tuple[str, ...]:
     """Return the modules whose full weights are in the files. Raises ValueError if modules_to_save contradicts them."""
     saved = {
         piece.name.removesuffix(".weight"): ParameterPath.parse(piece.path).module
-        for piece in saved_pieces(model)
+        for piece in saved_pieces(model, layout)
         if piece.name in tensors
     }
     for module in settings.get("modules_to_save") or ():

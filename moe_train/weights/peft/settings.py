@@ -1,17 +1,26 @@
-"""Read and check adapter_config.json."""
+"""Read and check adapter_config.json.
+
+Every key is in one of the lists below. A key that changes what PEFT computes is refused unless it has the value that is
+implemented here, and so is a key that is in no list, whatever tool wrote it.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights.peft.pieces import ADAPTER_CONFIG
 
+MERGE_FIRST = (
+    "merge it in PEFT first (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)) and use the merged "
+    "model"
+)
+"""The remedy for every adapter that only PEFT itself can compute."""
+
 _REQUIRED: JsonObject = {
-    "peft_type": "LORA",
-    "bias": "none",
     "use_dora": False,
     "fan_in_fan_out": False,
     "lora_bias": False,
@@ -19,10 +28,39 @@ _REQUIRED: JsonObject = {
     "layer_replication": None,
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "megatron_config": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
-"""Keys for which only one value is supported; None also allows an empty list."""
-_FUSED_PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-"""Ends of the names in target_parameters that are supported."""
+"""Keys for which only one value is implemented."""
+_READ = (
+    *("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "modules_to_save", "target_parameters"),
+    *("init_lora_weights", "bias", "peft_version"),
+)
+# Keys that do not change what a trained adapter computes: what the tensors state themselves, bookkeeping, and options of training
+# or of a method that another key switches on.
+_IGNORED = (
+    *("r", "rank_pattern", "target_modules", "exclude_modules", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *(
+        "inference_mode",
+        "ensure_weight_tying",
+        "layers_pattern",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+    ),
+    *("corda_config", "lora_ga_config", "velora_config", "runtime_config"),
+)
+_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights with which PEFT leaves the base as it is when it loads an adapter."""
+_WITHOUT_WEIGHTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+"""Values of peft_type that cannot be merged into the weights of a model."""
+_FUSED_PARAMETERS = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""Parameters of transformers 5 whose adapters are read, by their names in a layer."""
 
 
 def read_settings(directory: Path) -> JsonObject:
@@ -40,15 +78,48 @@ def read_settings(directory: Path) -> JsonObject:
         entries = settings.get(key) or []
         if not isinstance(entries, list) or not all(isinstance(name, str) for name in entries):
             raise ValueError(f"{file}: {key} is {entries!r}; it has to be a list of names")
+    _check_method(file, settings)
     _check_alphas(file, settings)
-    for key, value in _REQUIRED.items():
-        if settings.get(key, value) not in (value, [] if value is None else value):
-            raise ValueError(f"{file}: {key} is {settings[key]!r}, which is not supported; it has to be {value!r}")
+    for key, value in settings.items():
+        if key not in (*_READ, *_IGNORED) and not _is_off(key, value):
+            raise ValueError(f"{file}: {key} is {value!r}, which is not supported; {MERGE_FIRST}")
     for name in settings.get("target_parameters") or ():
-        if not name.endswith(_FUSED_PARAMETERS):
+        # PEFT matches a name against the end of a parameter's name, from a dot on.
+        if not any(f"model.layers.0.{parameter}".endswith(f".{_in_first_layer(name)}") for parameter in _FUSED_PARAMETERS):
             supported = ", ".join(_FUSED_PARAMETERS)
-            raise ValueError(f"{file}: target_parameters has {name!r}; supported are names that end in {supported}")
+            raise ValueError(f"{file}: target_parameters has {name!r}; supported are {supported} and ends of these; {MERGE_FIRST}")
     return settings
+
+
+def _in_first_layer(name: str) -> str:
+    """Return the name of the same parameter in layer 0."""
+    return re.sub(r"layers\.\d+\.", "layers.0.", name).removeprefix("model.")
+
+
+def _check_method(file: Path, settings: JsonObject) -> None:
+    """Raise ValueError unless the adapter is a LoRA, and one that PEFT adds to an unchanged base."""
+    method = settings.get("peft_type", "LORA")
+    if method in _WITHOUT_WEIGHTS:
+        raise ValueError(f"{file}: peft_type is {method!r}, which adds no weights that could be merged; only 'LORA' is supported")
+    if method != "LORA":
+        raise ValueError(f"{file}: peft_type is {method!r}, which is not supported; {MERGE_FIRST}")
+    initialization = settings.get("init_lora_weights", True)
+    if not any(initialization is value or initialization == value for value in _INITIALIZATIONS):
+        raise ValueError(
+            f"{file}: init_lora_weights is {initialization!r}, with which PEFT changes the base when it loads the adapter; convert "
+            "the adapter in PEFT (save_pretrained with path_initial_model_for_weight_conversion), or "
+            + MERGE_FIRST.replace("merge it in PEFT first", "merge it in PEFT")
+        )
+    # Models here have no biases, so the other values select nothing; biases in the file are refused by their names.
+    if settings.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise ValueError(f"{file}: bias is {settings['bias']!r}; it has to be 'none', 'all' or 'lora_only'")
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Return whether a key has the only value that is implemented or, if it is in no list, one that switches nothing on."""
+    if key in _REQUIRED and value == _REQUIRED[key]:
+        return True
+    return value is None or value is False or value in ([], {})
 
 
 def _check_alphas(file: Path, settings: JsonObject) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ def export_adapter(
     out_dir: str | Path,
     *,
     base_model: str,
+    layout: names.TensorLayout = names.HUGGING_FACE,
     texts: Texts = NO_TEXTS,
     server: Server | None = None,
 ) -> None:
@@ -52,6 +53,7 @@ def export_adapter(
         lora: the section of the adapters.
         out_dir: the folder to write.
         base_model: name or path of the model that the adapter belongs to.
+        layout: names of the base's modules in transformers; `names.WRAPPED` for the text model inside a vision wrapper.
         texts: tokenizer, chat template and config to put beside the adapter.
         server: the server that is to read the adapter; None for PEFT itself.
 
@@ -62,11 +64,11 @@ def export_adapter(
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
     shapes = _in_file(model, {module: _shape(lora, module, rank) for module, rank in adapted.items()})
-    saved = _saved(model, lora)
+    saved = _saved(model, lora, layout)
     if server is not None:
         shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
-    table = names.lora_pieces(model, {module: shape.rank for module, shape in shapes.items()})
-    settings = {**_config(model, shapes, lora), "base_model_name_or_path": base_model}
+    table = names.lora_pieces(model, {module: shape.rank for module, shape in shapes.items()}, layout)
+    settings = {**_config(model, shapes, lora, layout), "base_model_name_or_path": base_model}
     dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
 
     def matrix(piece: names.WeightPiece) -> np.ndarray:
@@ -111,14 +113,14 @@ def _shape(lora: config.Lora, module: str, rank: int) -> AdapterShape:
     return AdapterShape(rank, target.alpha if rank == target.rank and not lora.rslora else lora.scale(target) * rank)
 
 
-def _saved(model: config.Model, lora: config.Lora) -> list[names.WeightPiece]:
+def _saved(model: config.Model, lora: config.Lora, layout: names.TensorLayout) -> list[names.WeightPiece]:
     """Return the weights that were trained in full.
 
     Raises:
         ValueError: experts are among them, which PEFT with transformers 5 has as a single fused module.
     """
     paths = {piece.path for piece in names.weight_pieces(model) if ParameterPath.parse(piece.path).is_trained(lora)}
-    saved = [piece for piece in saved_pieces(model) if piece.path in paths]
+    saved = [piece for piece in saved_pieces(model, layout) if piece.path in paths]
     if experts := sorted(ParameterPath.parse(path).module for path in paths - {piece.path for piece in saved}):
         raise ValueError(
             f"{experts[0]} was trained in full, but PEFT's modules_to_save can only save all matrices of all experts or none; "
@@ -146,7 +148,7 @@ def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[s
     return shapes
 
 
-def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: config.Lora) -> JsonObject:
+def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: config.Lora, layout: names.TensorLayout) -> JsonObject:
     """Return adapter_config.json without the base model's name."""
     leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.weight_pieces(model)}
     by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
@@ -171,19 +173,19 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
                 alphas[key] = _number(shape.alpha)
     # PEFT rejects dropout for the parameters of experts and routers.
     without_dropout = sparse and by_module.keys() & {GATE, "ffn.router"}
-    saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved(model, lora)}
+    saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved(model, lora, layout)}
     tied = model.tie_embeddings and "lm_head" in saved
     if tied:
         saved.remove("lm_head")  # PEFT names one of the two and keeps both
     # A module of a layer is named within the layer, since `norm` alone would also match the end of input_layernorm.
-    to_save = sorted({re.sub(r"^model\.layers\.\d+\.", "", name) for name in saved})
+    to_save = sorted({_in_layer(name, layout) for name in saved})
     settings: JsonObject = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": usual.rank,
         "lora_alpha": _number(usual.alpha),
         "lora_dropout": 0.0 if without_dropout else lora.dropout,
-        "target_modules": sorted({leaves[module] for module in by_module}),
+        "target_modules": _target_modules(model, by_module, layout),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": to_save or None,
@@ -196,6 +198,32 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
     if tied:
         settings["ensure_weight_tying"] = True
     return settings
+
+
+def _in_layer(name: str, layout: names.TensorLayout) -> str:
+    """Return the name of a module within its layer; modules outside layers keep their names."""
+    prefix = re.escape(layout.layer).replace(r"\{l\}", r"\d+")
+    return re.sub(f"^{prefix}", "", name)
+
+
+def _target_modules(model: config.Model, modules: Collection[str], layout: names.TensorLayout) -> list[str] | str:
+    """Return the adapted modules as PEFT's target_modules.
+
+    For a text model this is the list of their last names, which vLLM and llama.cpp expect. Inside a vision wrapper the vision tower
+    has modules of the same names, so there it is a regular expression of the whole names of the text model's modules.
+    """
+    stems: set[str] = set()
+    for piece in names.weight_pieces(model, layout):
+        if ParameterPath.parse(piece.path).module in modules:
+            stems.add(piece.name.removesuffix(".weight"))
+    if layout.layer == names.HUGGING_FACE.layer:
+        return sorted({stem.rpartition(".")[2] for stem in stems})
+    in_layers = sorted({re.escape(_in_layer(stem, layout)) for stem in stems if _in_layer(stem, layout) != stem})
+    alternatives = sorted(re.escape(stem) for stem in stems if _in_layer(stem, layout) == stem)
+    if in_layers:
+        prefix = re.escape(layout.layer).replace(r"\{l\}", r"\d+")
+        alternatives.append(f"{prefix}({'|'.join(in_layers)})")
+    return "|".join(alternatives)
 
 
 def _number(x: float) -> int | float:

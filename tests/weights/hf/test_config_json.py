@@ -7,7 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from moe_train import config
 from moe_train.weights.hf.config_json import read_model_config, write_model_config
@@ -83,6 +85,16 @@ LLAMA = {k: v for k, v in MISTRAL.items() if k != "sliding_window"} | {
 }
 
 
+WRAPPER: dict[str, Any] = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "text_config": MISTRAL | {"architectures": None},
+    "vision_config": {"model_type": "pixtral", "hidden_act": "gelu"},
+    "spatial_merge_size": 2,
+    "image_token_index": 10,
+}
+
+
 def read(directory: Path, fields: dict[str, Any]) -> config.Model:
     (directory / "config.json").write_text(json.dumps(fields))
     return read_model_config(directory)
@@ -127,6 +139,25 @@ def test_text_inside_a_vision_wrapper(tmp_path: Path) -> None:
         "vision_config": {},
     }
     assert read(tmp_path, wrapper) == read(tmp_path, MINISTRAL3)
+    assert read(tmp_path, wrapper | {"architectures": None, "model_type": "mistral3"}) == read(tmp_path, MINISTRAL3)
+    assert read(tmp_path, WRAPPER) == read(tmp_path, MISTRAL)
+
+
+@pytest.mark.parametrize(
+    ("outside", "inside", "tied"), [(True, False, True), (False, True, False), (None, True, True), (None, None, False)]
+)
+def test_a_wrapper_ties_by_its_own_field_first(tmp_path: Path, outside: bool | None, inside: bool | None, tied: bool) -> None:
+    text = {key: value for key, value in MISTRAL.items() if key != "tie_word_embeddings"}
+    if inside is not None:
+        text["tie_word_embeddings"] = inside
+    fields = WRAPPER | {"text_config": text}
+    if outside is not None:
+        fields["tie_word_embeddings"] = outside
+    assert read(tmp_path, fields).tie_embeddings == tied
+    if outside and not inside:  # transformers does not tie a head that is in the files
+        head = {"language_model.lm_head.weight": np.zeros((2, 2), np.float32)}
+        safetensors.numpy.save_file(head, tmp_path / "model.safetensors")
+        assert not read(tmp_path, fields).tie_embeddings
 
 
 @pytest.mark.parametrize("fields", [MIXTRAL, MISTRAL, MINISTRAL, MINISTRAL3, LLAMA], ids=lambda f: f["model_type"])
@@ -145,7 +176,7 @@ def test_written_and_read_again_is_the_same(tmp_path: Path, fields: dict[str, An
 
 REFUSED = [
     (MIXTRAL, {"architectures": ["QwenForCausalLM"]}, r"architectures is \['QwenForCausalLM'\]"),
-    (MIXTRAL, {"architectures": None}, "architectures is"),
+    (MIXTRAL, {"architectures": None, "model_type": "qwen2"}, "architectures is not stated, and model_type is 'qwen2'"),
     (MIXTRAL, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
     (MIXTRAL, {"quantization_config": {"bits": 4}}, "quantization_config is"),
@@ -156,7 +187,7 @@ REFUSED = [
     (MIXTRAL, {"hidden_size": "4096"}, "config.json"),
     (MIXTRAL, {"rope_theta": None}, "rope_theta is stated neither"),
     (MISTRAL, {"sliding_window": ...}, "sliding_window is not stated"),
-    (MISTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters.factor is not implemented"),
+    (MISTRAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'; supported: default, yarn"),
     (MISTRAL, {"rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
     (MISTRAL, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     (
@@ -173,7 +204,24 @@ REFUSED = [
     (LLAMA, {"attention_bias": True}, "attention_bias is True"),
     (LLAMA, {"mlp_bias": True}, "mlp_bias is True"),
     (LLAMA, {"rope_interleaved": True}, "rope_interleaved is True"),
-    (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.factor is not implemented"),
+    (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'; supported"),
+    (MISTRAL, {"tie_word_embeddings": True, "is_decoder": "x"}, "is_decoder is 'x', which is not understood"),
+    (MIXTRAL, {"query_norm": True}, "query_norm is True, which is not understood and may change what the model computes; if it"),
+    (MISTRAL, {"residual_multiplier": 0.5}, "residual_multiplier is 0.5, which is not understood"),
+    (MISTRAL, {"auto_map": {"AutoModel": "x" * 99}}, "auto_map is .*…, which is not understood"),
+    (
+        WRAPPER,
+        {"quantization_config": {"quant_method": "fp8"}},
+        "quantization_config is .*; load it in transformers with dequantize",
+    ),
+    (WRAPPER, {"logit_scale": 2.0}, "logit_scale is 2.0, which is not understood"),
+    (WRAPPER, {"text_config": MISTRAL | {"attn_gate": True}}, "attn_gate is True, which is not understood"),
+    (
+        WRAPPER,
+        {"text_config": MISTRAL | {"model_type": "mistral4"}},
+        "text_config.model_type is 'mistral4'; of vision models, only",
+    ),
+    (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"] * 16}, r"config\.json: family "),
 ]
 
 
@@ -196,10 +244,15 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
         read_model_config(tmp_path / "elsewhere")
 
 
-def test_unknown_fields_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        read(tmp_path, MIXTRAL | {"query_norm": True})
-    assert "query_norm" in caplog.text
+def test_unknown_fields_that_switch_nothing_on_are_accepted(tmp_path: Path) -> None:
+    off = {"query_norm": False, "adapter": None, "biases": {}, "unsloth_version": "2026.1", "top_p": 0.9}
+    assert read(tmp_path, MIXTRAL | off) == read(tmp_path, MIXTRAL)
+
+
+@pytest.mark.parametrize("fields", [MIXTRAL, MISTRAL, MINISTRAL3, LLAMA], ids=lambda f: f["model_type"])
+def test_the_model_type_decides_if_no_class_is_stated(tmp_path: Path, fields: dict[str, Any]) -> None:
+    for architectures in (None, []):
+        assert read(tmp_path, fields | {"architectures": architectures}) == read(tmp_path, fields)
 
 
 def test_what_config_json_has_no_words_for_is_refused(tmp_path: Path) -> None:

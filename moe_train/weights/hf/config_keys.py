@@ -1,0 +1,140 @@
+"""Which keys of a Hugging Face `config.json` are understood, and which of them describe the text model.
+
+Every key is in one of the lists below. A key that is in none might change what the library computes, so it is refused unless it
+switches nothing on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_train import config
+from moe_train.machine.files import JsonObject, read_object
+
+CONFIG_FILE = "config.json"
+"""Name of the file that states a model's architecture."""
+
+ARCHITECTURES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
+"""Families by the class of their text model."""
+WRAPPERS = {"Mistral3ForConditionalGeneration": "mistral3"}
+"""Vision models of which the text model is read, by class, with their model_type."""
+_WRAPPED: tuple[config.FamilyName, ...] = ("mistral", "ministral3")
+"""Families of the text models of these."""
+
+# The only values whose meaning is implemented here.
+_REQUIRED: JsonObject = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "router_jitter_noise": 0,
+    "partial_rotary_factor": 1,
+    "rope_interleaved": False,
+    "quantization_config": None,
+}
+_REMEDIES = {
+    "quantization_config": "load it in transformers with dequantize=True in its quantization config, and save it in bfloat16",
+}
+_READ = (
+    *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "rms_norm_eps", "layer_types"),
+    *("rope_theta", "rope_parameters", "rope_scaling", "sliding_window", "tie_word_embeddings", "max_position_embeddings"),
+    "initializer_range",
+)
+# Fields that do not affect the mathematics: bookkeeping, generation, training losses.
+_IGNORED = (
+    *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "attribute_map", "dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "tokenizer_class"),
+    *("is_llama_config", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "torchscript"),
+    *("pretraining_tp", "router_aux_loss_coef", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache"),
+    *("max_window_layers", "moe_train", "llama_4_scaling", "base_model_tp_plan", "base_model_pp_plan", "chunk_size_feed_forward"),
+    *("finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "prefix", "license"),
+    *("max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams"),
+    *("num_beam_groups", "num_return_sequences", "repetition_penalty", "length_penalty", "diversity_penalty", "early_stopping"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "begin_suppress_tokens", "suppress_tokens"),
+    *("exponential_decay_length_penalty", "remove_invalid_values", "return_dict_in_generate", "output_scores"),
+    *("forced_bos_token_id", "forced_eos_token_id", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side"),
+    *("unsloth_version", "unsloth_fixed", "neftune_noise_alpha"),
+)
+_OF_WRAPPER = (
+    *("text_config", "vision_config", "image_token_id", "image_token_index", "projector_hidden_act", "vision_feature_layer"),
+    *("multimodal_projector_bias", "spatial_merge_size"),
+)
+"""Keys of a vision wrapper that describe its other parts."""
+_LONGEST_VALUE = 60
+"""Characters of a refused value that a message shows."""
+
+
+def is_wrapper(directory: str | Path) -> bool:
+    """Return whether the model in a directory is a vision model around a text model."""
+    return _is_wrapper(read_object(Path(directory) / CONFIG_FILE))
+
+
+def _is_wrapper(fields: JsonObject) -> bool:
+    architectures = fields.get("architectures")
+    if not architectures:
+        return fields.get("model_type") in WRAPPERS.values()
+    return isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in WRAPPERS
+
+
+def text_fields(fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
+    """Return the family and the fields of the text model, after checking every key.
+
+    Raises:
+        ValueError: the architecture is not supported, or a key is not understood.
+    """
+    if _is_wrapper(fields):
+        _check_keys({key: value for key, value in fields.items() if key not in _OF_WRAPPER})
+        text = dict(fields.get("text_config") or {})
+        family = next((name for name in _WRAPPED if name == text.get("model_type")), None)
+        if family is None:
+            raise ValueError(
+                f"text_config.model_type is {text.get('model_type')!r}; of vision models, only text models of "
+                f"{' and '.join(_WRAPPED)} are read"
+            )
+        # transformers ties and quantizes by what the wrapper states, and asks its text model only if that states nothing.
+        for key in ("tie_word_embeddings", "quantization_config"):
+            if fields.get(key) is not None:
+                text[key] = fields[key]
+        _check_keys(text)
+        return family, text
+    architectures = fields.get("architectures")
+    if not architectures:  # transformers' Auto classes decide by model_type alone
+        family = next((name for name in ARCHITECTURES.values() if name == fields.get("model_type")), None)
+        if family is None:
+            supported = ", ".join((*ARCHITECTURES.values(), *WRAPPERS.values()))
+            raise ValueError(
+                f"architectures is not stated, and model_type is {fields.get('model_type')!r}; supported model types: {supported}"
+            )
+    elif not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+        raise ValueError(f"architectures is {architectures}; supported: {', '.join((*ARCHITECTURES, *WRAPPERS))}")
+    else:
+        family = ARCHITECTURES[architectures[0]]
+    _check_keys(fields)
+    return family, fields
+
+
+def _check_keys(fields: JsonObject) -> None:
+    """Raise ValueError if a key that might change the mathematics has a value that is not implemented."""
+    for key, required in _REQUIRED.items():
+        if fields.get(key, required) not in (required, None):
+            remedy = f"; {_REMEDIES[key]}" if key in _REMEDIES else ""
+            raise ValueError(f"{key} is {_shown(fields[key])}, which is not implemented; it has to be {required!r}{remedy}")
+    for key, value in fields.items():
+        if key not in (*_READ, *_REQUIRED, *_IGNORED) and not _is_off(value):
+            raise ValueError(
+                f"{key} is {_shown(value)}, which is not understood and may change what the model computes; if it does not, "
+                f"remove it from {CONFIG_FILE}"
+            )
+
+
+def _is_off(value: Any) -> bool:
+    """Return whether the value of an unknown key switches nothing on."""
+    return value is None or value is False or value in ([], {}, "")
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"

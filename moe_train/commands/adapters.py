@@ -20,7 +20,8 @@ from rich.text import Text
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
 from moe_train.checkpoint.manager import WeightOrigin
-from moe_train.commands import write_and_prove
+from moe_train.commands import left_out, write_and_prove
+from moe_train.commands.base_of_adapter import warn_of_another_base
 from moe_train.machine.files import new_directory, read_object, refuse_existing
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
@@ -237,6 +238,8 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
     if opened.lora is not None:
         raise ValueError(f"BASE {base} is a run with adapters of its own; export it with --merge, and merge into that export")
     dtype = dtype or model_dir.dtype_of_files(base, otherwise=opened.compute.param_dtype)
+    lost = left_out.report_left_out(base) | left_out.report_rounding(base, (dtype, dtype))
+    warn_of_another_base(base, source)
     with jax.set_mesh(opened.mesh):
         lora, weights = base_and_adapter(base, source, opened.model, dtype)
         options = write_and_prove.WriteOptions(
@@ -244,7 +247,7 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
             lora=lora,
             merge=True,
             texts=texts.Texts(opened.tokenizer, opened.chat_template),
-            about={"source": str(base), "adapter": str(source)},
+            about={"source": str(base), "adapter": str(source), **lost},
         )
         return write_and_prove.export_model(weights, opened.model, out_dir, options)
 
@@ -288,9 +291,7 @@ def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, A
     directory = Path(source)
     if runs.is_run(directory):
         raise ValueError(f"{source} is a run; export its adapter with --format peft, and scale the export")
-    if not (directory / peft.ADAPTER_CONFIG).is_file():
-        raise FileNotFoundError(f"{directory / peft.ADAPTER_CONFIG} is missing; give a directory with a PEFT adapter")
-    settings = read_object(directory / peft.ADAPTER_CONFIG)
+    settings = peft.read_settings(directory)
     if settings.get("modules_to_save"):
         raise ValueError(
             f"{source} has modules trained in full ({settings['modules_to_save']}), which have no scale; merge the adapter instead"

@@ -18,7 +18,8 @@ from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.model_dir import OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run
-from moe_train.commands import write_and_prove
+from moe_train.commands import left_out, write_and_prove
+from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.config import yaml_file
 from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.normal_form import Conversation
@@ -124,6 +125,7 @@ def export(
     with jax.set_mesh(opened.mesh):
         match layout:
             case "hf" | "mistral" | "gguf":
+                lost = left_out.report_left_out(source) | left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
                 write_options = write_and_prove.WriteOptions(
                     dtype=dtype,
                     layout=layout,
@@ -133,7 +135,7 @@ def export(
                     max_shard_bytes=shard_bytes,
                     depth=options.depth,
                     conversations=origin.conversations,
-                    about=origin.about,
+                    about={**origin.about, **lost},
                 )
                 record = write_and_prove.export_model(opened.to_export(), opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":
@@ -307,11 +309,10 @@ def _about(opened: OpenedModel) -> dict[str, Any]:
     origin |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
     origin["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()
     if about.base is not None:
-        hashes = "".join(f"{name} {digest}\n" for name, digest in sorted(about.base.hashes.items()))
         origin["base"] = {
             "source": about.base.source,
             "step": about.base.step,
-            "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+            "sha256": summary_of_hashes(about.base.hashes),
         }
     return origin
 

@@ -18,6 +18,7 @@ import tokenizers
 
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
+from moe_train.commands import left_out
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.mistral import Mistral
@@ -62,6 +63,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     old = load_tokenizer(model_dir.find_tokenizer_config(base))
     new = load_any_tokenizer(tokenizer)
     weights = external.open_external_weights(base)
+    left_out.report_left_out(base)
     names.check_file_tensors(base, weights.pieces, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
     ids = new_ids(old, new)
     check_vocab(old, weights.model.vocab_size)

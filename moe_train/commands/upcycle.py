@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
+from moe_train.commands import left_out
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import check_vocab
 from moe_train.machine.files import check_space, new_directory, refuse_existing
@@ -65,6 +66,7 @@ def upcycle(
     if not 0 <= noise < float("inf"):
         raise ValueError(f"--noise {noise} is not a standard deviation; use 0 or more")
     dense = external.open_external_weights(base)
+    left_out.report_left_out(base)
     model = mixtral_of(dense.model, num_experts, experts_per_token, base)
     names.check_file_tensors(base, dense.pieces, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer_config(base))

@@ -95,6 +95,23 @@ def has_model(directory: str | Path, stem: str = "model") -> bool:
     return any(file.is_file() for file in _single_and_index(directory, stem))
 
 
+_PICKLES = {
+    "pytorch_model*.bin": "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(out) in transformers",
+    "adapter_model.bin": "PeftModel.from_pretrained(base, folder).save_pretrained(out) in PEFT",
+    "consolidated*.pth": "safetensors.torch.save_file(torch.load(file, weights_only=True), 'consolidated.safetensors')",
+}
+"""Files of weights that are not read, and what converts them to safetensors."""
+
+
+def _refuse_pickle(directory: Path) -> None:
+    """Raise ValueError if a folder without safetensors has the same weights as a pickle."""
+    for pattern, conversion in _PICKLES.items():
+        if files := sorted(directory.glob(pattern)):
+            raise ValueError(
+                f"{files[0]} is a pickle, a format that is not read, since loading it can run code; convert it: {conversion}"
+            )
+
+
 def _single_and_index(directory: str | Path, stem: str) -> tuple[Path, Path]:
     """Return the paths of a model in a single file and of the index of a sharded one."""
     return Path(directory) / f"{stem}.safetensors", Path(directory) / INDEX_FILE.replace("model", stem)
@@ -113,6 +130,7 @@ def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, 
     """
     single, index = _single_and_index(directory, stem)
     if not has_model(directory, stem):
+        _refuse_pickle(Path(directory))
         raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}; download the weights")
     if not index.is_file():
         return open_safetensors(single)
@@ -137,6 +155,7 @@ def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
         ValueError: the file is damaged, or a tensor has an unsupported dtype.
     """
     if not file.is_file():
+        _refuse_pickle(file.parent)
         raise FileNotFoundError(f"{file} is missing; download it")
     try:
         with safetensors.safe_open(str(file), framework="numpy") as checked:  # the library checks that offsets fit the file

@@ -33,17 +33,17 @@ def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **mor
     """A run with one checkpoint, as training leaves it behind."""
     source = config.FileSource(name="files", files=("data.txt",), record=config.TextRecord(name="text"))
     named = config.HuggingFaceTokenizer(name="huggingface", path=str(tokenizer.path))
-    run = config.Config(
-        name="run",
-        run_dir=str(directory),
-        model=MODEL,
-        mesh=MESH,
-        data=config.Data(tokenizer=named, train=(source,)),
-        train=config.Train(steps=1, batch_size=4, seq_len=16),
-        optimizer=config.AdamW(name="adamw", learning_rate=1e-3),
-        loss=config.Loss(load_balance_loss_coef=0.02, router_z_loss_coef=0.0),
-        **more,
-    )
+    sections: dict[str, Any] = {
+        "name": "run",
+        "run_dir": str(directory),
+        "model": MODEL,
+        "mesh": MESH,
+        "data": config.Data(tokenizer=named, train=(source,)),
+        "train": config.Train(steps=1, batch_size=4, seq_len=16),
+        "optimizer": config.AdamW(name="adamw", learning_rate=1e-3),
+        "loss": config.Loss(load_balance_loss_coef=0.02, router_z_loss_coef=0.0),
+    }
+    run = config.Config(**(sections | more))
     base = manager.WeightOrigin(run.init_from, None, external.hash_external_model(run.init_from)) if run.init_from else None
     about = manager.CheckpointMetadata(config=run.model_dump(mode="json"), row=0, data="", base=base)
     with manager.open_for_saving(directory, run.checkpoint) as checkpoints:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import filecmp
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.commands import write_and_prove
 from moe_train.commands.export import ExportOptions, _serve_command, export
+from moe_train.commands.verify import verify
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters
-from moe_train.weights import external, peft, safetensors_files
+from moe_train.weights import external, hf, peft, safetensors_files
 from moe_train.weights.texts import Texts
 from tests.commands.runs import LORA, MESH, MODEL, save_run
+from tests.commands.wrapper import save_run_on_wrapper
 from tests.random_parameters import random_parameters
 
 
@@ -66,7 +70,7 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: Huggi
     with pytest.raises(FileExistsError, match="already exists"):
         export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
     (tmp_path / "base").rename(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r"the adapters of .*run belong to the weights in .*base, which .* has not"):
+    with pytest.raises(FileNotFoundError, match=r"the adapters of .*run belong to the weights in .*base, which do not exist"):
         export(tmp_path / "run", tmp_path / "other", "hf", merge=True)
     assert not (tmp_path / "other").exists()
 
@@ -140,3 +144,32 @@ def test_another_tools_model_is_turned_into_every_layout_and_back(small_tokenize
     export(tmp_path / "hf", tmp_path / "shards", options=ExportOptions(max_shard_size="10KB", depth="tensors"))
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
     assert not (tmp_path / "other").exists()
+
+
+def test_an_adapter_of_a_wrapper_has_the_names_of_the_wrapper(
+    small_tokenizer: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run_on_wrapper(tmp_path, small_tokenizer)
+    record = export(tmp_path / "run", tmp_path / "out", "peft", options=ExportOptions(server="transformers"))
+    tensors = safetensors_files.open_safetensors(tmp_path / "out/adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in tensors)
+    settings = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert re.fullmatch(settings["target_modules"], "model.language_model.layers.1.self_attn.q_proj")
+    assert not re.fullmatch(settings["target_modules"], "model.vision_tower.transformer.layers.0.attention.q_proj")
+    assert "import AutoModelForImageTextToText as M" in record["serve"]
+    assert record["in_wrapper"] and "left_out" not in record
+    _, checks = verify(tmp_path / "out", base=tmp_path / "base")
+    assert not [check for check in checks if check.passed is False]
+    _, checks = verify(tmp_path / "out", run=tmp_path / "run")
+    assert {check.name: check.passed for check in checks}["deltas"]
+    monkeypatch.setattr(hf, "is_wrapper", lambda directory: False)
+    with pytest.raises(RuntimeError, match=r"the proof failed \(.*names.*belongs to no module|the proof failed \(tensors"):
+        export(tmp_path / "run", tmp_path / "wrong", "peft")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_merged_export_of_a_wrapper_says_that_it_has_no_tower(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+    save_run_on_wrapper(tmp_path, small_tokenizer, np.float16)
+    record = export(tmp_path / "run", tmp_path / "out", merge=True)
+    assert record["left_out"]["count"] == 2 and json.loads((tmp_path / "out/export_proof.json").read_text())["left_out"]
+    assert external.layout_of(tmp_path / "out") == "hf" and not hf.is_wrapper(tmp_path / "out")

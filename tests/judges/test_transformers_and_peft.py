@@ -261,8 +261,16 @@ def without_padding(path: str, x: jax.Array, lora: config.Lora) -> jax.Array:
     return jax.device_put(values, x.sharding)
 
 
-WRITTEN_BY_PEFT = {
+WRITTEN_BY_PEFT: dict[str, dict[str, Any]] = {
     "mixtral": {"target_modules": ["q_proj", "o_proj", "lm_head", "gate"], "modules_to_save": ["input_layernorm", "model.norm"]},
+    "mixtral, all linear": {"target_modules": "all-linear"},
+    "mixtral, experts": {"target_modules": ["w1", "w2", "w3"], "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"down_proj": 5}},
+    "mixtral, one matrix": {"target_modules": ["w2", "v_proj"], "use_rslora": True},
+    "mixtral, parameters": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"],
+        "alpha_pattern": {"gate.weight": 3, "gate_up_proj": 5},
+    },
     "ministral": {
         "target_modules": ["v_proj", "down_proj", "embed_tokens", "lm_head"],
         "rank_pattern": {"v_proj": 6},
@@ -274,28 +282,50 @@ WRITTEN_BY_PEFT = {
 }
 
 
-@pytest.mark.parametrize("family", WRITTEN_BY_PEFT)
-def test_an_adapter_that_peft_wrote_is_read(family: str, mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", WRITTEN_BY_PEFT)
+def test_an_adapter_that_peft_wrote_is_read(settings: str, mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
     judges, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
-    judge = random_judge(family)
+    judge = random_judge(settings.split(",")[0])
     judge.save_pretrained(tmp_path / "base")
-    judge = judges.get_peft_model(
-        judge, judges.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **WRITTEN_BY_PEFT[family])
-    ).eval()
+    section = judges.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **WRITTEN_BY_PEFT[settings])
+    judge = judges.get_peft_model(judge, section).eval()
     torch.manual_seed(1)
     for parameter in judge.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.2)
     judge.save_pretrained(tmp_path / "adapter")
     with jax.set_mesh(mesh):
-        model, _, base = load(tmp_path / "base")
-        lora = peft.read_lora(tmp_path / "adapter", model)
-        structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
-        wanted = {path: like for path, like in shapes.items() if ParameterPath.parse(path).is_trained(lora)}
-        parameters = base | peft.load_adapter(tmp_path / "adapter", model, wanted)
         tokens, arrays = batch(mesh)
-        ours = our_logits(structure, parameters, arrays)
+        ours = logits_with_adapter(tmp_path / "base", tmp_path / "adapter", arrays)
     assert_same_logits(judge, ours, tokens)
+
+
+def logits_with_adapter(base_directory: Path, adapter: Path, arrays: Any) -> np.ndarray:
+    """Logits of a base with an adapter, both read from files."""
+    model, _, base = load(base_directory)
+    lora = peft.read_lora(adapter, model)
+    structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
+    wanted = {path: like for path, like in shapes.items() if ParameterPath.parse(path).is_trained(lora)}
+    return our_logits(structure, base | peft.load_adapter(adapter, model, wanted), arrays)
+
+
+@pytest.mark.parametrize("adapters", OF_FAMILY["mixtral"])
+def test_our_adapter_is_read_after_a_round_through_peft(adapters: str, mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+    PeftModel = pytest.importorskip("peft").PeftModel
+    random_judge("mixtral").save_pretrained(tmp_path / "base")
+    with jax.set_mesh(mesh):
+        model, _, base = load(tmp_path / "base")
+        lora = LORAS[adapters]
+        structure, random = random_parameters(model, lora)
+        trained = {path: without_padding(path, x, lora) for path, x in random.items() if ParameterPath.parse(path).is_trained(lora)}
+        peft.export_adapter(base | trained, model, lora, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+        judge = PeftModel.from_pretrained(read_by_transformers(tmp_path / "base"), tmp_path / "adapter").eval()
+        judge.save_pretrained(tmp_path / "again")
+        tokens, arrays = batch(mesh)
+        ours = our_logits(structure, base | trained, arrays)
+        again = logits_with_adapter(tmp_path / "base", tmp_path / "again", arrays)
+    assert distance(again, ours) < 1e-4
+    assert_same_logits(judge, again, tokens)
 
 
 def test_an_end_that_peft_untied_is_refused(mesh: jax.sharding.Mesh, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -128,3 +129,17 @@ def test_a_failed_write_names_its_file(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
 
         safetensors_files.write_safetensors(tmp_path / "model.safetensors", [TensorSpec("a", (1,), np.dtype(np.float32))], full)
+
+
+@pytest.mark.parametrize(
+    "file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "adapter_model.bin", "consolidated.00.pth"]
+)
+def test_a_pickle_is_refused_with_what_converts_it(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(b"\x80\x02")
+    for open_files in (
+        lambda: safetensors_files.open_model_tensors(tmp_path),
+        lambda: safetensors_files.open_model_tensors(tmp_path, "consolidated"),
+        lambda: safetensors_files.open_safetensors(tmp_path / "adapter_model.safetensors"),
+    ):
+        with pytest.raises(ValueError, match=rf"{re.escape(file)} is a pickle, a format that is not read.*convert it: .*save"):
+            open_files()

@@ -107,3 +107,9 @@ def test_vllm_finds_query_scaling_where_it_looks() -> None:
     fields = write_model_config(MODELS["ministral3"], dtype="bfloat16", bos_token_id=1, eos_token_id=2)
     assert fields["llama_4_scaling"] == {"beta": 0.1, "original_max_position_embeddings": 8}
     assert "llama_4_scaling" not in write_model_config(MIXTRAL, dtype="bfloat16", bos_token_id=1, eos_token_id=2)
+
+
+def test_the_class_that_loads_a_wrapper_is_named() -> None:
+    for in_wrapper, name in ((False, "AutoModelForCausalLM"), (True, "AutoModelForImageTextToText")):
+        line = serve.serving_command("transformers", "peft", MIXTRAL, "out", base_model="base", in_wrapper=in_wrapper)
+        assert f"from transformers import {name} as M" in line

@@ -34,8 +34,8 @@ def open_weights(directory: str | Path) -> WeightFiles:
         ValueError: the model is tied but has an output weight of its own.
     """
     model = read_model_config(directory)
-    tensors = safetensors_files.open_model_tensors(directory, STEM)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_VISION_PREFIXES)}
+    all_tensors = safetensors_files.open_model_tensors(directory, STEM)
+    tensors = {name: tensor for name, tensor in all_tensors.items() if not name.startswith(_VISION_PREFIXES)}
     head = names.MISTRAL.head.name
     embed = names.MISTRAL.embed.name
     # A tied head may be written as well; it is accepted only as an exact copy.
@@ -47,7 +47,9 @@ def open_weights(directory: str | Path) -> WeightFiles:
             )
         del tensors[head]
     names.check_counts(directory, model, tensors)
-    return WeightFiles(Path(directory), model, names.weight_pieces(model, names.MISTRAL), tensors)
+    return WeightFiles(
+        Path(directory), model, names.weight_pieces(model, names.MISTRAL), tensors, tuple(all_tensors.keys() - tensors.keys())
+    )
 
 
 def write(

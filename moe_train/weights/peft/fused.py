@@ -169,4 +169,7 @@ def alpha_pattern(settings: JsonObject, model: config.Model) -> dict[str, float]
         for parameter, leaves in _LEAVES.items():
             pattern = rf"layers\.{layer}\.block_sparse_moe\.experts\.\d+\.({'|'.join(leaves)})"
             expert_alphas[pattern] = alpha_of(settings, f"model.layers.{layer}.mlp.experts.{parameter}")
+        if any(name.endswith("gate.weight") for name in settings["target_parameters"]):
+            alpha = alpha_of(settings, f"model.layers.{layer}.mlp.gate.weight")
+            expert_alphas[rf"layers\.{layer}\.block_sparse_moe\.gate"] = alpha
     return expert_alphas | (settings.get("alpha_pattern") or {})

@@ -238,10 +238,11 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
     if opened.lora is not None:
         raise ValueError(f"BASE {base} is a run with adapters of its own; export it with --merge, and merge into that export")
     dtype = dtype or model_dir.dtype_of_files(base, otherwise=opened.compute.param_dtype)
-    lost = left_out.report_left_out(base) | left_out.report_rounding(base, (dtype, dtype))
-    warn_of_another_base(base, source)
     with jax.set_mesh(opened.mesh):
         lora, weights = base_and_adapter(base, source, opened.model, dtype)
+        # Warnings come after the files have been read, so that an error is alone.
+        lost = left_out.report_left_out(base) | left_out.report_rounding(base, (dtype, dtype))
+        warn_of_another_base(base, source)
         options = write_and_prove.WriteOptions(
             dtype=dtype,
             lora=lora,

@@ -15,7 +15,7 @@ from moe_train.model import parameters as flat
 from moe_train.model import transformer
 from moe_train.model.paths import ParameterPath
 from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
-from moe_train.weights import hf, names, peft
+from moe_train.weights import external, hf, names, peft
 from tests.judges.test_transformers_and_peft import (
     FAMILIES,
     SIZES,
@@ -156,12 +156,12 @@ def test_an_adapter_that_peft_wrote_on_a_wrapper_is_read(text: str, settings: st
     assert_same_logits(judge, ours, tokens)
 
 
-def test_an_adapter_that_also_adapts_the_tower_is_refused(mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+def test_an_adapter_that_also_adapts_the_tower_is_refused(tmp_path: Path) -> None:
     judges = pytest.importorskip("peft")
     judge = wrapper("mistral")
     judge.save_pretrained(tmp_path / "base")
     judge = judges.get_peft_model(judge, judges.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     judge.save_pretrained(tmp_path / "adapter")
-    model, _, _ = load(tmp_path / "base")
+    model = external.read_external_model(tmp_path / "base")
     with pytest.raises(ValueError, match=r"adapt the vision tower or projector.*merge_and_unload"):
         peft.read_lora(tmp_path / "adapter", model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,15 @@ import numpy as np
 import pytest
 
 from moe_train import config
+from moe_train.commands.export import ExportOptions, export
+from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.machine.mesh import make_mesh
 from moe_train.model import parameters as flat
 from moe_train.model import transformer
 from moe_train.model.paths import ParameterPath
 from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
 from moe_train.weights import external, hf, names, peft
+from tests.commands.runs import save_run
 from tests.judges.test_transformers_and_peft import (
     FAMILIES,
     SIZES,
@@ -62,13 +68,13 @@ def mesh() -> jax.sharding.Mesh:
     return make_mesh(config.Mesh(), jax.devices()[:1])
 
 
-def wrapper(text: str) -> Any:
+def wrapper(text: str, **more: Any) -> Any:
     """A vision model of normal weights around a text model."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    fields = SIZES | FAMILIES[text]
+    fields = SIZES | FAMILIES[text] | more
     tied = fields.pop("tie_word_embeddings", False)
     settings = transformers.Mistral3Config(
         text_config={"model_type": text, **fields}, vision_config=VISION, tie_word_embeddings=tied, image_token_index=127
@@ -121,7 +127,7 @@ def test_an_adapter_of_a_wrapper_works_in_peft(text: str, adapters: str, mesh: j
 WRITTEN_BY_PEFT: dict[str, dict[str, Any]] = {
     "a regular expression": {"target_modules": r".*language_model.*\.(q_proj|down_proj)", "use_rslora": True},
     "ends of names": {
-        "target_modules": ["self_attn.v_proj", "mlp.up_proj", "language_model.embed_tokens"],
+        "target_modules": ["self_attn.v_proj", "mlp.up_proj", "self_attn.k_proj"],
         "rank_pattern": {"v_proj": 6},
     },
     "whole weights": {"target_modules": ["self_attn.q_proj"], "modules_to_save": ["language_model.norm"], "bias": "all"},
@@ -165,3 +171,20 @@ def test_an_adapter_that_also_adapts_the_tower_is_refused(tmp_path: Path) -> Non
     model = external.read_external_model(tmp_path / "base")
     with pytest.raises(ValueError, match=r"adapt the vision tower or projector.*merge_and_unload"):
         peft.read_lora(tmp_path / "adapter", model)
+
+
+def test_the_printed_command_runs_on_a_wrapper(mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    tokenizer = train_tokenizer(["some text to learn from"] * 5, 270, tmp_path / "tokenizer")
+    wrapper("mistral", vocab_size=300).save_pretrained(tmp_path / "base")
+    lora = LORAS["everything"]
+    with jax.set_mesh(mesh):
+        model, _, parameters = trained_on(tmp_path / "base", lora)
+        sections = {"model": model, "mesh": config.Mesh(), "loss": config.Loss(), "lora": lora}
+        save_run(tmp_path / "run", parameters, tokenizer, init_from=str(tmp_path / "base"), **sections)
+    record = export(tmp_path / "run", tmp_path / "out", "peft", options=ExportOptions(server="transformers"))
+    program, *arguments = shlex.split(record["serve"])
+    assert program == "python"
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
+    assert "missing adapter keys" not in result.stderr

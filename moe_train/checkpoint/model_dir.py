@@ -212,7 +212,7 @@ def load_parameters(
         return quantize_like({path: array.astype(like.dtype)}, parts)
 
     converters = {path: partial(convert, path=path, like=like) for path, like in unquantized_shapes(trainable).items()}
-    params, about = manager.load_params(directory, _trained_shapes(run), step, converters)
+    params, about, _ = manager.load_params(directory, _trained_shapes(run), step, converters)
     if not frozen:
         return params
     if about.base is None:

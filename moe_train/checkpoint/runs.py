@@ -8,8 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moe_train import config
-from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import CHECKPOINTS_FOLDER, CheckpointMetadata
+from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, CheckpointMetadata, survey
 from moe_train.config.faults import explain_errors
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -27,10 +26,13 @@ def read_run(run_dir: str | Path) -> config.Run:
     Raises:
         FileNotFoundError: If the run has no checkpoint that can be read.
     """
-    with manager.open_read_only(run_dir) as checkpoints:
-        about = manager.newest_metadata(checkpoints)
-    if about is None:
+    readable, damaged = survey(run_dir)
+    for step, fault in damaged.items():
+        if not readable:
+            raise FileNotFoundError(f"{run_dir} has no checkpoint that can be read; the newest, of step {step}: {fault}")
+    if not readable:
         raise FileNotFoundError(f"{run_dir} has no checkpoint yet that can be read; wait for the first one")
+    about = next(iter(readable.values())).about
     return config.run_of(saved_config(run_dir, about))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 
 from moe_train import config
-from moe_train.checkpoint import manager
+from moe_train.checkpoint.metadata import survey
 from moe_train.checkpoint.model_dir import OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands import write_and_prove
@@ -279,10 +279,8 @@ def _about(opened: OpenedModel) -> dict[str, Any]:
     origin: dict[str, Any] = {"source": str(opened.directory)}
     if opened.run is None:
         return origin
-    with manager.open_read_only(opened.directory) as checkpoints:
-        step = checkpoints.latest_step()
-        about = manager.newest_metadata(checkpoints)
-    assert about is not None
+    step, saved = next(iter(survey(opened.directory).readable.items()))
+    about = saved.about
     origin |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
     origin["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()
     if about.base is not None:

@@ -21,7 +21,7 @@ from moe_train.run.folder import RunFolder
 from moe_train.run.held_out import HeldOutLoss
 from moe_train.run.inputs import open_inputs
 from moe_train.run.metrics import MetricsReader
-from moe_train.run.record import run_log
+from moe_train.run.record import check_checkpoints_kept, run_log
 from moe_train.run.saving import Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import starting_state
@@ -97,6 +97,8 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         start = int(begin.state.step)
         total_steps = inputs.total_steps
         introduction.print_damage(begin)
+        if not begin.resumed:
+            check_checkpoints_kept(folder.path, run.checkpoint.every_steps)
         if start >= total_steps:
             introduction.print_finished(run, begin, total_steps)
             return FINISHED

@@ -73,7 +73,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     learned_state = jax.eval_shape(new_state, learned)
     check_host_memory((learned_state, frozen), run.name)
 
-    last = manager.newest_metadata(checkpoints)
+    last = manager.newest_metadata(run.run_dir)
     changed = {} if last is None else _changes(run, last, loader)
     base = _base(run, last, bool(frozen))
     adapter = _adapter(run, last)

@@ -70,6 +70,31 @@ def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, s
     assert losses(run_dir) == losses(finished)
 
 
+def test_checkpoints_on_a_disk_that_is_not_mounted_are_missed(finished, tmp_path, small_run):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    metrics = (run_dir / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"has no checkpoint, but its run\.json shows that checkpoints were saved"):
+            train(small_run(run_dir))
+        assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_damaged_small_files_do_not_keep_a_run_from_going_on(finished, tmp_path, small_run, caplog):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "run.json").write_bytes(b"")
+    (run_dir / "metrics.jsonl").write_bytes(b"\x00\n{}\n" + (run_dir / "metrics.jsonl").read_bytes())
+    shutil.rmtree(run_dir / "checkpoints" / "6")
+    (run_dir / "checkpoints" / "2" / "about" / "metadata").write_bytes(b"")
+    assert train(small_run(run_dir)) == loop.FINISHED
+    assert losses(run_dir) == losses(finished)
+    for name in ("run.json", "metrics.jsonl:1", "metrics.jsonl:2", "checkpoints/2/about/metadata"):
+        assert f"{run_dir}/{name}" in caplog.text
+
+
 def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, monkeypatch):
     found, restore = [], manager.restore
     monkeypatch.setattr(manager, "restore", lambda *args: found.append(restore(*args)) or found[-1])

@@ -297,10 +297,24 @@ def load_params(
             params = Path(run_dir) / CHECKPOINTS_FOLDER / str(candidate) / "params"
             loaded, fault = _load_array_by_array(params, saved, abstract, keep)
         if not fault:
+            _log_choice(run_dir, candidate, readable)
             return LoadedParams(loaded, saved.about, candidate)
         message = f"the checkpoint of step {candidate} in {run_dir} cannot be read: {fault}"
         log.warning("%s", message)
     raise RuntimeError(message)
+
+
+def _log_choice(run_dir: str | Path, step: int, readable: Mapping[int, SavedCheckpoint]) -> None:
+    """Say which checkpoint was taken, and how to name another one with a lower held-out loss."""
+    newest = max(readable)
+    age = "the newest" if step == newest else f"the newest is that of step {newest}"
+    loss = readable[step].held_out_loss
+    measured = {other: saved.held_out_loss for other, saved in readable.items() if saved.held_out_loss is not None}
+    best = min(measured, key=measured.__getitem__, default=step)
+    quality = "" if loss is None else f"; held-out loss {loss:.4f}"
+    if best != step:
+        quality += f"; the lowest is that of step {best}, {measured[best]:.4f} ({run_dir}@best)"
+    log.info("weights of %s: the checkpoint of step %d (%s%s)", run_dir, step, age, quality)
 
 
 def _load_array_by_array(

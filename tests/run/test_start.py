@@ -70,6 +70,28 @@ def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, s
     assert losses(run_dir) == losses(finished)
 
 
+def test_every_command_says_which_checkpoint_it_loaded(finished, tmp_path, small_run, text, caplog):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    with caplog.at_level("INFO", "moe_train"):
+        assert export(f"{run_dir}@4", tmp_path / "named")["source"] == {**export(run_dir, tmp_path / "whole")["source"], "step": 4}
+        assert evaluate_model(f"{run_dir}@2", [text / "eval.jsonl"])["checkpoint"] == 2
+        assert f"weights of {run_dir}: the checkpoint of step 2 (the newest is that of step 6" in caplog.text
+        for file in (run_dir / "checkpoints" / "6" / "params").rglob("d/*"):
+            file.write_bytes(b"")
+        record = export(run_dir, tmp_path / "damaged")
+        assert evaluate_model(run_dir, [text / "eval.jsonl"])["checkpoint"] == 4
+    assert record["source"]["step"] == 4
+    assert (
+        next((tmp_path / "damaged").glob("*.safetensors")).read_bytes()
+        == next((tmp_path / "named").glob("*.safetensors")).read_bytes()
+    )
+    run = small_run(tmp_path / "next", init_from=f"{run_dir}@3", model=None, train__steps=2)
+    assert train(run) == loop.FINISHED
+    [base] = [event["base"] for event in events(tmp_path / "next") if "base" in event]
+    assert (base["source"], base["step"]) == (str(run_dir), 3)
+
+
 def test_checkpoints_on_a_disk_that_is_not_mounted_are_missed(finished, tmp_path, small_run):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)

@@ -398,7 +398,8 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
             continue
         for older in damaged_metadata.keys() - damaged.keys():
             log.warning("the checkpoint of step %d is damaged and is passed over: %s", older, damaged_metadata[older])
-        _rename_damaged(checkpoints, damaged)
+        if damaged:
+            _set_aside(checkpoints, {number: f"damaged-{number}" for number in damaged})
         return Restored(state, readable[step].about, damaged)
     if damaged:
         step, reason = next(iter(damaged.items()))
@@ -436,14 +437,29 @@ def _restore_arrays(checkpoint: Path, saved: SavedCheckpoint, abstract: TrainSta
     return TrainState(trainable=trainable, buffers=buffers, frozen={}, **trees["optimizer"]), ""
 
 
-def _rename_damaged(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
-    """Rename damaged checkpoints; one process does it, and all processes reload the list of steps."""
-    if damaged and jax.process_index() == 0:
-        for step in damaged:
-            renamed = checkpoints.directory / f"damaged-{step}"
+def set_unusable_aside(checkpoints: ocp.CheckpointManager, step: int) -> int | None:
+    """Rename the checkpoint of `step` to `unusable-STEP` if there is an older one that can be read.
+
+    Every process of the job must call this.
+
+    Returns:
+        The step of that older checkpoint; None if there is none, and nothing was renamed.
+    """
+    folder = Path(checkpoints.directory)
+    older = max((other for other in survey(folder.parent).readable if other < step), default=None)
+    if older is not None:
+        finish_saving(checkpoints)
+        _set_aside(checkpoints, {step: f"unusable-{step}"})
+    return older
+
+
+def _set_aside(checkpoints: ocp.CheckpointManager, names: Mapping[int, str]) -> None:
+    """Rename checkpoints, {step: new name}; one process does it, and all processes reload the list of steps."""
+    if jax.process_index() == 0:
+        for step, name in names.items():
+            renamed = checkpoints.directory / name
             shutil.rmtree(renamed, ignore_errors=True)  # left by an earlier restore of the same step
             with contextlib.suppress(FileNotFoundError):  # this process does not see it; another one does
                 (checkpoints.directory / str(step)).rename(renamed)
-    if damaged:
-        exchange("", "on the checkpoints that are left")  # the first process has renamed them
-        checkpoints.reload()
+    exchange("", "on the checkpoints that are left")  # the first process has renamed them
+    checkpoints.reload()

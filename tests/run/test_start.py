@@ -14,7 +14,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import manager, model_dir, runs
 from moe_train.commands.evaluate import evaluate_model
-from moe_train.commands.export import export
+from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
@@ -74,14 +74,15 @@ def test_every_command_says_which_checkpoint_it_loaded(finished, tmp_path, small
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     with caplog.at_level("INFO", "moe_train"):
-        assert export(f"{run_dir}@4", tmp_path / "named")["source"] == {**export(run_dir, tmp_path / "whole")["source"], "step": 4}
+        named = export(f"{run_dir}@4", tmp_path / "named", options=TENSORS)
+        assert (named["source"], named["step"]) == (str(run_dir), 4)
         assert evaluate_model(f"{run_dir}@2", [text / "eval.jsonl"])["checkpoint"] == 2
         assert f"weights of {run_dir}: the checkpoint of step 2 (the newest is that of step 6" in caplog.text
         for file in (run_dir / "checkpoints" / "6" / "params").rglob("d/*"):
             file.write_bytes(b"")
-        record = export(run_dir, tmp_path / "damaged")
+        record = export(run_dir, tmp_path / "damaged", options=TENSORS)
         assert evaluate_model(run_dir, [text / "eval.jsonl"])["checkpoint"] == 4
-    assert record["source"]["step"] == 4
+    assert record["step"] == 4
     assert (
         next((tmp_path / "damaged").glob("*.safetensors")).read_bytes()
         == next((tmp_path / "named").glob("*.safetensors")).read_bytes()
@@ -126,6 +127,9 @@ def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, 
     for path, x in state.trainable.items():
         assert x.sharding == adam.mu[path].sharding == adam.nu[path].sharding, path
     assert any(x.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor") for x in adam.mu.values())
+
+
+TENSORS = ExportOptions(depth="tensors")
 
 
 def weights(run: config.Config, run_dir: Path) -> dict[str, np.ndarray]:

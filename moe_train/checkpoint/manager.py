@@ -11,10 +11,12 @@ renames it into place), is written while training continues, and can be restored
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -61,6 +63,7 @@ def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterato
     even the folder.
     """
     _remove_unfinished(Path(run_dir) / CHECKPOINTS_FOLDER)
+    _silence_closed_loops()
     checkpoints = _manager(run_dir, settings)
     orbax_log = logging.getLogger("absl")
     # Orbax logs a traceback for a failed save; the error is raised here too, so the log line would repeat it.
@@ -76,6 +79,22 @@ def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterato
         checkpoints.close()
     finally:
         orbax_log.removeFilter(_no_traceback)
+
+
+@functools.cache
+def _silence_closed_loops() -> None:
+    """Print no traceback, in this process, for writes that end after a failed save has closed their event loop.
+
+    TensorStore's threads print one for each array. The error that closed the loop is raised where the save is waited for.
+    """
+    usual_hook = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        """Report an error that has no caller, except that of a closed event loop."""
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            usual_hook(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _remove_unfinished(folder: Path) -> None:

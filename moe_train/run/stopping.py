@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from moe_train.machine.mesh import AXES
 from moe_train.machine.processes import UNFINISHED, announce_exit
 
-
 EXIT_SECONDS = 4.0
 """Seconds that a start may take to end after a signal, before the process is ended where it is."""
 

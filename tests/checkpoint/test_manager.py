@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,6 +205,46 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
     assert "\n" not in said and len(said) < 500
     assert steps_in(tmp_path) == ["1"]
     assert same(restored(tmp_path).state, saved[1])
+
+
+@pytest.mark.parametrize("fault", ["none", "blind", "data", "metadata"])
+def test_two_processes_agree_on_what_is_damaged(tmp_path, fault):
+    """One cannot read what the other can: both take the checkpoint before, and neither waits for the other."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "SLURM_", "TPU_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    processes = []
+    for index in range(2):
+        command = [sys.executable, "-m", "tests.checkpoint.two_processes", str(tmp_path), str(index), fault]
+        root = Path(__file__).parents[2]
+        mine = env | {"JAX_PROCESS_ID": str(index), "PYTHONPATH": str(root)}
+        processes.append(subprocess.Popen(command, cwd=root, env=mine, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    expected = "row 2, damaged [], [1, 2]" if fault == "none" else "row 1, damaged [2], [1]"
+    for index, lines in enumerate(said):
+        assert f"process {index}: {expected}" in lines, lines
+
+
+def test_a_full_disk_prints_no_traceback(tmp_path):
+    code = f"""
+import jax, pathlib
+jax.config.update("jax_num_cpu_devices", 8)
+from moe_train.machine.mesh import make_mesh
+from tests.checkpoint.test_manager import *
+run_dir = pathlib.Path({str(tmp_path)!r})
+with jax.set_mesh(make_mesh(MESHES["one"])):
+    save_steps(run_dir, {{1: None}})
+    try:
+        with manager.open_for_saving(run_dir, SETTINGS) as checkpoints, full_disk():
+            manager.save(checkpoints, 2, changed(jax.jit(new_state)()), ABOUT)
+            manager.finish_saving(checkpoints)
+    except RuntimeError:
+        print("failed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout == "failed\n"
+    assert "Traceback" not in done.stderr and "Event loop" not in done.stderr
 
 
 @pytest.mark.parametrize("mesh_there", sorted(MESHES))

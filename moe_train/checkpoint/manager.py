@@ -63,7 +63,7 @@ def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterato
     even the folder.
     """
     _remove_unfinished(Path(run_dir) / CHECKPOINTS_FOLDER)
-    _silence_closed_loops()
+    _silence_failed_writes()
     checkpoints = _manager(run_dir, settings)
     orbax_log = logging.getLogger("absl")
     # Orbax logs a traceback for a failed save; the error is raised here too, so the log line would repeat it.
@@ -82,11 +82,12 @@ def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterato
 
 
 @functools.cache
-def _silence_closed_loops() -> None:
-    """Print no traceback, in this process, for writes that end after a failed save has closed their event loop.
+def _silence_failed_writes() -> None:
+    """Print no traceback, in this process, for the writes of a failed save that end after the first of them has failed.
 
-    TensorStore's threads print one for each array. The error that closed the loop is raised where the save is waited for.
+    TensorStore's threads and asyncio print one for each array. The first error is raised where the save is waited for.
     """
+    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
     usual_hook = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:

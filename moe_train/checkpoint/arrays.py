@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,40 @@ def _bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.sum(jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize]), dtype=jnp.uint32) for x in arrays]
 
 
-def read_in_parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
+class StoredPart(NamedTuple):
+    """A part of a stored array, on the devices."""
+
+    start: int
+    """Index of its first entry on the array's first dim."""
+    array: jax.Array
+    bit_sum: int
+    """This process's share of the sum of the bits that were read; the shares of all processes add up to the array's bit sum."""
+
+
+def stored_names(tree: Any) -> list[str]:
+    """Return the names under which Orbax stores the leaves of a pytree, in the order of the leaves."""
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def read_array(item: Path, name: str, like: jax.ShapeDtypeStruct) -> StoredPart:
+    """Read a complete array of a checkpoint; no process waits for another.
+
+    Args:
+        item: The checkpoint's folder of arrays.
+        name: Name of the array.
+        like: The expected shape, dtype and sharding.
+
+    Raises:
+        ValueError: If the stored array has another shape or dtype than `like`, or cannot be read.
+    """
+    stored = _open(item, name, like)
+    if stored.dtype.numpy_dtype != like.dtype:
+        raise ValueError(f"{name} is stored as {stored.dtype.name}, but {like.dtype} is expected")
+    assert isinstance(like.sharding, NamedSharding)
+    return _read_part(stored, 0, like.sharding)
+
+
+def read_in_parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[StoredPart]:
     """Read an array of a checkpoint in parts along its first dim, each with as many entries as a stored chunk.
 
     Args:
@@ -81,15 +114,12 @@ def read_in_parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterat
         like: The expected shape, and the sharding of the parts.
 
     Yields:
-        The index of the part's first entry, and the part.
+        The parts.
 
     Raises:
-        ValueError: If the stored array has another shape than `like`.
+        ValueError: If the stored array has another shape than `like`, or cannot be read.
     """
-    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params.absolute()}/"}, "path": f"{path}/"}
-    stored = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
-    if stored.shape != like.shape:
-        raise ValueError(f"{path} is stored with shape {stored.shape}, but {like.shape} is expected")
+    stored = _open(params, path, like)
     assert isinstance(like.sharding, NamedSharding)
     length = stored.shape[0]
     first_dim_is_sharded = bool(like.sharding.spec and like.sharding.spec[0])
@@ -100,12 +130,35 @@ def read_in_parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterat
         step = chunk_shape[0]
     for start in range(0, length, step):
         part = stored[tensorstore.d[0][start : min(start + step, length)].translate_to[0]]
-        yield start, jax.make_array_from_callback(part.shape, like.sharding, partial(_read, part))
+        yield _read_part(part, start, like.sharding)
 
 
-def _read(stored: tensorstore.TensorStore, index: tuple[slice, ...]) -> np.ndarray:
-    """Read the index range `index` of a stored array."""
-    return np.asarray(stored[index].read().result())
+def _open(item: Path, name: str, like: jax.ShapeDtypeStruct) -> tensorstore.TensorStore:
+    """Open a stored array. Raises ValueError if it is missing or has another shape than `like`."""
+    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item.absolute()}/"}, "path": f"{name}/"}
+    stored = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+    if stored.shape != like.shape:
+        raise ValueError(f"{name} is stored with shape {stored.shape}, but {like.shape} is expected")
+    return stored
+
+
+def _read_part(stored: tensorstore.TensorStore, start: int, sharding: NamedSharding) -> StoredPart:
+    """Read this process's shards of a stored array, and sum the bits of those that no other device counts."""
+    shards: dict[str, np.ndarray] = {}
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        """Read an index range once, for all devices that hold it."""
+        key = str(index)
+        if key not in shards:
+            shards[key] = np.asarray(stored[index].read().result())
+        return shards[key]
+
+    array = jax.make_array_from_callback(stored.shape, sharding, read)
+    total = 0
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            total += _bit_sum(shards[str(shard.index)])
+    return StoredPart(start, array, total)
 
 
 def add_part(collected: jax.Array | None, part: jax.Array, start: int, length: int) -> jax.Array:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import CHECKPOINTS_FOLDER, WeightOrigin
-from moe_train.checkpoint.runs import is_run
+from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, WeightOrigin, survey
+from moe_train.checkpoint.runs import is_run, named_step, run_folder
 from moe_train.weights import external, external_adapter, together
 
 
@@ -15,15 +14,17 @@ def base_origin(directory: str | Path) -> WeightOrigin:
     """Return the identity of the weights that `load_parameters` would read, with hashes over every byte.
 
     Args:
-        directory: A run, whose newest checkpoint counts, or an external model.
+        directory: A run, whose named or else newest checkpoint counts, or an external model.
 
     Raises:
         FileNotFoundError: If a run has no checkpoint.
     """
     if not is_run(directory):
         return WeightOrigin(str(directory), None, external.hash_external_model(directory))
-    with manager.open_read_only(directory) as checkpoints:
-        step = checkpoints.latest_step()
+    step = named_step(directory)
+    directory = run_folder(directory)
+    if step is None:
+        step = next(iter(survey(directory).readable), None)
     if step is None:
         raise FileNotFoundError(f"{directory} has no checkpoint; train it first, or name a model")
     return WeightOrigin(str(directory), step, _file_hashes(Path(directory) / CHECKPOINTS_FOLDER / str(step) / "params"))

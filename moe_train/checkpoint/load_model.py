@@ -20,7 +20,8 @@ def load_model(directory: str | Path) -> Transformer:
         logits = model.logits(hidden)
 
     Args:
-        directory: A run of this package (its newest checkpoint), or a model in any supported layout.
+        directory: A run of this package (its newest checkpoint, or the one that `RUN@STEP` or `RUN@best` names), or a model in
+            any supported layout.
 
     Returns:
         The model. Without a mesh in force, it is on a mesh of one device, which then stays in force.

@@ -2,8 +2,7 @@
 
     RUN_DIR/checkpoints/STEP/params       the trainable weights, and the routers' biases
                              optimizer    the optimizer state, and the numbers of steps tried and skipped
-                             about        JSON: `CheckpointMetadata`, and the bit sums of the arrays
-                             metrics      JSON: the held-out loss, if it was measured at this step
+                             about        JSON: `CheckpointMetadata`, the bit sums of the arrays, the held-out loss, and a hash
 
 For frozen weights a checkpoint holds only their source and hashes. A checkpoint appears completely or not at all (Orbax
 renames it into place), is written while training continues, and can be restored on any mesh.
@@ -12,9 +11,12 @@ renames it into place), is written while training continues, and can be restored
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,43 +29,17 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN, PreservationPolicy
 
 from moe_train import config
-from moe_train.checkpoint.arrays import add_part, bit_sums, chunked_save_args, read_in_parts
-from moe_train.machine.files import JsonObject
+from moe_train.checkpoint.arrays import add_part, bit_sums, chunked_save_args, read_array, read_in_parts, stored_names
+from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER as CHECKPOINTS_FOLDER
+from moe_train.checkpoint.metadata import CheckpointMetadata as CheckpointMetadata
+from moe_train.checkpoint.metadata import SavedCheckpoint, about_json, read_saved, survey
+from moe_train.checkpoint.metadata import WeightOrigin as WeightOrigin
+from moe_train.machine.agreement import exchange
 from moe_train.model.parameters import Parameters
 from moe_train.train.state import TrainState, split_buffers
 from moe_train.weights.arrays import Abstract
 
 log = logging.getLogger(__name__)
-CHECKPOINTS_FOLDER = "checkpoints"
-"""The folder of a run that holds its checkpoints."""
-
-
-class WeightOrigin(NamedTuple):
-    """The origin of a run's initial weights: an external model's directory, or another run and the step of its checkpoint."""
-
-    source: str
-    """Path of the model or run."""
-    step: int | None
-    """Step of the run's checkpoint; None for an external model."""
-    hashes: dict[str, str]
-    """The sha256 of each tensor, or of each file of the checkpoint's weights."""
-
-
-class CheckpointMetadata(NamedTuple):
-    """The metadata of a checkpoint."""
-
-    config: JsonObject
-    """The resolved config: every default and the architecture are stated."""
-    row: int
-    """Number of rows of training data used so far: the position in the global order."""
-    data: str
-    """The loader's identity: a hash over everything that decides the batches."""
-    base: WeightOrigin | None
-    """The origin of the run's initial weights; None if they were random."""
-    manifest: str | None = None
-    """The hash over the manifests of the training data."""
-    adapter: WeightOrigin | None = None
-    """The origin of the initial adapters; None if they were newly initialized."""
 
 
 def params_of(state: TrainState) -> Any:
@@ -86,6 +62,8 @@ def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterato
     When the block ends, a save in progress is finished, or its error is raised. Nothing is written before the first save, not
     even the folder.
     """
+    _remove_unfinished(Path(run_dir) / CHECKPOINTS_FOLDER)
+    _silence_failed_writes()
     checkpoints = _manager(run_dir, settings)
     orbax_log = logging.getLogger("absl")
     # Orbax logs a traceback for a failed save; the error is raised here too, so the log line would repeat it.
@@ -103,9 +81,44 @@ def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterato
         orbax_log.removeFilter(_no_traceback)
 
 
+@functools.cache
+def _silence_failed_writes() -> None:
+    """Print no traceback, in this process, for the writes of a failed save that end after the first of them has failed.
+
+    TensorStore's threads and asyncio print one for each array. The first error is raised where the save is waited for.
+    """
+    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+    usual_hook = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        """Report an error that has no caller, except that of a closed event loop."""
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            usual_hook(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed save left behind. Orbax would do so in a thread, whose errors end the next save."""
+    if jax.process_index() == 0:
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full
+
+
 def _no_traceback(record: logging.LogRecord) -> bool:
     """Filter out errors that Orbax logs from its threads: they are raised again where the save is waited for."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+class _Checkpoints(ocp.CheckpointManager):
+    """Orbax's manager, except that a damaged file of metrics does not keep it from opening the other checkpoints."""
+
+    def metrics(self, step: int) -> dict[str, float | None] | None:
+        """Return the held-out loss of a checkpoint; None if its metadata cannot be read."""
+        try:
+            return {"held_out_loss": read_saved(Path(self.directory) / str(step)).held_out_loss}
+        except (OSError, ValueError):  # `restore` names the file
+            return None
 
 
 def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.CheckpointManager:
@@ -116,13 +129,13 @@ def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.Checkpoint
         keep.append(best)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy(keep),
-        best_fn=_loss_or_inf,  # Orbax writes metrics only if this is set
+        best_fn=_loss_or_inf,  # Orbax keeps metrics in memory only if this is set
         best_mode="min",
+        prevent_write_metrics=True,  # the metadata have them, and a hash over them
         create=False,
-        cleanup_tmp_directories=(Path(run_dir) / CHECKPOINTS_FOLDER).exists(),
         save_root_metadata=False,
     )
-    return ocp.CheckpointManager((Path(run_dir) / CHECKPOINTS_FOLDER).absolute(), options=options)
+    return _Checkpoints((Path(run_dir) / CHECKPOINTS_FOLDER).absolute(), options=options)
 
 
 def _loss_or_inf(metrics: Mapping[str, float | None]) -> float:
@@ -155,18 +168,14 @@ def save(
     if step in checkpoints.all_steps():
         return
     Path(checkpoints.directory).mkdir(parents=True, exist_ok=True)
-    metadata = about._asdict()
-    for key in ("base", "adapter"):
-        if metadata[key] is not None:
-            metadata[key] = metadata[key]._asdict()
+    if held_out_loss is not None and not math.isfinite(held_out_loss):
+        held_out_loss = None
     arrays = {"params": params_of(state), "optimizer": optimizer_of(state)}
     sums = {item: bit_sums(tree) for item, tree in arrays.items()}
     args = ocp.args.Composite(
-        about=ocp.args.JsonSave({"about": metadata, "sums": sums}),
+        about=ocp.args.JsonSave(about_json(about, sums, held_out_loss)),
         **{item: ocp.args.StandardSave(tree, chunked_save_args(tree)) for item, tree in arrays.items()},
     )
-    if held_out_loss is not None and not math.isfinite(held_out_loss):
-        held_out_loss = None
     metrics = {"held_out_loss": held_out_loss}
     try:
         checkpoints.save(step, args=args, metrics=metrics, force=True)
@@ -194,8 +203,7 @@ def _save_error(checkpoints: ocp.CheckpointManager, error: Exception) -> Runtime
     """Remove what a failed save left behind, and return the error to raise."""
     if jax.process_index() == 0:
         for _ in range(20):  # one of several writers has failed; the others may still be writing
-            for unfinished in checkpoints.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full
+            _remove_unfinished(Path(checkpoints.directory))
             time.sleep(0.05)
             if not any(checkpoints.directory.glob("*.orbax-checkpoint-tmp*")):
                 break
@@ -228,42 +236,38 @@ def on_current_mesh(abstract: Any) -> Any:
     return jax.tree.map(concrete, abstract)
 
 
-def newest_metadata(checkpoints: ocp.CheckpointManager) -> CheckpointMetadata | None:
-    """Return the metadata of the newest checkpoint whose metadata can be read; None if there is none."""
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        try:
-            return _read_metadata(checkpoints, step)
-        except Exception:  # damaged: `restore` reports it, once an older checkpoint has proved readable
-            continue
+def newest_metadata(run_dir: str | Path) -> CheckpointMetadata | None:
+    """Return the metadata of the newest checkpoint whose metadata can be read; None if there is none.
+
+    Every process of the job must call this.
+    """
+    for saved in survey(run_dir).readable.values():
+        return saved.about
     return None
 
 
-def _read_metadata(checkpoints: ocp.CheckpointManager, step: int) -> CheckpointMetadata:
-    """Read the metadata of a checkpoint."""
-    metadata = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about["about"]
-    for key in ("base", "adapter"):
-        if metadata.get(key) is not None:
-            metadata[key] = WeightOrigin(**metadata[key])
-    return CheckpointMetadata(**metadata)
+class _Attempt(NamedTuple):
+    """The outcome of reading arrays in this process."""
+
+    fault: str
+    """Why they cannot be read; empty if they were read."""
+    sums: list[int]
+    """This process's shares of their bit sums."""
 
 
-def _restore_arrays(checkpoints: ocp.CheckpointManager, step: int, **abstract: Any) -> Any:
-    """Restore items of a checkpoint, by name, on the mesh in force.
+def _fault_of_any(attempt: _Attempt, expected: list[int], item: str) -> str:
+    """Return why any process could not read the arrays of an item, or how their bit sums differ; empty if all is well.
 
-    Raises:
-        ValueError: If the bit sums of an item differ from those that were saved.
+    All processes get the same answer, so that they take the same checkpoint, and none waits for another in a collective.
     """
-    items = {item: ocp.args.StandardRestore(on_current_mesh(tree)) for item, tree in abstract.items()}
-    restored = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore(), **items))
-    for item in items:
-        if bit_sums(restored[item]) != restored.about["sums"][item]:
-            raise _checksum_error(checkpoints, step, item)
-    return restored
-
-
-def _checksum_error(checkpoints: ocp.CheckpointManager, step: int, item: str) -> ValueError:
-    """Return the error for arrays whose bit sums differ from those that were saved."""
-    return ValueError(f"{checkpoints.directory}/{step}/{item} is damaged: the bit sums of its arrays differ from those saved")
+    answers = [_Attempt(*json.loads(text)) for text in exchange(json.dumps(attempt), f"on whether {item} can be read")]
+    for index, answer in enumerate(answers):
+        if answer.fault:
+            return answer.fault if len(answers) == 1 else f"{answer.fault} (process {index})"
+    totals = [sum(shares) % 2**32 for shares in zip(*(answer.sums for answer in answers), strict=True)]
+    if totals != expected:
+        return f"{item} is damaged: the bit sums of its arrays differ from those saved"
+    return ""
 
 
 PartConverters = Mapping[str, Callable[[jax.Array], Parameters]]
@@ -272,10 +276,18 @@ such as its quantized values and scales.
 """
 
 
+class LoadedParams(NamedTuple):
+    """The trainable weights of a run, and the checkpoint that they are from."""
+
+    params: Parameters
+    about: CheckpointMetadata
+    step: int
+
+
 def load_params(
     run_dir: str | Path, abstract: Abstract, step: int | None = None, keep: PartConverters | None = None
-) -> tuple[Parameters, CheckpointMetadata]:
-    """Load the trainable weights of a run onto the mesh in force.
+) -> LoadedParams:
+    """Load the trainable weights of a run onto the mesh in force; every process of the job must call this.
 
     The newest checkpoint that can be read is used. Passing over a damaged one is logged, and nothing is renamed.
 
@@ -286,58 +298,84 @@ def load_params(
         keep: The only arrays to read, and what to keep of each, so that an array never has to be in memory as a whole; None to
             read all of them. Arrays are read one after the other.
 
-    Returns:
-        The weights, and the metadata of the checkpoint.
-
     Raises:
         FileNotFoundError: If there is no checkpoint (of `step`).
         RuntimeError: If no checkpoint can be read.
     """
-    with open_read_only(run_dir) as checkpoints:
-        steps = sorted(checkpoints.all_steps(), reverse=True)
-        if not steps:
-            raise FileNotFoundError(f"{run_dir} has no checkpoint")
-        if step is not None:
-            if step not in steps:
-                raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}")
-            steps = [step]
-        for candidate in steps:
-            try:
-                return _load_array_by_array(checkpoints, candidate, abstract, keep), _read_metadata(checkpoints, candidate)
-            except Exception as error:
-                fault = f"the checkpoint of step {candidate} in {run_dir} cannot be read: {_brief(error)}"
-                log.warning("%s", fault)
-    raise RuntimeError(fault)
+    readable, damaged = survey(run_dir)
+    steps = sorted({*readable, *damaged}, reverse=True)
+    if not steps:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint")
+    if step is not None:
+        if step not in steps:
+            raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, reversed(steps)))}")
+        steps = [step]
+    for candidate in steps:
+        fault = damaged.get(candidate, "")
+        if not fault:
+            saved = readable[candidate]
+            params = Path(run_dir) / CHECKPOINTS_FOLDER / str(candidate) / "params"
+            loaded, fault = _load_array_by_array(params, saved, abstract, keep)
+        if not fault:
+            _log_choice(run_dir, candidate, readable)
+            return LoadedParams(loaded, saved.about, candidate)
+        message = f"the checkpoint of step {candidate} in {run_dir} cannot be read: {fault}"
+        log.warning("%s", message)
+    raise RuntimeError(message)
+
+
+def _log_choice(run_dir: str | Path, step: int, readable: Mapping[int, SavedCheckpoint]) -> None:
+    """Say which checkpoint was taken, and how to name another one with a lower held-out loss."""
+    newest = max(readable)
+    age = "the newest" if step == newest else f"the newest is that of step {newest}"
+    loss = readable[step].held_out_loss
+    measured = {other: saved.held_out_loss for other, saved in readable.items() if saved.held_out_loss is not None}
+    best = min(measured, key=measured.__getitem__, default=step)
+    quality = "" if loss is None else f"; held-out loss {loss:.4f}"
+    if best != step:
+        quality += f"; the lowest is that of step {best}, {measured[best]:.4f} ({run_dir}@best)"
+    log.info("weights of %s: the checkpoint of step %d (%s%s)", run_dir, step, age, quality)
 
 
 def _load_array_by_array(
-    checkpoints: ocp.CheckpointManager, step: int, abstract: Abstract, keep: PartConverters | None
-) -> Parameters:
+    params: Path, saved: SavedCheckpoint, abstract: Abstract, keep: PartConverters | None
+) -> tuple[Parameters, str]:
     """Read the arrays of `abstract` one after the other, in parts, and verify their bit sums.
 
     Returns:
-        The arrays, or what `keep` keeps of them.
+        The arrays, or what `keep` keeps of them; and why they cannot be used, on which all processes agree (empty if they can).
     """
-    about = checkpoints.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
     # The sums are stored in the order of the sorted paths, which is the order of the leaves of a dict in JAX.
-    sums = dict(zip(sorted(abstract), about["sums"]["params"], strict=True))
+    stored_paths = sorted(abstract)
+    if len(stored_paths) != len(saved.sums["params"]):
+        return {}, f"{params} has {len(saved.sums['params'])} arrays, but {len(stored_paths)} are expected"
+    sums = dict(zip(stored_paths, saved.sums["params"], strict=True))
     loaded: Parameters = {}
-    paths = abstract if keep is None else keep
-    for path in paths:
-        collected: Parameters = {}
-        total = 0
-        length = abstract[path].shape[0]
-        for start, part in read_in_parts(Path(checkpoints.directory) / str(step) / "params", path, on_current_mesh(abstract[path])):
-            total += bit_sums(part)[0]
-            converted = {path: part} if keep is None else keep[path](part)
-            for name, x in converted.items():
-                collected[name] = add_part(collected.get(name), x, start, length)
-            del part, converted
-            jax.block_until_ready(collected)  # the next part may need the memory of this one
-        if total % 2**32 != sums[path]:
-            raise _checksum_error(checkpoints, step, "params")
-        loaded |= collected
-    return loaded
+    totals: list[int] = []
+    paths = list(abstract if keep is None else keep)
+    fault = ""
+    try:
+        for path in paths:
+            kept, total = _load_in_parts(params, path, abstract[path], None if keep is None else keep[path])
+            totals.append(total)
+            loaded |= kept
+    except Exception as error:  # any error counts as damage: it depends on which byte is wrong
+        fault = f"{params}: {_brief(error)}"
+    return loaded, _fault_of_any(_Attempt(fault, totals), [sums[path] for path in paths], str(params))
+
+
+def _load_in_parts(params: Path, path: str, like: Any, keep: Callable[[jax.Array], Parameters] | None) -> tuple[Parameters, int]:
+    """Read an array in parts; returns it, or what `keep` keeps of it, and this process's share of its bit sum."""
+    collected: Parameters = {}
+    total = 0
+    for start, part, bit_sum in read_in_parts(params, path, on_current_mesh(like)):
+        total += bit_sum
+        converted = {path: part} if keep is None else keep(part)
+        for name, x in converted.items():
+            collected[name] = add_part(collected.get(name), x, start, like.shape[0])
+        del part, converted
+        jax.block_until_ready(collected)  # the next part may need the memory of this one
+    return collected, total
 
 
 class Restored(NamedTuple):
@@ -367,36 +405,81 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
     Raises:
         RuntimeError: If there are checkpoints and none can be read; nothing is renamed then.
     """
+    folder = Path(checkpoints.directory)
+    readable, damaged_metadata = survey(folder.parent)
     damaged: dict[int, str] = {}
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        # Any error counts as damage: what Orbax raises for a damaged file depends on which byte is wrong.
-        try:
-            about = _read_metadata(checkpoints, step)
-            arrays = _restore_arrays(checkpoints, step, params=params_of(abstract), optimizer=optimizer_of(abstract))
-        except Exception as error:
-            damaged[step] = _brief(error)
+    for step in sorted({*readable, *damaged_metadata}, reverse=True):
+        if step in damaged_metadata:
+            damaged[step] = damaged_metadata[step]
             continue
-        _rename_damaged(checkpoints, damaged)
-        trainable, buffers = split_buffers(arrays.params)
-        return Restored(TrainState(trainable=trainable, buffers=buffers, frozen={}, **arrays.optimizer), about, damaged)
+        state, fault = _restore_arrays(folder / str(step), readable[step], abstract)
+        if fault:
+            damaged[step] = fault
+            continue
+        for older in damaged_metadata.keys() - damaged.keys():
+            log.warning("the checkpoint of step %d is damaged and is passed over: %s", older, damaged_metadata[older])
+        if damaged:
+            _set_aside(checkpoints, {number: f"damaged-{number}" for number in damaged})
+        return Restored(state, readable[step].about, damaged)
     if damaged:
         step, reason = next(iter(damaged.items()))
-        raise RuntimeError(f"no checkpoint in {checkpoints.directory} can be read; the newest, of step {step}: {reason}")
+        raise RuntimeError(
+            f"no checkpoint in {folder} can be read; the newest, of step {step}: {reason}; restore the files, or start again in "
+            "another run_dir"
+        )
     return None
 
 
-def _rename_damaged(checkpoints: ocp.CheckpointManager, damaged: Mapping[int, str]) -> None:
-    """Rename damaged checkpoints; one process does it, and all processes reload the list of steps."""
-    if damaged and jax.process_index() == 0:
-        for step in damaged:
-            renamed = checkpoints.directory / f"damaged-{step}"
+def _restore_arrays(checkpoint: Path, saved: SavedCheckpoint, abstract: TrainState) -> tuple[TrainState, str]:
+    """Read the state of a checkpoint without its frozen weights, on the mesh in force, and verify its bit sums.
+
+    Returns:
+        The state, and why it cannot be used, on which all processes agree (empty if it can).
+    """
+    trees: dict[str, Any] = {}
+    for item, tree in (("params", params_of(abstract)), ("optimizer", optimizer_of(abstract))):
+        leaves, structure = jax.tree.flatten(on_current_mesh(tree))
+        arrays: list[jax.Array] = []
+        sums: list[int] = []
+        fault = ""
+        try:
+            for name, like in zip(stored_names(tree), leaves, strict=True):
+                part = read_array(checkpoint / item, name, like)
+                arrays.append(part.array)
+                sums.append(part.bit_sum)
+        except Exception as error:  # any error counts as damage: it depends on which byte is wrong
+            fault = f"{checkpoint / item}: {_brief(error)}"
+        fault = _fault_of_any(_Attempt(fault, sums), saved.sums[item], str(checkpoint / item))
+        if fault:
+            return abstract, fault
+        trees[item] = jax.tree.unflatten(structure, arrays)
+    trainable, buffers = split_buffers(trees["params"])
+    return TrainState(trainable=trainable, buffers=buffers, frozen={}, **trees["optimizer"]), ""
+
+
+def set_unusable_aside(checkpoints: ocp.CheckpointManager, step: int) -> int | None:
+    """Rename the checkpoint of `step` to `unusable-STEP` if there is an older one that can be read.
+
+    Every process of the job must call this.
+
+    Returns:
+        The step of that older checkpoint; None if there is none, and nothing was renamed.
+    """
+    folder = Path(checkpoints.directory)
+    older = max((other for other in survey(folder.parent).readable if other < step), default=None)
+    if older is not None:
+        finish_saving(checkpoints)
+        _set_aside(checkpoints, {step: f"unusable-{step}"})
+    return older
+
+
+def _set_aside(checkpoints: ocp.CheckpointManager, names: Mapping[int, str]) -> None:
+    """Rename checkpoints, {step: new name}; one process does it, and all processes reload the list of steps."""
+    if jax.process_index() == 0:
+        for step, name in names.items():
+            renamed = checkpoints.directory / name
             shutil.rmtree(renamed, ignore_errors=True)  # left by an earlier restore of the same step
-            (checkpoints.directory / str(step)).rename(renamed)
-    if damaged:
-        checkpoints.reload()
-
-
-def open_read_only(run_dir: str | Path) -> ocp.CheckpointManager:
-    """Open the checkpoints of a run read-only; use the result as a context manager."""
-    options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((Path(run_dir) / CHECKPOINTS_FOLDER).absolute(), options=options)
+            with contextlib.suppress(FileNotFoundError):  # this process does not see it; another one does
+                (checkpoints.directory / str(step)).rename(renamed)
+    exchange("", "on the checkpoints that are left")  # the first process has renamed them
+    checkpoints.reload()

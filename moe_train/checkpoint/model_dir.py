@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, cast, overload
 
 import jax
 from jax.sharding import Mesh
@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.identity import check_base
-from moe_train.checkpoint.manager import WeightOrigin
-from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, read_run
+from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin
+from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
@@ -29,6 +29,16 @@ from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
 from moe_train.weights import external, external_adapter, gguf
 from moe_train.weights.arrays import Abstract, LazyParameters
+
+
+class LoadedWeights(NamedTuple):
+    """Weights, and the checkpoint that they were read from."""
+
+    weights: LazyParameters
+    step: int | None
+    """Step of the run's checkpoint; None for an external model."""
+    about: CheckpointMetadata | None
+    """Metadata of that checkpoint; None for an external model."""
 
 
 class OpenedModel(NamedTuple):
@@ -55,25 +65,31 @@ class OpenedModel(NamedTuple):
         Returns:
             The model's structure, and its weights.
         """
+        structure, weights, _ = self.load_with_step()
+        return structure, weights
+
+    def load_with_step(self) -> tuple[Any, Parameters, int | None]:
+        """Load as `load` does; returns the model's structure, its weights, and the step of a run's checkpoint they are from."""
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
         check_host_memory(shapes, str(self.directory))
-        return structure, load_parameters(self.directory, shapes)
+        loaded = load_weights(self.directory, shapes)
+        return structure, cast(Parameters, loaded.weights), loaded.step  # the default loader reads all arrays
 
-    def to_export(self) -> LazyParameters:
+    def to_export(self) -> LoadedWeights:
         """Return the weights for an export, adapters included; weights of external files are read lazily (see `load_lazily`)."""
         _, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
-        return load_parameters(self.directory, shapes, load=load_lazily)
+        return load_weights(self.directory, shapes, load=load_lazily)
 
 
 def open_model(directory: str | Path) -> OpenedModel:
-    """Open a run (its newest checkpoint) or an external model, on the available devices.
+    """Open a run (its named or else newest checkpoint) or an external model, on the available devices.
 
     Raises:
         FileNotFoundError: If there is no model or no tokenizer.
         ValueError: If the parts do not fit together.
     """
     run = read_run(directory) if is_run(directory) else None
-    if run and run.lora and run.init_from and not Path(run.init_from).exists():
+    if run and run.lora and run.init_from and not run_folder(run.init_from).exists():
         raise FileNotFoundError(
             f"the adapters of {directory} belong to the weights in {run.init_from}, which do not exist relative to {Path.cwd()}; "
             "copy them there, or change to the folder where the run was started"
@@ -105,7 +121,7 @@ def find_tokenizer_config(directory: str | Path) -> config.Tokenizer:
     """
     if is_run(directory):
         with contextlib.suppress(FileNotFoundError):  # prefer the run's own copy
-            return tokenizer_at(Path(directory) / TOKENIZER_FOLDER)
+            return tokenizer_at(run_folder(directory) / TOKENIZER_FOLDER)
         data = read_run(directory).data
         if isinstance(data, config.RunData):
             return data.tokenizer
@@ -194,14 +210,25 @@ def load_parameters(
     Args:
         directory: The run or model.
         abstract: Shapes, dtypes and shardings of the result.
-        step: The step of the run's checkpoint; None for the newest that can be read.
+        step: The step of the run's checkpoint; None for the one that the directory names, or else the newest that can be read.
         load: The function that loads an external model.
 
     Raises:
         ValueError: If the frozen weights have changed since the run started.
     """
+    return load_weights(directory, abstract, step, load=load).weights
+
+
+def load_weights(
+    directory: str | Path,
+    abstract: Mapping[str, Any],
+    step: int | None = None,
+    *,
+    load: Callable[..., LazyParameters] = external.load_external_parameters,
+) -> LoadedWeights:
+    """Load weights as `load_parameters` does; returns them with the checkpoint that they were read from."""
     if not is_run(directory):
-        return load(directory, abstract)
+        return LoadedWeights(load(directory, abstract), None, None)
     run = read_run(directory)
     trainable, frozen = partition(dict(abstract), run.lora)
 
@@ -212,13 +239,16 @@ def load_parameters(
         return quantize_like({path: array.astype(like.dtype)}, parts)
 
     converters = {path: partial(convert, path=path, like=like) for path, like in unquantized_shapes(trainable).items()}
-    params, about = manager.load_params(directory, _trained_shapes(run), step, converters)
+    if step is None:
+        step = named_step(directory)
+    params, about, loaded_step = manager.load_params(run_folder(directory), _trained_shapes(run), step, converters)
     if not frozen:
-        return params
+        return LoadedWeights(params, loaded_step, about)
     if about.base is None:
         raise ValueError(f"{directory} has frozen weights, but its checkpoint does not state where they came from; start a new run")
     check_base(about.base)
-    return {**params, **load_parameters(about.base.source, frozen, about.base.step, load=load)}
+    base_weights = load_parameters(about.base.source, frozen, about.base.step, load=load)
+    return LoadedWeights({**params, **base_weights}, loaded_step, about)
 
 
 def _trained_shapes(run: config.Run) -> dict[str, Any]:
@@ -264,5 +294,6 @@ def load_adapter(origin: WeightOrigin, model: config.Model, abstract: Mapping[st
     lora = read_adapter(origin.source, model)
     trained_shapes = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(lora)}
     if is_run(origin.source):
-        return manager.load_params(origin.source, trained_shapes, origin.step)[0]
+        step = named_step(origin.source) if origin.step is None else origin.step
+        return manager.load_params(run_folder(origin.source), trained_shapes, step).params
     return external_adapter.load_external_adapter(origin.source, model, trained_shapes)

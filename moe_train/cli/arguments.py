@@ -14,7 +14,11 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that override those of the file.")]
 ModelDir = Annotated[
     Path,
-    typer.Argument(metavar="RUN_OR_MODEL_DIR", help="Directory of a run, or of a model in Hugging Face, Mistral or GGUF format."),
+    typer.Argument(
+        metavar="RUN_OR_MODEL_DIR",
+        help="Directory of a run, or of a model in Hugging Face, Mistral or GGUF format. RUN@30, RUN@best or RUN@newest names a "
+        "run's checkpoint; RUN alone is the newest.",
+    ),
 ]
 OutDir = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Directory to create; it must be empty or not exist yet.")]
 ProofDepth = Annotated[

@@ -9,6 +9,7 @@ Exit codes: 0 success; 1 an error while running, or a negative result; 2 the req
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -155,6 +156,12 @@ def _report(error: Exception, debug: bool) -> int:
     # Not imported, since that would import jax; a lost process makes the collectives of the others fail with it.
     if type(error).__name__ == "JaxRuntimeError":
         processes.wait_for_loss()
+    if _is_passing(error):
+        if debug:
+            traceback.print_exc()
+        reason = " ".join(str(error).split())[:300]
+        print(f"moe-train: the processes lost touch with each other: {reason}; start again to continue", file=sys.stderr)
+        return processes.UNFINISHED
     is_expected = isinstance(error, (*USER_ERRORS, OSError)) or type(error) is RuntimeError
     if debug or not is_expected:
         traceback.print_exc()
@@ -165,6 +172,15 @@ def _report(error: Exception, debug: bool) -> int:
     if isinstance(error, USER_ERRORS):
         return 2
     return processes.UNFINISHED if isinstance(error, ConnectionError) else 1
+
+
+_PASSING = re.compile(r"gloo|DEADLINE_EXCEEDED|UNAVAILABLE|address already in use|connection (refused|reset)|timed out", re.I)
+"""What a backend says if other processes are late, or a port is still taken: the same command may succeed."""
+
+
+def _is_passing(error: Exception) -> bool:
+    """Return whether an error of the backend is one of communication between processes."""
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and bool(_PASSING.search(str(error)))
 
 
 def _message(error: Exception) -> str:

@@ -137,7 +137,7 @@ def _find_base(source: str | Path) -> str:
         named = None
     if not named:
         raise FileNotFoundError(f"{source} does not name its base model; state it with --base")
-    if not Path(named).exists():
+    if not runs.run_folder(named).exists():
         raise FileNotFoundError(f"{source} names {named} as its base model, which does not exist here; state its path with --base")
     return named
 

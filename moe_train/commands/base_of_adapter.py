@@ -51,8 +51,7 @@ def warn_of_another_base(base: str | Path, adapter: str | Path) -> None:
 def _recorded_base(adapter: str | Path) -> tuple[str | None, str | None]:
     """Return the base that an adapter names, and the hash of its weights; None for what is not known."""
     if is_run(adapter):
-        with manager.open_read_only(adapter) as checkpoints:
-            about = manager.newest_metadata(checkpoints)
+        about = manager.newest_metadata(adapter)
         if about is None or about.base is None or about.base.step is not None:
             return None, None
         return about.base.source, summary_of_hashes(about.base.hashes)

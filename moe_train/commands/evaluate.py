@@ -25,7 +25,7 @@ from moe_train.train.objectives.next_token import next_token
 
 
 def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> dict[str, Any]:
-    """Measure the next-token loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
+    """Measure the next-token loss of a run (its named or else newest checkpoint) or a Hugging Face model on files.
 
         loss = moe_train.evaluate_model(Path("runs/tuned"), [Path("held_out.jsonl")])["loss"]
 
@@ -58,14 +58,16 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
-        structure, params = opened.load()
+        structure, params, step = opened.load_with_step()
         metrics = evaluate_held_out(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
     if not math.isfinite(metrics["loss"]):
         raise RuntimeError(
             f"the loss of {directory} on {metrics['loss_tokens']} tokens is {metrics['loss']}, so its weights are unusable; "
             "evaluate an earlier checkpoint or another export"
         )
+    checkpoint = {} if step is None else {"checkpoint": step}
     return {
+        **checkpoint,
         **metrics,
         # Limited, since exp overflows float64 beyond 709.
         "perplexity": math.exp(min(metrics["loss"], 700)),

@@ -1,4 +1,4 @@
-"""Export a run's newest checkpoint or an external model, or only an adapter, as files that other tools load, and verify them."""
+"""Export a run's checkpoint or an external model, or only an adapter, as files that other tools load, and verify them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 
 from moe_train import config
-from moe_train.checkpoint import manager
-from moe_train.checkpoint.model_dir import OpenedModel, dtype_of_files, open_model
-from moe_train.checkpoint.runs import is_run
+from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model
+from moe_train.checkpoint.runs import is_run, run_folder, saved_config
 from moe_train.commands import left_out, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.config import yaml_file
@@ -120,9 +119,10 @@ def export(
             run.lora.quantize.name,
             run.init_from,
         )
-    origin = _origin_of(opened)
     dtype = options.dtype or _default_dtype(opened)
     with jax.set_mesh(opened.mesh):
+        loaded = opened.to_export()
+        origin = _origin_of(opened, loaded)
         match layout:
             case "hf" | "mistral" | "gguf":
                 lost = left_out.report_left_out(source) | left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
@@ -137,22 +137,22 @@ def export(
                     conversations=origin.conversations,
                     about={**origin.about, **lost},
                 )
-                record = write_and_prove.export_model(opened.to_export(), opened.model, out_dir, write_options)
+                record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":
                 files = _AdapterFiles(layout, Path(out_dir).name, dtype, options.server)
-                record = _export_adapter(opened, out_dir, files, origin)
+                record = _export_adapter(opened, loaded.weights, out_dir, files, origin)
     if command is not None:
         record["serve"] = command
     return record
 
 
-def _origin_of(opened: OpenedModel) -> _Origin:
+def _origin_of(opened: OpenedModel, loaded: LoadedWeights) -> _Origin:
     """Return the tokenizer, config, conversations and origin of a run or an external model."""
     run = opened.run
     if run is None:
-        return _Origin(Texts(opened.tokenizer, opened.chat_template), [], _about(opened))
-    texts = Texts(opened.tokenizer, opened.chat_template, yaml_file.dump(run.to_config()))
-    return _Origin(texts, list(islice(_conversations(run), MAX_CONVERSATIONS)), _about(opened))
+        return _Origin(Texts(opened.tokenizer, opened.chat_template), [], _about(opened, loaded))
+    texts = Texts(opened.tokenizer, opened.chat_template, _config_text(opened, loaded))
+    return _Origin(texts, list(islice(_conversations(run), MAX_CONVERSATIONS)), _about(opened, loaded))
 
 
 def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) -> None:
@@ -174,11 +174,12 @@ def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) 
     raise ValueError(f"{opened.directory} has no adapter to write as {layout}: {reason}; use --format hf")
 
 
-def _export_adapter(opened: OpenedModel, out_dir: str | Path, files: _AdapterFiles, origin: _Origin) -> dict[str, Any]:
+def _export_adapter(
+    opened: OpenedModel, weights: LazyParameters, out_dir: str | Path, files: _AdapterFiles, origin: _Origin
+) -> dict[str, Any]:
     """Write the adapter of a run and verify it, on the mesh in force; returns the record."""
     lora = opened.lora
     assert lora is not None  # `_check_source` has refused models without adapters
-    weights = opened.to_export()
     if jax.process_count() > 1:
         # The first process alone writes an adapter, so it needs all of it.
         weights = together.gather_on_each_process(
@@ -212,7 +213,8 @@ def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameter
     lora = opened.lora
     run = opened.run
     assert lora is not None and run is not None  # only runs have adapters here
-    base = str(run.init_from)
+    assert run.init_from is not None  # adapters belong to weights that can be loaded again
+    base = str(run_folder(run.init_from))
     match files.layout:
         case "peft":
             names_of_base = _names_of_base(opened)
@@ -288,7 +290,7 @@ def _default_dtype(opened: OpenedModel) -> config.Dtype:
     Without such files it is the dtype of training.
     """
     files = opened.run.init_from if opened.run else opened.directory
-    if files is not None and not Path(files).exists():
+    if files is not None and not run_folder(files).exists():
         raise FileNotFoundError(
             f"{files}, from which the run started, does not exist here, so the dtype of its files is unknown; state --dtype"
         )
@@ -297,17 +299,20 @@ def _default_dtype(opened: OpenedModel) -> config.Dtype:
     return dtype_of_files(files, otherwise=opened.compute.param_dtype)
 
 
-def _about(opened: OpenedModel) -> dict[str, Any]:
-    """Return what the record states about the origin of the weights."""
-    origin: dict[str, Any] = {"source": str(opened.directory)}
-    if opened.run is None:
-        return origin
-    with manager.open_read_only(opened.directory) as checkpoints:
-        step = checkpoints.latest_step()
-        about = manager.newest_metadata(checkpoints)
-    assert about is not None
-    origin |= {"run": opened.run.name, "step": step, "data_sha256": about.data, "manifest_sha256": about.manifest}
-    origin["config_sha256"] = hashlib.sha256(yaml_file.dump(opened.run.to_config()).encode()).hexdigest()
+def _config_text(opened: OpenedModel, loaded: LoadedWeights) -> str:
+    """Return the config that the loaded checkpoint was saved with, as YAML."""
+    assert loaded.about is not None  # only called for runs
+    return yaml_file.dump(config.run_of(saved_config(opened.directory, loaded.about)).to_config())
+
+
+def _about(opened: OpenedModel, loaded: LoadedWeights) -> dict[str, Any]:
+    """Return what the record states about the origin of the weights: the checkpoint that they were read from."""
+    about = loaded.about
+    if opened.run is None or about is None:
+        return {"source": str(opened.directory)}
+    origin: dict[str, Any] = {"source": str(run_folder(opened.directory))}
+    origin |= {"run": opened.run.name, "step": loaded.step, "data_sha256": about.data, "manifest_sha256": about.manifest}
+    origin["config_sha256"] = hashlib.sha256(_config_text(opened, loaded).encode()).hexdigest()
     if about.base is not None:
         origin["base"] = {
             "source": about.base.source,

@@ -29,7 +29,7 @@ def generate_text(
     chat: bool = False,
     chat_template: str | None = None,
 ) -> list[str]:
-    """Complete `prompts` with a run (its newest checkpoint) or a Hugging Face model.
+    """Complete `prompts` with a run (its named or else newest checkpoint) or a Hugging Face model.
 
         [answer] = moe_train.generate_text("runs/tuned", ["What is a mesh?"], max_tokens=40, chat=True)
 

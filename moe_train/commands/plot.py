@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from moe_train.machine.files import read_object, write_bytes
+from moe_train.run.writer import parse_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,26 +40,18 @@ def read_run_metrics(run_dir: Path) -> RunMetrics:
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} has no metrics.jsonl; state the run_dir of a run")
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             break  # the run may be writing this line just now
-        lines.append(_parse_line(line, f"{path}:{number}"))
+        try:
+            lines.append(parse_line(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}; remove the line") from error
     train = [line for line in lines if line["kind"] == "train"]
     if not train:
         raise ValueError(f"{path} has no metrics of a training step yet; wait for the first step")
     evaluations = [line for line in lines if line["kind"] == "eval"]
     return RunMetrics(str(run_dir), train, evaluations, _resumed_steps(run_dir / "run.json"))
-
-
-def _parse_line(line: str, location: str) -> dict[str, Any]:
-    """Parse a line of `metrics.jsonl`. Raises ValueError, with its location, if it is damaged."""
-    try:
-        metrics = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{location}: not JSON: {error.msg}; remove the line") from None
-    if not isinstance(metrics, dict) or not {"kind", "step"} <= metrics.keys():
-        raise ValueError(f"{location}: not the metrics of a step (an object with kind and step); remove the line")
-    return metrics
 
 
 def _resumed_steps(path: Path) -> list[int]:

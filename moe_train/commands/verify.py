@@ -58,7 +58,7 @@ def verify(
             raise ValueError(f"--run {run} is not a run; state the directory of the run that was exported")
         opened = unquantized_model(open_model(run))
         with jax.set_mesh(opened.mesh):
-            weights = opened.to_export()
+            weights = opened.to_export().weights
             holds_adapter = record["format"] not in get_args(expected.ModelLayout) or record.get("adapted")
             lora = opened.lora if holds_adapter else None
             trained = prove.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)

@@ -43,7 +43,7 @@ def join_processes() -> None:
 
     Raises:
         ValueError: the environment is incomplete.
-        RuntimeError: the processes do not find each other.
+        ConnectionError: the processes do not find each other.
     """
     job = processes.job(os.environ)
     if job is None or jax.distributed.is_initialized():
@@ -55,7 +55,11 @@ def join_processes() -> None:
         else:
             jax.distributed.initialize()
     except RuntimeError as error:
-        raise RuntimeError(f"the processes of this job could not connect to each other: {error}") from error
+        reason = " ".join(str(error).split())
+        # The other processes may only be late, so the same command may succeed.
+        raise ConnectionError(
+            f"the processes of this job could not connect to each other: {reason}; start the job again"
+        ) from error
     index = jax.process_index()
     count = jax.process_count()
     processes.silence_other_processes(index)

@@ -42,6 +42,11 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"not read: {unread.in_words(loader.unread)}")
     epochs = loader.epochs(inputs.total_steps)
     say(f"{inputs.total_steps:,} steps = {_describe_epochs(epochs)}")
+    if run.train.microbatches > 1 and run.loss.load_balance_loss_coef:
+        say(
+            f"load_balance_loss is that of each of the {run.train.microbatches} microbatches, averaged evenly, whatever their "
+            "padding; train.microbatches 1 balances over the whole step"
+        )
     if begin.resumed:
         say(f"continuing after step {int(begin.state.step)}")
     for change in _changes(begin):
@@ -50,10 +55,14 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
 
 def print_damage(begin: Start) -> None:
     """Warn about checkpoints that could not be read, on the stderr of the first process."""
+    for step, reason in begin.damaged.items():
+        print_warning(f"the checkpoint of step {step} is damaged and was renamed to damaged-{step}: {reason}")
+
+
+def print_warning(text: str) -> None:
+    """Print a warning on the stderr of the first process."""
     if jax.process_index() == 0:
-        for step, reason in begin.damaged.items():
-            message = f"the checkpoint of step {step} is damaged and was renamed to damaged-{step}"
-            print(f"WARNING: {message}: {reason}", file=sys.stderr)
+        print(f"WARNING: {text}", file=sys.stderr)
 
 
 def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:

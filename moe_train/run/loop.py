@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.machine.mesh import make_mesh, put_batch
-from moe_train.machine.processes import UNFINISHED
+from moe_train.machine.processes import UNFINISHED, exit_process
 from moe_train.model.moe.transport.choose import check_transport
 from moe_train.plan.fits import check_fits
 from moe_train.run import introduction
@@ -21,11 +22,11 @@ from moe_train.run.folder import RunFolder
 from moe_train.run.held_out import HeldOutLoss
 from moe_train.run.inputs import open_inputs
 from moe_train.run.metrics import MetricsReader
-from moe_train.run.record import run_log
-from moe_train.run.saving import Saving
+from moe_train.run.record import check_checkpoints_kept, run_log
+from moe_train.run.saving import Saving, UnusableCheckpoint
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import starting_state
-from moe_train.run.stopping import Votes, signals, vote
+from moe_train.run.stopping import StopRequested, Votes, signals, vote
 from moe_train.run.writer import MetricsRecord, Writer
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
@@ -84,12 +85,30 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         FileNotFoundError: a file that the run needs does not exist. Existing checkpoints are kept.
         RuntimeError: a fault while running. Existing checkpoints are kept.
     """
+    while True:
+        try:
+            return (yield from _steps_from_newest(run, objective))
+        except StopRequested as stop:
+            print(f"moe-train: stopped before the first step ({stop}); start again to continue", file=sys.stderr)
+            exit_process(UNFINISHED)  # other processes may not have received the signal
+            return UNFINISHED
+        except UnusableCheckpoint as unusable:
+            introduction.print_warning(str(unusable))
+
+
+def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generator[MetricsRecord, None, int]:
+    """Train as `steps` does.
+
+    Raises:
+        UnusableCheckpoint: no step can be taken from the newest checkpoint; it was renamed, and there is an older one.
+    """
     mesh = make_mesh(run.mesh)
     check_fits(run, mesh.local_devices[0])
     with jax.set_mesh(mesh), signals() as stop_request, contextlib.ExitStack() as exit_stack:
         check_transport(run.compute.transport)
         objective = objective or objective_of(run.objective)
         inputs = open_inputs(run, objective)
+        stop_request.starting = "reading the checkpoint"
         folder = exit_stack.enter_context(RunFolder(Path(run.run_dir)))
         checkpoints = exit_stack.enter_context(manager.open_for_saving(folder.path, run.checkpoint))
         begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
@@ -97,6 +116,8 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         start = int(begin.state.step)
         total_steps = inputs.total_steps
         introduction.print_damage(begin)
+        if not begin.resumed:
+            check_checkpoints_kept(folder.path, run.checkpoint.every_steps)
         if start >= total_steps:
             introduction.print_finished(run, begin, total_steps)
             return FINISHED
@@ -114,7 +135,9 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         exit_stack.enter_context(writer)
         stopped = exit_stack.enter_context(run_log(run, folder.path, begin, inputs))
         introduction.introduce(run, writer.say, inputs, begin)
+        stop_request.starting = "testing the kernels"
         run_self_tests(run, writer.say)
+        stop_request.starting = "compiling the step"
 
         batches: Any = exit_stack.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
         batch = put_batch(next(batches), mesh)
@@ -123,14 +146,27 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         run_step = compile_step(definition, state, batch, begin.base_weights)
         writer.say(f"compiled the step in {time.perf_counter() - start_time:.1f} s")
 
+        stop_request.starting = "measuring the held-out loss"
         held_out = HeldOutLoss(run, mesh, inputs, begin, objective, writer)
         if start == 0:
             held_out.measure(0, state)
+        # From here on, a signal takes effect after a step.
+        stop_request.starting = None
+        if start == 0:
             yield from writer.new_records()
         saving = Saving(run, checkpoints, begin, inputs)
         figures = MetricsReader(run, mesh, state.learned, total_steps, start, int(state.skipped))
         writer.say(f"MFU is the share of {figures.peak_source}")
         unread: tuple[int, StepMetrics, jax.Array] | None = None
+
+        def read(done: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics) -> Votes:
+            """Read the metrics of a step; fall back to an older checkpoint if the first one is not finite."""
+            try:
+                return figures.read(done, now, voted, newest, writer)
+            finally:
+                if done == start + 1 and not figures.finite:
+                    saving.fall_back()
+
         for step in range(start + 1, total_steps + 1):
             state, step_metrics = run_step(state, batch, begin.base_weights)
             voted = vote((stop_request.reason is not None, saving.is_overdue()), mesh)
@@ -138,7 +174,7 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
                 # The next batch is fetched while the device still computes the step that was just dispatched.
                 batch = put_batch(figures.next_batch(batches), mesh)
             # Metrics and votes are read one step late, so that the device never waits for the host.
-            votes = Votes() if unread is None else figures.read(*unread, step_metrics, writer)
+            votes = Votes() if unread is None else read(*unread, step_metrics)
             yield from writer.new_records()
             unread = step, step_metrics, voted
             stopped.step = step
@@ -149,7 +185,7 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
                 saving.check()
                 continue
             # The loop pauses here anyway, so this step's metrics and vote are read at once.
-            votes = figures.read(*unread, step_metrics, writer).combined_with(votes)
+            votes = read(*unread, step_metrics).combined_with(votes)
             unread = None
             loss = held_out.measure(step, state) if evaluates else None
             yield from writer.new_records()

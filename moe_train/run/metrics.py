@@ -25,20 +25,21 @@ from moe_train.train.step import StepMetrics
 
 
 class MetricsReader:
-    """Read the metrics of steps, count the skipped steps and measure the speed of training."""
+    """Read the metrics of steps, count the skipped steps and measure the speed of training in tokens that are no padding."""
 
     def __init__(self, run: config.Run, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
         self._run = run
         self._skipped = skipped
         self._sparse_layers = config.sparse_layers(run.model)
-        self._tokens = run.train.batch_size * run.train.seq_len
-        self._flops = self._tokens * flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
+        self._positions = run.train.batch_size * run.train.seq_len
+        self._flops_per_token = flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
         self._peak, self.peak_source = peak_flops(list(mesh.devices.flat))
         # Tabulated once: evaluating the schedule at each step would queue its arithmetic behind the training steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
         self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
         self._seconds = math.nan
         self._input_wait = math.nan
+        self._tokens = math.nan  # tokens of a step that are no padding, averaged like `_seconds`
         self.finite = True
         self.restart_timer(start)
 
@@ -61,9 +62,11 @@ class MetricsReader:
         # A fast device may already have finished the step after this one.
         ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]
         done = step + ahead
+        self._tokens_read.append(self._positions if now.tokens is None else int(now.tokens))
         if done > self._done and step % self._run.metrics.every_steps == 0:
             self._seconds = (time.perf_counter() - self._since) / (done - self._done)
             self._input_wait = self._waited / (time.perf_counter() - self._since)
+            self._tokens = sum(self._tokens_read) / len(self._tokens_read)
             self.restart_timer(done)
         limit = self._run.train.max_skipped_steps
         self.finite = bool(now.finite)
@@ -87,6 +90,7 @@ class MetricsReader:
         self._done = step
         self._since = time.perf_counter()
         self._waited = 0.0
+        self._tokens_read: list[int] = []
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """Return the next batch and count the time spent waiting for it as `input_wait`.
@@ -110,7 +114,7 @@ class MetricsReader:
             "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
             "input_wait": self._input_wait,
-            "mfu": None if self._peak is None else self._flops / self._seconds / self._peak,
+            "mfu": None if self._peak is None else self._tokens * self._flops_per_token / self._seconds / self._peak,
             **({} if now.routers is None else router_metrics(now.routers)),
         }
 

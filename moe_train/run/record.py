@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import sys
@@ -18,11 +19,15 @@ from typing import Any
 import jax
 
 from moe_train import config
+from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER
 from moe_train.config import yaml_file
-from moe_train.machine.files import write_text
+from moe_train.machine.files import read_object, write_text
 from moe_train.run.inputs import RunInputs
 from moe_train.run.self_test import chosen_kernels
 from moe_train.run.start import Start
+from moe_train.run.writer import parse_line
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("moe-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages whose versions are recorded."""
@@ -66,10 +71,70 @@ def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:
     if jax.process_index():
         return
     path = run_dir / "run.json"
-    events = json.loads(path.read_text(encoding="utf-8"))["events"] if path.exists() else []
+    events = _kept_events(path)
     timestamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     events.append({"event": event, "time": timestamp, "step": step, **more})
     write_text(path, json.dumps({"events": events}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _kept_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events so far; a damaged log is renamed, with a warning, and a new one begins."""
+    try:
+        return read_events(path)
+    except ValueError as error:
+        renamed = path.with_name(f"damaged-{path.name}")
+        os.replace(path, renamed)
+        log.warning("%s; it was renamed to %s, and a new log begins", error, renamed.name)
+        return []
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a `run.json`; none if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    if not path.exists():
+        return []
+    events: Any = read_object(path).get("events")
+    is_log = isinstance(events, list) and all(isinstance(event, dict) and {"event", "step"} <= event.keys() for event in events)
+    if not is_log:
+        raise ValueError(f"{path} is damaged: it is not the log of a run")
+    return events
+
+
+def check_checkpoints_kept(run_dir: Path, save_steps: int) -> None:
+    """Refuse to start from step 0 in a folder whose files show that its run has saved checkpoints.
+
+    Args:
+        run_dir: the folder, in which no checkpoint was found.
+        save_steps: number of steps between two checkpoints.
+
+    Raises:
+        ValueError: the checkpoints are gone. Nothing has been changed.
+    """
+    saved_steps: dict[str, int] = {}
+    path = run_dir / "run.json"
+    with contextlib.suppress(ValueError):  # `write_event` names a damaged log
+        for event in read_events(path):
+            # A run that was asked to stop, or finished, has saved; one that failed may not have.
+            is_saved = event["event"] == "resume" or event.get("reason") in ("finished", "SIGTERM", "SIGINT")
+            if is_saved and event["step"]:
+                saved_steps["run.json"] = event["step"]
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the writer names a damaged line
+            step = parse_line(line)["step"]
+            # The second save waits for the first one, so that one is complete.
+            if step > 2 * save_steps:
+                saved_steps["metrics.jsonl"] = step
+    for name, step in saved_steps.items():
+        raise ValueError(
+            f"{run_dir} has no checkpoint, but its {name} shows that checkpoints were saved (step {step}); restore "
+            f"{run_dir / CHECKPOINTS_FOLDER} (is its disk mounted?), choose another run_dir, or remove metrics.jsonl and run.json "
+            "to start from step 0"
+        )
 
 
 def describe_process() -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from moe_train import config
 from moe_train.checkpoint.model_dir import find_tokenizer_config, read_adapter, read_model
-from moe_train.checkpoint.runs import is_run, read_run
+from moe_train.checkpoint.runs import is_run, read_run, run_folder
 from moe_train.config import yaml_file
 from moe_train.data.chat.conversation_to_tokens import read_template
 from moe_train.machine.mesh import AXES, abstract_mesh, mesh_sizes
@@ -52,7 +51,7 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
 
 def _architecture(written: config.Config) -> config.Model:
     """Return the stated architecture or that of `init_from`; if both are given they must agree."""
-    if written.init_from is None or not Path(written.init_from).exists():
+    if written.init_from is None or not run_folder(written.init_from).exists():
         if written.model is None:
             raise FileNotFoundError(
                 f"init_from {written.init_from}: no such folder or file; copy it there, or state model to plan without it"

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import time
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.manager import CheckpointMetadata
+from moe_train.model.parameters import Parameters
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 from moe_train.train.state import TrainState
+
+
+class UnusableCheckpoint(Exception):
+    """The first step after a resume was not finite, and the run can start from an older checkpoint."""
+
+
+@jax.jit
+def _are_usable(weights: Parameters) -> jax.Array:
+    """Return whether the norm of the weights is finite in float32; norms and products of larger weights are not."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(weights)]
+    return jnp.all(jnp.isfinite(jnp.stack(squares)))
 
 
 class Saving:
@@ -22,6 +36,8 @@ class Saving:
         self._checkpoints = checkpoints
         self._begin = begin
         self._inputs = inputs
+        # Read now, since the first step takes over the state.
+        self._resumed_step = int(begin.state.step) if begin.resumed else None
         self._best = manager.best_loss(checkpoints)
         self._saved_at = time.monotonic()
 
@@ -47,7 +63,16 @@ class Saving:
         return True
 
     def save(self, step: int, state: TrainState, held_out_loss: float | None) -> None:
-        """Start an asynchronous save. Raises RuntimeError if this save or the previous one could not be written."""
+        """Start an asynchronous save.
+
+        Raises:
+            RuntimeError: the weights cannot be used, or this save or the previous one could not be written.
+        """
+        if not bool(_are_usable(state.learned)):
+            raise RuntimeError(
+                f"the weights after step {step} are not finite, or too large for another step, so they were not saved; lower "
+                "optimizer.learning_rate, and start again from the last checkpoint"
+            )
         loader = self._inputs.train
         about = CheckpointMetadata(
             config=self._run.to_config().model_dump(mode="json"),
@@ -59,6 +84,22 @@ class Saving:
         )
         manager.save(self._checkpoints, step, state, about, held_out_loss)
         self._saved_at = time.monotonic()
+
+    def fall_back(self) -> None:
+        """Set aside the checkpoint that this run started from, since no step can be taken from it.
+
+        Nothing happens if the run started from no checkpoint, or there is none before it.
+
+        Raises:
+            UnusableCheckpoint: the checkpoint was renamed; an older one is the newest now.
+        """
+        step = self._resumed_step
+        older = None if step is None else manager.set_unusable_aside(self._checkpoints, step)
+        if older is not None:
+            raise UnusableCheckpoint(
+                f"the first step after the checkpoint of step {step} is not finite, so the checkpoint was renamed to "
+                f"unusable-{step}; continuing from step {older}"
+            )
 
     def check(self) -> None:
         """Raise RuntimeError if the save in progress has already failed; does not wait for it."""

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from moe_train import config
 from moe_train.checkpoint import identity, manager, model_dir
 from moe_train.checkpoint.manager import CheckpointMetadata, WeightOrigin
-from moe_train.checkpoint.runs import saved_config
+from moe_train.checkpoint.runs import run_folder, saved_config
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
 from moe_train.machine.host_memory import check_host_memory
@@ -73,7 +73,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     learned_state = jax.eval_shape(new_state, learned)
     check_host_memory((learned_state, frozen), run.name)
 
-    last = manager.newest_metadata(checkpoints)
+    last = manager.newest_metadata(run.run_dir)
     changed = {} if last is None else _changes(run, last, loader)
     base = _base(run, last, bool(frozen))
     adapter = _adapter(run, last)
@@ -167,7 +167,7 @@ def _base(run: config.Run, last: CheckpointMetadata | None, frozen: bool) -> Wei
     if last is None:
         return identity.base_origin(run.init_from)
     assert last.base is not None
-    base = last.base._replace(source=run.init_from)
+    base = last.base._replace(source=str(run_folder(run.init_from)))
     if frozen:
         identity.check_base(base)
     return base

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,19 +19,44 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train.machine.mesh import AXES
+from moe_train.machine.processes import UNFINISHED, announce_exit
+
+EXIT_SECONDS = 4.0
+"""Seconds that a start may take to end after a signal, before the process is ended where it is."""
+
+
+class StopRequested(BaseException):
+    """A signal before the first step. It is no `Exception`, so that nothing takes it for a damaged file."""
+
+
+class StopRequest:
+    """The signals that a run has received, and what the run does meanwhile."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        """Name of the first signal; None before one has arrived."""
+        self.starting: str | None = "opening the data"
+        """What the run does before its first step; None from the first step on."""
+        self.ended = False
+
+    def waits_for(self) -> str:
+        """Return what the process is waiting for, in words."""
+        if self.starting is None:
+            return "the step in progress, then for its checkpoint"
+        return f"{self.starting}, for {EXIT_SECONDS:g} s at most; nothing is lost"
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[SimpleNamespace]:
-    """Catch SIGTERM and SIGINT while the block runs.
+def signals() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT while the block runs; the first one is answered at once with a line on stderr.
+
+    Before the first step, a signal raises StopRequested in the main thread. If that is inside a long call of C code, such as a
+    compilation, the process ends with exit code 75 after `EXIT_SECONDS`; nothing is lost then. Later, `reason` is set, and the
+    caller stops after a step. A second signal has its usual effect.
 
     Handlers can only be installed in the main thread; in another thread nothing is caught.
-
-    Yields:
-        A namespace whose `reason` is None, and the name of the first signal once it has arrived. A second signal has its usual
-        effect.
     """
-    stop_request = SimpleNamespace(reason=None)
+    stop_request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop_request
         return
@@ -37,15 +65,47 @@ def signals() -> Iterator[SimpleNamespace]:
         stop_request.reason = signal.Signals(number).name
         # Restored at once, so that a second signal acts as usual.
         signal.signal(number, previous_handlers[number])
+        if stop_request.starting is not None:
+            raise StopRequested(stop_request.reason)
 
     previous_handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    previous_descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    answering = threading.Thread(target=_answer, args=(receiver, stop_request, frozenset(previous_handlers)), daemon=True)
+    answering.start()
     for number in previous_handlers:
         signal.signal(number, record_signal)
     try:
         yield stop_request
     finally:
+        stop_request.ended = True
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(previous_descriptor)
+        sender.close()  # ends the thread
+        answering.join(EXIT_SECONDS + 1)
+        receiver.close()
+
+
+def _answer(receiver: socket.socket, stop_request: StopRequest, numbers: frozenset[int]) -> None:
+    """Say what the process waits for when a signal arrives, also while its main thread is in C code.
+
+    A process that does not leave its start is ended.
+    """
+    while received := receiver.recv(1):
+        if received[0] not in numbers:
+            continue
+        name = signal.Signals(received[0]).name
+        os.write(2, f"moe-train: {name} received; waiting for {stop_request.waits_for()}\n".encode())
+        until = time.monotonic() + EXIT_SECONDS
+        while stop_request.starting is not None and not stop_request.ended:
+            if time.monotonic() > until:
+                os.write(2, f"moe-train: ended while {stop_request.starting}; start again to continue\n".encode())
+                announce_exit(UNFINISHED)
+                os._exit(UNFINISHED)
+            time.sleep(0.05)
+        return
 
 
 class Votes(NamedTuple):

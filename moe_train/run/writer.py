@@ -16,9 +16,11 @@ import numpy as np
 from rich.console import Console
 
 from moe_train import config
-from moe_train.machine.files import write_text
+from moe_train.machine.files import write_bytes
 from moe_train.machine.progress import Progress
 from moe_train.machine.progress_bar import ProgressBar
+
+log = logging.getLogger(__name__)
 
 LINE_SECONDS = 5.0
 """Seconds between two lines of metrics if stderr is not a terminal."""
@@ -165,17 +167,37 @@ def _replace_non_finite(metrics: Any) -> Any:
 
 
 def _open_lines(path: Path, start_step: int) -> TextIO:
-    """Open `path` for appending, after removing lines past `start_step` and an incomplete last line.
+    """Open `path` for appending, after removing lines past `start_step`, damaged lines and an incomplete last line.
 
-    With `start_step` 0, a new start, all lines are removed.
+    With `start_step` 0, a new start, all lines are removed. A warning names each damaged line.
     """
-    kept_lines: list[str] = []
+    kept_lines: list[bytes] = []
     if start_step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= start_step:
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                step = parse_line(line)["step"]
+            except ValueError as error:
+                log.warning("%s:%d is dropped: %s", path, number, error)
+                continue
+            if step <= start_step:
                 kept_lines.append(line)
-    write_text(path, "".join(kept_lines))
+    write_bytes(path, b"".join(kept_lines))
     return path.open("a", encoding="utf-8")
+
+
+def parse_line(line: bytes) -> MetricsRecord:
+    """Parse a line of `metrics.jsonl`. Raises ValueError if it is not the metrics of a step."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {getattr(error, 'msg', error)}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record.get("kind") not in ("train", "eval"):
+        raise ValueError("not the metrics of a step (an object with kind and step)")
+    return record
 
 
 def _scalars(metrics: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tuple[str, float]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_train.machine.compiler_options import compiler_options
 from moe_train.model.moe.router import RouterStats, next_bias
@@ -32,6 +32,8 @@ class StepMetrics(NamedTuple):
     """Global gradient norm before clipping."""
     finite: Bool[Array, ""]
     """False if the loss or the gradient norm was not finite, in which case the update was skipped."""
+    tokens: Int[Array, ""] | None
+    """Number of positions of the batch that are no padding; None for a batch type without `segment_ids`."""
     routers: RouterStats | None
     """Router statistics (L, …), averaged over microbatches (counts are summed); None for a dense model."""
 
@@ -79,7 +81,13 @@ def train_step(
     metrics = {}
     for name, metric in step_metrics(definition.objective, terms, weight).items():
         metrics[name] = divide(*metric) if isinstance(metric, Mean) else metric
-    return state, StepMetrics(loss, metrics, grad_norm, finite, terms.routers)
+    return state, StepMetrics(loss, metrics, grad_norm, finite, _valid_tokens(batch), terms.routers)
+
+
+def _valid_tokens(batch: Any) -> Int[Array, ""] | None:
+    """Count the positions of a batch that are no padding."""
+    segment_ids = getattr(batch, "segment_ids", None)
+    return None if segment_ids is None else jnp.sum(segment_ids != 0, dtype=jnp.int32)
 
 
 def _updated_biases(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:

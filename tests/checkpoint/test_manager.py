@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,7 +119,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, mesh, how, item):
     damage(tmp_path / "checkpoints" / "2" / item, how)
     found = restored(tmp_path)
     assert same(found.state, saved[1])
-    assert list(found.damaged) == [2] and len(found.damaged[2]) < 250 and "\n" not in found.damaged[2]
+    assert list(found.damaged) == [2] and len(found.damaged[2]) < 350 and "\n" not in found.damaged[2]
     assert steps_in(tmp_path) == ["1", "damaged-2"]
     assert save_steps(tmp_path, {2: None})  # the step is done again, and there is room for it
     assert not restored(tmp_path).damaged
@@ -128,9 +132,38 @@ def test_a_damaged_description_is_damage_too(tmp_path, mesh):
     saved = save_steps(tmp_path, {1: None, 2: None})
     for file in (tmp_path / "checkpoints" / "2" / "about").rglob("metadata"):
         file.write_text("{")
-    with manager.open_for_saving(tmp_path, SETTINGS) as checkpoints:
-        assert manager.newest_metadata(checkpoints) == ABOUT
+    assert manager.newest_metadata(tmp_path) == ABOUT
     assert same(restored(tmp_path).state, saved[1])
+
+
+SMALL_FILES = [
+    *("about/metadata", "_CHECKPOINT_METADATA", "params/_METADATA", "params/_sharding", "params/array_metadatas/process_0"),
+    *("params/manifest.ocdbt", "params/ocdbt.process_0/manifest.ocdbt", "optimizer/_METADATA", "optimizer/manifest.ocdbt"),
+]
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "flipped", "gone"])
+@pytest.mark.parametrize("step", ["1", "2"])
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_no_small_file_of_any_checkpoint_keeps_a_run_from_starting(tmp_path, mesh, name, step, how, caplog):
+    saved = save_steps(tmp_path, {1: 2.0, 2: 1.0})
+    file = tmp_path / "checkpoints" / step / name
+    content = file.read_bytes()
+    middle = len(content) // 2
+    match how:
+        case "gone":
+            file.unlink()
+        case "empty":
+            file.write_bytes(b"")
+        case "cut":
+            file.write_bytes(content[:middle])
+        case "flipped":
+            file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    found = restored(tmp_path)
+    assert same(found.state, saved[1 if found.damaged else 2])
+    assert all(f"checkpoints/{step}/" in reason for reason in found.damaged.values())
+    if name == "about/metadata":
+        assert f"checkpoints/{step}/about/metadata" in (found.damaged[2] if step == "2" else caplog.text)
 
 
 def test_where_all_are_damaged_nothing_is_touched(tmp_path, mesh):
@@ -174,6 +207,46 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, mesh):
     assert same(restored(tmp_path).state, saved[1])
 
 
+@pytest.mark.parametrize("fault", ["none", "blind", "data", "metadata"])
+def test_two_processes_agree_on_what_is_damaged(tmp_path, fault):
+    """One cannot read what the other can: both take the checkpoint before, and neither waits for the other."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "SLURM_", "TPU_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    processes = []
+    for index in range(2):
+        command = [sys.executable, "-m", "tests.checkpoint.two_processes", str(tmp_path), str(index), fault]
+        root = Path(__file__).parents[2]
+        mine = env | {"JAX_PROCESS_ID": str(index), "PYTHONPATH": str(root)}
+        processes.append(subprocess.Popen(command, cwd=root, env=mine, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    expected = "row 2, damaged [], [1, 2]" if fault == "none" else "row 1, damaged [2], [1]"
+    for index, lines in enumerate(said):
+        assert f"process {index}: {expected}" in lines, lines
+
+
+def test_a_full_disk_prints_no_traceback(tmp_path):
+    code = f"""
+import jax, pathlib
+jax.config.update("jax_num_cpu_devices", 8)
+from moe_train.machine.mesh import make_mesh
+from tests.checkpoint.test_manager import *
+run_dir = pathlib.Path({str(tmp_path)!r})
+with jax.set_mesh(make_mesh(MESHES["one"])):
+    save_steps(run_dir, {{1: None}})
+    try:
+        with manager.open_for_saving(run_dir, SETTINGS) as checkpoints, full_disk():
+            manager.save(checkpoints, 2, changed(jax.jit(new_state)()), ABOUT)
+            manager.finish_saving(checkpoints)
+    except RuntimeError:
+        print("failed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout == "failed\n"
+    assert "Traceback" not in done.stderr and "Event loop" not in done.stderr
+
+
 @pytest.mark.parametrize("mesh_there", sorted(MESHES))
 def test_a_stacked_array_is_read_layer_by_layer(tmp_path, monkeypatch, mesh_there):
     monkeypatch.setattr(arrays, "CHECKPOINT_CHUNK_BYTES", 4096)  # a device's part is more, and a layer of it less
@@ -196,7 +269,7 @@ def test_a_stacked_array_is_read_layer_by_layer(tmp_path, monkeypatch, mesh_ther
     with jax.set_mesh(make_mesh(MESHES[mesh_there])):
         shapes = jax.eval_shape(stacked).learned
         assert same(manager.load_params(tmp_path, shapes)[0], wanted.learned)
-        kept, _ = manager.load_params(tmp_path, shapes, keep={"w": noting})
+        kept = manager.load_params(tmp_path, shapes, keep={"w": noting}).params
         assert same(kept, {"w.negated": -wanted.learned["w"], "w.sums": np.asarray(jnp.asarray(wanted.learned["w"]).sum(-1))})
         assert kept["w.negated"].sharding.spec == shapes["w"].sharding.spec
         assert same(restored(tmp_path, stacked).state, wanted)
@@ -206,14 +279,14 @@ def test_a_stacked_array_is_read_layer_by_layer(tmp_path, monkeypatch, mesh_ther
 def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_path, mesh, caplog):
     saved = save_steps(tmp_path, {1: None, 2: None})
     shapes = jax.eval_shape(new_state).learned
-    params, about = manager.load_params(tmp_path, shapes)
-    assert same(params, saved[2].learned) and about == ABOUT
+    params, about, step = manager.load_params(tmp_path, shapes)
+    assert same(params, saved[2].learned) and about == ABOUT and step == 2
     first, *_ = shapes
-    negated, _ = manager.load_params(tmp_path, shapes, keep={first: lambda x: {first: -x}})
+    negated = manager.load_params(tmp_path, shapes, keep={first: lambda x: {first: -x}}).params
     assert same(negated, {first: -saved[2].learned[first]})
     damage(tmp_path / "checkpoints" / "2" / "params", "flipped bits")
-    params, _ = manager.load_params(tmp_path, shapes)
-    assert same(params, saved[1].learned) and steps_in(tmp_path) == ["1", "2"]
+    params, _, step = manager.load_params(tmp_path, shapes)
+    assert same(params, saved[1].learned) and step == 1 and steps_in(tmp_path) == ["1", "2"]
     assert "the checkpoint of step 2 in" in caplog.text
     with pytest.raises(RuntimeError, match=r"the checkpoint of step 2 in .* cannot be read"):
         manager.load_params(tmp_path, shapes, 2)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import typer
 
@@ -81,6 +82,12 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], said: str, capsys: p
         (ConnectionError("s3://a cannot be reached"), 75, "moe-train: s3://a cannot be reached\n"),
         (FileExistsError("out exists"), 2, "moe-train: out exists\n"),
         (OSError(28, "No space left on device", "step_5"), 1, "moe-train: step_5: No space left on device\n"),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Gloo context initialization\n failed: Connect timeout"),
+            75,
+            "moe-train: the processes lost touch with each other: INTERNAL: Gloo context initialization failed: Connect timeout; "
+            "start again to continue\n",
+        ),
         (RuntimeError("4 steps in a row were not finite"), 1, "moe-train: 4 steps in a row were not finite\n"),
     ],
 )

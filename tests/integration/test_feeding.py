@@ -18,8 +18,7 @@ def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_pa
     run = small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)
     assert train(run) == loop.FINISHED
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    with manager.open_for_saving(tmp_path / "run", run.checkpoint) as checkpoints:
-        about = manager.newest_metadata(checkpoints)
+    about = manager.newest_metadata(tmp_path / "run")
     assert about is not None and about.manifest == manifest["hash"] == manifest["sets"][0]["hash"]
     [event, *_] = events(tmp_path / "run")
     [(source, epochs)] = event["epochs"].items()

@@ -14,6 +14,7 @@ import pytest
 
 from moe_train import config
 from moe_train.checkpoint import manager, model_dir, runs
+from moe_train.checkpoint.arrays import StoredPart
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import export
 from moe_train.commands.generate import generate_text
@@ -110,7 +111,7 @@ def test_a_run_beside_quantised_weights(
 def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, read, restored = runs.read_run(base / "run"), manager.read_in_parts, []
 
-    def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[tuple[int, jax.Array]]:
+    def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[StoredPart]:
         restored.append(path)
         return read(params, path, like)
 
@@ -173,7 +174,7 @@ def test_interrupted_and_started_again_is_the_run_undisturbed(
         adapters = {p: x for p, x in shapes_of(run).items() if "lora" in p}
 
         def trained(run_dir: Path) -> Parameters:
-            return manager.load_params(run_dir, adapters)[0]
+            return manager.load_params(run_dir, adapters).params
 
         for path, x in trained(whole).items():
             np.testing.assert_array_equal(np.asarray(x), np.asarray(trained(tmp_path / "parts")[path]), err_msg=path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,3 +135,36 @@ def test_refused_before_anything_is_written(tmp_path, small_run, changes, error,
     with pytest.raises(error, match=said):
         train(small_run(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+# --- weights that no step can be taken from ----------------------------------------------------------------------------
+
+
+def faster(run_dir: Path, rate: float, small_run: Callable[..., config.Config], **changes: Any) -> config.Config:
+    """The run with another learning rate, and a checkpoint after each step."""
+    optimizer = {"name": "adamw", "learning_rate": rate, "schedule": {"name": "constant"}}
+    settings = {"every_steps": 1, "keep_last": 3}
+    return small_run(run_dir, optimizer=optimizer, checkpoint=settings, train__max_skipped_steps=0, data__eval=[], **changes)
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e12])
+def test_weights_that_a_learning_rate_ruins_do_not_replace_the_last_good_ones(after_two, small_run, rate, capfd):
+    """Ruined weights with a finite loss: not saved if they are too large, else set aside at the next start."""
+    with pytest.raises(RuntimeError, match=r"lower optimizer.learning_rate"):
+        train(faster(after_two, rate, small_run))
+    assert 2 in steps_in(after_two)
+    assert train(faster(after_two, 1e-2, small_run)) == loop.FINISHED
+    assert all(loss is not None for loss in losses(after_two))
+    assert [line["step"] for line in lines(after_two)] == [1, 2, 3, 4, 5, 6]
+    if rate == 1e12:
+        assert "was renamed to unusable-3; continuing from step 2" in capfd.readouterr().err
+        assert (after_two / "checkpoints" / "unusable-3").is_dir()
+
+
+def test_padding_is_not_counted_as_tokens(small_run, tmp_path):
+    run = small_run(tmp_path, train__steps=4, train__seq_len=64)
+    loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), batch_size=8, seq_len=64, seed=0)
+    assert train(run) == loop.FINISHED
+    tokens = [int((loader.batch(step).segment_ids != 0).sum()) for step in range(4)]
+    assert min(tokens) < 8 * 64
+    assert [line["tokens_per_second"] * line["seconds"] for line in lines(tmp_path)] == pytest.approx(tokens, rel=0.01)

@@ -14,7 +14,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import manager, model_dir, runs
 from moe_train.commands.evaluate import evaluate_model
-from moe_train.commands.export import export
+from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
@@ -70,6 +70,54 @@ def test_a_damaged_last_checkpoint_is_said_and_passed_over(finished, tmp_path, s
     assert losses(run_dir) == losses(finished)
 
 
+def test_every_command_says_which_checkpoint_it_loaded(finished, tmp_path, small_run, text, caplog):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    with caplog.at_level("INFO", "moe_train"):
+        named = export(f"{run_dir}@4", tmp_path / "named", options=TENSORS)
+        assert (named["source"], named["step"]) == (str(run_dir), 4)
+        assert evaluate_model(f"{run_dir}@2", [text / "eval.jsonl"])["checkpoint"] == 2
+        assert f"weights of {run_dir}: the checkpoint of step 2 (the newest is that of step 6" in caplog.text
+        for file in (run_dir / "checkpoints" / "6" / "params").rglob("d/*"):
+            file.write_bytes(b"")
+        record = export(run_dir, tmp_path / "damaged", options=TENSORS)
+        assert evaluate_model(run_dir, [text / "eval.jsonl"])["checkpoint"] == 4
+    assert record["step"] == 4
+    assert (
+        next((tmp_path / "damaged").glob("*.safetensors")).read_bytes()
+        == next((tmp_path / "named").glob("*.safetensors")).read_bytes()
+    )
+    run = small_run(tmp_path / "next", init_from=f"{run_dir}@3", model=None, train__steps=2)
+    assert train(run) == loop.FINISHED
+    [base] = [event["base"] for event in events(tmp_path / "next") if "base" in event]
+    assert (base["source"], base["step"]) == (str(run_dir), 3)
+
+
+def test_checkpoints_on_a_disk_that_is_not_mounted_are_missed(finished, tmp_path, small_run):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    metrics = (run_dir / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"has no checkpoint, but its run\.json shows that checkpoints were saved"):
+            train(small_run(run_dir))
+        assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_damaged_small_files_do_not_keep_a_run_from_going_on(finished, tmp_path, small_run, caplog):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "run.json").write_bytes(b"")
+    (run_dir / "metrics.jsonl").write_bytes(b"\x00\n{}\n" + (run_dir / "metrics.jsonl").read_bytes())
+    shutil.rmtree(run_dir / "checkpoints" / "6")
+    (run_dir / "checkpoints" / "2" / "about" / "metadata").write_bytes(b"")
+    assert train(small_run(run_dir)) == loop.FINISHED
+    assert losses(run_dir) == losses(finished)
+    for name in ("run.json", "metrics.jsonl:1", "metrics.jsonl:2", "checkpoints/2/about/metadata"):
+        assert f"{run_dir}/{name}" in caplog.text
+
+
 def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, monkeypatch):
     found, restore = [], manager.restore
     monkeypatch.setattr(manager, "restore", lambda *args: found.append(restore(*args)) or found[-1])
@@ -79,6 +127,9 @@ def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, 
     for path, x in state.trainable.items():
         assert x.sharding == adam.mu[path].sharding == adam.nu[path].sharding, path
     assert any(x.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor") for x in adam.mu.values())
+
+
+TENSORS = ExportOptions(depth="tensors")
 
 
 def weights(run: config.Config, run_dir: Path) -> dict[str, np.ndarray]:

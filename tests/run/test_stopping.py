@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -44,11 +47,53 @@ def usual_interrupt():
 
 def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(usual_interrupt):
     with signals() as asked:
+        asked.starting = None
         assert asked.reason is None
         signal.raise_signal(signal.SIGINT)
         assert asked.reason == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_before_the_first_step_ends_the_start(tmp_path, small_run, monkeypatch, capfd):
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_self_tests", interrupt)
+        assert train(small_run(tmp_path)) == loop.UNFINISHED
+    said = capfd.readouterr().err
+    assert "moe-train: SIGTERM received; waiting for testing the kernels, for 4 s at most; nothing is lost" in said
+    assert "moe-train: stopped before the first step (SIGTERM); start again to continue" in said
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert train(small_run(tmp_path, train__steps=2)) == loop.FINISHED
+
+
+BUSY = """
+import hashlib
+from moe_train.run.stopping import signals
+with signals() as asked:
+    asked.starting = "compiling the step"
+    print("ready", flush=True)
+    while True:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 60_000_000)  # C code, in which no handler of Python runs
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_start_in_c_code_ends_within_seconds(number):
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    start = time.monotonic()
+    process.send_signal(number)
+    assert process.stderr.readline() == (
+        f"moe-train: {number.name} received; waiting for compiling the step, for 4 s at most; nothing is lost\n"
+    )
+    assert time.monotonic() - start < 2
+    assert process.wait(20) == loop.UNFINISHED and time.monotonic() - start < 8
+    assert process.stderr.read() == "moe-train: ended while compiling the step; start again to continue\n"
 
 
 @pytest.mark.parametrize("wishes", [(False, False), (True, False), (False, True)])

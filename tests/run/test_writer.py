@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from moe_train import config
@@ -93,3 +94,19 @@ def test_a_terminal_gets_one_progress_line(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().err
     for part in ("loss 2.5000", "1,234 tokens/s", "MFU 25.0%", "balance 1.50", "4/4"):
         assert part in shown
+
+
+@pytest.mark.parametrize(
+    "line", [b"\x00\x00", b'{"kind": "train", "st', b"\xff\xfe{}", b"{}", b"[]", b"", b'{"kind": "train", "step": "1"}']
+)
+def test_a_damaged_line_is_dropped_and_named(tmp_path, caplog, line):
+    settings = config.Metrics(tensorboard=False)
+    writer = writers.Writer(tmp_path, settings, start_step=0, total_steps=6)
+    for step in (1, 2, 3):
+        writer.train(step, FIGURES)
+    writer.close()
+    first, *others = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([first, line, *others, b""]))
+    writers.Writer(tmp_path, settings, start_step=2, total_steps=6).close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert f"{tmp_path / 'metrics.jsonl'}:2 is dropped: not " in caplog.text

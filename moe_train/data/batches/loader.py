@@ -13,6 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -305,13 +306,16 @@ def open_store(
     Raises:
         ValueError: If a prepared set was made with another tokenizer or template, or if a record cannot be used.
     """
+    memory = Path(data.cache_dir) / "scans"
     if not isinstance(source, config.PreparedSource):
         if template is not None and reads_date(template) and not isinstance(source.record, config.TextRecord):
             template = dated(template, data.chat_date or keep_date(data.cache_dir))
         records = open_source(source)
         directory = prepare(source, records, tokenizer, template, data.cache_dir, data.num_proc, shown)
-        return TokenStore(directory, records)
-    store = TokenStore(source.path, cache_mib=source.cache_mib)
+        prepared = TokenStore(directory, records, vocab_size=tokenizer.vocab_size)
+        prepared.verify(memory)
+        return prepared
+    store = TokenStore(source.path, cache_mib=source.cache_mib, vocab_size=tokenizer.vocab_size)
     prepared_date = store.manifest.rules.chat_date
     if data.chat_date is not None and prepared_date not in (None, data.chat_date):
         raise ValueError(
@@ -326,6 +330,7 @@ def open_store(
         raise ValueError(f"{source.path} was prepared with another tokenizer than {tokenizer.files[0]}; prepare it with this one")
     if store.manifest.rules.template_sha256 not in (None, template_sha256):
         raise ValueError(f"{source.path} was prepared with another chat template; prepare it with this one (data.chat_template)")
+    store.verify(memory)
     return store
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import itertools
+import json
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_train.data.prepared.bucket import PATIENCE, fault, open_files, reason
+from moe_train.data.records.scan import scan_file
+from moe_train.machine.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,7 @@ class LocalFolder:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
+        self.remedy = f"remove {path}, and prepare the data again"
 
     def text(self, name: str) -> bytes:
         """Return the content of a file."""
@@ -61,10 +67,21 @@ class LocalFolder:
         """
         path = self.path / file.name
         if not path.is_file() or path.stat().st_size != file.size:
-            raise ValueError(f"{path} is damaged (not {file.size} bytes); remove {self.path}, and prepare the data again")
+            raise ValueError(f"{path} is damaged (not {file.size} bytes); {self.remedy}")
         if not file.size:
             return np.zeros(0, file.dtype)  # an empty file cannot be mapped
         return np.memmap(path, dtype=file.dtype, mode="r").view(np.ndarray)
+
+    def sha256(self, file: File, memory: Path) -> str:
+        """Return the hash of a file, remembered in the folder `memory` until its size or modification time changes.
+
+        Raises:
+            ValueError: If it has another size than stated, or is missing.
+        """
+        self.array(file)
+        sha256 = scan_file(self.path / file.name, False, memory).sha256
+        assert sha256 is not None  # it is None only for sources that are no files
+        return sha256
 
     def read_whole(self, files: Sequence[File]) -> list[np.ndarray]:
         """Return files as arrays."""
@@ -80,6 +97,7 @@ class RemoteFolder:
 
     def __init__(self, url: str, cache_mib: int, block: int = _BLOCK) -> None:
         self.path = url
+        self.remedy = "copy the prepared data there again"
         self._files, self._root = open_files(url)
         self._timeout = {"timeout": PATIENCE} if self._files.async_impl else {}
         self._block_size = block
@@ -91,6 +109,36 @@ class RemoteFolder:
     def text(self, name: str) -> bytes:
         """Return the content of a file."""
         return self._threads.submit(self._read, name, _WAITS).result()
+
+    def modified(self, name: str) -> float | None:
+        """Return when a file was written, in seconds since 1970; None if the store does not say."""
+        try:
+            return float(self._files.modified(f"{self._root}/{name}").timestamp())
+        except FileNotFoundError as error:
+            raise fault(f"{self.path}/{name}", error) from error
+        except Exception as error:  # each file system has its own exceptions
+            log.info("%s/%s: its age is unknown (%s)", self.path, name, reason(error))
+            return None
+
+    def sha256(self, file: File, memory: Path) -> str:
+        """Return the hash of a file, remembered in the folder `memory` until its size or modification time changes.
+
+        Blocks go through the cache, so that those of a small set are fetched only once.
+        """
+        modified = self.modified(file.name)
+        key = json.dumps([self.path, file.name, file.size, modified])
+        remembered = memory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.sha256"
+        if modified is not None and remembered.exists():
+            return remembered.read_text()
+        digest = hashlib.sha256()
+        numbers = self._numbers(0, file.size)
+        for first in range(0, len(numbers), _REQUESTS):  # a few blocks in memory at a time
+            for block in self._threads.map(lambda number: self.block(file, number), numbers[first : first + _REQUESTS]):
+                digest.update(block)
+        if modified is not None and time.time() - modified > 2:  # else it can change again within one tick of its time
+            memory.mkdir(parents=True, exist_ok=True)
+            write_text(remembered, digest.hexdigest())
+        return digest.hexdigest()
 
     def array(self, file: File) -> RemoteArray:
         """Return the file as an array of which slices can be read; nothing is fetched yet."""
@@ -148,7 +196,7 @@ class RemoteFolder:
         stop = min(start + self._block_size, file.size)
         data = self._read(file.name, _WAITS + _LATER_WAITS, start=start, end=stop)
         if len(data) != stop - start:
-            raise ValueError(f"{self.path}/{file.name} is damaged (not {file.size} bytes); copy the prepared data there again")
+            raise ValueError(f"{self.path}/{file.name} is damaged (not {file.size} bytes); {self.remedy}")
         return data
 
     def _read(self, name: str, waits: tuple[float, ...], **part: int) -> bytes:

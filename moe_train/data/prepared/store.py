@@ -14,6 +14,7 @@ import numpy as np
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.folder import File, RemoteFolder, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
+from moe_train.data.prepared.verify import verify_set
 from moe_train.data.records.source import OpenSource, Origin, numbered
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,17 @@ class TokenStore:
         path: The folder, local or in a bucket.
         source: The records as they are now, for messages; None to use what the manifest says about them.
         cache_mib: MiB of a bucket's files that stay in memory.
+        vocab_size: Number of ids of the tokenizer; None to accept any id.
 
     Attributes:
         manifest: The description of the set.
     """
 
-    def __init__(self, path: str | Path, source: OpenSource | None = None, cache_mib: int = 1024) -> None:
+    def __init__(
+        self, path: str | Path, source: OpenSource | None = None, cache_mib: int = 1024, vocab_size: int | None = None
+    ) -> None:
         self.path = str(path)
+        self._vocab_size = vocab_size
         self._folder = open_folder(self.path, cache_mib)
         try:
             text = self._folder.text(manifest.MANIFEST)
@@ -56,6 +61,10 @@ class TokenStore:
     def __len__(self) -> int:
         """Return the number of examples."""
         return self.manifest.examples
+
+    def verify(self, memory: str | Path) -> None:
+        """Raise ValueError if the files have other bytes than the manifest states; hashes are remembered in `memory`."""
+        verify_set(self._folder, self.manifest, Path(memory))
 
     def warn_of_cache(self, window: int | None) -> None:
         """Warn if the records that are shuffled together do not fit into the cache.
@@ -129,7 +138,21 @@ class TokenStore:
             if mask is not None:
                 parts.append((mask, start, stop))
         arrays = iter(self._folder.read(parts))
-        return [(next(arrays), None if mask is None else next(arrays)) for _, mask, _, _ in located]
+        read: list[tuple[np.ndarray, np.ndarray | None]] = []
+        for piece, (_, mask, _, _) in zip(pieces, located, strict=True):
+            tokens = next(arrays)
+            self._check_ids(piece.example, tokens)
+            read.append((tokens, None if mask is None else next(arrays)))
+        return read
+
+    def _check_ids(self, example: int, tokens: np.ndarray) -> None:
+        """Raise ValueError if an id is not in the vocabulary, which a model would read as another token."""
+        if self._vocab_size is None or not tokens.size or tokens.max() < self._vocab_size:
+            return
+        raise ValueError(
+            f"{self.path}: example {example} ({self.where(example)}) has the token id {tokens.max()}, but the tokenizer has only "
+            f"{self._vocab_size} ids, so the set is damaged; {self._folder.remedy}"
+        )
 
     def masks(self, pieces: Sequence[ExampleSlice]) -> list[np.ndarray | None]:
         """Return only the loss masks that `read` returns."""

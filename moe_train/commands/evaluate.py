@@ -12,6 +12,7 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.chat.chat_date import date_of_data
 from moe_train.data.records.conversation import normalise, trainable
@@ -57,7 +58,7 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
         chat_date = date_of_data(run.data)
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
-        loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
+        loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0)
         structure, params = opened.load()
         metrics = evaluate_held_out(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
     if not math.isfinite(metrics["loss"]):

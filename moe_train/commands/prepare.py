@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 from moe_train import config
 from moe_train.checkpoint.model_dir import find_tokenizer_config
-from moe_train.data.batches.loader import Loader, open_store
+from moe_train.data.batches.batch import BatchRows
+from moe_train.data.batches.loader import Loader
+from moe_train.data.batches.sources import open_store
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.prepared.tokenize_ahead import PrepareProgress as Shards
+from moe_train.data.prepared.shard_pool import PrepareProgress, ProgressReport
 from moe_train.data.prepared.upload import upload
 from moe_train.data.records import unread
 from moe_train.data.tokenizers.load import load_tokenizer
@@ -54,7 +55,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
                     "path": store.path if to is None else upload(store.path, to),
                 }
             )
-    loader = Loader(data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
+    loader = Loader(data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
     steps = loader.total_steps(run.train)
     return {
         "sets": sets,
@@ -80,7 +81,7 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[dic
     run = _resolve(written)
     data = run.training_data()
     tokenizer = _open_tokenizer(run)
-    loader = Loader(data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
+    loader = Loader(data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
     if step < 1:
         raise ValueError(f"step {step}: steps are counted from 1")
     if row is not None and not 0 <= row < run.train.batch_size:
@@ -113,13 +114,13 @@ def _open_tokenizer(run: config.Run) -> Tokenizer:
     return tokenizer
 
 
-def _reporter(source: str) -> Callable[[Shards], None]:
+def _reporter(source: str) -> ProgressReport:
     """Return a callback that reports how many shards of a source are done, and how many tokens per second."""
     start_time = time.monotonic()
 
-    def report(now: Shards) -> None:
-        rate = now.tokens / max(time.monotonic() - start_time, 1e-9)
-        detail = f"{now.records:,} records  {now.tokens:,} tokens  {rate:,.0f} tokens/s"
-        progress.report(progress.Progress(source, now.done, now.shards, "shards", detail))
+    def report(state: PrepareProgress) -> None:
+        rate = state.tokens / max(time.monotonic() - start_time, 1e-9)
+        detail = f"{state.records:,} records  {state.tokens:,} tokens  {rate:,.0f} tokens/s"
+        progress.report(progress.Progress(source, state.done, state.shards, "shards", detail))
 
     return report

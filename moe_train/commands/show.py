@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.batch import Batch, BatchRows
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
@@ -134,7 +134,7 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
         raise ValueError("the config has no data section; state data.train")
     from moe_train.data.batches.loader import Loader  # imported here, since it takes a second that other uses do not need
 
-    loader = Loader(run.data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
+    loader = Loader(run.data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
     count = min(count, run.train.batch_size)
     batch = Batch(*(array[:count] for array in loader.batch(step - 1)))
     traced = [loader.trace(step - 1, row) for row in range(count)]

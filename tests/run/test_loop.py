@@ -16,6 +16,7 @@ from moe_train.checkpoint import model_dir
 from moe_train.commands import evaluate
 from moe_train.commands.train import train
 from moe_train.config import yaml_file
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.machine.mesh import make_mesh
@@ -70,7 +71,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> Callab
 
     def spoil(*steps: int) -> None:
         run = small_run(tmp_path)
-        loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), batch_size=8, seq_len=32, seed=0)
+        loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), BatchRows(8, 32), seed=0)
         marks = np.stack([loader.batch(s - 1).tokens[0] for s in steps])
         plain = next_token.loss
 

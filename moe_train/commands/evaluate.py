@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -21,11 +20,12 @@ from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
 from moe_train.evaluate.held_out import evaluate_held_out
 from moe_train.evaluate.loss import make_batch_sums
+from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import BATCH
 from moe_train.train.objectives.next_token import next_token
 
 
-def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> dict[str, Any]:
+def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> JsonObject:
     """Measure the next-token loss of a run (its newest checkpoint) or a Hugging Face model on files of text or conversations.
 
         loss = moe_train.evaluate_model(Path("runs/tuned"), [Path("held_out.jsonl")])["loss"]
@@ -91,7 +91,7 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
     return record.model_copy(update={"too_long": "truncate"})
 
 
-def _readable(fields: dict[str, Any], record: config.Record) -> bool:
+def _readable(fields: JsonObject, record: config.Record) -> bool:
     try:
         trainable(normalise(fields, record))
     except ValueError:

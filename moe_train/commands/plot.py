@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_train.machine.files import read_object, write_bytes
+from moe_train.machine.files import JsonObject, read_object, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +23,8 @@ class RunMetrics(NamedTuple):
     """The metrics of a run, read from `metrics.jsonl` and `run.json`."""
 
     name: str
-    train: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    train: list[JsonObject]
+    evaluations: list[JsonObject]
     resumed: list[int]
     """Steps after which the run was resumed."""
 
@@ -51,7 +51,7 @@ def read_run_metrics(run_dir: Path) -> RunMetrics:
     return RunMetrics(str(run_dir), train, evaluations, _resumed_steps(run_dir / "run.json"))
 
 
-def _parse_line(line: str, location: str) -> dict[str, Any]:
+def _parse_line(line: str, location: str) -> JsonObject:
     """Parse a line of `metrics.jsonl`. Raises ValueError, with its location, if it is damaged."""
     try:
         metrics = json.loads(line)
@@ -128,7 +128,7 @@ def plot(run_dirs: list[Path], out: Path) -> None:
     write_bytes(out, picture.getvalue())
 
 
-def _draw_metric(panel: Axes, lines: list[dict[str, Any]], key: str, color: str, **style: Any) -> None:
+def _draw_metric(panel: Axes, lines: list[JsonObject], key: str, color: str, **style: Any) -> None:
     """Plot a metric over steps; for one kept per layer, the mean."""
     points = [(line["step"], np.mean(line[key])) for line in lines if line.get(key) is not None]
     if points:

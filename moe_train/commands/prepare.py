@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Literal
+from typing import Literal
 
 from moe_train import config
 from moe_train.checkpoint.model_dir import find_tokenizer_config
@@ -18,10 +18,11 @@ from moe_train.data.records import unread
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine import progress
+from moe_train.machine.files import JsonObject
 from moe_train.run.resolve import resolve
 
 
-def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
+def prepare(written: config.Config, to: str | None = None) -> JsonObject:
     """Tokenize every source of a run that is not tokenized yet, and plan the rows of its first epoch.
 
     Args:
@@ -38,7 +39,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
     data = run.training_data()
     tokenizer = _open_tokenizer(run)
     template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
-    sets: list[dict[str, Any]] = []
+    sets: list[JsonObject] = []
     kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
     for kind, sources in kinds:
         for i, source in enumerate(sources):
@@ -70,7 +71,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
     }
 
 
-def trace(written: config.Config, step: int, row: int | None = None) -> list[dict[str, Any]]:
+def trace(written: config.Config, step: int, row: int | None = None) -> list[JsonObject]:
     """Return the file and line of every segment that a training step learns from.
 
     Args:

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from moe_train.checkpoint import model_dir, runs
 from moe_train.checkpoint.manager import WeightOrigin
 from moe_train.commands import left_out, write_and_prove
 from moe_train.commands.base_of_adapter import warn_of_another_base
-from moe_train.machine.files import new_directory, read_object, refuse_existing
+from moe_train.machine.files import JsonObject, new_directory, read_object, refuse_existing
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
@@ -89,7 +89,7 @@ class Comparison(NamedTuple):
             rows.append(row)
         return rows
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the comparison for JSON, which has no infinity: `relative` is None for a change of a zero matrix."""
         rows = []
         for change in self.changes:
@@ -169,8 +169,8 @@ def _measure_change(
         return None
     base_weight = read_weight(piece)
     if any(piece.path in trained for _, trained in adapters):  # trained in full
-        trained_weight, *others = (_full_weight(lora, trained, piece, base_weight) for lora, trained in adapters)
-        delta = float(np.linalg.norm(trained_weight - (others[0] if others else base_weight)))
+        trained_weight, *second_weights = (_full_weight(lora, trained, piece, base_weight) for lora, trained in adapters)
+        delta = float(np.linalg.norm(trained_weight - (second_weights[0] if second_weights else base_weight)))
     else:
         delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in adapters])
     layer = path.layer(model, piece.lead[0]) if piece.lead else None
@@ -218,7 +218,7 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
 # --- merge and scale -----------------------------------------------------------------------------------------------
 
 
-def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype: config.Dtype | None = None) -> dict[str, Any]:
+def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype: config.Dtype | None = None) -> JsonObject:
     """Merge the adapters of `source` into the base model, write it in Hugging Face format, and verify it.
 
     Args:
@@ -278,7 +278,7 @@ def base_and_adapter(
     return lora, {**frozen, **trained}
 
 
-def scale(source: str | Path, factor: float, out_dir: str | Path) -> dict[str, Any]:
+def scale(source: str | Path, factor: float, out_dir: str | Path) -> JsonObject:
     """Write a PEFT adapter whose deltas are `factor` times as large, and verify it.
 
     Only the alphas are multiplied; the tensors keep their bytes.

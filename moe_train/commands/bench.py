@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from moe_train import config
 from moe_train.machine.devices import peak_flops
+from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import parameters
@@ -30,7 +31,7 @@ TIMED_STEPS = 7
 """Number of steps that are timed."""
 
 
-def bench(written: config.Config) -> dict[str, Any]:
+def bench(written: config.Config) -> JsonObject:
     """Time the training step of a run with random weights, full sequences and uniformly drawn tokens.
 
     Returns:
@@ -93,10 +94,12 @@ def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
     return state._replace(frozen=frozen), structure, optimizer
 
 
-def _program_bytes(step: Any) -> int | None:
+def _program_bytes(step: jax.stages.Compiled) -> int | None:
     """Return the arguments and temporaries of the compiled step on one device, as the compiler states them."""
     memory = step.memory_analysis()
-    return None if memory is None else memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    if memory is None:
+        return None
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _peak_bytes(mesh: jax.sharding.Mesh) -> int:

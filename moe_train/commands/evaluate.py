@@ -6,12 +6,12 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.chat.chat_date import date_of_data
 from moe_train.data.records.conversation import normalise, trainable
@@ -20,11 +20,12 @@ from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
 from moe_train.evaluate.held_out import evaluate_held_out
 from moe_train.evaluate.loss import make_batch_sums
+from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import BATCH
 from moe_train.train.objectives.next_token import next_token
 
 
-def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> dict[str, Any]:
+def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> JsonObject:
     """Measure the next-token loss of a run (its named or else newest checkpoint) or a Hugging Face model on files.
 
         loss = moe_train.evaluate_model(Path("runs/tuned"), [Path("held_out.jsonl")])["loss"]
@@ -57,7 +58,7 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
         chat_date = date_of_data(run.data)
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
-        loader = Loader(data, "eval", opened.tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
+        loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0)
         structure, params, step = opened.load_with_step()
         metrics = evaluate_held_out(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
     if not math.isfinite(metrics["loss"]):
@@ -92,7 +93,7 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
     return record.model_copy(update={"too_long": "truncate"})
 
 
-def _readable(fields: dict[str, Any], record: config.Record) -> bool:
+def _readable(fields: JsonObject, record: config.Record) -> bool:
     try:
         trainable(normalise(fields, record))
     except ValueError:

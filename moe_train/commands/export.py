@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 
@@ -23,7 +23,7 @@ from moe_train.config import yaml_file
 from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
-from moe_train.machine.files import refuse_existing
+from moe_train.machine.files import JsonObject, refuse_existing
 from moe_train.machine.mesh import join_processes
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
@@ -63,7 +63,7 @@ class _Origin(NamedTuple):
 
     texts: Texts
     conversations: list[Conversation]
-    about: dict[str, Any]
+    about: JsonObject
 
 
 class _AdapterFiles(NamedTuple):
@@ -82,7 +82,7 @@ def export(
     layout: serve.ExportFormat = "hf",
     merge: bool = False,
     options: ExportOptions = ExportOptions(),
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the weights of a run, or of an external model, to `out_dir` and verify them.
 
         moe_train.export("runs/tuned", "tuned-hf", "hf", merge=True)
@@ -108,7 +108,9 @@ def export(
     join_processes()
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
     _check_options(layout, options)
-    shard_bytes = MAX_SHARD_BYTES if options.max_shard_size is None else _parse_size(options.max_shard_size)
+    shard_bytes = MAX_SHARD_BYTES
+    if options.max_shard_size is not None:
+        shard_bytes = _parse_size(options.max_shard_size)
     opened = unquantized_model(open_model(source))
     _check_source(opened, layout, merge)
     command = _serve_command(options.server, layout, opened, out_dir)
@@ -176,7 +178,7 @@ def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) 
 
 def _export_adapter(
     opened: OpenedModel, weights: LazyParameters, out_dir: str | Path, files: _AdapterFiles, origin: _Origin
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the adapter of a run and verify it, on the mesh in force; returns the record."""
     lora = opened.lora
     assert lora is not None  # `_check_source` has refused models without adapters
@@ -305,12 +307,12 @@ def _config_text(opened: OpenedModel, loaded: LoadedWeights) -> str:
     return yaml_file.dump(config.run_of(saved_config(opened.directory, loaded.about)).to_config())
 
 
-def _about(opened: OpenedModel, loaded: LoadedWeights) -> dict[str, Any]:
+def _about(opened: OpenedModel, loaded: LoadedWeights) -> JsonObject:
     """Return what the record states about the origin of the weights: the checkpoint that they were read from."""
     about = loaded.about
     if opened.run is None or about is None:
         return {"source": str(opened.directory)}
-    origin: dict[str, Any] = {"source": str(run_folder(opened.directory))}
+    origin: JsonObject = {"source": str(run_folder(opened.directory))}
     origin |= {"run": opened.run.name, "step": loaded.step, "data_sha256": about.data, "manifest_sha256": about.manifest}
     origin["config_sha256"] = hashlib.sha256(_config_text(opened, loaded).encode()).hexdigest()
     if about.base is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
 import numpy as np
 import tokenizers
@@ -23,7 +23,7 @@ from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
-from moe_train.machine.files import check_space, new_directory, refuse_existing
+from moe_train.machine.files import JsonObject, check_space, new_directory, refuse_existing
 from moe_train.weights import external, hf, mistral, names
 from moe_train.weights.on_disk import WeightFiles, array_bytes
 from moe_train.weights.texts import Texts, write_texts
@@ -37,7 +37,7 @@ ReadTensor = Callable[[tuple[int | slice, ...]], np.ndarray]
 """Reads a part of a tensor in a file, given by an index."""
 
 
-def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: WrittenLayout = "hf") -> dict[str, Any]:
+def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: WrittenLayout = "hf") -> JsonObject:
     """Write the model at `base` with the vocabulary of `tokenizer`.
 
     Weights are streamed with one matrix in memory. `out_dir` appears complete, after it was read back and compared, or not at all.

@@ -6,11 +6,12 @@ Nothing is allocated, and the devices of the mesh need not be present.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from moe_train import config
+from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import abstract_mesh
 from moe_train.model.moe.transport.choose import describe_transport
 from moe_train.model.parameters import parameters
@@ -26,7 +27,7 @@ class Report(NamedTuple):
 
     config: config.Config
     """The resolved config: every default stated, with the architecture and tokenizer of `init_from`."""
-    parameters: list[dict[str, Any]]
+    parameters: list[JsonObject]
     """Rows with path, shape, dtype, spec (the mesh axis of each dim), bytes_per_device and trainable."""
     totals: dict[str, int | str]
     """Counts and bytes; `transport` describes what crosses the mesh axis `expert` if it has more than one device."""
@@ -65,13 +66,13 @@ def inspect(written: config.Config) -> Report:
     return Report(run.to_config(), rows, totals)
 
 
-def abstract_parameters(run: config.Run) -> dict[str, Any]:
+def abstract_parameters(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Return {path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(run.mesh.model_dump())):
         return parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, run.lora)))[1]
 
 
-def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
+def active_parameters(shapes: dict[str, jax.ShapeDtypeStruct], model: config.Model) -> int:
     """Count the parameters that one token passes through; of the experts, only the chosen ones count."""
     if not isinstance(model.ffn, config.MoeFfn):
         return sum(x.size for x in shapes.values())
@@ -80,13 +81,13 @@ def active_parameters(shapes: dict[str, Any], model: config.Model) -> int:
     return sum(x.size for x in shapes.values()) - in_experts * idle_experts // model.ffn.num_experts
 
 
-def _spec_text(spec: Any, ndim: int) -> str:
+def _spec_text(spec: jax.sharding.PartitionSpec, ndim: int) -> str:
     """Format a spec as `- fsdp tensor -`: the mesh axis of each dim, `-` for a dim that is not split."""
     entries = [*spec, *[None] * (ndim - len(spec))]
     return " ".join(_spec_entry_text(entry) for entry in entries)
 
 
-def _spec_entry_text(entry: Any) -> str:
+def _spec_entry_text(entry: str | tuple[str, ...] | None) -> str:
     """Format the entry of one dim: its axes joined by `+`, or `-`."""
     if entry is None:
         return "-"

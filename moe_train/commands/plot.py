@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_train.machine.files import read_object, write_bytes
+from moe_train.machine.files import JsonObject, read_object, write_bytes
 from moe_train.run.writer import parse_line
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class RunMetrics(NamedTuple):
     """The metrics of a run, read from `metrics.jsonl` and `run.json`."""
 
     name: str
-    train: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    train: list[JsonObject]
+    evaluations: list[JsonObject]
     resumed: list[int]
     """Steps after which the run was resumed."""
 
@@ -120,7 +120,7 @@ def plot(run_dirs: list[Path], out: Path) -> None:
     write_bytes(out, picture.getvalue())
 
 
-def _draw_metric(panel: Axes, lines: list[dict[str, Any]], key: str, color: str, **style: Any) -> None:
+def _draw_metric(panel: Axes, lines: list[JsonObject], key: str, color: str, **style: Any) -> None:
     """Plot a metric over steps; for one kept per layer, the mean."""
     points = [(line["step"], np.mean(line[key])) for line in lines if line.get(key) is not None]
     if points:

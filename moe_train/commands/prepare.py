@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from moe_train import config
 from moe_train.checkpoint.model_dir import find_tokenizer_config
-from moe_train.data.batches.loader import Loader, open_store
+from moe_train.data.batches.batch import BatchRows
+from moe_train.data.batches.loader import Loader
+from moe_train.data.batches.sources import open_store
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.prepared.tokenize_ahead import PrepareProgress as Shards
+from moe_train.data.prepared.shard_pool import PrepareProgress, ProgressReport
 from moe_train.data.prepared.upload import upload
 from moe_train.data.records import unread
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine import progress
+from moe_train.machine.files import JsonObject
 from moe_train.run.resolve import resolve
 
 
-def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
+def prepare(written: config.Config, to: str | None = None) -> JsonObject:
     """Tokenize every source of a run that is not tokenized yet, and plan the rows of its first epoch.
 
     Args:
@@ -37,7 +39,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
     data = run.training_data()
     tokenizer = _open_tokenizer(run)
     template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
-    sets: list[dict[str, Any]] = []
+    sets: list[JsonObject] = []
     kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
     for kind, sources in kinds:
         for i, source in enumerate(sources):
@@ -54,7 +56,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
                     "path": store.path if to is None else upload(store.path, to),
                 }
             )
-    loader = Loader(data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
+    loader = Loader(data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
     steps = loader.total_steps(run.train)
     return {
         "sets": sets,
@@ -69,7 +71,7 @@ def prepare(written: config.Config, to: str | None = None) -> dict[str, Any]:
     }
 
 
-def trace(written: config.Config, step: int, row: int | None = None) -> list[dict[str, Any]]:
+def trace(written: config.Config, step: int, row: int | None = None) -> list[JsonObject]:
     """Return the file and line of every segment that a training step learns from.
 
     Args:
@@ -80,7 +82,7 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[dic
     run = _resolve(written)
     data = run.training_data()
     tokenizer = _open_tokenizer(run)
-    loader = Loader(data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
+    loader = Loader(data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
     if step < 1:
         raise ValueError(f"step {step}: steps are counted from 1")
     if row is not None and not 0 <= row < run.train.batch_size:
@@ -113,13 +115,13 @@ def _open_tokenizer(run: config.Run) -> Tokenizer:
     return tokenizer
 
 
-def _reporter(source: str) -> Callable[[Shards], None]:
+def _reporter(source: str) -> ProgressReport:
     """Return a callback that reports how many shards of a source are done, and how many tokens per second."""
     start_time = time.monotonic()
 
-    def report(now: Shards) -> None:
-        rate = now.tokens / max(time.monotonic() - start_time, 1e-9)
-        detail = f"{now.records:,} records  {now.tokens:,} tokens  {rate:,.0f} tokens/s"
-        progress.report(progress.Progress(source, now.done, now.shards, "shards", detail))
+    def report(state: PrepareProgress) -> None:
+        rate = state.tokens / max(time.monotonic() - start_time, 1e-9)
+        detail = f"{state.records:,} records  {state.tokens:,} tokens  {rate:,.0f} tokens/s"
+        progress.report(progress.Progress(source, state.done, state.shards, "shards", detail))
 
     return report

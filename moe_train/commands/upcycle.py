@@ -12,7 +12,6 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -22,7 +21,7 @@ from moe_train.checkpoint import model_dir, runs
 from moe_train.commands import left_out
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import check_vocab
-from moe_train.machine.files import check_space, new_directory, refuse_existing
+from moe_train.machine.files import JsonObject, check_space, new_directory, refuse_existing
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, hf, names, safetensors_files
 from moe_train.weights.on_disk import WeightFiles, array_bytes
@@ -37,7 +36,7 @@ def upcycle(
     noise: float = 0.0,
     seed: int = 0,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write a Hugging Face Mixtral made from the dense model at `base`, read it back and compare.
 
     Weights are streamed with one matrix in memory. `out_dir` appears complete or not at all; tokenizer and generation config are
@@ -131,22 +130,22 @@ def _check_written(
             raise RuntimeError(f"{piece.name} in {directory} is not what was written; write it again, and check the disk")
 
 
-def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, where: str | Path) -> config.Model:
+def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, base: str | Path) -> config.Model:
     """Return the architecture with `num_experts` copies of each feed-forward part.
 
     Args:
         dense: the dense architecture.
         num_experts: experts per layer.
         experts_per_token: experts that each token is routed to.
-        where: names the base in messages.
+        base: path of the dense model, for messages.
 
     Raises:
         ValueError: a Mixtral cannot express the rest of the architecture.
     """
     if not isinstance(dense.ffn, config.DenseFfn):
-        raise ValueError(f"{where} already has {dense.ffn.num_experts} experts; start from a dense model")
+        raise ValueError(f"{base} already has {dense.ffn.num_experts} experts; start from a dense model")
     if len(dense.attention.windows) > 1:
-        raise ValueError(f"{where} has windows in some layers only, which a Mixtral cannot have; start from another dense model")
+        raise ValueError(f"{base} has windows in some layers only, which a Mixtral cannot have; start from another dense model")
     if num_experts < 2 or not 1 <= experts_per_token <= num_experts:
         raise ValueError(
             f"--experts-per-token {experts_per_token} does not fit --experts {num_experts}; "
@@ -156,5 +155,5 @@ def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, wh
     try:
         return config.Model.model_validate({**dict(dense), "family": "mixtral", "ffn": ffn})
     except ValidationError as error:
-        why = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where} is a {dense.family} that cannot become a Mixtral: {why}") from error
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{base} is a {dense.family} that cannot become a Mixtral: {reason}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 
@@ -11,6 +11,7 @@ from moe_train.checkpoint.model_dir import mesh_for_devices, open_model
 from moe_train.checkpoint.runs import is_run
 from moe_train.commands.adapters import base_and_adapter
 from moe_train.commands.export import unquantized_model
+from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import make_mesh
 from moe_train.proof import expected, prove, repeat, surroundings
 from moe_train.proof.checks import Check
@@ -23,7 +24,7 @@ def verify(
     run: str | Path | None = None,
     depth: prove.Depth = "full",
     adapter: str | Path | None = None,
-) -> tuple[dict[str, Any], list[Check]]:
+) -> tuple[JsonObject, list[Check]]:
     """Repeat the checks of an export.
 
         record, checks = moe_train.verify("tuned-hf")

@@ -13,7 +13,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.records.normal_form import Conversation
 from moe_train.machine import progress
-from moe_train.machine.files import check_space
+from moe_train.machine.files import JsonObject, check_space
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
 from moe_train.weights import gguf, hf, mistral, names, together
@@ -53,7 +53,7 @@ class WriteOptions:
     """Additional entries of the record, such as where the weights come from."""
 
 
-def export_model(parameters: LazyParameters, model: config.Model, out_dir: str | Path, options: WriteOptions) -> dict[str, Any]:
+def export_model(parameters: LazyParameters, model: config.Model, out_dir: str | Path, options: WriteOptions) -> JsonObject:
     """Write a whole model's directory, and verify it by reading it back.
 
     Weights are streamed with one tensor in memory. `out_dir` appears complete or not at all. If the weights are spread over several

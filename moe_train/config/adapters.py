@@ -22,7 +22,9 @@ NAMED_IN_FULL = ("ffn.router", "embed", "head")
 
 def names_module(pattern: str, module: str) -> bool:
     """Return whether a pattern of the `lora` section matches a module such as `attention.q_proj`."""
-    return pattern == module if module in NAMED_IN_FULL else fnmatchcase(module, pattern)
+    if module in NAMED_IN_FULL:
+        return pattern == module
+    return fnmatchcase(module, pattern)
 
 
 class LoraTarget(Section):

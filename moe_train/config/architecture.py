@@ -277,7 +277,7 @@ def without_format(model: Model, file_format: FileFormat | None = None) -> str |
         The missing features as text for a message, or None if the model can be exported.
     """
     formats = FAMILIES[model.family].formats
-    considered = list(formats) if file_format is None else [name for name in formats if name == file_format]
+    considered = [name for name in formats if file_format in (None, name)]
     if not considered:
         return "the architecture"
     missing = [features(model) - formats[name] for name in considered]

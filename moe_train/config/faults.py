@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.json_schema import JsonSchemaValue
 
 from moe_train.config.other_trainers import remark
 from moe_train.config.schema import all_keys, key_path, members, owners
-from moe_train.config.strict_yaml import KeyPath, shown
+from moe_train.config.strict_yaml import KeyPath, YamlValue, shown
 
 
-def explain_errors(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+def explain_errors(error: ValidationError, tree: dict[str, YamlValue]) -> Iterator[tuple[KeyPath, str]]:
     """Translate pydantic's validation errors into messages about the config file.
 
     Args:
@@ -78,14 +79,16 @@ def _rephrase(kind: str, message: str) -> str:
     return message
 
 
-def _quoting_hint(kind: str, value: Any) -> str:
+def _quoting_hint(kind: str, value: YamlValue) -> str:
     """Add a hint where YAML read a value as a boolean or a number and the config needs a string."""
-    return "; quote it" if kind == "string_type" and isinstance(value, bool | int | float) else ""
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return "; quote it"
+    return ""
 
 
-def _blamed_path(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPath:
+def _blamed_path(section: KeyPath, message: str, tree: dict[str, YamlValue]) -> KeyPath:
     """Return the path of the first key that the message names and the config states; otherwise the path of the section."""
-    section_tree: Any = tree
+    section_tree: Any = tree  # pydantic found the section, so each part of its path exists
     for part in section:
         section_tree = section_tree[part]
     for name in re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*", message):
@@ -99,7 +102,7 @@ def _blamed_path(section: KeyPath, message: str, tree: dict[str, Any]) -> KeyPat
     return section
 
 
-def _suggestion(path: KeyPath, section: dict[str, Any]) -> str:
+def _suggestion(path: KeyPath, section: JsonSchemaValue) -> str:
     """Suggest what an unknown key was meant to be.
 
     The candidates, in this order: a key of another kind of the same union, another trainer's name for a setting, a similar key of
@@ -115,10 +118,12 @@ def _suggestion(path: KeyPath, section: dict[str, Any]) -> str:
     trainer_remark = remark(str(key))
     if trainer_remark:
         return trainer_remark
+    # A key of the same section is likelier to be meant than one elsewhere, so it may differ more (a lower cutoff).
     if closest := difflib.get_close_matches(str(key), section_keys, n=1, cutoff=0.7):
         return f"did you mean {closest[0]}?"
     if elsewhere:
         return f"did you mean {' or '.join(dict.fromkeys(elsewhere))}?"
+    # Reversed, so that of several keys of one name the first in the schema remains.
     names = {p.rpartition(".")[2]: p for p in reversed(all_keys())}
     if closest := difflib.get_close_matches(str(key), names, n=1, cutoff=0.75):
         return f"did you mean {names[closest[0]]}?"

@@ -90,7 +90,9 @@ class Run(Section):
     @property
     def init_from(self) -> str | None:
         """Path of the weights to start from; None for random initialization."""
-        return self.initial_weights.path if isinstance(self.initial_weights, PretrainedWeights) else None
+        if isinstance(self.initial_weights, PretrainedWeights):
+            return self.initial_weights.path
+        return None
 
     def training_data(self) -> RunData:
         """Return the data section. Raises ValueError, which names the remedy, if there is none."""
@@ -118,9 +120,12 @@ def run_of(config: Config) -> Run:
         raise ValueError("the config does not state model, so it is not resolved; call run.resolve.resolve first")
     if -1 in config.mesh.model_dump().values():
         raise ValueError("the config has a mesh axis of -1, so it is not resolved; call run.resolve.resolve first")
+    initial_weights: RandomWeights | PretrainedWeights = RandomWeights()
+    if config.init_from is not None:
+        initial_weights = PretrainedWeights(path=config.init_from)
     return Run(
         **{key: getattr(config, key) for key in _SHARED_WITH_CONFIG},
-        initial_weights=RandomWeights() if config.init_from is None else PretrainedWeights(path=config.init_from),
+        initial_weights=initial_weights,
         method=FullTraining() if config.lora is None else config.lora,
         data=_decided_data(config),
     )
@@ -131,6 +136,8 @@ def _decided_data(config: Config) -> RunData | NoData:
     if config.data is None:
         return NoData(reason="the config has no data section; state data.train and data.tokenizer")
     if config.data.tokenizer is None:
-        missing = "" if config.init_from is None else f", and there is none in {config.init_from}"
+        missing = ""
+        if config.init_from is not None:
+            missing = f", and there is none in {config.init_from}"
         return NoData(reason=f"data.tokenizer is not stated{missing}; state it")
     return RunData(**dict(config.data))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
+YamlValue: TypeAlias = "dict[str, YamlValue] | list[YamlValue] | str | int | float | bool | None"
+"""A plain value that a YAML text stands for."""
 KeyPath = tuple[str | int, ...]
 """The path of a value: names of keys, and indices of list items."""
 
@@ -36,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's way to start without the scalars of YAML 1.1
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int | yaml.Node | None) -> yaml.Node | None:
         """Compose the next node; reject an anchor or alias."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
@@ -54,7 +56,7 @@ for _tag, _pattern, _first in _CORE_SCALARS:
     _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 
 
-def parse_yaml(text: str, origin: str) -> tuple[Any, dict[KeyPath, int]]:
+def parse_yaml(text: str, origin: str) -> tuple[YamlValue, dict[KeyPath, int]]:
     """Parse YAML text to plain values.
 
     Args:
@@ -89,7 +91,7 @@ def _location(origin: str, line: int) -> str:
     return origin if origin.startswith("override ") else f"{origin}:{line}"
 
 
-def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: list[str], origin: str) -> Any:
+def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: list[str], origin: str) -> YamlValue:
     """Convert a YAML node to plain values, recording line numbers in `lines` and errors in `faults`."""
     if isinstance(node, yaml.SequenceNode):
         items = []
@@ -98,7 +100,7 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: li
             items.append(_value(child, (*path, i), lines, faults, origin))
         return items
     if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
+        mapping: dict[str, YamlValue] = {}
         for key_node, child in node.value:
             key = key_node.value
             line = key_node.start_mark.line + 1
@@ -114,7 +116,7 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: li
     return _scalar(node, dotted(path), faults, origin)
 
 
-def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
+def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> YamlValue:
     """Convert a scalar node, or add the reason why it is invalid to `faults`."""
     tag = node.tag
     text = node.value
@@ -125,6 +127,7 @@ def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Any:
     if tag == _BOOL:
         return text.lower() == "true"
     fault = None
+    # int() refuses very long texts with an error of its own, and no setting needs 40 digits.
     if tag == _INT and len(text) < 40:
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if tag == _INT:

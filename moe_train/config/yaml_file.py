@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
 from moe_train.config import Config, strict_yaml
 from moe_train.config.faults import explain_errors
-from moe_train.config.strict_yaml import ConfigError, KeyPath, dotted, parse_yaml, shown
+from moe_train.config.strict_yaml import ConfigError, KeyPath, YamlValue, dotted, parse_yaml, shown
+
+YamlSection: TypeAlias = dict[str, YamlValue]
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -33,7 +35,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        problem = "is a folder, not a config file" if path.is_dir() else "no such config file"
+        problem = "no such config file"
+        if path.is_dir():
+            problem = "is a folder, not a config file"
         raise FileNotFoundError(f"{path}: {problem}")
     try:
         text = path.read_text(encoding="utf-8")
@@ -48,7 +52,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return _validate(tree, origins)
 
 
-def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> None:
+def _apply(tree: YamlSection, origins: dict[KeyPath, str], override: str) -> None:
     """Apply one `key.path=value` override to `tree`; numbers in the path are list indices, from 0."""
     origin = f"override {override}"
     key, equals, text = override.partition("=")
@@ -56,7 +60,7 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
     if not equals or not all(parts):
         raise ConfigError(f"{origin}: an override has the form key.path=value, such as optimizer.learning_rate=1e-4")
     value, _ = parse_yaml(text, origin)
-    section: Any = tree
+    section: Any = tree  # checked at each step below
     path: KeyPath = ()
     for i, part in enumerate(parts):
         is_last = i == len(parts) - 1
@@ -71,6 +75,7 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
         if is_last:
             section[step] = value
         else:
+            # An override may state the first key of a section that the file leaves out.
             if isinstance(section, dict) and section.get(part) is None:
                 section[part] = {}
                 origins[path] = origin
@@ -81,10 +86,11 @@ def _apply(tree: dict[str, Any], origins: dict[KeyPath, str], override: str) -> 
     origins[path] = origin
 
 
-def _validate(tree: dict[str, Any], origins: dict[KeyPath, str]) -> Config:
+def _validate(tree: YamlSection, origins: dict[KeyPath, str]) -> Config:
     """Validate the tree; raise ConfigError with the origin of each error."""
     try:
-        return Config.model_validate_json(json.dumps(tree))  # strict types accept a list as a tuple only when they read JSON
+        # As JSON, since strict types accept a list as a tuple only when they read JSON.
+        return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         faults = {(path, message): None for path, message in explain_errors(error, tree)}
     raise ConfigError("\n".join(f"{_origin(origins, path)}: {dotted(path)}{message}" for path, message in faults))

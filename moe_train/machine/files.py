@@ -8,11 +8,13 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"
+"""A value that can be written as JSON."""
 JsonObject = dict[str, Any]
 """A JSON object. `Any`, since each reader checks the types of the keys that it uses."""
 

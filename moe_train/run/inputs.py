@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 
 from moe_train import config
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -41,18 +41,13 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     tokenizer = load_tokenizer(data.tokenizer)
     # Checked before any data is tokenized, which may take long.
     check_ready(run, data, tokenizer)
-    open_loader = partial(
-        Loader,
-        data,
-        tokenizer=tokenizer,
-        seq_len=run.train.seq_len,
-        seed=run.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        batch_type=objective.batch_type,
-    )
-    train = open_loader("train", batch_size=run.train.batch_size)
+
+    def open_loader(sources: Literal["train", "eval"], batch_size: int) -> Loader:
+        rows = BatchRows(batch_size, run.train.seq_len, jax.process_index(), jax.process_count())
+        return Loader(data, sources, tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
+
+    train = open_loader("train", run.train.batch_size)
     # One microbatch is the most that training computes at once, so held-out batches have its size.
     microbatch = run.train.batch_size // run.train.microbatches
-    held_out = open_loader("eval", batch_size=microbatch) if data.eval else None
+    held_out = open_loader("eval", microbatch) if data.eval else None
     return RunInputs(tokenizer, train, held_out, train.total_steps(run.train))

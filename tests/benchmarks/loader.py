@@ -36,10 +36,12 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from moe_train import config
 from moe_train.commands.quickstart_text import gather_texts
 from moe_train.commands.train_tokenizer import train_tokenizer
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat import sandbox
 from moe_train.data.prepared.tokenize_ahead import prepare
+from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
@@ -85,7 +87,7 @@ def ahead(source: config.FileSource, tokenizer: Tokenizer, template: str | None,
     shutil.rmtree(root / "cache", ignore_errors=True)
     for one, processes in ((source.model_copy(update={"files": (str(few),)}), 1), (source, num_proc)):
         with timed() as taken:
-            prepare(one, open_source(one), tokenizer, template, root / "cache", processes)
+            prepare(Recipe(one, open_source(one), tokenizer, template), root / "cache", processes)
     return taken()
 
 
@@ -168,7 +170,7 @@ def main(num_proc: int) -> None:
             compare(name, partial(ahead, source, tokenizer, None, root, num_proc), partial(library, root, records, True))
             for seq_len, batch_size in ((512, 8), (4096, 8)):
                 start = time.perf_counter()
-                loader = Loader(data, "train", tokenizer, batch_size=batch_size, seq_len=seq_len, seed=0)
+                loader = Loader(data, "train", tokenizer, BatchRows(batch_size, seq_len), seed=0)
                 opened = time.perf_counter()
                 tokens = 0
                 batches = loader.iterate()

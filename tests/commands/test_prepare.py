@@ -12,8 +12,9 @@ import pytest
 from moe_train.cli import main
 from moe_train.commands.prepare import trace
 from moe_train.commands.train_tokenizer import train_tokenizer
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
-from moe_train.data.prepared import tokenize_ahead as tokenising
+from moe_train.data.prepared import shard_pool
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs away".split()
@@ -68,9 +69,9 @@ def test_the_run_finds_what_was_prepared(
     assert said["sets"][1]["tokens"] == sum(map(len, ids)) + 2 * len(ids)
     a, b = (said["epochs"][str(tmp_path / f"{name}.jsonl")] for name in "ab")
     assert a > b > 0 and said["steps"] == 20
-    monkeypatch.setattr(tokenising, "write_shard", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(shard_pool, "write_shard", lambda *_: pytest.fail("tokenised again"))
     resolved = cli_config(run())
-    loader = Loader(resolved.data, "train", tokenizer, batch_size=4, seq_len=32, seed=0)
+    loader = Loader(resolved.data, "train", tokenizer, BatchRows(4, 32), seed=0)
     assert loader.manifest_hash == said["manifest"] and loader.num_rows == said["rows_of_an_epoch"]
     assert json.loads(loader.manifest)["sets"][0]["licence"] == "MIT"
     assert answer(capsys, "prepare", str(run()))["manifest"] == said["manifest"]
@@ -99,7 +100,7 @@ def test_a_row_is_traced_to_its_lines(run: Callable[..., Path], tmp_path: Path, 
     assert [segment for segment in every if segment["row"] == 1] == answer(capsys, "trace", str(path), "--step", "2", "--row", "1")
     assert {segment["row"] for segment in every} == {0, 1, 2, 3}
     tokenizer = HuggingFace(tmp_path / "tokenizer")
-    batch = Loader(cli_config(path).data, "train", tokenizer, batch_size=4, seq_len=32, seed=0).batch(1)  # of the second step
+    batch = Loader(cli_config(path).data, "train", tokenizer, BatchRows(4, 32), seed=0).batch(1)  # of the second step
     for segment in every:
         text = json.loads(Path(segment["file"]).read_text().splitlines()[segment["number"] - 1])["text"]
         ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id][segment["start"] :][: segment["length"]]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moe_train import config
 from moe_train.cli.main import app
 from moe_train.commands import show
-from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.batch import Batch, BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.chat.example import Example
@@ -59,7 +59,7 @@ def loaded(file: Path, record: config.Record, tokenizer: HuggingFace | Mistral, 
     """All rows of the loader's evaluation on a file, which come in order."""
     source = config.FileSource(name="files", files=(str(file),), record=record)
     data = config.Data(train=(source,), eval=(source,), cache_dir=str(cache))
-    loader = Loader(data, "eval", tokenizer, batch_size=2, seq_len=seq_len, seed=0)
+    loader = Loader(data, "eval", tokenizer, BatchRows(2, seq_len), seed=0)
     batches = [loader.batch(step) for step in range(loader.batches or 0)]
     return Batch(*(np.concatenate(arrays)[: loader.num_rows] for arrays in zip(*batches, strict=True)))
 
@@ -132,7 +132,7 @@ def test_a_runs_rows_are_its_loaders(tokenizer: HuggingFace, tmp_path: Path, wri
     )  # fmt: skip
     shown = show.rows_of_run(run, 3, tokenizer, step=2)
     assert run.data is not None
-    loader = Loader(run.data, "train", tokenizer, batch_size=4, seq_len=128, seed=3)
+    loader = Loader(run.data, "train", tokenizer, BatchRows(4, 128), seed=3)
     for name in Batch._fields:
         np.testing.assert_array_equal(getattr(shown.batch, name), getattr(loader.batch(1), name)[:3])
     first = next(show.segments(shown, tokenizer))

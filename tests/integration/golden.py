@@ -128,11 +128,12 @@ def batch_hashes(folder: Path, config_file: str) -> list[str]:
     code = (
         "import hashlib, sys\n"
         "from moe_train.config import yaml_file\n"
+        "from moe_train.data.batches.batch import BatchRows\n"
         "from moe_train.data.batches.loader import Loader\n"
         "from moe_train.data.tokenizers.load import load_tokenizer\n"
         "run = yaml_file.load_config(sys.argv[1])\n"
         "tokenizer = load_tokenizer(run.data.tokenizer)\n"
-        "loader = Loader(run.data, 'train', tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)\n"
+        "loader = Loader(run.data, 'train', tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)\n"
         "for i in range(4):\n"
         "    print(hashlib.sha256(b''.join(array.tobytes() for array in loader.batch(i))).hexdigest())\n"
     )

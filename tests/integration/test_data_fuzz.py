@@ -31,6 +31,7 @@ from moe_train.commands import show
 from moe_train.data.batches.batch import Batch
 from moe_train.data.check.check import RULE_NAMES, CheckedSource, Settings, check_records
 from moe_train.data.prepared.tokenize_ahead import prepare
+from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.records.tables import json_array
@@ -113,7 +114,7 @@ def used(tokenizer: HuggingFace, path: Path, seconds: int = SECONDS) -> None:
     def prepared() -> None:
         source = config.FileSource(name="files", files=(str(path),), record=show.record_of([str(path)], "auto"))
         with tempfile.TemporaryDirectory() as cache:
-            prepare(source, open_source(source), tokenizer, tokenizer.chat_template, cache)
+            prepare(Recipe(source, open_source(source), tokenizer, tokenizer.chat_template), cache)
 
     for use in (shown, prepared):
         try:

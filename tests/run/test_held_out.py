@@ -11,6 +11,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.commands.evaluate import evaluate_model
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.machine.mesh import make_mesh
@@ -25,7 +26,7 @@ from tests.run_dir import lines
 def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text):
     """Against log-softmax of all logits at once, and against the command's function."""
     run = small_run(finished)
-    loader = Loader(run.data, "eval", load_tokenizer(run.data.tokenizer), batch_size=8, seq_len=32, seed=0)
+    loader = Loader(run.data, "eval", load_tokenizer(run.data.tokenizer), BatchRows(8, 32), seed=0)
     total = count = 0.0
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))

@@ -17,6 +17,7 @@ from moe_train.checkpoint import model_dir
 from moe_train.commands import evaluate
 from moe_train.commands.train import train
 from moe_train.config import yaml_file
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.machine.mesh import make_mesh
@@ -71,7 +72,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> Callab
 
     def spoil(*steps: int) -> None:
         run = small_run(tmp_path)
-        loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), batch_size=8, seq_len=32, seed=0)
+        loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), BatchRows(8, 32), seed=0)
         marks = np.stack([loader.batch(s - 1).tokens[0] for s in steps])
         plain = next_token.loss
 
@@ -163,7 +164,7 @@ def test_weights_that_a_learning_rate_ruins_do_not_replace_the_last_good_ones(af
 
 def test_padding_is_not_counted_as_tokens(small_run, tmp_path):
     run = small_run(tmp_path, train__steps=4, train__seq_len=64)
-    loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), batch_size=8, seq_len=64, seed=0)
+    loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), BatchRows(8, 64), seed=0)
     assert train(run) == loop.FINISHED
     tokens = [int((loader.batch(step).segment_ids != 0).sum()) for step in range(4)]
     assert min(tokens) < 8 * 64

@@ -1,14 +1,41 @@
-"""The batch type: one process's part of a global batch. It is the only type that leaves this package."""
+"""The batch type, one process's part of a global batch, and the record that says which part that is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 TokensAndMask = tuple[np.ndarray, np.ndarray | None]
 """Token ids (n + 1,) of a part of an example, and their loss mask; None if all are trained on."""
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The rows of a global batch, and the share of them that this process fills.
+
+    Raises:
+        ValueError: If the rows cannot be divided equally among the processes.
+    """
+
+    batch_size: int
+    """Rows in the global batch, over all processes."""
+    seq_len: int
+    """Positions in a row."""
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.process_count:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {self.process_count} processes")
+
+    @property
+    def own_rows(self) -> slice:
+        """The rows of the global batch that this process fills."""
+        per_process = self.batch_size // self.process_count
+        return slice(self.process_index * per_process, (self.process_index + 1) * per_process)
 
 
 @runtime_checkable
@@ -29,7 +56,7 @@ class PackedBatch(Protocol):
     def fill_row(self, row: int, pieces: Sequence[TokensAndMask]) -> None:
         """Write pieces one after the other into an empty row."""
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[np.ndarray]:
         """Iterate over the arrays."""
         ...
 
@@ -66,6 +93,7 @@ class Batch(NamedTuple):
         start = 0
         for segment, (ids, mask) in enumerate(pieces, start=1):
             end = start + len(ids) - 1
+            # The last id is only a target, and the first one only an input, so the mask moves with the targets.
             self.tokens[row, start:end] = ids[:-1]
             self.targets[row, start:end] = ids[1:]
             self.loss_mask[row, start:end] = True if mask is None else mask[1:]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 PATIENCE = 60
 """Seconds to wait for an answer of the store."""
 
 
-def open_files(url: str) -> tuple[Any, str]:
+def open_files(url: str) -> tuple[AbstractFileSystem, str]:
     """Return the file system of a URL (or path), and the path in it.
 
     Raises:
@@ -30,7 +33,8 @@ def fault(path: str, error: Exception) -> OSError:
     """Return the exception to raise, with a message in one line, after a bucket's file system raised `error`."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{path} is missing; is the bucket's name right, and was all of it copied there?")
-    status = getattr(error, "status_code", getattr(error, "code", None))  # attributes of Azure's and of Google's errors
+    # Azure's errors have a `status_code`, Google's a `code`; botocore raises NoCredentialsError and the like without either.
+    status = getattr(error, "status_code", getattr(error, "code", None))
     if isinstance(error, PermissionError) or str(status) in ("401", "403") or "Credential" in type(error).__name__:
         remedy = "state credentials with the right to it, as the store's own tools read them (variables of the environment, login)"
         return PermissionError(f"{path} is refused: {reason(error)}; {remedy}")

@@ -28,12 +28,13 @@ from moe_train.machine.files import write_text
 log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
-_REQUESTS = 16  # requests in flight at once
+_REQUESTS = 16  # requests in flight at once, since the latency of a store is much longer than the transfer of a block
 _WAITS = 1.0, 5.0, 25.0  # seconds to wait before each retry
 _LATER_WAITS = 60.0, 120.0, 240.0  # further waits if the store has answered before, so that a run survives a restart of the store
 
 _ending = threading.Event()
-"""Set when the interpreter begins to exit. This happens before it waits for the threads of pools; `atexit` runs only after that."""
+"""Set when the interpreter begins to exit."""
+# `atexit` runs too late: only after the interpreter has waited for the threads of pools, which may be waiting for a retry.
 threading._register_atexit(_ending.set)  # type: ignore[attr-defined]
 
 
@@ -68,8 +69,10 @@ class LocalFolder:
         path = self.path / file.name
         if not path.is_file() or path.stat().st_size != file.size:
             raise ValueError(f"{path} is damaged (not {file.size} bytes); {self.remedy}")
+        # An empty file cannot be mapped.
         if not file.size:
-            return np.zeros(0, file.dtype)  # an empty file cannot be mapped
+            return np.zeros(0, file.dtype)
+        # A plain view, since each slice of an np.memmap would be one too, which takes longer to make.
         return np.memmap(path, dtype=file.dtype, mode="r").view(np.ndarray)
 
     def sha256(self, file: File, memory: Path) -> str:
@@ -87,8 +90,8 @@ class LocalFolder:
         """Return files as arrays."""
         return [self.array(file) for file in files]
 
-    def read(self, parts: Sequence[tuple[np.ndarray, int, int]]) -> list[np.ndarray]:
-        """Return elements start to stop of each (array, start, stop)."""
+    def read(self, parts: Sequence[ArrayPart]) -> list[np.ndarray]:
+        """Return the elements of each part."""
         return [array[start:stop] for array, start, stop in parts]
 
 
@@ -131,9 +134,9 @@ class RemoteFolder:
         if modified is not None and remembered.exists():
             return remembered.read_text()
         digest = hashlib.sha256()
-        numbers = self._numbers(0, file.size)
-        for first in range(0, len(numbers), _REQUESTS):  # a few blocks in memory at a time
-            for block in self._threads.map(lambda number: self.block(file, number), numbers[first : first + _REQUESTS]):
+        keys = self._keys(file, 0, file.size)
+        for first in range(0, len(keys), _REQUESTS):  # a few blocks in memory at a time
+            for block in self._threads.map(lambda key: self.block(*key), keys[first : first + _REQUESTS]):
                 digest.update(block)
         if modified is not None and time.time() - modified > 2:  # else it can change again within one tick of its time
             memory.mkdir(parents=True, exist_ok=True)
@@ -150,23 +153,30 @@ class RemoteFolder:
         Raises:
             ValueError: If a file has another size than stated.
         """
-        keys = [[(file, number) for number in self._numbers(0, file.size)] for file in files]
-        blocks = self._threads.map(lambda key: self._block(*key), itertools.chain(*keys))
-        return [
-            np.frombuffer(b"".join(next(blocks) for _ in file_keys), file.dtype)
-            for file, file_keys in zip(files, keys, strict=True)
-        ]
+        keys = [self._keys(file, 0, file.size) for file in files]
+        blocks = self._threads.map(lambda key: self._block(*key), itertools.chain.from_iterable(keys))
+        arrays = []
+        for file, file_keys in zip(files, keys, strict=True):
+            content = b"".join(itertools.islice(blocks, len(file_keys)))
+            arrays.append(np.frombuffer(content, file.dtype))
+        return arrays
 
-    def read(self, parts: Sequence[tuple[RemoteArray, int, int]]) -> list[np.ndarray]:
-        """Return elements start to stop of each (array, start, stop).
+    def read(self, parts: Sequence[ArrayPart]) -> list[np.ndarray]:
+        """Return the elements of each part.
 
         Blocks are fetched several at a time, but never more of them than the cache holds, so that each is fetched only once.
         """
-        spans = [(array.file, a * array.dtype.itemsize, b * array.dtype.itemsize) for array, a, b in parts]
-        part_keys = [[(file, number) for number in self._numbers(start, stop)] for file, start, stop in spans]
+        spans = []  # first and last byte of each part
+        part_keys = []
+        for array, start, stop in parts:
+            assert isinstance(array, RemoteArray), "the arrays of a bucket are read on demand"
+            item_bytes = array.dtype.itemsize
+            spans.append((start * item_bytes, stop * item_bytes))
+            part_keys.append(self._keys(array.file, *spans[-1]))
         # Collect parts into groups whose blocks fit into the cache together, then fetch the blocks of a group in parallel.
         arrays: dict[int, np.ndarray] = {}
-        todo = sorted(range(len(parts)), key=part_keys.__getitem__, reverse=True)  # parts that share blocks become neighbours
+        # Sorted by their blocks, so that parts that share blocks come into the same group.
+        todo = sorted(range(len(parts)), key=part_keys.__getitem__, reverse=True)
         while todo:
             group = [todo.pop()]
             keys = dict.fromkeys(part_keys[group[0]])
@@ -179,16 +189,16 @@ class RemoteFolder:
             blocks = dict(zip(keys, self._threads.map(lambda key: self.block(*key), keys), strict=True))
             for i in group:
                 data = b"".join(blocks[key] for key in part_keys[i])
-                _, start, stop = spans[i]
+                start, stop = spans[i]
                 first_byte = start // self._block_size * self._block_size  # the byte of the file at which `data` begins
-                arrays[i] = np.frombuffer(data[start - first_byte : stop - first_byte], parts[i][0].dtype)
+                arrays[i] = np.frombuffer(data[start - first_byte : stop - first_byte], parts[i].array.dtype)
         return [arrays[i] for i in range(len(parts))]
 
-    def _numbers(self, start: int, stop: int) -> range:
-        """Return the numbers of the blocks that contain the bytes start to stop."""
+    def _keys(self, file: File, start: int, stop: int) -> list[tuple[File, int]]:
+        """Return (file, number) for each block of a file that contains some of the bytes start to stop."""
         if start >= stop:
-            return range(0)
-        return range(start // self._block_size, -(-stop // self._block_size))
+            return []
+        return [(file, number) for number in range(start // self._block_size, -(-stop // self._block_size))]
 
     def _block(self, file: File, number: int) -> bytes:
         """Fetch a block of a file. Raises ValueError if the file has another size than stated."""
@@ -216,8 +226,9 @@ class RemoteFolder:
             try:
                 return self._files.cat_file(f"{self._root}/{name}", **part, **self._timeout)
             except Exception as error:  # each file system has its own exceptions
+                # S3 answers so to a range beyond the end; the caller finds the block too short.
                 if part and isinstance(error, OSError) and error.errno == errno.EINVAL:
-                    return b""  # S3's answer to a range beyond the end
+                    return b""
                 refusal = fault(path, error)
                 if isinstance(refusal, FileNotFoundError | PermissionError):
                     raise refusal from error
@@ -239,7 +250,19 @@ class RemoteArray:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Fetch the elements of a slice."""
-        return self._folder.read([(self, part.start, part.stop)])[0]
+        return self._folder.read([ArrayPart(self, part.start, part.stop)])[0]
+
+
+StoredArray = np.ndarray | RemoteArray
+"""A file as an array: of a local folder or of a bucket."""
+
+
+class ArrayPart(NamedTuple):
+    """Elements start to stop (exclusive) of an array."""
+
+    array: StoredArray
+    start: int
+    stop: int
 
 
 def open_folder(path: str, cache_mib: int) -> LocalFolder | RemoteFolder:

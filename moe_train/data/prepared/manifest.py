@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moe_train.machine.files import write_text
+from moe_train.machine.files import Json, JsonObject, write_text
 
 MANIFEST = "manifest.json"
 """File name of the manifest."""
@@ -58,7 +58,7 @@ class Rules(_Entry):
     libraries: library name -> version.
     """
 
-    record: dict[str, Any]
+    record: JsonObject
     template_sha256: str | None
     chat_date: str | None = None
     libraries: dict[str, str]
@@ -93,9 +93,11 @@ class Manifest(_Entry):
         """Return the manifest with its hash, which covers everything except the paths of files, the handling of records that are
         too long, and the keys that were not read.
         """
-        left_out: dict[str, Any] = {"hash": True, "too_long": True, "unread": True, "files": {"__all__": {"path"}}}
-        content = self.model_dump(mode="json", exclude=left_out)
-        if self.rules.chat_date is None:  # so that sets from before there was such a date keep their hash
+        content = self.model_dump(
+            mode="json", exclude={"hash": True, "too_long": True, "unread": True, "files": {"__all__": {"path"}}}
+        )
+        # Sets from before there was such a date keep their hash.
+        if self.rules.chat_date is None:
             del content["rules"]["chat_date"]
         return self.model_copy(update={"hash": _sha256(content)})
 
@@ -104,12 +106,12 @@ class Manifest(_Entry):
         write_text(directory / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
 
-def read_manifest(text: str | bytes, where: str) -> Manifest:
+def read_manifest(text: str | bytes, location: str) -> Manifest:
     """Parse and verify a manifest.
 
     Args:
         text: The content of the file.
-        where: The file's path, for messages.
+        location: The file's path, for messages.
 
     Raises:
         ValueError: In one line, if the text is not a manifest, has another layout, or was changed after it was written.
@@ -118,12 +120,12 @@ def read_manifest(text: str | bytes, where: str) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        location = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"]))
         raise ValueError(
-            f"{where} is no manifest that this version reads: {location}: {first['msg']}; prepare the data again"
+            f"{location} is no manifest that this version reads: {key}: {first['msg']}; prepare the data again"
         ) from error
     if manifest.sealed().hash != manifest.hash:
-        raise ValueError(f"{where} was changed after it was written: its hash is another; prepare the data again")
+        raise ValueError(f"{location} was changed after it was written: its hash is another; prepare the data again")
     return manifest
 
 
@@ -140,6 +142,6 @@ def text_of_all(manifests: list[Manifest]) -> str:
     return json.dumps({"hash": hash_of_all(manifests), "sets": sets}, indent=1, ensure_ascii=False) + "\n"
 
 
-def _sha256(value: Any) -> str:
+def _sha256(value: Json) -> str:
     """Return the sha256 of a value's JSON form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -7,12 +7,12 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_train.data.prepared import manifest
-from moe_train.data.prepared.folder import File, RemoteFolder, open_folder
+from moe_train.data.prepared.folder import ArrayPart, File, RemoteFolder, StoredArray, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
 from moe_train.data.prepared.verify import verify_set
 from moe_train.data.records.source import OpenSource, Origin, numbered
@@ -26,6 +26,27 @@ class ExampleSlice(NamedTuple):
     example: int
     start: int
     length: int
+
+
+class _ShardArrays(NamedTuple):
+    """The arrays of a shard, read on demand."""
+
+    tokens: StoredArray
+    mask: StoredArray | None
+    """None if all tokens are trained on."""
+    offsets: StoredArray
+
+
+class _LocatedPiece(NamedTuple):
+    """A piece of an example: ids start to stop (exclusive) of its shard."""
+
+    shard: _ShardArrays
+    start: int
+    stop: int
+
+    def part(self, array: StoredArray) -> ArrayPart:
+        """Return the part of one of the shard's arrays that belongs to the piece."""
+        return ArrayPart(array, self.start, self.stop)
 
 
 class TokenStore:
@@ -116,33 +137,35 @@ class TokenStore:
             starts = offsets[overlong]
             # A row of seq_len positions holds one id more, since the last id is only a target.
             last_ends = np.searchsorted(ends, starts + seq_len + 1, side="right") - 1
-            kept = np.where(last_ends >= 0, ends[last_ends], 0) - starts - 1
-            fitting[first + overlong[kept > 0]] = kept[kept > 0]
+            # Not positive if the last turn that ends early enough is one of an earlier example.
+            shortened = np.where(last_ends >= 0, ends[last_ends], 0) - starts - 1
+            fitting[first + overlong[shortened > 0]] = shortened[shortened > 0]
         return fitting
 
-    def _shard(self, number: int) -> tuple[Any, Any, Any]:
-        """Open the arrays of a shard: ids, loss mask (None if all are trained on) and offsets."""
+    def _shard(self, number: int) -> _ShardArrays:
+        """Open the arrays of a shard."""
         shard = self.manifest.shards[number]
         mask = None
         if "loss_mask" in shard.sizes:
             mask = self._folder.array(_file(shard, "loss_mask", "bool"))
         tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
-        return tokens, mask, self._folder.array(_file(shard, "offsets", "int64"))
+        return _ShardArrays(tokens, mask, self._folder.array(_file(shard, "offsets", "int64")))
 
     def read(self, pieces: Sequence[ExampleSlice]) -> list[tuple[np.ndarray, np.ndarray | None]]:
         """Return the ids (length + 1,) of each piece, and their loss mask (None if all are trained on)."""
         located = self._located(pieces)
-        parts: list[tuple[Any, int, int]] = []
-        for tokens, mask, start, stop in located:
-            parts.append((tokens, start, stop))
-            if mask is not None:
-                parts.append((mask, start, stop))
+        # One read for ids and masks together, so that the blocks of a bucket are fetched in parallel.
+        parts: list[ArrayPart] = []
+        for piece in located:
+            parts.append(piece.part(piece.shard.tokens))
+            if piece.shard.mask is not None:
+                parts.append(piece.part(piece.shard.mask))
         arrays = iter(self._folder.read(parts))
         read: list[tuple[np.ndarray, np.ndarray | None]] = []
-        for piece, (_, mask, _, _) in zip(pieces, located, strict=True):
+        for piece, slice_ in zip(located, pieces, strict=True):
             tokens = next(arrays)
-            self._check_ids(piece.example, tokens)
-            read.append((tokens, None if mask is None else next(arrays)))
+            self._check_ids(slice_.example, tokens)
+            read.append((tokens, None if piece.shard.mask is None else next(arrays)))
         return read
 
     def _check_ids(self, example: int, tokens: np.ndarray) -> None:
@@ -157,20 +180,23 @@ class TokenStore:
     def masks(self, pieces: Sequence[ExampleSlice]) -> list[np.ndarray | None]:
         """Return only the loss masks that `read` returns."""
         located = self._located(pieces)
-        arrays = iter(self._folder.read([(mask, start, stop) for _, mask, start, stop in located if mask is not None]))
-        return [None if mask is None else next(arrays) for _, mask, _, _ in located]
+        arrays = iter(self._folder.read([piece.part(piece.shard.mask) for piece in located if piece.shard.mask is not None]))
+        return [None if piece.shard.mask is None else next(arrays) for piece in located]
 
-    def _located(self, pieces: Sequence[ExampleSlice]) -> list[tuple[Any, Any, int, int]]:
-        """Return the ids, the loss mask (or None), the start and the stop of each piece in its shard's arrays."""
-        shards = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
-        shard_arrays = [self._open(number) for number in shards]
-        rows = [int(piece.example - self._first[number]) for number, piece in zip(shards, pieces, strict=True)]
-        first_offsets = self._folder.read(
-            [(offsets, row, row + 1) for (_, _, offsets), row in zip(shard_arrays, rows, strict=True)]
-        )
-        starts = [int(offset[0]) + piece.start for offset, piece in zip(first_offsets, pieces, strict=True)]
-        ends = [start + piece.length + 1 for start, piece in zip(starts, pieces, strict=True)]
-        return [(tokens, mask, start, end) for (tokens, mask, _), start, end in zip(shard_arrays, starts, ends, strict=True)]
+    def _located(self, pieces: Sequence[ExampleSlice]) -> list[_LocatedPiece]:
+        """Return the place of each piece in the arrays of its shard."""
+        numbers = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
+        shards = [self._open(number) for number in numbers]
+        offset_parts = []
+        for number, shard, piece in zip(numbers, shards, pieces, strict=True):
+            index = int(piece.example - self._first[number])
+            offset_parts.append(ArrayPart(shard.offsets, index, index + 1))
+        located = []
+        for shard, offset, piece in zip(shards, self._folder.read(offset_parts), pieces, strict=True):
+            start = int(offset[0]) + piece.start
+            # One id more than positions, since the last one is only a target.
+            located.append(_LocatedPiece(shard, start, start + piece.length + 1))
+        return located
 
     def origin(self, example: int) -> Origin:
         """Return the location of an example's record in the source."""

@@ -31,34 +31,39 @@ from moe_train.data.records.source import OpenSource, Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory
 
-Told = Callable[[int, int], None]  # called with the numbers of records and tokens since the last call
+ShardReport = Callable[[int, int], None]
+"""A function that is called with the numbers of records and tokens since its last call."""
 _FLUSH = 1 << 16  # ids buffered before they are written
 
 
 class Recipe(NamedTuple):
     """Everything that decides how the records of a source become ids."""
 
+    source: config.RecordSource
+    """The config section of the source."""
     records: OpenSource
-    record: config.Record
+    """The source, opened."""
     tokenizer: Tokenizer
     template: str | None
+    """The chat template; None if there is none."""
 
 
-def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> None:
+def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardReport) -> None:
     """Tokenize a shard into the new folder `directory`.
 
     Args:
         directory: The folder to create.
         shard: The shard.
         recipe: How to read and tokenize its records.
-        told: A function that is called with the numbers of new records and tokens.
+        report: A function that is called with the numbers of new records and tokens.
 
     Raises:
         ValueError: With its origin, for the first record that cannot be used.
     """
-    records, record, tokenizer, template = recipe
+    source, records, tokenizer, template = recipe
+    record = source.record
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    per_span = []  # (records, tokens)
+    per_span: list[tuple[int, int]] = []  # (records, tokens)
     empty = 0
     unread: Counter[str] = Counter()
     with new_directory(directory) as unfinished:
@@ -74,12 +79,14 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, told: Told) -> No
                     empty += not examples
                     for example in examples:
                         arrays.add(example, (i, origin.number))
+                    # Not for each record: with several processes a report takes a lock that they share.
                     if arrays.num_tokens - reported_tokens > _FLUSH:
-                        told(num_records - reported_records, arrays.num_tokens - reported_tokens)
+                        report(num_records - reported_records, arrays.num_tokens - reported_tokens)
                         reported_records = num_records
                         reported_tokens = arrays.num_tokens
-                told(num_records - reported_records, arrays.num_tokens - reported_tokens)
+                report(num_records - reported_records, arrays.num_tokens - reported_tokens)
                 per_span.append((num_records, arrays.num_tokens - tokens_before))
+        # The hash covers the names of files too, so that a mask cannot be taken for other numbers.
         files = sorted(unfinished.iterdir())
         digest = hashlib.sha256(dtype.encode())
         for file in files:
@@ -117,9 +124,12 @@ class _Arrays:
     def __init__(self, directory: Path, dtype: str, masked: bool) -> None:
         self._directory = directory
         self._buffers = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
-        self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")} if masked else {}
+        if masked:
+            self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")}
         self._has_turn_ends = False
-        self.num_examples = self.num_tokens = self.loss_tokens = 0
+        self.num_examples = 0
+        self.num_tokens = 0
+        self.loss_tokens = 0
 
     def __enter__(self) -> _Arrays:
         self._files = {name: (self._directory / name).open("wb") for name in self._buffers}
@@ -157,5 +167,6 @@ class _Arrays:
                 stack.enter_context(file)
             if kind is None:
                 self._flush()
+        # Only trajectories with tools have turn ends; the file is opened before it is known whether there are any.
         if "turn_ends" in self._files and not self._has_turn_ends:
             (self._directory / "turn_ends").unlink()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moe_train.data.prepared.bucket import fault, open_files
 from moe_train.data.prepared.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 
 def upload(directory: str, to: str) -> str:
@@ -40,10 +43,12 @@ def upload(directory: str, to: str) -> str:
     return f"{to.rstrip('/')}/{name}"
 
 
-def _copy(path: Path, files: Any, goal: str) -> None:
+def _copy(path: Path, files: AbstractFileSystem, goal: str) -> None:
     """Copy a file, unless the target exists with the same size; the manifest is always copied."""
+    # Shards are named by their content, so a complete one need not be sent again after an interrupted upload.
     if path.name != MANIFEST and files.exists(goal) and files.size(goal) == path.stat().st_size:
         return
-    if not files.async_impl:  # an object store has no folders, and would create a bucket for a misspelt name
+    # An object store has no folders, and would create a bucket for a misspelt name.
+    if not files.async_impl:
         files.makedirs(goal.rpartition("/")[0], exist_ok=True)
     files.put_file(str(path), goal)

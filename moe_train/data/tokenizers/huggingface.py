@@ -13,17 +13,16 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 
 from moe_train.data.tokenizers.tokenizer import Span, Tokenizer, hash_files
-from moe_train.machine.files import read_object
+from moe_train.machine.files import JsonObject, read_object
 
 _MARK = "\ufdd0"  # a Unicode noncharacter, which no text contains
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files next to tokenizer.json that an export includes if they exist, in the order in which the identity hashes them."""
-
 
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 """Name of the folder next to tokenizer.json with further chat templates, such as `tool_use.jinja`."""
@@ -62,8 +61,8 @@ class HuggingFace(Tokenizer):
         if not main.is_file():
             raise FileNotFoundError(f"no tokenizer at {main}; give a directory with tokenizer.json, or that file")
         self.path = path
-        others = (directory / name for name in _OTHER_FILES)
-        self.files = (main, *(file for file in others if file.is_file()), *_additional_templates(directory))
+        other_files = [directory / name for name in _OTHER_FILES]
+        self.files = (main, *(file for file in other_files if file.is_file()), *_additional_templates(directory))
         self.identity = hash_files(self.files)
         try:
             self._plain = tokenizers.Tokenizer.from_file(str(main))
@@ -108,7 +107,7 @@ class HuggingFace(Tokenizer):
         """Return the id of the token that is exactly this text; None if there is no such token."""
         return self._plain.token_to_id(text)
 
-    def _end_tokens(self, directory: Path, settings: dict[str, Any]) -> tuple[str, ...]:
+    def _end_tokens(self, directory: Path, settings: JsonObject) -> tuple[str, ...]:
         """Return the tokens that end a generation: eos_token, eot_token, and those of `generation_config.json`."""
         texts = [self.named_tokens["eos_token"], _token_text(settings.get("eot_token"))]
         ids = _read_json(directory / "generation_config.json").get("eos_token_id")
@@ -175,18 +174,18 @@ class HuggingFace(Tokenizer):
         marked = [text.text for text in texts]
         # Where all spans begin and end at control tokens, ids locate them, and the library need not compute character offsets.
         edges = [text.edges for text in texts if text.edges is not None]
+        encoded: list[tuple[list[int], list[Span]]] = []
         if len(edges) < len(texts):
             encodings = self._control.encode_batch(marked, add_special_tokens=False)
-            return [
-                (encoding.ids, [_touching(encoding, span) for span in text.spans])
-                for encoding, text in zip(encodings, texts, strict=True)
-            ]
-        encoded = []
+            for encoding, text in zip(encodings, texts, strict=True):
+                encoded.append((encoding.ids, [_touching(encoding, span) for span in text.spans]))
+            return encoded
         encodings = self._control.encode_batch_fast(marked, add_special_tokens=False)  # a fifth faster, as it computes no offsets
         for encoding, text, spans in zip(encodings, texts, edges, strict=True):
             ids = encoding.ids
             border_ids = [0]
-            for control in text.control:  # plain text never gives the id of a control token
+            # Plain text never gives the id of a control token, so the next such id is the token's own.
+            for control in text.control:
                 index = ids.index(control, border_ids[-1])
                 border_ids += [index, index + 1]
             border_ids.append(len(ids))
@@ -230,7 +229,8 @@ class HuggingFace(Tokenizer):
             content["model"]["unk_token"] = marked[content["model"]["unk_token"]]
         return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # pickled by path: another process reads the files again
+    def __reduce__(self) -> tuple[type[HuggingFace], tuple[Path]]:
+        # Pickled by path: another process reads the files again.
         return HuggingFace, (self.path,)
 
 
@@ -263,17 +263,17 @@ def _first_token(encoding: tokenizers.Encoding, positions: Iterable[int]) -> int
     return None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> JsonObject:
     """Read a JSON object; {} if the file does not exist."""
     return read_object(file) if file.is_file() else {}
 
 
-def _token_text(token: str | dict[str, Any] | None) -> str | None:
+def _token_text(token: str | JsonObject | None) -> str | None:
     """Return the text of a token that is stated as text or as an object."""
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+def _chat_template(directory: Path, settings: JsonObject) -> str | None:
     """Return the text of the chat template; None if there is none.
 
     Like transformers, `chat_template.jinja` and the templates in `additional_chat_templates` come before those of
@@ -283,7 +283,9 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
     templates: dict[str, str] = {}
     stated = settings.get("chat_template")
     if isinstance(stated, list):
-        templates |= {entry["name"]: entry["template"] for entry in stated if isinstance(entry, dict) and "name" in entry}
+        for entry in stated:
+            if isinstance(entry, dict) and "name" in entry:
+                templates[entry["name"]] = entry["template"]
     elif isinstance(stated, str):
         templates["default"] = stated
     file = directory / "chat_template.jinja"

@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moe_train.data.tokenizers.tokenizer import Tokenizer, hash_files
 
@@ -71,6 +70,7 @@ class Mistral(Tokenizer):
         try:
             return self._text.encode(text, bos=False, eos=False)
         except ValueError as error:
+            # The tokenizer's regular expression gives up at a very long run of white space; other errors are bugs.
             if "Regex error" not in str(error):
                 raise
             longest = max((len(run) for run in re.findall(r"\s+", text)), default=0)
@@ -91,5 +91,6 @@ class Mistral(Tokenizer):
             policy = SpecialTokenPolicy.KEEP
         return self._text.decode(list(ids), special_token_policy=policy)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # pickled by path: another process reads the files again
+    def __reduce__(self) -> tuple[type[Mistral], tuple[Path]]:
+        # Pickled by path: another process reads the files again.
         return Mistral, (self.path,)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.batch import Batch, BatchRows
 
 
 def test_segments_stand_one_after_the_other_in_a_row() -> None:
@@ -28,3 +29,13 @@ def test_an_empty_batch_is_padding() -> None:
     assert [(array.shape, array.dtype.name, array.any()) for array in batch] == [
         ((2, 3), kind, False) for kind in ("int32", "int32", "bool", "int32", "int32")
     ]
+
+
+def test_the_processes_divide_the_rows_of_a_batch() -> None:
+    slices = [BatchRows(6, 8, index, 3).own_rows for index in range(3)]
+    assert [list(range(6))[own_rows] for own_rows in slices] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_rows_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size 4 is not a multiple of the 3 processes"):
+        BatchRows(4, 8, process_count=3)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.batch import Batch, BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
@@ -33,12 +33,15 @@ def digest(*batches: Batch) -> str:
 def make(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., Loader]:
     """A loader over files of JSON lines, each (path, weight) a source."""
 
-    def make(*files: tuple[Path, float | None], sources: Any = "train", record: config.Record = TEXT, **settings: Any) -> Loader:
+    def make(
+        *files: tuple[Path, float | None], sources: Any = "train", record: config.Record = TEXT, seed: int = 0, **settings: Any
+    ) -> Loader:
         chosen = tuple(config.FileSource(name="files", files=(str(file),), record=record, weight=weight) for file, weight in files)
         cache = str(tmp_path / "cache")
         held_out = tuple(source.model_copy(update={"weight": None}) for source in chosen) if sources == "eval" else ()
         data = config.Data(train=chosen, eval=held_out, cache_dir=cache)
-        return Loader(data, sources, tokenizer, **{"batch_size": 4, "seq_len": 32, "seed": 0} | settings)
+        rows = BatchRows(**{"batch_size": 4, "seq_len": 32} | settings)
+        return Loader(data, sources, tokenizer, rows, seed=seed)
 
     return make
 
@@ -93,7 +96,7 @@ def test_the_seed_changes_the_order_and_nothing_else(make: Any, two_files: Any) 
 
 def epoch_of(loader: Loader, epoch: int) -> list[list[tuple[int, int, int]]]:
     """(number of the record, start, length) of each segment of each row of an epoch; of a loader with one source."""
-    order = loader._orders[0]
+    order = loader._sources[0].order
     rows = range(order.end(epoch - 1) if epoch else 0, order.end(epoch))
     return [[segment[2:3] + segment[4:] for segment in loader.trace(*divmod(row, 4))] for row in rows]
 
@@ -118,7 +121,7 @@ def test_sources_are_mixed_by_weight_and_an_epoch_sees_every_record(make: Any, t
     assert Counter(row[0].source for row in rows[:8]) == {0: 6, 1: 2}
     [first, second] = mixed.epochs(mixed.steps()).values()
     assert min(first, second) == pytest.approx(1, abs=0.05)
-    assert second / first == pytest.approx(mixed._orders[0].end(0) / mixed._orders[1].end(0) / 3, rel=0.01)
+    assert second / first == pytest.approx(mixed._sources[0].order.end(0) / mixed._sources[1].order.end(0) / 3, rel=0.01)
 
 
 def test_without_weights_every_epoch_has_each_row_of_each_source_once(make: Any, two_files: Any) -> None:
@@ -137,7 +140,7 @@ def test_without_weights_every_epoch_has_each_row_of_each_source_once(make: Any,
 
 def test_two_epochs_are_every_record_twice(make: Any, two_files: Any) -> None:
     loader = make(*two_files[:1], batch_size=1)
-    assert loader.steps(2) == loader._orders[0].end(1)
+    assert loader.steps(2) == loader._sources[0].order.end(1)
     seen = Counter(segment for step in range(loader.steps(2)) for segment in loader.trace(step, 0))
     assert set(seen.values()) == {2}
 
@@ -230,14 +233,12 @@ def test_long_texts_are_split_and_counted(make: Any, two_files: Any) -> None:
 
 
 def test_what_cannot_be_loaded(make: Any, two_files: Any) -> None:
-    with pytest.raises(ValueError, match="batch_size 4 is not a multiple of the 3 processes"):
-        make(*two_files, process_count=3)
     loader = make(*two_files)
     with pytest.raises(IndexError):
         loader.batch(-1)
     data = config.Data(train=(config.FileSource(name="files", files=("x.jsonl",), record=TEXT),))
     with pytest.raises(ValueError, match=r"data\.eval names no source"):
-        Loader(data, "eval", None, batch_size=1, seq_len=8, seed=0)  # type: ignore[arg-type]
+        Loader(data, "eval", None, BatchRows(1, 8), seed=0)  # type: ignore[arg-type]
 
 
 def test_gsm8k(make: Any, tokenizer: HuggingFace) -> None:

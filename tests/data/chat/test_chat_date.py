@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_train import config
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.chat import chat_date
 from moe_train.data.chat.chat_date import date_of, dated, keep_date, kept_date, undated
@@ -32,7 +33,7 @@ def data(file: Path, cache: Path) -> config.Data:
 
 
 def first_text(chosen: config.Data, tokenizer: HuggingFace) -> str:
-    loader = Loader(chosen, "train", tokenizer, batch_size=1, seq_len=64, seed=0)
+    loader = Loader(chosen, "train", tokenizer, BatchRows(1, 64), seed=0)
     return tokenizer.decode(loader.batch(0).tokens[0].tolist()[:20])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from moe_train import config
 from moe_train.data.prepared import tokenize_ahead
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
+from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ def stored(*paths: Path, record: config.Record = TEXT, tokenizer: Tokenizer, cac
     records = open_source(source)
     more.setdefault("template", tokenizer.chat_template)
     template = more.pop("template")
-    return TokenStore(tokenize_ahead.prepare(source, records, tokenizer, template, cache, **more), records)
+    return TokenStore(tokenize_ahead.prepare(Recipe(source, records, tokenizer, template), cache, **more), records)
 
 
 def ids(store: TokenStore) -> list[list[int]]:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data.batches.loader import Loader, open_store
+from moe_train.data.batches.batch import BatchRows
+from moe_train.data.batches.loader import Loader
+from moe_train.data.batches.sources import open_store
 from moe_train.data.prepared import folder as folders
-from moe_train.data.prepared.folder import File, RemoteFolder
+from moe_train.data.prepared.folder import ArrayPart, File, RemoteFolder
 from moe_train.data.prepared.upload import upload
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.prepared.stores import prepared
@@ -41,7 +43,7 @@ def test_batches_are_the_same_from_anywhere(
     data: config.Data, tokenizer: HuggingFace, tmp_path: Path, bucket: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "_BLOCK", 100)
-    shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 3}
+    shape: Any = {"rows": BatchRows(4, 48), "seed": 3}
     here = Loader(data, "train", tokenizer, **shape)
     store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
     goal = {"memory": "memory://bucket/sets", "file": f"file://{tmp_path}/there", "path": str(tmp_path / "there")}[kind]
@@ -69,7 +71,7 @@ def test_a_bucket_is_read_by_range_within_a_bound(
     tokens = small.array(File("tokens", store.manifest.dtype, size))
     expected = np.fromfile(Path(store.path) / shard.name / "tokens", store.manifest.dtype)
     reads.clear()
-    found = small.read([(tokens, 300, 301), (tokens, 10, 20), (tokens, 12, 50)])
+    found = small.read([ArrayPart(tokens, a, b) for a, b in ((300, 301), (10, 20), (12, 50))])
     assert [array.tolist() for array in found] == [expected[a:b].tolist() for a, b in ((300, 301), (10, 20), (12, 50))]
     assert sorted(read[1:] for read in reads) == [(0, 64), (64, 128), (576, 640)]
     assert tokens[10:50].tolist() == expected[10:50].tolist() and len(reads) == 3, "from memory"
@@ -79,7 +81,7 @@ def test_a_bucket_is_read_by_range_within_a_bound(
     monkeypatch.setattr(small, "block", functools.lru_cache(2)(small._block))
     monkeypatch.setattr(small, "_max_blocks", 2)
     reads.clear()
-    found = small.read([(tokens, a, a + 40) for a in (256, 0, 128, 64, 192)])
+    found = small.read([ArrayPart(tokens, a, a + 40) for a in (256, 0, 128, 64, 192)])
     assert [array.tolist() for array in found] == [expected[a : a + 40].tolist() for a in (256, 0, 128, 64, 192)]
     assert len(reads) == 10, "more blocks than are kept, each once"
     small.block.cache_clear()
@@ -144,7 +146,7 @@ def test_the_end_of_the_program_ends_a_wait(tmp_path: Path) -> None:
     """It would be joined before the interpreter ends."""
     program = """if True:
         import fsspec, threading, time
-        from moe_train.data.prepared.folder import File, RemoteFolder
+        from moe_train.data.prepared.folder import ArrayPart, File, RemoteFolder
         asked = threading.Event()
         def refuse(self, path, **part):
             asked.set()
@@ -167,8 +169,8 @@ def test_windows_fetch_every_block_about_once(
     monkeypatch.setattr(RemoteFolder, "__init__", lambda self, url, cache_mib: original(self, url, cache_mib, block=64))
     fetched = []
     for window in (None, 300):
-        loader = Loader(there.model_copy(update={"shuffle_tokens": window}), "train", tokenizer, batch_size=4, seq_len=48, seed=0)
-        folder = loader._stores[0]._folder
+        loader = Loader(there.model_copy(update={"shuffle_tokens": window}), "train", tokenizer, BatchRows(4, 48), seed=0)
+        folder = loader._sources[0].store._folder
         monkeypatch.setattr(folder, "block", functools.lru_cache(32)(folder._block))
         reads.clear()
         for step in range(loader.steps()):
@@ -179,7 +181,7 @@ def test_windows_fetch_every_block_about_once(
 
 
 def test_what_does_not_go_together_is_refused(data: config.Data, tokenizer: HuggingFace, tmp_path: Path, bucket: Any) -> None:
-    shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 3}
+    shape: Any = {"rows": BatchRows(4, 48), "seed": 3}
     store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
     there = prepared(data, upload(store.path, "memory://bucket"))
     template = (tokenizer.chat_template or "").replace("[INST]", "[INST] ")

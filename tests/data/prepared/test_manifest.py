@@ -13,6 +13,7 @@ from moe_train import config
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.manifest import Manifest
 from moe_train.data.prepared.tokenize_ahead import prepare
+from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
@@ -22,7 +23,7 @@ def make(tokenizer: HuggingFace, tmp_path: Path) -> Callable[..., Manifest]:
     def make(*files: Path, record: config.Record | None = None, **said: str) -> Manifest:
         record = record or config.TextRecord(name="text")
         source = config.FileSource(name="files", files=tuple(map(str, files)), record=record, **said)
-        made = Path(prepare(source, open_source(source), tokenizer, None, tmp_path / "cache")) / manifest.MANIFEST
+        made = Path(prepare(Recipe(source, open_source(source), tokenizer, None), tmp_path / "cache")) / manifest.MANIFEST
         return manifest.read_manifest(made.read_bytes(), str(made))
 
     return make

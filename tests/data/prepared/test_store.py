@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.data.batches.loader import Loader, open_store
+from moe_train.data.batches.batch import BatchRows
+from moe_train.data.batches.loader import Loader
+from moe_train.data.batches.sources import open_store
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.prepared.folder import RemoteFolder
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
@@ -36,7 +38,7 @@ def test_a_cache_too_small_for_the_shuffling_is_told(
     caplog.set_level("WARNING", "moe_train")  # whatever tests before this one have asked for
     store = open_store(data.train[0], data, tokenizer, tokenizer.chat_template)
     there = prepared(data, upload(store.path, "memory://bucket"), cache_mib=1)
-    shape: Any = {"batch_size": 4, "seq_len": 48, "seed": 0}
+    shape: Any = {"rows": BatchRows(4, 48), "seed": 0}
     Loader(there, "train", tokenizer, **shape)
     assert not caplog.records
     original = RemoteFolder.__init__

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_train.data.prepared import shards, tokenize_ahead, tokenize_shard
-from moe_train.data.prepared.tokenize_ahead import PrepareProgress
+from moe_train.data.prepared import shard_pool, shards, tokenize_ahead, tokenize_shard
 from moe_train.data.records import scan
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.prepared.stores import CHAT, COMPLETION, MESSAGES, TEXT, ids, stored
@@ -39,7 +38,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         keys.append(directory.name)
         original(directory, *arguments)
 
-    monkeypatch.setattr(tokenize_ahead, "write_shard", noted)
+    monkeypatch.setattr(shard_pool, "write_shard", noted)
     return keys
 
 
@@ -98,27 +97,13 @@ def test_one_of_several_at_once_does_the_work(
     assert len(hashes) == 4 and len(set(hashes)) == 1 and len(made) == 1
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_several_processes_make_the_same_set(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
-    path = write_lines("a.jsonl", [{"messages": MESSAGES}] * 100)
-    seen: list[PrepareProgress] = []
-    alone, together = (
-        stored(path, record=CHAT, tokenizer=tokenizer, cache=tmp_path / str(n), num_proc=n, shown=seen.append) for n in (1, 2)
-    )
-    assert alone.manifest == together.manifest and ids(alone) == ids(together)
-    count = len(alone.manifest.shards)
-    assert seen.count(PrepareProgress(count, count, 100, alone.manifest.tokens)) == 2
-    broken = write_lines("b.jsonl", [{"messages": MESSAGES}] * 80 + [{"messages": []}])
-    with pytest.raises(ValueError, match=r"b\.jsonl:81: .*message"):
-        stored(broken, record=CHAT, tokenizer=tokenizer, cache=tmp_path / "2", num_proc=2)
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from moe_train import config
 from moe_train.data.prepared import shards, tokenize_ahead
+from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records import scan
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -127,9 +112,10 @@ def main():
     shards.cut.__defaults__ = (20000,)
     tokenizer = HuggingFace(sys.argv[2])
     source = config.FileSource(name="files", files=(sys.argv[3],), record=config.TextRecord(name="text"))
-    def shown(now):
-        print(now.done, flush=True)
-    tokenize_ahead.prepare(source, open_source(source), tokenizer, None, sys.argv[4], num_proc=int(sys.argv[5]), shown=shown)
+    def report(progress):
+        print(progress.done, flush=True)
+    recipe = Recipe(source, open_source(source), tokenizer, None)
+    tokenize_ahead.prepare(recipe, sys.argv[4], num_proc=int(sys.argv[5]), report=report)
 if __name__ == "__main__":
     main()
 """
@@ -214,6 +200,6 @@ def test_a_file_that_changes_while_it_is_read(
         with path.open("a") as file:
             file.write('{"text": "more"}\n')
 
-    monkeypatch.setattr(tokenize_ahead, "write_shard", and_append)
+    monkeypatch.setattr(shard_pool, "write_shard", and_append)
     with pytest.raises(ValueError, match=r"a\.jsonl: records were changed while they were read"):
         stored(path, tokenizer=tokenizer, cache=tmp_path / "cache")

@@ -75,10 +75,11 @@ def test_a_record_that_cannot_be_used_is_named_and_nothing_is_left(
 
 def test_a_shard_says_what_it_holds(tokenizer: HuggingFace, tmp_path: Path, write_lines: Callable[..., Path]) -> None:
     path = write_lines("a.jsonl", [{"text": "fox"}, {"text": ""}, {"text": "dog"}])
-    records = open_source(config.FileSource(name="files", files=(str(path),), record=TEXT))
+    source = config.FileSource(name="files", files=(str(path),), record=TEXT)
+    records = open_source(source)
     progress: list[tuple[int, int]] = []
     shard = Shard("key", (Span(0),))
-    write_shard(tmp_path / "key", shard, Recipe(records, TEXT, tokenizer, None), lambda *more: progress.append(more))
+    write_shard(tmp_path / "key", shard, Recipe(source, records, tokenizer, None), lambda *more: progress.append(more))
     facts = json.loads((tmp_path / "key" / "facts.json").read_text())
     tokens = np.fromfile(tmp_path / "key" / "tokens", facts["dtype"])
     assert tokens.tolist() == [1, *tokenizer.encode("fox"), 2, 1, *tokenizer.encode("dog"), 2]

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data.batches.loader import Loader, open_store
+from moe_train.data.batches.batch import BatchRows
+from moe_train.data.batches.loader import Loader
+from moe_train.data.batches.sources import open_store
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.prepared.upload import upload
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.prepared.stores import prepared
 
-SHAPE: dict[str, Any] = {"batch_size": 4, "seq_len": 48, "seed": 0}
+SHAPE: dict[str, Any] = {"rows": BatchRows(4, 48), "seed": 0}
 
 
 def change(file: Path) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from moe_train import config
+from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
-from moe_train.data.prepared import tokenize_ahead
+from moe_train.data.prepared import shard_pool
 from moe_train.data.records import python_source
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -48,7 +49,7 @@ def section(records: Any, record: config.Record = TEXT, **more: Any) -> config.P
 
 def loader(source: config.Source, tokenizer: HuggingFace, cache: Path, num_proc: int = 1) -> Loader:
     data = config.Data(train=(source,), cache_dir=str(cache), num_proc=num_proc)
-    return Loader(data, "train", tokenizer, batch_size=4, seq_len=32, seed=0)
+    return Loader(data, "train", tokenizer, BatchRows(4, 32), seed=0)
 
 
 def batches(loader: Loader, start: int = 0) -> list[list[Any]]:
@@ -67,7 +68,7 @@ def test_batches_are_those_of_the_same_records_in_a_file(
     assert batches(own) == batches(of_file)
     assert batches(own, 3) == batches(loader(section(InMemory(RECORDS)), tokenizer, tmp_path / "2"), 3), "as a resume has it"
     assert own.num_records == 60 and json.loads(own.manifest)["sets"][0]["files"][0]["path"] == "records"
-    assert len(own._stores[0].manifest.shards) == 3
+    assert len(own._sources[0].store.manifest.shards) == 3
     assert [[s[2:] for s in own.trace(0, row)] for row in range(4)] == [[s[2:] for s in of_file.trace(0, row)] for row in range(4)]
 
 
@@ -102,7 +103,7 @@ def test_the_identity_decides_what_is_made_again(tokenizer: HuggingFace, tmp_pat
     first = loader(section(InMemory(RECORDS)), tokenizer, tmp_path)
     other = loader(section(InMemory(RECORDS[:50], "2"), title="orders"), tokenizer, tmp_path)
     assert first.identity != other.identity and first.manifest_hash != other.manifest_hash
-    monkeypatch.setattr(tokenize_ahead, "write_shard", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(shard_pool, "write_shard", lambda *_: pytest.fail("made again"))
     assert loader(section(InMemory(RECORDS)), tokenizer, tmp_path).identity == first.identity
 
 

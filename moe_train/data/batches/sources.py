@@ -1,0 +1,152 @@
+"""Open the sources of a config as token stores, and measure how much of a row each of their examples takes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_train import config
+from moe_train.data.batches.order import Order, Shuffle
+from moe_train.data.batches.packing import TooLong
+from moe_train.data.chat.chat_date import dated, keep_date, reads_date
+from moe_train.data.chat.example import has_trained_token
+from moe_train.data.prepared.shard_pool import ProgressReport
+from moe_train.data.prepared.store import ExampleSlice, TokenStore
+from moe_train.data.prepared.tokenize_ahead import prepare
+from moe_train.data.prepared.tokenize_shard import Recipe
+from moe_train.data.records.open_source import open_source
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+
+_MASKS_AT_ONCE = 1024  # loss masks read together, so that a store of any size needs little memory
+
+
+class RowSource(NamedTuple):
+    """A source of a config, opened for packing into rows."""
+
+    name: str
+    """The name in messages."""
+    store: TokenStore
+    order: Order
+    """The packed rows of the store, over all epochs."""
+    num_shortened: int
+    """Number of conversations with tools that were shortened to the turns that fit into a row."""
+
+
+def open_rows(source: config.Source, store: TokenStore, seq_len: int, shuffle: Shuffle | None, cache_dir: str) -> RowSource:
+    """Prepare the packing of an opened source.
+
+    Args:
+        source: The config section of the source.
+        store: Its tokens (see `open_store`).
+        seq_len: Positions in a row.
+        shuffle: How to shuffle; None for one epoch in the order of the store.
+        cache_dir: The folder in which plans of many examples are cached.
+
+    Raises:
+        ValueError: If an example is too long and the source refuses such examples.
+    """
+    too_long = _too_long(source, store)
+    lengths = _lengths(store, seq_len, too_long)
+    num_shortened = 0
+    if too_long == "drop":
+        # A conversation with tools keeps the turns that fit, so it is dropped only if not even its first turn does.
+        fitting = store.fitting_lengths(lengths, seq_len)
+        num_shortened = int((fitting < lengths).sum())
+        lengths = fitting
+    return RowSource(source_name(source), store, Order(store, lengths, seq_len, too_long, shuffle, cache_dir), num_shortened)
+
+
+def _too_long(source: config.Source, store: TokenStore) -> TooLong:
+    """Return what to do with the examples of a source that are longer than a row."""
+    if not isinstance(source, config.PreparedSource):
+        return source.record.too_long
+    if source.too_long is not None:
+        return source.too_long
+    return store.manifest.too_long
+
+
+def source_name(source: config.Source) -> str:
+    """Return the name of a source in messages."""
+    match source:
+        case config.FileSource(files=files):
+            return files[0] + (", …" if len(files) > 1 else "")
+        case config.HubSource(dataset=dataset):
+            return dataset
+        case config.PythonSource(title=title):
+            return title
+        case config.PreparedSource(path=path):
+            return path
+
+
+def open_store(
+    source: config.Source,
+    data: config.Data,
+    tokenizer: Tokenizer,
+    template: str | None,
+    report: ProgressReport | None = None,
+) -> TokenStore:
+    """Open the tokens of a source; tokenize them first if that has not been done.
+
+    Args:
+        source: The source.
+        data: The `data` section, for the cache and the number of processes.
+        tokenizer: The tokenizer.
+        template: The chat template; None if there is none.
+        report: A function that is called with the progress of tokenizing; None to log it.
+
+    Raises:
+        ValueError: If a prepared set was made with another tokenizer or template, or if a record cannot be used.
+    """
+    memory = Path(data.cache_dir) / "scans"
+    if not isinstance(source, config.PreparedSource):
+        if template is not None and reads_date(template) and not isinstance(source.record, config.TextRecord):
+            template = dated(template, data.chat_date or keep_date(data.cache_dir))
+        records = open_source(source)
+        directory = prepare(Recipe(source, records, tokenizer, template), data.cache_dir, data.num_proc, report)
+        prepared = TokenStore(directory, records, vocab_size=tokenizer.vocab_size)
+        prepared.verify(memory)
+        return prepared
+    store = TokenStore(source.path, cache_mib=source.cache_mib, vocab_size=tokenizer.vocab_size)
+    prepared_date = store.manifest.rules.chat_date
+    if data.chat_date is not None and prepared_date not in (None, data.chat_date):
+        raise ValueError(
+            f"{source.path} was prepared with chat_date {prepared_date}, not {data.chat_date}; leave data.chat_date out"
+        )
+    template_sha256 = None
+    if template is not None:
+        if prepared_date is not None:
+            template = dated(template, prepared_date)
+        template_sha256 = hashlib.sha256(template.encode()).hexdigest()
+    if store.manifest.tokenizer_sha256 != tokenizer.identity:
+        raise ValueError(f"{source.path} was prepared with another tokenizer than {tokenizer.files[0]}; prepare it with this one")
+    if store.manifest.rules.template_sha256 not in (None, template_sha256):
+        raise ValueError(f"{source.path} was prepared with another chat template; prepare it with this one (data.chat_template)")
+    store.verify(memory)
+    return store
+
+
+def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
+    """Return (N,) the positions that each example takes; 0 for one of which nothing that is trained on remains.
+
+    Raises:
+        ValueError: If an example is too long and `too_long` is "error".
+    """
+    lengths = store.lengths()
+    overlong = np.flatnonzero(lengths > seq_len)
+    if too_long == "error" and len(overlong):
+        longest = int(overlong[np.argmax(lengths[overlong])])
+        raise ValueError(
+            f"{store.where(longest)}: the record has {lengths[longest]} tokens, train.seq_len is {seq_len} ({len(overlong)} of "
+            f"{len(lengths)} records are too long); raise train.seq_len, or set record.too_long: drop"
+        )
+    if too_long == "truncate":
+        # What is cut off may be all that an example trains on, so the masks of the overlong examples have to be read.
+        for group in np.split(overlong, range(_MASKS_AT_ONCE, len(overlong), _MASKS_AT_ONCE)):
+            masks = store.masks([ExampleSlice(example, 0, seq_len) for example in group.tolist()])
+            for example, mask in zip(group, masks, strict=True):
+                if not has_trained_token(mask, seq_len):
+                    lengths[example] = 0
+    return lengths

@@ -22,65 +22,65 @@ ANSWERS = "answers"
 """A column that holds calls, as xLAM has it, or several answers with their ranks."""
 
 
-def read_completion(left: dict[str, Any], record: config.CompletionRecord, unread: Unread) -> Conversation:
-    """Read a completion record; what is read is taken out of `left`.
+def read_completion(remaining: dict[str, Any], record: config.CompletionRecord, unread: Unread) -> Conversation:
+    """Read a completion record; what is read is taken out of `remaining`.
 
     Raises:
         Problem: If a value cannot be interpreted.
     """
-    tools = take_tools(left, unread)
-    completion = take(left, record.completion)
-    before = take_prompt(left, record.prompt, unread)
+    tools = take_tools(remaining, unread)
+    completion = take(remaining, record.completion)
+    before = take_prompt(remaining, record.prompt, unread)
     answer = read_answer(completion, record.completion, bool(tools), unread)
     if record.completion == ANSWERS and any("tool_calls" not in message for message in answer):
         message = f"column {ANSWERS!r} should be a list of calls, not {brief(completion)}"
         raise Problem("arguments", message, "write the calls as JSON, or drop the record")
     messages = read_tool_call_text([*before, *answer], tools, unread)
-    return Conversation(messages, tools, take_settings(left, record))
+    return Conversation(messages, tools, take_settings(remaining, record))
 
 
-def take(left: dict[str, Any], column: str) -> Any:
+def take(remaining: dict[str, Any], column: str) -> Any:
     """Take the value of a column. Raises Problem if there is no such column."""
-    if column not in left:
-        present = ", ".join(map(repr, left)) or "none"
+    if column not in remaining:
+        present = ", ".join(map(repr, remaining)) or "none"
         message = f"no column {column!r}; the record has {present}"
         raise Problem("columns", message, "name it with --map (in a config: in the record section)")
-    return left.pop(column)
+    return remaining.pop(column)
 
 
-def take_prompt(left: dict[str, Any], column: str, unread: Unread, weight: int | None = 0) -> list[Message]:
+def take_prompt(remaining: dict[str, Any], column: str, unread: Unread, weight: int | None = 0) -> list[Message]:
     """Take the messages of a prompt: a system text, earlier turns and the question, or the messages of the column.
 
     Args:
-        left: The columns that have not been read yet.
+        remaining: The columns that have not been read yet.
         column: The column of the prompt.
         unread: Takes the keys that are not read.
         weight: The weight of assistant messages in a prompt that is a list of messages; None to leave it as it is.
     """
-    prompt = messages_in(take(left, column))
+    prompt = messages_in(take(remaining, column))
     if column in MESSAGE_COLUMNS or isinstance(prompt, list | tuple):
         # The loss covers the completion only, so assistant messages of the prompt get weight 0.
         messages = read_messages(prompt, column, PLAIN, unread)
         if weight is not None:
             messages = [m | {"weight": weight} if m.get("role") == "assistant" else m for m in messages]
-        return [*take_system(left), *messages]
+        return [*take_system(remaining), *messages]
     if not isinstance(prompt, str):
         raise Problem("type", f"column {column!r} should be text, not {brief(prompt)}", "write it as a string")
     texts = [prompt]
     for name in MORE_PROMPT:
-        more = left.pop(name, None)
+        more = remaining.pop(name, None)
         if is_empty(more):
             continue
         if not isinstance(more, str):
             raise Problem("type", f"column {name!r} should be text, not {brief(more)}", "write it as a string")
         texts.append(more)
     question = "\n".join(text for text in texts if text)
-    return [*take_system(left), *_take_history(left), {"role": "user", "content": question}]
+    return [*take_system(remaining), *_take_history(remaining), {"role": "user", "content": question}]
 
 
-def take_system(left: dict[str, Any]) -> list[Message]:
+def take_system(remaining: dict[str, Any]) -> list[Message]:
     """Take the system text out of a record, as at most one message."""
-    present = {column: left.pop(column) for column in SYSTEM_COLUMNS if column in left}
+    present = {column: remaining.pop(column) for column in SYSTEM_COLUMNS if column in remaining}
     filled = {column: text for column, text in present.items() if not is_empty(text)}
     if len(set(map(repr, filled.values()))) > 1:
         raise Problem("columns", f"the record has both {' and '.join(filled)}, which differ", "keep the one that is meant")
@@ -91,9 +91,9 @@ def take_system(left: dict[str, Any]) -> list[Message]:
     return []
 
 
-def _take_history(left: dict[str, Any]) -> list[Message]:
+def _take_history(remaining: dict[str, Any]) -> list[Message]:
     """Take the earlier turns out of a record: pairs of question and answer, which are trained on like any other turn."""
-    history = left.pop("history", None)
+    history = remaining.pop("history", None)
     if is_empty(history):
         return []
     remedy = "write a list of pairs [question, answer], or messages in place of the prompt"

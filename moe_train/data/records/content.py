@@ -32,12 +32,12 @@ class Content(NamedTuple):
     """Tool messages that answer calls, for the parts that are results."""
 
 
-def read_parts(value: list[Any], where: str, role: object, unread: Unread) -> Content:
+def read_parts(value: list[Any], location: str, role: object, unread: Unread) -> Content:
     """Convert the parts of a content.
 
     Args:
         value: The parts.
-        where: What the message is, for a message.
+        location: What the message is, for a message.
         role: The role of the message.
         unread: Takes the keys that are not read.
 
@@ -49,30 +49,30 @@ def read_parts(value: list[Any], where: str, role: object, unread: Unread) -> Co
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for k, part in enumerate(value):
-        part_where = f"part {k} of {where}"
+        part_where = f"part {k} of {location}"
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         if not isinstance(part, dict):
             raise Problem("type", f"{part_where} should be an object with a type, not {brief(part)}", _REMEDY)
-        left = unread.opened(PART, part)
-        flags.append(take_flag(left, part_where, role))
-        kind = left.pop("type", "text" if "text" in left else None)
+        remaining = unread.opened(PART, part)
+        flags.append(take_flag(remaining, part_where, role))
+        kind = remaining.pop("type", "text" if "text" in remaining else None)
         if kind in _TEXT:
-            parts.append({"type": "text", "text": _text(left, ("text", "value"), part_where)})
-        elif kind in _REASONING and _is_ignored(part, left):
+            parts.append({"type": "text", "text": _text(remaining, ("text", "value"), part_where)})
+        elif kind in _REASONING and _is_ignored(part, remaining):
             pass
         elif kind in _REASONING:
             if role in ("user", "tool"):
                 raise Problem("thinking", f"{part_where} is reasoning, and the message is {role}", "leave it out")
-            parts.append(_thinking(left, part_where))
+            parts.append(_thinking(remaining, part_where))
         elif kind in _CALL:
-            calls += _calls(left, part_where, unread)
-            left = {}
+            calls += _calls(remaining, part_where, unread)
+            remaining = {}
         elif kind == "tool_result":
-            results.append(_result(left, part_where, unread))
+            results.append(_result(remaining, part_where, unread))
         else:
             raise _not_read(kind, part_where)
-        unread.close(part_where, PART, left)
+        unread.close(part_where, PART, remaining)
     content: str | list[dict[str, Any]] | None = normal_content(parts)
     if content == "" and (calls or results):
         content = None
@@ -89,7 +89,7 @@ def normal_content(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     return filled
 
 
-def take_reasoning(left: dict[str, Any], where: str, role: object) -> list[dict[str, Any]]:
+def take_reasoning(remaining: dict[str, Any], location: str, role: object) -> list[dict[str, Any]]:
     """Take the reasoning out of the fields of a message, as at most one part in the normal form.
 
     Raises:
@@ -97,48 +97,48 @@ def take_reasoning(left: dict[str, Any], where: str, role: object) -> list[dict[
     """
     texts: dict[str, str] = {}  # text -> field
     for name in REASONING_FIELDS:
-        value = left.pop(name, None)
+        value = remaining.pop(name, None)
         if not is_empty(value):
-            texts.setdefault(_joined(value, f"{name} of {where}"), name)
+            texts.setdefault(_joined(value, f"{name} of {location}"), name)
     texts.pop("", None)
     names = list(texts.values())
     if len(texts) > 1:
-        raise Problem("thinking", f"{where} has both {names[0]} and {names[1]}, which differ", "keep the one that is meant")
+        raise Problem("thinking", f"{location} has both {names[0]} and {names[1]}, which differ", "keep the one that is meant")
     if texts and role in ("system", "user", "tool"):
-        raise Problem("thinking", f"{where} is {role}, and has {names[0]}", "only the assistant reasons; leave it out")
+        raise Problem("thinking", f"{location} is {role}, and has {names[0]}", "only the assistant reasons; leave it out")
     return [{"type": "thinking", "thinking": text} for text in texts]
 
 
-def _is_ignored(part: dict[str, Any], left: dict[str, Any]) -> bool:
+def _is_ignored(part: dict[str, Any], remaining: dict[str, Any]) -> bool:
     """Return whether the key that holds the reasoning of a part is ignored by name, so that it is not left."""
-    return any(part.get(key) is not None for key in _REASONING_KEYS) and not any(key in left for key in _REASONING_KEYS)
+    return any(part.get(key) is not None for key in _REASONING_KEYS) and not any(key in remaining for key in _REASONING_KEYS)
 
 
-def _thinking(left: dict[str, Any], where: str) -> dict[str, Any]:
+def _thinking(remaining: dict[str, Any], location: str) -> dict[str, Any]:
     """Take reasoning out of a part."""
-    part: dict[str, Any] = {"type": "thinking", "thinking": _text(left, _REASONING_KEYS, where)}
-    closed = left.pop("closed", True)
+    part: dict[str, Any] = {"type": "thinking", "thinking": _text(remaining, _REASONING_KEYS, location)}
+    closed = remaining.pop("closed", True)
     if not isinstance(closed, bool):
-        raise Problem("type", f"{where} has closed {brief(closed)}", "write true or false")
+        raise Problem("type", f"{location} has closed {brief(closed)}", "write true or false")
     return part if closed else part | {"closed": False}
 
 
-def _text(left: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
+def _text(remaining: dict[str, Any], keys: tuple[str, ...], location: str) -> str:
     """Take the text out of a part, from the only one of some keys that it has."""
-    present = [key for key in keys if key in left]
+    present = [key for key in keys if key in remaining]
     if len(present) != 1:
         found = " and ".join(present) or "no text"
-        raise Problem("type", f"{where} has {found}, and should have one text", _REMEDY)
-    return _joined(left.pop(present[0]), where)
+        raise Problem("type", f"{location} has {found}, and should have one text", _REMEDY)
+    return _joined(remaining.pop(present[0]), location)
 
 
-def _joined(value: Any, where: str) -> str:
+def _joined(value: Any, location: str) -> str:
     """Return a text, or the joined texts of a list of text parts."""
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple) and all(_is_text_part(part) for part in value):
         return JOINT.join(part["text"] for part in value if part["text"])
-    raise Problem("type", f"{where} should be text, not {brief(value)}", _REMEDY)
+    raise Problem("type", f"{location} should be text, not {brief(value)}", _REMEDY)
 
 
 def _is_text_part(part: Any) -> bool:
@@ -146,34 +146,36 @@ def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) and len(part) == 2
 
 
-def _calls(left: dict[str, Any], where: str, unread: Unread) -> list[dict[str, Any]]:
+def _calls(remaining: dict[str, Any], location: str, unread: Unread) -> list[dict[str, Any]]:
     """Convert a part that is a call: Anthropic's {id, name, input}, or LLaMA-Factory's with the call as JSON text in `value`."""
-    value = left.pop("value", None)
+    value = remaining.pop("value", None)
     if value is None:
-        return read_calls([left], where, unread)
-    unread.close(where, PART, left)
-    return read_calls(value, where, unread)
+        return read_calls([remaining], location, unread)
+    unread.close(location, PART, remaining)
+    return read_calls(value, location, unread)
 
 
-def _result(left: dict[str, Any], where: str, unread: Unread) -> dict[str, Any]:
+def _result(remaining: dict[str, Any], location: str, unread: Unread) -> dict[str, Any]:
     """Convert a part that is a result: Anthropic's {tool_use_id, content}."""
     message: dict[str, Any] = {"role": "tool"}
-    if "tool_use_id" in left:
-        message["tool_call_id"] = left.pop("tool_use_id")
-    value = left.pop("content", "")
+    if "tool_use_id" in remaining:
+        message["tool_call_id"] = remaining.pop("tool_use_id")
+    value = remaining.pop("content", "")
     if isinstance(value, list | tuple):
-        inner = read_parts(list(value), where, "tool", unread)
+        inner = read_parts(list(value), location, "tool", unread)
         if inner.content is None:
-            raise Problem("type", f"{where} should be a result of text, not {brief(value)}", _REMEDY)
+            raise Problem("type", f"{location} should be a result of text, not {brief(value)}", _REMEDY)
         value = inner.content
     message["content"] = value
     return message
 
 
-def _not_read(kind: Any, where: str) -> Problem:
+def _not_read(kind: Any, location: str) -> Problem:
     """Return the problem for a part of a type that is not read."""
     if isinstance(kind, str) and any(word in kind for word in _MEDIA):
-        return Problem("unread-key", f"{where} is of type {brief(kind)}: images, sound and video are not read", "drop the record")
+        return Problem(
+            "unread-key", f"{location} is of type {brief(kind)}: images, sound and video are not read", "drop the record"
+        )
     if kind == "redacted_thinking":
-        return Problem("thinking", f"{where} is reasoning that is encrypted, and cannot be read", "drop the part or the record")
-    return Problem("type", f"{where} is of type {brief(kind)}, which is not read", _REMEDY)
+        return Problem("thinking", f"{location} is reasoning that is encrypted, and cannot be read", "drop the part or the record")
+    return Problem("type", f"{location} is of type {brief(kind)}, which is not read", _REMEDY)

@@ -86,13 +86,13 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
         case config.ChatRecord():
             normal = _conversation(fields, record, unread)
         case config.CompletionRecord():
-            left = unread.opened(RECORD, fields)
-            normal = read_completion(left, record, unread)
-            unread.close("the record", RECORD, left)
+            remaining = unread.opened(RECORD, fields)
+            normal = read_completion(remaining, record, unread)
+            unread.close("the record", RECORD, remaining)
         case config.PreferenceRecord():
-            left = unread.opened(RECORD, fields)
-            normal = read_pair(left, record, unread)
-            unread.close("the record", RECORD, left)
+            remaining = unread.opened(RECORD, fields)
+            normal = read_pair(remaining, record, unread)
+            unread.close("the record", RECORD, remaining)
         case config.LabelledRecord():
             normal = _labelled(fields, record, unread)
     return Reading(normal, tuple(unread.names))
@@ -134,9 +134,9 @@ def _text(fields: Mapping[str, Any], record: config.TextRecord, unread: Unread) 
     if column in TEXT_COLUMNS and all(fields.get(name) is not None and name not in unread.ignore for name in TEXT_COLUMNS):
         raise Problem("text-and-content", "the record has both text and content", "keep the one that is meant")
     text = text_field(fields, column)
-    left = unread.opened(RECORD, fields)
-    left.pop(column, None)
-    unread.close("the record", RECORD, left)
+    remaining = unread.opened(RECORD, fields)
+    remaining.pop(column, None)
+    unread.close("the record", RECORD, remaining)
     return text
 
 
@@ -150,38 +150,40 @@ def _conversation(fields: Mapping[str, Any], record: config.ChatRecord, unread: 
     if len(fields) == 1 and record.column in fields:
         messages = read_messages(fields[record.column], record.column, record, unread)
         return Conversation(messages, [], default_settings(record))
-    left = unread.opened(RECORD, fields)
-    conversation = _take_conversation(left, record, unread)
-    unread.close("the record", RECORD, left)
+    remaining = unread.opened(RECORD, fields)
+    conversation = _take_conversation(remaining, record, unread)
+    unread.close("the record", RECORD, remaining)
     return conversation
 
 
-def _take_conversation(left: dict[str, Any], record: config.ChatRecord, unread: Unread) -> Conversation:
+def _take_conversation(remaining: dict[str, Any], record: config.ChatRecord, unread: Unread) -> Conversation:
     """Take a conversation out of a record."""
-    names = [name for name in _message_columns(record) if not is_empty(left.get(name))]
+    names = [name for name in _message_columns(record) if not is_empty(remaining.get(name))]
     if len(names) > 1:
         raise Problem("columns", f"the record has both {names[0]} and {names[1]}", "keep the one that is meant")
     column = names[0] if names else record.column
-    messages = read_messages(take(left, column), column, record, unread)
+    messages = read_messages(take(remaining, column), column, record, unread)
     for name in _message_columns(record):
-        left.pop(name, None)  # empty, or read
-    tools = take_tools(left, unread)
-    messages = [*take_system(left), *read_tool_call_text(messages, tools, unread)]
-    return Conversation(messages, tools, take_settings(left, record))
+        remaining.pop(name, None)  # empty, or read
+    tools = take_tools(remaining, unread)
+    messages = [*take_system(remaining), *read_tool_call_text(messages, tools, unread)]
+    return Conversation(messages, tools, take_settings(remaining, record))
 
 
 def _labelled(fields: Mapping[str, Any], record: config.LabelledRecord, unread: Unread) -> LabelledAnswer:
     """Read a conversation whose last answer is labelled."""
-    left = unread.opened(RECORD, fields)
-    good = take_label(left, record.label)
+    remaining = unread.opened(RECORD, fields)
+    good = take_label(remaining, record.label)
     if record.messages is not None:
-        conversation = _take_conversation(left, config.ChatRecord(name="chat", column=record.messages, **_settings(record)), unread)
+        conversation = _take_conversation(
+            remaining, config.ChatRecord(name="chat", column=record.messages, **_settings(record)), unread
+        )
     else:
         section = config.CompletionRecord(
             name="completion", prompt=record.prompt, completion=record.completion, **_settings(record)
         )
-        conversation = read_completion(left, section, unread)
-    unread.close("the record", RECORD, left)
+        conversation = read_completion(remaining, section, unread)
+    unread.close("the record", RECORD, remaining)
     return LabelledAnswer(conversation, good)
 
 

@@ -12,12 +12,12 @@ _VALUES = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
 _NOT_THE_ASSISTANT = {"system", "user", "tool", "human", "observation", "developer", "function"}
 
 
-def take_flag(left: dict[str, Any], where: str, role: object) -> int | None:
+def take_flag(remaining: dict[str, Any], location: str, role: object) -> int | None:
     """Take the flags out of a message or a part of it.
 
     Args:
-        left: The keys that have not been read yet.
-        where: What the object is, for a message.
+        remaining: The keys that have not been read yet.
+        location: What the object is, for a message.
         role: The role of the message.
 
     Returns:
@@ -29,27 +29,27 @@ def take_flag(left: dict[str, Any], where: str, role: object) -> int | None:
     flag: int | None = None
     first = ""
     for name in _FLAGS:
-        if name not in left:
+        if name not in remaining:
             continue
-        value = left.pop(name)
+        value = remaining.pop(name)
         meant = _VALUES.get(str(value).lower()) if isinstance(value, bool | int | float | str) else None
         if meant is None:
-            raise Problem("weight", f"{where} has {name} {brief(value)}", "a weight is 0 (no loss) or 1")
+            raise Problem("weight", f"{location} has {name} {brief(value)}", "a weight is 0 (no loss) or 1")
         if flag is not None and meant != flag:
-            raise Problem("weight", f"{where} has both {first} and {name}, which contradict each other", "keep one of them")
+            raise Problem("weight", f"{location} has both {first} and {name}, which contradict each other", "keep one of them")
         if meant and name != "weight" and isinstance(role, str) and role in _NOT_THE_ASSISTANT:
-            message = f"{where} is {role}, and {name} asks for a loss on it, which only the assistant's messages bear"
+            message = f"{location} is {role}, and {name} asks for a loss on it, which only the assistant's messages bear"
             raise Problem("weight", message, "set it to 0, or drop the record")
         flag = meant
         first = name
     return None if isinstance(role, str) and role in _NOT_THE_ASSISTANT else flag
 
 
-def common_flag(where: str, whole: int | None, parts: list[int | None]) -> int | None:
+def common_flag(location: str, whole: int | None, parts: list[int | None]) -> int | None:
     """Return the flag of a message whose parts have flags of their own.
 
     Args:
-        where: What the message is, for a message.
+        location: What the message is, for a message.
         whole: The flag of the message itself; None if it has none.
         parts: The flag of each part; None for a part without one.
 
@@ -61,9 +61,9 @@ def common_flag(where: str, whole: int | None, parts: list[int | None]) -> int |
     default = 1 if whole is None else whole
     flags = {default if flag is None else flag for flag in parts}
     if len(flags) > 1:
-        message = f"the loss covers some parts of {where} and others not"
+        message = f"the loss covers some parts of {location} and others not"
         raise Problem("weight", message, "give all of its parts the same flag: a message is trained on as a whole or not at all")
     (flag,) = flags
     if whole is not None and flag != whole:
-        raise Problem("weight", f"the flags of {where} and of its parts contradict each other", "keep one of them")
+        raise Problem("weight", f"the flags of {location} and of its parts contradict each other", "keep one of them")
     return flag

@@ -54,12 +54,12 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
             raise Problem("type", message, 'write {"role": …, "content": …}')
         if ids is None:
             ids = CallIds()
-        left = unread.opened(MESSAGE, entry)
-        if record.role not in left and "from" in left:
-            read = _sharegpt(left, i, ids, unread)
+        remaining = unread.opened(MESSAGE, entry)
+        if record.role not in remaining and "from" in remaining:
+            read = _sharegpt(remaining, i, ids, unread)
         else:
-            read = _message(left, i, record, ids, unread)
-        unread.close(f"message {i}", MESSAGE, left)
+            read = _message(remaining, i, record, ids, unread)
+        unread.close(f"message {i}", MESSAGE, remaining)
         messages += read
     return messages
 
@@ -72,29 +72,29 @@ def _is_plain(entry: Any) -> bool:
     return role is not None and role != "function"
 
 
-def _message(left: dict[str, Any], i: int, record: config.ChatRecord, ids: CallIds, unread: Unread) -> list[Message]:
-    """Convert a message with `role` and `content`, or the keys that `record` names; what is read is taken out of `left`."""
-    where = f"message {i}"
-    role = left.pop(record.role, None)
+def _message(remaining: dict[str, Any], i: int, record: config.ChatRecord, ids: CallIds, unread: Unread) -> list[Message]:
+    """Convert a message with `role` and `content`, or the keys that `record` names; what is read is taken out of `remaining`."""
+    location = f"message {i}"
+    role = remaining.pop(record.role, None)
     role = record.roles.get(role, role) if isinstance(role, str) else role
-    content = left.pop(record.content, None)
+    content = remaining.pop(record.content, None)
     if role == "function":  # OpenAI's old spelling of a result, which names the function and has no id
-        name = left.get("name")
+        name = remaining.get("name")
         answered = ids.unanswered(name if isinstance(name, str) else None)
-        left |= {} if answered is None or "tool_call_id" in left else {"tool_call_id": answered}
+        remaining |= {} if answered is None or "tool_call_id" in remaining else {"tool_call_id": answered}
         role = "tool"
     parts = Content(content, [], [], [])
     if isinstance(content, list | tuple):
-        parts = read_parts(list(content), where, role, unread)
-    flag = common_flag(where, take_flag(left, where, role), parts.flags)
-    reasoning = take_reasoning(left, where, role)
-    calls = parts.calls + _calls(left, where, ids, unread)
-    if not is_empty(left.get("value")):
-        raise Problem("columns", f"{where} has both {record.content} and value", "keep the one that is meant")
-    if left.get("prefix") is False:  # the default of Mistral's API
-        del left["prefix"]
+        parts = read_parts(list(content), location, role, unread)
+    flag = common_flag(location, take_flag(remaining, location, role), parts.flags)
+    reasoning = take_reasoning(remaining, location, role)
+    calls = parts.calls + _calls(remaining, location, ids, unread)
+    if not is_empty(remaining.get("value")):
+        raise Problem("columns", f"{location} has both {record.content} and value", "keep the one that is meant")
+    if remaining.get("prefix") is False:  # the default of Mistral's API
+        del remaining["prefix"]
     message = {} if role is None else {"role": role}
-    content = _with_reasoning(reasoning, parts.content, where)
+    content = _with_reasoning(reasoning, parts.content, location)
     if content is not None and not (content == "" and calls):
         message["content"] = content
     if calls:
@@ -102,7 +102,7 @@ def _message(left: dict[str, Any], i: int, record: config.ChatRecord, ids: CallI
     if flag is not None:
         message["weight"] = flag
     if role == "tool":
-        message |= {key: left.pop(key) for key in ("tool_call_id", "name") if key in left}
+        message |= {key: remaining.pop(key) for key in ("tool_call_id", "name") if key in remaining}
     messages = [*parts.results, message]
     if parts.results and "content" not in message and "tool_calls" not in message:
         messages = parts.results  # Anthropic's user messages may hold nothing but results
@@ -111,7 +111,7 @@ def _message(left: dict[str, Any], i: int, record: config.ChatRecord, ids: CallI
     return messages
 
 
-def _with_reasoning(reasoning: list[dict[str, Any]], content: Any, where: str) -> Any:
+def _with_reasoning(reasoning: list[dict[str, Any]], content: Any, location: str) -> Any:
     """Return a content with the reasoning of the message's fields before it."""
     if not reasoning:
         return content
@@ -121,46 +121,46 @@ def _with_reasoning(reasoning: list[dict[str, Any]], content: Any, where: str) -
         return normal_content([*reasoning, {"type": "text", "text": content}])
     if isinstance(content, list) and content[: len(reasoning)] == reasoning:
         return content  # the same text in both spellings
-    raise Problem("thinking", f"{where} has reasoning in a field and in a part of its content", "keep the one that is meant")
+    raise Problem("thinking", f"{location} has reasoning in a field and in a part of its content", "keep the one that is meant")
 
 
-def _calls(left: dict[str, Any], where: str, ids: CallIds, unread: Unread) -> list[dict[str, Any]]:
+def _calls(remaining: dict[str, Any], location: str, ids: CallIds, unread: Unread) -> list[dict[str, Any]]:
     """Take the calls out of a message: `tool_calls`, or the old `function_call`, which has no id."""
-    calls = left.pop("tool_calls", None)
-    old = left.pop("function_call", None)
+    calls = remaining.pop("tool_calls", None)
+    old = remaining.pop("function_call", None)
     if is_empty(calls) and is_empty(old):
         return []
     if not is_empty(calls) and not is_empty(old):
-        raise Problem("columns", f"{where} has both tool_calls and function_call", "keep the one that is meant")
+        raise Problem("columns", f"{location} has both tool_calls and function_call", "keep the one that is meant")
     if not is_empty(old):
-        return ids.numbered(read_calls(old, where, unread))
+        return ids.numbered(read_calls(old, location, unread))
     if not isinstance(calls, list | tuple | str):
         raise Problem("type", f"tool_calls should be a list, not {brief(calls)}", "write a list of calls")
-    return read_calls(calls, where, unread)
+    return read_calls(calls, location, unread)
 
 
-def _sharegpt(left: dict[str, Any], i: int, ids: CallIds, unread: Unread) -> list[Message]:
-    """Convert a ShareGPT message to the normal form; what is read is taken out of `left`.
+def _sharegpt(remaining: dict[str, Any], i: int, ids: CallIds, unread: Unread) -> list[Message]:
+    """Convert a ShareGPT message to the normal form; what is read is taken out of `remaining`.
 
     ShareGPT has no call ids: calls are numbered, and a result answers the first call that has none yet.
     """
-    where = f"message {i}"
-    speaker = left.pop("from")
-    value = left.pop("value", None)
+    location = f"message {i}"
+    speaker = remaining.pop("from")
+    value = remaining.pop("value", None)
     role = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
     if isinstance(value, list) and role != "function_call":
-        left |= {"role": role, "content": value}
-        return _message(left, i, PLAIN, ids, unread)
-    flag = take_flag(left, where, "assistant" if role == "function_call" else role)
-    reasoning = take_reasoning(left, where, role)
+        remaining |= {"role": role, "content": value}
+        return _message(remaining, i, PLAIN, ids, unread)
+    flag = take_flag(remaining, location, "assistant" if role == "function_call" else role)
+    reasoning = take_reasoning(remaining, location, role)
     weight = {} if flag is None else {"weight": flag}
     message: Message
     if role == "function_call":
-        calls = ids.numbered(read_calls(value, where, unread))
+        calls = ids.numbered(read_calls(value, location, unread))
         content = {"content": reasoning} if reasoning else {}
         message = {"role": "assistant", **content, "tool_calls": calls, **weight}
     else:
-        content = _with_reasoning(reasoning, value, where)
+        content = _with_reasoning(reasoning, value, location)
         message = {"role": role, **({} if content is None else {"content": content}), **weight}
         answered = ids.unanswered() if role == "tool" else None
         if answered is not None:

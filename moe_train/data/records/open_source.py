@@ -46,10 +46,10 @@ def first_record(paths: Sequence[str], file_format: str = "auto") -> tuple[str, 
     for file, kind in expand_files(config.FileSource.model_validate(section)):
         by_line = kind == "text" or files.is_json_lines(file, kind)
         for number, item in files.read_file(file, kind, by_line, "text"):
-            where = numbered(str(file), number, by_line)
+            location = numbered(str(file), number, by_line)
             if isinstance(item, Problem):
-                raise ValueError(f"{where}: {item}") from item
-            return where, item
+                raise ValueError(f"{location}: {item}") from item
+            return location, item
     return None
 
 

@@ -16,26 +16,26 @@ from moe_train.data.records.unread import Unread
 _LABELS = {"true": True, "false": False}
 
 
-def read_pair(left: dict[str, Any], record: config.PreferenceRecord, unread: Unread) -> PreferencePair:
-    """Read a preference pair; what is read is taken out of `left`.
+def read_pair(remaining: dict[str, Any], record: config.PreferenceRecord, unread: Unread) -> PreferencePair:
+    """Read a preference pair; what is read is taken out of `remaining`.
 
     Raises:
         Problem: If a value cannot be interpreted, or an answer does not begin with the prompt.
     """
-    tools = take_tools(left, unread)
-    settings = take_settings(left, record)
+    tools = take_tools(remaining, unread)
+    settings = take_settings(remaining, record)
     if record.chosen == record.rejected:
-        prompt = take_prompt(left, str(record.prompt), unread, weight=None)
-        values = _best_two(take(left, record.chosen), record.chosen, unread)
+        prompt = take_prompt(remaining, str(record.prompt), unread, weight=None)
+        values = _best_two(take(remaining, record.chosen), record.chosen, unread)
     elif record.chosen == record.prompt:  # the messages end with the chosen answer
-        messages = read_messages(take(left, record.chosen), record.chosen, PLAIN, unread)
-        prompt = [*take_system(left), *messages[:-1]]
-        values = messages[-1:], take(left, record.rejected)
+        messages = read_messages(take(remaining, record.chosen), record.chosen, PLAIN, unread)
+        prompt = [*take_system(remaining), *messages[:-1]]
+        values = messages[-1:], take(remaining, record.rejected)
     else:
-        values = take(left, record.chosen), take(left, record.rejected)
+        values = take(remaining, record.chosen), take(remaining, record.rejected)
         if record.prompt is None:
-            return _without_prompt(values, record, Conversation(take_system(left), tools, settings), unread)
-        prompt = take_prompt(left, record.prompt, unread, weight=None)
+            return _without_prompt(values, record, Conversation(take_system(remaining), tools, settings), unread)
+        prompt = take_prompt(remaining, record.prompt, unread, weight=None)
     answers = []
     for column, value in zip((record.chosen, record.rejected), values, strict=True):
         answers.append(read_answer(value, column, bool(tools), unread))
@@ -141,9 +141,9 @@ def is_label(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and value.lower() in _LABELS)
 
 
-def take_label(left: dict[str, Any], column: str) -> bool:
+def take_label(remaining: dict[str, Any], column: str) -> bool:
     """Take the label out of a record. Raises Problem if it is neither true nor false."""
-    value = take(left, column)
+    value = take(remaining, column)
     if not is_label(value):
         raise Problem("type", f"column {column!r} should be true or false, not {brief(value)}", "write true or false")
     return value if isinstance(value, bool) else _LABELS[value.lower()]

@@ -31,12 +31,12 @@ Item = dict[str, Any] | Problem
 """The content at the place of a record: its columns, or the problem with it."""
 
 
-def located(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function with the arguments, and put `where` in front of the message of a ValueError that it raises."""
+def located(location: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function with the arguments, and put `location` in front of the message of a ValueError that it raises."""
     try:
         return function(*arguments)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{location}: {error}") from error
 
 
 def field(fields: Mapping[str, Any], column: str) -> Any:

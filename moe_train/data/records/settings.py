@@ -19,27 +19,27 @@ def default_settings(record: config.ConversationRecord) -> ModelSettings:
     return ModelSettings(record.reasoning_effort, _format(record.response_format), record.chat_template_kwargs or None)
 
 
-def take_settings(left: dict[str, Any], record: config.ConversationRecord) -> ModelSettings:
+def take_settings(remaining: dict[str, Any], record: config.ConversationRecord) -> ModelSettings:
     """Take the settings of a request out of a record; what it does not state is taken from its section.
 
     Raises:
         Problem: If a setting is of another type.
     """
     default = default_settings(record)
-    effort = left.pop("reasoning_effort", None)
+    effort = remaining.pop("reasoning_effort", None)
     if effort is not None and not isinstance(effort, str):
         raise Problem("type", f"reasoning_effort should be text, not {brief(effort)}", 'write "none" or "high"')
-    variables = _take_object(left, "chat_template_kwargs", "write an object")
+    variables = _take_object(remaining, "chat_template_kwargs", "write an object")
     if default.chat_template_kwargs:
         variables = {**default.chat_template_kwargs, **(variables or {})}
-    stated_format = _take_object(left, "response_format", "write it as OpenAI does")
+    stated_format = _take_object(remaining, "response_format", "write it as OpenAI does")
     response_format = default.response_format if stated_format is None else _format(stated_format)
     return ModelSettings(effort or default.reasoning_effort, response_format, variables or None)
 
 
-def _take_object(left: dict[str, Any], column: str, remedy: str) -> dict[str, Any] | None:
+def _take_object(remaining: dict[str, Any], column: str, remedy: str) -> dict[str, Any] | None:
     """Take an object, or its JSON text, out of a record; None if there is none."""
-    value = left.pop(column, None)
+    value = remaining.pop(column, None)
     if is_empty(value):
         return None
     value = json_value(value, column, remedy)

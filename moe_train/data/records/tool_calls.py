@@ -42,7 +42,7 @@ class CallIds:
         return next((call_id for call_id, called in self._unanswered.items() if name in (None, called)), None)
 
 
-def read_calls(value: Any, where: str, unread: Unread) -> list[dict[str, Any]]:
+def read_calls(value: Any, location: str, unread: Unread) -> list[dict[str, Any]]:
     """Convert a list of calls, one call, or the JSON text of either, to the normal form.
 
     Raises:
@@ -52,61 +52,61 @@ def read_calls(value: Any, where: str, unread: Unread) -> list[dict[str, Any]]:
         try:
             value = parse_strictly(value)
         except ValueError as error:
-            raise Problem("arguments", f"{where} has calls of {brief(value)}, which is not JSON ({error})", _REMEDY) from None
+            raise Problem("arguments", f"{location} has calls of {brief(value)}, which is not JSON ({error})", _REMEDY) from None
     calls = [value] if isinstance(value, dict) else value
     if not isinstance(calls, list | tuple):
-        raise Problem("type", f"{where} has calls of {brief(value)}, which should be a list", "write a list of calls")
-    return [_call(call, where, unread) for call in calls]
+        raise Problem("type", f"{location} has calls of {brief(value)}, which should be a list", "write a list of calls")
+    return [_call(call, location, unread) for call in calls]
 
 
-def _call(call: Any, where: str, unread: Unread) -> dict[str, Any]:
+def _call(call: Any, location: str, unread: Unread) -> dict[str, Any]:
     """Convert one call; the keys of its function keep their order, which a template may write."""
     if isinstance(call, str):
         with contextlib.suppress(ValueError):
             call = parse_strictly(call)
     if not isinstance(call, dict):
-        raise Problem("arguments", f"a call in {where} is {brief(call)}, which is no call", _REMEDY)
-    left = unread.opened(CALL, call)
-    kind = left.pop("type", "function")
+        raise Problem("arguments", f"a call in {location} is {brief(call)}, which is no call", _REMEDY)
+    remaining = unread.opened(CALL, call)
+    kind = remaining.pop("type", "function")
     if kind not in _KINDS:
-        raise Problem("type", f"{where} has a call of type {brief(kind)}", "only functions can be called; drop the record")
+        raise Problem("type", f"{location} has a call of type {brief(kind)}", "only functions can be called; drop the record")
     normal: dict[str, Any] = {}
     for key in ("id", "call_id", "tool_call_id"):
-        if key in left and "id" not in normal:
-            normal["id"] = left.pop(key)
+        if key in remaining and "id" not in normal:
+            normal["id"] = remaining.pop(key)
     normal["type"] = "function"
-    if "function" in left:
-        inner = left.pop("function")
+    if "function" in remaining:
+        inner = remaining.pop("function")
         if not isinstance(inner, dict):
-            message = f"a call in {where} should have id and function (name, arguments), not {brief(call)}"
+            message = f"a call in {location} should have id and function (name, arguments), not {brief(call)}"
             raise Problem("type", message, _REMEDY)
         inner = unread.opened(CALLED_FUNCTION, inner)
-        normal["function"] = _function(inner, where)
-        unread.close(f"a call in {where}", CALLED_FUNCTION, inner)
+        normal["function"] = _function(inner, location)
+        unread.close(f"a call in {location}", CALLED_FUNCTION, inner)
     else:
-        normal["function"] = _function(left, where)
-    unread.close(f"a call in {where}", CALL, left)
+        normal["function"] = _function(remaining, location)
+    unread.close(f"a call in {location}", CALL, remaining)
     return normal
 
 
-def _function(left: dict[str, Any], where: str) -> dict[str, Any]:
+def _function(remaining: dict[str, Any], location: str) -> dict[str, Any]:
     """Take the name and the arguments out of an object."""
-    name = left.get("name")
+    name = remaining.get("name")
     if not isinstance(name, str):
-        raise Problem("type", f"a call in {where} is {brief(left)}, and has no name", _REMEDY)
-    present = [key for key in _ARGUMENTS if key in left]
+        raise Problem("type", f"a call in {location} is {brief(remaining)}, and has no name", _REMEDY)
+    present = [key for key in _ARGUMENTS if key in remaining]
     if not present:
-        message = f"{where} calls {brief(name)} without arguments"
+        message = f"{location} calls {brief(name)} without arguments"
         raise Problem("arguments", message, 'write "arguments": {} if it takes none')
-    if any(left[key] != left[present[0]] for key in present):
-        message = f"{where} calls {brief(name)} with both {present[0]} and {present[1]}"
+    if any(remaining[key] != remaining[present[0]] for key in present):
+        message = f"{location} calls {brief(name)} with both {present[0]} and {present[1]}"
         raise Problem("arguments", message, "keep the one that is meant")
     function: dict[str, Any] = {}
-    for key in list(left):
+    for key in list(remaining):
         if key == "name":
-            function["name"] = left.pop(key)
+            function["name"] = remaining.pop(key)
         elif key in _ARGUMENTS:
-            function["arguments"] = arguments_text(left.pop(key), f"{where} calls {brief(name)} with arguments")
+            function["arguments"] = arguments_text(remaining.pop(key), f"{location} calls {brief(name)} with arguments")
     return function
 
 

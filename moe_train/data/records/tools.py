@@ -15,13 +15,13 @@ _FUNCTION = ("name", "description", "strict")
 _REMEDY = 'write {"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
 
 
-def take_tools(left: dict[str, Any], unread: Unread) -> list[dict[str, Any]]:
+def take_tools(remaining: dict[str, Any], unread: Unread) -> list[dict[str, Any]]:
     """Take the tools out of a record, and convert them to the normal form; no tools are an empty list.
 
     Raises:
         Problem: If they cannot be interpreted, or stand in two columns.
     """
-    present = {column: left.pop(column) for column in TOOL_COLUMNS if column in left}
+    present = {column: remaining.pop(column) for column in TOOL_COLUMNS if column in remaining}
     filled = [column for column, value in present.items() if value]
     if len(filled) > 1:
         raise Problem("columns", f"the record has both {filled[0]} and {filled[1]}", "keep the one that is meant")
@@ -51,18 +51,18 @@ def _tool(tool: Any, i: int, unread: Unread) -> dict[str, Any]:
     """Convert one tool; the keys of a tool keep their order, which a template may write."""
     if not isinstance(tool, dict):
         raise Problem("type", f"tool {i} should be an object, not {brief(tool)}", _REMEDY)
-    left = unread.opened(TOOL, tool)
-    kind = left.pop("type", "function")
-    if "function" not in left:
+    remaining = unread.opened(TOOL, tool)
+    kind = remaining.pop("type", "function")
+    if "function" not in remaining:
         if kind not in ("function", "custom"):
             raise Problem("type", f"tool {i} is of type {brief(kind)}, and no function", "drop the record, or define a function")
-        function = _function(left, i)
-        unread.close(f"tool {i}", TOOL, left)
+        function = _function(remaining, i)
+        unread.close(f"tool {i}", TOOL, remaining)
         return {"type": "function", "function": function}
-    inner = left.pop("function")
+    inner = remaining.pop("function")
     if kind != "function" or not isinstance(inner, dict):
         raise Problem("type", f"tool {i} should be a function, not {brief(tool)}", _REMEDY)
-    unread.close(f"tool {i}", TOOL, left)
+    unread.close(f"tool {i}", TOOL, remaining)
     inner = unread.opened(TOOL_FUNCTION, inner)
     function = _function(inner, i)
     unread.close(f"tool {i}", TOOL_FUNCTION, inner)
@@ -71,25 +71,25 @@ def _tool(tool: Any, i: int, unread: Unread) -> dict[str, Any]:
     return normal
 
 
-def _function(left: dict[str, Any], i: int) -> dict[str, Any]:
+def _function(remaining: dict[str, Any], i: int) -> dict[str, Any]:
     """Take a function out of an object: its name, description and schema."""
-    name = left.get("name")
+    name = remaining.get("name")
     if not isinstance(name, str):
-        raise Problem("type", f"tool {i} is {brief(left)}, and has no name", _REMEDY)
-    if not isinstance(left.get("description", ""), str):
-        raise Problem("type", f"the description of tool {i} should be text, not {brief(left['description'])}", _REMEDY)
-    schemas = [key for key in _SCHEMAS if key in left]
+        raise Problem("type", f"tool {i} is {brief(remaining)}, and has no name", _REMEDY)
+    if not isinstance(remaining.get("description", ""), str):
+        raise Problem("type", f"the description of tool {i} should be text, not {brief(remaining['description'])}", _REMEDY)
+    schemas = [key for key in _SCHEMAS if key in remaining]
     if not schemas:
         message = f"tool {i} ({brief(name)}) has no parameters"
         raise Problem("type", message, 'write "parameters": {"type": "object", "properties": {}} if it takes none')
-    if any(left[key] != left[schemas[0]] for key in schemas):
+    if any(remaining[key] != remaining[schemas[0]] for key in schemas):
         raise Problem("type", f"tool {i} has both {schemas[0]} and {schemas[1]}", "keep the one that is meant")
     function: dict[str, Any] = {}
-    for key in list(left):
+    for key in list(remaining):
         if key in _FUNCTION:
-            function[key] = left.pop(key)
+            function[key] = remaining.pop(key)
         elif key in _SCHEMAS:
-            schema = json_value(left.pop(key), f"the {key} of tool {i}", _REMEDY)
+            schema = json_value(remaining.pop(key), f"the {key} of tool {i}", _REMEDY)
             if not isinstance(schema, dict):
                 raise Problem("type", f"the {key} of tool {i} should be an object, not {brief(schema)}", "write a JSON schema")
             function["parameters"] = schema

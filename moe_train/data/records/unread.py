@@ -79,25 +79,25 @@ class Unread:
 
     def opened(self, level: str, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Return a copy of an object without nulls and without keys that are ignored by name."""
-        left = {key: value for key, value in entries.items() if value is not None}
+        remaining = {key: value for key, value in entries.items() if value is not None}
         if self.ignore:
-            for key in [key for key in left if key in self.ignore or f"{level}{key}" in self.ignore]:
-                del left[key]
+            for key in [key for key in remaining if key in self.ignore or f"{level}{key}" in self.ignore]:
+                del remaining[key]
                 self.names[_name(level, key)] = None
-        return left
+        return remaining
 
-    def close(self, where: str, level: str, left: Mapping[str, Any]) -> None:
+    def close(self, location: str, level: str, remaining: Mapping[str, Any]) -> None:
         """Note the keys that were not read.
 
         Args:
-            where: What the object is, for a message.
+            location: What the object is, for a message.
             level: The level of the object.
-            left: The keys that are left, with their values.
+            remaining: The keys that are left, with their values.
 
         Raises:
             Problem: If a key changes the meaning.
         """
-        for key, value in left.items():
+        for key, value in remaining.items():
             meaning = meaning_key(str(key))
             if meaning is not None and level not in (TOOL, TOOL_FUNCTION):
                 if is_empty(value):
@@ -105,7 +105,7 @@ class Unread:
                 reason = _REASONS.get(meaning, "it changes the meaning, and is not read here")
                 name = _name(level, key)
                 remedy = f"drop the record, or leave the key out by name: --ignore {name} (in a config: ignore: [{name}] of record)"
-                raise Problem("unread-key", f"{where} has the key {brief(key)}: {reason}", remedy)
+                raise Problem("unread-key", f"{location} has the key {brief(key)}: {reason}", remedy)
             self.names[_name(level, key)] = None
 
 

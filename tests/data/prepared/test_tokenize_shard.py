@@ -52,7 +52,7 @@ def test_conversations_and_completions_are_rendered(
     ("record", "fields", "error"),
     [
         (TEXT, {"body": "a"}, r"a\.jsonl:2: no column 'text'; the record has 'body'"),
-        (TEXT, {"text": None}, r"a\.jsonl:2: column 'text' should be text, not None"),
+        (TEXT, {"text": None}, r"a\.jsonl:2: column 'text' is null or empty; write its text"),
         (TEXT, {"text": "a\ud800"}, r"a\.jsonl:2: column 'text' has half a surrogate pair at character 1"),
         (CHAT, {"messages": MESSAGES, "tools": [{"name": "f"}]}, r"a\.jsonl:2: .*tool"),
         (CHAT, {"messages": MESSAGES[:1]}, r"a\.jsonl:2: the last message is user, so nothing answers it"),

@@ -10,7 +10,7 @@ import html
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -27,7 +27,7 @@ from moe_train.data.records.open_source import first_record, open_source
 from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.machine.files import write_text
+from moe_train.machine.files import JsonObject, write_text
 
 
 class Rows(NamedTuple):
@@ -137,8 +137,10 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     loader = Loader(run.data, "train", tokenizer, batch_size=run.train.batch_size, seq_len=run.train.seq_len, seed=run.seed)
     count = min(count, run.train.batch_size)
     batch = Batch(*(array[:count] for array in loader.batch(step - 1)))
-    traced = [loader.trace(step - 1, row) for row in range(count)]
-    return Rows(batch, [[f"{segment.file}:{segment.number}" for segment in row] for row in traced])
+    places: list[list[str]] = []
+    for row in range(count):
+        places.append([f"{segment.file}:{segment.number}" for segment in loader.trace(step - 1, row)])
+    return Rows(batch, places)
 
 
 def record_of(files: Sequence[str], layout: str, ignore: Sequence[str] = ()) -> config.Record:
@@ -146,8 +148,8 @@ def record_of(files: Sequence[str], layout: str, ignore: Sequence[str] = ()) -> 
     first = first_record(files, layout)
     if first is None:
         return config.TextRecord(name="text")  # empty files are reported when they are read
-    where, fields = first
-    return located(where, recognise, fields, ignore)
+    location, fields = first
+    return located(location, recognise, fields, ignore)
 
 
 def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownSegment]:
@@ -162,8 +164,9 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownSegment]:
             # The last target has no position of its own in the batch.
             shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
             texts = token_texts(ids, tokenizer)
-            shown = zip(ids, shown_positions, trained_on, texts, strict=True)
-            segment_tokens = [Token(i, position, is_trained_on, i in control, text) for i, position, is_trained_on, text in shown]
+            segment_tokens = []
+            for token_id, position, is_trained_on, text in zip(ids, shown_positions, trained_on, texts, strict=True):
+                segment_tokens.append(Token(token_id, position, is_trained_on, token_id in control, text))
             yield ShownSegment(row + 1, number, place, segment_tokens)
 
 
@@ -249,10 +252,9 @@ def _running_text(segment: ShownSegment) -> RenderableType:
 def _token_table(segment: ShownSegment) -> RenderableType:
     table = Table("position", "id", "trained on", "token", box=None)
     for token in segment.tokens:
-        shown = Text(
-            repr(escape_control_characters(token.text))[1:-1] or "(part of a character)", _STYLES[token.trained_on, token.control]
-        )
-        table.add_row(str(token.position), str(token.id), "yes" if token.trained_on else "", shown)
+        visible = repr(escape_control_characters(token.text))[1:-1] or "(part of a character)"
+        cell = Text(visible, _STYLES[token.trained_on, token.control])
+        table.add_row(str(token.position), str(token.id), "yes" if token.trained_on else "", cell)
     return table
 
 
@@ -302,6 +304,9 @@ def write_page(path: Path, rows: Rows, tokenizer: Tokenizer, title: str, positio
     write_text(path, page(rows, tokenizer, title, positions))
 
 
-def segments_to_json(rows: Rows, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def segments_to_json(rows: Rows, tokenizer: Tokenizer) -> list[JsonObject]:
     """Return the segments of all rows as values that `json.dumps` accepts."""
-    return [{**segment._asdict(), "tokens": [token._asdict() for token in segment.tokens]} for segment in segments(rows, tokenizer)]
+    objects = []
+    for segment in segments(rows, tokenizer):
+        objects.append({**segment._asdict(), "tokens": [token._asdict() for token in segment.tokens]})
+    return objects

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.rule import Rule
@@ -18,6 +18,8 @@ from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import LabelledAnswer, Message, PreferencePair
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import located
+from moe_train.data.records.source import OpenSource
+from moe_train.machine.files import JsonObject
 
 
 class ShownPair(NamedTuple):
@@ -27,9 +29,9 @@ class ShownPair(NamedTuple):
     prompt: list[Message]
     answers: dict[str, list[Message]]
     """What is said of an answer (chosen, rejected, good, bad) -> its messages."""
-    tools: list[dict[str, Any]]
+    tools: list[JsonObject]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the record for use by a program."""
         return {"place": self.place, "prompt": self.prompt, "tools": self.tools, **self.answers}
 
@@ -51,19 +53,20 @@ def pairs_of(source: config.FileSource, count: int) -> list[ShownPair]:
     return pairs
 
 
-def _pairs(records: Any, section: config.Record) -> Iterator[ShownPair]:
+def _pairs(records: OpenSource, section: config.Record) -> Iterator[ShownPair]:
     """Yield the records of an opened source."""
     for origin, fields in records:
-        where = records.where(origin)
-        record = located(where, normalise, fields, section)
+        place = records.where(origin)
+        record = located(place, normalise, fields, section)
         match record:
             case PreferencePair():
                 answers = {"chosen": record.chosen, "rejected": record.rejected}
-                yield ShownPair(where, record.prompt.messages, answers, record.prompt.tools)
+                yield ShownPair(place, record.prompt.messages, answers, record.prompt.tools)
             case LabelledAnswer():
                 messages = record.conversation.messages
+                # Only the last turn is labelled; the turns before it are its prompt.
                 answers = {"good" if record.good else "bad": messages[-1:]}
-                yield ShownPair(where, messages[:-1], answers, record.conversation.tools)
+                yield ShownPair(place, messages[:-1], answers, record.conversation.tools)
 
 
 def print_pairs(pairs: list[ShownPair], console: Console) -> None:
@@ -81,6 +84,11 @@ def print_pairs(pairs: list[ShownPair], console: Console) -> None:
 def _written(message: Message) -> str:
     """Return a message as text, with its role, reasoning and calls."""
     content = message.get("content", "")
-    parts = [content] if isinstance(content, str) else [f"({part['type']}) {part[part['type']]}" for part in content]
+    parts: list[str] = []
+    if isinstance(content, str):
+        parts.append(content)
+    else:
+        # A part holds its text under the name of its type.
+        parts += [f"({part['type']}) {part[part['type']]}" for part in content]
     parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     return escape_control_characters(f"{message.get('role')}: " + "\n".join(part for part in parts if part))

@@ -14,7 +14,7 @@ from moe_train.machine import progress
 
 if TYPE_CHECKING:
     from moe_train.config import Config, FileSource
-    from moe_train.data.check.check import CheckedSource
+    from moe_train.data.check.sources import CheckedSource
     from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 data_commands = typer.Typer(name="data", help="Check, show and prepare data before training on them.", no_args_is_help=True)
@@ -84,19 +84,21 @@ def check_command(
     """
     from moe_train.data.chat.chat_date import date_of_data, dated
     from moe_train.data.chat.conversation_to_tokens import load_template
-    from moe_train.data.check import check as checks
+    from moe_train.data.check.check import check_data
+    from moe_train.data.check.settings import CheckSettings
+    from moe_train.data.check.sources import CheckedSource
 
     config = None if config_path is None else read_config(config_path)
     sources, evaluation = _sources_to_check(files, layout, columns, ignore, config_path, config)
     if against:
-        evaluation = (checks.CheckedSource(tuple(against), ignore=tuple(ignore or ())),)
+        evaluation = (CheckedSource(tuple(against), ignore=tuple(ignore or ())),)
     loaded = _load_tokenizer(tokenizer, config)
     if config and config.data:
         chat_template = chat_template or config.data.chat_template
     template = load_template(chat_template, loaded)
     if template is not None:
         template = dated(template, date_of_data(config.data if config else None))
-    settings = checks.Settings(
+    settings = CheckSettings(
         template=template,
         allowed=frozenset(allow or ()),
         seq_len=seq_len or (config.train.seq_len if config else None),
@@ -107,17 +109,17 @@ def check_command(
         dry_run=dry_run,
         sample=sample,
         num_proc=num_proc or len(os.sched_getaffinity(0)),
-        shown=show,
+        num_listed=show,
     )
     with progress_line("checking"):
-        answer = checks.check_records(sources, loaded, settings, _report_bytes)
+        result = check_data(sources, loaded, settings, _report_bytes)
     if as_json:
-        print_json(answer)
+        print_json(result)
     else:
         from moe_train.data.check.report import print_report
 
-        print_report(answer, stdout_console())
-    raise typer.Exit(1 if answer["problem_counts"] else 0)
+        print_report(result, stdout_console())
+    raise typer.Exit(1 if result["problem_counts"] else 0)
 
 
 def _sources_to_check(
@@ -129,18 +131,18 @@ def _sources_to_check(
     config: Config | None,
 ) -> tuple[tuple[CheckedSource, ...], tuple[CheckedSource, ...]]:
     """Return the sources to check and those of the evaluation set, from the command line or from a run's data section."""
-    from moe_train.data.check import check as checks
+    from moe_train.data.check import sources
 
     if (config is None) == (not files):
         raise ValueError("name either FILES, or with --config a run whose data.train is to be checked")
     ignored = tuple(ignore or ())
     if config is None:
-        section = checks.section_of(columns or (), ignored)
-        return (checks.CheckedSource(tuple(files or ()), layout, section, ignored),), ()
+        section = sources.section_of(columns or (), ignored)
+        return (sources.CheckedSource(tuple(files or ()), layout, section, ignored),), ()
     _refuse_options({"--format": layout != "auto", "--map": bool(columns)}, "the config states the format and columns of its files")
     if config.data is None:
         raise ValueError(f"{config_path} has no data section; add one, or name FILES instead of --config")
-    return checks.sources_of(config.data.train, ignored), checks.sources_of(config.data.eval, ignored)
+    return sources.sources_of(config.data.train, ignored), sources.sources_of(config.data.eval, ignored)
 
 
 def _report_bytes(done: int, total: int, records: int) -> None:
@@ -238,10 +240,10 @@ def _source_of_file(file: str, layout: RecordLayout, columns: list[str] | None, 
     """Return the source section for one file, with the record section that `--map` describes or that its first record fits."""
     from moe_train import config as sections
     from moe_train.commands import show
-    from moe_train.data.check import check
+    from moe_train.data.check import sources
 
     ignored = tuple(ignore or ())
-    record = check.section_of(columns or (), ignored) or show.record_of([file], layout, ignored)
+    record = sources.section_of(columns or (), ignored) or show.record_of([file], layout, ignored)
     return sections.FileSource(name="files", files=(file,), format=layout, record=record)
 
 

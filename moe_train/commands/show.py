@@ -137,10 +137,9 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     loader = Loader(run.data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
     count = min(count, run.train.batch_size)
     batch = Batch(*(array[:count] for array in loader.batch(step - 1)))
-    traced = [loader.trace(step - 1, row) for row in range(count)]
-    places = []
-    for row_segments in traced:
-        places.append([f"{segment.file}:{segment.number}" for segment in row_segments])
+    places: list[list[str]] = []
+    for row in range(count):
+        places.append([f"{segment.file}:{segment.number}" for segment in loader.trace(step - 1, row)])
     return Rows(batch, places)
 
 
@@ -166,8 +165,8 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownSegment]:
             shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
             texts = token_texts(ids, tokenizer)
             segment_tokens = []
-            for i, position, is_trained_on, text in zip(ids, shown_positions, trained_on, texts, strict=True):
-                segment_tokens.append(Token(i, position, is_trained_on, i in control, text))
+            for token_id, position, is_trained_on, text in zip(ids, shown_positions, trained_on, texts, strict=True):
+                segment_tokens.append(Token(token_id, position, is_trained_on, token_id in control, text))
             yield ShownSegment(row + 1, number, place, segment_tokens)
 
 
@@ -253,10 +252,9 @@ def _running_text(segment: ShownSegment) -> RenderableType:
 def _token_table(segment: ShownSegment) -> RenderableType:
     table = Table("position", "id", "trained on", "token", box=None)
     for token in segment.tokens:
-        token_text = Text(
-            repr(escape_control_characters(token.text))[1:-1] or "(part of a character)", _STYLES[token.trained_on, token.control]
-        )
-        table.add_row(str(token.position), str(token.id), "yes" if token.trained_on else "", token_text)
+        visible = repr(escape_control_characters(token.text))[1:-1] or "(part of a character)"
+        cell = Text(visible, _STYLES[token.trained_on, token.control])
+        table.add_row(str(token.position), str(token.id), "yes" if token.trained_on else "", cell)
     return table
 
 

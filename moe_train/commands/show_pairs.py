@@ -28,7 +28,7 @@ class ShownPair(NamedTuple):
     place: str
     prompt: list[Message]
     answers: dict[str, list[Message]]
-    """Label (chosen, rejected, good, bad) -> the messages of the answer."""
+    """What is said of an answer (chosen, rejected, good, bad) -> its messages."""
     tools: list[JsonObject]
 
     def as_json(self) -> JsonObject:
@@ -64,6 +64,7 @@ def _pairs(records: OpenSource, section: config.Record) -> Iterator[ShownPair]:
                 yield ShownPair(place, record.prompt.messages, answers, record.prompt.tools)
             case LabelledAnswer():
                 messages = record.conversation.messages
+                # Only the last turn is labelled; the turns before it are its prompt.
                 answers = {"good" if record.good else "bad": messages[-1:]}
                 yield ShownPair(place, messages[:-1], answers, record.conversation.tools)
 
@@ -83,11 +84,11 @@ def print_pairs(pairs: list[ShownPair], console: Console) -> None:
 def _written(message: Message) -> str:
     """Return a message as text, with its role, reasoning and calls."""
     content = message.get("content", "")
-    parts = []
+    parts: list[str] = []
     if isinstance(content, str):
         parts.append(content)
     else:
-        # The content of a part stands under the name of its type.
+        # A part holds its text under the name of its type.
         parts += [f"({part['type']}) {part[part['type']]}" for part in content]
     parts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     return escape_control_characters(f"{message.get('role')}: " + "\n".join(part for part in parts if part))

@@ -20,7 +20,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from moe_train import config
-from moe_train.data.check.check import CheckedSource, Settings, check_records
+from moe_train.data.check.check import check_data
+from moe_train.data.check.settings import CheckSettings
+from moe_train.data.check.sources import CheckedSource
 from moe_train.data.records.conversation import normalise
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.mistral import Mistral
@@ -146,7 +148,7 @@ def test_the_check_and_its_corrected_copy_say_the_same_of_every_container(
     _, strategy = KINDS[kind]
 
     def summary(path: Path, fix: Path) -> tuple[dict[str, Any], list[bytes]]:
-        answer = check_records([CheckedSource((str(path),))], mistral, Settings(fix=fix))
+        answer = check_data([CheckedSource((str(path),))], mistral, CheckSettings(fix=fix))
         copies = sorted(file for file in fix.rglob("*") if file.is_file() and file.name != "changes.log")
         return {name: answer[name] for name in SUMMARY}, [canonical(file.read_bytes()) for file in copies]
 

@@ -29,7 +29,9 @@ from hypothesis import strategies as st
 from moe_train import config
 from moe_train.commands import show
 from moe_train.data.batches.batch import Batch
-from moe_train.data.check.check import RULE_NAMES, CheckedSource, Settings, check_records
+from moe_train.data.check.check import check_data
+from moe_train.data.check.settings import RULE_NAMES, CheckSettings
+from moe_train.data.check.sources import CheckedSource
 from moe_train.data.prepared.tokenize_ahead import prepare
 from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records.open_source import open_source
@@ -73,10 +75,10 @@ def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, second
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / name
         path.write_bytes(content)
-        asked = Settings(template=tokenizer.chat_template, seq_len=64, batch_size=2, fix=Path(scratch) / "out")
+        asked = CheckSettings(template=tokenizer.chat_template, seq_len=64, batch_size=2, fix=Path(scratch) / "out")
         try:
             with no_hang(seconds):
-                answer = check_records([CheckedSource((str(path),))], tokenizer, asked)
+                answer = check_data([CheckedSource((str(path),))], tokenizer, asked)
         except ValueError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
             return None
@@ -95,10 +97,11 @@ def checked(tokenizer: HuggingFace, name: str, content: bytes, kind: str, second
             assert "\n" not in problem["message"]
         if fixed["kept"]:  # what was kept is good
             [copy] = [file for file in (Path(scratch) / "out").iterdir() if file.name != "changes.log"]
-            again = check_records([CheckedSource((str(copy),))], tokenizer, Settings(template=tokenizer.chat_template, seq_len=64))
-            assert {problem["rule"] for problem in again["problems"]} <= {"mixed-kinds", "control-token"} and again[
-                "records"
-            ] == fixed["kept"]
+            settings_again = CheckSettings(template=tokenizer.chat_template, seq_len=64)
+            again = check_data([CheckedSource((str(copy),))], tokenizer, settings_again)
+            # The copy keeps the kinds of the damaged file, and texts that training accepts as they are.
+            assert {problem["rule"] for problem in again["problems"]} <= {"mixed-kinds", "control-token"}
+            assert again["records"] == fixed["kept"]
         return answer
 
 

@@ -15,18 +15,19 @@ from moe_train.data.records.problem import located
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import JsonObject
 
 # Tokenized at once; larger batches no longer fit the CPU cache and are slower.
 _CHARACTERS = 1 << 17
 _RECORDS = 1024
 
-Where = Callable[[Origin], str]
+FormatOrigin = Callable[[Origin], str]
 """A function that formats the location of a record for messages."""
 
 
 def encode(
-    numbered: Iterable[tuple[Origin, dict[str, Any]]],
-    where: Where,
+    numbered: Iterable[tuple[Origin, JsonObject]],
+    format_origin: FormatOrigin,
     record: config.Record,
     tokenizer: Tokenizer,
     template: str | None,
@@ -38,7 +39,7 @@ def encode(
 
     Args:
         numbered: Each record with its origin.
-        where: Formats an origin for a message.
+        format_origin: Formats an origin for a message.
         record: The section that says how to read the records.
         tokenizer: The tokenizer.
         template: The chat template; None if there is none.
@@ -49,28 +50,29 @@ def encode(
     """
     if not isinstance(record, config.TextRecord):
         conversation_to_tokens.check_section(record, template, tokenizer)
-        for conversations in _chunks(numbered, where, record, _size, unread):
+        for conversations in _chunks(numbered, format_origin, record, _size, unread):
             results = conversation_to_tokens.examples_batch(
                 [conversation for _, conversation in conversations], template, tokenizer
             )
             for (origin, _), examples in zip(conversations, results, strict=True):
                 if isinstance(examples, ValueError):
-                    raise ValueError(f"{where(origin)}: {examples}") from examples
+                    raise ValueError(f"{format_origin(origin)}: {examples}") from examples
                 yield origin, examples
         return
+    # A text begins and ends as one document; the model learns to stop at its end.
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [tokenizer.eos_id]
-    for texts in _chunks(numbered, where, record, len, unread):
-        for (origin, _), ids in zip(texts, _encoded(texts, where, tokenizer), strict=True):
+    for texts in _chunks(numbered, format_origin, record, len, unread):
+        for (origin, _), ids in zip(texts, _encoded(texts, format_origin, tokenizer), strict=True):
             yield origin, [Example([*begin, *ids, *end], None)] if ids else []
 
 
-def _encoded(texts: Sequence[tuple[Origin, str]], where: Where, tokenizer: Tokenizer) -> list[list[int]]:
+def _encoded(texts: Sequence[tuple[Origin, str]], format_origin: FormatOrigin, tokenizer: Tokenizer) -> list[list[int]]:
     """Return the ids of each text. Raises ValueError, with its origin, for the first that the tokenizer refuses."""
     try:
         return tokenizer.encode_batch([text for _, text in texts])
     except ValueError:
-        return [located(where(origin), tokenizer.encode, text) for origin, text in texts]
+        return [located(format_origin(origin), tokenizer.encode, text) for origin, text in texts]
 
 
 def _size(conversation: Conversation) -> int:
@@ -86,8 +88,8 @@ def _size(conversation: Conversation) -> int:
 
 
 def _chunks(
-    numbered: Iterable[tuple[Origin, dict[str, Any]]],
-    where: Where,
+    numbered: Iterable[tuple[Origin, JsonObject]],
+    format_origin: FormatOrigin,
     record: config.Record,
     size: Callable[[Any], int],
     unread: Counter[str] | None,
@@ -100,7 +102,7 @@ def _chunks(
             reading = read(fields, record)
             normal = trainable(reading.record)
         except ValueError as error:
-            raise ValueError(f"{where(origin)}: {error}") from error
+            raise ValueError(f"{format_origin(origin)}: {error}") from error
         if reading.unread and unread is not None:
             count(unread, reading.unread)
         chunk.append((origin, normal))

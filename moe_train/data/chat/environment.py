@@ -234,7 +234,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, Undefined):
         return value._undefined_exception is jinja2.UndefinedError  # and no access that the sandbox denies
     if isinstance(value, dict):
-        return all(_is_plain(item) for pair in value.items() for item in pair)
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     return isinstance(value, _CONTAINERS) and all(map(_is_plain, list(value)))
 
 
@@ -326,23 +326,30 @@ def _number(digits: str) -> int:
 def _check_filter(name: str, operands: list[Any], kwargs: dict[str, Any], largest: int) -> None:
     """Raise TooLarge if the result of a filter would be too large."""
     text = str(operands[0]) if operands[0].__class__ is not list else ""
-    others = [*operands[1:], *kwargs.values()]
+    arguments = [*operands[1:], *kwargs.values()]
     match name:
         case "join":
-            separator = max((len(str(other)) for other in others), default=0)
+            separator = max((len(str(argument)) for argument in arguments), default=0)
             sizes = [len(item) if isinstance(item, str) else len(str(item)) for item in operands[0]]
             _check_size(sum(sizes) + separator * len(sizes), largest)
         case "format":
             _check_percent(text)
         case "center":
-            _check_numbers(others)
+            _check_numbers(arguments)
         case "indent" | "wordwrap":
-            _check_numbers(others)
-            width = max((len(other) if isinstance(other, str) else int(other or 0) for other in others), default=0)
+            _check_numbers(arguments)
+            width = max(map(_width, arguments), default=0)
             if width > _WIDEST:
                 _check_size((text.count("\n") + 1) * width, _LARGEST)
         case "replace" if len(operands) > 2:
             _checked_arguments(text, "replace", tuple(operands[1:3]), largest)
+
+
+def _width(argument: Any) -> int:
+    """Return how many characters an argument of `indent` or `wordwrap` may add to a line: a text, or a number of spaces."""
+    if isinstance(argument, str):
+        return len(argument)
+    return int(argument or 0)
 
 
 def _checked_arguments(owner: Any, name: str, args: tuple[Any, ...], largest: int) -> tuple[Any, ...]:

@@ -95,7 +95,7 @@ def uses_tools(conversation: Conversation) -> bool:
 
 
 OTHER_TEMPLATE = "with --chat-template (in a config: data.chat_template)"
-"""Where another chat template is named, for remedies."""
+"""The option for another chat template, for remedies."""
 EXTEND_VOCAB = "extend the base with moe-train extend-vocab BASE OUT --tokenizer v3"
 """The remedy for a base with the vocabulary of Mistral's v1, which has no tokens for tools."""
 
@@ -103,7 +103,7 @@ EXTEND_VOCAB = "extend the base with moe-train extend-vocab BASE OUT --tokenizer
 def by_turn(conversation: Conversation) -> bool:
     """Return whether what a chat template writes before a turn, or of earlier turns, may depend on the turn.
 
-    So it is with tools, and with reasoning, which many templates write for the last turn alone.
+    This is the case with tools, and with reasoning, which many templates write for the last turn alone.
     """
     return uses_tools(conversation) or any(_reasons(message) for message in conversation.messages)
 

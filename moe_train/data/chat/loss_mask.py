@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_train.data.chat.environment import GENERATION
 from moe_train.data.chat.example import OTHER_TEMPLATE, by_turn, is_trained_on, restart_reason, turns
@@ -24,6 +24,7 @@ from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Span
+from moe_train.machine.files import JsonObject
 
 
 class TurnText(NamedTuple):
@@ -54,10 +55,16 @@ class Text(NamedTuple):
         return self.trained_on[-1][1] if self.trained_on else len(self.text)
 
 
-Steps = Generator[list[Request], list[list[str | ValueError]], list[Text]]
+Answers = list[list[str | ValueError]]
+"""For each request its renderings, or the error in the place of one."""
+Steps = Generator[list[Request], Answers, list[Text]]
 """A generator that yields rendering requests, is sent the renderings, may ask again, and returns texts, or raises ValueError.
 It is a generator so that the requests of many conversations can be sent to the sandbox at once.
 """
+TextSteps = Generator[list[Request], Answers, Text]
+"""A generator like `Steps` that returns one text."""
+SpanSteps = Generator[list[Request], Answers, list[Span]]
+"""A generator like `Steps` that returns spans of one text."""
 
 
 def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
@@ -91,8 +98,8 @@ def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
             restart = restart_reason(messages[ends[-1] : trained_on[0]]) if texts else None
             texts.append(text._replace(restart=restart))
             ends.append(end)
-    trained_messages = [messages[i] for _, trained_on in parts for i in trained_on]
-    if not any("id" in call for message in trained_messages for call in message.get("tool_calls", ())):
+    # Without ids nothing in the texts is random, and a second rendering would find nothing.
+    if not any(has_call_ids(messages[i]) for _, trained_on in parts for i in trained_on):
         return texts
     return (yield from _with_random(texts, ends, conversation, tokenizer))
 
@@ -109,10 +116,10 @@ def _with_random(texts: list[Text], ends: list[int], conversation: Conversation,
     messages, tools, settings = conversation
     variant = Conversation([with_other_ids(message) for message in messages], tools, settings)
     (answers,) = yield [request(variant, [(end, False) for end in reversed(ends)], tokenizer)]
-    found = []
+    results = []
     for text, rendered in zip(texts, reversed(answers), strict=True):
-        found.append(text._replace(random=differing(text.text, without_marks(text_or_raise(rendered)))))
-    return found
+        results.append(text._replace(random=differing(text.text, without_marks(text_or_raise(rendered)))))
+    return results
 
 
 class Rewritten(Problem):
@@ -120,22 +127,22 @@ class Rewritten(Problem):
 
 
 class _Renderings(NamedTuple):
-    """The renderings of a conversation's prefixes that are known so far."""
+    """The renderings of a conversation's prefixes so far."""
 
     conversation: Conversation
-    known: dict[Prefix, str | ValueError]
+    rendered: dict[Prefix, str | ValueError]
     tokenizer: HuggingFace
 
 
-def _trained_text(renderings: _Renderings, trained_on: list[int]) -> Generator[Any, Any, Text]:
+def _trained_text(renderings: _Renderings, trained_on: list[int]) -> TextSteps:
     """Return the text of one prefix, with the spans that are trained on.
 
     Args:
-        renderings: The conversation, and its known renderings.
+        renderings: The conversation, and its renderings so far.
         trained_on: Indices of the messages that are trained on.
     """
     messages = renderings.conversation.messages
-    marked = text_or_raise(renderings.known[len(messages), False])
+    marked = text_or_raise(renderings.rendered[len(messages), False])
     text = without_marks(marked)
     if GENERATION[0] not in marked:
         return Text(text, (yield from _prefix_spans(text, renderings, trained_on)), [])
@@ -172,14 +179,16 @@ def _generation_spans(marked: str, messages: list[Message], trained_on: list[int
     ends = [0]
     for piece in pieces:
         ends.append(ends[-1] + len(piece))
+    # The text is outside and inside the marks in turn, and begins outside.
     spans = [(ends[i], ends[i + 1]) for i in range(1, len(pieces), 2)]
     assistant_messages = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    # With every assistant message trained on, all that is marked is: a template may mark one message in several parts.
     if trained_on == assistant_messages:
         return spans
     if len(spans) == len(assistant_messages):
         return [span for i, span in zip(assistant_messages, spans, strict=True) if i in trained_on]
     if added is not None:
-        return [span for span in spans if any(start <= span[0] and span[1] <= end for start, end in added)]
+        return [span for span in spans if _is_inside(span, added)]
     message = f"the chat template marks {len(spans)} generations for {len(assistant_messages)} assistant messages"
     raise Problem(
         "template",
@@ -188,7 +197,12 @@ def _generation_spans(marked: str, messages: list[Message], trained_on: list[int
     )
 
 
-def _prefix_spans(text: str, renderings: _Renderings, trained_on: list[int]) -> Generator[Any, Any, list[Span]]:
+def _is_inside(span: Span, outer_spans: list[Span]) -> bool:
+    """Return whether a span is within one of the others."""
+    return any(start <= span[0] and span[1] <= end for start, end in outer_spans)
+
+
+def _prefix_spans(text: str, renderings: _Renderings, trained_on: list[int]) -> SpanSteps:
     """Return the span that each trained message adds to the rendering of the messages before it.
 
     A template may insert something before the last user turn (Mistral's v3 inserts the system text there), so that a turn is at a
@@ -197,13 +211,13 @@ def _prefix_spans(text: str, renderings: _Renderings, trained_on: list[int]) -> 
     added = _added_spans(renderings, trained_on)
     if all(through is not None and text.startswith(through) for through, _, _ in added.values()):
         return [(start, end) for _, start, end in added.values()]
-    conversation, known, tokenizer = renderings
+    conversation, rendered, tokenizer = renderings
     assistant_messages = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     # Searching by text has to go through all assistant turns in order, since two turns may have the same text.
-    missing = [prefix for prefix in _around(assistant_messages) if prefix not in known]
+    missing = [prefix for prefix in _around(assistant_messages) if prefix not in rendered]
     if missing:
         (answers,) = yield [request(conversation, missing, tokenizer)]
-        known.update(zip(missing, answers, strict=True))
+        rendered.update(zip(missing, answers, strict=True))
     spans = []
     position = 0
     for i, (through, start, end) in _added_spans(renderings, assistant_messages).items():
@@ -233,7 +247,7 @@ def _added_spans(renderings: _Renderings, indices: list[int]) -> dict[int, tuple
     """
     added_spans: dict[int, tuple[str | None, int, int]] = {}
     for i in indices:
-        before, through = (without_marks(text_or_raise(renderings.known[prefix])) for prefix in _around([i]))
+        before, through = (without_marks(text_or_raise(renderings.rendered[prefix])) for prefix in _around([i]))
         # What follows the end token before the next turn, such as ChatML's newline, is never generated by a model.
         stripped = through.rstrip()
         ended = len(stripped) > len(before) and stripped.endswith(renderings.tokenizer.special_tokens)
@@ -268,6 +282,11 @@ def _characters(spans: list[Span]) -> set[int]:
     return positions
 
 
+def has_call_ids(message: Message) -> bool:
+    """Return whether a message has a call with an id."""
+    return any("id" in call for call in message.get("tool_calls", ()))
+
+
 def with_other_ids(message: Message) -> Message:
     """Return the message with every character of the ids of calls replaced by another, in calls and in results."""
     if "tool_calls" in message:
@@ -277,7 +296,7 @@ def with_other_ids(message: Message) -> Message:
     return message
 
 
-def _with_other_id(call: dict[str, Any]) -> dict[str, Any]:
+def _with_other_id(call: JsonObject) -> JsonObject:
     """Return the call with every character of its id, if it has one, replaced by another."""
     if "id" not in call:
         return call
@@ -292,9 +311,11 @@ def differing(text: str, id_variant: str) -> list[Span]:
     spans: list[Span] = []
     for i, (a, b) in enumerate(zip(text, id_variant, strict=True)):
         if a != b:
+            # Extend the span that ends here, or begin one.
             spans.append((spans.pop()[0] if spans and spans[-1][1] == i else i, i + 1))
     return spans
 
 
+# Each digit or letter is replaced by the next of its kind, so an id keeps its length and its form.
 _KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 _OTHER = str.maketrans("".join(_KINDS), "".join(kind[1:] + kind[0] for kind in _KINDS))

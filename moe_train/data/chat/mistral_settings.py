@@ -7,7 +7,6 @@ the default. Both are checked here before.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from mistral_common.tokens.tokenizers.model_settings_builder import ModelSettingsBuilder
 
@@ -15,6 +14,7 @@ from moe_train.data.chat.settings import NO_SETTINGS, check_effort, not_written,
 from moe_train.data.records.normal_form import Conversation, ModelSettings, reasoning_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.machine.files import JsonObject
 
 
 def check_written(conversation: Conversation, tokenizer: Mistral) -> None:
@@ -78,7 +78,7 @@ def check_settings(settings: ModelSettings, tokenizer: Mistral) -> ModelSettings
     return builder
 
 
-def request_fields(settings: ModelSettings) -> dict[str, Any]:
+def request_fields(settings: ModelSettings) -> JsonObject:
     """Return the settings as fields of mistral-common's request."""
     fields = {"reasoning_effort": settings.reasoning_effort, "response_format": settings.response_format}
     return {name: value for name, value in fields.items() if value is not None}

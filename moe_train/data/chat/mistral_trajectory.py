@@ -94,8 +94,8 @@ def _with_first_call_alone(rows: list[_Row]) -> list[_Row]:
         for j, span in enumerate(row.spans):
             if row.seen(span) != span.generated:
                 alone = _Row(row.restart, row.tokens[: span.end], [span])
-                others = _Row(WITHOUT_ID, row.tokens, row.spans[:j] + row.spans[j + 1 :])
-                return [*rows[:i], alone, others, *rows[i + 1 :]]
+                rest = _Row(WITHOUT_ID, row.tokens, row.spans[:j] + row.spans[j + 1 :])
+                return [*rows[:i], alone, rest, *rows[i + 1 :]]
     return rows
 
 

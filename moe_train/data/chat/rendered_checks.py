@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_train.data.chat.chat_date import undated
 from moe_train.data.chat.example import OTHER_TEMPLATE, turns
@@ -20,6 +20,7 @@ from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Span
+from moe_train.machine.files import JsonObject
 
 _CORRECT_TEMPLATE = f"correct the template, or name another {OTHER_TEMPLATE}"
 
@@ -55,7 +56,7 @@ def check_rendered(conversation: Conversation, renderings: Sequence[Rendering], 
     if not renderings:
         return
     plain = [_without_marks(rendering) for rendering in renderings]
-    scaffold = _check_said(conversation, plain, template)
+    scaffold = _check_complete(conversation, plain, template)
     _check_trained(conversation, plain)
     for rendering in renderings:
         _check_ends(rendering, tokenizer)
@@ -78,17 +79,17 @@ def _without_marks(rendering: Rendering) -> Rendering:
 # --- what was said ---------------------------------------------------------------------------------------------
 
 
-class _Said(NamedTuple):
+class _SourceText(NamedTuple):
     """A text that the rendering has to contain."""
 
     message: int
     role: str
-    what: str
+    description: str
     """What it is, in words."""
     text: str
 
 
-def _said(conversation: Conversation, i: int) -> Iterator[_Said]:
+def _source_texts(conversation: Conversation, i: int) -> Iterator[_SourceText]:
     """Yield every text of a message."""
     message = conversation.messages[i]
     role = message["role"]
@@ -97,16 +98,24 @@ def _said(conversation: Conversation, i: int) -> Iterator[_Said]:
     for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         text = part.get(part.get("type", "text"))
         if isinstance(text, str) and text.strip():
-            what = "the result" if role == "tool" else "the text beside the calls" if calls else "the text"
-            yield _Said(i, role, "the reasoning" if part.get("type") == "thinking" else what, text.strip())
+            yield _SourceText(i, role, _description(role, part, bool(calls)), text.strip())
     for call in calls:
         function = call["function"]
-        yield _Said(i, role, "the name of a call", function["name"])
+        yield _SourceText(i, role, "the name of a call", function["name"])
         for value in _values(function.get("arguments", "")):
-            yield _Said(i, role, "an argument of a call", value)
+            yield _SourceText(i, role, "an argument of a call", value)
 
 
-def _values(arguments: Any) -> Iterator[str]:
+def _description(role: str, part: JsonObject, has_calls: bool) -> str:
+    """Describe a part of a message in words."""
+    if part.get("type") == "thinking":
+        return "the reasoning"
+    if role == "tool":
+        return "the result"
+    return "the text beside the calls" if has_calls else "the text"
+
+
+def _values(arguments: object) -> Iterator[str]:
     """Yield the names and values of a call's arguments as texts."""
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
@@ -114,7 +123,7 @@ def _values(arguments: Any) -> Iterator[str]:
     yield from _texts_in(arguments)
 
 
-def _texts_in(value: Any) -> Iterator[str]:
+def _texts_in(value: object) -> Iterator[str]:
     """Yield the texts, names and numbers in a JSON value; constants may be spelled in several ways."""
     match value:
         case str():
@@ -133,21 +142,23 @@ def _texts_in(value: Any) -> Iterator[str]:
                 yield from _texts_in(item)
 
 
-def _check_said(conversation: Conversation, renderings: Sequence[Rendering], template: str) -> str:
+def _check_complete(conversation: Conversation, renderings: Sequence[Rendering], template: str) -> str:
     """Check that everything that was said is in one of the texts, in order; return what the template wrote around it."""
     for tool in conversation.tools:
         name = tool["function"]["name"]
         if not any(name in rendering.text or _find(rendering.text, name) for rendering in renderings):
-            raise _left_out(_Said(0, "", f"the tool {name}", name))
-    found = [_locate(conversation, rendering) for rendering in renderings]
+            raise _left_out(_SourceText(0, "", f"the tool {name}", name))
+    locations = [_locate(conversation, rendering) for rendering in renderings]
     end = max(rendering.end for rendering in renderings)
     # Mistral's v2 writes calls and results only after the last user turn.
     omitted = _older_exchanges(conversation, end) if "[TOOL_RESULTS]" in template else set()
     for i in range(end):
-        for said in _said(conversation, i):
-            if i not in omitted and not any(said in located for located in found):
-                raise _left_out(_first_missing(conversation, renderings) or said)
-    return "\n".join(_outside(rendering.text, list(located.values())) for rendering, located in zip(renderings, found, strict=True))
+        for source in _source_texts(conversation, i):
+            if i not in omitted and not any(source in located for located in locations):
+                raise _left_out(_first_missing(conversation, renderings) or source)
+    return "\n".join(
+        _outside(rendering.text, list(located.values())) for rendering, located in zip(renderings, locations, strict=True)
+    )
 
 
 def _older_exchanges(conversation: Conversation, end: int) -> set[int]:
@@ -157,17 +168,17 @@ def _older_exchanges(conversation: Conversation, end: int) -> set[int]:
     return {i for i in range(last_user) if messages[i]["role"] == "tool" or "tool_calls" in messages[i]}
 
 
-def _locate(conversation: Conversation, rendering: Rendering) -> dict[_Said, Span]:
+def _locate(conversation: Conversation, rendering: Rendering) -> dict[_SourceText, Span]:
     """Find what was said in a text, from the last message to the first, since it is older messages that templates omit."""
-    located: dict[_Said, Span] = {}
+    located: dict[_SourceText, Span] = {}
     limit = len(rendering.text)
     for i in reversed(range(rendering.end)):
         starts = [limit]
-        for said in _said(conversation, i):
-            system = said.role == "system"  # which may be written later than the messages that follow it
-            span = _find(rendering.text, said.text, None if system else limit)
+        for source in _source_texts(conversation, i):
+            system = source.role == "system"  # which may be written later than the messages that follow it
+            span = _find(rendering.text, source.text, None if system else limit)
             if span is not None:
-                located[said] = span
+                located[source] = span
                 starts.append(limit if system else span[0])
         limit = min(starts)
     return located
@@ -184,64 +195,68 @@ def _outside(text: str, spans: list[Span]) -> str:
     return "\n".join(parts)
 
 
-def _first_missing(conversation: Conversation, renderings: Sequence[Rendering]) -> _Said | None:
+def _first_missing(conversation: Conversation, renderings: Sequence[Rendering]) -> _SourceText | None:
     """Return the first text that is in no rendering: more likely what is left out than one that is out of order."""
     for i in range(max(rendering.end for rendering in renderings)):
-        for said in _said(conversation, i):
-            if not any(_find(rendering.text, said.text) for rendering in renderings):
-                return said
+        for source in _source_texts(conversation, i):
+            if not any(_find(rendering.text, source.text) for rendering in renderings):
+                return source
     return None
 
 
-def _left_out(said: _Said) -> LeftOut:
+def _left_out(source: _SourceText) -> LeftOut:
     """Return the problem that something is not in the rendering."""
-    where = f" of message {said.message} ({said.role})" if said.role else ""
-    detail = f" {brief(said.text)}" if said.role else ""
+    location = f" of message {source.message} ({source.role})" if source.role else ""
+    detail = f" {brief(source.text)}" if source.role else ""
     remedy = f"name a template that writes it {OTHER_TEMPLATE}, or leave it out of the record"
-    return LeftOut("template", f"the chat template leaves out {said.what}{where}:{detail}".removesuffix(":"), remedy)
+    return LeftOut("template", f"the chat template leaves out {source.description}{location}:{detail}".removesuffix(":"), remedy)
 
 
-def _find(text: str, said: str, limit: int | None = None) -> Span | None:
+def _find(text: str, source: str, limit: int | None = None) -> Span | None:
     """Find the last occurrence of what was said before a position: as it stands, as JSON, or as JSON that was spelled anew."""
-    start = text.rfind(said, 0, limit)
+    start = text.rfind(source, 0, limit)
     if start >= 0:
-        return start, start + len(said)
+        return start, start + len(source)
+    # Within a JSON text, quotes and line breaks are escaped, and with ensure_ascii also other characters.
     for ascii_only in (False, True):
-        escaped = json.dumps(said, ensure_ascii=ascii_only)[1:-1]
-        start = -1 if escaped == said else text.rfind(escaped, 0, limit)
+        escaped = json.dumps(source, ensure_ascii=ascii_only)[1:-1]
+        start = -1 if escaped == source else text.rfind(escaped, 0, limit)
         if start >= 0:
             return start, start + len(escaped)
-    return _find_json(text, said, limit)
+    return _find_json(text, source, limit)
 
 
-def _find_json(text: str, said: str, limit: int | None) -> Span | None:
+def _find_json(text: str, source: str, limit: int | None) -> Span | None:
     """Find JSON that the template parsed and wrote again: its words, close together."""
-    if said[:1] not in ("{", "[") or said[-1:] not in ("}", "]"):
+    if source[:1] not in ("{", "[") or source[-1:] not in ("}", "]"):
         return None
     end = None
-    floor = 0
-    for word in reversed(re.findall(r"\w+", said)):
+    floor = 0  # words farther away belong to something else
+    for word in reversed(re.findall(r"\w+", source)):
         limit = text.rfind(word, floor, limit)
         if limit < 0:
             return None
         if end is None:
             end = limit + len(word)
-            floor = max(0, end - 8 * len(said) - 200)
+            floor = max(0, end - 8 * len(source) - 200)
     return None if end is None or limit is None else (limit, end)
 
 
 def _check_trained(conversation: Conversation, renderings: Sequence[Rendering]) -> None:
     """Check that what the assistant said in trained turns is in the trained spans, in order."""
-    trained = "\n".join(rendering.text[start:end] for rendering in renderings for start, end in rendering.trained_on)
+    pieces: list[str] = []
+    for rendering in renderings:
+        pieces += [rendering.text[start:end] for start, end in rendering.trained_on]
+    trained = "\n".join(pieces)
     limit = len(trained)
     for turn in reversed(turns(conversation.messages)):
         for i in reversed(range(turn.start, turn.end)) if turn.trained_on else ():
             starts = [limit]
-            for said in _said(conversation, i):
-                found = _find(trained, said.text, limit)
-                if found is None:
-                    raise _left_out(said._replace(what=f"from what is trained on {said.what}"))
-                starts.append(found[0])
+            for source in _source_texts(conversation, i):
+                span = _find(trained, source.text, limit)
+                if span is None:
+                    raise _left_out(source._replace(description=f"from what is trained on {source.description}"))
+                starts.append(span[0])
             limit = min(starts)
 
 

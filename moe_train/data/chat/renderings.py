@@ -17,6 +17,7 @@ from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message, ModelSettings
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.machine.files import JsonObject
 
 PLAIN_TEXT_MARKS = ("\ufdd0", "\ufdd1")
 """Unicode noncharacters, which no text contains; they enclose user text that looks like a control token."""
@@ -47,7 +48,7 @@ def request(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: H
     return Request(variables | _settings(conversation.settings, pattern), prefixes)
 
 
-def _settings(settings: ModelSettings, pattern: re.Pattern[str]) -> dict[str, Any]:
+def _settings(settings: ModelSettings, pattern: re.Pattern[str]) -> JsonObject:
     """Return settings as variables of a template."""
     if settings == ModelSettings():
         return {}
@@ -115,9 +116,9 @@ def without_marks(text: str) -> str:
     return text.replace(GENERATION[0], "").replace(GENERATION[1], "")
 
 
-def checked(texts: list[str | ValueError], asked: Request) -> list[str | ValueError]:
+def checked(texts: list[str | ValueError], text_request: Request) -> list[str | ValueError]:
     """Return the renderings of a request, or errors if the template has escaped our marks."""
-    if any(isinstance(text, str) and _ESCAPED in text for text in texts) and not _has_escapes(asked.variables):
+    if any(isinstance(text, str) and _ESCAPED in text for text in texts) and not _has_escapes(text_request.variables):
         message = r"the chat template writes \u escapes, behind which a control token typed as text cannot be told apart"
         return [Problem("template", message, f"name a template that does not {OTHER_TEMPLATE}")] * len(texts)
     return texts
@@ -126,7 +127,7 @@ def checked(texts: list[str | ValueError], asked: Request) -> list[str | ValueEr
 _ESCAPED = r"\ufdd0"
 
 
-def _has_escapes(variables: dict[str, Any]) -> bool:
+def _has_escapes(variables: JsonObject) -> bool:
     """Return whether the record itself contains text that looks like an escaped mark."""
     return _ESCAPED in json.dumps(variables, ensure_ascii=False)  # JSON doubles a backslash of the record
 

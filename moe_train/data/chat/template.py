@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from moe_train.data.chat import sandbox
 from moe_train.data.chat.example import EXTEND_VOCAB, OTHER_TEMPLATE, Example, without_tools
-from moe_train.data.chat.loss_mask import Steps, Text
+from moe_train.data.chat.loss_mask import Answers, Steps, Text
 from moe_train.data.chat.renderings import checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
 from moe_train.data.chat.served import checked_texts
-from moe_train.data.chat.template_reasoning import check_rendered, spelled
+from moe_train.data.chat.template_reasoning import check_reasoning_rendered, spelled
 from moe_train.data.chat.text_to_ids import encode_texts
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -41,7 +41,8 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
         if isinstance(texts, ValueError):
             results.append(texts)
         else:
-            results.append([example for _ in texts for example in next(encoded)])
+            # A text gives one example, or several where its turns cannot share tokens.
+            results.append(list(itertools.chain.from_iterable(itertools.islice(encoded, len(texts)))))
     return results
 
 
@@ -72,13 +73,13 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
         text = _text(Conversation(messages, tools), False, template, tokenizer)
     except ValueError as error:
         raise without_tools(f"the chat template takes none ({error})", _tools_remedy(tokenizer)) from error
-    for feature, shown in (("tools", "Look a word up."), ("calls", "quokka"), ("results", "marsupial")):
-        if shown not in text:
+    for feature, sample in (("tools", "Look a word up."), ("calls", "quokka"), ("results", "marsupial")):
+        if sample not in text:
             raise without_tools(f"the chat template leaves {feature} out", _tools_remedy(tokenizer))
     for token in re.findall(r"\[/?[A-Z_]+\]", text):
         if len(tokenizer.encode_control(token)) != 1:
-            why = f"the chat template writes {token}, which {tokenizer.files[0]} has no token for"
-            raise without_tools(why, _tools_remedy(tokenizer))
+            reason = f"the chat template writes {token}, which {tokenizer.files[0]} has no token for"
+            raise without_tools(reason, _tools_remedy(tokenizer))
 
 
 def _tools_remedy(tokenizer: HuggingFace) -> str:
@@ -96,7 +97,7 @@ def _tools_remedy(tokenizer: HuggingFace) -> str:
 def _texts(conversation: Conversation, template: str, tokenizer: HuggingFace) -> Steps:
     """Find the texts that a conversation is trained on as, with its reasoning in the spelling that the template reads."""
     texts = yield from checked_texts(spelled(conversation, template, tokenizer), template, tokenizer)
-    check_rendered(conversation, texts)
+    check_reasoning_rendered(conversation, texts)
     return texts
 
 
@@ -107,14 +108,14 @@ def _rendered(steps: list[Steps], template: str) -> list[list[Text] | ValueError
         The texts of each conversation, or its error.
     """
     results: list[list[Text] | ValueError] = [[] for _ in steps]
-    answered: list[tuple[int, list[list[str | ValueError]] | None]] = [(i, None) for i in range(len(steps))]
+    answered: list[tuple[int, Answers | None]] = [(i, None) for i in range(len(steps))]
     while answered:
         pending: list[tuple[int, list[Request]]] = []
         for i, answers in answered:
             try:
                 pending.append((i, next(steps[i]) if answers is None else steps[i].send(answers)))
-            except StopIteration as done:
-                results[i] = done.value
+            except StopIteration as stop:
+                results[i] = stop.value
             except ValueError as error:
                 results[i] = error
         try:
@@ -125,7 +126,9 @@ def _rendered(steps: list[Steps], template: str) -> list[list[Text] | ValueError
                 results[i] = error
             return results
         # The next round sends each generator its renderings; finished generators have left the list.
-        answered = [(i, [checked(next(texts), asked) for asked in requests]) for i, requests in pending]
+        answered = []
+        for i, requests in pending:
+            answered.append((i, [checked(next(texts), text_request) for text_request in requests]))
     return results
 
 

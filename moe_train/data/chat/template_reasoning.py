@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from moe_train.data.chat import sandbox
 from moe_train.data.chat.example import REASONING_FIELDS, is_trained_on
@@ -20,6 +19,7 @@ from moe_train.data.chat.settings import NO_SETTINGS, check_effort, not_written,
 from moe_train.data.records.normal_form import JOINT, Conversation, Message, ModelSettings, joined_texts, reasoning_of, texts_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.machine.files import JsonObject
 
 _PARTS = "parts"
 _OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
@@ -76,7 +76,7 @@ def _check_stated_effort(conversation: Conversation) -> None:
             check_effort(conversation, "none", f"{name} of chat_template_kwargs")
 
 
-def check_rendered(conversation: Conversation, texts: Sequence[Text]) -> None:
+def check_reasoning_rendered(conversation: Conversation, texts: Sequence[Text]) -> None:
     """Check that the reasoning of the turns that are trained on was rendered, and is trained on.
 
     Args:
@@ -92,11 +92,19 @@ def check_rendered(conversation: Conversation, texts: Sequence[Text]) -> None:
             continue
         for thought in reasoning_of(message):
             if trained is None:
-                trained = [_plain(text.text[start:end]) for text in texts for start, end in text.trained_on]
+                # Found once, and only for records with reasoning, which are few.
+                trained = list(_trained_pieces(texts))
                 for text in texts:
                     check_effort(conversation, _rendered_effort(text.text), "the prompt that the chat template renders")
             if not any(thought.strip() in piece for piece in trained):
                 raise reasoning_not_written(i, "the chat template leaves it out", _OTHERWISE)
+
+
+def _trained_pieces(texts: Sequence[Text]) -> Iterator[str]:
+    """Yield the parts of texts that are trained on."""
+    for text in texts:
+        for start, end in text.trained_on:
+            yield _plain(text.text[start:end])
 
 
 def _plain(text: str) -> str:
@@ -130,14 +138,14 @@ def _spelled(message: Message, i: int, template: str, tokenizer: HuggingFace) ->
     kinds = [part["type"] for part in message["content"]]
     leads = kinds == sorted(kinds, key="thinking text".find)
     if message["role"] != "assistant" or not leads or any("closed" in part for part in message["content"]):
-        why = f"the chat template reads {spelling}, which is complete and stands before the answer"
-        raise reasoning_not_written(i, why, "write it so")
+        reason = f"the chat template reads {spelling}, which is complete and stands before the answer"
+        raise reasoning_not_written(i, reason, "write it so")
     return message | {"content": joint.join(texts_of(message)), spelling: "\n".join(reasoning_of(message))}
 
 
-def _with_joined_texts(parts: list[dict[str, Any]], joint: str) -> list[dict[str, Any]]:
+def _with_joined_texts(parts: list[JsonObject], joint: str) -> list[JsonObject]:
     """Return parts with neighbouring texts joined."""
-    joined: list[dict[str, Any]] = []
+    joined: list[JsonObject] = []
     for part in parts:
         if joined and joined[-1]["type"] == part["type"] == "text":
             joined[-1] = {"type": "text", "text": joined[-1]["text"] + joint + part["text"]}
@@ -156,9 +164,10 @@ def _spelling(template: str, tokenizer: HuggingFace) -> str | None:
         if not _mentions(template, "thinking" if name == _PARTS else name):
             continue
         conversation = Conversation([{"role": "user", "content": "What is it?"}, {"role": "assistant"} | message], [])
-        asked = request(conversation, [(2, False)], tokenizer)
+        text_request = request(conversation, [(2, False)], tokenizer)
         try:
-            text = without_marks(text_or_raise(checked(sandbox.render_prefixes(template, [asked])[0], asked)[0]))
+            (rendering,) = checked(sandbox.render_prefixes(template, [text_request])[0], text_request)
+            text = without_marks(text_or_raise(rendering))
         except ValueError:
             continue
         # A template that writes a content as it is would write the parts as a list.

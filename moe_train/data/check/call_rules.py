@@ -10,17 +10,20 @@ import collections
 import hashlib
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import brief
+from moe_train.machine.files import JsonObject
 
 _NINE = re.compile(r"[a-zA-Z0-9]{9}")
 _FUNCTION = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
+ToolCall = JsonObject
+"""A call in the normal form: {id, type, function: {name, arguments}}."""
 
-def _calls(conversation: Conversation) -> Iterator[tuple[int, dict[str, Any], bool]]:
+
+def _calls(conversation: Conversation) -> Iterator[tuple[int, ToolCall, bool]]:
     """Yield (message index, call, whether it is in the last message, which nothing answers)."""
     last = len(conversation.messages) - 1
     for i, message in enumerate(conversation.messages):
@@ -73,8 +76,9 @@ def fix_call_id(conversation: Conversation, form: Requirements) -> Iterator[str]
             yield from _rename_to_nine(i, calls, results)
 
 
-def _join_the_last_pair(calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
+def _join_the_last_pair(calls: list[ToolCall], results: list[Message]) -> Iterator[str]:
     """Give a result the id of a call, if exactly one call has no result and exactly one result no call."""
+    # With one of each, they can only belong together; with several, a pairing would be a guess.
     called = {call["id"] for call in calls}
     answered = {result.get("tool_call_id") for result in results}
     missing = [call for call in calls if call["id"] not in answered]
@@ -84,18 +88,19 @@ def _join_the_last_pair(calls: list[dict[str, Any]], results: list[Message]) -> 
         unclaimed[0]["tool_call_id"] = missing[0]["id"]
 
 
-def _name_in_order(i: int, calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
+def _name_in_order(i: int, calls: list[ToolCall], results: list[Message]) -> Iterator[str]:
     """Give calls without an id the ids of results that no other call has, or new ids if these have none either."""
     used_ids = {call.get("id") for call in calls}
     unnamed = [call for call in calls if not call.get("id")]
     unclaimed = [result for result in results if result.get("tool_call_id") not in used_ids - {None, ""}]
     if len(unnamed) == len(unclaimed):
+        # Chat formats write results in the order of their calls, so the order decides.
         for call, result in zip(unnamed, unclaimed, strict=True):
             call["id"] = result["tool_call_id"] = _new_id(result.get("tool_call_id") or f"{i}.{calls.index(call)}", used_ids)
             yield f"message {i}: the call of {call['function']['name']} got the id {call['id']}"
 
 
-def _rename_to_nine(i: int, calls: list[dict[str, Any]], results: list[Message]) -> Iterator[str]:
+def _rename_to_nine(i: int, calls: list[ToolCall], results: list[Message]) -> Iterator[str]:
     """Rename ids to nine characters, in calls and results."""
     used_ids = {call.get("id") for call in calls}
     for call in calls:
@@ -108,7 +113,7 @@ def _rename_to_nine(i: int, calls: list[dict[str, Any]], results: list[Message])
             yield f"message {i}: the id {brief(old)} written as {call['id']}"
 
 
-def _new_id(name: str, used_ids: set[Any]) -> str:
+def _new_id(name: str, used_ids: set[str | None]) -> str:
     """Derive an id of nine characters from `name`, so that a file is fixed the same way every time."""
     new = _nine_characters(name)
     while new in used_ids:

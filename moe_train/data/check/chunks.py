@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
-from moe_train import config
 from moe_train.data.check.findings import Chunk, Question
-from moe_train.data.records import files
+from moe_train.data.check.results import SampleResult
+from moe_train.data.check.sources import CheckedFile, read_checked
 from moe_train.data.records.file_bytes import MAX_RECORD, is_compressed, size_of
 from moe_train.data.records.json_lines import Block, blocks
-from moe_train.data.records.local_files import expand_files
 from moe_train.data.records.problem import Item
 
 # Largest number of records that are not lines, and of characters in their columns, in one chunk.
@@ -22,87 +18,23 @@ _ROWS = 256
 _CHARACTERS = 1 << 20
 
 
-@dataclass(frozen=True)
-class CheckedSource:
-    """A group of files that are read in the same way."""
-
-    files: tuple[str, ...]
-    """Paths, folders or globs."""
-    format: str = "auto"
-    """The file format; "auto" to decide by the file name."""
-    record: config.Record | None = None
-    """How to read the records; None to recognize each by its columns."""
-    ignore: tuple[str, ...] = ()
-    """Keys that are not to be read, if records are recognized by their columns."""
-    weight: float | None = None
-    """The share of the files in a mixture; None if every row is seen once in an epoch."""
-
-
-class CheckedFile(NamedTuple):
-    """A file to check."""
-
-    file: Path
-    kind: str
-    """The format of the file."""
-    source: int
-    """Index of the source that the file belongs to."""
-    counted: str  # line, row, or byte if lines are sampled
-
-    def where(self, number: int) -> str:
-        """Return the location of a record, for messages."""
-        if self.counted == "line":
-            return f"{self.file}:{number}"
-        return f"{self.file}: {self.counted} {number}"
-
-
-def places_of(sources: Sequence[CheckedSource], picked: bool) -> list[CheckedFile]:
-    """Return the files of all sources.
-
-    Args:
-        sources: The sources.
-        picked: Whether lines will be sampled, so that uncompressed JSON lines are located by byte.
-    """
-    places = []
-    for i, source in enumerate(sources):
-        record = source.record or config.TextRecord(name="text")
-        section = config.FileSource.model_validate(
-            {"name": "files", "files": source.files, "format": source.format, "record": record}
-        )
-        for file, kind in expand_files(section):
-            is_json_lines = files.is_json_lines(file, kind)
-            if picked and is_json_lines and not is_compressed(file):
-                counted = "byte"
-            elif is_json_lines or kind == "text":
-                counted = "line"
-            else:
-                counted = "row"
-            places.append(CheckedFile(file, kind, i, counted))
-    return places
-
-
-def read_checked(place: CheckedFile, section: config.Record | None) -> Iterator[tuple[int, Item]]:
-    """Yield the records of a file, one after the other."""
-    text_column = "text"
-    if isinstance(section, config.TextRecord):
-        text_column = section.column
-    return files.read_file(place.file, place.kind, place.counted == "line", text_column)
-
-
 def all_chunks(places: list[CheckedFile], question: Question) -> Iterator[tuple[Chunk, int]]:
     """Yield every record in chunks, with the number of bytes of the files that have been read."""
-    before = 0
+    bytes_before = 0
     for i, place in enumerate(places):
         size = size_of(place.file)
         if place.kind == "json" and place.counted == "line":
-            done = 0
+            bytes_read = 0
             for block in blocks(place.file):
-                done += len(block.lines) if isinstance(block.lines, bytes) else 0
-                yield Chunk(i, block), before + (0 if is_compressed(place.file) else min(done, size))
+                bytes_read += len(block.lines) if isinstance(block.lines, bytes) else 0
+                # The bytes of a compressed file are counted when all of it was read: blocks are of its expanded text.
+                bytes_passed = 0 if is_compressed(place.file) else min(bytes_read, size)
+                yield Chunk(i, block), bytes_before + bytes_passed
         else:
             rows = read_checked(place, question.records[i])
             for group in _grouped(rows):
-                yield Chunk(i, group), before
-        before += size
+                yield Chunk(i, group), bytes_before
+        bytes_before += size
 
 
 def _grouped(rows: Iterator[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]]:
@@ -125,22 +57,28 @@ class Coverage:
     """The part of the files that a sample has read.
 
     Args:
-        wanted: Number of records to sample.
+        num_records: Number of records to sample.
         sizes: Size of each file in bytes, which decides its share of the sample.
     """
 
-    def __init__(self, wanted: int, sizes: list[int]) -> None:
+    def __init__(self, num_records: int, sizes: list[int]) -> None:
         self.sizes = sizes
         total = max(sum(sizes), 1)
-        self.quota = [max(1, round(wanted * size / total)) if size else 0 for size in sizes]
-        self.picked_bytes = self.picked = self.picked_of = 0
+        self.quota = [max(1, round(num_records * size / total)) if size else 0 for size in sizes]
+        self.picked = 0
+        """Number of lines read."""
+        self.picked_bytes = 0
+        """Their size."""
+        self.picked_of = 0
+        """Size of the files that they are from."""
         self.only_begun: list[str] = []
+        """Files of which only the first records were read."""
 
-    def answer(self, records: int) -> dict[str, Any]:
+    def result(self, records: int) -> SampleResult:
         """Return the coverage in JSON form.
 
-        `of_about` is the total number of records, estimated from the lengths of the sampled lines; it is None if the number of
-        records of some file cannot be estimated.
+        Args:
+            records: Number of records in the sample.
         """
         about: int | None = None
         if self.picked_bytes and not self.only_begun:
@@ -161,34 +99,43 @@ def some_chunks(places: list[CheckedFile], question: Question, coverage: Coverag
     A file is divided into as many equal parts as lines are wanted, and one line is taken from each part. From files that can only
     be read from the beginning, the first records are taken.
     """
-    before = 0
+    bytes_before = 0
     for i, (place, size, quota) in enumerate(zip(places, coverage.sizes, coverage.quota, strict=True)):
         if place.counted == "byte":
-            lines: list[Block] = []
-            with place.file.open("rb") as stream:
-                last = -1
-                chosen = random.Random(0)
-                for k in range(quota):
-                    goal = int((k + chosen.random()) * size / quota)
-                    stream.seek(max(goal - 1, 0))
-                    if goal:
-                        stream.readline(MAX_RECORD)  # skip the rest of the line that contains the goal
-                    line_start = stream.tell()
-                    line = stream.readline(MAX_RECORD)
-                    if line_start <= last or not line.strip():
-                        continue
-                    last = line_start
-                    coverage.picked += 1
-                    coverage.picked_bytes += len(line)
-                    lines.append(Block(line_start + 1, line))
+            lines = _sampled_lines(place, size, quota)
+            coverage.picked += len(lines)
+            coverage.picked_bytes += sum(len(line) for _, line in lines)
             coverage.picked_of += size
             for start in range(0, len(lines), _ROWS):
-                yield Chunk(i, lines[start : start + _ROWS]), before
+                sampled = [Block(number, line) for number, line in lines[start : start + _ROWS]]
+                yield Chunk(i, sampled), bytes_before
         else:
             rows = read_checked(place, question.records[i])
             first_rows = list(itertools.islice(rows, quota))
+            # A file that has no further row was read completely.
             if next(rows, None) is not None:
                 coverage.only_begun.append(str(place.file))
             for group in _grouped(iter(first_rows)):
-                yield Chunk(i, group), before
-        before += size
+                yield Chunk(i, group), bytes_before
+        bytes_before += size
+
+
+def _sampled_lines(place: CheckedFile, size: int, quota: int) -> list[tuple[int, bytes]]:
+    """Read at most `quota` lines of a file, from all over it, each with its number: the byte, from 1, at which it begins."""
+    lines: list[tuple[int, bytes]] = []
+    last_start = -1
+    random_ = random.Random(0)  # a fixed seed, so that the same lines are read every time
+    with place.file.open("rb") as stream:
+        for k in range(quota):
+            goal = int((k + random_.random()) * size / quota)
+            stream.seek(max(goal - 1, 0))
+            if goal:
+                stream.readline(MAX_RECORD)  # skip the rest of the line that contains the goal
+            line_start = stream.tell()
+            line = stream.readline(MAX_RECORD)
+            # A line that is longer than a part is met again from the next part.
+            if line_start <= last_start or not line.strip():
+                continue
+            last_start = line_start
+            lines.append((line_start + 1, line))
+    return lines

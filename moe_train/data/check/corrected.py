@@ -9,32 +9,18 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO
 
-from moe_train.data.check.chunks import CheckedFile
-from moe_train.data.check.findings import Findings
+from moe_train.data.check.findings import CorrectedChunk
+from moe_train.data.check.results import FixedResult, ListedChange
+from moe_train.data.check.settings import CheckSettings
+from moe_train.data.check.sources import CheckedFile
 from moe_train.data.records.file_bytes import is_compressed
 from moe_train.machine.files import new_directory
 
 
-class CopySettings(Protocol):
-    """The settings of a corrected copy."""
-
-    @property
-    def fix(self) -> Path | None:
-        """The folder; None for no copy."""
-
-    @property
-    def dry_run(self) -> bool:
-        """Whether to count the changes without writing a copy."""
-
-    @property
-    def shown(self) -> int:
-        """Number of changes to keep for each rule, if no copy is written."""
-
-
 @contextlib.contextmanager
-def corrected_copy(settings: CopySettings, places: list[CheckedFile]) -> Iterator[Corrected | None]:
+def corrected_copy(settings: CheckSettings, places: list[CheckedFile]) -> Iterator[Corrected | None]:
     """Create the folder of a corrected copy, which appears when the block ends without an error.
 
     Args:
@@ -57,34 +43,44 @@ class Corrected:
     changes of each rule are kept in memory, and the others counted.
     """
 
-    def __init__(self, directory: Path | None, places: list[CheckedFile], settings: CopySettings) -> None:
+    def __init__(self, directory: Path | None, places: list[CheckedFile], settings: CheckSettings) -> None:
         self._directory = directory
         self._places = places
         self._settings = settings
         self._log = None if directory is None else (directory / "changes.log").open("w", encoding="utf-8")
         self._names = _copy_names([place.file for place in places])
         self._open: tuple[int, IO[bytes]] | None = None
-        self._changes: list[dict[str, Any]] = []
+        self._changes: list[ListedChange] = []
         self._num_changes: Counter[tuple[str, str]] = Counter()
-        self.kept = 0
+        self.num_kept = 0
         self.counts: Counter[str] = Counter()
+        """Action -> number of records."""
 
-    def add(self, found: Findings) -> None:
-        """Write the good records of a chunk, and log its changes."""
-        assert found.kept is not None
+    def add(self, place: int, chunk: CorrectedChunk) -> None:
+        """Write the good records of a chunk, and log its changes.
+
+        Args:
+            place: Index of the file.
+            chunk: The records and the changes.
+        """
         if self._directory is not None:
-            self._write(self._directory, found.place, found.kept.lines)
-        self.kept += found.kept.num_records
+            self._write(self._directory, place, chunk.lines)
+        self.num_kept += chunk.num_records
         for action in ("changed", "left", "dropped"):
-            self.counts[action] += len({change.number for change in found.kept.changes if change.action == action})
-        for change in found.kept.changes:
-            entry = {"where": self._places[found.place].where(change.number), **change._asdict()}
-            del entry["number"]
+            # A record with several changes is counted once.
+            self.counts[action] += len({change.number for change in chunk.changes if change.action == action})
+        for change in chunk.changes:
+            entry: ListedChange = {
+                "where": self._places[place].location(change.number),
+                "action": change.action,
+                "rule": change.rule,
+                "what": change.description,
+            }
             if self._log is not None:
                 self._log.write(json.dumps(entry, ensure_ascii=True) + "\n")
                 continue
             self._num_changes[change.action, change.rule] += 1
-            if self._num_changes[change.action, change.rule] <= self._settings.shown:
+            if self._num_changes[change.action, change.rule] <= self._settings.num_listed:
                 self._changes.append(entry)
 
     def _write(self, directory: Path, place: int, lines: bytes) -> None:
@@ -96,14 +92,22 @@ class Corrected:
             self._open = place, path.open("wb")
         self._open[1].write(lines)
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> FixedResult:
         """Close the files, and return the counts in JSON form; without a folder with the first changes of each rule."""
         self._close_file()
-        counts = {"kept": self.kept, **{action: self.counts[action] for action in ("changed", "left", "dropped")}}
+        result: FixedResult = {
+            "directory": None,
+            "kept": self.num_kept,
+            "changed": self.counts["changed"],
+            "left": self.counts["left"],
+            "dropped": self.counts["dropped"],
+        }
         if self._log is None:
-            return {"directory": None, **counts, "changes": self._changes}
+            result["changes"] = self._changes
+            return result
         self._log.close()
-        return {"directory": str(self._settings.fix), **counts}
+        result["directory"] = str(self._settings.fix)
+        return result
 
     def _close_file(self) -> None:
         """Close the copy that is being written."""
@@ -122,6 +126,7 @@ def _copy_names(paths: list[Path]) -> list[str]:
         if name.suffix.lower() not in (".jsonl", ".ndjson"):
             name = Path(f"{name}.jsonl")
         name = relative.parent / name
+        # Files that differ only in a compression suffix would have the same name.
         unique = itertools.chain([name], (name.with_name(f"{name.stem}-{k}{name.suffix}") for k in itertools.count(2)))
         names.append(next(str(n) for n in unique if str(n) not in names))
     return names

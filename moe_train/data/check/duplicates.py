@@ -32,7 +32,7 @@ _COMPARED = 1 << 7  # pairs compared at once: each loads up to 128 KiB of the fi
 class Fingerprints(NamedTuple):
     """The fingerprints of n records, m of which contain words."""
 
-    whole: np.ndarray
+    records: np.ndarray
     """(n,) uint64: hash of the complete record."""
     with_words: np.ndarray
     """(m,) indices, among the n, of the records with words."""
@@ -95,16 +95,17 @@ class Spool:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._paths = {name: directory / name for name in ("whole", "with_words", "minima", *map(str, range(_BANDS)))}
+        self._paths = {name: directory / name for name in ("records", "with_words", "minima", *map(str, range(_BANDS)))}
         self._files = {name: path.open("wb") for name, path in self._paths.items()}
         self.num_records = 0
 
-    def add(self, found: Fingerprints) -> None:
+    def add(self, prints: Fingerprints) -> None:
         """Append the fingerprints of the next records."""
-        arrays = {"whole": found.whole, "with_words": found.with_words + self.num_records, "minima": found.minima}
-        for name, array in (arrays | {str(band): keys for band, keys in enumerate(found.bands.T)}).items():
+        arrays = {"records": prints.records, "with_words": prints.with_words + self.num_records, "minima": prints.minima}
+        arrays |= {str(band): keys for band, keys in enumerate(prints.bands.T)}
+        for name, array in arrays.items():
             self._files[name].write(array.tobytes())
-        self.num_records += len(found.whole)
+        self.num_records += len(prints.records)
 
     def close(self) -> None:
         """Close the files."""
@@ -116,7 +117,16 @@ class Spool:
         self.close()
         if not self.num_records:
             return Duplicates(0, 0, [])
-        record_hashes = np.memmap(self._paths["whole"], np.uint64, "r")
+        is_exact, exact_twins = self._exact(num_examples)
+        # A file without content cannot be mapped into memory.
+        if not self._paths["with_words"].stat().st_size:
+            return Duplicates(int(is_exact.sum()), 0, exact_twins)
+        num_near, near_twins = self._near(is_exact, num_examples)
+        return Duplicates(int(is_exact.sum()), num_near, exact_twins + near_twins)
+
+    def _exact(self, num_examples: int) -> tuple[np.ndarray, list[Twin]]:
+        """Find the exact duplicates: which records are one (bool), and the first of them."""
+        record_hashes = np.memmap(self._paths["records"], np.uint64, "r")
         is_exact = np.zeros(self.num_records, bool)
         examples: list[Twin] = []
         for first, later in _alike(record_hashes):
@@ -125,15 +135,16 @@ class Spool:
             later = later[new]
             is_exact[later] = True
             examples += [Twin(int(a), int(b), 1.0) for a, b in zip(later[:num_examples], first[:num_examples], strict=True)]
-        examples = sorted(examples)[:num_examples]
-        if not self._paths["with_words"].stat().st_size:
-            return Duplicates(int(is_exact.sum()), 0, examples)
+        return is_exact, sorted(examples)[:num_examples]
+
+    def _near(self, is_exact: np.ndarray, num_examples: int) -> tuple[int, list[Twin]]:
+        """Find the near duplicates among records that are no exact ones: their number, and some of them."""
         record = np.memmap(self._paths["with_words"], np.int64, "r")
         with self._paths["minima"].open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         minima = np.frombuffer(mapped, np.uint16).reshape(-1, _MINIMA)
         is_near = np.zeros(self.num_records, bool)
-        near: list[Twin] = []
+        examples: list[Twin] = []
         for band in range(_BANDS):
             for first, later in _alike(np.memmap(self._paths[str(band)], np.uint32, "r")):
                 new = ~(is_exact[record[later]] | is_near[record[later]])
@@ -143,18 +154,19 @@ class Spool:
                     a = first[start : start + _COMPARED]
                     b = later[start : start + _COMPARED]
                     mapped.madvise(mmap.MADV_DONTNEED)  # release the pages of earlier pairs
+                    # A shared band makes a pair a candidate; all minima together estimate how similar it is.
                     similarity = (minima[a] == minima[b]).mean(1)
                     is_similar = similarity >= SIMILAR
                     is_near[record[b[is_similar]]] = True
-                    num_missing = max(0, num_examples - len(near))
+                    num_missing = max(0, num_examples - len(examples))
                     pairs = zip(
                         record[b[is_similar]][:num_missing],
                         record[a[is_similar]][:num_missing],
                         similarity[is_similar][:num_missing],
                         strict=True,
                     )
-                    near += [Twin(int(x), int(y), float(s)) for x, y, s in pairs]
-        return Duplicates(int(is_exact.sum()), int(is_near.sum()), examples + sorted(near))
+                    examples += [Twin(int(x), int(y), float(s)) for x, y, s in pairs]
+        return int(is_near.sum()), sorted(examples)
 
 
 def _alike(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from moe_train import config
 from moe_train.data.batches import packing
-from moe_train.data.check.chunks import CheckedSource
+from moe_train.data.check.results import LengthResult, PackedSource, PackingResult, TruncationResult
+from moe_train.data.check.sources import CheckedSource
 from moe_train.machine.files import read_object
 
 Lengths = Mapping[tuple[int, str], Mapping[int, int]]
@@ -22,7 +23,7 @@ examples of several turns with tools of which only some fit.
 """
 
 
-def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
+def histogram(lengths: Counter[int]) -> LengthResult | None:
     """Summarize the numbers of ids in examples, with bins up to each power of two; None without examples."""
     if not lengths:
         return None
@@ -48,7 +49,7 @@ def histogram(lengths: Counter[int]) -> dict[str, Any] | None:
     }
 
 
-def truncation(lengths: Lengths, fitting: Fitting, seq_len: int) -> dict[str, int]:
+def truncation(lengths: Lengths, fitting: Fitting, seq_len: int) -> TruncationResult:
     """Count the examples, and their tokens, that do not fit into one row, and those of which some turns with tools fit."""
     beyond: list[tuple[int, int]] = []  # (positions beyond the row, number of examples)
     for counts in lengths.values():
@@ -68,7 +69,7 @@ def epoch(
     seq_len: int,
     batch_size: int | None,
     tokens_per_second: float | None,
-) -> dict[str, Any]:
+) -> PackingResult:
     """Compute the packing and the length of an epoch with the packer of training.
 
     Args:
@@ -86,51 +87,57 @@ def epoch(
     rows = dict.fromkeys(range(len(sources)), 0)
     positions = 0
     for (source, kind), counts in lengths.items():
-        record = sources[source].record
-        too_long: packing.TooLong
-        if record is not None:
-            too_long = record.too_long
-        elif kind == "text":
-            too_long = "split"
-        else:
-            too_long = "drop"
-        needed = Counter({ids - 1: count for ids, count in counts.items()})
-        if too_long == "error":
-            too_long = "drop"
+        too_long = _too_long(sources[source].record, kind)
+        row_lengths = Counter({ids - 1: count for ids, count in counts.items()})
         if too_long == "drop":  # training keeps the turns that fit
-            for (ids, kept), count in fitting.get((source, kind), {}).items():
-                needed[ids - 1] -= count
-                needed[kept - 1] += count
-        num_rows, num_tokens = packing.packed_size(needed, seq_len, too_long)
+            for (ids, fitting_ids), count in fitting.get((source, kind), {}).items():
+                row_lengths[ids - 1] -= count
+                row_lengths[fitting_ids - 1] += count
+        num_rows, num_tokens = packing.packed_size(row_lengths, seq_len, too_long)
         rows[source] += num_rows
         positions += num_tokens
     total = sum(rows.values())
     times_seen = _times_seen(rows, [source.weight for source in sources])
-    seen = math.ceil(sum(rows[source] * times for source, times in times_seen.items()))
-    steps = None if batch_size is None else -(-seen // batch_size)
-    rows_seen = seen
-    if batch_size is not None and steps is not None:
-        rows_seen = steps * batch_size
+    rows_seen = math.ceil(sum(rows[source] * times for source, times in times_seen.items()))
+    steps: int | None = None
+    if batch_size is not None:
+        steps = -(-rows_seen // batch_size)
+        rows_seen = steps * batch_size  # only full batches are trained on
     seconds: float | None = None
     if tokens_per_second is not None:
         seconds = rows_seen * seq_len / tokens_per_second
+    packed_sources: list[PackedSource] = []
+    for source, times in times_seen.items():
+        packed_sources.append({"files": list(sources[source].files), "rows": rows[source], "times_seen": round(times, 2)})
     return {
         "rows": total,
         "efficiency": round(positions / (total * seq_len), 4) if total else None,
         "batch_size": batch_size,
         "steps_per_epoch": steps,
         "seconds_per_epoch": seconds,
-        "sources": [
-            {"files": list(sources[source].files), "rows": rows[source], "times_seen": round(times, 2)}
-            for source, times in times_seen.items()
-        ],
+        "sources": packed_sources,
     }
+
+
+def _too_long(record: config.Record | None, kind: str) -> packing.TooLong:
+    """Return how training would treat long records, given their section or, if it is unknown, their kind."""
+    if record is None:
+        return "split" if kind == "text" else "drop"
+    # Training would stop at a record that is too long; the estimate is for training without it.
+    if record.too_long == "error":
+        return "drop"
+    return record.too_long
 
 
 def _times_seen(rows: Mapping[int, int], weights: Sequence[float | None]) -> dict[int, float]:
     """Return how often the rows of each source are seen in an epoch, which lasts until each row was seen once."""
     used = [source for source, count in rows.items() if count]
-    shares = {source: weight for source in used if (weight := weights[source]) is not None}
+    shares: dict[int, float] = {}
+    for source in used:
+        weight = weights[source]
+        if weight is not None:
+            shares[source] = weight
+    # Without weights, sources are concatenated; with one source, its weight has no effect.
     if len(used) < 2 or len(shares) < len(used):
         return dict.fromkeys(used, 1.0)
     # Rows are drawn by the sources' weights, so an epoch lasts until the slowest source has been seen once.

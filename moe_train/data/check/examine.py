@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.encode import encode
-from moe_train.data.chat.example import Example, MergedTurns, fitting_tokens
+from moe_train.data.chat.example import Example, fitting_tokens
 from moe_train.data.check import rules
 from moe_train.data.check.duplicates import fingerprints
-from moe_train.data.check.findings import Chunk, Findings, Kept, KindCount, Question, ReadRecord
-from moe_train.data.check.kinds import in_words
+from moe_train.data.check.findings import Chunk, CorrectedChunk, Findings, KindCount, Question, ReadRecord
+from moe_train.data.check.kinds import kind_of
 from moe_train.data.check.ngrams import words
-from moe_train.data.check.overlap import overlap, said_in
+from moe_train.data.check.overlap import compared_text, overlap
 from moe_train.data.check.pair_rules import no_objective
-from moe_train.data.check.repaired import attempts, kept_of
+from moe_train.data.check.repaired import attempts, corrected_chunk
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.conversation import read as read_record
 from moe_train.data.records.conversation import read_columns
@@ -39,73 +42,106 @@ _FAULTS_OF_TEMPLATES = {"template", "no-template", "tools"}  # no reason to drop
 _STILL_TOKENISED = {"control-token"}  # training accepts records that break these rules, and treats the tokens as plain text
 
 
+class _ReadChunk(NamedTuple):
+    """The records of a chunk."""
+
+    read: list[ReadRecord]
+    unreadable: list[tuple[int, Problem]]
+    """(line, row or byte; problem) for each record that cannot be read."""
+    raw: dict[int, bytes]
+    """The lines of records that are lines, by their numbers, if records are corrected."""
+
+
+@dataclass
+class _ExampleCounts:
+    """Counts of the examples of a chunk; see `Findings`."""
+
+    lengths: Counter[tuple[str, int]] = field(default_factory=Counter)
+    loss_tokens: int = 0
+    fitting: Counter[tuple[str, int, int]] = field(default_factory=Counter)
+    merged: Counter[str] = field(default_factory=Counter)
+    restarts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, example: Example, seq_len: int | None) -> None:
+        """Count an example.
+
+        Args:
+            kind: The kind of its record.
+            example: The example.
+            seq_len: Positions in a row; None if unknown.
+        """
+        num_ids = len(example.tokens)
+        self.lengths[kind, num_ids] += 1
+        self.loss_tokens += _loss_tokens(example)
+        merged = example.merged
+        if merged is None:
+            return
+        self.merged += Counter(examples=1, turns=len(merged.ends), tokens=num_ids, separate_tokens=merged.separate_tokens)
+        if merged.restart:
+            self.restarts[merged.restart] += 1
+        # A row of n positions holds n + 1 ids: the last one is only predicted.
+        num_fitting = fitting_tokens(merged, (seq_len or num_ids) + 1)
+        if 0 < num_fitting < num_ids:
+            self.fitting[kind, num_ids, num_fitting] += 1
+
+
 def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
     """Examine a chunk.
 
     Args:
         chunk: The records.
         question: What to examine.
-        form: The form of records for the tokenizer (see `form_of`).
+        form: The form of records that the tokenizer requires (see `requirements_of`).
     """
-    read: list[ReadRecord] = []
-    unreadable: list[tuple[int, Problem]] = []
-    raw: dict[int, bytes] = {}
-    num_records = 0
+    records = _read_chunk(chunk, question)
+    _judge(records.read, question, form)
+    problems = list(records.unreadable)
+    counts = _ExampleCounts()
+    unread: Counter[str] = Counter()
+    for entry in records.read:
+        count(unread, entry.unread)
+        problems += [(entry.number, problem) for problem in entry.problems]
+        for example in entry.examples:
+            counts.add(entry.section.name, example, question.seq_len)
+    texts = words([compared_text(entry.record) for entry in records.read])
+    overlapping, held_out = overlap(texts, question.held_out)
+    numbers = np.array([entry.number for entry in records.read], np.int64)
+    return Findings(
+        place=chunk.place,
+        num_records=len(records.read) + len(records.unreadable),
+        shapes=Counter(_shape(entry) for entry in records.read),
+        kinds=_kinds(records.read),
+        unread=unread,
+        problems=sorted(problems, key=operator.itemgetter(0)),
+        lengths=counts.lengths,
+        loss_tokens=counts.loss_tokens,
+        fitting=counts.fitting,
+        merged=counts.merged,
+        restarts=counts.restarts,
+        numbers=numbers,
+        prints=fingerprints([_content(entry.record) for entry in records.read], texts),
+        overlapping=numbers[overlapping],
+        held_out=held_out,
+        corrected=_corrected(records, question, form) if question.repairing else None,
+    )
+
+
+def _read_chunk(chunk: Chunk, question: Question) -> _ReadChunk:
+    """Read the records of a chunk, without judging them."""
+    records = _ReadChunk([], [], {})
     for number, item, line in _items(chunk, keep=question.repairing):
-        num_records += 1
         if line is not None:
-            raw[number] = line
+            records.raw[number] = line
         if isinstance(item, Problem):
-            unreadable.append((number, item))
+            records.unreadable.append((number, item))
             continue
         try:
             section = question.records[chunk.place] or recognise(item, question.ignore)
             check_usable(item, read_columns(section))
-            read.append(ReadRecord(number, item, section, *read_record(item, section)))
+            records.read.append(ReadRecord(number, item, section, *read_record(item, section)))
         except Problem as problem:
-            unreadable.append((number, problem))
-    _judge(read, question, form)
-    problems = list(unreadable)
-    lengths: Counter[tuple[str, int]] = Counter()
-    loss_tokens = 0
-    fitting: Counter[tuple[str, int, int]] = Counter()
-    merged: Counter[str] = Counter()
-    restarts: Counter[str] = Counter()
-    unread: Counter[str] = Counter()
-    for entry in read:
-        count(unread, entry.unread)
-        problems += [(entry.number, problem) for problem in entry.problems]
-        lengths.update((entry.section.name, len(example.tokens)) for example in entry.examples)
-        loss_tokens += sum(map(_loss_tokens, entry.examples))
-        for example in entry.examples:
-            if example.merged is not None:
-                merged += _sums(example.tokens, example.merged)
-                restarts.update(filter(None, [example.merged.restart]))
-                num_fitting = fitting_tokens(example.merged, (question.seq_len or len(example.tokens)) + 1)
-                if 0 < num_fitting < len(example.tokens):
-                    fitting[entry.section.name, len(example.tokens), num_fitting] += 1
-    texts = words([said_in(entry.record) for entry in read])
-    overlapping, held_out = overlap(texts, question.held_out)
-
-    numbers = np.array([entry.number for entry in read], np.int64)
-    return Findings(
-        place=chunk.place,
-        num_records=num_records,
-        shapes=Counter(_shape(entry) for entry in read),
-        kinds=_kinds(read),
-        unread=unread,
-        problems=sorted(problems, key=lambda pair: pair[0]),
-        lengths=lengths,
-        loss_tokens=loss_tokens,
-        fitting=fitting,
-        merged=merged,
-        restarts=restarts,
-        numbers=numbers,
-        prints=fingerprints([_content(entry.record) for entry in read], texts),
-        overlapping=numbers[overlapping],
-        held_out=held_out,
-        kept=_kept(read, unreadable, raw, question, form) if question.repairing else None,
-    )
+            records.unreadable.append((number, problem))
+    return records
 
 
 def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]:
@@ -130,14 +166,16 @@ def _judge(read: list[ReadRecord], question: Question, form: Requirements) -> No
     texts: list[ReadRecord] = []
     conversations: list[tuple[ReadRecord, Conversation]] = []
     for entry in read:
-        found = itertools.chain(rules.problems(entry.record, form), no_objective(entry.record))
-        entry.problems = [problem for problem in found if problem.rule not in question.allowed]
+        problems = itertools.chain(rules.problems(entry.record, form), no_objective(entry.record))
+        entry.problems = [problem for problem in problems if problem.rule not in question.allowed]
+        # Encoding a record that breaks a rule would only report the same fault again, less clearly.
         if any(problem.rule not in _STILL_TOKENISED for problem in entry.problems):
             continue
         if isinstance(entry.record, str):
             texts.append(entry)
         elif isinstance(entry.record, Conversation):
             conversations.append((entry, entry.record))
+    # One call for all conversations, since a chat template is rendered in a sandbox that is entered once for a batch.
     results = conversation_to_tokens.examples_batch([record for _, record in conversations], question.template, question.tokenizer)
     for (entry, _), result in zip(conversations, results, strict=True):
         if isinstance(result, Problem):
@@ -147,18 +185,18 @@ def _judge(read: list[ReadRecord], question: Question, form: Requirements) -> No
         else:
             entry.examples = result
     _encode_texts(texts, question.tokenizer)
-    if question.seq_len is not None:
+    if question.seq_len is not None and "too-long" not in question.allowed:
         for entry in read:
-            longest = max((len(example.tokens) - 1 for example in entry.examples), default=0)
-            if longest > question.seq_len and entry.section.too_long == "error" and "too-long" not in question.allowed:
-                message = f"the record takes {longest} positions, the sequence has {question.seq_len}"
-                entry.problems.append(
-                    Problem(
-                        "too-long",
-                        message,
-                        "raise --seq-len (in a config: train.seq_len), set record.too_long there, or shorten it",
-                    )
-                )
+            _judge_length(entry, question.seq_len)
+
+
+def _judge_length(entry: ReadRecord, seq_len: int) -> None:
+    """Add a problem to a record with an example that is longer than a row, if training would stop there."""
+    longest = max((len(example.tokens) - 1 for example in entry.examples), default=0)
+    if longest > seq_len and entry.section.too_long == "error":
+        message = f"the record takes {longest} positions, the sequence has {seq_len}"
+        remedy = "raise --seq-len (in a config: train.seq_len), set record.too_long there, or shorten it"
+        entry.problems.append(Problem("too-long", message, remedy))
 
 
 def _encode_texts(texts: list[ReadRecord], tokenizer: Tokenizer) -> None:
@@ -184,35 +222,24 @@ def _shape(entry: ReadRecord) -> str:
     return entry.section.name
 
 
-def _sums(tokens: list[int], merged: MergedTurns) -> Counter[str]:
-    """Return what an example of turns with tools adds to `Findings.merged`."""
-    return Counter(examples=1, turns=len(merged.ends), tokens=len(tokens), separate_tokens=merged.separate_tokens)
-
-
 def _kinds(read: list[ReadRecord]) -> dict[str, KindCount]:
     """Return the first record and the numbers of records of each kind, which is a section in words."""
     counts: dict[str, KindCount] = {}
     for entry in read:
-        kind = in_words(entry.section)
+        kind = kind_of(entry.section)
         first, records, without_problems = counts.get(kind, KindCount(entry.number, 0, 0))
         counts[kind] = KindCount(first, records + 1, without_problems + (not entry.problems))
     return counts
 
 
-def _kept(
-    read: list[ReadRecord],
-    unreadable: list[tuple[int, Problem]],
-    raw: dict[int, bytes],
-    question: Question,
-    form: Requirements,
-) -> Kept:
+def _corrected(records: _ReadChunk, question: Question, form: Requirements) -> CorrectedChunk:
     """Return the corrected chunk."""
-    repaired, reasons = attempts(read, form)
+    repaired, reasons = attempts(records.read, form)
     _judge([attempt.entry for attempt in repaired.values()], question, form)
     for attempt in repaired.values():  # what training accepts is no reason to give a repair up
         attempt.entry.problems = [problem for problem in attempt.entry.problems if problem.rule not in _STILL_TOKENISED]
-    accepted = [entry.number for entry in read if entry.problems and _accepted(entry, question)]
-    return kept_of(read, unreadable, raw, repaired, reasons, accepted)
+    accepted = [entry.number for entry in records.read if entry.problems and _accepted(entry, question)]
+    return corrected_chunk(records.read, records.unreadable, records.raw, repaired, reasons, accepted)
 
 
 def _accepted(entry: ReadRecord, question: Question) -> bool:

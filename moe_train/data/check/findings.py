@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from moe_train.data.records.json_lines import Block
 from moe_train.data.records.normal_form import NormalRecord
 from moe_train.data.records.problem import Item, Problem
 from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import JsonObject
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Change(NamedTuple):
     """"changed", "dropped", or "left" as it is although it breaks a rule, since training accepts it."""
     rule: str
     """The rule that it broke."""
-    what: str
+    description: str
     """The change, or the reason why the record was dropped or left."""
 
 
-class Kept(NamedTuple):
+class CorrectedChunk(NamedTuple):
     """A corrected chunk."""
 
     lines: bytes
@@ -85,7 +86,7 @@ class Findings(NamedTuple):
     shapes: Counter[str]
     """Number of records of each kind."""
     kinds: dict[str, KindCount]
-    """The records that were read with each record section, described in words."""
+    """Kind of records (see `kind_of`) -> the records of the chunk that were read with such a section."""
     unread: Counter[str]
     """Number of records in which a key was not read, by its name."""
     problems: list[tuple[int, Problem]]
@@ -108,7 +109,7 @@ class Findings(NamedTuple):
     """Line, row or byte of each record that overlaps the evaluation set."""
     held_out: np.ndarray
     """Indices of the evaluation set's hashes that were found."""
-    kept: Kept | None
+    corrected: CorrectedChunk | None
     """The corrected chunk; None if records are not corrected."""
 
 
@@ -117,7 +118,7 @@ class ReadRecord:
     """A record that has been read, and the results for it."""
 
     number: int
-    fields: dict[str, Any]
+    fields: JsonObject
     section: config.Record
     record: NormalRecord
     unread: tuple[str, ...]

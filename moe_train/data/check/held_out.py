@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_train.data.check.chunks import CheckedSource, places_of, read_checked
 from moe_train.data.check.overlap import held_out_hashes
+from moe_train.data.check.sources import CheckedSource, places_of, read_checked
 from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import NormalRecord
 from moe_train.data.records.problem import Problem
@@ -40,11 +40,12 @@ class HeldOutRecords:
                         raise item
                     records.append(normalise(item, section or recognise(item, ignore)))
                 except Problem as problem:
-                    raise ValueError(f"{place.where(number)}: {problem}") from problem
+                    raise ValueError(f"{place.location(number)}: {problem}") from problem
         if not records:
             raise ValueError("the evaluation set has no records to compare with")
         self.num_records = len(records)
         hashes, self._record = held_out_hashes(records)
+        # Sequences that several records share have one hash, and each of these records counts as hit.
         self.hashes, self._group = np.unique(hashes, return_inverse=True)
         self._hit = np.zeros(len(self.hashes), bool)
 

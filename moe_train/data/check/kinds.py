@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moe_train import config
-from moe_train.data.check.chunks import CheckedFile
 from moe_train.data.check.findings import KindCount
+from moe_train.data.check.sources import CheckedFile
 from moe_train.data.records.problem import Problem
 
 
@@ -31,9 +31,9 @@ class Kinds:
 
     def add(self, place: CheckedFile, kinds: Mapping[str, KindCount]) -> None:
         """Add the kinds of the next chunk."""
-        known = self._kinds.setdefault(place.source, {})
+        kinds_of_source = self._kinds.setdefault(place.source, {})
         for name, (first, records, without_problems) in kinds.items():
-            kind = known.setdefault(name, _Kind(place, first))
+            kind = kinds_of_source.setdefault(name, _Kind(place, first))
             kind.records += records
             kind.without_problems += without_problems
 
@@ -41,21 +41,22 @@ class Kinds:
         """Yield a problem for each kind after the first of a source.
 
         Yields:
-            The file and the number of the first record of the kind, the problem, and how many of these records have no other.
+            The file and the number of the first record of the kind, the problem, and how many records of the kind have no other.
         """
         for kinds in self._kinds.values():
+            # Kinds are in the order of their first records, so the first one stands for what the source should hold.
             named = list(kinds.items())
             for name, kind in named[1:]:
-                main_name, main = named[0]
+                first_name, first = named[0]
+                subject = "1 record has" if kind.records == 1 else f"{kind.records:,} records have"
                 message = (
-                    f"{kind.records:,} records have {name}; the first kind of the source has "
-                    f"{main_name}, as in {main.place.where(main.first)}"
+                    f"{subject} {name}; the first kind of the source has {first_name}, as in {first.place.location(first.first)}"
                 )
                 remedy = "put each kind of records into files of its own, and name those as a source of their own"
                 yield kind.place, kind.first, Problem("mixed-kinds", message, remedy), kind.without_problems
 
 
-def in_words(section: config.Record) -> str:
+def kind_of(section: config.Record) -> str:
     """Describe the kind of records that a section reads."""
     match section:
         case config.TextRecord(column=column):

@@ -60,9 +60,9 @@ def words(texts: Sequence[str]) -> Words:
     return Words(mixed(hashes), np.searchsorted(starts, begins))
 
 
-def grams(found: Words, n: int) -> Grams:
+def grams(word_hashes: Words, n: int) -> Grams:
     """Hash each sequence of n consecutive words; a text with fewer words, but at least one, gives one hash of all its words."""
-    hashes, offsets = found
+    hashes, offsets = word_hashes
     counts = np.diff(offsets)
     text_ends = np.repeat(offsets[1:], counts)
     text_starts = np.repeat(offsets[:-1], counts)

@@ -14,7 +14,7 @@ OVERLAP_WORDS = 13
 """Number of consecutive common words that count as an overlap (GPT-3, arXiv:2005.14165, appendix C)."""
 
 
-def said_in(record: NormalRecord) -> str:
+def compared_text(record: NormalRecord) -> str:
     """Return the text that distinguishes a record from others: without system text and tools, which many records share."""
     if isinstance(record, str):
         return record
@@ -42,11 +42,13 @@ def overlap(texts: Words, held_out: np.ndarray | None) -> tuple[np.ndarray, np.n
         return empty, empty
     hashes, offsets = grams(texts, OVERLAP_WORDS)
     indices = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
+    # `indices` says where each hash would stand in the sorted evaluation set; it is in the set if it stands there.
     hit = held_out[indices] == hashes
-    return np.unique(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[hit]), np.unique(indices[hit])
+    text_of_hash = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return np.unique(text_of_hash[hit]), np.unique(indices[hit])
 
 
 def held_out_hashes(records: Sequence[NormalRecord]) -> tuple[np.ndarray, np.ndarray]:
     """Return the hash of each word sequence of an evaluation set, and the index of the record that it is from."""
-    hashes, offsets = grams(words([said_in(record) for record in records]), OVERLAP_WORDS)
+    hashes, offsets = grams(words([compared_text(record) for record in records]), OVERLAP_WORDS)
     return hashes, np.repeat(np.arange(len(records)), np.diff(offsets))

@@ -25,18 +25,20 @@ def pair_problems(record: PreferencePair | LabelledAnswer) -> Iterator[Problem]:
     for name, answer in (("chosen", record.chosen), ("rejected", record.rejected)):
         if not answer:
             yield Problem("pair", f"{name} has no message after the prompt", "write the answer")
-    if record.chosen and _said(record.chosen) == _said(record.rejected):
+    if record.chosen and _compared(record.chosen) == _compared(record.rejected):
         yield Problem("pair", "chosen and rejected are equal, so the pair prefers nothing", "drop the record")
 
 
-def _said(messages: list[Message]) -> list[Message]:
+def _compared(messages: list[Message]) -> list[Message]:
     """Return messages without what does not tell answers apart: weights, and spaces around a text."""
-    said = []
+    compared = []
     for message in messages:
+        copy = {key: value for key, value in message.items() if key != "weight"}
         content = message.get("content")
-        text = {"content": content.strip()} if isinstance(content, str) else {}
-        said.append({key: value for key, value in message.items() if key != "weight"} | text)
-    return said
+        if isinstance(content, str):
+            copy["content"] = content.strip()
+        compared.append(copy)
+    return compared
 
 
 def no_objective(record: NormalRecord) -> Iterator[Problem]:

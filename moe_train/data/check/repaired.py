@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_train.data.check import rules
-from moe_train.data.check.findings import Change, Kept, ReadRecord
+from moe_train.data.check.findings import Change, CorrectedChunk, ReadRecord
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.file_bytes import BOM
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 from moe_train.data.records.unread import is_ignored
 from moe_train.data.records.write_back import denormalise
+from moe_train.machine.files import JsonObject
 
 
 class Attempt(NamedTuple):
@@ -48,6 +50,7 @@ def attempts(read: list[ReadRecord], form: Requirements) -> tuple[dict[int, Atte
         record, changes = rules.repair(entry.record, form)
         if not changes:
             continue
+        # A key that is not read may hold what the correction would contradict, such as the text of a turn.
         blocking = [name for name in entry.unread if not is_ignored(name, entry.section.ignore)]
         if blocking:
             reasons[entry.number] += f" (not corrected, since {blocking[0]} is not read: --ignore {blocking[0]} permits it)"
@@ -64,14 +67,14 @@ def attempts(read: list[ReadRecord], form: Requirements) -> tuple[dict[int, Atte
     return repaired, reasons
 
 
-def kept_of(
+def corrected_chunk(
     read: list[ReadRecord],
     unreadable: list[tuple[int, Problem]],
     raw: dict[int, bytes],
     repaired: dict[int, Attempt],
     reasons: dict[int, str],
     accepted: Collection[int],
-) -> Kept:
+) -> CorrectedChunk:
     """Return the corrected chunk.
 
     Args:
@@ -98,12 +101,14 @@ def kept_of(
             changes.append(Change(entry.number, action, entry.problems[0].rule, reason))
             if action == "dropped":
                 continue
+        # A good line is copied as it is; the byte order mark of the first one belongs to the old file.
         line = raw.get(entry.number)
         lines[entry.number] = _line(entry.fields) if line is None else line.removeprefix(BOM).strip()
-    return Kept(b"".join(lines[number] + b"\n" for number in sorted(lines)), len(lines), sorted(changes, key=lambda c: c.number))
+    contents = b"".join(lines[number] + b"\n" for number in sorted(lines))
+    return CorrectedChunk(contents, len(lines), sorted(changes, key=operator.attrgetter("number")))
 
 
-def _line(fields: dict[str, Any]) -> bytes:
+def _line(fields: JsonObject) -> bytes:
     """Serialize a record as JSON.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_train.data.check import call_rules as calls
 from moe_train.data.check import text_rules as texts
@@ -122,7 +122,7 @@ def _types(conversation: Conversation) -> Iterator[str]:
             yield f"message {i} has role {brief(message.get('role'))}, which should be text"
         if not _is_content(message.get("content", "")):
             yield f"the content of message {i} should be text, not {brief(message['content'])}"
-        elif "content" not in message and ("tool_calls" not in message or turns.known_role(message.get("role")) != "assistant"):
+        elif "content" not in message and ("tool_calls" not in message or turns.normal_role(message.get("role")) != "assistant"):
             yield f"message {i} has no content"
         if not isinstance(message.get("tool_call_id", ""), str):
             yield f"tool_call_id of message {i} should be text, not {brief(message['tool_call_id'])}"
@@ -134,13 +134,13 @@ def _types(conversation: Conversation) -> Iterator[str]:
             yield f"tool {i} should have function (name, description, parameters), not {brief(tool)}"
 
 
-def _is_content(value: Any) -> bool:
+def _is_content(value: object) -> bool:
     """Return whether a value is text, or a list of parts in the normal form."""
     if isinstance(value, str):
         return True
     return isinstance(value, list) and bool(value) and all(isinstance(part, dict) and part.get("type") in part for part in value)
 
 
-def _is_function(value: Any) -> bool:
+def _is_function(value: object) -> bool:
     """Return whether a value is a function with a name."""
     return isinstance(value, dict) and isinstance(value.get("name"), str)

@@ -7,7 +7,6 @@ is right, and yields what it changed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.normal_form import Conversation, Message, texts_of
@@ -29,7 +28,7 @@ def bad_role(conversation: Conversation, form: Requirements) -> Iterator[str]:
             yield f"message {i} has the unknown role {brief(message['role'])}"
 
 
-def known_role(role: Any) -> str:
+def normal_role(role: object) -> str:
     """Return our name for a role; for an unknown role, the name in lower case."""
     name = str(role).strip().lower()
     return OTHER_NAMES.get(name, name)
@@ -39,10 +38,10 @@ def fix_role(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Replace other names of roles by ours."""
     for i, message in enumerate(conversation.messages):
         role = message["role"]
-        normal_role = known_role(role)
-        if normal_role != role and normal_role in ROLES:
-            message["role"] = normal_role
-            yield f"message {i}: role {role} is {normal_role} here"
+        new_role = normal_role(role)
+        if new_role != role and new_role in ROLES:
+            message["role"] = new_role
+            yield f"message {i}: role {role} is {new_role} here"
 
 
 def system_not_first(conversation: Conversation, form: Requirements) -> Iterator[str]:
@@ -60,6 +59,7 @@ def fix_system_not_first(conversation: Conversation, form: Requirements) -> Iter
         messages.insert(0, messages.pop(systems[0]))
         yield f"the system message moved from place {systems[0]} to the start"
     elif len(systems) > 1 and systems == list(range(len(systems))):
+        # Contents with parts are left to the author: how their texts would be joined depends on the chat template.
         texts = [messages[i]["content"] for i in systems]
         if not all(isinstance(text, str) for text in texts):
             return
@@ -108,7 +108,7 @@ def fix_role_order(conversation: Conversation, form: Requirements) -> Iterator[s
         texts = isinstance(previous.get("content"), str) and isinstance(current.get("content"), str)
         if alike and texts and "tool_calls" not in previous and "tool_calls" not in current:
             previous["content"] += "\n\n" + current["content"]
-            del messages[i]
+            del messages[i]  # and compare the next message with the joined one
             yield f"message {i} joined to the {previous['role']} message before it"
         else:
             i += 1
@@ -131,7 +131,7 @@ def fix_unanswered_end(conversation: Conversation, form: Requirements) -> Iterat
         yield f"{cut} messages after the last answer cut off"
 
 
-def _said(message: Message) -> str:
+def _visible_text(message: Message) -> str:
     """Return the text of a message, without its reasoning."""
     return "".join(texts_of(message)).strip()
 
@@ -139,7 +139,7 @@ def _said(message: Message) -> str:
 def empty_answer(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find assistant messages without text or calls."""
     for i, message in enumerate(conversation.messages):
-        if message["role"] == "assistant" and "tool_calls" not in message and not _said(message):
+        if message["role"] == "assistant" and "tool_calls" not in message and not _visible_text(message):
             yield f"message {i} is an assistant turn without text"
 
 
@@ -149,7 +149,7 @@ def fix_empty_answer(conversation: Conversation, form: Requirements) -> Iterator
     The messages before it are complete; those after it would continue a broken conversation.
     """
     for i, message in enumerate(conversation.messages):
-        if message["role"] == "assistant" and "tool_calls" not in message and not _said(message):
+        if message["role"] == "assistant" and "tool_calls" not in message and not _visible_text(message):
             keep = max((k for k in range(i) if conversation.messages[k]["role"] == "assistant"), default=-1) + 1
             cut = len(conversation.messages) - keep
             del conversation.messages[keep:]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_train import config
-from moe_train.data.check.check import CheckedSource, Settings, check_records
+from moe_train.data.check.check import check_data
+from moe_train.data.check.settings import CheckSettings
+from moe_train.data.check.sources import CheckedSource
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
 
@@ -57,7 +59,7 @@ LINES: list[tuple[bytes, str | None]] = [
 
 def varied(count: int) -> list[dict[str, Any]]:
     """Records of every kind, some bad, some twice."""
-    made: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for n in range(count):
         text = " ".join(f"word{(n * k * k) % 997}" for k in range(5 + n % 60))
         kinds = [
@@ -67,8 +69,8 @@ def varied(count: int) -> list[dict[str, Any]]:
             {"question": text, "answer": text[:40] or "-"},
             {"text": 3},
         ]
-        made.append(made[n // 2] if n % 17 == 5 else kinds[n % 5])
-    return made
+        records.append(records[n // 2] if n % 17 == 5 else kinds[n % 5])
+    return records
 
 
 def check_files(
@@ -77,7 +79,7 @@ def check_files(
     record: config.Record | None = None,
     ignore: tuple[str, ...] = (),
     **settings: Any,
-) -> dict[str, Any]:
+) -> Any:
     settings.setdefault("template", tokenizer.chat_template)
     sources = [CheckedSource(tuple(map(str, files)), record=record, ignore=ignore)]
-    return check_records(sources, tokenizer, Settings(**settings))
+    return check_data(sources, tokenizer, CheckSettings(**settings))

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from moe_train.data.check.chunks import CheckedFile
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import CHAT, Write, check_files
 
@@ -32,8 +31,8 @@ def test_every_format_is_found_in_a_folder(tokenizer: HuggingFace, tmp_path: Pat
 def test_a_sample_states_its_coverage(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:
     path = write_lines("a.jsonl", [{"text": f"record {n} " + "x" * (n % 13)} for n in range(2000)])
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(path.read_bytes(), 0))
-    whole = check_files(tokenizer, path, sample=10**6)
-    assert whole["sample"]["records"] <= 2000 and whole["sample"]["of_about"] == pytest.approx(2000, rel=0.02)
+    everything = check_files(tokenizer, path, sample=10**6)
+    assert everything["sample"]["records"] <= 2000 and everything["sample"]["of_about"] == pytest.approx(2000, rel=0.02)
     answer = check_files(tokenizer, path, sample=200)
     assert answer["sample"]["records"] == answer["records"] == pytest.approx(200, abs=5)
     assert answer["sample"]["of_about"] == pytest.approx(2000, rel=0.1) and answer["sample"]["share"] == pytest.approx(0.1, rel=0.1)
@@ -49,11 +48,6 @@ def test_a_problem_in_a_sample_names_its_byte(tokenizer: HuggingFace, write_line
     path = write_lines("a.jsonl", [{"text": n} for n in range(50)])
     answer = check_files(tokenizer, path, sample=10)
     for problem in answer["problems"]:
-        at = int(re.fullmatch(rf"{re.escape(str(path))}: byte (\d+)", problem["where"])[1])
-        line = path.read_bytes()[at - 1 :].split(b"\n")[0]
+        start = int(re.fullmatch(rf"{re.escape(str(path))}: byte (\d+)", problem["where"])[1])
+        line = path.read_bytes()[start - 1 :].split(b"\n")[0]
         assert json.loads(line)["text"] == int(re.search(r"not (\d+)", problem["message"])[1])
-
-
-@pytest.mark.parametrize(("counted", "where"), [("line", "a.jsonl:7"), ("row", "a.jsonl: row 7"), ("byte", "a.jsonl: byte 7")])
-def test_a_record_is_named_by_what_its_file_is_counted_in(counted: str, where: str) -> None:
-    assert CheckedFile(Path("a.jsonl"), "json", 0, counted).where(7) == where

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from moe_train.data.check import corrected
-from moe_train.data.check.check import CheckedSource, Settings, check_records
+from moe_train.data.check.check import check_data
+from moe_train.data.check.settings import CheckSettings
+from moe_train.data.check.sources import CheckedSource
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import ANSWER, CHAT, LINES, USER, Write, check_files
 
@@ -51,12 +53,12 @@ def test_the_corrected_copy(tokenizer: HuggingFace, tmp_path: Path) -> None:
 def test_a_copy_appears_whole_or_not_at_all(tokenizer: HuggingFace, write_lines: Write, tmp_path: Path) -> None:
     path = write_lines("a.jsonl", [CHAT, CHAT])
 
-    def interrupted(done: int, total: int, records: int) -> None:
+    def interrupted(bytes_read: int, total: int, records: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        settings = Settings(template=tokenizer.chat_template, fix=tmp_path / "out")
-        check_records([CheckedSource((str(path),))], tokenizer, settings, interrupted)
+        settings = CheckSettings(template=tokenizer.chat_template, fix=tmp_path / "out")
+        check_data([CheckedSource((str(path),))], tokenizer, settings, interrupted)
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")

@@ -34,10 +34,10 @@ def jaccard(one: str, two: str) -> float:
 
 def variants(random_: random.Random, changed: int) -> tuple[str, str]:
     text = random_.choices(VOCABULARY, k=300)
-    other = text.copy()
-    for at in random_.sample(range(300), changed):
-        other[at] = "changed"
-    return " ".join(text), " ".join(other)
+    changed_text = text.copy()
+    for i in random_.sample(range(300), changed):
+        changed_text[i] = "changed"
+    return " ".join(text), " ".join(changed_text)
 
 
 def test_minima_estimate_jaccard() -> None:
@@ -46,8 +46,8 @@ def test_minima_estimate_jaccard() -> None:
     for changed in (0, 1, 3, 6, 12, 25, 50, 100):
         for _ in range(25):
             one, two = variants(random_, changed)
-            found = prints([one, two]).minima
-            errors.append((found[0] == found[1]).mean() - jaccard(one, two))
+            minima = prints([one, two]).minima
+            errors.append((minima[0] == minima[1]).mean() - jaccard(one, two))
     assert max(map(abs, errors)) < 0.16  # 4 standard errors
     assert abs(np.mean(errors)) < 0.01  # no bias
 
@@ -56,37 +56,38 @@ def test_minima_estimate_jaccard() -> None:
 def test_duplicates_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     monkeypatch.setattr(duplicates, "_AT_ONCE", at_once)
     random_ = random.Random(1)
-    texts, truth = [], []
+    texts: list[str] = []
+    truth: list[tuple[int, int, float]] = []  # (index of the first of two, words changed, similarity)
     for changed in [*[0] * 10, *[1] * 40, *[2] * 40, *[40] * 40]:
         one, two = variants(random_, changed)
         truth.append((len(texts), changed, jaccard(one, two)))
         texts += [one, two]
     texts += ["", "  ", "a", "b"]
-    found = spooled(tmp_path, texts).duplicates(num_examples=1000)
+    result = spooled(tmp_path, texts).duplicates(num_examples=1000)
     exact = {
-        twin.record: twin.earlier for twin in found.examples if twin.similarity == 1 and texts[twin.record] == texts[twin.earlier]
+        twin.record: twin.earlier for twin in result.examples if twin.similarity == 1 and texts[twin.record] == texts[twin.earlier]
     }
-    near = {twin.record: twin.earlier for twin in found.examples if twin.record not in exact}
-    assert exact == {at + 1: at for at, changed, _ in truth if changed == 0} and found.exact == 10
-    assert found.near == len(near)
-    surely = {at + 1: at for at, changed, similarity in truth if changed and similarity > 0.92}
+    near = {twin.record: twin.earlier for twin in result.examples if twin.record not in exact}
+    assert exact == {first + 1: first for first, changed, _ in truth if changed == 0} and result.exact == 10
+    assert result.near == len(near)
+    surely = {first + 1: first for first, changed, similarity in truth if changed and similarity > 0.92}
     assert len(surely) >= 60 and surely.items() <= near.items()
-    assert not {at + 1 for at, _, similarity in truth if similarity < 0.65} & near.keys()
+    assert not {first + 1 for first, _, similarity in truth if similarity < 0.65} & near.keys()
 
 
 def test_the_same_with_other_cuts(tmp_path: Path) -> None:
     random_ = random.Random(2)
     texts = [text for changed in [0, 1, 2, 4, 8] * 10 for text in variants(random_, changed)]
     random_.shuffle(texts)
-    found = [spooled(tmp_path / str(step), texts, step).duplicates() for step in (1, 13, 1000)]
-    assert found[0] == found[1] == found[2]
-    assert found[0].exact == 10 and found[0].near >= 20
+    result = [spooled(tmp_path / str(step), texts, step).duplicates() for step in (1, 13, 1000)]
+    assert result[0] == result[1] == result[2]
+    assert result[0].exact == 10 and result[0].near >= 20
 
 
 def test_punctuation_and_case_make_near_duplicates(tmp_path: Path) -> None:
-    found = spooled(tmp_path, ["The answer, of course, is 5.", "the answer of course is 5", "The answer is 5."]).duplicates()
-    assert (found.exact, found.near) == (0, 1)
-    assert found.examples == [(1, 0, 1.0)]
+    result = spooled(tmp_path, ["The answer, of course, is 5.", "the answer of course is 5", "The answer is 5."]).duplicates()
+    assert (result.exact, result.near) == (0, 1)
+    assert result.examples == [(1, 0, 1.0)]
 
 
 def test_no_records(tmp_path: Path) -> None:

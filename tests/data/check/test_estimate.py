@@ -12,8 +12,8 @@ import pytest
 from moe_train import config
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.conversation_to_tokens import examples
-from moe_train.data.check.chunks import CheckedSource
 from moe_train.data.check.estimate import epoch, histogram, truncation
+from moe_train.data.check.sources import CheckedSource
 from moe_train.data.records.conversation import normalise
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import ANSWER, KINDS, USER, Write, check_files
@@ -77,22 +77,23 @@ def test_lengths_are_counted_in_bins_up_to_a_power_of_two() -> None:
 def test_an_epoch_is_as_long_as_its_slowest_source() -> None:
     sources = [CheckedSource(("a",), weight=3.0), CheckedSource(("b",), weight=1.0)]
     lengths = {(0, "text"): {11: 3}, (1, "text"): {11: 3}}
-    found = epoch(lengths, {}, sources, seq_len=10, batch_size=5, tokens_per_second=10.0)
+    result = epoch(lengths, {}, sources, seq_len=10, batch_size=5, tokens_per_second=10.0)
     seen = [{"files": ["a"], "rows": 3, "times_seen": 3.0}, {"files": ["b"], "rows": 3, "times_seen": 1.0}]
-    assert found.pop("sources") == seen
-    assert found == {"rows": 6, "efficiency": 1.0, "batch_size": 5, "steps_per_epoch": 3, "seconds_per_epoch": 15.0}
+    assert result.pop("sources") == seen
+    assert result == {"rows": 6, "efficiency": 1.0, "batch_size": 5, "steps_per_epoch": 3, "seconds_per_epoch": 15.0}
 
 
 def test_without_weights_every_source_is_seen_once() -> None:
     lengths = {(0, "text"): {11: 1}, (1, "text"): {11: 40}}
-    found = epoch(lengths, {}, [CheckedSource(("a",)), CheckedSource(("b",))], 10, batch_size=1, tokens_per_second=None)
-    assert found["steps_per_epoch"] == 41 and [source["times_seen"] for source in found["sources"]] == [1, 1]
+    result = epoch(lengths, {}, [CheckedSource(("a",)), CheckedSource(("b",))], 10, batch_size=1, tokens_per_second=None)
+    assert result["steps_per_epoch"] == 41 and [source["times_seen"] for source in result["sources"]] == [1, 1]
 
 
 def test_turns_with_tools_that_fit_are_counted_of_an_example_that_is_too_long() -> None:
-    lengths, fitting = {(0, "chat"): {31: 3, 11: 1}}, {(0, "chat"): Counter({(31, 6): 2})}
-    found = epoch(lengths, fitting, [CheckedSource(("a",))], seq_len=10, batch_size=None, tokens_per_second=None)
-    assert (found["rows"], found["efficiency"]) == (2, 1.0)
+    lengths = {(0, "chat"): {31: 3, 11: 1}}
+    fitting = {(0, "chat"): Counter({(31, 6): 2})}
+    result = epoch(lengths, fitting, [CheckedSource(("a",))], seq_len=10, batch_size=None, tokens_per_second=None)
+    assert (result["rows"], result["efficiency"]) == (2, 1.0)
     assert truncation(lengths, fitting, 10) == {
         "seq_len": 10,
         "examples_longer": 3,

@@ -28,9 +28,9 @@ def test_tokens_are_those_of_training(tokenizer: HuggingFace, v3: Mistral, write
         for record in records:
             read = normalise(record, recognise(record))
             if isinstance(read, Conversation):
-                made = examples(read, one.chat_template, one)
-                loss += sum(sum(example.loss_mask[1:]) for example in made)
-                lengths += [len(example.tokens) for example in made]
+                expected = examples(read, one.chat_template, one)
+                loss += sum(sum(example.loss_mask[1:]) for example in expected)
+                lengths += [len(example.tokens) for example in expected]
             else:
                 lengths.append(1 + len(one.encode(read)) + 1)  # bos, eos
                 loss += lengths[-1] - 1
@@ -67,8 +67,8 @@ def test_a_chunk_of_rows(tokenizer: HuggingFace) -> None:
     assert (findings.num_records, findings.numbers.tolist()) == (4, [1, 2, 6])
     assert findings.shapes == {"text": 2, "chat": 1}
     assert [(number, problem.rule) for number, problem in findings.problems] == [(2, "unicode"), (5, "columns")]
-    assert findings.kept is not None and findings.kept.num_records == 3
-    assert [(change.number, change.action) for change in findings.kept.changes] == [(2, "changed"), (5, "dropped")]
+    assert findings.corrected is not None and findings.corrected.num_records == 3
+    assert [(change.number, change.action) for change in findings.corrected.changes] == [(2, "changed"), (5, "dropped")]
 
 
 def test_a_value_without_json_cannot_be_kept(tokenizer: HuggingFace) -> None:

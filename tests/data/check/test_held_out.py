@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_train.data.check.chunks import CheckedSource
 from moe_train.data.check.held_out import HeldOutRecords
+from moe_train.data.check.sources import CheckedSource
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import CHAT, Write, check_files
 

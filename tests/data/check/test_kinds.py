@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_train import config
-from moe_train.data.check.kinds import in_words
+from moe_train.data.check.kinds import kind_of
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import CHAT, Write, check_files
 
@@ -16,10 +16,12 @@ TURNS = {"prompt": "a", "completion": "b"}
 def test_each_further_kind_is_one_problem(tokenizer: HuggingFace, write_lines: Write) -> None:
     path = write_lines("a.jsonl", [CHAT, TEXT, CHAT, TEXT, TURNS, {"text": ""}])
     answer = check_files(tokenizer, path)
-    found = [(problem["where"], problem["rule"]) for problem in answer["problems"] if problem["rule"] == "mixed-kinds"]
-    assert found == [(f"{path}:2", "mixed-kinds"), (f"{path}:5", "mixed-kinds")]
+    mixed = [(problem["where"], problem["rule"]) for problem in answer["problems"] if problem["rule"] == "mixed-kinds"]
+    assert mixed == [(f"{path}:2", "mixed-kinds"), (f"{path}:5", "mixed-kinds")]
     assert answer["records_with_problems"] == 4 and answer["problem_counts"]["mixed-kinds"] == 2
-    assert "a.jsonl:1" in answer["problems"][-1]["message"]
+    texts, turns = (problem["message"] for problem in answer["problems"] if problem["rule"] == "mixed-kinds")
+    assert texts.startswith("3 records have a text in column text; the first kind of the source has messages, as in ")
+    assert turns.startswith("1 record has a completion in columns prompt and completion; ") and turns.endswith("a.jsonl:1")
 
 
 @pytest.mark.parametrize("records", [[CHAT, {"conversations": CHAT["messages"]}, {"interactions": CHAT["messages"]}], [TEXT, TEXT]])
@@ -41,4 +43,4 @@ def test_every_kind_has_a_description() -> None:
         config.PreferenceRecord(name="preference"),
         config.LabelledRecord(name="labelled"),
     ]
-    assert len({in_words(section) for section in sections}) == len(sections)
+    assert len({kind_of(section) for section in sections}) == len(sections)

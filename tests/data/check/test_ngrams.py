@@ -13,17 +13,18 @@ from moe_train.data.check.ngrams import grams, words
 
 def plain_words(text: str) -> list[str]:
     """ASCII letters and digits and everything from U+0080 that is no sign; each character from U+3000 begins a word."""
-    found: list[str] = []
+    result: list[str] = []
     open_word = False
     for character in text.lower():
         code = ord(character)
-        letter = re.match("[a-z0-9]", character) if code < 0x80 else code >= 0xC0 and not 0x2000 <= code < 0x3000
+        is_ascii_letter = re.match("[a-z0-9]", character) is not None
+        letter = is_ascii_letter or (code >= 0xC0 and not 0x2000 <= code < 0x3000)
         if letter and open_word and code < 0x3000:
-            found[-1] += character
+            result[-1] += character
         elif letter:
-            found.append(character)
-        open_word = bool(letter)
-    return found
+            result.append(character)
+        open_word = letter
+    return result
 
 
 ALPHABET = "abAB09_ .,'\n\0\t\"«»üßÉé“”–東京한ｆ😀"
@@ -31,29 +32,30 @@ ALPHABET = "abAB09_ .,'\n\0\t\"«»üßÉé“”–東京한ｆ😀"
 
 @given(st.lists(st.text(ALPHABET, max_size=40), max_size=6))
 def test_words_are_those_of_plain_python(texts: list[str]) -> None:
-    found = words(texts)
+    hashed = words(texts)
     expected = [plain_words(text) for text in texts]
-    assert np.diff(found.offsets).tolist() == [len(one) for one in expected]
-    flat = [word for one in expected for word in one]
-    assert len(set(flat)) == len(set(found.hashes.tolist())) == len(set(zip(flat, found.hashes.tolist(), strict=True)))
+    assert np.diff(hashed.offsets).tolist() == [len(items) for items in expected]
+    flat = [word for text_words in expected for word in text_words]
+    assert len(set(flat)) == len(set(hashed.hashes.tolist())) == len(set(zip(flat, hashed.hashes.tolist(), strict=True)))
 
 
 @given(st.lists(st.text("ab ", max_size=30), max_size=6), st.sampled_from([1, 2, 5, 13]))
 def test_grams_are_those_of_plain_python(texts: list[str], n: int) -> None:
-    found = grams(words(texts), n)
+    hashed = grams(words(texts), n)
     expected = []
     for text in texts:
-        one = plain_words(text)
-        expected.append([tuple(one[i : i + n]) for i in range(max(len(one) - n + 1, min(len(one), 1)))])
-    assert np.diff(found.offsets).tolist() == [len(one) for one in expected]
-    flat = [gram for one in expected for gram in one]
-    assert len(set(flat)) == len(set(found.hashes.tolist())) == len(set(zip(flat, found.hashes.tolist(), strict=True)))
+        text_words = plain_words(text)
+        num_grams = max(len(text_words) - n + 1, min(len(text_words), 1))
+        expected.append([tuple(text_words[i : i + n]) for i in range(num_grams)])
+    assert np.diff(hashed.offsets).tolist() == [len(items) for items in expected]
+    flat = [gram for text_grams in expected for gram in text_grams]
+    assert len(set(flat)) == len(set(hashed.hashes.tolist())) == len(set(zip(flat, hashed.hashes.tolist(), strict=True)))
 
 
 HASH = "0x3b9e6f2af050c48f"
 
 
 def test_hashes_are_the_same_everywhere() -> None:
-    found = words(["The quick brown fox, 東京"])
-    assert found.hashes.tolist() == words(["x", "THE quick; brown\tfox 東京!"]).hashes[1:].tolist()
-    assert hex(int(np.bitwise_xor.reduce(grams(found, 3).hashes))) == HASH  # it must not change with numpy or the platform
+    hashed = words(["The quick brown fox, 東京"])
+    assert hashed.hashes.tolist() == words(["x", "THE quick; brown\tfox 東京!"]).hashes[1:].tolist()
+    assert hex(int(np.bitwise_xor.reduce(grams(hashed, 3).hashes))) == HASH  # it must not change with numpy or the platform

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_train.data.check.check import CheckedSource
 from moe_train.data.check.ngrams import words
-from moe_train.data.check.overlap import OVERLAP_WORDS, held_out_hashes, overlap, said_in
+from moe_train.data.check.overlap import OVERLAP_WORDS, compared_text, held_out_hashes, overlap
+from moe_train.data.check.sources import CheckedSource
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.check.samples import ANSWER, USER, Write, check_files
@@ -14,11 +14,12 @@ from tests.data.check.samples import ANSWER, USER, Write, check_files
 
 def test_duplicates_and_overlap(tokenizer: HuggingFace, write_lines: Write) -> None:
     words = [f"w{n}" for n in range(400)]
-    story, other = " ".join(words[:200]), " ".join(words[200:])
+    story = " ".join(words[:200])
+    later_story = " ".join(words[200:])
     near = story.replace("w100 ", "changed ").upper()
     system = {"role": "system", "content": " ".join(words)}  # that two records share it makes them no twins
     chats = [{"messages": [system, USER | {"content": f"Question {n}?"}, ANSWER | {"content": str(n)}]} for n in range(3)]
-    path = write_lines("a.jsonl", [{"text": story}, {"text": other}, {"text": near}, {"text": other}, *chats])
+    path = write_lines("a.jsonl", [{"text": story}, {"text": later_story}, {"text": near}, {"text": later_story}, *chats])
     held_out = write_lines(
         "eval.jsonl",
         [
@@ -47,8 +48,8 @@ def test_duplicates_and_overlap(tokenizer: HuggingFace, write_lines: Write) -> N
 def test_a_system_text_does_not_tell_a_conversation_from_others() -> None:
     call = {"function": {"name": "add", "arguments": "{}"}}
     messages = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "tool_calls": [call]}]
-    assert said_in(Conversation(messages, [])) == 'What is 2 + 3?\n{"function": {"name": "add", "arguments": "{}"}}'
-    assert said_in("plain text") == "plain text"
+    assert compared_text(Conversation(messages, [])) == 'What is 2 + 3?\n{"function": {"name": "add", "arguments": "{}"}}'
+    assert compared_text("plain text") == "plain text"
 
 
 def test_only_whole_sequences_are_an_overlap() -> None:
@@ -57,4 +58,4 @@ def test_only_whole_sequences_are_an_overlap() -> None:
     texts = words([f"before {text} after", text.rpartition(" ")[0], text.upper()])
     overlapping, places = overlap(texts, np.sort(hashes))
     assert overlapping.tolist() == [0, 2] and len(places) == 1 and record.tolist() == [0, 1]
-    assert [len(found) for found in overlap(texts, None)] == [0, 0]
+    assert [len(indices) for indices in overlap(texts, None)] == [0, 0]

@@ -36,8 +36,8 @@ BAD = {"role": "assistant", "content": "Stone."}
     ],
 )
 def test_pairs(fields: dict[str, Any], rules: list[str]) -> None:
-    found = [problem.rule for problem in problems(reading(fields).record, FORM)]
-    assert [rule for rule in found if rule != "no-loss"] == rules
+    broken = [problem.rule for problem in problems(reading(fields).record, FORM)]
+    assert [rule for rule in broken if rule != "no-loss"] == rules
 
 
 def test_pairs_are_counted_and_refused_for_want_of_an_objective(tokenizer: HuggingFace, write_lines: Write) -> None:

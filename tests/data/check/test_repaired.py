@@ -17,9 +17,9 @@ FIXABLE = {"messages": [USER, ANSWER, USER]}
 CUT = {"messages": [USER, ANSWER]}
 
 
-def fixed(tokenizer: HuggingFace | Mistral, path: Path, **more: Any) -> tuple[dict[str, Any], list[Any], list[dict[str, Any]]]:
+def fixed(tokenizer: HuggingFace | Mistral, path: Path, **settings: Any) -> tuple[dict[str, Any], list[Any], list[dict[str, Any]]]:
     out = path.parent / "out"
-    answer = check_files(tokenizer, path, fix=out, **more)
+    answer = check_files(tokenizer, path, fix=out, **settings)
     copy = (out / path.name).read_text() if (out / path.name).exists() else ""
     changes = (out / "changes.log").read_text()
     return answer["fixed"], [json.loads(line) for line in copy.splitlines()], [json.loads(line) for line in changes.splitlines()]
@@ -64,9 +64,9 @@ def test_what_training_takes_is_kept(v3: Mistral, write_lines: Write, record: di
 
 
 def test_a_correction_beside_what_training_takes(v3: Mistral, write_lines: Write) -> None:
-    said = ANSWER | {"content": "a </s> b"}
-    counts, copy, _ = fixed(v3, write_lines("a.jsonl", [{"messages": [USER, said, USER]}]))
-    assert counts["changed"] == 1 and copy == [{"messages": [USER, said]}]
+    answer = ANSWER | {"content": "a </s> b"}
+    counts, copy, _ = fixed(v3, write_lines("a.jsonl", [{"messages": [USER, answer, USER]}]))
+    assert counts["changed"] == 1 and copy == [{"messages": [USER, answer]}]
 
 
 def test_the_copy_is_read_by_the_section_that_read_the_file(v3: Mistral, write_lines: Write) -> None:
@@ -100,7 +100,7 @@ def test_an_object_as_arguments_is_no_fault(v3: Mistral, write_lines: Write) -> 
 
 def test_a_dry_run_counts_the_same_and_writes_nothing(v3: Mistral, write_lines: Write, tmp_path: Path) -> None:
     path = write_lines("a.jsonl", [FIXABLE, CUT, {"text": "x </s> y"}, {"text": ""}] + [FIXABLE | {"n": n} for n in range(20)])
-    planned = check_files(v3, path, dry_run=True, shown=3)["fixed"]
+    planned = check_files(v3, path, dry_run=True, num_listed=3)["fixed"]
     assert list(tmp_path.iterdir()) == [path]
     written = check_files(v3, path, fix=tmp_path / "out")["fixed"]
     assert planned | {"directory": None} == written | {"directory": None, "changes": planned["changes"]}

@@ -89,8 +89,8 @@ PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cn"], exclude_cha
 def test_no_false_alarms(record: dict[str, Any]) -> None:
     form = Requirements(re.compile("(?!)"), nine_character_ids=True)
     conversation = normalise(record, config.ChatRecord(name="chat"))
-    found = [problem.message for problem in problems(conversation, form)]
-    assert not [message for message in found if "U+" not in message]
+    messages = [problem.message for problem in problems(conversation, form)]
+    assert not [message for message in messages if "U+" not in message]
 
 
 MESSAGES = st.lists(
@@ -123,6 +123,6 @@ def test_what_is_repaired_can_be_trained_on(messages: list[dict[str, Any]]) -> N
     repaired, changes = repair(conversation, form)
     assert bool(changes) == (json.dumps(repaired) != json.dumps(conversation))  # True equals 1
     if repaired.messages and not list(problems(repaired, form)):
-        beside = any("tool_calls" in message and message.get("content") for message in repaired.messages)
-        if not beside:  # v3 has no form for words beside a call
+        has_text_and_calls = any("tool_calls" in message and message.get("content") for message in repaired.messages)
+        if not has_text_and_calls:  # v3 has no form for text next to a call
             assert examples(repaired, None, V3)

@@ -24,6 +24,6 @@ def test_a_rule_says_what_it_found_and_what_to_do() -> None:
     )
 
 
-@pytest.mark.parametrize(("role", "known"), [(" Human", "user"), ("gpt", "assistant"), ("narrator", "narrator"), (3, "3")])
-def test_other_names_of_roles(role: object, known: str) -> None:
-    assert turn_rules.known_role(role) == known
+@pytest.mark.parametrize(("role", "expected"), [(" Human", "user"), ("gpt", "assistant"), ("narrator", "narrator"), (3, "3")])
+def test_other_names_of_roles(role: object, expected: str) -> None:
+    assert turn_rules.normal_role(role) == expected

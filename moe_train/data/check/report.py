@@ -65,7 +65,7 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{answer['tokens']:,}"
     yield "… that bear loss", f"{answer['loss_tokens']:,}{share}"
     if merged := answer["merged_turns"]:
-        yield "turns with tools", _merged_turns(merged)
+        yield "turns in one row", _merged_turns(merged)
     if lengths := answer["lengths"]:
         yield (
             "length",
@@ -114,7 +114,7 @@ def _rows(answer: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _merged_turns(merged: dict[str, Any]) -> str:
-    """Describe what merging the turns of conversations with tools saves, and where it was not possible."""
+    """Describe what merging the turns of conversations with tools or reasoning saves, and where it was not possible."""
     separate = f"{merged['turns']:,}; as one example per turn: {merged['separate_tokens']:,} tokens"
     text = f"{separate}; merged: {merged['tokens']:,} tokens in {merged['examples']:,} examples"
     for reason, count in merged["restarts"].items():

@@ -96,7 +96,7 @@ _THOUGHTS = st.fixed_dictionaries({"type": st.just("thinking"), "thinking": text
 @st.composite
 def _contents(draw: st.DrawFn, content: str, parts: st.SearchStrategy[str] | None, thinking: bool) -> str | list[dict[str, str]]:
     """A content that says more than the given one, in parts."""
-    more = draw(st.lists(parts, max_size=2)) if parts else []
+    more = draw(st.lists(parts, max_size=2)) if parts is not None else []
     made = [{"type": "text", "text": text} for text in (content, *more)]
     thoughts = draw(st.lists(_THOUGHTS, max_size=2)) if thinking else []
     if not thoughts:

@@ -39,7 +39,7 @@ def check_written(conversation: Conversation, tokenizer: Mistral) -> None:
     if builder.reasoning_effort is not None:
         stated = conversation.settings.reasoning_effort
         default = str(builder.reasoning_effort.default)
-        source = f"reasoning_effort, by default of {name}," if stated is None else "reasoning_effort"
+        source = f"reasoning_effort, by default of {name}" if stated is None else "reasoning_effort"
         check_effort(conversation, stated or default, source)
 
 
@@ -86,7 +86,7 @@ def request_fields(settings: ModelSettings) -> JsonObject:
 
 def _name(tokenizer: Mistral) -> str:
     """Return what a tokenizer is called in messages."""
-    return f"{tokenizer.files[0].name}, a tokenizer of version {tokenizer.finetuning.version.value},"
+    return f"{tokenizer.files[0].name} (version {tokenizer.finetuning.version.value})"
 
 
 def _builder(tokenizer: Mistral) -> ModelSettingsBuilder | None:

@@ -83,7 +83,7 @@ def _record_rows(result: CheckResult) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{result['tokens']:,}"
     yield "… that bear loss", f"{result['loss_tokens']:,}{share}"
     if result["merged_turns"]:
-        yield "turns with tools", _merged_turns(result["merged_turns"])
+        yield "turns in one row", _merged_turns(result["merged_turns"])
 
 
 def _length_rows(result: CheckResult) -> Iterator[tuple[str, str]]:

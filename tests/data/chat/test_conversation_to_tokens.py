@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, trainers
 
 from moe_train import config
-from moe_train.data.chat.conversation_to_tokens import examples, load_template, render_prompt
+from moe_train.data.chat.conversation_to_tokens import check_section, examples, load_template, render_prompt
+from moe_train.data.chat.encode import encode
 from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -260,3 +261,24 @@ def test_any_record_is_taken_or_refused(tokenizer: HuggingFace, mistral: Mistral
     take_or_refuse(record, [tokenizer, mistral])
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert take_or_refuse({"messages": turn, "tools": [TOOL]}, [tokenizer, mistral]) == 2
+
+
+@pytest.mark.parametrize("section", [{"reasoning_effort": "high"}, {"response_format": {"type": "json_object"}}])
+def test_a_setting_of_a_section_that_is_not_written_is_named(
+    tokenizer: HuggingFace, mistral: Mistral, section: dict[str, Any]
+) -> None:
+    record = config.ChatRecord(name="chat", **section)
+    (name,) = section
+    for either, template in ((tokenizer, tokenizer.chat_template), (mistral, None)):
+        with pytest.raises(ValueError, match=f"the record section states {name}: .*; leave it out of the section") as caught:
+            check_section(record, template, either)
+        assert "\n" not in str(caught.value)
+        check_section(config.ChatRecord(name="chat"), template, either)
+        check_section(config.TextRecord(name="text"), template, either)
+    check_section(record, "{{ reasoning_effort }}{{ response_format }}", tokenizer)
+
+
+def test_a_setting_of_a_section_is_named_before_any_record_is_read(mistral: Mistral) -> None:
+    record = config.ChatRecord(name="chat", reasoning_effort="high")
+    with pytest.raises(ValueError, match="the record section states reasoning_effort: high"):
+        next(encode(iter([]), str, record, mistral, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -86,6 +87,8 @@ def test_mistrals_templates_give_the_tokens_of_mistral_common(pair: tuple[Huggin
     def compare(record: dict[str, Any], response_format: object) -> None:
         nonlocal num_thinking
         num_thinking += thinks(record)
+        for part in itertools.chain.from_iterable(m["content"] for m in record["messages"] if isinstance(m.get("content"), list)):
+            part.pop("closed", None)  # no control token would stand between such reasoning and the text
         if version == "v15":
             record |= {"reasoning_effort": "high"} if thinks(record) else {"response_format": response_format}
         found = learned(record, ours.chat_template, ours)

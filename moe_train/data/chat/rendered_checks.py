@@ -215,15 +215,17 @@ def _left_out(source: _SourceText) -> LeftOut:
 def _find(text: str, source: str, limit: int | None = None) -> Span | None:
     """Find the last occurrence of what was said before a position: as it stands, as JSON, or as JSON that was spelled anew."""
     start = text.rfind(source, 0, limit)
-    if start >= 0:
-        return start, start + len(source)
-    # Within a JSON text, quotes and line breaks are escaped, and with ensure_ascii also other characters.
+    span = None if start < 0 else (start, start + len(source))
+    # Within a JSON text, quotes and line breaks are escaped, and with ensure_ascii also other characters. The last occurrence
+    # may be such a one though an earlier message has the text as it stands: a call that writes what a result has read.
     for ascii_only in (False, True):
         escaped = json.dumps(source, ensure_ascii=ascii_only)[1:-1]
-        start = -1 if escaped == source else text.rfind(escaped, 0, limit)
+        if escaped == source:
+            continue
+        start = text.rfind(escaped, 0 if span is None else span[1], limit)
         if start >= 0:
-            return start, start + len(escaped)
-    return _find_json(text, source, limit)
+            span = start, start + len(escaped)
+    return span or _find_json(text, source, limit)
 
 
 def _find_json(text: str, source: str, limit: int | None) -> Span | None:

@@ -166,6 +166,19 @@ def test_results_may_be_json_that_is_written_anew(tokenizer: HuggingFace) -> Non
             check_rendered(conversation, [rendering], "", tokenizer)
 
 
+def test_a_result_that_a_later_call_repeats_as_json(tokenizer: HuggingFace) -> None:
+    """An agent reads a file, and writes it: the result has the lines as they stand, and the call escapes them."""
+    lines = 'a "b"\nGrüße'
+    repeating = CALL | {"function": {"name": "f", "arguments": json.dumps({"content": lines})}}
+    calling = {"role": "assistant", "tool_calls": [repeating]}
+    read, written = RESULT | {"content": lines}, RESULT | {"content": "ok"}
+    conversation = Conversation([QUESTION, CALLING, read, calling, written, ANSWER], [TOOL])
+    rows = conversation_to_tokens.examples(
+        conversation, CALLS.replace("c.function.name", "m.content|default('') + c.function.name"), tokenizer
+    )
+    assert sum(len(row.merged.ends) for row in rows if row.merged) == 3
+
+
 @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(record=conversations(tools=True, content_beside_calls=True))
 def test_conversations_in_chatml(record: dict, chatml: HuggingFace) -> None:

@@ -197,7 +197,7 @@ def _rows(piece: names.WeightPiece, read: ReadTensor, ids: Sequence[int]) -> Ite
 
 
 def _check_written(directory: Path, model: config.Model, weights: WeightFiles, ids: Mapping[int, int]) -> None:
-    """ReadTensor the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
+    """Read the files back and compare the old tokens' rows and all other tensors with the base. Raises RuntimeError."""
     written = external.open_external_weights(directory)
     source = {(piece.path, piece.lead): piece for piece in weights.pieces}
     names.check_file_tensors(directory, written.pieces, {name: tensor.shape for name, tensor in written.tensors.items()}, {})

@@ -94,7 +94,9 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
             )
         # Of a conversation with tools, the turns that fit are kept.
         if too_long == "drop":
-            lengths[i] = fitting_tokens(examples[i].merged, seq_len + 1) - 1 or lengths[i]
+            fitting = fitting_tokens(examples[i].merged, seq_len + 1)
+            if fitting > 1:
+                lengths[i] = fitting - 1
         # A record that is left with nothing to train on is dropped.
         if too_long == "truncate" and not has_trained_token(examples[i].loss_mask, seq_len):
             lengths[i] = 0

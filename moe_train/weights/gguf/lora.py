@@ -89,6 +89,7 @@ def export_adapter(
                 factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
                 if factor != 1:
                     values = values.astype(np.float64) * factor
+            # The only rounding: the factor was applied in float64.
             yield piece.to_file(values.astype(np.float32))
 
     settings = _settings(model, alpha, name, base_model)
@@ -162,12 +163,14 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
 def _ranks(opened: container.Gguf, table: list[names.WeightPiece]) -> dict[str, int]:
     """Return the rank of each module that has an adapter. Raises ValueError if its layers differ."""
     first_with_rank: dict[str, dict[int, str]] = {}  # for each module, the ranks of its layers and the first tensor with each
+    # The table has A and B in turn.
     for piece_a in table[::2]:
         rank = 0  # no adapter in this layer
         if piece_a.name in opened.tensors:
             shape = opened.tensors[piece_a.name].shape
             if len(shape) < 2:
                 raise ValueError(f"{opened.file}: {piece_a.name} has shape {shape}; the A of an adapter is a matrix")
+            # A is (rank, in), or (experts, rank, in).
             rank = shape[-2]
         module = ParameterPath.parse(piece_a.path).module
         first_with_rank.setdefault(module, {}).setdefault(rank, piece_a.name)

@@ -89,11 +89,14 @@ def write(
     pieces = {piece.name: piece for piece in names.weight_pieces(model)}
     specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
     safetensors_files.write_shards(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
+    # The first process writes the small files for all.
     if share.first != 0:
         return
     write_json(directory / CONFIG_FILE, settings)
+    # A chat may end its turns with another token than EOS; config.json keeps the single one.
     if tokenizer is not None and len(tokenizer.end_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.end_ids)
+    # Without this file, servers generate past the end of an answer.
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
 
 

@@ -105,6 +105,7 @@ class _Padded(NamedTuple):
         """Read the part at `index` of the padded matrix."""
         padded = np.zeros(self.shape, self.dtype)
         if self.tensor is not None:
+            # At the beginning of each dim: only the rank differs, and zeros in both factors add nothing to their product.
             padded[tuple(slice(size) for size in self.tensor.shape)] = self.tensor.read()
         return padded[index]
 
@@ -184,6 +185,7 @@ def _adapter_owners(
                 "only adapters with the same rank and alpha in all layers are supported"
             )
     for (module, expert), count in num_layers.items():
+        # The entries after the router, embedding and head, are outside the layers and exist once.
         if module not in config.NAMED_IN_FULL[1:] and count < model.num_layers:
             stem, _ = first_layer[module, expert]
             raise ValueError(
@@ -205,6 +207,7 @@ def _targets(owners_of: dict[str, Owners], model: config.Model) -> tuple[config.
     for module, owners_of_shape in owners_of.items():
         max_owners = num_experts if module in (GATE, UP, DOWN) else 1
         for shape, owners in owners_of_shape.items():
+            # None means all experts, which leaves the target without a list of indices.
             experts = None if len(owners) == max_owners else tuple(sorted(owners))
             modules_of.setdefault((shape, experts), []).append(module)
     targets: list[config.LoraTarget] = []

@@ -170,6 +170,7 @@ def save(
     if step in checkpoints.all_steps():
         return
     Path(checkpoints.directory).mkdir(parents=True, exist_ok=True)
+    # NaN is no JSON, and comparing it would leave the choice of the best to chance.
     if held_out_loss is not None and not math.isfinite(held_out_loss):
         held_out_loss = None
     arrays = {"params": params_of(state), "optimizer": optimizer_of(state)}
@@ -264,6 +265,7 @@ def _fault_of_any(attempt: _Attempt, expected: list[int], item: str) -> str:
 
     All processes get the same answer, so that they take the same checkpoint, and none waits for another in a collective.
     """
+    # JSON turns the named tuple into a list of its fields.
     answers = [_Attempt(*json.loads(text)) for text in exchange(json.dumps(attempt), f"on whether {item} can be read")]
     for index, answer in enumerate(answers):
         if answer.fault:

@@ -96,6 +96,7 @@ def survey(run_dir: str | Path) -> Survey:
     """
     folder = Path(run_dir) / CHECKPOINTS_FOLDER
     saved: dict[int, SavedCheckpoint] = {}
+    # Step -> (error, hash of the file). Steps are texts, since JSON has no other keys.
     seen: dict[str, tuple[str, str]] = {}
     for step in steps_on_disk(folder):
         file = folder / str(step) / "about" / "metadata"

@@ -70,6 +70,7 @@ class OpenedModel(NamedTuple):
 
     def load_with_step(self) -> tuple[Any, Parameters, int | None]:
         """Load as `load` does; returns the model's structure, its weights, and the step of a run's checkpoint they are from."""
+        # Only shapes are computed, so the seed does not matter.
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
         check_host_memory(shapes, str(self.directory))
         loaded = load_weights(self.directory, shapes)

@@ -315,6 +315,7 @@ def detect_hugging_face(names: Collection[str]) -> TensorLayout:
 
 def detect_adapted(names: Collection[str]) -> TensorLayout:
     """Detect from the names of a PEFT file whether its base is a text model or a vision wrapper."""
+    # Without the last one, `model.`, which the names inside a wrapper can begin with too.
     for body, head in _BODIES[:-1]:
         prefix, _ = HUGGING_FACE.adapters[0].split("{stem}")
         if any(name.startswith(prefix + body) for name in names):
@@ -386,6 +387,7 @@ def _lora_rows(row: Row, module: str, layout: TensorLayout) -> tuple[Row, Row]:
     stem = row.name.removesuffix(".weight")
     name_a, name_b = (template.format(stem=stem) for template in name_templates)
     # A has the weight's in dims and B its out dims, each followed or preceded by the rank.
+    # Compared as sets of letters, since one dim of the file, such as NH, can be two of ours.
     internal_in = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(in_dims))
     internal_out = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(out_dims))
     row_a = Row(name_a, f"J {in_dims}", f"{module}.lora_a", f"{internal_in} J", row.stack)

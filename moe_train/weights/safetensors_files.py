@@ -172,6 +172,7 @@ def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     tensors = {}
+    # The library's names do not include __metadata__, which is no tensor.
     for name in names:
         entry = header[name]
         code = entry["dtype"]

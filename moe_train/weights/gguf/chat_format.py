@@ -82,6 +82,7 @@ def recognize_format(template: str, tokenizer: Tokenizer) -> ChatFormat | None:
         texts = sandbox.render(template, variables)
     except ValueError:
         return None  # the template rejects a conversation, for example a system turn; no known format does
+    # `render` marks the spans that an assistant generates; the marks are no part of the text.
     for mark in sandbox.GENERATION:
         texts = [text.replace(mark, "") for text in texts]
     begin = tokens.get("bos_token", "")

@@ -144,6 +144,7 @@ def _name_of_split(file: Path, described: JsonObject) -> str:
         raise ValueError(
             f"{file} is neither a byte-level nor a sentencepiece tokenizer that llama.cpp can reproduce: {json.dumps(last)}"
         )
+    # With ignore_merges, a word that is itself a token stays one token, whatever the merges would make of it.
     ignores = bool(described["model"].get("ignore_merges"))
     own_split = (tuple(earlier_steps), bool(last.get("use_regex", True)), ignores)
     for name, split in _SPLITS.items():

@@ -86,6 +86,7 @@ def write(
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     settings = write_model_config(model, dtype=dtype, bos_token_id=bos_id, eos_token_id=eos_id)
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # In the layout that is written, every tensor is a single piece.
     pieces = {piece.name: piece for piece in names.weight_pieces(model)}
     specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
     safetensors_files.write_shards(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)

@@ -41,6 +41,7 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
     owners = _adapter_owners(directory, settings, tensors, model, layout)
+    # Checked by name alone here; `load_adapter` checks the shapes.
     known_names = {piece.name for piece in (*adaptable_pieces(model, layout), *saved_pieces(model, layout))}
     if unknown := sorted(tensors.keys() - known_names):
         raise ValueError(
@@ -139,6 +140,7 @@ def _open(directory: Path, model: config.Model) -> _Opened:
                 )
             continue
         if isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
+            # Files may have transformers 5's name of the router; the tables have the one that is written.
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
@@ -170,6 +172,7 @@ def _adapter_owners(
         missing = [piece.name for piece in (piece_a, piece_b) if piece.name not in tensors]
         if len(missing) == 1:
             raise ValueError(f"{directory / ADAPTER_WEIGHTS} lacks {missing[0]}; save the adapter again")
+        # An adapter that only some layers have is found below, by the number of layers.
         if missing:
             continue
         stem = piece_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]

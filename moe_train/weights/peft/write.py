@@ -206,6 +206,7 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
 
 def _in_layer(name: str, layout: names.TensorLayout) -> str:
     """Return the name of a module within its layer; modules outside layers keep their names."""
+    # re.escape also escapes the braces of the placeholder {l}.
     prefix = re.escape(layout.layer).replace(r"\{l\}", r"\d+")
     return re.sub(f"^{prefix}", "", name)
 

@@ -81,6 +81,7 @@ def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterato
         orbax_log.removeFilter(_no_traceback)
 
 
+# Once per process, since another call would wrap the hook of the first.
 @functools.cache
 def _silence_failed_writes() -> None:
     """Print no traceback, in this process, for the writes of a failed save that end after the first of them has failed.

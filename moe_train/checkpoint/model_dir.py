@@ -243,6 +243,7 @@ def load_weights(
     converters = {path: partial(convert, path=path, like=like) for path, like in unquantized_shapes(trainable).items()}
     if step is None:
         step = named_step(directory)
+    # With the shapes of all arrays, even if `converters` reads a few: bit sums are stored in their order, without names.
     params, about, loaded_step = manager.load_params(run_folder(directory), _trained_shapes(run), step, converters)
     if not frozen:
         return LoadedWeights(params, loaded_step, about)

@@ -203,6 +203,7 @@ def _put_in_place(
 
     def read_matrix(lead: tuple[int, ...]) -> None:
         """Read one matrix to its place in the host's arrays."""
+        # The host's arrays hold only this part of the stacked dims, so positions count from its start.
         position = tuple(i - start for i, (start, _) in zip(lead, lead_ranges, strict=True))
         read(lead, [host[position] for host in hosts])
 

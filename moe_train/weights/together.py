@@ -164,6 +164,7 @@ def hash_in_shares(sizes: Mapping[str, int], hash_items: Callable[[list[str]], M
     own_hashes = hash_items([name for name in names if owner[name] == jax.process_index()])
     # Items of other processes are zero, so a bitwise OR combines the hashes of all processes.
     own_rows = [bytes.fromhex(own_hashes.get(name, "00" * 32)) for name in names]
+    # As eight int32 each, since JAX has no 64-bit integers by default.
     digests = np.stack([np.frombuffer(row, np.int32) for row in own_rows])
     combined = np.bitwise_or.reduce(_over_processes(digests))
     return {name: row.tobytes().hex() for name, row in zip(names, combined, strict=True)}

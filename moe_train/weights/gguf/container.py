@@ -292,6 +292,7 @@ def write_gguf(
         header += _text(key) + _value(value)
     offset = 0
     for spec in specs:
+        # Reversed, since the format states the fastest dim first.
         header += _text(spec.name) + struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *reversed(spec.shape))
         header += struct.pack("<IQ", _CODES[spec.encoding], offset)
         # Offsets count from the start of the data, and each has to be a multiple of the alignment.

@@ -151,6 +151,7 @@ def write(
         ValueError: llama.cpp could not serve the model.
     """
     kind = _ALIASES.get(dtype, dtype).lower()
+    # Looked for before the work, so that a missing tool is reported at once.
     tool = None if kind in _TYPES else quantize_tool(kind)
     settings = {**gguf_settings.architecture_settings(model), "general.type": "model", "general.name": name}
     template, chat = _chat(tokenizer, chat_template)

@@ -143,12 +143,14 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
         raise ValueError(f"{file} is for another base: general.architecture is {arch!r}, not {expected_arch!r}")
     if not isinstance(alpha, float) or not 0 <= alpha < math.inf:
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}; it has to be a number, 0 or larger")
+    # Without embed, for which llama.cpp swaps A and B (see the top of this file).
     modules = {_module(piece) for piece in names.weight_pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
     table = names.lora_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
         raise ValueError(f"{file} has {unknown[0]}, which is not a supported adapter of this model")
     targets: dict[int, list[str]] = {}
     for module, rank in _ranks(opened, table).items():
+        # The file has one alpha, so modules with the same rank have the same scale.
         targets.setdefault(rank, []).append(module)
     if not targets:
         raise ValueError(f"{file} has no tensors; export the adapter again")

@@ -127,6 +127,7 @@ def _read_external(opened: Gguf) -> config.Model:
             "ffn": ffn,
             "rope": rope,
             "norm_eps": keys.get_float("attention.layer_norm_rms_epsilon"),
+            # Files leave out a tied head.
             "tie_embeddings": names.GGUF.head.name not in tensors,
             "max_seq_len": keys.get("context_length"),
         }

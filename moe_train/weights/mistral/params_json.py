@@ -242,6 +242,7 @@ def write_model_config(model: config.Model) -> JsonObject:
         rope_theta=rope.theta,
         sliding_window=windows if len(windows) > 1 else windows[0],
         max_seq_len=model.max_seq_len,
+        # The name that vLLM reads.
         max_position_embeddings=model.max_seq_len,
         tied_embeddings=model.tie_embeddings,
         moe=moe,

@@ -34,6 +34,7 @@ def chunked_save_args(tree: Any) -> Any:
     def save_args(x: jax.Array) -> ocp.SaveArgs:
         """Return the save arguments of one array."""
         is_large = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize > CHECKPOINT_CHUNK_BYTES
+        # Without shard_axes Orbax splits sharded and large dims first, so a chunk would contain parts of many layers.
         return ocp.SaveArgs(chunk_byte_size=CHECKPOINT_CHUNK_BYTES, shard_axes=(0,) if is_large and x.ndim > 2 else ())
 
     return jax.tree.map(save_args, tree)
@@ -59,6 +60,7 @@ def _bit_sum_on_host(array: jax.Array) -> int:
 
 def _bit_sum(x: np.ndarray) -> int:
     """Sum the bits of a host array, modulo 2^32."""
+    # Integer sums do not depend on their order, so any mesh gives the same one; uint32 wraps modulo 2^32.
     return int(np.sum(x.view(_BITS[x.itemsize]), dtype=np.uint32))
 
 
@@ -129,12 +131,14 @@ def read_in_parts(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterat
     if chunk_shape is not None and chunk_shape[0] and not first_dim_is_sharded:
         step = chunk_shape[0]
     for start in range(0, length, step):
+        # TensorStore keeps a slice's position as its origin; the part has to begin at 0 for the indices of its shards.
         part = stored[tensorstore.d[0][start : min(start + step, length)].translate_to[0]]
         yield _read_part(part, start, like.sharding)
 
 
 def _open(item: Path, name: str, like: jax.ShapeDtypeStruct) -> tensorstore.TensorStore:
     """Open a stored array. Raises ValueError if it is missing or has another shape than `like`."""
+    # How Orbax stores arrays: as zarr, inside a database (OCDBT) that spans the item's folder.
     kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item.absolute()}/"}, "path": f"{name}/"}
     stored = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
     if stored.shape != like.shape:
@@ -148,7 +152,9 @@ def _read_part(stored: tensorstore.TensorStore, start: int, sharding: NamedShard
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         """Read an index range once, for all devices that hold it."""
+        # As text, since slices cannot be hashed before Python 3.12.
         key = str(index)
+        # Replicas on this process ask for the same range.
         if key not in shards:
             shards[key] = np.asarray(stored[index].read().result())
         return shards[key]

@@ -24,6 +24,7 @@ def base_origin(directory: str | Path) -> WeightOrigin:
     step = named_step(directory)
     directory = run_folder(directory)
     if step is None:
+        # The survey lists the newest first.
         step = next(iter(survey(directory).readable), None)
     if step is None:
         raise FileNotFoundError(f"{directory} has no checkpoint; train it first, or name a model")
@@ -53,6 +54,7 @@ def check_base(base: WeightOrigin) -> None:
                 f"{folder} is missing, which has the weights that this run's adapters belong to; restore it, or start a new run_dir"
             )
         current_hashes = _file_hashes(folder)
+    # The union of names, so that a tensor that was added or removed counts as a change.
     changed = sorted(name for name in {*current_hashes, *base.hashes} if current_hashes.get(name) != base.hashes.get(name))
     if changed:
         raise ValueError(

@@ -81,6 +81,7 @@ def open_for_saving(run_dir: str | Path, settings: config.Checkpoint) -> Iterato
         orbax_log.removeFilter(_no_traceback)
 
 
+# Once per process, since another call would wrap the hook of the first.
 @functools.cache
 def _silence_failed_writes() -> None:
     """Print no traceback, in this process, for the writes of a failed save that end after the first of them has failed.
@@ -125,6 +126,7 @@ def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.Checkpoint
     """Create Orbax's manager, which keeps the last `keep_last` checkpoints and, with `keep_best`, the one with the best loss."""
     keep: list[PreservationPolicy] = [LatestN(settings.keep_last)]
     if settings.keep_best:
+        # Descending, since BestN keeps the last of the sorted checkpoints.
         best = BestN(get_metric_fn=_loss_or_inf, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         keep.append(best)
     options = ocp.CheckpointManagerOptions(
@@ -132,6 +134,7 @@ def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.Checkpoint
         best_fn=_loss_or_inf,  # Orbax keeps metrics in memory only if this is set
         best_mode="min",
         prevent_write_metrics=True,  # the metadata have them, and a hash over them
+        # Nothing may be created before the first save; `save` creates the folder.
         create=False,
         save_root_metadata=False,
     )
@@ -168,9 +171,11 @@ def save(
     if step in checkpoints.all_steps():
         return
     Path(checkpoints.directory).mkdir(parents=True, exist_ok=True)
+    # NaN is no JSON, and comparing it would leave the choice of the best to chance.
     if held_out_loss is not None and not math.isfinite(held_out_loss):
         held_out_loss = None
     arrays = {"params": params_of(state), "optimizer": optimizer_of(state)}
+    # Before this function returns, since the caller may donate the state to the next step.
     sums = {item: bit_sums(tree) for item, tree in arrays.items()}
     args = ocp.args.Composite(
         about=ocp.args.JsonSave(about_json(about, sums, held_out_loss)),
@@ -178,6 +183,7 @@ def save(
     )
     metrics = {"held_out_loss": held_out_loss}
     try:
+        # Forced, since the caller has decided to save; Orbax would ask its own policy whether the step is due.
         checkpoints.save(step, args=args, metrics=metrics, force=True)
     except Exception as error:
         raise _save_error(checkpoints, error) from error
@@ -260,10 +266,12 @@ def _fault_of_any(attempt: _Attempt, expected: list[int], item: str) -> str:
 
     All processes get the same answer, so that they take the same checkpoint, and none waits for another in a collective.
     """
+    # JSON turns the named tuple into a list of its fields.
     answers = [_Attempt(*json.loads(text)) for text in exchange(json.dumps(attempt), f"on whether {item} can be read")]
     for index, answer in enumerate(answers):
         if answer.fault:
             return answer.fault if len(answers) == 1 else f"{answer.fault} (process {index})"
+    # Every process has a share of every array here, since an attempt with a fault has returned above.
     totals = [sum(shares) % 2**32 for shares in zip(*(answer.sums for answer in answers), strict=True)]
     if totals != expected:
         return f"{item} is damaged: the bit sums of its arrays differ from those saved"
@@ -370,6 +378,7 @@ def _load_in_parts(params: Path, path: str, like: Any, keep: Callable[[jax.Array
     total = 0
     for start, part, bit_sum in read_in_parts(params, path, on_current_mesh(like)):
         total += bit_sum
+        # One part can become several arrays, such as quantized values and scales.
         converted = {path: part} if keep is None else keep(part)
         for name, x in converted.items():
             collected[name] = add_part(collected.get(name), x, start, like.shape[0])
@@ -409,6 +418,7 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
     readable, damaged_metadata = survey(folder.parent)
     damaged: dict[int, str] = {}
     for step in sorted({*readable, *damaged_metadata}, reverse=True):
+        # Its arrays are not read: without the metadata there is nothing to compare them with.
         if step in damaged_metadata:
             damaged[step] = damaged_metadata[step]
             continue
@@ -466,6 +476,7 @@ def set_unusable_aside(checkpoints: ocp.CheckpointManager, step: int) -> int | N
         The step of that older checkpoint; None if there is none, and nothing was renamed.
     """
     folder = Path(checkpoints.directory)
+    # Survey reads all metadata, so an older checkpoint that is damaged does not count.
     older = max((other for other in survey(folder.parent).readable if other < step), default=None)
     if older is not None:
         finish_saving(checkpoints)

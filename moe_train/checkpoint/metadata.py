@@ -78,6 +78,7 @@ def about_json(about: CheckpointMetadata, sums: dict[str, list[int]], held_out_l
     metadata = about._asdict()
     for key in ("base", "adapter"):
         if metadata[key] is not None:
+            # JSON would store a named tuple as a list without its field names.
             metadata[key] = metadata[key]._asdict()
     content = {"about": metadata, "sums": sums, "held_out_loss": held_out_loss}
     return {**content, "sha256": _digest(content)}
@@ -95,6 +96,7 @@ def survey(run_dir: str | Path) -> Survey:
     """
     folder = Path(run_dir) / CHECKPOINTS_FOLDER
     saved: dict[int, SavedCheckpoint] = {}
+    # Step -> (error, hash of the file). Steps are texts, since JSON has no other keys.
     seen: dict[str, tuple[str, str]] = {}
     for step in steps_on_disk(folder):
         file = folder / str(step) / "about" / "metadata"
@@ -105,6 +107,7 @@ def survey(run_dir: str | Path) -> Survey:
             seen[str(step)] = (" ".join(str(error).split()), "")
     answers: list[dict[str, list[str]]] = [json.loads(text) for text in exchange(json.dumps(seen), "on the checkpoints of the run")]
     damaged: dict[int, str] = {}
+    # Of all processes: a checkpoint that only some of them see counts as damaged.
     every_step = {int(step) for answer in answers for step in answer}
     for step in sorted(every_step, reverse=True):
         states = [answer.get(str(step), [f"{folder / str(step)} is missing", ""]) for answer in answers]
@@ -116,6 +119,7 @@ def survey(run_dir: str | Path) -> Survey:
         if faults:
             damaged[step] = faults[0]
             saved.pop(step, None)
+    # Callers rely on the order: the first entry is the newest checkpoint.
     return Survey({step: saved[step] for step in sorted(saved, reverse=True)}, damaged)
 
 
@@ -134,6 +138,7 @@ def read_saved(checkpoint: Path) -> SavedCheckpoint:
     """
     file = checkpoint / "about" / "metadata"
     tree = read_object(file)
+    # Taken out first, since the hash covers all the rest.
     digest = tree.pop("sha256", None)
     is_earlier_version = digest is None and tree.keys() == {"about", "sums"}  # without a hash
     if not is_earlier_version and digest != _digest(tree):

@@ -70,6 +70,7 @@ class OpenedModel(NamedTuple):
 
     def load_with_step(self) -> tuple[Any, Parameters, int | None]:
         """Load as `load` does; returns the model's structure, its weights, and the step of a run's checkpoint they are from."""
+        # Only shapes are computed, so the seed does not matter.
         structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
         check_host_memory(shapes, str(self.directory))
         loaded = load_weights(self.directory, shapes)
@@ -89,6 +90,7 @@ def open_model(directory: str | Path) -> OpenedModel:
         ValueError: If the parts do not fit together.
     """
     run = read_run(directory) if is_run(directory) else None
+    # The path is the one of the config, so it is relative to the folder where the run was started.
     if run and run.lora and run.init_from and not run_folder(run.init_from).exists():
         raise FileNotFoundError(
             f"the adapters of {directory} belong to the weights in {run.init_from}, which do not exist relative to {Path.cwd()}; "
@@ -241,18 +243,21 @@ def load_weights(
     converters = {path: partial(convert, path=path, like=like) for path, like in unquantized_shapes(trainable).items()}
     if step is None:
         step = named_step(directory)
+    # With the shapes of all arrays, even if `converters` reads a few: bit sums are stored in their order, without names.
     params, about, loaded_step = manager.load_params(run_folder(directory), _trained_shapes(run), step, converters)
     if not frozen:
         return LoadedWeights(params, loaded_step, about)
     if about.base is None:
         raise ValueError(f"{directory} has frozen weights, but its checkpoint does not state where they came from; start a new run")
     check_base(about.base)
+    # The base may itself be a run, whose frozen weights have a base of their own: hence the recursion.
     base_weights = load_parameters(about.base.source, frozen, about.base.step, load=load)
     return LoadedWeights({**params, **base_weights}, loaded_step, about)
 
 
 def _trained_shapes(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
+    # Checkpoints hold unquantized weights, also where the run trains on a quantized base.
     lora = run.lora and run.lora.model_copy(update={"quantize": None})
     _, shapes = parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, lora)))
     trainable, _ = partition(shapes, lora)
@@ -294,6 +299,7 @@ def load_adapter(origin: WeightOrigin, model: config.Model, abstract: Mapping[st
     lora = read_adapter(origin.source, model)
     trained_shapes = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(lora)}
     if is_run(origin.source):
+        # The recorded step takes precedence, since the run may have newer checkpoints by now.
         step = named_step(origin.source) if origin.step is None else origin.step
         return manager.load_params(run_folder(origin.source), trained_shapes, step).params
     return external_adapter.load_external_adapter(origin.source, model, trained_shapes)

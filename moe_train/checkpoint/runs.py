@@ -37,6 +37,7 @@ def named_checkpoint(directory: str | Path) -> NamedCheckpoint:
         ValueError: If WHICH is neither a step nor `best` nor `newest`.
     """
     path, _, which = str(directory).rpartition("@")
+    # A folder whose own name has an @ takes precedence; a path without @ leaves `path` empty.
     if not path or Path(directory).exists() or not (Path(path) / CHECKPOINTS_FOLDER).is_dir():
         return NamedCheckpoint(Path(directory), "")
     if which not in ("best", "newest") and not re.fullmatch("[0-9]+", which):

@@ -126,6 +126,7 @@ def fill(abstract: Abstract, table: Collection[WeightPiece], tensors: Mapping[st
     with ThreadPoolExecutor() as pool:
         for path, like in abstract.items():
             parsed = ParameterPath.parse(path)
+            # Files hold no quantized weights, so the table has the weight's own path, without the part.
             if parsed.part == "codes":
                 scales = f"{parsed.weight}.scales"
                 quantized = Quantized(like, abstract[scales])
@@ -151,6 +152,7 @@ def _arrays(
     replicas: dict[Ranges, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         replicas.setdefault(_ranges(index or (), shape), []).append(device)
+    # Leading dims that no matrix in the files has: repeats of the period, and experts.
     stacked = len(next(iter(pieces)))
     shards = [jax.ShapeDtypeStruct(sharding.shard_shape(like.shape), like.dtype) for like in likes]
     parts: list[list[jax.Array]] = [[] for _ in likes]
@@ -201,9 +203,11 @@ def _put_in_place(
 
     def read_matrix(lead: tuple[int, ...]) -> None:
         """Read one matrix to its place in the host's arrays."""
+        # The host's arrays hold only this part of the stacked dims, so positions count from its start.
         position = tuple(i - start for i, (start, _) in zip(lead, lead_ranges, strict=True))
         read(lead, [host[position] for host in hosts])
 
+    # Exhausted, since a thread's error is raised only where its result is taken.
     list(pool.map(read_matrix, _leads(lead_ranges)))
     return [[jax.device_put(host, device) for device in devices] for host in hosts]
 
@@ -239,6 +243,7 @@ def _put_one_by_one(
         for lead, hosts in zip(batch, pool.map(read_matrix, batch), strict=True):
             position = [i - first for i, (first, _) in zip(lead, lead_ranges, strict=True)]
             for per_device, host in zip(buffers, hosts, strict=True):
+                # An argument of the compiled program, so that one program serves every position.
                 start_indices = np.array(position + [0] * (host.ndim - stacked), np.int32)
                 for i, mesh in enumerate(meshes):
                     with jax.set_mesh(mesh):
@@ -276,6 +281,7 @@ def _cuts(
     start, stop = ranges[rows]
     row_bytes = array_bytes([stop - start for start, stop in ranges], tensor.dtype) // max(1, stop - start)
     step = max(1, READ_CHUNK_BYTES // max(1, row_bytes))
+    # Blocks of values that share a scale lie along this dim. A cut could split one, and `region` would not fit the scales.
     if uncut_dim is not None and rows == len(ranges) + uncut_dim:
         step = max(1, stop - start)
     for first in range(start, stop, step):
@@ -316,6 +322,7 @@ def fetch_entry(array: jax.Array | LazyArray, lead: tuple[int, ...] = ()) -> np.
     entry: np.ndarray | None = None
     for shard in array.addressable_shards:
         cuts = [range(*cut.indices(size)) for cut, size in zip(shard.index, array.shape, strict=True)]
+        # Replicas hold the same part, so one of each is enough; `lead` covers only the stacked dims.
         if shard.replica_id == 0 and all(i in cut for i, cut in zip(lead, cuts, strict=False)):
             part = _entry_of_shard(shard, tuple(i - cut.start for i, cut in zip(lead, cuts, strict=False)))
             if part.shape == entry_shape:

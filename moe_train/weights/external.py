@@ -98,6 +98,7 @@ def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:
     """Open a model, and check that its tensors are those of its architecture and fill every array of `abstract`."""
     weights = open_external_weights(path)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    # Files hold unquantized weights, so a quantized array is compared by the shape of what it stands for.
     names.check_file_tensors(
         path, weights.pieces, shapes, {path: like.shape for path, like in unquantized_shapes(abstract).items()}
     )

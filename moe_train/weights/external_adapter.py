@@ -47,6 +47,7 @@ def hash_external_adapter(path: str | Path) -> dict[str, str]:
     weights = peft.ADAPTER_WEIGHTS if layout is peft else mistral_lora.LORA_FILE
     settings = peft.ADAPTER_CONFIG if layout is peft else params_json.PARAMS_FILE
     hashes = together.hash_tensors_in_shares(safetensors_files.open_safetensors(Path(path) / weights))
+    # PEFT's alphas, or Mistral's scaling, scale the tensors, so other settings make another adapter.
     file = Path(path) / settings
     if file.is_file():  # optional, since mistral-inference does not need it
         hashes[settings] = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -26,6 +26,7 @@ def scale_of(lora: config.Lora, module: str, lead: tuple[int, ...] = ()) -> floa
     """
     if len(lead) == 2:
         return scale_of_expert(lora, lora.targets_of(of_module(module).module), lead[1])[0]
+    # Targets that name experts do not apply here: the dense first layers of a sparse model have no experts.
     return lora.scale(lora.targets_of(of_module(module).module, routed=False)[0])
 
 
@@ -50,6 +51,7 @@ def merged(parameters: LazyParameters, lora: config.Lora | None, piece: WeightPi
     if factors is None:
         return base.astype(dtype, copy=False)
     a, b = factors
+    # All in dims become rows and all out dims columns; A has the weight's in dims, followed by the rank.
     inputs = math.prod(a.shape[:-1])
     rank = len(b)
     weight = base.reshape(inputs, -1)

@@ -70,6 +70,7 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> T
     if fused:
         router = Row("mlp.gate.weight", "E D", "ffn.router.weight", "D E")
         experts = (
+            # Two rows share a tensor: its rows 0 to F - 1 are the gate, F to 2F - 1 the up projection. The names have no `.weight`.
             Row("mlp.experts.gate_up_proj", "F D", "ffn.gate_proj.weight", "D F", "gate of gate_up"),
             Row("mlp.experts.gate_up_proj", "F D", "ffn.up_proj.weight", "D F", "up of gate_up"),
             Row("mlp.experts.down_proj", "D F", "ffn.down_proj.weight", "F D", "experts"),
@@ -77,6 +78,7 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> T
     else:
         router = Row("block_sparse_moe.gate.weight", "E D", "ffn.router.weight", "D E")
         experts = (
+            # Mixtral's numbers: w1 is the gate (to which silu applies), w3 the up and w2 the down projection.
             Row("block_sparse_moe.experts.{e}.w1.weight", "F D", "ffn.gate_proj.weight", "D F"),
             Row("block_sparse_moe.experts.{e}.w3.weight", "F D", "ffn.up_proj.weight", "D F"),
             Row("block_sparse_moe.experts.{e}.w2.weight", "D F", "ffn.down_proj.weight", "F D"),
@@ -93,6 +95,7 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> T
             Row("self_attn.k_proj.weight", "KH D", "attention.k_proj.weight", "D K H"),
             Row("self_attn.v_proj.weight", "KH D", "attention.v_proj.weight", "D K H"),
             Row("self_attn.o_proj.weight", "D NH", "attention.o_proj.weight", "N H D"),
+            # Hugging Face names this norm after what precedes it; it normalizes the input of the feed-forward part.
             Row("post_attention_layernorm.weight", "D", "ffn_norm.scale", "D"),
         ),
         dense=(
@@ -152,6 +155,7 @@ GGUF = TensorLayout(
     layer="blk.{l}.",
     of_layer=(
         Row("attn_norm.weight", "D", "attention_norm.scale", "D"),
+        # llama.cpp's converter brings q and k to the interleaved rotary order, that of Mistral's own files.
         Row("attn_q.weight", "NPZ D", "attention.q_proj.weight", "D N ZP"),
         Row("attn_k.weight", "KPZ D", "attention.k_proj.weight", "D K ZP"),
         Row("attn_v.weight", "KH D", "attention.v_proj.weight", "D K H"),
@@ -224,6 +228,7 @@ class WeightPiece:
         """Turn our matrix, (in dims…, out dims…), into the part of the file's tensor."""
         sizes = self._sizes()
         flat = self._flat_axes()
+        # The argsort of a permutation is its inverse.
         return matrix.reshape([sizes[axis] for axis in flat]).transpose(np.argsort(flat)).reshape(self.part_shape)
 
     def from_file(
@@ -287,6 +292,7 @@ def _pieces_of_layer(model: config.Model, layout: TensorLayout, position: config
     sizes = _sizes(model, position.ffn)
     prefix = layout.layer.format(l=position.layer)
     rows = layout.of_layer
+    # The kind is the layer's own, since a sparse model may begin with dense layers.
     rows += layout.dense if isinstance(position.ffn, config.DenseFfn) else (layout.router,)
     table = [_piece(sizes, _in_layer(row, position, prefix), (position.repeat,)) for row in rows]
     for expert in range(sizes.get("E", 0)):
@@ -302,12 +308,14 @@ def _in_layer(row: Row, position: config.LayerPosition, prefix: str) -> Row:
 
 def detect_hugging_face(names: Collection[str]) -> TensorLayout:
     """Detect the variant of Hugging Face's layout from the tensor names of a file."""
+    # Without an embedding, check_file_tensors reports what is missing under the names of a text model alone.
     body = next((prefix for prefix in _BODIES if f"{prefix[0]}embed_tokens.weight" in names), _BODIES[-1])
     return hugging_face(*body, fused=any(name.endswith("mlp.experts.gate_up_proj") for name in names))
 
 
 def detect_adapted(names: Collection[str]) -> TensorLayout:
     """Detect from the names of a PEFT file whether its base is a text model or a vision wrapper."""
+    # Without the last one, `model.`, which the names inside a wrapper can begin with too.
     for body, head in _BODIES[:-1]:
         prefix, _ = HUGGING_FACE.adapters[0].split("{stem}")
         if any(name.startswith(prefix + body) for name in names):
@@ -321,6 +329,7 @@ def linear_rows(ffn: config.Ffn, layout: TensorLayout = HUGGING_FACE) -> list[Ro
     Rows of an expert stand for every expert.
     """
     rows = layout.dense if isinstance(ffn, config.DenseFfn) else layout.experts
+    # A single letter is a norm, which has no adapter.
     return [row for row in (*layout.of_layer, *rows) if " " in row.file_dims]
 
 
@@ -378,6 +387,7 @@ def _lora_rows(row: Row, module: str, layout: TensorLayout) -> tuple[Row, Row]:
     stem = row.name.removesuffix(".weight")
     name_a, name_b = (template.format(stem=stem) for template in name_templates)
     # A has the weight's in dims and B its out dims, each followed or preceded by the rank.
+    # Compared as sets of letters, since one dim of the file, such as NH, can be two of ours.
     internal_in = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(in_dims))
     internal_out = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(out_dims))
     row_a = Row(name_a, f"J {in_dims}", f"{module}.lora_a", f"{internal_in} J", row.stack)
@@ -404,6 +414,7 @@ def check_counts(source: object, model: config.Model, tensors: Mapping[str, HasS
         model: the architecture that the file states.
         tensors: tensors by name in the file.
     """
+    # A layer has tensors of its own, and E is a dim of its router, so a true count exceeds neither limit.
     largest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     experts = model.ffn.num_experts if isinstance(model.ffn, config.MoeFfn) else 0
     counts = (
@@ -432,6 +443,7 @@ def check_file_tensors(
         tensors: shapes by name in the file.
         parameters: shapes by our path.
     """
+    # The pieces of a stacked tensor share its name and shape.
     expected_shapes = {piece.name: piece.shape for piece in table}
     faults = []
     if missing := [name for name in expected_shapes if name not in tensors]:
@@ -458,6 +470,7 @@ def check_file_tensors(
             continue
         shape = tuple(parameters[piece.path])
         stacked = len(piece.lead)
+        # No entry occurs twice (asserted above), so their number shows whether the stacked dims are filled.
         if shape[stacked:] != piece.internal_shape or math.prod(shape[:stacked]) != len(filled[piece.path]):
             provided = f"{len(filled[piece.path])} x {piece.internal_shape}"
             raise ValueError(f"{source}: {piece.name} provides {provided}, but {piece.path} has shape {shape}")
@@ -497,6 +510,7 @@ def _piece(sizes: Mapping[str, int], row: Row, lead: tuple[int, ...] = ()) -> We
         part = (lead[1], (first_row, first_row + F))
         shape = (sizes["E"], 2 * F, *shape[1:])
     name = row.name
+    # The name of a stacked tensor has no {e}; formatting leaves it unchanged.
     if len(lead) == 2:
         name = name.format(e=lead[1])
     letters = row.file_dims.replace(" ", "")

@@ -82,11 +82,13 @@ def hash_tensors(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
 
     def digest(tensor: FileTensor) -> str:
         """Hash one tensor, a chunk of rows at a time."""
+        # The same bytes with another dtype or shape are another tensor.
         total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
         (length, *row) = tensor.shape or (0,)
         step = max(1, HASH_CHUNK_BYTES // max(1, array_bytes(row, tensor.dtype)))
         for start in range(0, length, step):
             rows = tensor.read((slice(start, min(start + step, length)),))
+            # As bytes, since Python's buffer protocol has no bfloat16.
             total.update(np.ascontiguousarray(rows).view(np.uint8).data)
         report_hashed(array_bytes(tensor.shape, tensor.dtype))
         return total.hexdigest()

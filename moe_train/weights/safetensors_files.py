@@ -81,9 +81,11 @@ class SafetensorsTensor:
             self._read_into(out[lead], start)
 
     def _read_into(self, out: np.ndarray, offset: int) -> None:
+        # As bytes, since Python's buffer protocol has no bfloat16.
         destination = out.reshape(-1).view(np.uint8).data
         num_read = 0
         while num_read < len(destination):  # one call returns at most 2 GiB
+            # Positioned, since threads that read other tensors share the descriptor and would move a common position.
             count = os.preadv(self.opened.fileno(), [destination[num_read:]], offset + num_read)
             if not count:
                 raise ValueError(f"{self.file} is truncated: it ends inside the tensor {self.name}; download it again")
@@ -162,6 +164,7 @@ def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
             names = list(checked.keys())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}; download it again") from error
+    # Stays open as long as one of its tensors is referenced.
     opened = file.open("rb")
     length = int.from_bytes(opened.read(8), "little")
     try:
@@ -169,10 +172,12 @@ def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     tensors = {}
+    # The library's names do not include __metadata__, which is no tensor.
     for name in names:
         entry = header[name]
         code = entry["dtype"]
         shape = entry["shape"]
+        # Offsets count from the end of the header: 8 bytes for its length, then its text.
         start, _ = entry["data_offsets"]
         if code not in _DTYPES:
             supported = ", ".join(_DTYPES)
@@ -304,6 +309,7 @@ def _write_own_shard(
     for kth_specs in itertools.zip_longest(*shards):
         in_order += [(i, spec) for i, spec in enumerate(kth_specs) if spec is not None]
     requested = ((i, tensor(spec)) for i, spec in in_order)
+    # Arrays of other processes are computed and dropped on the way to the next own one.
     own_arrays = (array for i, array in requested if i == own_index)
     write_error = None
     if own_index < len(shards):

@@ -136,5 +136,6 @@ def serving_command(
         name=shlex.quote(Path(out_dir).name),
         rank=max_rank,
         tokenizer="mistral" if tokenizer == "mistral" else "auto",
+        # Quoted twice: by !r in the template for Python, and here for the shell.
         code=shlex.quote(_PEFT_CODE.format(out=str(out_dir), base=base, auto_class=auto_class)),
     )

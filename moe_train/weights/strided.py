@@ -36,6 +36,7 @@ def contiguous_parts(x: np.ndarray) -> Iterator[np.ndarray]:
     if x.flags.c_contiguous:
         yield x
         return
+    # Rows per MiB.
     step = max(1, 2**20 * len(x) // x.nbytes)
     for start in range(0, len(x), step):
         yield contiguous(x[start : start + step])

@@ -49,6 +49,7 @@ def from_first(text: str) -> str:
     """Return the text that process 0 has."""
     if jax.process_count() == 1:
         return text
+    # A collective needs the same shape in every process, so the text is padded with zeros.
     encoded = np.zeros(_MAX_TEXT_BYTES, np.int32)
     if is_first():
         text_bytes = np.frombuffer(text.encode(), np.uint8)
@@ -73,6 +74,7 @@ def one_directory(path: str | Path) -> Iterator[Path]:
         directory = Path(from_first(str(created and created.absolute())))
         require_shared(directory)
         yield directory
+    # The first process has renamed the folder by now. Nobody continues before that, and finds it missing.
     all_agree(True)
 
 
@@ -103,6 +105,7 @@ def all_or_none() -> Iterator[None]:
         yield
     except Exception as error:
         fault = error
+    # Asked first, and in every process, since the answer is a collective.
     if not all_agree(fault is None) and fault is None:
         raise RuntimeError("another process could not write its part of the export; its own error gives the reason")
     if fault is not None:
@@ -126,6 +129,7 @@ def first_writes(parts: Iterator[T], write: Callable[[Iterator[T]], object]) -> 
 def gather_on_each_process(parameters: LazyParameters) -> Parameters:
     """Return the same arrays, complete in each process on its first device; for few and small arrays, such as adapters."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("device",))
+    # A collective for arrays of several processes, so all of them need the same order of paths.
     on_host = {path: fetch_entry(array) for path, array in parameters.items()}
     with jax.set_mesh(mesh):
         return {path: jax.device_put(array, NamedSharding(mesh, P())) for path, array in on_host.items()}
@@ -143,7 +147,9 @@ def hash_in_shares(sizes: Mapping[str, int], hash_items: Callable[[list[str]], M
     """
     if jax.process_count() == 1:
         return dict(hash_items(list(sizes)))
+    # A complete order, so that all processes compute the same assignment without exchanging it.
     names = sorted(sizes, key=lambda name: (-sizes[name], name))
+    # A digest has one size however many names there are, so it fits a collective even where the names differ.
     names_digest = hashlib.sha256(repr([(name, sizes[name]) for name in names]).encode()).digest()
     digests_of_names = _over_processes(np.frombuffer(names_digest, np.int32))
     if (digests_of_names != digests_of_names[0]).any():
@@ -158,6 +164,7 @@ def hash_in_shares(sizes: Mapping[str, int], hash_items: Callable[[list[str]], M
     own_hashes = hash_items([name for name in names if owner[name] == jax.process_index()])
     # Items of other processes are zero, so a bitwise OR combines the hashes of all processes.
     own_rows = [bytes.fromhex(own_hashes.get(name, "00" * 32)) for name in names]
+    # As eight int32 each, since JAX has no 64-bit integers by default.
     digests = np.stack([np.frombuffer(row, np.int32) for row in own_rows])
     combined = np.bitwise_or.reduce(_over_processes(digests))
     return {name: row.tobytes().hex() for name, row in zip(names, combined, strict=True)}
@@ -175,6 +182,7 @@ def hash_tensors_in_shares(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
 def _over_processes(own_row: np.ndarray) -> np.ndarray:
     """Return an array of every device's row, (devices, …), in the order of processes; a row is its process's `own_row`."""
     mesh = jax.sharding.get_mesh()
+    # Every device of the mesh holds a row, since an array is sharded over devices and not over processes.
     rows = np.stack([own_row] * len(mesh.local_devices))
     spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), rows)
     owner = jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), np.full(len(rows), jax.process_index(), np.int32))

@@ -65,6 +65,7 @@ def mistral_format(tokenizer: Mistral) -> ChatFormat:
 # Conversations whose texts are all different, so that their order in a rendering is unambiguous.
 _SYSTEM = ("system", "the rules")
 _TURNS = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+# With and without a system turn, and both with an answer at the end and with a question that prompts for one.
 _PROBES = (_TURNS[:2], _TURNS[:3], _TURNS, (_SYSTEM, *_TURNS[:2]), (_SYSTEM, *_TURNS[:3]))
 
 
@@ -81,6 +82,7 @@ def recognize_format(template: str, tokenizer: Tokenizer) -> ChatFormat | None:
         texts = sandbox.render(template, variables)
     except ValueError:
         return None  # the template rejects a conversation, for example a system turn; no known format does
+    # `render` marks the spans that an assistant generates; the marks are no part of the text.
     for mark in sandbox.GENERATION:
         texts = [text.replace(mark, "") for text in texts]
     begin = tokens.get("bos_token", "")
@@ -130,6 +132,7 @@ def jinja_template(chat: ChatFormat) -> str:
         system = ""
         condition = "loop.index0 == turns.first" if chat.system == "first" else "loop.index0 == turns.last"
         lines += [
+            # A namespace, since what Jinja assigns within a loop is lost at the end of the iteration.
             "{%- set turns = namespace(first=none, last=none, system=none) %}",
             "{%- for message in messages %}",
             "{%- if message['role'] == 'system' %}{% set turns.system = message['content'] %}{% endif %}",
@@ -160,6 +163,7 @@ def go_template(chat: ChatFormat) -> str:
 
     .Messages includes the system turns, .System their text (https://docs.ollama.com/template).
     """
+    # Go templates have no arithmetic: message i is the last one if the slice from i on has length 1.
     last = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
     system = rules = first = ""
     if isinstance(chat.system, tuple):
@@ -169,6 +173,7 @@ def go_template(chat: ChatFormat) -> str:
         rules = f'{{{{ if and {condition} $.System }}}}{{{{ $.System }}}}{{{{ "\\n\\n" }}}}{{{{ end }}}}'
     if chat.system == "first":
         first = "{{ $first := true }}"
+        # Part of a user turn's text, so that a system turn before it leaves $first as it is.
         rules += "{{ $first = false }}"
     return "".join(
         [

@@ -130,6 +130,7 @@ def open_gguf(file: str | Path) -> Gguf:
     alignment = settings.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"{file}: general.alignment is {alignment!r}; it has to be a power of two")
+    # -n % a is what n lacks to the next multiple of a.
     data_start = cursor.offset + -cursor.offset % alignment
     return Gguf(file, settings, _tensors(file, data, infos, data_start, alignment))
 
@@ -187,6 +188,7 @@ class _Cursor:
         code = self.number("<I", f"the type of {key}")
         length = self.number("<Q", f"the length of {key}")
         if code == _STRING:
+            # A string takes at least the 8 bytes of its length. Checked before a list of that many is made.
             self.can_hold(length, 8, f"strings in {key}")
             return [self.text(f"entry {i} of {key}") for i in range(length)]
         if code not in _NUMBERS:
@@ -290,8 +292,10 @@ def write_gguf(
         header += _text(key) + _value(value)
     offset = 0
     for spec in specs:
+        # Reversed, since the format states the fastest dim first.
         header += _text(spec.name) + struct.pack(f"<I{len(spec.shape)}Q", len(spec.shape), *reversed(spec.shape))
         header += struct.pack("<IQ", _CODES[spec.encoding], offset)
+        # Offsets count from the start of the data, and each has to be a multiple of the alignment.
         offset += encoded_bytes(spec) + -encoded_bytes(spec) % ALIGNMENT
     try:
         with file.open("wb") as out:
@@ -303,6 +307,7 @@ def write_gguf(
                         part = _quantize(part, spec.encoding)
                     assert part.dtype in (UNQUANTIZED_DTYPES.get(spec.encoding), np.uint8), (spec, part.dtype)
                     written += out.write(np.ascontiguousarray(part).view(np.uint8).data)
+                # The header already states the offsets of the tensors that follow.
                 assert written == encoded_bytes(spec), (spec, written)
                 out.write(bytes(-written % ALIGNMENT))
     except OSError as error:

@@ -77,6 +77,7 @@ def open_weights(path: str | Path) -> WeightFiles:
     """
     opened = _open(path)
     model = gguf_settings.read_architecture(opened)
+    # One expert's gate tells: newer files have all experts in blk.0.ffn_gate_exps.weight.
     layout = _PER_EXPERT if "blk.0.ffn_gate.0.weight" in opened.tensors else names.GGUF
     names.check_counts(path, model, opened.tensors)
     return WeightFiles(opened.file, model, names.weight_pieces(model, layout), opened.tensors)
@@ -150,6 +151,7 @@ def write(
         ValueError: llama.cpp could not serve the model.
     """
     kind = _ALIASES.get(dtype, dtype).lower()
+    # Looked for before the work, so that a missing tool is reported at once.
     tool = None if kind in _TYPES else quantize_tool(kind)
     settings = {**gguf_settings.architecture_settings(model), "general.type": "model", "general.name": name}
     template, chat = _chat(tokenizer, chat_template)
@@ -199,12 +201,15 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: ReadPiece, s
             dtype = container.UNQUANTIZED_DTYPES.get(spec.encoding, np.dtype(np.float32))
             for piece in tensors[spec.name]:
                 part = matrix(piece, dtype)
+                # float32 and bfloat16 have a far larger range; the rounding to float16 turns what exceeds it into infinity.
                 if spec.encoding == "F16" and not np.all(np.isfinite(part)):
                     raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
                 yield part
 
+    # 2 is the version of llama.cpp's quantized types (GGML_QUANT_VERSION of the package gguf).
     settings = {**settings, "general.file_type": np.uint32(type_code), "general.quantization_version": np.uint32(2)}
 
+    # `parts` is one iterator over all tensors: each tensor takes from where the one before it stopped.
     def write_parts(parts: Iterator[np.ndarray]) -> None:
         """Write the file; each tensor takes as many of the parts as it has pieces."""
         container.write_gguf(file, settings, specs, lambda spec: islice(parts, len(tensors[spec.name])))

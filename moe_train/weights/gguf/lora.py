@@ -89,6 +89,7 @@ def export_adapter(
                 factor = merge.scale_of(lora, module, piece.lead) * ranks[module] / alpha
                 if factor != 1:
                     values = values.astype(np.float64) * factor
+            # The only rounding: the factor was applied in float64.
             yield piece.to_file(values.astype(np.float32))
 
     settings = _settings(model, alpha, name, base_model)
@@ -142,12 +143,14 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
         raise ValueError(f"{file} is for another base: general.architecture is {arch!r}, not {expected_arch!r}")
     if not isinstance(alpha, float) or not 0 <= alpha < math.inf:
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}; it has to be a number, 0 or larger")
+    # Without embed, for which llama.cpp swaps A and B (see the top of this file).
     modules = {_module(piece) for piece in names.weight_pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
     table = names.lora_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
         raise ValueError(f"{file} has {unknown[0]}, which is not a supported adapter of this model")
     targets: dict[int, list[str]] = {}
     for module, rank in _ranks(opened, table).items():
+        # The file has one alpha, so modules with the same rank have the same scale.
         targets.setdefault(rank, []).append(module)
     if not targets:
         raise ValueError(f"{file} has no tensors; export the adapter again")
@@ -162,12 +165,14 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
 def _ranks(opened: container.Gguf, table: list[names.WeightPiece]) -> dict[str, int]:
     """Return the rank of each module that has an adapter. Raises ValueError if its layers differ."""
     first_with_rank: dict[str, dict[int, str]] = {}  # for each module, the ranks of its layers and the first tensor with each
+    # The table has A and B in turn.
     for piece_a in table[::2]:
         rank = 0  # no adapter in this layer
         if piece_a.name in opened.tensors:
             shape = opened.tensors[piece_a.name].shape
             if len(shape) < 2:
                 raise ValueError(f"{opened.file}: {piece_a.name} has shape {shape}; the A of an adapter is a matrix")
+            # A is (rank, in), or (experts, rank, in).
             rank = shape[-2]
         module = ParameterPath.parse(piece_a.path).module
         first_with_rank.setdefault(module, {}).setdefault(rank, piece_a.name)

@@ -49,6 +49,7 @@ def _read_own(settings: GgufSettings) -> config.Model:
     # A tool that edits the keys of llama.cpp leaves ours unchanged, and the two then disagree.
     for key, value in _keys(model).items():
         expected = value if isinstance(value, str) else value.item()
+        # Compared exactly, since both sides were rounded to float32.
         if settings.get(key) != expected:
             raise ValueError(
                 f"{key} is {settings.get(key)}, but {value} by {MODEL_KEY}; export the model again, or remove that key"
@@ -78,6 +79,7 @@ class _Keys:
 
     def get_float(self, key: str, default: float | None = None) -> float:
         """Return a float32 value as the shortest decimal that rounds to it."""
+        # float32's 1e-5 would otherwise become 9.999999747378752e-06 and differ from the same model's config.json.
         return float(str(np.float32(self.get(key, default))))
 
     def unread(self) -> list[str]:
@@ -111,6 +113,7 @@ def _read_external(opened: Gguf) -> config.Model:
     model = config.Model.model_validate(
         {
             "family": family,
+            # The key is optional; the rows of the embedding tell the same.
             "vocab_size": keys.get("vocab_size", embedding.shape[0] if embedding else None),
             "model_dim": D,
             "num_layers": keys.get("block_count"),
@@ -124,6 +127,7 @@ def _read_external(opened: Gguf) -> config.Model:
             "ffn": ffn,
             "rope": rope,
             "norm_eps": keys.get_float("attention.layer_norm_rms_epsilon"),
+            # Files leave out a tied head.
             "tie_embeddings": names.GGUF.head.name not in tensors,
             "max_seq_len": keys.get("context_length"),
         }
@@ -162,6 +166,7 @@ def _check_required(keys: _Keys, opened: Gguf, head_dim: int) -> None:
     }
     for key, value in required.items():
         stated = keys.get(key, value)
+        # A stated attention.scale of 0 means the usual 1 / sqrt(head_dim).
         is_default_scale = key == "attention.scale" and stated == 0
         if not math.isclose(stated, value, rel_tol=1e-6) and not is_default_scale:
             raise ValueError(f"{keys.arch}.{key} is {stated}, which is not implemented; it has to be {value}")
@@ -181,6 +186,7 @@ def _rope(keys: _Keys) -> tuple[JsonObject, JsonObject | None]:
     if beta:
         query_scaling = {"beta": beta, "original_max_seq_len": original}
     if kind == "yarn":
+        # llama.cpp assumes an mscale of 1. Without the key, cos and sin are scaled by 0.1 log(factor) + 1: two zeros here.
         mscale_all_dim = keys.get_float("rope.scaling.yarn_log_multiplier", 0.0)
         yarn = {
             "name": "yarn",
@@ -196,6 +202,7 @@ def _rope(keys: _Keys) -> tuple[JsonObject, JsonObject | None]:
         if attn_factor != 1:
             raise ValueError(f"{keys.arch}.rope.scaling.attn_factor is {attn_factor}, which is not implemented; it has to be 1")
         return yarn, query_scaling
+    # Linear scaling by 1 is none.
     if kind not in ("none", "linear") or factor != 1:
         raise ValueError(f"{keys.arch}.rope.scaling is {kind} by {factor:g}; supported: none and yarn")
     return {"name": "default", "theta": theta}, query_scaling
@@ -247,6 +254,7 @@ def _keys(model: config.Model) -> GgufSettings:
             "rope.scaling.yarn_log_multiplier": float(rope.mscale_all_dim) if rope.mscale else 0.0,
         }
     elif scaling:
+        # llama.cpp takes the original length of the queries' scaling from rope's key, so it is stated without YaRN too.
         keys |= {"rope.scaling.type": "none", "rope.scaling.original_context_length": scaling.original_max_seq_len}
     if scaling:
         keys["attention.temperature_scale"] = float(scaling.beta)
@@ -260,6 +268,7 @@ def _typed(value: int | float | str) -> str | np.generic:
     """Return a value in the type in which llama.cpp expects it."""
     if isinstance(value, str):
         return value
+    # The Python type decides, so `_keys` applies float() to what a config may state as an integral number.
     return np.uint32(value) if isinstance(value, int) else np.float32(value)
 
 

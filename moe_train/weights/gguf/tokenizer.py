@@ -97,11 +97,13 @@ def _from_hugging_face(tokenizer: HuggingFace) -> GgufSettings:
     for merge in model["merges"]:
         parts = merge.split(" ", 1) if isinstance(merge, str) else merge  # older files separate the two by a space
         merges.append(tuple(parts))
+    # GGUF has a list of tokens without gaps, while the ids of a tokenizer.json may have some.
     tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
     kinds = [UNUSED] * len(tokens)
     for text, i in model["vocab"].items():
         tokens[i] = text
         kinds[i] = NORMAL
+    # After the vocabulary, which may contain added tokens too: their kind is that of the added ones.
     for added in described.get("added_tokens", []):
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
@@ -142,6 +144,7 @@ def _name_of_split(file: Path, described: JsonObject) -> str:
         raise ValueError(
             f"{file} is neither a byte-level nor a sentencepiece tokenizer that llama.cpp can reproduce: {json.dumps(last)}"
         )
+    # With ignore_merges, a word that is itself a token stays one token, whatever the merges would make of it.
     ignores = bool(described["model"].get("ignore_merges"))
     own_split = (tuple(earlier_steps), bool(last.get("use_regex", True)), ignores)
     for name, split in _SPLITS.items():
@@ -172,6 +175,7 @@ def _sentencepiece_like(
     previous = None
     for rank, pair in enumerate(merges):
         merged = "".join(pair)
+        # llama.cpp has one score per union, so no other merge may come between two merges with the same union.
         if merged != previous and merged in first_rank:
             raise ValueError(f"{file}: the merges of {merged!r} are not consecutive; llama.cpp would tokenize differently")
         previous = merged
@@ -180,11 +184,13 @@ def _sentencepiece_like(
     merge_set = set(merges)
     for token in normal_tokens:
         for pair in _halves(token, normal_tokens):
+            # llama.cpp has no list of merges: it joins any two neighbors whose union is a token.
             if pair not in merge_set:
                 raise ValueError(
                     f"{file} has no merge of {pair[0]!r} and {pair[1]!r}, but llama.cpp would merge them and tokenize differently"
                 )
     # llama.cpp merges the pair whose union has the highest score, so earlier merges get higher scores.
+    # A token without merges is no union, so its score is never used.
     scores = [-float(first_rank.get(token, 0)) for token in tokens]
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": np.bool_(_adds_space(file, described))}
 
@@ -251,6 +257,7 @@ def _from_tekken(file: Path) -> GgufSettings:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     tekken = Tekkenizer.from_file(file)
+    # Special tokens have the first ids; the pieces that are merged by rank follow.
     special = [tekken.id_to_piece(i) for i in range(tekken.num_special_tokens)]
     letters = _byte_letters()
     ordinary = (tekken.id_to_byte_piece(i) for i in range(len(special), tekken.n_words))
@@ -272,6 +279,7 @@ def _from_tekken(file: Path) -> GgufSettings:
 
 def _byte_letters() -> list[str]:
     """Return the letter for each byte in a byte-level vocabulary: the byte itself if visible, otherwise one from 256 on."""
+    # GPT-2's table: spaces and control bytes get printable letters, so that a merge can be stated as two words.
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     letters: list[str] = []
     num_hidden = 0

@@ -57,6 +57,7 @@ def _model(fields: JsonObject) -> config.Model:
         "name": "gqa",
         "num_heads": num_heads,
         "num_kv_heads": _num_kv_heads(family, fields, num_heads),
+        # Older files state none and have the quotient; Mistral Nemo, for one, has another size and states it.
         "head_dim": fields.get("head_dim") or _stated(fields, "hidden_size") // num_heads,
         "windows": _windows(family, fields, num_layers),
         "query_scaling": query_scaling,
@@ -138,6 +139,7 @@ def _windows(family: config.Family, fields: JsonObject, num_layers: int) -> tupl
 
 def _rope(fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
     """Read rotary positions and query scaling from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    # transformers 5 writes rope_parameters and rope_type, earlier versions rope_scaling and type; a file may have both.
     rope_fields = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
     kind = rope_fields.get("rope_type", rope_fields.get("type", "default"))
     if kind not in ("default", "yarn"):
@@ -214,6 +216,7 @@ def write_model_config(
     if "window" in family.features:
         fields["sliding_window"] = next((window for window in a.windows if window is not None), None)
     if "interleaved_windows" in family.features:
+        # transformers expects an entry for each layer, while our windows are one period of layers.
         kinds = ["full_attention" if window is None else "sliding_attention" for window in a.windows]
         fields["layer_types"] = kinds * (model.num_layers // len(kinds))
     if a.query_scaling is not None:  # vLLM reads this and not rope_parameters (vllm/model_executor/models/mistral.py)
@@ -268,5 +271,6 @@ def _rope_parameters(model: config.Model) -> JsonObject:
         if scaling is not None:
             original = scaling.original_max_seq_len
             beta = scaling.beta
+        # YaRN's own original length takes precedence; where queries are scaled too, `check_expressible` has found the two equal.
         parameters = {"original_max_position_embeddings": original, **parameters, "llama_4_scaling_beta": beta}
     return parameters

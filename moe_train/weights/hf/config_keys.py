@@ -45,9 +45,11 @@ _READ = (
 # Fields that do not affect the mathematics: bookkeeping, generation, training losses.
 _IGNORED = (
     *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "attribute_map", "dtype"),
+    # The ids of control tokens are taken from the tokenizer.
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "tokenizer_class"),
     *("is_llama_config", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "torchscript"),
     *("pretraining_tp", "router_aux_loss_coef", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache"),
+    # llama_4_scaling repeats, for vLLM, what rope_parameters states.
     *("max_window_layers", "moe_train", "llama_4_scaling", "base_model_tp_plan", "base_model_pp_plan", "chunk_size_feed_forward"),
     *("finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "prefix", "license"),
     *("max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams"),

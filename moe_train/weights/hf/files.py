@@ -86,14 +86,18 @@ def write(
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     settings = write_model_config(model, dtype=dtype, bos_token_id=bos_id, eos_token_id=eos_id)
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # In the layout that is written, every tensor is a single piece.
     pieces = {piece.name: piece for piece in names.weight_pieces(model)}
     specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
     safetensors_files.write_shards(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
+    # The first process writes the small files for all.
     if share.first != 0:
         return
     write_json(directory / CONFIG_FILE, settings)
+    # A chat may end its turns with another token than EOS; config.json keeps the single one.
     if tokenizer is not None and len(tokenizer.end_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.end_ids)
+    # Without this file, servers generate past the end of an answer.
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
 
 

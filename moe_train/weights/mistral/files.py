@@ -79,6 +79,7 @@ def write(
             "mistral-inference reads only tekken.json or a sentencepiece model; the tokenizer.json that is written next to the "
             "weights is for moe-train and for vLLM with --tokenizer-mode auto"
         )
+    # In this layout every tensor is a single piece.
     pieces = {piece.name: piece for piece in names.weight_pieces(model, names.MISTRAL)}
     specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
     file = directory / f"{STEM}.safetensors"

@@ -67,6 +67,7 @@ def export_adapter(
         )
     pieces = {piece.name: piece for piece in table}
     params = params_json.write_model_config(model)
+    # mistral-inference takes scaling as an argument; `read_lora` takes it from here.
     params["lora"] = {"enable": True, "rank": rank, "dropout": 0.0, "scaling": SCALING}
 
     def tensor(spec: safetensors_files.TensorSpec) -> np.ndarray:
@@ -76,6 +77,7 @@ def export_adapter(
         if ParameterPath.parse(piece.path).leaf == "lora_b":
             # mistral-inference multiplies by SCALING, so B carries what remains of the scale.
             values *= merge.scale_of(lora, _module(piece), piece.lead) / SCALING
+        # Only the rank can be smaller than the file's. Zeros in A and B add nothing to their product.
         padding = [(0, size - length) for size, length in zip(piece.internal_shape, values.shape, strict=True)]
         return piece.to_file(np.pad(values.astype(file_dtype), padding))
 
@@ -91,6 +93,7 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     """Return the section `lora` that describes the adapter in a folder; scaling comes from params.json, or is 2.0 without it."""
     tensors, scaling = _open(directory)
     targets: dict[int, list[str]] = {}
+    # Layer 0 and expert 0 stand for all: load_adapter refuses a file in which the others differ.
     for row in names.linear_rows(model.ffn, names.MISTRAL):
         stem = names.MISTRAL.layer.format(l=0) + row.name.format(e=0).removesuffix(".weight")
         a = tensors.get(names.MISTRAL.adapters[0].format(stem=stem))

@@ -28,6 +28,7 @@ _REQUIRED: JsonObject = {
     "causal": True,
     "quantization": None,
     "quantization_config": None,
+    # The sizes of multi-head latent attention; None: not stated.
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")),
 }
 # Fields that do not affect the text model's mathematics.
@@ -86,6 +87,7 @@ class Params(BaseModel):
     rope_theta: PositiveFloat | None = None
     sliding_window: Positive | list[Positive | None] | None = None
     """One window for all layers, or a period of layers."""
+    # An alias, since pydantic takes a name with a leading underscore for a private attribute.
     hidden_sliding_window: Positive | list[Positive | None] | None = Field(None, alias="_sliding_window")
     """The same under a name that an older vLLM ignores."""
     max_seq_len: Positive | None = None
@@ -202,6 +204,7 @@ def _rope(params: Params) -> JsonObject:
         theta = 1e6
     if yarn is None:
         return {"name": "default", "theta": theta}
+    # Equal mscales cancel to a factor of 1 on cos and sin; zeros stand for 0.1 log(factor) + 1.
     mscale = 0.0 if yarn.apply_scale else 1.0
     return {
         "name": "yarn",
@@ -239,6 +242,7 @@ def write_model_config(model: config.Model) -> JsonObject:
         rope_theta=rope.theta,
         sliding_window=windows if len(windows) > 1 else windows[0],
         max_seq_len=model.max_seq_len,
+        # The name that vLLM reads.
         max_position_embeddings=model.max_seq_len,
         tied_embeddings=model.tie_embeddings,
         moe=moe,

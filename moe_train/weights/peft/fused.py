@@ -46,6 +46,7 @@ class _Part:
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Read the part at `index` of this expert's matrix."""
+        # `read` takes slices of step 1 only, while B's columns of one expert are num_experts apart.
         part = self.tensor.read((self.rows,))[:, self.columns]
         if self.transposed:
             part = part.T
@@ -167,9 +168,11 @@ def alpha_pattern(settings: JsonObject, model: config.Model) -> dict[str, float]
     expert_alphas: dict[str, float] = {}
     for layer in range(model.num_layers):
         for parameter, leaves in _LEAVES.items():
+            # `split_fused` gives the tensors per-expert names, so the alphas have to be found under these.
             pattern = rf"layers\.{layer}\.block_sparse_moe\.experts\.\d+\.({'|'.join(leaves)})"
             expert_alphas[pattern] = alpha_of(settings, f"model.layers.{layer}.mlp.experts.{parameter}")
         if any(name.endswith("gate.weight") for name in settings["target_parameters"]):
             alpha = alpha_of(settings, f"model.layers.{layer}.mlp.gate.weight")
             expert_alphas[rf"layers\.{layer}\.block_sparse_moe\.gate"] = alpha
+    # In this order, since the first pattern that matches decides.
     return expert_alphas | (settings.get("alpha_pattern") or {})

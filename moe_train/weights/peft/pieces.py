@@ -24,6 +24,7 @@ ROUTER_OF_TRANSFORMERS = "mlp.gate"
 
 def adaptable_pieces(model: config.Model, layout: names.TensorLayout = names.HUGGING_FACE) -> list[names.WeightPiece]:
     """List A and B, in turn, of every weight that can have an adapter; their rank is a placeholder."""
+    # A path that ends in `.scale` is that of a norm, which has no adapter.
     modules = {piece.path.rpartition(".")[0] for piece in names.weight_pieces(model) if not piece.path.endswith(".scale")}
     return names.lora_pieces(model, dict.fromkeys(modules, 1), layout)
 

@@ -41,6 +41,7 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
     owners = _adapter_owners(directory, settings, tensors, model, layout)
+    # Checked by name alone here; `load_adapter` checks the shapes.
     known_names = {piece.name for piece in (*adaptable_pieces(model, layout), *saved_pieces(model, layout))}
     if unknown := sorted(tensors.keys() - known_names):
         raise ValueError(
@@ -105,6 +106,7 @@ class _Padded(NamedTuple):
         """Read the part at `index` of the padded matrix."""
         padded = np.zeros(self.shape, self.dtype)
         if self.tensor is not None:
+            # At the beginning of each dim: only the rank differs, and zeros in both factors add nothing to their product.
             padded[tuple(slice(size) for size in self.tensor.shape)] = self.tensor.read()
         return padded[index]
 
@@ -138,6 +140,7 @@ def _open(directory: Path, model: config.Model) -> _Opened:
                 )
             continue
         if isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
+            # Files may have transformers 5's name of the router; the tables have the one that is written.
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
@@ -169,6 +172,7 @@ def _adapter_owners(
         missing = [piece.name for piece in (piece_a, piece_b) if piece.name not in tensors]
         if len(missing) == 1:
             raise ValueError(f"{directory / ADAPTER_WEIGHTS} lacks {missing[0]}; save the adapter again")
+        # An adapter that only some layers have is found below, by the number of layers.
         if missing:
             continue
         stem = piece_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
@@ -184,6 +188,7 @@ def _adapter_owners(
                 "only adapters with the same rank and alpha in all layers are supported"
             )
     for (module, expert), count in num_layers.items():
+        # The entries after the router, embedding and head, are outside the layers and exist once.
         if module not in config.NAMED_IN_FULL[1:] and count < model.num_layers:
             stem, _ = first_layer[module, expert]
             raise ValueError(
@@ -205,6 +210,7 @@ def _targets(owners_of: dict[str, Owners], model: config.Model) -> tuple[config.
     for module, owners_of_shape in owners_of.items():
         max_owners = num_experts if module in (GATE, UP, DOWN) else 1
         for shape, owners in owners_of_shape.items():
+            # None means all experts, which leaves the target without a list of indices.
             experts = None if len(owners) == max_owners else tuple(sorted(owners))
             modules_of.setdefault((shape, experts), []).append(module)
     targets: list[config.LoraTarget] = []

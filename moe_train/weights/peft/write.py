@@ -110,6 +110,7 @@ def _scale_and_pad(trained: np.ndarray, factor: float, shape: tuple[int, ...]) -
 def _shape(lora: config.Lora, module: str, rank: int) -> AdapterShape:
     """Return the rank of a stack of adapters, and the alpha that gives its first target's scale at that rank."""
     target = merge.target_of(lora, module)
+    # The target's own alpha where possible, since scale * rank can differ from it by a rounding.
     return AdapterShape(rank, target.alpha if rank == target.rank and not lora.rslora else lora.scale(target) * rank)
 
 
@@ -143,6 +144,7 @@ def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[s
         gate, up, down = (layer + name for name in (GATE, UP, DOWN))
         # PEFT fuses gate and up into one parameter, so both need the same rank and alpha, and a pair if either has one.
         fused = [trained[module] for module in (gate, up) if module in trained]
+        # The larger rank, then the larger alpha: `matrix` pads and rescales the other one.
         shapes[gate] = shapes[up] = max(fused or [trained[down]])
         shapes.setdefault(down, shapes[gate])
     return shapes
@@ -150,6 +152,7 @@ def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[s
 
 def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: config.Lora, layout: names.TensorLayout) -> JsonObject:
     """Return adapter_config.json without the base model's name."""
+    # The last name before `.weight`, by which PEFT matches a module in all layers.
     leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.weight_pieces(model)}
     by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
@@ -167,6 +170,7 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
         if module in fused_names:
             keys.append(fused_names[module])
         for key in keys:
+            # Patterns list only what differs from the file's own r and lora_alpha.
             if shape.rank != usual.rank:
                 ranks[key] = shape.rank
             if shape.alpha != usual.alpha:
@@ -202,6 +206,7 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
 
 def _in_layer(name: str, layout: names.TensorLayout) -> str:
     """Return the name of a module within its layer; modules outside layers keep their names."""
+    # re.escape also escapes the braces of the placeholder {l}.
     prefix = re.escape(layout.layer).replace(r"\{l\}", r"\d+")
     return re.sub(f"^{prefix}", "", name)
 

@@ -92,8 +92,10 @@ def repair(record: str | Conversation, form: Requirements) -> tuple[str | Conver
     if isinstance(record, str):
         text, change = texts.replaced(record)
         return text, [(UNICODE.name, change)] if change else []
+    # Corrections rely on the types, as the rules do.
     if any(_types(record)):
         return record, []
+    # A deep copy, since each `fix` edits messages and calls in place.
     record = copy.deepcopy(record)
     changes: list[tuple[str, str]] = []
     for rule in RULES:

@@ -120,6 +120,7 @@ def places_of(sources: Sequence[CheckedSource], picked: bool) -> list[CheckedFil
     """
     places = []
     for i, source in enumerate(sources):
+        # Only the files and their format matter here, but a FileSource has to have some record section.
         record = source.record or config.TextRecord(name="text")
         section = config.FileSource.model_validate(
             {"name": "files", "files": source.files, "format": source.format, "record": record}

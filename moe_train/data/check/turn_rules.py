@@ -150,6 +150,7 @@ def fix_empty_answer(conversation: Conversation, form: Requirements) -> Iterator
     """
     for i, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and "tool_calls" not in message and not _visible_text(message):
+            # Up to the answer before, so that the question goes as well.
             keep = max((k for k in range(i) if conversation.messages[k]["role"] == "assistant"), default=-1) + 1
             cut = len(conversation.messages) - keep
             del conversation.messages[keep:]

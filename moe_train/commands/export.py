@@ -271,6 +271,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     run = opened.run
     rank = 1
     if opened.lora:
+        # vLLM has to be started with the largest rank that it serves (--max-lora-rank).
         rank = max((target.rank for target in opened.lora.targets), default=1)
     kind: Literal["huggingface", "mistral"] = "mistral"
     if opened.tokenizer.chat_template is not None:
@@ -278,6 +279,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     base = run.init_from if run else None
     base_export = ""
     if layout == "peft" and base is not None and _hugging_face_base(opened) is None:
+        # A placeholder: only the user knows where the base should go.
         base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
     in_wrapper = layout == "peft" and _names_of_base(opened) is names.WRAPPED
@@ -314,6 +316,7 @@ def _about(opened: OpenedModel, loaded: LoadedWeights) -> JsonObject:
         return {"source": str(opened.directory)}
     origin: JsonObject = {"source": str(run_folder(opened.directory))}
     origin |= {"run": opened.run.name, "step": loaded.step, "data_sha256": about.data, "manifest_sha256": about.manifest}
+    # Of the same text that is written as the export's config.
     origin["config_sha256"] = hashlib.sha256(_config_text(opened, loaded).encode()).hexdigest()
     if about.base is not None:
         origin["base"] = {

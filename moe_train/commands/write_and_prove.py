@@ -77,6 +77,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
     _check_adapters(parameters, options.merge)
     check_dtype(options.layout, options.dtype)
     lora = options.lora if options.merge else None
+    # Adapters take no space of their own in a whole model: they are merged.
     num_values = sum(array.size for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter)
     check_space(out_dir, num_values * BYTES_PER_VALUE.get(options.dtype, 2))
     report_written = progress.counted("writing", num_values)

@@ -105,6 +105,7 @@ def export(
         FileExistsError: `out_dir` exists and is not an empty directory.
         RuntimeError: the verification fails.
     """
+    # Before anything below touches a device, as JAX requires.
     join_processes()
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
     _check_options(layout, options)
@@ -203,6 +204,7 @@ def _export_adapter(
             origin.about,
             _hugging_face_base(opened),
         )
+        # Within the block, so that an adapter that fails its checks never appears as `out_dir`.
         record = prove_adapter(exported)
         if together.is_first():
             prove.write_record(directory, record)
@@ -241,6 +243,7 @@ def _hugging_face_base(opened: OpenedModel) -> Path | None:
 def _names_of_base(opened: OpenedModel) -> names.TensorLayout:
     """Return the names that transformers gives to the modules of a run's base."""
     base = _hugging_face_base(opened)
+    # Within a wrapper with a vision tower, the modules of the text model have another prefix.
     return names.WRAPPED if base is not None and hf.is_wrapper(base) else names.HUGGING_FACE
 
 
@@ -329,6 +332,7 @@ def _about(opened: OpenedModel, loaded: LoadedWeights) -> JsonObject:
 
 def _conversations(run: config.Run) -> Iterator[Conversation]:
     """Yield the conversations of the training data that are in local files."""
+    # The comparison is an extra check, so data that are elsewhere or gone do not stop an export.
     for source in run.data.train if isinstance(run.data, config.RunData) else ():
         if not isinstance(source, config.FileSource) or isinstance(source.record, config.TextRecord):
             continue

@@ -46,6 +46,7 @@ def restart_reason(between: list[Message]) -> str:
 def fitting_tokens(merged: MergedTurns | None, limit: int) -> int:
     """Return how many tokens to keep so that at most `limit` remain and no turn is cut; 0 if no trained turn fits."""
     ends = () if merged is None else merged.ends
+    # A cut at the end of a turn keeps its end token, so the model still learns to stop.
     return max((end for end in ends if end <= limit), default=0)
 
 

@@ -86,6 +86,7 @@ def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
     mask = [False] * len(tokens)
     ends = [i + 1 for i, token in enumerate(tokens) if token == tokenizer.eos_id]
     assistant_messages = [message for message in request.messages if isinstance(message, AssistantMessage)]
+    # The normalizer has joined consecutive messages of the assistant, which `turns` counts as one turn, too.
     for end, message, turn in zip(ends, assistant_messages, turns(conversation.messages), strict=True):
         start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.trained_on:

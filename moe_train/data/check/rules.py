@@ -124,6 +124,7 @@ def _types(conversation: Conversation) -> Iterator[str]:
             yield f"message {i} has role {brief(message.get('role'))}, which should be text"
         if not _is_content(message.get("content", "")):
             yield f"the content of message {i} should be text, not {brief(message['content'])}"
+        # Types are checked before `fix_role`, so the role may still have one of its other names.
         elif "content" not in message and ("tool_calls" not in message or turns.normal_role(message.get("role")) != "assistant"):
             yield f"message {i} has no content"
         if not isinstance(message.get("tool_call_id", ""), str):

@@ -39,6 +39,7 @@ def fix_role(conversation: Conversation, form: Requirements) -> Iterator[str]:
     for i, message in enumerate(conversation.messages):
         role = message["role"]
         new_role = normal_role(role)
+        # An unknown role stays: which one is meant would be a guess.
         if new_role != role and new_role in ROLES:
             message["role"] = new_role
             yield f"message {i}: role {role} is {new_role} here"
@@ -69,6 +70,7 @@ def fix_system_not_first(conversation: Conversation, form: Requirements) -> Iter
 
 def role_order(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find messages whose role may not follow the role before it."""
+    # `system-first` judges where system messages stand.
     turns = [(i, message) for i, message in enumerate(conversation.messages) if message["role"] != "system"]
     before: Message | None = None
     for i, message in turns:

@@ -47,6 +47,7 @@ def diff_command(
         print_json(comparison.to_json())
         return
     for title_or_table in comparison_tables(comparison, top):
+        # A title may contain a path, which must be neither broken nor read as markup.
         stdout_console().print(title_or_table, markup=False, highlight=False, soft_wrap=isinstance(title_or_table, str))
 
 

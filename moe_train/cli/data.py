@@ -90,6 +90,7 @@ def check_command(
 
     config = None if config_path is None else read_config(config_path)
     sources, evaluation = _sources_to_check(files, layout, columns, ignore, config_path, config)
+    # Stated files replace the evaluation set of the config.
     if against:
         evaluation = (CheckedSource(tuple(against), ignore=tuple(ignore or ())),)
     loaded = _load_tokenizer(tokenizer, config)
@@ -108,6 +109,7 @@ def check_command(
         fix=fix,
         dry_run=dry_run,
         sample=sample,
+        # The cores that this process may use, which in a container can be fewer than the machine has.
         num_proc=num_proc or len(os.sched_getaffinity(0)),
         num_listed=show,
     )
@@ -133,6 +135,7 @@ def _sources_to_check(
     """Return the sources to check and those of the evaluation set, from the command line or from a run's data section."""
     from moe_train.data.check import sources
 
+    # Either both are missing or both are stated.
     if (config is None) == (not files):
         raise ValueError("name either FILES, or with --config a run whose data.train is to be checked")
     ignored = tuple(ignore or ())

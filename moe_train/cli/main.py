@@ -33,6 +33,7 @@ app = typer.Typer(
     epilog=help_examples("moe-train quickstart", "moe-train train configs/quickstart_pretrain.yaml train.steps=50"),
     no_args_is_help=True,
     add_completion=False,
+    # `main` prints errors itself, each in one line.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -132,12 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
     try:
         with _log_to_stderr():
+            # Not standalone, so that Typer raises errors instead of printing them; it returns the code of typer.Exit, or None.
             sys.exit(app(arguments, prog_name="moe-train", standalone_mode=False) or 0)
     except _UsageError as error:
         _print_usage_error(error)
         sys.exit(2)
     except Exception as error:
         code = _report(error, debug)
+        # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.
         processes.exit_process(code)
         sys.exit(code)
 
@@ -162,6 +165,7 @@ def _report(error: Exception, debug: bool) -> int:
         reason = " ".join(str(error).split())[:300]
         print(f"moe-train: the processes lost touch with each other: {reason}; start again to continue", file=sys.stderr)
         return processes.UNFINISHED
+    # Exactly RuntimeError: its subclasses, such as JAX's errors and RecursionError, are not messages of this package.
     is_expected = isinstance(error, (*USER_ERRORS, OSError)) or type(error) is RuntimeError
     if debug or not is_expected:
         traceback.print_exc()
@@ -171,6 +175,7 @@ def _report(error: Exception, debug: bool) -> int:
         print(f"moe-train: {line}", file=sys.stderr)
     if isinstance(error, USER_ERRORS):
         return 2
+    # A lost connection may work again, so the same command can continue.
     return processes.UNFINISHED if isinstance(error, ConnectionError) else 1
 
 

@@ -60,6 +60,7 @@ def generate_command(
     if as_json:
         print_json([{"prompt": text, "completion": completion} for text, completion in pairs])
     else:
+        # A text that is continued follows its prompt without a break, an answer is a turn of its own.
         separator = "\n" if chat else ""
         print("\n\n".join(f"{text}{separator}{completion}" for text, completion in pairs))
 
@@ -150,6 +151,7 @@ def verify_command(
     with progress_line("verifying"):
         _, results = verify(directory, base, run, depth, adapter)
     checks = [check.to_json() for check in results]
+    # None is a check that this machine cannot make, which is no failure.
     failed = [check.name for check in results if check.passed is False]
     if as_json:
         print_json({"directory": str(directory), "passed": not failed, "checks": checks})

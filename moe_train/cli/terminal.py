@@ -36,6 +36,7 @@ def stdout_console() -> Console:
     """Return a console for stdout: as wide as the terminal, or `PIPE_WIDTH` characters."""
     from rich.console import Console
 
+    # Without a terminal, Rich would assume 80 characters and fold the tables of a log.
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 

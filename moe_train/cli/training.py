@@ -23,6 +23,7 @@ training_commands = typer.Typer()
 )
 def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
     """Train the run that CONFIG describes; an interrupted run continues from its last checkpoint."""
+    # Read before the import below, which takes seconds (jax), so that a mistake in the config is reported at once.
     config = read_config(config_path, overrides)
     from moe_train.commands.train import train
 
@@ -107,6 +108,7 @@ def plan_command(
 
     options = planning.PlanOptions(0 if no_compile else compile_best, compile_only, batch == "any", by, price)
     with progress_line("modelling" if no_compile else "modelling and compiling"):
+        # Progress goes to stderr, so that stdout holds the answer alone.
         answer = plan_run(config, topology, options, say=lambda text: print(text, file=sys.stderr))
     if hlo is not None:
         planning.write_hlo(answer, hlo)
@@ -120,6 +122,7 @@ def plan_command(
             print(line)
     if config_out is not None:
         write_text(config_out, yaml_file.dump(planning.best_config(answer, config)))
+    # Last, so that the table shows what does not fit.
     if answer.best is None:
         raise typer.Exit(1)
 

@@ -55,6 +55,7 @@ class MatrixChange(NamedTuple):
     @property
     def relative(self) -> float:
         """Norm of the change over that of the weight; infinity if only the weight is zero."""
+        # 0 / 0 is no change, and anything over a zero weight sorts first in the comparison.
         if self.weight:
             return self.delta / self.weight
         return math.inf if self.delta else 0.0
@@ -74,6 +75,7 @@ class Comparison(NamedTuple):
 
     def experts(self) -> list[list[float]]:
         """Return [sparse layer][expert]: the norm of all changes of an expert, over the norm of its adapted matrices."""
+        # Squares add up: the Frobenius norm of several matrices together is the root of the sum of their squares.
         squares: dict[tuple[int, int], list[float]] = {}
         for change in self.changes:
             if change.expert is not None and change.layer is not None:
@@ -113,6 +115,7 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
     """
     base = _find_base(source) if base is None else base
     model = model_dir.read_model(base)
+    # One device is enough, since the norms are computed by numpy on the host.
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         adapters = [_load_adapter(path, model) for path in (source, against) if path is not None]
         read_weight = _base_weights(base, model)
@@ -144,6 +147,7 @@ def _find_base(source: str | Path) -> str:
 
 def _load_adapter(source: str | Path, model: config.Model) -> tuple[config.Lora, Parameters]:
     """Return the section `lora` of an adapter, and the trained parameters."""
+    # Quantization is a matter of the base's weights in training; here they are read as its files hold them.
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute(), lora)))[1]
     return lora, model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
@@ -175,6 +179,7 @@ def _measure_change(
         delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in adapters])
     layer = path.layer(model, piece.lead[0]) if piece.lead else None
     expert = piece.lead[1] if len(piece.lead) == 2 else None
+    # In float16 a square overflows from 256 on, and a long sum in float32 loses small terms.
     weight_norm = math.sqrt(np.sum(np.square(base_weight, dtype=np.float32), dtype=np.float64))
     return MatrixChange(layer, path.module, expert, float(delta), weight_norm)
 
@@ -193,6 +198,7 @@ def _factors(
     """Return (s·A as (in, J), B as (J, out)), or None without an adapter."""
     if not path.has_adapter(trained):
         return None
+    # In float64, since the difference of two similar adapters cancels most digits.
     a, b = (fetch_entry(trained[name], lead).astype(np.float64) for name in path.adapter)
     J = b.shape[0]
     return merge.scale_of(lora, path.module_path, lead) * a.reshape(-1, J), b.reshape(J, -1)
@@ -205,6 +211,7 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
     """
     signed_a = []
     b_factors = []
+    # A single adapter takes the first sign only.
     for sign, pair in zip((1, -1), factors, strict=False):
         if pair is not None:
             signed_a.append(sign * pair[0])

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 def summary_of_hashes(hashes: Mapping[str, str]) -> str:
     """Return one hash for the hashes of all tensors of a base, as the records of exports state it."""
+    # Sorted, so that the summary does not depend on the order in which files hold their tensors.
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -30,6 +31,7 @@ def warn_of_another_base(base: str | Path, adapter: str | Path) -> None:
         adapter: a run or an external adapter.
     """
     trained_on, recorded = _recorded_base(adapter)
+    # Hashes are of the tensors of external files; a run's checkpoint has none to compare with them.
     if recorded is not None and not is_run(base):
         if summary_of_hashes(external.hash_external_model(base)) != recorded:
             log.warning(
@@ -39,6 +41,7 @@ def warn_of_another_base(base: str | Path, adapter: str | Path) -> None:
                 adapter,
             )
         return
+    # A folder of the same name elsewhere is taken for a copy of the base.
     if trained_on and Path(trained_on).resolve() != Path(base).resolve() and Path(trained_on).name != Path(base).name:
         log.warning(
             "the adapter %s names %s as its base, and is merged into %s; its shapes fit, but the weights may be others",
@@ -52,6 +55,7 @@ def _recorded_base(adapter: str | Path) -> tuple[str | None, str | None]:
     """Return the base that an adapter names, and the hash of its weights; None for what is not known."""
     if is_run(adapter):
         about = manager.newest_metadata(adapter)
+        # With a step the hashes are of a checkpoint's files, not of tensors.
         if about is None or about.base is None or about.base.step is not None:
             return None, None
         return about.base.source, summary_of_hashes(about.base.hashes)

@@ -44,6 +44,7 @@ def bench(written: config.Config) -> JsonObject:
         state, structure, optimizer = _random_state(run)
         definition = definition_of(run, structure, optimizer)
         objective = definition.objective
+        # A reference model has no adapters, so only modules that are trained in full differ from the frozen weights.
         reference = trained_in_full(state.learned, run.lora) if objective.uses_reference else {}
         base_weights = jax.tree.map(jnp.copy, reference)  # a copy, since the step donates the arrays of the state
         rows = run.train.batch_size // jax.process_count()
@@ -66,6 +67,7 @@ def bench(written: config.Config) -> JsonObject:
 
         median = statistics.median(seconds[-TIMED_STEPS:])
         tokens = run.train.batch_size * run.train.seq_len
+        # With frozen base weights the step computes no gradients of them, so it takes fewer FLOPs.
         adapters = state.trainable if run.lora else None
         flops = tokens * flops_per_token(run.model, run.train.seq_len, adapters) / median
         peak, source = peak_flops(list(mesh.devices.flat))

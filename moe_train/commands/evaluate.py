@@ -46,8 +46,10 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
     mesh = opened.mesh
     seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
     replicas = math.prod(mesh.shape[axis] for axis in BATCH)
+    # About 8 rows, and at least one for each replica.
     batch_size = replicas * max(1, 8 // replicas)
     if run:
+        # A microbatch of the run is known to fit into memory.
         batch_size = run.train.batch_size // run.train.microbatches
     # Rounded up to a multiple of the replicas, over which the batch is divided.
     batch_size += -batch_size % replicas
@@ -57,6 +59,7 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
         chat_template = chat_template or run.data.chat_template
         chat_date = date_of_data(run.data)
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
+        # Only `eval` is read, but a data section has to have training sources.
         data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
         loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0)
         structure, params, step = opened.load_with_step()
@@ -90,6 +93,7 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
         record = located(location, recognise, first_fields)
     if isinstance(record, config.TextRecord):
         return record
+    # As many records as possible count: training may drop one that is too long, or stop at it.
     return record.model_copy(update={"too_long": "truncate"})
 
 

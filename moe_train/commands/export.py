@@ -105,6 +105,7 @@ def export(
         FileExistsError: `out_dir` exists and is not an empty directory.
         RuntimeError: the verification fails.
     """
+    # Before anything below touches a device, as JAX requires.
     join_processes()
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
     _check_options(layout, options)
@@ -203,6 +204,7 @@ def _export_adapter(
             origin.about,
             _hugging_face_base(opened),
         )
+        # Within the block, so that an adapter that fails its checks never appears as `out_dir`.
         record = prove_adapter(exported)
         if together.is_first():
             prove.write_record(directory, record)
@@ -241,6 +243,7 @@ def _hugging_face_base(opened: OpenedModel) -> Path | None:
 def _names_of_base(opened: OpenedModel) -> names.TensorLayout:
     """Return the names that transformers gives to the modules of a run's base."""
     base = _hugging_face_base(opened)
+    # Within a wrapper with a vision tower, the modules of the text model have another prefix.
     return names.WRAPPED if base is not None and hf.is_wrapper(base) else names.HUGGING_FACE
 
 
@@ -271,6 +274,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     run = opened.run
     rank = 1
     if opened.lora:
+        # vLLM has to be started with the largest rank that it serves (--max-lora-rank).
         rank = max((target.rank for target in opened.lora.targets), default=1)
     kind: Literal["huggingface", "mistral"] = "mistral"
     if opened.tokenizer.chat_template is not None:
@@ -278,6 +282,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     base = run.init_from if run else None
     base_export = ""
     if layout == "peft" and base is not None and _hugging_face_base(opened) is None:
+        # A placeholder: only the user knows where the base should go.
         base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
     in_wrapper = layout == "peft" and _names_of_base(opened) is names.WRAPPED
@@ -314,6 +319,7 @@ def _about(opened: OpenedModel, loaded: LoadedWeights) -> JsonObject:
         return {"source": str(opened.directory)}
     origin: JsonObject = {"source": str(run_folder(opened.directory))}
     origin |= {"run": opened.run.name, "step": loaded.step, "data_sha256": about.data, "manifest_sha256": about.manifest}
+    # Of the same text that is written as the export's config.
     origin["config_sha256"] = hashlib.sha256(_config_text(opened, loaded).encode()).hexdigest()
     if about.base is not None:
         origin["base"] = {
@@ -326,6 +332,7 @@ def _about(opened: OpenedModel, loaded: LoadedWeights) -> JsonObject:
 
 def _conversations(run: config.Run) -> Iterator[Conversation]:
     """Yield the conversations of the training data that are in local files."""
+    # The comparison is an extra check, so data that are elsewhere or gone do not stop an export.
     for source in run.data.train if isinstance(run.data, config.RunData) else ():
         if not isinstance(source, config.FileSource) or isinstance(source.record, config.TextRecord):
             continue

@@ -65,6 +65,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
     weights = external.open_external_weights(base)
     left_out.report_left_out(base)
     names.check_file_tensors(base, weights.pieces, {name: tensor.shape for name, tensor in weights.tensors.items()}, {})
+    # Before anything is written, so that a tokenizer that would lose tokens leaves no files.
     ids = new_ids(old, new)
     check_vocab(old, weights.model.vocab_size)
     model = weights.model.model_copy(update={"vocab_size": new.vocab_size})
@@ -154,6 +155,7 @@ def token_pieces(tokenizer: Tokenizer) -> dict[int, str | bytes]:
     pieces: dict[int, str | bytes] = dict(enumerate(mistral_tokenizer.vocab()))
     if isinstance(mistral_tokenizer, Tekkenizer):
         for i in range(mistral_tokenizer.num_special_tokens, mistral_tokenizer.n_words):
+            # `vocab` gives one and the same text for all pieces that are no valid UTF-8, so bytes tell them apart.
             pieces[i] = mistral_tokenizer.id_to_byte_piece(i)
     return pieces
 
@@ -174,6 +176,7 @@ def extend_table(piece: names.WeightPiece, read: ReadTensor, ids: Mapping[int, i
     total = np.zeros(dim)
     is_new = np.ones(size, bool)
     out = None
+    # Only ids of the old tokenizer: rows that pad the base's table belong to no token.
     for old_ids, rows in _rows(piece, read, list(ids)):
         out = np.empty((size, dim), rows.dtype) if out is None else out
         new_rows = [ids[i] for i in old_ids]

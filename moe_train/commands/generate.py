@@ -53,6 +53,7 @@ def generate_text(
     template = opened.chat_template if chat_template is None else load_template(chat_template, tokenizer)
     if template is not None:
         data = opened.run.data if opened.run else None
+        # The date of the training data, so that the prompt has the tokens that training saw.
         template = dated(template, date_of_data(data if isinstance(data, config.RunData) else None))
     tokens = [_encode(prompt, tokenizer, template, chat) for prompt in prompts]
     check_lengths(tokens, max_tokens, model)

@@ -55,6 +55,7 @@ def inspect(written: config.Config) -> Report:
         for path, x in shapes.items()
     ]
     totals: dict[str, int | str] = {
+        # A quantized array has other dims than the weight that it stands for.
         "total_parameters": sum(x.size for x in unquantized_shapes(shapes).values()),
         "active_parameters": active_parameters(unquantized_shapes(shapes), run.model),
         "trainable_parameters": sum(x.size for x in trainable.values()),
@@ -77,12 +78,14 @@ def active_parameters(shapes: dict[str, jax.ShapeDtypeStruct], model: config.Mod
     if not isinstance(model.ffn, config.MoeFfn):
         return sum(x.size for x in shapes.values())
     in_experts = sum(x.size for path, x in shapes.items() if ParameterPath.parse(path).is_expert(model))
+    # Experts of a layer are equal in size, so the division below is exact.
     idle_experts = model.ffn.num_experts - model.ffn.experts_per_token
     return sum(x.size for x in shapes.values()) - in_experts * idle_experts // model.ffn.num_experts
 
 
 def _spec_text(spec: jax.sharding.PartitionSpec, ndim: int) -> str:
     """Format a spec as `- fsdp tensor -`: the mesh axis of each dim, `-` for a dim that is not split."""
+    # A spec may be shorter than the array; the dims that it leaves out are not split.
     entries = [*spec, *[None] * (ndim - len(spec))]
     return " ".join(_spec_entry_text(entry) for entry in entries)
 

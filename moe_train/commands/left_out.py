@@ -47,6 +47,7 @@ def report_rounding(source: str | Path, dtypes: tuple[str, str]) -> dict[str, An
         The entry `rounded_from` of the export's record; nothing if no bits are lost.
     """
     files = first_files(source)
+    # float32 holds every float16 value; bfloat16 has 8 bits of significand, and float16 has 11.
     if files is None or "bfloat16" not in dtypes:
         return {}
     stored = {tensor.dtype.name for tensor in external.open_external_weights(files).tensors.values()}
@@ -64,6 +65,7 @@ def first_files(source: str | Path) -> Path | None:
     """Return the files that a run started from, through other runs if need be, or the model itself; None if there are none."""
     seen: set[Path] = set()
     path = Path(source)
+    # `seen` ends the loop if configs name each other's runs.
     while is_run(path) and path not in seen:
         seen.add(path)
         start = read_run(path).init_from

@@ -42,6 +42,7 @@ def plan_run(
 def _starting_mesh(mesh: config.Mesh, topology: Topology) -> config.Mesh:
     """Return the stated mesh, or one device if its axis of -1 cannot be filled, since the search tries all meshes anyway."""
     sizes = mesh.model_dump().values()
+    # abs(-1) is 1, so this is the product of the stated axes.
     if -1 in sizes and topology.num_devices % math.prod(abs(size) for size in sizes):
         return config.Mesh(context=max(mesh.context, 1))
     return mesh

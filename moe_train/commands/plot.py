@@ -83,6 +83,7 @@ def plot(run_dirs: list[Path], out: Path) -> None:
     runs = [read_run_metrics(run_dir) for run_dir in run_dirs]
     import matplotlib
 
+    # Before pyplot is imported, so that no display is needed.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -115,6 +116,7 @@ def plot(run_dirs: list[Path], out: Path) -> None:
             _mark_empty(panel)
     _draw_expert_load(figure, experts, runs[-1])
     picture = io.BytesIO()
+    # To memory first, so that `out` is replaced at once.
     figure.savefig(picture, format=out.suffix[1:], dpi=110)
     pyplot.close(figure)
     write_bytes(out, picture.getvalue())
@@ -135,6 +137,7 @@ def _draw_expert_load(figure: Figure, panel: Axes, run: RunMetrics) -> None:
         _mark_empty(panel)
         return
     load_LE = np.mean(loads[-max(1, len(loads) // 10) :], axis=0)
+    # Shares times the number of experts: 1, the middle of the colors, is an even load.
     image = panel.imshow(load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
     panel.set(xlabel="expert", ylabel="sparse layer")
     for axis in (panel.xaxis, panel.yaxis):

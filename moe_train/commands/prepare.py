@@ -56,6 +56,7 @@ def prepare(written: config.Config, to: str | None = None) -> JsonObject:
                     "path": store.path if to is None else upload(store.path, to),
                 }
             )
+    # After the loop, so that it finds every set in the cache.
     loader = Loader(data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
     steps = loader.total_steps(run.train)
     return {
@@ -90,6 +91,7 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[Jso
     rows = range(run.train.batch_size) if row is None else [row]
     traced = []
     for r in rows:
+        # The loader counts steps from 0.
         for number, segment in enumerate(loader.trace(step - 1, r), start=1):
             traced.append({"row": r, "segment": number, **segment._asdict()})
     return traced

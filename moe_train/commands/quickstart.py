@@ -44,6 +44,7 @@ def quickstart() -> int:
     console = Console(stderr=True, highlight=False)
     jax.config.update("jax_compilation_cache_dir", str(WORK.absolute() / "jax_cache"))
 
+    # These folders appear complete or not at all (`new_directory`), so one that exists is finished.
     text = WORK / "text"
     tokenizer = WORK / "tokenizer"
     if not text.exists():

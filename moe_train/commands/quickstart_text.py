@@ -61,6 +61,7 @@ def gather_texts(
     library = _read_library(root, [path for path in paths if path != root / _TOPICS])
     text = {f"topic {name}": topic for name, topic in _topics(root / _TOPICS)}
     text |= library.docstrings
+    # In the order of hashes, so that the sources within `max_bytes` are a mixture, and not those at the start of the alphabet.
     by_digest = sorted(library.sources.items(), key=lambda item: _digest(item[0]))
     lines: dict[str, list[_Record]] = {name: [] for name in FILES}
     for name, body in _limit_bytes([*text.items(), *by_digest], max_bytes):
@@ -116,6 +117,7 @@ def _digest(text: str) -> str:
 
 
 def _split_of(name: str, heldout: float) -> str:
+    # Eight hex digits are a uniform number below 2**32. By name, so that all texts of a module are in the same part.
     return "heldout" if int(_digest(name)[:8], 16) < heldout * 2**32 else "train"
 
 
@@ -131,6 +133,7 @@ def _topics(path: Path) -> list[tuple[str, str]]:
     """Read the dict `topics` of pydoc_data/topics.py as (name, reference text), each text once, under its first name."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "topics" for t in node.targets):
+            # Reversed, so that the first name of a text is the last one that the dict below keeps.
             topics = sorted(ast.literal_eval(node.value).items(), reverse=True)
             by_text = {text: name for name, text in topics}
             return sorted((name, text) for text, name in by_text.items())

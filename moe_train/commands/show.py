@@ -84,6 +84,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
         places += [records.where(origin)] * len(record_examples)
     if not examples:
         raise ValueError(f"{', '.join(records.names)}: no record with any text; name files that have records")
+    # An example takes one position less than it has ids, since its last id is only predicted.
     lengths = np.asarray([len(example.tokens) - 1 for example in examples])
     seq_len = seq_len or int(lengths.sum())
     too_long = source.record.too_long
@@ -113,6 +114,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
 
 
 def _piece(example: Example, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
+    # A piece of n positions has n + 1 ids, the last of which is only predicted.
     cut = slice(start, start + length + 1)
     tokens = np.asarray(example.tokens[cut])
     if example.loss_mask is None:
@@ -161,7 +163,9 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownSegment]:
         tokens, targets, loss_mask, segment_ids, positions = (array[row] for array in rows.batch)
         for number, place in enumerate(places, start=1):
             token_indices = np.flatnonzero(segment_ids == number)
+            # The targets are the tokens shifted by one, so the first token and all targets are the whole segment.
             ids = [int(tokens[token_indices[0]]), *targets[token_indices].tolist()]
+            # The loss mask is one of targets; the first token is the target of nothing.
             trained_on = [False, *loss_mask[token_indices].tolist()]
             # The last target has no position of its own in the batch.
             shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
@@ -199,6 +203,7 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     return piece_texts
 
 
+# U+2400 onwards are the pictures of the control characters. The others are C1 controls and marks of text direction.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 _VISIBLE |= {code: 0xFFFD for code in (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
@@ -296,6 +301,7 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
 
 
 def _span(token: Token, positions: bool) -> str:
+    # The CSS classes of `_PAGE`: l is trained on, c is a control token.
     classes = " ".join(name for name, on in (("l", token.trained_on), ("c", token.control)) if on)
     text = html.escape(escape_control_characters(token.text)) + (f"<sub>{token.position}</sub>" if positions else "")
     return f'<span class="{classes}" title="position {token.position}, id {token.id}">{text}</span>'

@@ -99,6 +99,7 @@ def train_tokenizer(
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     form = _format(chat_format)
+    # The trainer gives ids in this order, beginning with 0 for padding.
     specials = [form.pad, *([form.bos] if form.bos else []), form.eos, *form.markers]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(specials)
@@ -107,6 +108,7 @@ def train_tokenizer(
     refuse_existing(Path(out_dir))  # fail before the long work rather than after it
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
+    # Without a prefix space, the text behind a control token is encoded as it is.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     num_characters = 0
@@ -121,6 +123,7 @@ def train_tokenizer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=specials,
+        # All 256 bytes, so that every text can be encoded, and not only the characters seen here.
         initial_alphabet=alphabet,
         show_progress=progress,
     )
@@ -148,6 +151,7 @@ def _write_files(tokenizer: tokenizers.Tokenizer, form: _Format, directory: Path
         "eos_token": form.eos,
         "pad_token": form.pad,
         "add_bos_token": form.bos is not None,
+        # transformers would otherwise remove spaces before punctuation when it decodes.
         "clean_up_tokenization_spaces": False,
     }
     if form.bos is not None:

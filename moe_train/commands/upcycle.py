@@ -83,6 +83,7 @@ def upcycle(
             shutil.copyfile(generation_config, directory / generation_config.name)
         _check_written(directory, model, table, matrix)
     in_experts = sum(int(np.prod(piece.shape)) for piece in table if len(piece.lead) == 2)
+    # Experts of a layer are equal in size, so the division is exact.
     idle = in_experts * (num_experts - experts_per_token) // num_experts
     total = sum(int(np.prod(piece.shape)) for piece in table)
     return {
@@ -111,6 +112,7 @@ def _matrix_maker(
         w = base_piece.from_file(dense.tensors[base_piece.name].read)
         is_expert = len(piece.lead) == 2
         if noise and is_expert:
+            # Added in float32, and rounded to the dtype of the file once.
             w = w.astype(np.float32)
             w += noise * w.std() * rng.standard_normal(w.shape, np.float32)
         return piece.to_file(w).astype(dtype)
@@ -126,6 +128,7 @@ def _check_written(
     if written.model != model:
         raise RuntimeError(f"{directory / 'config.json'} describes a different model than was written: {written.model}")
     for piece in table:
+        # Bytes, since NaN differs from itself and -0 equals 0.
         if written.tensors[piece.name].read().tobytes() != matrix(piece).tobytes():
             raise RuntimeError(f"{piece.name} in {directory} is not what was written; write it again, and check the disk")
 

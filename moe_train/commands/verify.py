@@ -60,6 +60,7 @@ def verify(
         opened = unquantized_model(open_model(run))
         with jax.set_mesh(opened.mesh):
             weights = opened.to_export().weights
+            # The run's adapters are in the files if these are an adapter alone, or if tensors were merged (`adapted`).
             holds_adapter = record["format"] not in get_args(expected.ModelLayout) or record.get("adapted")
             lora = opened.lora if holds_adapter else None
             trained = prove.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)

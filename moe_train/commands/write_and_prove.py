@@ -77,6 +77,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
     _check_adapters(parameters, options.merge)
     check_dtype(options.layout, options.dtype)
     lora = options.lora if options.merge else None
+    # Adapters take no space of their own in a whole model: they are merged.
     num_values = sum(array.size for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter)
     check_space(out_dir, num_values * BYTES_PER_VALUE.get(options.dtype, 2))
     report_written = progress.counted("writing", num_values)
@@ -104,6 +105,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
             options.conversations,
             options.about,
         )
+        # Within the block, so that an export that fails its checks never appears as `out_dir`.
         record = prove.prove(exported, options.depth)
         if together.is_first():
             prove.write_record(directory, record)
@@ -124,6 +126,7 @@ def _check_adapters(parameters: LazyParameters, merge: bool) -> None:
 def write_model(directory: Path, model: config.Model, piece_values: PieceValues, options: WriteOptions) -> None:
     """Write the files of a whole model, except those that `write_texts` copies."""
     tokenizer = options.texts.tokenizer
+    # gguf.write chooses a dtype for each tensor; the other layouts have one for all.
     if options.layout == "gguf":
         gguf.write(directory, model, options.dtype, piece_values, tokenizer, options.texts.chat_template)
         return

@@ -20,6 +20,7 @@ from moe_train.data.chat.environment import DATE
 log = logging.getLogger(__name__)
 
 _FILE = "chat_date"
+# `{%+` and `+%}` disable lstrip_blocks and trim_blocks, so that the template behind the prelude renders as it does without it.
 _PRELUDE = re.compile(r"\{%\+ set " + DATE + r" = '(\d{4}-\d\d-\d\d)' \+%\}")
 
 
@@ -27,6 +28,7 @@ def dated(template: str, date: str) -> str:
     """Return the template as of a date (YYYY-MM-DD); unchanged if it does not read the date."""
     if not reads_date(template):
         return template
+    # Without its old date, so that a template that already has one gets no second prelude.
     return f"{{%+ set {DATE} = '{date}' +%}}{undated(template)}"
 
 
@@ -71,6 +73,7 @@ def keep_date(cache_dir: str | Path) -> str:
     file = Path(cache_dir) / _FILE
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since hard links and atomic renames do not cross file systems.
         with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{_FILE}-", delete=False) as written:
             written.write(today() + "\n")
         try:
@@ -84,6 +87,7 @@ def keep_date(cache_dir: str | Path) -> str:
             os.replace(written.name, file)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(written.name)
+    # Read back even if just written: another process may have been first, at another date.
     return _read(file)
 
 

@@ -45,6 +45,7 @@ def examples_batch(
     """Return `examples` of each conversation, or the ValueError that it raises."""
     results: list[list[Example] | ValueError] = []
     for conversation in conversations:
+        # An empty list holds the place of an accepted conversation until it is converted.
         results.append(_refused(conversation, template, tokenizer) or [])
     accepted = [i for i, refused in enumerate(results) if not refused]
     converted: list[list[Example] | ValueError] = []
@@ -145,6 +146,7 @@ def check_section(record: config.Record, template: str | None, tokenizer: Tokeni
                 raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
     except Problem as problem:
         names = " and ".join(f"{name}: {value}" for name, value in settings._asdict().items() if value is not None)
+        # The problem is worded for a record of a file; here the section `record` of the config states the setting.
         message = problem.message.replace("the record has", "record has")
         raise ValueError(f"data: the record section states {names}: {message}; leave it out of the section") from problem
 
@@ -176,6 +178,7 @@ def read_template(setting: str) -> str:
     Raises:
         FileNotFoundError: If there is no such file.
     """
+    # A file name is taken to contain no jinja delimiter.
     if "{{" in setting or "{%" in setting:
         return setting
     file = _PACKAGED.get(setting, Path(setting))
@@ -202,6 +205,7 @@ def _check(conversation: Conversation) -> None:
     for i, message in enumerate(conversation.messages):
         role = message.get("role")
         content = message.get("content")
+        # ASCII text cannot contain half a surrogate pair, and two keys leave no room for a weight or calls.
         if len(message) == 2 and role in ("user", "assistant") and content.__class__ is str and content.isascii():
             continue  # the fast path for almost all messages
         if role not in ("system", "user", "assistant", "tool"):
@@ -209,6 +213,7 @@ def _check(conversation: Conversation) -> None:
         if isinstance(content, list):
             for text in (*texts_of(message), *reasoning_of(message)):
                 checked_text(text, f"the content of message {i}")
+        # A message with calls may leave its content out; any other must have one.
         elif "content" in message or "tool_calls" not in message:
             checked_text(content, f"the content of message {i}")
         if message.get("weight", 1) not in (0, 1):

@@ -72,6 +72,7 @@ def _encoded(texts: Sequence[tuple[Origin, str]], format_origin: FormatOrigin, t
     try:
         return tokenizer.encode_batch([text for _, text in texts])
     except ValueError:
+        # The error of a batch does not say which of its texts is at fault, so they are encoded one by one.
         return [located(format_origin(origin), tokenizer.encode, text) for origin, text in texts]
 
 
@@ -80,6 +81,7 @@ def _size(conversation: Conversation) -> int:
     num_characters = 0
     for message in conversation.messages:
         content = message.get("content")
+        # An estimate is enough here: calls and tools are not counted.
         if isinstance(content, list):
             content = "".join((*texts_of(message), *reasoning_of(message)))
         if isinstance(content, str):

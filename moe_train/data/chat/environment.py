@@ -21,6 +21,7 @@ import jinja2.nodes
 import jinja2.sandbox
 from jinja2.runtime import Context, Undefined
 
+# Next to the marks of `renderings.PLAIN_TEXT_MARKS`; `renderings.marked_text` refuses texts that contain any of the four.
 GENERATION = ("\ufdd2", "\ufdd3")
 """Unicode noncharacters that enclose what a template marks with {% generation %}."""
 DATE = "moe_train_chat_date"
@@ -83,6 +84,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The environment. `budget` is the number of iterations that are left to the record; the caller sets it for each record."""
 
     code_generator_class = CodeGenerator
+    # jinja2 compiles only these operators to `call_binop`; `~` is no binary operator to it, hence `CodeGenerator`.
     intercepted_binops = frozenset(["*", "**", "%", "+", "-"])
 
     def __init__(self, largest_text: int) -> None:
@@ -100,16 +102,19 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _refuse
         self.globals["strftime_now"] = _strftime_now
+        # Both would give another text in each rendering.
         del self.filters["random"], self.globals["lipsum"]
         for name in _TEXT_FILTERS & self.filters.keys():
             self.filters[name] = _checked_filter(name, self.filters[name], largest_text)
         for name in _SIZES & self.filters.keys():
             self.filters[name] = _bounded_filter(self.filters[name])
+        # Not for templates, but for the loops that `_parse` rewrites.
         self.filters["_counted"] = self._counted
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         """Parse a template, and have the items of each loop counted."""
         tree = super()._parse(source, name, filename)
+        # A list, since the tree is edited during the iteration.
         for loop in list(tree.find_all(jinja2.nodes.For)):
             counted = jinja2.nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
             loop.iter = counted.set_environment(self)
@@ -117,6 +122,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _counted(self, items: Any) -> Any:
         """Return the items of a loop, whose number is taken from the budget."""
+        # A generator has to be consumed to count its items.
         if not hasattr(items, "__len__"):
             items = list(items)
         self._spend(len(items))
@@ -142,22 +148,27 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "*":
             return _product(left, right)
         if operator == "**":
+            # x ** n has about n times as many bits as x.
             if isinstance(left, int) and isinstance(right, int):
                 _check_size(left.bit_length() * abs(right), _LARGEST_NUMBER)
             return left**right
         if operator == "%":
             if isinstance(left, str | bytes):
+                # `%` formats text, with any value on its right; for numbers it is the remainder.
                 _check_percent(left)
                 _plain(right)
             return left % right
         result = left - right
+        # Keys and items of a dict are views, whose difference is a set; the order of a set depends on the hash seed.
         if isinstance(result, set | frozenset):
             raise Unstable("it subtracts views of an object's keys, and the order of the result is random")
         return result
 
+    # The underscores are jinja2's: a keyword argument of the template must not collide with a parameter of this method.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function or method whose result is not too large."""
         __self._spend(_CALL)
+        # Bound methods such as `text.center` can write large texts, too, and bypass the filters.
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str | bytes):
             args = _checked_arguments(owner, __obj.__name__, args, __self.largest_text)
@@ -235,6 +246,7 @@ def _is_plain(value: Any) -> bool:
         return value._undefined_exception is jinja2.UndefinedError  # and no access that the sandbox denies
     if isinstance(value, dict):
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    # Sets are missing from the containers on purpose: the order of their items is not fixed.
     return isinstance(value, _CONTAINERS) and all(map(_is_plain, list(value)))
 
 
@@ -246,6 +258,7 @@ def _checked_filter(name: str, function: Callable[..., Any], largest: int) -> Ca
     def checked(*args: Any, **kwargs: Any) -> Any:
         operands = list(args[leading:])
         if operands and name == "join":
+            # The check would consume a generator, and leave nothing for the filter to join.
             operands[0] = list(operands[0])
         _plain(operands)
         _plain(kwargs)
@@ -292,6 +305,7 @@ def _check_numbers(values: Iterable[Any]) -> None:
 def _product(left: Any, right: Any) -> Any:
     """Multiply numbers, or repeat a text or list."""
     if isinstance(left, int) and isinstance(right, int):
+        # A product has at most as many bits as both factors together.
         _check_size(left.bit_length() + right.bit_length(), _LARGEST_NUMBER)
     for repeated, times in ((left, right), (right, left)):
         if isinstance(times, int) and isinstance(repeated, _SIZED):
@@ -360,9 +374,11 @@ def _checked_arguments(owner: Any, name: str, args: tuple[Any, ...], largest: in
             tab = "\t" if isinstance(owner, str) else b"\t"
             _check_size(owner.count(tab) * (args[0] if args else 8), largest)
     elif name == "join" and args:
+        # A generator could be consumed only once, so the list takes its place as the argument.
         items = list(args[0])
         _check_size(sum(map(len, items)) + len(owner) * len(items), largest)
         return (items, *args[1:])
+    # Counting the occurrences takes time, so only if the result could be large at all.
     elif name == "replace" and len(args) > 1 and len(owner) * len(args[1]) > _LARGEST:
         _check_size(len(owner) + owner.count(args[0]) * len(args[1]), largest)
     elif name == "translate" and args and isinstance(args[0], dict):

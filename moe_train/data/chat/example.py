@@ -46,11 +46,13 @@ def restart_reason(between: list[Message]) -> str:
 def fitting_tokens(merged: MergedTurns | None, limit: int) -> int:
     """Return how many tokens to keep so that at most `limit` remain and no turn is cut; 0 if no trained turn fits."""
     ends = () if merged is None else merged.ends
+    # A cut at the end of a turn keeps its end token, so the model still learns to stop.
     return max((end for end in ends if end <= limit), default=0)
 
 
 def has_trained_token(loss_mask: Sequence[bool] | np.ndarray | None, seq_len: int) -> bool:
     """Return whether the part of an example in one row, its first `seq_len` positions, contains a token that is trained on."""
+    # The first id is never predicted, and a row of n positions predicts the n ids after it.
     return loss_mask is None or any(loss_mask[1 : seq_len + 1])
 
 
@@ -75,6 +77,7 @@ def turns(messages: list[Message]) -> list[Turn]:
         if message["role"] != "assistant":
             continue
         weighs = is_trained_on(message)
+        # A turn that ends right before this message goes on with it.
         if not result or result[-1].end < i:
             result.append(Turn(i, i + 1, weighs))
         elif result[-1].trained_on != weighs:

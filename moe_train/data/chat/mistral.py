@@ -54,6 +54,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     trained = [turn for turn in turns(messages) if turn.trained_on]
     if not trained:
         return []
+    # What follows the last trained turn does not change the examples, so that it is not encoded.
     request = _validated(conversation._replace(messages=messages[: trained[-1].end]), tokenizer, ValidationMode.finetuning)
     _, normalizer = _rules(tokenizer, ValidationMode.finetuning)
     prefixes = Prefixes(request, normalizer, _instruct(tokenizer), tokenizer.finetuning.version >= _FIRST_WITHOUT_IDS)
@@ -85,6 +86,7 @@ def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
     mask = [False] * len(tokens)
     ends = [i + 1 for i, token in enumerate(tokens) if token == tokenizer.eos_id]
     assistant_messages = [message for message in request.messages if isinstance(message, AssistantMessage)]
+    # The normalizer has joined consecutive messages of the assistant, which `turns` counts as one turn, too.
     for end, message, turn in zip(ends, assistant_messages, turns(conversation.messages), strict=True):
         start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.trained_on:
@@ -100,6 +102,7 @@ def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mis
     """
     closing = _closing(tokenizer)
     if closing:
+        # `i` of 0 is the message's own EOS, which is among the closing tokens.
         return next(i for i, token in enumerate(reversed(tokens)) if i and token in closing)
     encoded = _instruct(tokenizer).encode_assistant_message(message, False)
     assert tokens[len(tokens) - len(encoded) :] == encoded, "mistral-common put an assistant's turn elsewhere"
@@ -127,6 +130,7 @@ def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
     """
     encoder = copy.copy(tokenizer.finetuning.instruct_tokenizer)
     assert isinstance(encoder, InstructTokenizerBase)
+    # An attribute of the copy shadows the method of its class, so that the tokenizer's own encoder still decodes.
     vars(encoder)["decode"] = _no_decoding
     return encoder
 
@@ -193,5 +197,6 @@ def _refusals() -> Iterator[None]:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"mistral-common refuses the record: {location}: {first['msg']}") from error
+    # After `ValidationError`, which is a ValueError too. Messages span several lines; ours are one line.
     except (MistralCommonException, NotImplementedError, AssertionError, ValueError) as error:
         raise ValueError(f"mistral-common refuses the record: {' '.join(str(error).split())}") from error

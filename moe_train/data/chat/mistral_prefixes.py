@@ -47,6 +47,7 @@ class Prefixes:
         self._request = request
         self._plain = encoder
         self._generates_ids = generates_ids
+        # Copies, since the methods that are replaced below remember the messages of this conversation alone.
         self._normalizer = copy.copy(normalizer)
         self._encoder = copy.copy(encoder)
         vars(self._normalizer)["_aggregate_role"] = _remembered_groups(normalizer._aggregate_role)
@@ -69,6 +70,7 @@ class Prefixes:
         self._segments.clear()
         tokens = self._encoder.encode_instruct(normal).tokens
         ends = list(itertools.accumulate(map(len, self._segments), initial=len(self._encoder.start())))
+        # Both assertions guard the loss mask against another version of mistral-common that encodes differently.
         assert ends[-1] == len(tokens), "mistral-common does not encode a conversation message by message"
         assistant_messages = [i for i, message in enumerate(normal.messages) if isinstance(message, AssistantMessage)]
         spans = []
@@ -111,6 +113,7 @@ def _remembered_groups(aggregate: Callable[..., Any]) -> Callable[..., Any]:
 
     def remembered(group: list[Any], role: Any, call_ids: list[str]) -> Any:
         """Return the result for a group."""
+        # The ids of calls before the group are no part of the key: in every prefix the same call precedes it.
         if not group:
             return aggregate(group, role, call_ids)
         key = (id(group[0]), len(group))

@@ -38,6 +38,7 @@ def check_written(conversation: Conversation, tokenizer: Mistral) -> None:
             raise Problem("thinking", message, "write it as text, or use a tokenizer of version v13")
     if builder.reasoning_effort is not None:
         stated = conversation.settings.reasoning_effort
+        # mistral-common writes the default where a record states no effort.
         default = str(builder.reasoning_effort.default)
         source = f"reasoning_effort, by default of {name}" if stated is None else "reasoning_effort"
         check_effort(conversation, stated or default, source)
@@ -53,6 +54,7 @@ def check_settings(settings: ModelSettings, tokenizer: Mistral) -> ModelSettings
         Problem: If it does not write them.
     """
     version = tokenizer.finetuning.version
+    # v15 goes on even without settings: it needs a builder to write any conversation.
     if not version.supports_model_settings and settings == NO_SETTINGS:
         return None
     name = _name(tokenizer)

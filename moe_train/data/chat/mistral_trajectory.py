@@ -78,6 +78,7 @@ def _stretches(all_turns: list[Turn], messages: list[Message]) -> list[range]:
         if not turn.trained_on:
             continue
         between = messages[all_turns[i - 1].end : turn.start]
+        # A new user turn may move the tools, which the encoding at the end of the group would not show.
         only_results = all(message["role"] == "tool" for message in between)
         if groups and groups[-1].stop == i and len(groups[-1]) < longest and only_results:
             groups[-1] = range(groups[-1].start, i + 1)
@@ -94,6 +95,7 @@ def _with_first_call_alone(rows: list[_Row]) -> list[_Row]:
         for j, span in enumerate(row.spans):
             if row.seen(span) != span.generated:
                 alone = _Row(row.restart, row.tokens[: span.end], [span])
+                # A turn is trained on once, so the rest leaves out the one that is alone.
                 rest = _Row(WITHOUT_ID, row.tokens, row.spans[:j] + row.spans[j + 1 :])
                 return [*rows[:i], alone, rest, *rows[i + 1 :]]
     return rows
@@ -137,6 +139,7 @@ def _aligned(seen: list[int], generated: list[int]) -> list[bool]:
 
 def _next_equal(seen: list[int], i: int, generated: list[int], j: int) -> tuple[int, int] | None:
     """Return the next places in both from which `_ANCHOR` tokens, or all that remain, are equal; None if they are far away."""
+    # Few tokens of the generated form are skipped before many of the seen one: the difference is mostly an id that was added.
     for removed in range(_LONGEST_REMOVED + 1):
         rest = generated[j + removed : j + removed + _ANCHOR]
         if not rest:

@@ -72,6 +72,7 @@ def _without_marks(rendering: Rendering) -> Rendering:
     marks = [match.start() for match in re.finditer("[" + "".join(PLAIN_TEXT_MARKS) + "]", text)]
     for mark in PLAIN_TEXT_MARKS:
         text = text.replace(mark, "")
+    # A position moves back by the number of marks before it.
     moved = [(first - bisect.bisect_left(marks, first), last - bisect.bisect_left(marks, last)) for first, last in spans]
     return Rendering(text, moved, end)
 
@@ -95,6 +96,7 @@ def _source_texts(conversation: Conversation, i: int) -> Iterator[_SourceText]:
     role = message["role"]
     calls = message.get("tool_calls") or []
     content = message.get("content") or ""
+    # A part holds its text under the name of its type: {"type": "thinking", "thinking": "…"}.
     for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
         text = part.get(part.get("type", "text"))
         if isinstance(text, str) and text.strip():
@@ -129,6 +131,7 @@ def _texts_in(value: object) -> Iterator[str]:
         case str():
             if value.strip():
                 yield value.strip()
+        # Before `int`, of which bool is a subclass.
         case bool() | None:
             return
         case int() | float():
@@ -190,6 +193,7 @@ def _outside(text: str, spans: list[Span]) -> str:
     position = 0
     for start, end in sorted(spans):
         parts.append(text[position:start])
+        # Spans may overlap: an argument can be found within another one.
         position = max(position, end)
     parts.append(text[position:])
     return "\n".join(parts)
@@ -234,6 +238,7 @@ def _find_json(text: str, source: str, limit: int | None) -> Span | None:
         return None
     end = None
     floor = 0  # words farther away belong to something else
+    # Only words are compared, since white space between them may differ.
     for word in reversed(re.findall(r"\w+", source)):
         limit = text.rfind(word, floor, limit)
         if limit < 0:
@@ -249,6 +254,7 @@ def _check_trained(conversation: Conversation, renderings: Sequence[Rendering]) 
     pieces: list[str] = []
     for rendering in renderings:
         pieces += [rendering.text[start:end] for start, end in rendering.trained_on]
+    # A separator, so that the ends of two spans do not read as one word.
     trained = "\n".join(pieces)
     limit = len(trained)
     for turn in reversed(turns(conversation.messages)):
@@ -284,6 +290,7 @@ def _check_ends(rendering: Rendering, tokenizer: HuggingFace) -> None:
         if marker is None:
             message = f"the chat template ends a turn of the assistant with {last}, and not with {stop}"
             raise Problem("template", f"{message}: a model could not learn to stop", _CORRECT_TEMPLATE)
+        # Two different faults: a marker that this tokenizer does not know, and a token that is not declared as an end.
         if not tokenizer.is_token(marker[0]):
             raise _letters(marker[0], tokenizer)
         message = f"the chat template ends a turn of the assistant with {marker[0]}, and a generation ends with {stop}"
@@ -316,6 +323,7 @@ def _letters(marker: str, tokenizer: HuggingFace) -> Problem:
 
 def _check_markers(scaffold: str, conversation: Conversation, template: str, tokenizer: HuggingFace) -> None:
     """Check that each marker that the template writes is one token."""
+    # Each marker once, in the order of the text, so that the message is the same every time.
     for marker in dict.fromkeys(_MARKERS.findall(scaffold)):
         if tokenizer.is_token(marker):
             continue

@@ -81,11 +81,13 @@ def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Li
     for (variables, prefixes), max_output in question["requests"]:
         texts: list[str | int | list[Any]] = []
         characters_left = max_output
+        # All prefixes of a record share one budget of steps, and below one of characters.
         template.environment.budget = limits.steps
         for prefix in prefixes or [None]:
             try:
                 text = _limited(template.generate(_prefix_variables(variables, prefix)), characters_left)
             except Exception as error:  # a template is a program and can raise anything
+                # A process that ran out of memory may fail at the next record, too, so `exhausted` has it replaced.
                 if isinstance(error, MemoryError):
                     message = f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"
                     return {"over": message, "exhausted": True}

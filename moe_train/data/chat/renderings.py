@@ -42,7 +42,9 @@ def request(conversation: Conversation, prefixes: Sequence[Prefix], tokenizer: H
         if len(message) == 2 and content.__class__ is str:  # the fast path for almost all messages
             messages.append(message | {"content": marked_text(content, pattern)})
         else:
+            # The role stays without marks, since templates compare it.
             messages.append(_marked(_as_templates_read(message), pattern) | {"role": message["role"]})
+    # transformers passes None, and no empty list, without tools or documents, and templates test for it.
     tools = _marked(conversation.tools, pattern) or None
     variables = {"messages": messages, "tools": tools, "documents": None, **tokenizer.named_tokens}
     return Request(variables | _settings(conversation.settings, pattern), prefixes)
@@ -106,6 +108,7 @@ def _parsed(arguments: Any) -> Any:
         value = json.loads(arguments or "{}")
     except (TypeError, ValueError, RecursionError):
         return arguments
+    # Arguments that are a JSON text stay quoted, since a template would write a parsed text without its quotes.
     return arguments if isinstance(value, str) else value
 
 
@@ -124,6 +127,7 @@ def checked(texts: list[str | ValueError], text_request: Request) -> list[str | 
     return texts
 
 
+# The first of `PLAIN_TEXT_MARKS` as JSON with ensure_ascii spells it.
 _ESCAPED = r"\ufdd0"
 
 

@@ -102,6 +102,7 @@ def render_prefixes(
 def _answers(template: str, batch: list[bytes], child: _Child) -> list[dict[str, Any]]:
     """Return the child's answers: each has the texts of some requests in order, or the problem with one request."""
     answers: list[dict[str, Any]] = []
+    # Each round tries all that is left at once, and after a limit one by one up to the record that exceeds it.
     for _ in range(3):
         answer = child.ask(template, batch)
         if "over" not in answer or len(batch) == 1:
@@ -185,6 +186,7 @@ class _Child:
             try:
                 question = b'{"template": %b, "requests": [%b]}' % (json.dumps(template).encode(), b",".join(requests))
                 self._connection.send_bytes(question)
+                # Not `recv`, which unpickles: a process that runs a stranger's template is not to be trusted.
                 answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
             except (EOFError, ConnectionError):
                 answer = {}
@@ -198,6 +200,7 @@ class _Child:
                 return answer
             if code == -signal.SIGPROF:
                 return {"over": f"the chat template takes longer than {self._limits.seconds} s for one record; is a loop endless?"}
+            # By a fatal signal or a crash: a template that merely raises is answered.
             return {"over": f"the chat template broke the process that renders it (exit code {code})"}
 
     def _start(self) -> None:
@@ -205,6 +208,7 @@ class _Child:
         parent_end, child_end = socket.socketpair()
         with child_end:
             # -P keeps that file's folder out of sys.path. In a session of its own, the child gets no Ctrl-C of this process.
+            # The limits are passed in the order of the fields of `Limits`, which the program reads in that order.
             command = [sys.executable, "-P", str(Path(renderer.__file__)), str(child_end.fileno()), *map(str, self._limits)]
             self._process = subprocess.Popen(
                 command,
@@ -212,6 +216,7 @@ class _Child:
                 pass_fds=[child_end.fileno()],
                 start_new_session=True,
                 cwd="/",
+                # A fixed seed of hashes, so that no order of iteration differs between processes.
                 env={**os.environ, "PYTHONHASHSEED": "0"},
             )
         self._connection = Connection(parent_end.detach())

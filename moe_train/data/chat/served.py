@@ -53,6 +53,7 @@ def checked_texts(conversation: Conversation, template: str, tokenizer: HuggingF
             raise
         try:
             _check(conversation, served, _ends([len(text.trained_on) for text in served], trained), template, tokenizer)
+        # Not `Rewritten`, which only `trained_texts` raises.
         except LeftOut:
             # The first problem is about the template as it is; the second only about this way around it.
             raise problem from None
@@ -73,6 +74,7 @@ def _check(conversation: Conversation, texts: list[Text], ends: list[int], templ
 def _served_texts(conversation: Conversation, trained: list[Turn], tokenizer: HuggingFace) -> ServedSteps:
     """Return the trained turns behind their prompts as they are served; None if one cannot be told apart from its prompt."""
     messages = conversation.messages
+    # A first turn without a message before it has no prompt.
     if not trained or trained[0].start == 0:
         return None
     served = yield from _turns_alone(conversation, trained, tokenizer)

@@ -60,6 +60,7 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
     Raises:
         Problem: If the template omits tools, calls or results, or writes them with control tokens that the tokenizer lacks.
     """
+    # Rare words, which a template hardly contains by itself, and an id of nine characters, as Mistral's formats require.
     function = {"name": "look_up", "description": "Look a word up.", "parameters": {"type": "object", "properties": {}}}
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "quokka"}'}}
     messages: list[Message] = [
@@ -76,6 +77,7 @@ def check_has_tools(template: str, tokenizer: HuggingFace) -> None:
     for feature, sample in (("tools", "Look a word up."), ("calls", "quokka"), ("results", "marsupial")):
         if sample not in text:
             raise without_tools(f"the chat template leaves {feature} out", _tools_remedy(tokenizer))
+    # Mistral's control tokens; to a tokenizer without them they would be letters.
     for token in re.findall(r"\[/?[A-Z_]+\]", text):
         if len(tokenizer.encode_control(token)) != 1:
             reason = f"the chat template writes {token}, which {tokenizer.files[0]} has no token for"
@@ -113,6 +115,7 @@ def _rendered(steps: list[Steps], template: str) -> list[list[Text] | ValueError
         pending: list[tuple[int, list[Request]]] = []
         for i, answers in answered:
             try:
+                # A generator has to be advanced to its first request before anything can be sent to it.
                 pending.append((i, next(steps[i]) if answers is None else steps[i].send(answers)))
             except StopIteration as stop:
                 results[i] = stop.value

@@ -51,6 +51,7 @@ def check_settings(settings: ModelSettings, template: str, tokenizer: HuggingFac
     Raises:
         Problem: If it does not.
     """
+    # A name that only a comment mentions is not read.
     source = _COMMENT.sub("", template)
     for name in ("reasoning_effort", "response_format"):
         if getattr(settings, name) is not None and not _mentions(source, name):
@@ -136,6 +137,7 @@ def _spelled(message: Message, i: int, template: str, tokenizer: HuggingFace) ->
             raise reasoning_not_written(i, "the chat template does not render reasoning that is cut off", "complete it")
         return message | {"content": _with_joined_texts(message["content"], joint)}
     kinds = [part["type"] for part in message["content"]]
+    # `find` gives 0 for "thinking" and 9 for "text", so this holds if all reasoning comes first.
     leads = kinds == sorted(kinds, key="thinking text".find)
     if message["role"] != "assistant" or not leads or any("closed" in part for part in message["content"]):
         reason = f"the chat template reads {spelling}, which is complete and stands before the answer"
@@ -158,6 +160,7 @@ def _with_joined_texts(parts: list[JsonObject], joint: str) -> list[JsonObject]:
 def _spelling(template: str, tokenizer: HuggingFace) -> str | None:
     """Return the field in which the template reads reasoning, or `_PARTS`; None if it renders none of a sample."""
     parts = [{"type": "thinking", "thinking": "It hops about."}, {"type": "text", "text": "marsupial"}]
+    # Parts first: they keep the order of reasoning and text, which a field cannot.
     candidates: list[tuple[str, Message]] = [(_PARTS, {"content": parts})]
     candidates += [(name, {"content": "marsupial", name: "It hops about."}) for name in REASONING_FIELDS]
     for name, message in candidates:

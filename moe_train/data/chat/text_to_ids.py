@@ -59,10 +59,12 @@ def _separate(text: Text) -> list[Text]:
     for turn in text.turns:
         spans = text.trained_on[first : turn.num_spans]
         end = spans[-1][1] if spans else len(text.text)
+        # The ids of calls in the turns before stay marked as random, although nothing there is trained on.
         random = [span for span in text.random if span[1] <= end]
         separate.append(text._replace(text=text.text[:end] + turn.after, trained_on=spans, random=random, turns=(turn,)))
         first = turn.num_spans
     return [
+        # A text of one turn has only that turn's spans, so the turn ends with the last of them.
         text._replace(turns=(turn._replace(num_spans=len(text.trained_on)),))
         for text, turn in zip(separate, text.turns, strict=True)
     ]
@@ -91,6 +93,7 @@ def _separate_tokens(text: Text, encoded: _Encoded, tokenizer: HuggingFace) -> i
     """Return the number of tokens of an example for each turn."""
     after = {turn.after for turn in text.turns[:-1]}
     num_after = {rest: len(tokenizer.encode_control(rest)) if rest else 0 for rest in after}
+    # The last turn has no end here: all ids of the text count for it.
     ends = zip(encoded.turn_ends[:-1], text.turns, strict=False)
     return len(encoded.ids) + sum(end + num_after[turn.after] for end, turn in ends)
 
@@ -105,6 +108,7 @@ def _encode(texts: list[Text], tokenizer: HuggingFace) -> list[_Encoded]:
     for text, (ids, touched) in zip(texts, encoded, strict=True):
         mask = [False] * len(ids)
         for i, (first, last) in enumerate(touched):
+            # Trained spans come first and random ones after them, so an id that touches both is not trained on.
             mask[first:last] = [i < len(text.trained_on)] * (last - first)
         turn_ends = [touched[turn.num_spans - 1][1] if turn.num_spans else len(ids) for turn in text.turns]
         results.append(_Encoded(ids, mask, turn_ends))

@@ -92,6 +92,7 @@ def _name_in_order(i: int, calls: list[ToolCall], results: list[Message]) -> Ite
     """Give calls without an id the ids of results that no other call has, or new ids if these have none either."""
     used_ids = {call.get("id") for call in calls}
     unnamed = [call for call in calls if not call.get("id")]
+    # A call without an id has None or "" among `used_ids`, which claims no result.
     unclaimed = [result for result in results if result.get("tool_call_id") not in used_ids - {None, ""}]
     if len(unnamed) == len(unclaimed):
         # Chat formats write results in the order of their calls, so the order decides.
@@ -117,6 +118,7 @@ def _new_id(name: str, used_ids: set[str | None]) -> str:
     """Derive an id of nine characters from `name`, so that a file is fixed the same way every time."""
     new = _nine_characters(name)
     while new in used_ids:
+        # A dot is in no id, so the longer name is hashed.
         name += "."
         new = _nine_characters(name)
     used_ids.add(new)
@@ -142,6 +144,7 @@ def unpaired(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find calls without a result, results without a call, and ids that are used twice."""
     messages = conversation.messages
     for i, message in enumerate(messages):
+        # Calls in the last message are what the model learns to write; nothing has answered them yet.
         if "tool_calls" not in message or i == len(messages) - 1:
             continue
         ids = [call.get("id") for call in message["tool_calls"]]

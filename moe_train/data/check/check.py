@@ -71,6 +71,7 @@ def check_data(
             if progress is not None:
                 progress(bytes_read, sum(sizes), gathered.num_records)
         gathered.add_empty_files()
+        # A problem of a source as a whole, so `examine`, which knows one chunk, can neither find nor allow it.
         if "mixed-kinds" not in settings.allowed:
             gathered.add_mixed_kinds()
         result = gathered.result(sources, settings, tokens_per_second)

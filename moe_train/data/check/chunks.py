@@ -26,6 +26,7 @@ def all_chunks(places: list[CheckedFile], question: Question) -> Iterator[tuple[
         if place.kind == "json" and place.counted == "line":
             bytes_read = 0
             for block in blocks(place.file):
+                # Lines that cannot be read are a Problem instead of bytes.
                 bytes_read += len(block.lines) if isinstance(block.lines, bytes) else 0
                 # The bytes of a compressed file are counted when all of it was read: blocks are of its expanded text.
                 bytes_passed = 0 if is_compressed(place.file) else min(bytes_read, size)
@@ -64,6 +65,7 @@ class Coverage:
     def __init__(self, num_records: int, sizes: list[int]) -> None:
         self.sizes = sizes
         total = max(sum(sizes), 1)
+        # At least one record of each file that is not empty, so that every file is looked into.
         self.quota = [max(1, round(num_records * size / total)) if size else 0 for size in sizes]
         self.picked = 0
         """Number of lines read."""
@@ -82,6 +84,7 @@ class Coverage:
         """
         about: int | None = None
         if self.picked_bytes and not self.only_begun:
+            # The bytes of the sampled files over the mean length of their sampled lines.
             about = round(self.picked_of * self.picked / self.picked_bytes)
         return {
             "records": records,
@@ -127,7 +130,9 @@ def _sampled_lines(place: CheckedFile, size: int, quota: int) -> list[tuple[int,
     random_ = random.Random(0)  # a fixed seed, so that the same lines are read every time
     with place.file.open("rb") as stream:
         for k in range(quota):
+            # A random byte of part k.
             goal = int((k + random_.random()) * size / quota)
+            # From one byte before the goal, so that a line that begins exactly there is not skipped.
             stream.seek(max(goal - 1, 0))
             if goal:
                 stream.readline(MAX_RECORD)  # skip the rest of the line that contains the goal

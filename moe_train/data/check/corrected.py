@@ -77,6 +77,7 @@ class Corrected:
                 "what": change.description,
             }
             if self._log is not None:
+                # ASCII, since a name in a record or of a file may have half a surrogate pair, which UTF-8 cannot encode.
                 self._log.write(json.dumps(entry, ensure_ascii=True) + "\n")
                 continue
             self._num_changes[change.action, change.rule] += 1
@@ -89,6 +90,7 @@ class Corrected:
             self._close_file()
             path = directory / self._names[place]
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Chunks come in the order of the files, so no copy is opened, and so emptied, a second time.
             self._open = place, path.open("wb")
         self._open[1].write(lines)
 

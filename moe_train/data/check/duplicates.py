@@ -23,6 +23,7 @@ SIMILAR = 0.8
 _BANDS = 16
 _ROWS = 8
 _MINIMA = _BANDS * _ROWS
+# The k-th hash function is (x ^ mask) * factor modulo 2**64: a bijection, as the factor is odd, so distinct n-grams stay distinct.
 _FACTORS = mixed(np.arange(1, _MINIMA + 1, dtype=np.uint64)) | np.uint64(1)
 _MASKS = mixed(np.arange(1000, 1000 + _MINIMA, dtype=np.uint64))
 _AT_ONCE = 1 << 20  # records sorted at once
@@ -51,16 +52,20 @@ def fingerprints(contents: Sequence[str], words: Words) -> Fingerprints:
     """
     digests = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in contents)
     hashes, offsets = grams(words, WORDS)
+    # `reduceat` has no result for an empty part: it would give the first hash of the next text instead.
     with_words = np.flatnonzero(np.diff(offsets))
     starts = offsets[with_words]
     minima = np.empty((len(with_words), _MINIMA), np.uint64)
     if len(with_words):
         for k in range(_MINIMA):
             minima[:, k] = np.minimum.reduceat((hashes ^ _MASKS[k]) * _FACTORS[k], starts)
+    # The minimum of many hashes is small, so its upper bits are nearly constant until they are mixed.
     minima = mixed(minima)
     bands = np.zeros((len(with_words), _BANDS), np.uint64)
     for row in range(_ROWS):
+        # (m, 16): column b is minimum `row` of band b, which has the minima from 8 b to 8 b + 7.
         bands = mixed(bands + minima[:, row::_ROWS])
+    # The truncated hashes match by chance in few pairs; those of bands are only candidates, and 128 minima are averaged.
     return Fingerprints(
         np.frombuffer(digests, np.uint64), with_words, bands.astype(np.uint32), (minima >> np.uint64(48)).astype(np.uint16)
     )
@@ -141,6 +146,7 @@ class Spool:
         """Find the near duplicates among records that are no exact ones: their number, and some of them."""
         record = np.memmap(self._paths["with_words"], np.int64, "r")
         with self._paths["minima"].open("rb") as stream:
+            # Not np.memmap, which has no `madvise`.
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         minima = np.frombuffer(mapped, np.uint16).reshape(-1, _MINIMA)
         is_near = np.zeros(self.num_records, bool)
@@ -182,6 +188,7 @@ def _alike(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             block = np.asarray(keys[start : start + _AT_ONCE])
             indices.append(np.flatnonzero(block % block.dtype.type(parts) == part) + start)
         places = np.concatenate(indices)
+        # Stable, so that equal keys stay in the order of the records.
         places = places[np.argsort(keys[places], kind="stable")]
         ordered = keys[places]
         repeats = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1

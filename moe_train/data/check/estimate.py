@@ -36,6 +36,7 @@ def histogram(lengths: Counter[int]) -> LengthResult | None:
         """Return the length that a share of the examples does not exceed."""
         return int(values[np.searchsorted(below, share * total)])
 
+    # 1 << (value - 1).bit_length() is the smallest power of two that is at least `value`.
     bins = Counter({1 << (value - 1).bit_length(): 0 for value in (int(values[0]), int(values[-1]))})
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):
         bins[1 << (value - 1).bit_length()] += count
@@ -105,6 +106,7 @@ def epoch(
         rows_seen = steps * batch_size  # only full batches are trained on
     seconds: float | None = None
     if tokens_per_second is not None:
+        # `bench` counts all positions of a row, filled or not.
         seconds = rows_seen * seq_len / tokens_per_second
     packed_sources: list[PackedSource] = []
     for source, times in times_seen.items():

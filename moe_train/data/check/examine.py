@@ -112,6 +112,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         shapes=Counter(_shape(entry) for entry in records.read),
         kinds=_kinds(records.read),
         unread=unread,
+        # By number alone: problems cannot be compared, and those of one record keep their order.
         problems=sorted(problems, key=operator.itemgetter(0)),
         lengths=counts.lengths,
         loss_tokens=counts.loss_tokens,
@@ -155,6 +156,7 @@ def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]
         elif keep and isinstance(block.lines, bytes):
             lines = block.lines.split(b"\n")
             for number, item in records_in(block):
+                # `block.line` is the number of the block's first line.
                 yield number, item, lines[number - block.line]
         else:
             for number, item in records_in(block):
@@ -211,6 +213,7 @@ def _encode_texts(texts: list[ReadRecord], tokenizer: Tokenizer) -> None:
             try:
                 [(_, entry.examples)] = encode([record], str, section, tokenizer, None)
             except ValueError as error:
+                # The cause, since `encode` puts a location before its message, which here would be a mere index.
                 entry.problems.append(Problem("refused", str(error.__cause__), "change or drop it"))
 
 
@@ -265,4 +268,5 @@ def _content(record: NormalRecord) -> str:
     """Return a text that is equal only for exact duplicates."""
     if isinstance(record, str):
         return record
+    # Sorted, since the order of keys in a file does not tell records apart.
     return json.dumps(record, sort_keys=True, default=str)

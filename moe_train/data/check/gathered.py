@@ -89,6 +89,7 @@ class GatheredFindings:
         self.restarts += findings.restarts
         # The spool numbers records in the order of arrival; `origins` says where each of them is.
         self._spool.add(findings.prints)
+        # (n, 2) int64: place and number of each record.
         self._origins.write(np.stack([np.full_like(findings.numbers, findings.place), findings.numbers], 1).tobytes())
         if self.held_out.hashes is not None:
             self.overlapping += len(findings.overlapping)
@@ -106,6 +107,7 @@ class GatheredFindings:
         """Add a problem for each further kind of records in a source."""
         for place, number, problem, num_records in self.kinds.problems():
             self._add_problem(place, number, problem)
+            # These are the records without another problem; `add` has counted the others.
             self.bad_records += num_records
 
     def _add_problem(self, place: CheckedFile, number: int, problem: Problem) -> None:

@@ -31,6 +31,7 @@ class HeldOutRecords:
         if not sources:
             return
         records: list[NormalRecord] = []
+        # Never sampled: an evaluation record that is left out could not be found in the corpus.
         for place in places_of(sources, picked=False):
             section = sources[place.source].record
             ignore = sources[place.source].ignore

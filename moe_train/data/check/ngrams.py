@@ -16,6 +16,7 @@ _LETTERS[[*range(48, 58), *range(65, 91), *range(97, 123), *range(128, 256)]] = 
 _PUNCTUATION = {0xC2: 2, 0xE2: 3}  # first bytes of U+0080 to U+00BF and U+2000 to U+2FFF, mostly signs -> bytes of such a character
 _IDEOGRAPH = 0xE3  # first bytes from here on begin characters from U+3000
 _LONGEST = 32  # bytes of a word that are hashed, along with its length
+# 2**64 over the golden ratio. It is odd, so multiplication by it modulo 2**64 loses no bits.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -46,6 +47,7 @@ def words(texts: Sequence[str]) -> Words:
     before = letters[:-1]
     first = letters[1:] & (~before | (data[1:] >= _IDEOGRAPH))  # element i describes byte i + 1
     starts = np.flatnonzero(first) + 1
+    # A word ends before a byte of no word, and before an ideograph, which begins another word.
     ends = np.flatnonzero(before & (~letters[1:] | first)) + 1
     lengths = ends - starts
     hashes = mixed(lengths.astype(np.uint64))
@@ -72,7 +74,9 @@ def grams(word_hashes: Words, n: int) -> Grams:
     total = np.zeros(len(starts), np.uint64)
     for k in range(n):
         inside = starts + k < stop
+        # Before each word, so that the hash depends on the order of the words.
         total *= _MULTIPLIER
+        # Only texts of fewer than n words have positions outside; without them the mask is not needed.
         total[inside] += hashes[starts[inside] + k] if not inside.all() else hashes[starts + k]
     per_text = np.where(counts >= n, counts - n + 1, np.minimum(counts, 1))
     return Grams(mixed(total), np.concatenate(([0], np.cumsum(per_text))))

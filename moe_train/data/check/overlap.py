@@ -41,6 +41,7 @@ def overlap(texts: Words, held_out: np.ndarray | None) -> tuple[np.ndarray, np.n
     if held_out is None or not len(held_out):
         return empty, empty
     hashes, offsets = grams(texts, OVERLAP_WORDS)
+    # A hash beyond the last one would get an index past the end.
     indices = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
     # `indices` says where each hash would stand in the sorted evaluation set; it is in the set if it stands there.
     hit = held_out[indices] == hashes

@@ -61,6 +61,7 @@ def _examine_in_pool(
     chunks: Iterator[tuple[Chunk, int]], pool: ProcessPoolExecutor, max_in_flight: int
 ) -> Iterator[tuple[Findings, int]]:
     """Hand chunks to the processes of a pool, and yield the findings in their order."""
+    # A queue, since chunks finish in any order and findings have to come in the order of the records.
     in_flight: collections.deque[tuple[Future[Findings], int]] = collections.deque()
     try:
         for chunk, num_bytes in chunks:

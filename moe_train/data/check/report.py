@@ -19,6 +19,7 @@ def print_report(result: CheckResult, console: Console) -> None:
     for rule, count in result["problem_counts"].items():
         problems = [problem for problem in result["problems"] if problem["rule"] == rule]
         lines = [f"{problem['where']}: {problem['message']}" for problem in problems]
+        # At least one problem of each rule is listed (--show is 1 or more), and its remedy stands for all.
         _print_group(console, rule, count, problems[0]["remedy"], lines)
     duplicates = result["duplicates"]
     if duplicates and duplicates["examples"]:

@@ -27,11 +27,14 @@ def requirements_of(tokenizer: Tokenizer, template: str | None) -> Requirements:
         # v1 writes its turns as plain text, so [INST] acts as a control token there without being one.
         special = {token for token in special if not re.fullmatch(r"\[control_\d+\]|<SPECIAL_\d+>", token)} | {"[INST]", "[/INST]"}
         version = int(re.sub(r"\D.*", "", text.version.value.lstrip("v")) or 0)
+        # mistral-common accepts only ids of nine characters from v3 on, and any id from v13 on, which does not encode them.
         return Requirements(_any_of(special), 3 <= version < 13)
     assert isinstance(tokenizer, HuggingFace)
+    # Mistral's chat templates, known by their token for calls, refuse ids of another length.
     return Requirements(_any_of(set(tokenizer.special_tokens)), "[TOOL_CALLS]" in (template or ""))
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
     """Return a pattern that matches any of the tokens, the longest first."""
+    # Longest first, since an alternation takes the first that matches; an empty one would match everywhere, and (?!) nowhere.
     return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")

@@ -92,8 +92,10 @@ def repair(record: str | Conversation, form: Requirements) -> tuple[str | Conver
     if isinstance(record, str):
         text, change = texts.replaced(record)
         return text, [(UNICODE.name, change)] if change else []
+    # Corrections rely on the types, as the rules do.
     if any(_types(record)):
         return record, []
+    # A deep copy, since each `fix` edits messages and calls in place.
     record = copy.deepcopy(record)
     changes: list[tuple[str, str]] = []
     for rule in RULES:
@@ -122,6 +124,7 @@ def _types(conversation: Conversation) -> Iterator[str]:
             yield f"message {i} has role {brief(message.get('role'))}, which should be text"
         if not _is_content(message.get("content", "")):
             yield f"the content of message {i} should be text, not {brief(message['content'])}"
+        # Types are checked before `fix_role`, so the role may still have one of its other names.
         elif "content" not in message and ("tool_calls" not in message or turns.normal_role(message.get("role")) != "assistant"):
             yield f"message {i} has no content"
         if not isinstance(message.get("tool_call_id", ""), str):

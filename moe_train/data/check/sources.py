@@ -98,10 +98,12 @@ def section_of(columns: Sequence[str], ignore: Sequence[str] = ()) -> config.Rec
     """
     if not columns:
         return None
+    # [::2] leaves the "=" out of (field, "=", column).
     pairs = dict(pair.partition("=")[::2] for pair in columns)
     ignored = tuple(ignore)
     if all(pairs.values()):  # a pair without "=", or with nothing after it, names no column
         match pairs:
+            # A mapping pattern also matches a dict with more keys, hence `rest`.
             case {"text": column, **rest} if not rest:
                 return config.TextRecord(name="text", column=column, ignore=ignored)
             case {"messages": column, **rest} if not rest:
@@ -120,6 +122,7 @@ def places_of(sources: Sequence[CheckedSource], picked: bool) -> list[CheckedFil
     """
     places = []
     for i, source in enumerate(sources):
+        # Only the files and their format matter here, but a FileSource has to have some record section.
         record = source.record or config.TextRecord(name="text")
         section = config.FileSource.model_validate(
             {"name": "files", "files": source.files, "format": source.format, "record": record}

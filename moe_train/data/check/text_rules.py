@@ -58,6 +58,7 @@ def _content(message: Message) -> list[str]:
     content = message.get("content", "")
     if isinstance(content, str):
         return [content]
+    # A part holds its text under the name of its type.
     return [part[part["type"]] for part in content]
 
 
@@ -68,6 +69,7 @@ def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
             yield f"message {i} ({message['role']})", text
         for call in message.get("tool_calls", ()):
             yield f"a call in message {i}", call["function"]["name"]
+            # Arguments may be an object, too.
             if isinstance(call["function"].get("arguments"), str):
                 yield f"the arguments of a call in message {i}", call["function"]["arguments"]
     for i, tool in enumerate(conversation.tools):
@@ -84,6 +86,7 @@ def unusable_characters(conversation: Conversation, form: Requirements) -> Itera
 def fix_unusable_characters(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Replace such characters in the contents of messages."""
     for i, message in enumerate(conversation.messages):
+        # Contents alone: in names, arguments and tools, U+FFFD would change what is called.
         if isinstance(message.get("content"), str):
             message["content"], change = replaced(message["content"])
             if change:

@@ -39,6 +39,7 @@ def fix_role(conversation: Conversation, form: Requirements) -> Iterator[str]:
     for i, message in enumerate(conversation.messages):
         role = message["role"]
         new_role = normal_role(role)
+        # An unknown role stays: which one is meant would be a guess.
         if new_role != role and new_role in ROLES:
             message["role"] = new_role
             yield f"message {i}: role {role} is {new_role} here"
@@ -69,6 +70,7 @@ def fix_system_not_first(conversation: Conversation, form: Requirements) -> Iter
 
 def role_order(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Find messages whose role may not follow the role before it."""
+    # `system-first` judges where system messages stand.
     turns = [(i, message) for i, message in enumerate(conversation.messages) if message["role"] != "system"]
     before: Message | None = None
     for i, message in turns:
@@ -150,6 +152,7 @@ def fix_empty_answer(conversation: Conversation, form: Requirements) -> Iterator
     """
     for i, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and "tool_calls" not in message and not _visible_text(message):
+            # Up to the answer before, so that the question goes as well.
             keep = max((k for k in range(i) if conversation.messages[k]["role"] == "assistant"), default=-1) + 1
             cut = len(conversation.messages) - keep
             del conversation.messages[keep:]

@@ -103,6 +103,7 @@ def open_store(
     memory = Path(data.cache_dir) / "scans"
     if not isinstance(source, config.PreparedSource):
         if template is not None and reads_date(template) and not isinstance(source.record, config.TextRecord):
+            # The date is written into the template, so that it belongs to the identity of the set and does not change overnight.
             template = dated(template, data.chat_date or keep_date(data.cache_dir))
         records = open_source(source)
         directory = prepare(Recipe(source, records, tokenizer, template), data.cache_dir, data.num_proc, report)

@@ -113,4 +113,5 @@ class Lora(Section):
 
     def scale(self, target: LoraTarget) -> float:
         """Return the factor by which the product B·A of a target is multiplied."""
+        # arXiv:2312.03732: with alpha / rank, updates shrink as the rank grows; with the square root they do not.
         return target.alpha / (target.rank**0.5 if self.rslora else target.rank)

@@ -160,6 +160,7 @@ class MoeFfn(Section):
         if isinstance(self.router, SigmoidRouter) and self.router.num_groups > 1:
             G = self.router.num_groups
             size = self.num_experts // self.router.num_groups
+            # The score of a group is the sum of its two best experts, so it needs two.
             if self.num_experts % G or size < 2:
                 raise ValueError(
                     f"router.num_groups {G} does not divide num_experts {self.num_experts} into groups of two or more; "
@@ -198,6 +199,7 @@ class Model(Section):
     def _check(self) -> Self:
         _check_periods(self)
         _check_family(self)
+        # config.json has a single `sliding_window`, and per layer only whether it applies.
         if len({w for w in self.attention.windows if w is not None}) > 1:
             raise ValueError(
                 f"attention.windows {list(self.attention.windows)} has several sizes; "
@@ -216,11 +218,13 @@ class Model(Section):
 def _check_periods(model: Model) -> None:
     """Raise ValueError unless each stack of layers is a whole number of periods."""
     period = len(model.attention.windows)
+    # Each repetition of the period is one step of the scan over layers, so a stack cannot end inside a period.
     if model.num_layers % period:
         raise ValueError(f"num_layers {model.num_layers} is not a multiple of the {period} attention.windows; change either")
     dense = model.ffn.dense_layers if isinstance(model.ffn, MoeFfn) else None
     if dense is None:
         return
+    # Layer i uses window i modulo the period in the whole model, so the second stack has to begin a period too.
     if dense.count % period:
         raise ValueError(f"ffn.dense_layers.count {dense.count} is not a multiple of the {period} attention.windows; change either")
     if dense.count >= model.num_layers:

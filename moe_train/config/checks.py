@@ -52,6 +52,7 @@ def check_batch(sections: Sections) -> None:
             f"train.seq_len {train.seq_len} does not divide into two equal chunks for each of mesh.context {mesh.context} devices; "
             f"use a multiple of {chunks}: {choices}"
         )
+    # The kernel works on blocks of 128 positions or a multiple, within each chunk of a device.
     if mesh.context > 0 and sections.compute.attention == "splash" and train.seq_len % (128 * chunks):
         raise ValueError(
             f"compute.attention splash needs a train.seq_len that is a multiple of {128 * chunks} on mesh.context {mesh.context}, "
@@ -64,6 +65,7 @@ def check_model(sections: Sections, model: Model) -> None:
     mesh = sections.mesh
     loss = sections.loss
     attention = model.attention
+    # fsdp splits D; tensor splits heads, F and V (machine/mesh.py). Key heads are the fewest, and divide the query heads.
     _check_divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
     _check_divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
     _check_divides(mesh.tensor, "tensor", model.ffn.ffn_dim, "ffn_dim")
@@ -79,6 +81,7 @@ def check_model(sections: Sections, model: Model) -> None:
         )
     if sections.compute.transport != "auto" and mesh.expert == 1:
         raise ValueError(f"compute.transport {sections.compute.transport} has no effect when mesh.expert is 1; leave it out")
+    # Before training rather than at the export, when the training is already paid for.
     inexpressible = without_format(model)
     if inexpressible and sections.export != "none":
         raise ValueError(
@@ -89,6 +92,7 @@ def check_model(sections: Sections, model: Model) -> None:
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
         _check_divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
+        # No default: an auxiliary loss that is off by accident fails silently.
         if (sections.lora is None or sections.lora.trains_router) and None in coefs.values():
             missing = ", ".join(f"loss.{k}" for k, v in coefs.items() if v is None)
             raise ValueError(f"state {missing}, since routers are trained (0.01 and 0.001 are usual; 0 disables a loss)")
@@ -113,5 +117,6 @@ def check_model(sections: Sections, model: Model) -> None:
 def _check_divides(size: int, axis: str, dim: int, name: str) -> None:
     """Raise ValueError if `dim` is not a multiple of the mesh axis size; an axis of -1 is not checked yet."""
     if size > 0 and dim % size:
+        # Ends at 1 at the latest, which divides everything.
         nearest = next(n for n in range(size, 0, -1) if dim % n == 0)
         raise ValueError(f"mesh.{axis} {size} does not divide {name} {dim}; use {nearest}")

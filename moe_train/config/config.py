@@ -49,6 +49,7 @@ class Config(Section):
     def _check(self) -> Self:
         if self.model is None and self.init_from is None:
             raise ValueError("state model (an architecture to train from random weights) or init_from (a checkpoint to start from)")
+        # Otherwise `resolve` checks it, once it has read the architecture of `init_from`.
         if self.model is not None:
             check_model(self, self.model)
         if self.data is not None:

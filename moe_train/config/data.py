@@ -158,6 +158,7 @@ class HubSource(Section):
     dataset: str
     subset: str | None = None
     split: str = "train"
+    # Required, since the content of a branch changes; `HubDataset` accepts only a full commit hash.
     revision: str
     record: Record
     weight: PositiveFloat | None = None
@@ -187,6 +188,7 @@ class PythonSource(Section):
 
     name: Literal["python"]
     title: str = "records"
+    # Excluded from dumps and the schema: a YAML file cannot hold an object of a program.
     records: SkipJsonSchema[Any] = Field(default=None, exclude=True, repr=False)
     record: Record
     weight: PositiveFloat | None = None
@@ -214,6 +216,7 @@ class BestFit(Section):
 
 def _date(value: object) -> object:
     """Return a date as text, since YAML reads 2026-11-30 as a date, and check that there is such a day."""
+    # `type` rather than isinstance, since a datetime is a date too, but names a time of day.
     text = value.isoformat() if type(value) is datetime.date else value
     if isinstance(text, str):
         try:

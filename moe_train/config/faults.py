@@ -31,6 +31,7 @@ def explain_errors(error: ValidationError, tree: dict[str, YamlValue]) -> Iterat
         invalid = fault["input"]
         context = fault.get("ctx", {})
         value = f" (value {shown(invalid)})"
+        # A check of this package: its text is used as it is, without pydantic's "Value error, ".
         if kind == "value_error":
             message = " ".join(str(context["error"]).split())
             yield _blamed_path(path, message, tree), message
@@ -42,8 +43,10 @@ def explain_errors(error: ValidationError, tree: dict[str, YamlValue]) -> Iterat
                 names = f"; a section whose name is one of {', '.join(members(section))}"
             yield path, f"required, and missing{names}"
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            # pydantic reports the expected tags only as one text.
             tags = re.findall(r"'([^']*)'", context.get("expected_tags", "")) or list(section["discriminator"]["mapping"])
             tag = context["discriminator"].strip("'")
+            # The input is the whole section; only the tag is at fault.
             invalid = invalid.get(tag) if isinstance(invalid, dict) else invalid
             if kind == "union_tag_not_found":
                 message = f"required, and missing; one of {', '.join(tags)}"
@@ -96,6 +99,7 @@ def _blamed_path(section: KeyPath, message: str, tree: dict[str, YamlValue]) -> 
         for base, prefix in ((section_tree, section), (tree, ())):
             parts = name.split(".")
             for part in parts:
+                # None ends the walk: the rest of a path below a missing key is missing too.
                 base = base.get(part) if isinstance(base, dict) else None
             if base is not None:
                 return (*prefix, *parts)
@@ -111,6 +115,7 @@ def _suggestion(path: KeyPath, section: JsonSchemaValue) -> str:
     *parents, key = path
     section_keys = list(section.get("properties", {}))
     elsewhere = [p for p in all_keys() if p.rpartition(".")[2] == key]
+    # `all_keys` enters lists at item 0, whatever the index in the file.
     section_path = ".".join("0" if isinstance(part, int) else part for part in parents)
     siblings = [p for p in elsewhere if p.rpartition(".")[0] == section_path]
     if siblings:

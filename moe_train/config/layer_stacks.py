@@ -80,6 +80,7 @@ def layers(model: Model) -> Iterator[LayerPosition]:
     """Yield every layer in order, with the location of its weights."""
     for number, stack in enumerate(stacks(model)):
         for i in range(stack.num_layers):
+            # Arrays are stacked over repetitions, so layers of one array are `period` layers apart.
             repeat, place = divmod(i, stack.period)
             yield LayerPosition(stack.layer(place, repeat), number, place, repeat, stack.ffn)
 

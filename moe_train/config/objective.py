@@ -27,6 +27,7 @@ With a second member, write `Annotated[NextToken | Other, Field(discriminator="n
 def check_records(objective: Objective, data: Data) -> None:
     """Raise ValueError if a source has records of a kind that the objective does not read."""
     for source in (*data.train, *data.eval):
+        # A prepared set has no section of a record; its manifest says what it holds.
         if isinstance(source, RecordSource) and source.record.name not in objective.records:
             kinds = ", ".join(objective.records)
             raise ValueError(

@@ -103,6 +103,7 @@ class Run(Section):
     def to_config(self) -> Config:
         """Return the config that states all of this, for files; it resolves to an equal `Run`."""
         sections = {key: getattr(self, key) for key in _SHARED_WITH_CONFIG}
+        # As a plain `Data`, to equal the section that a file gives; dict() keeps the sections inside as they are.
         data = Data(**dict(self.data)) if isinstance(self.data, RunData) else None
         return Config(**sections, init_from=self.init_from, lora=self.lora, data=data)
 

@@ -15,6 +15,7 @@ def json_schema() -> JsonSchemaValue:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
+# Built once, since every unknown key looks into it.
 _SCHEMA = json_schema()
 
 
@@ -48,6 +49,7 @@ def key_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, JsonSchemaValue]:
     schema = section = _SCHEMA
     for part in loc:
         if "discriminator" in schema:
+            # pydantic puts the tag of a union into `loc`, where the file has no key.
             schema = section = members(schema)[str(part)]
             continue
         section = schema if "properties" in schema else section

@@ -61,4 +61,5 @@ Dtype = Literal["float32", "bfloat16"]
 class Section(BaseModel):
     """The base class of all config sections: strict types, no unknown keys, immutable."""
 
+    # Strict: a quoted "10" or a 1 for true is an error rather than a guess. Frozen: defaults are shared.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

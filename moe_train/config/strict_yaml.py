@@ -40,6 +40,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int | yaml.Node | None) -> yaml.Node | None:
         """Compose the next node; reject an anchor or alias."""
+        # Refused before anything is composed: nested aliases could expand a small file to any size.
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             problem = "anchors and aliases are not supported; write the value out"
@@ -70,6 +71,7 @@ def parse_yaml(text: str, origin: str) -> tuple[YamlValue, dict[KeyPath, int]]:
         ConfigError: with every error, one per line.
     """
     try:
+        # Composed rather than loaded, since only nodes know their lines and keep duplicate keys.
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -134,6 +136,7 @@ def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Yaml
         fault = "the number is too large"
     elif tag == _FLOAT:
         number = math.inf
+        # Infinities and NaN end in a letter and stay infinite here, so that they are refused below.
         if text[-1].isdigit() or text[-1] == ".":
             number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
         if math.isfinite(number):
@@ -147,11 +150,13 @@ def _scalar(node: yaml.Node, label: str, faults: list[str], origin: str) -> Yaml
 
 def format_yaml(tree: Any) -> str:
     """Return `tree` as YAML text that `parse_yaml` reads back to an equal tree."""
+    # The width keeps long strings on one line; YAML would fold them at 80 characters.
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
 
 
 def shown(value: Any) -> str:
     """Format a value for a message, with at most 60 characters."""
+    # As JSON, which tells "true" from true.
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:59] + "…"
 

@@ -41,6 +41,7 @@ class Train(Section):
             raise ValueError("state max_drop_rate with capacity_factor (0.1 stops the run if a tenth is dropped; 1 never stops it)")
         if self.capacity_factor is None and self.max_drop_rate is not None:
             raise ValueError("max_drop_rate has no effect without a capacity_factor: nothing is dropped; leave it out")
+        # The number of steps is rounded up, so fewer tokens would still train for a whole step.
         tokens_per_step = self.batch_size * self.seq_len
         if self.tokens is not None and self.tokens < tokens_per_step:
             raise ValueError(f"tokens {self.tokens} is less than one step of {tokens_per_step} (batch_size x seq_len); raise it")

@@ -59,6 +59,7 @@ def _apply(tree: YamlSection, origins: dict[KeyPath, str], override: str) -> Non
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"{origin}: an override has the form key.path=value, such as optimizer.learning_rate=1e-4")
+    # As YAML, so that an override can set a list, null or a whole section.
     value, _ = parse_yaml(text, origin)
     section: Any = tree  # checked at each step below
     path: KeyPath = ()
@@ -98,6 +99,7 @@ def _validate(tree: YamlSection, origins: dict[KeyPath, str]) -> Config:
 
 def _origin(origins: dict[KeyPath, str], path: KeyPath) -> str:
     """Return the origin of the nearest key at or above `path` that the config states."""
+    # Ends at the path () of the whole file, which always has an origin.
     while path not in origins:
         path = path[:-1]
     return origins[path]

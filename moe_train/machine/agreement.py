@@ -37,6 +37,7 @@ def exchange(text: str, purpose: str, deadline_seconds: float = DEADLINE_SECONDS
     count = jax.process_count()
     if client is None or count == 1:
         return [text]
+    # Keys of the store are written once, so each exchange has a name of its own; all processes count alike.
     prefix = f"moe_train/exchange/{next(_exchanges)}"
     client.key_value_set(f"{prefix}/{jax.process_index()}", text)
     deadline = time.monotonic() + deadline_seconds
@@ -47,6 +48,7 @@ def exchange(text: str, purpose: str, deadline_seconds: float = DEADLINE_SECONDS
                 texts.append(client.blocking_key_value_get(f"{prefix}/{index}", int(1000 * _POLL_SECONDS)))
                 break
             except jax.errors.JaxRuntimeError as error:
+                # JAX has one type for all errors of the service, so the status has to be read from the text.
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
                 if time.monotonic() > deadline:

@@ -36,6 +36,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
     try:
         yield unfinished
+        # Before the rename: otherwise a crash could leave the final name with files that are still empty.
         for entry in sorted(unfinished.rglob("*")):
             _sync(entry)
         _sync(unfinished)
@@ -59,6 +60,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically, like `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within a file system; the random part keeps writers apart.
     unfinished = path.with_name(f".{path.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
         with unfinished.open("wb") as file:
@@ -85,6 +87,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def _umask() -> int:
+    # The mask can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -119,6 +122,7 @@ def read_object(file: Path) -> JsonObject:
 
 def check_space(out_dir: str | Path, num_bytes: int) -> None:
     """Raise OSError, before anything is written, if the disk of `out_dir` has less than `num_bytes` free."""
+    # The folder itself need not exist yet; its disk is that of the nearest folder above it.
     existing = next(path for path in Path(out_dir).absolute().parents if path.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:

@@ -34,6 +34,7 @@ def check_host_memory(arrays: Any, owner: str) -> None:
     bytes_per_device = 0
     for x in jax.tree.leaves(arrays):
         shape = x.shape
+        # Each device holds a shard; what is replicated is held by every one of them.
         if x.sharding is not None:
             shape = NamedSharding(mesh, x.sharding.spec).shard_shape(x.shape)
         bytes_per_device += math.prod(shape) * x.dtype.itemsize
@@ -59,4 +60,5 @@ def available_memory() -> int | None:
         return None
     # A container's limit can be lower than what the host has available.
     limits = (Path(file).read_text(encoding="ascii").strip() for file in LIMITS if Path(file).is_file())
+    # Control groups state "no limit" as the word max (version 2) or as a number near 2^63 (version 1).
     return min(int(stated[1]) * 1024, *(int(limit) for limit in limits if limit.isdigit()), 2**62)

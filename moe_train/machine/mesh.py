@@ -50,6 +50,7 @@ def join_processes() -> None:
         return
     jax.config.update("jax_enable_preemption_service", False)  # `train` handles SIGTERM itself
     try:
+        # Deactivated, since JAX would otherwise look for a cluster of its own (Slurm, MPI) and might find another one.
         if isinstance(job, processes.Job):
             jax.distributed.initialize(*job, cluster_detection_method="deactivate")
         else:
@@ -70,6 +71,7 @@ def join_processes() -> None:
     address = distributed.global_state.coordinator_address
     assert store is not None and address is not None
     if index == 0:
+        # The port and the password reach the other processes through JAX's coordination service.
         store.key_value_set(key, processes.listen(count))
     else:
         processes.connect(address.rpartition(":")[0], store.blocking_key_value_get(key, 60_000), index, count)
@@ -129,6 +131,7 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
             f"mesh ({axes}) needs {math.prod(shape)} devices, but {len(chosen)} are available; set one axis to -1 for the rest"
         )
     types = (AxisType.Explicit,) * len(AXES)
+    # jax.make_mesh arranges all devices so that neighbours on an axis are neighbours in the network.
     if devices is None:
         return jax.make_mesh(tuple(shape), AXES, axis_types=types)
     return Mesh(np.array(chosen).reshape(shape), AXES, axis_types=types)
@@ -175,6 +178,7 @@ def slices_along(axis: str) -> int:
     """
     mesh = get_concrete_mesh()
     size = axis_size(axis)
+    # Empty under an abstract mesh, whose devices belong to no slice.
     if mesh.empty or size == 1:
         return 1
     slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
@@ -206,6 +210,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """
     if jax.process_count() > 1:
         check_rows(mesh.devices)
+    # Rows over all batch axes, positions over `context`; replicated over `tensor`.
     sharding = NamedSharding(mesh, PartitionSpec(BATCH, "context"))
 
     def put(x: Any) -> jax.Array:
@@ -218,6 +223,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 def check_rows(devices: np.ndarray) -> None:
     """Raise ValueError if the devices of a batch row, along context and tensor, belong to several processes."""
+    # The last two axes of the mesh, so that the devices of one row are consecutive.
     *_, context, tensor = devices.shape
     owners = np.array([device.process_index for device in devices.flat]).reshape(-1, context * tensor)
     if (owners != owners[:, :1]).any():

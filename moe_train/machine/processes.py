@@ -75,6 +75,7 @@ def job(env: Mapping[str, str]) -> Job | DetectedByJax | None:
                 f"JAX_NUM_PROCESSES is auto, but {conflicting[0]} is {env[conflicting[0]]!r}; unset it, or state the number"
             )
         return DetectedByJax()
+    # What a user states comes before what a cluster sets.
     if any(name in env for name in _OF_JAX):
         _require_variables(env, _OF_JAX, "{present} is set, and all three or none of them must be")
         count = _number(env, "JAX_NUM_PROCESSES")
@@ -85,6 +86,7 @@ def job(env: Mapping[str, str]) -> Job | DetectedByJax | None:
         if not 0 <= index < count:
             raise ValueError(f"JAX_PROCESS_ID is {index}, but JAX_NUM_PROCESSES is {count}; use a number from 0 to {count - 1}")
         return Job(address, count, index) if count > 1 else None
+    # Of the step, since the variables of the job also stand where srun has started no tasks.
     count = _number(env, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in env else 1
     if count > 1:
         _require_variables(env, _OF_SLURM, "srun sets it; start the processes with srun")
@@ -94,6 +96,7 @@ def job(env: Mapping[str, str]) -> Job | DetectedByJax | None:
         # One of the last 4096 ports, so that jobs that share a host use different ones.
         port = env.get("JAX_COORDINATOR_PORT") or 61440 + _number(env, "SLURM_JOB_ID") % 4096
         return Job(f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}", count, _number(env, "SLURM_PROCID"), local)
+    # A single name is a host on its own.
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
     slices = _number(env, "MEGASCALE_NUM_SLICES") if "MEGASCALE_NUM_SLICES" in env else 1
     return DetectedByJax() if "," in hosts or slices > 1 else None
@@ -147,6 +150,7 @@ def listen(count: int) -> str:
     _watch.count = count
     password = secrets.token_hex(16)
     dual_stack = socket.has_dualstack_ipv6()
+    # Port 0: the system chooses a free one, which the invitation states.
     server = socket.create_server(("", 0), family=socket.AF_INET6 if dual_stack else socket.AF_INET, dualstack_ipv6=dual_stack)
 
     def accept() -> None:
@@ -154,6 +158,7 @@ def listen(count: int) -> str:
         while awaited:
             peer, _ = server.accept()
             index = _authenticate(peer, password)
+            # An index that is not awaited is a stranger's, or one that has come before.
             if index in awaited:
                 awaited.remove(index)
                 _start(index, peer)
@@ -172,6 +177,7 @@ def _authenticate(peer: socket.socket, password: str) -> int | None:
         greeting = peer.recv(len(password) + _NUMBER.size, socket.MSG_WAITALL)
     except OSError:
         return None
+    # Takes equally long wherever the texts differ, so the password cannot be guessed byte by byte.
     if not secrets.compare_digest(greeting[: -_NUMBER.size], password.encode()):
         return None
     peer.settimeout(None)
@@ -204,9 +210,11 @@ def silence_other_processes(index: int) -> None:
     """
     sys.stdout.flush()
     if index:
+        # At the level of descriptors, since C libraries do not write through sys.stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         logging.disable(logging.WARNING)
     else:
+        # Python writes to a copy of stdout; descriptor 1 itself, to which C libraries write, becomes stderr.
         sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
         os.dup2(2, 1)
 
@@ -274,6 +282,7 @@ def _await_peer(index: int, peer: socket.socket) -> None:
     code = _NUMBER.unpack(message)[0]
     if code == 0:
         return
+    # A peer that was asked to stop has not failed, so this process has no error of its own to report.
     if code != UNFINISHED:
         time.sleep(GRACE_SECONDS)
     _stop_process(f"{who} stopped with exit code {code}; see its message", code)
@@ -282,6 +291,7 @@ def _await_peer(index: int, peer: socket.socket) -> None:
 def _stop_process(reason: str, code: int) -> None:
     if _watch.left:
         return
+    # Not print: the main thread may hold the lock of sys.stderr, in a call that never returns.
     os.write(2, f"moe-train: {reason}\n".encode())
     # `exit_process` joins the threads of the watch, and a thread cannot join itself.
     _watch.threads.remove(threading.current_thread())

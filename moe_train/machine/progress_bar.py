@@ -35,6 +35,7 @@ class ProgressBar:
         """Draw the progress of some work. A report of other work, or of a smaller amount, restarts the line."""
         previous = self._shown
         self._shown = now
+        # A reset starts the clock anew; otherwise the time left would be estimated from the speed of other work.
         if previous is None or previous.what != now.what or previous.done > now.done:
             description = f"{self._title}: {now.what}" if now.what else self._title
             self._bar.reset(self._task, total=now.total, completed=now.done, description=description)

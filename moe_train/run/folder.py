@@ -59,6 +59,7 @@ class RunFolder:
             write_text(self.path / "config.yaml", yaml_file.dump(run.to_config()))
             write_text(self.path / "manifest.json", inputs.train.manifest)
             _keep_tokenizer(self.path / TOKENIZER_FOLDER, inputs.tokenizer)
+        # After the folder exists: every process checks that it sees the one that the first process made.
         require_shared(self.path)
 
 
@@ -84,6 +85,7 @@ def only_one(run_dir: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock.
     """
+    # The lock is on the file, not in it, so a file that a killed process left behind locks nobody out.
     with (run_dir / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

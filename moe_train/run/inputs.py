@@ -43,6 +43,7 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     check_ready(run, data, tokenizer)
 
     def open_loader(sources: Literal["train", "eval"], batch_size: int) -> Loader:
+        # Each process opens only its rows, but all plan the same global order.
         rows = BatchRows(batch_size, run.train.seq_len, jax.process_index(), jax.process_count())
         return Loader(data, sources, tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
 

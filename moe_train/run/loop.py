@@ -103,12 +103,15 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
         UnusableCheckpoint: no step can be taken from the newest checkpoint; it was renamed, and there is an older one.
     """
     mesh = make_mesh(run.mesh)
+    # Before any data is opened or any array allocated, since it needs neither.
     check_fits(run, mesh.local_devices[0])
     with jax.set_mesh(mesh), signals() as stop_request, contextlib.ExitStack() as exit_stack:
         check_transport(run.compute.transport)
         objective = objective or objective_of(run.objective)
+        # Under `signals`, since tokenizing may take long and must be interruptible.
         inputs = open_inputs(run, objective)
         stop_request.starting = "reading the checkpoint"
+        # Locked before the checkpoints are read, so that no other process replaces them meanwhile.
         folder = exit_stack.enter_context(RunFolder(Path(run.run_dir)))
         checkpoints = exit_stack.enter_context(manager.open_for_saving(folder.path, run.checkpoint))
         begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
@@ -133,6 +136,7 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
             sparse_layers=config.sparse_layers(run.model),
         )
         exit_stack.enter_context(writer)
+        # Entered after the writer, so that the reason of a stop is recorded before the metrics are closed.
         stopped = exit_stack.enter_context(run_log(run, folder.path, begin, inputs))
         introduction.introduce(run, writer.say, inputs, begin)
         stop_request.starting = "testing the kernels"
@@ -140,6 +144,7 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
         stop_request.starting = "compiling the step"
 
         batches: Any = exit_stack.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
+        # The first batch is needed before the loop: the step is compiled for its shapes and shardings.
         batch = put_batch(next(batches), mesh)
         start_time = time.perf_counter()
         definition = definition_of(run, begin.structure, begin.optimizer, objective)
@@ -149,6 +154,7 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
         stop_request.starting = "measuring the held-out loss"
         held_out = HeldOutLoss(run, mesh, inputs, begin, objective, writer)
         if start == 0:
+            # The loss before training, with which every later one is compared; a resumed run has it in metrics.jsonl.
             held_out.measure(0, state)
         # From here on, a signal takes effect after a step.
         stop_request.starting = None
@@ -169,6 +175,7 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
 
         for step in range(start + 1, total_steps + 1):
             state, step_metrics = run_step(state, batch, begin.base_weights)
+            # All processes vote at every step, since a collective that only some of them enter would hang.
             voted = vote((stop_request.reason is not None, saving.is_overdue()), mesh)
             if step < total_steps:
                 # The next batch is fetched while the device still computes the step that was just dispatched.
@@ -182,6 +189,7 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
             evaluates = held_out.is_due(step)
             saves = saving.is_due(step)
             if not (evaluates or saves or votes.stop or votes.save):
+                # A save that failed in the background ends the run now, rather than at the next save.
                 saving.check()
                 continue
             # The loop pauses here anyway, so this step's metrics and vote are read at once.
@@ -193,6 +201,7 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
             # After a non-finite step the weights may be unusable, so no save rotates the last good checkpoint away.
             if saves and (figures.finite or votes.stop or step == total_steps):
                 saving.save(step, state, loss)
+            # Evaluation and saving are no part of the time of a step.
             figures.restart_timer(step)
             if votes.stop and step < total_steps:
                 saving.finish()

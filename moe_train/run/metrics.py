@@ -57,11 +57,13 @@ class MetricsReader:
             RuntimeError: more than `train.max_skipped_steps` steps were not finite, or a layer dropped too many assignments.
         """
         is_next = newest is not now
+        # One transfer for both; the host waits here until that step is finished.
         now, voted = jax.device_get((now, voted))
         # If the newest step is finished too, the time so far covers both.
         # A fast device may already have finished the step after this one.
         ahead = is_next and newest.loss.is_ready()  # type: ignore[attr-defined]
         done = step + ahead
+        # A batch type without `segment_ids` states no padding.
         self._tokens_read.append(self._positions if now.tokens is None else int(now.tokens))
         if done > self._done and step % self._run.metrics.every_steps == 0:
             self._seconds = (time.perf_counter() - self._since) / (done - self._done)
@@ -71,6 +73,7 @@ class MetricsReader:
         limit = self._run.train.max_skipped_steps
         self.finite = bool(now.finite)
         if not now.finite:
+            # The device has left the state unchanged; this count only follows it.
             self._skipped += 1
             problem = f"loss {now.loss} or gradient norm {now.grad_norm} is not finite"
             writer.say(f"step {step} skipped, {self._skipped} so far: {problem}")
@@ -130,6 +133,7 @@ def check_dropped(step: int, routers: RouterStats, settings: config.Train, layer
         settings: states `max_drop_rate` and `capacity_factor`.
         layers: index in the model of the layer of each router.
     """
+    # At least 1, so that a layer of a batch that is all padding does not divide by zero.
     rates_L = np.asarray(routers.dropped) / np.maximum(np.sum(routers.chosen_E, axis=1), 1)
     worst = int(np.argmax(rates_L))
     if rates_L[worst] > (settings.max_drop_rate or 0):

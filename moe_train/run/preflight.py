@@ -87,6 +87,7 @@ def _conversation(fields: dict[str, Any], record: config.Record) -> Conversation
 def _check_exported_template(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:
     """Write the tokenizer and template as an export would, read them back, and compare the rendered tokens."""
     with tempfile.TemporaryDirectory() as scratch:
+        # The files themselves are compared, not their content in memory, since other tools read only the files.
         directory = Path(scratch)
         write_texts(directory, Texts(tokenizer, template))
         try:
@@ -98,6 +99,7 @@ def _check_exported_template(tokenizer: HuggingFace, template: str, conversation
                 f"an export would contain {files}, which other tools cannot read as a tokenizer ({reason}); "
                 "set data.tokenizer.path to a directory with tokenizer.json"
             ) from error
+        # None: the template that the exported tokenizer states, which is what other tools use.
         exported_template = conversation_to_tokens.load_template(None, exported)
         for location, conversation in conversations:
             expected = located(location, texts.rendered_examples, conversation, template, tokenizer)

@@ -59,6 +59,7 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs) -> 
     except GeneratorExit:  # the caller of `loop.steps` has left its loop
         write_event(run_dir, "stop", stopped.step, reason="the caller stopped iterating")
         raise
+    # Also KeyboardInterrupt and SystemExit: whatever ends a run is in its log.
     except BaseException as error:
         with contextlib.suppress(OSError):  # the disk may be full, and the error that stopped the run is the one to show
             write_event(run_dir, "stop", stopped.step, reason=f"{type(error).__name__}: {error}")
@@ -68,6 +69,7 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs) -> 
 
 def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:
     """Append an event to `run.json`, replacing the file atomically; only the first process writes."""
+    # All processes share the folder, and several writers would replace each other's entries.
     if jax.process_index():
         return
     path = run_dir / "run.json"

@@ -43,7 +43,9 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
         changes["lora"] = _with_adapter(written.lora, written.lora.init_from, model)
     if written.data is not None:
         changes["data"] = _with_tokenizer(written.data, written.init_from)
+    # model_copy validates nothing, so the checks below are needed.
     complete = written.model_copy(update=changes)
+    # Again, although `Config` has checked what it could: the architecture and the mesh are only known now.
     config.check_model(complete, model)
     config.check_batch(complete)
     return config.run_of(complete)

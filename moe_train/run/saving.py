@@ -68,6 +68,7 @@ class Saving:
         Raises:
             RuntimeError: the weights cannot be used, or this save or the previous one could not be written.
         """
+        # Checked before every save, since a checkpoint that no step can be taken from would replace a good one.
         if not bool(_are_usable(state.learned)):
             raise RuntimeError(
                 f"the weights after step {step} are not finite, or too large for another step, so they were not saved; lower "
@@ -76,6 +77,7 @@ class Saving:
         loader = self._inputs.train
         about = CheckpointMetadata(
             config=self._run.to_config().model_dump(mode="json"),
+            # The position in the global order of rows, which does not depend on the number of processes.
             row=step * self._run.train.batch_size,
             data=loader.identity,
             base=self._begin.base,
@@ -94,6 +96,7 @@ class Saving:
             UnusableCheckpoint: the checkpoint was renamed; an older one is the newest now.
         """
         step = self._resumed_step
+        # Without an older one the checkpoint is kept: it is all that there is.
         older = None if step is None else manager.set_unusable_aside(self._checkpoints, step)
         if older is not None:
             raise UnusableCheckpoint(

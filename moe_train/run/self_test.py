@@ -139,10 +139,12 @@ class _PackedRows(NamedTuple):
 
 def _packed_rows(T: int) -> _PackedRows:
     """Return two rows of T tokens, whose segments end next to the boundaries of blocks."""
+    # No start is a multiple of 128, and the second segment (17 tokens) is shorter than any block.
     starts = ([0], [0, T // 3 + 5, T // 3 + 22, T - 61])
     segments_BT = np.ones((2, T), np.int32)
     positions_BT = np.tile(np.arange(T, dtype=np.int32), (2, 1))
     for number, (start, end) in enumerate(itertools.pairwise([*starts[1], T])):
+        # Modulo, so that the last segment gets 0, which marks padding.
         segments_BT[1, start:end] = (number + 1) % len(starts[1])
         positions_BT[1, start:end] = np.arange(end - start)
     return _PackedRows(starts, positions_BT, segments_BT)
@@ -170,6 +172,7 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     tolerance = _tolerance(dtype, device)
     T = 256 if device.platform == "cpu" else 1024
     rows = _packed_rows(T)
+    # Two key heads suffice, as long as each serves as many query heads as in the model.
     K = 2
     N = 2 * sizes.num_heads // sizes.num_kv_heads
     rng = np.random.default_rng(0)
@@ -267,6 +270,7 @@ def _transport_errors(transport: TransportName) -> Any:
     D = math.lcm(128, axis_size("fsdp"))
     F = 128 * axis_size("tensor")
     E = 2 * axis_size("expert")
+    # Two experts per token, which differ with even routing, so that results have to be combined.
     A = 2
     tokens = P(BATCH, "context", None)
     into = P("expert", "fsdp", "tensor")
@@ -310,6 +314,7 @@ def _worst_part(actual: np.ndarray, expected: np.ndarray, sizes: Sequence[int] |
     Returns:
         Infinity if a part that must be zero is not.
     """
+    # In float64, so that the differences themselves are not rounded.
     actual = np.asarray(actual, np.float64)
     expected = np.asarray(expected, np.float64)
     cuts = list(range(1, len(actual))) if sizes is None else np.cumsum(sizes).tolist()
@@ -325,5 +330,6 @@ def _worst_part(actual: np.ndarray, expected: np.ndarray, sizes: Sequence[int] |
             part = 0.0
         else:
             part = np.inf
+        # max() with NaN depends on the order of its arguments, so NaN becomes infinity.
         worst = max(worst, float(part)) if np.isfinite(part) else np.inf
     return worst

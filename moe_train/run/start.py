@@ -73,11 +73,13 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     learned_state = jax.eval_shape(new_state, learned)
     check_host_memory((learned_state, frozen), run.name)
 
+    # Only the metadata: a config or data that differ are refused before any weights are read.
     last = manager.newest_metadata(run.run_dir)
     changed = {} if last is None else _changes(run, last, loader)
     base = _base(run, last, bool(frozen))
     adapter = _adapter(run, last)
     weights: Parameters = {}
+    # Checkpoints hold only what is trained, so frozen weights are loaded anew at every start.
     if base is not None and frozen:
         base_shapes = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
         weights = model_dir.load_parameters(base.source, base_shapes, base.step)
@@ -86,6 +88,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     restored = manager.restore(checkpoints, learned_state)
     if restored is not None:
         state = restored.state
+    # Full training from existing weights: everything is loaded, nothing initialized.
     elif base is not None and not frozen:
         state = new_state(model_dir.load_parameters(base.source, learned, base.step))
     else:
@@ -135,6 +138,7 @@ def _changes(run: config.Run, last: CheckpointMetadata, loader: Loader) -> dict[
             raise ValueError(
                 f"{key} is {new}, but the run in {run.run_dir} was started with {old}; restore it, or choose another run_dir"
             )
+    # Only whether there is a base is fixed: its path may change, and frozen weights are compared by their hashes.
     if (last.base is None) != (run.init_from is None):
         original_path = last.config["init_from"]
         raise ValueError(
@@ -167,6 +171,7 @@ def _base(run: config.Run, last: CheckpointMetadata | None, frozen: bool) -> Wei
     if last is None:
         return identity.base_origin(run.init_from)
     assert last.base is not None
+    # The hashes of the start with the path of today, since a run or its base may have been moved.
     base = last.base._replace(source=str(run_folder(run.init_from)))
     if frozen:
         identity.check_base(base)

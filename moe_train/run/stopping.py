@@ -69,7 +69,9 @@ def signals() -> Iterator[StopRequest]:
             raise StopRequested(stop_request.reason)
 
     previous_handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Python's handlers wait until C code returns, but the number of the signal is written to this socket at once.
     receiver, sender = socket.socketpair()
+    # `set_wakeup_fd` demands it, so that a handler can never block.
     sender.setblocking(False)
     previous_descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     answering = threading.Thread(target=_answer, args=(receiver, stop_request, frozenset(previous_handlers)), daemon=True)
@@ -97,12 +99,14 @@ def _answer(receiver: socket.socket, stop_request: StopRequest, numbers: frozens
         if received[0] not in numbers:
             continue
         name = signal.Signals(received[0]).name
+        # Past sys.stderr, whose lock the main thread may hold.
         os.write(2, f"moe-train: {name} received; waiting for {stop_request.waits_for()}\n".encode())
         until = time.monotonic() + EXIT_SECONDS
         while stop_request.starting is not None and not stop_request.ended:
             if time.monotonic() > until:
                 os.write(2, f"moe-train: ended while {stop_request.starting}; start again to continue\n".encode())
                 announce_exit(UNFINISHED)
+                # sys.exit would only end this thread.
                 os._exit(UNFINISHED)
             time.sleep(0.05)
         return
@@ -136,4 +140,5 @@ def vote(wishes: tuple[bool, bool], mesh: Mesh) -> jax.Array:
 
 @jax.jit
 def _any(wishes: jax.Array) -> jax.Array:
+    # One device that wishes it is enough.
     return jnp.max(wishes, axis=0)

@@ -94,6 +94,7 @@ class Writer:
         else:
             now = time.monotonic()
             self._first = self._first or (now, step)
+            # Measured from the first line on, so that compilation does not count.
             since, after = self._first
             if step not in (after, self._total) and now - self._last_line_time < LINE_SECONDS:
                 return
@@ -126,10 +127,12 @@ class Writer:
 
     def _record(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         record = {"kind": kind, "step": step, **_replace_non_finite(metrics)}
+        # In every process: `steps` yields the same metrics everywhere.
         self._new_records.append(record)
         if not self._write:
             return
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        # At once, so that a reader sees each step, and a killed process loses none.
         self._file.flush()
         if self._events is not None:
             for name, value in _scalars(metrics, self._sparse_layers):
@@ -151,6 +154,7 @@ class Writer:
             self._bar.stop()
         if self._events is not None:
             self._events.close()
+        # So that the last lines survive a machine that is shut down right after the run.
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -174,6 +178,7 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
     kept_lines: list[bytes] = []
     if start_step and path.exists():
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+            # Cut short by a process that died while writing.
             if not line.endswith(b"\n"):
                 continue
             try:
@@ -183,6 +188,7 @@ def _open_lines(path: Path, start_step: int) -> TextIO:
                 continue
             if step <= start_step:
                 kept_lines.append(line)
+    # Replaced atomically, so that a crash here loses no line.
     write_bytes(path, b"".join(kept_lines))
     return path.open("a", encoding="utf-8")
 

@@ -86,6 +86,7 @@ class Batch(NamedTuple):
         """Return a batch of uniformly random tokens, with one segment per row."""
         tokens = np.random.default_rng(seed).integers(0, vocab_size, (rows, seq_len), dtype=np.int32)
         positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), tokens.shape).copy()
+        # The target of the last position is the first token, which is as random as any other.
         return cls(tokens, np.roll(tokens, -1, axis=1), np.ones(tokens.shape, bool), np.ones_like(tokens), positions)
 
     def fill_row(self, row: int, pieces: Sequence[TokensAndMask]) -> None:
@@ -98,5 +99,6 @@ class Batch(NamedTuple):
             self.targets[row, start:end] = ids[1:]
             self.loss_mask[row, start:end] = True if mask is None else mask[1:]
             self.segment_ids[row, start:end] = segment
+            # From 0 for a later piece of a split example too: it is a text of its own to attention.
             self.positions[row, start:end] = np.arange(end - start)
             start = end

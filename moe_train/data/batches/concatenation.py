@@ -51,5 +51,7 @@ class Concatenation:
         places = []
         for order in self._orders:
             rows = order.end(epoch) - (order.end(epoch - 1) if epoch else 0)
+            # The half centres each row in its share of the epoch.
             places.append((np.arange(rows) + 0.5) / rows)
+        # Stable, so that ties (sources of equal size) are broken alike on every machine.
         return np.argsort(np.concatenate(places), kind="stable")

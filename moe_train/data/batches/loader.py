@@ -122,6 +122,7 @@ class Loader:
         else:
             self._shares = _integer_shares(weights)
         self._concatenation = Concatenation([opened.order for opened in self._sources])
+        # The numbers of the rows alone are mixed and batched, so that `trace` can name their origin without reading any tokens.
         self._row_numbers = self._global_order(plans).batch(rows.batch_size, drop_remainder=False)
         self._batches = self._row_numbers.map(self._fill)
 
@@ -146,11 +147,13 @@ class Loader:
         if self.batches is not None:  # evaluation: each row once
             first_epochs = [grain.MapDataset.range(i * _ROWS, i * _ROWS + plan.num_rows) for i, plan in enumerate(plans)]
             return grain.MapDataset.concatenate(first_epochs)
+        # The numbers of the rows of source 0 are the rows themselves.
         if len(plans) == 1:
             return grain.MapDataset.range(_ROWS)
         if not self._shares:
             return grain.MapDataset.range(_ROWS).map(self._locate)
         streams = [grain.MapDataset.range(i * _ROWS, (i + 1) * _ROWS) for i in range(len(plans))]
+        # Deterministic: which source row r comes from depends only on the shares and r.
         return grain.MapDataset.mix(streams, self._shares)
 
     def batch(self, step: int) -> Any:
@@ -164,6 +167,7 @@ class Loader:
         """Yield the batches from `start_step` on, read ahead in a thread; close the iterator to stop the thread."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
         batches = iter(self._batches.to_iter_dataset(options))
+        # Nothing before the step is read or skipped through: every batch can be computed from its number.
         batches.set_state({"next_index": start_step})
         try:
             yield from batches
@@ -193,6 +197,7 @@ class Loader:
         if length.epochs is not None:
             return self.steps(length.epochs)
         assert length.tokens is not None
+        # Counted in positions, padding included, so that the number of steps does not depend on the packing.
         return math.ceil(length.tokens / (length.batch_size * length.seq_len))
 
     def epochs(self, step: int) -> dict[str, float]:
@@ -261,6 +266,7 @@ def _identity(sources: str, weights: Sequence[float | None], manifests: Sequence
     contents = []
     for prepared in manifests:
         contents.append([shard.sha256 for shard in prepared.shards])
+    # The plans of the first epoch stand for those of all: seed, window and sequence length decide every one alike.
     decides = [sources, weights, contents, [plan.digest for plan in plans]]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 

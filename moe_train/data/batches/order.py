@@ -79,8 +79,10 @@ class Order:
             with contextlib.suppress(FileExistsError), new_directory(directory) as unfinished:  # another process may be faster
                 # One array: dropped, truncated, split, num_rows; then row_pieces; then example, start and length.
                 np.save(unfinished / "plan.npy", np.concatenate([plan[-3:], [plan.num_rows], plan.row_pieces, *plan[1:4]]))
+        # Mapped, so that the processes of a host share one copy in memory.
         numbers = np.load(directory / "plan.npy", mmap_mode="r").view(np.ndarray)
         dropped, truncated, split, num_rows = numbers[:4].tolist()
+        # 4 counts, then num_rows + 1 entries of row_pieces, then three arrays of equal length.
         example, start, length = np.split(numbers[num_rows + 5 :], 3)
         return Plan(self._seq_len, example, start, length, numbers[4 : num_rows + 5], dropped, truncated, split)
 
@@ -89,11 +91,13 @@ class Order:
         if self._shuffle is None:
             return make_plan(self._lengths, self._seq_len, self._too_long)
         seed = (*self._shuffle.seed, epoch)
+        # Sorting raw bits in place of a permutation of numpy, which may change between its versions.
         turns = np.argsort(np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(self._starts) - 1), kind="stable").tolist()
         plans = []
         for turn in turns:
             a, b = self._starts[turn : turn + 2]
             plan = make_plan(self._lengths[a:b], self._seq_len, self._too_long, (*seed, turn))
+            # The plan counts examples from the start of its window.
             plans.append(plan._replace(example=plan.example + a))
         return concatenated(plans)
 
@@ -101,6 +105,7 @@ class Order:
         """Return the number of rows in the epochs up to and including `epoch`."""
         with self._lock:
             while len(self._ends) <= epoch:
+                # Every epoch has its own plan, and so possibly another number of rows.
                 before = self._ends[-1] if self._ends else 0
                 self._ends.append(before + self._plan(len(self._ends)).num_rows)
             return self._ends[epoch]
@@ -123,4 +128,5 @@ def _windows(lengths: np.ndarray, window: int | None) -> list[int]:
     total = int(ends[-1])
     count = max(round(total / window), 1) if window else 1
     borders = np.searchsorted(ends, np.arange(1, count) * total // count) + 1
+    # An example longer than a window makes borders coincide, and no window may be empty.
     return np.unique([0, *borders, len(lengths)]).tolist()

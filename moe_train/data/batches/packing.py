@@ -72,6 +72,7 @@ def make_plan(lengths: np.ndarray, seq_len: int, too_long: TooLong, seed: Sequen
     if too_long == "split":
         # A piece starts at its index within the example, counted by the cumulative sum, times seq_len.
         pieces = -(-lengths[example] // seq_len)
+        # Each example stands once for each of its pieces, which are packed independently of each other.
         example = np.repeat(example, pieces)
         start = (np.arange(len(example)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * seq_len
     else:
@@ -132,7 +133,9 @@ def packed_size(counts: Mapping[int, int], seq_len: int, too_long: TooLong) -> t
     for length in sorted((length for length, count in pieces.items() if length and count), reverse=True):
         remaining = pieces[length]
         while remaining:
+            # The smallest space that is large enough.
             index = bisect.bisect_left(spaces, length)
+            # No open row has room: new rows are filled one after the other.
             opens_rows = index == len(spaces)
             if opens_rows:
                 space = seq_len
@@ -181,7 +184,9 @@ def _best_fit(lengths: np.ndarray, capacity: int, random: np.random.Philox | Non
     """
     counted = lengths
     if random is not None:
+        # 2^-64 maps raw 64-bit draws to the range 0 to 1. Only the order changes; a piece still needs its true length.
         counted = lengths * (1 - 0.1 * 2.0**-64 * random.random_raw(len(lengths)))
+    # Stable, so that pieces of equal length keep the order in which they were shuffled.
     order = np.argsort(-counted, kind="stable")
     rows = np.empty(len(lengths), np.int64)
     rows_with: dict[int, array[int]] = {}  # free space -> rows with that much
@@ -200,6 +205,7 @@ def _best_fit(lengths: np.ndarray, capacity: int, random: np.random.Philox | Non
             num_rows += 1
         rows[piece] = row
         space -= length
+        # A full row is never looked at again.
         if space:
             if space not in rows_with:
                 bisect.insort(spaces, space)
@@ -210,6 +216,7 @@ def _best_fit(lengths: np.ndarray, capacity: int, random: np.random.Philox | Non
 
 def _pairs(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield pairs of elements as Python integers, converting only one block of the arrays at a time."""
+    # A list of a whole array would take several times its memory.
     for start in range(0, len(first), 1 << 12):
         block = slice(start, start + (1 << 12))
         yield from zip(first[block].tolist(), second[block].tolist(), strict=True)

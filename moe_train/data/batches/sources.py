@@ -103,10 +103,12 @@ def open_store(
     memory = Path(data.cache_dir) / "scans"
     if not isinstance(source, config.PreparedSource):
         if template is not None and reads_date(template) and not isinstance(source.record, config.TextRecord):
+            # The date is written into the template, so that it belongs to the identity of the set and does not change overnight.
             template = dated(template, data.chat_date or keep_date(data.cache_dir))
         records = open_source(source)
         directory = prepare(Recipe(source, records, tokenizer, template), data.cache_dir, data.num_proc, report)
         prepared = TokenStore(directory, records, vocab_size=tokenizer.vocab_size)
+        # A set from an earlier run may have been damaged since; hashes of unchanged files are remembered.
         prepared.verify(memory)
         return prepared
     store = TokenStore(source.path, cache_mib=source.cache_mib, vocab_size=tokenizer.vocab_size)
@@ -118,10 +120,12 @@ def open_store(
     template_sha256 = None
     if template is not None:
         if prepared_date is not None:
+            # Compared with the date that the set was made with, since today's would make every older set differ.
             template = dated(template, prepared_date)
         template_sha256 = hashlib.sha256(template.encode()).hexdigest()
     if store.manifest.tokenizer_sha256 != tokenizer.identity:
         raise ValueError(f"{source.path} was prepared with another tokenizer than {tokenizer.files[0]}; prepare it with this one")
+    # None: the set holds texts, which no template has rendered.
     if store.manifest.rules.template_sha256 not in (None, template_sha256):
         raise ValueError(f"{source.path} was prepared with another chat template; prepare it with this one (data.chat_template)")
     store.verify(memory)

@@ -19,9 +19,11 @@ def open_files(url: str) -> tuple[AbstractFileSystem, str]:
         PermissionError: If access is refused.
         OSError: If the store cannot be reached.
     """
+    # Imported here, since most runs read no bucket.
     import fsspec
 
     try:
+        # ImportError names the package that the scheme needs, such as gcsfs; ValueError is an unknown scheme.
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be opened: {reason(error)}") from error

@@ -81,6 +81,7 @@ class LocalFolder:
         Raises:
             ValueError: If it has another size than stated, or is missing.
         """
+        # Checks the size first, so that a file that is cut short is named as such.
         self.array(file)
         sha256 = scan_file(self.path / file.name, False, memory).sha256
         assert sha256 is not None  # it is None only for sources that are no files
@@ -102,15 +103,19 @@ class RemoteFolder:
         self.path = url
         self.remedy = "copy the prepared data there again"
         self._files, self._root = open_files(url)
+        # Only asynchronous file systems take a timeout with each call.
         self._timeout = {"timeout": PATIENCE} if self._files.async_impl else {}
         self._block_size = block
         self.cache_bytes = cache_mib << 20
+        # At least one, or no block could be returned at all.
         self._max_blocks = max(1, self.cache_bytes // block)
+        # Per instance rather than on the method, so that each folder has its own limit and is freed with its blocks.
         self.block = functools.lru_cache(self._max_blocks)(self._block)
         self._threads = ThreadPoolExecutor(_REQUESTS, "range")
 
     def text(self, name: str) -> bytes:
         """Return the content of a file."""
+        # The short waits only: a wrong URL should fail soon, and nothing is lost yet.
         return self._threads.submit(self._read, name, _WAITS).result()
 
     def modified(self, name: str) -> float | None:
@@ -153,10 +158,12 @@ class RemoteFolder:
         Raises:
             ValueError: If a file has another size than stated.
         """
+        # Past the cache: these files are read once, and would push out blocks that are needed again.
         keys = [self._keys(file, 0, file.size) for file in files]
         blocks = self._threads.map(lambda key: self._block(*key), itertools.chain.from_iterable(keys))
         arrays = []
         for file, file_keys in zip(files, keys, strict=True):
+            # `map` returns blocks in order, so each file takes as many as it has keys.
             content = b"".join(itertools.islice(blocks, len(file_keys)))
             arrays.append(np.frombuffer(content, file.dtype))
         return arrays
@@ -198,6 +205,7 @@ class RemoteFolder:
         """Return (file, number) for each block of a file that contains some of the bytes start to stop."""
         if start >= stop:
             return []
+        # The last block is rounded up, since `stop` is exclusive.
         return [(file, number) for number in range(start // self._block_size, -(-stop // self._block_size))]
 
     def _block(self, file: File, number: int) -> bytes:

@@ -93,6 +93,7 @@ class Manifest(_Entry):
         """Return the manifest with its hash, which covers everything except the paths of files, the handling of records that are
         too long, and the keys that were not read.
         """
+        # What is left out does not change the ids, so that a set that is moved or renamed stays the same set.
         content = self.model_dump(
             mode="json", exclude={"hash": True, "too_long": True, "unread": True, "files": {"__all__": {"path"}}}
         )
@@ -124,6 +125,7 @@ def read_manifest(text: str | bytes, location: str) -> Manifest:
         raise ValueError(
             f"{location} is no manifest that this version reads: {key}: {first['msg']}; prepare the data again"
         ) from error
+    # The hash covers the hash of each shard, so it pins the tokens too.
     if manifest.sealed().hash != manifest.hash:
         raise ValueError(f"{location} was changed after it was written: its hash is another; prepare the data again")
     return manifest
@@ -144,4 +146,5 @@ def text_of_all(manifests: list[Manifest]) -> str:
 
 def _sha256(value: Json) -> str:
     """Return the sha256 of a value's JSON form."""
+    # Sorted, so that the order in which fields are declared does not decide the hash.
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

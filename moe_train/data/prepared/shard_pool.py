@@ -55,12 +55,15 @@ def tokenize_shards(
         RuntimeError: If a process was killed.
     """
     progress = PrepareProgress(num_shards - len(todo), num_shards, 0, 0)
+    # A process would take longer to start than it saves; and the records of a program need not be picklable then.
     if num_proc == 1 or len(todo) == 1:
         _tokenize_here(directory, todo, recipe, progress, report)
         return
     # Spawn, since this process may have started threads that a fork would not survive.
     context = multiprocessing.get_context("spawn")
+    # (records, tokens) of all workers, as 64-bit integers: a set may have more than 2^31 tokens.
     shared = context.Array("q", 2)
+    # Without the opened source, which each worker opens for itself.
     arguments = (recipe.source, recipe.tokenizer, recipe.template, shared)
     pool = ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, arguments)
     try:
@@ -69,6 +72,7 @@ def tokenize_shards(
             # With a timeout, so that the progress is reported while no shard finishes.
             finished, in_flight = wait(in_flight, 0.2, FIRST_EXCEPTION)
             for future in finished:
+                # Raises what the worker raised.
                 future.result()
             progress = PrepareProgress(progress.done + len(finished), num_shards, *shared[:])
             report(progress)
@@ -78,6 +82,7 @@ def tokenize_shards(
             f"{progress.done} of {num_shards} shards are done, start again to continue"
         ) from error
     finally:
+        # Shards in progress are finished, and kept for the next start; those that wait are not begun.
         pool.shutdown(cancel_futures=True)
 
 

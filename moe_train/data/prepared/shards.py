@@ -32,12 +32,14 @@ def cut(source: OpenSource, scans: list[Scan], made_of: str, smallest: int = _SM
     groups: list[list[Span]] = []
     free_bytes = 0
     for place, scan in enumerate(scans):
+        # A place begins at byte (or index) 0 on line 1; each cut ends one part and begins the next.
         starts = [(0, 1), *scan.cuts]
         stops = [*(position for position, _ in scan.cuts), scan.stop]
         for (start, line), stop in zip(starts, stops, strict=True):
             size: int | None = None
             if scan.size is not None:
                 size = (scan.size if stop is None else stop) - start
+            # A place of unknown size gets a shard of its own.
             if not groups or size is None or size > free_bytes:
                 groups.append([])
                 free_bytes = smallest
@@ -45,8 +47,11 @@ def cut(source: OpenSource, scans: list[Scan], made_of: str, smallest: int = _SM
             free_bytes -= size or 0
     shards = []
     for spans in groups:
+        # By content, not by path: a file that is moved or renamed keeps its shards.
         contents: list[list[str | int | None]] = [
-            [source.places[span.place].kind, scans[span.place].sha256, span.start, span.stop] for span in spans
+            # The kind belongs to the key, since the same bytes give other records in another format.
+            [source.places[span.place].kind, scans[span.place].sha256, span.start, span.stop]
+            for span in spans
         ]
         shards.append(Shard(_key(made_of, contents), tuple(spans)))
     return shards

@@ -130,8 +130,10 @@ class TokenStore:
         """
         fitting = lengths.copy()
         for first, shard in zip(self._first[:-1].tolist(), self.manifest.shards, strict=True):
+            # No conversation with tools in this shard has more than one turn.
             if "turn_ends" not in shard.sizes:
                 continue
+            # `turn_ends` and `offsets` count ids from the start of the shard, so they can be compared directly.
             offsets, ends = self._folder.read_whole([_file(shard, "offsets", "int64"), _file(shard, "turn_ends", "int64")])
             overlong = np.flatnonzero(np.diff(offsets) - 1 > seq_len)
             starts = offsets[overlong]
@@ -162,6 +164,7 @@ class TokenStore:
                 parts.append(piece.part(piece.shard.mask))
         arrays = iter(self._folder.read(parts))
         read: list[tuple[np.ndarray, np.ndarray | None]] = []
+        # In the order in which `parts` was filled: the ids of a piece, then its mask if there is one.
         for piece, slice_ in zip(located, pieces, strict=True):
             tokens = next(arrays)
             self._check_ids(slice_.example, tokens)
@@ -185,6 +188,7 @@ class TokenStore:
 
     def _located(self, pieces: Sequence[ExampleSlice]) -> list[_LocatedPiece]:
         """Return the place of each piece in the arrays of its shard."""
+        # side="right", since an example that is the first of its shard belongs to that shard, and empty shards are skipped.
         numbers = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         shards = [self._open(number) for number in numbers]
         offset_parts = []
@@ -203,6 +207,7 @@ class TokenStore:
         number = int(np.searchsorted(self._first, example, side="right")) - 1
         shard = self.manifest.shards[number]
         pairs = self._folder.array(_file(shard, "origins", "int64"))
+        # `origins` holds pairs (span, line), flattened.
         index = 2 * (example - int(self._first[number]))
         span, line = (int(x) for x in pairs[index : index + 2])
         return Origin(shard.spans[span][0], line)

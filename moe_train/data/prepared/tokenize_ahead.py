@@ -57,6 +57,7 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     cache = Path(cache_dir)
     scans = recipe.records.scan(cache / "scans")
     rules = _rules(recipe.source.record, recipe.template)
+    # Everything besides the content that decides ids; any change here gives every shard a new key.
     conversion = json.dumps([_RULES, recipe.tokenizer.identity, rules.model_dump(mode="json")], sort_keys=True)
     shards = cut(recipe.records, scans, conversion)
     # None stands where earlier versions had a list of places, so that the folders of sets keep their names.
@@ -65,6 +66,7 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     if directory.exists():
         return directory
     with _only_one(directory.with_suffix(".lock")):
+        # Another process may have made the set while this one waited for the lock.
         if directory.exists():
             return directory
         unfinished = directory.with_suffix(".unfinished")
@@ -117,6 +119,7 @@ def _rules(record: config.Record, template: str | None) -> Rules:
         template_sha256 = hashlib.sha256(template.encode()).hexdigest()
     return Rules(
         record=record.model_dump(mode="json", exclude={"too_long"}),  # too_long matters only for packing
+        # None for texts, on which a template has no effect.
         template_sha256=template_sha256,
         chat_date=None if template_sha256 is None else date_of(template),
         libraries={name: importlib.metadata.version(name) for name in ("tokenizers", "mistral-common", "jinja2")},
@@ -125,7 +128,9 @@ def _rules(record: config.Record, template: str | None) -> Rules:
 
 def _linked(shard: Shard, unfinished: Path) -> bool:
     """Return whether another set has the same shard; if so, link its files into this one."""
+    # Sets in progress match as well: the folder of a shard appears only when it is complete.
     for existing in unfinished.parent.glob(f"tokens-*/{shard.key}"):
+        # Hidden until all files are there: a folder named by the key counts as a finished shard.
         link_dir = unfinished / f".{shard.key}.unfinished-link"
         with contextlib.suppress(FileNotFoundError):  # the other set was removed meanwhile
             shutil.copytree(existing, link_dir, copy_function=_link)
@@ -147,6 +152,7 @@ def _only_one(lock: Path) -> Iterator[None]:
     """Hold an exclusive lock, so that one process at a time makes a set."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
+        # The kernel frees the lock when the process ends, however it ends; the file itself stays.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -201,6 +207,7 @@ def _manifest(directory: Path, shards: list[Shard], scans: list[Scan], recipe: R
         rules=rules,
         rules_sha256=hashlib.sha256(json.dumps([_RULES, rules.model_dump(mode="json")], sort_keys=True).encode()).hexdigest(),
         too_long=recipe.source.record.too_long,
+        # The same in all shards, since it depends on the tokenizer alone.
         dtype=facts[0]["dtype"],
         records=sum(records_of),
         empty=sum(fact["empty"] for fact in facts),

@@ -62,6 +62,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
     """
     source, records, tokenizer, template = recipe
     record = source.record
+    # Half the bytes to store and to fetch, where the vocabulary allows it.
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     per_span: list[tuple[int, int]] = []  # (records, tokens)
     empty = 0
@@ -76,6 +77,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
                 reported_tokens = tokens_before
                 for origin, examples in encode(numbered, records.where, record, tokenizer, template, unread):
                     num_records += 1
+                    # A record without text gives no example, but counts as read.
                     empty += not examples
                     for example in examples:
                         arrays.add(example, (i, origin.number))
@@ -103,6 +105,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
             "sizes": {file.name: file.stat().st_size for file in files},
             "sha256": digest.hexdigest(),
         }
+        # Written last, and not part of the hash, which it contains.
         (unfinished / "facts.json").write_text(json.dumps(facts) + "\n")
 
 
@@ -123,6 +126,7 @@ class _Arrays:
 
     def __init__(self, directory: Path, dtype: str, masked: bool) -> None:
         self._directory = directory
+        # `offsets` starts with 0, so that each example ends where the next one begins.
         self._buffers = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
         if masked:
             self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")}
@@ -142,6 +146,7 @@ class _Arrays:
         if example.loss_mask is not None:
             buffers["loss_mask"].frombytes(bytes(example.loss_mask))
         if example.merged is not None and len(example.merged.ends) > 1:
+            # Without the last end, which `offsets` holds.
             buffers["turn_ends"].extend(self.num_tokens + end for end in example.merged.ends[:-1])
             self._has_turn_ends = True
         self.num_examples += 1
@@ -165,6 +170,7 @@ class _Arrays:
         with contextlib.ExitStack() as stack:
             for file in self._files.values():
                 stack.enter_context(file)
+            # After an error the folder is removed, so nothing is written any more.
             if kind is None:
                 self._flush()
         # Only trajectories with tools have turn ends; the file is opened before it is known whether there are any.

@@ -34,6 +34,7 @@ def upload(directory: str, to: str) -> str:
     name = Path(directory).name
     target = f"{root.rstrip('/')}/{name}"
     try:
+        # The folder is named by its content, so a complete copy of that name has the same content.
         if not files.exists(f"{target}/{MANIFEST}"):
             shards = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != MANIFEST)
             for path in [*shards, Path(directory) / MANIFEST]:

@@ -32,8 +32,10 @@ def verify_set(folder: LocalFolder | RemoteFolder, manifest: Manifest, memory: P
     size = sum(sum(shard.sizes.values()) for shard in manifest.shards)
     if size > _SAID_BYTES:
         log.info("%s: comparing %.1f GiB with their hashes, unless this machine has done so before", folder.path, size / 2**30)
+    # Several shards of a set share one folder if their content is the same.
     shards = list({shard.name: shard for shard in manifest.shards}.values())
     if isinstance(folder, RemoteFolder) and size > folder.cache_bytes:
+        # All of such a set would have to be fetched just to compare it, and fetched again to train on it.
         written = folder.modified(MANIFEST)
         shards = [shard for shard in shards if _is_replaced(folder, shard, written)]
 
@@ -41,6 +43,7 @@ def verify_set(folder: LocalFolder | RemoteFolder, manifest: Manifest, memory: P
         """Return the hash of a shard, as `tokenize_shard` computed it."""
         digest = hashlib.sha256(manifest.dtype.encode())
         for name in sorted(shard.sizes):
+            # As bytes, whatever the file's own dtype.
             file = File(f"{shard.name}/{name}", "uint8", shard.sizes[name])
             digest.update(name.encode() + bytes.fromhex(folder.sha256(file, memory)))
         return digest.hexdigest()

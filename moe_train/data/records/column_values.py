@@ -34,6 +34,7 @@ def rows(table: Any) -> list[dict[str, Any]]:
     """
     names = table.schema.names
     columns = [_column(table.column(i), table.schema.field(i)) for i in range(len(names))]
+    # zip of no columns gives no rows, and rows without columns still count.
     if not columns:
         return [{} for _ in range(table.num_rows)]
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -108,6 +109,7 @@ def _extension(kind: pa.BaseExtensionType) -> Convert | None:
         return _json
     if kind.extension_name == "arrow.uuid":
         return str
+    # bool8 is stored as int8, which would otherwise read as a number.
     if kind.extension_name == "arrow.bool8":
         return bool
     return _converter(kind.storage_type)
@@ -182,9 +184,11 @@ def _number(value: Any) -> float:
 
 def _decimal(value: decimal.Decimal) -> int | float:
     """Convert a decimal to a number with the same digits."""
+    # An integer stays one whatever its size: JSON and Python have no limit there, and a float would round it above 2^53.
     if value == value.to_integral_value():
         return int(value)
     number = float(value)
+    # repr gives the shortest digits that mean this float, which are those that JSON text of it would have.
     if decimal.Decimal(repr(number)) != value:
         raise Problem("type", f"holds the decimal {value}, which has more digits than a number", "cast the column to text")
     return number

@@ -28,6 +28,7 @@ def read_completion(remaining: dict[str, Any], record: config.CompletionRecord, 
     Raises:
         Problem: If a value cannot be interpreted.
     """
+    # First, since text is read as calls only in a record with tools.
     tools = take_tools(remaining, unread)
     completion = take(remaining, record.completion)
     before = take_prompt(remaining, record.prompt, unread)
@@ -82,6 +83,7 @@ def take_system(remaining: dict[str, Any]) -> list[Message]:
     """Take the system text out of a record, as at most one message."""
     present = {column: remaining.pop(column) for column in SYSTEM_COLUMNS if column in remaining}
     filled = {column: text for column, text in present.items() if not is_empty(text)}
+    # repr, since a value of the wrong type may not be hashable; its type is checked below.
     if len(set(map(repr, filled.values()))) > 1:
         raise Problem("columns", f"the record has both {' and '.join(filled)}, which differ", "keep the one that is meant")
     for column, text in filled.items():
@@ -135,12 +137,14 @@ def read_answer(value: Any, column: str, has_tools: bool, unread: Unread) -> lis
 
 def messages_in(value: Any) -> Any:
     """Return the messages in a text that is nothing but their JSON text, as CSV holds them; any other value stays as it is."""
+    # The cheap test comes first: most values are plain text, which is not worth parsing.
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")) or ('"role"' not in value and '"from"' not in value):
         return value
     try:
         parsed = json_value(value, "", "")
     except Problem:
         return value
+    # An answer may be JSON itself, so text is taken for messages only if every entry is one.
     entries = [parsed] if isinstance(parsed, dict) else parsed
     return parsed if entries and all(_is_message(entry) for entry in entries) else value
 
@@ -167,4 +171,5 @@ def _calls_in(text: str) -> list[Any] | None:
 
 def _is_call(entry: Any) -> bool:
     """Return whether a value is a call as xLAM writes it: {name, arguments}."""
+    # A message has a role; one that also has a name and arguments is still a message.
     return isinstance(entry, dict) and "role" not in entry and {"name", "arguments"} <= entry.keys()

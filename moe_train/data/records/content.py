@@ -48,6 +48,7 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
     flags: list[int | None] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
+    # Flags keep one entry a part, whatever becomes of the part, so that `common_flag` sees all of them.
     for k, part in enumerate(value):
         part_where = f"part {k} of {location}"
         if isinstance(part, str):
@@ -56,6 +57,7 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
             raise Problem("type", f"{part_where} should be an object with a type, not {brief(part)}", _REMEDY)
         remaining = unread.opened(PART, part)
         flags.append(take_flag(remaining, part_where, role))
+        # Parts without a type are text if they have one; anything else has to state its type.
         kind = remaining.pop("type", "text" if "text" in remaining else None)
         if kind in _TEXT:
             parts.append({"type": "text", "text": _text(remaining, ("text", "value"), part_where)})
@@ -67,6 +69,7 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
             parts.append(_thinking(remaining, part_where))
         elif kind in _CALL:
             calls += _calls(remaining, part_where, unread)
+            # `_calls` has closed the part already, under the level of calls.
             remaining = {}
         elif kind == "tool_result":
             results.append(_result(remaining, part_where, unread))
@@ -74,6 +77,7 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
             raise _not_read(kind, part_where)
         unread.close(part_where, PART, remaining)
     content: str | list[dict[str, Any]] | None = normal_content(parts)
+    # `messages` tells by the missing content that a message holds nothing but results.
     if content == "" and (calls or results):
         content = None
     return Content(content, flags, calls, results)
@@ -100,6 +104,7 @@ def take_reasoning(remaining: dict[str, Any], location: str, role: object) -> li
         value = remaining.pop(name, None)
         if not is_empty(value):
             texts.setdefault(_joined(value, f"{name} of {location}"), name)
+    # Parts of empty texts join to the empty text, which is no reasoning.
     texts.pop("", None)
     names = list(texts.values())
     if len(texts) > 1:
@@ -111,12 +116,14 @@ def take_reasoning(remaining: dict[str, Any], location: str, role: object) -> li
 
 def _is_ignored(part: dict[str, Any], remaining: dict[str, Any]) -> bool:
     """Return whether the key that holds the reasoning of a part is ignored by name, so that it is not left."""
+    # The part had one of the keys, and `opened` took it out; without this test the part would fail for having no text.
     return any(part.get(key) is not None for key in _REASONING_KEYS) and not any(key in remaining for key in _REASONING_KEYS)
 
 
 def _thinking(remaining: dict[str, Any], location: str) -> dict[str, Any]:
     """Take reasoning out of a part."""
     part: dict[str, Any] = {"type": "thinking", "thinking": _text(remaining, _REASONING_KEYS, location)}
+    # False marks reasoning that was cut off; only that is kept, so that equal reasoning has one normal form.
     closed = remaining.pop("closed", True)
     if not isinstance(closed, bool):
         raise Problem("type", f"{location} has closed {brief(closed)}", "write true or false")
@@ -172,6 +179,7 @@ def _result(remaining: dict[str, Any], location: str, unread: Unread) -> dict[st
 
 def _not_read(kind: Any, location: str) -> Problem:
     """Return the problem for a part of a type that is not read."""
+    # By substring, since the types differ between APIs: image, image_url, input_image, video_url.
     if isinstance(kind, str) and any(word in kind for word in _MEDIA):
         return Problem(
             "unread-key", f"{location} is of type {brief(kind)}: images, sound and video are not read", "drop the record"

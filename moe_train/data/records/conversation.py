@@ -100,6 +100,7 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
 
 def columns(record: config.Record) -> tuple[str, ...]:
     """Return the columns to load for `read`: those that it may read, and those that change the meaning of a record."""
+    # Columns that change the meaning are loaded only to be refused if they hold anything. Sorted: a set has no fixed order.
     return tuple(dict.fromkeys((*_may_read(record), *sorted(MEANING_KEYS))))
 
 
@@ -113,6 +114,7 @@ def _may_read(record: config.Record) -> list[str]:
     names: tuple[str | None, ...]
     match record:
         case config.TextRecord(column=column):
+            # The other text column is loaded too, so that a record with both is refused rather than half of it read.
             names = (column, *TEXT_COLUMNS) if column in TEXT_COLUMNS else (column,)
         case config.ChatRecord():
             names = _message_columns(record)
@@ -135,6 +137,7 @@ def _text(fields: Mapping[str, Any], record: config.TextRecord, unread: Unread) 
         raise Problem("text-and-content", "the record has both text and content", "keep the one that is meant")
     text = text_field(fields, column)
     remaining = unread.opened(RECORD, fields)
+    # A column that is also ignored by name is gone already, and its text was read all the same.
     remaining.pop(column, None)
     unread.close("the record", RECORD, remaining)
     return text
@@ -147,6 +150,7 @@ def _message_columns(record: config.ChatRecord) -> tuple[str, ...]:
 
 def _conversation(fields: Mapping[str, Any], record: config.ChatRecord, unread: Unread) -> Conversation:
     """Read a chat record: its messages, a system prompt in a column of its own, its tools and its settings."""
+    # Fast path for most chats: with one column, no tools, settings or unread keys have to be looked for.
     if len(fields) == 1 and record.column in fields:
         messages = read_messages(fields[record.column], record.column, record, unread)
         return Conversation(messages, [], default_settings(record))

@@ -28,6 +28,7 @@ def parts(card: Path) -> list[Part]:
         ValueError: If the front matter cannot be read.
     """
     front_matter = _front_matter(card)
+    # A card that names no files need not be valid YAML.
     if front_matter is None or "configs:" not in front_matter:
         return []
     try:
@@ -42,6 +43,7 @@ def parts(card: Path) -> list[Part]:
     for i, config in enumerate(configs):
         if not isinstance(config, dict):
             raise ValueError(f"{card}: config {i} should hold config_name and data_files; correct it, or name the files")
+        # Configs of one card may use the same split names, so the name of the config keeps them apart.
         prefix = f"{config.get('config_name', i)}/" if len(configs) > 1 else ""
         for split, patterns in _splits(config, card):
             found.append(Part(prefix + split, patterns))
@@ -51,12 +53,14 @@ def parts(card: Path) -> list[Part]:
 def matches(path: Path, pattern: str) -> bool:
     """Return whether a pattern names a relative path, or a folder that contains it; `**` is any number of folders."""
     wanted = [part for part in pattern.split("/") if part not in ("", ".")]
+    # The second alternative takes a pattern without wildcards for a folder, with everything beneath it.
     return _matches(path.parts, wanted) or _matches(path.parts, [*wanted, "**"])
 
 
 def _front_matter(card: Path) -> str | None:
     """Return the text between the first two lines `---`; None if the file does not begin with one."""
     with open_bytes(card) as stream:
+        # Front matter stands at the start; a long card (tables, examples) is not read as a whole.
         text = stream.read(1 << 20).decode("utf-8-sig", "replace")
     lines = text.splitlines()
     if not lines or lines[0].rstrip() != "---":

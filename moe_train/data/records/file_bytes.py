@@ -47,6 +47,7 @@ def open_bytes(file: Path) -> Iterator[Any]:
         with _stream(file) as stream:
             yield stream
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        # gzip and bz2 report damage as OSError too; a file that is missing or not readable is no damage.
         if not is_compressed(file) or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
         raise Problem("unreadable", f"cannot be unpacked to its end ({error})", CUT_SHORT) from error
@@ -77,6 +78,7 @@ def on_disk(file: Path) -> Iterator[Path]:
     with tempfile.NamedTemporaryFile(prefix="moe-train-") as copy:
         with zip_archive.open_member(archive, file) as stream:
             shutil.copyfileobj(stream, copy, BLOCK)
+        # The copy is opened again by its name, past the buffer of this stream.
         copy.flush()
         yield Path(copy.name)
 
@@ -97,6 +99,7 @@ def _stream(file: Path) -> Any:
         case ".xz":
             return lzma.open(file)
         case ".zst":
+            # Python has no zstd of its own before 3.14.
             import pyarrow
 
             return pyarrow.input_stream(str(file), compression="zstd")
@@ -124,6 +127,7 @@ def not_utf8(error: UnicodeDecodeError, before: int = 0) -> Problem:
         error: The decoding error.
         before: Number of bytes of the file before those that were decoded, so that the message counts from the file's start.
     """
+    # UTF-16 has a NUL in every second byte of text that is ASCII.
     if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in error.object[:100]:
         return utf16()
     message = f"not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x} at {before + error.start})"

@@ -43,6 +43,7 @@ def format_of(file: Path) -> str:
             f"{file}: no format goes with its name ({', '.join(FILE_FORMATS)}; json, csv and text also as "
             f"{', '.join(COMPRESSIONS)}; any in a .zip); state format"
         )
+    # Both compress their columns themselves, and are read out of order, which a compressed stream does not allow.
     if file.suffix.lower() in COMPRESSIONS and kind in ("parquet", "arrow"):
         raise ValueError(f"{file}: {kind} is compressed inside; unpack the file")
     return kind

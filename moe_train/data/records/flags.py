@@ -8,6 +8,7 @@ from moe_train.data.records.problem import Problem, brief
 
 # Mistral's and OpenAI's weight, axolotl's train and training, ms-swift's loss, LLaMA-Factory's loss_weight
 _FLAGS = ("weight", "train", "training", "loss", "loss_weight")
+# Also as text, which is all that CSV holds, and as floats, which some tables hold in place of integers.
 _VALUES = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
 _NOT_THE_ASSISTANT = {"system", "user", "tool", "human", "observation", "developer", "function"}
 
@@ -37,6 +38,7 @@ def take_flag(remaining: dict[str, Any], location: str, role: object) -> int | N
             raise Problem("weight", f"{location} has {name} {brief(value)}", "a weight is 0 (no loss) or 1")
         if flag is not None and meant != flag:
             raise Problem("weight", f"{location} has both {first} and {name}, which contradict each other", "keep one of them")
+        # A weight on another role has no effect; the other names ask for a loss there, which must not be dropped silently.
         if meant and name != "weight" and isinstance(role, str) and role in _NOT_THE_ASSISTANT:
             message = f"{location} is {role}, and {name} asks for a loss on it, which only the assistant's messages bear"
             raise Problem("weight", message, "set it to 0, or drop the record")
@@ -58,6 +60,7 @@ def common_flag(location: str, whole: int | None, parts: list[int | None]) -> in
     """
     if all(flag is None for flag in parts):
         return whole
+    # A part without a flag is trained on unless its message says otherwise, as a message without a flag is.
     default = 1 if whole is None else whole
     flags = {default if flag is None else flag for flag in parts}
     if len(flags) > 1:

@@ -42,9 +42,11 @@ def files_of(root: Path, suffixes: Iterable[str] | None) -> list[Path]:
     """
     all_files = listed(root)
     described = _described_folders(all_files)
+    # The folder itself says which files are its data; files beside those that it names are left out.
     if root in described:
         return described[root]
     claimed = set(described)
+    # A described folder beneath the root contributes exactly the files of its description, added below.
     files = [file for file in all_files if not claimed.intersection(file.parents) and is_data(file)]
     if suffixes is not None:
         files = [file for file in files if file.name.lower().endswith(tuple(suffixes))]
@@ -87,6 +89,7 @@ def _described_folders(all_files: Sequence[Path]) -> dict[Path, list[Path]]:
     """Return the data files of each folder that describes itself; folders in such a folder belong to it."""
     describing = {file.parent for file in all_files if file.name in _DESCRIPTIONS}
     described: dict[Path, list[Path]] = {}
+    # From the outside in: a saved DatasetDict has a state.json in the folder of each split, which belongs to it.
     for folder in sorted(describing, key=lambda folder: (len(folder.parts), folder)):
         if described.keys() & set(folder.parents):
             continue
@@ -101,6 +104,7 @@ def _described(folder: Path, all_files: Sequence[Path]) -> list[Path] | None:
     beneath = {file for file in all_files if folder in file.parents}
     if folder / "dataset_dict.json" in beneath:
         return _of_dict(folder, all_files)
+    # state.json and README.md are common names, so either may turn out to say nothing about data files.
     if folder / "state.json" in beneath:
         files = _of_state(folder, beneath)
         if files is not None:

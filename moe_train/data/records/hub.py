@@ -41,12 +41,15 @@ class HubDataset(OpenSource):
         try:
             rows = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision)
         except (OSError, ValueError) as error:  # the library's own errors derive from these
+            # The library's messages go on for many lines; the first names the fault.
             reason = str(error).splitlines()[0]
             raise FileNotFoundError(
                 f"{self.places[0].name} cannot be had ({reason}); fetch it where there is a network, or use files"
             ) from error
+        # If no wanted column exists all are loaded, so that the error of the first record can name them.
         present = [column for column in rows.column_names if column in columns(source.record)]
         left_out = {column: NOT_LOADED for column in rows.column_names if present and column not in present}
+        # As Arrow, so that nulls and typed values are converted by the same rules as those of local Parquet files.
         typed = (rows.select_columns(present) if present else rows).with_format("arrow")
         number = 1
         for table in typed.iter(_ROWS):

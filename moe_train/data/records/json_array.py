@@ -20,6 +20,7 @@ class Window:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._line = 1
         self.position = 0
+        # A byte order mark stands only at the very start, so it is removed before any decoding.
         first = stream.read(BLOCK).removeprefix(BOM)
         self.text = self._decoded(first) if first else ""
 
@@ -33,6 +34,7 @@ class Window:
     def read_on(self, size: int) -> bool:
         """Read more of the text and drop what is before `position`, which becomes 0. Returns False at the end of the stream."""
         data = self._stream.read(size)
+        # Before the text is cut: lines are counted in what is dropped.
         self._line = self.line_of(self.position)
         self.text = self.text[self.position :] + self._decoded(data)
         self.position = 0
@@ -69,6 +71,7 @@ class Window:
             Problem: If the text ends here.
         """
         is_match = self.next_is(characters)
+        # True counts as one character.
         self.position += is_match
         return is_match
 
@@ -84,6 +87,7 @@ def elements(window: Window, parser: Parser) -> Iterator[Item]:
     while not window.take("]"):
         if not is_first and not window.take(","):
             raise missing_comma(window)
+        # Skips white space and fails at the end of the text: the decoder itself does not skip leading white space.
         window.next_is("")
         is_first = False
         value, end = element(window, parser)
@@ -109,7 +113,9 @@ def element(window: Window, parser: Parser) -> tuple[Any, int]:
         except json.JSONDecodeError as error:
             # An incomplete value raises the same error as a malformed one, so read on until it parses or the limit is reached.
             buffered = len(window.text) - window.position
+            # Relative to the value, since reading on drops the text before it and moves every index.
             fault = error.pos - window.position
+            # Doubling what is buffered keeps the total work linear: the value is parsed anew after each read.
             if buffered > MAX_RECORD or not window.read_on(max(BLOCK, buffered)):
                 message = f"not JSON: {error.msg} on line {window.line_of(window.position + fault)}"
                 raise Problem("not-json", message, "write an array of objects, or one object a line") from error

@@ -37,10 +37,12 @@ def is_lines(file: Path) -> bool:
     try:
         with open_bytes(file) as stream:
             data = b""
+            # White space at the start is dropped, so one read may leave too little to look at.
             while len(data) < _LOOKED_AT and (block := stream.read(_LOOKED_AT)):
                 data = (data + block).removeprefix(BOM).lstrip()
     except Problem:  # reading the records reports it again, with a line number
         return True
+    # The limit may cut a character in two; only the structure is looked at.
     text = data[:_LOOKED_AT].decode("utf-8", "replace")
     if text.startswith("["):
         return False
@@ -66,6 +68,7 @@ def _records(window: Window) -> Iterator[Item]:
         if window.skip_space():
             message = f"not JSON: something follows the array on line {window.line_of(window.position)}"
             raise Problem("not-json", message, "write one array, or one object a line")
+    # Objects one after the other, each over several lines; any of them may wrap an array.
     while window.skip_space():
         if len(window.text) - window.position < _LOOKED_AT:
             window.read_on(_LOOKED_AT)
@@ -83,6 +86,7 @@ def _wrapped(window: Window, wrapper: re.Match[str], parser: Parser) -> Iterator
     line = window.line_of(window.position)
     key = wrapper[2]
     try:
+        # The members before the records, which the regular expression found to be scalars, as an object of their own.
         before = parse_strictly("{" + wrapper[1].rstrip().removesuffix(",") + "}")
     except ValueError as error:
         raise Problem("not-json", f"not JSON: {error} of the object on line {line}", _ADVICE) from error
@@ -99,6 +103,7 @@ def _wrapped(window: Window, wrapper: re.Match[str], parser: Parser) -> Iterator
         window.position = end
         if not isinstance(name, str) or not window.take(":"):
             raise missing_comma(window)
+        # A list or an object could be more records, whatever its key.
         if name not in _ABOUT or window.next_is("[{"):
             raise _beside(name, key, window.line_of(window.position))
         _, window.position = element(window, parser)
@@ -116,6 +121,7 @@ def _wrapper(text: str) -> re.Match[str] | None:
     match = _WRAPPER.match(text)
     if match is None:
         return None
+    # The match ends before the bracket of the list.
     first = text[match.end() + 1 :].lstrip()
     try:
         record, _ = json.JSONDecoder().raw_decode(first)
@@ -144,6 +150,7 @@ def _continues(text: str) -> bool:
             return False
     if not opened:
         return False
+    # Inside an object, a key, a comma or its end must follow; anything else is a new record after a damaged line.
     if opened[-1] == "{" and not first.rstrip().endswith(":"):
         return rest[0] in '"},'
     return True

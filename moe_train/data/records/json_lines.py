@@ -51,6 +51,7 @@ def blocks(file: Path, start: int = 0, stop: int | None = None, line: int = 1) -
                         pieces.append(data)
                     else:
                         pieces.clear()
+                # Line numbers go on as if the line had been read, so that later errors name the right line.
                 elif pending_size > MAX_RECORD:  # the line that ends here is too long
                     first = data.index(b"\n") + 1
                     yield Block(line, _too_long())
@@ -90,7 +91,9 @@ def records_in(block: Block) -> Iterator[tuple[int, Item]]:
         yield block.line, block.lines
         return
     parser = Parser()
+    # Not splitlines, which also ends a line at a carriage return, while `blocks` counts lines by their \n.
     for number, line in enumerate(block.lines.split(b"\n"), start=block.line):
+        # A byte order mark is only allowed at the start of the file, and line 1 is only in its first block.
         if number == 1:
             line = line.removeprefix(BOM)
         line = line.strip()

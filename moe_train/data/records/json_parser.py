@@ -28,6 +28,7 @@ class Parser:
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Build an object, noting a duplicate key."""
+        # Python keeps the last of equal keys without a word, so half of such a record would be lost.
         members = dict(pairs)
         if len(members) < len(pairs):
             self.faults.append(f"the key {brief(_duplicate_key(pairs))} stands twice in an object")
@@ -35,12 +36,14 @@ class Parser:
 
     def _constant(self, name: str) -> float:
         """Note NaN or Infinity, and return a placeholder."""
+        # Noted rather than raised, so that decoding goes on and the end of the value is known.
         self.faults.append(f"{name} is no JSON number")
         return 0.0
 
     def _float(self, digits: str) -> float:
         """Return a number, noting one that is too large."""
         number = float(digits)
+        # Python reads 1e999 as infinity, which cannot be written as JSON again.
         if math.isinf(number):
             self.faults.append(f"the number {brief(digits)} is too large")
         return number
@@ -77,6 +80,7 @@ class Parser:
             RecursionError: If the nesting is too deep; see `unusable`.
             ValueError: If Python cannot represent the value; see `unusable`.
         """
+        # One parser serves a whole file, so the faults of the value before must not be charged to this one.
         self.faults.clear()
         return self._decoder.raw_decode(text, at)
 
@@ -92,6 +96,7 @@ class Parser:
         if not isinstance(value, dict):
             kind = {list: "a list", str: "text", type(None): "null", bool: "a truth value"}.get(type(value), "a number")
             return Problem("not-a-record", f"a record should be an object {{…}}, not {kind}", "write one object for each record")
+        # Counting brackets is much cheaper than measuring the depth, which can be no larger than their number.
         if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             return unusable(RecursionError())
         return value

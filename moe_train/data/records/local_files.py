@@ -24,6 +24,7 @@ class LocalFiles(OpenSource):
         self._columns = columns(source.record)
         self._read_columns = read_columns(source.record)
         json_lines = [files.is_json_lines(file, kind) for file, kind in self._files]
+        # A compressed stream cannot be entered in the middle.
         self._cuttable = [lines and not is_compressed(file) for (file, _), lines in zip(self._files, json_lines, strict=True)]
         self.places = tuple(
             Place(str(file), kind, lines or kind == "text") for (file, kind), lines in zip(self._files, json_lines, strict=True)
@@ -37,7 +38,9 @@ class LocalFiles(OpenSource):
         """Yield the records of a part of a file."""
         by_line = self.places[span.place].by_line
         file, kind = self._files[span.place]
+        # The first column is that of the text, so a text file gives its records in the column that the section reads.
         records = files.read_file(file, kind, by_line, self._columns[0], self._columns, span[1:])
+        # Only typed columns can hold values that JSON lacks; a Problem in a column that nothing reads does no harm.
         if kind not in ("parquet", "arrow"):
             return records
         return ((number, usable(record, self._read_columns)) for number, record in records)
@@ -89,6 +92,7 @@ def _matching(pattern: str, file_format: str) -> list[Path]:
     path = Path(pattern).expanduser()
     suffixes = None
     if file_format == "auto":
+        # With a stated format the names of the files mean nothing, so all files of a folder are taken.
         suffixes = [*files.FILE_FORMATS, *(kind + packed for kind in files.FILE_FORMATS for packed in COMPRESSIONS)]
     if path.is_dir() or zip_archive.is_archive(path):
         return folders.files_of(path, suffixes)
@@ -107,8 +111,10 @@ def _matching(pattern: str, file_format: str) -> list[Path]:
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     found: list[Path] = []
     for match in matches:
+        # `**` matches folders and the files in them; opening the folders as well would name each file twice.
         if zip_archive.is_archive(match) or (match.is_dir() and "**" not in pattern):
             found += folders.files_of(match, suffixes)
+        # A wildcard is not meant for README.md and the like; a name that is written out is.
         elif not match.is_dir() and (folders.is_data(match) or not glob.has_magic(path.name)):
             found.append(match)
     check_one_split(found, _fixed_folder(path))

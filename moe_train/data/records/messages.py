@@ -36,6 +36,7 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
     Raises:
         Problem: If a message cannot be interpreted.
     """
+    # Columnar files and CSV often hold the list as JSON text.
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         value = json_value(value, column, _REMEDY)
     if isinstance(value, tuple):
@@ -43,6 +44,7 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
     if not isinstance(value, list) or not value:
         raise Problem("type", f"{column} should be a list with at least one message, not {brief(value)}", _REMEDY)
     messages: list[Message] = []
+    # Renamed keys or roles, and ignored keys, need the slow path, where all of them are looked at.
     plain = record.role == "role" and record.content == "content" and not record.roles and not unread.ignore
     ids: CallIds | None = None
     for i, entry in enumerate(value):
@@ -52,9 +54,11 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
         if not isinstance(entry, dict):
             message = f"message {i} should be an object with role and content, not {brief(entry)}"
             raise Problem("type", message, 'write {"role": …, "content": …}')
+        # Created late, as most conversations take the fast path only and have no calls.
         if ids is None:
             ids = CallIds()
         remaining = unread.opened(MESSAGE, entry)
+        # Decided for each message, since a list may mix both spellings.
         if record.role not in remaining and "from" in remaining:
             read = _sharegpt(remaining, i, ids, unread)
         else:
@@ -69,6 +73,7 @@ def _is_plain(entry: Any) -> bool:
     if entry.__class__ is not dict or len(entry) != 2 or not isinstance(entry.get("content"), str):
         return False
     role = entry.get("role")
+    # The role "function" is renamed to tool and given the id of the call that it answers.
     return role is not None and role != "function"
 
 
@@ -89,12 +94,14 @@ def _message(remaining: dict[str, Any], i: int, record: config.ChatRecord, ids: 
     flag = common_flag(location, take_flag(remaining, location, role), parts.flags)
     reasoning = take_reasoning(remaining, location, role)
     calls = parts.calls + _calls(remaining, location, ids, unread)
+    # `value` is ShareGPT's content, so it would be text of the turn that is lost.
     if not is_empty(remaining.get("value")):
         raise Problem("columns", f"{location} has both {record.content} and value", "keep the one that is meant")
     if remaining.get("prefix") is False:  # the default of Mistral's API
         del remaining["prefix"]
     message = {} if role is None else {"role": role}
     content = _with_reasoning(reasoning, parts.content, location)
+    # APIs write an empty text or null beside calls; both become no content, so that they are tokenized alike.
     if content is not None and not (content == "" and calls):
         message["content"] = content
     if calls:
@@ -106,6 +113,7 @@ def _message(remaining: dict[str, Any], i: int, record: config.ChatRecord, ids: 
     messages = [*parts.results, message]
     if parts.results and "content" not in message and "tool_calls" not in message:
         messages = parts.results  # Anthropic's user messages may hold nothing but results
+    # In order: a result must be noted before the calls after it, so that the next result answers the right call.
     for read in messages:
         ids.add(read)
     return messages
@@ -148,9 +156,11 @@ def _sharegpt(remaining: dict[str, Any], i: int, ids: CallIds, unread: Unread) -
     speaker = remaining.pop("from")
     value = remaining.pop("value", None)
     role = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    # Parts in place of text: the same as a message with role and content, but for the names of the keys.
     if isinstance(value, list) and role != "function_call":
         remaining |= {"role": role, "content": value}
         return _message(remaining, i, PLAIN, ids, unread)
+    # A function_call is the assistant's own turn, so it may bear a loss.
     flag = take_flag(remaining, location, "assistant" if role == "function_call" else role)
     reasoning = take_reasoning(remaining, location, role)
     weight = {} if flag is None else {"weight": flag}

@@ -27,11 +27,13 @@ def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
     try:
         with open_bytes(file) as stream:
             while has_more:
+                # One byte past the limit tells whether more follows.
                 while len(buffer) <= MAX_TEXT and (data := stream.read(MAX_TEXT + 1 - len(buffer))):
                     buffer += data
                 has_more = len(buffer) > MAX_TEXT
                 cut = _text_end(buffer) if has_more else len(buffer)
                 try:
+                    # Only the start of the file can hold a byte order mark; elsewhere the same bytes are a character of the text.
                     yield line, buffer[:cut].removeprefix(b"" if position else BOM).decode()
                 except UnicodeDecodeError as error:
                     yield line + buffer.count(b"\n", 0, error.start), not_utf8(error, position)
@@ -44,6 +46,7 @@ def read_text(file: Path) -> Iterator[tuple[int, str | Problem]]:
 
 def _text_end(data: bytes) -> int:
     """Return where to cut data longer than `MAX_TEXT`: in the second half of the limit, if there is any border."""
+    # Not before half the limit, so that a lone early border does not leave tiny records.
     for border in (b"\n\n", b"\n", b" "):
         start = data.rfind(border, MAX_TEXT // 2, MAX_TEXT)
         if start >= 0:

@@ -24,6 +24,7 @@ def read_pair(remaining: dict[str, Any], record: config.PreferenceRecord, unread
     """
     tools = take_tools(remaining, unread)
     settings = take_settings(remaining, record)
+    # Both answers are in one column, with ranks.
     if record.chosen == record.rejected:
         prompt = take_prompt(remaining, str(record.prompt), unread, weight=None)
         values = _best_two(take(remaining, record.chosen), record.chosen, unread)
@@ -35,6 +36,7 @@ def read_pair(remaining: dict[str, Any], record: config.PreferenceRecord, unread
         values = take(remaining, record.chosen), take(remaining, record.rejected)
         if record.prompt is None:
             return _without_prompt(values, record, Conversation(take_system(remaining), tools, settings), unread)
+        # None leaves weights alone: the answers may repeat the prompt, and must compare equal to it.
         prompt = take_prompt(remaining, record.prompt, unread, weight=None)
     answers = []
     for column, value in zip((record.chosen, record.rejected), values, strict=True):
@@ -53,9 +55,11 @@ def _best_two(value: Any, column: str, unread: Unread) -> tuple[Any, Any]:
     if not isinstance(ranked, list | tuple) or len(ranked) < 2:
         raise Problem("pair", f"{column} has fewer than two answers", remedy)
     ordered = sorted(ranked, key=lambda entry: entry["rank"])
+    # The third counts too: if it ties with the second, which of them is the rejected answer would be arbitrary.
     ranks = [entry["rank"] for entry in ordered[:3]]
     if len(set(ranks)) < len(ranks):
         raise Problem("pair", f"{column} has several answers of rank {brief(ranks[1])}", "give each answer its own rank")
+    # Answers beyond the best two are noted as not read, together with any other key.
     for k, entry in enumerate(ordered):
         rest = {key: item for key, item in entry.items() if item is not None and (k >= 2 or key not in ("answer", "rank"))}
         unread.close(f"answer {k} of {column}", f"{column}.", rest)
@@ -90,6 +94,7 @@ def _without_prompt(
 def _common(first: Any, second: Any) -> int:
     """Return how many elements two sequences have in common at their starts; of equal sequences all but the last."""
     size = 0
+    # Works for texts, by character, and for lists of messages alike.
     while size < min(len(first), len(second)) and first[size] == second[size]:
         size += 1
     if size == len(first) == len(second):
@@ -111,6 +116,7 @@ def _without_repeated_prompt(
     prompts: list[list[Message]] = []
     rests: list[list[Message]] = []
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        # An answer that begins with the assistant's turn does not repeat the prompt.
         if answer[0].get("role") not in ("system", "user"):
             prompts.append(prompt)
             rests.append(answer)
@@ -121,6 +127,7 @@ def _without_repeated_prompt(
             raise Problem("pair", message, "let both begin with the prompt, or only answer it")
         prompts.append(answer[:size])
         rests.append(answer[size:])
+    # The longer one has the system message that the other lacks.
     whole = max(prompts, key=len)
     if any(one not in (whole, prompt) for one in prompts):
         message = "the pair is not about one prompt: chosen and rejected begin with different messages"

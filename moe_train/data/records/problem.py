@@ -53,6 +53,7 @@ def field(fields: Mapping[str, Any], column: str) -> Any:
 def text_field(fields: Mapping[str, Any], column: str) -> str:
     """Return the text of a column. Raises Problem if there is no such column or it is not text."""
     value = fields.get(column)
+    # ASCII cannot hold half a surrogate pair, which is all that remains to be checked of a str.
     if value.__class__ is str and value.isascii():
         return value  # the fast path for most texts
     return checked_text(field(fields, column), f"column {column!r}")
@@ -72,6 +73,7 @@ def checked_text(value: object, what: str) -> str:
         raise Problem("type", f"{what} is null or empty", "write its text, or drop the record")
     if not isinstance(value, str):
         raise Problem("type", f"{what} should be text, not {brief(value)}", "write it as a string")
+    # JSON can escape half of a surrogate pair ("\ud800"), which Python accepts and UTF-8 cannot encode.
     if not value.isascii():
         try:
             value.encode()

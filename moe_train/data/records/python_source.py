@@ -24,6 +24,7 @@ class PythonRecords(OpenSource):
                 f"data: the records of {source.title} belong to the program that trained on them; pass them again "
                 "(config.PythonSource(records=...)), or train from files"
             )
+        # A runtime-checkable protocol tests only that the members exist.
         if not isinstance(records, Records):
             missing = [name for name in ("identity", "__len__", "__getitem__", "where") if not hasattr(records, name)]
             raise ValueError(
@@ -35,6 +36,7 @@ class PythonRecords(OpenSource):
 
     def scan(self, memory: Path) -> list[Scan]:
         """Return the identity of the records, and cuts every 65536 records."""
+        # From _PER_PART on, since the first part begins at 0 and `cuts` holds the starts of those after it.
         cuts = range(_PER_PART, len(self._records), _PER_PART)
         return [Scan(self._records.identity, cuts=tuple((index, index + 1) for index in cuts))]
 

@@ -37,6 +37,7 @@ def recognise(fields: Mapping[str, Any], ignore: Collection[str] = ()) -> config
     """
     present = {name for name, value in fields.items() if value is not None and name not in ignore}
     ignored = tuple(sorted(ignore))
+    # Pairs come first: they have the columns of a prompt as well, and often those of a whole conversation.
     pair = _pair(fields, present)
     if pair is not None:
         prompt, chosen, rejected = pair
@@ -56,6 +57,7 @@ def recognise(fields: Mapping[str, Any], ignore: Collection[str] = ()) -> config
     return _text(fields, ignored)
 
 
+# Cached, since a section is validated when it is made, and this runs for every record.
 @functools.cache
 def _chat(ignored: tuple[str, ...]) -> config.ChatRecord:
     """Return the section of messages."""
@@ -89,6 +91,7 @@ def _pair(fields: Mapping[str, Any], present: set[str]) -> tuple[str | None, str
     for chosen, rejected in _PAIRS:
         if {chosen, rejected} <= present:
             return prompt, chosen, rejected
+    # ms-swift: the conversation or the answer itself is the chosen one, and only the rejected one has a column of its own.
     for rejected in _REJECTED:
         if rejected in present:
             answered = _answered(fields, present)

@@ -40,11 +40,14 @@ def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[in
         memory: The folder of the cache.
         bytes_per_part: Smallest and largest size of a part.
     """
+    # A member has no status of its own; it changes with its archive.
     status = (zip_archive.archive_of(file) or file).stat()
     cache_key = json.dumps([str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ino, cuttable, bytes_per_part])
     cache_file = memory / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}.json"
+    # Everything that decides the result is in the name of the file, so it need not be compared.
     if cache_file.exists():
         sha256, size, cuts = json.loads(cache_file.read_text())
+        # `stop` is the size at the time of the scan, so that lines appended later are not read under the old hash.
         return Scan(sha256, size, tuple((byte, line) for byte, line in cuts), size if cuttable else None)
     smallest, largest = bytes_per_part
     step = min(max(status.st_size // 16, smallest), largest)

@@ -31,6 +31,7 @@ def take_settings(remaining: dict[str, Any], record: config.ConversationRecord) 
         raise Problem("type", f"reasoning_effort should be text, not {brief(effort)}", 'write "none" or "high"')
     variables = _take_object(remaining, "chat_template_kwargs", "write an object")
     if default.chat_template_kwargs:
+        # The record's variables override those of its section one by one.
         variables = {**default.chat_template_kwargs, **(variables or {})}
     stated_format = _take_object(remaining, "response_format", "write it as OpenAI does")
     response_format = default.response_format if stated_format is None else _format(stated_format)

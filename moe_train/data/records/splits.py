@@ -30,6 +30,7 @@ def check_one_split(files: Sequence[Path], root: Path) -> None:
     """
     groups: dict[str, list[Path]] = {}
     for file in files:
+        # A file that names no split counts as training data, so that a test file beside it is still noticed.
         groups.setdefault(split_of(file.relative_to(root)) or "train", []).append(file)
     if len(groups) > 1:
         raise several_splits(root, groups, files)
@@ -56,9 +57,11 @@ def split_of(path: PurePath) -> str | None:
     is_document = path.suffix.lower() in _DOCUMENTS
     stem = path.name.split(".")[0] if is_document else path.name.rsplit(".", 1)[0]
     shard = _SHARD.fullmatch(stem)
+    # The hub's split names are free, so one that is not in the table stands for itself.
     if shard and path.parent.name == "data":
         return _SPLITS.get(shard[1].lower(), shard[1])
     for i, name in enumerate([stem, *reversed(path.parent.parts)]):
+        # Whole words only, so that "latest" or "contest" is not taken for test.
         words = re.split(r"[^a-z]+", name.lower())
         named = [_SPLITS[word] for word in words if word in _SPLITS]
         is_whole = len([word for word in words if word]) == 1
@@ -96,6 +99,7 @@ def _common_folder(files: Sequence[Path]) -> Path:
 
 def _common_start(names: Sequence[str]) -> str:
     """Return the longest text with which all names begin."""
+    # The first and the last in alphabetical order differ the earliest, so the others need not be compared.
     shortest = min(names)
     longest = max(names)
     length = 0

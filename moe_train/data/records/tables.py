@@ -25,8 +25,10 @@ def read_csv(file: Path, kind: str = "csv") -> Iterator[tuple[int, Item]]:
         kind: "csv" or "tsv", which has tabs in place of commas.
     """
     number = 0
+    # Python's default limit of 128 KiB is less than many conversations take.
     csv.field_size_limit(MAX_RECORD)
     try:
+        # newline="" leaves line ends inside quoted fields alone, as the csv module demands.
         with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
             rows = csv.reader(text, strict=True, delimiter=_DELIMITERS[kind])
             header = next(rows, [])
@@ -34,6 +36,7 @@ def read_csv(file: Path, kind: str = "csv") -> Iterator[tuple[int, Item]]:
                 yield 0, Problem("unreadable", f"the header names a column twice: {brief(header)}", "give each its own name")
                 return
             for row in rows:
+                # Blank lines are no rows.
                 if row:
                     number += 1
                     if len(row) == len(header):
@@ -75,7 +78,9 @@ def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[t
                     number += 1
     except Problem as problem:
         yield number, problem
+    # A damaged file raises any of these from inside pyarrow.
     except (OSError, ValueError, ArithmeticError, LookupError, pyarrow.ArrowException, NotImplementedError) as error:
+        # These say nothing about the content of the file.
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -101,6 +106,7 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[t
                 yield batch, _left_out(table.schema_arrow.names, names)
         return
     with pyarrow.memory_map(str(file)) as source:
+        # An Arrow file has a footer with the places of its batches; `datasets` writes streams, which have none.
         try:
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))

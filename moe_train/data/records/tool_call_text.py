@@ -28,6 +28,7 @@ def read_tool_call_text(messages: list[Message], tools: list[dict[str, Any]], un
     written = [i for i, message in enumerate(messages) if _has_call_text(message)]
     if not tools or not written or any("tool_calls" in message for message in messages):
         return messages
+    # Converted, the calls would be in another form than the one that the system text asks for.
     if any(message.get("role") == "system" and "<tool" in str(message.get("content")) for message in messages):
         what = f"message {written[0]} has a call as text, as its system text asks, and the record has tools beside that"
         raise Problem("call-text", what, "write tool_calls and a system text without tools, or drop the record")
@@ -57,6 +58,7 @@ def _calling(message: Message, i: int, ids: CallIds, unread: Unread) -> Message:
     text = joined_texts(message) or ""
     calls = _CALL.findall(text)
     before, _, _ = text.partition("<tool_call>")
+    # Text after a call has no place in the normal form, where calls follow the content.
     if len(calls) != text.count("<tool_call>") or _CALL.sub("", text).strip() != before.strip():
         raise Problem("call-text", f"message {i} has <tool_call> in its text, and more text after it or no end", _REMEDY)
     read: list[dict[str, Any]] = []
@@ -72,6 +74,7 @@ def _results(message: Message) -> list[Message]:
     content = joined_texts(message)
     if message.get("role") != "tool" or content is None:
         return [message]
+    # Several results may share one message, whereas the normal form has a message for each call.
     results = _RESULT.findall(content)
     if not results or _RESULT.sub("", content).strip():
         return [message]

@@ -25,6 +25,7 @@ class CallIds:
 
     def numbered(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the calls of a message of a spelling that has no ids, with numbers as their ids."""
+        # Nine characters, as Mistral's v3 format demands of an id.
         return [{"id": f"call{number:05d}", **call} for number, call in enumerate(calls, start=self.count)]
 
     def add(self, message: Message) -> None:
@@ -61,6 +62,7 @@ def read_calls(value: Any, location: str, unread: Unread) -> list[dict[str, Any]
 
 def _call(call: Any, location: str, unread: Unread) -> dict[str, Any]:
     """Convert one call; the keys of its function keep their order, which a template may write."""
+    # Each call may be JSON text of its own; other text fails just below, with a message about calls.
     if isinstance(call, str):
         with contextlib.suppress(ValueError):
             call = parse_strictly(call)
@@ -71,6 +73,7 @@ def _call(call: Any, location: str, unread: Unread) -> dict[str, Any]:
     if kind not in _KINDS:
         raise Problem("type", f"{location} has a call of type {brief(kind)}", "only functions can be called; drop the record")
     normal: dict[str, Any] = {}
+    # Only the first is taken, so a second id is left and named as not read.
     for key in ("id", "call_id", "tool_call_id"):
         if key in remaining and "id" not in normal:
             normal["id"] = remaining.pop(key)
@@ -98,6 +101,7 @@ def _function(remaining: dict[str, Any], location: str) -> dict[str, Any]:
     if not present:
         message = f"{location} calls {brief(name)} without arguments"
         raise Problem("arguments", message, 'write "arguments": {} if it takes none')
+    # Equal values under two names are harmless, and the last one is kept.
     if any(remaining[key] != remaining[present[0]] for key in present):
         message = f"{location} calls {brief(name)} with both {present[0]} and {present[1]}"
         raise Problem("arguments", message, "keep the one that is meant")
@@ -119,6 +123,7 @@ def arguments_text(value: Any, what: str) -> str:
     remedy = "write one JSON object, or its JSON text"
     if isinstance(value, dict):
         try:
+            # Characters stay as they are, since escapes would be other tokens than those that the model sees in text.
             return json.dumps(value, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise Problem("arguments", f"{what} that have no form in JSON: {brief(value)} ({error})", remedy) from None
@@ -129,6 +134,8 @@ def arguments_text(value: Any, what: str) -> str:
     except ValueError as error:
         raise Problem("arguments", f"{what} that are not JSON: {brief(value)} ({error})", remedy) from None
     if not isinstance(arguments, dict):
+        # Text inside of JSON text: the data were encoded twice, and decoding again would be a guess.
         kind = " after a second decoding" if isinstance(arguments, str) else ""
         raise Problem("arguments", f"{what} that are no object{kind}: {brief(value)}", remedy)
+    # Kept as written rather than dumped anew, with its spacing and its order of keys.
     return value

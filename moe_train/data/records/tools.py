@@ -22,6 +22,7 @@ def take_tools(remaining: dict[str, Any], unread: Unread) -> list[dict[str, Any]
         Problem: If they cannot be interpreted, or stand in two columns.
     """
     present = {column: remaining.pop(column) for column in TOOL_COLUMNS if column in remaining}
+    # An empty column beside the one in use says nothing.
     filled = [column for column, value in present.items() if value]
     if len(filled) > 1:
         raise Problem("columns", f"the record has both {filled[0]} and {filled[1]}", "keep the one that is meant")
@@ -54,6 +55,7 @@ def _tool(tool: Any, i: int, unread: Unread) -> dict[str, Any]:
     remaining = unread.opened(TOOL, tool)
     kind = remaining.pop("type", "function")
     if "function" not in remaining:
+        # Anthropic writes "custom" for a tool that the caller defines; other types are built-in tools, without a schema.
         if kind not in ("function", "custom"):
             raise Problem("type", f"tool {i} is of type {brief(kind)}, and no function", "drop the record, or define a function")
         function = _function(remaining, i)
@@ -66,6 +68,7 @@ def _tool(tool: Any, i: int, unread: Unread) -> dict[str, Any]:
     inner = unread.opened(TOOL_FUNCTION, inner)
     function = _function(inner, i)
     unread.close(f"tool {i}", TOOL_FUNCTION, inner)
+    # Keeps the order of the two keys, since a template may dump a tool as JSON.
     normal = {key: function if key == "function" else "function" for key in tool if key in ("type", "function")}
     normal.setdefault("type", "function")
     return normal
@@ -82,6 +85,7 @@ def _function(remaining: dict[str, Any], i: int) -> dict[str, Any]:
     if not schemas:
         message = f"tool {i} ({brief(name)}) has no parameters"
         raise Problem("type", message, 'write "parameters": {"type": "object", "properties": {}} if it takes none')
+    # Equal schemas under two names are harmless.
     if any(remaining[key] != remaining[schemas[0]] for key in schemas):
         raise Problem("type", f"tool {i} has both {schemas[0]} and {schemas[1]}", "keep the one that is meant")
     function: dict[str, Any] = {}

@@ -37,6 +37,7 @@ MEANING_KEYS = frozenset(_REASONS) | {
     *("reasoning_content", "reasoning", "reasoning_details", "thinking", "prefix", "refusal"),
 }
 """Keys that change the meaning of what they stand in."""
+# Spelling variants such as lossWeight, loss-weight and loss_weight must not slip past the check.
 _NO_LETTER = re.compile(r"[\W_]+")
 
 
@@ -71,10 +72,12 @@ class Unread:
         ignore: Keys that are not to be read, as names or as bare keys.
     """
 
+    # One is made for each record.
     __slots__ = ("ignore", "names")
 
     def __init__(self, ignore: Collection[str] = ()) -> None:
         self.ignore = ignore
+        # A dict as an ordered set: names are shown in the order of the record.
         self.names: dict[str, None] = {}
 
     def opened(self, level: str, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class Unread:
         """
         for key, value in remaining.items():
             meaning = meaning_key(str(key))
+            # In the definition of a tool these keys do not have that meaning, so they are only named.
             if meaning is not None and level not in (TOOL, TOOL_FUNCTION):
                 if is_empty(value):
                     continue

@@ -36,6 +36,7 @@ def denormalise(fields: Mapping[str, Any], edited: str | Conversation, record: c
         case _:
             return None
     try:
+        # Reading back is the only proof that the columns express the edited record; every branch above may fall short.
         return written if read(written, record).record == edited else None
     except Problem:
         return None
@@ -47,6 +48,7 @@ def _chat(fields: Mapping[str, Any], edited: Conversation, record: config.ChatRe
     written: dict[str, Any] = {record.column: [_spelled(message, record) for message in edited.messages]}
     if edited.tools:
         written["tools"] = edited.tools
+    # Columns that were merged into the messages are left out, or reading would add them a second time.
     return written | {name: value for name, value in fields.items() if name not in read_from or name in record.ignore}
 
 
@@ -62,11 +64,13 @@ def _completion(fields: Mapping[str, Any], edited: Conversation, record: config.
     completion = fields.get(record.completion)
     messages = edited.messages
     written = dict(fields)
+    # An edit keeps the number of messages of the answer; if it does not, reading back finds the difference.
     size = len(completion) if isinstance(completion, list) else 1
     written[record.completion] = messages[-size:] if isinstance(completion, list) else messages[-1].get("content")
     before = messages[:-size]
     if isinstance(prompt, list):
         written[record.prompt] = before
+    # With more of the prompt in other columns, the joined question cannot be told apart again.
     elif before and all(is_empty(fields.get(name)) for name in MORE_PROMPT if name != record.prompt):
         written[record.prompt] = before[-1].get("content")
     return written

@@ -46,6 +46,7 @@ _DAMAGED = (
 
 def archive_of(path: Path) -> Path | None:
     """Return the archive that contains `path`, which is the path of a member or of a folder in it; None if there is none."""
+    # Called for every file, so the file system is asked only about paths that can contain an archive.
     if SUFFIX not in str(path).lower():
         return None
     for parent in path.parents:
@@ -86,6 +87,7 @@ def open_member(archive: Path, path: Path) -> Iterator[IO[bytes]]:
             stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(archive)).open(info))
         except _DAMAGED as error:
             raise _damaged_member(error) from error
+        # A raw stream reads lines byte by byte; the buffer does not.
         yield stack.enter_context(io.BufferedReader(_Member(stream)))
 
 
@@ -145,6 +147,7 @@ def _read_directory(archive: Path, size: int, modified: int) -> dict[str, zipfil
     if len(entries) > MAX_MEMBERS:
         raise _refused(archive, f"has {len(entries)} members, more than {MAX_MEMBERS}")
     expanded = sum(info.file_size for info in entries)
+    # A bomb of a few kilobytes can expand to terabytes; the sizes are those that the directory states.
     if expanded > max(_SMALL, MAX_EXPANSION * size):
         raise _refused(archive, f"expands from {size} to {expanded} bytes, more than {MAX_EXPANSION} times its size")
     files: dict[str, zipfile.ZipInfo] = {}
@@ -161,12 +164,14 @@ def _fault(info: zipfile.ZipInfo) -> str | None:
     """Describe why a member is not read; None if it may be."""
     name = info.filename
     parts = name.split("/")
+    # Paths that leave the archive, or mean different files on different systems.
     if name.startswith("/") or re.match("[a-zA-Z]:", name) or "\\" in name or any(part in ("", ".", "..") for part in parts):
         return "is no path below the archive"
     if not name.isprintable() or (not name.isascii() and "\ufffd" in name):
         return "has a name that cannot be printed"
     if info.flag_bits & 1:
         return "is encrypted"
+    # Archives made on Unix keep the file's mode in the upper 16 bits.
     if stat.S_ISLNK(info.external_attr >> 16):
         return "is a link"
     if info.compress_type not in _METHODS:

@@ -71,9 +71,12 @@ class HuggingFace(Tokenizer):
         # A file may contain the padding and truncation settings of the program that saved it.
         self._plain.no_padding()
         self._plain.no_truncation()
+        # Despite its name: special tokens in a text are then encoded as plain characters, and not recognized.
         self._plain.encode_special_tokens = True
+        # Not the number of tokens: ids may have gaps, and the embedding needs a row for the largest.
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
 
+        # special_tokens_map.json counts only for what tokenizer_config.json leaves out.
         settings = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
         token_texts = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
         self.named_tokens = {key: text for key, text in token_texts.items() if text is not None}
@@ -135,7 +138,9 @@ class HuggingFace(Tokenizer):
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
         """A pattern that matches text that looks like a control token."""
+        # An alternation takes the first match, so a token that begins another one must come after it.
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        # "(?!)" never matches; an empty pattern would match everywhere.
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def marked(self, pieces: Sequence[str], spans: Sequence[Span]) -> Marked:
@@ -151,6 +156,7 @@ class HuggingFace(Tokenizer):
         text = "".join(enclosed)
         parts = text.split(_MARK)  # plain text and control tokens alternate
         borders = [0, *itertools.accumulate(map(len, parts))]
+        # Lengths are those without marks, since `split` removes them, so borders count characters of the joined pieces.
         openings = borders[1:-1:2]
         closings = borders[2:-1:2]
 
@@ -162,6 +168,7 @@ class HuggingFace(Tokenizer):
         control = [self._ids_of_control[name] for name in parts[1::2]]
         border_numbers = {border: number for number, border in enumerate(borders)}
         edges = [(border_numbers.get(start, -1), border_numbers.get(stop, -1)) for start, stop in spans]
+        # A token that strips or absorbs spaces next to it would move the border away from the mark.
         all_at_borders = self.control_apart and not any(-1 in pair for pair in edges)
         return Marked(text, marked_spans, control, edges if all_at_borders else None)
 
@@ -247,6 +254,7 @@ def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
         return 0, 0
     last = _first_token(encoding, range(stop - 1, -1, -1))
     assert last is not None, "the first token is in reach of this search"
+    # A character may be spread over several byte-level tokens, of which `char_to_token` returns one.
     while first and (chars := encoding.token_to_chars(first - 1)) and chars[0] >= start:
         first -= 1
     while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < stop:

@@ -25,6 +25,7 @@ class Mistral(Tokenizer):
             FileNotFoundError: If there is no such file, or more than one.
             ValueError: If mistral-common cannot read the file, or sentencepiece is not installed.
         """
+        # Imported here, since only runs with such a tokenizer need mistral-common.
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.validator import ValidationMode
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -80,6 +81,7 @@ class Mistral(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
+        # mistral-common has no batched encoding.
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:

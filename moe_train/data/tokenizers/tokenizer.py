@@ -64,5 +64,6 @@ def hash_files(files: Sequence[Path]) -> str:
     """Return the identity of a tokenizer: a sha256 over the contents of its files, in order."""
     total = hashlib.sha256()
     for file in files:
+        # Digests have one length, so bytes that move from one file to the next change the hash.
         total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()

@@ -142,6 +142,7 @@ def check_installed(topology: Topology) -> None:
 
 def _environment(topology: Topology) -> dict[str, str]:
     """Return variables that keep the compilers from looking for hardware and from querying a cloud's metadata server."""
+    # Log level 0 prints the lines that `_warnings` reads.
     variables = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
     if topology.platform == "tpu":
         variables |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}

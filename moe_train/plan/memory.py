@@ -54,6 +54,7 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     model = run.model
     sizes = axis_sizes(run.mesh)
     shape = microbatch_shape(run)
+    # A batch of one row of one token has one element in each array.
     bytes_per_token = sum(array.itemsize for array in objective_of(run.objective).batch_type.empty(1, 1))
     M = run.train.microbatches
     stacked = [w for w in layout.weights if w.path.in_layer]
@@ -230,6 +231,7 @@ def _loss_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int]
     D = model.model_dim
     tables = [w for w in layout.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
     trained = any(w.trainable for w in tables)
+    # The chunk of `train.logits.chunk_rows`.
     rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))
     head = v * D * (shape.itemsize + (4 if trained else 0))
     return head + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize

@@ -172,6 +172,7 @@ class _Change:
             q = np.linalg.qr(self.d_oi @ (self.d_oi.T @ q))[0]
         projected = q.T @ self.d_oi
         remaining = np.linalg.svd(projected.astype(np.float64), compute_uv=False)[rank:]
+        # What lies outside of q and what lies inside but past the rank are orthogonal, so their squares add up.
         return float(np.hypot(np.linalg.norm(self.d_oi - q @ projected), np.linalg.norm(remaining)))
 
 

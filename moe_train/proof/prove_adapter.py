@@ -78,6 +78,7 @@ def prove_adapter(export: AdapterExport) -> ProofRecord:
     def check_logits() -> Finding:
         raise NotChecked("an adapter can be run only with its base; its deltas were compared")
 
+    # It fills `tensors` and `deltas`, which the later checks and the record read.
     checks = [run("tensors", check_tensors)]
     if export.layout == "peft":
         checks.append(run("names", partial(check_names, export.directory, base)))

@@ -42,6 +42,7 @@ def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> o
         case config.ConstantSchedule():
             after = optax.constant_schedule(peak)
         case config.CosineSchedule():
+            # Optax requires at least one step of decay, but a run may end at its peak.
             after = optax.cosine_decay_schedule(peak, max(fall, 1), schedule.final_fraction)
         case config.LinearSchedule():
             after = optax.linear_schedule(peak, peak * schedule.final_fraction, max(fall, 1))

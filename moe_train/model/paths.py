@@ -144,6 +144,7 @@ class ParameterPath:
         """Group of parameters that the array belongs to."""
         if self.is_norm:
             return "norms"
+        # Before the router, whose bias belongs to this group.
         if self.leaf == "bias":
             return "biases"
         if self.is_router:

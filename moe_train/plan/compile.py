@@ -125,6 +125,7 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
         reply = json.loads(reply_path.read_text(encoding="utf-8"))
     if "error" in reply:
         raise ValueError(f"{topology.name}: {reply['error']}")
+    # JSON has turned tuples into lists.
     traffic = tuple(Traffic(**{**t, "axes": tuple(t["axes"])}) for t in reply.pop("traffic"))
     return Compiled(**reply, traffic=traffic, warnings=_warnings(process.stderr))
 

@@ -62,6 +62,7 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     trained = [w for w in layout.weights if w.trainable]
 
     gradients = sum(_padded_bytes(w, sizes) for w in trained)
+    # Layers run one after the other, so only the largest counts.
     layer = max(
         _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
@@ -199,6 +200,7 @@ def _experts_bytes(
     if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
         weights += gathered // 3 // b
     inputs = shape.rows * D * b * (3 if shape.recomputes_experts else 2)
+    # The gathered tokens of all devices along `expert`.
     if shape.transport == "all_gather":
         inputs += sizes["expert"] * shape.tokens * D * b
     return _FfnBytes(weights, shape.rows * (ffn.ffn_dim // sizes["tensor"]) * b, inputs)

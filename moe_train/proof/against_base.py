@@ -77,6 +77,7 @@ def compare_with_base(
                 tally.trained_in_full += 1
                 continue
             piece = base_pieces[part.path, part.lead]
+            # From the base's layout to the model's, and from there to the layout of the export, which may be another one.
             b_oi = part.to_file(piece.from_file(base.tensors[piece.name].read))
             name = f"{stored_tensor.name}[{i}]" if len(tensor.parts) > 1 else stored_tensor.name
             change = _change(stored_tensor, i, len(tensor.parts), b_oi.reshape(-1, b_oi.shape[-1]))

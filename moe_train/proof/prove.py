@@ -266,6 +266,7 @@ def _is_rounded_by_writing(parameters: LazyParameters) -> bool:
 
 def logits_of_files(directory: Path, model: config.Model, dtype: str, prompts: logits.Prompts) -> logits.ProbeLogits:
     """Run the files on the prompts, loaded like any external model, on the mesh in force."""
+    # float32 holds the numbers of float16 and Q8_0 files (a float16 scale times 8 bits) exactly.
     structure, shapes = logits.structure_and_shapes(model, None, "bfloat16" if dtype == "bfloat16" else "float32")
     return logits.probe_logits(structure, external.open_external_lazily(directory, shapes), prompts)
 

@@ -117,6 +117,7 @@ def _peft_scale(settings: Mapping[str, Any], weight: str, rank: int) -> float:
     stated_rank = _value_for(module, settings["rank_pattern"], settings["r"])
     if stated_rank != rank:
         raise Fault(f"adapter_config.json states rank {stated_rank} for {module}, whose lora_A has {rank} rows")
+    # Rank-stabilized LoRA divides alpha by the square root of the rank.
     return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
 
 

@@ -166,6 +166,7 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
         for _ in range(num_tensors):
             name = text()
             shape = tuple(take("Q") for _ in range(take("I")))[::-1]  # ggml states the fastest dim first
+            # Evaluated from left to right, which is the order of the file: the code of the type, then the offset.
             places.append((name, shape, *_GGUF_TYPES[take("I")], take("Q")))
         start = data.tell() + -data.tell() % settings.get("general.alignment", 32)
     stored: list[Stored] = []

@@ -114,6 +114,7 @@ class GroupedQueryAttention(nnx.Module):
         if cache is None:
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, self.window, self.kernel)
         else:
+            # Keys enter the cache rotated, so decoding rotates only the new ones.
             cache = _extend(cache, k_BTKH, v_BTKH, positions_BT)
             y_BTNH = _attend_cache(q_BTNH, cache, positions_BT, self.window)
         return self.o_proj(y_BTNH, o_key), cache

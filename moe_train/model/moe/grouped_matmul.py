@@ -132,6 +132,7 @@ def _over_blocks(
     Blocks of the last size are kept inside the R rows and may contain rows of other groups. `is_own` (rows, 1) marks the rows
     that belong to the group and are not done yet; it is None if all do.
     """
+    # `dynamic_slice` cannot take more rows than there are.
     fitting = tuple(rows for rows in block_sizes if rows <= R) or (R,)
     last_rows = fitting[-1]
     end = start + size

@@ -164,7 +164,6 @@ def _examine(stored: Stored, tensor: ExpectedTensor, parameters: LazyParameters 
     merged: list[MergeResult] = []
     num_parts = len(tensor.parts)
     rows = stored.rows // num_parts
-    # As many rows as COMPARE_CHUNK_BYTES of the file hold.
     step = max(1, COMPARE_CHUNK_BYTES * rows // max(1, stored.nbytes // num_parts))
     with stored.file.open("rb") as file:
         for i, part in enumerate(tensor.parts):

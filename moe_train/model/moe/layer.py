@@ -53,7 +53,7 @@ class MoE(nnx.Module):
         self.down_proj = ExpertLinear(rngs, (E, F, D), P("expert", "tensor", "fsdp"), std, dtype)
         self.shared: DenseFfn | None = nnx.data(None)
         if ffn.num_shared_experts:
-            # Several shared experts are one SwiGLU of their joint width, as in the files of Mistral and DeepSeek; it has no gate.
+            # Several shared experts are one SwiGLU of their joint width, as in the files of Mistral and DeepSeek.
             self.shared = DenseFfn(rngs, model, compute, ffn.num_shared_experts * F)
         self.experts_per_token = ffn.experts_per_token
         self.kernel = compute.grouped_matmul

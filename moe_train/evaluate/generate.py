@@ -126,6 +126,7 @@ class _Decoder:
 
     def step(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Run (B, T) further tokens at their positions (-1 on padding), extend the caches and return the logits (B, T, V)."""
+        # `context` splits the tokens of a step, even a single one, so their number is padded to a multiple of its devices.
         padding = ((0, 0), (0, -tokens.shape[1] % self._mesh.shape["context"]))
         padded_tokens = np.pad(tokens, padding).astype(np.int32)
         padded_positions = np.pad(positions, padding, constant_values=-1).astype(np.int32)

@@ -37,6 +37,7 @@ def flops_per_token(
     H = model.attention.head_dim
     # Projections of queries and outputs (N heads), and of keys and values (K heads).
     attention = 2 * D * N * H + 2 * D * K * H
+    # The head's product; the embedding is a lookup, without FLOPs.
     base = model.vocab_size * D
     keys = 0.0
     for stack in config.stacks(model):
@@ -62,6 +63,7 @@ def _visible_keys(seq_len: int, window: int | None) -> float:
     """Return the number of keys that a query of a row sees on average."""
     if window is None or window >= seq_len:
         return seq_len / 2
+    # The first W queries see W / 2 keys on average and the other T - W see W: (W * W / 2 + (T - W) * W) / T.
     return window - window * window / (2 * seq_len)
 
 
@@ -75,4 +77,5 @@ def _adapter_flops(model: config.Model, path: ParameterPath, size: int) -> float
     share = 1.0
     if isinstance(model.ffn, config.MoeFfn) and path.is_expert(model):
         share = model.ffn.experts_per_token / model.ffn.num_experts
+    # 4 FLOPs of a weight that is trained in full are in the base's count already; only its own gradient is missing.
     return (6 if path.is_adapter else 2) * size * share

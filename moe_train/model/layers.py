@@ -46,6 +46,7 @@ class Adapted(nnx.Module):
 
     def __init__(self, weight: nnx.Param):
         self.weight = weight
+        # `nnx.data` makes the attributes children of the pytree: `add_lora` puts arrays into them later.
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale: float | tuple[tuple[float, int], ...] = 0.0
@@ -64,6 +65,7 @@ class Adapted(nnx.Module):
         if not isinstance(self.lora_scale, tuple):
             return a, b * self.lora_scale
         scales_E, ranks_E = np.array(self.lora_scale, np.float32).T
+        # Ranks are padded to the largest one, J. Inside the scan over layers B is (E, J, out), hence the trailing dim.
         within_rank_EJ = np.arange(a.shape[-1]) < ranks_E[:, None]
         return a, b * np.where(within_rank_EJ, scales_E[:, None], np.float32(0))[..., None]
 
@@ -112,6 +114,7 @@ class Linear(Adapted):
     @property
     def summed_dim(self) -> int:
         """Index, counted from the end, of the last weight dim that the product sums over."""
+        # The product may sum over several dims (N and H of o_proj); blocks of quantized values lie along the last of them.
         w, y = self.equation.split(",")[1].split("->")
         return max(i for i, letter in enumerate(w) if letter not in y) - len(w)
 

@@ -136,6 +136,7 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
     weight = module.weight[...]
     J = max(target.rank for target in targets)
     shape = weight.shape
+    # A spec may leave out trailing dims that are not split; here each dim needs an entry.
     spec = (*spec_of(weight), *(None,) * (weight.ndim - len(spec_of(weight))))
     if isinstance(module, Head):
         # The head's matrix is (V, D): its inputs are the last dim.
@@ -160,8 +161,10 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
         a = jax.random.uniform(rngs.params(), (*lead, *ins, J), jnp.float32, -bound, bound, out_sharding=a_spec)
         b = jnp.zeros((*lead, J, *outs), jnp.float32, out_sharding=b_spec)
     module.lora_dropout = lora.dropout
+    # Without lists of experts a module has exactly one target (`_check_experts`).
     module.lora_scale = lora.scale(targets[0])
     if any(target.experts is not None for target in targets):
+        # Only routed experts can be listed (`_check_routed`), so `lead` is (repeats, experts).
         module.lora_scale = tuple(scale_of_expert(lora, targets, expert) for expert in range(lead[1]))
         ranks = np.array([rank for _, rank in module.lora_scale])
         # Past its own rank an expert's A is zero and gets no gradient, since `Adapted.adapter` sets B to zero there.

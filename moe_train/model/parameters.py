@@ -60,6 +60,7 @@ def _path_of(keys: tuple[Any, ...]) -> str:
 
 def _key_name(key: Any) -> str:
     """Return the attribute, index or dict key that a key of a pytree stands for."""
+    # Of GetAttrKey, SequenceKey and DictKey in `jax.tree_util`, in this order.
     for attribute in ("name", "idx", "key"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -80,6 +81,7 @@ def with_expert_ids(structure: PyTreeDef) -> PyTreeDef:
     """Return the structure of the same model with `RouterStats` that contain the chosen experts."""
     model = structure.unflatten(range(structure.num_leaves))
     for layer in _sparse(model):
+        # Static attributes belong to the structure and not to the leaves, so the parameters stay the same.
         layer.keeps_expert_ids = True
     return jax.tree_util.tree_structure(model)
 

@@ -36,6 +36,7 @@ class ParameterPath:
     @functools.lru_cache(maxsize=65536)
     def parse(cls, path: str) -> ParameterPath:
         """Parse a path string. Results are cached."""
+        # stacks.<stack>.layers.<place>.<module>.<leaf>, or <module>.<leaf> outside the layers.
         names = path.split(".")
         stack = place = None
         if names[0] == "stacks":
@@ -143,6 +144,7 @@ class ParameterPath:
         """Group of parameters that the array belongs to."""
         if self.is_norm:
             return "norms"
+        # Before the router, whose bias belongs to this group.
         if self.leaf == "bias":
             return "biases"
         if self.is_router:

@@ -82,8 +82,10 @@ def quantize(w: Float[Array, "..."], kind: QuantizationFormat, block_size: int, 
     # Divide by the scales as rounded to `dtype`, which dequantization multiplies by. A block of zeros has scale 0.
     blocks = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales).astype(jnp.float32), dim)
     if kind == "int8":
+        # A quotient can exceed 127 where the scale was rounded down.
         return Quantized(jnp.clip(jnp.round(blocks), -127, 127).astype(jnp.int8).reshape(w.shape), scales)
     codes = jnp.zeros(blocks.shape, jnp.uint8)
+    # One midpoint after the other: an array of all 15 comparisons would be 15 times as large as the weight.
     for low, high in itertools.pairwise(NF4):
         # The code is the number of midpoints between levels that the value exceeds.
         codes = codes + (blocks > (low + high) / 2).astype(jnp.uint8)
@@ -168,6 +170,7 @@ def quantize_weights(linear_maps: Iterable[tuple[str, Any]], settings: config.Nf
                 f"use {math.gcd(size, block_size)}"
             )
         local = partial(quantize, kind=settings.name, block_size=block_size, dtype=weight.dtype, dim=dim)
+        # Codes and scales have as many dims as the weight, and no block is split, so the weight's spec fits both.
         linear.weight = QuantizedWeight(jax.shard_map(local, in_specs=spec, out_specs=spec)(weight))
 
 

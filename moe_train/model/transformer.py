@@ -200,6 +200,7 @@ def _rematerialized(body: Callable[..., Any], policy: str) -> Callable[..., Any]
 
 def _in_order_of_layers(stats: list[RouterStats | None]) -> RouterStats | None:
     """Merge the statistics of the layers of a period, (repeats, …) each, into (L, …) in the order of the layers."""
+    # Stacked as (repeats, period, …), so that flattening gives the order of layers. Dense layers have None, an empty pytree.
     return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:]), *stats)
 
 

@@ -25,6 +25,7 @@ def answer_as_json(answer: Answer) -> dict[str, Any]:
         "price": {"dollars_per_chip_hour": answer.price.dollars_per_hour, "source": answer.price.source},
         "considered": answer.considered,
         "fitting": answer.fitting,
+        # The key is a part of the format; the field is `Answer.stated`.
         "given": None if answer.stated is None else choice_as_json(answer, answer.stated),
         "best": None if best is None else choice_as_json(answer, best),
         "choices": [choice_as_json(answer, choice) for choice in answer.choices],

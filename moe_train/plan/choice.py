@@ -89,6 +89,7 @@ class Choice(NamedTuple):
 
 def device_limit(topology: Topology) -> int:
     """Return the bytes of HBM that a program may use on one device."""
+    # The table is of chips, some of which are several devices to JAX.
     return DEVICES[topology.device].hbm_bytes // topology.devices_per_chip
 
 

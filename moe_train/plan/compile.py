@@ -125,6 +125,7 @@ def compile_config(run: config.Run, topology: Topology, *, timeout_seconds: floa
         reply = json.loads(reply_path.read_text(encoding="utf-8"))
     if "error" in reply:
         raise ValueError(f"{topology.name}: {reply['error']}")
+    # JSON has turned tuples into lists.
     traffic = tuple(Traffic(**{**t, "axes": tuple(t["axes"])}) for t in reply.pop("traffic"))
     return Compiled(**reply, traffic=traffic, warnings=_warnings(process.stderr))
 
@@ -142,6 +143,7 @@ def check_installed(topology: Topology) -> None:
 
 def _environment(topology: Topology) -> dict[str, str]:
     """Return variables that keep the compilers from looking for hardware and from querying a cloud's metadata server."""
+    # Log level 0 prints the lines that `_warnings` reads.
     variables = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
     if topology.platform == "tpu":
         variables |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}

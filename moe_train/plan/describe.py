@@ -46,6 +46,7 @@ def explain(choice: Choice, best: Choice) -> str:
         return f"does not fit: {_gib(choice.bytes_per_device)} of {_gib(choice.limit)} GiB, {_largest_part(choice.memory)}"
     slower = best.tokens_per_second / choice.tokens_per_second - 1
     ratio = choice.received / choice.tokens / max(best.received / best.tokens, 1e-9)
+    # Half a percent would be printed as 0%. A choice can be faster than the best one if choices are ranked by bytes.
     if slower < -0.005:
         return f"{-slower:.0%} faster, {ratio:.2f} x the bytes"
     if slower < 0.005:

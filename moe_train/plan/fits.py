@@ -61,6 +61,7 @@ def _remedy(run: config.Run, device: jax.Device, limit: int) -> str:
         name=f"{jax.device_count()} x {kind}",
         platform="gpu" if device.platform == "gpu" else "tpu",
         device=kind,
+        # The slice's sides are unknown here; they decide only whether the torus of a small slice closes (`roofline._bandwidth`).
         shape=(num_chips,),
         num_slices=1,
     )

@@ -101,6 +101,7 @@ class _Module:
                 continue
             visited.add(current)
             for i in self.computations[current]:
+                # A constant's value is printed where other instructions have their operands.
                 if i.opcode == "constant" and i.result.startswith(("s32[]", "s64[]", "u32[]")) and i.operands.isdigit():
                     largest = max(largest, int(i.operands))
                 remaining += i.called("calls")
@@ -189,6 +190,7 @@ class _Walk:
                 continue
             earlier_flops = self._chains[c.chain].hidden_flops if c.chain in self._chains else 0
             # Matrix products of all parts run while the collective is in progress.
+            # Without its chain's name it equals the same collective of other chains, with which it is then counted.
             self._chains[c.chain] = replace(c, asynchronous=True, hidden_flops=earlier_flops + flops, chain="")
 
     def _add_custom_call(self, i: Instruction) -> None:

@@ -60,6 +60,7 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
     results = stated_shapes(result_text)
     size = sum(s.bytes for s in results)
     if kind == "collective-permute":
+        # The list ends with two braces, of which the first closes the last pair.
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attributes.split("source_target_pairs=")[1].split("}}")[0] + "}")
         groups: ReplicaGroups = tuple((int(a), int(b)) for a, b in pairs if a != b)
         if not groups:  # no device sends to another
@@ -72,6 +73,7 @@ def collective_of(i: Instruction, kind: str, known: ShapesByName, scattered: boo
         # The larger side is a buffer for the worst case, of which the rest stays empty.
         size = min(size, operand_shapes(i, known)[0].bytes)
     if kind == "all-reduce" and scattered:
+        # The instruction inside the fusion states the whole array, of which a device keeps its part.
         kind = "reduce-scatter"
         size = size / len(groups[0])
     received = _received_bytes(kind, size, len(groups[0]))

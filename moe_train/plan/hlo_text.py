@@ -9,6 +9,7 @@ from typing import NamedTuple
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 _BITS |= {f"s{bits}": bits for bits in (2, 4, 8, 16, 32, 64)}
 _BITS |= {f"u{bits}": bits for bits in (2, 4, 8, 16, 32, 64)}
+# `pred` is the only dtype without digits.
 _SHAPE = re.compile(r"\b([a-z]+[0-9][a-z0-9]*|pred)\[([\d,]*)\]")
 
 
@@ -71,6 +72,7 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     current = None
     for line in text.splitlines():
         # Headers of computations begin at the margin.
+        # For instance: ENTRY %main.5 (x: f32[8]) -> f32[8] {
         header = None if line.startswith(" ") else re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)
         if header:
             current = by_name.setdefault(header[2], [])

@@ -54,6 +54,7 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     model = run.model
     sizes = axis_sizes(run.mesh)
     shape = microbatch_shape(run)
+    # A batch of one row of one token has one element in each array.
     bytes_per_token = sum(array.itemsize for array in objective_of(run.objective).batch_type.empty(1, 1))
     M = run.train.microbatches
     stacked = [w for w in layout.weights if w.path.in_layer]
@@ -61,6 +62,7 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     trained = [w for w in layout.weights if w.trainable]
 
     gradients = sum(_padded_bytes(w, sizes) for w in trained)
+    # Layers run one after the other, so only the largest counts.
     layer = max(
         _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
@@ -198,6 +200,7 @@ def _experts_bytes(
     if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
         weights += gathered // 3 // b
     inputs = shape.rows * D * b * (3 if shape.recomputes_experts else 2)
+    # The gathered tokens of all devices along `expert`.
     if shape.transport == "all_gather":
         inputs += sizes["expert"] * shape.tokens * D * b
     return _FfnBytes(weights, shape.rows * (ffn.ffn_dim // sizes["tensor"]) * b, inputs)
@@ -230,6 +233,7 @@ def _loss_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int]
     D = model.model_dim
     tables = [w for w in layout.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
     trained = any(w.trainable for w in tables)
+    # The chunk of `train.logits.chunk_rows`.
     rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))
     head = v * D * (shape.itemsize + (4 if trained else 0))
     return head + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize

@@ -37,6 +37,7 @@ def smallest_that_fits(run: config.Run, topology: Topology, chips: int = 4096) -
     for name in larger_topologies(topology, chips):
         candidate_topology = parse_topology(name)
         for mesh in meshes(run.model_copy(update={"mesh": config.Mesh()}), candidate_topology):
+            # Further replicas hold the same weights again, so they fit nowhere where the same devices along `fsdp` do not.
             if mesh.data > candidate_topology.num_slices or mesh.tensor > 1:
                 continue
             batch = {"batch_size": mesh.data * mesh.fsdp * mesh.expert, "microbatches": 1}

@@ -28,6 +28,7 @@ def axes_of(groups: ReplicaGroups, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 def replica_groups(attributes: str) -> ReplicaGroups:
     """Read the groups from the attributes of an instruction."""
+    # The next attribute ends the groups, except for device_ids, which is a part of the mesh notation.
     stated = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)", attributes)
     assert stated, attributes
     return _read_groups(stated[1])
@@ -38,6 +39,7 @@ def _read_groups(text: str) -> ReplicaGroups:
     """Read one of three notations: lists, a reshaped and transposed iota, or axes of a mesh."""
     if text.startswith("mesh"):
         return _groups_of_mesh(text)
+    # Such as [2,4]<=[8] or [4,2]<=[2,4]T(1,0): the shape of the groups, and the iota that fills it. Lists are {{0,1},{2,3}}.
     if "<=" in text:
         shape, iota = text.split("<=")
         return _tuples(_iota(iota).reshape([int(n) for n in re.findall(r"\d+", shape)]))

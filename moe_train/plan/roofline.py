@@ -104,6 +104,7 @@ def _recomputed_flops(run: config.Run, model: config.Model, shape: MicrobatchSha
     D = model.model_dim
     V = model.vocab_size
     if run.compute.remat == "full":
+        # A third of full training is its forward pass. The head is outside of the layers and so not rematerialized.
         return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
     if isinstance(model.ffn, config.MoeFfn) and shape.recomputes_experts:
         return len(config.sparse_layers(model)) * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
@@ -125,8 +126,10 @@ def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape
     for w in layout.weights:
         gather_axes = ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")
         weight_bytes = w.layers * w.elements(sizes, gather_axes) * min(b, w.itemsize)
+        # Written by the gathers of forward and backward pass, and read by the products of the forward pass and of input gradients.
         total += M * weight_bytes * (2 + 2 + recomputations)
         if w.trainable:
+            # The update (the last three) reads the gradient, and reads and writes the weight.
             total += M * weight_bytes * 3 + 3 * w.stored_bytes(sizes)
     total += 2 * layout.optimizer_bytes
     a = model.attention
@@ -141,6 +144,7 @@ def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape
         if isinstance(ffn, config.MoeFfn):  # routing is assumed to be balanced
             rows = m * (ffn.experts_per_token + ffn.num_shared_experts)
         layers += stack.num_layers * (m * (2 * heads + 6 * D) * b + rows * (4 * ffn.ffn_dim // t + 4 * D) * b)
+    # The last summand is the float32 logits, three times like other activations.
     return total + M * layers * (3 + recomputations) + M * 3 * m * (model.vocab_size // t) * 4
 
 

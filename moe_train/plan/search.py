@@ -132,6 +132,7 @@ def confirm(
     confirmed = 0
     compiled_choices: list[Choice] = []
     for choice in order:
+        # Choices that fit come first, so after one that does not there are no others.
         if confirmed == count or not choice.fits:
             break
         say(f"compiling {describe_mesh(choice.run.mesh)} for {topology.name} …")

@@ -91,6 +91,7 @@ def parse_topology(name: str) -> Topology:
     """
     count = 1
     slice_name = name.lower()
+    # A letter has to follow the x, as in 2xv5p, since digits would be sides of a shape.
     several_slices = re.fullmatch(r"(\d+)[x*](?=[a-z])(.+)", slice_name)
     if several_slices:
         count = int(several_slices[1])

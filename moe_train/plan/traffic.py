@@ -102,6 +102,7 @@ def flows(run: config.Run, layout: WeightLayout, platform: str | None = None) ->
     collectives += _token_flows(run, run.model, sizes, shape, platform)
     collectives = [flow._replace(bytes=M * flow.bytes) for flow in collectives]
     trained = (w for w in layout.weights if w.trainable)
+    # Accumulated gradients are all-reduced in the compute dtype (`StepDefinition.gradient_dtype`).
     gradients = sum(w.layers * w.elements(sizes) * min(w.itemsize, shape.itemsize) for w in trained)
     collectives.append(Flow("gradients", "all-reduce", "data", _received_bytes("all-reduce", sizes["data"], gradients), True))
     combined: dict[Flow, float] = {}
@@ -145,6 +146,7 @@ def _weight_flows(w: ShardedWeight, sizes: dict[str, int], itemsize: int, tied: 
         transfers.append(transfer("all-gather", axis, sizes[axis], gathered * b, gathers))
     if not w.trainable:
         return transfers
+    # In the reverse order of the gathers, so that the operand of each scatter is as large as the result of its gather.
     for axis in order[::-1]:
         transfers.append(transfer("reduce-scatter", axis, sizes[axis], gathered * b, uses))
         gathered //= sizes[axis]

@@ -77,6 +77,7 @@ def compare_with_base(
                 tally.trained_in_full += 1
                 continue
             piece = base_pieces[part.path, part.lead]
+            # From the base's layout to the model's, and from there to the layout of the export, which may be another one.
             b_oi = part.to_file(piece.from_file(base.tensors[piece.name].read))
             name = f"{stored_tensor.name}[{i}]" if len(tensor.parts) > 1 else stored_tensor.name
             change = _change(stored_tensor, i, len(tensor.parts), b_oi.reshape(-1, b_oi.shape[-1]))
@@ -172,6 +173,7 @@ class _Change:
             q = np.linalg.qr(self.d_oi @ (self.d_oi.T @ q))[0]
         projected = q.T @ self.d_oi
         remaining = np.linalg.svd(projected.astype(np.float64), compute_uv=False)[rank:]
+        # What lies outside of q and what lies inside but past the rank are orthogonal, so their squares add up.
         return float(np.hypot(np.linalg.norm(self.d_oi - q @ projected), np.linalg.norm(remaining)))
 
 

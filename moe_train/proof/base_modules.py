@@ -68,6 +68,7 @@ def _weights_in_memory(name: str, stored: Stored, is_wrapper: bool) -> Iterator[
             if name.startswith(in_file):
                 name = in_memory + name.removeprefix(in_file)
     layer, fused, parameter = name.partition("mlp.experts.")
+    # Experts as transformers 5 fuses them: (E, 2f, d) and (E, d, f), with gate and up in one tensor and no `.weight`.
     leaves = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(parameter, ())
     if fused and leaves:
         for e in range(stored.shape[0]):
@@ -101,6 +102,7 @@ def check_adapter_names(adapter: Collection[str], settings: Mapping[str, Any], b
             raise Fault(
                 f"{name} belongs to no module of the base ({base.architecture}); PEFT would leave it out with a mere warning"
             )
+        # A weight that was trained in full; PEFT lists it under modules_to_save and not under target_modules.
         if lora is None:
             continue
         adapted.add(module)

@@ -243,6 +243,7 @@ class _PartComparison:
         lost = self.squared_norm > 0 and not self.changed
         # In a quantized file every number may differ, so the direction of the change decides.
         if self.noise and self.squared_norm > VISIBLE_NORM_RATIO**2 * self.noise:
+            # The inner product is about the squared norm if the file has the delta, and about 0 if it does not.
             lost = self.inner_product < self.squared_norm / 2
         return MergeResult(self.module, self.part.lead, self.squared_norm, self.inner_product, lost)
 
@@ -256,6 +257,7 @@ def adapter_in_file_order(part: Part, parameters: LazyParameters, lora: config.L
         return b, scale * a
     if path.is_head:  # (V, D) = (A (D, J) · B (J, V)) transposed
         return a.T, scale * b.T
+    # Only outputs change their order in files (q and k: rotary pairs), so `to_file` applies to B and not to A.
     return a.reshape(-1, a.shape[-1]).T, scale * part.to_file(b)
 
 

@@ -139,6 +139,7 @@ def _compare_delta(
     for start in range(0, len(expected_b), step):
         rows = slice(start, start + step)
         difference = np.abs(factors.b_oJ[rows] @ factors.a_Ji - expected_b[rows] @ expected_a)
+        # 1e-30 makes a correct delta of zero an error of 0 and not 0 / 0.
         allowed = eps * (np.abs(expected_b[rows]) @ np.abs(expected_a)) + 1e-30
         # np.maximum keeps a NaN, which Python's max would drop.
         relative_error = float(np.maximum(relative_error, (difference / allowed).max(initial=0.0)))

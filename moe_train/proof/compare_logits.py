@@ -121,6 +121,7 @@ def _compare_choices(
     for i, layer in enumerate(config.sparse_layers(model)):
         sorted_PTE = -np.sort(-logits.routers_LPTE[i], axis=-1)
         gap_PT = np.ones(is_token_PT.shape)
+        # If every expert is chosen, no choice can differ, and any gap will do.
         if sorted_PTE.shape[-1] > A:
             gap_PT = sorted_PTE[..., A - 1] - sorted_PTE[..., A]
         is_near_tie_PT = gap_PT < near * np.abs(sorted_PTE).max()

@@ -160,6 +160,7 @@ def _hugging_face(model: config.Model) -> Iterator[ExpectedTensor]:
             yield _one(f"{name}mlp.up_proj.weight", (F, D), f"{path}ffn.up_proj.weight", (r,), outputs_last)
             yield _one(f"{name}mlp.down_proj.weight", (D, F), f"{path}ffn.down_proj.weight", (r,), outputs_last)
             continue
+        # transformers 4's names, a tensor for each expert: readers of versions 4 and 5 load them. w1 is gate, w2 down, w3 up.
         moe = f"{name}block_sparse_moe."
         yield _one(f"{moe}gate.weight", (model.ffn.num_experts, D), f"{path}ffn.router.weight", (r,), outputs_last)
         for e in range(model.ffn.num_experts):
@@ -182,6 +183,7 @@ def _mistral(model: config.Model) -> Iterator[ExpectedTensor]:
     for layer, path, r in _layers(model):
         name = f"layers.{layer}."
         yield _one(f"{name}attention_norm.weight", (D,), f"{path}attention_norm.scale", (r,), as_is)
+        # Mistral's own files have the two numbers of a rotary pair side by side; only q and k are rotated.
         yield _one(f"{name}attention.wq.weight", (Q, D), f"{path}attention.q_proj.weight", (r,), interleaved)
         yield _one(f"{name}attention.wk.weight", (KV, D), f"{path}attention.k_proj.weight", (r,), interleaved)
         yield _one(f"{name}attention.wv.weight", (KV, D), f"{path}attention.v_proj.weight", (r,), outputs_last)
@@ -212,6 +214,7 @@ def _gguf(model: config.Model) -> Iterator[ExpectedTensor]:
     for layer, path, r in _layers(model):
         name = f"blk.{layer}."
         yield _one(f"{name}attn_norm.weight", (D,), f"{path}attention_norm.scale", (r,), as_is)
+        # llama.cpp has q and k in the order of Mistral's own files, not in Hugging Face's.
         yield _one(f"{name}attn_q.weight", (Q, D), f"{path}attention.q_proj.weight", (r,), interleaved)
         yield _one(f"{name}attn_k.weight", (KV, D), f"{path}attention.k_proj.weight", (r,), interleaved)
         yield _one(f"{name}attn_v.weight", (KV, D), f"{path}attention.v_proj.weight", (r,), outputs_last)

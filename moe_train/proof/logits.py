@@ -106,8 +106,10 @@ def probe_logits(structure: PyTreeDef, weights: LazyParameters, prompts: Prompts
 
     def put(x_PT: np.ndarray, fill: int) -> jax.Array:
         padded = np.pad(x_PT, ((0, row_padding), (0, token_padding)), constant_values=fill).astype(np.int32)
+        # Every process has all prompts and gives its own devices their parts.
         return jax.make_array_from_callback(padded.shape, NamedSharding(mesh, P(BATCH, "context")), lambda index: padded[index])
 
+    # By default a TPU rounds the operands of float32 products to bfloat16.
     with jax.default_matmul_precision("highest"):
         logits, routers = _forward(structure, weights, transform, put(prompts.tokens_PT, 0), put(prompts.positions_PT, -1))
     unpadded = (slice(rows), slice(length))

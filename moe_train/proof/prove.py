@@ -85,6 +85,7 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
         **export.about,
     }
     checks = [run("architecture", partial(_check_architecture_of_files, export))]
+    # `check_tensors` fills this list, which `_check_merge` and the record read, so the order of the checks matters.
     tensors: list[compare.TensorResults] = []
     checks.append(run("tensors", partial(check_tensors, export, tensors)))
     checks.append(run("merge", partial(_check_merge, export, tensors)))
@@ -242,6 +243,7 @@ def _check_logits(export: Export, depth: Depth, record: ProofRecord) -> Finding:
     difference = compare_logits(file_logits, to_reference(compared_logits, model), prompts, model, near)
     metrics: dict[str, MetricValue] = {"compared_with": compared_with, "tolerance": tolerance, **difference._asdict()}
     if is_rounded:
+        # With a near-tie of 1.0 practically any other choice is one: this is measured and not judged.
         unrounded = compare_logits(file_logits, to_reference(trained_logits, model), prompts, model, 1.0)
         metrics["logits_moved_by_rounding"] = unrounded.logits
     if tolerance is not None:
@@ -264,6 +266,7 @@ def _is_rounded_by_writing(parameters: LazyParameters) -> bool:
 
 def logits_of_files(directory: Path, model: config.Model, dtype: str, prompts: logits.Prompts) -> logits.ProbeLogits:
     """Run the files on the prompts, loaded like any external model, on the mesh in force."""
+    # float32 holds the numbers of float16 and Q8_0 files (a float16 scale times 8 bits) exactly.
     structure, shapes = logits.structure_and_shapes(model, None, "bfloat16" if dtype == "bfloat16" else "float32")
     return logits.probe_logits(structure, external.open_external_lazily(directory, shapes), prompts)
 

@@ -78,6 +78,7 @@ def prove_adapter(export: AdapterExport) -> ProofRecord:
     def check_logits() -> Finding:
         raise NotChecked("an adapter can be run only with its base; its deltas were compared")
 
+    # It fills `tensors` and `deltas`, which the later checks and the record read.
     checks = [run("tensors", check_tensors)]
     if export.layout == "peft":
         checks.append(run("names", partial(check_names, export.directory, base)))
@@ -116,6 +117,7 @@ def _peft_scale(settings: Mapping[str, Any], weight: str, rank: int) -> float:
     stated_rank = _value_for(module, settings["rank_pattern"], settings["r"])
     if stated_rank != rank:
         raise Fault(f"adapter_config.json states rank {stated_rank} for {module}, whose lora_A has {rank} rows")
+    # Rank-stabilized LoRA divides alpha by the square root of the rank.
     return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
 
 

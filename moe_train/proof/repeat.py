@@ -133,6 +133,7 @@ def _check_weights(
     lora = config.Lora.model_validate_json(json.dumps(record["lora"])) if record.get("lora") else None
     untrained = 0
     for check in record["checks"]:
+        # Number of deltas that were zero at the export; `figures` is the record's key of a check's metrics (`Check.to_json`).
         if check["name"] == "merge":
             untrained = check["figures"].get("untrained", 0)
     return against_base.compare_with_base(record["format"], reread.tensors(directory), base, lora, untrained)

@@ -128,6 +128,7 @@ def _safetensors(file: Path) -> Iterator[Stored]:
         shape = tuple(info["shape"])
         if info["dtype"] in FLOAT_DTYPES and stop - start != math.prod(shape) * FLOAT_DTYPES[info["dtype"]].itemsize:
             raise ValueError(f"{name} has {stop - start} bytes for the shape {shape}")
+        # Offsets count from the end of the header, which follows 8 bytes that state its length.
         yield Stored(name, file, info["dtype"], shape, 8 + length + start, stop - start)
     if 8 + length + end != size:
         raise ValueError(f"its tensors end at byte {8 + length + end}, the file at {size}")
@@ -152,6 +153,7 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
                 return [value(inner) for _ in range(length)]
             return take(_GGUF_SCALARS[kind])
 
+        # Every number in the file is little-endian, which `take` states by `<`.
         if data.read(4) != b"GGUF" or take("I") != 3:
             raise ValueError("it is not a GGUF file of version 3")
         num_tensors = take("Q")
@@ -164,6 +166,7 @@ def _gguf(file: Path) -> tuple[dict[str, Any], list[Stored]]:
         for _ in range(num_tensors):
             name = text()
             shape = tuple(take("Q") for _ in range(take("I")))[::-1]  # ggml states the fastest dim first
+            # Evaluated from left to right, which is the order of the file: the code of the type, then the offset.
             places.append((name, shape, *_GGUF_TYPES[take("I")], take("Q")))
         start = data.tell() + -data.tell() % settings.get("general.alignment", 32)
     stored: list[Stored] = []

@@ -48,6 +48,7 @@ def round_weights(parameters: Mapping[str, jax.Array], lora: config.Lora | None,
 
 @partial(jax.jit, static_argnames="dtype")
 def _round(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    # float32 holds the numbers of a float16 file exactly; bfloat16 is kept, since it takes half the memory.
     return weight.astype(dtype).astype(jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
 
 
@@ -65,6 +66,7 @@ def _merge_and_round(
         dtype: dtype to round to.
         transposed: whether the weight is (lead…, out…, in…), as the head's.
     """
+    # (lead + in + J) of a and (lead + J + out) of b, less (lead + in + out) of the weight, leaves lead and twice J.
     lead = a.ndim + b.ndim - 2 - weight.ndim
     letters = "abcdefgh"
     lead_letters = letters[:lead]

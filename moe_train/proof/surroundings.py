@@ -24,6 +24,7 @@ def file_hashes(directory: Path) -> dict[str, str]:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
     files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file.name != RECORD_FILE]
+    # hashlib releases the interpreter's lock, so threads hash several files at a time.
     with ThreadPoolExecutor() as pool:
         digests = pool.map(digest, files)
         return {str(file.relative_to(directory)): file_digest for file, file_digest in zip(files, digests, strict=True)}

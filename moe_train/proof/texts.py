@@ -83,6 +83,7 @@ def load_texts(directory: Path, layout: str) -> tuple[Tokenizer, str | None]:
     if (directory / "tokenizer.json").is_file():
         tokenizer: Tokenizer = HuggingFace(directory)
     else:
+        # If there are both, tekken.json comes first and is taken.
         files = sorted((*directory.glob("tekken.json"), *directory.glob("tokenizer.model*")))
         if not files:
             raise NotChecked("the export has no tokenizer")
@@ -164,6 +165,7 @@ def check_generation(directory: Path, layout: str, end_ids: Sequence[int]) -> Fi
         case "hf":
             source = "generation_config.json"
             stated = read_object(directory / source).get("eos_token_id")
+            # Hugging Face takes one id or a list of them; GGUF, below, has a single id.
             expected = list(end_ids) if len(end_ids) > 1 else eos_id
         case "gguf":
             source = "tokenizer.ggml.eos_token_id"

@@ -95,7 +95,9 @@ def _chunked_forward(
         dlogits_rv = jnp.where(mask_r[:, None], exps_rv / sums_r1 - hit_rv, 0).astype(xs_r[0].dtype)
         return (total, add_head_gradients(dheads, dlogits_rv, xs_r)), input_gradients(dlogits_rv, heads)
 
+    # Made from xs, so that the carry varies along the same mesh axes as what is added to it.
     start = (jax.lax.full_like(xs[0], 0, jnp.float32, ()), zero_head_gradients(xs[0], heads))
+    # Rows that pad the last chunk have the mask False, so they add neither loss nor gradient.
     chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m, mask_m))
     (total, dheads), chunk_dxs = jax.lax.scan(add_chunk, start, chunks)
     dxs = tuple(join_chunks(dx, m) for dx in chunk_dxs)

@@ -86,6 +86,7 @@ def _accumulate(
 
     def share_of(microbatch: Any) -> tuple[Any, RouterStats | None]:
         (share, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, *microbatch)
+        # Router statistics are stacked and not summed, since `merge_microbatches` averages some of them.
         return (share, terms._replace(routers=None), gradients), terms.routers
 
     microbatches = _split(batch, key, definition.microbatches)
@@ -152,10 +153,12 @@ def _share_and_gradients(
         weights = fixed._replace(learned=trainable | fixed.learned)
         inputs = objective_inputs(objective, definition.structure, weights, batch, key)
         terms = objective.loss(inputs, totals.first_pass)
+        # Metrics of a custom objective may be Python numbers, but sums over microbatches need arrays with shape and dtype.
         total, metrics = sum_over_replicas((terms.sum, jax.tree.map(jnp.asarray, dict(terms.metrics))))
         loss = divide(total, totals.weight)
         if terms.routers is not None:
             loss += _router_loss(terms.routers, coefs) / definition.microbatches
+        # `fixed.learned` holds router biases, which move by the statistics only.
         elif fixed.learned or any(coefs.model_dump().values()):
             raise ValueError(
                 f"loss {coefs.model_dump(exclude_none=True)} balances routers, but the objective returns no router statistics; "

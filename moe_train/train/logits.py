@@ -106,6 +106,7 @@ def chunk_logits(xs_rD: TokenFactors, heads_vD: HeadFactors) -> Float[Array, "m 
 
 def target_hits(targets_r: Int[Array, " r"], vocabulary: int) -> Bool[Array, "r {vocabulary}"]:
     """Return (r, v), true where this device's part of the vocabulary holds the token's target."""
+    # A comparison and not an index, so that a target in another device's part of the vocabulary matches nothing.
     first = jax.lax.axis_index("tensor") * vocabulary
     return (targets_r - first)[:, None] == jnp.arange(vocabulary)
 

@@ -90,6 +90,7 @@ def _specs_to_unsplit_matrices(shape: tuple[int, ...], spec: P, matrix: set[int]
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     specs = [spec]
     layers: tuple[str, ...] = ()
+    # Dim 0 counts layers, which no weight's own spec splits.
     assert entries[0] is None
     for dim in sorted(matrix):
         split = mesh_axes(entries[dim])

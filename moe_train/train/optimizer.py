@@ -42,10 +42,12 @@ def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> o
         case config.ConstantSchedule():
             after = optax.constant_schedule(peak)
         case config.CosineSchedule():
+            # Optax requires at least one step of decay, but a run may end at its peak.
             after = optax.cosine_decay_schedule(peak, max(fall, 1), schedule.final_fraction)
         case config.LinearSchedule():
             after = optax.linear_schedule(peak, peak * schedule.final_fraction, max(fall, 1))
         case config.WsdSchedule():
+            # Stays at the peak until `decay` steps before the last one.
             after = optax.linear_schedule(peak, peak * schedule.final_fraction, decay, transition_begin=fall - decay)
     if not first:
         return after
@@ -90,6 +92,7 @@ def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.Gradi
             }
             # Muon applies to matrices only; embeddings, head, router and norms use AdamW with a learning rate of their own.
             update = optax.partition(parts, lambda params: {p: "matrix" if matrix_dims(p) else "other" for p in params})
+    # The norm is that of all gradients, so clipping comes before Muon's split into matrices and others.
     return optax.chain(clip, update)
 
 

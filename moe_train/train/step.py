@@ -71,6 +71,7 @@ def train_step(
         return jnp.where(finite, new, old)
 
     state = TrainState(
+        # A skipped step counts too, since `step` is the position in the data.
         step=state.step + 1,
         trainable=jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable),
         frozen=state.frozen,

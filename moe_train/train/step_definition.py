@@ -49,6 +49,7 @@ def definition_of(
         objective: an objective to use instead of the run's own; None for the run's.
     """
     return StepDefinition(
+        # Set here and not at initialization, since evaluation and generation with the same model drop nothing.
         structure=with_capacity(structure, run.train.capacity_factor),
         objective=objective or objective_of(run.objective),
         optimizer=optimizer,

@@ -114,10 +114,12 @@ class _Span(NamedTuple):
 def _spans(t: int, T: int, starts: tuple[int, ...], window: int | None) -> list[_Span]:
     """Split t local queries into blocks, about 16 for all T queries over all devices, so that compile time stays short."""
     block = max(128, -(-T // 16))
+    # A device has one run of queries, or two if `context` splits the sequence (zig-zag order).
     run = t // len(starts)
     spans = []
     for i, position in enumerate(starts):
         for at in range(0, run, block):
+            # The first query of a block sees furthest back; `_mask` hides from the later ones what only it sees.
             first = 0 if window is None else max(0, position + at - window + 1)
             spans.append(_Span(i * run + at, i * run + min(at + block, run), position + at, first))
     return spans
@@ -136,6 +138,7 @@ def _over_sequences(of_sequence: Callable[..., Any], device: Int[Array, ""], sta
 
     The starts must be static, so there is one branch for each device.
     """
+    # `own=own` binds this device's starts; a plain closure would give every branch those of the last device.
     branches = [lambda arrays, own=own: jax.lax.map(partial(of_sequence, own), arrays) for own in starts]
     return branches[0](arrays) if len(starts) == 1 else jax.lax.switch(device, branches, arrays)
 
@@ -174,6 +177,7 @@ def _blocked_forward(
         return jnp.concatenate(ys, axis=2), jnp.concatenate(lses, axis=2)
 
     y, lse = _over_sequences(of_sequence, device, causal.run_starts, _Sequence(q, k, v, *segment_ids))
+    # Both residuals are named: if only y were saved, the backward pass would compute all scores again for the log-sum-exp.
     lse = checkpoint_name(lse, "attention")
     y_BtNH = checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H), "attention")
     return y_BtNH, _Residuals(q_BtNH, k_BTKH, v_BTKH, segment_ids, device, y_BtNH, lse)
@@ -207,8 +211,10 @@ def _blocked_backward(
             k_b = sequence.k_KTH[:, span.keys]
             v_b = sequence.v_KTH[:, span.keys]
             scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
+            # exp may overflow for a masked pair, whose score the log-sum-exp does not contain; the select discards it.
             weights = jnp.where(visible, jnp.exp(scores - lse_KGt1[:, :, span.queries]), 0)
             dweights = jnp.einsum("KGTH,KSH->KGTS", dy_b, v_b, preferred_element_type=jnp.float32)
+            # Gradient of the softmax: ds = w * (dw - sum(w * dw)), where the sum is `common`.
             dscores = (weights * (dweights - common_KGt1[:, :, span.queries])).astype(k_b.dtype)
             dqs.append(jnp.einsum("KGTS,KSH->KGTH", dscores, k_b))
             # dk and dv accumulate in float32, because many blocks of queries add to the same keys.
@@ -221,6 +227,7 @@ def _blocked_backward(
     sequences = _Sequence(q, k, v, *saved.segment_ids)
     dq, dk, dv = _over_sequences(of_sequence, saved.device, causal.run_starts, (sequences, dy, saved.lse_BKGt1, common))
     dq_BtNH = dq.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
+    # Segment ids and the device index are integers, which have no gradient.
     return dq_BtNH, dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3), None, None
 
 

@@ -37,6 +37,7 @@ def run_len(T: int) -> int:
 
 def _owner(chunk: int) -> int:
     """Return the device of `context` that computes attention for a chunk."""
+    # A chunk and its mirror image have the same owner, whose index is the smaller of the two.
     return min(chunk, 2 * axis_size("context") - 1 - chunk)
 
 
@@ -54,6 +55,7 @@ def to_zigzag(x_Bt: Shaped[Array, "B t ..."]) -> Shaped[Array, "B t ..."]:
     even = jax.lax.ppermute(even, "context", [(i, _owner(2 * i)) for i in range(c)])
     odd = jax.lax.ppermute(odd, "context", [(i, _owner(2 * i + 1)) for i in range(c)])
     first_is_even = jax.lax.axis_index("context") % 2 == 0
+    # Device i's first chunk is chunk i, which came with the even chunks exactly if i is even.
     return jnp.concatenate([jnp.where(first_is_even, even, odd), jnp.where(first_is_even, odd, even)], axis=1)
 
 

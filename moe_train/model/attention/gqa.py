@@ -109,10 +109,12 @@ class GroupedQueryAttention(nnx.Module):
         k_BTKH = rope.rotate(self.k_proj(x_BTD, k_key), positions_BT, self.rope)
         v_BTKH = self.v_proj(x_BTD, v_key)
         if self.query_scaling is not None:
+            # One factor per position: it commutes with the rotation, and the keys in a cache stay as they are.
             q_BTNH *= _query_scale(self.query_scaling, positions_BT).astype(q_BTNH.dtype)
         if cache is None:
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, self.window, self.kernel)
         else:
+            # Keys enter the cache rotated, so decoding rotates only the new ones.
             cache = _extend(cache, k_BTKH, v_BTKH, positions_BT)
             y_BTNH = _attend_cache(q_BTNH, cache, positions_BT, self.window)
         return self.o_proj(y_BTNH, o_key), cache
@@ -132,6 +134,7 @@ def _extend(
     def local(
         slots: Float[Array, "b s k H"], new: Float[Array, "b t k H"], positions: Int[Array, "b t"]
     ) -> Float[Array, "b s k H"]:
+        # `context` splits the new tokens by their place in x but the slots by position, so any device may own any token's slot.
         new = gather_axis(new, "context", 1)
         positions = gather_axis(positions, "context", 1)
         slot = positions - _first("context", slots)
@@ -165,6 +168,7 @@ def _attend_cache(
         q = gather_axis(q, "context", 1)
         positions = gather_axis(positions, "context", 1)
         slots = jnp.broadcast_to(_first("context", k) + jnp.arange(k.shape[1]), k.shape[:2])
+        # A row of the cache is one sequence and slot s holds position s, so causality alone masks, without segment ids.
         scores = attention_scores(q, k, attention_mask(positions, slots, None, None, window))
         # Maximum and sum are reduced over `context`, so that the softmax is normalized over the slots of all devices.
         weights = jnp.exp(scores - jax.lax.pmax(jnp.max(scores, axis=-1, keepdims=True), "context"))

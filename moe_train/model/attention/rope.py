@@ -27,6 +27,7 @@ def frequencies(rope: config.DefaultRope | config.YarnRope, head_dim: int) -> tu
         return head_dim * math.log(rope.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low = max(math.floor(dim_of(rope.beta_fast)), 0)
+    # As in transformers, the limit is head_dim - 1, although there are only head_dim / 2 pairs.
     high = min(math.ceil(dim_of(rope.beta_slow)), head_dim - 1)
     # A ramp of width 0 would divide by zero.
     width = high - low if high > low else 0.001
@@ -38,6 +39,7 @@ def _attention_factor(rope: config.YarnRope) -> float:
     def mscale(m: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * m * math.log(rope.factor) + 1.0
 
+    # Equal settings (1 and 1 in Ministral 3) cancel to 1; without settings the factor is YaRN's own, 0.1 * ln(factor) + 1.
     return mscale(rope.mscale) / mscale(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else mscale(1.0)
 
 

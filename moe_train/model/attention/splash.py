@@ -37,6 +37,7 @@ def make_splash(T: int, group: int, window: int | None) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    # LocalMask counts the keys before a query without the query's own, which makes window - 1.
     mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
     # The kernel is told the true positions of the zig-zag reordered queries, so that it masks and skips the right blocks.
     run = run_len(T)
@@ -44,12 +45,14 @@ def make_splash(T: int, group: int, window: int | None) -> Any:
     mask.q_sequence = np.concatenate([np.arange(start, start + run, dtype=np.int32) for start in starts])
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: dict[str, Any] = {f"block_{name}": block_size(T) for name in names}
+    # A kernel for one key head and its group of queries; `splash_attention` maps it over the key heads of a device.
     splash = kernel.make_splash_mqa(
         masks.MultiHeadMask([mask] * group),
         block_sizes=kernel.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=axis_size("context"),
         residual_checkpoint_name="attention",
+        # Tests run the TPU kernel on CPUs, where Pallas can only interpret it.
         interpret=platform() == "cpu",
     )
     return jax.tree.map(jax.sharding.reshard, splash, table_specs(splash))
@@ -86,6 +89,7 @@ def splash_attention(
 
     B, t, N, H = q_BtNH.shape
     K = k_BTKH.shape[2]
+    # The kernel itself does not scale the scores.
     q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
     k = k_BTKH.transpose(0, 2, 1, 3)
     v = v_BTKH.transpose(0, 2, 1, 3)

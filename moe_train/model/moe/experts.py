@@ -128,6 +128,7 @@ def run_experts(
         sizes = ExchangeSizes(b * t, D, A, axis_size("expert"), x_btD.dtype.itemsize, peer_capacity)
         transport = choose_transport(settings.transport, sizes)
         y_mD, computed = transport.run_experts(assignments, LocalExperts(experts, unshard, apply, e), sizes)
+        # Not summed over `tensor`, whose devices compute the same assignments, each for its part of F.
         return y_mD.reshape(b, t, D), jax.lax.psum(computed, (*tokens[0], "context"))
 
     run = jax.shard_map(
@@ -168,6 +169,7 @@ def _local_assignments(
     peer_capacity = None
     if capacity_factor is not None:
         ids_mA = within_capacity(ids_mA.reshape(b, t, A), E, capacity_factor).reshape(ids_mA.shape)
+        # Each of this device's b rows may fill all experts of a peer.
         peer_capacity = b * experts_per_device * capacity(capacity_factor, t * axis_size("context"), A, E)
     if counters is not None:
         token_m1 = counters.counters.reshape(-1, 1)
@@ -285,5 +287,6 @@ def _drop(
     columns_n = jnp.asarray(first, jnp.uint32) + jnp.arange(x_Rn.shape[1], dtype=jnp.uint32)
     counts = [jnp.broadcast_to(x, x_Rn.shape).reshape(-1) for x in (counter_R[:, None], columns_n)]
     # threefry is counter-based: the bits of an entry depend on its row's counter and its column, not on the array's shape.
+    # It pairs the first half of its input (counters) with the second half (columns); the first of a pair's two words is used.
     bits = threefry_2x32(jax.random.key_data(key), jnp.concatenate(counts))[: x_Rn.size]
     return jnp.where(bits.reshape(x_Rn.shape) >= np.uint32(rate * 2**32), x_Rn / (1 - rate), 0)

@@ -106,6 +106,7 @@ def _rows(
         ) -> Float[Array, "R o"]:
             y = jnp.einsum(equation, jax.lax.dynamic_slice_in_dim(x_Ri, start, rows), w_DF)
             if is_own is not None:
+                # Rows of other groups keep what is there; rows past the last group keep the zeros of the start.
                 y = jnp.where(is_own, y, jax.lax.dynamic_slice_in_dim(y_Ro, start, rows))
             return jax.lax.dynamic_update_slice_in_dim(y_Ro, y, start, 0)
 
@@ -131,6 +132,7 @@ def _over_blocks(
     Blocks of the last size are kept inside the R rows and may contain rows of other groups. `is_own` (rows, 1) marks the rows
     that belong to the group and are not done yet; it is None if all do.
     """
+    # `dynamic_slice` cannot take more rows than there are.
     fitting = tuple(rows for rows in block_sizes if rows <= R) or (R,)
     last_rows = fitting[-1]
     end = start + size
@@ -163,6 +165,7 @@ def _weight_gradient(
     ) -> Float[Array, "D F"]:
         x = jax.lax.dynamic_slice_in_dim(x_RD, start, rows)
         if is_own is not None:
+            # Masking one operand is enough, since the product sums over rows.
             x = jnp.where(is_own, x, 0)
         dy = jax.lax.dynamic_slice_in_dim(dy_RF, start, rows)
         return dw_DF + jnp.einsum("RD,RF->DF", x, dy, preferred_element_type=jnp.float32)
@@ -243,6 +246,7 @@ def _tile(dim: int, dtype: jnp.dtype) -> int:
     limit = 2048 // dtype.itemsize
     if dim <= limit:
         return dim
+    # Steps of 128, the lanes of a register.
     return next((t for t in range(limit, limit // 2, -128) if dim % t == 0), limit)
 
 
@@ -258,6 +262,7 @@ def _megablox_backward(saved: _Residuals, dy_RF: Float[Array, "R F"]) -> tuple[F
     x_RD, w_EDF, group_sizes_E = saved
     dx_RD = _gmm(dy_RF, w_EDF, group_sizes_E, transpose=True)
     tiling = tiles(x_RD.shape[0], x_RD.shape[1], dy_RF.shape[1], x_RD.dtype)
+    # tgmm takes its first operand with the rows last.
     x_DP = _pad_rows(x_RD).swapaxes(0, 1)
     dw_EDF = tgmm(x_DP, _pad_rows(dy_RF), group_sizes_E, w_EDF.dtype, tiling, interpret=platform() == "cpu")
     return dx_RD, dw_EDF, None

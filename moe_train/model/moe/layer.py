@@ -53,6 +53,7 @@ class MoE(nnx.Module):
         self.down_proj = ExpertLinear(rngs, (E, F, D), P("expert", "tensor", "fsdp"), std, dtype)
         self.shared: DenseFfn | None = nnx.data(None)
         if ffn.num_shared_experts:
+            # Several shared experts are one SwiGLU of their joint width, as in the files of Mistral and DeepSeek.
             self.shared = DenseFfn(rngs, model, compute, ffn.num_shared_experts * F)
         self.experts_per_token = ffn.experts_per_token
         self.kernel = compute.grouped_matmul
@@ -110,6 +111,7 @@ class MoE(nnx.Module):
         """Selection scores for top-k (probabilities plus router bias, masked by expert group); None to select by router scores."""
         if self.router.bias is None and self.groups == (1, 1):
             return None
+        # The bias is added to probabilities (sigmoids), not to logits, as in DeepSeek-V3 (arXiv:2412.19437).
         scores_BTE = jnp.exp(log_scores_BTE if self.sigmoid else jax.nn.log_softmax(log_scores_BTE))
         if self.router.bias is not None:
             scores_BTE += self.router.bias[...]

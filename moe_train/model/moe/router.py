@@ -60,6 +60,7 @@ class Router(Adapted):
     """
 
     def __init__(self, rngs: nnx.Rngs, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype, bias: bool = False):
+        # Replicated: it is small, and every token needs all of it.
         super().__init__(normal(rngs, (dim, num_experts), P(None, None), stddev, dtype))
         self.bias: nnx.Param | None = nnx.data(None)
         if bias:
@@ -142,6 +143,7 @@ def within_groups(selection_BTE: Float[Array, "B T E"], num_groups: int, groups_
     B, T, E = selection_BTE.shape
     best_BTG2, _ = top_k(selection_BTE.reshape(B, T, num_groups, -1), 2)
     _, groups_BTg = top_k(jnp.sum(best_BTG2, axis=-1), groups_per_token)
+    # (B, T, g, 1) against the group of each expert, (E,).
     within_BTE = jnp.any(groups_BTg[..., None] == jnp.arange(E) // (E // num_groups), axis=2)
     return jnp.where(within_BTE, selection_BTE, -jnp.inf)
 
@@ -179,6 +181,7 @@ def router_stats(
             computed,
         )
     )
+    # A batch of padding only gives zeros and not NaN.
     tokens = jnp.maximum(count, 1).astype(jnp.float32)
     return RouterStats(
         chosen_E=chosen_E,

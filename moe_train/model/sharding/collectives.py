@@ -50,6 +50,7 @@ def gather_axis(x: Shaped[Array, "..."], axis: str, dim: int) -> Shaped[Array, "
 
 def _gather(x: Shaped[Array, "..."], axis: str, dim: int) -> Shaped[Array, "..."]:
     inside, between = _stages(axis)
+    # The reverse of a scatter's stages, whose gradient it is.
     # Over several slices a single stage will do: XLA itself gathers between slices first.
     stages = [None] if between else inside[::-1]
     for groups in stages:

@@ -38,6 +38,7 @@ def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quan
     x = place(x, equation.split(",")[0])
     if isinstance(w, Quantized):
         return checkpoint_name(_project_quantized(equation, x, w), "projection")
+    # Cast before the gather, so that it moves numbers of the compute dtype.
     return checkpoint_name(_project(equation, x, w.astype(x.dtype)), "projection")
 
 
@@ -73,6 +74,7 @@ def _project_backward(equation: str, saved: _Operands, dy: Float[Array, "..."]) 
     x, w = saved
     operands, y_letters = equation.split("->")
     x_letters, w_letters = operands.split(",")
+    # Gathered a second time: only this device's part was saved in the forward pass.
     dx = jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, _gather(w), out_sharding=activation_spec(x_letters))
     return dx, _weight_gradient(f"{x_letters},{y_letters}->{w_letters}", x, dy, spec_of(w))
 
@@ -94,6 +96,7 @@ def _weight_gradient(equation: str, x: Float[Array, "..."], dy: Float[Array, "..
 
     def local(x: Float[Array, "..."], dy: Float[Array, "..."]) -> Float[Array, "..."]:
         dw = jnp.einsum(equation, x, dy)
+        # Axes that split the weight are scattered over; along the others devices share the weight, and the gradient is summed.
         to_sum = list(token_axes)
         for dim, entry in enumerate(spec):
             for axis in mesh_axes(entry):
@@ -105,6 +108,7 @@ def _weight_gradient(equation: str, x: Float[Array, "..."], dy: Float[Array, "..
     entries = (*spec, *(None,) * (len(w_letters) - len(spec)))
     local_spec = P(*(_with_tensor(letter, entry) for letter, entry in zip(w_letters, entries, strict=True)))
     dw = jax.shard_map(local, in_specs=(activation_spec(x_letters), activation_spec(y_letters)), out_specs=local_spec)(x, dy)
+    # Gathers over `tensor` where only the activation was split by it (`_with_tensor`).
     return jax.sharding.reshard(dw, spec)
 
 

@@ -78,9 +78,11 @@ def bucket_routes(expert_ids_mA: Int[Array, "m A"], experts_per_device: int, siz
     e = experts_per_device
     order_n = jnp.argsort(expert_ids_mA.reshape(-1), stable=True)
     place_mA = jnp.argsort(order_n).reshape(-1, A)
+    # Each device holds a run of e experts; the id that means nowhere, X * e, gives device X.
     device_mA = expert_ids_mA // e
     counts_X = jnp.sum(device_mA.reshape(-1, 1) == jnp.arange(X), axis=0, dtype=jnp.int32)
     starts_X = jnp.cumsum(counts_X) - counts_X
+    # The appended entry is for device X; the ranks of assignments that are sent nowhere are not used.
     rank_mA = place_mA - jnp.append(starts_X, 0)[device_mA]
     # All devices of a replica must run the same number of chunks, or the collectives would wait forever.
     num_chunks = jax.lax.pmax(jnp.max(-(-counts_X // size)), ("fsdp", "expert", "context"))
@@ -97,6 +99,7 @@ def exchange_chunk(
     A = inputs.weights_mA.shape[1]
     rank_Xs = i * size + jnp.arange(size) + jnp.zeros((X, 1), jnp.int32)
     used_S = (rank_Xs < routes.counts_X[:, None]).reshape(-1)
+    # Unused rows read position 0 and are made harmless below: zeros, the expert id e (none), and weight 0.
     at_S = jnp.where(used_S, (routes.starts_X[:, None] + rank_Xs).reshape(-1), 0)
     assignment_S = routes.order_n[at_S]
     # The same mapping from the side of the tokens, which sums need: the row of each assignment that this chunk sends.

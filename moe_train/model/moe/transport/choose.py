@@ -59,6 +59,7 @@ def exchange_sizes(run: config.Run, mesh_sizes: Mapping[str, int]) -> ExchangeSi
     rows = run.train.batch_size // (run.train.microbatches * math.prod(mesh_sizes[axis] for axis in BATCH))
     peer_capacity = None
     if capacity_factor is not None:
+        # As `experts._local_assignments` computes it: all rows of a device may fill all experts of a peer.
         per_expert = rows * capacity(capacity_factor, T, ffn.experts_per_token, ffn.num_experts)
         peer_capacity = ffn.num_experts // mesh_sizes["expert"] * per_expert
     return ExchangeSizes(

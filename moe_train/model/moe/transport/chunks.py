@@ -31,6 +31,7 @@ def bucket_size(sizes: ExchangeSizes) -> int:
     # All buckets together fill whole row tiles of the kernels.
     unit = max(1, min(512, sizes.assignments) // sizes.devices)
     rows = math.ceil(SLACK * sizes.assignments / sizes.devices)
+    # With a capacity factor no peer can get more than `peer_capacity`, and a larger bucket would never be full.
     return -(-min(rows, sizes.peer_capacity or rows) // unit) * unit
 
 
@@ -79,6 +80,7 @@ def sum_over_chunks(
         def add(i: Int[Array, ""], y_mD: Float[Array, "m D"]) -> Float[Array, "m D"]:
             return y_mD + compute_chunk(i, unsharded, routing)
 
+        # `full_like` gives zeros that vary along the same mesh axes as x, as a loop's carry must from the start.
         return jax.lax.fori_loop(0, routing.num_chunks, add, jax.lax.full_like(inputs.x_mD, 0, jnp.float32))
 
     def forward(inputs: ChunkInputs, routing: ChunkRouting) -> tuple[Float[Array, "m D"], tuple[ChunkInputs, ChunkRouting]]:
@@ -102,4 +104,5 @@ def sum_over_chunks(
         return gradients._replace(experts=sharded), None
 
     total.defvjp(forward, backward)
+    # Every chunk is a partial sum over F, which `tensor` splits; they are all-reduced once, after the loop.
     return jax.lax.psum(total(inputs, routing), "tensor").astype(inputs.x_mD.dtype)

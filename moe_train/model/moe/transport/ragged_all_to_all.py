@@ -92,6 +92,7 @@ def _routes(expert_ids_mA: Int[Array, "m A"], experts_per_device: int, rows: int
     sent_XX = jnp.sum(counts_XE.reshape(X, X, experts_per_device), axis=2)
     starts_XX = jnp.cumsum(sent_XX, axis=1) - sent_XX
     into_XX = jnp.cumsum(sent_XX, axis=0) - sent_XX
+    # The fullest receiver decides. All devices must agree, or the collectives would wait forever (as in `all_to_all`).
     num_chunks = jax.lax.pmax(-(-jnp.max(jnp.sum(sent_XX, axis=0)) // rows), ("fsdp", "expert", "context"))
     return RaggedRoutes(order_n, place_mA, counts_XE, starts_XX, into_XX, sent_XX), num_chunks
 
@@ -124,6 +125,7 @@ def _window(i: Int[Array, ""], routes: RaggedRoutes, rows: int) -> Window:
     size_XX = jnp.clip(routes.into_XX + routes.sent_XX, first, first + rows) - low_XX
     start_XX = routes.starts_XX + low_XX - routes.into_XX
     at_XX = low_XX - first
+    # In [from, to] matrices, row `me` is what this device sends and column `me` what it receives.
     return Window(start_XX[me], size_XX[me], at_XX[me], at_XX[:, me], size_XX[:, me], start_XX[:, me])
 
 
@@ -138,6 +140,7 @@ def _exchange_chunk(
     e = E // X
     me = jax.lax.axis_index("expert")
     window = _window(i, routes, rows)
+    # The rows at home are all assignments of this device in every chunk; the window selects those that are moved.
     used_n = jnp.arange(n) < jnp.sum(routes.sent_XX[me])
     placement = Placement(routes.order_n // A, used_n, routes.place_mA, routes.place_mA < jnp.sum(routes.sent_XX[me]))
 

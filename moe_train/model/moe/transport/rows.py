@@ -59,6 +59,7 @@ def permute(x_SD: Float[Array, "S D"], order_S: Int[Array, " S"], inverse_S: Int
     return x_SD[order_S]
 
 
+# The gradient of x[order] would be a scatter; with the inverse permutation it is a gather, too.
 permute.defvjp(lambda x, o, i: (x[o], (o, i)), lambda saved, dx: (dx[saved[1]], None, None))
 
 
